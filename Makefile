@@ -1,0 +1,100 @@
+# Everything one runs here is a target of this file; `make` alone lists them.
+#
+# The first target that needs an environment makes one in .venv, which belongs to this file: it is made
+# again when it is incomplete, when the folder has moved, or when PYTHON names another interpreter, and
+# installed into again when pyproject.toml changes. Neither git nor an activated environment is needed.
+#
+#   PYTHON=python3.12    make .venv from this interpreter (otherwise: the first one found that will do)
+#   WORKERS=2            processes that pytest uses, one thread each
+#   ARGS="-k losses"     more arguments for the command of `demo`, `test`, `test-fast` or `bench`
+#
+# On Linux pip's default PyTorch wheel carries the CUDA libraries. On a machine without a GPU, put the
+# smaller CPU wheel in first, as the PyTorch installation page shows, with .venv/bin/pip after `make venv`.
+
+SHELL = /bin/sh
+.DEFAULT_GOAL = help
+.NOTPARALLEL:
+.PHONY: help venv install demo test test-fast lint format bench docs ci clean stale
+
+PYTHON ?=
+WORKERS ?= 2
+ARGS ?=
+
+BIN = .venv/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+NOTE = once, some minutes: 0.5 GB to download, on Linux 3 GB unless PyTorch is the CPU wheel
+
+# "stale" if .venv cannot be used as it is. `home` is written last, and holds the folder it was made in.
+WHICH = -c 'import sys; print(sys.base_prefix, sys.version)'
+STALE := $(shell [ "$$(cat .venv/home 2>/dev/null)" = "$$(pwd -P)" ] \
+	&& venv=$$(.venv/bin/python $(WHICH) 2>/dev/null) \
+	&& { [ -z "$(PYTHON)" ] || [ "$$("$(PYTHON)" $(WHICH) 2>/dev/null)" = "$$venv" ]; } || echo stale)
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: .venv/home ## Make an empty .venv (the other targets do this and install into it)
+
+install: .venv/runtime ## Install the package into .venv
+
+demo: .venv/runtime ## Run the demonstration
+	$(BIN)/protoclip demo $(ARGS)
+
+test: .venv/dev ## Run every test
+	$(PYTEST) $(ARGS)
+
+test-fast: .venv/dev ## Run the tests that are not marked slow
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+lint: .venv/dev ## Check style, format, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports
+
+format: .venv/dev ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/runtime ## Run every benchmark, one after another
+	@set -e; found=; for file in benchmarks/*.py; do \
+	  [ -f "$$file" ] || continue; found=yes; echo "$$file"; $(BIN)/python "$$file" $(ARGS); \
+	done; [ -n "$$found" ] || echo "There are no benchmarks yet: each will be a file benchmarks/*.py."
+
+docs: .venv/home ## Check that the links in the documentation resolve
+	$(BIN)/python scripts/check_docs.py
+
+ci: lint test ## What .ci/run runs: lint, then test
+
+clean: ## Remove .venv, caches and builds
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is touched only after its install has succeeded, so an interrupted one is done again.
+
+.venv/runtime: .venv/home pyproject.toml
+	@echo "Installing protoclip into .venv ($(NOTE))"
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+.venv/dev: .venv/home pyproject.toml
+	@echo "Installing protoclip and the tools to test it into .venv ($(NOTE))"
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch .venv/runtime $@
+
+.venv/home: $(STALE)
+	@found=; new=; \
+	for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11); do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  new=$$python; \
+	  "$$python" -c 'import ensurepip, venv' 2>/dev/null && found=$$python && break; \
+	done; \
+	if [ -n "$$found" ]; then \
+	  echo "Making .venv with $$("$$found" --version) ($$found)"; \
+	  rm -rf .venv && "$$found" -m venv .venv && pwd -P >$@; \
+	elif [ -n "$$new" ]; then \
+	  echo "error: $$new cannot make virtual environments; install its venv module (Debian, Ubuntu: python3-venv) or name another Python: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; \
+	else \
+	  echo "error: $(if $(PYTHON),$(PYTHON) is not a,found no) Python 3.11 or newer; install one, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; \
+	fi

@@ -1,0 +1,5 @@
+"""`python -m protoclip` is `protoclip`."""
+
+from protoclip.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""The command line: train | evaluate | compare | demo."""
+
+import json as json_format
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+import torch
+from jsonargparse import ArgumentParser, auto_cli
+
+from protoclip import build, report
+from protoclip.config import (
+    Config,
+    DataConfig,
+    EpisodeConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PrototypeConfig,
+    RunConfig,
+    TeacherConfig,
+)
+from protoclip.demo import demo as run_demo
+from protoclip.run import evaluate as run_evaluation
+from protoclip.run import train as run_training
+
+
+def train(
+    *,
+    run: RunConfig = RunConfig(),  # noqa: B008  frozen, so one shared default is safe
+    data: DataConfig = DataConfig(),  # noqa: B008
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+    episodes: EpisodeConfig = EpisodeConfig(),  # noqa: B008
+    prototypes: PrototypeConfig = PrototypeConfig(),  # noqa: B008
+    teacher: TeacherConfig = TeacherConfig(),  # noqa: B008
+    loss: LossConfig = LossConfig(),  # noqa: B008
+    optim: OptimConfig = OptimConfig(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Train a model and evaluate it.
+
+    Args:
+        json: Print the results as JSON.
+    """
+    config = Config(
+        run=run,
+        data=data,
+        model=model,
+        episodes=episodes,
+        prototypes=prototypes,
+        teacher=teacher,
+        loss=loss,
+        optim=optim,
+    )
+    print_results(run_training(config), json=json)
+
+
+def evaluate(
+    path: str, *, split: Literal["test", "validation"] = "test", json: bool = False
+) -> None:
+    """Evaluate a run or a checkpoint on the bundled data's held-out concepts.
+
+    Args:
+        path: A run folder or a checkpoint folder.
+        split: Which held-out concepts; choices belong on `validation`.
+        json: Print the metrics as JSON.
+    """
+    model, view, tokenizer = build.load(path)
+    model = build.place(model, build.device("auto"))
+    metrics = run_evaluation(model, view, tokenizer, split=split)
+    print_results({"metrics": metrics}, json=json)
+
+
+def compare(runs: list[str], *, json: bool = False) -> None:
+    """Compare finished runs; those of one name and several seeds share a column.
+
+    Args:
+        runs: Run folders; the first one's name is what the others are set against.
+        json: Print the comparison as JSON.
+    """
+    entries = report.compare([report.read_results(path) for path in runs])
+    if json:
+        print(json_format.dumps(entries, indent=2))
+    else:
+        report.show(entries)
+
+
+def demo(*, out: str = "runs/demo", seed: int = 0) -> None:
+    """Train CLIP, ProtoCLIP, and ProtoCLIP with a teacher on the bundled emoji, and compare them.
+
+    Args:
+        out: Folder for the three runs.
+        seed: Seed of all three.
+    """
+    run_demo(out, seed=seed)
+
+
+def print_results(results: dict[str, Any], *, json: bool) -> None:
+    if json:
+        print(json_format.dumps(results, indent=2))
+        return
+    for name, value in results["metrics"].items():
+        print(f"{name:<45} {value:.4f}")
+
+
+class OneLineParser(ArgumentParser):
+    """Reports an error in one line instead of a usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        fail(" ".join(str(message).split()))
+
+
+def fail(message: str) -> NoReturn:
+    print(f"protoclip: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; a user's mistake ends in one line and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for option, value in pairwise(arguments):
+        if option == "--config" and not Path(value).is_file():
+            fail(f"--config: {value}: no such file")
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Soft targets and Adam's moments reach denormal numbers, which CPUs compute very slowly.
+    torch.set_flush_denormal(True)
+    arguments = ["--json=true" if argument == "--json" else argument for argument in arguments]
+    if arguments[:1] == ["compare"]:
+        # jsonargparse takes a list as one argument: `compare A B` becomes `compare ["A", "B"]`.
+        runs = [argument for argument in arguments[1:] if not argument.startswith("-")]
+        options = [argument for argument in arguments[1:] if argument.startswith("-")]
+        arguments = ["compare", *options, *([json_format.dumps(runs)] if runs else [])]
+    try:
+        auto_cli(
+            {"train": train, "evaluate": evaluate, "compare": compare, "demo": demo},
+            args=arguments,
+            parser_class=OneLineParser,
+            parser_mode="toml",
+            prog="protoclip",
+        )
+    except ValueError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("protoclip: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

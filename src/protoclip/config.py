@@ -1,0 +1,297 @@
+"""The configuration: one tree of frozen dataclasses, standard library only.
+
+A recipe (TOML) and `--section.name value` on the command line set these fields; their docstrings
+are what `--help` shows. The defaults are a ProtoCLIP run on the bundled emoji.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str = "protoclip"
+    """What tables call this run; runs of one name and several seeds share a row."""
+    out: str | None = None
+    """Run folder, which must not exist yet. Unset: `runs/<name>-<seed>`."""
+    seed: int = 0
+    """Determines weights, episodes, views and clusterings."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of forward passes; `auto` is bf16 where the hardware computes it, else fp32."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 0
+    """Episodes between checkpoints; 0 saves at the end only."""
+    evaluate_every: int = 0
+    """Episodes between evaluations on the validation split; 0 evaluates at the end only."""
+    evaluate: bool = True
+    """Evaluate on the test split when training is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str = "emoji"
+    """`emoji` (bundled), or a Parquet file with the columns `image` (encoded bytes) and `caption`,
+    and optionally `sample_id`."""
+    augmentation: Literal["light", "clip"] = "light"
+    """Training view: `light` (the paper's for ProtoCLIP) or `clip` (a crop and nothing else)."""
+    workers: int = 0
+    """Processes that decode pictures; 0 decodes in the training process."""
+    cache_images: bool = True
+    """Keep decoded pictures in memory. Turn off for sets larger than memory."""
+    shuffle_captions: bool = False
+    """Pair each picture with another's caption: the control that must learn nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTowerConfig:
+    name: str = "resnet10t"
+    """A timm model name."""
+    size: int = 32
+    """Height and width of the input, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    context_length: int = 16
+    """Tokens a caption is cut to, start and end tokens included."""
+    width: int = 128
+    """Width of the transformer."""
+    heads: int = 2
+    """Attention heads; they divide the width."""
+    layers: int = 2
+    """Transformer layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    hidden_dim: int = 1024
+    """Width of the hidden layers."""
+    hidden_layers: int = 1
+    """Hidden layers, each Linear - BatchNorm - ReLU; 0 makes the head linear."""
+    projection_dim: int = 128
+    """Width of the projections that are clustered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str | None = None
+    """An open_clip model name, such as `RN50`. Unset: the towers described by `model.image` and
+    `model.text`."""
+    pretrained: str | None = None
+    """open_clip's published weights for `model.name`, by tag; downloaded by open_clip."""
+    checkpoint: str | None = None
+    """A run or checkpoint folder whose weights to start from; needs the same architecture."""
+    embed_dim: int = 256
+    """Joint width of image and text features, for towers that are described here."""
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    heads: HeadConfig = field(default_factory=HeadConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig:
+    size: int = 4096
+    """Pairs in an episode."""
+    count: int = 35
+    """Episodes of the whole run."""
+    batch_size: int = 256
+    """Pairs in a step; divides the episode size."""
+    replacement: bool = True
+    """Draw the pairs of an episode with replacement, as the paper does."""
+    warm_up: int = 1
+    """Episodes at the start with InfoNCE alone."""
+    locked_image: int = 1
+    """Episodes at the end with the image tower locked (LiT)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypeConfig:
+    number: int = 400
+    """Prototypes per modality, at most the episode size."""
+    iterations: int = 20
+    """K-means iterations."""
+    restarts: int = 1
+    """K-means starts, of which the best is kept."""
+    back_translation: bool = True
+    """Translate prototypes into the student's space (PBT)."""
+    target_temperature: float = 0.01
+    """Sharpness of the soft targets."""
+    hard_targets: bool = False
+    """One-hot targets in place of soft ones."""
+    mask_empty: bool = True
+    """Leave empty clusters out of the softmax; false restores the reference's behaviour, where an
+    empty cluster is a class with logit 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    features: str | None = None
+    """Features of an external teacher: `emoji` (bundled MiniLM features of the captions), or a
+    Parquet file with the columns `sample_id` and `features`. Unset: no external teacher."""
+    number: int = 400
+    """Prototypes of the teacher's space."""
+    target_temperature: float = 0.01
+    """Sharpness of soft targets, where `hard_targets` is false."""
+    hard_targets: bool = True
+    """One-hot targets, as in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    info_nce: float = 1.0
+    """Weight of InfoNCE."""
+    prototypical: float = 1.0
+    """Weight of the prototypical loss between image and text; 0 and no teacher is CLIP."""
+    teacher: float = 1.0
+    """Weight of the external teacher's prototypical loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warm_up_steps: int = 50
+    """Steps of linear warm-up; then half a cosine to 0 at the start of the locked stage."""
+    locked_learning_rate: float = 2e-4
+    """Peak learning rate of the locked-image stage, which has its own schedule."""
+    locked_warm_up_steps: int = 2
+    """Steps of linear warm-up of the locked-image stage."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's moment decays."""
+    eps: float = 1e-6
+    """AdamW's epsilon."""
+    weight_decay: float = 0.2
+    """For matrices and filters; gains, biases and temperatures have none."""
+    clip_norm: float = 10.0
+    """Largest norm of the whole gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
+    prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def uses_prototypes(self) -> bool:
+        return self.loss.prototypical > 0 or self.uses_teacher
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.teacher.features is not None and self.loss.teacher > 0
+
+
+def check(config: Config) -> list[str]:
+    """Reject impossible combinations; return notes on settings that have no effect.
+
+    Raises:
+        ValueError: In one line that names the setting and what to do.
+    """
+    episodes, prototypes = config.episodes, config.prototypes
+    at_least = {
+        "run.log_every": (config.run.log_every, 1),
+        "data.workers": (config.data.workers, 0),
+        "model.embed_dim": (config.model.embed_dim, 1),
+        "model.image.size": (config.model.image.size, 1),
+        "model.text.context_length": (config.model.text.context_length, 3),
+        "model.text.layers": (config.model.text.layers, 1),
+        "model.heads.hidden_dim": (config.model.heads.hidden_dim, 1),
+        "model.heads.hidden_layers": (config.model.heads.hidden_layers, 0),
+        "model.heads.projection_dim": (config.model.heads.projection_dim, 1),
+        "episodes.size": (episodes.size, 1),
+        "episodes.count": (episodes.count, 1),
+        "episodes.batch_size": (episodes.batch_size, 2),
+        "episodes.warm_up": (episodes.warm_up, 0),
+        "episodes.locked_image": (episodes.locked_image, 0),
+        "prototypes.iterations": (prototypes.iterations, 1),
+        "prototypes.restarts": (prototypes.restarts, 1),
+        "loss.info_nce": (config.loss.info_nce, 0),
+        "loss.prototypical": (config.loss.prototypical, 0),
+        "loss.teacher": (config.loss.teacher, 0),
+        "optim.weight_decay": (config.optim.weight_decay, 0),
+        "optim.warm_up_steps": (config.optim.warm_up_steps, 0),
+        "optim.locked_warm_up_steps": (config.optim.locked_warm_up_steps, 0),
+        "run.save_every": (config.run.save_every, 0),
+        "run.evaluate_every": (config.run.evaluate_every, 0),
+    }
+    for name, (value, least) in at_least.items():
+        if value < least:
+            raise ValueError(f"{name}: {value} is too small; at least {least}")
+    positive = {
+        "prototypes.target_temperature": prototypes.target_temperature,
+        "teacher.target_temperature": config.teacher.target_temperature,
+        "optim.learning_rate": config.optim.learning_rate,
+        "optim.locked_learning_rate": config.optim.locked_learning_rate,
+        "optim.eps": config.optim.eps,
+        "optim.clip_norm": config.optim.clip_norm,
+    }
+    for name, rate in positive.items():
+        if not rate > 0:
+            hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
+            raise ValueError(f"{name}: {rate} needs to be above 0{hint}")
+    if episodes.batch_size > episodes.size:
+        raise ValueError(
+            f"episodes.batch_size: {episodes.batch_size} is larger than episodes.size "
+            f"({episodes.size}); lower it or raise episodes.size"
+        )
+    if episodes.size % episodes.batch_size:
+        nearest = episodes.size // episodes.batch_size * episodes.batch_size
+        raise ValueError(
+            f"episodes.size: {episodes.size} is no multiple of episodes.batch_size "
+            f"({episodes.batch_size}); try {nearest}"
+        )
+    if episodes.warm_up + episodes.locked_image > episodes.count:
+        raise ValueError(
+            f"episodes.count: {episodes.count} is less than episodes.warm_up + "
+            f"episodes.locked_image ({episodes.warm_up} + {episodes.locked_image})"
+        )
+    counts = {"prototypes.number": prototypes.number} if config.loss.prototypical else {}
+    if config.uses_teacher:
+        counts["teacher.number"] = config.teacher.number
+    for name, number in counts.items():
+        if not 2 <= number <= episodes.size:
+            raise ValueError(
+                f"{name}: {number} needs to be between 2 and episodes.size ({episodes.size})"
+            )
+    if not config.loss.info_nce and not config.uses_prototypes:
+        raise ValueError("loss: all weights are 0, so there is nothing to train; raise one")
+    if not config.loss.info_nce and (episodes.warm_up or episodes.locked_image):
+        raise ValueError(
+            "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
+            "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
+        )
+    if config.model.pretrained and not config.model.name:
+        raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
+    return without_effect(config)
+
+
+def without_effect(config: Config) -> list[str]:
+    """One note for each setting that differs from its default and does nothing in this run."""
+    default, notes = Config(), []
+    if config.loss.prototypical == 0 and config.prototypes != default.prototypes:
+        notes.append("prototypes.*: no effect, since loss.prototypical is 0")
+    if config.loss.teacher == 0 and config.teacher.features is not None:
+        notes.append("teacher.*: no effect, since loss.teacher is 0")
+    if config.teacher.features is None and config.loss.teacher not in (0, default.loss.teacher):
+        notes.append("loss.teacher: no effect without teacher.features")
+    if not config.uses_prototypes and config.episodes.warm_up != default.episodes.warm_up:
+        notes.append("episodes.warm_up: no effect, since no loss uses prototypes")
+    if config.model.name and config.model.image != default.model.image:
+        notes.append(f"model.image.*: no effect, since model.name is {config.model.name}")
+    if config.model.name and config.model.text != default.model.text:
+        notes.append(f"model.text.*: no effect, since model.name is {config.model.name}")
+    if config.prototypes.hard_targets and (
+        config.prototypes.target_temperature != default.prototypes.target_temperature
+    ):
+        notes.append("prototypes.target_temperature: no effect with prototypes.hard_targets")
+    return notes

@@ -1,0 +1,1 @@
+"""Image-text pairs, episodes over them, views and loaders."""

@@ -1,0 +1,79 @@
+"""The demonstration: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from protoclip import report, run
+from protoclip.config import Config, LossConfig, RunConfig, TeacherConfig
+from protoclip.progress import duration
+
+
+def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
+    """The three runs: same seed, samples, augmentation, optimizer and schedule.
+
+    They are also `recipes/emoji_*.toml`, for training one of them alone.
+    """
+    losses = {
+        "CLIP": (LossConfig(prototypical=0.0), TeacherConfig()),
+        "ProtoCLIP": (LossConfig(), TeacherConfig()),
+        "ProtoCLIP + teacher": (LossConfig(), TeacherConfig(features="emoji")),
+    }
+    configs = {}
+    for name, (loss, teacher) in losses.items():
+        folder = name.lower().replace(" + ", "-")
+        configs[name] = Config(
+            run=RunConfig(name=name, seed=seed, out=f"{out}/{folder}" if out else None),
+            loss=loss,
+            teacher=teacher,
+        )
+    return configs
+
+
+def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]]:
+    """Train and evaluate the three arms, print their table and say where to look.
+
+    Arms that an earlier call finished are kept; one that was interrupted starts again.
+
+    Args:
+        out: Folder of the demonstration.
+        seed: Seed of all three arms.
+
+    Returns:
+        The comparison, as written to `results.json` in the folder.
+
+    Raises:
+        ValueError: The folder holds something else than this demonstration.
+    """
+    started, out = time.monotonic(), Path(out)
+    configs = arms(seed=seed, out=str(out))
+    folders = {name: Path(config.run.out or "") for name, config in configs.items()}
+    for name, config in configs.items():
+        folder = folders[name]
+        if folder.exists():
+            if stored(folder) != run.to_toml(config):
+                raise ValueError(
+                    f"{folder}: holds another run than this demonstration's; remove it, or choose "
+                    "another folder with --out"
+                )
+            if (folder / "results.json").is_file():
+                print(f"{name}: finished earlier, kept ({folder}; remove it to train again)")
+                continue
+            shutil.rmtree(folder)
+        run.train(config)
+    entries = report.compare([report.read_results(folder) for folder in folders.values()])
+    (out / "results.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    report.show(entries)
+    print(f"Done in {duration(time.monotonic() - started)}. One seed: read differences of a point")
+    print("as noise; docs/LOG.md has three seeds with their spread. Where to look:")
+    print(f"  {out}/results.json          this table")
+    print(f"  {out}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
+    print(f"  tensorboard --logdir {out}  curves")
+    return entries
+
+
+def stored(folder: Path) -> str | None:
+    path = folder / "config.toml"
+    return path.read_text(encoding="utf-8") if path.is_file() else None

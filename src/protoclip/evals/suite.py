@@ -1,0 +1,304 @@
+"""The evaluation suite: every metric of one model on one data set."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.evals.clustering import clustering_agreement
+from protoclip.evals.datasets import EvaluationData
+from protoclip.evals.knn import knn_accuracy
+from protoclip.evals.linear_probe import linear_probe_accuracy
+from protoclip.evals.modality_gap import modality_gap
+from protoclip.evals.retrieval import retrieval_recall
+from protoclip.evals.zero_shot import class_features, zero_shot_accuracy
+
+ZERO_SHOT_KS = (1, 5)
+RETRIEVAL_KS = (1, 5, 10)
+
+Progress = Callable[[str, int, int], None]
+Item = TypeVar("Item")
+
+
+@runtime_checkable
+class ImageTextModel(Protocol):
+    """What the suite asks of a model: a module with the two encoders."""
+
+    def encode_image(self, images: Tensor, normalize: bool = ...) -> Tensor: ...
+    def encode_text(self, tokens: Tensor, normalize: bool = ...) -> Tensor: ...
+    def eval(self) -> Any: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteFeatures:
+    """All that the metrics need of a model; unit-norm rows on the CPU."""
+
+    images: Mapping[str, Float[Tensor, "_ d"]]
+    """By split: `train`, `validation` and the split that is measured."""
+    captions: Float[Tensor, "t d"]
+    """Of the held-out split's distinct captions."""
+    names: Float[Tensor, "c d"]
+    """Class features of the held-out split's concept names."""
+    classes: Float[Tensor, "k d"]
+    """Class features of the data set's class names."""
+
+
+def evaluate(
+    model: ImageTextModel,
+    image_transform: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    data: EvaluationData,
+    *,
+    split: str = "test",
+    device: torch.device | str,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Measure a model on a held-out split.
+
+    | key after `eval/<data>/` | what |
+    |---|---|
+    | `zero_shot/acc{1,5}` | a picture's concept among the concept names of the split |
+    | `zero_shot_subgroup/acc{1,5}` | its class among the class names of the data set |
+    | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's distinct captions |
+    | `linear_probe/acc1`, `knn/acc1` | its class, learnt from the image features of `train` |
+    | `clustering/{ami,ari}` | K-means of the image features against the classes |
+    | `modality_gap/{gap,alignment,uniformity_image,uniformity_text}` | geometry of the pairs |
+
+    Concepts of an equal name are one class. Prompts are the bare names, and class names with
+    spaces for hyphens. Fractions are 0-1. Equal inputs give equal results on one machine.
+
+    Args:
+        model: On `device`. It is in evaluation mode meanwhile; the mode of each of its modules is
+            restored.
+        image_transform: Evaluation view of a picture, `(3, h, w)`.
+        tokenizer: Tokens of a list of strings, `(b, c)`.
+        data: The data set.
+        split: `test`, with the linear probe's strength chosen on `validation`; or `validation` for
+            everything, where the probe is optimistic: for tuning only.
+        device: Where the towers run. The metrics are computed on the CPU.
+        batch_size: Pictures or texts of a forward pass.
+        seed: Seed of the clustering's starts.
+        progress: Called with a stage, and how much of how much of it is done.
+
+    Raises:
+        ValueError: A setting out of range, or features that are not finite.
+    """
+    if split not in ("validation", "test") or batch_size < 1:
+        raise ValueError(
+            f"split={split!r}, batch_size={batch_size}: choose 'validation' or 'test', and >= 1"
+        )
+    report = progress or (lambda stage, done, total: None)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        features = extract(
+            model,
+            image_transform,
+            tokenizer,
+            data,
+            split=split,
+            device=device,
+            batch_size=batch_size,
+            progress=report,
+        )
+    finally:
+        # One by one: a locked tower stays in evaluation mode inside a model that trains.
+        for module, training in modes:
+            module.training = training
+    return measure(features, data, split=split, seed=seed, progress=report)
+
+
+def extract(
+    model: ImageTextModel,
+    image_transform: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    data: EvaluationData,
+    *,
+    split: str,
+    device: torch.device | str,
+    batch_size: int,
+    progress: Progress,
+) -> SuiteFeatures:
+    """Encode the pictures, captions and names of `evaluate`, in the model's present mode."""
+
+    def encode_images(of_split: str) -> Float[Tensor, "n d"]:
+        pairs = data.split(of_split)
+
+        def encode_rows(rows: Sequence[int]) -> Tensor:
+            views = torch.stack([image_transform(pairs.image(row)) for row in rows])
+            return model.encode_image(views.to(device), normalize=True)
+
+        stage = f"{data.name} images: {of_split}"
+        return encode(encode_rows, range(len(pairs)), stage, batch_size, progress)
+
+    def encode_texts(texts: list[str]) -> Float[Tensor, "n d"]:
+        def encode_strings(strings: Sequence[str]) -> Tensor:
+            return model.encode_text(tokenizer(list(strings)).to(device), normalize=True)
+
+        return encode(encode_strings, texts, f"{data.name} texts", batch_size, progress)
+
+    held_out = data.split(split)
+    captions, _, _ = distinct_captions(held_out, data.group_column)
+    names = distinct(held_out.column(data.name_column))
+    return SuiteFeatures(
+        images={
+            part: encode_images(part) for part in dict.fromkeys(("train", "validation", split))
+        },
+        captions=encode_texts(captions),
+        names=class_features(encode_texts, [[name] for name in names]),
+        classes=class_features(encode_texts, [[c.replace("-", " ")] for c in data.classes()]),
+    )
+
+
+def encode(
+    encode_batch: Callable[[Sequence[Item]], Tensor],
+    items: Sequence[Item],
+    stage: str,
+    batch_size: int,
+    progress: Progress,
+) -> Float[Tensor, "n d"]:
+    """Features of all items in float32 on the CPU, a batch at a time.
+
+    Raises:
+        ValueError: Features are not finite.
+    """
+    batches = []
+    for start in range(0, len(items), batch_size):
+        with torch.inference_mode():
+            features = encode_batch(items[start : start + batch_size]).float().cpu()
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
+        batches.append(features)
+        progress(stage, min(start + batch_size, len(items)), len(items))
+    return torch.cat(batches)
+
+
+def measure(
+    features: SuiteFeatures,
+    data: EvaluationData,
+    *,
+    split: str,
+    seed: int,
+    progress: Progress,
+) -> dict[str, float]:
+    """The metrics of `evaluate` from features."""
+    held_out = data.split(split)
+    images = features.images[split]
+    labels = {
+        part: indices(data.split(part).column(data.class_column), data.classes())
+        for part in features.images
+    }
+    names = held_out.column(data.name_column)
+    concepts = held_out.column(data.group_column)
+    _, caption_groups, caption_of_row = distinct_captions(held_out, data.group_column)
+
+    def probe() -> dict[str, float]:
+        found = linear_probe_accuracy(
+            features.images["train"],
+            labels["train"],
+            features.images["validation"],
+            labels["validation"],
+            images,
+            labels[split],
+        )
+        return {"acc1": found["acc1"]}  # the strength chosen is a setting, not a result
+
+    stages: dict[str, Callable[[], dict[str, float]]] = {
+        "zero_shot": lambda: zero_shot_accuracy(
+            images, features.names, indices(names, distinct(names)), ZERO_SHOT_KS
+        ),
+        "zero_shot_subgroup": lambda: zero_shot_accuracy(
+            images, features.classes, labels[split], ZERO_SHOT_KS
+        ),
+        "retrieval": lambda: retrieval_recall(
+            images,
+            features.captions,
+            indices(concepts, distinct(concepts)),
+            indices(caption_groups, distinct(concepts)),
+            RETRIEVAL_KS,
+        ),
+        "linear_probe": probe,
+        "knn": lambda: knn_accuracy(
+            features.images["train"], labels["train"], images, labels[split]
+        ),
+        "clustering": lambda: clustering_agreement(images, labels[split], seed=seed),
+        "modality_gap": lambda: modality_gap(
+            images, features.captions[torch.tensor(caption_of_row)]
+        ),
+    }
+    metrics = {}
+    for done, (stage, compute) in enumerate(stages.items(), start=1):
+        for metric, value in compute().items():
+            metrics[f"eval/{data.name}/{stage}/{metric}"] = value
+        progress(f"{data.name} metrics: {stage}", done, len(stages))
+    return metrics
+
+
+def chance_levels(data: EvaluationData, split: str = "test") -> dict[str, float]:
+    """What a model scores whose features say nothing, under the keys of `evaluate`.
+
+    Zero-shot and retrieval: the exact expectation over random rankings, for retrieval
+    `1 - C(n - r, k) / C(n, k)` with `r` relevant among `n` candidates. Linear probe and nearest
+    neighbours: the share of the class most frequent in `train`, the best answer without looking.
+    Clustering: 0, what the adjustment for chance makes of it.
+    """
+    held_out = data.split(split)
+    names = distinct(held_out.column(data.name_column))
+    _, caption_groups, _ = distinct_captions(held_out, data.group_column)
+    images_of, captions_of = Counter(held_out.column(data.group_column)), Counter(caption_groups)
+    frequent, _ = Counter(data.train.column(data.class_column)).most_common(1)[0]
+    blind = float((held_out.column(data.class_column) == frequent).mean())
+
+    levels = {}
+    for k in ZERO_SHOT_KS:
+        levels[f"zero_shot/acc{k}"] = min(1.0, k / len(names))
+        levels[f"zero_shot_subgroup/acc{k}"] = min(1.0, k / len(data.classes()))
+    for k in RETRIEVAL_KS:
+        levels[f"retrieval/image_to_text@{k}"] = chance_recall(images_of, captions_of, k)
+        levels[f"retrieval/text_to_image@{k}"] = chance_recall(captions_of, images_of, k)
+    levels |= {"linear_probe/acc1": blind, "knn/acc1": blind}
+    levels |= {"clustering/ami": 0.0, "clustering/ari": 0.0}
+    return {f"eval/{data.name}/{key}": level for key, level in levels.items()}
+
+
+def chance_recall(queries_of: Counter[str], candidates_of: Counter[str], k: int) -> float:
+    """Expected recall at `k` of a random ranking, from the counts of each group."""
+    total = candidates_of.total()
+    ways = math.comb(total, min(k, total))
+    recalled = sum(
+        count * (1 - math.comb(total - candidates_of[group], min(k, total)) / ways)
+        for group, count in queries_of.items()
+    )
+    return recalled / queries_of.total()
+
+
+def distinct(values: Iterable[str]) -> list[str]:
+    return sorted(set(values))
+
+
+def indices(values: Iterable[str], ordered: Sequence[str]) -> Int[Tensor, " n"]:
+    """Position of each value among the distinct, ordered ones."""
+    position = {value: index for index, value in enumerate(ordered)}
+    return torch.tensor([position[value] for value in values])
+
+
+def distinct_captions(
+    pairs: ImageTextPairs, group_column: str
+) -> tuple[list[str], list[str], list[int]]:
+    """Each caption of a group once: captions, their groups, and which one each row has."""
+    position: dict[tuple[str, str], int] = {}
+    of_row = [
+        position.setdefault((pairs.caption(row), group), len(position))
+        for row, group in enumerate(pairs.column(group_column))
+    ]
+    return [caption for caption, _ in position], [group for _, group in position], of_row

@@ -1,0 +1,1 @@
+"""Towers, projection heads and the model that holds them."""

@@ -1,0 +1,84 @@
+"""The model: two towers, two projection heads, two temperatures."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+MAX_LOG_SCALE = math.log(100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """What the model makes of a batch of pairs.
+
+    Features and projections have unit norm; scales are inverse temperatures in [1, 100].
+    Projections are `None` when the forward pass was asked for features alone.
+    """
+
+    image_features: Float[Tensor, "b d"]
+    text_features: Float[Tensor, "b d"]
+    image_projections: Float[Tensor, "b p"] | None
+    text_projections: Float[Tensor, "b p"] | None
+    logit_scale: Float[Tensor, ""]
+    prototype_logit_scale: Float[Tensor, ""]
+
+
+class ProtoCLIP(nn.Module):
+    """An open_clip tower pair with projection heads for grouping (paper, figure 2).
+
+    Args:
+        towers: An open_clip model: `encode_image`, `encode_text`, `visual` and `logit_scale`.
+        head: The projection head. Image and text heads both start from its weights, so that
+            before training they map equal features to equal projections.
+    """
+
+    def __init__(self, towers: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.towers = towers
+        self.image_head = head
+        self.text_head = copy.deepcopy(head)
+        self.prototype_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_image(
+        self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        """Image tower outputs in the joint space, brought to unit norm on request."""
+        features: Tensor = self.towers.encode_image(images).float()  # type: ignore[operator]
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(
+        self, tokens: Int[Tensor, "b c"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        """Text tower outputs in the joint space, brought to unit norm on request."""
+        features: Tensor = self.towers.encode_text(tokens).float()  # type: ignore[operator]
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "b c"], project: bool = True
+    ) -> Embeddings:
+        """Features of a batch of pairs, and their projections where `project` asks for them.
+
+        The heads read the towers' outputs before normalisation, as in the reference.
+        """
+        image, text = self.encode_image(images), self.encode_text(tokens)
+        return Embeddings(
+            image_features=F.normalize(image, dim=-1),
+            text_features=F.normalize(text, dim=-1),
+            image_projections=F.normalize(self.image_head(image).float(), dim=-1)
+            if project
+            else None,
+            text_projections=F.normalize(self.text_head(text).float(), dim=-1) if project else None,
+            logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
+            prototype_logit_scale=self.prototype_logit_scale.exp(),
+        )
+
+    @torch.no_grad()
+    def clamp_scales(self) -> None:
+        """Keep both inverse temperatures in [1, 100]; called after each optimizer step."""
+        self.towers.logit_scale.clamp_(0, MAX_LOG_SCALE)  # type: ignore[operator]
+        self.prototype_logit_scale.clamp_(0, MAX_LOG_SCALE)

@@ -1,0 +1,98 @@
+"""Image and text towers and their tokenizer, through open_clip."""
+
+from collections.abc import Callable
+
+import open_clip
+import timm
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor, nn
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+def named_towers(name: str, *, pretrained: str | None = None) -> nn.Module:
+    """One of open_clip's models, with new weights or a published set of them.
+
+    Raises:
+        ValueError: open_clip knows no such model, or no such weights for it.
+    """
+    if name not in open_clip.list_models():
+        raise ValueError(
+            f"model.name: open_clip has no model '{name}'; "
+            f"it has {len(open_clip.list_models())}, such as RN50, ViT-S-16, ViT-B-32"
+        )
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is not None and pretrained not in known:
+        raise ValueError(
+            f"model.pretrained: open_clip has no weights '{pretrained}' for {name}; "
+            f"it has {', '.join(known) or 'none'}"
+        )
+    model: nn.Module = open_clip.create_model(name, pretrained=pretrained)
+    return model
+
+
+def small_towers(
+    *,
+    embed_dim: int,
+    image_model: str,
+    image_size: int,
+    context_length: int,
+    text_width: int,
+    text_heads: int,
+    text_layers: int,
+) -> nn.Module:
+    """A tower pair of one's own: a timm image model and a small text transformer.
+
+    Args:
+        embed_dim: Joint width `d`.
+        image_model: A timm model name; its pooled output is projected to `embed_dim`.
+        image_size: Height and width of the input, in pixels.
+        context_length: Tokens a caption is cut to.
+        text_width, text_heads, text_layers: Shape of the text transformer.
+
+    Raises:
+        ValueError: timm knows no such model, or the heads do not divide the width.
+    """
+    if image_model not in timm.list_models():
+        near = timm.list_models(f"{image_model[:6]}*")[:3] or timm.list_models()[:3]
+        raise ValueError(
+            f"model.image.name: timm has no model '{image_model}'; it has, for example, "
+            + ", ".join(near)
+        )
+    if text_width % text_heads:
+        raise ValueError(f"model.text.heads: {text_heads} heads do not divide width {text_width}")
+    model: nn.Module = open_clip.CLIP(
+        embed_dim,
+        CLIPVisionCfg(
+            timm_model_name=image_model, timm_pool="avg", timm_proj="linear", image_size=image_size
+        ),
+        CLIPTextCfg(
+            context_length=context_length, width=text_width, heads=text_heads, layers=text_layers
+        ),
+    )
+    return model
+
+
+def build_tokenizer(name: str | None, *, context_length: int | None = None) -> Tokenizer:
+    """Tokenizer of a named model, or CLIP's own byte-pair encoding cut to `context_length`."""
+    tokenizer: Tokenizer = (
+        open_clip.get_tokenizer(name)
+        if name is not None
+        else open_clip.SimpleTokenizer(context_length=context_length)
+    )
+    return tokenizer
+
+
+def image_normalisation(
+    towers: nn.Module,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Channel means and standard deviations that the image tower expects, for values in [0, 1]."""
+    mean = getattr(towers.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(towers.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    return tuple(mean), tuple(std)
+
+
+def image_size(towers: nn.Module) -> int:
+    """Height and width of the image tower's input, in pixels."""
+    size: int | tuple[int, int] = towers.visual.image_size  # type: ignore[union-attr,assignment]
+    return size if isinstance(size, int) else size[0]

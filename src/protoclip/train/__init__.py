@@ -1,0 +1,1 @@
+"""Episodic training: stages, schedules, state and the loop."""
