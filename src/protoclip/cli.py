@@ -2,6 +2,7 @@
 
 import json as json_format
 import sys
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -117,12 +118,22 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def check_recipe(path: Path) -> None:
+    """Name the file where there is none or it is no TOML; the parser alone would not."""
+    if not path.is_file():
+        fail(f"--config: {path}: no such file")
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"--config: {path}: not TOML ({error})")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake ends in one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for option, value in pairwise(arguments):
-        if option == "--config" and not Path(value).is_file():
-            fail(f"--config: {value}: no such file")
+        if option == "--config":
+            check_recipe(Path(value))
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Soft targets and Adam's moments reach denormal numbers, which CPUs compute very slowly.
     torch.set_flush_denormal(True)

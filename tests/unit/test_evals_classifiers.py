@@ -1,6 +1,7 @@
 """Linear probe and nearest neighbours on frozen features."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -79,6 +80,15 @@ def test_a_fit_that_stops_early_says_so():
     losses = [objective(p.weights, p.bias, rows, labels, 1e-5) for p in (best, early)]
     assert losses[1] > losses[0] + 1e-3
     assert best.gradient <= 3e-4 < early.gradient
+
+
+def test_a_tolerance_below_single_precision_is_reached():
+    """Where float32 gets stuck, float64 goes on: no warning, and the gradient is as asked."""
+    rows, labels = blobs(150, 6, 5, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (probe,) = fit_linear_probes(rows, labels, (1e-3,), tolerance=1e-7)
+    assert probe.gradient <= 1e-7
 
 
 def test_probes_fit_where_gradients_are_off():

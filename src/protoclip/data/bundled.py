@@ -61,7 +61,7 @@ def emoji_table(split: Literal["train", "validation", "test"] | None = None) -> 
     * `group`, `subgroup`: Unicode's 9 groups and 98 subgroups (no components, no skin tones);
     * `split`: one of `EMOJI_SPLITS`.
 
-    Each set keeps its own licence (Apache 2.0, MIT or CC BY 4.0); `emoji/LICENSES.md`, beside
+    Each set keeps its own licence (Apache 2.0, MIT or CC BY 4.0); `emoji/LICENSES`, beside
     the data, names them with their authors.
 
     Args:
