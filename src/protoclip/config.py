@@ -13,7 +13,7 @@ class RunConfig:
     name: str = "protoclip"
     """What tables call this run; runs of one name and several seeds share a row."""
     out: str | None = None
-    """Run folder, which must not exist yet. Unset: `runs/<name>-<seed>`."""
+    """Run folder, which must not exist yet. Unset: `runs/<name>-<seed>`, in lower case."""
     seed: int = 0
     """Determines weights, episodes, views and clusterings."""
     device: str = "auto"

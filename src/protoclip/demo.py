@@ -23,9 +23,9 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
     }
     configs = {}
     for name, (loss, teacher) in losses.items():
-        folder = name.lower().replace(" + ", "-")
+        folder = f"{out}/{run.slug(name)}" if out else None
         configs[name] = Config(
-            run=RunConfig(name=name, seed=seed, out=f"{out}/{folder}" if out else None),
+            run=RunConfig(name=name, seed=seed, out=folder),
             loss=loss,
             teacher=teacher,
         )

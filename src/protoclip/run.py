@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     for note in check(config):
         print(f"note: {note}")
-    folder = Path(config.run.out or f"runs/{config.run.name}-{config.run.seed}")
+    folder = Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
     if folder.exists():
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out")
     device = build.device(config.run.device)
@@ -49,6 +50,12 @@ def train(config: Config) -> dict[str, Any]:
     view, tokenizer = build.evaluation_view(model), build.tokenizer(config.model)
     steps = config.episodes.count * (config.episodes.size // config.episodes.batch_size)
     progress = Progress(f"train {config.run.name}", steps)
+
+    # Held-out splits come with the bundled data alone; a run on other data is not judged by emoji.
+    bundled = config.data.train == "emoji"
+    evaluates = bundled and config.run.evaluate
+    if config.run.evaluate and not bundled:
+        print("note: not evaluated, since data.train has no held-out splits; see `evaluate`")
 
     def due(state: TrainState, every: int) -> bool:
         return bool(every) and state.episode % every == 0
@@ -66,7 +73,7 @@ def train(config: Config) -> dict[str, Any]:
             )
 
     def evaluate_along_the_way(state: TrainState) -> Mapping[str, float]:
-        if not due(state, config.run.evaluate_every):
+        if not (bundled and due(state, config.run.evaluate_every)):
             return {}
         return evaluate(model, view, tokenizer, split="validation", show=False)
 
@@ -99,7 +106,7 @@ def train(config: Config) -> dict[str, Any]:
         "train_seconds": round(state.seconds, 2),
         "precision": precision,
         "environment": environment(device),
-        "metrics": evaluate(model, view, tokenizer, split="test") if config.run.evaluate else {},
+        "metrics": evaluate(model, view, tokenizer, split="test") if evaluates else {},
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
@@ -130,6 +137,11 @@ def evaluate(
         device=next(model.parameters()).device,
         progress=progress if show else None,
     )
+
+
+def slug(name: str) -> str:
+    """A run's name as a folder name: `ProtoCLIP + teacher` is `protoclip-teacher`."""
+    return "-".join(re.findall(r"[a-z0-9._]+", name.lower())) or "run"
 
 
 def to_toml(config: Config) -> str:

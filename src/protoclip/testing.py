@@ -62,7 +62,7 @@ def tiny_model() -> ModelConfig:
 
 
 def tiny_config(train: str = "emoji", *, out: str, teacher: str | None = None) -> Config:
-    """A run of four episodes (warm-up, two prototypical, locked image) in a few seconds, in fp32."""
+    """A run of four episodes (warm-up, two prototypical, locked image) in seconds, in fp32."""
     return Config(
         run=RunConfig(name="tiny", out=out, device="cpu", precision="fp32", log_every=1),
         data=DataConfig(train=train),

@@ -39,7 +39,7 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 
 
 def test_batches_cover_the_episode_in_order() -> None:
-    """Positions count up, ids are those of the rows, and repeats of a row get views of their own."""
+    """Positions count up, and sample ids are those of the rows."""
     source = loader()
     episode = EpisodeSampler(96, 80, seed=0).episode(2)
     batches = list(source.batches(episode))
@@ -125,7 +125,7 @@ def test_teacher_faults_are_counted() -> None:
         teacher(["a", "b"], features)
     with pytest.raises(ValueError, match="1 of 3 features are not finite"):
         teacher(["a", "b", "c"], np.array([[0, 1], [np.nan, 0], [0, 0]], dtype=np.float32))
-    with pytest.raises(ValueError, match="no teacher features for 2 of 3 .* such as 'x'"):
+    with pytest.raises(ValueError, match=r"no teacher features for 2 of 3 .* such as 'x'"):
         teacher(["a", "b", "c"], features).require(["x", "a", "y"])
 
 

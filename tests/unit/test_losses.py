@@ -141,7 +141,7 @@ def embeddings(seed: int) -> Embeddings:
 
 
 def test_the_objective_is_the_weighted_sum_of_its_terms() -> None:
-    """w_i InfoNCE + w_p (image + text) / 2 + w_e (image + text) / 2, by positions in the episode."""
+    """w_i InfoNCE + w_p (image + text) / 2 + w_e (image + text) / 2, by position."""
     e = embeddings(10)
     episode = 20
     names = ["image_from_text", "text_from_image", "image_from_bert", "text_from_bert"]

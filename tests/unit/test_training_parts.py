@@ -57,7 +57,7 @@ def test_a_warm_up_longer_than_the_run_is_cut() -> None:
 
 
 def test_decay_spares_gains_biases_and_temperatures() -> None:
-    """Every parameter is in one group; what has one dimension or is a temperature does not decay."""
+    """Each parameter is in one group; vectors and temperatures do not decay."""
     model = build.model(tiny_model(), seed=0)
     optimizer = adamw(model, learning_rate=1.0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     decayed, spared = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
@@ -88,7 +88,9 @@ def test_the_locked_stage_fixes_the_image_tower() -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.sub_(parameter.grad)
-    changed = {name for name, tensor in model.state_dict().items() if (tensor != before[name]).any()}
+    changed = {
+        name for name, tensor in model.state_dict().items() if (tensor != before[name]).any()
+    }
     assert changed
     assert not {name for name in changed if name.startswith(("towers.visual", "image_head"))}
     assert any(name.startswith("towers.transformer") for name in changed)

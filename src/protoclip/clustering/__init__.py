@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from protoclip.clustering.torch_lloyd import lloyd, nearest, random_start
 from protoclip.clustering.segments import segment_mean
+from protoclip.clustering.torch_lloyd import lloyd, nearest, random_start
 
 __all__ = ["KMeans", "kmeans", "nearest", "segment_mean"]
 

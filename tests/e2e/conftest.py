@@ -1,0 +1,43 @@
+"""Runs small enough for tests."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip import run
+from protoclip.data.bundled import emoji_table
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.evals import datasets
+from protoclip.testing import tiny_config, tiny_pairs
+
+
+@pytest.fixture(scope="session")
+def tiny_parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Parquet file of 96 coloured shapes with captions."""
+    path = tmp_path_factory.mktemp("data") / "tiny.parquet"
+    pq.write_table(tiny_pairs(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four tiny episodes."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run.train(tiny_config(tiny_parquet, out=str(folder)))
+    return folder
+
+
+@pytest.fixture
+def few_emoji(monkeypatch: pytest.MonkeyPatch) -> datasets.EvaluationData:
+    """The evaluation data cut to every tenth sample, so that an evaluation takes a second."""
+    parts = {
+        split: ImageTextPairs(
+            emoji_table(split).take(list(range(0, emoji_table(split).num_rows, 10))),
+            name=f"emoji/{split}",
+        )
+        for split in datasets.SPLITS
+    }
+    few = datasets.EvaluationData(name="emoji", **parts)
+    monkeypatch.setattr(datasets, "emoji", lambda: few)
+    return few

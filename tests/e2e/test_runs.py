@@ -1,0 +1,315 @@
+"""Runs from beginning to end, through the functions and commands that users call."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import protoclip
+from protoclip import demo, report, run
+from protoclip.cli import main
+from protoclip.config import Config
+from protoclip.evals.datasets import EvaluationData
+from protoclip.testing import tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
+    """Configuration, metrics of every step, checkpoint, results, TensorBoard."""
+    assert (tiny_run / "config.toml").is_file()
+    assert list((tiny_run / "tensorboard").iterdir())
+    results = json.loads((tiny_run / "results.json").read_text())
+    assert results["samples_seen"] == 4 * 64
+    assert results["steps"] == 16
+    assert results["train_seconds"] > 0
+    steps = [line["step"] for line in metrics_of(tiny_run) if "train/loss/total" in line]
+    assert steps == list(range(1, 17))
+    assert all(np.isfinite(list(line.values())).all() for line in metrics_of(tiny_run))
+
+
+def test_nothing_is_extracted_or_grouped_where_it_is_not_used(tiny_run: Path) -> None:
+    """Episodes 1 and 2 of 0 to 3 are prototypical: they alone extract, and they alone have the
+    prototypical loss."""
+    lines = metrics_of(tiny_run)
+    assert [line["episode"] for line in lines if "train/seconds/extract" in line] == [1, 2]
+    prototypical = {line["episode"] for line in lines if any("prototypical" in key for key in line)}
+    assert prototypical == {1, 2}
+
+
+def test_a_clip_run_never_groups(tiny_parquet: str, tmp_path: Path) -> None:
+    """Without prototypical weights and teacher there is no extraction, and InfoNCE is the total."""
+    config = tiny_config(tiny_parquet, out=str(tmp_path / "clip"))
+    run.train(replace(config, loss=replace(config.loss, prototypical=0.0)))
+    for line in metrics_of(tmp_path / "clip"):
+        assert "train/seconds/extract" not in line
+        assert line["train/loss/total"] == line["train/loss/info_nce"]
+
+
+def test_the_locked_episode_moves_text_and_not_images(tiny_parquet: str, tmp_path: Path) -> None:
+    """Weights before and after the LiT episode: image tower and BatchNorm statistics equal bit for
+    bit, text tower moved."""
+    config = tiny_config(tiny_parquet, out=str(tmp_path / "run"))
+    saved = {}
+
+    def keep(folder: Path, *, model: torch.nn.Module, state, **_: object) -> None:
+        saved[state.episode] = {k: v.clone() for k, v in model.state_dict().items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "save_checkpoint", keep)
+        run.train(replace(config, run=replace(config.run, save_every=1)))
+    before, after = saved[3], saved[4]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not [name for name in moved if name.startswith(("towers.visual", "image_head"))]
+    text = [name for name in before if name.startswith("towers.transformer.") and "weight" in name]
+    assert set(text) <= moved
+    earlier = {name for name in before if not torch.equal(saved[2][name], before[name])}
+    assert [name for name in earlier if name.startswith("towers.visual")]
+
+
+def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_parquet: str, tmp_path: Path) -> None:
+    """Weights and metrics of two runs are identical; another seed's are not."""
+    weights, metrics = [], []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = tiny_config(tiny_parquet, out=str(tmp_path / name))
+        torch.manual_seed(hash(name))
+        run.train(replace(config, run=replace(config.run, seed=seed)))
+        weights.append(load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors"))
+        metrics.append(
+            [
+                {key: value for key, value in line.items() if "seconds" not in key}
+                for line in metrics_of(tmp_path / name)
+            ]
+        )
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert metrics[0] == metrics[1]
+    assert any(not torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+def test_training_learns(tiny_parquet: str, tmp_path: Path) -> None:
+    """On nine distinguishable captions InfoNCE falls well below its start."""
+    config = tiny_config(tiny_parquet, out=str(tmp_path / "run"))
+    longer = replace(config.episodes, count=16)
+    run.train(replace(config, episodes=longer, optim=replace(config.optim, warm_up_steps=4)))
+    losses = [
+        line["train/loss/info_nce"]
+        for line in metrics_of(tmp_path / "run")
+        if "train/loss/info_nce" in line
+    ]
+    assert np.mean(losses[-12:]) < np.mean(losses[:4]) - 0.5
+
+
+def test_every_switch_of_the_method_trains(tmp_path: Path, few_emoji: EvaluationData) -> None:
+    """Teacher, hard targets, no PBT, the reference's empty clusters, no replacement, no warm-up,
+    bf16 and a linear head run to the end and are evaluated."""
+    config = tiny_config(out=str(tmp_path / "run"), teacher="emoji")
+    config = replace(
+        config,
+        run=replace(config.run, precision="bf16", evaluate_every=2),
+        prototypes=replace(
+            config.prototypes, hard_targets=True, back_translation=False, mask_empty=False
+        ),
+        episodes=replace(config.episodes, replacement=False, warm_up=0, locked_image=0),
+        teacher=replace(config.teacher, hard_targets=False),
+        model=replace(config.model, heads=replace(config.model.heads, hidden_layers=0)),
+    )
+    results = run.train(config)
+    lines = metrics_of(tmp_path / "run")
+    assert sum("train/loss/prototypical/image_from_teacher" in line for line in lines) == 16
+    assert [line["episode"] for line in lines if "eval/emoji/knn/acc1" in line] == [2, 4]
+    assert 0 <= results["metrics"]["eval/emoji/zero_shot/acc1"] <= 1
+
+
+def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
+    """`load` takes a run or a checkpoint folder, and gives equal unit features."""
+    features = []
+    for path in (tiny_run, tiny_run / "checkpoints" / "last"):
+        model, image_transform, tokenizer = protoclip.load(path)
+        images = torch.stack([image_transform(Image.new("RGB", (50, 40), "red"))] * 2)
+        with torch.inference_mode():
+            image = model.encode_image(images, normalize=True)
+            text = model.encode_text(tokenizer(["a red square", "a blue corner"]), normalize=True)
+        assert image.shape == text.shape == (2, 16)
+        torch.testing.assert_close(text.norm(dim=1), torch.ones(2))
+        features.append(torch.cat([image, text]))
+    assert torch.equal(features[0], features[1])
+
+
+def test_a_checkpoint_is_where_the_next_run_starts(
+    tiny_run: Path, tiny_parquet: str, tmp_path: Path
+) -> None:
+    """model.checkpoint starts from the saved weights, not from new ones."""
+    config = tiny_config(tiny_parquet, out=str(tmp_path / "next"))
+    model = replace(config.model, checkpoint=str(tiny_run))
+    still = replace(config.optim, learning_rate=1e-12, locked_learning_rate=1e-12)
+    run.train(replace(config, model=model, optim=still))
+    old = load_file(tiny_run / "checkpoints" / "last" / "model.safetensors")
+    new = load_file(tmp_path / "next" / "checkpoints" / "last" / "model.safetensors")
+    for name in old:
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(new[name], old[name], atol=1e-6, rtol=0)
+
+
+def test_train_evaluate_and_compare_from_the_command_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    few_emoji: EvaluationData,
+) -> None:
+    """A recipe with overrides trains; evaluate repeats the run's own numbers; compare sets runs of
+    two seeds in one column and says the difference."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(run.to_toml(tiny_config(out="unused")))
+    for name, seed in (("a", 0), ("a", 1), ("b", 0)):
+        weight = "1" if name == "a" else "0"
+        main(
+            [
+                "train",
+                "--config",
+                str(recipe),
+                "--run.name",
+                name,
+                "--run.seed",
+                str(seed),
+                "--run.out",
+                f"{name}{seed}",
+                "--loss.prototypical",
+                weight,
+                "--json",
+            ]
+        )
+        printed = json.loads(
+            capsys.readouterr().out.split("\n", 1)[1] if name == "b" else capsys.readouterr().out
+        )
+        assert printed["seed"] == seed
+    main(["evaluate", "a0", "--json"])
+    again = json.loads(capsys.readouterr().out)["metrics"]
+    assert again == pytest.approx(json.loads(Path("a0/results.json").read_text())["metrics"])
+    main(["compare", "a0", "a1", "b0", "--json"])
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["name"], first["seeds"]) == ("a", [0, 1])
+    assert (second["name"], second["seeds"]) == ("b", [0])
+    key = "eval/emoji/knn/acc1"
+    values = [json.loads(Path(f"a{s}/results.json").read_text())["metrics"][key] for s in (0, 1)]
+    assert first["metrics"][key]["mean"] == pytest.approx(np.mean(values))
+    assert first["metrics"][key]["spread"] == pytest.approx(np.std(values, ddof=1))
+    assert second["metrics"][key]["difference"] == pytest.approx(
+        second["metrics"][key]["mean"] - np.mean(values)
+    )
+    main(["compare", "a0", "a1", "b0"])
+    table = capsys.readouterr().out
+    assert re.search(r"kNN .*±", table)
+    assert "samples seen" in table
+
+
+def test_the_resolved_configuration_reads_back(tmp_path: Path, monkeypatch, capsys) -> None:
+    """config.toml given as a recipe is the same configuration, field by field."""
+    seen: list[Config] = []
+    monkeypatch.setattr(
+        "protoclip.cli.run_training", lambda config: seen.append(config) or {"metrics": {}}
+    )
+    for name, config in demo.arms(seed=3, out="somewhere").items():
+        path = tmp_path / f"{len(seen)}.toml"
+        path.write_text(run.to_toml(config), encoding="utf-8")
+        main(["train", "--config", str(path)])
+        assert seen[-1] == config, name
+
+
+def test_the_recipes_are_the_demonstrations_arms(monkeypatch, capsys) -> None:
+    """recipes/emoji_*.toml describe the three arms, and each opens with command and hardware."""
+    seen: list[Config] = []
+    monkeypatch.setattr(
+        "protoclip.cli.run_training", lambda config: seen.append(config) or {"metrics": {}}
+    )
+    recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
+    for recipe, arm in zip(recipes, demo.arms().values(), strict=True):
+        path = ROOT / "recipes" / f"{recipe}.toml"
+        main(["train", "--config", str(path)])
+        assert seen[-1] == arm
+        for word in ("# command:", "# hardware:", "# expected:"):
+            assert word in path.read_text(encoding="utf-8")
+
+
+def test_the_demonstration_trains_compares_and_keeps_what_it_has(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    few_emoji: EvaluationData,
+) -> None:
+    """Three arms, one table, results.json; a second call trains nothing, an interrupted arm starts
+    again, and a folder with something else is refused."""
+    small = tiny_config(out="")
+
+    def arms(*, seed: int, out: str) -> dict[str, Config]:
+        return {
+            name: replace(
+                config,
+                model=small.model,
+                episodes=small.episodes,
+                prototypes=small.prototypes,
+                teacher=replace(config.teacher, number=8),
+            )
+            for name, config in original(seed=seed, out=out).items()
+        }
+
+    original = demo.arms
+    monkeypatch.setattr(demo, "arms", arms)
+    entries = demo.demo(tmp_path / "demo")
+    assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]
+    assert len({entry["samples_seen"]["mean"] for entry in entries}) == 1
+    assert json.loads((tmp_path / "demo" / "results.json").read_text()) == entries
+    assert "linear probe" in capsys.readouterr().out
+    (tmp_path / "demo" / "protoclip" / "results.json").unlink()
+    monkeypatch.setattr(run, "train", counting := Counting(run.train))
+    demo.demo(tmp_path / "demo")
+    assert counting.names == ["ProtoCLIP"]
+    with pytest.raises(ValueError, match="holds another run"):
+        demo.demo(tmp_path / "demo", seed=5)
+
+
+class Counting:
+    """Calls through, and remembers which runs were trained."""
+
+    def __init__(self, train) -> None:
+        self.train, self.names = train, []
+
+    def __call__(self, config: Config):
+        self.names.append(config.run.name)
+        return self.train(config)
+
+
+def test_the_readmes_library_example_works(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
+    """The Python block of the README runs as written, on a run of that name."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    named = re.search(r'load\("(.+?)"\)', block.group(1))
+    assert named is not None
+    target = tmp_path / named.group(1)
+    target.parent.mkdir(parents=True)
+    target.symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.group(1), "README.md", "exec"), {})
+
+
+def test_shares_of_the_table_are_percent() -> None:
+    """A fraction of 0.125 is shown as 12.5; a gap keeps its scale."""
+    assert report.describe("eval/emoji/knn/acc1") == ("kNN", 100.0, 1)
+    assert report.cell({"mean": 0.125}, scale=100.0, digits=1, first=True) == "12.5"
+    assert (
+        report.cell(
+            {"mean": 0.125, "spread": 0.01, "difference": -0.02}, scale=100.0, digits=1, first=False
+        )
+        == "12.5 ± 1.0 (-2.0)"
+    )
