@@ -34,7 +34,7 @@ def extract_features(
     teachers: Mapping[str, TeacherFeatures],
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> EpisodeFeatures:
-    """One pass over an episode with the model in evaluation mode (paper, algorithm 1).
+    """One pass over an episode with the model in evaluation mode (paper, online episodic training).
 
     Args:
         model: Its training mode is restored afterwards.

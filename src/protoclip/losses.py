@@ -1,4 +1,4 @@
-"""InfoNCE, the prototypical loss, and the objective that sums them (paper, 3.1-3.4)."""
+"""InfoNCE, the prototypical loss, and the objective that sums them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ def info_nce(
     text_features: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE over a batch of pairs (paper, eq. 1; Radford et al. 2021).
+    """Symmetric InfoNCE over a batch of pairs (Radford et al. 2021).
 
     Args:
         image_features: Unit-norm image features; row `i` pairs with text row `i`.
@@ -56,7 +56,9 @@ def prototypical_loss(
     *,
     mask_empty: bool = True,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy between the student's and the teacher's choice of prototype (paper, eq. 2-4).
+    """Cross-entropy between the student's and the teacher's choice of prototype.
+
+    arXiv 2206.10996, "prototype-level discrimination".
 
     The teacher's choice for a sample that fell into prototype `a` is one-hot at `a` (hard target)
     or the softmax over the similarities of prototype `a` to all prototypes (soft target).

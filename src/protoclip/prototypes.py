@@ -1,4 +1,4 @@
-"""Prototypes of an episode, and their translation into the student's space (paper, 3.2-3.3)."""
+"""Prototypes of an episode, and their translation into the student's space."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,7 +39,9 @@ def back_translate(
     student_features: Float[Tensor, "_ p"],
     num_prototypes: int,
 ) -> Float[Tensor, "k p"]:
-    """Prototypical back-translation (paper, 3.3): student-space means over teacher assignments.
+    """Prototypical back-translation (PBT): student-space means over teacher assignments.
+
+    arXiv 2206.10996, "prototypical back translation": grouping then needs no aligned spaces.
 
     Args:
         assignments: Teacher prototype of each sample, in [0, num_prototypes).

@@ -1,4 +1,4 @@
-"""External teachers: any frozen model's features, keyed by sample id (paper, 3.3)."""
+"""External teachers: any frozen model's features, keyed by sample id."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -58,7 +58,6 @@ TRAIN = {
     "no loss": ("--loss.info_nce 0 --loss.prototypical 0", "loss: all weights are 0"),
     "no loss in the warm-up": ("--loss.info_nce 0", "loss.info_nce: 0"),
     "negative weight": ("--loss.prototypical -1", "loss.prototypical"),
-    "half precision on a CPU": ("--run.precision fp16 --run.device cpu", "fp16 needs a GPU"),
     "no such device": ("--run.device cuda:99", "run.device"),
     "not a device": ("--run.device quantum", "run.device"),
 }

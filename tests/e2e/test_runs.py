@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
-from protoclip import demo, report, run
+from protoclip import build, demo, report, run
 from protoclip.cli import main
 from protoclip.config import Config
 from protoclip.evals.datasets import EvaluationData
@@ -129,6 +129,26 @@ def test_every_switch_of_the_method_trains(tmp_path: Path, few_emoji: Evaluation
     assert sum("train/loss/prototypical/image_from_teacher" in line for line in lines) == 16
     assert [line["episode"] for line in lines if "eval/emoji/knn/acc1" in line] == [2, 4]
     assert 0 <= results["metrics"]["eval/emoji/zero_shot/acc1"] <= 1
+
+
+def test_fp16_trains_with_its_scaler(tiny_parquet: str, tmp_path: Path) -> None:
+    """The first loss is fp32's to a percent; the scaler finds a scale that gradients survive, so
+    weights move and stay finite."""
+    config = tiny_config(tiny_parquet, out=str(tmp_path / "fp16"))
+    run.train(replace(config, run=replace(config.run, precision="fp16")))
+    full = tiny_config(tiny_parquet, out=str(tmp_path / "fp32"))
+    run.train(full)
+    first, exact = (
+        next(line for line in metrics_of(tmp_path / name) if "train/loss/total" in line)
+        for name in ("fp16", "fp32")
+    )
+    assert first["train/loss/total"] == pytest.approx(exact["train/loss/total"], rel=0.01)
+    assert first["train/loss/total"] != exact["train/loss/total"]
+    start = build.model(config.model, seed=0).state_dict()
+    end = load_file(tmp_path / "fp16" / "checkpoints" / "last" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in end.values())
+    for part in ("towers.visual.trunk.conv1.0.weight", "towers.text_projection"):
+        assert not torch.equal(start[part], end[part])
 
 
 def test_the_model_loads_and_encodes(tiny_run: Path) -> None:

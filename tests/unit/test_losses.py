@@ -29,7 +29,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def slow_info_nce(image: Tensor, text: Tensor, s: Tensor) -> Tensor:
-    """Eq. 1 term by term: -log of a pair's share among its row, and among its column."""
+    """Term by term: -log of a pair's share among its row, and among its column."""
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(image)):
         own = torch.exp(s * dot(image[i], text[i]))
@@ -48,7 +48,7 @@ def slow_prototypical(
     temperature: float | None,
     alive: list[int],
 ) -> Tensor:
-    """Eq. 2-4 term by term over the classes in `alive`."""
+    """Term by term over the classes in `alive`."""
     total = torch.zeros((), dtype=torch.float64)
     for i, a in enumerate(assigned):
         partition = sum(torch.exp(s * dot(h[i], student[k])) for k in alive)
@@ -71,7 +71,7 @@ def assert_equal_with_gradients(ours: Tensor, slow: Tensor, inputs: list[Tensor]
         torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
 
 
-def test_info_nce_is_equation_one_with_its_gradients() -> None:
+def test_info_nce_is_the_papers_formula_with_its_gradients() -> None:
     """InfoNCE, its feature gradients and its temperature gradient equal the paper's formula."""
     image, text, s = unit(B, D, seed=1), unit(B, D, seed=2), scale(14.0)
     ours, slow = info_nce(image, text, s), slow_info_nce(image, text, s)

@@ -8,7 +8,7 @@ import torch
 from protoclip import build
 from protoclip.testing import tiny_model
 from protoclip.train.optim import adamw
-from protoclip.train.precision import autocast, resolve
+from protoclip.train.precision import autocast, grad_scaler, resolve
 from protoclip.train.schedule import Schedule, warm_up_cosine
 from protoclip.train.stages import (
     CONTRASTIVE,
@@ -152,7 +152,7 @@ def test_weights_are_a_function_of_the_seed() -> None:
 
 
 def test_precision_is_as_asked_and_only_as_asked() -> None:
-    """fp32 opens no autocast, bf16 does, and fp16 on a CPU is refused rather than replaced."""
+    """fp32 opens no autocast, bf16 and fp16 do, and fp16 alone scales its loss."""
     cpu = torch.device("cpu")
     matrix = torch.randn(4, 4)
     with autocast("fp32", cpu)():
@@ -161,5 +161,7 @@ def test_precision_is_as_asked_and_only_as_asked() -> None:
         assert (matrix @ matrix).dtype == torch.bfloat16
     assert resolve("fp32", cpu) == "fp32"
     assert resolve("auto", cpu) in ("fp32", "bf16")
-    with pytest.raises(ValueError, match="fp16 needs a GPU"):
-        resolve("fp16", cpu)
+    with autocast("fp16", cpu)():
+        assert (matrix @ matrix).dtype == torch.float16
+    assert resolve("fp16", cpu) == "fp16"
+    assert [grad_scaler(p, cpu).is_enabled() for p in ("fp32", "bf16", "fp16")] == [0, 0, 1]

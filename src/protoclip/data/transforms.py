@@ -146,7 +146,7 @@ def clip_view(*, size: int, mean: Channels, std: Channels) -> TrainingView:
 
 
 def light_view(*, size: int, mean: Channels, std: Channels) -> TrainingView:
-    """ProtoCLIP's light augmentation (paper, 4.1)."""
+    """ProtoCLIP's light augmentation (arXiv 2206.10996, and its reference implementation)."""
     return TrainingView(
         size=size,
         mean=mean,

@@ -1,4 +1,4 @@
-"""Projection heads: from tower outputs to the small space where grouping happens (paper, 3.2)."""
+"""Projection heads: from tower outputs to the small space where grouping happens."""
 
 from torch import nn
 

@@ -29,7 +29,7 @@ class Embeddings:
 
 
 class ProtoCLIP(nn.Module):
-    """An open_clip tower pair with projection heads for grouping (paper, figure 2).
+    """An open_clip tower pair with projection heads for grouping (arXiv 2206.10996).
 
     Args:
         towers: An open_clip model: `encode_image`, `encode_text`, `visual` and `logit_scale`.

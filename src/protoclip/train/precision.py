@@ -12,13 +12,7 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def resolve(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
-    """The precision that `auto` stands for on a device: bf16 where it is computed natively.
-
-    Raises:
-        ValueError: fp16 on a CPU, which would be slower and less exact than fp32.
-    """
-    if name == "fp16" and device.type == "cpu":
-        raise ValueError("train.precision: fp16 needs a GPU; use 'bf16', 'fp32' or 'auto' on CPU")
+    """The precision that `auto` stands for on a device: bf16 where it is computed natively."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The stages of a run: what is trained in each, and which losses count (paper, 3.4 and 4.1)."""
+"""The stages of a run: what is trained in each, and which losses count."""
 
 import re
 from dataclasses import dataclass

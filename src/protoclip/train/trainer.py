@@ -1,4 +1,4 @@
-"""The episode loop (paper, algorithm 1)."""
+"""The episode loop (paper, online episodic training)."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
