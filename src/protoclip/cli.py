@@ -55,7 +55,10 @@ def train(
         loss=loss,
         optim=optim,
     )
-    print_results(run_training(config), json=json)
+    results = run_training(config)
+    print_results(results, json=json)
+    if not json:
+        print(f"written to {results['folder']}")
 
 
 def evaluate(

@@ -100,6 +100,7 @@ def train(config: Config) -> dict[str, Any]:
 
     results = {
         "name": config.run.name,
+        "folder": str(folder),
         "seed": config.run.seed,
         "samples_seen": state.samples_seen,
         "steps": state.step,

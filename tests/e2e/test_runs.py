@@ -238,7 +238,7 @@ def test_the_resolved_configuration_reads_back(tmp_path: Path, monkeypatch, caps
     """config.toml given as a recipe is the same configuration, field by field."""
     seen: list[Config] = []
     monkeypatch.setattr(
-        "protoclip.cli.run_training", lambda config: seen.append(config) or {"metrics": {}}
+        "protoclip.cli.run_training", lambda config: seen.append(config) or {"metrics": {}, "folder": ""}
     )
     for name, config in demo.arms(seed=3, out="somewhere").items():
         path = tmp_path / f"{len(seen)}.toml"
@@ -251,7 +251,7 @@ def test_the_recipes_are_the_demonstrations_arms(monkeypatch, capsys) -> None:
     """recipes/emoji_*.toml describe the three arms, and each opens with command and hardware."""
     seen: list[Config] = []
     monkeypatch.setattr(
-        "protoclip.cli.run_training", lambda config: seen.append(config) or {"metrics": {}}
+        "protoclip.cli.run_training", lambda config: seen.append(config) or {"metrics": {}, "folder": ""}
     )
     recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
     for recipe, arm in zip(recipes, demo.arms().values(), strict=True):

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 import protoclip.config
 from protoclip.cli import main
 
@@ -11,10 +13,9 @@ from protoclip.cli import main
 def test_every_field_has_a_docstring_that_becomes_help(capsys) -> None:
     """Each field of each section is followed by a docstring, whose words `--help` shows."""
     tree = ast.parse(Path(protoclip.config.__file__).read_text(encoding="utf-8"))
-    try:
+    with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
-    except SystemExit as stop:
-        assert stop.code == 0
+    assert stop.value.code == 0
     shown = "".join(capsys.readouterr().out.split())
     sections = [
         node

@@ -240,7 +240,7 @@ def measure(
     for done, (stage, compute) in enumerate(stages.items(), start=1):
         for metric, value in compute().items():
             metrics[f"eval/{data.name}/{stage}/{metric}"] = value
-        progress(f"{data.name} metrics: {stage}", done, len(stages))
+        progress(f"{data.name} metrics", done, len(stages))
     return metrics
 
 
