@@ -155,6 +155,9 @@ def main(arguments: list[str] | None = None) -> None:
             prog="protoclip",
         )
     except ValueError as error:
+        # A worker process wraps its error in a traceback, whose last line is the message.
+        fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+    except OSError as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("protoclip: interrupted", file=sys.stderr)

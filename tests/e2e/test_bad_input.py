@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -148,6 +149,30 @@ def test_checkpoints_of_another_architecture_or_damaged(
     assert "damaged" in error_of(["evaluate", str(checkpoint)], capsys)
     (checkpoint / "model.json").write_text("{}")
     assert "another version" in error_of(["evaluate", str(checkpoint)], capsys)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_picture_that_cannot_be_read_is_named(
+    workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also from a worker process, the message is one line with the sample's id."""
+    path = tmp_path / "pairs.parquet"
+    broken = pa.array([b"nonsense"] * 64, pa.binary())
+    pq.write_table(tiny_pairs(64).set_column(0, "image", broken), path)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(run.to_toml(tiny_config(str(path), out=str(tmp_path / "run"))))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(recipe), "--data.workers", workers])
+    assert stop.value.code == 2
+    assert "the image of sample 'tiny/" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where a folder should be is named, without a traceback."""
+    (tmp_path / "file").write_text("")
+    assert "file" in error_of(["train", "--run.out", str(tmp_path / "file" / "run")], capsys)
 
 
 def test_a_setting_without_effect_is_said(tmp_path: Path) -> None:

@@ -234,12 +234,19 @@ def test_train_evaluate_and_compare_from_the_command_line(
     assert "samples seen" in table
 
 
-def test_the_resolved_configuration_reads_back(tmp_path: Path, monkeypatch, capsys) -> None:
-    """config.toml given as a recipe is the same configuration, field by field."""
-    seen: list[Config] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[Config]:
+    """Configurations that `protoclip train` would have run."""
+    configs: list[Config] = []
     monkeypatch.setattr(
-        "protoclip.cli.run_training", lambda config: seen.append(config) or {"metrics": {}, "folder": ""}
+        "protoclip.cli.run_training",
+        lambda config: configs.append(config) or {"metrics": {}, "folder": ""},
     )
+    return configs
+
+
+def test_the_resolved_configuration_reads_back(tmp_path: Path, seen: list[Config]) -> None:
+    """config.toml given as a recipe is the same configuration, field by field."""
     for name, config in demo.arms(seed=3, out="somewhere").items():
         path = tmp_path / f"{len(seen)}.toml"
         path.write_text(run.to_toml(config), encoding="utf-8")
@@ -247,12 +254,8 @@ def test_the_resolved_configuration_reads_back(tmp_path: Path, monkeypatch, caps
         assert seen[-1] == config, name
 
 
-def test_the_recipes_are_the_demonstrations_arms(monkeypatch, capsys) -> None:
+def test_the_recipes_are_the_demonstrations_arms(seen: list[Config]) -> None:
     """recipes/emoji_*.toml describe the three arms, and each opens with command and hardware."""
-    seen: list[Config] = []
-    monkeypatch.setattr(
-        "protoclip.cli.run_training", lambda config: seen.append(config) or {"metrics": {}, "folder": ""}
-    )
     recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
     for recipe, arm in zip(recipes, demo.arms().values(), strict=True):
         path = ROOT / "recipes" / f"{recipe}.toml"
