@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -38,8 +39,7 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: A setting, a file or the run folder is not as it should be. Nothing was written.
     """
-    for note in check(config):
-        print(f"note: {note}")
+    notes = check(config)
     folder = Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
     if folder.exists():
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out")
@@ -55,7 +55,9 @@ def train(config: Config) -> dict[str, Any]:
     bundled = config.data.train == "emoji"
     evaluates = bundled and config.run.evaluate
     if config.run.evaluate and not bundled:
-        print("note: not evaluated, since data.train has no held-out splits; see `evaluate`")
+        notes.append("run.evaluate: no effect, since data.train has no held-out splits")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
     def due(state: TrainState, every: int) -> bool:
         return bool(every) and state.episode % every == 0

@@ -193,27 +193,10 @@ def test_train_evaluate_and_compare_from_the_command_line(
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(run.to_toml(tiny_config(out="unused")))
     for name, seed in (("a", 0), ("a", 1), ("b", 0)):
-        weight = "1" if name == "a" else "0"
-        main(
-            [
-                "train",
-                "--config",
-                str(recipe),
-                "--run.name",
-                name,
-                "--run.seed",
-                str(seed),
-                "--run.out",
-                f"{name}{seed}",
-                "--loss.prototypical",
-                weight,
-                "--json",
-            ]
-        )
-        printed = json.loads(
-            capsys.readouterr().out.split("\n", 1)[1] if name == "b" else capsys.readouterr().out
-        )
-        assert printed["seed"] == seed
+        options = f"--run.name {name} --run.seed {seed} --run.out {name}{seed} --json"
+        weight = f"--loss.prototypical {1 if name == 'a' else 0}"
+        main(["train", "--config", str(recipe), *options.split(), *weight.split()])
+        assert json.loads(capsys.readouterr().out)["seed"] == seed
     main(["evaluate", "a0", "--json"])
     again = json.loads(capsys.readouterr().out)["metrics"]
     assert again == pytest.approx(json.loads(Path("a0/results.json").read_text())["metrics"])

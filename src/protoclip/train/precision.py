@@ -17,7 +17,9 @@ def resolve(name: Literal["auto"] | Precision, device: torch.device) -> Precisio
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    # A private function, so it may be missing in another version of torch.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if device.type == "cpu" and native():
         return "bf16"
     return "fp32"
 
