@@ -102,7 +102,7 @@ class TrainingView:
     num_draws: int = 13
 
     def crop(self, image: Image.Image, draws: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-        """A crop of random area and aspect ratio (3/4 to 4/3), resized to `size`."""
+        """A crop of random area and aspect ratio (3/4 to 4/3) of an RGB picture, at `size`."""
         low, high = self.scale
         area = image.width * image.height * (low + float(draws[0]) * (high - low))
         ratio = math.exp((2 * float(draws[1]) - 1) * math.log(4 / 3))
@@ -112,7 +112,7 @@ class TrainingView:
         left = float(draws[2]) * (image.width - width)
         top = float(draws[3]) * (image.height - height)
         return np.asarray(
-            image.convert("RGB").resize(
+            image.resize(
                 (self.size, self.size),
                 Image.Resampling.BICUBIC,
                 (left, top, left + width, top + height),
