@@ -1,5 +1,6 @@
 """Pairs, loaders and teacher features."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from protoclip.data.episodes import EpisodeSampler
 from protoclip.data.loader import Batch, EpisodeLoader
 from protoclip.data.pairs import ImageTextPairs, read_parquet
 from protoclip.data.transforms import light_view
-from protoclip.models.towers import build_tokenizer
+from protoclip.models.towers import RememberingTokenizer, build_tokenizer
 from protoclip.teachers import TeacherFeatures, read_teacher
 from protoclip.testing import tiny_pairs
 
@@ -54,6 +55,25 @@ def test_batches_from_a_position_on_are_those_of_the_whole(workers: int) -> None
     episode = EpisodeSampler(96, 80, seed=0).episode(4)
     whole = list(loader().batches(episode))
     assert_same(list(loader(workers).batches(episode, start=3)), whole[3:])
+
+
+def test_remembered_tokens_are_those_of_the_tokenizer() -> None:
+    """Repeats, in a batch and across batches, and more captions than are kept: equal tokens, and
+    no caption is tokenized twice while it is remembered."""
+    calls: list[str] = []
+
+    def count(texts: list[str]) -> torch.Tensor:
+        calls.extend(texts)
+        return torch.tensor([[len(text), ord(text[0])] for text in texts])
+
+    tokenizer = RememberingTokenizer(count, capacity=3)
+    for texts in (["a", "bb", "a"], ["bb", "ccc"], ["dddd", "a"], ["dddd"]):
+        assert tokenizer(texts).tolist() == [[len(text), ord(text[0])] for text in texts]
+    assert calls == ["a", "bb", "ccc", "dddd", "dddd"]
+    assert pickle.loads(pickle.dumps(build_tokenizer(None, context_length=8)))(["x"]).shape == (
+        1,
+        8,
+    )
 
 
 def test_long_captions_keep_the_end_token() -> None:

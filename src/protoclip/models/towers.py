@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import open_clip
 import timm
+import torch
+from jaxtyping import Int
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
@@ -73,14 +75,35 @@ def small_towers(
     return model
 
 
+class RememberingTokenizer:
+    """A tokenizer that keeps the tokens of the captions it met, for repeated passes over them.
+
+    Args:
+        tokenizer: What tokenizes, `list[str] -> Int[b c]`.
+        capacity: Captions to remember; once full, new ones are tokenized each time.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, capacity: int = 100_000) -> None:
+        self.tokenizer = tokenizer
+        self.capacity = capacity
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "b c"]:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        tokens = dict(zip(new, self.tokenizer(new), strict=True)) if new else {}
+        batch = torch.stack([self._known[t] if t in self._known else tokens[t] for t in texts])
+        if len(self._known) + len(tokens) <= self.capacity:
+            self._known |= tokens
+        return batch
+
+
 def build_tokenizer(name: str | None, *, context_length: int | None = None) -> Tokenizer:
     """Tokenizer of a named model, or CLIP's own byte-pair encoding cut to `context_length`."""
-    tokenizer: Tokenizer = (
+    return RememberingTokenizer(
         open_clip.get_tokenizer(name)
         if name is not None
         else open_clip.SimpleTokenizer(context_length=context_length)
     )
-    return tokenizer
 
 
 def image_normalisation(
