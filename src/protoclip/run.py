@@ -56,8 +56,6 @@ def train(config: Config) -> dict[str, Any]:
     evaluates = bundled and config.run.evaluate
     if config.run.evaluate and not bundled:
         notes.append("run.evaluate: no effect, since data.train has no held-out splits")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
 
     def due(state: TrainState, every: int) -> bool:
         return bool(every) and state.episode % every == 0
@@ -93,6 +91,8 @@ def train(config: Config) -> dict[str, Any]:
         evaluate=evaluate_along_the_way,
         on_step=on_step,
     )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     sink = MetricsSink(folder)
