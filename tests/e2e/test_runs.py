@@ -166,6 +166,24 @@ def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
     assert torch.equal(features[0], features[1])
 
 
+@pytest.mark.slow
+def test_an_open_clip_model_trains_and_loads_by_name(tiny_parquet: str, tmp_path: Path) -> None:
+    """Any of open_clip's names will do: its own size, tokenizer and joint width are used."""
+    config = tiny_config(tiny_parquet, out=str(tmp_path / "named"))
+    run.train(
+        replace(
+            config,
+            model=replace(config.model, name="ViT-S-32-alt"),
+            episodes=replace(config.episodes, size=16, count=3, batch_size=8),
+        )
+    )
+    model, image_transform, tokenizer = protoclip.load(tmp_path / "named")
+    tokens = tokenizer(["a red square"])
+    assert tokens.shape == (1, 77)
+    assert model.encode_text(tokens).shape == (1, 256)
+    assert image_transform(Image.new("RGB", (300, 200))).shape == (3, 224, 224)
+
+
 def test_a_checkpoint_is_where_the_next_run_starts(
     tiny_run: Path, tiny_parquet: str, tmp_path: Path
 ) -> None:
