@@ -54,8 +54,8 @@ def train(config: Config) -> dict[str, Any]:
     # Held-out splits come with the bundled data alone; a run on other data is not judged by emoji.
     bundled = config.data.train == "emoji"
     evaluates = bundled and config.run.evaluate
-    if config.run.evaluate and not bundled:
-        notes.append("run.evaluate: no effect, since data.train has no held-out splits")
+    if not bundled and (config.run.evaluate or config.run.evaluate_every):
+        notes.append("run.evaluate*: no effect, since data.train has no held-out splits")
 
     def due(state: TrainState, every: int) -> bool:
         return bool(every) and state.episode % every == 0

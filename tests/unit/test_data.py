@@ -70,6 +70,7 @@ def test_remembered_tokens_are_those_of_the_tokenizer() -> None:
     for texts in (["a", "bb", "a"], ["bb", "ccc"], ["dddd", "a"], ["dddd"]):
         assert tokenizer(texts).tolist() == [[len(text), ord(text[0])] for text in texts]
     assert calls == ["a", "bb", "ccc", "dddd", "dddd"]
+    assert tokenizer("bb").tolist() == [[2, ord("b")]]
     assert pickle.loads(pickle.dumps(build_tokenizer(None, context_length=8)))(["x"]).shape == (
         1,
         8,

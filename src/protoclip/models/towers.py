@@ -88,7 +88,9 @@ class RememberingTokenizer:
         self.capacity = capacity
         self._known: dict[str, Tensor] = {}
 
-    def __call__(self, texts: list[str]) -> Int[Tensor, "b c"]:
+    def __call__(self, texts: list[str] | str) -> Int[Tensor, "b c"]:
+        if isinstance(texts, str):  # one caption, as open_clip's tokenizers take it
+            texts = [texts]
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         tokens = dict(zip(new, self.tokenizer(new), strict=True)) if new else {}
         batch = torch.stack([self._known[t] if t in self._known else tokens[t] for t in texts])
