@@ -1,4 +1,4 @@
-"""The command line: train | evaluate | compare | demo."""
+"""The command line: train, evaluate, compare, demo, embed-teacher, data."""
 
 import json as json_format
 import sys
@@ -24,6 +24,10 @@ from protoclip.config import (
     TeacherConfig,
 )
 from protoclip.demo import demo as run_demo
+from protoclip.prepare import embed as run_embedding
+from protoclip.prepare import index as run_indexing
+from protoclip.prepare import inspect as run_inspection
+from protoclip.prepare import pack as run_packing
 from protoclip.run import evaluate as run_evaluation
 from protoclip.run import train as run_training
 
@@ -101,6 +105,122 @@ def demo(*, out: str = "runs/demo", seed: int = 0) -> None:
     run_demo(out, seed=seed)
 
 
+def embed_teacher(
+    *,
+    teacher: str,
+    out: str,
+    data: DataConfig = DataConfig(),  # noqa: B008
+    modality: Literal["auto", "text", "image"] = "auto",
+    pooling: Literal["mean", "cls", "pooler"] = "mean",
+    width: int | None = None,
+    batch_size: int = 256,
+    device: str = "auto",
+    num_samples: int | None = None,
+    json: bool = False,
+) -> None:
+    """Make a frozen model's features of a data set, for `teacher.features`.
+
+    After an interruption the same command goes on where it was.
+
+    Args:
+        teacher: `hf:NAME_OR_FOLDER`, `minilm`, `open_clip:MODEL/TAG`, `timm:MODEL`, a run folder,
+            or features of one's own as `.npy` or Parquet.
+        out: Folder of the features.
+        data: The data set, as for training.
+        modality: What the model reads; `auto` is pictures where it reads both.
+        pooling: How a text model's tokens become one feature.
+        width: Reduce to this width by PCA.
+        batch_size: Captions or pictures at once.
+        device: As `run.device`.
+        num_samples: Samples of a stream to read.
+        json: Print the facts as JSON.
+    """
+    facts = run_embedding(
+        teacher,
+        Path(out),
+        data=data,
+        modality=modality,
+        pooling=pooling,
+        width=width,
+        batch_size=batch_size,
+        device=device,
+        num_samples=num_samples,
+    )
+    print_facts(facts, json=json)
+
+
+def inspect(
+    source: str,
+    *,
+    data: DataConfig = DataConfig(),  # noqa: B008
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+    samples: int = 5000,
+    every: bool = False,
+    seed: int = 0,
+    montage: str | None = None,
+    json: bool = False,
+) -> None:
+    """Say what a source holds: sizes, caption lengths, duplicates, unreadable files.
+
+    Args:
+        source: As `data.train`.
+        data: How to read it; `workers` processes, or as many as there are cores.
+        model: Whose tokenizer and context length captions are measured by.
+        samples: Pairs to read, drawn at random.
+        every: Read all pairs.
+        seed: Of the draw.
+        montage: Write a picture of random pairs with captions to this PNG file.
+        json: Print the findings as JSON.
+    """
+    run_inspection(
+        source,
+        data=data,
+        model=model,
+        samples=None if every else samples,
+        seed=seed,
+        montage=Path(montage) if montage else None,
+        json=json,
+    )
+
+
+def pack(
+    source: str,
+    out: str,
+    *,
+    data: DataConfig = DataConfig(),  # noqa: B008
+    samples_per_shard: int = 10_000,
+    resize: int | None = None,
+) -> None:
+    """Write a source as tar shards; after an interruption the same command goes on.
+
+    Args:
+        source: As `data.train`.
+        out: Folder of the shards.
+        data: How to read the source.
+        samples_per_shard: Pairs in a shard.
+        resize: Shrink pictures to this shorter side; unset copies them as they are.
+    """
+    run_packing(source, Path(out), data=data, samples_per_shard=samples_per_shard, resize=resize)
+
+
+def index(source: str, *, data: DataConfig = DataConfig()) -> None:  # noqa: B008
+    """Build a source's index ahead of time, so that training starts at once.
+
+    Args:
+        source: As `data.train`.
+        data: How to read it.
+    """
+    run_indexing(source, data=data)
+
+
+def print_facts(facts: dict[str, Any], *, json: bool) -> None:
+    if json:
+        print(json_format.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+
+
 def print_results(results: dict[str, Any], *, json: bool) -> None:
     if json:
         print(json_format.dumps(results, indent=2))
@@ -146,9 +266,22 @@ def main(arguments: list[str] | None = None) -> None:
         runs = [argument for argument in arguments[1:] if not argument.startswith("-")]
         options = [argument for argument in arguments[1:] if argument.startswith("-")]
         arguments = ["compare", *options, *([json_format.dumps(runs)] if runs else [])]
+    commands: dict[str, Any] = {
+        "train": train,
+        "evaluate": evaluate,
+        "compare": compare,
+        "demo": demo,
+        "embed-teacher": embed_teacher,
+        "data": {
+            "_help": "Look at a source of pairs, pack it into shards, index it.",
+            "inspect": inspect,
+            "pack": pack,
+            "index": index,
+        },
+    }
     try:
         auto_cli(
-            {"train": train, "evaluate": evaluate, "compare": compare, "demo": demo},
+            commands,
             args=arguments,
             parser_class=OneLineParser,
             parser_mode="toml",

@@ -31,16 +31,58 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of a mixture. What it leaves unset is taken from `data`."""
+
+    path: str
+    """As `data.train`."""
+    name: str | None = None
+    """What messages and derived sample ids call it; from the path if unset."""
+    weight: float | None = None
+    """Relative share of the samples drawn. Unset for all: every sample counts the same."""
+    image_column: str | None = None
+    """As `data.image_column`."""
+    caption_column: list[str] | str | None = None
+    """As `data.caption_column`."""
+    id_column: str | None = None
+    """As `data.id_column`."""
+    root: str | None = None
+    """As `data.root`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = "emoji"
-    """`emoji` (bundled), or a Parquet file with the columns `image` (encoded bytes) and `caption`,
-    and optionally `sample_id`."""
+    """`emoji` (bundled); a CSV, TSV or Parquet file; tar shards (path, glob, brace pattern, URL or
+    `pipe:` command); or a folder of pictures with captions beside them."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several sources with weights, in place of `data.train`."""
+    image_column: str | None = None
+    """Column of a table that holds paths, URLs or encoded bytes; detected if unset."""
+    caption_column: list[str] | str | None = None
+    """Column of a table that holds captions, or several; detected if unset."""
+    id_column: str | None = None
+    """Column of a table that names samples; detected if unset."""
+    root: str | None = None
+    """Folder or URL that a table's relative paths start from; the table's own folder if unset."""
+    read: Literal["auto", "indexed", "streaming"] = "auto"
+    """How tar shards are read: in any order, or as a stream. `auto`: local ones are indexed."""
+    shuffle: int = 4096
+    """Samples that a stream shuffles among each other."""
     augmentation: Literal["light", "clip"] = "light"
     """Training view: `light` (the paper's for ProtoCLIP) or `clip` (a crop and nothing else)."""
     workers: int = 0
     """Processes that decode pictures; 0 decodes in the training process."""
-    cache_images: bool = True
-    """Keep decoded pictures in memory. Turn off for sets larger than memory."""
+    cache: Literal["ram", "disk", "none"] = "ram"
+    """Where to keep small copies of pictures for the next pass. `ram` needs `workers = 0`."""
+    cache_gb: float = 4.0
+    """Gigabytes that the small copies may take."""
+    cache_folder: str | None = None
+    """Folder of the small copies on disk, and of indexes; the user's cache folder if unset."""
+    max_image_pixels: int = 178_956_970
+    """Pictures with more pixels are skipped."""
+    max_bad_share: float = 0.05
+    """Share of samples that may be bad; with more the run stops."""
     shuffle_captions: bool = False
     """Pair each picture with another's caption: the control that must learn nothing."""
 
@@ -109,6 +151,11 @@ class EpisodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
+    source: Literal["extract", "queue"] = "extract"
+    """Where what is clustered comes from: `extract`, a pass over each episode before it is trained,
+    as in the paper; `queue`, the projections that training made last, at no cost."""
+    queue_size: int | None = None
+    """Samples in the queue; `episodes.size` if unset."""
     number: int = 400
     """Prototypes per modality, at most the episode size."""
     iterations: int = 20
@@ -129,8 +176,9 @@ class PrototypeConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     features: str | None = None
-    """Features of an external teacher: `emoji` (bundled MiniLM features of the captions), or a
-    Parquet file with the columns `sample_id` and `features`. Unset: no external teacher."""
+    """Features of an external teacher: a folder that `protoclip embed-teacher` wrote, a Parquet
+    file with the columns `sample_id` and `features`, an `.npy` file with ids beside it, or `emoji`
+    (bundled MiniLM features of the captions). Unset: no external teacher."""
     number: int = 400
     """Prototypes of the teacher's space."""
     target_temperature: float = 0.01
@@ -201,6 +249,9 @@ def check(config: Config) -> list[str]:
     at_least = {
         "run.log_every": (config.run.log_every, 1),
         "data.workers": (config.data.workers, 0),
+        "data.shuffle": (config.data.shuffle, 1),
+        "data.max_image_pixels": (config.data.max_image_pixels, 1),
+        "data.max_bad_share": (config.data.max_bad_share, 0),
         "model.embed_dim": (config.model.embed_dim, 1),
         "model.image.size": (config.model.image.size, 1),
         "model.text.context_length": (config.model.text.context_length, 3),
@@ -232,6 +283,7 @@ def check(config: Config) -> list[str]:
         "teacher.target_temperature": config.teacher.target_temperature,
         "optim.learning_rate": config.optim.learning_rate,
         "optim.locked_learning_rate": config.optim.locked_learning_rate,
+        "data.cache_gb": config.data.cache_gb,
         "optim.eps": config.optim.eps,
         "optim.clip_norm": config.optim.clip_norm,
     }
@@ -239,6 +291,7 @@ def check(config: Config) -> list[str]:
         if not rate > 0:
             hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
             raise ValueError(f"{name}: {rate} needs to be above 0{hint}")
+    check_sources(config.data)
     if episodes.batch_size > episodes.size:
         raise ValueError(
             f"episodes.batch_size: {episodes.batch_size} is larger than episodes.size "
@@ -263,6 +316,12 @@ def check(config: Config) -> list[str]:
             raise ValueError(
                 f"{name}: {number} needs to be between 2 and episodes.size ({episodes.size})"
             )
+    queue_size = prototypes.queue_size or episodes.size
+    if prototypes.source == "queue" and max(counts.values(), default=0) > queue_size:
+        raise ValueError(
+            f"prototypes.queue_size: {queue_size} samples are fewer than the "
+            f"{max(counts.values())} prototypes; raise it"
+        )
     if not config.loss.info_nce and not config.uses_prototypes:
         raise ValueError("loss: all weights are 0, so there is nothing to train; raise one")
     if not config.loss.info_nce and (episodes.warm_up or episodes.locked_image):
@@ -275,11 +334,34 @@ def check(config: Config) -> list[str]:
     return without_effect(config)
 
 
+def check_sources(data: DataConfig) -> None:
+    """Reject mixtures that make no sense."""
+    if data.sources and data.train != DataConfig().train:
+        raise ValueError("data.sources: takes the place of data.train; leave one of them out")
+    weights = [source.weight for source in data.sources]
+    if any(weight is None for weight in weights) and any(weights):
+        raise ValueError("data.sources: give every source a weight, or none")
+    if any(weight is not None and not weight > 0 for weight in weights):
+        raise ValueError(f"data.sources: weights {weights} need to be above 0")
+    if data.shuffle_captions and data.read == "streaming":
+        raise ValueError(
+            "data.shuffle_captions: needs samples in any order; not data.read = streaming"
+        )
+
+
 def without_effect(config: Config) -> list[str]:
     """One note for each setting that differs from its default and does nothing in this run."""
     default, notes = Config(), []
+    if (
+        config.data.cache == "ram"
+        and config.data.workers
+        and config.data.cache_gb != default.data.cache_gb
+    ):
+        notes.append("data.cache_gb: no effect, since worker processes keep no pictures in memory")
     if config.loss.prototypical == 0 and config.prototypes != default.prototypes:
         notes.append("prototypes.*: no effect, since loss.prototypical is 0")
+    if config.prototypes.queue_size is not None and config.prototypes.source == "extract":
+        notes.append("prototypes.queue_size: no effect, since prototypes.source is extract")
     if config.loss.teacher == 0 and config.teacher.features is not None:
         notes.append("teacher.*: no effect, since loss.teacher is 0")
     if config.teacher.features is None and config.loss.teacher not in (0, default.loss.teacher):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -11,7 +12,10 @@ from protoclip.clustering import KMeans, segment_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Prototypes:
-    """K-means of one space over an episode: `k` centroids, and which one each sample fell into."""
+    """K-means of one space over an episode: `k` centroids, and which one each sample fell into.
+
+    An assignment of -1 is a sample that this space knows nothing of.
+    """
 
     centroids: Float[Tensor, "k p"]
     assignments: Int[Tensor, " m"]
@@ -64,12 +68,25 @@ def back_translate(
 def group(
     features: Mapping[str, Float[Tensor, "m _"]], cluster: Callable[[str, Tensor], KMeans]
 ) -> dict[str, Prototypes]:
-    """Cluster each space of an episode: image and text projections, and the external teachers."""
-    clusterings = {space: cluster(space, rows) for space, rows in features.items()}
-    return {
-        space: Prototypes(centroids=result.centroids, assignments=result.assignments)
-        for space, result in clusterings.items()
-    }
+    """Cluster each space of an episode: image and text projections, and the external teachers.
+
+    Rows of NaN, samples that a teacher has no features of, take no part; their assignment is -1. A
+    space in which there is no other row has no prototypes.
+    """
+    prototypes = {}
+    for space, rows in features.items():
+        known = torch.isfinite(rows).all(1)
+        if bool(known.all()):
+            result = cluster(space, rows)
+            assignments = result.assignments
+        elif not bool(known.any()):
+            continue
+        else:
+            result = cluster(space, rows[known])
+            assignments = torch.full_like(known, -1, dtype=torch.long)
+            assignments[known] = result.assignments
+        prototypes[space] = Prototypes(centroids=result.centroids, assignments=assignments)
+    return prototypes
 
 
 def build_targets(
@@ -95,13 +112,14 @@ def build_targets(
     students = {"image": image_projections, "text": text_projections}
     targets = {}
     for space, teacher in prototypes.items():
+        known = teacher.assignments >= 0
         for student, projections in students.items():
             if student == space:
                 continue
             translate = back_translation or space not in students
             targets[f"{student}_from_{space}"] = PrototypeTarget(
                 student_centroids=back_translate(
-                    teacher.assignments, projections, len(teacher.centroids)
+                    teacher.assignments[known], projections[known], len(teacher.centroids)
                 )
                 if translate
                 else teacher.centroids,

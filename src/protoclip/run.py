@@ -15,6 +15,7 @@ import torch
 import protoclip
 from protoclip import build
 from protoclip.config import Config, check
+from protoclip.data.skips import SkipLog
 from protoclip.data.transforms import EvaluationView
 from protoclip.evals import datasets, suite
 from protoclip.models.protoclip import ProtoCLIP
@@ -46,13 +47,19 @@ def train(config: Config) -> dict[str, Any]:
     device = build.device(config.run.device)
     precision = resolve(config.run.precision, device)
     samples = build.pairs(config)
+    notes += build.notes(samples)
     model = build.place(build.model(config.model, seed=config.run.seed), device)
     view, tokenizer = build.evaluation_view(model), build.tokenizer(config.model)
     steps = config.episodes.count * (config.episodes.size // config.episodes.batch_size)
     progress = Progress(f"train {config.run.name}", steps)
+    skips = SkipLog(
+        folder / "skipped.jsonl",
+        max_share=config.data.max_bad_share,
+        at_least=config.episodes.size,
+    )
 
     # Held-out splits come with the bundled data alone; a run on other data is not judged by emoji.
-    bundled = config.data.train == "emoji"
+    bundled = config.data.train == "emoji" and not config.data.sources
     evaluates = bundled and config.run.evaluate
     if not bundled and (config.run.evaluate or config.run.evaluate_every):
         notes.append("run.evaluate*: no effect, since data.train has no held-out splits")
@@ -79,7 +86,8 @@ def train(config: Config) -> dict[str, Any]:
 
     def on_step(state: TrainState, stage: Stage) -> None:
         episode = f"episode {state.episode + 1}/{config.episodes.count}"
-        progress.update(state.step, f"{episode}, {stage.name}")
+        skipped = f", {skips.distinct} samples skipped" if skips.distinct else ""
+        progress.update(state.step, f"{episode}, {stage.name}{skipped}")
 
     trainer = build.trainer(
         config,
@@ -90,6 +98,8 @@ def train(config: Config) -> dict[str, Any]:
         save=save,
         evaluate=evaluate_along_the_way,
         on_step=on_step,
+        on_read=skips.add,
+        note=notes.append,
     )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -105,6 +115,7 @@ def train(config: Config) -> dict[str, Any]:
         "folder": str(folder),
         "seed": config.run.seed,
         "samples_seen": state.samples_seen,
+        "samples_skipped": skips.distinct,
         "steps": state.step,
         "train_seconds": round(state.seconds, 2),
         "precision": precision,
@@ -150,12 +161,10 @@ def slug(name: str) -> str:
 def to_toml(config: Config) -> str:
     """The resolved configuration; unset values are left out, as TOML has no null."""
 
-    def present(tree: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: present(value) if isinstance(value, dict) else value
-            for key, value in tree.items()
-            if value is not None
-        }
+    def present(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: present(item) for key, item in value.items() if item is not None}
+        return [present(item) for item in value] if isinstance(value, list | tuple) else value
 
     return tomli_w.dumps(present(asdict(config)))
 

@@ -53,6 +53,10 @@ TRAIN = {
     "unknown weights": ("--model.name RN50 --model.pretrained mine", "no weights 'mine'"),
     "weights without a model": ("--model.pretrained openai", "model.pretrained: needs model.name"),
     "heads that do not divide": ("--model.text.heads 3", "model.text.heads"),
+    "a queue smaller than its prototypes": (
+        "--prototypes.source queue --prototypes.queue_size 100",
+        "prototypes.queue_size: 100",
+    ),
     "zero temperature": ("--prototypes.target_temperature 0", "prototypes.target_temperature"),
     "negative temperature": ("--teacher.target_temperature -1", "teacher.target_temperature"),
     "negative learning rate": ("--optim.learning_rate -1", "optim.learning_rate"),
@@ -90,9 +94,9 @@ def test_data_that_is_not_what_it_says(tmp_path: Path, capsys: pytest.CaptureFix
     """A text file named .parquet, and a Parquet file without captions."""
     path = tmp_path / "pairs.parquet"
     path.write_text("filepath\ttitle\n")
-    assert "not a Parquet file" in error_of(["train", "--data.train", str(path)], capsys)
+    assert "pairs.parquet: " in error_of(["train", "--data.train", str(path)], capsys)
     pq.write_table(tiny_pairs(8).drop_columns(["caption"]), path)
-    assert "no column 'caption'" in error_of(["train", "--data.train", str(path)], capsys)
+    assert "no column with captions" in error_of(["train", "--data.train", str(path)], capsys)
 
 
 def test_a_teacher_that_knows_other_samples(
@@ -164,7 +168,9 @@ def test_a_picture_that_cannot_be_read_is_named(
     with pytest.raises(SystemExit) as stop:
         main(["train", "--config", str(recipe), "--data.workers", workers])
     assert stop.value.code == 2
-    assert "the image of sample 'tiny/" in capsys.readouterr().err.strip().splitlines()[-1]
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "65 of 65 samples read are bad, more than data.max_bad_share" in last
+    assert "not an image" in last
 
 
 def test_a_folder_that_cannot_be_written(

@@ -1,14 +1,19 @@
 """Views: per-picture parameters, in agreement with PIL and with colour theory."""
 
 import colorsys
+import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from protoclip.data.decode import crop_resize, reduction
 from protoclip.data.transforms import (
     EvaluationView,
+    TrainingView,
+    View,
     clip_view,
     colour_jitter,
     gaussian_blur,
@@ -26,11 +31,12 @@ def picture(width: int = 40, height: int = 30) -> Image.Image:
 
 
 def test_the_evaluation_view_is_resize_and_centre_crop() -> None:
-    """Equal to PIL's crop of the central square and bicubic resize, then (x - mean) / std."""
+    """PIL's crop of the central square and bicubic resize to a grey level, (x - mean) / std."""
     view = EvaluationView(size=16, mean=MEAN, std=STD)
-    expected = np.asarray(picture().resize((16, 16), Image.Resampling.BICUBIC, (5, 0, 35, 30)))
-    normal = (expected / 255 - MEAN) / STD
-    np.testing.assert_allclose(view(picture()).permute(1, 2, 0).numpy(), normal, atol=1e-5)
+    square = picture().crop((5, 0, 35, 30))
+    expected = np.asarray(square.resize((16, 16), Image.Resampling.BICUBIC)).astype(float)
+    ours = view(picture()).permute(1, 2, 0).double().numpy() * STD + MEAN
+    assert np.abs(ours * 255 - expected).max() < 1.01
 
 
 def test_a_training_crop_covers_the_area_it_draws() -> None:
@@ -42,7 +48,7 @@ def test_a_training_crop_covers_the_area_it_draws() -> None:
     shares, ratios = [], []
     for seed in range(200):
         draws = np.random.default_rng(seed).random(13, dtype=np.float32)
-        crop = view.crop(Image.fromarray(grid), draws).astype(float)
+        crop = crop_resize(grid, view.box(240, 240, draws), 32).astype(float)
         step = 31 / 32
         width = (crop[16, -1, 0] - crop[16, 0, 0]) / step
         height = (crop[-1, 16, 1] - crop[0, 16, 1]) / step
@@ -54,6 +60,51 @@ def test_a_training_crop_covers_the_area_it_draws() -> None:
     assert 1.2 < max(ratios) < 1.4
 
 
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 1), (1, 500), (3, 2), (64, 64), (499, 333), (3001, 2003), (700, 9)]
+)
+@pytest.mark.parametrize("make", [clip_view, light_view])
+def test_crops_lie_inside_pictures_of_any_shape(
+    make: Callable[..., TrainingView], width: int, height: int
+) -> None:
+    """At least one pixel, none outside, and where it can be reduced, in steps that allow it."""
+    view = make(size=16, mean=MEAN, std=STD)
+    corners = [np.zeros(13, np.float32), np.full(13, np.nextafter(np.float32(1), np.float32(0)))]
+    for draws in [*corners, *np.random.default_rng(0).random((200, 13), dtype=np.float32)]:
+        left, top, right, bottom = view.box(width, height, draws)
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        factor = reduction(min(right - left, bottom - top), 16)
+        assert all(edge % factor == 0 for edge in (left, top, right, bottom))
+
+
+def test_crops_reach_every_corner() -> None:
+    """A crop may touch each side of the picture, and does at the ends of what is drawn."""
+    view = TrainingView(size=16, mean=MEAN, std=STD, scale=(0.5, 0.5))
+    low, high = np.full(13, 0.5, np.float32), np.full(13, 0.5, np.float32)
+    low[2:4], high[2:4] = 0, np.nextafter(np.float32(1), np.float32(0))
+    assert view.box(100, 80, low)[:2] == (0, 0)
+    assert view.box(100, 80, high)[2:] == (100, 80)
+
+
+@pytest.mark.parametrize("width", [30, 31, 64])
+def test_the_evaluation_box_is_the_central_square(width: int) -> None:
+    view = EvaluationView(size=16, mean=MEAN, std=STD)
+    assert isinstance(view, View)
+    nothing = np.zeros(0, np.float32)
+    assert view.box(width, 30, nothing) == ((width - 30) // 2, 0, (width - 30) // 2 + 30, 30)
+    assert view.box(30, width, nothing) == (0, (width - 30) // 2, 30, (width - 30) // 2 + 30)
+
+
+def test_the_evaluation_view_takes_a_picture_of_any_mode() -> None:
+    """What is transparent is white, and grey becomes RGB."""
+    view = EvaluationView(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    torch.testing.assert_close(view(Image.new("RGBA", (9, 9), (9, 9, 9, 0))), torch.ones(3, 8, 8))
+    torch.testing.assert_close(
+        view(Image.new("L", (9, 9), 51)), torch.full((3, 8, 8), 0.2), atol=1e-6, rtol=0
+    )
+
+
 def test_each_picture_of_a_batch_has_its_own_parameters() -> None:
     """The result of a batch is the results of its pictures one at a time."""
     view = light_view(size=32, mean=MEAN, std=STD)
@@ -63,7 +114,48 @@ def test_each_picture_of_a_batch_has_its_own_parameters() -> None:
     batch = view.finish(images, draws)
     for i in range(64):
         alone = view.finish(images[i : i + 1], draws[i : i + 1])[0]
-        torch.testing.assert_close(batch[i], alone, atol=2e-3, rtol=1e-4)
+        torch.testing.assert_close(batch[i], alone, atol=1e-5, rtol=1e-5)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, 5])
+def test_a_batch_may_have_any_number_of_pictures(number: int) -> None:
+    view = light_view(size=8, mean=MEAN, std=STD)
+    images = torch.zeros(number, 8, 8, 3, dtype=torch.uint8)
+    assert view.finish(images, torch.rand(number, 13)).shape == (number, 3, 8, 8)
+
+
+def test_finishing_leaves_its_arguments_alone() -> None:
+    view = light_view(size=8, mean=MEAN, std=STD)
+    images = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8)
+    draws = torch.zeros(16, 13)  # everything is done to every picture
+    before = images.clone()
+    view.finish(images, draws)
+    torch.testing.assert_close(images, before)
+    torch.testing.assert_close(draws, torch.zeros(16, 13))
+
+
+def test_the_light_view_is_its_steps_in_order() -> None:
+    """Flip, jitter, grayscale, blur, normalise, each with the draws that are its own."""
+    view = light_view(size=32, mean=MEAN, std=STD)
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    draws = torch.rand(8, 13, generator=torch.Generator().manual_seed(4))
+    for i in range(8):
+        # The bits of i say which of flip, jitter and grayscale happen; blur always does.
+        draws[i, 4:8] = torch.tensor([0.1 if i & bit else 0.9 for bit in (1, 2, 4)] + [0.1])
+    finished = view.finish(images, draws)
+    for i in range(8):
+        expected = images[i].permute(2, 0, 1)[None] / 255
+        if i & 1:
+            expected = expected.flip(3)
+        if i & 2:
+            expected = colour_jitter(expected, draws[i : i + 1, 8:12])
+        if i & 4:
+            expected = luminance(expected).expand(-1, 3, -1, -1)
+        sigma = (0.1 + 1.9 * draws[i, 12]) * 32 / 224
+        expected = gaussian_blur(expected, sigma[None])[0].permute(1, 2, 0)
+        expected = (expected - torch.tensor(MEAN)) / torch.tensor(STD)
+        torch.testing.assert_close(finished[i].permute(1, 2, 0), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_augmentations_happen_as_often_as_they_should() -> None:
@@ -107,6 +199,51 @@ def test_neutral_jitter_changes_nothing() -> None:
     """Factors of one and no turn leave the picture."""
     images = torch.rand(3, 3, 5, 5, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(colour_jitter(images, torch.full((3, 4), 0.5)), images)
+
+
+def test_jitter_is_its_four_steps() -> None:
+    """Brightness, contrast about the mean grey, saturation, hue; by plain numbers in float64."""
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(6))
+    jittered = colour_jitter(images, draws)
+    for picture, draw, result in zip(
+        images.double().numpy(), draws.double().numpy(), jittered.numpy(), strict=True
+    ):
+        brightness, contrast, saturation = 0.2 + 1.6 * draw[:3]
+        weights = np.array([0.299, 0.587, 0.114])
+        pixels = np.clip(picture.reshape(3, -1).T * brightness, 0, 1)
+        grey = (pixels @ weights).mean()
+        pixels = np.clip(grey + contrast * (pixels - grey), 0, 1)
+        greys = (pixels @ weights)[:, None]
+        pixels = np.clip(greys + saturation * (pixels - greys), 0, 1)
+        for (red, green, blue), found in zip(pixels, result.reshape(3, -1).T, strict=True):
+            h, s, v = colorsys.rgb_to_hsv(red, green, blue)
+            expected = colorsys.hsv_to_rgb((h + 0.4 * draw[3] - 0.2) % 1, s, v)
+            assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_blur_is_a_sum_over_neighbours() -> None:
+    """Pixel by pixel in float64: a Gaussian of up to three deviations, mirrored at the borders."""
+    size = 7
+    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(7))
+    sigma = torch.tensor([0.2, 1.4, 0.9, 1.3])
+    blurred = gaussian_blur(images, sigma)
+    mirror = [*range(size), *range(size - 2, 0, -1)]
+    for image, deviation, result in zip(
+        images.double().numpy(), sigma.tolist(), blurred.numpy(), strict=True
+    ):
+        reach = max(1, math.ceil(3 * deviation))
+        offsets = range(-reach, reach + 1)
+        weights = [math.exp(-0.5 * (offset / deviation) ** 2) for offset in offsets]
+        for y in range(size):
+            for x in range(size):
+                total = np.zeros(3)
+                for dy, down in zip(offsets, weights, strict=True):
+                    for dx, right in zip(offsets, weights, strict=True):
+                        row, column = mirror[(y + dy) % len(mirror)], mirror[(x + dx) % len(mirror)]
+                        total += down * right * image[:, row, column]
+                expected = total / sum(weights) ** 2
+                np.testing.assert_allclose(result[:, y, x], expected, atol=1e-5)
 
 
 def test_blur_is_a_gaussian_of_the_asked_width() -> None:

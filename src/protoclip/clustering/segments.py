@@ -5,22 +5,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def segment_mean(
+def segment_sum(
     features: Float[Tensor, "m d"], assignments: Int[Tensor, " m"], num_segments: int
 ) -> tuple[Float[Tensor, "k d"], Int[Tensor, " k"]]:
-    """Mean of the rows that share an assignment, and how many they are.
+    """Sum of the rows that share an assignment, and how many they are.
 
-    One segmented sum over all rows; a segment without rows has mean zero and count zero.
+    Rows are brought into the order of their segments, so that each segment is summed by one worker,
+    first row first: the same bits every time, on a GPU too, where adding rows to their segment as
+    they come (`index_add_`) is not deterministic.
 
     Args:
-        features: Rows to average.
+        features: Rows to add up.
         assignments: Segment of each row, in [0, num_segments).
         num_segments: Number of segments `k`.
 
     Returns:
-        Means `(k, d)` and counts `(k,)`.
+        Sums `(k, d)`, zero for a segment without rows, and counts `(k,)`.
     """
-    sums = features.new_zeros(num_segments, features.shape[1])
-    sums.index_add_(0, assignments, features)
     counts = torch.bincount(assignments, minlength=num_segments)
+    if features.device.type == "mps":  # not every version has embedding_bag there
+        zeros = features.new_zeros(num_segments, features.shape[1])
+        return zeros.index_add(0, assignments, features), counts
+    order = torch.argsort(assignments, stable=True)
+    sums = torch.nn.functional.embedding_bag(order, features, counts.cumsum(0) - counts, mode="sum")
+    return sums, counts
+
+
+def segment_mean(
+    features: Float[Tensor, "m d"], assignments: Int[Tensor, " m"], num_segments: int
+) -> tuple[Float[Tensor, "k d"], Int[Tensor, " k"]]:
+    """Mean of the rows that share an assignment, and how many they are; see `segment_sum`.
+
+    A segment without rows has mean zero and count zero.
+    """
+    sums, counts = segment_sum(features, assignments, num_segments)
     return sums / counts.clamp(min=1).unsqueeze(1), counts

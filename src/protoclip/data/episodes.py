@@ -4,6 +4,7 @@ Everything here depends on (seed, episode) alone: not on a global generator, not
 not on the number of processes or workers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # Streams of random numbers; a stream never shares numbers with another.
-ROWS_STREAM, VIEW_STREAM, PERMUTATION_STREAM = 0, 1, 2
+ROWS_STREAM, VIEW_STREAM, PERMUTATION_STREAM, CAPTION_STREAM, ORDER_STREAM = range(5)
+SHARD_STREAM, BLOCK_STREAM = 5, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,11 @@ def view_draws(seed: int, episode: int, size: int, width: int) -> Float[Tensor, 
     """`width` uniform numbers in [0, 1) for the training view of each of an episode's samples."""
     draws = generator(seed, VIEW_STREAM, episode).random((size, width), dtype=np.float32)
     return torch.from_numpy(draws)
+
+
+def caption_draws(seed: int, episode: int, size: int) -> npt.NDArray[np.float32]:
+    """A uniform number in [0, 1) for each of an episode's samples, which picks its caption."""
+    return generator(seed, CAPTION_STREAM, episode).random(size, dtype=np.float32)
 
 
 def permute(
@@ -72,50 +79,95 @@ def permute(
 
 
 class EpisodeSampler:
-    """Draws episodes from a source of `num_samples` rows.
+    """Draws episodes from one or several sources of rows, numbered one after the other.
 
     With replacement each row of an episode is drawn on its own (the paper's way). Without, the
     episodes cut one endless stream of permutations: each turn over the data holds every row once.
+    With weights, each source has its share of an episode: of the draws with replacement, by
+    expectation; without, exactly (to a row), each source going through its own permutations.
 
     Args:
-        num_samples: Rows in the source.
+        num_samples: Rows in the source, or in each of several.
         episode_size: Rows `m` of an episode.
         seed: Names the whole sequence of episodes.
         replacement: Draw with replacement.
+        weights: Relative share of each source. Unset: every row counts the same.
 
     Raises:
-        ValueError: No sample, no episode size, or an episode larger than the data without
-            replacement.
+        ValueError: No sample, no episode size, a weight that is not positive, or an episode larger
+            than the data without replacement and weights.
     """
 
     def __init__(
-        self, num_samples: int, episode_size: int, *, seed: int, replacement: bool = True
+        self,
+        num_samples: int | Sequence[int],
+        episode_size: int,
+        *,
+        seed: int,
+        replacement: bool = True,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        if num_samples < 1 or episode_size < 1:
+        sizes = [num_samples] if isinstance(num_samples, int) else list(num_samples)
+        if min(sizes) < 1 or episode_size < 1:
             raise ValueError(f"cannot draw episodes of {episode_size} from {num_samples} samples")
-        if not replacement and episode_size > num_samples:
+        if weights is not None and (len(weights) != len(sizes) or not min(weights) > 0):
+            raise ValueError(f"weights: {list(weights)} need to be above 0, one for each source")
+        if not replacement and weights is None and episode_size > sum(sizes):
             raise ValueError(
-                f"episodes.size: {episode_size} is larger than the {num_samples} training samples; "
+                f"episodes.size: {episode_size} is larger than the {sum(sizes)} training samples; "
                 "lower it, or set episodes.replacement = true"
             )
-        self.num_samples = num_samples
+        # Without weights several sources are one long source.
+        self.sizes = np.array(sizes if weights is not None else [sum(sizes)])
+        self.first_rows = np.cumsum(self.sizes) - self.sizes
+        shares = np.ones(1) if weights is None else np.asarray(weights, dtype=np.float64)
+        self.bounds = np.cumsum(shares) / shares.sum()
         self.episode_size = episode_size
         self.seed = seed
         self.replacement = replacement
 
     def episode(self, index: int) -> Episode:
         """The episode of that number: the same one whenever and wherever it is asked for."""
-        if self.replacement:
-            rows = generator(self.seed, ROWS_STREAM, index).integers(
-                0, self.num_samples, self.episode_size
-            )
-        else:
-            stream = np.arange(index * self.episode_size, (index + 1) * self.episode_size)
-            turns, within = np.divmod(stream, self.num_samples)
-            rows = np.concatenate(
-                [
-                    permute(within[turns == turn], self.num_samples, seed=self.seed, turn=int(turn))
-                    for turn in range(int(turns[0]), int(turns[-1]) + 1)
-                ]
-            )
+        rows = self._drawn(index) if self.replacement else self._dealt(index)
         return Episode(index=index, rows=torch.from_numpy(rows))
+
+    def _drawn(self, index: int) -> npt.NDArray[np.int64]:
+        draws = generator(self.seed, ROWS_STREAM, index)
+        if len(self.sizes) == 1:
+            return draws.integers(0, self.sizes[0], self.episode_size)
+        source = np.searchsorted(self.bounds, draws.random(self.episode_size), side="right")
+        rows: npt.NDArray[np.int64] = self.first_rows[source] + draws.integers(
+            0, self.sizes[source]
+        )
+        return rows
+
+    def _dealt(self, index: int) -> npt.NDArray[np.int64]:
+        counts = np.diff(np.rint(self.episode_size * self.bounds).astype(np.int64), prepend=0)
+        rows = np.concatenate(
+            [
+                first + self._turns(int(size), index * int(count), int(count), source)
+                for source, (first, size, count) in enumerate(
+                    zip(self.first_rows, self.sizes, counts, strict=True)
+                )
+            ]
+        )
+        if len(self.sizes) > 1:
+            rows = rows[generator(self.seed, ORDER_STREAM, index).permutation(len(rows))]
+        return rows
+
+    def _turns(self, size: int, start: int, count: int, source: int) -> npt.NDArray[np.int64]:
+        """Rows `start` to `start + count` of a source's endless stream of permutations."""
+        turns, within = np.divmod(np.arange(start, start + count), size)
+        # Turns of different sources have different numbers, hence different permutations.
+        return np.concatenate(
+            [np.zeros(0, dtype=np.int64)]
+            + [
+                permute(
+                    within[turns == turn],
+                    size,
+                    seed=self.seed,
+                    turn=int(turn) * len(self.sizes) + source,
+                )
+                for turn in np.unique(turns)
+            ]
+        )

@@ -108,6 +108,22 @@ def build_tokenizer(name: str | None, *, context_length: int | None = None) -> T
     )
 
 
+class TokenCounter:
+    """Tokens of captions as a model's tokenizer counts them, start and end included, none cut off.
+
+    Args:
+        name: An open_clip model name, or None for CLIP's own byte-pair encoding.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.tokenizer = open_clip.get_tokenizer(name) if name else open_clip.SimpleTokenizer()
+
+    def __call__(self, texts: list[str]) -> list[int]:
+        if hasattr(self.tokenizer, "encode"):
+            return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        return [len(ids) for ids in self.tokenizer.tokenizer(texts)["input_ids"]]
+
+
 def image_normalisation(
     towers: nn.Module,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

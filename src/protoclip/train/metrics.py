@@ -5,8 +5,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+
+@torch.no_grad()
+def feature_statistics(
+    image_features: Float[Tensor, "b d"], text_features: Float[Tensor, "b d"]
+) -> dict[str, Tensor]:
+    """How far features are spread, and how far apart the modalities lie.
+
+    Spread is a batch's variance on the unit sphere, 1 - |mean|^2: 0 when all features are one
+    point (collapse), near 1 when they point everywhere. The gap is the distance between the
+    modalities' means, in [0, 2] (Liang et al. 2022).
+    """
+    image, text = image_features.mean(0), text_features.mean(0)
+    return {
+        "train/spread/image": 1 - image.square().sum(),
+        "train/spread/text": 1 - text.square().sum(),
+        "train/modality_gap": (image - text).norm(),
+    }
 
 
 def to_floats(report: Mapping[str, Tensor | float]) -> dict[str, float]:

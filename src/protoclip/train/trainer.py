@@ -11,24 +11,36 @@ from torch import Tensor
 from protoclip.clustering import KMeans
 from protoclip.data.episodes import Episode
 from protoclip.data.loader import Batch
-from protoclip.features import EpisodeFeatures
-from protoclip.losses import LossWeights, objective
-from protoclip.models.protoclip import ProtoCLIP
-from protoclip.prototypes import PrototypeTarget, build_targets, group
-from protoclip.train.metrics import to_floats
+from protoclip.features import Assignments, EpisodeFeatures
+from protoclip.losses import LossWeights, PreparedTarget, objective, prepare_targets
+from protoclip.models.protoclip import Embeddings, ProtoCLIP
+from protoclip.prototypes import Prototypes, build_targets, group
+from protoclip.train.metrics import feature_statistics, to_floats
 from protoclip.train.precision import Autocast
 from protoclip.train.schedule import Schedule
 from protoclip.train.stages import Plan, Stage, enter_stage
 from protoclip.train.state import TrainState
 
-Targets = dict[str, PrototypeTarget]
-
 
 @runtime_checkable
 class FeatureSource(Protocol):
-    """Where the features that are clustered come from."""
+    """Where the features that are clustered come from, and which prototype a sample belongs to."""
 
     def features(self, episode: Episode) -> EpisodeFeatures: ...
+
+    def assign(
+        self, batch: Batch, embeddings: Embeddings, prototypes: Mapping[str, Prototypes]
+    ) -> Assignments: ...
+
+    def observe(self, batch: Batch, embeddings: Embeddings) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """Prototypes of an episode by space, and the targets made of them by student and teacher."""
+
+    prototypes: Mapping[str, Prototypes]
+    targets: Mapping[str, PreparedTarget]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +90,9 @@ class Trainer:
             started = time.monotonic()
             stage = self.plan.stage(index)
             episode = self.episode(index)
-            targets = self.targets(episode, state) if stage.needs_prototypes else None
+            grouping = self.group(episode, state) if stage.needs_prototypes else None
             enter_stage(self.model, stage)
-            self.run_episode(episode, stage, targets, state)
+            self.run_episode(episode, stage, grouping, state)
             state.episode += 1
             state.seconds += time.monotonic() - started
             self.save(state)
@@ -88,7 +100,7 @@ class Trainer:
                 self.log(state, metrics)
         return state
 
-    def targets(self, episode: Episode, state: TrainState) -> Targets:
+    def group(self, episode: Episode, state: TrainState) -> Grouping:
         """Features, prototypes and back-translated targets of an episode."""
         started = time.monotonic()
         features = self.source.features(episode)
@@ -97,53 +109,81 @@ class Trainer:
         if self.weights.prototypical:
             spaces = {"image": features.image, "text": features.text, **spaces}
         prototypes = group(spaces, self.cluster)
-        targets = build_targets(
-            prototypes,
-            image_projections=features.image,
-            text_projections=features.text,
-            back_translation=self.back_translation,
+        clustered = time.monotonic()
+        targets = prepare_targets(
+            build_targets(
+                prototypes,
+                image_projections=features.image,
+                text_projections=features.text,
+                back_translation=self.back_translation,
+            ),
+            target_temperatures=self.target_temperatures,
+            mask_empty=self.mask_empty,
         )
         empty = {
-            f"train/prototypes/empty/{space}": float(
-                (torch.bincount(p.assignments, minlength=len(p.centroids)) == 0).float().mean()
-            )
-            for space, p in prototypes.items()
+            f"train/prototypes/empty/{space}": empty_share(found)
+            for space, found in prototypes.items()
         }
         seconds = {
             "train/seconds/extract": extracted - started,
-            "train/seconds/group": time.monotonic() - extracted,
+            "train/seconds/cluster": clustered - extracted,
+            "train/seconds/back_translate": time.monotonic() - clustered,
         }
         self.log(state, empty | seconds)
-        return targets
+        return Grouping(prototypes=prototypes, targets=targets)
 
     def run_episode(
-        self, episode: Episode, stage: Stage, targets: Targets | None, state: TrainState
+        self, episode: Episode, stage: Stage, grouping: Grouping | None, state: TrainState
     ) -> None:
         """One pass over the episode's batches."""
+        waited, started = 0.0, time.monotonic()
+        asked = logged = started
+        samples = 0
         for batch in self.batches(episode):
-            report = self.train_step(batch, stage, targets, state)
+            waited += time.monotonic() - asked
+            due = (state.step + 1) % self.log_every == 0
+            report = self.train_step(batch, stage, grouping, state, detailed=due)
             state.step += 1
             state.samples_seen += len(batch.position)
-            if state.step % self.log_every == 0:
-                self.log(state, to_floats(report))
+            samples += len(batch.position)
+            if due:
+                metrics = to_floats(report)
+                now = time.monotonic()
+                metrics["train/samples_per_second"] = samples / (now - logged)
+                self.log(state, metrics)
+                logged, samples = now, 0
             self.on_step(state, stage)
+            asked = time.monotonic()
+        seconds = time.monotonic() - started
+        self.log(state, {"train/seconds/data": waited, "train/seconds/train": seconds - waited})
 
     def train_step(
-        self, batch: Batch, stage: Stage, targets: Targets | None, state: TrainState
+        self,
+        batch: Batch,
+        stage: Stage,
+        grouping: Grouping | None,
+        state: TrainState,
+        *,
+        detailed: bool = True,
     ) -> dict[str, Tensor | float]:
-        """Forward, backward, one optimizer step; returns what to log about it."""
+        """Forward, backward, one optimizer step; returns what to log about it.
+
+        `detailed` asks for what costs time of its own, such as accuracies.
+        """
         rate = self.schedule.learning_rate(state.step)
         for group_ in self.optimizer.param_groups:
             group_["lr"] = rate
         with self.autocast():
             embeddings = self.model(batch.image, batch.text, project=stage.projects)
+        assignments: Assignments = {}
+        if grouping is not None:
+            assignments = self.source.assign(batch, embeddings, grouping.prototypes)
         losses, report = objective(
             embeddings,
-            targets,
-            batch.position,
+            grouping.targets if grouping is not None else None,
+            assignments,
             weights=self.weights,
-            target_temperatures=self.target_temperatures,
-            mask_empty=self.mask_empty,
+            detailed=detailed,
         )
         total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
@@ -153,9 +193,18 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.clamp_scales()
+        self.source.observe(batch, embeddings)
+        if detailed:
+            report |= feature_statistics(embeddings.image_features, embeddings.text_features)
         return {
             **report,
             "train/loss/total": total.detach(),
             "train/gradient_norm": norm.detach(),
             "train/learning_rate": rate,
         }
+
+
+def empty_share(prototypes: Prototypes) -> float:
+    """Share of prototypes that no sample fell into."""
+    known = prototypes.assignments[prototypes.assignments >= 0]
+    return float((torch.bincount(known, minlength=len(prototypes.centroids)) == 0).float().mean())

@@ -1,0 +1,298 @@
+"""What do the losses cost? Time and memory of each against its plain form, and of chunked batches.
+
+Forward and backward in float32. Times are medians over repeats in alternation; extra memory is how
+far the resident memory of a fresh process rises above what it held before (Linux only).
+
+    python benchmarks/losses.py [--repeats 7] [--threads 1] [--out FILE]
+"""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoclip import PrototypeTarget, info_nce, run
+from protoclip.grad_cache import forward_in_chunks
+from protoclip.losses import PreparedTarget, instance, prepare_targets, tiles
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.progress import Progress
+
+NUM_PROTOTYPES, WIDTH, TEMPERATURE = 20_000, 128, 0.01
+Step = Callable[[], None]
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(rows, dim=1)
+
+
+def target() -> PrototypeTarget:
+    """Prototypes as of an episode: broad groups, and the student's space like its teacher's."""
+    groups = unit(100, WIDTH, seed=1).repeat_interleave(NUM_PROTOTYPES // 100, 0)
+    teacher = F.normalize(groups + unit(NUM_PROTOTYPES, WIDTH, seed=2), dim=1)
+    student = F.normalize(teacher + 0.3 * unit(NUM_PROTOTYPES, WIDTH, seed=3), dim=1)
+    return PrototypeTarget(
+        student_centroids=student,
+        teacher_centroids=teacher,
+        assignments=torch.arange(NUM_PROTOTYPES).roll(7)[torch.randperm(NUM_PROTOTYPES)],
+    )
+
+
+def prototypical(form: str, b: int, scale: float) -> Step:
+    """A step of the prototypical loss with soft targets."""
+    goal = target()
+    assignments = goal.assignments[:b]
+    h = F.normalize(goal.student_centroids[assignments] + unit(b, WIDTH, seed=4), dim=1)
+    h.requires_grad_()
+    s = torch.tensor(scale, requires_grad=True)
+    if form == "plain":
+
+        def loss() -> Tensor:
+            logits = s * h @ goal.student_centroids.T
+            similarities = goal.teacher_centroids[assignments] @ goal.teacher_centroids.T
+            return F.cross_entropy(logits, (similarities / TEMPERATURE).softmax(1))
+    else:
+        # Random rows for the look-up: its values do not change what a step costs.
+        prepared = PreparedTarget(
+            classes=goal.student_centroids,
+            class_index=torch.arange(NUM_PROTOTYPES),
+            lookup=unit(NUM_PROTOTYPES, WIDTH, seed=5),
+        )
+
+        def loss() -> Tensor:
+            return prepared.loss(h, assignments, s)
+
+    return lambda: loss().backward()
+
+
+def look_up(form: str) -> Step:
+    """The once-an-episode look-up of the prototypical loss."""
+    targets = {"image_from_text": target()}
+    return lambda: void(prepare_targets(targets, target_temperatures={"text": TEMPERATURE}))
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def pairs(form: str, b: int, d: int) -> Step:
+    """A step of InfoNCE."""
+    text = unit(b, d, seed=1)
+    image = F.normalize(text + unit(b, d, seed=2), dim=1)
+    leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(20.0, requires_grad=True)]
+
+    def step() -> None:
+        instance.TILED_ABOVE = b * b if form == "plain" else 0
+        info_nce(*leaves).backward()
+
+    return step
+
+
+class Towers(nn.Module):
+    """A small vision transformer, and the same transformer over the patches of text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        make = partial(timm.create_model, "vit_tiny_patch16_224", num_classes=WIDTH, img_size=64)
+        self.visual, self.texts = make(), make()
+        self.logit_scale = nn.Parameter(torch.tensor(2.7))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.visual(images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return self.texts(tokens.float().view(-1, 1, 64, 64).expand(-1, 3, -1, -1) / 100)
+
+
+def batch(form: str, b: int, chunk: int) -> Step:
+    """A step of a model with InfoNCE, the batch in one pass or in chunks."""
+    model = ProtoCLIP(Towers(), nn.Linear(WIDTH, WIDTH))
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(b, 3, 64, 64, generator=generator)
+    tokens = torch.randint(0, 100, (b, 64 * 64), generator=generator)
+
+    def step() -> None:
+        model.zero_grad()
+        if form == "plain":
+            embeddings, finish = model(images, tokens), lambda: None
+        else:
+            parts = zip(images.split(chunk), tokens.split(chunk), strict=True)
+            calls = [partial(model, *part) for part in parts]
+            embeddings, finish = forward_in_chunks(calls, buffers=model.buffers())
+        info_nce(
+            embeddings.image_features, embeddings.text_features, embeddings.logit_scale
+        ).backward()
+        finish()
+
+    return step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison: forms of the same step, the first of them the measure of the others."""
+
+    name: str
+    forms: dict[str, str]
+    make: Callable[[str], Step]
+    warm_up: Callable[[str], Step]
+
+
+TILED = {"plain": "plain", "tiled": "tiled", "torch": "tiled, without oneDNN"}
+CASES = {
+    "prototypical-512": Case(
+        name="prototypical, b = 512",
+        forms=TILED,
+        make=partial(prototypical, b=512, scale=14.3),
+        warm_up=partial(prototypical, b=8, scale=14.3),
+    ),
+    "prototypical-512-sharp": Case(
+        name="prototypical, b = 512, logit scale 100",
+        forms=TILED,
+        make=partial(prototypical, b=512, scale=100.0),
+        warm_up=partial(prototypical, b=8, scale=100.0),
+    ),
+    "prototypical-4096": Case(
+        name="prototypical, b = 4,096",
+        forms=TILED,
+        make=partial(prototypical, b=4096, scale=14.3),
+        warm_up=partial(prototypical, b=8, scale=14.3),
+    ),
+    "lookup": Case(
+        name="look-up, once an episode",
+        forms={"tiled": "tiled"},
+        make=look_up,
+        warm_up=partial(prototypical, b=8, scale=14.3),
+    ),
+    "info-nce-1024": Case(
+        name="InfoNCE, b = 1,024, d = 512",
+        forms=TILED,
+        make=partial(pairs, b=1024, d=512),
+        warm_up=partial(pairs, b=8, d=512),
+    ),
+    "info-nce-4096": Case(
+        name="InfoNCE, b = 4,096, d = 512",
+        forms=TILED,
+        make=partial(pairs, b=4096, d=512),
+        warm_up=partial(pairs, b=8, d=512),
+    ),
+    "chunks": Case(
+        name="whole step, b = 512",
+        forms={"plain": "one pass", "chunks": "chunks of 64"},
+        make=partial(batch, b=512, chunk=64),
+        warm_up=partial(batch, b=2, chunk=2),
+    ),
+}
+
+
+ONEDNN = tiles.onednn_linear
+
+
+def choose_products(form: str) -> None:
+    """Take oneDNN's products, or torch's own for the form that goes without."""
+    tiles.onednn_linear = (lambda: None) if form == "torch" else ONEDNN  # type: ignore[assignment]
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's resident memory now (VmRSS) or at its highest (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measure_here(case: Case, form: str) -> int:
+    """Rise of resident memory during one step, in a process that has taken a small step before."""
+    choose_products(form)
+    case.warm_up(form)()
+    step = case.make(form)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest value
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def extra_memory(key: str, form: str, threads: int) -> float | None:
+    """Megabytes by which a step raises the resident memory of a fresh process."""
+    if sys.platform != "linux":
+        return None
+    command = [sys.executable, __file__, "--threads", str(threads), "--peak", key, form]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(result.stdout) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "FORM"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)
+    if arguments.peak:
+        key, form = arguments.peak
+        print(measure_here(CASES[key], form))
+        return
+
+    facts = run.environment(torch.device("cpu"))
+    lines = [
+        "# Losses: time and memory against the plain forms",
+        "",
+        f"`python benchmarks/losses.py --repeats {arguments.repeats} "
+        f"--threads {arguments.threads}`, {datetime.date.today().isoformat()}; "
+        f"{facts['device']}, torch {facts['torch']}, float32, forward and backward. "
+        f"Prototypical: {NUM_PROTOTYPES:,} prototypes of width {WIDTH}, soft targets at "
+        f"temperature {TEMPERATURE}; its plain form computes the target scores in each step. Whole "
+        "step: two ViT-Ti/16 at 64 px with InfoNCE. Median [least, most] milliseconds of "
+        f"{arguments.repeats} repeats, forms in turn; extra memory is the rise of resident memory "
+        "during a step of a fresh process.",
+        "",
+        "| what | form | ms | speed-up | extra MB | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = len(CASES) * arguments.repeats
+    progress = Progress("benchmark: losses", total)
+    for number, (key, case) in enumerate(CASES.items()):
+        steps = {form: case.make(form) for form in case.forms}
+        times: dict[str, list[float]] = {form: [] for form in case.forms}
+        for repeat in range(-1, arguments.repeats):
+            for form, step in steps.items():
+                choose_products(form)
+                started = time.perf_counter()
+                step()
+                if repeat >= 0:
+                    times[form].append(1000 * (time.perf_counter() - started))
+            progress.update(number * arguments.repeats + repeat + 1, case.name)
+        memory = {form: extra_memory(key, form, arguments.threads) for form in case.forms}
+        first = next(iter(case.forms))
+        for form, label in case.forms.items():
+            v, m = times[form], memory[form]
+            median = statistics.median(v)
+            speed = statistics.median(times[first]) / median
+            share = f"{m / memory[first]:.1%}" if m is not None and memory[first] else "-"
+            lines.append(
+                f"| {case.name} | {label} | {median:.1f} [{min(v):.1f}, {max(v):.1f}] | "
+                f"{speed:.2f} | {'-' if m is None else f'{m:.1f}'} | {share} |"
+            )
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

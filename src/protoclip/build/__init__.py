@@ -1,0 +1,29 @@
+"""From the configuration to objects; the only place, besides the command line, that reads it."""
+
+from protoclip.build.data import episodes, notes, pairs
+from protoclip.build.models import (
+    context_length,
+    device,
+    evaluation_view,
+    load,
+    model,
+    place,
+    token_counter,
+    tokenizer,
+)
+from protoclip.build.training import trainer
+
+__all__ = [
+    "context_length",
+    "device",
+    "episodes",
+    "evaluation_view",
+    "load",
+    "model",
+    "notes",
+    "pairs",
+    "place",
+    "token_counter",
+    "tokenizer",
+    "trainer",
+]

@@ -1,0 +1,171 @@
+"""From the configuration to samples, episodes, loaders and external teachers."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data.bundled import emoji_teacher_path
+from protoclip.data.cache import DiskCache, ImageCache, MemoryCache
+from protoclip.data.episodes import Episode, EpisodeSampler
+from protoclip.data.index import cache_folder, digest
+from protoclip.data.loader import EpisodeLoader
+from protoclip.data.mixtures import MixedPairs, MixedStreams, ShuffledCaptions
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.sources import open_source
+from protoclip.data.transforms import View
+from protoclip.teachers import TeacherFeatures, read_teacher
+
+# Pictures larger than this are kept in small copies of this shorter side, with room for a crop.
+COPY_SIDE, COPY_MARGIN = 256, 10 / 7
+
+
+def pairs(config: Config) -> Pairs | SampleStream:
+    """The training pairs: one source, or a mixture.
+
+    Raises:
+        ValueError: A file is missing or not of the right form, or sources do not go together.
+    """
+    data = config.data
+    found = [opened(data, entry, seed=config.run.seed) for entry in entries(data)]
+    if data.shuffle_captions:
+        if not all(isinstance(source, Pairs) for source in found):
+            raise ValueError("data.shuffle_captions: needs samples in any order, not a stream")
+        found = [ShuffledCaptions(source, seed=config.run.seed) for source in found]  # type: ignore[arg-type]
+    if len(found) == 1:
+        return found[0]
+    streams = [source for source in found if isinstance(source, SampleStream)]
+    if not streams:
+        return MixedPairs([source for source in found if isinstance(source, Pairs)])
+    if len(streams) < len(found):
+        raise ValueError(
+            "data.sources: streams do not mix with sources read in any order; read all of them "
+            "as tar shards with data.read = streaming, or none"
+        )
+    shares = [entry.weight for entry in entries(data)]
+    if any(share is None for share in shares):
+        raise ValueError("data.sources: streams have no known length; give each a weight")
+    return MixedStreams(streams, weights=[s for s in shares if s], seed=config.run.seed)
+
+
+def notes(samples: Pairs | SampleStream) -> list[str]:
+    """What was noticed when the samples were indexed, such as lines or files left out."""
+    if isinstance(samples, MixedPairs):
+        return [note for source in samples.sources for note in notes(source)]
+    if isinstance(samples, ShuffledCaptions):
+        return notes(samples.pairs)
+    if isinstance(samples, ImageTextPairs) and samples.index is not None:
+        return [str(note) for note in samples.index.facts.get("notes", [])]
+    return []
+
+
+def entries(data: DataConfig) -> list[SourceConfig]:
+    return data.sources or [SourceConfig(path=data.train)]
+
+
+def opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> Pairs | SampleStream:
+    """One source; what its entry leaves unset is taken from the section it stands in."""
+    columns = {
+        name: getattr(entry, name) or getattr(data, name)
+        for name in ("image_column", "caption_column", "id_column", "root")
+    }
+    if isinstance(columns["caption_column"], str):
+        columns["caption_column"] = [columns["caption_column"]]
+    return open_source(
+        entry.path,
+        name=entry.name,
+        read=data.read,
+        seed=seed,
+        shuffle=data.shuffle,
+        cache=Path(data.cache_folder) / "index" if data.cache_folder else None,
+        **columns,
+    )
+
+
+def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], Episode]:
+    """Which samples form the episode of a number.
+
+    Raises:
+        ValueError: An episode is larger than the data without replacement.
+    """
+    size = config.episodes.size
+    if isinstance(samples, SampleStream):
+        # Rows of a stream's episode are numbers in the stream.
+        return lambda index: Episode(
+            index=index, rows=torch.arange(index * size, (index + 1) * size)
+        )
+    weights = [entry.weight for entry in config.data.sources if entry.weight is not None]
+    sources = samples.sources if isinstance(samples, MixedPairs) else [samples]
+    return EpisodeSampler(
+        [len(source) for source in sources],
+        size,
+        seed=config.run.seed,
+        replacement=config.episodes.replacement,
+        weights=weights or None,
+    ).episode
+
+
+def loader(
+    config: Config,
+    samples: Pairs | SampleStream,
+    *,
+    tokenizer: Callable[[list[str]], Tensor],
+    view: View,
+    device: torch.device,
+    on_read: Callable[[int, list[BadSample]], None],
+) -> EpisodeLoader:
+    return EpisodeLoader(
+        pairs=samples,
+        tokenizer=tokenizer,
+        view=view,
+        batch_size=config.episodes.batch_size,
+        seed=config.run.seed,
+        device=device,
+        workers=config.data.workers,
+        cache=image_cache(config.data, samples, view.size),
+        max_image_pixels=config.data.max_image_pixels,
+        on_read=on_read,
+    )
+
+
+def image_cache(data: DataConfig, samples: Pairs | SampleStream, size: int) -> ImageCache | None:
+    """Small copies for repeated passes, large enough for most crops of that size."""
+    side, most = max(COPY_SIDE, math.ceil(size * COPY_MARGIN)), int(data.cache_gb * 1e9)
+    if data.cache == "disk":
+        folder = Path(data.cache_folder) if data.cache_folder else cache_folder()
+        return DiskCache(folder / "images" / identity(samples), side=side, max_bytes=most)
+    # Memory is a process's own: what one worker keeps, another has to decode.
+    keeps = data.cache == "ram" and not data.workers
+    return MemoryCache(side=side, max_bytes=most) if keeps else None
+
+
+def identity(samples: Pairs | SampleStream) -> str:
+    """A name for a source and its index, so that one source's copies are never another's."""
+    if isinstance(samples, MixedPairs):
+        return digest({"sources": [identity(source) for source in samples.sources]})
+    index = samples.index if isinstance(samples, ImageTextPairs) else None
+    return digest({"name": samples.name, "index": index.path.stem if index else None})
+
+
+def teachers(
+    config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
+) -> dict[str, TeacherFeatures]:
+    """The external teachers by name. Samples they know nothing of are noted, where known ahead.
+
+    Raises:
+        ValueError: No such teacher, or it knows none of the samples.
+    """
+    if not config.uses_teacher:
+        return {}
+    assert config.teacher.features is not None
+    bundled = config.teacher.features == "emoji"
+    features = read_teacher(emoji_teacher_path() if bundled else config.teacher.features)
+    if isinstance(samples, Pairs) and (missing := features.missing(samples.sample_ids())):
+        note(
+            f"teacher.features: none for {missing} of {len(samples)} training samples, "
+            "which this teacher leaves alone"
+        )
+    return {"teacher": features}

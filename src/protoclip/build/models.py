@@ -1,0 +1,151 @@
+"""From the configuration to devices, models and views, and from a run folder back to a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from protoclip.config import HeadConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
+from protoclip.data.transforms import EvaluationView, TrainingView, clip_view, light_view
+from protoclip.models.heads import projection_head
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.towers import (
+    TokenCounter,
+    Tokenizer,
+    build_tokenizer,
+    image_normalisation,
+    image_size,
+    named_towers,
+    small_towers,
+)
+from protoclip.train.checkpoint import find_checkpoint, load_weights, read_description
+
+
+def device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        ValueError: No such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"run.device: '{name}' cannot be used here ({reason})") from error
+    return chosen
+
+
+def model(config: ModelConfig, *, seed: int) -> ProtoCLIP:
+    """The model with new weights, or with those of `config.checkpoint`.
+
+    The weights are a function of the seed; the global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.name is not None:
+            towers = named_towers(config.name, pretrained=config.pretrained)
+        else:
+            towers = small_towers(
+                embed_dim=config.embed_dim,
+                image_model=config.image.name,
+                image_size=config.image.size,
+                context_length=config.text.context_length,
+                text_width=config.text.width,
+                text_heads=config.text.heads,
+                text_layers=config.text.layers,
+            )
+        head = projection_head(
+            embed_dim=joint_width(towers, config),
+            hidden_dim=config.heads.hidden_dim,
+            hidden_layers=config.heads.hidden_layers,
+            projection_dim=config.heads.projection_dim,
+        )
+        built = ProtoCLIP(towers, head)
+    if config.checkpoint is not None:
+        load_weights(built, find_checkpoint(config.checkpoint))
+    return built
+
+
+def place(built: ProtoCLIP, on: torch.device) -> ProtoCLIP:
+    """Move a model to a device, with filters in channels-last order, where convolutions are faster.
+
+    The order of filters in memory changes speed and last digits, nothing else.
+    """
+    return built.to(on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def joint_width(towers: nn.Module, config: ModelConfig) -> int:
+    """Width of the joint space, which only a forward pass tells for every open_clip model."""
+    if config.name is None:
+        return config.embed_dim
+    tokens = tokenizer(config)(["a"])
+    towers.eval()
+    with torch.inference_mode():
+        width = towers.encode_text(tokens).shape[-1]  # type: ignore[operator]
+    towers.train()
+    return int(width)
+
+
+def tokenizer(config: ModelConfig) -> Tokenizer:
+    return build_tokenizer(config.name, context_length=config.text.context_length)
+
+
+def token_counter(config: ModelConfig) -> TokenCounter:
+    return TokenCounter(config.name)
+
+
+def context_length(config: ModelConfig) -> int:
+    """Tokens that the model's captions are cut to."""
+    return int(tokenizer(config)(["a"]).shape[1])
+
+
+def evaluation_view(built: ProtoCLIP) -> EvaluationView:
+    mean, std = image_normalisation(built.towers)
+    return EvaluationView(size=image_size(built.towers), mean=mean, std=std)
+
+
+def training_view(built: ProtoCLIP, augmentation: Literal["light", "clip"]) -> TrainingView:
+    mean, std = image_normalisation(built.towers)
+    view = light_view if augmentation == "light" else clip_view
+    return view(size=image_size(built.towers), mean=mean, std=std)
+
+
+def load(path: str | Path) -> tuple[ProtoCLIP, EvaluationView, Tokenizer]:
+    """A trained model, ready to use.
+
+    Args:
+        path: A run folder or a checkpoint folder.
+
+    Returns:
+        The model in evaluation mode on the CPU, the image transform (a PIL picture to
+        `Float[3 h w]`) and the tokenizer (`list[str]` to `Int[b c]`).
+
+    Raises:
+        ValueError: No checkpoint there, or a damaged one.
+    """
+    folder = find_checkpoint(path)
+    config = model_config(read_description(folder), folder)
+    built = model(config, seed=0)
+    load_weights(built, folder)
+    return built.eval(), evaluation_view(built), tokenizer(config)
+
+
+def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
+    """The architecture a checkpoint was saved with; weights come from the checkpoint alone."""
+    try:
+        sections = dict(description["model"])
+        sections["image"] = ImageTowerConfig(**sections["image"])
+        sections["text"] = TextTowerConfig(**sections["text"])
+        sections["heads"] = HeadConfig(**sections["heads"])
+        return ModelConfig(**{**sections, "pretrained": None, "checkpoint": None})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: model.json was written by another version of protoclip ({error})"
+        ) from error

@@ -1,0 +1,136 @@
+"""From the configuration to a training run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from protoclip.build import data, models
+from protoclip.clustering import KMeans, kmeans
+from protoclip.config import Config
+from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
+from protoclip.losses import LossWeights
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.train.optim import adamw
+from protoclip.train.precision import Precision, autocast, grad_scaler
+from protoclip.train.schedule import Schedule
+from protoclip.train.stages import Plan, Stage
+from protoclip.train.state import TrainState
+from protoclip.train.trainer import FeatureSource, Trainer
+
+
+def cluster(config: Config) -> Callable[[str, Tensor], KMeans]:
+    """K-means with the settings of each space."""
+
+    def run(space: str, rows: Tensor) -> KMeans:
+        number = config.teacher.number if space == "teacher" else config.prototypes.number
+        # A teacher may know fewer of an episode's samples than it has prototypes.
+        number = min(number, len(rows))
+        return kmeans(
+            rows,
+            number,
+            iterations=config.prototypes.iterations,
+            restarts=config.prototypes.restarts,
+            seed=config.run.seed,
+        )
+
+    return run
+
+
+def schedule(config: Config) -> Schedule:
+    steps = config.episodes.size // config.episodes.batch_size
+    locked = config.episodes.locked_image * steps
+    return Schedule(
+        peak=config.optim.learning_rate,
+        warm_up=config.optim.warm_up_steps,
+        main_steps=config.episodes.count * steps - locked,
+        locked_peak=config.optim.locked_learning_rate,
+        locked_warm_up=config.optim.locked_warm_up_steps,
+        locked_steps=locked,
+    )
+
+
+def trainer(
+    config: Config,
+    *,
+    model: ProtoCLIP,
+    samples: Pairs | SampleStream,
+    precision: Precision,
+    log: Callable[[TrainState, Mapping[str, float]], None],
+    save: Callable[[TrainState], None],
+    evaluate: Callable[[TrainState], Mapping[str, float]],
+    on_step: Callable[[TrainState, Stage], None],
+    on_read: Callable[[int, list[BadSample]], None],
+    note: Callable[[str], None] = lambda text: None,
+) -> Trainer:
+    """The training run of a checked configuration, with what is to happen along the way.
+
+    Raises:
+        ValueError: The episodes do not fit the data, or teacher features are missing.
+    """
+    place = next(model.parameters()).device
+    context = autocast(precision, place)
+    loader = data.loader(
+        config,
+        samples,
+        tokenizer=models.tokenizer(config.model),
+        view=models.training_view(model, config.data.augmentation),
+        device=place,
+        on_read=on_read,
+    )
+    external = data.teachers(config, samples, note)
+    extracted = ExtractedFeatures(
+        model=model,
+        batches=dataclasses.replace(loader, view=models.evaluation_view(model)).batches,
+        teachers=external,
+        autocast=context,
+    )
+    source: FeatureSource = extracted
+    if config.prototypes.source == "queue":
+        queue = FeatureQueue(config.prototypes.queue_size or config.episodes.size)
+        source = QueuedFeatures(queue=queue, teachers=external, fallback=extracted)
+    return Trainer(
+        model=model,
+        plan=Plan(
+            num_episodes=config.episodes.count,
+            warm_up=config.episodes.warm_up,
+            locked_image=config.episodes.locked_image,
+            prototypical=config.uses_prototypes,
+        ),
+        episode=data.episodes(config, samples),
+        batches=loader.batches,
+        source=source,
+        cluster=cluster(config),
+        weights=LossWeights(
+            info_nce=config.loss.info_nce,
+            prototypical=config.loss.prototypical,
+            teachers=dict.fromkeys(external, config.loss.teacher),
+        ),
+        target_temperatures=target_temperatures(config),
+        mask_empty=config.prototypes.mask_empty,
+        back_translation=config.prototypes.back_translation,
+        optimizer=adamw(
+            model,
+            learning_rate=config.optim.learning_rate,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+        ),
+        schedule=schedule(config),
+        scaler=grad_scaler(precision, place),
+        autocast=context,
+        clip_norm=config.optim.clip_norm,
+        log=log,
+        log_every=config.run.log_every,
+        save=save,
+        evaluate=evaluate,
+        on_step=on_step,
+    )
+
+
+def target_temperatures(config: Config) -> dict[str, float]:
+    """Target temperature by teacher space; 0 stands for hard targets."""
+    own = 0.0 if config.prototypes.hard_targets else config.prototypes.target_temperature
+    external = 0.0 if config.teacher.hard_targets else config.teacher.target_temperature
+    return {"image": own, "text": own, "teacher": external}

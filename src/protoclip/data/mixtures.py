@@ -1,0 +1,154 @@
+"""Several sources as one, and a source with its captions shuffled."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protoclip.data.episodes import ORDER_STREAM, generator, permute
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
+
+# Number of a permutation that no turn over the data reaches.
+APART = 2**62
+# Positions over which a mixture of streams keeps its shares exactly.
+PERIOD = 1000
+
+
+class MixedPairs:
+    """Sources one after the other: the rows of the second follow those of the first.
+
+    How often each is drawn is the sampler's affair.
+
+    Args:
+        sources: At least one; their names differ, since derived sample ids start with them.
+
+    Raises:
+        ValueError: Two sources of one name.
+    """
+
+    def __init__(self, sources: Sequence[Pairs]) -> None:
+        names = [source.name for source in sources]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(
+                f"data.sources: two are named '{repeated}'; give each a name of its own"
+            )
+        self.sources = list(sources)
+        self._ends = list(accumulate(len(source) for source in sources))
+
+    @property
+    def name(self) -> str:
+        return " + ".join(source.name for source in self.sources)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def sample(self, row: int) -> Sample:
+        source, row = self._find(row)
+        return source.sample(row)
+
+    def sample_id(self, row: int) -> str:
+        source, row = self._find(row)
+        return source.sample_id(row)
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        source, row = self._find(row)
+        return source.sample_captions(row)
+
+    def _find(self, row: int) -> tuple[Pairs, int]:
+        number = bisect_right(self._ends, row)
+        return self.sources[number], row - (self._ends[number - 1] if number else 0)
+
+    def sample_ids(self) -> Iterator[str]:
+        for source in self.sources:
+            yield from source.sample_ids()
+
+
+class MixedStreams:
+    """Streams in turns, each with its share of every thousand samples, in a seeded order.
+
+    Args:
+        streams: At least one.
+        weights: Relative share of each.
+        seed: Names the order.
+    """
+
+    def __init__(
+        self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
+    ) -> None:
+        self.streams, self.seed = list(streams), seed
+        bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
+        self._shares = np.diff(bounds, prepend=0)
+        if not self._shares.all():
+            raise ValueError("data.sources: a weight is less than a thousandth of their sum")
+
+    @property
+    def name(self) -> str:
+        return " + ".join(stream.name for stream in self.streams)
+
+    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
+        period, skip = divmod(first, PERIOD)
+        readers = [
+            stream.samples(number)
+            for stream, number in zip(self.streams, self._counts(first), strict=True)
+        ]
+        while True:
+            for source in self._order(period)[skip:]:
+                yield next(readers[source])
+            period, skip = period + 1, 0
+
+    def landmark(self, first: int) -> dict[str, Any]:
+        marks = [
+            stream.landmark(number)
+            for stream, number in zip(self.streams, self._counts(first), strict=True)
+        ]
+        return {"streams": marks}
+
+    def learn(self, landmark: dict[str, Any]) -> None:
+        for stream, mark in zip(self.streams, landmark["streams"], strict=True):
+            stream.learn(mark)
+
+    def _order(self, period: int) -> npt.NDArray[np.int64]:
+        sources = np.repeat(np.arange(len(self.streams)), self._shares)
+        return generator(self.seed, ORDER_STREAM, period).permutation(sources)
+
+    def _counts(self, first: int) -> list[int]:
+        """How many of the first samples came from each stream."""
+        period, within = divmod(first, PERIOD)
+        begun = np.bincount(self._order(period)[:within], minlength=len(self.streams))
+        counts: list[int] = (period * self._shares + begun).tolist()
+        return counts
+
+
+class ShuffledCaptions:
+    """Each picture with another's captions: the control that must learn nothing."""
+
+    def __init__(self, pairs: Pairs, *, seed: int) -> None:
+        self.pairs, self.seed = pairs, seed
+
+    @property
+    def name(self) -> str:
+        return self.pairs.name
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample(self, row: int) -> Sample:
+        return replace(self.pairs.sample(row), captions=self.sample_captions(row))
+
+    def sample_id(self, row: int) -> str:
+        return self.pairs.sample_id(row)
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        other = int(permute(np.array([row]), len(self), seed=self.seed, turn=APART)[0])
+        try:
+            return self.pairs.sample_captions(other)
+        except BadSample as error:
+            raise BadSample(self.sample_id(row), error.where, error.reason) from None
+
+    def sample_ids(self) -> Iterator[str]:
+        return self.pairs.sample_ids()

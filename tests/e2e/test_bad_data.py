@@ -1,0 +1,304 @@
+"""Training never dies from one sample and never hides what it skipped; faults of form stop it."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from protoclip import run
+from protoclip.cli import main
+from protoclip.config import Config
+from protoclip.testing import tiny_config, tiny_pairs
+
+GOOD = 150
+
+
+def picture(kind: str, side: int = 40, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def damaged_png() -> bytes:
+    data = bytearray(picture("PNG"))
+    data[60:70] = bytes(10)
+    return bytes(data)
+
+
+# File name, its bytes (None: there is no such file), and what the reason has to say.
+FILES: dict[str, tuple[bytes | None, str]] = {
+    "zero.jpg": (b"", "empty"),
+    "cut.jpg": (picture("JPEG")[:-200], "truncated"),
+    "half.jpg": (picture("JPEG")[:400], "truncated"),
+    "cut.png": (picture("PNG")[:-200], ""),
+    "cut.webp": (picture("WEBP")[:-100], ""),
+    "header.jpg": (picture("JPEG")[:20], ""),
+    "signature.png": (b"\x89PNG\r\n\x1a\n", ""),
+    "damaged.png": (damaged_png(), ""),
+    "page.jpg": (b"<html><body>404 Not Found</body></html>", "not an image"),
+    "text.png": ("gone, désolé".encode(), "not an image"),
+    "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    "random.webp": (bytes(range(256)) * 4, "not an image"),
+    "missing.jpg": (None, "no such file"),
+    "large.png": (picture("PNG", 300), "data.max_image_pixels"),
+    "large.jpg": (picture("JPEG", 300), "data.max_image_pixels"),
+    "http://127.0.0.1:9/none.jpg": (None, ""),
+}
+# Name of a sample, its caption as bytes, and what the reason has to say.
+CAPTIONS: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "empty caption"),
+    "blank": (b"   ", "empty caption"),
+    "bytes": (b"caf\xe9", "not UTF-8"),
+    "another encoding": ("рыжий кот".encode("koi8-r"), "not UTF-8"),
+}
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, str]]:
+    """A run over a TSV file with every kind of bad sample, and the reasons it wrote, by id."""
+    folder = tmp_path_factory.mktemp("spoiled")
+    lines = [b"id\tfilepath\ttitle"]
+    for row, (image, caption) in enumerate(zip(*shapes(GOOD), strict=True)):
+        (folder / f"good{row}.png").write_bytes(image)
+        lines.append(f"good{row}\tgood{row}.png\t{caption}".encode())
+    for name, (content, _) in FILES.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+        lines.append(f"{name}\t{name}\ta caption".encode())
+    (folder / "a folder.jpg").mkdir()
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    for name in ("a folder.jpg", "dangling.jpg"):
+        lines.append(f"{name}\t{name}\ta caption".encode())
+    for name, (text, _) in CAPTIONS.items():
+        lines.append(f"{name}\tgood0.png\t".encode() + text)
+    (folder / "pairs.tsv").write_bytes(b"\n".join(lines) + b"\n")
+
+    config = with_data(
+        tiny_config(str(folder / "pairs.tsv"), out=str(folder / "run")),
+        id_column="id",
+        max_bad_share=0.5,
+        max_image_pixels=10_000,
+        cache_folder=str(folder / "cache"),
+    )
+    # Without replacement, so that two turns over the data meet every sample.
+    episodes = replace(config.episodes, size=160, batch_size=32, count=4, replacement=False)
+    results = run.train(replace(config, episodes=episodes))
+    skipped = (folder / "run" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in skipped]
+    assert len(records) == len({record["sample_id"] for record in records})
+    return results, {record["sample_id"]: record["reason"] for record in records}
+
+
+def shapes(number: int) -> tuple[list[bytes], list[str]]:
+    table = tiny_pairs(number)
+    return table.column("image").to_pylist(), table.column("caption").to_pylist()
+
+
+def with_data(config: Config, **settings: Any) -> Config:
+    return replace(config, data=replace(config.data, **settings))
+
+
+@pytest.mark.parametrize("name", [*FILES, *CAPTIONS, "a folder.jpg", "dangling.jpg"])
+def test_a_bad_sample_is_skipped_and_recorded(
+    name: str, spoiled: tuple[dict[str, Any], dict[str, str]]
+) -> None:
+    """Once, under its id, with a reason that says what is wrong in one line."""
+    _, reasons = spoiled
+    expected = (FILES | CAPTIONS).get(name, (b"", ""))[1]
+    assert reasons[name]
+    assert expected in reasons[name]
+    assert "\n" not in reasons[name]
+
+
+def test_only_bad_samples_are_skipped(
+    spoiled: tuple[dict[str, Any], dict[str, str]],
+) -> None:
+    """No good one is among them, the count is in the results, and training saw all it should."""
+    results, reasons = spoiled
+    assert set(reasons) == {*FILES, *CAPTIONS, "a folder.jpg", "dangling.jpg"}
+    assert results["samples_skipped"] == len(reasons)
+    assert results["samples_seen"] == 4 * 160
+
+
+def test_too_many_bad_samples_stop_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the reasons, in one line; what was trained and logged until then stays."""
+    images, captions = shapes(96)
+    spoiled_images = [b"junk" if row % 8 == 0 else image for row, image in enumerate(images)]
+    table = pa.table({"image": pa.array(spoiled_images, pa.binary()), "caption": captions})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
+    config = with_data(config, cache_folder=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"bad, more than data\.max_bad_share \(0\.05\)") as error:
+        run.train(config)
+    assert str(error.value).count("not an image") >= 3
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "run" / "skipped.jsonl").exists()
+
+
+def tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content))
+
+
+def tsv(folder: Path, header: str, *rows: str) -> None:
+    (folder / "pairs.tsv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+
+
+def small_parquet(path: Path, number: int = 3) -> None:
+    pq.write_table(tiny_pairs(number), path)
+
+
+def twice_the_same_id(folder: Path) -> None:
+    tsv(folder, "sample_id\tfilepath\ttitle", "a\ta.png\tone", "a\tb.png\ttwo")
+
+
+# What is prepared in an empty folder, the options, and what the one line has to say.
+FAULTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "no image column": (
+        lambda f: tsv(f, "number\ttitle", "1\ta cat"),
+        "--data.train pairs.tsv",
+        "'number', 'title'",
+    ),
+    "no caption column": (
+        lambda f: tsv(f, "filepath\tnumber", "a.png\t1"),
+        "--data.train pairs.tsv",
+        "'filepath', 'number'",
+    ),
+    "a column that is not there": (
+        lambda f: tsv(f, "filepath\ttitle", "a.png\ta cat"),
+        "--data.train pairs.tsv --data.caption_column text",
+        "text",
+    ),
+    "an id column that is not there": (
+        lambda f: tsv(f, "filepath\ttitle", "a.png\ta cat"),
+        "--data.train pairs.tsv --data.id_column uid",
+        "uid",
+    ),
+    "a header and nothing else": (
+        lambda f: tsv(f, "filepath\ttitle"),
+        "--data.train pairs.tsv",
+        "no sample",
+    ),
+    "ids that repeat": (twice_the_same_id, "--data.train pairs.tsv", "a"),
+    "no such table": (lambda f: None, "--data.train pairs.csv", "pairs.csv: no such file"),
+    "text that calls itself Parquet": (
+        lambda f: (f / "pairs.parquet").write_text("filepath,title\n"),
+        "--data.train pairs.parquet",
+        "Parquet",
+    ),
+    "Parquet that calls itself text": (
+        lambda f: small_parquet(f / "pairs.csv"),
+        "--data.train pairs.csv",
+        "pairs.csv",
+    ),
+    "another kind of file": (
+        lambda f: (f / "pairs.xlsx").write_bytes(b"PK"),
+        "--data.train pairs.xlsx",
+        "pairs.xlsx",
+    ),
+    "an empty folder": (lambda f: (f / "none").mkdir(), "--data.train none", "none"),
+    "no shard that matches": (lambda f: None, "--data.train {00..02}.tar", "00.tar"),
+    "a pattern without a match": (lambda f: None, "--data.train *.tar", "no tar shard matches"),
+    "a shard that is no tar": (
+        lambda f: (f / "a.tar").write_bytes(b"junk" * 500),
+        "--data.train a.tar",
+        "a.tar",
+    ),
+    "a shard without samples": (
+        lambda f: tar(f / "a.tar", {"readme.md": b"hello"}),
+        "--data.train a.tar",
+        "no sample",
+    ),
+    "remote shards to be indexed": (
+        lambda f: None,
+        "--data.train s3://bucket/a.tar --data.read indexed",
+        "only local shards",
+    ),
+    "a table to be streamed": (
+        lambda f: small_parquet(f / "pairs.parquet"),
+        "--data.train pairs.parquet --data.read streaming",
+        "only tar shards",
+    ),
+    "columns of a shard": (
+        lambda f: tar(f / "a.tar", {"1.png": b"", "1.txt": b"x"}),
+        "--data.train a.tar --data.image_column jpg",
+        "no columns",
+    ),
+    "two sources of one name": (
+        lambda f: small_parquet(f / "a.parquet"),
+        '--data.sources [{"path":"a.parquet"},{"path":"a.parquet"}]',
+        "two are named",
+    ),
+    "a weight for one of two": (
+        lambda f: None,
+        '--data.sources [{"path":"a.csv","weight":1},{"path":"b.csv"}]',
+        "every source a weight",
+    ),
+    "a weight below zero": (
+        lambda f: None,
+        '--data.sources [{"path":"a.csv","weight":-1},{"path":"b.csv","weight":1}]',
+        "above 0",
+    ),
+    "one source and several": (
+        lambda f: None,
+        '--data.train a.csv --data.sources [{"path":"b.csv"}]',
+        "leave one of them out",
+    ),
+    "a share that is negative": (
+        lambda f: None,
+        "--data.max_bad_share -0.1",
+        "data.max_bad_share",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_of_form_stop_at_once(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line that names the file or setting, with exit code 2 and no run folder."""
+    prepare, options, message = FAULTS[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    prepare(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *options.split()])
+    assert stop.value.code == 2
+    written = capsys.readouterr().err.strip().splitlines()
+    assert len(written) == 1, written
+    assert message in written[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tar_that_is_cut_short_gives_what_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training goes on with the whole samples, and a note counts the rest."""
+    images, captions = shapes(80)
+    members: dict[str, bytes] = {}
+    for row in range(80):
+        members[f"{row:03}.png"] = images[row]
+        members[f"{row:03}.txt"] = captions[row].encode()
+    tar(tmp_path / "a.tar", members)
+    size = (tmp_path / "a.tar").stat().st_size
+    with (tmp_path / "a.tar").open("r+b") as file:
+        file.truncate(int(size * 0.9))
+    config = tiny_config(str(tmp_path / "a.tar"), out=str(tmp_path / "run"))
+    results = run.train(with_data(config, cache_folder=str(tmp_path / "cache")))
+    assert results["samples_seen"] == 4 * 64
+    assert "a.tar" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""docs/data.md does not rot: its settings train and its commands run, on small data of those names.
+
+A block runs unless a `<!-- not run: why -->` stands before it.
+"""
+
+import io
+import json
+import re
+import shlex
+import tarfile
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.cli import main
+from protoclip.testing import tiny_pairs
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+# A run of two steps.
+TINY = """
+    --run.device cpu --run.precision fp32
+    --model.embed_dim 16 --model.text.context_length 8 --model.text.width 16 --model.text.layers 1
+    --model.heads.hidden_dim 32 --model.heads.projection_dim 8
+    --episodes.size 32 --episodes.batch_size 16 --episodes.count 1 --episodes.locked_image 0
+    --prototypes.number 4 --prototypes.iterations 2
+"""
+NUMBER = 96
+
+
+def blocks(language: str) -> Iterator[str]:
+    """The page's blocks of a language that are to be run."""
+    for not_run, found, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+        if found == language and not not_run:
+            yield text
+
+
+def commands() -> Iterator[str]:
+    for block in blocks("sh"):
+        yield from block.replace("\\\n", " ").strip().splitlines()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same pairs under every name that the page uses."""
+    root = tmp_path_factory.mktemp("docs")
+    table = tiny_pairs(NUMBER)
+    images, captions = table["image"].to_pylist(), table["caption"].to_pylist()
+    pq.write_table(table, root / "pairs.parquet")
+    for name in ("pictures", "folder", "imagefolder", "shards", "export", "saved"):
+        (root / name).mkdir()
+    tsv, lines = ["filepath\ttitle"], []
+    for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        for name in ("pictures", "folder", "imagefolder"):
+            (root / name / f"{row}.png").write_bytes(image)
+        (root / "folder" / f"{row}.txt").write_text(caption, encoding="utf-8")
+        tsv.append(f"pictures/{row}.png\t{caption}")
+        lines.append(json.dumps({"file_name": f"{row}.png", "text": caption}))
+    (root / "pairs.tsv").write_text("\n".join(tsv) + "\n", encoding="utf-8")
+    (root / "imagefolder" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for shard in range(3):
+        with tarfile.open(root / "shards" / f"{shard:05}.tar", "w") as tar:
+            for row in range(shard, NUMBER, 3):
+                for kind, content in (("png", images[row]), ("txt", captions[row].encode())):
+                    entry = tarfile.TarInfo(f"{row:09}.{kind}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    # As Hugging Face `datasets` stores an image column.
+    structures = [{"bytes": image, "path": None} for image in images]
+    hugging = pa.table({"image": structures, "caption": captions})
+    for part in range(2):
+        name = f"train-0000{part}-of-00002.parquet"
+        pq.write_table(hugging.slice(48 * part, 48), root / "export" / name)
+    with pa.ipc.new_stream(root / "saved" / "data-00000-of-00001.arrow", hugging.schema) as file:
+        file.write_table(hugging)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    (root / "saved" / "state.json").write_text(json.dumps(state))
+    (root / "saved" / "dataset_info.json").write_text("{}")
+    return root
+
+
+@pytest.fixture
+def here(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in the folder of the data, with indexes and runs apart."""
+    monkeypatch.chdir(data)
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(data / "cache"))
+    return tmp_path
+
+
+def test_the_page_has_the_blocks_this_file_looks_for() -> None:
+    """Each kind of source has settings that are run, and there are commands."""
+    trained = [tomllib.loads(block)["data"] for block in blocks("toml")]
+    sources = {each.get("train", "mixture") for each in trained}
+    assert sources == {
+        *("pairs.tsv", "pairs.parquet", "saved", "export", "folder", "imagefolder", "mixture"),
+        *("shards/{00000..00002}.tar", "pipe:cat shards/{00000..00002}.tar"),
+    }
+    assert {command.split()[2] for command in commands()} == {"inspect", "pack", "index"}
+
+
+@pytest.mark.parametrize("number", range(len(list(blocks("toml")))))
+def test_settings_train(number: int, here: Path) -> None:
+    """A run with the block as its recipe ends well, and has skipped nothing."""
+    recipe = here / "recipe.toml"
+    recipe.write_text(list(blocks("toml"))[number], encoding="utf-8")
+    main(["train", "--config", str(recipe), *TINY.split(), "--run.out", str(here / "run")])
+    results = json.loads((here / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["samples_seen"] == 32
+    assert results["samples_skipped"] == 0
+
+
+def test_commands_run(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One after the other, as a reader would; each finds all the pairs."""
+    for command in commands():
+        program, *arguments = shlex.split(command)
+        assert program == "protoclip"
+        main(arguments)
+        written = capfd.readouterr().out
+        assert str(NUMBER) in written, command
+    assert Path("pairs.png").stat().st_size > 1000
+    assert len(list(Path("packed").glob("*.tar"))) == 1
+
+
+def test_the_large_run_lacks_its_data_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The train command at the page's end has settings that go together."""
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall(r"^protoclip (train .*)$", page, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main(shlex.split(command))
+    assert capsys.readouterr().err == "protoclip: error: cc12m: no such file\n"
+
+
+def test_names_in_the_settings_table_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `data.*` and `episodes.*` the page names is a setting."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    known = capsys.readouterr().out
+    named = re.findall(r"`((?:data|episodes|teacher)\.\w+)", PAGE.read_text(encoding="utf-8"))
+    assert len(set(named)) > 10
+    for name in set(named):
+        assert f"--{name}" in known, name
+
+
+def test_links_within_the_page() -> None:
+    """Each points to a heading."""
+    text = PAGE.read_text(encoding="utf-8")
+    to_anchor: Callable[[str], str] = lambda title: title.lower().replace(" ", "-")  # noqa: E731
+    anchors = {to_anchor(title) for title in re.findall(r"^## (.+)$", text, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors

@@ -1,0 +1,305 @@
+"""Decoding: right in every mode, exact to PIL where a crop is scaled, and strict with bad bytes."""
+
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter, ImageOps
+
+from protoclip.data.decode import (
+    Box,
+    crop_resize,
+    decode,
+    decode_crop,
+    dimensions,
+    reduction,
+    resize,
+)
+
+PIXELS = 10**8
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some detail, as photographs have."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    blobs = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    fine = np.random.default_rng(seed + 1).normal(0, 12, (height, width, 3))
+    mixed = (np.asarray(blobs) + fine).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(mixed).filter(ImageFilter.GaussianBlur(1))
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = ((a.astype(np.float64) - b.astype(np.float64)) ** 2).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def fixed(box: Box) -> Callable[[int, int], Box]:
+    return lambda width, height: box
+
+
+def pil_crop(data: bytes, box: Box, size: int) -> np.ndarray:
+    """What PIL makes of it: all pixels, upright, cropped, then one bicubic resize."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("side", "box", "size"),
+    [
+        (320, (10, 20, 300, 290), 96),  # whole decoding
+        (320, (40, 40, 90, 120), 112),  # enlarged
+        (640, (16, 32, 624, 600), 140),  # half
+        (640, (8, 16, 632, 640), 70),  # a quarter
+        (896, (0, 8, 896, 888), 48),  # an eighth
+        (640, (15, 33, 624, 601), 140),  # too odd for scaling
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_crop_is_pils_to_40_db(
+    side: int, box: Box, size: int, options: dict[str, Any]
+) -> None:
+    """Whether decoded whole or at a fraction of its size."""
+    data = encoded(photo(side, side), "JPEG", quality=90, **options)
+    ours = decode_crop(data, fixed(box), size, max_pixels=PIXELS)
+    assert psnr(ours, pil_crop(data, box, size)) > 40
+
+
+@pytest.mark.parametrize(("size", "expected"), [(140, 320), (70, 160), (35, 80), (200, 640)])
+def test_a_large_jpeg_is_decoded_at_a_fraction(
+    size: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resizing step gets no more pixels than twice the size wanted needs."""
+    seen = []
+
+    def spy(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+        seen.append(pixels.shape[0])
+        return resize(pixels, height, width)
+
+    monkeypatch.setattr("protoclip.data.decode.resize", spy)
+    data = encoded(photo(640, 640), "JPEG")
+    decode_crop(data, fixed((0, 0, 640, 640)), size, max_pixels=PIXELS)
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "factor"), [(447, 112, 1), (448, 112, 2), (896, 112, 4), (9999, 9, 8)]
+)
+def test_reduction_leaves_twice_the_size(side: int, size: int, factor: int) -> None:
+    assert reduction(side, size) == factor
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_is_obeyed(orientation: int, form: str) -> None:
+    """In whole pictures, in crops, in dimensions, and where a JPEG is scaled: as PIL turns them."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(photo(320, 208), form, exif=exif, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert dimensions(data, max_pixels=PIXELS) == upright.size
+    assert psnr(decode(data, max_pixels=PIXELS), np.asarray(upright)) > 50
+    for box, size in (((3, 5, 187, 190), 90), ((8, 16, 200, 200), 40)):
+        ours = decode_crop(data, fixed(box), size, max_pixels=PIXELS)
+        assert psnr(ours, pil_crop(data, box, size)) > 40
+
+
+def test_broken_exif_data_do_not_spoil_a_picture() -> None:
+    data = encoded(photo(32, 32), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, of the EXIF data
+        assert decode(data, max_pixels=PIXELS).shape == (32, 32, 3)
+
+
+def odd_pictures() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
+    """Files of one colour in odd modes, and the colour that they show on white."""
+    size = (16, 16)
+    half = 128 / 255
+    on_white = tuple(round(c * half + 255 * (1 - half)) for c in (200, 40, 90))
+    palette = Image.new("P", size, 1)
+    palette.putpalette([1, 2, 3, 200, 40, 90])
+    deep = Image.fromarray(np.full((16, 16), 200 * 256 + 77, dtype=np.uint16))
+    red = Image.new("RGB", size, (200, 40, 90))
+    other = Image.new("RGB", size, (0, 255, 0))
+    frames = {"save_all": True, "append_images": [other]}
+    return {
+        "palette": (encoded(palette, "PNG"), (200, 40, 90)),
+        "transparent palette": (encoded(palette, "PNG", transparency=1), (255, 255, 255)),
+        "half transparent palette": (
+            encoded(palette, "PNG", transparency=b"\xff\x80"),
+            on_white,  # type: ignore[dict-item]
+        ),
+        "colour key": (encoded(red, "PNG", transparency=(200, 40, 90)), (255, 255, 255)),
+        "RGBA": (
+            encoded(Image.new("RGBA", size, (200, 40, 90, 128)), "PNG"),
+            on_white,  # type: ignore[dict-item]
+        ),
+        "RGBA WebP": (
+            encoded(Image.new("RGBA", size, (200, 40, 90, 0)), "WEBP", lossless=True),
+            (255, 255, 255),
+        ),
+        "LA": (encoded(Image.new("LA", size, (60, 0)), "PNG"), (255, 255, 255)),
+        "grey PNG": (encoded(Image.new("L", size, 60), "PNG"), (60, 60, 60)),
+        "grey JPEG": (encoded(Image.new("L", size, 60), "JPEG"), (60, 60, 60)),
+        "one bit": (encoded(Image.new("1", size, 1), "PNG"), (255, 255, 255)),
+        "16 bit": (encoded(deep, "PNG"), (200, 200, 200)),
+        "CMYK JPEG": (encoded(red.convert("CMYK"), "JPEG", quality=95), (200, 40, 90)),
+        "BMP": (encoded(red, "BMP"), (200, 40, 90)),
+        "TIFF": (encoded(red, "TIFF", compression="tiff_lzw"), (200, 40, 90)),
+        "GIF": (encoded(red, "GIF", **frames), (200, 40, 90)),
+        "animated PNG": (encoded(red, "PNG", **frames), (200, 40, 90)),
+        "animated WebP": (encoded(red, "WEBP", lossless=True, **frames), (200, 40, 90)),
+    }
+
+
+@pytest.mark.parametrize("name", list(odd_pictures()))
+def test_odd_modes_show_their_colour(name: str) -> None:
+    """Palettes, transparency on white, CMYK, sixteen bits, the first frame of an animation."""
+    data, colour = odd_pictures()[name]
+    for pixels in (
+        decode(data, max_pixels=PIXELS),
+        decode_crop(data, fixed((2, 2, 14, 14)), 8, max_pixels=PIXELS),
+    ):
+        assert np.abs(pixels.astype(int) - colour).max() <= 3
+
+
+def test_sixteen_bits_keep_their_shades() -> None:
+    """A ramp over all sixteen bits becomes a ramp over all eight."""
+    ramp = np.arange(256, dtype=np.uint16)[None] * 256 + np.zeros((4, 1), np.uint16)
+    pixels = decode(encoded(Image.fromarray(ramp), "PNG"), max_pixels=PIXELS)
+    np.testing.assert_array_equal(pixels, np.broadcast_to(np.arange(256)[:, None], (4, 256, 3)))
+
+
+def test_at_least_keeps_the_shorter_side() -> None:
+    """A JPEG comes at the smallest fraction that is large enough, other files whole."""
+    wide = photo(832, 640)
+    for at_least, height in ((None, 640), (321, 640), (320, 320), (100, 160), (1, 80)):
+        pixels = decode(encoded(wide, "JPEG"), max_pixels=PIXELS, at_least=at_least)
+        assert pixels.shape == (height, 832 * height // 640, 3)
+    assert decode(encoded(wide, "PNG"), max_pixels=PIXELS, at_least=100).shape == (640, 832, 3)
+
+
+def test_crop_resize_is_decode_crop_of_decoded_pixels() -> None:
+    """Bitwise, also from pixels that may not be written to."""
+    data = encoded(photo(120, 90), "JPEG")
+    pixels = decode(data, max_pixels=PIXELS)
+    pixels.flags.writeable = False
+    box = (7, 3, 100, 88)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cropped = crop_resize(pixels, box, 32)
+    np.testing.assert_array_equal(cropped, decode_crop(data, fixed(box), 32, max_pixels=PIXELS))
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "JPEG": lambda: encoded(photo(96, 64), "JPEG"),
+    "JPEG with a thumbnail": lambda: with_thumbnail(encoded(photo(96, 64), "JPEG")),
+    "progressive JPEG": lambda: encoded(photo(96, 64), "JPEG", progressive=True),
+    "CMYK JPEG": lambda: encoded(photo(96, 64).convert("CMYK"), "JPEG"),
+    "PNG": lambda: encoded(photo(96, 64), "PNG"),
+    "WebP": lambda: encoded(photo(96, 64), "WEBP"),
+    "lossless WebP": lambda: encoded(photo(96, 64), "WEBP", lossless=True),
+    "GIF": lambda: encoded(photo(96, 64).convert("P"), "GIF"),
+    "BMP": lambda: encoded(photo(96, 64), "BMP"),
+    "TIFF": lambda: encoded(photo(96, 64), "TIFF"),
+}
+
+
+def with_thumbnail(jpeg: bytes) -> bytes:
+    """A JPEG with another, whole one in a segment before its own data."""
+    small = encoded(photo(16, 16), "JPEG")
+    return jpeg[:2] + b"\xff\xe5" + (len(small) + 2).to_bytes(2, "big") + small + jpeg[2:]
+
+
+@pytest.mark.parametrize("name", list(FILES))
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_truncated_file_is_refused(name: str, size: int) -> None:
+    """Wherever it is cut: it is refused, or every pixel was there already."""
+    data = FILES[name]()
+    box = fixed((0, 0, 96, 64))
+    whole = decode_crop(data, box, size, max_pixels=PIXELS)
+    refused = 0
+    cuts = {*range(1, len(data), max(1, len(data) // 60)), *range(len(data) - 20, len(data))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, of metadata cut off
+        for cut in sorted(cuts):
+            try:
+                pixels = decode_crop(data[:cut], box, size, max_pixels=PIXELS)
+            except ValueError:
+                refused += 1
+            else:
+                np.testing.assert_array_equal(pixels, whole)
+    assert refused > 0.9 * len(cuts) - 20
+    if "JPEG" in name:
+        assert refused == len(cuts)
+        with pytest.raises(ValueError, match=r"^truncated$"):
+            decode(data[:-2], max_pixels=PIXELS)
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WebP", "GIF"])
+def test_what_follows_a_picture_does_not_matter(name: str) -> None:
+    data = FILES[name]()
+    np.testing.assert_array_equal(
+        decode(data + b"\0 rest", max_pixels=PIXELS), decode(data, max_pixels=PIXELS)
+    )
+
+
+@pytest.mark.parametrize("name", list(FILES))
+@pytest.mark.usefixtures("capfd")  # libjpeg and libtiff print what they find
+def test_damage_is_a_value_error_or_a_picture(name: str) -> None:
+    """Whatever bytes are changed, nothing comes out but a picture or a `ValueError` of one line."""
+    reasons = []
+    draw = np.random.default_rng(0)
+    data = FILES[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(40):
+            damaged = bytearray(data)
+            for place in draw.integers(0, len(data), 4):
+                damaged[place] = draw.integers(0, 256)
+            try:
+                assert decode(bytes(damaged), max_pixels=PIXELS).dtype == np.uint8
+            except ValueError as error:
+                reasons.append(str(error))
+    assert not any("\n" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>not found</html>", "not an image"),
+        (b"\xff\xd8\xff", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
+    ],
+)
+def test_what_is_no_picture_says_so(data: bytes, reason: str) -> None:
+    for action in (decode, dimensions):
+        with pytest.raises(ValueError, match=reason):
+            action(data, max_pixels=PIXELS)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_too_many_pixels_are_refused_from_the_header(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is decoded, by our limit and, but for two formats, not by PIL's."""
+    data = encoded(Image.new("RGB", (300, 200)), form)
+    if form not in ("WEBP", "TIFF"):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(data, max_pixels=60_000).shape == (200, 300, 3)
+        decode_crop(data, fixed((0, 0, 100, 100)), 16, max_pixels=60_000)
+    monkeypatch.setattr("protoclip.data.decode._pixels", None)
+    with pytest.raises(ValueError, match=r"300 x 200 pixels are more than .* \(59999\)"):
+        decode(data, max_pixels=59_999)

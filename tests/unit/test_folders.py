@@ -1,0 +1,339 @@
+"""Folders as pairs: captions beside pictures, metadata, saved datasets, Parquet exports."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.data import pictures
+from protoclip.data.folders import open_folder
+from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.pictures import IMAGE_SUFFIXES
+
+
+def write(folder: Path, files: dict[str, Any]) -> Path:
+    """Files of text or bytes, or JSON of anything else."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(content, (str, bytes)):
+            content = json.dumps(content)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def notes(pairs: ImageTextPairs) -> list[str]:
+    assert pairs.index is not None
+    return list(pairs.index.facts["notes"])
+
+
+def ids(pairs: ImageTextPairs) -> list[str]:
+    return list(pairs.sample_ids())
+
+
+def test_pictures_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
+    """At any depth, in order of the names, each with its own picture and all its captions."""
+    write(
+        tmp_path,
+        {
+            "b.jpg": b"B",
+            "b.txt": "\ufeffein Häuschen\n",
+            "a.PNG": b"A",
+            "a.json": {"caption": "一只猫", "url": "x"},
+            "sub/deep er/c.webp": b"C",
+            "sub/deep er/c.json": {"Captions": ["one", "", "two"]},
+            "sub/d.jpeg": b"D",
+            "sub/d.txt": "from the text",
+            "sub/d.json": {"caption": "from the JSON"},
+            ".hidden/e.jpg": b"E",
+            ".hidden/e.txt": "hidden",
+            "._a.png": b"no picture",
+            "readme.md": "no picture",
+        },
+    )
+    pairs = open_folder(str(tmp_path), cache=cache)
+    assert ids(pairs) == ["a", "b", "sub/d", "sub/deep er/c"]
+    assert [pairs.encoded(row) for row in range(4)] == [b"A", b"B", b"D", b"C"]
+    assert [pairs.sample_captions(row) for row in range(4)] == [
+        ("一只猫",),
+        ("ein Häuschen",),
+        ("from the text",),
+        ("one", "two"),
+    ]
+    assert pairs.name == tmp_path.name
+    assert notes(pairs) == []
+
+
+@pytest.mark.parametrize(
+    "suffix", [s for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper())]
+)
+def test_every_suffix_of_pictures(tmp_path: Path, cache: Path, suffix: str) -> None:
+    pairs = open_folder(str(write(tmp_path, {f"a{suffix}": b"A", "a.txt": "a"})), cache=cache)
+    assert (ids(pairs), pairs.encoded(0)) == (["a"], b"A")
+
+
+def test_ids_are_unique(tmp_path: Path, cache: Path) -> None:
+    """Pictures that differ in their suffix alone keep it, whatever else is called like them."""
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "a/a.jpg", "a/b.jpg"]
+    files = dict.fromkeys(names, b"x")
+    captions = {str(Path(name).with_suffix(".txt")): "caption" for name in names}
+    pairs = open_folder(str(write(tmp_path, files | captions)), cache=cache)
+    assert ids(pairs) == ["a.jpg", "a.jpg.png", "a.png", "b", "a/a", "a/b"]
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, cache: Path) -> None:
+    """Pictures without a caption, or with one that cannot be read; links that lead nowhere or in a
+    circle; names that are not UTF-8. The rest is read."""
+    write(
+        tmp_path,
+        {
+            "good.jpg": b"A",
+            "good.txt": "fine",
+            "alone1.jpg": b"B",
+            "alone2.jpg": b"B",
+            "broken.jpg": b"C",
+            "broken.json": '{"caption": ',
+            "other.jpg": b"D",
+            "other.json": {"label": "no caption"},
+            "sub/e.jpg": b"E",
+            "sub/e.txt": "fine too",
+        },
+    )
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "sub" / "again").symlink_to(tmp_path / "sub")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(b"F")
+    pairs = open_folder(str(tmp_path), cache=cache)
+    assert ids(pairs) == ["good", "sub/e"]
+    counted = [note.removeprefix(f"{tmp_path}: ").split(" left out")[0] for note in notes(pairs)]
+    assert sorted(counted) == [
+        "1 names that are not UTF-8",
+        "1 pictures whose .json has no caption",
+        "1 pictures whose caption file cannot be read",
+        "2 dangling links",
+        "2 links to folders already read",
+        "2 pictures without a caption",
+    ]
+    assert any(
+        note.endswith("2 pictures without a caption left out, such as alone1.jpg")
+        for note in notes(pairs)
+    )
+
+
+def test_a_folder_that_cannot_be_read_is_counted(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are read."""
+    write(tmp_path, {"a.jpg": b"A", "a.txt": "a", "closed/b.jpg": b"B", "closed/b.txt": "b"})
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(pictures.os, "scandir", refuse)
+    pairs = open_folder(str(tmp_path), cache=cache)
+    assert ids(pairs) == ["a"]
+    assert notes(pairs) == [
+        f"{tmp_path}: 1 folders that cannot be read left out, such as closed (Permission denied)"
+    ]
+
+
+def test_links_are_followed(tmp_path: Path, cache: Path) -> None:
+    """To folders and to files elsewhere."""
+    write(tmp_path / "store", {"x/1.jpg": b"A", "x/1.txt": "a", "2.jpg": b"B"})
+    data = write(tmp_path / "data", {"b.txt": "b"})
+    (data / "linked").symlink_to(tmp_path / "store" / "x")
+    (data / "b.jpg").symlink_to(tmp_path / "store" / "2.jpg")
+    pairs = open_folder(str(data), cache=cache)
+    assert [(pairs.sample_id(row), pairs.encoded(row)) for row in (0, 1)] == [
+        ("b", b"B"),
+        ("linked/1", b"A"),
+    ]
+
+
+def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, cache: Path) -> None:
+    write(tmp_path, {"a.jpg": b"A", "a.txt": b"caf\xe9", "b.jpg": b"B", "b.txt": "b"})
+    write(tmp_path, {"c.jpg": b"C", "c.json": b'{"caption": "caf\xe9"}'})
+    pairs = open_folder(str(tmp_path), cache=cache)
+    assert pairs.caption(1) == "b"
+    for row in (0, 2):
+        with pytest.raises(BadSample, match="not UTF-8"):
+            pairs.sample(row)
+
+
+def test_keys_of_json_captions_are_chosen(tmp_path: Path, cache: Path) -> None:
+    """By the usual names, or by the setting; settings without effect are told."""
+    content = {"a.jpg": b"A", "a.json": {"text": "usual", "short": "s", "long": ["l", "ll"]}}
+    path = str(write(tmp_path, content))
+    assert open_folder(path, cache=cache).sample_captions(0) == ("usual",)
+    pairs = open_folder(path, caption_column=["short", "long"], id_column="x", cache=cache)
+    assert pairs.sample_captions(0) == ("s", "l", "ll")
+    assert notes(pairs) == [f"{path}: id_column have no effect on a folder of pictures"]
+
+
+def change_caption(folder: Path) -> None:
+    stamp = (folder / "a.txt").stat().st_mtime_ns
+    (folder / "a.txt").write_text("b")
+    os.utime(folder / "a.txt", ns=(stamp + 1, stamp + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "fresh"),
+    [
+        (lambda folder: None, False),
+        (lambda folder: (folder / "a.jpg").write_bytes(b"other"), False),
+        (change_caption, True),
+        (lambda folder: write(folder, {"b.jpg": b"B"}), True),
+        (lambda folder: write(folder, {"sub/c.jpg": b"C", "sub/c.txt": "c"}), True),
+        (lambda folder: write(folder, {"a.json": {"caption": "c"}}), False),
+        (lambda folder: (folder / "a.jpg").rename(folder / "a.png"), True),
+    ],
+)
+def test_a_folder_that_changed_is_read_again(
+    tmp_path: Path, cache: Path, change: Any, fresh: bool
+) -> None:
+    """When a file comes, goes, or a caption changes; the pictures themselves are not in the
+    index."""
+    write(tmp_path, {"a.jpg": b"A", "a.txt": "a"})
+    first = open_folder(str(tmp_path), cache=cache)
+    change(tmp_path)
+    second = open_folder(str(tmp_path), cache=cache)
+    assert first.index is not None
+    assert second.index is not None
+    assert (second.index.path != first.index.path) == fresh
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_metadata_name_the_pictures(tmp_path: Path, cache: Path, kind: str) -> None:
+    """In the column `file_name`, whatever other columns there are; captions beside are unused."""
+    rows = {"image": ["no", "no"], "file_name": ["x/a.jpg", "b.jpg"], "text": ["a cat", "猫"]}
+    if kind == "jsonl":
+        lines = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+        write(tmp_path, {"metadata.jsonl": "\n".join(map(json.dumps, lines))})
+    elif kind == "csv":
+        lines = [",".join(rows), *(",".join(row) for row in zip(*rows.values(), strict=True))]
+        write(tmp_path, {"metadata.csv": "\n".join(lines)})
+    else:
+        pq.write_table(pa.table(rows), tmp_path / "metadata.parquet")
+    write(tmp_path, {"x/a.jpg": b"A", "b.jpg": b"B", "b.txt": "beside"})
+    pairs = open_folder(str(tmp_path), cache=cache)
+    assert [pairs.caption(row) for row in (0, 1)] == ["a cat", "猫"]
+    assert [pairs.encoded(row) for row in (0, 1)] == [b"A", b"B"]
+
+
+def save_dataset(folder: Path, captions: list[str], shards: int) -> None:
+    """As Hugging Face `datasets` saves one: its files, their types, and their metadata."""
+    folder.mkdir(parents=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema(
+        [("image", image), ("text", pa.string()), ("label", pa.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
+    )
+    files = [f"data-{n:05d}-of-{shards:05d}.arrow" for n in range(shards)]
+    size = -(-len(captions) // shards)
+    for number, file in enumerate(files):
+        part = captions[number * size : (number + 1) * size]
+        rows = [
+            {
+                "image": {"bytes": f"picture of {text}".encode(), "path": None},
+                "text": text,
+                "label": 0,
+            }
+            for text in part
+        ]
+        with pa.ipc.new_stream(str(folder / file), schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema), max_chunksize=2)
+    write(
+        folder,
+        {
+            "state.json": {"_data_files": [{"filename": file} for file in files], "_split": None},
+            "dataset_info.json": {"features": {"image": {"_type": "Image"}}},
+        },
+    )
+
+
+def test_a_saved_dataset(tmp_path: Path, cache: Path) -> None:
+    """All its files in order, pictures and captions; a picture may be a path."""
+    captions = [f"caption {n} 猫" for n in range(11)]
+    save_dataset(tmp_path / "data", captions, shards=3)
+    pairs = open_folder(str(tmp_path / "data"), cache=cache)
+    assert [pairs.caption(row) for row in range(11)] == captions
+    assert pairs.encoded(10) == "picture of caption 10 猫".encode()
+    assert pairs.sample_id(10) == "data/10"
+
+
+def test_a_dataset_of_several_splits(tmp_path: Path, cache: Path) -> None:
+    """One of them is to be named; a single one need not be."""
+    for split in ("train", "test"):
+        save_dataset(tmp_path / "two" / split, [split], shards=1)
+    write(tmp_path / "two", {"dataset_dict.json": {"splits": ["train", "test"]}})
+    with pytest.raises(ValueError, match=r"parts \(train, test\); name one, as in .*/two/train"):
+        open_folder(str(tmp_path / "two"), cache=cache)
+    assert open_folder(str(tmp_path / "two" / "test"), cache=cache).caption(0) == "test"
+    save_dataset(tmp_path / "one" / "train", ["only"], shards=1)
+    write(tmp_path / "one", {"dataset_dict.json": {"splits": ["train"]}})
+    assert open_folder(str(tmp_path / "one"), cache=cache).caption(0) == "only"
+
+
+def test_a_folder_of_parquet_files(tmp_path: Path, cache: Path) -> None:
+    """One after the other by name; files of several splits are not mixed."""
+    for n in range(12):
+        part = pa.table({"image": [b"%d" % n], "text": [f"caption {n}"]})
+        pq.write_table(part, tmp_path / f"train-{n:05d}-of-00012.parquet")
+    pairs = open_folder(str(tmp_path), cache=cache)
+    assert [pairs.caption(row) for row in range(12)] == [f"caption {n}" for n in range(12)]
+    pq.write_table(part, tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"parts \(test, train\).*as in .*test-\*\.parquet"):
+        open_folder(str(tmp_path), cache=cache)
+
+
+FAULTS = {
+    "no folder": (None, "no such folder"),
+    "empty": ({}, r"holds no pictures \(.jpg, .*, no metadata.jsonl or .csv, no \*.parquet"),
+    "no captions": (
+        {"a.jpg": b"A", "b.jpg": b"B"},
+        "2 pictures without a caption .* such as a.jpg",
+    ),
+    "only captions": ({"a.txt": "a"}, "holds no pictures"),
+    "metadata in parts": (
+        {f"{s}/{f}": "file_name,text\n" for s in ("dev", "train") for f in ("metadata.csv",)},
+        r"parts \(dev, train\); name one, as in .*/dev",
+    ),
+    "metadata without file names": (
+        {"metadata.csv": "name,text\na.jpg,a\n"},
+        r"metadata\.csv: no column 'file_name'; it has 'name', 'text'",
+    ),
+    "metadata that are none": ({"metadata.jsonl": "\0\1"}, "is not UTF-8 text"),
+    "broken state": ({"state.json": "{", "dataset_info.json": {}}, "state.json: cannot be read"),
+    "shard missing": (
+        {"state.json": {"_data_files": [{"filename": "data.arrow"}]}, "dataset_info.json": {}},
+        "data.arrow: no such file",
+    ),
+    "Parquet that is none": ({"a.parquet": "text"}, "a.parquet: not a Parquet file"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_structural_fault_is_named_in_one_line(tmp_path: Path, cache: Path, fault: str) -> None:
+    """The folder or file, and what to do; nothing is left in the cache."""
+    files, message = FAULTS[fault]
+    if files is not None:
+        (tmp_path / "data").mkdir()
+        write(tmp_path / "data", files)
+    with pytest.raises(ValueError, match=message) as error:
+        open_folder(str(tmp_path / "data"), cache=cache)
+    assert str(error.value).startswith(str(tmp_path / "data"))
+    assert "\n" not in str(error.value)
+    assert not list(cache.glob("*.arrow"))

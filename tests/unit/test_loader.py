@@ -1,0 +1,274 @@
+"""Loaders: order, position, and bad samples."""
+
+import json
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from protoclip.data.episodes import Episode, EpisodeSampler
+from protoclip.data.loader import Batch, EpisodeLoader
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
+from protoclip.data.skips import SkipLog
+from protoclip.data.transforms import light_view
+from protoclip.models.towers import RememberingTokenizer, build_tokenizer
+from protoclip.testing import tiny_pairs
+
+
+class NumberedStream:
+    """The tiny pairs over and over, as a stream; some numbers are bad."""
+
+    name = "numbered"
+
+    def __init__(self, bad: frozenset[int] = frozenset()) -> None:
+        self.pairs, self.bad = ImageTextPairs(tiny_pairs(), name="tiny"), bad
+
+    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
+        for number in count(first):
+            if number in self.bad:
+                yield BadSample(f"tiny/{number}", "here", "truncated")
+            else:
+                yield self.pairs.sample(number % 96)
+
+    def landmark(self, first: int) -> dict[str, Any]:
+        return {"first": first}
+
+    def learn(self, landmark: dict[str, Any]) -> None:
+        self.learned = landmark
+
+
+def loader(
+    workers: int = 0, pairs: Pairs | SampleStream | None = None, **settings: Any
+) -> EpisodeLoader:
+    return EpisodeLoader(
+        pairs=pairs or ImageTextPairs(tiny_pairs(), name="tiny"),
+        tokenizer=build_tokenizer(None, context_length=8),
+        view=light_view(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        batch_size=16,
+        seed=1,
+        device=torch.device("cpu"),
+        workers=workers,
+        **settings,
+    )
+
+
+def with_bad(rows: set[int]) -> ImageTextPairs:
+    """The tiny pairs, with nonsense in place of some pictures."""
+    table = tiny_pairs()
+    images = [
+        b"nonsense" if row in rows else image
+        for row, image in enumerate(table.column("image").to_pylist())
+    ]
+    return ImageTextPairs(table.set_column(0, "image", pa.array(images, pa.binary())), name="tiny")
+
+
+def in_order(size: int) -> Episode:
+    return Episode(index=0, rows=torch.arange(size))
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.sample_id == b.sample_id
+        assert torch.equal(a.position, b.position)
+        assert torch.equal(a.text, b.text)
+        torch.testing.assert_close(a.image, b.image, rtol=0, atol=0)
+
+
+def test_batches_cover_the_episode_in_order() -> None:
+    """Positions count up, and sample ids are those of the rows."""
+    source = loader()
+    episode = EpisodeSampler(96, 80, seed=0).episode(2)
+    batches = list(source.batches(episode))
+    assert torch.cat([batch.position for batch in batches]).tolist() == list(range(80))
+    ids = [sample_id for batch in batches for sample_id in batch.sample_id]
+    assert ids == [f"tiny/{row}" for row in episode.rows.tolist()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_a_position_on_are_those_of_the_whole(workers: int) -> None:
+    """Starting at batch 3, with or without workers, equals skipping three batches, bit for bit."""
+    episode = EpisodeSampler(96, 80, seed=0).episode(4)
+    whole = list(loader().batches(episode))
+    assert_same(list(loader(workers).batches(episode, start=3)), whole[3:])
+
+
+def test_remembered_tokens_are_those_of_the_tokenizer() -> None:
+    """Repeats, in a batch and across batches, and more captions than are kept: equal tokens, and
+    no caption is tokenized twice while it is remembered."""
+    calls: list[str] = []
+
+    def count(texts: list[str]) -> torch.Tensor:
+        calls.extend(texts)
+        return torch.tensor([[len(text), ord(text[0])] for text in texts])
+
+    tokenizer = RememberingTokenizer(count, capacity=3)
+    for texts in (["a", "bb", "a"], ["bb", "ccc"], ["dddd", "a"], ["dddd"]):
+        assert tokenizer(texts).tolist() == [[len(text), ord(text[0])] for text in texts]
+    assert calls == ["a", "bb", "ccc", "dddd", "dddd"]
+    assert tokenizer("bb").tolist() == [[2, ord("b")]]
+    assert pickle.loads(pickle.dumps(build_tokenizer(None, context_length=8)))(["x"]).shape == (
+        1,
+        8,
+    )
+
+
+def test_long_captions_keep_the_end_token() -> None:
+    """Truncation never drops the end-of-text token, on which the text tower pools."""
+    tokens = build_tokenizer(None, context_length=8)(["one two three four five six seven eight"])
+    assert tokens.shape == (1, 8)
+    assert tokens[0, -1] == 49407
+
+
+def test_processes_share_each_batch() -> None:
+    """Two processes with half the batch each: together, in order, the batches of one."""
+    episode = EpisodeSampler(96, 64, seed=0).episode(1)
+    whole = list(loader().batches(episode))
+    halves = [
+        list(
+            EpisodeLoader(
+                **{**vars(loader()), "batch_size": 8, "rank": rank, "world_size": 2}
+            ).batches(episode)
+        )
+        for rank in (0, 1)
+    ]
+    for one, first, second in zip(whole, *halves, strict=True):
+        assert first.sample_id + second.sample_id == one.sample_id
+        assert torch.equal(torch.cat([first.image, second.image]), one.image)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_are_read_on_from_episode_to_episode(workers: int) -> None:
+    """Episode e is the samples after those of the episodes before it; a start within it skips."""
+    source = loader(workers, NumberedStream())
+    for index in (0, 1, 2):
+        episode = Episode(index=index, rows=torch.arange(index * 64, (index + 1) * 64))
+        batches = list(source.batches(episode))
+        ids = [sample_id for batch in batches for sample_id in batch.sample_id]
+        assert ids == [f"tiny/{(index * 64 + i) % 96}" for i in range(64)]
+        assert_same(list(source.batches(episode, start=2)), batches[2:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_bad_samples_are_replaced_by_those_after_the_batch(workers: int, kind: str) -> None:
+    """Everything else is as without them, and each is reported with its reason."""
+    bad = {3, 7, 18}
+    read: list[tuple[int, list[BadSample]]] = []
+    source = loader(
+        workers,
+        with_bad(bad) if kind == "rows" else NumberedStream(frozenset(bad)),
+        on_read=lambda number, found: read.append((number, found)),
+    )
+    clean = list(loader().batches(in_order(64)))
+    batches = list(source.batches(in_order(64)))
+    expected = [list(batch.sample_id) for batch in clean]
+    # 18 itself would stand in for 7, and is bad too.
+    expected[0][3], expected[0][7] = "tiny/16", "tiny/17"
+    expected[1][2] = "tiny/32"
+    assert [batch.sample_id for batch in batches] == expected
+    kept = [i for i in range(16) if i not in bad]
+    assert torch.equal(batches[0].image[kept], clean[0].image[kept])
+    assert torch.equal(batches[0].position, clean[0].position)
+    assert [number for number, _ in read] == [18, 17, 16, 16]
+    reported = {sample.sample_id for _, found in read for sample in found}
+    assert reported == {f"tiny/{row}" for row in bad}
+    assert all(sample.reason for _, found in read for sample in found)
+
+
+def test_a_batch_of_bad_samples_ends_in_one_line() -> None:
+    """When nothing good is at hand, the message names source and reason."""
+    source = loader(0, with_bad(set(range(96))))
+    with pytest.raises(ValueError, match="tiny: a batch found only bad samples") as error:
+        list(source.batches(in_order(64)))
+    assert "\n" not in str(error.value)
+
+
+def test_several_captions_are_drawn_per_visit() -> None:
+    """Equal for an equal episode, different between episodes, and each of them is shown."""
+    table = tiny_pairs().set_column(1, "caption", [[["one", "two", "three"]] * 96])
+    tokens = build_tokenizer(None, context_length=8)
+    source = loader(0, ImageTextPairs(table, name="tiny"))
+
+    def shown(index: int) -> list[int]:
+        episode = Episode(index=index, rows=torch.arange(64))
+        texts = torch.cat([batch.text for batch in source.batches(episode)])
+        words = tokens(["one", "two", "three"])
+        return (texts[:, None] == words).all(2).int().argmax(1).tolist()
+
+    assert shown(0) == shown(0)
+    assert shown(0) != shown(1)
+    counts = np.bincount(shown(0), minlength=3)
+    assert counts.sum() == 64
+    assert counts.min() > 8
+
+
+def test_a_position_says_where_a_loader_stands() -> None:
+    """JSON-able; restoring gives episode and batch back, and a stream learns its landmark."""
+    stream = NumberedStream()
+    source = loader(0, stream)
+    position = json.loads(json.dumps(source.position(3, 2, episode_size=64)))
+    assert source.restore(position) == (3, 2)
+    assert stream.learned == {"first": 192}
+    assert loader().restore(loader().position(3, 2, episode_size=64)) == (3, 2)
+
+
+def kill(texts: list[str]) -> torch.Tensor:
+    """Stands in for a tokenizer; it runs in the workers."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_killed_worker_is_an_error_and_no_hang() -> None:
+    """As the system kills a process when memory runs out."""
+    source = EpisodeLoader(**{**vars(loader(2)), "tokenizer": kill})
+    with pytest.raises(ValueError, match=r"data\.workers: a worker process was killed"):
+        list(source.batches(in_order(64)))
+
+
+def bad(name: str) -> BadSample:
+    return BadSample(name, f"{name}.jpg", "truncated")
+
+
+def test_skips_are_written_once_a_sample(tmp_path: Path) -> None:
+    """However often a sample is met; a new log continues the file."""
+    path = tmp_path / "run" / "skipped.jsonl"
+    log = SkipLog(path, max_share=1.0, at_least=1)
+    log.add(10, [])
+    assert not path.exists()
+    log.add(10, [bad("a"), bad("ü")])
+    log.add(10, [bad("a")])
+    assert (log.read, log.skipped, log.distinct) == (30, 3, 2)
+    again = SkipLog(path, max_share=1.0, at_least=1)
+    again.add(10, [bad("a"), bad("c")])
+    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["sample_id"] for line in written] == ["a", "ü", "c"]
+    assert written[1] == {"sample_id": "ü", "where": "ü.jpg", "reason": "truncated"}
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
+    """Above the share, counted over an episode at least; the first ten reasons are quoted."""
+    log = SkipLog(tmp_path / "skipped.jsonl", max_share=0.05, at_least=400)
+    for first in range(0, 20, 2):
+        log.add(20, [bad(f"{first}"), bad(f"{first + 1}")])  # 20 of 200: 5% of an episode
+    with pytest.raises(ValueError, match=r"21 of 220 .* data\.max_bad_share \(0\.05\)") as error:
+        log.add(20, [bad("last")])
+    message = str(error.value)
+    assert message.count("truncated") == 10
+    assert "0.jpg: truncated; 1.jpg" in message
+    assert "skipped.jsonl" in message
+    assert "\n" not in message
+
+
+def test_bad_samples_travel_between_processes() -> None:
+    """With id, place and reason."""
+    copy = pickle.loads(pickle.dumps(bad("a")))
+    assert (copy.sample_id, copy.where, copy.reason) == ("a", "a.jpg", "truncated")

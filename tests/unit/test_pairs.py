@@ -1,0 +1,121 @@
+"""Pairs in an Arrow table: ids, captions, and what is bad about a sample."""
+
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, join
+from protoclip.testing import tiny_pairs
+
+
+def table(captions: pa.Array, **columns: list[object]) -> pa.Table:
+    images = tiny_pairs(len(captions)).column("image")
+    return pa.table({"image": images, "caption": captions, **columns})
+
+
+def test_captions_keep_their_letters() -> None:
+    """UTF-8 in every script comes back as it went in, from text and from bytes."""
+    captions = ["ein schöner Tag", "猫が好き", "смешной кот", "🦊 fox"]
+    for column in (pa.array(captions), pa.array([text.encode() for text in captions])):
+        pairs = ImageTextPairs(table(column), name="a")
+        assert isinstance(pairs, Pairs)
+        assert [pairs.caption(row) for row in range(4)] == captions
+
+
+def test_samples_without_ids_are_named_by_source_and_row() -> None:
+    """And by their id where there is one."""
+    plain = ImageTextPairs(table(pa.array(["x", "y"])), name="a")
+    assert list(plain.sample_ids()) == ["a/0", "a/1"] == [plain.sample(r).sample_id for r in (0, 1)]
+    named = ImageTextPairs(table(pa.array(["x", "y"]), sample_id=["p", "q"]), name="a")
+    assert list(named.sample_ids()) == ["p", "q"] == [named.sample(r).sample_id for r in (0, 1)]
+
+
+def test_several_captions_lose_the_empty_ones() -> None:
+    """A list column, with a missing entry and white space."""
+    captions = pa.array([["one", " ", None, "two "], ["three"]], pa.list_(pa.string()))
+    pairs = ImageTextPairs(table(captions), name="a")
+    assert pairs.sample(0).captions == ("one", "two")
+    assert pairs.sample(1).captions == ("three",)
+
+
+@pytest.mark.parametrize(
+    ("captions", "reason"),
+    [
+        (pa.array(["", "x"]), "empty caption"),
+        (pa.array([" \t\n", "x"]), "empty caption"),
+        (pa.array([None, "x"]), "empty caption"),
+        (pa.array([[], ["x"]], pa.list_(pa.string())), "empty caption"),
+        (pa.array([b"\xff\xfe", b"x"]), "not UTF-8"),
+    ],
+)
+def test_a_pair_without_a_caption_is_bad(captions: pa.Array, reason: str) -> None:
+    """It names sample and reason; its neighbour is fine."""
+    pairs = ImageTextPairs(table(captions), name="a")
+    with pytest.raises(BadSample, match=reason) as error:
+        pairs.sample(0)
+    assert error.value.sample_id == "a/0"
+    assert pairs.sample(1).captions == ("x",)
+
+
+def test_pictures_are_found_below_the_root(tmp_path: Path) -> None:
+    """Relative and absolute paths, ranges of a larger file; what is missing or short is bad."""
+    (tmp_path / "one.png").write_bytes(b"first")
+    (tmp_path / "many.bin").write_bytes(b"..second..")
+    captions = ["x"] * 3
+    paths = ["one.png", str(tmp_path / "one.png"), "none.png"]
+    files = ImageTextPairs(
+        pa.table({"path": paths, "caption": captions}), name="a", root=str(tmp_path)
+    )
+    assert [files.sample(row).image for row in (0, 1)] == [b"first"] * 2
+    assert files.sample(0).where == str(tmp_path / "one.png")
+    with pytest.raises(BadSample, match="no such file"):
+        files.sample(2)
+    ranges = pa.table(
+        {"shard": ["many.bin"] * 2, "offset": [2, 8], "size": [6, 6], "caption": captions[:2]}
+    )
+    shards = ImageTextPairs(ranges, name="a", root=str(tmp_path))
+    assert shards.sample(0).image == b"second"
+    with pytest.raises(BadSample, match="ends after 2 of 6 bytes"):
+        shards.sample(1)
+
+
+def test_an_unreadable_picture_names_its_sample() -> None:
+    """Broken bytes raise with the sample's id; so does a row without any."""
+    broken = tiny_pairs(4).set_column(0, "image", pa.array([b"junk", None] * 2, pa.binary()))
+    pairs = ImageTextPairs(broken, name="broken")
+    with pytest.raises(BadSample, match="tiny/2"):
+        pairs.image(2)
+    with pytest.raises(BadSample, match="no image"):
+        pairs.sample(3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.drop_columns(["caption"]), "no column 'caption'; it has image, sample_id"),
+        (lambda t: t.drop_columns(["image"]), "no column 'image'; it has caption, sample_id"),
+        (lambda t: t.slice(0, 0), "holds no sample"),
+    ],
+)
+def test_structural_faults_are_named(spoil, message: str) -> None:
+    """A missing column is named beside those present; an empty table is refused."""
+    with pytest.raises(ValueError, match=f"tiny: {message}"):
+        ImageTextPairs(spoil(tiny_pairs()), name="tiny")
+
+
+def test_pairs_travel_to_worker_processes() -> None:
+    """A pickled copy gives the same samples."""
+    pairs = ImageTextPairs(tiny_pairs(6), name="tiny")
+    copy = pickle.loads(pickle.dumps(pairs))
+    assert [copy.sample(row) for row in range(6)] == [pairs.sample(row) for row in range(6)]
+
+
+def test_names_are_joined_to_folders_and_urls() -> None:
+    """A root that is a URL keeps its slashes; absolute names and URLs stay as they are."""
+    assert join("", "a.jpg") == "a.jpg"
+    assert join("data", "a.jpg") == str(Path("data") / "a.jpg")
+    assert join("s3://bucket/x/", "a.jpg") == "s3://bucket/x/a.jpg"
+    assert join("data", "/b/a.jpg") == "/b/a.jpg"
+    assert join("data", "https://host/a.jpg") == "https://host/a.jpg"

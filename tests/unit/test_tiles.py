@@ -1,0 +1,203 @@
+"""Tiled softmaxes: exact, small in memory, and independent of private entry points."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from protoclip import PrototypeTarget, info_nce, prototypical_loss
+from protoclip.losses import instance, prepare_targets, tiles
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+@pytest.fixture(params=["oneDNN", "plain"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix products by oneDNN's private entry point, then without it."""
+    if request.param == "plain":
+        monkeypatch.setattr(tiles, "onednn_linear", lambda: None)
+    elif tiles.onednn_linear() is None:
+        pytest.skip("this torch has no oneDNN entry point")
+
+
+@pytest.fixture(params=[(512, 2**19), (32, 32 * 50)], ids=["default", "small"])
+def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile that holds everything, then many with remainders."""
+    rows, scores = request.param
+    monkeypatch.setattr(tiles, "ROWS", rows)
+    monkeypatch.setattr(tiles, "CPU_SCORES", scores)
+
+
+def assert_close_to_float64(
+    loss: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]
+) -> None:
+    """The loss in float32 and its gradients are within 1e-5 of another form of it in float64.
+
+    Gradients are compared by norm, as components may cancel; that of the temperature is a sum of
+    terms of size 1 which may cancel as a whole, down to the rounding of one.
+    """
+    single = [value.float().requires_grad_() for value in inputs]
+    double = [value.clone().requires_grad_() for value in inputs]
+    ours, exact = loss(*single), plain(*double)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+    for mine, right in zip(
+        torch.autograd.grad(ours, single), torch.autograd.grad(exact, double), strict=True
+    ):
+        assert (mine.double() - right).norm() <= 1e-5 * right.norm() + 1e-7
+
+
+@pytest.mark.usefixtures("products", "tile_size")
+@pytest.mark.parametrize("scale", [14.0, 100.0])
+@pytest.mark.parametrize("temperature", [None, 0.1, 0.01])
+@pytest.mark.parametrize("num_empty", [0, 7])
+def test_the_prototypical_loss_keeps_its_precision_in_float32(
+    scale: float, temperature: float | None, num_empty: int
+) -> None:
+    """Value, projection gradient and temperature gradient; soft and hard; flat and peaked."""
+    student, teacher = unit(333, 24, seed=1), unit(333, 40, seed=2)
+    student[:num_empty] = 0
+    assignments = torch.randint(num_empty, 333, (77,), generator=torch.Generator().manual_seed(3))
+    noisy = student[assignments] + 2 * unit(77, 24, seed=4)
+    projections = noisy / noisy.norm(dim=1, keepdim=True)
+
+    def plain(h: Tensor, s: Tensor) -> Tensor:
+        alive = (student != 0).any(1)
+        log_shares = (s * h @ student[alive].T).log_softmax(1)
+        if temperature is None:
+            choice = torch.nn.functional.one_hot(assignments, 333)[:, alive].double()
+        else:
+            choice = (teacher[assignments] @ teacher[alive].T / temperature).softmax(1)
+        return -(choice * log_shares).sum(1).mean()
+
+    def ours(h: Tensor, s: Tensor) -> Tensor:
+        return prototypical_loss(h, student.float(), teacher.float(), assignments, s, temperature)
+
+    inputs = [projections, torch.tensor(scale, dtype=torch.float64)]
+    assert_close_to_float64(ours, plain, inputs)
+
+
+@pytest.mark.usefixtures("products", "tile_size")
+@pytest.mark.parametrize("scale", [5.0, 100.0])
+def test_tiled_info_nce_keeps_its_precision_in_float32(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value, feature gradients and temperature gradient, flat and peaked."""
+    monkeypatch.setattr(instance, "TILED_ABOVE", 0)
+    text = unit(131, 20, seed=1)
+    image = text + 2 * unit(131, 20, seed=2)
+
+    def plain(image: Tensor, text: Tensor, s: Tensor) -> Tensor:
+        logits = s * image @ text.T
+        both = logits.log_softmax(0) + logits.log_softmax(1)
+        return -both.diagonal().mean() / 2
+
+    inputs = [
+        image / image.norm(dim=1, keepdim=True),
+        text,
+        torch.tensor(scale, dtype=torch.float64),
+    ]
+    assert_close_to_float64(info_nce, plain, inputs)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.usefixtures("products")
+def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, no tensor is larger than the inputs or a tile; nor is a look-up's."""
+    monkeypatch.setattr(tiles, "ROWS", 16)
+    monkeypatch.setattr(tiles, "CPU_SCORES", 16 * 25)
+    monkeypatch.setattr(instance, "TILED_ABOVE", 0)
+    b, k, p = 120, 400, 4
+    centroids = unit(k, p, seed=1).float()
+    centroids[0] = 0
+    h, text = (unit(b, p, seed=seed).float().requires_grad_() for seed in (2, 3))
+    s = torch.tensor(10.0, requires_grad=True)
+    with Largest() as grouped:
+        assignments = torch.arange(b) + 1
+        prototypical_loss(h, centroids, centroids, assignments, s, 0.1).backward()
+        target = PrototypeTarget(
+            student_centroids=centroids, teacher_centroids=centroids, assignments=assignments
+        )
+        prepare_targets({"image_from_text": target}, target_temperatures={"text": 0.1})
+    assert grouped.elements == k * p
+    with Largest() as paired:
+        info_nce(h, text, s).backward()
+    assert paired.elements == b * p
+    with Largest() as plain:
+        torch.logsumexp(s * h @ centroids.T, 1).sum().backward()
+    assert plain.elements == b * k
+
+
+def test_autocast_does_not_round_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called under autocast, the tiled losses and their gradients are those without it."""
+    monkeypatch.setattr(tiles, "onednn_linear", lambda: None)
+    monkeypatch.setattr(instance, "TILED_ABOVE", 0)
+    centroids, text = unit(30, 8, seed=1).float(), unit(12, 8, seed=2).float()
+    results = []
+    for enabled in (False, True):
+        h = unit(12, 8, seed=3).float().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = prototypical_loss(h, centroids, centroids, torch.arange(12), 50.0, 0.1)
+            loss = loss + info_nce(h, text, 50.0)
+            loss.backward()
+        results.append((loss.detach(), h.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_exponentials_are_no_denormals_and_lose_nothing() -> None:
+    """However small a share, its exponential is a normal number, and sums stay what they are."""
+    torch.set_flush_denormal(False)
+    exponents = torch.linspace(-300, 0, 10_000)
+    exact = exponents.double().exp().sum()
+    shares = tiles.exponential(exponents.clone())
+    assert exponents.exp()[exponents.exp() > 0].min() < torch.finfo(torch.float32).tiny
+    assert shares.min() > 1e6 * torch.finfo(torch.float32).tiny
+    assert shares.double().sum().item() == pytest.approx(exact.item(), rel=1e-7)
+
+
+def refuses(*arguments: object) -> Tensor:
+    raise RuntimeError("expected at most 5 arguments")
+
+
+@pytest.mark.parametrize(
+    "namespace",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(_linear_pointwise=refuses),
+        SimpleNamespace(_linear_pointwise=lambda x, w: x @ w.T),
+        SimpleNamespace(_linear_pointwise=lambda x, w, *rest: x @ w.T + 1),
+    ],
+    ids=["gone", "refuses", "other signature", "other meaning"],
+)
+def test_an_entry_point_that_changed_is_not_used(
+    namespace: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where oneDNN's private entry point is gone or not the same, torch's own product runs."""
+    monkeypatch.setattr(torch.ops, "mkldnn", namespace)
+    tiles.onednn_linear.cache_clear()
+    try:
+        assert tiles.onednn_linear() is None
+        x = torch.arange(12.0).view(3, 4)
+        assert torch.equal(tiles.scores(x, x), x @ x.T)
+    finally:
+        tiles.onednn_linear.cache_clear()
