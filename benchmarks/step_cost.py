@@ -1,16 +1,21 @@
 """What does grouping cost? Wall clock of ProtoCLIP over CLIP at equal samples, and where it goes.
 
-The three arms of the demonstration, in alternation, each for one episode of warm-up (not counted)
-and two counted episodes; the ratio of medians over all repeats is printed as a table.
+CLIP, and ProtoCLIP with the bundled teacher and prototypes from extraction or from the queue, in
+alternation, each for one episode of warm-up (not counted) and two counted ones.
 
-    python benchmarks/step_cost.py [--repeats 3] [--out FILE]
+    python benchmarks/step_cost.py [--repeats 3] [--case demo vit] [--out FILE]
+
+Cases: `demo`, the demonstration's towers; `vit`, a ViT-S/16 at 112 pixels on the same pictures;
+`rn50`, an RN50 at 224 pixels with batch 512, 20,000 prototypes and pictures made on the device, for
+GPUs. Without `--case`, `demo` and `vit` on a CPU, all of them on a GPU.
 """
 
 import argparse
 import datetime
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,17 +23,89 @@ from pathlib import Path
 import torch
 
 from protoclip import build, demo, run
-from protoclip.config import Config
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.config import Config, ImageTowerConfig, ModelConfig
+from protoclip.data.episodes import Episode
+from protoclip.data.loader import Batch
+from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.features import ExtractedFeatures, QueuedFeatures
+from protoclip.losses import objective
+from protoclip.models.protoclip import Embeddings
 from protoclip.progress import Progress
 from protoclip.train.precision import resolve
 from protoclip.train.state import TrainState
+from protoclip.train.trainer import Trainer
 
 COUNTED = 2
+PARTS = ("extract", "cluster", "back_translate", "data", "loss")
 
 
-def episode_seconds(config: Config, samples: ImageTextPairs) -> dict[str, list[float]]:
-    """Seconds of each counted episode, and of the extraction and the grouping in it."""
+def base(case: str) -> Config:
+    """The CLIP arm of a case."""
+    config = demo.arms()["CLIP"]
+    if case == "vit":
+        tower = ImageTowerConfig(name="vit_small_patch16_224", size=112)
+        return replace(
+            config,
+            model=replace(config.model, image=tower, embed_dim=384),
+            episodes=replace(config.episodes, size=1024),
+            prototypes=replace(config.prototypes, number=100),
+        )
+    if case == "rn50":
+        return replace(
+            config,
+            model=ModelConfig(name="RN50"),
+            episodes=replace(config.episodes, size=199_680, batch_size=512),
+            prototypes=replace(config.prototypes, number=20_000),
+        )
+    return config
+
+
+def arms(case: str) -> dict[str, Config]:
+    """CLIP, and ProtoCLIP with its teacher and either source of prototypes."""
+    clip = base(case)
+    # The bundled teacher knows 7,077 samples; the synthetic ones have none.
+    with_teacher = demo.arms()["CLIP" if case == "rn50" else "ProtoCLIP + teacher"]
+    grouped = replace(
+        clip,
+        loss=replace(with_teacher.loss, prototypical=1.0),
+        teacher=replace(with_teacher.teacher, number=clip.prototypes.number),
+    )
+    return {
+        "CLIP": clip,
+        "ProtoCLIP, extract": replace(
+            grouped, prototypes=replace(grouped.prototypes, source="extract")
+        ),
+        "ProtoCLIP, queue": replace(
+            grouped, prototypes=replace(grouped.prototypes, source="queue")
+        ),
+    }
+
+
+def synthetic(trainer: Trainer, config: Config, device: torch.device) -> Trainer:
+    """The same training on pictures that are made on the device, without a loader."""
+    size = config.episodes.batch_size
+
+    def batches(episode: Episode) -> Iterator[Batch]:
+        image = torch.randn(size, 3, 224, 224, device=device)
+        image = image.contiguous(memory_format=torch.channels_last)
+        text = torch.randint(1, 49_000, (size, 77), device=device)
+        text[:, -1] = 49_407
+        for first in range(0, len(episode.rows), size):
+            position = torch.arange(first, first + size, device=device)
+            yield Batch(position=position, sample_id=[""] * size, image=image, text=text)
+
+    source = trainer.source
+    if isinstance(source, ExtractedFeatures):
+        source = replace(source, batches=batches)
+    elif isinstance(source, QueuedFeatures):
+        source = replace(source, fallback=replace(source.fallback, batches=batches))
+    return replace(trainer, batches=batches, source=source)
+
+
+def episode_seconds(
+    case: str, config: Config, samples: Pairs | SampleStream
+) -> dict[str, list[float]]:
+    """Seconds of each counted episode, and of its parts."""
     config = replace(
         config, episodes=replace(config.episodes, count=1 + COUNTED, warm_up=1, locked_image=0)
     )
@@ -37,67 +114,124 @@ def episode_seconds(config: Config, samples: ImageTextPairs) -> dict[str, list[f
     ends: list[float] = []
 
     def log(state: TrainState, metrics: Mapping[str, float]) -> None:
-        for part in ("extract", "group"):
-            if f"train/seconds/{part}" in metrics:
-                parts[part].append(metrics[f"train/seconds/{part}"])
+        if state.step > config.episodes.size // config.episodes.batch_size:
+            for name in ("extract", "cluster", "back_translate", "data"):
+                if f"train/seconds/{name}" in metrics:
+                    parts[name].append(metrics[f"train/seconds/{name}"])
 
-    build.trainer(
+    def save(state: TrainState) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(state.seconds)
+
+    trainer = build.trainer(
         config,
         model=build.place(build.model(config.model, seed=0), device),
         samples=samples,
         precision=resolve(config.run.precision, device),
         log=log,
-        save=lambda state: ends.append(state.seconds),
+        save=save,
         evaluate=lambda state: {},
         on_step=lambda state, stage: None,
-    ).fit(TrainState())
+        on_read=lambda read, bad: None,
+    )
+    if case == "rn50":
+        trainer = synthetic(trainer, config, device)
+    state = trainer.fit(TrainState())
     parts["episode"] = [end - start for start, end in pairwise(ends)]
+    parts["loss"] = [loss_seconds(trainer, config, state, device)]
     return parts
+
+
+def loss_seconds(
+    trainer: Trainer, config: Config, state: TrainState, device: torch.device
+) -> float:
+    """Seconds that an episode's losses take, forward and backward, down to the embeddings."""
+    size, width = config.episodes.batch_size, 256
+    targets, assignments = None, {}
+    if config.uses_prototypes:
+        grouping = trainer.group(trainer.episode(state.episode), state)
+        targets = grouping.targets
+        assignments = {
+            space: found.assignments[:size] for space, found in grouping.prototypes.items()
+        }
+        width = next(iter(targets.values())).lookup.shape[1]
+    rows = [
+        torch.nn.functional.normalize(torch.randn(size, width, device=device), dim=1)
+        for _ in range(4)
+    ]
+    times = []
+    for _ in range(5):
+        leaves = [row.clone().requires_grad_() for row in rows]
+        scale = torch.tensor(14.0, device=device, requires_grad=True)
+        started = time.perf_counter()
+        embeddings = Embeddings(
+            image_features=leaves[0],
+            text_features=leaves[1],
+            image_projections=leaves[2],
+            text_projections=leaves[3],
+            logit_scale=scale,
+            prototype_logit_scale=scale,
+        )
+        losses, _ = objective(
+            embeddings, targets, assignments, weights=trainer.weights, detailed=False
+        )
+        torch.stack(list(losses.values())).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * (config.episodes.size // size)
+
+
+def measure(case: str, repeats: int) -> list[str]:
+    """The table of one case."""
+    configs = arms(case)
+    seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in configs}
+    samples = build.pairs(configs["CLIP"])
+    progress = Progress(f"benchmark: step cost, {case}", repeats * len(configs))
+    for repeat in range(repeats):
+        for number, (name, config) in enumerate(configs.items()):
+            for part, values in episode_seconds(case, config, samples).items():
+                seconds[name][part] += values
+            progress.update(repeat * len(configs) + number + 1, name)
+    config = configs["CLIP"]
+    device = build.device(config.run.device)
+    facts = run.environment(device)
+    lines = [
+        f"## {case}",
+        "",
+        f"`python benchmarks/step_cost.py --repeats {repeats} --case {case}`, "
+        f"{datetime.date.today().isoformat()}; {facts['device']}, torch {facts['torch']}, "
+        f"{resolve(config.run.precision, device)}; episodes of {config.episodes.size} pairs, "
+        f"batch {config.episodes.batch_size}, {config.model.name or config.model.image.name}, "
+        f"{config.prototypes.number} prototypes a space. Seconds an episode: median "
+        f"[least, most] of {repeats * COUNTED}, arms in turn; parts are medians.",
+        "",
+        "| arm | episode | ratio to CLIP | " + " | ".join(PARTS).replace("_", "-") + " |",
+        "|---" * (3 + len(PARTS)) + "|",
+    ]
+    baseline = statistics.median(seconds["CLIP"]["episode"])
+    for name, parts in seconds.items():
+        whole = parts["episode"]
+        span = f"{statistics.median(whole):.2f} [{min(whole):.2f}, {max(whole):.2f}]"
+        shown = [f"{statistics.median(parts[p]):.3f}" if parts[p] else "-" for p in PARTS]
+        ratio = statistics.median(whole) / baseline
+        lines.append(f"| {name} | {span} | {ratio:.2f} | " + " | ".join(shown) + " |")
+    return [*lines, ""]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--case", nargs="+", choices=["demo", "vit", "rn50"])
+    parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
-    arms = demo.arms()
-    seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in arms}
-    samples = build.pairs(arms["CLIP"])
-    for row in range(len(samples)):
-        samples.image(row)  # all arms find the pictures decoded
-    progress = Progress("benchmark: step cost", arguments.repeats * len(arms))
-    for repeat in range(arguments.repeats):
-        for number, (name, config) in enumerate(arms.items()):
-            for part, values in episode_seconds(config, samples).items():
-                seconds[name][part] += values
-            progress.update(repeat * len(arms) + number + 1, name)
-
-    config = arms["CLIP"]
-    device = build.device(config.run.device)
-    facts = run.environment(device)
-    lines = [
-        "# Step cost: ProtoCLIP over CLIP at equal samples",
-        "",
-        f"`python benchmarks/step_cost.py --repeats {arguments.repeats}`, "
-        f"{datetime.date.today().isoformat()}; {facts['device']}, torch {facts['torch']}, "
-        f"{resolve(config.run.precision, device)}; episodes of {config.episodes.size} pairs, "
-        f"batch {config.episodes.batch_size}, {config.model.image.name} at "
-        f"{config.model.image.size} px, {config.prototypes.number} prototypes a space. "
-        f"Median [least, most] seconds of {arguments.repeats * COUNTED} episodes, arms in turn.",
-        "",
-        "| arm | episode | ratio to CLIP | extraction | grouping |",
-        "|---|---|---|---|---|",
-    ]
-    baseline = statistics.median(seconds["CLIP"]["episode"])
-    for name, parts in seconds.items():
-        spans = [
-            f"{statistics.median(v):.2f} [{min(v):.2f}, {max(v):.2f}]" if v else "-"
-            for v in (parts["episode"], parts["extract"], parts["group"])
-        ]
-        ratio = statistics.median(parts["episode"]) / baseline
-        lines.append(f"| {name} | {spans[0]} | {ratio:.2f} | {spans[1]} | {spans[2]} |")
-    text = "\n".join(lines) + "\n"
+    default = ["demo", "vit", "rn50"] if build.device("auto").type == "cuda" else ["demo", "vit"]
+    lines = ["# Step cost: ProtoCLIP over CLIP at equal samples", ""]
+    for case in arguments.case or default:
+        lines += measure(case, arguments.repeats)
+    text = "\n".join(lines)
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

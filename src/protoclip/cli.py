@@ -40,6 +40,7 @@ def train(
     episodes: EpisodeConfig = EpisodeConfig(),  # noqa: B008
     prototypes: PrototypeConfig = PrototypeConfig(),  # noqa: B008
     teacher: TeacherConfig = TeacherConfig(),  # noqa: B008
+    teachers: list[TeacherConfig] | None = None,
     loss: LossConfig = LossConfig(),  # noqa: B008
     optim: OptimConfig = OptimConfig(),  # noqa: B008
     json: bool = False,
@@ -47,6 +48,7 @@ def train(
     """Train a model and evaluate it.
 
     Args:
+        teachers: Several external teachers, in place of `teacher`.
         json: Print the results as JSON.
     """
     config = Config(
@@ -56,6 +58,7 @@ def train(
         episodes=episodes,
         prototypes=prototypes,
         teacher=teacher,
+        teachers=teachers or [],
         loss=loss,
         optim=optim,
     )

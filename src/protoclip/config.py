@@ -91,7 +91,7 @@ class DataConfig:
 class ImageTowerConfig:
     name: str = "resnet10t"
     """A timm model name."""
-    size: int = 32
+    size: int = 40
     """Height and width of the input, in pixels."""
 
 
@@ -141,6 +141,9 @@ class EpisodeConfig:
     """Episodes of the whole run."""
     batch_size: int = 256
     """Pairs in a step; divides the episode size."""
+    micro_batch_size: int | None = None
+    """Pairs that pass through the towers at once, to save memory: gradients are those of the whole
+    batch (GradCache), for a second forward pass. BatchNorm then sees these pairs alone."""
     replacement: bool = True
     """Draw the pairs of an episode with replacement, as the paper does."""
     warm_up: int = 1
@@ -158,12 +161,17 @@ class PrototypeConfig:
     """Samples in the queue; `episodes.size` if unset."""
     number: int = 400
     """Prototypes per modality, at most the episode size."""
-    iterations: int = 20
+    start: Literal["spread", "random"] = "spread"
+    """Where K-means starts: `spread` out over the data, or from `random` samples. The reference
+    takes the best of 3 random starts, 20 iterations each; a spread one gets there in 6."""
+    iterations: int = 6
     """K-means iterations."""
     restarts: int = 1
     """K-means starts, of which the best is kept."""
     back_translation: bool = True
     """Translate prototypes into the student's space (PBT)."""
+    unit_norm: bool = False
+    """Bring prototypes to unit norm, in K-means and in the student's space."""
     target_temperature: float = 0.01
     """Sharpness of the soft targets."""
     hard_targets: bool = False
@@ -175,10 +183,14 @@ class PrototypeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
+    name: str = "teacher"
+    """What metrics call it; several teachers have different names."""
     features: str | None = None
     """Features of an external teacher: a folder that `protoclip embed-teacher` wrote, a Parquet
     file with the columns `sample_id` and `features`, an `.npy` file with ids beside it, or `emoji`
     (bundled MiniLM features of the captions). Unset: no external teacher."""
+    weight: float = 1.0
+    """Weight among several teachers; `loss.teacher` multiplies it."""
     number: int = 400
     """Prototypes of the teacher's space."""
     target_temperature: float = 0.01
@@ -227,6 +239,8 @@ class Config:
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
     prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: list[TeacherConfig] = field(default_factory=list)
+    """Several external teachers, in place of `teacher`."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -236,7 +250,16 @@ class Config:
 
     @property
     def uses_teacher(self) -> bool:
-        return self.teacher.features is not None and self.loss.teacher > 0
+        return bool(self.external_teachers)
+
+    @property
+    def external_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers that count, by name."""
+        return {
+            teacher.name: teacher
+            for teacher in self.teachers or [self.teacher]
+            if teacher.features is not None and teacher.weight * self.loss.teacher > 0
+        }
 
 
 def check(config: Config) -> list[str]:
@@ -262,6 +285,7 @@ def check(config: Config) -> list[str]:
         "episodes.size": (episodes.size, 1),
         "episodes.count": (episodes.count, 1),
         "episodes.batch_size": (episodes.batch_size, 2),
+        "episodes.micro_batch_size": (episodes.micro_batch_size or 2, 2),
         "episodes.warm_up": (episodes.warm_up, 0),
         "episodes.locked_image": (episodes.locked_image, 0),
         "prototypes.iterations": (prototypes.iterations, 1),
@@ -280,7 +304,10 @@ def check(config: Config) -> list[str]:
             raise ValueError(f"{name}: {value} is too small; at least {least}")
     positive = {
         "prototypes.target_temperature": prototypes.target_temperature,
-        "teacher.target_temperature": config.teacher.target_temperature,
+        **{
+            f"{name}.target_temperature": teacher.target_temperature
+            for name, teacher in [("teacher", config.teacher), *config.external_teachers.items()]
+        },
         "optim.learning_rate": config.optim.learning_rate,
         "optim.locked_learning_rate": config.optim.locked_learning_rate,
         "data.cache_gb": config.data.cache_gb,
@@ -292,6 +319,7 @@ def check(config: Config) -> list[str]:
             hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
             raise ValueError(f"{name}: {rate} needs to be above 0{hint}")
     check_sources(config.data)
+    check_teachers(config)
     if episodes.batch_size > episodes.size:
         raise ValueError(
             f"episodes.batch_size: {episodes.batch_size} is larger than episodes.size "
@@ -309,8 +337,8 @@ def check(config: Config) -> list[str]:
             f"episodes.locked_image ({episodes.warm_up} + {episodes.locked_image})"
         )
     counts = {"prototypes.number": prototypes.number} if config.loss.prototypical else {}
-    if config.uses_teacher:
-        counts["teacher.number"] = config.teacher.number
+    for name, teacher in config.external_teachers.items():
+        counts[f"{name}.number"] = teacher.number
     for name, number in counts.items():
         if not 2 <= number <= episodes.size:
             raise ValueError(
@@ -349,6 +377,21 @@ def check_sources(data: DataConfig) -> None:
         )
 
 
+def check_teachers(config: Config) -> None:
+    """Reject several teachers that cannot be told apart, or that leave out what makes one."""
+    if config.teachers and config.teacher.features is not None:
+        raise ValueError("teachers: take the place of teacher; leave one of them out")
+    names = [teacher.name for teacher in config.teachers]
+    for name in [*names, config.teacher.name]:
+        if name in ("image", "text") or "_from_" in name or names.count(name) > 1:
+            raise ValueError(f"teachers: '{name}' is taken; give each teacher a name of its own")
+    for teacher in config.teachers:
+        if teacher.features is None:
+            raise ValueError(f"teachers: '{teacher.name}' has no features; name their file")
+        if teacher.weight < 0:
+            raise ValueError(f"teachers: '{teacher.name}' has a weight below 0")
+
+
 def without_effect(config: Config) -> list[str]:
     """One note for each setting that differs from its default and does nothing in this run."""
     default, notes = Config(), []
@@ -362,9 +405,9 @@ def without_effect(config: Config) -> list[str]:
         notes.append("prototypes.*: no effect, since loss.prototypical is 0")
     if config.prototypes.queue_size is not None and config.prototypes.source == "extract":
         notes.append("prototypes.queue_size: no effect, since prototypes.source is extract")
-    if config.loss.teacher == 0 and config.teacher.features is not None:
+    if config.loss.teacher == 0 and (config.teacher.features is not None or config.teachers):
         notes.append("teacher.*: no effect, since loss.teacher is 0")
-    if config.teacher.features is None and config.loss.teacher not in (0, default.loss.teacher):
+    if not config.uses_teacher and config.loss.teacher not in (0, default.loss.teacher):
         notes.append("loss.teacher: no effect without teacher.features")
     if not config.uses_prototypes and config.episodes.warm_up != default.episodes.warm_up:
         notes.append("episodes.warm_up: no effect, since no loss uses prototypes")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -95,6 +96,7 @@ def build_targets(
     image_projections: Float[Tensor, "m p"],
     text_projections: Float[Tensor, "m p"],
     back_translation: bool = True,
+    unit_norm: bool = False,
 ) -> dict[str, PrototypeTarget]:
     """Pair each student modality with every other space that grouped the samples.
 
@@ -105,6 +107,7 @@ def build_targets(
         back_translation: Translate prototypes into the student's space (PBT). Without it, image
             and text students meet the other modality's centroids as they are; an external
             teacher lives in a space of its own and is always translated.
+        unit_norm: Bring the student's prototypes to unit norm; empty ones stay zero.
 
     Returns:
         Targets named `<student>_from_<teacher>`, such as `image_from_text`.
@@ -117,12 +120,15 @@ def build_targets(
             if student == space:
                 continue
             translate = back_translation or space not in students
-            targets[f"{student}_from_{space}"] = PrototypeTarget(
-                student_centroids=back_translate(
+            centroids = teacher.centroids
+            if translate:
+                centroids = back_translate(
                     teacher.assignments[known], projections[known], len(teacher.centroids)
                 )
-                if translate
-                else teacher.centroids,
+            if unit_norm:
+                centroids = F.normalize(centroids, dim=1)
+            targets[f"{student}_from_{space}"] = PrototypeTarget(
+                student_centroids=centroids,
                 teacher_centroids=teacher.centroids,
                 assignments=teacher.assignments,
             )

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
-from protoclip import build, demo, report, run
+from protoclip import build, demo, features, report, run
 from protoclip.cli import main
-from protoclip.config import Config
+from protoclip.config import Config, TeacherConfig
 from protoclip.evals.datasets import EvaluationData
 from protoclip.testing import tiny_config
 
@@ -129,6 +131,77 @@ def test_every_switch_of_the_method_trains(tmp_path: Path, few_emoji: Evaluation
     assert sum("train/loss/prototypical/image_from_teacher" in line for line in lines) == 16
     assert [line["episode"] for line in lines if "eval/emoji/knn/acc1" in line] == [2, 4]
     assert 0 <= results["metrics"]["eval/emoji/zero_shot/acc1"] <= 1
+
+
+def test_a_queue_needs_no_pass_of_its_own(
+    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With prototypes from the queue no pass is made over an episode, from the first one on that
+    uses prototypes; the prototypical loss is there all the same."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("an extraction pass")
+
+    monkeypatch.setattr(features, "extract_features", forbidden)
+    config = tiny_config(tiny_parquet, out=str(tmp_path / "queue"))
+    run.train(replace(config, prototypes=replace(config.prototypes, source="queue")))
+    lines = metrics_of(tmp_path / "queue")
+    assert sum("train/loss/prototypical/image_from_text" in line for line in lines) == 8
+    extract = replace(config.prototypes, source="extract")
+    with pytest.raises(AssertionError, match="an extraction pass"):
+        run.train(
+            replace(config, run=replace(config.run, out=str(tmp_path / "x")), prototypes=extract)
+        )
+
+
+def test_several_teachers_and_samples_they_do_not_know(
+    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each teacher has its prototypes, losses and weight; one that knows a third of the samples
+    trains on those alone, and a note says how many are missing."""
+    generator = np.random.default_rng(0)
+    for name, known in (("all", 96), ("some", 32)):
+        flat = pa.array(generator.normal(size=known * 5).astype(np.float32))
+        table = {
+            "sample_id": [f"tiny/{row}" for row in range(known)],
+            "features": pa.FixedSizeListArray.from_arrays(flat, 5),
+        }
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    config = replace(
+        tiny_config(tiny_parquet, out=str(tmp_path / "run")),
+        teachers=[
+            TeacherConfig(name="all", features=str(tmp_path / "all.parquet"), number=8),
+            TeacherConfig(
+                name="some",
+                features=str(tmp_path / "some.parquet"),
+                number=4,
+                weight=0.5,
+                hard_targets=False,
+            ),
+        ],
+    )
+    run.train(config)
+    assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
+    lines = [m for m in metrics_of(tmp_path / "run") if "train/loss/total" in m]
+    grouped = [m for m in lines if "train/loss/prototypical/image_from_some" in m]
+    assert len(grouped) == 8
+    for line in grouped:
+        loss = {k.split("/")[-1]: v for k, v in line.items() if "train/loss" in k}
+        expected = loss["info_nce"] + (loss["image_from_text"] + loss["text_from_image"]) / 2
+        expected += (loss["image_from_all"] + loss["text_from_all"]) / 2
+        expected += 0.5 * (loss["image_from_some"] + loss["text_from_some"]) / 2
+        assert loss["total"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_micro_batches_train(tiny_parquet: str, tmp_path: Path) -> None:
+    """Four pairs at a time through the towers: the same steps, and as many of them."""
+    config = tiny_config(tiny_parquet, out=str(tmp_path / "micro"))
+    run.train(replace(config, episodes=replace(config.episodes, micro_batch_size=4)))
+    losses = [
+        m["train/loss/total"] for m in metrics_of(tmp_path / "micro") if "train/loss/total" in m
+    ]
+    assert len(losses) == 16
+    assert np.isfinite(losses).all()
 
 
 def test_fp16_trains_with_its_scaler(tiny_parquet: str, tmp_path: Path) -> None:

@@ -81,3 +81,14 @@ def test_targets_pair_each_student_with_every_other_space(
             translated if back_translation or teacher == "bert" else prototypes[teacher].centroids
         )
         torch.testing.assert_close(target.student_centroids, expected)
+
+
+def test_prototypes_of_unit_norm() -> None:
+    """Directions are kept, lengths are one, and an empty prototype stays the zero row."""
+    image = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 2.0]])
+    found = Prototypes(centroids=torch.eye(3, 2), assignments=torch.tensor([0, 0, 2]))
+    targets = build_targets(
+        {"bert": found}, image_projections=image, text_projections=image, unit_norm=True
+    )
+    expected = torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(targets["image_from_bert"].student_centroids, expected)

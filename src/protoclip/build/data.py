@@ -158,14 +158,15 @@ def teachers(
     Raises:
         ValueError: No such teacher, or it knows none of the samples.
     """
-    if not config.uses_teacher:
-        return {}
-    assert config.teacher.features is not None
-    bundled = config.teacher.features == "emoji"
-    features = read_teacher(emoji_teacher_path() if bundled else config.teacher.features)
-    if isinstance(samples, Pairs) and (missing := features.missing(samples.sample_ids())):
-        note(
-            f"teacher.features: none for {missing} of {len(samples)} training samples, "
-            "which this teacher leaves alone"
-        )
-    return {"teacher": features}
+    found = {}
+    for name, teacher in config.external_teachers.items():
+        assert teacher.features is not None
+        bundled = teacher.features == "emoji"
+        features = read_teacher(emoji_teacher_path() if bundled else teacher.features)
+        if isinstance(samples, Pairs) and (missing := features.missing(samples.sample_ids())):
+            note(
+                f"{name}: no features of {missing} of {len(samples)} training samples, which this "
+                "teacher leaves alone"
+            )
+        found[name] = features
+    return found

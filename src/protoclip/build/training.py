@@ -24,7 +24,8 @@ def cluster(config: Config) -> Callable[[str, Tensor], KMeans]:
     """K-means with the settings of each space."""
 
     def run(space: str, rows: Tensor) -> KMeans:
-        number = config.teacher.number if space == "teacher" else config.prototypes.number
+        teacher = config.external_teachers.get(space)
+        number = config.prototypes.number if teacher is None else teacher.number
         # A teacher may know fewer of an episode's samples than it has prototypes.
         number = min(number, len(rows))
         return kmeans(
@@ -32,6 +33,8 @@ def cluster(config: Config) -> Callable[[str, Tensor], KMeans]:
             number,
             iterations=config.prototypes.iterations,
             restarts=config.prototypes.restarts,
+            start=config.prototypes.start,
+            spherical=config.prototypes.unit_norm,
             seed=config.run.seed,
         )
 
@@ -105,11 +108,15 @@ def trainer(
         weights=LossWeights(
             info_nce=config.loss.info_nce,
             prototypical=config.loss.prototypical,
-            teachers=dict.fromkeys(external, config.loss.teacher),
+            teachers={
+                name: teacher.weight * config.loss.teacher
+                for name, teacher in config.external_teachers.items()
+            },
         ),
         target_temperatures=target_temperatures(config),
         mask_empty=config.prototypes.mask_empty,
         back_translation=config.prototypes.back_translation,
+        unit_norm=config.prototypes.unit_norm,
         optimizer=adamw(
             model,
             learning_rate=config.optim.learning_rate,
@@ -121,6 +128,7 @@ def trainer(
         scaler=grad_scaler(precision, place),
         autocast=context,
         clip_norm=config.optim.clip_norm,
+        micro_batch_size=config.episodes.micro_batch_size,
         log=log,
         log_every=config.run.log_every,
         save=save,
@@ -132,5 +140,8 @@ def trainer(
 def target_temperatures(config: Config) -> dict[str, float]:
     """Target temperature by teacher space; 0 stands for hard targets."""
     own = 0.0 if config.prototypes.hard_targets else config.prototypes.target_temperature
-    external = 0.0 if config.teacher.hard_targets else config.teacher.target_temperature
-    return {"image": own, "text": own, "teacher": external}
+    external = {
+        name: 0.0 if teacher.hard_targets else teacher.target_temperature
+        for name, teacher in config.external_teachers.items()
+    }
+    return {"image": own, "text": own, **external}

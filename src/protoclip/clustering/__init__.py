@@ -70,8 +70,8 @@ def kmeans(
         init: Centroids to start from instead of rows that are drawn; needs `restarts=1`.
         start: How rows to start from are drawn: far from each other, or uniformly.
         spherical: Cluster directions: rows and centroids are brought to unit norm.
-        backend: The engine; `auto` is `torch`, the fastest of those that were measured. The
-            others are optional packages.
+        backend: The engine; `auto` is `torch`. The others are optional packages, described in
+            README.md here.
 
     Raises:
         ValueError: More clusters than rows, non-finite rows, a setting out of range, or an engine

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from protoclip.clustering import KMeans
 from protoclip.data.episodes import Episode
 from protoclip.data.loader import Batch
 from protoclip.features import Assignments, EpisodeFeatures
+from protoclip.grad_cache import forward_in_chunks
 from protoclip.losses import LossWeights, PreparedTarget, objective, prepare_targets
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes import Prototypes, build_targets, group
@@ -56,7 +58,9 @@ class Trainer:
         cluster: K-means of one space, `(space, rows) -> KMeans`.
         weights, target_temperatures, mask_empty: Of the objective.
         back_translation: Whether prototypes are translated into the student's space.
+        unit_norm: Whether they are brought to unit norm there.
         optimizer, schedule, scaler, autocast, clip_norm: How a step is taken.
+        micro_batch_size: Pairs that pass through the towers at once; the whole batch if unset.
         log: Receives `(state, metrics)`; called every `log_every` steps and once an episode.
         save: Called with the state at each episode's end.
         evaluate: Called with the state at each episode's end; may return metrics to log.
@@ -73,11 +77,13 @@ class Trainer:
     target_temperatures: Mapping[str, float]
     mask_empty: bool
     back_translation: bool
+    unit_norm: bool
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
     autocast: Autocast
     clip_norm: float
+    micro_batch_size: int | None
     log: Callable[[TrainState, Mapping[str, float]], None]
     log_every: int
     save: Callable[[TrainState], None]
@@ -116,6 +122,7 @@ class Trainer:
                 image_projections=features.image,
                 text_projections=features.text,
                 back_translation=self.back_translation,
+                unit_norm=self.unit_norm,
             ),
             target_temperatures=self.target_temperatures,
             mask_empty=self.mask_empty,
@@ -173,8 +180,7 @@ class Trainer:
         rate = self.schedule.learning_rate(state.step)
         for group_ in self.optimizer.param_groups:
             group_["lr"] = rate
-        with self.autocast():
-            embeddings = self.model(batch.image, batch.text, project=stage.projects)
+        embeddings, finish = self.embed(batch, stage)
         assignments: Assignments = {}
         if grouping is not None:
             assignments = self.source.assign(batch, embeddings, grouping.prototypes)
@@ -188,6 +194,7 @@ class Trainer:
         total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        finish()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.scaler.step(self.optimizer)
@@ -202,6 +209,21 @@ class Trainer:
             "train/gradient_norm": norm.detach(),
             "train/learning_rate": rate,
         }
+
+    def embed(self, batch: Batch, stage: Stage) -> tuple[Embeddings, Callable[[], None]]:
+        """The model's output for a batch, and what is left to do once its gradients are there."""
+
+        def forward(image: Tensor, text: Tensor) -> Embeddings:
+            with self.autocast():
+                output: Embeddings = self.model(image, text, project=stage.projects)
+            return output
+
+        if self.micro_batch_size is None or self.micro_batch_size >= len(batch.position):
+            return forward(batch.image, batch.text), lambda: None
+        images = torch.split(batch.image, self.micro_batch_size)
+        texts = torch.split(batch.text, self.micro_batch_size)
+        chunks = [partial(forward, image, text) for image, text in zip(images, texts, strict=True)]
+        return forward_in_chunks(chunks, buffers=self.model.buffers())
 
 
 def empty_share(prototypes: Prototypes) -> float:

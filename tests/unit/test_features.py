@@ -1,0 +1,213 @@
+"""Where what is clustered comes from, and which prototype a sample belongs to."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from protoclip import build
+from protoclip.data.episodes import Episode
+from protoclip.data.loader import Batch
+from protoclip.features import (
+    EpisodeFeatures,
+    ExtractedFeatures,
+    FeatureQueue,
+    QueuedFeatures,
+    teacher_assignments,
+)
+from protoclip.models.protoclip import Embeddings
+from protoclip.prototypes import Prototypes, build_targets, group
+from protoclip.teachers import TeacherFeatures
+from protoclip.testing import tiny_model
+
+SCALE = torch.tensor(10.0)
+
+
+def rows(count: int, width: int, seed: int) -> Tensor:
+    values = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=1)
+
+
+def batch(names: list[str], first: int = 0) -> Batch:
+    return Batch(
+        position=torch.arange(first, first + len(names)),
+        sample_id=names,
+        image=torch.zeros(len(names), 3, 1, 1),
+        text=torch.zeros(len(names), 1, dtype=torch.long),
+    )
+
+
+def embeddings(count: int, seed: int, *, project: bool = True) -> Embeddings:
+    return Embeddings(
+        image_features=rows(count, 6, seed),
+        text_features=rows(count, 6, seed + 1),
+        image_projections=rows(count, 4, seed + 2) if project else None,
+        text_projections=rows(count, 4, seed + 3) if project else None,
+        logit_scale=SCALE,
+        prototype_logit_scale=SCALE,
+    )
+
+
+def teacher(names: list[str]) -> TeacherFeatures:
+    features = np.random.default_rng(0).normal(size=(len(names), 3)).astype(np.float32)
+    return TeacherFeatures.in_memory(name="bert", sample_ids=names, features=features)
+
+
+def prototypes(k: int, width: int, seed: int) -> Prototypes:
+    return Prototypes(centroids=rows(k, width, seed), assignments=torch.zeros(8, dtype=torch.long))
+
+
+def farthest_left(points: Tensor, centroids: Tensor) -> list[int]:
+    """Nearest centroid of each row, by all distances in float64."""
+    differences = points.double()[:, None] - centroids.double()[None]
+    return differences.square().sum(2).argmin(1).tolist()
+
+
+class NoPass:
+    """Batches that must not be asked for."""
+
+    def __call__(self, episode: Episode) -> Iterator[Batch]:
+        raise AssertionError("an extraction pass")
+
+
+def queued(
+    size: int, teachers: Mapping[str, TeacherFeatures] | None = None
+) -> tuple[QueuedFeatures, FeatureQueue]:
+    extracted = ExtractedFeatures(
+        model=build.model(tiny_model(), seed=0),
+        batches=NoPass(),
+        teachers={},
+        autocast=nullcontext,
+    )
+    queue = FeatureQueue(size)
+    source = QueuedFeatures(queue=queue, teachers=teachers or {}, fallback=extracted)
+    return source, queue
+
+
+def test_a_queue_keeps_the_last_samples() -> None:
+    """After batches of any size it holds exactly the newest rows, each beside its id."""
+    queue = FeatureQueue(7)
+    image, text = rows(20, 4, 0), rows(20, 4, 1)
+    names = [f"s{i}" for i in range(20)]
+    cuts = [0, 3, 7, 8, 13, 20]
+    for start, end in pairwise(cuts):
+        queue.push(names[start:end], image[start:end], text[start:end])
+        assert queue.full == (end >= 7)
+        held = {
+            name: (queue.image[slot].tolist(), queue.text[slot].tolist())
+            for slot, name in enumerate(queue.sample_ids)
+            if name
+        }
+        newest = range(max(0, end - 7), end)
+        assert held == {names[i]: (image[i].tolist(), text[i].tolist()) for i in newest}
+
+
+def test_a_queue_holds_no_graph() -> None:
+    """What training computed is kept without its history, in float32."""
+    queue = FeatureQueue(4)
+    image = rows(4, 4, 0).requires_grad_()
+    queue.push(list("abcd"), (2 * image).bfloat16(), (2 * image).bfloat16())
+    assert not queue.image.requires_grad
+    assert queue.image.dtype == torch.float32
+
+
+def test_a_full_queue_needs_no_pass() -> None:
+    """Its rows, and the teacher's of the same samples, are what is clustered."""
+    names = [f"s{i}" for i in range(8)]
+    bert = teacher(names)
+    source, _ = queued(8, {"bert": bert})
+    for first in (0, 4):
+        source.observe(batch(names[first : first + 4]), embeddings(4, first))
+    found = source.features(Episode(index=1, rows=torch.arange(8)))
+    assert isinstance(found, EpisodeFeatures)
+    expected = torch.cat([embeddings(4, 0).image_projections, embeddings(4, 4).image_projections])
+    assert torch.equal(found.image, expected)
+    assert torch.equal(found.teachers["bert"], bert.lookup(names))
+
+
+def test_a_queue_that_is_not_full_extracts() -> None:
+    """At the start of a run without warm-up there is nothing to cluster yet."""
+    source, _ = queued(8)
+    source.observe(batch(list("abcd")), embeddings(4, 0))
+    with pytest.raises(AssertionError, match="an extraction pass"):
+        source.features(Episode(index=0, rows=torch.arange(8)))
+
+
+def test_stages_without_projections_leave_the_queue_alone() -> None:
+    """A step that computed none adds nothing."""
+    source, queue = queued(8)
+    source.observe(batch(list("abcd")), embeddings(4, 0, project=False))
+    assert queue.pushed == 0
+
+
+def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> None:
+    """Of its current projection in its own modality, and of its teacher features."""
+    names = list("abcdefgh")
+    bert = teacher(names)
+    source, _ = queued(8, {"bert": bert})
+    spaces = {
+        "image": prototypes(5, 4, 1),
+        "text": prototypes(5, 4, 2),
+        "bert": prototypes(5, 3, 3),
+    }
+    now = embeddings(8, 7)
+    found = source.assign(batch(names), now, spaces)
+    for space, points in (
+        ("image", now.image_projections),
+        ("text", now.text_projections),
+        ("bert", bert.lookup(names)),
+    ):
+        assert found[space].tolist() == farthest_left(points, spaces[space].centroids)
+
+
+def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
+    """By position, whatever the projection is now."""
+    source = ExtractedFeatures(
+        model=build.model(tiny_model(), seed=0),
+        batches=NoPass(),
+        teachers={},
+        autocast=nullcontext,
+    )
+    put = Prototypes(centroids=rows(3, 4, 0), assignments=torch.tensor([2, 0, 1, 1, 0, 2]))
+    found = source.assign(batch(list("abc"), first=2), embeddings(3, 0), {"image": put})
+    assert found["image"].tolist() == [1, 1, 0]
+
+
+def test_samples_without_teacher_features_belong_nowhere() -> None:
+    """-1, and the others are not disturbed."""
+    bert = teacher(list("abc"))
+    spaces = {"bert": prototypes(4, 3, 1)}
+    found = teacher_assignments({"bert": bert}, batch(["a", "x", "c"]), spaces)["bert"]
+    assert found[1] == -1
+    assert found[[0, 2]].tolist() == farthest_left(
+        bert.lookup(["a", "c"]), spaces["bert"].centroids
+    )
+
+
+def test_grouping_leaves_out_samples_a_teacher_does_not_know() -> None:
+    """They have no prototype and no part in its translation; a space of none has no prototypes."""
+    points = rows(6, 3, 0)
+    points[[1, 4]] = float("nan")
+    nothing = torch.full((6, 3), float("nan"))
+
+    def two(space: str, given: Tensor):
+        from protoclip.clustering import kmeans
+
+        assert torch.isfinite(given).all()
+        return kmeans(given, 2, iterations=3, seed=0)
+
+    found = group({"bert": points, "other": nothing}, two)
+    assert set(found) == {"bert"}
+    assert (found["bert"].assignments == -1).tolist() == [False, True, False, False, True, False]
+    image, text = rows(6, 4, 1), rows(6, 4, 2)
+    targets = build_targets(found, image_projections=image, text_projections=text)
+    known = found["bert"].assignments >= 0
+    for cluster in range(2):
+        members = known & (found["bert"].assignments == cluster)
+        torch.testing.assert_close(
+            targets["text_from_bert"].student_centroids[cluster], text[members].mean(0)
+        )
