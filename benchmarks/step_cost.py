@@ -33,7 +33,7 @@ from protoclip.models.protoclip import Embeddings
 from protoclip.progress import Progress
 from protoclip.train.precision import resolve
 from protoclip.train.state import TrainState
-from protoclip.train.trainer import Trainer
+from protoclip.train.trainer import Grouping, Trainer
 
 COUNTED = 2
 PARTS = ("extract", "cluster", "back_translate", "data", "loss")
@@ -85,7 +85,7 @@ def synthetic(trainer: Trainer, config: Config, device: torch.device) -> Trainer
     """The same training on pictures that are made on the device, without a loader."""
     size = config.episodes.batch_size
 
-    def batches(episode: Episode) -> Iterator[Batch]:
+    def batches(episode: Episode, start: int = 0) -> Iterator[Batch]:
         image = torch.randn(size, 3, 224, 224, device=device)
         image = image.contiguous(memory_format=torch.channels_last)
         text = torch.randint(1, 49_000, (size, 77), device=device)
@@ -119,10 +119,12 @@ def episode_seconds(
                 if f"train/seconds/{name}" in metrics:
                     parts[name].append(metrics[f"train/seconds/{name}"])
 
-    def save(state: TrainState) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        ends.append(state.seconds)
+    def save(state: TrainState, grouping: Grouping | None) -> bool:
+        if state.batch == 0:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            ends.append(state.seconds)
+        return False
 
     trainer = build.trainer(
         config,

@@ -43,12 +43,14 @@ def train(
     teachers: list[TeacherConfig] | None = None,
     loss: LossConfig = LossConfig(),  # noqa: B008
     optim: OptimConfig = OptimConfig(),  # noqa: B008
+    resume: Literal["never", "auto"] = "never",
     json: bool = False,
 ) -> None:
     """Train a model and evaluate it.
 
     Args:
         teachers: Several external teachers, in place of `teacher`.
+        resume: `auto` goes on with the run that is in the folder, or starts one.
         json: Print the results as JSON.
     """
     config = Config(
@@ -62,9 +64,15 @@ def train(
         loss=loss,
         optim=optim,
     )
-    results = run_training(config)
+    results = run_training(config, resume=resume)
     print_results(results, json=json)
-    if not json:
+    if "stopped" in results:
+        print(
+            f"{results['stopped']}: stopped after step {results['steps']}; the same command with "
+            "--resume auto goes on",
+            file=sys.stderr,
+        )
+    elif not json:
         print(f"written to {results['folder']}")
 
 

@@ -22,8 +22,12 @@ class RunConfig:
     """Of forward passes; `auto` is bf16 where the hardware computes it, else fp32."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    save_every: int = 0
-    """Episodes between checkpoints; 0 saves at the end only."""
+    save_steps: int = 0
+    """Steps between checkpoints, besides those at episodes' ends and in time; 0 for none."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints; 0 for none."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
     evaluate_every: int = 0
     """Episodes between evaluations on the validation split; 0 evaluates at the end only."""
     evaluate: bool = True
@@ -296,7 +300,9 @@ def check(config: Config) -> list[str]:
         "optim.weight_decay": (config.optim.weight_decay, 0),
         "optim.warm_up_steps": (config.optim.warm_up_steps, 0),
         "optim.locked_warm_up_steps": (config.optim.locked_warm_up_steps, 0),
-        "run.save_every": (config.run.save_every, 0),
+        "run.save_steps": (config.run.save_steps, 0),
+        "run.save_minutes": (config.run.save_minutes, 0),
+        "run.keep_checkpoints": (config.run.keep_checkpoints, 1),
         "run.evaluate_every": (config.run.evaluate_every, 0),
     }
     for name, (value, least) in at_least.items():

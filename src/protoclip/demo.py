@@ -1,7 +1,6 @@
 """The demonstration: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
 def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]]:
     """Train and evaluate the three arms, print their table and say where to look.
 
-    Arms that an earlier call finished are kept; one that was interrupted starts again.
+    Arms that an earlier call finished are kept; one that was interrupted goes on.
 
     Args:
         out: Folder of the demonstration.
@@ -61,8 +60,8 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
             if (folder / "results.json").is_file():
                 print(f"{name}: finished earlier, kept ({folder}; remove it to train again)")
                 continue
-            shutil.rmtree(folder)
-        run.train(config)
+        if "stopped" in run.train(config, resume="auto"):
+            raise KeyboardInterrupt
     entries = report.compare([report.read_results(folder) for folder in folders.values()])
     (out / "results.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     report.show(entries)

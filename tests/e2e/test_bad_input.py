@@ -10,6 +10,7 @@ from protoclip import run
 from protoclip.cli import main
 from protoclip.config import check
 from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.train.checkpoint import find_checkpoint
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -146,7 +147,7 @@ def test_checkpoints_of_another_architecture_or_damaged(
     message = error_of([*fresh, str(tmp_path / "next")], capsys)
     assert "checkpoint of another architecture" in message
     assert not (tmp_path / "next").exists()
-    checkpoint = tmp_path / "run" / "checkpoints" / "last"
+    checkpoint = find_checkpoint(tmp_path / "run")
     weights = checkpoint / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

@@ -19,6 +19,7 @@ from protoclip.cli import main
 from protoclip.config import Config, TeacherConfig
 from protoclip.evals.datasets import EvaluationData
 from protoclip.testing import tiny_config
+from protoclip.train.checkpoint import checkpoints, find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,14 +64,11 @@ def test_the_locked_episode_moves_text_and_not_images(tiny_parquet: str, tmp_pat
     """Weights before and after the LiT episode: image tower and BatchNorm statistics equal bit for
     bit, text tower moved."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "run"))
-    saved = {}
-
-    def keep(folder: Path, *, model: torch.nn.Module, state, **_: object) -> None:
-        saved[state.episode] = {k: v.clone() for k, v in model.state_dict().items()}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "save_checkpoint", keep)
-        run.train(replace(config, run=replace(config.run, save_every=1)))
+    run.train(replace(config, run=replace(config.run, save_steps=4, keep_checkpoints=9)))
+    saved = {
+        int(folder.name[-9:]) // 4: load_file(folder / "model.safetensors")
+        for folder in checkpoints(tmp_path / "run")
+    }
     before, after = saved[3], saved[4]
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert not [name for name in moved if name.startswith(("towers.visual", "image_head"))]
@@ -87,7 +85,7 @@ def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_parquet: str, tmp_path: Pa
         config = tiny_config(tiny_parquet, out=str(tmp_path / name))
         torch.manual_seed(hash(name))
         run.train(replace(config, run=replace(config.run, seed=seed)))
-        weights.append(load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors"))
+        weights.append(load_file(find_checkpoint(tmp_path / name) / "model.safetensors"))
         metrics.append(
             [
                 {key: value for key, value in line.items() if "second" not in key}
@@ -218,7 +216,7 @@ def test_fp16_trains_with_its_scaler(tiny_parquet: str, tmp_path: Path) -> None:
     assert first["train/loss/total"] == pytest.approx(exact["train/loss/total"], rel=0.01)
     assert first["train/loss/total"] != exact["train/loss/total"]
     start = build.model(config.model, seed=0).state_dict()
-    end = load_file(tmp_path / "fp16" / "checkpoints" / "last" / "model.safetensors")
+    end = load_file(find_checkpoint(tmp_path / "fp16") / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in end.values())
     for part in ("towers.visual.trunk.conv1.0.weight", "towers.text_projection"):
         assert not torch.equal(start[part], end[part])
@@ -227,7 +225,7 @@ def test_fp16_trains_with_its_scaler(tiny_parquet: str, tmp_path: Path) -> None:
 def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
     """`load` takes a run or a checkpoint folder, and gives equal unit features."""
     features = []
-    for path in (tiny_run, tiny_run / "checkpoints" / "last"):
+    for path in (tiny_run, find_checkpoint(tiny_run)):
         model, image_transform, tokenizer = protoclip.load(path)
         images = torch.stack([image_transform(Image.new("RGB", (50, 40), "red"))] * 2)
         with torch.inference_mode():
@@ -265,8 +263,8 @@ def test_a_checkpoint_is_where_the_next_run_starts(
     model = replace(config.model, checkpoint=str(tiny_run))
     still = replace(config.optim, learning_rate=1e-12, locked_learning_rate=1e-12)
     run.train(replace(config, model=model, optim=still))
-    old = load_file(tiny_run / "checkpoints" / "last" / "model.safetensors")
-    new = load_file(tmp_path / "next" / "checkpoints" / "last" / "model.safetensors")
+    old = load_file(find_checkpoint(tiny_run) / "model.safetensors")
+    new = load_file(find_checkpoint(tmp_path / "next") / "model.safetensors")
     for name in old:
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(new[name], old[name], atol=1e-6, rtol=0)
@@ -314,7 +312,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     configs: list[Config] = []
     monkeypatch.setattr(
         "protoclip.cli.run_training",
-        lambda config: configs.append(config) or {"metrics": {}, "folder": ""},
+        lambda config, resume: configs.append(config) or {"metrics": {}, "folder": ""},
     )
     return configs
 
@@ -382,9 +380,9 @@ class Counting:
     def __init__(self, train) -> None:
         self.train, self.names = train, []
 
-    def __call__(self, config: Config):
+    def __call__(self, config: Config, resume: str):
         self.names.append(config.run.name)
-        return self.train(config)
+        return self.train(config, resume=resume)
 
 
 def test_the_readmes_library_example_works(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from protoclip.train.precision import Precision, autocast, grad_scaler
 from protoclip.train.schedule import Schedule
 from protoclip.train.stages import Plan, Stage
 from protoclip.train.state import TrainState
-from protoclip.train.trainer import FeatureSource, Trainer
+from protoclip.train.trainer import FeatureSource, Grouping, Trainer
 
 
 def cluster(config: Config) -> Callable[[str, Tensor], KMeans]:
@@ -61,7 +61,7 @@ def trainer(
     samples: Pairs | SampleStream,
     precision: Precision,
     log: Callable[[TrainState, Mapping[str, float]], None],
-    save: Callable[[TrainState], None],
+    save: Callable[[TrainState, Grouping | None], bool],
     evaluate: Callable[[TrainState], Mapping[str, float]],
     on_step: Callable[[TrainState, Stage], None],
     on_read: Callable[[int, list[BadSample]], None],
@@ -134,6 +134,8 @@ def trainer(
         save=save,
         evaluate=evaluate,
         on_step=on_step,
+        position=lambda state: loader.position(state.episode, state.batch, config.episodes.size),
+        restore_position=loader.restore,
     )
 
 

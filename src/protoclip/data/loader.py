@@ -168,6 +168,7 @@ class EpisodeLoader:
             batch_size=None,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # a batch is one item here
             num_workers=self.workers,
+            generator=torch.Generator(),  # or it would draw from the global one
         )
         iterator = iter(loader)
         while (made := self.next(iterator)) is not None:
@@ -251,11 +252,10 @@ class EpisodeLoader:
             facts["stream"] = self.pairs.landmark(episode * (episode_size // self.world_size))
         return facts
 
-    def restore(self, position: dict[str, Any]) -> tuple[int, int]:
-        """Make `batches` quick to start at a position; returns its episode and batch."""
+    def restore(self, position: dict[str, Any]) -> None:
+        """Make `batches` quick to start at a position that another process stated."""
         if isinstance(self.pairs, SampleStream) and "stream" in position:
             self.pairs.learn(position["stream"])
-        return int(position["episode"]), int(position["batch"])
 
 
 def _as_it_is(made: _Made) -> _Made:

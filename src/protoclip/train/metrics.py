@@ -1,6 +1,7 @@
 """Where metrics go: a JSON-lines file that is the record, and TensorBoard for looking."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,11 +39,26 @@ def to_floats(report: Mapping[str, Tensor | float]) -> dict[str, float]:
 
 
 class MetricsSink:
-    """Appends metrics to `<folder>/metrics.jsonl` and writes them to `<folder>/tensorboard/`."""
+    """Appends metrics to `<folder>/metrics.jsonl` and writes them to `<folder>/tensorboard/`.
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(folder / "tensorboard")
+    Args:
+        folder: The run folder.
+        size: Bytes of `metrics.jsonl` to keep: where an interrupted run goes on, what it wrote
+            after its checkpoint is cut off and written again.
+        step: Step to go on from, for TensorBoard's sake.
+    """
+
+    def __init__(self, folder: Path, *, size: int = 0, step: int = 0) -> None:
+        path = folder / "metrics.jsonl"
+        path.touch()
+        os.truncate(path, min(size, path.stat().st_size))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
 
     def write(self, *, step: int, episode: int, metrics: Mapping[str, float]) -> None:
         """One line: step, episode, and the metrics by name."""

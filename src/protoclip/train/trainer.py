@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Trainer:
         model: Trained in place.
         plan: Stage of each episode.
         episode: Episode of a number.
-        batches: Batches of an episode, in the training view.
+        batches: Batches of an episode in the training view, from a number on.
         source: Features of an episode, to be clustered.
         cluster: K-means of one space, `(space, rows) -> KMeans`.
         weights, target_temperatures, mask_empty: Of the objective.
@@ -62,15 +62,17 @@ class Trainer:
         optimizer, schedule, scaler, autocast, clip_norm: How a step is taken.
         micro_batch_size: Pairs that pass through the towers at once; the whole batch if unset.
         log: Receives `(state, metrics)`; called every `log_every` steps and once an episode.
-        save: Called with the state at each episode's end.
+        save: Called after each step with the state and the episode's prototypes, and at its end
+            without; says whether to stop there.
         evaluate: Called with the state at each episode's end; may return metrics to log.
         on_step: Called after each step, for progress.
+        position, restore_position: The loader's place, which some sources need to go on quickly.
     """
 
     model: ProtoCLIP
     plan: Plan
     episode: Callable[[int], Episode]
-    batches: Callable[[Episode], Iterable[Batch]]
+    batches: Callable[[Episode, int], Iterable[Batch]]
     source: FeatureSource
     cluster: Callable[[str, Tensor], KMeans]
     weights: LossWeights
@@ -86,24 +88,30 @@ class Trainer:
     micro_batch_size: int | None
     log: Callable[[TrainState, Mapping[str, float]], None]
     log_every: int
-    save: Callable[[TrainState], None]
+    save: Callable[[TrainState, Grouping | None], bool]
     evaluate: Callable[[TrainState], Mapping[str, float]]
     on_step: Callable[[TrainState, Stage], None]
+    position: Callable[[TrainState], dict[str, Any]]
+    restore_position: Callable[[dict[str, Any]], None]
 
-    def fit(self, state: TrainState) -> TrainState:
-        """Train the episodes that remain, and return the state at the end."""
+    def fit(self, state: TrainState, grouping: Grouping | None = None) -> TrainState:
+        """Train what remains of the run, or until `save` says to stop; returns where it stands.
+
+        `grouping` is that of an episode which was interrupted, of whose batches some are done.
+        """
         for index in range(state.episode, self.plan.num_episodes):
-            started = time.monotonic()
             stage = self.plan.stage(index)
             episode = self.episode(index)
-            grouping = self.group(episode, state) if stage.needs_prototypes else None
+            if stage.needs_prototypes and grouping is None:
+                grouping = self.group(episode, state)
             enter_stage(self.model, stage)
-            self.run_episode(episode, stage, grouping, state)
-            state.episode += 1
-            state.seconds += time.monotonic() - started
-            self.save(state)
+            if self.run_episode(episode, stage, grouping, state):
+                return state
+            state.episode, state.batch, grouping = state.episode + 1, 0, None
             if metrics := self.evaluate(state):
                 self.log(state, metrics)
+            if self.save(state, None):
+                return state
         return state
 
     def group(self, episode: Episode, state: TrainState) -> Grouping:
@@ -137,32 +145,37 @@ class Trainer:
             "train/seconds/back_translate": time.monotonic() - clustered,
         }
         self.log(state, empty | seconds)
+        state.seconds += time.monotonic() - started
         return Grouping(prototypes=prototypes, targets=targets)
 
     def run_episode(
         self, episode: Episode, stage: Stage, grouping: Grouping | None, state: TrainState
-    ) -> None:
-        """One pass over the episode's batches."""
-        waited, started = 0.0, time.monotonic()
-        asked = logged = started
-        samples = 0
-        for batch in self.batches(episode):
-            waited += time.monotonic() - asked
+    ) -> bool:
+        """The batches of an episode that remain; True if `save` said to stop among them."""
+        waited = trained = 0.0
+        samples, logged = 0, time.monotonic()
+        asked = logged
+        for batch in self.batches(episode, state.batch):
+            began = time.monotonic()
             due = (state.step + 1) % self.log_every == 0
             report = self.train_step(batch, stage, grouping, state, detailed=due)
             state.step += 1
+            state.batch += 1
             state.samples_seen += len(batch.position)
             samples += len(batch.position)
             if due:
                 metrics = to_floats(report)
-                now = time.monotonic()
-                metrics["train/samples_per_second"] = samples / (now - logged)
+                metrics["train/samples_per_second"] = samples / (time.monotonic() - logged)
                 self.log(state, metrics)
-                logged, samples = now, 0
+                logged, samples = time.monotonic(), 0
             self.on_step(state, stage)
+            waited, trained = waited + began - asked, trained + time.monotonic() - began
+            state.seconds += time.monotonic() - asked
             asked = time.monotonic()
-        seconds = time.monotonic() - started
-        self.log(state, {"train/seconds/data": waited, "train/seconds/train": seconds - waited})
+            if self.save(state, grouping):
+                return True
+        self.log(state, {"train/seconds/data": waited, "train/seconds/train": trained})
+        return False
 
     def train_step(
         self,

@@ -1,0 +1,148 @@
+"""A run's folder: who may write to it, and where an interrupted run goes on."""
+
+import signal
+import threading
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from protoclip.train.checkpoint import RESUME, STATE, checkpoints, damage, read_json, read_tensors
+
+# Settings that may change between two parts of a run: they alter neither weights nor metrics.
+FREE = (
+    "run.device",
+    "run.out",
+    "run.save_steps",
+    "run.save_minutes",
+    "run.keep_checkpoints",
+    "run.evaluate",
+    "data.workers",
+    "data.cache",
+    "data.cache_gb",
+    "data.cache_folder",
+)
+LOCK = ".lock"
+STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interrupted:
+    """The checkpoint that a run goes on from."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds hidden files at most, as when a run was killed at its very start."""
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears with all of its text or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process.
+
+    Raises:
+        ValueError: Another process runs in it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another process is running in this folder; wait for it, or choose "
+            "another with --run.out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def newest_whole(folder: Path, notes: list[str]) -> Interrupted | None:
+    """The newest checkpoint whose files are as they were written; others are noted."""
+    for found in reversed(checkpoints(folder)):
+        wrong = damage(found)
+        if wrong is None:
+            return Interrupted(
+                folder=found,
+                tensors=read_tensors(found / RESUME),
+                facts=read_json(found / STATE),
+            )
+        notes.append(f"{found}: passed over ({wrong})")
+    return None
+
+
+def require_same(folder: Path, config: str) -> None:
+    """Check that a run goes on with the settings it began with.
+
+    Raises:
+        ValueError: Some differ; names them.
+    """
+    before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    now = flat(tomllib.loads(config))
+    differ = [
+        f"{key} ({before.get(key, 'unset')} before, {now.get(key, 'unset')} now)"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder}: the run was begun with other settings: {', '.join(differ)}; "
+            "restore them, or choose another folder with --run.out"
+        )
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
+class StopRequest:
+    """Whether a signal has asked the run to stop after its step."""
+
+    def __init__(self) -> None:
+        self.by: str | None = None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGTERM, SIGINT or SIGUSR1 into a request; the second acts as usual."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.by = signal.Signals(number).name
+        signal.signal(number, before[number])
+
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
