@@ -158,9 +158,9 @@ class EpisodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
-    source: Literal["extract", "queue"] = "extract"
-    """Where what is clustered comes from: `extract`, a pass over each episode before it is trained,
-    as in the paper; `queue`, the projections that training made last, at no cost."""
+    source: Literal["extract", "queue"] = "queue"
+    """Where what is clustered comes from: `queue`, the projections that training made last, at no
+    cost; `extract`, a pass over each episode before it is trained, as in the paper."""
     queue_size: int | None = None
     """Samples in the queue; `episodes.size` if unset."""
     number: int = 400
@@ -215,7 +215,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate."""
     warm_up_steps: int = 50
     """Steps of linear warm-up; then half a cosine to 0 at the start of the locked stage."""
