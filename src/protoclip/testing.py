@@ -1,9 +1,17 @@
 """Tiny models and data sets for tests: of this package, and of those who build on it."""
 
 import io
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+import torch.distributed as dist
 from PIL import Image
 
 from protoclip.config import (
@@ -21,6 +29,8 @@ from protoclip.config import (
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220)}
 SHAPES = ("square", "stripe", "corner")
+PATIENCE = 120  # seconds for one call of `run_distributed`
+_pools: dict[int, "_Pool"] = {}
 
 
 def tiny_pairs(num_samples: int = 96, *, side: int = 24, seed: int = 0) -> pa.Table:
@@ -71,3 +81,70 @@ def tiny_config(train: str = "emoji", *, out: str, teacher: str | None = None) -
         prototypes=PrototypeConfig(number=8, iterations=5),
         teacher=TeacherConfig(features=teacher, number=8),
     )
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """Call a function in so many processes of one gloo group; what it returned, by rank.
+
+    The processes stay for the next call. The function has to be one of a module, so that it can be
+    sent; with `world_size=1` it is called here, without a group.
+
+    Raises:
+        AssertionError: It raised in a process, whose traceback is quoted, or took over two minutes.
+    """
+    if world_size == 1:
+        return [function(*arguments)]
+    if world_size not in _pools:
+        _pools[world_size] = _Pool(world_size)
+    try:
+        return _pools[world_size].call(function, arguments)
+    except BaseException:
+        _pools.pop(world_size).close()
+        raise
+
+
+class _Pool:
+    """Processes that wait for functions to call."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.store = tempfile.TemporaryDirectory()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world_size, self.store.name, theirs), daemon=True
+            )
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(PATIENCE), f"rank {rank} has not answered in {PATIENCE} s"
+            answers.append(pipe.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text]
+        assert not failures, "\n".join(failures)
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        self.store.cleanup()
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=world_size
+    )
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            answer = ("", function(*arguments))
+        except BaseException:
+            answer = (traceback.format_exc(), None)
+        pipe.send(answer)

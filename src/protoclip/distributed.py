@@ -1,0 +1,137 @@
+"""Processes that train together: who is who, sums, gathers; no-ops where there is one process.
+
+What `torchrun` or SLURM's `srun` started finds itself by their variables. Sums and gathers are
+collective: every process calls them in the same order.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+
+# No wait of one process for another is longer by construction: evaluation and clustering are shared
+# out, and checkpoints are written by threads.
+TIMEOUT = timedelta(minutes=10)
+
+OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+# A group of the hosts' own, for what is decided without waiting for a GPU.
+_hosts: dist.ProcessGroup | None = None
+
+
+def launched() -> tuple[int, int, int]:
+    """Rank, world size and rank on this host, as the launcher says; (0, 1, 0) without one."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return (
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env.get("SLURM_LOCALID", 0)),
+        )
+    return 0, 1, 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that were launched together: NCCL between GPUs, gloo between CPUs."""
+    global _hosts
+    rank_, size, _ = launched()
+    if size == 1:
+        yield
+        return
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
+        os.environ["MASTER_PORT"] = str(15_000 + int(os.environ["SLURM_JOB_ID"]) % 15_000)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        rank=rank_,
+        world_size=size,
+        timeout=TIMEOUT,
+        device_id=device if on_gpu else None,
+    )
+    _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None
+    yield
+    # Not after an error: the others may be gone, and this would wait for them.
+    dist.destroy_process_group()
+    _hosts = None
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of hosts, such as `gpu[003-006,9],login1`."""
+    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    assert found is not None, nodes
+    return "".join(part or "" for part in found.groups())
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def reduced(values: Tensor, operation: Literal["sum", "max", "min"] = "sum") -> Tensor:
+    """Elementwise sum, greatest or least over processes, the same bits in each; no gradient."""
+    if world_size() == 1:
+        return values
+    result = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, OPERATIONS[operation])
+    return result
+
+
+def gathered(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
+    """The rows of all processes, in the order of ranks; numbers of rows may differ. No gradient."""
+    if world_size() == 1:
+        return rows
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(size) for size in sizes]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gathered_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d"]:
+    """The rows of all processes, of which each has as many, in the order of ranks.
+
+    Backward, a row's gradient is the sum of what all processes' losses have for it.
+    """
+    if world_size() == 1:
+        return rows
+    return torch.cat(all_gather_with_gradient(rows.contiguous()))
+
+
+def any_of(flags: Sequence[bool]) -> list[bool]:
+    """Whether each flag is set in any process; decided between hosts, whatever GPUs are at."""
+    if world_size() == 1:
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=_hosts)
+    return [bool(value) for value in values.tolist()]
+
+
+def objects_of_all(value: Any) -> list[Any]:
+    """A small object of each process, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_hosts)
+    return values

@@ -1,0 +1,92 @@
+"""Sums and gathers over processes are what they say, in the same order everywhere."""
+
+import pytest
+import torch
+
+from protoclip import distributed
+from protoclip.testing import run_distributed
+
+
+def collect(rank_rows: list[int]) -> dict[str, object]:
+    rank = distributed.rank()
+    rows = torch.full((rank_rows[rank], 2), float(rank))
+    return {
+        "gathered": distributed.gathered(rows)[:, 0].tolist(),
+        "sum": distributed.reduced(torch.tensor([rank + 1.0, 1.0])).tolist(),
+        "max": distributed.reduced(torch.tensor([rank]), "max").tolist(),
+        "min": distributed.reduced(torch.tensor([rank]), "min").tolist(),
+        "any": distributed.any_of([rank == 1, False]),
+        "objects": distributed.objects_of_all({"rank": rank}),
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_process_has_the_same_sums_and_gathers(world_size: int) -> None:
+    """Numbers of rows may differ between processes, also be zero."""
+    rows = [3, 0, 1, 2][:world_size]
+    found = run_distributed(collect, world_size, rows)
+    expected = {
+        "gathered": [float(rank) for rank, count in enumerate(rows) for _ in range(count)],
+        "sum": [world_size * (world_size + 1) / 2, world_size],
+        "max": [world_size - 1],
+        "min": [0],
+        "any": [True, False],
+        "objects": [{"rank": rank} for rank in range(world_size)],
+    }
+    assert found == [expected] * world_size
+
+
+def test_one_process_needs_no_group() -> None:
+    """Without a launcher every collective is the identity."""
+    found = run_distributed(collect, 1, [3])[0]
+    assert found["gathered"] == [0.0, 0.0, 0.0]
+    assert found["any"] == [False, False]
+    assert distributed.rank() == 0
+    assert distributed.world_size() == 1
+
+
+def weighted_sum_of_all() -> tuple[torch.Tensor, torch.Tensor]:
+    rank = distributed.rank()
+    rows = torch.arange(4.0).reshape(2, 2).add(10 * rank).requires_grad_()
+    everything = distributed.gathered_with_gradient(rows)
+    # Each process weighs the rows in its own way, so a row's gradient needs all of them.
+    weights = torch.arange(float(everything.numel())).reshape(everything.shape) * (rank + 1)
+    (everything * weights).sum().backward()
+    assert rows.grad is not None
+    return everything.detach(), rows.grad
+
+
+def test_gradients_of_gathered_rows_are_summed_over_processes() -> None:
+    """The gradient of each row is the sum over the processes that read it."""
+    found = run_distributed(weighted_sum_of_all, 2)
+    assert torch.equal(found[0][0], found[1][0])
+    weights = torch.arange(8.0).reshape(4, 2) * (1 + 2)
+    assert torch.equal(torch.cat([gradient for _, gradient in found]), weights)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node7", "node7"),
+        ("node7,node9", "node7"),
+        ("gpu[003-006,9],login1", "gpu003"),
+        ("a-[12,14]-ib", "a-12-ib"),
+    ],
+)
+def test_the_first_host_of_slurm_is_found(nodes: str, host: str) -> None:
+    """As `scontrol show hostnames` would list first."""
+    assert distributed.first_host(nodes) == host
+
+
+def test_launchers_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's variables, SLURM's inside srun, and neither inside a mere batch script."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert distributed.launched() == (0, 1, 0)
+    for name, value in {"STEP_NUM_TASKS": "8", "PROCID": "5", "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert distributed.launched() == (5, 8, 1)
+    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.launched() == (2, 4, 0)
