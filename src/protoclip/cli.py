@@ -1,7 +1,9 @@
 """The command line: train, evaluate, compare, demo, embed-teacher, data."""
 
 import json as json_format
+import os
 import sys
+import time
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +13,7 @@ import jsonargparse
 import torch
 from jsonargparse import ArgumentParser, auto_cli
 
-from protoclip import build, report
+from protoclip import build, distributed, report
 from protoclip.config import (
     Config,
     DataConfig,
@@ -19,6 +21,7 @@ from protoclip.config import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     PrototypeConfig,
     RunConfig,
     TeacherConfig,
@@ -28,8 +31,11 @@ from protoclip.prepare import embed as run_embedding
 from protoclip.prepare import index as run_indexing
 from protoclip.prepare import inspect as run_inspection
 from protoclip.prepare import pack as run_packing
-from protoclip.run import evaluate as run_evaluation
 from protoclip.run import train as run_training
+from protoclip.session import evaluate as run_evaluation
+
+# Seconds that other processes wait for the first one to tell what is wrong with the command.
+FIRST_SPEAKS = 5.0
 
 
 def train(
@@ -43,6 +49,7 @@ def train(
     teachers: list[TeacherConfig] | None = None,
     loss: LossConfig = LossConfig(),  # noqa: B008
     optim: OptimConfig = OptimConfig(),  # noqa: B008
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008
     resume: Literal["never", "auto"] = "never",
     json: bool = False,
 ) -> None:
@@ -63,8 +70,11 @@ def train(
         teachers=teachers or [],
         loss=loss,
         optim=optim,
+        parallel=parallel,
     )
     results = run_training(config, resume=resume)
+    if distributed.launched()[0] > 0:
+        return
     print_results(results, json=json)
     if "stopped" in results:
         print(
@@ -247,9 +257,22 @@ class OneLineParser(ArgumentParser):
         fail(" ".join(str(message).split()))
 
 
-def fail(message: str) -> NoReturn:
-    print(f"protoclip: error: {message}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, *, code: int = 2) -> NoReturn:
+    """End with one line; of several processes that met the same, the first one speaks."""
+    rank, _, _ = distributed.launched()
+    if rank and not distributed.is_distributed():
+        time.sleep(FIRST_SPEAKS)  # the launcher ends this process when the first one ends
+    print(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit; at once where other processes may be gone, whom the usual way out would wait for."""
+    if distributed.is_distributed():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def check_recipe(path: Path) -> None:
@@ -298,11 +321,19 @@ def main(arguments: list[str] | None = None) -> None:
             parser_mode="toml",
             prog="protoclip",
         )
+    except distributed.RaisedElsewhere:
+        time.sleep(FIRST_SPEAKS)
+        leave(2)
     except ValueError as error:
         # A worker process wraps its error in a traceback, whose last line is the message.
         fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     except OSError as error:
         fail(str(error))
+    except RuntimeError as error:
+        if not distributed.is_distributed():
+            raise
+        reason = str(error).strip().splitlines()[0]
+        fail(f"another process of this run has ended or does not answer ({reason})", code=1)
     except KeyboardInterrupt:
         print("protoclip: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -144,10 +144,10 @@ class EpisodeConfig:
     count: int = 35
     """Episodes of the whole run."""
     batch_size: int = 256
-    """Pairs in a step; divides the episode size."""
+    """Pairs in a step, of all processes together; divides the episode size."""
     micro_batch_size: int | None = None
-    """Pairs that pass through the towers at once, to save memory: gradients are those of the whole
-    batch (GradCache), for a second forward pass. BatchNorm then sees these pairs alone."""
+    """Pairs that pass through the towers of a process at once, to save memory: gradients are those
+    of the whole batch (GradCache), for a second forward pass. BatchNorm then sees these alone."""
     replacement: bool = True
     """Draw the pairs of an episode with replacement, as the paper does."""
     warm_up: int = 1
@@ -217,6 +217,10 @@ class LossConfig:
 class OptimConfig:
     learning_rate: float = 2e-3
     """Peak learning rate."""
+    image_scale: float = 1.0
+    """Factor to the image tower's learning rate."""
+    text_scale: float = 1.0
+    """Factor to the text tower's learning rate."""
     warm_up_steps: int = 50
     """Steps of linear warm-up; then half a cosine to 0 at the start of the locked stage."""
     locked_learning_rate: float = 2e-4
@@ -234,6 +238,18 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How several processes, started by torchrun or srun, train together."""
+
+    sync_batch_norm: bool = False
+    """BatchNorm of the towers over the batches of all processes; the heads' always is. Without,
+    each process normalises by its own share of the batch."""
+    compile: bool = False
+    """Compile the towers (torch.compile): minutes at the start, then faster on most GPUs. Counts
+    with one process too."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A training run."""
 
@@ -247,6 +263,7 @@ class Config:
     """Several external teachers, in place of `teacher`."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def uses_prototypes(self) -> bool:
@@ -316,6 +333,8 @@ def check(config: Config) -> list[str]:
         },
         "optim.learning_rate": config.optim.learning_rate,
         "optim.locked_learning_rate": config.optim.locked_learning_rate,
+        "optim.image_scale": config.optim.image_scale,
+        "optim.text_scale": config.optim.text_scale,
         "data.cache_gb": config.data.cache_gb,
         "optim.eps": config.optim.eps,
         "optim.clip_norm": config.optim.clip_norm,

@@ -6,22 +6,24 @@ collective: every process calls them in the same order.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+from torch.autograd.function import once_differentiable
 
 # No wait of one process for another is longer by construction: evaluation and clustering are shared
 # out, and checkpoints are written by threads.
 TIMEOUT = timedelta(minutes=10)
 
 OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+Result = TypeVar("Result")
 
 # A group of the hosts' own, for what is decided without waiting for a GPU.
 _hosts: dist.ProcessGroup | None = None
@@ -116,7 +118,22 @@ def gathered_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d"]
     """
     if world_size() == 1:
         return rows
-    return torch.cat(all_gather_with_gradient(rows.contiguous()))
+    everything: Tensor = _Gathered.apply(rows)  # type: ignore[no-untyped-call]
+    return everything
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return reduced(gradient).chunk(world_size())[rank()]
 
 
 def any_of(flags: Sequence[bool]) -> list[bool]:
@@ -126,6 +143,46 @@ def any_of(flags: Sequence[bool]) -> list[bool]:
     values = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(values, dist.ReduceOp.MAX, group=_hosts)
     return [bool(value) for value in values.tolist()]
+
+
+class RaisedElsewhere(ValueError):
+    """A user's mistake that another process tells."""
+
+
+def agreed(function: Callable[[], Result]) -> Result:
+    """What a function gives in each process; what it raises in one is raised in all.
+
+    Raises:
+        ValueError, OSError: As the function does, in the first process where it does;
+            `RaisedElsewhere` in the others.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except (ValueError, OSError) as raised:
+        error = raised
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+    errors = objects_of_all(None if error is None else str(error))
+    if any(text is not None for text in errors):
+        teller = next(number for number, text in enumerate(errors) if text is not None)
+        if error is not None and teller == rank():
+            raise error
+        raise RaisedElsewhere(errors[teller])
+    return result  # type: ignore[return-value]
+
+
+def of_first(function: Callable[[], Result]) -> Result:
+    """What a function gives in the first process, the only one that calls it.
+
+    Raises:
+        ValueError, OSError: As the function does; `RaisedElsewhere` in the other processes.
+    """
+    result = agreed(lambda: function() if rank() == 0 else None)
+    told: Result = objects_of_all(result)[0]
+    return told
 
 
 def objects_of_all(value: Any) -> list[Any]:

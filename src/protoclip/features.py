@@ -15,6 +15,7 @@ from torch import Tensor
 from protoclip.clustering import nearest
 from protoclip.data.episodes import Episode
 from protoclip.data.loader import Batch
+from protoclip.distributed import any_of, rank, world_size
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes import Prototypes
 from protoclip.teachers import TeacherFeatures
@@ -27,12 +28,14 @@ class EpisodeFeatures:
     """What is clustered: both modalities' projections, and each external teacher's features.
 
     Row `i` of each is one sample: the one at position `i` of the episode where the episode was
-    extracted. A sample that a teacher has no features of is a row of NaN there.
+    extracted. A sample that a teacher has no features of is a row of NaN there. With several
+    processes each has the rows that it made, and `positions` are their places among all.
     """
 
     image: Float[Tensor, "m p"]
     text: Float[Tensor, "m p"]
     teachers: Mapping[str, Float[Tensor, "m _"]]
+    positions: Int[Tensor, " m"] | None = None
 
 
 @torch.inference_mode()
@@ -56,13 +59,14 @@ def extract_features(
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    images, texts, sample_ids = [], [], []
+    images, texts, positions, sample_ids = [], [], [], []
     try:
         for batch in batches:
             with autocast():
                 embeddings = model(batch.image, batch.text)
             images.append(embeddings.image_projections)
             texts.append(embeddings.text_projections)
+            positions.append(batch.position)
             sample_ids += batch.sample_id
     finally:
         for module, mode in modes.items():
@@ -75,11 +79,13 @@ def extract_features(
         teachers={
             name: teacher.lookup(sample_ids).to(image.device) for name, teacher in teachers.items()
         },
+        positions=torch.cat(positions) if world_size() > 1 else None,
     )
 
 
 def require_finite(image: Tensor, text: Tensor) -> None:
-    if not bool((torch.isfinite(image) & torch.isfinite(text)).all()):
+    """Raise where projections are not finite, in all processes if in one."""
+    if any_of([not bool((torch.isfinite(image) & torch.isfinite(text)).all())])[0]:
         raise ValueError(
             "projections of this episode are not finite: training has diverged; "
             "lower optim.learning_rate or train in fp32"
@@ -136,38 +142,113 @@ class ExtractedFeatures:
         """Nothing to keep: every episode has a pass of its own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class QueuedRows:
+    """Samples of a queue, and the slots that they are in."""
+
+    slots: Int[Tensor, " n"]
+    sample_ids: list[str]
+    image: Float[Tensor, "n p"]
+    text: Float[Tensor, "n p"]
+
+
 class FeatureQueue:
     """Projections and sample ids of the last samples that training saw, first in, first out.
 
+    With several processes each keeps what it made of the last `size` samples of all. Samples are
+    numbered as one process would see them, batch by batch and in a batch rank by rank; sample
+    number `n` is in slot `n % size`.
+
     Args:
-        size: Samples kept.
+        size: Samples kept by all processes together.
+
+    Attributes:
+        pushed: Samples that this process took in.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.pushed = 0
+        self.batch_size = 0
         self.sample_ids: list[str] = []
         self.image: Tensor | None = None
         self.text: Tensor | None = None
 
     @property
     def full(self) -> bool:
-        return self.pushed >= self.size
+        return self.pushed * world_size() >= self.size
 
     def push(
         self, sample_ids: list[str], image: Float[Tensor, "b p"], text: Float[Tensor, "b p"]
     ) -> None:
-        """Take in a batch; once the queue is full, the oldest samples make room."""
+        """Take in a batch; once the queue is full, the oldest samples make room.
+
+        With several processes all batches have one size.
+        """
         if self.image is None or self.text is None:
-            self.image = image.new_zeros(self.size, image.shape[1], dtype=torch.float32)
-            self.text = torch.zeros_like(self.image)
-            self.sample_ids = [""] * self.size
-        place = torch.arange(self.pushed, self.pushed + len(sample_ids)) % self.size
+            self._make_room(len(sample_ids), image)
+        assert self.image is not None
+        assert self.text is not None
+        place = torch.arange(self.pushed, self.pushed + len(sample_ids)) % len(self.image)
         self.image[place] = image.detach().float()
         self.text[place] = text.detach().float()
         for slot, sample_id in zip(place.tolist(), sample_ids, strict=True):
             self.sample_ids[slot] = sample_id
         self.pushed += len(sample_ids)
+
+    def _make_room(self, batch_size: int, like: Float[Tensor, "_ p"]) -> None:
+        self.batch_size, processes = batch_size, world_size()
+        # The last `size` samples of all reach into one batch more than would be filled by them.
+        batches = -(-self.size // (batch_size * processes))
+        room = self.size if processes == 1 else batches * batch_size
+        self.image = like.new_zeros(room, like.shape[1], dtype=torch.float32)
+        self.text = torch.zeros_like(self.image)
+        self.sample_ids = [""] * room
+
+    def _numbers(self, own: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Among all samples, the number of those that were this process's number `own`."""
+        if world_size() == 1:
+            return own
+        batch = own.div(self.batch_size, rounding_mode="floor")
+        return own + (batch * (world_size() - 1) + rank()) * self.batch_size
+
+    def contents(self) -> QueuedRows:
+        """This process's samples among the last `size` of all, in the order of their slots."""
+        assert self.image is not None
+        assert self.text is not None
+        own = torch.arange(max(0, self.pushed - len(self.image)), self.pushed)
+        numbers = self._numbers(own)
+        own = own[numbers >= self.pushed * world_size() - self.size]
+        slots, order = (self._numbers(own) % self.size).sort()
+        place = own[order] % len(self.image)
+        return QueuedRows(
+            slots=slots,
+            sample_ids=[self.sample_ids[slot] for slot in place.tolist()],
+            image=self.image[place],
+            text=self.text[place],
+        )
+
+    def fill(self, rows: QueuedRows, *, seen: int, batch_size: int) -> None:
+        """Take over the samples of all processes after `seen`; each process keeps its own.
+
+        Args:
+            rows: In the order of their slots.
+            seen: Samples that all processes took in.
+            batch_size: Samples of a batch of all processes, any number where there is one.
+        """
+        processes = world_size()
+        self.pushed = seen // processes
+        self._make_room(batch_size // processes, rows.image)
+        assert self.image is not None
+        assert self.text is not None
+        own = torch.arange(max(0, self.pushed - len(self.image)), self.pushed)
+        numbers = self._numbers(own)
+        own = own[numbers >= seen - self.size]
+        place = own % len(self.image)
+        slots = self._numbers(own) % self.size
+        self.image[place], self.text[place] = rows.image[slots], rows.text[slots]
+        for to, slot in zip(place.tolist(), slots.tolist(), strict=True):
+            self.sample_ids[to] = rows.sample_ids[slot]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +269,18 @@ class QueuedFeatures:
     fallback: ExtractedFeatures
 
     def features(self, episode: Episode) -> EpisodeFeatures:
-        image, text = self.queue.image, self.queue.text
-        if not self.queue.full or image is None or text is None:
+        if not self.queue.full:
             return self.fallback.features(episode)
-        require_finite(image, text)
+        held = self.queue.contents()
+        require_finite(held.image, held.text)
         return EpisodeFeatures(
-            image=image,
-            text=text,
+            image=held.image,
+            text=held.text,
             teachers={
-                name: teacher.lookup(self.queue.sample_ids).to(image.device)
+                name: teacher.lookup(held.sample_ids).to(held.image.device)
                 for name, teacher in self.teachers.items()
             },
+            positions=held.slots.to(held.image.device) if world_size() > 1 else None,
         )
 
     def assign(

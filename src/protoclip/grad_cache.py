@@ -8,7 +8,7 @@ pass and holds the graph of one chunk.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -21,7 +21,10 @@ RandomState = tuple[Tensor, Tensor | None]
 
 
 def forward_in_chunks(
-    chunks: Sequence[Callable[[], Embeddings]], *, buffers: Iterable[Tensor]
+    chunks: Sequence[Callable[[], Embeddings]],
+    *,
+    buffers: Iterable[Tensor],
+    apart: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[Embeddings, Callable[[], None]]:
     """Embeddings of a batch that does not fit, and the second half of its backward pass.
 
@@ -38,6 +41,8 @@ def forward_in_chunks(
         chunks: Each embeds its part of the batch under the autocast it should have.
         buffers: What a forward pass advances, such as BatchNorm's running statistics; put back at
             the end of the second pass, so that each chunk counts once.
+        apart: Makes the context of all chunks but the last, whose gradients are to be exchanged
+            between processes (DDP's `no_sync`).
 
     Returns:
         The embeddings of all chunks in order, cut off from the model; and the function that adds
@@ -61,13 +66,15 @@ def forward_in_chunks(
             if leaf is not None and leaf.grad is not None
         }
         for number, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
-            with repeated(state):
-                part = chunk()
-            trained = [name for name in gradients if getattr(part, name).requires_grad]
-            torch.autograd.backward(
-                [getattr(part, name) for name in trained],
-                [gradients[name][number] for name in trained],
-            )
+            last = number == len(chunks) - 1
+            with nullcontext() if last else apart():
+                with repeated(state):
+                    part = chunk()
+                trained = [name for name in gradients if getattr(part, name).requires_grad]
+                torch.autograd.backward(
+                    [getattr(part, name) for name in trained],
+                    [gradients[name][number] for name in trained],
+                )
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)

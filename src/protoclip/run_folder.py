@@ -40,6 +40,12 @@ class Interrupted:
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
+    @classmethod
+    def read(cls, folder: Path) -> "Interrupted":
+        return cls(
+            folder=folder, tensors=read_tensors(folder / RESUME), facts=read_json(folder / STATE)
+        )
+
 
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds hidden files at most, as when a run was killed at its very start."""
@@ -74,16 +80,12 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def newest_whole(folder: Path, notes: list[str]) -> Interrupted | None:
+def newest_whole(folder: Path, notes: list[str]) -> Path | None:
     """The newest checkpoint whose files are as they were written; others are noted."""
     for found in reversed(checkpoints(folder)):
         wrong = damage(found)
         if wrong is None:
-            return Interrupted(
-                folder=found,
-                tensors=read_tensors(found / RESUME),
-                facts=read_json(found / STATE),
-            )
+            return found
         notes.append(f"{found}: passed over ({wrong})")
     return None
 

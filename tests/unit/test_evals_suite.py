@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evals import suite
 from protoclip.evals.datasets import EvaluationData, emoji
 from protoclip.evals.retrieval import retrieval_recall
 from protoclip.evals.suite import chance_levels, evaluate
+from protoclip.evals.zero_shot import zero_shot_accuracy
 
 KEYS = {
     *(f"zero_shot{of}/acc{k}" for of in ("", "_subgroup") for k in (1, 5)),
@@ -289,6 +291,38 @@ def test_random_features_score_the_chance_levels(tiny):
         expected = levels[f"eval/tiny/retrieval/{key}"]
         assert abs(float(values.mean()) - expected) < 4 * float(values.std()) / 200**0.5
         assert 0 < expected < 1
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of a tensor that an operation gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_similarities_are_never_held_as_a_whole(generator):
+    """COCO in small, five captions a picture: of 1,250,000 similarities 25,000 at once. With the
+    default of 4,000,000 a tensor has 16 MB, of which a few live together, at any size of data."""
+    captions, pictures = torch.randn(3000, 8, generator=generator).split([2500, 500])
+    groups = torch.arange(500)
+    with Largest() as largest:
+        chunked = retrieval_recall(
+            pictures, captions, groups, groups.repeat(5), chunk_elements=25_000
+        )
+    assert largest.elements <= 25_000
+    assert chunked == retrieval_recall(pictures, captions, groups, groups.repeat(5))
+    labels = torch.arange(2500) % 500
+    with Largest() as largest:
+        chunked = zero_shot_accuracy(captions, pictures, labels, chunk_elements=25_000)
+    assert largest.elements <= 25_000
+    assert chunked == zero_shot_accuracy(captions, pictures, labels)
 
 
 def test_chance_recall_with_fewer_candidates_than_k():

@@ -2,18 +2,21 @@
 
 from protoclip.build.data import episodes, notes, pairs
 from protoclip.build.models import (
+    compile_towers,
     context_length,
     device,
     evaluation_view,
     load,
     model,
     place,
+    synchronise,
     token_counter,
     tokenizer,
 )
 from protoclip.build.training import trainer
 
 __all__ = [
+    "compile_towers",
     "context_length",
     "device",
     "episodes",
@@ -23,6 +26,7 @@ __all__ = [
     "notes",
     "pairs",
     "place",
+    "synchronise",
     "token_counter",
     "tokenizer",
     "trainer",

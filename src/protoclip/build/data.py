@@ -17,6 +17,7 @@ from protoclip.data.mixtures import MixedPairs, MixedStreams, ShuffledCaptions
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sources import open_source
 from protoclip.data.transforms import View
+from protoclip.distributed import rank, world_size
 from protoclip.teachers import TeacherFeatures, read_teacher
 
 # Pictures larger than this are kept in small copies of this shorter side, with room for a crop.
@@ -79,6 +80,8 @@ def opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> Pairs | Sampl
         name=entry.name,
         read=data.read,
         seed=seed,
+        rank=rank(),
+        world_size=world_size(),
         shuffle=data.shuffle,
         cache=Path(data.cache_folder) / "index" if data.cache_folder else None,
         **columns,
@@ -117,11 +120,24 @@ def loader(
     device: torch.device,
     on_read: Callable[[int, list[BadSample]], None],
 ) -> EpisodeLoader:
+    """This process's share of the batches.
+
+    Raises:
+        ValueError: The processes cannot share a batch evenly.
+    """
+    share, rest = divmod(config.episodes.batch_size, world_size())
+    if rest or share < 2:
+        raise ValueError(
+            f"episodes.batch_size: {config.episodes.batch_size} pairs cannot be shared evenly by "
+            f"{world_size()} processes, two or more each; try {max(2, share) * world_size()}"
+        )
     return EpisodeLoader(
         pairs=samples,
         tokenizer=tokenizer,
         view=view,
-        batch_size=config.episodes.batch_size,
+        batch_size=share,
+        rank=rank(),
+        world_size=world_size(),
         seed=config.run.seed,
         device=device,
         workers=config.data.workers,

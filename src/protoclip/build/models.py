@@ -7,8 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from protoclip.config import HeadConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
+from protoclip.config import Config, HeadConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.transforms import EvaluationView, TrainingView, clip_view, light_view
+from protoclip.distributed import launched
+from protoclip.models import sync_batch_norm
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.towers import (
@@ -29,6 +31,9 @@ def device(name: str) -> torch.device:
     Raises:
         ValueError: No such device here.
     """
+    _, processes, place_on_host = launched()
+    if processes > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{place_on_host}"
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -39,6 +44,8 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"run.device: '{name}' cannot be used here ({reason})") from error
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
     return chosen
 
 
@@ -79,6 +86,21 @@ def place(built: ProtoCLIP, on: torch.device) -> ProtoCLIP:
     The order of filters in memory changes speed and last digits, nothing else.
     """
     return built.to(on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def synchronise(config: Config, built: ProtoCLIP) -> None:
+    """BatchNorm over all processes: of the heads, and of the towers where it is asked for."""
+    for part in (built.image_head, built.text_head):
+        sync_batch_norm.synchronise(part)
+    if config.parallel.sync_batch_norm:
+        sync_batch_norm.synchronise(built.towers)
+
+
+def compile_towers(built: ProtoCLIP) -> None:
+    """Compile the towers in place; names of weights stay."""
+    for name, part in built.towers.named_children():
+        if name in ("visual", "text", "transformer"):
+            part.compile()
 
 
 def joint_width(towers: nn.Module, config: ModelConfig) -> int:

@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from protoclip.build import data, models
 from protoclip.clustering import KMeans, kmeans
 from protoclip.config import Config
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.distributed import reduced
 from protoclip.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
 from protoclip.losses import LossWeights
 from protoclip.models.protoclip import ProtoCLIP
@@ -20,14 +22,14 @@ from protoclip.train.state import TrainState
 from protoclip.train.trainer import FeatureSource, Grouping, Trainer
 
 
-def cluster(config: Config) -> Callable[[str, Tensor], KMeans]:
+def cluster(config: Config) -> Callable[[str, Tensor, Tensor | None], KMeans]:
     """K-means with the settings of each space."""
 
-    def run(space: str, rows: Tensor) -> KMeans:
+    def run(space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
         teacher = config.external_teachers.get(space)
         number = config.prototypes.number if teacher is None else teacher.number
         # A teacher may know fewer of an episode's samples than it has prototypes.
-        number = min(number, len(rows))
+        number = min(number, known_rows(rows))
         return kmeans(
             rows,
             number,
@@ -36,9 +38,15 @@ def cluster(config: Config) -> Callable[[str, Tensor], KMeans]:
             start=config.prototypes.start,
             spherical=config.prototypes.unit_norm,
             seed=config.run.seed,
+            positions=positions,
         )
 
     return run
+
+
+def known_rows(rows: Tensor) -> int:
+    """Rows of all processes."""
+    return int(reduced(torch.tensor(len(rows), device=rows.device)))
 
 
 def schedule(config: Config) -> Schedule:
@@ -123,6 +131,7 @@ def trainer(
             betas=config.optim.betas,
             eps=config.optim.eps,
             weight_decay=config.optim.weight_decay,
+            scales=tower_scales(config),
         ),
         schedule=schedule(config),
         scaler=grad_scaler(precision, place),
@@ -137,6 +146,15 @@ def trainer(
         position=lambda state: loader.position(state.episode, state.batch, config.episodes.size),
         restore_position=loader.restore,
     )
+
+
+def tower_scales(config: Config) -> dict[str, float]:
+    """Factors to the learning rate by prefix of parameter names; none where they say nothing."""
+    image, text = config.optim.image_scale, config.optim.text_scale
+    if image == text == 1.0:
+        return {}
+    # open_clip's towers are named `visual` and, where the text tower is no module, by its parts.
+    return {"towers.visual.": image, "towers.logit_scale": 1.0, "towers.": text}
 
 
 def target_temperatures(config: Config) -> dict[str, float]:

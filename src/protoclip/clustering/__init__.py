@@ -1,6 +1,6 @@
 """K-means: one function, several engines behind it; README.md here says which is for what."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from protoclip import distributed
 from protoclip.clustering.assignment import nearest
 from protoclip.clustering.faiss_lloyd import faiss_lloyd
 from protoclip.clustering.flash_lloyd import flash_lloyd
 from protoclip.clustering.reduced import ReducedRows, is_fast
 from protoclip.clustering.segments import segment_mean
+from protoclip.clustering.shard import ALONE, Shard, raised_by_all
 from protoclip.clustering.start import Search, random_start, spread_start
 from protoclip.clustering.superkmeans_lloyd import superkmeans_lloyd
 from protoclip.clustering.torch_lloyd import lloyd
@@ -30,7 +32,7 @@ class KMeans:
 
     Attributes:
         centroids: Means of the members, or their directions in a spherical clustering.
-        assignments: Nearest centroid of each row.
+        assignments: Nearest centroid of each row given.
         inertia: Sum of squared distances of the rows to their centroids.
         history: Inertia of the start and after each iteration, the last of them `inertia`. The
             first may be rounded; engines other than torch report the last alone.
@@ -40,6 +42,51 @@ class KMeans:
     assignments: Int[Tensor, " n"]
     inertia: float
     history: tuple[float, ...]
+
+
+def checked_rows(
+    features: Float[Tensor, "n d"],
+    num_clusters: int,
+    *,
+    num_rows: int,
+    iterations: int,
+    restarts: int,
+    init: Float[Tensor, "k d"] | None,
+    start: str,
+    backend: str,
+    positions: Int[Tensor, " p"] | None,
+) -> Float[Tensor, "n d"]:
+    """The rows in a precision to cluster in.
+
+    Raises:
+        ValueError: As `kmeans` says, of what can be seen without other processes.
+    """
+    if not 1 <= num_clusters <= num_rows:
+        raise ValueError(
+            f"num_clusters={num_clusters}: needs to be between 1 and the {num_rows} rows given"
+        )
+    if iterations < 0 or restarts < 1:
+        raise ValueError(f"iterations={iterations}, restarts={restarts}: need >= 0 and >= 1")
+    if init is not None and (restarts != 1 or init.shape != (num_clusters, features.shape[1])):
+        raise ValueError("init: needs restarts=1 and the shape (num_clusters, features.shape[1])")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    if start not in STARTS:
+        raise ValueError(f"start={start!r}: choose one of {', '.join(STARTS)}")
+    if backend == "superkmeans" and init is not None:
+        raise ValueError("backend='superkmeans': has a start of its own; leave out init")
+    if positions is not None and backend not in ("auto", "torch"):
+        raise ValueError(f"backend={backend!r}: has no positions; choose torch or leave them out")
+    if positions is not None and len(positions) != len(features):
+        raise ValueError(f"positions: are {len(positions)} for {len(features)} rows")
+    rows = features.detach()
+    if rows.device.type == "mps":  # has no float64 and lacks some of the operations
+        rows = rows.cpu()
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.float()
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError("features: hold non-finite values, so they cannot be clustered")
+    return rows
 
 
 @torch.no_grad()
@@ -54,10 +101,17 @@ def kmeans(
     start: Literal["spread", "random"] = "spread",
     spherical: bool = False,
     backend: Literal["auto", "torch", "faiss", "superkmeans", "flash-kmeans"] = "auto",
+    positions: Int[Tensor, " p"] | None = None,
 ) -> KMeans:
     """Cluster rows into `num_clusters` groups of least squared distance.
 
     Deterministic for an equal seed on CPU; no global random generator is touched.
+
+    With `positions`, the rows given are this process's share of a set that all processes of the
+    group cluster together, each calling this with equal settings. What comes out is, but for
+    rounding, what one process that has all rows in the order of positions gets: centroids, inertia
+    and history the same bits in each process, assignments of the rows given. Rows stay in their
+    process, but for those that become centroids.
 
     Args:
         features: Rows to cluster, `(n, d)`, finite. Computed in float32 or wider; bfloat16
@@ -72,40 +126,51 @@ def kmeans(
         spherical: Cluster directions: rows and centroids are brought to unit norm.
         backend: The engine; `auto` is `torch`. The others are optional packages, described in
             README.md here.
+        positions: Number of each row given among the rows of all processes, of which each has a
+            share, maybe none. Any distinct integers; their order alone counts.
 
     Raises:
         ValueError: More clusters than rows, non-finite rows, a setting out of range, or an engine
-            that is not installed or cannot do what is asked.
+            that is not installed or cannot do what is asked. With `positions` also numbers that are
+            there twice, and settings that differ; what one process refuses, all refuse.
     """
-    if not 1 <= num_clusters <= len(features):
-        raise ValueError(
-            f"num_clusters={num_clusters}: needs to be between 1 and the {len(features)} rows given"
+    together = positions is not None
+    num_rows, alike = len(features), True
+    if together:
+        # What has to be the same everywhere, so that all processes take the same steps.
+        settings = (num_clusters, iterations, restarts, seed, start, spherical, init is None)
+        kind = (features.shape[1], features.dtype)
+        shares = distributed.objects_of_all((num_rows, settings, kind))
+        num_rows = sum(count for count, *_ in shares)
+        alike = all(share[1:] == (settings, kind) for share in shares)
+    with raised_by_all(together):
+        if not alike:
+            raise ValueError("positions: processes differ in settings, or in the width of rows")
+        rows = checked_rows(
+            features,
+            num_clusters,
+            num_rows=num_rows,
+            iterations=iterations,
+            restarts=restarts,
+            init=init,
+            start=start,
+            backend=backend,
+            positions=positions,
         )
-    if iterations < 0 or restarts < 1:
-        raise ValueError(f"iterations={iterations}, restarts={restarts}: need >= 0 and >= 1")
-    if init is not None and (restarts != 1 or init.shape != (num_clusters, features.shape[1])):
-        raise ValueError("init: needs restarts=1 and the shape (num_clusters, features.shape[1])")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-    if start not in STARTS:
-        raise ValueError(f"start={start!r}: choose one of {', '.join(STARTS)}")
-    if backend == "superkmeans" and init is not None:
-        raise ValueError("backend='superkmeans': has a start of its own; leave out init")
-    rows = features.detach()
-    if rows.device.type == "mps":  # has no float64 and lacks some of the operations
-        rows = rows.cpu()
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    if not bool(torch.isfinite(rows).all()):
-        raise ValueError("features: hold non-finite values, so they cannot be clustered")
     if spherical:
         rows = torch.nn.functional.normalize(rows, dim=1)
+    shard, ascending = ALONE, None
+    if positions is not None:
+        ascending = positions.to(rows.device).argsort()
+        rows = rows[ascending]
+        shard = Shard.of(positions.to(rows.device)[ascending])
 
     search: Search = partial(nearest, rows)
     roughly = search
-    if is_fast(rows, num_clusters):
-        reduced = ReducedRows.of(rows)
-        search, roughly = reduced.nearest, reduced.scan
+    if fast(rows, num_clusters, shard):
+        reduced = ReducedRows.of(rows, shard)
+        if len(rows):
+            search, roughly = reduced.nearest, reduced.scan
     generator = torch.Generator().manual_seed(seed)
     best: KMeans | None = None
     for restart in range(restarts):
@@ -113,9 +178,9 @@ def kmeans(
         if init is not None:
             centroids = init.to(rows)
         elif start == "random":
-            centroids = random_start(rows, num_clusters, generator)
+            centroids = random_start(rows, num_clusters, generator, shard)
         else:
-            centroids, *nearby = spread_start(rows, num_clusters, generator, roughly)
+            centroids, *nearby = spread_start(rows, num_clusters, generator, roughly, shard)
             found = (nearby[0], nearby[1])
         remaining = iterations
         if backend not in ("auto", "torch") and iterations > 0:
@@ -129,6 +194,7 @@ def kmeans(
             found=found,
             iterations=remaining,
             spherical=spherical,
+            shard=shard,
         )
         if best is None or history[-1] < best.inertia:
             best = KMeans(
@@ -138,4 +204,13 @@ def kmeans(
                 history=tuple(history),
             )
     assert best is not None
-    return best
+    if ascending is None:
+        return best
+    return replace(best, assignments=best.assignments[ascending.to(features.device).argsort()])
+
+
+def fast(rows: Float[Tensor, "n d"], num_clusters: int, shard: Shard) -> bool:
+    """Whether to search in bfloat16: of rows that are shared out, everywhere or nowhere."""
+    if not shard.is_part:
+        return is_fast(rows, num_clusters)
+    return not distributed.any_of([not is_fast(rows, num_clusters, shard.total(rows))])[0]

@@ -21,6 +21,7 @@ from protoclip.clustering.assignment import (
     pad_to_blocks,
     row_argmin,
 )
+from protoclip.clustering.shard import ALONE, Shard
 
 ROUNDING = 2.0**-8  # of a number rounded to bfloat16 and back, relative; twice the bound
 FAR = 3e38  # half the squared distance of the columns that fill the last block
@@ -28,9 +29,12 @@ FAR = 3e38  # half the squared distance of the columns that fill the last block
 MOST_CANDIDATES = 8
 
 
-def is_fast(features: Float[Tensor, "n d"], num_clusters: int) -> bool:
-    """Whether bfloat16 distances pay: float32 rows, enough work, and hardware that has them."""
-    work = len(features) * num_clusters
+def is_fast(features: Float[Tensor, "n d"], num_clusters: int, num_rows: int | None = None) -> bool:
+    """Whether bfloat16 distances pay: float32 rows, enough work, and hardware that has them.
+
+    `num_rows` is that of all processes, where `features` are a share.
+    """
+    work = (len(features) if num_rows is None else num_rows) * num_clusters
     if features.dtype != torch.float32 or features.shape[1] < 32 or work < 2**20:
         return False
     if features.device.type == "cpu":
@@ -52,7 +56,7 @@ class ReducedRows:
 
     Attributes:
         features: The rows as they are.
-        origin: Their mean, which is taken away before rounding.
+        origin: Their mean, over all processes, which is taken away before rounding.
         matrix: Left factor of the distances, one row each.
         norms: Norm of each centred and rounded row.
         errors: Norm of what rounding took from each row.
@@ -65,8 +69,8 @@ class ReducedRows:
     errors: Float32[Tensor, " n"]
 
     @classmethod
-    def of(cls, features: Float32[Tensor, "n d"]) -> "ReducedRows":
-        origin = features.mean(0)
+    def of(cls, features: Float32[Tensor, "n d"], shard: Shard = ALONE) -> "ReducedRows":
+        origin = shard.mean(features)
         centred = features - origin
         rounded = centred.bfloat16()
         ones = torch.ones_like(rounded[:, :1])

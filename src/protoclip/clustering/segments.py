@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from protoclip import distributed
+
 
 def segment_sum(
     features: Float[Tensor, "m d"], assignments: Int[Tensor, " m"], num_segments: int
@@ -32,11 +34,18 @@ def segment_sum(
 
 
 def segment_mean(
-    features: Float[Tensor, "m d"], assignments: Int[Tensor, " m"], num_segments: int
+    features: Float[Tensor, "m d"],
+    assignments: Int[Tensor, " m"],
+    num_segments: int,
+    *,
+    sharded: bool = False,
 ) -> tuple[Float[Tensor, "k d"], Int[Tensor, " k"]]:
     """Mean of the rows that share an assignment, and how many they are; see `segment_sum`.
 
-    A segment without rows has mean zero and count zero.
+    A segment without rows has mean zero and count zero. With `sharded` the rows are this process's
+    share: means and counts are of the rows of all, the same bits in each, without gradient.
     """
     sums, counts = segment_sum(features, assignments, num_segments)
+    if sharded:
+        sums, counts = distributed.reduced(sums), distributed.reduced(counts)
     return sums / counts.clamp(min=1).unsqueeze(1), counts

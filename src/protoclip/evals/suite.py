@@ -12,12 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.distributed import rank, world_size
 from protoclip.evals.clustering import clustering_agreement
 from protoclip.evals.datasets import EvaluationData
 from protoclip.evals.knn import knn_accuracy
 from protoclip.evals.linear_probe import linear_probe_accuracy
 from protoclip.evals.modality_gap import modality_gap
 from protoclip.evals.retrieval import retrieval_recall
+from protoclip.evals.sharing import in_order, results_of_all
 from protoclip.evals.zero_shot import class_features, zero_shot_accuracy
 
 ZERO_SHOT_KS = (1, 5)
@@ -77,6 +79,10 @@ def evaluate(
     Concepts of an equal name are one class. Prompts are the bare names, and class names with
     spaces for hyphens. Fractions are 0-1. Equal inputs give equal results on one machine.
 
+    Collective where several processes train: each holds the same model and calls this with the same
+    arguments. They share out the batches and the metrics, and each returns all of them, with the
+    bits that one process alone would get.
+
     Args:
         model: On `device`. It is in evaluation mode meanwhile; the mode of each of its modules is
             restored.
@@ -85,19 +91,22 @@ def evaluate(
         data: The data set.
         split: `test`, with the linear probe's strength chosen on `validation`; or `validation` for
             everything, where the probe is optimistic: for tuning only.
-        device: Where the towers run. The metrics are computed on the CPU.
+        device: Where the towers run, of which each process has its own. The metrics are computed on
+            the CPU.
         batch_size: Pictures or texts of a forward pass.
         seed: Seed of the clustering's starts.
-        progress: Called with a stage, and how much of how much of it is done.
+        progress: Called with a stage, and how much of how much of it is done; by rank 0 alone,
+            whose share stands for all.
 
     Raises:
-        ValueError: A setting out of range, or features that are not finite.
+        ValueError: A setting out of range, or features that are not finite; in every process.
     """
     if split not in ("validation", "test") or batch_size < 1:
         raise ValueError(
             f"split={split!r}, batch_size={batch_size}: choose 'validation' or 'test', and >= 1"
         )
-    report = progress or (lambda stage, done, total: None)
+    shown = progress if rank() == 0 else None
+    report = shown or (lambda stage, done, total: None)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -139,13 +148,13 @@ def extract(
             return model.encode_image(views.to(device), normalize=True)
 
         stage = f"{data.name} images: {of_split}"
-        return encode(encode_rows, range(len(pairs)), stage, batch_size, progress)
+        return encode(encode_rows, range(len(pairs)), stage, batch_size, device, progress)
 
     def encode_texts(texts: list[str]) -> Float[Tensor, "n d"]:
         def encode_strings(strings: Sequence[str]) -> Tensor:
             return model.encode_text(tokenizer(list(strings)).to(device), normalize=True)
 
-        return encode(encode_strings, texts, f"{data.name} texts", batch_size, progress)
+        return encode(encode_strings, texts, f"{data.name} texts", batch_size, device, progress)
 
     held_out = data.split(split)
     captions, _, _ = distinct_captions(held_out, data.group_column)
@@ -165,22 +174,32 @@ def encode(
     items: Sequence[Item],
     stage: str,
     batch_size: int,
+    device: torch.device | str,
     progress: Progress,
 ) -> Float[Tensor, "n d"]:
     """Features of all items in float32 on the CPU, a batch at a time.
 
+    Batch `k` is encoded by rank `k % world_size`: whatever the number of processes, a batch has the
+    same rows, and so its features the same bits.
+
     Raises:
-        ValueError: Features are not finite.
+        ValueError: Features are not finite; in every process.
     """
-    batches = []
-    for start in range(0, len(items), batch_size):
-        with torch.inference_mode():
-            features = encode_batch(items[start : start + batch_size]).float().cpu()
-        if not bool(torch.isfinite(features).all()):
-            raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
-        batches.append(features)
-        progress(stage, min(start + batch_size, len(items)), len(items))
-    return torch.cat(batches)
+    starts = range(0, len(items), batch_size)
+    batches: list[Tensor] = []
+
+    def encode_share() -> int:
+        for start in starts[rank() :: world_size()]:
+            with torch.inference_mode():
+                features = encode_batch(items[start : start + batch_size]).float().cpu()
+            if not bool(torch.isfinite(features).all()):
+                raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
+            batches.append(features)
+            progress(stage, min(start + world_size() * batch_size, len(items)), len(items))
+        return batches[0].shape[1] if batches else 0
+
+    width = max(results_of_all(encode_share))  # a process without a batch does not know it
+    return in_order(batches, len(starts), width, device)
 
 
 def measure(
@@ -191,7 +210,7 @@ def measure(
     seed: int,
     progress: Progress,
 ) -> dict[str, float]:
-    """The metrics of `evaluate` from features."""
+    """The metrics of `evaluate` from features; stage `i` is computed by rank `i % world_size`."""
     held_out = data.split(split)
     images = features.images[split]
     labels = {
@@ -236,12 +255,21 @@ def measure(
             images, features.captions[torch.tensor(caption_of_row)]
         ),
     }
-    metrics = {}
-    for done, (stage, compute) in enumerate(stages.items(), start=1):
-        for metric, value in compute().items():
-            metrics[f"eval/{data.name}/{stage}/{metric}"] = value
-        progress(f"{data.name} metrics", done, len(stages))
-    return metrics
+
+    def measure_share() -> dict[str, dict[str, float]]:
+        share = {}
+        for number in range(rank(), len(stages), world_size()):
+            stage = list(stages)[number]
+            share[stage] = stages[stage]()
+            progress(f"{data.name} metrics", min(number + world_size(), len(stages)), len(stages))
+        return share
+
+    found = {stage: of for share in results_of_all(measure_share) for stage, of in share.items()}
+    return {
+        f"eval/{data.name}/{stage}/{metric}": value
+        for stage in stages
+        for metric, value in found[stage].items()
+    }
 
 
 def chance_levels(data: EvaluationData, split: str = "test") -> dict[str, float]:

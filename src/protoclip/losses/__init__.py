@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from jaxtyping import Int
 from torch import Tensor
 
-from protoclip.losses.instance import info_nce
+from protoclip.distributed import world_size
+from protoclip.losses.instance import info_nce, sharded_info_nce
 from protoclip.losses.prototypical import PreparedTarget, prepare_targets, prototypical_loss
 from protoclip.models.protoclip import Embeddings
 
@@ -17,6 +18,7 @@ __all__ = [
     "objective",
     "prepare_targets",
     "prototypical_loss",
+    "sharded_info_nce",
 ]
 
 
@@ -48,6 +50,9 @@ def objective(
     L = w_i InfoNCE + w_p (L_image<-text + L_text<-image) / 2
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
 
+    With several processes these are the local rows' parts: their means over processes, and those of
+    the gradients, are what one process has for the whole batch.
+
     Args:
         embeddings: Output of the model for a batch.
         targets: Prepared targets named `<student>_from_<teacher>`; `None` for InfoNCE alone.
@@ -63,7 +68,8 @@ def objective(
     losses: dict[str, Tensor] = {}
     report: dict[str, Tensor] = {"train/logit_scale": embeddings.logit_scale.detach()}
     if weights.info_nce:
-        loss = info_nce(embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
+        loss_of = info_nce if world_size() == 1 else sharded_info_nce
+        loss = loss_of(embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
         losses["info_nce"] = weights.info_nce * loss
         report["train/loss/info_nce"] = loss.detach()
     for name, target in (targets or {}).items():

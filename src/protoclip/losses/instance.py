@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from protoclip import distributed
 from protoclip.losses import tiles
 
 # Logits above which InfoNCE goes tile by tile. Below, the plain form is as fast, and the 24 bytes
@@ -38,6 +39,29 @@ def info_nce(
     logits = scaled @ text_features.T
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def sharded_info_nce(
+    image_features: Float[Tensor, "b d"],
+    text_features: Float[Tensor, "b d"],
+    logit_scale: Float[Tensor, ""] | float,
+) -> Float[Tensor, ""]:
+    """This process's part of InfoNCE over the batch of all processes, each with `b` of its pairs.
+
+    Local rows against everyone's columns, which are gathered with their gradients: `b` times the
+    whole batch logits in each direction. The mean over processes of these parts, and of their
+    gradients as DDP takes it, are those of `info_nce` over the whole batch.
+
+    Args:
+        image_features, text_features, logit_scale: See `info_nce`.
+    """
+    first = distributed.rank() * len(image_features)
+    labels = torch.arange(first, first + len(image_features), device=image_features.device)
+    texts = distributed.gathered_with_gradient(text_features)
+    images = distributed.gathered_with_gradient(image_features)
+    from_images = F.cross_entropy(logit_scale * image_features @ texts.T, labels)
+    from_texts = F.cross_entropy(logit_scale * text_features @ images.T, labels)
+    return (from_images + from_texts) / 2
 
 
 class TiledInfoNCE(torch.autograd.Function):

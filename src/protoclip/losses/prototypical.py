@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from protoclip import distributed
 from protoclip.losses import tiles
 from protoclip.prototypes import PrototypeTarget
 
@@ -114,17 +115,27 @@ def agreement(
     expected: Float[Tensor, "b p"],
     own: Int[Tensor, " b"],
     logit_scale: Float[Tensor, ""] | float,
+    *,
+    sharded: bool = False,
 ) -> Float[Tensor, ""]:
     """The prototypical loss, given what the teacher expects of each row (its row of M)."""
     queries = logit_scale * student_projections
     losses = tiles.log_sum_exp(queries, classes) - (queries * expected).sum(1)
-    return mean_of_known(losses, own)
+    return mean_of_known(losses, own, sharded=sharded)
 
 
-def mean_of_known(values: Float[Tensor, " b"], own: Int[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Mean over the rows that have a class; 0 where none has."""
+def mean_of_known(
+    values: Float[Tensor, " b"], own: Int[Tensor, " b"], *, sharded: bool = False
+) -> Float[Tensor, ""]:
+    """Mean over the rows that have a class; 0 where none has.
+
+    `sharded`: a part of it, whose mean over all processes is the mean over their rows.
+    """
     known = own >= 0
-    return (values * known).sum() / known.sum().clamp(min=1)
+    count, processes = known.sum(), 1
+    if sharded:
+        count, processes = distributed.reduced(count), distributed.world_size()
+    return (values * known).sum() / (count.clamp(min=1) / processes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,23 +158,27 @@ class PreparedTarget:
         assignments: Int[Tensor, " b"],
         logit_scale: Float[Tensor, ""] | float,
     ) -> Float[Tensor, ""]:
-        """`prototypical_loss` with these prototypes."""
+        """`prototypical_loss` with these prototypes.
+
+        With several processes a part of it: the mean of the parts is that over all rows.
+        """
         own = own_class(self.class_index, assignments)
+        expected = self.lookup[assignments]
         return agreement(
-            student_projections, self.classes, self.lookup[assignments], own, logit_scale
+            student_projections, self.classes, expected, own, logit_scale, sharded=True
         )
 
     @torch.no_grad()
     def accuracy(
         self, student_projections: Float[Tensor, "b p"], assignments: Int[Tensor, " b"]
     ) -> Float[Tensor, ""]:
-        """Fraction of rows whose most similar class is that of their prototype."""
+        """Fraction of rows whose most similar class is that of their prototype; see `loss`."""
         own = own_class(self.class_index, assignments)
         rows = max(1, CHUNK_ELEMENTS // len(self.classes))
         choice = torch.cat(
             [(chunk @ self.classes.T).argmax(1) for chunk in torch.split(student_projections, rows)]
         )
-        return mean_of_known((choice == own).float(), own)
+        return mean_of_known((choice == own).float(), own, sharded=True)
 
 
 def prepare_targets(

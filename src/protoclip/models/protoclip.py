@@ -28,6 +28,11 @@ class Embeddings:
     prototype_logit_scale: Float[Tensor, ""]
 
 
+def widened(values: Tensor) -> Tensor:
+    """In float32, or wider where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class ProtoCLIP(nn.Module):
     """An open_clip tower pair with projection heads for grouping (arXiv 2206.10996).
 
@@ -48,14 +53,14 @@ class ProtoCLIP(nn.Module):
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
         """Image tower outputs in the joint space, brought to unit norm on request."""
-        features: Tensor = self.towers.encode_image(images).float()  # type: ignore[operator]
+        features = widened(self.towers.encode_image(images))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
         self, tokens: Int[Tensor, "b c"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
         """Text tower outputs in the joint space, brought to unit norm on request."""
-        features: Tensor = self.towers.encode_text(tokens).float()  # type: ignore[operator]
+        features = widened(self.towers.encode_text(tokens))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
@@ -69,10 +74,10 @@ class ProtoCLIP(nn.Module):
         return Embeddings(
             image_features=F.normalize(image, dim=-1),
             text_features=F.normalize(text, dim=-1),
-            image_projections=F.normalize(self.image_head(image).float(), dim=-1)
+            image_projections=F.normalize(widened(self.image_head(image)), dim=-1)
             if project
             else None,
-            text_projections=F.normalize(self.text_head(text).float(), dim=-1) if project else None,
+            text_projections=F.normalize(widened(self.text_head(text)), dim=-1) if project else None,
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
         )

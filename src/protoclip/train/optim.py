@@ -1,4 +1,6 @@
-"""The optimizer: AdamW, without weight decay where it does not belong."""
+"""The optimizer: AdamW, without weight decay where it does not belong; a rate for each tower."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,11 +18,29 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    scales: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters, in two groups: with and without weight decay."""
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-    ]
+    """Fused AdamW over all parameters, in groups with and without weight decay.
+
+    Args:
+        model: Whose parameters are trained.
+        learning_rate, betas, eps, weight_decay: AdamW's.
+        scales: Prefixes of parameter names that have groups of their own, and the factor of each to
+            the learning rate; kept as the group's `scale`.
+    """
+    groups = []
+    remaining = dict(model.named_parameters())
+    for prefix, scale in {**(scales or {}), "": 1.0}.items():
+        named = {n: remaining.pop(n) for n in list(remaining) if n.startswith(prefix)}
+        for decayed in (True, False):
+            parameters = [p for n, p in named.items() if decays(n, p) == decayed]
+            decay = weight_decay if decayed else 0.0
+            groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give each group its own multiple of a rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.features import QueuedFeatures
+from protoclip.distributed import gathered, objects_of_all, rank, world_size
+from protoclip.features import QueuedFeatures, QueuedRows
 from protoclip.losses import PreparedTarget
 from protoclip.prototypes import Prototypes
 from protoclip.train.state import TrainState
@@ -17,7 +18,7 @@ from protoclip.train.trainer import Grouping, Trainer
 def take(
     trainer: Trainer, state: TrainState, grouping: Grouping | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copies of what `restore` needs besides the model's weights.
+    """Copies of what `restore` needs besides the model's weights; the first process has them all.
 
     Args:
         trainer: Of which optimizer, scaler and feature queue are kept.
@@ -39,14 +40,22 @@ def take(
         "optimizer": groups,
         "scaler": trainer.scaler.state_dict(),
     }
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    if isinstance(trainer.source, QueuedFeatures):
+    for number, states in enumerate(objects_of_all(random_states())):
+        tensors |= {f"random/{kind}/{number}": value for kind, value in states.items()}
+    if isinstance(trainer.source, QueuedFeatures) and trainer.source.queue.image is not None:
         queue = trainer.source.queue
-        facts["queue"] = {"pushed": queue.pushed, "sample_ids": queue.sample_ids}
-        if queue.image is not None and queue.text is not None:
-            tensors |= {"queue/image": queue.image, "queue/text": queue.text}
+        held = queue.contents()
+        order = gathered(held.slots.to(held.image.device)).argsort()
+        names = [name for part in objects_of_all(held.sample_ids) for name in part]
+        facts["queue"] = {
+            "seen": queue.pushed * world_size(),
+            "batch_size": queue.batch_size * world_size(),
+            "sample_ids": [names[place] for place in order.tolist()],
+        }
+        tensors["queue/image"] = gathered(held.image)[order]
+        tensors["queue/text"] = gathered(held.text)[order]
+    if rank() > 0:
+        return {}, {}
     if grouping is not None:
         # A file of tensors has an order of its own, and sums of losses depend on theirs.
         facts["order"] = [*grouping.prototypes, *grouping.targets]
@@ -58,6 +67,14 @@ def take(
     return kept, copy.deepcopy(facts)
 
 
+def random_states() -> dict[str, Tensor]:
+    """Of this process's global generators, which dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
 def fields(prefix: str, parts: Prototypes | PreparedTarget) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": value for name, value in vars(parts).items()}
 
@@ -65,7 +82,10 @@ def fields(prefix: str, parts: Prototypes | PreparedTarget) -> dict[str, Tensor]
 def restore(
     trainer: Trainer, tensors: dict[str, Tensor], facts: dict[str, Any]
 ) -> tuple[TrainState, Grouping | None]:
-    """Put a trainer, whose model has its weights already, where `take` found it."""
+    """Put a trainer, whose model has its weights already, where `take` found it.
+
+    With another number of processes than before, their random states start from the seed again.
+    """
     device = next(trainer.model.parameters()).device
     optimizer = trainer.optimizer.state_dict()
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
@@ -85,20 +105,25 @@ def restore(
     trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if facts["scaler"]:
         trainer.scaler.load_state_dict(facts["scaler"])
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    if len(under(tensors, "random/cpu")) == world_size():
+        torch.set_rng_state(tensors[f"random/cpu/{rank()}"])
+        if torch.cuda.is_available() and f"random/cuda/{rank()}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random/cuda/{rank()}"])
     if isinstance(trainer.source, QueuedFeatures) and "queue" in facts:
-        queue = trainer.source.queue
-        queue.pushed = facts["queue"]["pushed"]
-        queue.sample_ids = list(facts["queue"]["sample_ids"])
-        if "queue/image" in tensors:
-            queue.image = tensors["queue/image"].to(device)
-            queue.text = tensors["queue/text"].to(device)
+        image, text = tensors["queue/image"].to(device), tensors["queue/text"].to(device)
+        rows = QueuedRows(
+            slots=torch.arange(len(image)),
+            sample_ids=facts["queue"]["sample_ids"],
+            image=image,
+            text=text,
+        )
+        trainer.source.queue.fill(
+            rows, seen=facts["queue"]["seen"], batch_size=facts["queue"]["batch_size"]
+        )
     order: list[str] = facts.get("order", [])
-    stored = gathered(tensors, "prototypes", device)
+    stored = grouped(tensors, "prototypes", device)
     prototypes = {name: Prototypes(**stored[name]) for name in order if name in stored}
-    stored = gathered(tensors, "targets", device)
+    stored = grouped(tensors, "targets", device)
     targets = {name: PreparedTarget(**stored[name]) for name in order if name in stored}
     grouping = Grouping(prototypes=prototypes, targets=targets) if prototypes else None
     return TrainState(**facts["state"]), grouping
@@ -109,7 +134,7 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
 
 
-def gathered(
+def grouped(
     tensors: dict[str, Tensor], prefix: str, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
     """The parts of each object that was stored below a prefix."""

@@ -7,17 +7,20 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protoclip.clustering import KMeans
 from protoclip.data.episodes import Episode
 from protoclip.data.loader import Batch
+from protoclip.distributed import gathered, reduced, world_size
 from protoclip.features import Assignments, EpisodeFeatures
 from protoclip.grad_cache import forward_in_chunks
 from protoclip.losses import LossWeights, PreparedTarget, objective, prepare_targets
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes import Prototypes, build_targets, group
 from protoclip.train.metrics import feature_statistics, to_floats
+from protoclip.train.optim import set_learning_rate
+from protoclip.train.parallel import apart, distribute, reach_everything
 from protoclip.train.precision import Autocast
 from protoclip.train.schedule import Schedule
 from protoclip.train.stages import Plan, Stage, enter_stage
@@ -55,7 +58,7 @@ class Trainer:
         episode: Episode of a number.
         batches: Batches of an episode in the training view, from a number on.
         source: Features of an episode, to be clustered.
-        cluster: K-means of one space, `(space, rows) -> KMeans`.
+        cluster: K-means of one space, `(space, rows, positions) -> KMeans`.
         weights, target_temperatures, mask_empty: Of the objective.
         back_translation: Whether prototypes are translated into the student's space.
         unit_norm: Whether they are brought to unit norm there.
@@ -74,7 +77,7 @@ class Trainer:
     episode: Callable[[int], Episode]
     batches: Callable[[Episode, int], Iterable[Batch]]
     source: FeatureSource
-    cluster: Callable[[str, Tensor], KMeans]
+    cluster: Callable[[str, Tensor, Tensor | None], KMeans]
     weights: LossWeights
     target_temperatures: Mapping[str, float]
     mask_empty: bool
@@ -99,13 +102,17 @@ class Trainer:
 
         `grouping` is that of an episode which was interrupted, of whose batches some are done.
         """
+        module: nn.Module = self.model
+        entered: Stage | None = None
         for index in range(state.episode, self.plan.num_episodes):
             stage = self.plan.stage(index)
             episode = self.episode(index)
             if stage.needs_prototypes and grouping is None:
                 grouping = self.group(episode, state)
             enter_stage(self.model, stage)
-            if self.run_episode(episode, stage, grouping, state):
+            if stage is not entered:
+                module, entered = distribute(self.model), stage
+            if self.run_episode(module, episode, stage, grouping, state):
                 return state
             state.episode, state.batch, grouping = state.episode + 1, 0, None
             if metrics := self.evaluate(state):
@@ -122,7 +129,7 @@ class Trainer:
         spaces = dict(features.teachers)
         if self.weights.prototypical:
             spaces = {"image": features.image, "text": features.text, **spaces}
-        prototypes = group(spaces, self.cluster)
+        prototypes = group(spaces, self.cluster, features.positions)
         clustered = time.monotonic()
         targets = prepare_targets(
             build_targets(
@@ -131,6 +138,7 @@ class Trainer:
                 text_projections=features.text,
                 back_translation=self.back_translation,
                 unit_norm=self.unit_norm,
+                positions=features.positions,
             ),
             target_temperatures=self.target_temperatures,
             mask_empty=self.mask_empty,
@@ -149,7 +157,12 @@ class Trainer:
         return Grouping(prototypes=prototypes, targets=targets)
 
     def run_episode(
-        self, episode: Episode, stage: Stage, grouping: Grouping | None, state: TrainState
+        self,
+        module: nn.Module,
+        episode: Episode,
+        stage: Stage,
+        grouping: Grouping | None,
+        state: TrainState,
     ) -> bool:
         """The batches of an episode that remain; True if `save` said to stop among them."""
         waited = trained = 0.0
@@ -158,13 +171,14 @@ class Trainer:
         for batch in self.batches(episode, state.batch):
             began = time.monotonic()
             due = (state.step + 1) % self.log_every == 0
-            report = self.train_step(batch, stage, grouping, state, detailed=due)
+            report = self.train_step(module, batch, stage, grouping, state, detailed=due)
+            pairs = len(batch.position) * world_size()
             state.step += 1
             state.batch += 1
-            state.samples_seen += len(batch.position)
-            samples += len(batch.position)
+            state.samples_seen += pairs
+            samples += pairs
             if due:
-                metrics = to_floats(report)
+                metrics = mean_over_processes(report)
                 metrics["train/samples_per_second"] = samples / (time.monotonic() - logged)
                 self.log(state, metrics)
                 logged, samples = time.monotonic(), 0
@@ -179,6 +193,7 @@ class Trainer:
 
     def train_step(
         self,
+        module: nn.Module,
         batch: Batch,
         stage: Stage,
         grouping: Grouping | None,
@@ -188,12 +203,12 @@ class Trainer:
     ) -> dict[str, Tensor | float]:
         """Forward, backward, one optimizer step; returns what to log about it.
 
-        `detailed` asks for what costs time of its own, such as accuracies.
+        `module` is the model as the stage trains it; `detailed` asks for what costs time of its
+        own, such as accuracies. With several processes losses are parts, see `objective`.
         """
         rate = self.schedule.learning_rate(state.step)
-        for group_ in self.optimizer.param_groups:
-            group_["lr"] = rate
-        embeddings, finish = self.embed(batch, stage)
+        set_learning_rate(self.optimizer, rate)
+        embeddings, finish = self.embed(module, batch, stage)
         assignments: Assignments = {}
         if grouping is not None:
             assignments = self.source.assign(batch, embeddings, grouping.prototypes)
@@ -205,6 +220,8 @@ class Trainer:
             detailed=detailed,
         )
         total = torch.stack(list(losses.values())).sum()
+        if world_size() > 1:
+            total = total + reach_everything(embeddings)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         finish()
@@ -215,7 +232,10 @@ class Trainer:
         self.model.clamp_scales()
         self.source.observe(batch, embeddings)
         if detailed:
-            report |= feature_statistics(embeddings.image_features, embeddings.text_features)
+            report |= feature_statistics(
+                gathered(embeddings.image_features.detach()),
+                gathered(embeddings.text_features.detach()),
+            )
         return {
             **report,
             "train/loss/total": total.detach(),
@@ -223,12 +243,14 @@ class Trainer:
             "train/learning_rate": rate,
         }
 
-    def embed(self, batch: Batch, stage: Stage) -> tuple[Embeddings, Callable[[], None]]:
+    def embed(
+        self, module: nn.Module, batch: Batch, stage: Stage
+    ) -> tuple[Embeddings, Callable[[], None]]:
         """The model's output for a batch, and what is left to do once its gradients are there."""
 
         def forward(image: Tensor, text: Tensor) -> Embeddings:
             with self.autocast():
-                output: Embeddings = self.model(image, text, project=stage.projects)
+                output: Embeddings = module(image, text, project=stage.projects)
             return output
 
         if self.micro_batch_size is None or self.micro_batch_size >= len(batch.position):
@@ -236,7 +258,16 @@ class Trainer:
         images = torch.split(batch.image, self.micro_batch_size)
         texts = torch.split(batch.text, self.micro_batch_size)
         chunks = [partial(forward, image, text) for image, text in zip(images, texts, strict=True)]
-        return forward_in_chunks(chunks, buffers=self.model.buffers())
+        return forward_in_chunks(chunks, buffers=self.model.buffers(), apart=apart(module))
+
+
+def mean_over_processes(report: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """A report as floats; what is a process's part of a mean becomes the mean."""
+    if world_size() == 1:
+        return to_floats(report)
+    tensors = {name: value.float() for name, value in report.items() if isinstance(value, Tensor)}
+    means = reduced(torch.stack(list(tensors.values()))) / world_size()
+    return to_floats({**report, **dict(zip(tensors, means, strict=True))})
 
 
 def empty_share(prototypes: Prototypes) -> float:

@@ -1,0 +1,159 @@
+"""What happens beside the steps of a run: logging, saving, evaluating, showing progress."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import protoclip
+from protoclip import build
+from protoclip.config import Config
+from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.skips import SkipLog
+from protoclip.data.transforms import EvaluationView
+from protoclip.distributed import any_of, objects_of_all, rank, world_size
+from protoclip.evals import datasets, suite
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.towers import Tokenizer
+from protoclip.progress import Progress
+from protoclip.run_folder import Interrupted, StopRequest
+from protoclip.train import snapshot
+from protoclip.train.checkpoint import load_weights
+from protoclip.train.metrics import MetricsSink
+from protoclip.train.saver import Saver
+from protoclip.train.stages import Stage
+from protoclip.train.state import TrainState
+from protoclip.train.trainer import Grouping, Trainer
+
+
+class Session:
+    """What one process does beside the steps of a run; the first alone writes and speaks."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        folder: Path,
+        model: ProtoCLIP,
+        samples: Pairs | SampleStream,
+        skips: SkipLog,
+    ) -> None:
+        self.config, self.folder, self.model, self.skips = config, folder, model, skips
+        self.first = rank() == 0
+        self.sink: MetricsSink | None = None
+        self.view, self.tokenizer = build.evaluation_view(model), build.tokenizer(config.model)
+        # Held-out splits come with the bundled data alone; other data is not judged by emoji.
+        self.bundled = config.data.train == "emoji" and not config.data.sources
+        self.notes: list[str] = []
+        if not self.bundled and (config.run.evaluate or config.run.evaluate_every):
+            self.notes.append("run.evaluate*: no effect, since data.train has no held-out splits")
+        steps = config.episodes.count * (config.episodes.size // config.episodes.batch_size)
+        self.progress = Progress(f"train {config.run.name}", steps)
+        self.saver = Saver(
+            folder,
+            model=model,
+            description={"protoclip": protoclip.__version__, "model": asdict(config.model)},
+            every_steps=config.run.save_steps,
+            every_minutes=config.run.save_minutes,
+            keep=config.run.keep_checkpoints,
+        )
+
+    def run(
+        self, trainer: Trainer, request: StopRequest, interrupted: Interrupted | None
+    ) -> TrainState:
+        """Train from the beginning or the interruption to the end or the request to stop."""
+        self.trainer, self.request = trainer, request
+        state, grouping, size = TrainState(), None, 0
+        if interrupted is not None:
+            load_weights(self.model, interrupted.folder)
+            state, grouping = snapshot.restore(trainer, interrupted.tensors, interrupted.facts)
+            for position in interrupted.facts["position"]:
+                trainer.restore_position(position)
+            self.restore_skips(interrupted.facts["skips"])
+            size = interrupted.facts["metrics_bytes"]
+            if self.first:
+                print(f"going on from {interrupted.folder}, step {state.step}", file=sys.stderr)
+        if self.first:
+            self.sink = MetricsSink(self.folder, size=size, step=state.step)
+        self.progress.start()
+        try:
+            return trainer.fit(state, grouping)
+        finally:
+            self.saver.finish()
+            if self.sink is not None:
+                self.sink.close()
+
+    def restore_skips(self, counts: list[list[int]]) -> None:
+        """Each process's numbers of samples read and skipped; the first's sums if they changed."""
+        if len(counts) == world_size():
+            self.skips.read, self.skips.skipped = counts[rank()]
+        elif self.first:
+            self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
+
+    def log(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+        if self.sink is not None:
+            self.sink.write(step=state.step, episode=state.episode, metrics=metrics)
+
+    def save(self, state: TrainState, grouping: Grouping | None) -> bool:
+        """Save when it is time by the first process's clock; whether the run is to stop."""
+        due = self.first and self.saver.due(state.step, episode_end=state.batch == 0)
+        stop, due = any_of([self.request.by is not None, due])
+        if stop:
+            told = [by for by in objects_of_all(self.request.by) if by is not None]
+            self.request.by = told[0]
+        finished = state.episode == self.config.episodes.count
+        if due or ((stop or finished) and self.saver.saved_step != state.step):
+            tensors, facts = snapshot.take(self.trainer, state, grouping)
+            facts["position"] = objects_of_all(self.trainer.position(state))
+            facts["skips"] = objects_of_all([self.skips.read, self.skips.skipped])
+            if self.sink is not None:
+                self.saver.save(state.step, tensors, facts | {"metrics_bytes": self.sink.size})
+            self.saver.saved_step = state.step
+        return stop
+
+    def evaluate(self, state: TrainState) -> Mapping[str, float]:
+        every = self.config.run.evaluate_every
+        if not (self.bundled and every and state.episode % every == 0):
+            return {}
+        return evaluate(self.model, self.view, self.tokenizer, split="validation", show=False)
+
+    def on_step(self, state: TrainState, stage: Stage) -> None:
+        if not self.first:
+            return
+        number = min(state.episode + 1, self.config.episodes.count)
+        skipped = f", {self.skips.distinct} samples skipped" if self.skips.distinct else ""
+        detail = f"episode {number}/{self.config.episodes.count}, {stage.name}{skipped}"
+        self.progress.update(state.step, detail)
+
+    def final_metrics(self) -> dict[str, float]:
+        if not (self.bundled and self.config.run.evaluate):
+            return {}
+        return evaluate(self.model, self.view, self.tokenizer, split="test")
+
+
+def evaluate(
+    model: ProtoCLIP,
+    view: EvaluationView,
+    tokenizer: Tokenizer,
+    *,
+    split: Literal["validation", "test"],
+    show: bool = True,
+) -> dict[str, float]:
+    """All metrics on the bundled data's held-out concepts, with progress where asked."""
+    shown: dict[str, Progress] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in shown:
+            shown[stage] = Progress(f"evaluate: {stage}", total)
+        shown[stage].update(done)
+
+    return suite.evaluate(
+        model,
+        view,
+        tokenizer,
+        datasets.emoji(),
+        split=split,
+        device=next(model.parameters()).device,
+        progress=progress if show else None,
+    )

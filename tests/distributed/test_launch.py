@@ -1,0 +1,125 @@
+"""torchrun starts, stops and loses processes; what remains ends soon, and the run goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from protoclip.train.checkpoint import checkpoints, read_tensors
+
+pytestmark = pytest.mark.slow
+
+TINY = """
+[run]
+name = "tiny"
+device = "cpu"
+precision = "fp32"
+log_every = 1
+save_steps = 2
+evaluate = false
+[model]
+embed_dim = 16
+image = { size = 32 }
+text = { context_length = 8, width = 16, layers = 1 }
+heads = { hidden_dim = 32, projection_dim = 8 }
+[episodes]
+size = 64
+batch_size = 16
+count = 10
+[prototypes]
+number = 8
+"""
+
+
+def launch(folder: Path, *more: str) -> "subprocess.Popen[str]":
+    """`torchrun` of two processes that train into a folder."""
+    recipe = folder.parent / "tiny.toml"
+    recipe.write_text(TINY, encoding="utf-8")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "protoclip", "train", "--config", str(recipe), "--run.out", str(folder), *more),
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    """Processes of the run that a launcher started, by rank."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid), "--sort", "pid"], capture_output=True, text=True
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+def wait_for_checkpoint(run: "subprocess.Popen[str]", folder: Path, number: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(checkpoints(folder)) == 0 or checkpoints(folder)[-1].name < f"step-{number:09}":
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint after two minutes"
+        time.sleep(0.05)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(checkpoints(folder)[-1] / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run = launch(folder)
+    output, _ = run.communicate(timeout=180)
+    assert run.returncode == 0, output
+    return folder
+
+
+@pytest.mark.parametrize("how", ["one process is killed", "all are asked to stop"])
+def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(
+    how: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of one ends the other within a minute; SIGTERM ends both, with a checkpoint."""
+    folder = tmp_path / "run"
+    run = launch(folder)
+    wait_for_checkpoint(run, folder, 6)
+    began = time.monotonic()
+    if how == "one process is killed":
+        os.kill(children(run.pid)[1], signal.SIGKILL)
+    else:
+        os.killpg(run.pid, signal.SIGTERM)
+    output, _ = run.communicate(timeout=90)
+    assert time.monotonic() - began < 60
+    assert not (folder / "results.json").exists()
+    if how == "one process is killed":
+        assert run.returncode != 0
+        assert "Signal 9" in output
+    else:
+        assert "SIGTERM: stopped after step" in output
+    again = launch(folder, "--resume", "auto")
+    output, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, output
+    assert "going on from" in output
+    expected, found = weights(uninterrupted), weights(folder)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    steps = [line.split(",")[0] for line in (folder / "metrics.jsonl").open()]
+    assert steps == [line.split(",")[0] for line in (uninterrupted / "metrics.jsonl").open()]
+
+
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    """Of all processes that meet it, the first one says what is wrong, in one line."""
+    run = launch(tmp_path / "run", "--data.train", str(tmp_path / "nothing.csv"))
+    output, _ = run.communicate(timeout=120)
+    told = [line for line in output.splitlines() if line.startswith("protoclip: error")]
+    assert len(told) == 1, output
+    assert "nothing.csv" in told[0]
+    assert run.returncode != 0
+    assert not (tmp_path / "run").exists()

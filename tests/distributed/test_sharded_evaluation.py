@@ -1,0 +1,246 @@
+"""An evaluation that is shared out over processes is the one that a single process makes."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from protoclip import distributed
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.evals import sharing, suite
+from protoclip.evals.datasets import EvaluationData
+from protoclip.evals.suite import SuiteFeatures
+from protoclip.testing import run_distributed, tiny_pairs
+
+# Batches of 8: 8 of the training pictures, 3 and 5 of the others; 2 of the captions, 1 of the
+# classes, which leaves some of four processes without one.
+SIZES = {"train": 60, "validation": 24, "test": 37}
+BATCH_SIZE = 8
+WORLD_SIZES = (1, 2, 4)
+
+
+def tiny_data() -> EvaluationData:
+    """Coloured shapes; a caption is a concept, a colour a class."""
+    parts = {}
+    for seed, (split, size) in enumerate(SIZES.items()):
+        table = tiny_pairs(size, seed=seed)
+        captions = table["caption"].to_pylist()
+        for name in ("concept", "label"):
+            table = table.append_column(name, pa.array(captions))
+        colours = pa.array([caption.split()[1] for caption in captions])
+        parts[split] = ImageTextPairs(
+            table.append_column("subgroup", colours), name=f"tiny/{split}"
+        )
+    return EvaluationData(name="tiny", **parts)
+
+
+class TinyModel(nn.Module):
+    """Two towers with weights of a seed; those of the image tower see every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.image_tower = nn.Sequential(
+                nn.Conv2d(3, 8, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(800, 16)
+            )
+            self.text_tower = nn.Sequential(nn.Embedding(128, 16), nn.Flatten(), nn.Linear(320, 16))
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        return F.normalize(self.image_tower(images), dim=1)
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        return F.normalize(self.text_tower(tokens), dim=1)
+
+
+def view(image: Image.Image) -> Tensor:
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(24, 24, 3).permute(2, 0, 1).float() / 255
+
+
+def tokens(texts: list[str]) -> Tensor:
+    return torch.tensor([[ord(letter) for letter in text.ljust(20)] for text in texts])
+
+
+def extract() -> SuiteFeatures:
+    return suite.extract(
+        TinyModel().eval(),
+        view,
+        tokens,
+        tiny_data(),
+        split="test",
+        device="cpu",
+        batch_size=BATCH_SIZE,
+        progress=lambda stage, done, total: None,
+    )
+
+
+def evaluate(model: nn.Module | None = None, **settings: Any) -> dict[str, float]:
+    return suite.evaluate(
+        model or TinyModel(),
+        view,
+        tokens,
+        tiny_data(),
+        device="cpu",
+        batch_size=BATCH_SIZE,
+        **settings,
+    )
+
+
+def evaluate_with_progress() -> tuple[dict[str, float], list[tuple[str, int, int]]]:
+    calls: list[tuple[str, int, int]] = []
+    return evaluate(progress=lambda *call: calls.append(call)), calls
+
+
+def test_features_have_the_same_bits_and_order_in_every_process() -> None:
+    """Of every split and text, whatever the number of processes; some have no batch of a kind."""
+    (alone,) = run_distributed(extract, 1)
+    assert {split: len(rows) for split, rows in alone.images.items()} == SIZES
+    for world_size in WORLD_SIZES[1:]:
+        for found in run_distributed(extract, world_size):
+            for split, rows in alone.images.items():
+                assert rows.dtype == torch.float32
+                assert torch.equal(found.images[split], rows)
+            assert torch.equal(found.captions, alone.captions)
+            assert torch.equal(found.names, alone.names)
+            assert torch.equal(found.classes, alone.classes)
+
+
+def test_metrics_are_equal_for_one_two_and_four_processes() -> None:
+    """Every process has all of them, equal to the last bit and in the same order, and only rank 0
+    shows progress, which rises to each stage's end."""
+    ((alone, shown_alone),) = run_distributed(evaluate_with_progress, 1)
+    assert len(alone) == 18
+    assert all(value == value for value in alone.values())
+    totals = {stage: total for stage, _, total in shown_alone}
+    for world_size in WORLD_SIZES[1:]:
+        answers = run_distributed(evaluate_with_progress, world_size)
+        for rank, (metrics, shown) in enumerate(answers):
+            assert metrics == alone
+            assert list(metrics) == list(alone)
+            assert bool(shown) == (rank == 0)
+        _, shown = answers[0]
+        assert {stage: total for stage, _, total in shown} == totals
+        for stage, total in totals.items():
+            done = [call[1] for call in shown if call[0] == stage]
+            # The texts are shown a kind after the other under one name, each from the start.
+            assert done == sorted(done) or "texts" in stage
+            assert done[-1] == total
+
+
+class LastBatchFails(TinyModel):
+    """Not finite in one batch alone: the last of the training pictures, number 7, with 4 rows."""
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        features = super().encode_image(images)
+        return features.log() if len(images) == 4 else features
+
+
+def evaluate_what_fails_in_one_process() -> tuple[str, list[int]]:
+    """The error here, and a collective afterwards: whether the processes are still in step."""
+    try:
+        evaluate(LastBatchFails())
+    except ValueError as error:
+        message = str(error)
+    return message, distributed.objects_of_all(distributed.rank())
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_features_that_are_not_finite_are_refused_in_every_process(world_size: int) -> None:
+    """With the one message, though only the last process has met them; none is left waiting."""
+    for message, ranks in run_distributed(evaluate_what_fails_in_one_process, world_size):
+        assert message == "tiny images: train: the model's features are not finite; it has diverged"
+        assert ranks == list(range(world_size))
+
+
+class Unsendable(Exception):
+    """It cannot be made from its message alone, and so not be unpickled."""
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(f"{what} number {number}")
+
+
+ERRORS = {
+    "value": ValueError("one line"),
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    "file": FileNotFoundError(2, "No such file or directory", "picture.png"),
+    "other": Unsendable(7, "thing"),
+}
+
+
+def fail_in_one_metric(which: str) -> tuple[int, str, str]:
+    """The number of calls of the failing metric here, the error's class, and its message."""
+    calls = []
+
+    def fail(*arguments: Any, **settings: Any) -> dict[str, float]:
+        calls.append(which)
+        raise ERRORS[which]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "knn_accuracy", fail)
+        try:
+            evaluate()
+        except Exception as error:
+            return len(calls), type(error).__name__, str(error)
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "message"),
+    [
+        ("value", "RaisedElsewhere", "one line"),
+        ("memory", "RuntimeError", "CUDA out of memory. Tried to allocate 2 GiB"),
+        ("file", "RaisedElsewhere", "[Errno 2] No such file or directory: 'picture.png'"),
+        ("other", "RuntimeError", "Unsendable: thing number 7"),
+    ],
+)
+def test_an_error_in_one_metric_is_raised_in_every_process(
+    which: str, kind: str, message: str
+) -> None:
+    """As it was in the process that computes the metric, and with its message in the others."""
+    answers = run_distributed(fail_in_one_metric, 2, which)
+    assert [calls for calls, _, _ in answers] == [1, 0]  # the fifth of the stages
+    own, other = ((kind_, message_) for _, kind_, message_ in answers)
+    assert own == (type(ERRORS[which]).__name__, str(ERRORS[which]))
+    assert other == (kind, message)
+
+
+def fail_everywhere() -> tuple[str, str]:
+    def fail() -> None:
+        raise ValueError(f"rank {distributed.rank()} has diverged")
+
+    try:
+        sharing.results_of_all(fail)
+    except ValueError as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("nothing was raised")
+
+
+def test_of_several_errors_the_first_is_told() -> None:
+    """In all processes, so that a user reads of one cause."""
+    assert run_distributed(fail_everywhere, 2) == [
+        ("ValueError", "rank 0 has diverged"),
+        ("RaisedElsewhere", "rank 0 has diverged"),
+    ]
+
+
+def test_one_process_raises_what_was_raised() -> None:
+    """The very error, with its traceback, and no other beside it."""
+    error = Unsendable(1, "thing")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(Unsendable) as found:
+        sharing.results_of_all(fail)
+    assert found.value is error
+    assert found.traceback[-1].name == "fail"
+
+
+def test_no_rows_are_a_table_of_no_rows() -> None:
+    """Where there is nothing to encode, the metrics say so and not the gathering."""
+    assert sharing.in_order([], 0, 0, "cpu").shape == (0, 0)
