@@ -33,6 +33,7 @@ from protoclip.prepare import inspect as run_inspection
 from protoclip.prepare import pack as run_packing
 from protoclip.run import train as run_training
 from protoclip.session import evaluate as run_evaluation
+from protoclip.train.health import out_of_memory
 
 # Seconds that other processes wait for the first one to tell what is wrong with the command.
 FIRST_SPEAKS = 5.0
@@ -329,7 +330,9 @@ def main(arguments: list[str] | None = None) -> None:
         fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     except OSError as error:
         fail(str(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if (message := out_of_memory(error)) is not None:
+            fail(message, code=1)
         if not distributed.is_distributed():
             raise
         reason = str(error).strip().splitlines()[0]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from protoclip import build
-from protoclip.config import Config, DataConfig, ModelConfig, check
+from protoclip.checks import check
+from protoclip.config import Config, DataConfig, ModelConfig
 from protoclip.data import inspection, packing
 from protoclip.data.montage import montage as draw_montage
 from protoclip.data.pairs import Pairs, SampleStream

@@ -14,7 +14,8 @@ import torch
 
 import protoclip
 from protoclip import build
-from protoclip.config import Config, check
+from protoclip.checks import check
+from protoclip.config import Config
 from protoclip.data.skips import SkipLog
 from protoclip.distributed import (
     agreed,
@@ -112,6 +113,8 @@ def train_together(
         "environment": environment(device),
         "metrics": session.final_metrics(),
     }
+    if session.best is not None:
+        results["best_checkpoint"] = f"checkpoints/step-{session.best[0]:09}"
     if rank() == 0:
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
@@ -140,6 +143,7 @@ def prepare(
         evaluate=session.evaluate,
         on_step=session.on_step,
         on_read=skips.add,
+        diverged=folder / (f"diverged.{rank()}.json" if rank() else "diverged.json"),
         note=session.notes.append,
     )
     if world_size() > 1:

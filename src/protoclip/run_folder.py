@@ -22,6 +22,7 @@ FREE = (
     "run.save_steps",
     "run.save_minutes",
     "run.keep_checkpoints",
+    "run.wandb",
     "run.evaluate",
     "data.workers",
     "data.cache",

@@ -1,10 +1,10 @@
 """What happens beside the steps of a run: logging, saving, evaluating, showing progress."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import protoclip
 from protoclip import build
@@ -20,6 +20,7 @@ from protoclip.progress import Progress
 from protoclip.run_folder import Interrupted, StopRequest
 from protoclip.train import snapshot
 from protoclip.train.checkpoint import load_weights
+from protoclip.train.health import Watch
 from protoclip.train.metrics import MetricsSink
 from protoclip.train.saver import Saver
 from protoclip.train.stages import Stage
@@ -42,6 +43,9 @@ class Session:
         self.config, self.folder, self.model, self.skips = config, folder, model, skips
         self.first = rank() == 0
         self.sink: MetricsSink | None = None
+        self.watch = Watch()
+        # The step with the best of `run.keep_best` so far, and its value.
+        self.best: Sequence[Any] | None = None
         self.view, self.tokenizer = build.evaluation_view(model), build.tokenizer(config.model)
         # Held-out splits come with the bundled data alone; other data is not judged by emoji.
         self.bundled = config.data.train == "emoji" and not config.data.sources
@@ -71,11 +75,19 @@ class Session:
             for position in interrupted.facts["position"]:
                 trainer.restore_position(position)
             self.restore_skips(interrupted.facts["skips"])
+            self.best = interrupted.facts["best"]
             size = interrupted.facts["metrics_bytes"]
             if self.first:
                 print(f"going on from {interrupted.folder}, step {state.step}", file=sys.stderr)
         if self.first:
-            self.sink = MetricsSink(self.folder, size=size, step=state.step)
+            self.sink = MetricsSink(
+                self.folder,
+                size=size,
+                step=state.step,
+                wandb=self.config.run.wandb,
+                name=self.folder.name,
+                config=asdict(self.config),
+            )
         self.progress.start()
         try:
             return trainer.fit(state, grouping)
@@ -92,13 +104,18 @@ class Session:
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
 
     def log(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        if self.sink is not None:
-            self.sink.write(step=state.step, episode=state.episode, metrics=metrics)
+        if self.sink is None:
+            return
+        self.sink.write(step=state.step, episode=state.episode, metrics=metrics)
+        for warning in self.watch.warnings(state.step, metrics):
+            print(f"warning: {warning}", file=sys.stderr)
 
     def save(self, state: TrainState, grouping: Grouping | None) -> bool:
         """Save when it is time by the first process's clock; whether the run is to stop."""
         due = self.first and self.saver.due(state.step, episode_end=state.batch == 0)
+        is_best = self.best is not None and self.best[0] == state.step
         stop, due = any_of([self.request.by is not None, due])
+        due = due or (is_best and self.saver.saved_step != state.step)
         if stop:
             told = [by for by in objects_of_all(self.request.by) if by is not None]
             self.request.by = told[0]
@@ -107,8 +124,11 @@ class Session:
             tensors, facts = snapshot.take(self.trainer, state, grouping)
             facts["position"] = objects_of_all(self.trainer.position(state))
             facts["skips"] = objects_of_all([self.skips.read, self.skips.skipped])
+            facts["best"] = self.best
             if self.sink is not None:
-                self.saver.save(state.step, tensors, facts | {"metrics_bytes": self.sink.size})
+                best = self.best[0] if self.best is not None else None
+                facts["metrics_bytes"] = self.sink.size
+                self.saver.save(state.step, tensors, facts, best=best)
             self.saver.saved_step = state.step
         return stop
 
@@ -116,7 +136,16 @@ class Session:
         every = self.config.run.evaluate_every
         if not (self.bundled and every and state.episode % every == 0):
             return {}
-        return evaluate(self.model, self.view, self.tokenizer, split="validation", show=False)
+        found = evaluate(self.model, self.view, self.tokenizer, split="validation", show=False)
+        metric = self.config.run.keep_best
+        if metric is not None:
+            if metric not in found:
+                raise ValueError(
+                    f"run.keep_best: no metric '{metric}'; there are {', '.join(found)}"
+                )
+            if self.best is None or found[metric] > self.best[1]:
+                self.best = (state.step, found[metric])
+        return found
 
     def on_step(self, state: TrainState, stage: Stage) -> None:
         if not self.first:

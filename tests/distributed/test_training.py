@@ -177,11 +177,11 @@ def test_a_short_run_ends_with_the_weights_of_one_process(
 ) -> None:
     """Warm-up, prototypical and locked-image steps: the way that all weights went, to 1e-4.
 
-    Rounding may put a value on the other side of a ReLU, which moves a bias by more than its digits;
-    and AdamW divides by the gradient's size, so a large epsilon keeps rounding from being magnified.
+    Rounding may put a value on the other side of a ReLU, which moves a bias by more than its last
+    digits; and AdamW divides by the gradient's size, so a large epsilon keeps rounding small.
     """
     whole = changed(tiny_config(out=str(tmp_path / "one")), WAYS[way])
-    start = dict(build.model(whole.model, seed=whole.run.seed).named_parameters())
+    start = build.model(whole.model, seed=whole.run.seed).state_dict()
     expected = run_distributed(trained, 1, whole, str(tmp_path / "one"))[0]
     found = run_distributed(trained, world_size, whole, str(tmp_path / "many"))
     for weights in found:

@@ -1,11 +1,14 @@
 """Runs small enough for tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from interrupting import WAYS, config_for
 
 from protoclip import run
+from protoclip.data import packing
 from protoclip.data.bundled import emoji_table
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evals import datasets
@@ -41,3 +44,29 @@ def few_emoji(monkeypatch: pytest.MonkeyPatch) -> datasets.EvaluationData:
     few = datasets.EvaluationData(name="emoji", **parts)
     monkeypatch.setattr(datasets, "emoji", lambda: few)
     return few
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny pairs as three tar shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    packing.pack(ImageTextPairs(tiny_pairs(), name="tiny"), folder, samples_per_shard=32)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def whole(
+    tiny_parquet: str, shards: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Runs that were not interrupted, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(way: str) -> Path:
+        if way not in made:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            train = shards if way == "stream" else tiny_parquet
+            run.train(config_for(train, folder, **WAYS[way]))
+            made[way] = folder
+        return made[way]
+
+    return get

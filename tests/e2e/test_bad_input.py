@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip import run
+from protoclip.checks import check
 from protoclip.cli import main
-from protoclip.config import check
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.train.checkpoint import find_checkpoint
 

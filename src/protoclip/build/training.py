@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from protoclip.distributed import reduced
 from protoclip.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
 from protoclip.losses import LossWeights
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.train.guard import Guard
+from protoclip.train.health import Health
 from protoclip.train.optim import adamw
 from protoclip.train.precision import Precision, autocast, grad_scaler
 from protoclip.train.schedule import Schedule
@@ -73,9 +76,12 @@ def trainer(
     evaluate: Callable[[TrainState], Mapping[str, float]],
     on_step: Callable[[TrainState, Stage], None],
     on_read: Callable[[int, list[BadSample]], None],
+    diverged: Path,
     note: Callable[[str], None] = lambda text: None,
 ) -> Trainer:
     """The training run of a checked configuration, with what is to happen along the way.
+
+    `diverged` is where the samples of a batch are written that a run was given up at.
 
     Raises:
         ValueError: The episodes do not fit the data, or teacher features are missing.
@@ -101,6 +107,15 @@ def trainer(
     if config.prototypes.source == "queue":
         queue = FeatureQueue(config.prototypes.queue_size or config.episodes.size)
         source = QueuedFeatures(queue=queue, teachers=external, fallback=extracted)
+    optimizer = adamw(
+        model,
+        learning_rate=config.optim.learning_rate,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        scales=tower_scales(config),
+    )
+    scaler = grad_scaler(precision, place)
     return Trainer(
         model=model,
         plan=Plan(
@@ -125,16 +140,10 @@ def trainer(
         mask_empty=config.prototypes.mask_empty,
         back_translation=config.prototypes.back_translation,
         unit_norm=config.prototypes.unit_norm,
-        optimizer=adamw(
-            model,
-            learning_rate=config.optim.learning_rate,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            scales=tower_scales(config),
-        ),
+        optimizer=optimizer,
         schedule=schedule(config),
-        scaler=grad_scaler(precision, place),
+        scaler=scaler,
+        guard=Guard(optimizer, scaler, Health(diverged)),
         autocast=context,
         clip_norm=config.optim.clip_norm,
         micro_batch_size=config.episodes.micro_batch_size,

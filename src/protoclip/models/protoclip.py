@@ -33,6 +33,10 @@ def widened(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def unit(rows: Float[Tensor, "b p"]) -> Float[Tensor, "b p"]:
+    return F.normalize(widened(rows), dim=-1)
+
+
 class ProtoCLIP(nn.Module):
     """An open_clip tower pair with projection heads for grouping (arXiv 2206.10996).
 
@@ -74,10 +78,8 @@ class ProtoCLIP(nn.Module):
         return Embeddings(
             image_features=F.normalize(image, dim=-1),
             text_features=F.normalize(text, dim=-1),
-            image_projections=F.normalize(widened(self.image_head(image)), dim=-1)
-            if project
-            else None,
-            text_projections=F.normalize(widened(self.text_head(text)), dim=-1) if project else None,
+            image_projections=unit(self.image_head(image)) if project else None,
+            text_projections=unit(self.text_head(text)) if project else None,
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
         )

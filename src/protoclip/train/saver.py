@@ -30,7 +30,7 @@ class Saver:
         description: What builds the model again; JSON.
         every_steps: Save every so many steps; 0 for never.
         every_minutes: Save when so many minutes have passed since the last time; 0 for never.
-        keep: Newest checkpoints to keep.
+        keep: Newest checkpoints to keep, besides the best.
         clock: Seconds; a test's own.
     """
 
@@ -63,8 +63,18 @@ class Saver:
             or (episode_end and waited >= EPISODE_PAUSE)
         )
 
-    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Copy the weights, and start to write; waits for the checkpoint before."""
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        facts: dict[str, Any],
+        *,
+        best: int | None = None,
+    ) -> None:
+        """Copy the weights, and start to write; waits for the checkpoint before.
+
+        `best` is the step of a checkpoint, maybe this one, that is kept besides the newest.
+        """
         with torch.no_grad():
             weights = {
                 name: value.detach().to("cpu", copy=True)
@@ -73,7 +83,10 @@ class Saver:
         self.finish()
         self.last, self.saved_step = self.clock(), step
         self._thread = Thread(
-            target=self._write, args=(f"step-{step:09}", weights, tensors, facts), daemon=False
+            target=self._write,
+            args=(f"step-{step:09}", weights, tensors, facts),
+            kwargs={"best": None if best is None else f"step-{best:09}"},
+            daemon=False,
         )
         self._thread.start()
 
@@ -89,6 +102,8 @@ class Saver:
         weights: dict[str, Tensor],
         tensors: dict[str, Tensor],
         facts: dict[str, Any],
+        *,
+        best: str | None,
     ) -> None:
         folder = self.run / "checkpoints" / name
         try:
@@ -107,4 +122,5 @@ class Saver:
             )
             return
         for old in checkpoints(self.run)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name != best:
+                shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.distributed import gathered, objects_of_all, rank, world_size
+from protoclip.distributed import gathered, objects_of_all, rank, reduced, world_size
 from protoclip.features import QueuedFeatures, QueuedRows
 from protoclip.losses import PreparedTarget
 from protoclip.prototypes import Prototypes
@@ -25,6 +25,7 @@ def take(
         state: Where the run stands, between two steps.
         grouping: The prototypes of the episode that is under way; None between episodes.
     """
+    trainer.guard.look()
     optimizer = trainer.optimizer.state_dict()
     tensors = {
         f"optimizer/{number}/{name}": value
@@ -39,6 +40,7 @@ def take(
         "state": asdict(state),
         "optimizer": groups,
         "scaler": trainer.scaler.state_dict(),
+        "health": [trainer.guard.health.skipped, trainer.guard.health.in_a_row],
     }
     for number, states in enumerate(objects_of_all(random_states())):
         tensors |= {f"random/{kind}/{number}": value for kind, value in states.items()}
@@ -54,6 +56,9 @@ def take(
         }
         tensors["queue/image"] = gathered(held.image)[order]
         tensors["queue/text"] = gathered(held.text)[order]
+    if grouping is not None:
+        for space, marks in grouping.reached.items():
+            tensors[f"reached/{space}"] = reduced(marks, "max")
     if rank() > 0:
         return {}, {}
     if grouping is not None:
@@ -105,6 +110,8 @@ def restore(
     trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if facts["scaler"]:
         trainer.scaler.load_state_dict(facts["scaler"])
+    health = trainer.guard.health
+    health.skipped, health.in_a_row = facts["health"]
     if len(under(tensors, "random/cpu")) == world_size():
         torch.set_rng_state(tensors[f"random/cpu/{rank()}"])
         if torch.cuda.is_available() and f"random/cuda/{rank()}" in tensors:
@@ -125,7 +132,10 @@ def restore(
     prototypes = {name: Prototypes(**stored[name]) for name in order if name in stored}
     stored = grouped(tensors, "targets", device)
     targets = {name: PreparedTarget(**stored[name]) for name in order if name in stored}
-    grouping = Grouping(prototypes=prototypes, targets=targets) if prototypes else None
+    reached = {space: marks.to(device) for space, marks in under(tensors, "reached").items()}
+    grouping = None
+    if prototypes:
+        grouping = Grouping(prototypes=prototypes, targets=targets, reached=reached)
     return TrainState(**facts["state"]), grouping
 
 

@@ -18,6 +18,7 @@ from protoclip.grad_cache import forward_in_chunks
 from protoclip.losses import LossWeights, PreparedTarget, objective, prepare_targets
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes import Prototypes, build_targets, group
+from protoclip.train.guard import Guard
 from protoclip.train.metrics import feature_statistics, to_floats
 from protoclip.train.optim import set_learning_rate
 from protoclip.train.parallel import apart, distribute, reach_everything
@@ -42,10 +43,15 @@ class FeatureSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
-    """Prototypes of an episode by space, and the targets made of them by student and teacher."""
+    """Prototypes of an episode by space, and the targets made of them by student and teacher.
+
+    `reached` marks, for each space, the prototypes that a sample of the episode fell into so far,
+    after a first place for samples that it knows nothing of.
+    """
 
     prototypes: Mapping[str, Prototypes]
     targets: Mapping[str, PreparedTarget]
+    reached: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class Trainer:
         weights, target_temperatures, mask_empty: Of the objective.
         back_translation: Whether prototypes are translated into the student's space.
         unit_norm: Whether they are brought to unit norm there.
-        optimizer, schedule, scaler, autocast, clip_norm: How a step is taken.
+        optimizer, schedule, scaler, guard, autocast, clip_norm: How a step is taken.
         micro_batch_size: Pairs that pass through the towers at once; the whole batch if unset.
         log: Receives `(state, metrics)`; called every `log_every` steps and once an episode.
         save: Called after each step with the state and the episode's prototypes, and at its end
@@ -86,6 +92,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
+    guard: Guard
     autocast: Autocast
     clip_norm: float
     micro_batch_size: int | None
@@ -154,7 +161,11 @@ class Trainer:
         }
         self.log(state, empty | seconds)
         state.seconds += time.monotonic() - started
-        return Grouping(prototypes=prototypes, targets=targets)
+        reached = {
+            space: torch.zeros(len(found.centroids) + 1, device=found.centroids.device)
+            for space, found in prototypes.items()
+        }
+        return Grouping(prototypes=prototypes, targets=targets, reached=reached)
 
     def run_episode(
         self,
@@ -178,7 +189,9 @@ class Trainer:
             state.samples_seen += pairs
             samples += pairs
             if due:
+                self.guard.look()
                 metrics = mean_over_processes(report)
+                metrics["train/skipped_steps"] = self.guard.health.skipped
                 metrics["train/samples_per_second"] = samples / (time.monotonic() - logged)
                 self.log(state, metrics)
                 logged, samples = time.monotonic(), 0
@@ -188,7 +201,9 @@ class Trainer:
             asked = time.monotonic()
             if self.save(state, grouping):
                 return True
-        self.log(state, {"train/seconds/data": waited, "train/seconds/train": trained})
+        self.guard.look()
+        seconds = {"train/seconds/data": waited, "train/seconds/train": trained}
+        self.log(state, seconds | dead_shares(grouping))
         return False
 
     def train_step(
@@ -212,6 +227,8 @@ class Trainer:
         assignments: Assignments = {}
         if grouping is not None:
             assignments = self.source.assign(batch, embeddings, grouping.prototypes)
+            for space, found in assignments.items():
+                grouping.reached[space].index_fill_(0, found + 1, 1.0)
         losses, report = objective(
             embeddings,
             grouping.targets if grouping is not None else None,
@@ -227,8 +244,7 @@ class Trainer:
         finish()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.guard.step(state.step + 1, total, norm, batch.sample_id)
         self.model.clamp_scales()
         self.source.observe(batch, embeddings)
         if detailed:
@@ -268,6 +284,14 @@ def mean_over_processes(report: Mapping[str, Tensor | float]) -> dict[str, float
     tensors = {name: value.float() for name, value in report.items() if isinstance(value, Tensor)}
     means = reduced(torch.stack(list(tensors.values()))) / world_size()
     return to_floats({**report, **dict(zip(tensors, means, strict=True))})
+
+
+def dead_shares(grouping: Grouping | None) -> dict[str, float]:
+    """Share of prototypes that no sample of the episode fell into, by space."""
+    return {
+        f"train/prototypes/dead/{space}": 1 - float(reduced(marks, "max")[1:].mean())
+        for space, marks in (grouping.reached.items() if grouping is not None else ())
+    }
 
 
 def empty_share(prototypes: Prototypes) -> float:
