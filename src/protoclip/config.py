@@ -246,6 +246,12 @@ class OptimConfig:
 class ParallelConfig:
     """How several processes, started by torchrun or srun, train together."""
 
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: a copy of the model in each process; `fsdp`: parameters, gradients and moments spread
+    over the processes (FSDP2), for towers too large for one device."""
+    activation_checkpointing: bool = False
+    """Compute a tower's activations again in the backward pass, to save memory. For transformers:
+    BatchNorm would count each batch twice. Counts with one process too."""
     sync_batch_norm: bool = False
     """BatchNorm of the towers over the batches of all processes; the heads' always is. Without,
     each process normalises by its own share of the batch."""

@@ -126,6 +126,7 @@ def prepare(
     """Everything that a run takes, before anything is written."""
     samples = build.pairs(config)
     model = build.place(build.model(config.model, seed=config.run.seed), device)
+    build.parallelise(config, model)
     skips = SkipLog(
         folder / (f"skipped.{rank()}.jsonl" if rank() else "skipped.jsonl"),
         max_share=config.data.max_bad_share,
@@ -147,13 +148,10 @@ def prepare(
         note=session.notes.append,
     )
     if world_size() > 1:
-        build.synchronise(config, model)
         session.notes.append(
             f"{world_size()} processes, each with {config.episodes.batch_size // world_size()} "
             "pairs of every batch; learning rate, batch and episode are as set, for all together"
         )
-    if config.parallel.compile:
-        build.compile_towers(model)
     return session, trainer
 
 

@@ -56,7 +56,6 @@ class Session:
         self.progress = Progress(f"train {config.run.name}", steps)
         self.saver = Saver(
             folder,
-            model=model,
             description={"protoclip": protoclip.__version__, "model": asdict(config.model)},
             every_steps=config.run.save_steps,
             every_minutes=config.run.save_minutes,
@@ -125,10 +124,11 @@ class Session:
             facts["position"] = objects_of_all(self.trainer.position(state))
             facts["skips"] = objects_of_all([self.skips.read, self.skips.skipped])
             facts["best"] = self.best
+            weights = snapshot.weights(self.model)
             if self.sink is not None:
                 best = self.best[0] if self.best is not None else None
                 facts["metrics_bytes"] = self.sink.size
-                self.saver.save(state.step, tensors, facts, best=best)
+                self.saver.save(state.step, weights, tensors, facts, best=best)
             self.saver.saved_step = state.step
         return stop
 

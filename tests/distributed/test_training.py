@@ -1,5 +1,7 @@
 """W processes train what one process trains: gradients of every loss, and weights of short runs."""
 
+import os
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +19,7 @@ from protoclip.losses import LossWeights, objective, prepare_targets
 from protoclip.models import sync_batch_norm
 from protoclip.prototypes import PrototypeTarget
 from protoclip.run import train
+from protoclip.session import Session
 from protoclip.testing import run_distributed, tiny_config, tiny_model
 from protoclip.train.checkpoint import find_checkpoint, read_tensors
 from protoclip.train.parallel import apart, distribute, reach_everything
@@ -165,6 +168,7 @@ WAYS = {
     },
     "queue": {"prototypes": {"source": "queue"}},
     "queue across batches": {"prototypes": {"source": "queue", "queue_size": 40}},
+    "FSDP2": {"parallel": {"strategy": "fsdp"}},
     "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
 }
 
@@ -216,3 +220,54 @@ def changed(config: Config, sections: dict[str, dict[str, Any]]) -> Config:
         }
         config = replace(config, **{section: replace(part, **values)})
     return config
+
+
+def interrupted(config: Config, out: str, step: int) -> None:
+    """The run up to a step, at which one of its processes is told to stop."""
+    on_step = Session.on_step
+
+    def and_signal(session: Session, state: Any, stage: Any) -> None:
+        on_step(session, state, stage)
+        if state.step == step and distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Session.on_step = and_signal  # type: ignore[method-assign]
+    try:
+        results = train(replace(config, run=replace(config.run, out=out)))
+    finally:
+        Session.on_step = on_step  # type: ignore[method-assign]
+    assert results["stopped"] == "SIGTERM"
+    assert results["steps"] == step
+
+
+def resumed(config: Config, out: str) -> dict[str, Tensor]:
+    train(replace(config, run=replace(config.run, out=out)), resume="auto")
+    return read_tensors(find_checkpoint(out) / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["queue across batches", "FSDP2"])
+def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(way: str, tmp_path: Path) -> None:
+    """One process is told, both stop after the same step, within an episode with prototypes."""
+    config = changed(tiny_config(out=str(tmp_path)), WAYS[way])
+    config = replace(config, run=replace(config.run, evaluate=False, name="many"))
+    expected = run_distributed(trained, 2, config, str(tmp_path / "whole"))[0]
+    run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
+    for weights in run_distributed(resumed, 2, config, str(tmp_path / "parts")):
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    """Batches, prototypes, queue and schedule go on exactly; weights end as in one process to
+    1e-4 of the way they went, which is what rounding makes of it."""
+    config = changed(tiny_config(out=str(tmp_path)), WAYS["queue across batches"])
+    config = replace(config, run=replace(config.run, evaluate=False, name="many"))
+    start = build.model(config.model, seed=config.run.seed).state_dict()
+    expected = run_distributed(trained, 1, config, str(tmp_path / "whole"))[0]
+    run_distributed(interrupted, before, config, str(tmp_path / "parts"), 3)
+    for weights in run_distributed(resumed, after, config, str(tmp_path / "parts")):
+        assert difference(weights, expected) < 1e-4 * difference(expected, start)

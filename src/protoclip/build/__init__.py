@@ -2,21 +2,19 @@
 
 from protoclip.build.data import episodes, notes, pairs
 from protoclip.build.models import (
-    compile_towers,
     context_length,
     device,
     evaluation_view,
     load,
     model,
+    parallelise,
     place,
-    synchronise,
     token_counter,
     tokenizer,
 )
 from protoclip.build.training import trainer
 
 __all__ = [
-    "compile_towers",
     "context_length",
     "device",
     "episodes",
@@ -25,8 +23,8 @@ __all__ = [
     "model",
     "notes",
     "pairs",
+    "parallelise",
     "place",
-    "synchronise",
     "token_counter",
     "tokenizer",
     "trainer",

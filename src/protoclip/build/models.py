@@ -9,7 +9,7 @@ from torch import nn
 
 from protoclip.config import Config, HeadConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.transforms import EvaluationView, TrainingView, clip_view, light_view
-from protoclip.distributed import launched
+from protoclip.distributed import launched, world_size
 from protoclip.models import sync_batch_norm
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
@@ -23,6 +23,7 @@ from protoclip.models.towers import (
     small_towers,
 )
 from protoclip.train.checkpoint import find_checkpoint, load_weights, read_description
+from protoclip.train.parallel import shard
 
 
 def device(name: str) -> torch.device:
@@ -88,19 +89,31 @@ def place(built: ProtoCLIP, on: torch.device) -> ProtoCLIP:
     return built.to(on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def synchronise(config: Config, built: ProtoCLIP) -> None:
-    """BatchNorm over all processes: of the heads, and of the towers where it is asked for."""
-    for part in (built.image_head, built.text_head):
-        sync_batch_norm.synchronise(part)
-    if config.parallel.sync_batch_norm:
-        sync_batch_norm.synchronise(built.towers)
+def parallelise(config: Config, built: ProtoCLIP) -> None:
+    """What `[parallel]` asks for, in place, before an optimizer is made; names of weights stay.
 
-
-def compile_towers(built: ProtoCLIP) -> None:
-    """Compile the towers in place; names of weights stay."""
-    for name, part in built.towers.named_children():
-        if name in ("visual", "text", "transformer"):
-            part.compile()
+    Raises:
+        ValueError: The towers cannot do what is asked.
+    """
+    parallel = config.parallel
+    if world_size() > 1:
+        # Statistics of one process's own would be lost where its weights are part of a whole.
+        whole = parallel.sync_batch_norm or parallel.strategy == "fsdp"
+        for part in (built.image_head, built.text_head, *([built.towers] if whole else [])):
+            sync_batch_norm.synchronise(part)
+    if parallel.activation_checkpointing:
+        try:
+            built.towers.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(
+                "parallel.activation_checkpointing: these towers cannot do it"
+            ) from error
+    if parallel.compile:
+        for name, part in built.towers.named_children():
+            if name in ("visual", "text", "transformer"):
+                part.compile()
+    if parallel.strategy == "fsdp" and world_size() > 1:
+        shard(built)
 
 
 def joint_width(towers: nn.Module, config: ModelConfig) -> int:

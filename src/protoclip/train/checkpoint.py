@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from protoclip.train.parallel import like
+
 WEIGHTS, MODEL, RESUME, STATE = (
     "model.safetensors",
     "model.json",
@@ -172,4 +174,4 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             f"{len(unknown)} unknown, {len(reshaped)} of another shape, such as {example}; "
             "make the [model] section match"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict({name: like(value, own[name]) for name, value in weights.items()})

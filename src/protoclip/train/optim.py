@@ -32,8 +32,11 @@ def adamw(
     remaining = dict(model.named_parameters())
     for prefix, scale in {**(scales or {}), "": 1.0}.items():
         named = {n: remaining.pop(n) for n in list(remaining) if n.startswith(prefix)}
-        for decayed in (True, False):
-            parameters = [p for n, p in named.items() if decays(n, p) == decayed]
+        # Single numbers are apart, since FSDP2 leaves them whole.
+        for decayed, single in ((True, False), (False, False), (False, True)):
+            parameters = [
+                p for n, p in named.items() if decays(n, p) == decayed and (p.ndim == 0) == single
+            ]
             decay = weight_decay if decayed else 0.0
             groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
     groups = [group for group in groups if group["params"]]

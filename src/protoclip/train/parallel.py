@@ -1,24 +1,55 @@
-"""One model in several processes, by PyTorch's own means, applied from outside."""
+"""One model in several processes, by PyTorch's own means, applied from outside.
+
+DDP keeps a copy of the model in each process. FSDP2 spreads parameters, gradients and moments over
+the processes, for towers that are too large for one device.
+"""
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from protoclip.distributed import world_size
-from protoclip.models.protoclip import Embeddings
+from protoclip.distributed import reduced, world_size
+from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.models.sync_batch_norm import has_own_statistics
+
+# What open_clip and timm call the layers of a transformer.
+LAYERS = ("resblocks", "blocks")
+
+
+def shard(model: ProtoCLIP) -> None:
+    """Spread a model's parameters over the processes (FSDP2), in place.
+
+    Before an optimizer is made for them. The layers of transformers are gathered one at a time, the
+    rest together; the temperatures, which are single numbers, stay whole.
+    """
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (world_size(),))
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for name, part in model.towers.named_modules():
+        if name.rpartition(".")[2] in LAYERS:
+            for layer in part.children():
+                fully_shard(layer, mesh=mesh)
+    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for method in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(model, method)
 
 
 def distribute(model: nn.Module) -> nn.Module:
     """The model as a stage trains it: itself, or with gradients that are means over processes.
 
-    To be called whenever parameters were frozen or freed, since DDP looks at that once.
+    To be called whenever parameters were frozen or freed, since DDP looks at that once; FSDP2 looks
+    each time.
     """
-    if world_size() == 1:
+    if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     device = next(model.parameters()).device
     with warnings.catch_warnings():
@@ -35,13 +66,63 @@ def distribute(model: nn.Module) -> nn.Module:
 
 def apart(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     """A context in which gradients add up in each process, to be made means at a later one."""
-    return module.no_sync if isinstance(module, DistributedDataParallel) else nullcontext
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync
+
+    @contextmanager
+    def unreduced() -> Iterator[None]:
+        assert isinstance(module, FSDPModule)
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+
+    return unreduced if isinstance(module, FSDPModule) else nullcontext
 
 
-def reach_everything(embeddings: Embeddings) -> torch.Tensor:
+def reach_everything(embeddings: Embeddings) -> Tensor:
     """Zero, computed from all that the model gives, so that every parameter has a gradient.
 
     A loss of weight 0 leaves a head or a temperature out, and DDP would wait for it.
     """
     parts = [value.sum() for value in vars(embeddings).values() if value is not None]
     return 0.0 * torch.stack(parts).sum()
+
+
+def clip_gradients(model: nn.Module, most: float) -> Tensor:
+    """Scale the whole gradient down to a norm, in place; returns the norm that it had.
+
+    Gradients that FSDP2 leaves to each process, those of the temperatures, become means first.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if not isinstance(model, FSDPModule):
+        return torch.nn.utils.clip_grad_norm_(trained, most)
+    spread = [parameter for parameter in trained if isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+    for parameter in whole:
+        assert parameter.grad is not None
+        parameter.grad = reduced(parameter.grad) / world_size()
+    norms = [
+        full(get_total_norm([parameter.grad for parameter in group if parameter.grad is not None]))
+        for group in (spread, whole)
+        if group
+    ]
+    norm: Tensor = torch.stack(norms).norm()
+    for group in (spread, whole):
+        clip_grads_with_norm_(group, most, norm)
+    return norm
+
+
+def full(value: Tensor) -> Tensor:
+    """A tensor as it is on one process; with FSDP2 collected from all, which all have to call."""
+    whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole
+
+
+def like(value: Tensor, kept: Tensor) -> Tensor:
+    """A whole tensor spread over the processes as another one is, or in its order in memory."""
+    if isinstance(kept, DTensor):
+        value = value.to(kept.device)
+        return distribute_tensor(value, kept.device_mesh, kept.placements)
+    return torch.empty_like(kept, dtype=value.dtype).copy_(value)

@@ -8,8 +8,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from protoclip.train.checkpoint import checkpoints, write_checkpoint
 
@@ -21,12 +20,11 @@ EPISODE_PAUSE = 15.0
 class Saver:
     """Writes checkpoints of a run beside the training.
 
-    The weights are copied when `save` is called; a thread then writes them. A failure to write is
-    shown and training goes on; checkpoints that are there stay.
+    What `save` is given, a thread writes. A failure to write is shown and training goes on;
+    checkpoints that are there stay.
 
     Args:
         run: The run folder.
-        model: Whose weights are saved.
         description: What builds the model again; JSON.
         every_steps: Save every so many steps; 0 for never.
         every_minutes: Save when so many minutes have passed since the last time; 0 for never.
@@ -38,14 +36,13 @@ class Saver:
         self,
         run: Path,
         *,
-        model: nn.Module,
         description: Mapping[str, Any],
         every_steps: int,
         every_minutes: float,
         keep: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.run, self.model, self.description = run, model, description
+        self.run, self.description = run, description
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
         self.clock = clock
         self.last = clock()
@@ -66,20 +63,17 @@ class Saver:
     def save(
         self,
         step: int,
+        weights: dict[str, Tensor],
         tensors: dict[str, Tensor],
         facts: dict[str, Any],
         *,
         best: int | None = None,
     ) -> None:
-        """Copy the weights, and start to write; waits for the checkpoint before.
+        """Start to write; waits for the checkpoint before.
 
-        `best` is the step of a checkpoint, maybe this one, that is kept besides the newest.
+        The weights are copies of the model's, which goes on training. `best` is the step of a
+        checkpoint, maybe this one, that is kept besides the newest.
         """
-        with torch.no_grad():
-            weights = {
-                name: value.detach().to("cpu", copy=True)
-                for name, value in self.model.state_dict().items()
-            }
         self.finish()
         self.last, self.saved_step = self.clock(), step
         self._thread = Thread(

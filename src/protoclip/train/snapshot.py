@@ -5,12 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protoclip.distributed import gathered, objects_of_all, rank, reduced, world_size
 from protoclip.features import QueuedFeatures, QueuedRows
 from protoclip.losses import PreparedTarget
 from protoclip.prototypes import Prototypes
+from protoclip.train.parallel import full, like
 from protoclip.train.state import TrainState
 from protoclip.train.trainer import Grouping, Trainer
 
@@ -28,7 +29,7 @@ def take(
     trainer.guard.look()
     optimizer = trainer.optimizer.state_dict()
     tensors = {
-        f"optimizer/{number}/{name}": value
+        f"optimizer/{number}/{name}": full(value)
         for number, values in optimizer["state"].items()
         for name, value in values.items()
     }
@@ -72,6 +73,15 @@ def take(
     return kept, copy.deepcopy(facts)
 
 
+@torch.no_grad()
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's weights, whole; all processes call it."""
+    return {
+        name: full(value.detach()).to("cpu", copy=True)
+        for name, value in model.state_dict().items()
+    }
+
+
 def random_states() -> dict[str, Tensor]:
     """Of this process's global generators, which dropout draws from."""
     states = {"cpu": torch.get_rng_state()}
@@ -97,9 +107,8 @@ def restore(
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in under(tensors, "optimizer").items():
         number, _, name = key.partition("/")
-        like = parameters[int(number)]
         # Fused AdamW walks through memory, so moments need the order of their parameter there.
-        moment = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.ndim else value
+        moment = like(value, parameters[int(number)]) if name != "step" else value
         moments.setdefault(int(number), {})[name] = moment
     groups = [
         {**own, **kept}

@@ -21,7 +21,7 @@ from protoclip.prototypes import Prototypes, build_targets, group
 from protoclip.train.guard import Guard
 from protoclip.train.metrics import feature_statistics, to_floats
 from protoclip.train.optim import set_learning_rate
-from protoclip.train.parallel import apart, distribute, reach_everything
+from protoclip.train.parallel import apart, clip_gradients, distribute, reach_everything
 from protoclip.train.precision import Autocast
 from protoclip.train.schedule import Schedule
 from protoclip.train.stages import Plan, Stage, enter_stage
@@ -243,7 +243,7 @@ class Trainer:
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         finish()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        norm = clip_gradients(self.model, self.clip_norm)
         self.guard.step(state.step + 1, total, norm, batch.sample_id)
         self.model.clamp_scales()
         self.source.observe(batch, embeddings)
