@@ -12,6 +12,7 @@ GPUs. Without `--case`, `demo` and `vit` on a CPU, all of them on a GPU.
 
 import argparse
 import datetime
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -136,6 +137,7 @@ def episode_seconds(
         evaluate=lambda state: {},
         on_step=lambda state, stage: None,
         on_read=lambda read, bad: None,
+        diverged=Path(os.devnull),
     )
     if case == "rn50":
         trainer = synthetic(trainer, config, device)
