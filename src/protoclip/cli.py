@@ -97,10 +97,12 @@ def evaluate(
         split: Which held-out concepts; choices belong on `validation`.
         json: Print the metrics as JSON.
     """
-    model, view, tokenizer = build.load(path)
-    model = build.place(model, build.device("auto"))
-    metrics = run_evaluation(model, view, tokenizer, split=split)
-    print_results({"metrics": metrics}, json=json)
+    device = build.device("auto")
+    with distributed.process_group(device):
+        model, view, tokenizer = distributed.agreed(lambda: build.load(path))
+        metrics = run_evaluation(build.place(model, device), view, tokenizer, split=split)
+    if distributed.launched()[0] == 0:
+        print_results({"metrics": metrics}, json=json)
 
 
 def compare(runs: list[str], *, json: bool = False) -> None:

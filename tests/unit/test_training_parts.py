@@ -1,11 +1,13 @@
 """Stages, schedules, optimizer groups and precision."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from protoclip import build
+from protoclip.config import ImageTowerConfig
 from protoclip.testing import tiny_model
 from protoclip.train.optim import adamw
 from protoclip.train.precision import autocast, grad_scaler, resolve
@@ -165,3 +167,13 @@ def test_precision_is_as_asked_and_only_as_asked() -> None:
         assert (matrix @ matrix).dtype == torch.float16
     assert resolve("fp16", cpu) == "fp16"
     assert [grad_scaler(p, cpu).is_enabled() for p in ("fp32", "bf16", "fp16")] == [0, 0, 1]
+
+
+def test_a_vision_transformer_reads_pictures_of_the_size_asked_for() -> None:
+    """timm builds it for 224 pixels; a size that its patches do not divide is refused."""
+    config = replace(tiny_model(), image=ImageTowerConfig(name="vit_tiny_patch16_224", size=48))
+    built = build.model(config, seed=0)
+    assert built.encode_image(torch.zeros(2, 3, 48, 48)).shape == (2, 16)
+    odd = replace(config, image=replace(config.image, size=40))
+    with pytest.raises(ValueError, match=r"model\.image\.size: 40 is no multiple of the 16 pixels"):
+        build.model(odd, seed=0)

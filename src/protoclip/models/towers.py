@@ -53,7 +53,8 @@ def small_towers(
         text_width, text_heads, text_layers: Shape of the text transformer.
 
     Raises:
-        ValueError: timm knows no such model, or the heads do not divide the width.
+        ValueError: timm knows no such model, its patches do not divide the image size, or the
+            heads do not divide the width.
     """
     if image_model not in timm.list_models():
         near = timm.list_models(f"{image_model[:6]}*")[:3] or timm.list_models()[:3]
@@ -72,7 +73,20 @@ def small_towers(
             context_length=context_length, width=text_width, heads=text_heads, layers=text_layers
         ),
     )
+    fit_input(model.visual.trunk, image_size, image_model)  # type: ignore[arg-type,union-attr]
     return model
+
+
+def fit_input(trunk: nn.Module, size: int, name: str) -> None:
+    """Make a transformer of timm's read pictures of that size; convolutions read any."""
+    if not hasattr(trunk, "set_input_size"):
+        return
+    patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
+    if size % patch:
+        raise ValueError(
+            f"model.image.size: {size} is no multiple of the {patch} pixels of a patch of {name}"
+        )
+    trunk.set_input_size(img_size=(size, size))  # type: ignore[operator]
 
 
 class RememberingTokenizer:

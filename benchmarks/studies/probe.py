@@ -1,0 +1,84 @@
+"""How much of the linear probe's spread is the choice of its strength?
+
+Fits the linear probe of finished runs at every L2 strength and prints, for each arm, its accuracy
+on validation and test by strength: mean and standard deviation over seeds. The last rows choose the
+strength on validation: for each run alone, as `protoclip evaluate` does, and for an arm as a whole.
+
+    python benchmarks/studies/probe.py CLIP=runs/clip-0,runs/clip-1 teacher=runs/protoclip-teacher-0
+"""
+
+import statistics
+import sys
+
+import torch
+
+from protoclip import build
+from protoclip.evals import datasets, suite
+from protoclip.evals.linear_probe import REGULARISATIONS, fit_linear_probes
+from protoclip.progress import Progress
+
+SPLITS = ("train", "validation", "test")
+
+
+def accuracies(folder: str) -> dict[str, list[float]]:
+    """Percent right by split and strength."""
+    data = datasets.emoji()
+    model, view, tokenizer = build.load(folder)
+    features = suite.extract(
+        model,
+        view,
+        tokenizer,
+        data,
+        split="test",
+        device="cpu",
+        batch_size=256,
+        progress=lambda stage, done, total: None,
+    )
+    labels = {
+        split: suite.indices(data.split(split).column(data.class_column), data.classes())
+        for split in SPLITS
+    }
+    probes = fit_linear_probes(features.images["train"], labels["train"])
+    return {
+        split: [100 * probe.accuracy(features.images[split], labels[split]) for probe in probes]
+        for split in SPLITS[1:]
+    }
+
+
+def cell(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def main() -> None:
+    torch.set_flush_denormal(True)
+    arms = {name: runs.split(",") for name, _, runs in (a.partition("=") for a in sys.argv[1:])}
+    progress = Progress("study: probe", sum(len(runs) for runs in arms.values()))
+    found: dict[str, list[dict[str, list[float]]]] = {}
+    done = 0
+    for arm, runs in arms.items():
+        for run in runs:
+            found.setdefault(arm, []).append(accuracies(run))
+            done += 1
+            progress.update(done, run)
+    print("| L2 strength | " + " | ".join(f"{arm}, {s}" for arm in arms for s in SPLITS[1:]) + " |")
+    print("|---" * (1 + 2 * len(arms)) + "|")
+    for number, strength in enumerate(REGULARISATIONS):
+        cells = [cell([r[s][number] for r in found[arm]]) for arm in arms for s in SPLITS[1:]]
+        print(f"| {strength:.0e} | " + " | ".join(cells) + " |")
+    for title in ("each run's best on validation", "the arm's best on validation"):
+        cells = []
+        for arm in arms:
+            curves = [run["validation"] for run in found[arm]]
+            mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            chosen = [
+                max(range(len(mean)), key=(curve if title.startswith("each") else mean).__getitem__)
+                for curve in curves
+            ]
+            for split in SPLITS[1:]:
+                cells.append(cell([r[split][n] for r, n in zip(found[arm], chosen, strict=True)]))
+        print(f"| {title} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
