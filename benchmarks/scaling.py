@@ -2,8 +2,7 @@
 
 The demonstration's three arms for one episode of warm-up (not counted) and two counted ones, in
 alternation, each process with one thread. The share of time in communication is that of gloo's own
-work as PyTorch's profiler sees it in a third run, whether or not something else is computed
-meanwhile. Then the same processes all on one core, which shows what waiting alone costs.
+work as PyTorch's profiler sees it in a further run, whether or not something is computed meanwhile.
 
     python benchmarks/scaling.py [--processes 2] [--repeats 3] [--out FILE]
 """
@@ -129,7 +128,6 @@ def main() -> None:
     ways = {
         "1 process, 1 core": (1, "0"),
         f"{many} processes, {many} cores": (many, f"0-{many - 1}"),
-        f"{many} processes, 1 core": (many, "0"),
     }
     arms = list(demo.arms())
     progress = Progress("benchmark: scaling", arguments.repeats * len(arms) * len(ways))
@@ -164,10 +162,9 @@ def main() -> None:
             if processes > 1:
                 communicating, whole = launched(arm, processes, cores, profiled=True)
                 share = f"{100 * communicating / whole:.1f}%"
-            width = 1 if cores == "0" else processes
             lines.append(
                 f"| {arm} | {way} | {median:.2f} [{min(spent):.2f}, {max(spent):.2f}] "
-                f"| {alone / median:.2f} | {100 * alone / median / width:.0f}% | {share} |"
+                f"| {alone / median:.2f} | {100 * alone / median / processes:.0f}% | {share} |"
             )
     text = "\n".join([*lines, ""])
     print(text)
