@@ -170,7 +170,8 @@ def embed_teacher(
         device=device,
         num_samples=num_samples,
     )
-    print_facts(facts, json=json)
+    if distributed.launched()[0] == 0:
+        print_facts(facts, json=json)
 
 
 def inspect(

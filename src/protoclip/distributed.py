@@ -97,6 +97,12 @@ def reduced(values: Tensor, operation: Literal["sum", "max", "min"] = "sum") -> 
     return result
 
 
+def copy_first(values: Tensor) -> None:
+    """Make a tensor what it is in the first process, in place."""
+    if world_size() > 1:
+        dist.broadcast(values, 0)
+
+
 def gathered(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     """The rows of all processes, in the order of ranks; numbers of rows may differ. No gradient."""
     if world_size() == 1:

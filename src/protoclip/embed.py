@@ -7,7 +7,7 @@ written as a teacher folder (see `teachers.py`), and removed.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from protoclip.data.index import fingerprint
 from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.distributed import agreed, of_first, rank, world_size
 from protoclip.embed_parts import Part, encode_parts, part_files
 from protoclip.encoders import (
     Encoder,
@@ -28,7 +29,7 @@ from protoclip.encoders import (
     weights_digest,
 )
 from protoclip.feature_files import SUFFIXES, Block, ids_file, open_feature_file
-from protoclip.pca import fit_reduction
+from protoclip.pca import Reduction, fit_reduction
 from protoclip.teachers import (
     WRITING,
     build_index,
@@ -60,6 +61,8 @@ def embed_teacher(
 ) -> dict[str, Any]:
     """Make a teacher folder for a source; the same call again goes on where it was stopped.
 
+    Under torchrun the processes share the work, with the result of one.
+
     Args:
         teacher: A frozen model, named as `encoders.py` says; or a file of features that a user
             has (see `open_feature_file`), which is converted.
@@ -82,7 +85,7 @@ def embed_teacher(
             not unique, or the folder belongs to something else.
     """
     if Path(teacher).suffix in SUFFIXES:
-        return convert(Path(teacher), samples, out, width=width)
+        return of_first(lambda: convert(Path(teacher), samples, out, width=width))
     encoder = open_encoder(
         teacher, modality=modality, pooling=pooling, device=device, load_run=load_run
     )
@@ -127,22 +130,31 @@ def embed(
         "reduced_to": width,
         "part_rows": part_rows or PART_ROWS[modality],
     }
-    finished = finished_before(out, settings)
+
+    def begin() -> dict[str, Any] | None:
+        finished = finished_before(out, settings)
+        if finished is None:
+            (out / PARTS).mkdir(parents=True, exist_ok=True)
+            with whole(out / PARTS / SETTINGS) as file:
+                file.write(json.dumps(settings).encode())
+        return finished
+
+    finished = of_first(begin)
     if finished is None:
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
-        with whole(out / PARTS / SETTINGS) as file:
-            file.write(json.dumps(settings).encode())
-        encode_parts(
-            encoder,
-            samples,
-            out / PARTS,
-            name=origin["teacher"],
-            total=settings["samples"],
-            size=settings["part_rows"],
-            batch_size=batch_size,
+        agreed(
+            lambda: encode_parts(
+                encoder,
+                samples,
+                out / PARTS,
+                name=origin["teacher"],
+                total=settings["samples"],
+                size=settings["part_rows"],
+                batch_size=batch_size,
+            )
         )
         finished = join_parts(out, settings=settings, from_width=encoder.width)
-    shutil.rmtree(out / PARTS, ignore_errors=True)
+    if rank() == 0:
+        shutil.rmtree(out / PARTS, ignore_errors=True)
     return finished
 
 
@@ -164,12 +176,15 @@ def convert(
     if finished is None:
         out.mkdir(parents=True, exist_ok=True)
         try:
+            reduce = None
+            if width is not None:
+                reduce = fit_reduction((features for _, features in source.blocks()), width)
             finished = write_reduced(
                 out,
-                source.blocks,
+                source.blocks(),
                 num_rows=source.num_rows,
                 from_width=source.width,
-                width=width,
+                reduce=reduce,
                 facts=settings,
             )
         except ValueError as error:
@@ -230,47 +245,63 @@ def finished_before(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def join_parts(out: Path, *, settings: Mapping[str, Any], from_width: int) -> dict[str, Any]:
-    """All parts as a teacher folder, with a list of the samples that were bad."""
+    """All parts as a teacher folder, with a list of the samples that were bad.
+
+    Processes share the PCA's sums; the first one writes.
+    """
     files = part_files(out / PARTS)
-    num_rows, num_bad = 0, 0
-    with whole(out / SKIPPED) as skipped:
-        for part in map(Part.read, files):
-            num_rows, num_bad = num_rows + len(part.ids), num_bad + len(part.bad)
-            for entry in part.bad:
-                skipped.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
-    if not num_rows:
-        raise ValueError(f"{settings['source']}: no sample could be read; see {out / SKIPPED}")
-    if not num_bad:
-        (out / SKIPPED).unlink()
-    return write_reduced(
-        out,
-        lambda: ((part.ids, part.features) for part in map(Part.read, files)),
-        num_rows=num_rows,
-        from_width=from_width,
-        width=settings["reduced_to"],
-        facts={**settings, "bad": num_bad},
+    width: int | None = settings["reduced_to"]
+
+    def list_bad() -> tuple[int, int]:
+        num_rows, num_bad = 0, 0
+        with whole(out / SKIPPED) as skipped:
+            for part in map(Part.read, files):
+                num_rows, num_bad = num_rows + len(part.ids), num_bad + len(part.bad)
+                for entry in part.bad:
+                    skipped.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+        if not num_rows:
+            raise ValueError(f"{settings['source']}: no sample could be read; see {out / SKIPPED}")
+        if not num_bad:
+            (out / SKIPPED).unlink()
+        return num_rows, num_bad
+
+    num_rows, num_bad = of_first(list_bad)
+    reduce = None
+    if width is not None:
+        share = files[rank() :: world_size()]
+        # A part whose samples were all bad has no rows.
+        blocks = (part.features for part in map(Part.read, share) if len(part.ids))
+        reduce = fit_reduction(blocks, width, sharded=True)
+    return of_first(
+        lambda: write_reduced(
+            out,
+            ((part.ids, part.features) for part in map(Part.read, files)),
+            num_rows=num_rows,
+            from_width=from_width,
+            reduce=reduce,
+            facts={**settings, "bad": num_bad},
+        )
     )
 
 
 def write_reduced(
     out: Path,
-    blocks: Callable[[], Iterator[Block]],
+    blocks: Iterator[Block],
     *,
     num_rows: int,
     from_width: int,
-    width: int | None,
+    reduce: Reduction | None,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A teacher folder of these features, after PCA where a width is given."""
-    if width is None:
-        return write_folder(out, blocks(), num_rows=num_rows, width=from_width, facts=facts)
-    reduce = fit_reduction((features for _, features in blocks()), width)
+    """A teacher folder of these features, after PCA where there is one."""
+    if reduce is None:
+        return write_folder(out, blocks, num_rows=num_rows, width=from_width, facts=facts)
     with whole(out / REDUCTION) as file:
         np.savez(file, mean=reduce.mean, axes=reduce.axes)
     return write_folder(
         out,
-        ((ids, reduce(features)) for ids, features in blocks()),
+        ((ids, reduce(features)) for ids, features in blocks),
         num_rows=num_rows,
-        width=width,
+        width=len(reduce.axes),
         facts={**facts, "variance_kept": reduce.variance_kept},
     )

@@ -25,6 +25,7 @@ from protoclip.data.pairs import (
     Sample,
     SampleStream,
 )
+from protoclip.distributed import rank, world_size
 from protoclip.encoders import Encoder, ImageEncoder, TextEncoder
 from protoclip.progress import Progress
 from protoclip.teachers import whole
@@ -90,7 +91,7 @@ def encode_parts(
     size: int,
     batch_size: int,
 ) -> None:
-    """Write the parts that are not there yet, with progress.
+    """Write the parts that are not there yet, with progress; processes share them out.
 
     Args:
         encoder: The model.
@@ -102,14 +103,19 @@ def encode_parts(
         batch_size: Captions or pictures encoded at once.
 
     Raises:
-        ValueError: Features that are not finite.
+        ValueError: Features that are not finite; a stream, and several processes.
     """
+    if isinstance(samples, SampleStream) and world_size() > 1:
+        raise ValueError(f"{samples.name}: a stream is embedded by one process; start one")
     written = part_files(folder)
+    there = {int(path.stem) for path in written}
+    missing = [number for number in range(-(-total // size)) if number not in there]
     start = min(len(written) * size, total)
     progress = Progress(f"embed {name}", total)
-    progress.update(start)
+    show = progress.update if rank() == 0 else lambda done: None
+    show(start)
     known: set[str] = set()
-    items: Iterator[Item] = iter(range(start, total))
+    items: Iterator[Item] = iter(())
     if isinstance(samples, SampleStream):
         for path in written:
             part = Part.read(path)
@@ -117,14 +123,16 @@ def encode_parts(
         if written and part.landmark is not None:
             samples.learn(part.landmark)
         items = samples.samples(start)
-    for number in range(len(written), -(-total // size)):
+    own = missing[rank() :: world_size()]
+    for done, number in enumerate(own):
         first, end = number * size, min((number + 1) * size, total)
-        block = list(islice(items, end - first))
+        block: Sequence[Item] = range(first, end)
         if isinstance(samples, SampleStream):
-            block = unseen(block, known)
+            block = unseen(list(islice(items, end - first)), known)
 
-        def tick(share: float, first: int = first, end: int = end) -> None:
-            progress.update(first + int(share * (end - first)))
+        def tick(share: float, done: int = done) -> None:
+            # As far as this process is with its share, so are the others with theirs.
+            show(start + int((done + share) / len(own) * (total - start)))
 
         if isinstance(encoder, TextEncoder):
             ids, features, bad = encode_captions(encoder, samples, block, batch_size, tick)

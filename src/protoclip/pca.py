@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
+
+from protoclip.distributed import objects_of_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +30,28 @@ class Reduction:
         return reduced
 
 
-def fit_reduction(blocks: Iterable[npt.NDArray[np.floating]], width: int) -> Reduction:
+def fit_reduction(
+    blocks: Iterable[npt.NDArray[np.floating]], width: int, *, sharded: bool = False
+) -> Reduction:
     """Exact PCA in one pass, from the sums of all rows and of their outer products, in float64.
 
     Args:
         blocks: Rows `(n, q)`, some at a time; at least one.
         width: Axes to keep, at most `q`.
+        sharded: The blocks are this process's share, which may be none; all processes get the
+            PCA of all rows.
     """
-    origin = None
-    for block in blocks:
-        rows = block.astype(np.float64)
-        if origin is None:
-            # Sums of squares lose digits far from zero; the mean of some rows is near enough.
-            origin = rows.mean(axis=0)
-            count, total, outer = 0, np.zeros_like(origin), np.zeros((len(origin),) * 2)
-        rows -= origin
+    gather = objects_of_all if sharded else lambda value: [value]
+    remaining = iter(blocks)
+    first = next(remaining, None)
+    # Sums of squares lose digits far from zero; the mean of some rows is near enough.
+    means = gather(None if first is None else first.astype(np.float64).mean(axis=0))
+    origin = next(mean for mean in means if mean is not None)
+    count, total, outer = 0, np.zeros_like(origin), np.zeros((len(origin),) * 2)
+    for block in chain([] if first is None else [first], remaining):
+        rows = block.astype(np.float64) - origin
         count, total, outer = count + len(rows), total + rows.sum(0), outer + rows.T @ rows
-    assert origin is not None
+    count, total, outer = (sum(parts) for parts in zip(*gather((count, total, outer)), strict=True))
     shift = total / count
     variances, vectors = np.linalg.eigh(outer / count - np.outer(shift, shift))
     axes = vectors.T[::-1][:width]

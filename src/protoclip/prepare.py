@@ -13,6 +13,7 @@ from protoclip.config import Config, DataConfig, ModelConfig
 from protoclip.data import inspection, packing
 from protoclip.data.montage import montage as draw_montage
 from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.distributed import agreed, process_group, rank
 from protoclip.embed import embed_teacher
 from protoclip.progress import duration
 
@@ -96,20 +97,23 @@ def embed(
     num_samples: int | None,
 ) -> dict[str, Any]:
     """Write a teacher's features of a data set."""
-    pairs, notes = opened(None, data)
-    say(notes)
-    return embed_teacher(
-        teacher,
-        pairs,
-        out,
-        load_run=build.load,
-        modality=modality,
-        pooling=pooling,
-        width=width,
-        batch_size=batch_size,
-        device=build.device(device),
-        num_samples=num_samples,
-    )
+    place = build.device(device)
+    with process_group(place):
+        pairs, notes = agreed(lambda: opened(None, data))
+        if rank() == 0:
+            say(notes)
+        return embed_teacher(
+            teacher,
+            pairs,
+            out,
+            load_run=build.load,
+            modality=modality,
+            pooling=pooling,
+            width=width,
+            batch_size=batch_size,
+            device=place,
+            num_samples=num_samples,
+        )
 
 
 def say(notes: list[str]) -> None:

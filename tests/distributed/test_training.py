@@ -271,3 +271,34 @@ def test_a_run_goes_on_with_another_number_of_processes(
     run_distributed(interrupted, before, config, str(tmp_path / "parts"), 3)
     for weights in run_distributed(resumed, after, config, str(tmp_path / "parts")):
         assert difference(weights, expected) < 1e-4 * difference(expected, start)
+
+
+def statistics_kept(config: Config, out: str) -> dict[str, Tensor]:
+    """BatchNorm statistics that a process ends an episode with."""
+    kept: dict[str, Tensor] = {}
+    evaluate = Session.evaluate
+
+    def and_keep(session: Session, state: Any) -> Mapping[str, float]:
+        kept.update({name: value.clone() for name, value in session.model.named_buffers()})
+        return evaluate(session, state)
+
+    Session.evaluate = and_keep  # type: ignore[method-assign]
+    try:
+        train(replace(config, run=replace(config.run, out=out)))
+    finally:
+        Session.evaluate = evaluate  # type: ignore[method-assign]
+    return kept
+
+
+def test_processes_that_normalise_apart_evaluate_one_model(tmp_path: Path) -> None:
+    """Without SyncBatchNorm in the towers, the first process's statistics are everyone's."""
+    config = changed(tiny_config(out=str(tmp_path)), {"parallel": {"sync_batch_norm": False}})
+    config = replace(
+        config,
+        run=replace(config.run, evaluate=False, name="many"),
+        episodes=replace(config.episodes, count=2, size=16, locked_image=0),
+        prototypes=replace(config.prototypes, number=4),
+    )
+    one, other = run_distributed(statistics_kept, 2, config, str(tmp_path / "run"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(other[name], value) for name, value in one.items())

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# L2 strengths from strong to weak, half a decade apart: 1e-2 ... 1e-8. Radford et al. (2021) go on to
-# 1e-10; a grid that ends too soon gives the features whose best lies beyond it too little.
+# L2 strengths from strong to weak, half a decade apart: 1e-2 ... 1e-8. Radford et al. (2021) go to
+# 1e-10; a grid that ends too soon gives features whose best lies beyond it too little.
 REGULARISATIONS = tuple(10 ** (-half_decades / 2) for half_decades in range(4, 17))
 
 

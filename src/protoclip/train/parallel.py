@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from protoclip.distributed import reduced, world_size
+from protoclip.distributed import copy_first, reduced, world_size
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.models.sync_batch_norm import has_own_statistics
 
@@ -62,6 +62,13 @@ def distribute(model: nn.Module) -> nn.Module:
             broadcast_buffers=has_own_statistics(model),
             gradient_as_bucket_view=True,
         )
+
+
+def agree_on_statistics(model: nn.Module) -> None:
+    """Take over the first process's BatchNorm statistics, which DDP does before each step alone."""
+    if has_own_statistics(model):
+        for buffer in model.buffers():
+            copy_first(buffer)
 
 
 def apart(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:

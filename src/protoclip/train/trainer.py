@@ -21,7 +21,13 @@ from protoclip.prototypes import Prototypes, build_targets, group
 from protoclip.train.guard import Guard
 from protoclip.train.metrics import feature_statistics, to_floats
 from protoclip.train.optim import set_learning_rate
-from protoclip.train.parallel import apart, clip_gradients, distribute, reach_everything
+from protoclip.train.parallel import (
+    agree_on_statistics,
+    apart,
+    clip_gradients,
+    distribute,
+    reach_everything,
+)
 from protoclip.train.precision import Autocast
 from protoclip.train.schedule import Schedule
 from protoclip.train.stages import Plan, Stage, enter_stage
@@ -202,6 +208,7 @@ class Trainer:
             if self.save(state, grouping):
                 return True
         self.guard.look()
+        agree_on_statistics(self.model)
         seconds = {"train/seconds/data": waited, "train/seconds/train": trained}
         self.log(state, seconds | dead_shares(grouping))
         return False
