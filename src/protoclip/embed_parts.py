@@ -25,7 +25,7 @@ from protoclip.data.pairs import (
     Sample,
     SampleStream,
 )
-from protoclip.distributed import rank, world_size
+from protoclip.distributed import of_first, rank, world_size
 from protoclip.encoders import Encoder, ImageEncoder, TextEncoder
 from protoclip.progress import Progress
 from protoclip.teachers import whole
@@ -107,7 +107,7 @@ def encode_parts(
     """
     if isinstance(samples, SampleStream) and world_size() > 1:
         raise ValueError(f"{samples.name}: a stream is embedded by one process; start one")
-    written = part_files(folder)
+    written = of_first(lambda: part_files(folder))
     there = {int(path.stem) for path in written}
     missing = [number for number in range(-(-total // size)) if number not in there]
     start = min(len(written) * size, total)

@@ -11,6 +11,7 @@ from protoclip.config import Config
 from protoclip.evals import datasets, suite
 from protoclip.evals.knn import knn_accuracy
 from protoclip.evals.linear_probe import linear_probe_accuracy
+from protoclip.session import evaluate
 from protoclip.testing import tiny_config
 
 RANKED = ("zero_shot/acc", "retrieval/")
@@ -29,7 +30,7 @@ def test_an_untrained_model_ranks_at_chance() -> None:
     config = Config()
     model = build.model(config.model, seed=0)
     view, tokenizer = build.evaluation_view(model), build.tokenizer(config.model)
-    assert_near_chance(run.evaluate(model, view, tokenizer, split="test", show=False))
+    assert_near_chance(evaluate(model, view, tokenizer, split="test", show=False))
 
 
 @pytest.mark.slow

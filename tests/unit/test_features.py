@@ -194,9 +194,10 @@ def test_grouping_leaves_out_samples_a_teacher_does_not_know() -> None:
     points[[1, 4]] = float("nan")
     nothing = torch.full((6, 3), float("nan"))
 
-    def two(space: str, given: Tensor):
+    def two(space: str, given: Tensor, positions: Tensor | None):
         from protoclip.clustering import kmeans
 
+        assert positions is None
         assert torch.isfinite(given).all()
         return kmeans(given, 2, iterations=3, seed=0)
 

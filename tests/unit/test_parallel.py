@@ -19,7 +19,7 @@ def gradients(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str
     model = build.model(config.model, seed=0)
     build.parallelise(config, model)
     layer, calls = model.towers.visual.trunk.blocks[0], []
-    layer.register_forward_hook(lambda *given: calls.append(1))
+    layer.register_forward_pre_hook(lambda *given: calls.append(1))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, 48, 48, generator=generator)
     output = model(images, torch.ones(3, 8, dtype=torch.long))

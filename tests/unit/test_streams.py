@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -420,8 +421,17 @@ def test_the_thread_ends_with_its_iterator(folder: Path, end: str) -> None:
     assert settle(0)
 
 
-def test_a_thread_in_the_middle_of_a_block_ends(folder: Path) -> None:
-    """A block of a million samples is given up once nobody waits for it."""
+def test_a_thread_in_the_middle_of_a_block_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of a million samples, of a shard without end, is given up once nobody waits."""
+
+    def endless(shard: str, caption_keys: object) -> Iterator[BadSample]:
+        while True:
+            time.sleep(0.001)
+            yield BadSample("some", shard, "made to last")
+
+    monkeypatch.setattr(streams, "read_shard", endless)
     source = stream(str(folder), shuffle=10**6)
     started: list[threading.Event] = []
 

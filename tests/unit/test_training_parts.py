@@ -62,9 +62,13 @@ def test_decay_spares_gains_biases_and_temperatures() -> None:
     """Each parameter is in one group; vectors and temperatures do not decay."""
     model = build.model(tiny_model(), seed=0)
     optimizer = adamw(model, learning_rate=1.0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
-    decayed, spared = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
-    assert not decayed & spared
+    decayed, vectors, numbers = (
+        {id(p) for p in group["params"]} for group in optimizer.param_groups
+    )
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0, 0.0]
+    spared = vectors | numbers
+    assert len(numbers) == 2
+    assert len(decayed) + len(vectors) + len(numbers) == len(decayed | spared)
     for name, parameter in model.named_parameters():
         is_vector = name.endswith("bias") or "logit_scale" in name or parameter.ndim < 2
         assert id(parameter) in (spared if is_vector else decayed), name
