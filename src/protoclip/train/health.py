@@ -23,7 +23,7 @@ SPIKE_FACTOR, SPIKE_DEVIATIONS = 2.0, 5.0
 # weights give nearly equal ones to all inputs, which is nothing to warn of.
 LEAST_SPREAD, SPREAD_FROM_STEP = 0.01, 200
 # The share of clusters without a sample, or of prototypes that no sample was nearest to.
-MOST_EMPTY = MOST_DEAD = 0.5
+MOST_EMPTY, MOST_DEAD = 0.5, 0.75
 # Steps for which a warning about a metric is not repeated.
 QUIET_STEPS = 1000
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from protoclip.train.checkpoint import checkpoints, write_checkpoint
 
-# At an episode's end nothing is written if something was so many seconds ago: short episodes would
-# otherwise spend their time on saving.
-EPISODE_PAUSE = 15.0
+# At an episode's end nothing is written if something was so many seconds ago, or so many times as
+# long as writing it took: short episodes would otherwise spend their time on saving.
+EPISODE_PAUSE, EPISODE_FACTOR = 15.0, 100.0
 
 
 class Saver:
@@ -46,6 +46,7 @@ class Saver:
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
         self.clock = clock
         self.last = clock()
+        self.written_in = 0.0
         self.saved_step = -1
         self._thread: Thread | None = None
 
@@ -57,7 +58,7 @@ class Saver:
         return (
             (self.every_steps > 0 and step % self.every_steps == 0)
             or (self.every_minutes > 0 and waited >= 60 * self.every_minutes)
-            or (episode_end and waited >= EPISODE_PAUSE)
+            or (episode_end and waited >= max(EPISODE_PAUSE, EPISODE_FACTOR * self.written_in))
         )
 
     def save(
@@ -100,6 +101,7 @@ class Saver:
         best: str | None,
     ) -> None:
         folder = self.run / "checkpoints" / name
+        began = time.monotonic()
         try:
             write_checkpoint(
                 folder,
@@ -115,6 +117,7 @@ class Saver:
                 file=sys.stderr,
             )
             return
+        self.written_in = time.monotonic() - began
         for old in checkpoints(self.run)[: -self.keep]:
             if old.name != best:
                 shutil.rmtree(old, ignore_errors=True)
