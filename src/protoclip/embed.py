@@ -61,7 +61,7 @@ def embed_teacher(
 ) -> dict[str, Any]:
     """Make a teacher folder for a source; the same call again goes on where it was stopped.
 
-    Under torchrun the processes share the work, with the result of one.
+    Under torchrun the processes share the work, with the result of one, which the first returns.
 
     Args:
         teacher: A frozen model, named as `encoders.py` says; or a file of features that a user
@@ -247,7 +247,7 @@ def finished_before(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | 
 def join_parts(out: Path, *, settings: Mapping[str, Any], from_width: int) -> dict[str, Any]:
     """All parts as a teacher folder, with a list of the samples that were bad.
 
-    Processes share the PCA's sums; the first one writes.
+    Processes share the PCA's sums; the first one writes, and it alone returns the facts.
     """
     files = part_files(out / PARTS)
     width: int | None = settings["reduced_to"]
@@ -272,15 +272,15 @@ def join_parts(out: Path, *, settings: Mapping[str, Any], from_width: int) -> di
         # A part whose samples were all bad has no rows.
         blocks = (part.features for part in map(Part.read, share) if len(part.ids))
         reduce = fit_reduction(blocks, width, sharded=True)
-    return of_first(
-        lambda: write_reduced(
-            out,
-            ((part.ids, part.features) for part in map(Part.read, files)),
-            num_rows=num_rows,
-            from_width=from_width,
-            reduce=reduce,
-            facts={**settings, "bad": num_bad},
-        )
+    if rank() > 0:
+        return {}  # nobody waits for the writing, which may take longer than an exchange may
+    return write_reduced(
+        out,
+        ((part.ids, part.features) for part in map(Part.read, files)),
+        num_rows=num_rows,
+        from_width=from_width,
+        reduce=reduce,
+        facts={**settings, "bad": num_bad},
     )
 
 

@@ -14,7 +14,7 @@ from protoclip.testing import tiny_config, tiny_model
 from protoclip.train.optim import adamw, set_learning_rate
 
 
-def gradients(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], int]:
+def gradients(config: Config) -> tuple[dict[str, Tensor], int]:
     """Gradients of a sum of features, and how often a layer of the image tower was computed."""
     model = build.model(config.model, seed=0)
     build.parallelise(config, model)
@@ -28,16 +28,14 @@ def gradients(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str
     return found, len(calls)
 
 
-def test_activations_computed_again_give_the_same_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_activations_computed_again_give_the_same_gradients() -> None:
     """A transformer's layer runs once more in the backward pass."""
     config = tiny_config(out="unused")
     image = ImageTowerConfig(name="vit_tiny_patch16_224", size=48)
     config = replace(config, model=replace(tiny_model(), image=image))
-    expected, once = gradients(config, monkeypatch)
+    expected, once = gradients(config)
     again = replace(config, parallel=ParallelConfig(activation_checkpointing=True))
-    found, twice = gradients(again, monkeypatch)
+    found, twice = gradients(again)
     assert (once, twice) == (1, 2)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
