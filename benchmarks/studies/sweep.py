@@ -2,9 +2,10 @@
 
     python benchmarks/studies/sweep.py STUDY [--seeds 0 1 2] [--split validation] [--jobs 2]
 
-Studies: source (CLIP, extraction, queue), number (of prototypes), episode (its size), targets (soft
-or hard), translation (PBT on or off), norm (prototypes as they are or of unit norm). Runs are kept
-in runs/studies/ and not repeated. Each has one thread; `--jobs` of them run at a time.
+Studies: source (CLIP, extraction, queue), heads (their learning rate), number (of prototypes),
+episode (its size), targets (soft or hard), translation (PBT on or off), norm (prototypes as they
+are or of unit norm). Runs are kept in runs/studies/ and not repeated. Each has one thread; `--jobs`
+of them run at a time.
 """
 
 import argparse
@@ -30,9 +31,13 @@ STUDIES: dict[str, dict[str, Mapping[str, object]]] = {
         "teacher, queue": {**TEACHER, "prototypes.source": "queue"},
         "teacher, extract": {**TEACHER, "prototypes.source": "extract"},
     },
+    "heads": {
+        f"heads at {scale} of the rate": {**TEACHER, "optim.heads_scale": scale}
+        for scale in (1.0, 0.1, 0.01, 0.001)
+    },
     "number": {
-        f"K = episode / {4096 // k}": {**TEACHER, "prototypes.number": k, "teacher.number": k}
-        for k in (102, 205, 410, 819)
+        f"K = episode / {round(4096 / k)}": {**TEACHER, "prototypes.number": k, "teacher.number": k}
+        for k in (102, 205, 400, 819)
     },
     "episode": {
         f"episodes of {size}": {

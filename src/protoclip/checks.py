@@ -55,6 +55,7 @@ def check(config: Config) -> list[str]:
         "optim.locked_learning_rate": config.optim.locked_learning_rate,
         "optim.image_scale": config.optim.image_scale,
         "optim.text_scale": config.optim.text_scale,
+        "optim.heads_scale": config.optim.heads_scale,
         "data.cache_gb": config.data.cache_gb,
         "optim.eps": config.optim.eps,
         "optim.clip_norm": config.optim.clip_norm,
@@ -158,6 +159,8 @@ def without_effect(config: Config) -> list[str]:
         notes.append("loss.teacher: no effect without teacher.features")
     if not config.uses_prototypes and config.episodes.warm_up != default.episodes.warm_up:
         notes.append("episodes.warm_up: no effect, since no loss uses prototypes")
+    if not config.uses_prototypes and config.optim.heads_scale != default.optim.heads_scale:
+        notes.append("optim.heads_scale: no effect, since no loss uses prototypes")
     if config.model.name and config.model.image != default.model.image:
         notes.append(f"model.image.*: no effect, since model.name is {config.model.name}")
     if config.model.name and config.model.text != default.model.text:

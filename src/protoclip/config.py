@@ -226,6 +226,9 @@ class OptimConfig:
     """Factor to the image tower's learning rate."""
     text_scale: float = 1.0
     """Factor to the text tower's learning rate."""
+    heads_scale: float = 0.01
+    """Factor to the projection heads' learning rate. Slow heads leave grouping to the towers, and
+    keep an episode's prototypes valid to its end."""
     warm_up_steps: int = 50
     """Steps of linear warm-up; then half a cosine to 0 at the start of the locked stage."""
     locked_learning_rate: float = 2e-4

@@ -48,9 +48,11 @@ def extract_features(
 ) -> EpisodeFeatures:
     """One pass over an episode with the model in evaluation mode (paper, online episodic training).
 
+    A pair that an episode holds several times, as one drawn with replacement may, passes once.
+
     Args:
         model: Its training mode is restored afterwards.
-        batches: The episode's batches in order, in the view that is to be clustered.
+        batches: The episode's batches in order, in a view that is the same whenever a pair comes.
         teachers: External teachers by name.
         autocast: Makes the context that forward passes run in.
 
@@ -60,18 +62,29 @@ def extract_features(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     images, texts, positions, sample_ids = [], [], [], []
+    passed: dict[tuple[str, bytes], int] = {}
+    rows = []
     try:
         for batch in batches:
+            tokens = batch.text.cpu().numpy()
+            fresh = []
+            for place, pair in enumerate(zip(batch.sample_id, map(bytes, tokens), strict=True)):
+                if pair not in passed:
+                    passed[pair] = len(passed)
+                    fresh.append(place)
+                rows.append(passed[pair])
+            # One at least, since a sharded model needs all processes in every pass.
+            shown = fresh or [0]
             with autocast():
-                embeddings = model(batch.image, batch.text)
-            images.append(embeddings.image_projections)
-            texts.append(embeddings.text_projections)
+                embeddings = model(batch.image[shown], batch.text[shown])
+            images.append(embeddings.image_projections[: len(fresh)])
+            texts.append(embeddings.text_projections[: len(fresh)])
             positions.append(batch.position)
             sample_ids += batch.sample_id
     finally:
         for module, mode in modes.items():
             module.training = mode
-    image, text = torch.cat(images), torch.cat(texts)
+    image, text = torch.cat(images)[rows], torch.cat(texts)[rows]
     require_finite(image, text)
     return EpisodeFeatures(
         image=image,
@@ -140,6 +153,10 @@ class ExtractedFeatures:
 
     def observe(self, batch: Batch, embeddings: Embeddings) -> None:
         """Nothing to keep: every episode has a pass of its own."""
+
+    def upcoming(self, episode: Episode, following: Episode) -> Episode | None:
+        """The episode that is next has its own features."""
+        return following
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,3 +317,7 @@ class QueuedFeatures:
         image, text = embeddings.image_projections, embeddings.text_projections
         if image is not None and text is not None:
             self.queue.push(batch.sample_id, image, text)
+
+    def upcoming(self, episode: Episode, following: Episode) -> Episode | None:
+        """After this episode the queue holds its samples, if it holds as many."""
+        return episode if self.queue.size == len(episode.rows) else None

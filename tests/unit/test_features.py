@@ -17,6 +17,7 @@ from protoclip.features import (
     ExtractedFeatures,
     FeatureQueue,
     QueuedFeatures,
+    extract_features,
     teacher_assignments,
 )
 from protoclip.models.protoclip import Embeddings
@@ -164,6 +165,37 @@ def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> Non
         assert found[space].tolist() == farthest_left(points, spaces[space].centroids)
 
 
+def test_a_pair_that_comes_again_is_extracted_once() -> None:
+    """The same picture with another caption is another pair."""
+    model = build.model(tiny_model(), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(2, 3, 32, 32, generator=generator)
+    captions = torch.randint(1, 50, (3, 8), generator=generator)
+    pairs = [(0, 0), (1, 1), (0, 0), (0, 2), (1, 1), (0, 2), (0, 2), (0, 0)]
+
+    def batches(size: int) -> list[Batch]:
+        return [
+            Batch(
+                position=torch.arange(first, min(first + size, len(pairs))),
+                sample_id=[f"picture {picture}" for picture, _ in pairs[first : first + size]],
+                image=pictures[[picture for picture, _ in pairs[first : first + size]]],
+                text=captions[[caption for _, caption in pairs[first : first + size]]],
+            )
+            for first in range(0, len(pairs), size)
+        ]
+
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    found = extract_features(model, batches(3), teachers={}, autocast=nullcontext)
+    # The last batch holds nothing new: one row keeps the processes of a sharded model together.
+    assert passes == [2, 1, 1]
+    alone = [
+        extract_features(model, [one], teachers={}, autocast=nullcontext) for one in batches(1)
+    ]
+    torch.testing.assert_close(found.image, torch.cat([one.image for one in alone]))
+    torch.testing.assert_close(found.text, torch.cat([one.text for one in alone]))
+
+
 def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
     """By position, whatever the projection is now."""
     source = ExtractedFeatures(
@@ -175,6 +207,16 @@ def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
     put = Prototypes(centroids=rows(3, 4, 0), assignments=torch.tensor([2, 0, 1, 1, 0, 2]))
     found = source.assign(batch(list("abc"), first=2), embeddings(3, 0), {"image": put})
     assert found["image"].tolist() == [1, 1, 0]
+
+
+def test_what_is_clustered_next_is_known_ahead() -> None:
+    """By a queue as large as an episode it is this one's samples, by extraction the next one's."""
+    now, following = (Episode(index=index, rows=torch.arange(8)) for index in range(2))
+    source, _ = queued(8)
+    assert source.upcoming(now, following) is now
+    assert source.fallback.upcoming(now, following) is following
+    smaller, _ = queued(6)
+    assert smaller.upcoming(now, following) is None
 
 
 def test_samples_without_teacher_features_belong_nowhere() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from protoclip import build
-from protoclip.build.training import tower_scales
+from protoclip.build.training import rate_scales
 from protoclip.config import Config, ImageTowerConfig, OptimConfig, ParallelConfig
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import tiny_config, tiny_model
@@ -48,16 +48,17 @@ def rates(model: ProtoCLIP, config: Config) -> dict[str, float]:
         betas=(0.9, 0.98),
         eps=1e-6,
         weight_decay=0.2,
-        scales=tower_scales(config),
+        scales=rate_scales(config),
     )
     set_learning_rate(optimizer, 2.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
 
-def test_each_tower_may_have_a_learning_rate_of_its_own() -> None:
-    """Heads and temperatures keep the common one, and every parameter is in one group."""
-    config = replace(tiny_config(out="unused"), optim=OptimConfig(image_scale=0.1, text_scale=0.5))
+def test_towers_and_heads_may_have_learning_rates_of_their_own() -> None:
+    """Temperatures keep the common one, and every parameter is in one group."""
+    optim = OptimConfig(image_scale=0.1, text_scale=0.5, heads_scale=0.05)
+    config = replace(tiny_config(out="unused"), optim=optim)
     model = build.model(config.model, seed=0)
     found = rates(model, config)
     assert found.keys() == dict(model.named_parameters()).keys()
@@ -66,6 +67,9 @@ def test_each_tower_may_have_a_learning_rate_of_its_own() -> None:
             assert rate == pytest.approx(0.2), name
         elif name.startswith("towers.") and name != "towers.logit_scale":
             assert rate == pytest.approx(1.0), name
+        elif name.startswith(("image_head.", "text_head.")):
+            assert rate == pytest.approx(0.1), name
         else:
             assert rate == pytest.approx(2.0), name
-    assert set(rates(model, tiny_config(out="unused")).values()) == {2.0}
+    alike = replace(config, optim=OptimConfig(heads_scale=1.0))
+    assert set(rates(model, alike).values()) == {2.0}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,12 +10,15 @@ from torch import Tensor
 
 from protoclip.build import data, models
 from protoclip.clustering import KMeans, kmeans
+from protoclip.clustering.ahead import Ahead
 from protoclip.config import Config
+from protoclip.data.episodes import Episode
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
-from protoclip.distributed import reduced
+from protoclip.distributed import reduced, world_size
 from protoclip.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
 from protoclip.losses import LossWeights
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.teachers import TeacherFeatures
 from protoclip.train.guard import Guard
 from protoclip.train.health import Health
 from protoclip.train.optim import adamw
@@ -45,6 +49,37 @@ def cluster(config: Config) -> Callable[[str, Tensor, Tensor | None], KMeans]:
         )
 
     return run
+
+
+def beside_training(
+    config: Config,
+    samples: Pairs | SampleStream,
+    external: Mapping[str, TeacherFeatures],
+    place: torch.device,
+) -> tuple[Callable[[str, Tensor, Tensor | None], KMeans], Callable[[Episode], None]]:
+    """K-means of one space, and what begins that of the teachers' features of an episode.
+
+    Teachers do not wait for the model, so that while an episode is trained those of the next can
+    be clustered. Not where several processes cluster together, nor from a stream, whose samples
+    are known as they come.
+    """
+    at_once = cluster(config)
+    if world_size() > 1 or not isinstance(samples, Pairs) or not external:
+        return at_once, lambda episode: None
+    ahead = Ahead(lambda space, rows: at_once(space, rows, None), place)
+
+    def known(teacher: TeacherFeatures, episode: Episode) -> Tensor:
+        rows = teacher.lookup([samples.sample_id(row) for row in episode.rows.tolist()])
+        return rows[torch.isfinite(rows).all(1)].to(place)
+
+    def look_ahead(episode: Episode) -> None:
+        for name, teacher in external.items():
+            ahead.expect(name, partial(known, teacher, episode))
+
+    def either(space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
+        return ahead(space, rows) if space in external else at_once(space, rows, positions)
+
+    return either, look_ahead
 
 
 def known_rows(rows: Tensor) -> int:
@@ -107,13 +142,14 @@ def trainer(
     if config.prototypes.source == "queue":
         queue = FeatureQueue(config.prototypes.queue_size or config.episodes.size)
         source = QueuedFeatures(queue=queue, teachers=external, fallback=extracted)
+    clustered, look_ahead = beside_training(config, samples, external, place)
     optimizer = adamw(
         model,
         learning_rate=config.optim.learning_rate,
         betas=config.optim.betas,
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
-        scales=tower_scales(config),
+        scales=rate_scales(config),
     )
     scaler = grad_scaler(precision, place)
     return Trainer(
@@ -127,7 +163,8 @@ def trainer(
         episode=data.episodes(config, samples),
         batches=loader.batches,
         source=source,
-        cluster=cluster(config),
+        cluster=clustered,
+        look_ahead=look_ahead,
         weights=LossWeights(
             info_nce=config.loss.info_nce,
             prototypical=config.loss.prototypical,
@@ -157,13 +194,19 @@ def trainer(
     )
 
 
-def tower_scales(config: Config) -> dict[str, float]:
+def rate_scales(config: Config) -> dict[str, float]:
     """Factors to the learning rate by prefix of parameter names; none where they say nothing."""
-    image, text = config.optim.image_scale, config.optim.text_scale
-    if image == text == 1.0:
-        return {}
+    image, text, heads = (
+        config.optim.image_scale,
+        config.optim.text_scale,
+        config.optim.heads_scale,
+    )
     # open_clip's towers are named `visual` and, where the text tower is no module, by its parts.
-    return {"towers.visual.": image, "towers.logit_scale": 1.0, "towers.": text}
+    towers = {"towers.visual.": image, "towers.logit_scale": 1.0, "towers.": text}
+    return {
+        **(towers if (image, text) != (1.0, 1.0) else {}),
+        **({"image_head.": heads, "text_head.": heads} if heads != 1.0 else {}),
+    }
 
 
 def target_temperatures(config: Config) -> dict[str, float]:

@@ -210,7 +210,8 @@ def dead(step: int, name: str, value: float) -> str | None:
         return None
     return (
         f"{name} is {value:.2g}: no sample of the episode was nearest to most prototypes, which "
-        "teach nothing; lower the number of prototypes, or set prototypes.source to extract"
+        "teach nothing; lower optim.heads_scale or the number of prototypes, or set "
+        "prototypes.source to extract"
     )
 
 
