@@ -91,7 +91,7 @@ def check(config: Config) -> list[str]:
                 f"{name}: {number} needs to be between 2 and episodes.size ({episodes.size})"
             )
     queue_size = prototypes.queue_size or episodes.size
-    if prototypes.source == "queue" and max(counts.values(), default=0) > queue_size:
+    if config.prototype_source == "queue" and max(counts.values(), default=0) > queue_size:
         raise ValueError(
             f"prototypes.queue_size: {queue_size} samples are fewer than the "
             f"{max(counts.values())} prototypes; raise it"
@@ -149,8 +149,10 @@ def without_effect(config: Config) -> list[str]:
         notes.append("data.cache_gb: no effect, since worker processes keep no pictures in memory")
     if config.loss.prototypical == 0 and config.prototypes != default.prototypes:
         notes.append("prototypes.*: no effect, since loss.prototypical is 0")
-    if config.prototypes.queue_size is not None and config.prototypes.source == "extract":
-        notes.append("prototypes.queue_size: no effect, since prototypes.source is extract")
+    if config.prototypes.queue_size is not None and config.prototype_source == "extract":
+        notes.append(
+            "prototypes.queue_size: no effect, since prototypes are extracted (prototypes.source)"
+        )
     if config.loss.teacher == 0 and (config.teacher.features is not None or config.teachers):
         notes.append("teacher.*: no effect, since loss.teacher is 0")
     if config.run.keep_best is not None and not config.run.evaluate_every:

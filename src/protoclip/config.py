@@ -163,9 +163,10 @@ class EpisodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
-    source: Literal["extract", "queue"] = "queue"
+    source: Literal["auto", "extract", "queue"] = "auto"
     """Where what is clustered comes from: `queue`, the projections that training made last, at no
-    cost; `extract`, a pass over each episode before it is trained, as in the paper."""
+    cost; `extract`, a pass over each episode before it is trained, as in the paper. `auto` is the
+    queue where a teacher groups too, and else extraction, which is the better then."""
     queue_size: int | None = None
     """Samples in the queue; `episodes.size` if unset."""
     number: int = 400
@@ -286,6 +287,13 @@ class Config:
     @property
     def uses_teacher(self) -> bool:
         return bool(self.external_teachers)
+
+    @property
+    def prototype_source(self) -> Literal["extract", "queue"]:
+        """`prototypes.source`, decided."""
+        if self.prototypes.source != "auto":
+            return self.prototypes.source
+        return "queue" if self.uses_teacher else "extract"
 
     @property
     def external_teachers(self) -> dict[str, TeacherConfig]:

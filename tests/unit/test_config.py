@@ -8,6 +8,7 @@ import pytest
 
 import protoclip.config
 from protoclip.cli import main
+from protoclip.config import Config, LossConfig, PrototypeConfig, TeacherConfig
 
 
 def test_every_field_has_a_docstring_that_becomes_help(capsys) -> None:
@@ -34,3 +35,13 @@ def test_every_field_has_a_docstring_that_becomes_help(capsys) -> None:
         assert set(documented) == {field.name for field in fields}
         for name, text in documented.items():
             assert "".join(text.split()) in shown, (section.name, name)
+
+
+def test_prototypes_come_from_the_queue_where_a_teacher_groups() -> None:
+    """Unless a source is asked for."""
+    teacher = TeacherConfig(features="emoji")
+    assert Config().prototype_source == "extract"
+    assert Config(teacher=teacher).prototype_source == "queue"
+    assert Config(teacher=teacher, loss=LossConfig(teacher=0.0)).prototype_source == "extract"
+    asked = PrototypeConfig(source="extract")
+    assert Config(teacher=teacher, prototypes=asked).prototype_source == "extract"

@@ -139,7 +139,7 @@ def trainer(
         autocast=context,
     )
     source: FeatureSource = extracted
-    if config.prototypes.source == "queue":
+    if config.prototype_source == "queue":
         queue = FeatureQueue(config.prototypes.queue_size or config.episodes.size)
         source = QueuedFeatures(queue=queue, teachers=external, fallback=extracted)
     clustered, look_ahead = beside_training(config, samples, external, place)
