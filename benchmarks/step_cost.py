@@ -93,7 +93,9 @@ def synthetic(trainer: Trainer, config: Config, device: torch.device) -> Trainer
         text[:, -1] = 49_407
         for first in range(0, len(episode.rows), size):
             position = torch.arange(first, first + size, device=device)
-            yield Batch(position=position, sample_id=[""] * size, image=image, text=text)
+            # The same pictures each time, but pairs that have not been seen yet.
+            names = [str(place) for place in range(first, first + size)]
+            yield Batch(position=position, sample_id=names, image=image, text=text)
 
     source = trainer.source
     if isinstance(source, ExtractedFeatures):
