@@ -73,8 +73,9 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, by: str = "SIGTERM") 
 def stopped_run(
     train: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, step: int = 6, keep: int = 9
 ) -> Config:
-    """A run with checkpoints after every step up to that one."""
-    config = config_for(train, folder, run={"save_steps": 1, "keep_checkpoints": keep})
+    """A run in the way "queue", with checkpoints after every step up to that one."""
+    saved = {"save_steps": 1, "keep_checkpoints": keep}
+    config = config_for(train, folder, run=saved, **WAYS["queue"])
     with monkeypatch.context() as patch:
         stop_after(step, patch)
         run.train(config)
