@@ -64,7 +64,7 @@ def whole(
     def get(way: str) -> Path:
         if way not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
-            train = shards if way == "stream" else tiny_parquet
+            train = {"stream": shards, "teacher": "emoji"}.get(way, tiny_parquet)
             run.train(config_for(train, folder, **WAYS[way]))
             made[way] = folder
         return made[way]

@@ -19,6 +19,7 @@ from protoclip.train.checkpoint import find_checkpoint
 WAYS: dict[str, dict[str, Any]] = {
     "extract": {"prototypes": {"source": "extract"}},
     "queue": {"prototypes": {"source": "queue"}},
+    "teacher": {"teacher": {"features": "emoji"}, "run": {"evaluate": False}},
     "no replacement, workers": {"data": {"workers": 1}, "episodes": {"replacement": False}},
     "micro-batches": {"episodes": {"micro_batch_size": 8}},
     "stream": {
