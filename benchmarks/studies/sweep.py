@@ -2,10 +2,10 @@
 
     python benchmarks/studies/sweep.py STUDY [--seeds 0 1 2] [--split validation] [--jobs 2]
 
-Studies: source (CLIP, extraction, queue), heads (their learning rate), number (of prototypes),
-episode (its size), targets (soft or hard), translation (PBT on or off), norm (prototypes as they
-are or of unit norm). Runs are kept in runs/studies/ and not repeated. Each has one thread; `--jobs`
-of them run at a time.
+Studies: source (CLIP, extraction, queue), demo (its three arms), heads (their learning rate),
+number (of prototypes), episode (its size), targets (soft or hard), translation (PBT on or off),
+norm (prototypes as they are or of unit norm). Runs are kept in runs/studies/ and not repeated. Each
+has one thread; `--jobs` of them run at a time.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from protoclip import demo
 from protoclip.progress import Progress
 
 TEACHER = {"teacher.features": "emoji", "loss.teacher": 2.0}
@@ -30,6 +31,10 @@ STUDIES: dict[str, dict[str, Mapping[str, object]]] = {
         "ProtoCLIP, extract": {"prototypes.source": "extract"},
         "teacher, queue": {**TEACHER, "prototypes.source": "queue"},
         "teacher, extract": {**TEACHER, "prototypes.source": "extract"},
+    },
+    "demo": {
+        arm: {**settings, "episodes.count": demo.EPISODES}
+        for arm, settings in {"CLIP": CLIP, "ProtoCLIP": {}, "teacher": TEACHER}.items()
     },
     "heads": {
         f"heads at {scale} of the rate": {**TEACHER, "optim.heads_scale": scale}
