@@ -15,6 +15,11 @@ def one_core() -> None:
     torch.set_num_threads(1)
 
 
+def same(expected: Tensor | None, rows: Tensor) -> bool:
+    """Whether these are the rows that were expected."""
+    return expected is not None and expected.shape == rows.shape and torch.equal(expected, rows)
+
+
 class Ahead:
     """Clusters what is expected while something else runs; who asks for it then waits less.
 
@@ -49,11 +54,11 @@ class Ahead:
     def __call__(self, space: str, rows: Tensor) -> KMeans:
         """K-means of these rows, from the thread if it was given the same ones."""
         waiting = self.expected.pop(space, None)
-        if waiting is None:
-            return self.pool.submit(self._run, space, lambda: rows).result()[1]
-        expected, result = waiting.result()
-        if expected.shape != rows.shape or not torch.equal(expected, rows):
-            return self.pool.submit(self._run, space, lambda: rows).result()[1]
+        expected, result = waiting.result() if waiting is not None else (None, None)
+        if result is None or not same(expected, rows):
+            if self.stream is not None:  # the rows may still be in the making
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            _, result = self.pool.submit(self._run, space, lambda: rows).result()
         if self.stream is not None:
             # Else its memory could be given away while this stream still reads it.
             current = torch.cuda.current_stream(self.device)
