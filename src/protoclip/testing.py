@@ -1,5 +1,6 @@
 """Tiny models and data sets for tests: of this package, and of those who build on it."""
 
+import atexit
 import io
 import multiprocessing
 import tempfile
@@ -113,11 +114,14 @@ class _Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, self.store.name, theirs), daemon=True
+                target=_serve, args=(rank, world_size, self.store.name, theirs)
             )
             process.start()
+            theirs.close()  # so that it ends when this process does
             self.pipes.append(ours)
             self.processes.append(process)
+        # They are no daemons, which could have no data workers; multiprocessing would join them.
+        atexit.register(self.close)
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         for pipe in self.pipes:
@@ -134,15 +138,21 @@ class _Pool:
         for process in self.processes:
             process.kill()
         self.store.cleanup()
+        atexit.unregister(self.close)
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    # As under torchrun: a spawned process would spawn its data workers too, seconds each.
+    multiprocessing.set_start_method("fork", force=True)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=world_size
     )
     while True:
-        function, arguments = pipe.recv()
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:  # whoever calls has ended
+            return
         try:
             answer = ("", function(*arguments))
         except BaseException:
