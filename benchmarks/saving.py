@@ -79,7 +79,12 @@ def one_checkpoint(model_name: str | None) -> tuple[float, float, float]:
         samples = build.pairs(config)
         skips = SkipLog(Path(folder) / "skipped.jsonl", max_share=1.0, at_least=1)
         beside = session.Session(
-            config, folder=Path(folder), model=model, samples=samples, skips=skips
+            config,
+            folder=Path(folder),
+            model=model,
+            samples=samples,
+            skips=skips,
+            arithmetic={},
         )
         trainer = build.trainer(
             config,

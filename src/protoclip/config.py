@@ -81,13 +81,19 @@ class DataConfig:
     augmentation: Literal["light", "clip"] = "light"
     """Training view: `light` (the paper's for ProtoCLIP) or `clip` (a crop and nothing else)."""
     workers: int = 0
-    """Processes that decode pictures; 0 decodes in the training process."""
+    """Processes that decode pictures; 0 decodes in the training process. Changes no result."""
     cache: Literal["ram", "disk", "none"] = "ram"
-    """Where to keep small copies of pictures for the next pass. `ram` needs `workers = 0`."""
+    """Where to keep decoded pictures for the next pass; changes no result. `ram` needs
+    `workers = 0`. Pictures take three bytes a pixel; JPEGs so large that they are decoded at a
+    fraction of their size are not kept."""
     cache_gb: float = 4.0
-    """Gigabytes that the small copies may take."""
+    """Gigabytes that decoded pictures may take."""
     cache_folder: str | None = None
-    """Folder of the small copies on disk, and of indexes; the user's cache folder if unset."""
+    """Folder of decoded pictures on disk, and of indexes; the user's cache folder if unset."""
+    small_copies: bool = False
+    """Take every crop, in training and extraction, from a copy of the picture with a shorter side
+    of 256 pixels (more for inputs above 179), cached or not. Less sharp; four times as many
+    512-pixel pictures fit into the cache. Cannot change when a run goes on."""
     max_image_pixels: int = 178_956_970
     """Pictures with more pixels are skipped."""
     max_bad_share: float = 0.05

@@ -166,10 +166,15 @@ def convert(
     source = open_feature_file(path, sample_ids=pairs.sample_ids if pairs else None)
     check_width(width, source.width, str(path))
     text = ids_file(path)
+    if text.is_file():
+        ids = fingerprint(str(text))
+    else:  # an array's are then those of the data
+        from_data = pairs is not None and path.suffix == ".npy"
+        ids = source_facts(samples, None)["ids"] if from_data else samples.name
     settings = {
         "teacher": str(path),
         "file": fingerprint(str(path)),
-        "ids": fingerprint(str(text)) if text.is_file() else samples.name,
+        "ids": ids,
         "reduced_to": width,
     }
     finished = finished_before(out, settings)

@@ -45,6 +45,7 @@ def extract_features(
     *,
     teachers: Mapping[str, TeacherFeatures],
     autocast: Callable[[], AbstractContextManager[object]],
+    unique_ids: bool = True,
 ) -> EpisodeFeatures:
     """One pass over an episode with the model in evaluation mode (paper, online episodic training).
 
@@ -55,6 +56,7 @@ def extract_features(
         batches: The episode's batches in order, in a view that is the same whenever a pair comes.
         teachers: External teachers by name.
         autocast: Makes the context that forward passes run in.
+        unique_ids: Whether equal ids mean equal pictures. A stream cannot tell; all of it passes.
 
     Raises:
         ValueError: A projection is not finite.
@@ -63,14 +65,14 @@ def extract_features(
     model.eval()
     images, texts, positions, sample_ids = [], [], [], []
     passed: dict[tuple[str, bytes], int] = {}
-    rows = []
+    rows, number = [], 0
     try:
         for batch in batches:
             tokens = batch.text.cpu().numpy()
             fresh = []
             for place, pair in enumerate(zip(batch.sample_id, map(bytes, tokens), strict=True)):
-                if pair not in passed:
-                    passed[pair] = len(passed)
+                if pair not in passed or not unique_ids:
+                    passed[pair], number = number, number + 1
                     fresh.append(place)
                 rows.append(passed[pair])
             # One at least, since a sharded model needs all processes in every pass.
@@ -131,6 +133,7 @@ class ExtractedFeatures:
     batches: Callable[[Episode], Iterable[Batch]]
     teachers: Mapping[str, TeacherFeatures]
     autocast: Callable[[], AbstractContextManager[object]]
+    unique_ids: bool = True
 
     def features(self, episode: Episode) -> EpisodeFeatures:
         return extract_features(
@@ -138,6 +141,7 @@ class ExtractedFeatures:
             self.batches(episode),
             teachers=self.teachers,
             autocast=self.autocast,
+            unique_ids=self.unique_ids,
         )
 
     def assign(

@@ -31,6 +31,7 @@ from protoclip.run_folder import (
     is_empty,
     newest_whole,
     require_same,
+    require_same_arithmetic,
     stop_on_signals,
     write_whole,
 )
@@ -79,6 +80,8 @@ def train_together(
             folder.mkdir(parents=True, exist_ok=resume)
             stack.enter_context(claimed(folder))
             whole = newest_whole(folder, notes) if begun else None
+            if whole is not None:
+                require_same_arithmetic(whole, session.arithmetic)
             write_whole(folder / "config.toml", to_toml(config))
             for note in notes + session.notes:
                 print(f"note: {note}", file=sys.stderr)
@@ -132,7 +135,14 @@ def prepare(
         max_share=config.data.max_bad_share,
         at_least=config.episodes.size // world_size(),
     )
-    session = Session(config, folder=folder, model=model, samples=samples, skips=skips)
+    session = Session(
+        config,
+        folder=folder,
+        model=model,
+        samples=samples,
+        skips=skips,
+        arithmetic={"run.device": device.type, "run.precision": precision},
+    )
     session.notes += build.notes(samples)
     trainer = build.trainer(
         config,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from protoclip.train.checkpoint import RESUME, STATE, checkpoints, damage, read_json, read_tensors
 
-# Settings that may change between two parts of a run: they alter neither weights nor metrics.
+# Settings that may change between two parts of a run: with any of them every batch, weight and
+# metric of training is the same to the bit.
 FREE = (
-    "run.device",
     "run.out",
     "run.save_steps",
     "run.save_minutes",
@@ -28,6 +28,7 @@ FREE = (
     "data.cache",
     "data.cache_gb",
     "data.cache_folder",
+    "data.max_bad_share",
 )
 LOCK = ".lock"
 STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -109,6 +110,26 @@ def require_same(folder: Path, config: str) -> None:
             f"{folder}: the run was begun with other settings: {', '.join(differ)}; "
             "restore them, or choose another folder with --run.out"
         )
+
+
+def require_same_arithmetic(checkpoint: Path, now: Mapping[str, str]) -> None:
+    """Check that a run goes on with the arithmetic it began with, where settings say `auto`.
+
+    Args:
+        checkpoint: Where it goes on from.
+        now: The settings `run.device` and `run.precision`, decided.
+
+    Raises:
+        ValueError: One is decided otherwise here.
+    """
+    before = read_json(checkpoint / STATE).get("arithmetic", now)
+    for setting, value in now.items():
+        if before.get(setting) != value:
+            raise ValueError(
+                f"{setting}: this run was computed with {before.get(setting)}, and here it would "
+                f"be {value}, with other last digits; go on on a machine like the first, or choose "
+                "another folder with --run.out"
+            )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -39,8 +39,11 @@ class Session:
         model: ProtoCLIP,
         samples: Pairs | SampleStream,
         skips: SkipLog,
+        arithmetic: Mapping[str, str],
     ) -> None:
         self.config, self.folder, self.model, self.skips = config, folder, model, skips
+        # `run.device` and `run.precision`, decided: a run goes on with the same.
+        self.arithmetic = arithmetic
         self.first = rank() == 0
         self.sink: MetricsSink | None = None
         self.watch = Watch()
@@ -124,6 +127,7 @@ class Session:
             facts["position"] = objects_of_all(self.trainer.position(state))
             facts["skips"] = objects_of_all([self.skips.read, self.skips.skipped])
             facts["best"] = self.best
+            facts["arithmetic"] = dict(self.arithmetic)
             weights = snapshot.weights(self.model)
             if self.sink is not None:
                 best = self.best[0] if self.best is not None else None

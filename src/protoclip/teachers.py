@@ -189,8 +189,13 @@ def release(array: npt.NDArray[Any]) -> None:
         array.base.madvise(mmap.MADV_DONTNEED)
 
 
-def read_teacher(path: str | Path) -> TeacherFeatures:
+def read_teacher(path: str | Path, *, prefixes: Sequence[str] = ("",)) -> TeacherFeatures:
     """Open a teacher folder, or a file of features (see `open_feature_file`), which is read whole.
+
+    Args:
+        path: Of the folder or file.
+        prefixes: What sample ids begin with where a file's ids do not; several give each row
+            several ids.
 
     Raises:
         ValueError: Nothing there, not of that form, or features that cannot be used.
@@ -203,8 +208,8 @@ def read_teacher(path: str | Path) -> TeacherFeatures:
     blocks = list(open_feature_file(path).blocks())
     return TeacherFeatures.in_memory(
         name=path.name,
-        sample_ids=[sample_id for ids, _ in blocks for sample_id in ids],
-        features=np.concatenate([features for _, features in blocks]),
+        sample_ids=[prefix + own for prefix in prefixes for ids, _ in blocks for own in ids],
+        features=np.concatenate([features for _, features in blocks] * len(prefixes)),
     )
 
 

@@ -1,169 +1,258 @@
-"""The cache of small copies: the same pixels with and without it, bounded, and safe to delete."""
+"""Crops: the same pixels with any cache and without; caches: bounded, and safe to delete."""
 
+import hashlib
 import io
 import multiprocessing
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from protoclip.data.cache import DiskCache, ImageCache, MemoryCache
-from protoclip.data.decode import decode_crop
+from protoclip.data import cache as caches
+from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop, small_copy
+from protoclip.data.decode import Box, Decoded, decode_crop
+from protoclip.data.transforms import light_view
 
 PIXELS = 10**8
 Make = Callable[[int], ImageCache]
+FORMS: list[tuple[str, str, dict[str, Any]]] = [
+    ("JPEG", "RGB", {}),
+    ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
+    ("JPEG", "L", {}),
+    ("JPEG", "CMYK", {}),
+    ("PNG", "RGB", {"compress_level": 1}),
+    ("PNG", "RGBA", {"compress_level": 1}),
+    ("WEBP", "RGB", {}),
+]
 
 
-def jpeg(seed: int, width: int = 200, height: int = 160) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+def encoded(
+    width: int, height: int, seed: int, form: str = "JPEG", mode: str = "RGB", **options: Any
+) -> bytes:
+    """Blobs of colour; every other picture lies on its side, by its EXIF orientation."""
+    small = (-(-height // 8), -(-width // 8), len(mode)) if mode != "L" else (height, width)
+    noise = np.random.default_rng(seed).integers(0, 256, small, np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = seed % 8 + 1
     buffer = io.BytesIO()
-    Image.fromarray(noise).resize((width, height)).save(buffer, "JPEG")
+    image = Image.fromarray(noise, mode if mode != "L" else None).resize((width, height))
+    image.save(buffer, form, exif=exif, **options)
     return buffer.getvalue()
 
 
-def whole(width: int, height: int) -> tuple[int, int, int, int]:
+def whole(width: int, height: int) -> Box:
     return (0, 0, width, height)
 
 
-def corner(width: int, height: int) -> tuple[int, int, int, int]:
-    return (0, 0, width // 4, height // 4)
-
-
-def unread() -> bytes:
-    raise AssertionError("read although there is a copy")
-
-
-def crop(cache: ImageCache, seed: int, size: int = 32) -> np.ndarray:
-    return cache.crop(str(seed), lambda: jpeg(seed), whole, size, max_pixels=PIXELS)
+def some(seed: int) -> bytes:
+    return encoded(80, 64, seed)
 
 
 @pytest.fixture(params=["memory", "disk"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
-    """A cache of copies of side 64, given its bytes."""
+    """A cache, given its bytes."""
     if request.param == "memory":
-        return lambda most: MemoryCache(side=64, max_bytes=most)
-    return lambda most: DiskCache(tmp_path / "cache", side=64, max_bytes=most)
+        return lambda most: MemoryCache(max_bytes=most)
+    return lambda most: DiskCache(tmp_path / "cache", max_bytes=most)
 
 
-def test_a_crop_is_the_same_with_and_without_its_copy(make: Make) -> None:
-    """Bitwise: on the first visit, on later ones without the original, and with a full cache."""
-    cache, full = make(10**6), MemoryCache(side=64, max_bytes=0)
-    first = crop(cache, 0)
-    again = cache.crop("0", unread, whole, 32, max_pixels=PIXELS)
-    np.testing.assert_array_equal(first, again)
-    if isinstance(cache, MemoryCache):
-        np.testing.assert_array_equal(first, crop(full, 0))
-    exact = decode_crop(jpeg(0), whole, 32, max_pixels=PIXELS)
-    assert np.abs(first.astype(int) - exact).mean() < 3
+@pytest.mark.parametrize("form", range(len(FORMS)))
+def test_crops_are_the_same_with_any_cache(form: int, tmp_path: Path) -> None:
+    """Bit for bit, of pictures and results of many sizes: none, memory, disk; cold, warm, full."""
+    draw = np.random.default_rng(form)
+    kept = [MemoryCache(max_bytes=10**8), DiskCache(tmp_path, max_bytes=10**8)]
+    reduced = served = 0
+    for seed in range(16):
+        width, height = (int(side) for side in np.exp(draw.uniform(2.5, 6.5, 2)))
+        size = int(np.exp(draw.uniform(1.5, 4.3)))
+        view = light_view(size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
+        kind, mode, options = FORMS[form]
+        data = encoded(width, height, seed, kind, mode, **options)
+        boxes = [partial(view.box, draws=draw.random(13, np.float32)) for _ in range(3)]
+        x, y = sorted(draw.integers(0, width, 2)), sorted(draw.integers(0, height, 2))
+        upright = (width, height) if seed % 8 < 4 else (height, width)
+        fixed = (int(x[0]), int(y[0]), int(x[1]) + 1, int(y[1]) + 1)
+        if seed % 8 >= 4:
+            fixed = (fixed[1], fixed[0], fixed[3], fixed[2])
+        assert fixed[2] <= upright[0]
+        for box in [*boxes, lambda w, h, fixed=fixed: fixed, whole]:
+            expected = decode_crop(data, box, size, max_pixels=PIXELS)
+            for cache in (*kept, MemoryCache(max_bytes=0), *kept):
+                found = crop(data, box, size, max_pixels=PIXELS, cache=cache)
+                np.testing.assert_array_equal(found, expected)
+        reduced += min(width, height) >= 4 * size
+        served += min(width, height) < 4 * size
+    assert reduced > 2
+    assert served > 2
 
 
-def test_copies_have_the_side_and_the_shape(make: Make) -> None:
-    """The shorter side is the cache's; a picture without so many pixels keeps its own."""
-    cache = make(10**6)
-    crop(cache, 0)
-    copy = cache.get("0")
-    assert copy is not None
-    assert copy.shape == (64, 80, 3)
-    small = jpeg(1, 48, 40)
-    cache.crop("small", lambda: small, corner, 32, max_pixels=PIXELS)
-    copy = cache.get("small")
-    assert copy is not None
-    assert copy.shape == (40, 48, 3)
-    np.testing.assert_array_equal(  # without loss
-        cache.crop("small", unread, corner, 32, max_pixels=PIXELS),
-        decode_crop(small, corner, 32, max_pixels=PIXELS),
+def test_what_is_kept_is_not_decoded_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what JPEGs are reduced to is not kept, since each crop may have its own fraction."""
+    cache, small, large = make(10**7), some(0), encoded(800, 800, 0)
+    for data in (small, large):
+        crop(data, whole, 32, max_pixels=PIXELS, cache=cache)
+
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(caches, "decode_all", refuse)
+    crop(small, whole, 32, max_pixels=PIXELS, cache=cache)
+    with pytest.raises(AssertionError, match="decoded"):
+        crop(large, whole, 32, max_pixels=PIXELS, cache=cache)
+
+
+def test_a_picture_that_changed_is_another(make: Make) -> None:
+    """It is known by its bytes; so is one that another input size reads otherwise."""
+    cache = make(10**7)
+    for data, size in ((some(0), 32), (some(1), 32), (encoded(300, 300, 2), 80)):
+        crop(data, whole, size, max_pixels=PIXELS, cache=cache)
+    for data, size in ((some(0), 16), (encoded(300, 300, 2), 20)):
+        expected = decode_crop(data, whole, size, max_pixels=PIXELS)
+        np.testing.assert_array_equal(
+            crop(data, whole, size, max_pixels=PIXELS, cache=cache), expected
+        )
+    with pytest.raises(ValueError, match="pixels are more than"):
+        crop(some(0), whole, 32, max_pixels=100, cache=cache)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_every_crop_passes_through_the_small_copy(form: str, make: Make) -> None:
+    """With a cache and without, to the bit; also a crop that the copy has too few pixels for."""
+
+    def corner(width: int, height: int) -> Box:
+        assert min(width, height) == 64
+        return (0, 0, width // 4, height // 4)
+
+    for seed in range(8):
+        data, cache = encoded(200 + 30 * seed, 160, seed, form), make(10**7)
+        for box in (whole, corner):
+            plain = crop(data, box, 32, max_pixels=PIXELS, small_side=64)
+            for kept in (MemoryCache(max_bytes=0), cache, cache):
+                found = crop(data, box, 32, max_pixels=PIXELS, small_side=64, cache=kept)
+                np.testing.assert_array_equal(found, plain)
+            exact = decode_crop(
+                data,
+                lambda w, h, box=box: box(w, h) if box is whole else (0, 0, w // 4, h // 4),
+                32,
+                max_pixels=PIXELS,
+            )
+            assert not np.array_equal(plain, exact)
+            assert np.abs(plain.astype(int) - exact).mean() < 8
+        # What is kept for small copies is not served without them.
+        np.testing.assert_array_equal(
+            crop(data, whole, 32, max_pixels=PIXELS, cache=cache),
+            decode_crop(data, whole, 32, max_pixels=PIXELS),
+        )
+
+
+def test_small_copies_have_the_side_and_the_shape() -> None:
+    """The shorter side is the one asked for; a picture without so many pixels keeps its own."""
+    assert small_copy(encoded(200, 160, 0), 64, max_pixels=PIXELS).pixels.shape == (64, 80, 3)
+    small = small_copy(encoded(48, 40, 0, "PNG"), 64, max_pixels=PIXELS)
+    assert small.pixels.shape == (40, 48, 3)
+    np.testing.assert_array_equal(
+        small.pixels, np.asarray(Image.open(io.BytesIO(encoded(48, 40, 0, "PNG"))))
     )
 
 
-def test_a_crop_with_too_few_pixels_bypasses_the_copy(make: Make) -> None:
-    """Where the copy would have to be enlarged, the original is cropped, copy or no copy."""
-    cache = make(10**6)
-    expected = decode_crop(jpeg(0), corner, 32, max_pixels=PIXELS)
-    bypass = cache.crop("0", lambda: jpeg(0), corner, 32, max_pixels=PIXELS)
-    np.testing.assert_array_equal(bypass, expected)
-    assert cache.get("0") is None
-    crop(cache, 0)
-    bypass = cache.crop("0", lambda: jpeg(0), corner, 32, max_pixels=PIXELS)
-    np.testing.assert_array_equal(bypass, expected)
+def stored(number: int) -> Decoded:
+    pixels = np.random.default_rng(number).integers(0, 256, (64, 80, 3), np.uint8)
+    return Decoded(pixels=pixels, orientation=number % 8 + 1)
+
+
+def key(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()[:32]
+
+
+def assert_holds(cache: ImageCache, number: int) -> None:
+    found = cache.get(key(number))
+    assert found is not None
+    assert found.orientation == stored(number).orientation
+    np.testing.assert_array_equal(found.pixels, stored(number).pixels)
 
 
 def test_the_cache_is_bounded(make: Make) -> None:
-    """It keeps what came first, and what does not fit is made each time."""
-    cache = make(5 * 64 * 80 * 3)
-    for seed in range(30):
-        crop(cache, seed)
-    kept = [seed for seed in range(30) if cache.get(str(seed)) is not None]
+    """It keeps what came first."""
+    cache = make(5 * 16384)
+    for number in range(30):
+        cache.put(key(number), stored(number))
+    kept = [number for number in range(30) if cache.get(key(number)) is not None]
     assert kept == list(range(len(kept)))
-    assert 1 <= len(kept) < 30
-    if isinstance(cache, MemoryCache):
-        assert len(kept) == 5
-    else:
-        files = list(cache.folder.glob("??/*"))
-        assert len(files) == len(kept)
-        assert sum(path.stat().st_size for path in files) <= 5 * 64 * 80 * 3
+    assert 4 <= len(kept) <= 5
+    for number in kept:
+        assert_holds(cache, number)
 
 
 def test_bad_bytes_raise_as_without_a_cache(make: Make) -> None:
     cache = make(10**6)
-    with pytest.raises(ValueError, match="truncated"):
-        cache.crop("0", lambda: jpeg(0)[:-2], whole, 32, max_pixels=PIXELS)
-    with pytest.raises(ValueError, match="200 x 160 pixels"):
-        cache.crop("0", lambda: jpeg(0), whole, 32, max_pixels=100)
-    assert cache.get("0") is None
+    for _ in range(2):
+        with pytest.raises(ValueError, match="truncated"):
+            crop(some(0)[:-2], whole, 32, max_pixels=PIXELS, cache=cache)
 
 
-@pytest.mark.parametrize("damage", [b"", b"junk", b"\xff\xd8\xff\xe0 half a picture"])
-def test_a_damaged_copy_is_made_again(tmp_path: Path, damage: bytes) -> None:
-    cache = DiskCache(tmp_path, side=64, max_bytes=10**6)
-    expected = crop(cache, 0)
+@pytest.mark.parametrize("damage", ["nothing", "junk", "cut", "a pixel", "zeros"])
+def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
+    cache = DiskCache(tmp_path, max_bytes=10**6)
+    cache.put(key(0), stored(0))
     (path,) = cache.folder.glob("??/*")
-    path.write_bytes(damage)
-    np.testing.assert_array_equal(crop(cache, 0), expected)
-    np.testing.assert_array_equal(cache.crop("0", unread, whole, 32, max_pixels=PIXELS), expected)
+    good = path.read_bytes()
+    path.write_bytes(
+        {
+            "nothing": b"",
+            "junk": b"junk",
+            "cut": good[:-7],
+            "a pixel": good[:-1] + bytes([good[-1] ^ 1]),
+            "zeros": bytes(len(good)),
+        }[damage]
+    )
+    assert cache.get(key(0)) is None
+    cache.put(key(0), stored(0))
+    assert_holds(cache, 0)
 
 
 def test_the_folder_may_be_deleted_in_use(tmp_path: Path) -> None:
-    """Wholly, in part, or turned into what cannot be written to: pixels stay the same."""
-    cache = DiskCache(tmp_path / "cache", side=64, max_bytes=10**6)
-    expected = [crop(cache, seed) for seed in range(4)]
+    """Wholly, in part, or turned into what cannot be written to: crops stay the same."""
+    cache = DiskCache(tmp_path / "cache", max_bytes=10**6)
+
+    def crops() -> list[np.ndarray]:
+        return [crop(some(n), whole, 32, max_pixels=PIXELS, cache=cache) for n in range(4)]
+
+    expected = crops()
     shutil.rmtree(tmp_path / "cache")
-    np.testing.assert_array_equal([crop(cache, seed) for seed in range(4)], expected)
+    np.testing.assert_array_equal(crops(), expected)
     next(cache.folder.glob("??/*")).unlink()
-    np.testing.assert_array_equal([crop(cache, seed) for seed in range(4)], expected)
+    np.testing.assert_array_equal(crops(), expected)
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file where the folder was")
-    np.testing.assert_array_equal([crop(cache, seed) for seed in range(4)], expected)
+    np.testing.assert_array_equal(crops(), expected)
 
 
 def test_what_was_deleted_makes_room_for_a_new_process(tmp_path: Path) -> None:
     """A cache that is full when it is opened counts what is really there."""
-    cache = DiskCache(tmp_path, side=64, max_bytes=100_000)
-    for seed in range(30):
-        crop(cache, seed)
-    assert cache.get("29") is None
+    cache = DiskCache(tmp_path, max_bytes=100_000)
+    for number in range(30):
+        cache.put(key(number), stored(number))
+    assert cache.get(key(29)) is None
     for path in cache.folder.glob("??/*"):
         path.unlink()
-    crop(DiskCache(tmp_path, side=64, max_bytes=100_000), 29)
-    assert cache.get("29") is not None
-
-
-def test_copies_of_another_side_are_kept_apart(tmp_path: Path) -> None:
-    crop(DiskCache(tmp_path, side=64, max_bytes=10**6), 0)
-    assert DiskCache(tmp_path, side=96, max_bytes=10**6).get("0") is None
+    DiskCache(tmp_path, max_bytes=100_000).put(key(29), stored(29))
+    assert_holds(cache, 29)
 
 
 def fill(folder: Path) -> None:
-    cache = DiskCache(folder, side=64, max_bytes=40_000)
+    cache = DiskCache(folder, max_bytes=100_000)
     for _ in range(3):
-        for seed in range(12):
-            crop(cache, seed)
+        for number in range(12):
+            cache.put(key(number), stored(number))
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    """Three that fill one at once leave whole copies, within the bound to a copy per process."""
+    """Three that fill one at once leave whole pictures, within the bound to one per process."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=fill, args=(tmp_path,)) for _ in range(3)]
     for process in processes:
@@ -171,13 +260,11 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    cache = DiskCache(tmp_path, side=64, max_bytes=40_000)
+    cache = DiskCache(tmp_path, max_bytes=100_000)
     files = list(cache.folder.glob("??/*"))
     largest = max(path.stat().st_size for path in files)
-    assert sum(path.stat().st_size for path in files) < 40_000 + 3 * largest
+    assert sum(path.stat().st_size for path in files) < 100_000 + 3 * largest
     assert all(len(path.name) == 32 for path in files)  # nothing unfinished
-    for seed in range(12):
-        if cache.get(str(seed)) is not None:
-            np.testing.assert_array_equal(
-                crop(cache, seed), crop(DiskCache(tmp_path / "new", side=64, max_bytes=0), seed)
-            )
+    for number in range(12):
+        if cache.get(key(number)) is not None:
+            assert_holds(cache, number)

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
+from protoclip.data.cache import DiskCache, MemoryCache
 from protoclip.data.episodes import Episode, EpisodeSampler
 from protoclip.data.loader import Batch, EpisodeLoader
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
@@ -99,6 +101,35 @@ def test_batches_from_a_position_on_are_those_of_the_whole(workers: int) -> None
     episode = EpisodeSampler(96, 80, seed=0).episode(4)
     whole = list(loader().batches(episode))
     assert_same(list(loader(workers).batches(episode, start=3)), whole[3:])
+
+
+def photographs(folder: Path) -> ImageTextPairs:
+    """JPEG and PNG files of many sizes, some of which are decoded at a fraction of theirs."""
+    draw = np.random.default_rng(0)
+    for row in range(24):
+        width, height = (int(side) for side in draw.integers(20, 220, 2))
+        pixels = draw.integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+        form = "png" if row % 3 == 0 else "jpg"
+        Image.fromarray(pixels).resize((width, height)).save(folder / f"{row}.{form}")
+    paths = sorted(str(path) for path in folder.iterdir())
+    table = pa.table({"path": paths, "caption": [f"picture {path[-8:]}" for path in paths]})
+    return ImageTextPairs(table, name="photographs")
+
+
+@pytest.mark.parametrize("small_side", [None, 24])
+def test_batches_do_not_depend_on_workers_or_caches(
+    small_side: int | None, tmp_path: Path
+) -> None:
+    """Bit for bit: none, memory, disk; cold and warm; in this process and in two others."""
+    (tmp_path / "files").mkdir()
+    settings = {"pairs": photographs(tmp_path / "files"), "small_side": small_side}
+    memory, disk = MemoryCache(max_bytes=10**7), DiskCache(tmp_path / "disk", max_bytes=10**7)
+    episode = EpisodeSampler(24, 32, seed=0).episode(0)
+    expected = list(loader(**settings).batches(episode))
+    for cache, workers in [(memory, 0), (memory, 0), (disk, 2), (disk, 0), (disk, 2), (None, 2)]:
+        assert_same(list(loader(workers, cache=cache, **settings).batches(episode)), expected)
+    other = list(loader(**{**settings, "small_side": 20 if small_side else 24}).batches(episode))
+    assert not torch.equal(other[0].image, expected[0].image)
 
 
 def test_remembered_tokens_are_those_of_the_tokenizer() -> None:

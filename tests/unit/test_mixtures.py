@@ -46,20 +46,13 @@ def ids(stream: SampleStream, first: int, number: int) -> list[str]:
 def test_rows_of_a_mixture_are_those_of_its_sources_in_turn() -> None:
     """Row numbers, sample ids and their order; all of the first source, then of the second."""
     first = ImageTextPairs(tiny_pairs(5).drop_columns(["sample_id"]), name="a")
-    second = ImageTextPairs(tiny_pairs(3).drop_columns(["sample_id"]), name="b")
+    second = ShuffledCaptions(ImageTextPairs(tiny_pairs(3), name="b"), seed=0)
     mixed = MixedPairs([first, second])
     assert isinstance(mixed, Pairs)
     assert len(mixed) == 8
-    expected = [f"a/{row}" for row in range(5)] + [f"b/{row}" for row in range(3)]
+    expected = [f"a/{row}" for row in range(5)] + [f"b/tiny/{row}" for row in range(3)]
     assert list(mixed.sample_ids()) == expected
     assert [mixed.sample(row).sample_id for row in range(8)] == expected
-
-
-def test_sources_of_one_name_are_refused() -> None:
-    """Their derived sample ids would be the same."""
-    twice = ImageTextPairs(tiny_pairs(3), name="a")
-    with pytest.raises(ValueError, match="two are named 'a'"):
-        MixedPairs([twice, twice])
 
 
 def test_shuffled_captions_are_a_permutation_of_the_captions() -> None:
@@ -89,7 +82,7 @@ def test_a_mixed_stream_keeps_its_shares_and_skips_nothing() -> None:
     mixed = MixedStreams([Counting("a"), Counting("b")], weights=[0.7, 0.3], seed=0)
     found = ids(mixed, 0, 3000)
     for name, share in (("a", 700), ("b", 300)):
-        assert [i for i in found if i[0] == name] == [f"{name}/{n}" for n in range(3 * share)]
+        assert [i for i in found if i[0] == name] == [f"{name}/{name}/{n}" for n in range(3 * share)]
     assert Counter(i[0] for i in found[:1000]) == {"a": 700, "b": 300}
     assert max(len(run) for run in "".join(i[0] for i in found).split("b")) < 60
 
@@ -100,9 +93,16 @@ def test_landmarks_of_a_mixed_stream_reach_each_stream() -> None:
     mixed = MixedStreams(streams, weights=[0.7, 0.3], seed=0)
     landmark = mixed.landmark(1500)
     counts = Counter(i[0] for i in ids(mixed, 0, 1500))
-    assert landmark == {"streams": [{"first": counts["a"]}, {"first": counts["b"]}]}
+    assert landmark["streams"] == [{"first": counts["a"]}, {"first": counts["b"]}]
     mixed.learn(landmark)
     assert streams[1].learned == [{"first": counts["b"]}]
+    for other in (
+        MixedStreams([Counting("a"), Counting("c")], weights=[0.7, 0.3], seed=0),
+        MixedStreams([Counting("a"), Counting("b")], weights=[0.6, 0.4], seed=0),
+        MixedStreams([Counting("a"), Counting("b")], weights=[0.7, 0.3], seed=1),
+    ):
+        with pytest.raises(ValueError, match="the names, the weights or the seed are not those"):
+            other.learn(landmark)
 
 
 @pytest.mark.parametrize("replacement", [True, False])

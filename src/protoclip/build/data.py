@@ -20,12 +20,14 @@ from protoclip.data.transforms import View
 from protoclip.distributed import rank, world_size
 from protoclip.teachers import TeacherFeatures, read_teacher
 
-# Pictures larger than this are kept in small copies of this shorter side, with room for a crop.
+# Shorter side of small copies: this, or more where crops are larger.
 COPY_SIDE, COPY_MARGIN = 256, 10 / 7
+# Part of the folder's name: what an earlier form of the cache left is not read.
+CACHE_FORM = "pictures-2"
 
 
 def pairs(config: Config) -> Pairs | SampleStream:
-    """The training pairs: one source, or a mixture.
+    """The training pairs: one source, or a mixture, whose sample ids begin with a source's name.
 
     Raises:
         ValueError: A file is missing or not of the right form, or sources do not go together.
@@ -69,6 +71,9 @@ def entries(data: DataConfig) -> list[SourceConfig]:
 
 def opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> Pairs | SampleStream:
     """One source; what its entry leaves unset is taken from the section it stands in."""
+    # In a mixture tar shards are named after their folder, as other sources are: not by the path.
+    here = len(data.sources) > 1 and Path(entry.path).exists()
+    name = entry.name or (Path(entry.path).resolve().name if here else None)
     columns = {
         name: getattr(entry, name) or getattr(data, name)
         for name in ("image_column", "caption_column", "id_column", "root")
@@ -77,7 +82,7 @@ def opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> Pairs | Sampl
         columns["caption_column"] = [columns["caption_column"]]
     return open_source(
         entry.path,
-        name=entry.name,
+        name=name,
         read=data.read,
         seed=seed,
         rank=rank(),
@@ -141,25 +146,28 @@ def loader(
         seed=config.run.seed,
         device=device,
         workers=config.data.workers,
-        cache=image_cache(config.data, samples, view.size),
+        cache=image_cache(config.data, samples),
+        small_side=max(COPY_SIDE, math.ceil(view.size * COPY_MARGIN))
+        if config.data.small_copies
+        else None,
         max_image_pixels=config.data.max_image_pixels,
         on_read=on_read,
     )
 
 
-def image_cache(data: DataConfig, samples: Pairs | SampleStream, size: int) -> ImageCache | None:
-    """Small copies for repeated passes, large enough for most crops of that size."""
-    side, most = max(COPY_SIDE, math.ceil(size * COPY_MARGIN)), int(data.cache_gb * 1e9)
+def image_cache(data: DataConfig, samples: Pairs | SampleStream) -> ImageCache | None:
+    """Keeps decoded pictures for repeated passes."""
+    most = int(data.cache_gb * 1e9)
     if data.cache == "disk":
         folder = Path(data.cache_folder) if data.cache_folder else cache_folder()
-        return DiskCache(folder / "images" / identity(samples), side=side, max_bytes=most)
+        return DiskCache(folder / CACHE_FORM / identity(samples), max_bytes=most)
     # Memory is a process's own: what one worker keeps, another has to decode.
     keeps = data.cache == "ram" and not data.workers
-    return MemoryCache(side=side, max_bytes=most) if keeps else None
+    return MemoryCache(max_bytes=most) if keeps else None
 
 
 def identity(samples: Pairs | SampleStream) -> str:
-    """A name for a source and its index, so that one source's copies are never another's."""
+    """A name for a source and its index, each of which has a room of its own in the cache."""
     if isinstance(samples, MixedPairs):
         return digest({"sources": [identity(source) for source in samples.sources]})
     index = samples.index if isinstance(samples, ImageTextPairs) else None
@@ -177,8 +185,10 @@ def teachers(
     found = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
-        bundled = teacher.features == "emoji"
-        features = read_teacher(emoji_teacher_path() if bundled else teacher.features)
+        if teacher.features == "emoji":
+            features = read_teacher(emoji_teacher_path(), prefixes=emoji_prefixes(config, samples))
+        else:
+            features = read_teacher(teacher.features)
         if isinstance(samples, Pairs) and (missing := features.missing(samples.sample_ids())):
             note(
                 f"{name}: no features of {missing} of {len(samples)} training samples, which this "
@@ -186,3 +196,11 @@ def teachers(
             )
         found[name] = features
     return found
+
+
+def emoji_prefixes(config: Config, samples: Pairs | SampleStream) -> list[str]:
+    """What the ids of the bundled samples begin with, which their features know without."""
+    if not isinstance(samples, MixedPairs):
+        return [""]
+    sources = zip(samples.sources, entries(config.data), strict=True)
+    return [f"{source.name}/" for source, entry in sources if entry.path == "emoji"] or [""]

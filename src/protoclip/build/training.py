@@ -137,6 +137,7 @@ def trainer(
         batches=dataclasses.replace(loader, view=models.evaluation_view(model)).batches,
         teachers=external,
         autocast=context,
+        unique_ids=isinstance(samples, Pairs),
     )
     source: FeatureSource = extracted
     if config.prototype_source == "queue":

@@ -1,190 +1,189 @@
-"""Small copies of pictures, for data that is read many times.
+"""Crops of pictures, and decoded pictures that are kept for the next pass.
 
-A copy has a shorter side of 256 pixels, say: a crop of one from a disk cache takes about 0.6 of the
-time that a crop of a 512-pixel JPEG takes, from memory a tenth. What a crop looks like does not
-depend on whether its copy was there: without one, it is made and used the same way. So a cache may
-be emptied or deleted at any time, and a resumed run sees the same pixels.
+Kept is only what changes no pixel: a crop is the same to the bit with any cache, cold or warm, full
+or deleted, and without one. A picture is known by its bytes, so that one whose file has changed is
+another picture. Crops of pictures of 512 pixels take half the time from a disk and a quarter from
+memory; JPEGs so large that their crops are decoded at a fraction of their size are not kept.
+
+Small copies are another matter: every crop is then taken from a copy of the picture with a shorter
+side of 256 pixels, say, which is less sharp and faster to keep. They are a choice of the run, made
+the same way with and without a cache.
 """
 
 import contextlib
 import hashlib
-import io
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
+import struct
+import zlib
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, runtime_checkable
 from uuid import uuid4
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
-from protoclip.data.decode import ChooseBox, crop_resize, decode, decode_crop, dimensions, resize
+from protoclip.data.decode import (
+    ChooseBox,
+    Decoded,
+    crop_decoded,
+    decode,
+    decode_all,
+    decode_crop,
+    dimensions,
+    resize,
+)
 
-T = TypeVar("T")
-Pixels = UInt8[np.ndarray, "h w 3"]
 BLOCK = 4096  # bytes that a file system hands out at a time
+# Of a file of pixels: their checksum, height, width and orientation.
+HEADER = struct.Struct("<IIII")
 
 
-class ImageCache(ABC):
-    """What the two caches share: when a copy serves, and how it is made.
+@runtime_checkable
+class ImageCache(Protocol):
+    """Keeps decoded pictures by key, as long as there is room."""
+
+    def get(self, key: str) -> Decoded | None:
+        """What is kept under a key, if anything is."""
+        ...
+
+    def put(self, key: str, picture: Decoded) -> None:
+        """Keep a picture if there is room."""
+        ...
+
+
+def crop(
+    encoded: bytes,
+    box: ChooseBox,
+    size: int,
+    *,
+    max_pixels: int,
+    small_side: int | None = None,
+    cache: ImageCache | None = None,
+) -> UInt8[np.ndarray, "s s 3"]:
+    """A crop of a picture, resized: `decode_crop`, with or without a cache.
 
     Args:
-        side: Pixels of a copy's shorter side; smaller pictures are copied at their size. A crop
-            is taken from a copy only if it covers at least the pixels of the result there.
+        encoded: The bytes of the file.
+        box: The crop, given the upright picture's width and height, or those of its small copy.
+        size: Height and width of the result.
+        max_pixels: Pictures of more pixels are refused before they are decoded.
+        small_side: Take the crop from a copy of this shorter side; of the picture itself if unset,
+            or if it has no more pixels.
+        cache: Where decoded pictures are kept; changes no pixel.
+
+    Raises:
+        ValueError: As `decode_crop`.
     """
-
-    def __init__(self, *, side: int) -> None:
-        self.side = side
-
-    @abstractmethod
-    def dimensions(self, sample_id: str) -> tuple[int, int] | None:
-        """Width and height of a sample's copy, if it is kept."""
-
-    @abstractmethod
-    def get(self, sample_id: str) -> Pixels | None:
-        """The copy of a sample's picture, if it is kept."""
-
-    @abstractmethod
-    def put(self, sample_id: str, pixels: Pixels) -> Pixels:
-        """Keep a copy if there is room; returns it as `get` would."""
-
-    def crop(
-        self,
-        sample_id: str,
-        read: Callable[[], bytes],
-        box: ChooseBox,
-        size: int,
-        *,
-        max_pixels: int,
-    ) -> UInt8[np.ndarray, "s s 3"]:
-        """As `decode_crop` of `read()`, from a copy where it serves.
-
-        The box is asked for in the pixels of what is cropped.
-
-        Raises:
-            ValueError: As `decode_crop`.
-        """
-        encoded = None
-        kept = self.dimensions(sample_id)
-        if kept is None:
-            encoded = read()
-            kept = self._copy_size(*dimensions(encoded, max_pixels=max_pixels))
-        width, height = kept
-        if not self._serves(width, height, box, size):
-            return decode_crop(encoded or read(), box, size, max_pixels=max_pixels)
-        copy = self.get(sample_id)
-        if copy is None:
-            # A copy made from twice its size is as sharp as one made from all pixels.
-            whole = decode(encoded or read(), max_pixels=max_pixels, at_least=2 * self.side)
-            copy = self.put(sample_id, resize(whole, height, width))
-        return crop_resize(copy, box(width, height), size)
-
-    def _copy_size(self, width: int, height: int) -> tuple[int, int]:
-        share = min(1.0, self.side / min(width, height))
-        return round(width * share), round(height * share)
-
-    def _serves(self, width: int, height: int, box: ChooseBox, size: int) -> bool:
-        left, top, right, bottom = box(width, height)
-        whole = min(width, height) < self.side  # a copy of all that there is
-        return whole or min(right - left, bottom - top) >= size
+    if cache is None and small_side is None:
+        return decode_crop(encoded, box, size, max_pixels=max_pixels)
+    # Of everything that says what is kept, and whether the picture is refused.
+    settings = f"{small_side} {size} {max_pixels} ".encode()
+    key = hashlib.sha256(settings + encoded).hexdigest()[:32] if cache is not None else ""
+    picture = cache.get(key) if cache is not None else None
+    if picture is None:
+        if small_side is not None:
+            picture = small_copy(encoded, small_side, max_pixels=max_pixels)
+        else:
+            picture = decode_all(encoded, size, max_pixels=max_pixels)
+        if picture is None:
+            return decode_crop(encoded, box, size, max_pixels=max_pixels)
+        if cache is not None:
+            cache.put(key, picture)
+    return crop_decoded(picture, box, size)
 
 
-class MemoryCache(ImageCache):
-    """Copies in this process's memory, three bytes a pixel.
+def small_copy(encoded: bytes, side: int, *, max_pixels: int) -> Decoded:
+    """A picture, upright, with a shorter side of at most so many pixels; raises as `decode`."""
+    width, height = dimensions(encoded, max_pixels=max_pixels)
+    share = min(1.0, side / min(width, height))
+    # A copy made from twice its size is as sharp as one made from all pixels.
+    pixels = decode(encoded, max_pixels=max_pixels, at_least=2 * side)
+    return Decoded(pixels=resize(pixels, round(height * share), round(width * share)))
+
+
+class MemoryCache:
+    """Pictures in this process's memory, three bytes a pixel.
 
     Every process has its own: made for loading without worker processes. When it is full it keeps
     what it holds, which serves repeated passes better than keeping what came last.
 
     Args:
-        side: See `ImageCache`.
-        max_bytes: How much memory the copies may take.
+        max_bytes: How much memory the pictures may take.
     """
 
-    def __init__(self, *, side: int = 256, max_bytes: int) -> None:
-        super().__init__(side=side)
+    def __init__(self, *, max_bytes: int) -> None:
         self.max_bytes, self.used = max_bytes, 0
-        self._copies: dict[str, Pixels] = {}
+        self._pictures: dict[str, Decoded] = {}
 
-    def dimensions(self, sample_id: str) -> tuple[int, int] | None:
-        copy = self._copies.get(sample_id)
-        return None if copy is None else (copy.shape[1], copy.shape[0])
+    def get(self, key: str) -> Decoded | None:
+        return self._pictures.get(key)
 
-    def get(self, sample_id: str) -> Pixels | None:
-        return self._copies.get(sample_id)
-
-    def put(self, sample_id: str, pixels: Pixels) -> Pixels:
-        if sample_id not in self._copies and self.used + pixels.nbytes <= self.max_bytes:
-            self._copies[sample_id] = pixels.copy()
-            self.used += pixels.nbytes
-        return pixels
+    def put(self, key: str, picture: Decoded) -> None:
+        if key not in self._pictures and self.used + picture.pixels.nbytes <= self.max_bytes:
+            self._pictures[key] = picture
+            self.used += picture.pixels.nbytes
 
 
-class DiskCache(ImageCache):
-    """Copies in a folder, which processes may share: JPEG of quality 95, PNG of small pictures.
+class DiskCache:
+    """Pictures in a folder, which processes may share: three bytes a pixel, with a checksum.
 
-    One folder serves one data set: samples are told apart by their id alone. Give a folder of a
-    memory file system, such as /dev/shm, to keep the copies of several processes in memory.
+    Give a folder of a memory file system, such as /dev/shm, to keep the pictures of several
+    processes in memory.
 
     Args:
-        folder: Where; made when the first copy is written. Any part of it may be deleted any time.
-        side: See `ImageCache`; copies of another side do not meet these.
-        max_bytes: How much of the disk the copies may take, to about a copy per process. It is
-            counted in blocks of 4 KiB as copies are written; what is deleted counts until a
+        folder: Where; made when the first picture is written. Any part of it may be deleted any
+            time.
+        max_bytes: How much of the disk the pictures may take, to about a picture per process. It is
+            counted in blocks of 4 KiB as pictures are written; what is deleted counts until a
             process opens a cache that is nearly full, which is then counted again.
     """
 
-    def __init__(self, folder: Path, *, side: int = 256, max_bytes: int) -> None:
-        super().__init__(side=side)
-        self.folder, self.max_bytes = folder / str(side), max_bytes
+    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
         # A byte for each block that is taken: appending is one step for all processes.
         self._tally = self.folder / "blocks"
         if self._used() > 0.9 * max_bytes:
             blocks = sum(_blocks(path.stat().st_size) for path in self.folder.glob("??/*"))
             self._tally.write_bytes(bytes(blocks))
 
-    def dimensions(self, sample_id: str) -> tuple[int, int] | None:
-        return self._read(sample_id, partial(dimensions, max_pixels=2**31))
-
-    def get(self, sample_id: str) -> Pixels | None:
-        return self._read(sample_id, partial(decode, max_pixels=2**31))
-
-    def _read(self, sample_id: str, use: Callable[[bytes], T]) -> T | None:
-        path = self._path(sample_id)
+    def get(self, key: str) -> Decoded | None:
+        path = self._path(key)
         try:
-            return use(path.read_bytes())
+            stored = path.read_bytes()
         except OSError:
             return None
-        except ValueError:  # damaged, by whatever: made again from the original
-            with contextlib.suppress(OSError):
-                path.unlink()
-            return None
+        if len(stored) >= HEADER.size:
+            checksum, height, width, orientation = HEADER.unpack_from(stored)
+            pixels = np.frombuffer(stored, np.uint8, offset=HEADER.size)
+            whole = len(pixels) == 3 * height * width
+            if whole and checksum == _checksum(pixels, height, width, orientation):
+                return Decoded(pixels=pixels.reshape(height, width, 3), orientation=orientation)
+        # Damaged, by whatever: made again from the original.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
 
-    def put(self, sample_id: str, pixels: Pixels) -> Pixels:
-        buffer = io.BytesIO()
-        if min(pixels.shape[:2]) < self.side:
-            # An enlarged crop would show what JPEG does to a small picture.
-            Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-        else:
-            # With colour at full resolution: at half of it, thin coloured lines would suffer.
-            Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
-        encoded = buffer.getvalue()
-        if self._used() + len(encoded) <= self.max_bytes:
-            path = self._path(sample_id)
-            unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
-            # Without the copy everything works as well, only slower: a full disk or a folder
-            # deleted in between is no reason to stop.
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                unfinished.write_bytes(encoded)
-                unfinished.replace(path)
-                with self._tally.open("ab") as tally:
-                    tally.write(bytes(_blocks(len(encoded))))
-            except OSError:
-                with contextlib.suppress(OSError):
-                    unfinished.unlink()
-        return decode(encoded, max_pixels=2**31)
+    def put(self, key: str, picture: Decoded) -> None:
+        size = HEADER.size + picture.pixels.nbytes
+        if self._used() + size > self.max_bytes:
+            return
+        height, width = picture.pixels.shape[:2]
+        facts = (height, width, picture.orientation)
+        header = HEADER.pack(_checksum(picture.pixels, *facts), *facts)
+        path = self._path(key)
+        unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
+        # Without the file everything works as well, only slower: a full disk or a folder deleted
+        # in between is no reason to stop.
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                file.write(header)
+                file.write(picture.pixels.data)
+            unfinished.replace(path)
+            with self._tally.open("ab") as tally:
+                tally.write(bytes(_blocks(size)))
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
 
     def _used(self) -> int:
         try:
@@ -192,9 +191,12 @@ class DiskCache(ImageCache):
         except OSError:
             return 0
 
-    def _path(self, sample_id: str) -> Path:
-        name = hashlib.sha256(sample_id.encode()).hexdigest()
-        return self.folder / name[:2] / name[2:34]
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / key
+
+
+def _checksum(pixels: UInt8[np.ndarray, "..."], *facts: int) -> int:
+    return zlib.crc32(pixels.data, zlib.crc32(repr(facts).encode()))
 
 
 def _blocks(size: int) -> int:

@@ -9,6 +9,7 @@ pictures alone, which PIL refuses beyond twice that limit.
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,6 +48,14 @@ ORIENTATION = 0x0112  # EXIF
 REDUCED_MARGIN = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """All pixels of a picture, as they lie in its file, and its EXIF orientation, 1 to 8."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    orientation: int = 1
+
+
 def reduction(side: int, size: int) -> int:
     """By how much a JPEG may be reduced while it is decoded: 1, 2, 4 or 8.
 
@@ -73,14 +82,33 @@ def decode_crop(
         ValueError: The bytes are no picture, not all of one, or too large a one.
     """
     image, orientation = _open(encoded, max_pixels)
-    width, height = _upright(image.size, orientation)
-    left, top, right, bottom = box(width, height)
-    stored = _stored_box((left, top, right, bottom), (width, height), orientation)
-    factor = reduction(min(right - left, bottom - top), size)
+    stored = _chosen(box, image.size, orientation)
+    factor = reduction(min(stored[2] - stored[0], stored[3] - stored[1]), size)
     while any(edge % factor for edge in stored):
         factor //= 2
-    pixels = _pixels(encoded, image, stored, factor)
-    return _turn(resize(pixels, size, size), orientation)
+    return _finished(_pixels(encoded, image, stored, factor), size, orientation)
+
+
+def decode_all(encoded: bytes, size: int, *, max_pixels: int) -> Decoded | None:
+    """All pixels of a picture, if every crop of it that is resized to `size` is taken from them.
+
+    None for a JPEG so large that `decode_crop` reduces it while it decodes some crop.
+
+    Raises:
+        ValueError: As `decode_crop`.
+    """
+    image, orientation = _open(encoded, max_pixels)
+    if image.format == "JPEG" and reduction(min(image.size), size) > 1:
+        return None
+    pixels = _pixels(encoded, image, (0, 0, *image.size), 1)
+    return Decoded(pixels=np.ascontiguousarray(pixels), orientation=orientation)
+
+
+def crop_decoded(picture: Decoded, box: ChooseBox, size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """`decode_crop` of a picture that is decoded, to the same bits."""
+    height, width = picture.pixels.shape[:2]
+    left, top, right, bottom = _chosen(box, (width, height), picture.orientation)
+    return _finished(picture.pixels[top:bottom, left:right], size, picture.orientation)
 
 
 def decode(
@@ -229,6 +257,19 @@ def _stored_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
     if mirror_y:
         top, bottom = size[1] - bottom, size[1] - top
     return (top, left, bottom, right) if swap else (left, top, right, bottom)
+
+
+def _chosen(box: ChooseBox, stored: tuple[int, int], orientation: int) -> Box:
+    """The box of a stored picture of that width and height; `box` sees it upright."""
+    upright = _upright(stored, orientation)
+    return _stored_box(box(*upright), upright, orientation)
+
+
+def _finished(
+    crop: UInt8[np.ndarray, "h w 3"], size: int, orientation: int
+) -> UInt8[np.ndarray, "s s 3"]:
+    # A JPEG decoder gives planes; interleaved, they are resized in a third of the time.
+    return _turn(resize(np.ascontiguousarray(crop), size, size), orientation)
 
 
 def _turn(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> Shaped[np.ndarray, "h2 w2 3"]:

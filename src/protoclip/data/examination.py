@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from protoclip.data.decode import READERS, decode, dimensions
-from protoclip.data.mixtures import MixedStreams
+from protoclip.data.mixtures import MixedStreams, under
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.streams import ShardStream, read_shard
 
@@ -63,21 +63,35 @@ def stream_chunks(
 ) -> tuple[Iterator[Chunk], int]:
     """Samples read here, and how many they are, or the number of shards where that is unknown."""
     streams = source.streams if isinstance(source, MixedStreams) else [source]
-    shards = [(s, t.caption_keys) for t in streams if isinstance(t, ShardStream) for s in t.shards]
+    prefix = [t.name if isinstance(source, MixedStreams) else None for t in streams]
+    shards = [
+        (s, t.caption_keys, name)
+        for t, name in zip(streams, prefix, strict=True)
+        if isinstance(t, ShardStream)
+        for s in t.shards
+    ]
     if samples is None:
         if not shards:
             raise ValueError(f"{source.name}: has no end; say how many samples to read")
         numbered = (
-            (sample, number) for number, shard in enumerate(shards) for sample in read_shard(*shard)
+            (sample, number) for number, shard in enumerate(shards) for sample in of_shard(*shard)
         )
         return grouped(numbered), len(shards)
     if shards:
         each = max(CHUNK, -(-samples // len(shards)))
         chosen = drawn(len(shards), min(len(shards), -(-samples // each)), seed).tolist()
-        found = (sample for n in chosen for sample in islice(read_shard(*shards[n]), each))
+        found = (sample for n in chosen for sample in islice(of_shard(*shards[n]), each))
     else:
         found = (sample for sample in source.samples())
     return grouped(zip(found, range(1, samples + 1), strict=False)), samples
+
+
+def of_shard(
+    shard: str, caption_keys: Sequence[str] | None, name: str | None
+) -> Iterator[Sample | BadSample]:
+    """A shard's samples, under the name of their source in a mixture."""
+    found = read_shard(shard, caption_keys)
+    return found if name is None else (under(name, item) for item in found)
 
 
 def grouped(numbered: Iterable[tuple[Sample | BadSample, int]]) -> Iterator[Chunk]:

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from protoclip.data.cache import ImageCache
-from protoclip.data.decode import Box, decode_crop
+from protoclip.data.cache import ImageCache, crop
+from protoclip.data.decode import Box
 from protoclip.data.episodes import Episode, caption_draws, view_draws
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.transforms import View
@@ -103,16 +103,19 @@ class _BatchMaker(Dataset[_Made]):
         return self.loader.pairs.sample(candidate)
 
     def picture(self, sample: Sample, draws: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-        view, cache, most = self.loader.view, self.loader.cache, self.loader.max_image_pixels
+        view = self.loader.view
 
         def box(width: int, height: int) -> Box:
             return view.box(width, height, draws)
 
         try:
-            if cache is None:
-                return decode_crop(sample.image, box, view.size, max_pixels=most)
-            return cache.crop(
-                sample.sample_id, lambda: sample.image, box, view.size, max_pixels=most
+            return crop(
+                sample.image,
+                box,
+                view.size,
+                max_pixels=self.loader.max_image_pixels,
+                small_side=self.loader.small_side,
+                cache=self.loader.cache,
             )
         except ValueError as error:
             raise BadSample(sample.sample_id, sample.where, str(error)) from None
@@ -134,7 +137,8 @@ class EpisodeLoader:
         device: Where batches end up.
         workers: Processes that decode; 0 decodes in this process.
         rank, world_size: Which of how many processes this is; together they train each batch.
-        cache: Small copies of pictures, for repeated passes.
+        cache: Keeps decoded pictures for repeated passes; changes nothing but the time.
+        small_side: Take every crop from a copy of this shorter side; see `cache.crop`.
         max_image_pixels: Larger pictures count as bad.
         on_read: Called with each batch's number of samples read and the bad ones among them.
     """
@@ -149,6 +153,7 @@ class EpisodeLoader:
     rank: int = 0
     world_size: int = 1
     cache: ImageCache | None = None
+    small_side: int | None = None
     max_image_pixels: int = MAX_IMAGE_PIXELS
     on_read: Callable[[int, list[BadSample]], None] | None = None
 
@@ -156,7 +161,7 @@ class EpisodeLoader:
         """This process's batches of an episode from number `start` on.
 
         A pure function of its arguments: batches after a restart are those of a run that was not
-        interrupted, with any number of workers.
+        interrupted, with any number of workers and any cache.
 
         Raises:
             ValueError: A worker process died, or a batch found no good samples to fill it.

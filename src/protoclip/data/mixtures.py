@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protoclip.data.episodes import ORDER_STREAM, generator, permute
+from protoclip.data.index import digest
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 
 # Number of a permutation that no turn over the data reaches.
@@ -18,25 +19,50 @@ APART = 2**62
 PERIOD = 1000
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Check that sample ids which start with a source's name and `/` are unique.
+
+    Raises:
+        ValueError: Two sources have one name, or a name holds a `/`.
+    """
+    for name in names:
+        wrong = (
+            f"two are named '{name}'"
+            if names.count(name) > 1
+            else f"'{name}' cannot begin sample ids, because of its '/'"
+        )
+        if names.count(name) > 1 or "/" in name:
+            raise ValueError(
+                f"data.sources: {wrong}; give each source a name of its own, without '/', by "
+                "name = ... in its [[data.sources]]"
+            )
+
+
+def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
+    """A sample of the source of that name, under the id that it has in a mixture."""
+    sample_id = f"{name}/{item.sample_id}"
+    if isinstance(item, Sample):
+        return replace(item, sample_id=sample_id)
+    return BadSample(sample_id, item.where, item.reason)
+
+
 class MixedPairs:
     """Sources one after the other: the rows of the second follow those of the first.
 
-    How often each is drawn is the sampler's affair.
+    Every sample id is `<name of the source>/<id in the source>`, so that none comes twice. How
+    often each source is drawn is the sampler's affair.
 
     Args:
-        sources: At least one; their names differ, since derived sample ids start with them.
+        sources: At least one.
 
     Raises:
-        ValueError: Two sources of one name.
+        ValueError: Two sources of one name, or a name with a `/`.
     """
 
+    has_ids = True
+
     def __init__(self, sources: Sequence[Pairs]) -> None:
-        names = [source.name for source in sources]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
-            raise ValueError(
-                f"data.sources: two are named '{repeated}'; give each a name of its own"
-            )
+        check_names([source.name for source in sources])
         self.sources = list(sources)
         self._ends = list(accumulate(len(source) for source in sources))
 
@@ -48,16 +74,22 @@ class MixedPairs:
         return self._ends[-1]
 
     def sample(self, row: int) -> Sample:
-        source, row = self._find(row)
-        return source.sample(row)
+        source, own = self._find(row)
+        try:
+            return replace(source.sample(own), sample_id=self.sample_id(row))
+        except BadSample as error:
+            raise BadSample(self.sample_id(row), error.where, error.reason) from None
 
     def sample_id(self, row: int) -> str:
         source, row = self._find(row)
-        return source.sample_id(row)
+        return f"{source.name}/{source.sample_id(row) if source.has_ids else row}"
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
-        source, row = self._find(row)
-        return source.sample_captions(row)
+        source, own = self._find(row)
+        try:
+            return source.sample_captions(own)
+        except BadSample as error:
+            raise BadSample(self.sample_id(row), error.where, error.reason) from None
 
     def _find(self, row: int) -> tuple[Pairs, int]:
         number = bisect_right(self._ends, row)
@@ -65,21 +97,30 @@ class MixedPairs:
 
     def sample_ids(self) -> Iterator[str]:
         for source in self.sources:
-            yield from source.sample_ids()
+            if source.has_ids:
+                yield from (f"{source.name}/{own}" for own in source.sample_ids())
+            else:
+                yield from (f"{source.name}/{row}" for row in range(len(source)))
 
 
 class MixedStreams:
     """Streams in turns, each with its share of every thousand samples, in a seeded order.
 
+    Every sample id is `<name of the stream>/<id in the stream>`.
+
     Args:
         streams: At least one.
         weights: Relative share of each.
         seed: Names the order.
+
+    Raises:
+        ValueError: Two streams of one name, a name with a `/`, or a weight that is too small.
     """
 
     def __init__(
         self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
     ) -> None:
+        check_names([stream.name for stream in streams])
         self.streams, self.seed = list(streams), seed
         bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
         self._shares = np.diff(bounds, prepend=0)
@@ -98,7 +139,7 @@ class MixedStreams:
         ]
         while True:
             for source in self._order(period)[skip:]:
-                yield next(readers[source])
+                yield under(self.streams[source].name, next(readers[source]))
             period, skip = period + 1, 0
 
     def landmark(self, first: int) -> dict[str, Any]:
@@ -106,11 +147,20 @@ class MixedStreams:
             stream.landmark(number)
             for stream, number in zip(self.streams, self._counts(first), strict=True)
         ]
-        return {"streams": marks}
+        return {"streams": marks, "mixture": self._identity()}
 
     def learn(self, landmark: dict[str, Any]) -> None:
+        if landmark.get("mixture") != self._identity():
+            raise ValueError(
+                f"{self.name}: the names, the weights or the seed are not those of what was "
+                "interrupted, so the streams cannot go on; restore them, or start anew"
+            )
         for stream, mark in zip(self.streams, landmark["streams"], strict=True):
             stream.learn(mark)
+
+    def _identity(self) -> str:
+        names = [stream.name for stream in self.streams]
+        return digest({"names": names, "shares": self._shares.tolist(), "seed": self.seed})
 
     def _order(self, period: int) -> npt.NDArray[np.int64]:
         sources = np.repeat(np.arange(len(self.streams)), self._shares)
@@ -133,6 +183,10 @@ class ShuffledCaptions:
     @property
     def name(self) -> str:
         return self.pairs.name
+
+    @property
+    def has_ids(self) -> bool:
+        return self.pairs.has_ids
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -39,7 +39,7 @@ class Sample:
     """A pair as it is stored.
 
     Attributes:
-        sample_id: Stable name, the key of teacher features and skip lists.
+        sample_id: Stable name, the key of teacher features and skip lists; unique in a run.
         image: The encoded picture (JPEG, PNG, WebP, ...).
         captions: One or more, none of them empty; a visit draws one.
         where: The file or archive member it comes from, for messages.
@@ -57,6 +57,11 @@ class Pairs(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether samples have ids of their own; else they are named `<name>/<row>`."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -149,17 +154,21 @@ class ImageTextPairs:
     def name(self) -> str:
         return self._name
 
+    @property
+    def has_ids(self) -> bool:
+        return "sample_id" in self.table.column_names
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def sample_id(self, row: int) -> str:
         """The stable name of a sample, the key of teacher features and skip lists."""
-        if "sample_id" in self.table.column_names:
+        if self.has_ids:
             return str(self._value("sample_id", row))
         return f"{self._name}/{row}"
 
     def sample_ids(self) -> Iterator[str]:
-        if "sample_id" not in self.table.column_names:
+        if not self.has_ids:
             yield from (f"{self._name}/{row}" for row in range(len(self)))
             return
         for chunk in self.table.column("sample_id").iterchunks():

@@ -113,7 +113,7 @@ def check_stems(shards: Sequence[str]) -> None:
         if other != shard:
             raise ValueError(
                 f"{shard}: has the file name of {other}, and sample ids start with it; rename "
-                "one, or open them as two sources"
+                "one, or list them as two [[data.sources]], each with a name of its own"
             )
 
 

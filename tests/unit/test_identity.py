@@ -1,0 +1,305 @@
+"""A mixture never takes one sample for another, whatever kind its sources are."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from protoclip import build
+from protoclip.build import data as build_data
+from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
+from protoclip.data.cache import DiskCache
+from protoclip.data.decode import Decoded
+from protoclip.data.episodes import Episode
+from protoclip.data.loader import EpisodeLoader
+from protoclip.data.pairs import BadSample, Pairs, Sample
+from protoclip.data.transforms import EvaluationView
+from protoclip.features import extract_features
+from protoclip.teachers import TeacherFeatures
+from protoclip.testing import tiny_model
+
+NUMBER, SIDE = 6, 32
+NAMES = ("a", "b")
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def colour(source: int, number: int) -> tuple[int, int, int]:
+    """Each picture's own: red of the first source, blue of the second."""
+    return (200 * (1 - source), 30 * number, 200 * source)
+
+
+def picture(source: int, number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), colour(source, number)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_folder(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
+    for number, (image, caption) in enumerate(zip(pictures, captions, strict=True)):
+        (folder / f"{number:04}.png").write_bytes(image)
+        (folder / f"{number:04}.txt").write_text(caption)
+    return folder
+
+
+def table(pictures: list[bytes], captions: list[str], *, ids: bool = True) -> pa.Table:
+    columns = {"image": pa.array(pictures, pa.binary()), "caption": captions}
+    names = [f"{number:04}" for number in range(len(pictures))]
+    return pa.table({**columns, "sample_id": names} if ids else columns)
+
+
+def write_table(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
+    pq.write_table(table(pictures, captions), folder / "pairs.parquet")
+    return folder / "pairs.parquet"
+
+
+def write_rows(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
+    pq.write_table(table(pictures, captions, ids=False), folder / "pairs.parquet")
+    return folder / "pairs.parquet"
+
+
+def write_saved(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
+    rows = table(pictures, captions)
+    with pa.ipc.new_stream(str(folder / "data.arrow"), rows.schema) as writer:
+        writer.write_table(rows)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def write_shards(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
+    """As img2dataset writes them: each set begins with `00000.tar` and its first key."""
+    with tarfile.open(folder / "00000.tar", "w") as shard:
+        for number, (image, caption) in enumerate(zip(pictures, captions, strict=True)):
+            facts = json.dumps({"key": f"{number:09}", "caption": caption}).encode()
+            for kind, content in {"png": image, "txt": caption.encode(), "json": facts}.items():
+                entry = tarfile.TarInfo(f"{number:09}.{kind}")
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+    return folder
+
+
+WRITERS: dict[str, Callable[[Path, list[bytes], list[str]], Path]] = {
+    "folder": write_folder,
+    "table": write_table,
+    "rows": write_rows,
+    "saved": write_saved,
+    "shards": write_shards,
+    "stream": write_shards,
+}
+# The samples' own ids: of a source in a mixture they follow its name.
+OWN = {"rows": "{}", "shards": "00000/{:09}", "stream": "00000/{:09}"}
+MIXTURES = [
+    *((kind, kind) for kind in WRITERS),
+    *(("folder", "table"), ("table", "saved"), ("shards", "rows")),
+]
+kinds_of_mixture = pytest.mark.parametrize("kinds", MIXTURES, ids="+".join)
+
+
+def mixture(
+    kinds: tuple[str, str], root: Path, *, say: str = "{source} {number}", **data: object
+) -> Config:
+    """Two sources with equal ids, each named after its folder."""
+    sources = []
+    for source, kind in enumerate(kinds):
+        folder = root / NAMES[source]
+        folder.mkdir()
+        path = WRITERS[kind](
+            folder,
+            [picture(source, number) for number in range(NUMBER)],
+            [say.format(source=source, number=number) for number in range(NUMBER)],
+        )
+        weight = 1.0 if "stream" in kinds else None
+        sources.append(SourceConfig(path=str(path), name=NAMES[source], weight=weight))
+    settings = {"cache_folder": str(root / "cache"), "shuffle": 4, **data}
+    read = "streaming" if "stream" in kinds else "auto"
+    return Config(
+        data=DataConfig(sources=sources, read=read, **settings),  # type: ignore[arg-type]
+        episodes=EpisodeConfig(size=24, batch_size=8),
+    )
+
+
+def read_caption(texts: list[str]) -> torch.Tensor:
+    """Stands in for a tokenizer: the numbers of a caption."""
+    return torch.tensor([[int(word) for word in text.split()] for text in texts])
+
+
+def loader_of(config: Config) -> EpisodeLoader:
+    return build_data.loader(
+        config,
+        build.pairs(config),
+        tokenizer=read_caption,
+        view=EvaluationView(size=SIDE, **PLAIN),
+        device=torch.device("cpu"),
+        on_read=lambda number, bad: None,
+    )
+
+
+def episode_of(config: Config, loader: EpisodeLoader) -> Episode:
+    return build.episodes(config, loader.pairs)(0)
+
+
+def seen_colours(images: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in (images.mean((2, 3)) * 255).round().int().tolist()]
+
+
+def check_batches(kinds: tuple[str, str], config: Config) -> None:
+    """Picture, caption, id and teacher features belong together, with the cache cold and warm."""
+    own = [OWN.get(kind, "{:04}") for kind in kinds]
+    samples = [(source, number) for source in range(2) for number in range(NUMBER)]
+    teacher = TeacherFeatures.in_memory(
+        name="teacher",
+        sample_ids=[f"{NAMES[s]}/{own[s].format(n)}" for s, n in samples],
+        features=np.array(samples, dtype=np.float32),
+    )
+    loader = loader_of(config)
+    episode = episode_of(config, loader)
+    met = set()
+    for _ in ("cold", "warm"):
+        for batch in loader.batches(episode):
+            said = [(int(source), int(number)) for source, number in batch.text]
+            met.update(said)
+            assert seen_colours(batch.image) == [colour(*each) for each in said]
+            assert batch.sample_id == [f"{NAMES[s]}/{own[s].format(n)}" for s, n in said]
+            assert torch.equal(teacher.lookup(batch.sample_id), batch.text.float())
+    assert {source for source, _ in met} == {0, 1}
+
+
+@kinds_of_mixture
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+def test_a_mixture_serves_the_right_picture(
+    kinds: tuple[str, str], cache: str, tmp_path: Path
+) -> None:
+    check_batches(kinds, mixture(kinds, tmp_path, cache=cache))
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+@pytest.mark.parametrize("kind", ["folder", "table", "shards", "stream"])
+def test_worker_processes_serve_the_right_picture(kind: str, cache: str, tmp_path: Path) -> None:
+    check_batches((kind, kind), mixture((kind, kind), tmp_path, cache=cache, workers=2))
+
+
+@kinds_of_mixture
+def test_extraction_tells_samples_apart(kinds: tuple[str, str], tmp_path: Path) -> None:
+    """Captions are equal too; each pair's projections are those of its own picture."""
+    config = mixture(kinds, tmp_path, say="{number}")
+    loader = loader_of(config)
+    batches = [
+        replace(batch, text=batch.text.expand(-1, 8))
+        for batch in loader.batches(episode_of(config, loader))
+    ]
+    model = build.model(tiny_model(), seed=0)
+    settings = {"teachers": {}, "autocast": nullcontext}
+    found = extract_features(model, batches, **settings)  # type: ignore[arg-type]
+    expected = extract_features(model, batches, unique_ids=False, **settings)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.image, expected.image)
+    torch.testing.assert_close(found.text, expected.text)
+
+
+@kinds_of_mixture
+def test_ids_of_a_mixture_are_unique(kinds: tuple[str, str], tmp_path: Path) -> None:
+    """Whether they are asked for one by one, all at once, or come with a bad sample."""
+    config = mixture(kinds, tmp_path)
+    samples = build.pairs(config)
+    if not isinstance(samples, Pairs):
+        return
+    ids = list(samples.sample_ids())
+    assert len(set(ids)) == len(ids) == 2 * NUMBER
+    assert ids == [samples.sample_id(row) for row in range(len(ids))]
+    assert ids == [samples.sample(row).sample_id for row in range(len(ids))]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_single_source_keeps_its_ids(kind: str, tmp_path: Path) -> None:
+    """They do not begin with its name, but for rows without ids of their own."""
+    config = mixture((kind, kind), tmp_path)
+    samples = build.pairs(
+        replace(config, data=replace(config.data, sources=config.data.sources[:1]))
+    )
+    first = samples.sample(0) if isinstance(samples, Pairs) else next(samples.samples())
+    assert isinstance(first, Sample)
+    number = first.captions[0].split()[1]
+    own = OWN.get(kind, "{:04}").format(int(number))
+    assert first.sample_id == (f"a/{own}" if kind == "rows" else own)
+
+
+def test_equal_bad_samples_of_two_sources_are_two(tmp_path: Path) -> None:
+    """A skip list has both."""
+    config = mixture(("folder", "folder"), tmp_path)
+    for name in NAMES:
+        (tmp_path / name / "0003.png").write_bytes(b"nonsense")
+    bad: list[BadSample] = []
+    loader = replace(loader_of(config), on_read=lambda number, found: bad.extend(found))
+    list(loader.batches(Episode(index=0, rows=torch.arange(2 * NUMBER))))
+    assert {sample.sample_id for sample in bad} == {"a/0003", "b/0003"}
+
+
+def test_names_are_taken_from_the_path_or_asked_for(tmp_path: Path) -> None:
+    """Shards go by their folder's name; one name for two, and a path, are refused in a line."""
+    config = mixture(("shards", "shards"), tmp_path)
+    a, b = (replace(source, name=None) for source in config.data.sources)
+
+    def opened(*sources: SourceConfig) -> list[str]:
+        samples = build.pairs(replace(config, data=replace(config.data, sources=list(sources))))
+        assert isinstance(samples, Pairs)
+        return [samples.sample_id(0), samples.sample_id(NUMBER)]
+
+    assert opened(a, b) == ["a/00000/000000000", "b/00000/000000000"]
+    with pytest.raises(
+        ValueError, match=r"two are named 'a'; .* name = \.\.\. in its \[\[data"
+    ) as e:
+        opened(a, replace(a, path=f"{a.path}/00000.tar", name="a"))
+    assert "\n" not in str(e.value)
+    with pytest.raises(
+        ValueError, match=r"'.*/\*\.tar' cannot begin sample ids, because of its '/'"
+    ):
+        opened(a, replace(b, path=f"{b.path}/*.tar"))
+    with pytest.raises(ValueError, match="'web/b' cannot begin sample ids"):
+        opened(a, replace(b, name="web/b"))
+
+
+def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path: Path) -> None:
+    """By the ids that they have there."""
+    config = mixture(("table", "table"), tmp_path)
+    sources = [*config.data.sources, SourceConfig(path="emoji", name="drawn")]
+    config = replace(
+        config,
+        data=replace(config.data, sources=sources),
+        teacher=replace(config.teacher, features="emoji"),
+    )
+    samples = build.pairs(config)
+    assert isinstance(samples, Pairs)
+    notes: list[str] = []
+    teacher = build_data.teachers(config, samples, notes.append)["teacher"]
+    assert len(notes) == 1
+    assert f"no features of {2 * NUMBER} of" in notes[0]
+    first = samples.sample_id(2 * NUMBER)
+    assert first.startswith("drawn/")
+    assert bool(teacher.lookup([first]).isfinite().all())
+
+
+def test_a_cache_of_another_form_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another version kept lies in a folder of another name."""
+    config = mixture(("table", "table"), tmp_path, cache="disk")
+    black = Decoded(pixels=np.zeros((40, 40, 3), np.uint8))
+    put = DiskCache.put
+    with monkeypatch.context() as patch:
+        patch.setattr(build_data, "CACHE_FORM", "of old")
+        patch.setattr(DiskCache, "put", lambda cache, key, found: put(cache, key, black))
+        loader = loader_of(config)
+        episode = episode_of(config, loader)
+        list(loader.batches(episode))
+        assert max(float(batch.image.max()) for batch in loader.batches(episode)) == 0
+    check_batches(("table", "table"), config)
