@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from protoclip import run
-from protoclip.data.cache import DiskCache
+from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop
 from protoclip.data.decode import decode_crop
 from protoclip.data.episodes import Episode
 from protoclip.data.loader import EpisodeLoader
@@ -38,7 +38,8 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.transforms import TrainingView, clip_view, light_view
 from protoclip.progress import Progress
 
-SIZE, BATCH = 224, 32
+# Of small copies for inputs of 224 pixels: the shorter side that `data.small_copies` gives them.
+SIZE, BATCH, COPY_SIDE = 224, 32, 320
 SIDES = (512, 1024, 2048)
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 VIEWS = {
@@ -99,7 +100,12 @@ def theirs(paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> Non
 
 
 def ours(
-    paths: list[Path], view: TrainingView, *, finish: bool = True, cache: DiskCache | None = None
+    paths: list[Path],
+    view: TrainingView,
+    *,
+    finish: bool = True,
+    cache: ImageCache | None = None,
+    small_side: int | None = None,
 ) -> None:
     for batch in batches(paths):
         draws = torch.rand(len(batch), view.num_draws)
@@ -107,9 +113,14 @@ def ours(
         for path, drawn in zip(batch, draws.numpy(), strict=True):
             box = partial(view.box, draws=drawn)
             crops.append(
-                decode_crop(path.read_bytes(), box, SIZE, max_pixels=10**8)
-                if cache is None
-                else cache.crop(path.stem, path.read_bytes, box, SIZE, max_pixels=10**8)
+                crop(
+                    path.read_bytes(),
+                    box,
+                    SIZE,
+                    max_pixels=10**8,
+                    small_side=small_side,
+                    cache=cache,
+                )
             )
         images = torch.from_numpy(np.stack(crops))
         if finish:
@@ -209,7 +220,11 @@ def main() -> None:
                 progress.update(sum(map(len, paths.values())) - len(numbers) + number + 1)
 
         small = paths[SIDES[0]]
-        cache = DiskCache(Path(folder) / "cache", max_bytes=10**10)
+        caches: dict[str, ImageCache | None] = {
+            "no cache": None,
+            "disk": DiskCache(Path(folder) / "cache", max_bytes=10**10),
+            "memory": MemoryCache(max_bytes=10**10),
+        }
         arms: dict[tuple[str, str], Callable[[], None]] = {}
         for name, view in VIEWS.items():
             arms["open_clip" if name == "clip" else "reference", name] = partial(
@@ -217,7 +232,14 @@ def main() -> None:
             )
             arms["protoclip", name] = partial(ours, small, view)
             arms["without finish", name] = partial(ours, small, view, finish=False)
-            arms["copies", name] = partial(ours, small, view, cache=cache)
+            for kept, cache in caches.items():
+                if cache is not None:
+                    arms[f"whole, {kept}", name] = partial(
+                        ours, small, view, finish=False, cache=cache
+                    )
+                arms[f"small, {kept}", name] = partial(
+                    ours, small, view, finish=False, cache=cache, small_side=COPY_SIDE
+                )
         for side in SIDES[1:]:
             arms["open_clip", str(side)] = partial(theirs, paths[side], REFERENCES["clip"])
             arms["protoclip", str(side)] = partial(ours, paths[side], VIEWS["clip"])
@@ -226,7 +248,7 @@ def main() -> None:
         for repeat in range(1 + arguments.repeats):
             for number, (arm, work) in enumerate(arms.items()):
                 value = rate(work, larger if arm[1] in map(str, SIDES[1:]) else count)
-                if repeat > 0:  # the first round warms up, and fills the cache of copies
+                if repeat > 0:  # the first round warms up, and fills the caches
                     rates[arm].append(value)
                 progress.update(repeat * len(arms) + number + 1, " ".join(arm))
         progress = Progress("benchmark: comparing pixels", len(SIDES) * len(VIEWS))
@@ -276,7 +298,11 @@ def main() -> None:
     for arm, label in (
         ("protoclip", "protoclip, finished on the same core"),
         ("without finish", "protoclip, the workers' part (an accelerator finishes)"),
-        ("copies", "protoclip from copies of 256 pixels on disk, finished on the same core"),
+        ("whole, disk", "the workers' part, pictures kept on disk (`data.cache`)"),
+        ("whole, memory", "the workers' part, pictures kept in memory"),
+        ("small, no cache", "the workers' part, small copies made each time (`data.small_copies`)"),
+        ("small, disk", "the workers' part, small copies kept on disk"),
+        ("small, memory", "the workers' part, small copies kept in memory"),
     ):
         lines.append(row(label, {name: rates[arm, name] for name in VIEWS}, base))
     slow = {name: loaders["theirs", name] for name in VIEWS}

@@ -71,7 +71,7 @@ def test_old_checkpoints_are_removed(
 
 
 def test_other_settings_do_not_go_on(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Callable[[str], Path], tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What differs is named with both values; what changes no result may differ."""
     config = stopped_run(tiny_parquet, tmp_path / "run", monkeypatch)
@@ -80,8 +80,15 @@ def test_other_settings_do_not_go_on(
         run.train(other, resume="auto")
     with pytest.raises(ValueError, match="go on with --resume auto"):
         run.train(config)
-    free = replace(config, run=replace(config.run, save_minutes=5.0))
+    with pytest.raises(ValueError, match=r"run\.device \(cpu before, auto now\)"):
+        run.train(replace(config, run=replace(config.run, device="auto")), resume="auto")
+    free = replace(
+        config,
+        run=replace(config.run, save_minutes=5.0, save_steps=0, keep_checkpoints=3, evaluate=False),
+        data=replace(config.data, workers=1, cache="disk", cache_gb=0.5, max_bad_share=0.5),
+    )
     assert run.train(free, resume="auto")["steps"] == 16
+    assert_equal_ends(tmp_path / "run", whole("queue"))
 
 
 def test_a_finished_run_stays_as_it_is(tiny_run: Path, tiny_parquet: str) -> None:

@@ -82,7 +82,9 @@ def test_a_mixed_stream_keeps_its_shares_and_skips_nothing() -> None:
     mixed = MixedStreams([Counting("a"), Counting("b")], weights=[0.7, 0.3], seed=0)
     found = ids(mixed, 0, 3000)
     for name, share in (("a", 700), ("b", 300)):
-        assert [i for i in found if i[0] == name] == [f"{name}/{name}/{n}" for n in range(3 * share)]
+        assert [i for i in found if i[0] == name] == [
+            f"{name}/{name}/{n}" for n in range(3 * share)
+        ]
     assert Counter(i[0] for i in found[:1000]) == {"a": 700, "b": 300}
     assert max(len(run) for run in "".join(i[0] for i in found).split("b")) < 60
 
