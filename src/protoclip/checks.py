@@ -1,5 +1,7 @@
 """What a configuration may not say, and what it says without effect."""
 
+from dataclasses import replace
+
 from protoclip.config import Config, DataConfig
 
 
@@ -34,7 +36,9 @@ def check(config: Config) -> list[str]:
         "loss.info_nce": (config.loss.info_nce, 0),
         "loss.prototypical": (config.loss.prototypical, 0),
         "loss.teacher": (config.loss.teacher, 0),
+        "optim.locked_learning_rate": (config.optim.locked_learning_rate, 0),
         "optim.weight_decay": (config.optim.weight_decay, 0),
+        "optim.heads_weight_decay": (config.optim.heads_weight_decay, 0),
         "optim.warm_up_steps": (config.optim.warm_up_steps, 0),
         "optim.locked_warm_up_steps": (config.optim.locked_warm_up_steps, 0),
         "run.save_steps": (config.run.save_steps, 0),
@@ -43,7 +47,7 @@ def check(config: Config) -> list[str]:
         "run.evaluate_every": (config.run.evaluate_every, 0),
     }
     for name, (value, least) in at_least.items():
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name}: {value} is too small; at least {least}")
     positive = {
         "prototypes.target_temperature": prototypes.target_temperature,
@@ -52,7 +56,6 @@ def check(config: Config) -> list[str]:
             for name, teacher in [("teacher", config.teacher), *config.external_teachers.items()]
         },
         "optim.learning_rate": config.optim.learning_rate,
-        "optim.locked_learning_rate": config.optim.locked_learning_rate,
         "optim.image_scale": config.optim.image_scale,
         "optim.text_scale": config.optim.text_scale,
         "optim.heads_scale": config.optim.heads_scale,
@@ -61,7 +64,7 @@ def check(config: Config) -> list[str]:
         "optim.clip_norm": config.optim.clip_norm,
     }
     for name, rate in positive.items():
-        if not rate > 0:
+        if rate is not None and not rate > 0:
             hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
             raise ValueError(f"{name}: {rate} needs to be above 0{hint}")
     check_sources(config.data)
@@ -153,6 +156,14 @@ def without_effect(config: Config) -> list[str]:
         notes.append(
             "prototypes.queue_size: no effect, since prototypes are extracted (prototypes.source)"
         )
+    if (
+        config.prototypes.extract_transform != default.prototypes.extract_transform
+        and config.prototype_source == "queue"
+        and config.episodes.warm_up
+    ):
+        notes.append(
+            "prototypes.extract_transform: no effect, since prototypes come from the queue"
+        )
     if config.loss.teacher == 0 and (config.teacher.features is not None or config.teachers):
         notes.append("teacher.*: no effect, since loss.teacher is 0")
     if config.run.keep_best is not None and not config.run.evaluate_every:
@@ -163,10 +174,13 @@ def without_effect(config: Config) -> list[str]:
         notes.append("episodes.warm_up: no effect, since no loss uses prototypes")
     if not config.uses_prototypes and config.optim.heads_scale != default.optim.heads_scale:
         notes.append("optim.heads_scale: no effect, since no loss uses prototypes")
-    if config.model.name and config.model.image != default.model.image:
-        notes.append(f"model.image.*: no effect, since model.name is {config.model.name}")
-    if config.model.name and config.model.text != default.model.text:
-        notes.append(f"model.text.*: no effect, since model.name is {config.model.name}")
+    if config.model.name and config.model.image.name != default.model.image.name:
+        notes.append(f"model.image.name: no effect, since model.name is {config.model.name}")
+    text = replace(config.model.text, context_length=None)
+    if config.model.name and text != default.model.text:
+        notes.append(
+            f"model.text.width, heads, layers: no effect, since model.name is {config.model.name}"
+        )
     if config.prototypes.hard_targets and (
         config.prototypes.target_temperature != default.prototypes.target_temperature
     ):

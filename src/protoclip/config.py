@@ -7,6 +7,9 @@ are what `--help` shows. The defaults are a ProtoCLIP run on the bundled emoji.
 from dataclasses import dataclass, field
 from typing import Literal
 
+# What the small towers read unless told otherwise: pixels and tokens.
+SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -106,14 +109,16 @@ class DataConfig:
 class ImageTowerConfig:
     name: str = "resnet10t"
     """A timm model name."""
-    size: int = 40
-    """Height and width of the input, in pixels."""
+    size: int | None = None
+    """Height and width of the input, in pixels; of a model named by `model.name` too. Unset: 40, or
+    the named model's own size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    context_length: int = 16
-    """Tokens a caption is cut to, start and end tokens included."""
+    context_length: int | None = None
+    """Tokens a caption is cut to, start and end tokens included; of a model named by `model.name`
+    too. Unset: 16, or the named model's own number."""
     width: int = 128
     """Width of the transformer."""
     heads: int = 2
@@ -135,8 +140,8 @@ class HeadConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str | None = None
-    """An open_clip model name, such as `RN50`. Unset: the towers described by `model.image` and
-    `model.text`."""
+    """An open_clip model name, such as `RN50`. Unset: the small towers described by `model.image`
+    and `model.text`. Unset settings of `optim` depend on it."""
     pretrained: str | None = None
     """open_clip's published weights for `model.name`, by tag; downloaded by open_clip."""
     checkpoint: str | None = None
@@ -173,6 +178,9 @@ class PrototypeConfig:
     """Where what is clustered comes from: `queue`, the projections that training made last, at no
     cost; `extract`, a pass over each episode before it is trained, as in the paper. `auto` is the
     queue where a teacher groups too, and else extraction, which is the better then."""
+    extract_transform: Literal["evaluation", "training"] = "evaluation"
+    """How extraction sees images: as evaluation does, each pair of an episode once, or through
+    the training augmentation with draws of its own, as the reference does."""
     queue_size: int | None = None
     """Samples in the queue; `episodes.size` if unset."""
     number: int = 400
@@ -227,8 +235,9 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    learning_rate: float = 2e-3
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate. Unset: 2e-3 for the small towers; for a named model 5e-4 from a batch of
+    512 on, and in proportion below."""
     image_scale: float = 1.0
     """Factor to the image tower's learning rate."""
     text_scale: float = 1.0
@@ -236,18 +245,27 @@ class OptimConfig:
     heads_scale: float = 0.01
     """Factor to the projection heads' learning rate. Slow heads leave grouping to the towers, and
     keep an episode's prototypes valid to its end."""
-    warm_up_steps: int = 50
-    """Steps of linear warm-up; then half a cosine to 0 at the start of the locked stage."""
-    locked_learning_rate: float = 2e-4
-    """Peak learning rate of the locked-image stage, which has its own schedule."""
+    warm_up_steps: int | None = None
+    """Steps of linear warm-up; then half a cosine to 0 at the start of the locked stage. Unset: 50
+    for the small towers; for a named model 2% of the run and at least 500,000 samples, but at most
+    a tenth of the run."""
+    locked_learning_rate: float | None = None
+    """Peak learning rate of the locked-image stage, which has its own schedule. Unset: 2e-4 for the
+    small towers, a tenth of the learning rate for a named model. 0: the first cosine goes on to the
+    end of the run, as in the reference."""
     locked_warm_up_steps: int = 2
     """Steps of linear warm-up of the locked-image stage."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's moment decays."""
-    eps: float = 1e-6
-    """AdamW's epsilon."""
-    weight_decay: float = 0.2
-    """For matrices and filters; gains, biases and temperatures have none."""
+    betas: tuple[float, float] | None = None
+    """AdamW's moment decays. Unset: (0.9, 0.98), with a named convolutional image tower
+    (0.9, 0.999)."""
+    eps: float | None = None
+    """AdamW's epsilon. Unset: 1e-6, with a named convolutional image tower 1e-8."""
+    weight_decay: float | None = None
+    """For matrices and filters; gains, biases and temperatures have none. Unset: 0.2, with a named
+    convolutional image tower 0.1."""
+    heads_weight_decay: float | None = None
+    """The same for the projection heads. Unset: `weight_decay` for the small towers, 0 for a named
+    model."""
     clip_norm: float = 10.0
     """Largest norm of the whole gradient."""
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from protoclip import report, run
+from protoclip import build, report, run
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, TeacherConfig
 from protoclip.progress import duration
 
@@ -56,7 +56,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     for name, config in configs.items():
         folder = folders[name]
         if folder.exists():
-            if stored(folder) != run.to_toml(config):
+            if stored(folder) != run.to_toml(build.resolved(config)[0]):
                 raise ValueError(
                     f"{folder}: holds another run than this demonstration's; remove it, or choose "
                     "another folder with --out"

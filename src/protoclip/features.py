@@ -45,18 +45,18 @@ def extract_features(
     *,
     teachers: Mapping[str, TeacherFeatures],
     autocast: Callable[[], AbstractContextManager[object]],
-    unique_ids: bool = True,
+    each_pair_once: bool = True,
 ) -> EpisodeFeatures:
     """One pass over an episode with the model in evaluation mode (paper, online episodic training).
 
-    A pair that an episode holds several times, as one drawn with replacement may, passes once.
-
     Args:
         model: Its training mode is restored afterwards.
-        batches: The episode's batches in order, in a view that is the same whenever a pair comes.
+        batches: The episode's batches in order.
         teachers: External teachers by name.
         autocast: Makes the context that forward passes run in.
-        unique_ids: Whether equal ids mean equal pictures. A stream cannot tell; all of it passes.
+        each_pair_once: Whether a pair that an episode holds several times, as one drawn with
+            replacement may, passes once: where its view is the same whenever it comes, and ids are
+            unique, which those of a stream need not be.
 
     Raises:
         ValueError: A projection is not finite.
@@ -65,13 +65,14 @@ def extract_features(
     model.eval()
     images, texts, positions, sample_ids = [], [], [], []
     passed: dict[tuple[str, bytes], int] = {}
-    rows, number = [], 0
+    rows: list[int] = []
+    number = 0
     try:
         for batch in batches:
             tokens = batch.text.cpu().numpy()
             fresh = []
             for place, pair in enumerate(zip(batch.sample_id, map(bytes, tokens), strict=True)):
-                if pair not in passed or not unique_ids:
+                if pair not in passed or not each_pair_once:
                     passed[pair], number = number, number + 1
                     fresh.append(place)
                 rows.append(passed[pair])
@@ -127,13 +128,16 @@ def teacher_assignments(
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractedFeatures:
-    """Feature source of the paper: a pass of its own over each episode before it is trained."""
+    """Feature source of the paper: a pass of its own over each episode before it is trained.
+
+    Attributes are arguments of `extract_features`.
+    """
 
     model: ProtoCLIP
     batches: Callable[[Episode], Iterable[Batch]]
     teachers: Mapping[str, TeacherFeatures]
     autocast: Callable[[], AbstractContextManager[object]]
-    unique_ids: bool = True
+    each_pair_once: bool = True
 
     def features(self, episode: Episode) -> EpisodeFeatures:
         return extract_features(
@@ -141,7 +145,7 @@ class ExtractedFeatures:
             self.batches(episode),
             teachers=self.teachers,
             autocast=self.autocast,
-            unique_ids=self.unique_ids,
+            each_pair_once=self.each_pair_once,
         )
 
     def assign(

@@ -58,6 +58,8 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
         ValueError: A setting, a file or the run folder is not as it should be. Nothing was written.
     """
     notes = check(config)
+    config, decided = build.resolved(config)
+    notes += decided
     device = build.device(config.run.device)
     with process_group(device):
         return train_together(config, device=device, resume=resume == "auto", notes=notes)

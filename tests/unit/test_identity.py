@@ -200,7 +200,7 @@ def test_extraction_tells_samples_apart(kinds: tuple[str, str], tmp_path: Path) 
     model = build.model(tiny_model(), seed=0)
     settings = {"teachers": {}, "autocast": nullcontext}
     found = extract_features(model, batches, **settings)  # type: ignore[arg-type]
-    expected = extract_features(model, batches, unique_ids=False, **settings)  # type: ignore[arg-type]
+    expected = extract_features(model, batches, each_pair_once=False, **settings)  # type: ignore[arg-type]
     torch.testing.assert_close(found.image, expected.image)
     torch.testing.assert_close(found.text, expected.text)
 

@@ -1,6 +1,7 @@
 """From the configuration to objects; the only place, besides the command line, that reads it."""
 
 from protoclip.build.data import episodes, notes, pairs
+from protoclip.build.defaults import resolved
 from protoclip.build.models import (
     context_length,
     device,
@@ -25,6 +26,7 @@ __all__ = [
     "pairs",
     "parallelise",
     "place",
+    "resolved",
     "token_counter",
     "tokenizer",
     "trainer",

@@ -7,7 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from protoclip.config import Config, HeadConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
+from protoclip.config import (
+    SMALL_CONTEXT_LENGTH,
+    SMALL_IMAGE_SIZE,
+    Config,
+    HeadConfig,
+    ImageTowerConfig,
+    ModelConfig,
+    TextTowerConfig,
+)
 from protoclip.data.transforms import EvaluationView, TrainingView, clip_view, light_view
 from protoclip.distributed import launched, world_size
 from protoclip.models import sync_batch_norm
@@ -58,13 +66,18 @@ def model(config: ModelConfig, *, seed: int) -> ProtoCLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.name is not None:
-            towers = named_towers(config.name, pretrained=config.pretrained)
+            towers = named_towers(
+                config.name,
+                pretrained=config.pretrained,
+                image_size=config.image.size,
+                context_length=config.text.context_length,
+            )
         else:
             towers = small_towers(
                 embed_dim=config.embed_dim,
                 image_model=config.image.name,
-                image_size=config.image.size,
-                context_length=config.text.context_length,
+                image_size=config.image.size or SMALL_IMAGE_SIZE,
+                context_length=config.text.context_length or SMALL_CONTEXT_LENGTH,
                 text_width=config.text.width,
                 text_heads=config.text.heads,
                 text_layers=config.text.layers,
@@ -129,7 +142,10 @@ def joint_width(towers: nn.Module, config: ModelConfig) -> int:
 
 
 def tokenizer(config: ModelConfig) -> Tokenizer:
-    return build_tokenizer(config.name, context_length=config.text.context_length)
+    length = config.text.context_length
+    if config.name is None and length is None:
+        length = SMALL_CONTEXT_LENGTH
+    return build_tokenizer(config.name, context_length=length)
 
 
 def token_counter(config: ModelConfig) -> TokenCounter:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from protoclip.build import data, models
+from protoclip.build.defaults import Optimisation, optimisation
 from protoclip.clustering import KMeans, kmeans
 from protoclip.clustering.ahead import Ahead
 from protoclip.config import Config
-from protoclip.data.episodes import Episode
+from protoclip.data.episodes import EXTRACTION_STREAM, Episode
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.distributed import reduced, world_size
 from protoclip.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
@@ -87,14 +88,15 @@ def known_rows(rows: Tensor) -> int:
     return int(reduced(torch.tensor(len(rows), device=rows.device)))
 
 
-def schedule(config: Config) -> Schedule:
+def schedule(config: Config, optim: Optimisation) -> Schedule:
     steps = config.episodes.size // config.episodes.batch_size
-    locked = config.episodes.locked_image * steps
+    # Without a rate of its own the locked stage is the end of the one schedule.
+    locked = config.episodes.locked_image * steps if optim.locked_learning_rate else 0
     return Schedule(
-        peak=config.optim.learning_rate,
-        warm_up=config.optim.warm_up_steps,
+        peak=optim.learning_rate,
+        warm_up=optim.warm_up_steps,
         main_steps=config.episodes.count * steps - locked,
-        locked_peak=config.optim.locked_learning_rate,
+        locked_peak=optim.locked_learning_rate,
         locked_warm_up=config.optim.locked_warm_up_steps,
         locked_steps=locked,
     )
@@ -132,25 +134,29 @@ def trainer(
         on_read=on_read,
     )
     external = data.teachers(config, samples, note)
+    as_training = config.prototypes.extract_transform == "training"
+    view = loader.view if as_training else models.evaluation_view(model)
     extracted = ExtractedFeatures(
         model=model,
-        batches=dataclasses.replace(loader, view=models.evaluation_view(model)).batches,
+        batches=dataclasses.replace(loader, view=view, view_stream=EXTRACTION_STREAM).batches,
         teachers=external,
         autocast=context,
-        unique_ids=isinstance(samples, Pairs),
+        each_pair_once=isinstance(samples, Pairs) and not as_training,
     )
     source: FeatureSource = extracted
     if config.prototype_source == "queue":
         queue = FeatureQueue(config.prototypes.queue_size or config.episodes.size)
         source = QueuedFeatures(queue=queue, teachers=external, fallback=extracted)
     clustered, look_ahead = beside_training(config, samples, external, place)
+    optim, _ = optimisation(config)
     optimizer = adamw(
         model,
-        learning_rate=config.optim.learning_rate,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
+        learning_rate=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
         scales=rate_scales(config),
+        weight_decays=heads_weight_decays(optim),
     )
     scaler = grad_scaler(precision, place)
     return Trainer(
@@ -179,7 +185,7 @@ def trainer(
         back_translation=config.prototypes.back_translation,
         unit_norm=config.prototypes.unit_norm,
         optimizer=optimizer,
-        schedule=schedule(config),
+        schedule=schedule(config, optim),
         scaler=scaler,
         guard=Guard(optimizer, scaler, Health(diverged)),
         autocast=context,
@@ -208,6 +214,12 @@ def rate_scales(config: Config) -> dict[str, float]:
         **(towers if (image, text) != (1.0, 1.0) else {}),
         **({"image_head.": heads, "text_head.": heads} if heads != 1.0 else {}),
     }
+
+
+def heads_weight_decays(optim: Optimisation) -> dict[str, float]:
+    """The heads' weight decay by prefix of parameter names; none where it is everyone's."""
+    own = optim.heads_weight_decay
+    return {} if own == optim.weight_decay else {"image_head.": own, "text_head.": own}
 
 
 def target_temperatures(config: Config) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Streams of random numbers; a stream never shares numbers with another.
 ROWS_STREAM, VIEW_STREAM, PERMUTATION_STREAM, CAPTION_STREAM, ORDER_STREAM = range(5)
-SHARD_STREAM, BLOCK_STREAM = 5, 6
+SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM = 5, 6, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,11 @@ def generator(seed: int, stream: int, episode: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, episode]))
 
 
-def view_draws(seed: int, episode: int, size: int, width: int) -> Float[Tensor, "m r"]:
+def view_draws(
+    seed: int, episode: int, size: int, width: int, stream: int = VIEW_STREAM
+) -> Float[Tensor, "m r"]:
     """`width` uniform numbers in [0, 1) for the training view of each of an episode's samples."""
-    draws = generator(seed, VIEW_STREAM, episode).random((size, width), dtype=np.float32)
+    draws = generator(seed, stream, episode).random((size, width), dtype=np.float32)
     return torch.from_numpy(draws)
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from protoclip.data.cache import ImageCache, crop
 from protoclip.data.decode import Box
-from protoclip.data.episodes import Episode, caption_draws, view_draws
+from protoclip.data.episodes import VIEW_STREAM, Episode, caption_draws, view_draws
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.transforms import View
 
@@ -134,6 +134,7 @@ class EpisodeLoader:
         view: How pictures become inputs.
         batch_size: Pairs a batch on this process; the last batch of an episode may be smaller.
         seed: With the episode's number, determines the random draws of views and captions.
+        view_stream: Stream of random numbers that views draw from.
         device: Where batches end up.
         workers: Processes that decode; 0 decodes in this process.
         rank, world_size: Which of how many processes this is; together they train each batch.
@@ -149,6 +150,7 @@ class EpisodeLoader:
     batch_size: int
     seed: int
     device: torch.device
+    view_stream: int = VIEW_STREAM
     workers: int = 0
     rank: int = 0
     world_size: int = 1
@@ -166,7 +168,9 @@ class EpisodeLoader:
         Raises:
             ValueError: A worker process died, or a batch found no good samples to fill it.
         """
-        draws = view_draws(self.seed, episode.index, len(episode.rows), self.view.num_draws)
+        draws = view_draws(
+            self.seed, episode.index, len(episode.rows), self.view.num_draws, self.view_stream
+        )
         loader = DataLoader(
             _BatchMaker(self),
             sampler=self.requests(episode, draws.numpy(), start),

@@ -1,6 +1,7 @@
 """Image and text towers and their tokenizer, through open_clip."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import open_clip
 import timm
@@ -12,24 +13,86 @@ from torch import Tensor, nn
 Tokenizer = Callable[[list[str]], Tensor]
 
 
-def named_towers(name: str, *, pretrained: str | None = None) -> nn.Module:
-    """One of open_clip's models, with new weights or a published set of them.
+# Parts of the names of timm's transformers among open_clip's image towers.
+TIMM_TRANSFORMERS = ("vit", "eva", "swin")
+
+
+def named_config(name: str) -> dict[str, Any]:
+    """What open_clip says of one of its models.
 
     Raises:
-        ValueError: open_clip knows no such model, or no such weights for it.
+        ValueError: It knows no such model.
     """
     if name not in open_clip.list_models():
         raise ValueError(
             f"model.name: open_clip has no model '{name}'; "
             f"it has {len(open_clip.list_models())}, such as RN50, ViT-S-16, ViT-B-32"
         )
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    return config
+
+
+def tower_kind(name: str) -> Literal["transformer", "convolutional"]:
+    """What the image tower of one of open_clip's models is made of."""
+    vision = named_config(name)["vision_cfg"]
+    if "timm_model_name" in vision:
+        is_transformer = any(part in vision["timm_model_name"] for part in TIMM_TRANSFORMERS)
+    else:
+        is_transformer = isinstance(vision["layers"], int)
+    return "transformer" if is_transformer else "convolutional"
+
+
+def refuse_sigmoid(name: str) -> None:
+    """Refuse a model whose logits have a bias, which only the sigmoid loss trains.
+
+    Raises:
+        ValueError: It is such a model, or open_clip knows none of that name.
+    """
+    if "init_logit_bias" in named_config(name):
+        raise ValueError(
+            f"model.name: {name} needs the sigmoid loss of SigLIP, which is not here yet; choose a "
+            "CLIP model, such as RN50, ViT-S-16, ViT-B-32"
+        )
+
+
+def named_towers(
+    name: str,
+    *,
+    pretrained: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> nn.Module:
+    """One of open_clip's models, with new weights or a published set of them.
+
+    Args:
+        name, pretrained: As open_clip calls them.
+        image_size: Height and width of the input, in pixels, if not the model's own.
+        context_length: Tokens a caption is cut to, if not the model's own number. Published
+            positional embeddings are interpolated.
+
+    Raises:
+        ValueError: open_clip knows no such model, no such weights for it, or the model cannot read
+            images of that size.
+    """
+    vision = named_config(name)["vision_cfg"]
+    if image_size is not None:
+        # open_clip's ResNets halve the image five times before they attend to what is left.
+        whole = 32 if isinstance(vision.get("layers"), list) else 1
+        require_multiple(image_size, vision.get("patch_size") or whole, name)
     known = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is not None and pretrained not in known:
         raise ValueError(
             f"model.pretrained: open_clip has no weights '{pretrained}' for {name}; "
             f"it has {', '.join(known) or 'none'}"
         )
-    model: nn.Module = open_clip.create_model(name, pretrained=pretrained)
+    model: nn.Module = open_clip.create_model(
+        name,
+        pretrained=pretrained,
+        force_image_size=image_size,
+        force_context_length=context_length,
+    )
+    if image_size is not None and hasattr(model.visual, "trunk"):
+        fit_input(model.visual.trunk, image_size, name)  # type: ignore[arg-type]
     return model
 
 
@@ -82,11 +145,16 @@ def fit_input(trunk: nn.Module, size: int, name: str) -> None:
     if not hasattr(trunk, "set_input_size"):
         return
     patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
+    require_multiple(size, patch, name)
+    trunk.set_input_size(img_size=(size, size))  # type: ignore[operator]
+
+
+def require_multiple(size: int, patch: int, name: str) -> None:
+    """Raise where patches of so many pixels do not fill an image."""
     if size % patch:
         raise ValueError(
             f"model.image.size: {size} is no multiple of the {patch} pixels of a patch of {name}"
         )
-    trunk.set_input_size(img_size=(size, size))  # type: ignore[operator]
 
 
 class RememberingTokenizer:
@@ -114,9 +182,9 @@ class RememberingTokenizer:
 
 
 def build_tokenizer(name: str | None, *, context_length: int | None = None) -> Tokenizer:
-    """Tokenizer of a named model, or CLIP's own byte-pair encoding cut to `context_length`."""
+    """Tokenizer of a named model, or CLIP's own byte-pair encoding; cut to `context_length`."""
     return RememberingTokenizer(
-        open_clip.get_tokenizer(name)
+        open_clip.get_tokenizer(name, context_length=context_length)
         if name is not None
         else open_clip.SimpleTokenizer(context_length=context_length)
     )
