@@ -139,7 +139,8 @@ def main() -> None:
                 seconds.setdefault((arm, way), []).extend(launched(arm, processes, cores))
                 done += 1
                 progress.update(done, f"{arm}, {way}")
-    config, facts = config_of(arms[0]), run.environment(torch.device("cpu"))
+    config, _ = build.resolved(config_of(arms[0]))
+    facts = run.environment(torch.device("cpu"))
     lines = [
         "# Scaling: more processes at equal batch",
         "",

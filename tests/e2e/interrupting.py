@@ -20,7 +20,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "extract": {"prototypes": {"source": "extract"}},
     "queue": {"prototypes": {"source": "queue"}},
     "teacher": {"teacher": {"features": "emoji"}, "run": {"evaluate": False}},
-    "no replacement, workers": {"data": {"workers": 1}, "episodes": {"replacement": False}},
+    "no replacement, workers, augmented extraction": {
+        "data": {"workers": 1},
+        "episodes": {"replacement": False},
+        "prototypes": {"extract_transform": "training"},
+    },
     "micro-batches": {"episodes": {"micro_batch_size": 8}},
     "stream": {
         "data": {"read": "streaming", "shuffle": 20},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,17 @@ from safetensors.torch import load_file
 
 import protoclip
 from protoclip import build, demo, features, report, run
+from protoclip.checks import check
 from protoclip.cli import main
-from protoclip.config import Config, EpisodeConfig, TeacherConfig
+from protoclip.config import (
+    Config,
+    EpisodeConfig,
+    ImageTowerConfig,
+    TeacherConfig,
+    TextTowerConfig,
+)
 from protoclip.evals.datasets import EvaluationData
+from protoclip.run_folder import flat
 from protoclip.testing import tiny_config
 from protoclip.train.checkpoint import checkpoints, find_checkpoint
 
@@ -238,21 +247,33 @@ def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_open_clip_model_trains_and_loads_by_name(tiny_parquet: str, tmp_path: Path) -> None:
-    """Any of open_clip's names will do: its own size, tokenizer and joint width are used."""
+def test_an_open_clip_model_trains_and_loads_by_name(
+    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any of open_clip's names will do, and reads images and captions of the size that is set; what
+    it is trained with is said, written down, and the same on resume."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "named"))
-    run.train(
-        replace(
-            config,
-            model=replace(config.model, name="ViT-S-32-alt"),
-            episodes=replace(config.episodes, size=16, count=3, batch_size=8),
-        )
+    config = replace(
+        config,
+        model=replace(
+            config.model,
+            name="ViT-S-32-alt",
+            image=ImageTowerConfig(size=64),
+            text=TextTowerConfig(context_length=8),
+        ),
+        episodes=replace(config.episodes, size=16, count=3, batch_size=8),
     )
+    results = run.train(config)
+    assert "note: optim.learning_rate = 7.81e-6, from ViT-S-32-alt" in capsys.readouterr().err
+    assert "learning_rate = 7.8125e-06\n" in (tmp_path / "named" / "config.toml").read_text()
+    assert run.train(config, resume="auto") == results
     model, image_transform, tokenizer = protoclip.load(tmp_path / "named")
     tokens = tokenizer(["a red square"])
-    assert tokens.shape == (1, 77)
+    assert tokens.shape == (1, 8)
     assert model.encode_text(tokens).shape == (1, 256)
-    assert image_transform(Image.new("RGB", (300, 200))).shape == (3, 224, 224)
+    images = image_transform(Image.new("RGB", (300, 200)))[None]
+    assert images.shape == (1, 3, 64, 64)
+    assert model.encode_image(images).shape == (1, 256)
 
 
 def test_a_checkpoint_is_where_the_next_run_starts(
@@ -336,6 +357,46 @@ def test_the_recipes_are_the_demonstrations_arms(seen: list[Config]) -> None:
         assert seen[-1] == replace(arm, episodes=EpisodeConfig())
         for word in ("# command:", "# hardware:", "# expected:"):
             assert word in path.read_text(encoding="utf-8")
+
+
+def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
+    """Each setting by which the README restores the reference is in its recipe."""
+    recipe = ROOT / "recipes" / "reference.toml"
+    written = flat(tomllib.loads(recipe.read_text(encoding="utf-8")))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, departures = readme.partition("### Where it departs")
+    departures, _, _ = departures.partition("\n## ")
+    restoring = re.findall(r"`(\w+\.[\w.]+ = [^`]+)`", departures)
+    assert len(restoring) == 12
+    for setting in restoring:
+        ((name, value),) = flat(tomllib.loads(setting)).items()
+        assert written[name] == value, setting
+    for path in (recipe, recipe.with_name("reference_clip.toml")):
+        main(["train", "--config", str(path)])
+        assert check(seen[-1]) == []
+        assert build.resolved(seen[-1])[0].optim.learning_rate == 5e-4
+
+
+def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path, seen: list[Config]) -> None:
+    """Its settings with small towers and episodes: prototypes in two of five episodes, extracted
+    and grouped; each step's loss is finite."""
+    main(["train", "--config", str(ROOT / "recipes" / "reference.toml")])
+    small, reference = tiny_config(tiny_parquet, out=str(tmp_path / "run")), seen[-1]
+    config = replace(
+        reference,
+        run=small.run,
+        data=replace(reference.data, train=tiny_parquet),
+        model=small.model,
+        episodes=replace(reference.episodes, size=64, count=5, batch_size=16),
+        prototypes=replace(reference.prototypes, number=8),
+        optim=replace(reference.optim, warm_up_steps=2),
+    )
+    run.train(config)
+    lines = metrics_of(tmp_path / "run")
+    assert [line["episode"] for line in lines if "train/seconds/extract" in line] == [1, 2]
+    losses = [line["train/loss/total"] for line in lines if "train/loss/total" in line]
+    assert len(losses) == 20
+    assert np.isfinite(losses).all()
 
 
 def test_the_demonstration_trains_compares_and_keeps_what_it_has(

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 
-from protoclip import build
+from protoclip import build, run
 from protoclip.data.episodes import Episode
 from protoclip.data.loader import Batch
 from protoclip.features import (
@@ -23,7 +26,7 @@ from protoclip.features import (
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes import Prototypes, build_targets, group
 from protoclip.teachers import TeacherFeatures
-from protoclip.testing import tiny_model
+from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 
 SCALE = torch.tensor(10.0)
 
@@ -254,3 +257,30 @@ def test_grouping_leaves_out_samples_a_teacher_does_not_know() -> None:
         torch.testing.assert_close(
             targets["text_from_bert"].student_centroids[cluster], text[members].mean(0)
         )
+
+
+def test_extraction_through_the_training_transform(tmp_path: Path) -> None:
+    """Each place of an episode has draws of its own, which are not training's and the same
+    whenever they are asked for; the default sees every pair once and as evaluation does."""
+    pq.write_table(tiny_pairs(), tmp_path / "tiny.parquet")
+    found = {}
+    for transform in ("evaluation", "training"):
+        config = tiny_config(str(tmp_path / "tiny.parquet"), out=str(tmp_path / "run"))
+        prototypes = replace(config.prototypes, extract_transform=transform)
+        config = replace(config, prototypes=prototypes)
+        _, trainer = run.prepare(config, tmp_path / "run", torch.device("cpu"), "fp32")
+        episode = trainer.episode(0)
+        first, again = (trainer.source.features(episode) for _ in range(2))
+        assert torch.equal(first.image, again.image)
+        extracted = next(iter(trainer.source.batches(episode))).image
+        trained = next(iter(trainer.batches(episode, 0))).image
+        assert not torch.equal(extracted, trained)
+        found[transform] = first
+    rows = episode.rows.tolist()
+    earlier = [rows.index(row) for row in rows]
+    repeats = [place for place, row in enumerate(rows) if rows.index(row) < place]
+    assert len(repeats) > 5
+    assert torch.equal(found["evaluation"].image[earlier], found["evaluation"].image)
+    augmented = found["training"].image
+    assert all(not torch.equal(augmented[place], augmented[earlier[place]]) for place in repeats)
+    torch.testing.assert_close(found["training"].text, found["evaluation"].text)

@@ -72,9 +72,9 @@ def optimisation(config: Config) -> tuple[Optimisation, list[str]]:
     origins = {
         "learning_rate": f"from {name} at batch {episodes.batch_size}",
         "warm_up_steps": f"of {steps} steps at batch {episodes.batch_size}",
-        "locked_learning_rate": "a tenth of optim.learning_rate",
+        **({"locked_learning_rate": "a tenth of the rate"} if episodes.locked_image else {}),
         **dict.fromkeys(("betas", "eps", "weight_decay"), f"from {name}, a {kind} image tower"),
-        "heads_weight_decay": f"from {name}",
+        **({"heads_weight_decay": f"from {name}"} if config.uses_prototypes else {}),
     }
     lines = [
         f"optim.{setting} = {shown(getattr(decided, setting))}, {origin}"
