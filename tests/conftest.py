@@ -5,10 +5,20 @@ import jaxtyping
 # Before anything of the package is imported.
 jaxtyping.install_import_hook("protoclip", "beartype.beartype")
 
-from collections.abc import Iterator  # noqa: E402
+import http.server  # noqa: E402
+import io  # noqa: E402
+import re  # noqa: E402
+import threading  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import ExitStack  # noqa: E402
+from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any, ClassVar  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
+from fsspec.registry import _registry  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -19,6 +29,75 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+class Bucket(MemoryFileSystem):
+    """A store in memory under the name of one that data are read from."""
+
+    protocol = "s3"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("s3://"))
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setitem(_registry, "s3", Bucket)
+    yield "s3://bucket"
+    Bucket.store.clear()
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Files by whole or by range of bytes."""
+
+    ranges = True
+
+    def send_head(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return None
+        data = path.read_bytes()
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and self.ranges:
+            start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
+            data = data[start : end + 1]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        return io.BytesIO(data)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+class Whole(Ranges):
+    ranges = False
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Starts a web server; returns its URL. A handler is `Ranges` or `Whole`, or another class."""
+    with ExitStack() as stack:
+
+        def start(handler: Any, folder: Path | None = None) -> str:
+            handler = {"ranges": Ranges, "whole": Whole}.get(handler, handler)
+            if folder is not None:
+                handler = partial(handler, directory=str(folder))
+            running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            running.daemon_threads, running.block_on_close = True, False
+            threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+            stack.callback(running.server_close)
+            stack.callback(running.shutdown)
+            return f"http://127.0.0.1:{running.server_port}"
+
+        yield start
 
 
 @pytest.fixture

@@ -76,7 +76,8 @@ class DataConfig:
     id_column: str | None = None
     """Column of a table that names samples; detected if unset."""
     root: str | None = None
-    """Folder or URL that a table's relative paths start from; the table's own folder if unset."""
+    """Folder or URL that a table's relative paths start from, and that all its paths have to lie
+    below (`/` for anywhere); the table's own folder if unset."""
     read: Literal["auto", "indexed", "streaming"] = "auto"
     """How tar shards are read: in any order, or as a stream. `auto`: local ones are indexed."""
     shuffle: int = 4096
@@ -101,6 +102,13 @@ class DataConfig:
     """Pictures with more pixels are skipped."""
     max_bad_share: float = 0.05
     """Share of samples that may be bad; with more the run stops."""
+    allow_commands: bool = False
+    """Run the commands of `pipe:` sources. On the command line alone, as are the next two: a recipe
+    cannot allow itself anything."""
+    allow_private_hosts: bool = False
+    """Read from web servers on this machine and in private networks."""
+    allow_links: bool = False
+    """Follow symbolic links out of the folder that a table's paths have to lie below."""
     shuffle_captions: bool = False
     """Pair each picture with another's caption: the control that must learn nothing."""
 

@@ -6,7 +6,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 
 from protoclip.data import index as module
 from protoclip.data.index import build_index, even_batches, fingerprint
+from protoclip.data.locations import Access
 from protoclip.data.pairs import ImageTextPairs
 
 ROWS = {"caption": [f"caption {n}" for n in range(10)], "path": [f"{n}.jpg" for n in range(10)]}
@@ -230,14 +231,17 @@ def test_a_fingerprint_follows_the_file(tmp_path: Path) -> None:
     assert len({first, *others}) == 5
 
 
-@pytest.mark.parametrize("protocol", ["memory", "file"])
-def test_a_fingerprint_follows_a_url(tmp_path: Path, protocol: str) -> None:
-    url = f"{protocol}://{tmp_path}/a.csv"
+@pytest.mark.parametrize("protocol", ["http", "s3"])
+def test_a_fingerprint_follows_a_url(
+    tmp_path: Path, bucket: str, serve: Callable[..., str], protocol: str
+) -> None:
+    url = f"{bucket}/a.csv" if protocol == "s3" else f"{serve('ranges', tmp_path)}/a.csv"
     found = []
     for content in (b"one", b"three", b"seventeen"):
-        with fsspec.open(url, "wb") as file:
-            file.write(content)
-        found += [fingerprint(url), fingerprint(url)]
+        (tmp_path / "a.csv").write_bytes(content)
+        if protocol == "s3":
+            fsspec.filesystem("s3").pipe(url, content)
+        found += [fingerprint(url, Access(private_hosts=True)) for _ in range(2)]
     assert found[::2] == found[1::2]
     assert len(set(found)) == 3
 
@@ -246,11 +250,12 @@ def test_a_fingerprint_follows_a_url(tmp_path: Path, protocol: str) -> None:
     ("path", "message"),
     [
         ("nothing.csv", "no such file"),
-        ("memory://nothing.csv", "no such file"),
-        ("nowhere://a.csv", "cannot be opened"),
+        ("s3://nothing.csv", "no such file"),
+        ("nowhere://a.csv", "'nowhere://' is not read"),
+        ("/dev/null", "is a device, not a file"),
     ],
 )
-def test_a_file_that_is_not_there_is_named(path: str, message: str) -> None:
+def test_a_file_that_is_not_there_is_named(path: str, message: str, bucket: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         fingerprint(path)
     assert str(error.value).startswith(path)

@@ -10,6 +10,7 @@ import fsspec
 import pytest
 
 from protoclip.data import shards, tars
+from protoclip.data.locations import Access
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.shards import expand_shards, open_shards
 from protoclip.data.streams import read_shard
@@ -418,17 +419,16 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert expand_shards("odd{1..2}.tar") == ["odd{1..2}.tar"]
 
 
-def test_remote_patterns() -> None:
+def test_remote_patterns(bucket: str) -> None:
     """Braces always, globs and folders where the file system lists; commands as they are."""
     for name in ("a/0.tar", "a/1.tar", "a/x.txt"):
-        with fsspec.open(f"memory://shards/{name}", "wb") as file:
+        with fsspec.open(f"{bucket}/{name}", "wb") as file:
             file.write(b"")
-    two = ["memory:///shards/a/0.tar", "memory:///shards/a/1.tar"]
-    normal = [name.replace(":///", "://") for name in two]
-    for pattern in ("memory://shards/a/*.tar", "memory://shards/a/"):
-        assert [n.replace(":///", "://") for n in expand_shards(pattern)] == normal
+    two = [f"{bucket}/a/0.tar", f"{bucket}/a/1.tar"]
+    for pattern in (f"{bucket}/a/*.tar", f"{bucket}/a/"):
+        assert [n.replace(":///", "://") for n in expand_shards(pattern)] == two
     assert expand_shards("s3://bucket/{000..331}.tar")[331] == "s3://bucket/331.tar"
-    assert expand_shards("pipe:curl -s https://host/{0..1}.tar") == [
+    assert expand_shards("pipe:curl -s https://host/{0..1}.tar", Access(commands=True)) == [
         "pipe:curl -s https://host/0.tar",
         "pipe:curl -s https://host/1.tar",
     ]
@@ -446,11 +446,16 @@ def test_remote_patterns() -> None:
         ("{folder}/*.tar", r"\*.tar: no tar shard matches"),
         ("{folder}", "no tar shard matches"),
         ("{folder}/{{0..2.tar", "the braces do not pair up|no such file"),
-        ("memory://nothing/here/*.tar", "no tar shard matches"),
-        ("nosuch://bucket/*.tar", r"nosuch://bucket/\*.tar: cannot be listed"),
+        ("s3://nothing/here/*.tar", "no tar shard matches"),
+        ("gs://bucket/*.tar", r"gs://bucket/\*.tar: cannot be listed \(.*gcsfs"),
+        ("https://host/*.tar", "a web server does not say what it holds; name the files with bra"),
+        ("memory://bucket/*.tar", "'memory://' is not read; use a local file or one of https"),
+        ("pipe:cat {folder}/none.tar", "--data.allow_commands true"),
     ],
 )
-def test_patterns_without_a_match_are_errors(tmp_path: Path, pattern: str, message: str) -> None:
+def test_patterns_without_a_match_are_errors(
+    tmp_path: Path, bucket: str, pattern: str, message: str
+) -> None:
     """In one line that names the pattern."""
     with pytest.raises(ValueError, match=message) as error:
         expand_shards(pattern.format(folder=tmp_path))

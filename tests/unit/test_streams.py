@@ -1,19 +1,16 @@
 """Streams over tar shards: their order, where they go on, and what they survive."""
 
 import gc
-import http.server
 import io
 import itertools
 import json
-import re
 import shlex
 import tarfile
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -22,11 +19,13 @@ import pytest
 
 from protoclip.data import streams
 from protoclip.data.episodes import BLOCK_STREAM, SHARD_STREAM, generator
+from protoclip.data.locations import Access
 from protoclip.data.pairs import BadSample, Sample, SampleStream
 from protoclip.data.shards import open_shards
 from protoclip.data.streams import ShardStream, read_ahead
 
 SIZES = (5, 3, 7, 4, 6)
+COMMANDS, OWN_HOST = Access(commands=True), Access(private_hosts=True)
 
 
 def tar(keys: list[str], *, size: int = 40) -> bytes:
@@ -231,70 +230,26 @@ def test_landmarks_at_the_beginning(folder: Path) -> None:
 # Sources.
 
 
-class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Files by whole or by range of bytes."""
-
-    ranges = True
-
-    def send_head(self):
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return None
-        data = path.read_bytes()
-        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked and self.ranges:
-            start, end = int(asked[1]), min(int(asked[2]), len(data) - 1)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
-            data = data[start : end + 1]
-        else:
-            self.send_response(200)
-        if self.ranges:
-            self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        return io.BytesIO(data)
-
-    def log_message(self, *args) -> None:
-        pass
-
-
-class Whole(Ranges):
-    ranges = False
-
-
-@pytest.fixture(params=[Ranges, Whole])
-def server(request: pytest.FixtureRequest, folder: Path):
-    handler = partial(request.param, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
-
-
-def test_shards_of_a_web_server(folder: Path, server: str, monkeypatch) -> None:
+@pytest.mark.parametrize("handler", ["ranges", "whole"])
+def test_shards_of_a_web_server(folder: Path, serve: Callable[..., str], handler: str) -> None:
     """The samples of the files, over requests of ranges or of the whole; a missing one is bad."""
-    pytest.importorskip("aiohttp")
-    monkeypatch.setattr(streams, "REQUEST_BYTES", 3000)
+    server = serve(handler, folder)
     local = take(stream(str(folder)), 60)
-    remote = take(stream(server + "/{0..4}.tar"), 60)
+    remote = take(stream(server + "/{0..4}.tar", access=OWN_HOST), 60)
     assert [(s.sample_id, s.image, s.captions) for s in remote] == [
         (s.sample_id, s.image, s.captions) for s in local
     ]
-    found = take(stream(server + "/{0..5}.tar", shuffle=1), 30)
+    found = take(stream(server + "/{0..5}.tar", shuffle=1, access=OWN_HOST), 30)
     (bad,) = {b.where: b for b in found if isinstance(b, BadSample)}.values()
     assert (bad.sample_id, bad.where, bad.reason) == ("5", f"{server}/5.tar", "no such file")
 
 
-def test_shards_of_a_file_system_of_fsspec(folder: Path) -> None:
+def test_shards_of_a_file_system_of_fsspec(folder: Path, bucket: str) -> None:
     """The samples of the files, by a glob."""
     for path in folder.glob("*.tar"):
-        with fsspec.open(f"memory://{folder.name}/{path.name}", "wb") as file:
+        with fsspec.open(f"{bucket}/{path.name}", "wb") as file:
             file.write(path.read_bytes())
-    remote = take(stream(f"memory://{folder.name}/*.tar"), 60)
+    remote = take(stream(f"{bucket}/*.tar"), 60)
     assert ids(remote) == ids(take(stream(str(folder)), 60))
 
 
@@ -302,7 +257,7 @@ def test_shards_of_commands(folder: Path) -> None:
     """The samples of the files, though the command writes on behind the tar's end."""
     place = shlex.quote(str(folder))
     command = f"pipe:cat {place}/{{0..4}}.tar; head -c 3000000 /dev/zero"
-    assert ids(take(stream(command), 60)) == ids(take(stream(str(folder)), 60))
+    assert ids(take(stream(command, access=COMMANDS), 60)) == ids(take(stream(str(folder)), 60))
 
 
 # Faults.
@@ -325,7 +280,8 @@ def reasons(items: list[Sample | BadSample]) -> set[tuple[str, str]]:
 def test_commands_that_fail(folder: Path, command: str, reason: str) -> None:
     """One bad sample says why; the other shards, and what came before, are read."""
     good = [str(folder / f"{shard}.tar") for shard in (1, 2)]
-    found = take(stream([*good, "pipe:" + command.format(folder=folder)], shuffle=1), 60)
+    command = "pipe:" + command.format(folder=folder)
+    found = take(stream([*good, command], shuffle=1, access=COMMANDS), 60)
     assert {reason for _, reason in reasons(found)} == {reason}
     whole = {s.sample_id for s in found if isinstance(s, Sample)}
     assert len(whole) == 10 + ("head" in command)
@@ -426,7 +382,7 @@ def test_a_thread_in_the_middle_of_a_block_ends(
 ) -> None:
     """A block of a million samples, of a shard without end, is given up once nobody waits."""
 
-    def endless(shard: str, caption_keys: object) -> Iterator[BadSample]:
+    def endless(shard: str, *rest: object) -> Iterator[BadSample]:
         while True:
             time.sleep(0.001)
             yield BadSample("some", shard, "made to last")

@@ -13,6 +13,7 @@ from protoclip.data.cache import DiskCache, ImageCache, MemoryCache
 from protoclip.data.episodes import Episode, EpisodeSampler
 from protoclip.data.index import cache_folder, digest
 from protoclip.data.loader import EpisodeLoader
+from protoclip.data.locations import Access
 from protoclip.data.mixtures import MixedPairs, MixedStreams, ShuffledCaptions
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sources import open_source
@@ -89,6 +90,11 @@ def opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> Pairs | Sampl
         world_size=world_size(),
         shuffle=data.shuffle,
         cache=Path(data.cache_folder) / "index" if data.cache_folder else None,
+        access=Access(
+            commands=data.allow_commands,
+            private_hosts=data.allow_private_hosts,
+            links=data.allow_links,
+        ),
         **columns,
     )
 

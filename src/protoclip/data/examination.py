@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from protoclip.data.decode import READERS, decode, dimensions
+from protoclip.data.locations import Access
 from protoclip.data.mixtures import MixedStreams, under
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.streams import ShardStream, read_shard
@@ -63,10 +64,10 @@ def stream_chunks(
 ) -> tuple[Iterator[Chunk], int]:
     """Samples read here, and how many they are, or the number of shards where that is unknown."""
     streams = source.streams if isinstance(source, MixedStreams) else [source]
-    prefix = [t.name if isinstance(source, MixedStreams) else None for t in streams]
+    mixed = isinstance(source, MixedStreams)
     shards = [
-        (s, t.caption_keys, name)
-        for t, name in zip(streams, prefix, strict=True)
+        (s, t.caption_keys, t.access, t.name if mixed else None)
+        for t in streams
         if isinstance(t, ShardStream)
         for s in t.shards
     ]
@@ -87,10 +88,10 @@ def stream_chunks(
 
 
 def of_shard(
-    shard: str, caption_keys: Sequence[str] | None, name: str | None
+    shard: str, caption_keys: Sequence[str] | None, access: Access, name: str | None
 ) -> Iterator[Sample | BadSample]:
     """A shard's samples, under the name of their source in a mixture."""
-    found = read_shard(shard, caption_keys)
+    found = read_shard(shard, caption_keys, access)
     return found if name is None else (under(name, item) for item in found)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from protoclip.data.index import BATCH_ROWS, build_index, digest
+from protoclip.data.locations import NOTHING_MORE, Access
 from protoclip.data.manifests import FORMAT, open_tables
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.pictures import (
@@ -38,6 +39,7 @@ def open_folder(
     root: str | None = None,
     name: str | None = None,
     cache: Path | None = None,
+    access: Access = NOTHING_MORE,
 ) -> ImageTextPairs:
     """Open a local folder of pairs. It is the first of these that fits:
 
@@ -54,6 +56,7 @@ def open_folder(
             Beside pictures `caption_column` names keys of the `.json`; the others have no effect.
         name: What messages and derived ids call the source; the folder's name if unset.
         cache: Folder for the index; the user's cache folder if unset.
+        access: What the user allows.
 
     Raises:
         ValueError: There is no such folder, it holds none of these or several splits, or what it
@@ -75,6 +78,7 @@ def open_folder(
             root=root if root is not None else str(found[0].parent),
             name=name,
             cache=cache,
+            access=access,
         )
     given = {"image_column": image_column, "id_column": id_column, "root": root}
     unused = [setting for setting, value in given.items() if value is not None]
@@ -92,12 +96,12 @@ def tables(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json").get("splits", [])
         if len(splits) == 1:
-            return tables(folder / splits[0])
+            return tables(inside(folder, splits[0]))
         if splits:
             raise several(folder, splits, str(folder / splits[0]))
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         files = read_json(folder / "state.json").get("_data_files") or []
-        return [folder / file["filename"] for file in files]
+        return [inside(folder, file.get("filename")) for file in files if isinstance(file, dict)]
     for metadata in METADATA:
         if (folder / metadata).is_file():
             return [folder / metadata]
@@ -108,6 +112,19 @@ def tables(folder: Path) -> list[Path]:
     if len(splits) > 1:
         raise several(folder, splits, str(folder / f"{splits[0]}-*.parquet"))
     return found
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """What a saved dataset names in its own folder.
+
+    Raises:
+        ValueError: It names something elsewhere.
+    """
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(
+            f"{folder}: not a saved dataset; it names '{line(str(name), 80)}' as its file"
+        )
+    return folder / name
 
 
 def several(folder: Path, splits: Sequence[str], example: str) -> ValueError:
@@ -165,8 +182,12 @@ def open_pictures(
                 f"{folder}: {', '.join(unused)} have no effect on a folder of pictures"
             )
 
+    # The user named the folder, so its links are followed; no table names what is in it.
     return ImageTextPairs(
-        build_index(key, SCHEMA, build, folder=cache), name=name, root=str(folder)
+        build_index(key, SCHEMA, build, folder=cache),
+        name=name,
+        root=str(folder),
+        access=Access(links=True),
     )
 
 

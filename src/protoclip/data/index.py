@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import fsspec
 import pyarrow as pa
 from filelock import FileLock
 
+from protoclip.data.locations import (
+    NOTHING_MORE,
+    Access,
+    is_url,
+    open_local,
+    reason_of,
+    url_facts,
+)
 from protoclip.data.values import Values, is_readable
 
 # Rows and bytes of a record batch, the unit that an index is written and found by.
@@ -76,29 +83,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "protoclip"
 
 
-def fingerprint(path: str) -> str:
+def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
     """What identifies a file's content without reading all of it.
 
     Size and time of change, and the bytes at both ends; for a URL what its file system tells (size,
     and an entity tag or a time where it has one).
 
     Raises:
-        ValueError: There is no such file, or its file system cannot be asked.
+        ValueError: There is no such file, or it may not or cannot be read.
     """
-    if "://" in path:
-        try:
-            filesystem, name = fsspec.core.url_to_fs(path)
-            told = filesystem.info(name)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file") from None
-        except (OSError, ImportError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be opened ({' '.join(str(error).split())})") from None
-        return digest({"url": path, **{k: v for k, v in told.items() if k.lower() in URL_FACTS}})
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{path}: no such file")
-    status = file.stat()
-    with file.open("rb") as opened:
+    try:
+        if is_url(path):
+            return digest({"url": path, **url_facts(path, access)})
+        file = Path(path)
+        opened = open_local(file)
+    except Exception as error:  # stores have errors of their own
+        raise ValueError(f"{path}: {reason_of(error)}") from None
+    with opened:
+        status = os.fstat(opened.fileno())
         ends = opened.read(1 << 16)
         opened.seek(max(0, status.st_size - (1 << 16)))
         ends += opened.read()
@@ -110,13 +112,6 @@ def fingerprint(path: str) -> str:
             "ends": hashlib.blake2b(ends, digest_size=16).hexdigest(),
         }
     )
-
-
-# What file systems call the facts that change with a file, in lower case.
-URL_FACTS = (
-    *("size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"),
-    *("last_modified", "lastmodified", "last-modified"),
-)
 
 
 def digest(facts: Mapping[str, Any]) -> str:

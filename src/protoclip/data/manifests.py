@@ -11,11 +11,12 @@ import pyarrow.compute as pc
 
 from protoclip.data.columns import Columns, choose, holds_lists, is_bytes, is_text, missing
 from protoclip.data.index import build_index, digest, fingerprint
-from protoclip.data.pairs import ImageTextPairs, is_url
+from protoclip.data.locations import NOTHING_MORE, Access, is_url
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tables import Skipped, Table, faults, line, open_table
 
 # Raised when the same file would be converted otherwise than before.
-FORMAT = 1
+FORMAT = 2
 # Lines of a caption from which on it looks like a quote that was left open.
 MANY_LINES = 20
 
@@ -29,11 +30,12 @@ def open_manifest(
     root: str | None = None,
     name: str | None = None,
     cache: Path | None = None,
+    access: Access = NOTHING_MORE,
 ) -> ImageTextPairs:
     """Open a table of pairs, converting it into an index the first time.
 
     Args:
-        path: A `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.arrow` file, or a URL that fsspec reads;
+        path: A `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.arrow` file, or a URL;
             or a local pattern such as `train-*.parquet`, whose files follow each other by name.
         image_column: Holds paths, URLs, or encoded pictures as bytes (also as Hugging Face's
             structure of bytes and path); the first of `IMAGE_COLUMNS` there is if unset.
@@ -41,9 +43,11 @@ def open_manifest(
             first of `CAPTION_COLUMNS` if unset.
         id_column: Holds unique ids; the first of `ID_COLUMNS` if unset. Without one, a sample is
             named after the source and its row.
-        root: Folder or URL that relative paths start from; the table's own if unset.
+        root: Folder or URL that relative paths start from, and all paths have to lie below; the
+            table's own if unset.
         name: What messages and derived ids call the source; the file's name if unset.
         cache: Folder for the index; the user's cache folder if unset.
+        access: What the user allows.
 
     Raises:
         ValueError: There is no such file, it is not what its suffix says, a column is missing or
@@ -63,6 +67,7 @@ def open_manifest(
         root=root if root is not None else folder,
         name=name or Path(file.partition("?")[0] if is_url(path) else file).name,
         cache=cache,
+        access=access,
     )
 
 
@@ -75,14 +80,17 @@ def open_tables(
     root: str,
     name: str,
     cache: Path | None,
+    access: Access,
 ) -> ImageTextPairs:
     """Open tables with the same columns as one; see `open_manifest`."""
     captions = [caption_column] if isinstance(caption_column, str) else list(caption_column or ())
     settings = {"image": image_column, "captions": captions, "id": id_column}
-    key = digest({"format": FORMAT, "files": [fingerprint(path) for path in paths], **settings})
+    key = digest(
+        {"format": FORMAT, "files": [fingerprint(path, access) for path in paths], **settings}
+    )
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        tables = [open_table(path) for path in paths]
+        tables = [open_table(path, access) for path in paths]
         columns = choose(tables[0], image=image_column, captions=captions, sample_id=id_column)
         for table in tables[1:]:
             for column in columns.wanted:
@@ -90,19 +98,21 @@ def open_tables(
                     raise missing(table, f"no column '{column}', which {paths[0]} has")
         yield from converted(tables, columns, facts)
 
-    return ImageTextPairs(build_index(key, None, build, folder=cache), name=name, root=root)
+    index = build_index(key, None, build, folder=cache)
+    return ImageTextPairs(index, name=name, root=root, access=access)
 
 
 def converted(
     tables: list[Table], columns: Columns, facts: dict[str, Any]
 ) -> Iterator[pa.RecordBatch]:
     """The rows of an index, with the notes it is to keep."""
-    skipped = Skipped()
+    left_out: list[Skipped] = []
     hashes: list[npt.NDArray[np.int64]] = []
     rows = long = 0
     picture: tuple[str, str | None] | None = None
     for table in tables:
-        for batch in table.batches(columns.wanted, skipped):
+        left_out.append(Skipped())
+        for batch in table.batches(columns.wanted, left_out[-1]):
             with faults(table.path):
                 picture = picture or picture_kind(
                     batch.column(columns.image), table.schema.field(columns.image).type
@@ -119,21 +129,18 @@ def converted(
             rows += batch.num_rows
             yield pa.RecordBatch.from_pydict(arrays)
     path = tables[0].path
-    if not rows and skipped.count:
-        raise ValueError(
-            f"{path}: none of its {skipped.count} rows has the header's columns (first: "
-            f"'{skipped.example}'); check the separator and the quotes"
-        )
+    notes = [
+        note
+        for table, skipped in zip(tables, left_out, strict=True)
+        for note in skipped.notes(table.path)
+    ]
+    if not rows and notes:
+        raise ValueError(f"{notes[0]}; no row is left: check the separator and the quotes")
     if not rows:
         raise ValueError(f"{path}: holds no sample")
     if columns.sample_id:
         check_unique(hashes, tables, columns)
-    facts["notes"] = list(columns.notes)
-    if skipped.count:
-        facts["notes"].append(
-            f"{path}: rows left out that have not the header's columns: {skipped.count} "
-            f"(first: '{skipped.example}')"
-        )
+    facts["notes"] = [*columns.notes, *notes]
     if long:
         facts["notes"].append(
             f"{path}: {long} captions have more than {MANY_LINES} lines; is a quote left open?"

@@ -7,10 +7,8 @@ anything else that is wrong with a source is a `ValueError` when it is opened.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -18,6 +16,16 @@ from PIL import Image
 
 from protoclip.data.decode import decode
 from protoclip.data.index import ArrowIndex
+from protoclip.data.locations import (
+    NOTHING_MORE,
+    Access,
+    in_table,
+    join,
+    open_local,
+    read_file,
+    reason_of,
+    visible,
+)
 
 # Larger pictures are taken for a mistake or an attack: the size at which PIL itself refuses.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -27,8 +35,8 @@ class BadSample(ValueError):
     """One sample cannot be used; the rest of the source can."""
 
     def __init__(self, sample_id: str, where: str, reason: str) -> None:
-        super().__init__(f"sample '{sample_id}' ({where}): {reason}")
-        self.sample_id, self.where, self.reason = sample_id, where, reason
+        super().__init__(visible(f"sample '{sample_id}' ({where}): {reason}"))
+        self.sample_id, self.where, self.reason = sample_id, where, visible(reason)
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str]]:
         return BadSample, (self.sample_id, self.where, self.reason)
@@ -107,13 +115,14 @@ class ImageTextPairs:
     without it a sample is named `<name>/<row>`), and where the picture is, as one of
 
     * `image`: the encoded bytes;
-    * `path`: a file, relative to `root`, or a URL that fsspec reads;
+    * `path`: a file below `root`, or a URL; see `locations.in_table`;
     * `shard`, `offset`, `size`: a range of bytes in a file, the name relative to `root`.
 
     Args:
         table: One row a pair.
         name: What messages and derived sample ids call this source.
-        root: Folder or URL that relative names start from.
+        root: Folder or URL that relative names start from, and paths have to lie below.
+        access: What the user allows beyond that.
 
     Raises:
         ValueError: A column is missing, or there is no row.
@@ -125,6 +134,7 @@ class ImageTextPairs:
         *,
         name: str,
         root: str = "",
+        access: Access = NOTHING_MORE,
     ) -> None:
         self.index = table if isinstance(table, ArrowIndex) else None
         self.table: pa.Table = table.table if isinstance(table, ArrowIndex) else table
@@ -135,7 +145,7 @@ class ImageTextPairs:
             raise ValueError(f"{name}: no column '{missing}'; it has {', '.join(present)}")
         if self.table.num_rows == 0:
             raise ValueError(f"{name}: holds no sample")
-        self._name, self.root = name, root
+        self._name, self.root, self.access = name, root, access
         self._pictures = pictures
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,15 +219,15 @@ class ImageTextPairs:
                 if offset is None:
                     raise self._bad(row, "no image")
                 return read_range(self.where(row), offset, size)
-            if self._value("path", row) is None:
+            if (cell := self._value("path", row)) is None:
                 raise self._bad(row, "no image")
-            return read_file(self.where(row))
-        except BadSample:
+            return read_file(in_table(self.root, cell, self.access), self.access)
+        except (BadSample, MemoryError):
             raise
         except FileNotFoundError:
             raise self._bad(row, "no such file") from None
-        except (OSError, ValueError) as error:
-            raise self._bad(row, f"cannot be read ({error})") from None
+        except Exception as error:  # stores and their clients have errors of their own
+            raise self._bad(row, f"cannot be read ({reason_of(error)})") from None
 
     def where(self, row: int) -> str:
         """The file that holds the picture of a row."""
@@ -267,38 +277,22 @@ def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
     """Captions without blanks around them, and without empty ones.
 
     Raises:
-        ValueError: None is left, or one is not UTF-8.
+        ValueError: None is left, or one is not UTF-8 or holds a zero byte.
     """
     try:
         decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
     except UnicodeDecodeError:
         raise ValueError("the caption is not UTF-8") from None
+    if any(text and "\0" in text for text in decoded):
+        raise ValueError("the caption holds a zero byte")
     captions = tuple(text.strip() for text in decoded if text and text.strip())
     if not captions:
         raise ValueError("empty caption")
     return captions
 
 
-def is_url(path: str) -> bool:
-    return "://" in path
-
-
-def join(root: str, name: str) -> str:
-    """A name below a folder or URL; an absolute path or URL stays as it is."""
-    if not root or is_url(name) or Path(name).is_absolute():
-        return name
-    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
-
-
-def read_file(path: str) -> bytes:
-    if is_url(path):
-        with fsspec.open(path, "rb") as remote:
-            return bytes(remote.read())
-    return Path(path).read_bytes()
-
-
 def read_range(path: str, offset: int, size: int) -> bytes:
-    with Path(path).open("rb", buffering=0) as file:
+    with open_local(path) as file:
         file.seek(offset)
         data = file.read(size)
     if len(data) != size:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.data.columns import CAPTION_COLUMNS
+from protoclip.data.locations import NOTHING_MORE, read_file
 from protoclip.data.tables import encode, line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -134,7 +135,7 @@ def captions(
         odd.add("pictures without a caption", picture)
         return []
     try:
-        raw = (folder / file).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        raw = read_file(str(folder / file), NOTHING_MORE).removeprefix(b"\xef\xbb\xbf")
         if not file.lower().endswith(".json"):
             return [raw]
         record = json.loads(raw.decode("utf-8", "surrogateescape"))

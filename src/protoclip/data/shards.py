@@ -17,13 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 from braceexpand import braceexpand
 
 from protoclip.data.index import ArrowIndex, build_index, cache_folder, digest, fingerprint
-from protoclip.data.pairs import ImageTextPairs, is_url
+from protoclip.data.locations import (
+    NOTHING_MORE,
+    Access,
+    is_url,
+    list_urls,
+    open_local,
+    reason_of,
+    require_allowed,
+)
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tars import (
     COMPRESSED,
     MAX_MEMBER_BYTES,
@@ -53,25 +61,26 @@ ROWS = pa.schema(
 SET_ROWS = ROWS.append(pa.field("shard", pa.dictionary(pa.int32(), pa.string())))
 
 
-def expand_shards(pattern: str | Sequence[str]) -> list[str]:
+def expand_shards(pattern: str | Sequence[str], access: Access = NOTHING_MORE) -> list[str]:
     """The shards that a pattern, or each of several, names: sorted, each once.
 
     Args:
         pattern: A path or URL with `{00000..00331}` for a range, `{a,b}` for alternatives, and `*`
-            where the files can be listed; a folder or a URL that ends in `/`, for its `*.tar`; or
-            `pipe:COMMAND`, in which braces work too.
+            where the files can be listed (not of a web server); a folder or a URL that ends in
+            `/`, for its `*.tar`; or `pipe:COMMAND`, in which braces work too.
+        access: What the user allows.
 
     Raises:
-        ValueError: Nothing matches, or a local file is missing.
+        ValueError: Nothing matches, a local file is missing, or a location is not allowed.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    found = sorted({shard for each in patterns for shard in _expand(each)})
+    found = sorted({shard for each in patterns for shard in _expand(each, access)})
     if not found:
         raise ValueError(f"{', '.join(patterns) or 'no pattern'}: no tar shard matches")
     return found
 
 
-def _expand(pattern: str) -> Iterator[str]:
+def _expand(pattern: str, access: Access) -> Iterator[str]:
     if Path(pattern).exists():
         names = [pattern]
     else:
@@ -80,10 +89,14 @@ def _expand(pattern: str) -> Iterator[str]:
         except ValueError:
             raise ValueError(f"{pattern}: the braces do not pair up") from None
     for name in names:
+        try:
+            require_allowed(name, access)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         if name.startswith("pipe:"):
             yield name
         elif is_url(name):
-            yield from _listed(name) if "*" in name or name.endswith("/") else [name]
+            yield from _listed(name, access) if "*" in name or name.endswith("/") else [name]
         else:
             path = Path(name).expanduser()
             if path.is_dir():
@@ -96,13 +109,11 @@ def _expand(pattern: str) -> Iterator[str]:
                 raise ValueError(f"{name}: no such file")
 
 
-def _listed(pattern: str) -> Iterator[str]:
+def _listed(pattern: str, access: Access) -> list[str]:
     try:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        path = f"{path.rstrip('/')}/*.tar" if pattern.endswith("/") else path
-        yield from map(filesystem.unstrip_protocol, filesystem.glob(path))
+        return list_urls(f"{pattern}*.tar" if pattern.endswith("/") else pattern, access)
     except Exception as error:  # every file system has errors of its own
-        raise ValueError(f"{pattern}: cannot be listed ({error})") from error
+        raise ValueError(f"{pattern}: cannot be listed ({reason_of(error)})") from None
 
 
 def check_stems(shards: Sequence[str]) -> None:
@@ -139,7 +150,8 @@ def open_shards(
         ValueError: A shard is missing, remote, compressed or no tar; two samples share an id;
             there is no sample.
     """
-    shards = expand_shards(pattern)
+    # Commands are refused because they are remote, whether or not they are allowed.
+    shards = expand_shards(pattern, Access(commands=True))
     remote = next((s for s in shards if is_url(s) or s.startswith("pipe:")), None)
     if remote is not None:
         raise ValueError(f"{remote}: only local shards can be indexed; stream it, or copy it here")
@@ -227,7 +239,7 @@ def index_shard(
     path, key = pair
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        with Path(path).open("rb") as file:
+        with open_local(path) as file:
             if any(file.peek(6).startswith(magic) for magic in COMPRESSED):
                 raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
             try:

@@ -6,8 +6,9 @@ from typing import Literal
 
 from protoclip.data.bundled import emoji_table
 from protoclip.data.folders import open_folder
+from protoclip.data.locations import NOTHING_MORE, Access, is_url, require_allowed
 from protoclip.data.manifests import open_manifest
-from protoclip.data.pairs import ImageTextPairs, SampleStream, is_url
+from protoclip.data.pairs import ImageTextPairs, SampleStream
 from protoclip.data.shards import open_shards
 from protoclip.data.streams import ShardStream
 
@@ -26,6 +27,7 @@ def open_source(
     world_size: int = 1,
     shuffle: int = 4096,
     cache: Path | None = None,
+    access: Access = NOTHING_MORE,
 ) -> ImageTextPairs | SampleStream:
     """Open a source of image-text pairs; `docs/data.md` has a page on each kind.
 
@@ -35,17 +37,24 @@ def open_source(
         name: What messages and derived sample ids call it; derived from the path if unset.
         image_column, caption_column, id_column: Columns of a table; detected if unset. For tar
             shards the captions' keys in the `.json` members.
-        root: Folder or URL that a table's relative paths start from; the table's own if unset.
+        root: Folder or URL that a table's relative paths start from, and all its paths lie below;
+            the table's own if unset.
         read: How tar shards are read: `indexed` (any order, local files), `streaming` (in one
             order), `auto` (indexed where the files are local).
         seed, rank, world_size, shuffle: Of a stream; see `ShardStream`.
         cache: Folder for indexes; the user's cache folder if unset.
+        access: What the user allows.
 
     Raises:
         ValueError: Nothing there, or not of a known form; in one line that says what to do.
     """
     if path == "emoji":
         return ImageTextPairs(emoji_table("train"), name=name or "emoji")
+    for setting, location in (("data.root: ", root), ("", path)):
+        try:
+            require_allowed(location or "", access)
+        except ValueError as error:
+            raise ValueError(f"{setting}{location}: {error}") from None
     if is_shards(path):
         columns = {"image_column": image_column, "id_column": id_column, "root": root}
         given = [f"data.{column}" for column, value in columns.items() if value]
@@ -66,6 +75,7 @@ def open_source(
                 world_size=world_size,
                 shuffle=shuffle,
                 name=name,
+                access=access,
             )
         return open_shards(path, caption_key=caption_column, name=name, cache=cache)
     if read == "streaming":
@@ -79,6 +89,7 @@ def open_source(
         root=root,
         name=name,
         cache=cache,
+        access=access,
     )
 
 

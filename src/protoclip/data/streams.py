@@ -9,25 +9,28 @@ import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread, current_thread
 from typing import Any, TypeVar
 
-import fsspec
-
 from protoclip.data.episodes import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.index import digest
-from protoclip.data.pairs import BadSample, Sample, clean_captions, is_url
+from protoclip.data.locations import (
+    NOTHING_MORE,
+    READ_BYTES,
+    Access,
+    open_file,
+    reason_of,
+    require_allowed,
+)
+from protoclip.data.pairs import BadSample, Sample, clean_captions
 from protoclip.data.shards import check_stems, expand_shards, key_list
 from protoclip.data.tars import (
     COMPRESSED,
     IMAGES,
-    READ_BYTES,
     TEXTS,
     Group,
     group_id,
-    one_line,
     read_groups,
     read_members,
     sample_facts,
@@ -41,8 +44,6 @@ Block = tuple[int, list[Sample | BadSample]]
 
 # Pictures that a block holds at most, in bytes; two blocks are in memory.
 BLOCK_BYTES = 1 << 28
-# Bytes of a request to a remote file system.
-REQUEST_BYTES = 1 << 24
 # So many different shards in a row without a sample end a stream.
 MAX_FAILED = 32
 # Seconds that a closed stream waits for a read that is under way.
@@ -63,9 +64,10 @@ class ShardStream:
         shuffle: Samples of a block; fewer where they hold more than `BLOCK_BYTES`.
         caption_key: See `shards.open_shards`.
         name: What messages call the source; the pattern if unset.
+        access: What the user allows.
 
     Raises:
-        ValueError: No shard, or two of one name.
+        ValueError: No shard, two of one name, or one that may not be read.
     """
 
     def __init__(
@@ -78,12 +80,14 @@ class ShardStream:
         shuffle: int = 4096,
         caption_key: str | Sequence[str] | None = None,
         name: str | None = None,
+        access: Access = NOTHING_MORE,
     ) -> None:
         if shuffle < 1:
             raise ValueError(
                 f"data.shuffle: {shuffle} is not a number of samples; 1 keeps the order"
             )
-        self.shards = expand_shards(pattern)
+        self.shards = expand_shards(pattern, access)
+        self.access = access
         check_stems(self.shards)
         self._name = name or (pattern if isinstance(pattern, str) else f"{pattern[0]} and others")
         self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
@@ -171,7 +175,7 @@ class ShardStream:
             shard = self._shard(turn * self.world_size + self.rank)
             failed.add(shard)
             reason = "it holds no sample"
-            for place, item in enumerate(read_shard(shard, self.caption_keys)):
+            for place, item in enumerate(read_shard(shard, self.caption_keys, self.access)):
                 if isinstance(item, Sample):
                     failed.clear()
                 else:
@@ -233,17 +237,19 @@ def read_ahead(
             thread.join(CLOSE_SECONDS)
 
 
-def read_shard(shard: str, caption_keys: Sequence[str] | None) -> Iterator[Sample | BadSample]:
+def read_shard(
+    shard: str, caption_keys: Sequence[str] | None, access: Access = NOTHING_MORE
+) -> Iterator[Sample | BadSample]:
     """The samples of one shard, in order. What is wrong with it is a bad sample, not an error."""
     stem, seen = shard_stem(shard), set[str]()
     try:
-        with open_shard(shard) as file:
+        with open_shard(shard, access) as file:
             for group in read_groups(read_members(file, _is_used)):
                 yield _sample(group, shard, stem, caption_keys, seen)
     except FileNotFoundError:
         yield BadSample(stem, shard, "no such file")
     except Exception as error:  # file systems, commands and decompressors have errors of their own
-        yield BadSample(stem, shard, one_line(error))
+        yield BadSample(stem, shard, reason_of(error))
 
 
 def _is_used(name: str) -> bool:
@@ -269,26 +275,23 @@ def _sample(
 
 
 @contextmanager
-def open_shard(shard: str) -> Iterator[io.BufferedIOBase]:
+def open_shard(shard: str, access: Access) -> Iterator[io.BufferedIOBase]:
     """A shard's bytes in order, uncompressed: a file, a URL or the output of `pipe:COMMAND`."""
-    with _opened(shard) as file:
+    with _opened(shard, access) as file:
         start = file.peek(6)
         reader = next((r for magic, r in COMPRESSED.items() if start.startswith(magic)), None)
         yield file if reader is None else reader(file)
 
 
 @contextmanager
-def _opened(shard: str) -> Iterator[io.BufferedReader]:
+def _opened(shard: str, access: Access) -> Iterator[io.BufferedReader]:
+    require_allowed(shard, access)
     if shard.startswith("pipe:"):
         command: Any = _Command(shard.removeprefix("pipe:"))
         with io.BufferedReader(command, READ_BYTES) as output:
             yield output
-    elif is_url(shard):
-        filesystem, path = fsspec.core.url_to_fs(shard)
-        with filesystem.open(path, "rb", block_size=REQUEST_BYTES) as remote:
-            yield io.BufferedReader(remote, READ_BYTES)
     else:
-        with Path(shard).open("rb") as file:
+        with open_file(shard, access) as file:
             yield file
 
 

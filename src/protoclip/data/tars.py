@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from protoclip.data.locations import READ_BYTES, reason_of
+
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif"})
 TEXTS = frozenset({"txt", "json"})
 # Where a `.json` without a `.txt` beside it has its caption.
@@ -23,7 +25,6 @@ CAPTION_KEYS = ("caption", "captions", "title", "text")
 BLOCK = 512
 # A size beyond these is damage or malice, not a picture with its caption.
 MAX_MEMBER_BYTES, MAX_NAME_BYTES = 1 << 28, 1 << 20
-READ_BYTES = 1 << 20
 COMPRESSED: dict[bytes, Callable[..., io.BufferedIOBase]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -151,7 +152,7 @@ def _take(file: io.BufferedIOBase, number: int, member: str, at_start: bool) -> 
     try:
         return file.read(number)
     except Exception as error:  # of decompressors, commands, and any remote file system
-        raise ShardFault(one_line(error), member=member, at_start=at_start) from error
+        raise ShardFault(reason_of(error), member=member, at_start=at_start) from error
 
 
 def _skip(file: io.BufferedIOBase, number: int, member: str, *, seek: bool) -> None:
@@ -167,12 +168,6 @@ def _skip(file: io.BufferedIOBase, number: int, member: str, *, seek: bool) -> N
 
 def _fault(reason: str, position: int) -> ShardFault:
     return ShardFault(reason) if position else ShardFault("not a tar file", at_start=True)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _is_header(header: bytes) -> bool:
