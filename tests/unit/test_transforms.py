@@ -1,6 +1,7 @@
 """Views: per-picture parameters, in agreement with PIL and with colour theory."""
 
 import colorsys
+import io
 import math
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from protoclip.data.decode import crop_resize, reduction
+from protoclip.data.decode import crop_resize, decode_crop, reduction
 from protoclip.data.transforms import (
     EvaluationView,
     TrainingView,
@@ -263,3 +264,29 @@ def test_luminance_is_pils() -> None:
     pixels = np.asarray(picture())
     ours = luminance(torch.tensor(pixels.copy()).permute(2, 0, 1)[None].float())[0, 0]
     assert np.abs(ours.numpy() - np.asarray(picture().convert("L"))).max() < 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9), 77])
+def test_a_picture_handed_over_is_turned_as_in_training(kind: str, orientation: int | None) -> None:
+    """By its EXIF orientation, or not at all: the evaluation view of a PIL image is that of its
+    file."""
+    rows, columns = np.mgrid[:30, :50]
+    pixels = (4 * rows + 2 * columns)[..., None] * [1, 0.5, 0.25]
+    image = Image.fromarray(pixels.astype(np.uint8))
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    view = EvaluationView(size=20, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    draws = np.zeros(0, np.float32)
+    trained = decode_crop(
+        buffer.getvalue(), lambda w, h: view.box(w, h, draws), view.size, max_pixels=10_000
+    )
+    expected = view.finish(torch.from_numpy(trained)[None], torch.zeros(1, 0))[0]
+    found = view(Image.open(buffer))
+    assert (found - expected).abs().max() <= (0.02 if kind == "JPEG" else 0)
+    if orientation in range(2, 9):
+        upright = view(Image.fromarray(np.asarray(image)))
+        assert (found - upright).abs().max() > 0.1

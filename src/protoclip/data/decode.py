@@ -137,6 +137,15 @@ def dimensions(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
     return _upright(image.size, orientation)
 
 
+def crop_image(image: Image.Image, box: ChooseBox, size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """As `decode_crop`, of a picture that PIL has opened."""
+    image.load()
+    orientation = _orientation(image)
+    width, height = _upright(image.size, orientation)
+    stored = _stored_box(box(width, height), (width, height), orientation)
+    return _turn(crop_resize(rgb(image), stored, size), orientation)
+
+
 def crop_resize(
     pixels: UInt8[np.ndarray, "h w 3"], box: Box, size: int
 ) -> UInt8[np.ndarray, "s s 3"]:
@@ -194,13 +203,18 @@ def _open(encoded: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
         raise ValueError(
             f"{width} x {height} pixels are more than data.max_image_pixels ({max_pixels})"
         )
+    return image, _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How EXIF data say that a picture is stored, 1 to 8."""
     if "exif" not in image.info or image.format == "TIFF":  # PIL turns TIFF pictures itself
-        return image, 1
+        return 1
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # broken EXIF data do not spoil the picture
-        orientation = 1
-    return image, orientation if orientation in range(1, 9) else 1
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _pixels(

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data.decode import Box, crop_resize, reduction, rgb
+from protoclip.data.decode import Box, crop_image, reduction
 
 Channels = tuple[float, float, float]
 
@@ -93,9 +93,10 @@ class EvaluationView:
         )
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
-        """One picture as the image tower's input."""
+        """One picture as the image tower's input; EXIF orientation is obeyed, as in training."""
         nothing = torch.zeros(1, 0)
-        pixels = crop_resize(rgb(image), self.box(*image.size, nothing[0].numpy()), self.size)
+        draws = nothing[0].numpy()
+        pixels = crop_image(image, lambda width, height: self.box(width, height, draws), self.size)
         return self.finish(torch.from_numpy(pixels)[None], nothing)[0]
 
 
