@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from protoclip import build, distributed, report
 from protoclip.config import (
+    PERMISSIONS,
     Config,
     DataConfig,
     EpisodeConfig,
@@ -255,10 +256,29 @@ def print_results(results: dict[str, Any], *, json: bool) -> None:
 
 
 class OneLineParser(ArgumentParser):
-    """Reports an error in one line instead of a usage text."""
+    """Reports an error in one line instead of a usage text; lets no file grant a permission."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        found = super().parse_args(args, *rest, **options)
+        for key, value in found.items():
+            for permission in PERMISSIONS:
+                if key.endswith(f"data.{permission}") and value and not said(args, permission):
+                    self.error(
+                        f"data.{permission}: a recipe cannot allow this; say "
+                        f"--data.{permission} true on the command line if you trust it"
+                    )
+        return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         fail(" ".join(str(message).split()))
+
+
+def said(arguments: list[str], permission: str) -> bool:
+    """Whether the command line itself grants a permission."""
+    option = f"--data.{permission}"
+    values = [value for text, value in pairwise(arguments) if text == option]
+    values += [text.partition("=")[2] for text in arguments if text.startswith(f"{option}=")]
+    return "true" in map(str.lower, values)
 
 
 def fail(message: str, *, code: int = 2) -> NoReturn:

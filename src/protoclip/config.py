@@ -9,6 +9,9 @@ from typing import Literal
 
 # What the small towers read unless told otherwise: pixels and tokens.
 SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
+# Settings of `data` that the command line alone may switch on; no recipe, and no run folder's
+# config.toml, holds them.
+PERMISSIONS = ("allow_commands", "allow_private_hosts", "allow_links")
 
 
 @dataclass(frozen=True, kw_only=True)

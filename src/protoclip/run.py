@@ -15,7 +15,7 @@ import torch
 import protoclip
 from protoclip import build
 from protoclip.checks import check
-from protoclip.config import Config
+from protoclip.config import PERMISSIONS, Config
 from protoclip.data.skips import SkipLog
 from protoclip.distributed import (
     agreed,
@@ -189,14 +189,17 @@ def slug(name: str) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration; unset values are left out, as TOML has no null."""
+    """The resolved configuration, without permissions; TOML has no null for unset values."""
 
     def present(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: present(item) for key, item in value.items() if item is not None}
         return [present(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return tomli_w.dumps(present(asdict(config)))
+    tree = asdict(config)
+    for permission in PERMISSIONS:
+        del tree["data"][permission]
+    return tomli_w.dumps(present(tree))
 
 
 def environment(device: torch.device) -> dict[str, str]:

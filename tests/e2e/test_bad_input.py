@@ -1,5 +1,6 @@
 """A user's mistake ends in one line on standard error and exit code 2, and loses nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 from protoclip import run
 from protoclip.checks import check
 from protoclip.cli import main
+from protoclip.config import PERMISSIONS
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.train.checkpoint import find_checkpoint
 
@@ -89,6 +91,37 @@ def test_unknown_keys_in_a_recipe_are_refused(
     assert "sise" in error_of(["train", "--config", str(recipe)], capsys)
     recipe.write_text("[episodes\n")
     assert "recipe.toml" in error_of(["train", "--config", str(recipe)], capsys)
+
+
+@pytest.mark.parametrize("permission", PERMISSIONS)
+def test_a_recipe_grants_no_permission(
+    permission: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line alone does; what it has granted is not written into the run's recipe."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[data]\n{permission} = true\ntrain = 'pipe:touch {tmp_path}/ran.tar'\n")
+    for more in ([], [f"--data.{permission}", "false"]):
+        message = error_of(["train", *more, "--config", str(recipe)], capsys)
+        assert f"data.{permission}: a recipe cannot allow this" in message
+    config = tiny_config(out=str(tmp_path))
+    granted = replace(config, data=replace(config.data, **{permission: True}))
+    assert permission not in run.to_toml(granted)
+    assert not (tmp_path / "ran.tar").exists()
+
+
+def test_commands_run_where_the_command_line_allows_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not before it does."""
+    source = f"pipe:touch {tmp_path}/ran.tar"
+    assert "--data.allow_commands true" in error_of(["data", "inspect", source], capsys)
+    assert not (tmp_path / "ran.tar").exists()
+    for given in (["--data.allow_commands", "true"], ["--data.allow_commands=true"]):
+        message = error_of(["data", "index", source, *given], capsys)
+        assert "a stream has no index" in message
+    with pytest.raises(SystemExit):
+        main(["data", "inspect", source, "--data.allow_commands", "true"])
+    assert (tmp_path / "ran.tar").exists()
 
 
 def test_data_that_is_not_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,8 +217,6 @@ def test_a_folder_that_cannot_be_written(
 
 def test_a_setting_without_effect_is_said(tmp_path: Path) -> None:
     """Temperature beside hard targets, or prototype settings of a CLIP run, draw one note each."""
-    from dataclasses import replace
-
     config = tiny_config(out=str(tmp_path))
     assert check(config) == []
     hard = replace(config.prototypes, hard_targets=True, target_temperature=0.5)

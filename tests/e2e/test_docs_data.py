@@ -107,7 +107,8 @@ def test_settings_train(number: int, here: Path) -> None:
     """A run with the block as its recipe ends well, and has skipped nothing."""
     recipe = here / "recipe.toml"
     recipe.write_text(list(blocks("toml"))[number], encoding="utf-8")
-    main(["train", "--config", str(recipe), *TINY.split(), "--run.out", str(here / "run")])
+    options = [*TINY.split(), "--run.out", str(here / "run"), "--data.allow_commands", "true"]
+    main(["train", "--config", str(recipe), *options])
     results = json.loads((here / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["samples_seen"] == 32
     assert results["samples_skipped"] == 0
