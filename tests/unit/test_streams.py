@@ -273,8 +273,14 @@ def reasons(items: list[Sample | BadSample]) -> set[tuple[str, str]]:
         ("false", "the command ended with status 1"),
         ("no-such-program 2>/dev/null", "the command ended with status 127"),
         ("true", "not a tar file"),
-        ("head -c 3000 {folder}/0.tar; exit 3", "the command ended with status 3"),
-        ("head -c 3000 {folder}/0.tar", "cut short"),
+        (
+            "head -c 3000 {folder}/0.tar; exit 3",
+            "the command ended with status 3 after 1 samples; what follows is lost, at least 1",
+        ),
+        (
+            "head -c 3000 {folder}/0.tar",
+            "cut short after 1 samples; what follows is lost, at least 1",
+        ),
     ],
 )
 def test_commands_that_fail(folder: Path, command: str, reason: str) -> None:
@@ -293,7 +299,8 @@ def test_truncated_and_foreign_files_do_not_end_a_stream(folder: Path) -> None:
     cut.write_bytes(cut.read_bytes()[: 2 * 2048 + 700])
     (folder / "4.tar").write_bytes(b"nothing of the kind")
     found = take(stream(str(folder), shuffle=1), 60)
-    assert reasons(found) == {("2/010", "cut short"), ("4", "not a tar file")}
+    cut_short = "cut short after 2 samples; what follows is lost, at least 1"
+    assert reasons(found) == {("2/010", cut_short), ("4", "not a tar file")}
     assert len({s.sample_id for s in found if isinstance(s, Sample)}) == 5 + 3 + 2 + 4
 
 

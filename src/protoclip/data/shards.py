@@ -300,5 +300,8 @@ def _notes(found: list[dict[str, Any]]) -> list[str]:
         if number := sum(each[count] for each in found):
             notes.append(f"{number} samples without a {what}")
     if cut := [each for each in found if each["fault"]]:
-        notes.append(f"{len(cut)} shards broken off, such as {cut[0]['shard']}: {cut[0]['fault']}")
+        notes.append(
+            f"{len(cut)} shards broken off, such as {cut[0]['shard']}: {cut[0]['fault']}; what "
+            "follows in them is lost, at least one sample each"
+        )
     return notes

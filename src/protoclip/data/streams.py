@@ -244,7 +244,9 @@ def read_shard(
     stem, seen = shard_stem(shard), set[str]()
     try:
         with open_shard(shard, access) as file:
-            for group in read_groups(read_members(file, _is_used)):
+            for number, group in enumerate(read_groups(read_members(file, _is_used))):
+                if group.fault:
+                    group.fault += f" after {number} samples; what follows is lost, at least 1"
                 yield _sample(group, shard, stem, caption_keys, seen)
     except FileNotFoundError:
         yield BadSample(stem, shard, "no such file")
