@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +53,15 @@ FILES: dict[str, tuple[bytes | None, str]] = {
     "missing.jpg": (None, "no such file"),
     "large.png": (picture("PNG", 300), "data.max_image_pixels"),
     "large.jpg": (picture("JPEG", 300), "data.max_image_pixels"),
-    "http://127.0.0.1:9/none.jpg": (None, ""),
+    "http://127.0.0.1:9/none.jpg": (None, "--data.allow_private_hosts true"),
+    "http://0.invalid/none.jpg": (None, "cannot be read"),
+    "s3://bucket/none.jpg": (None, "cannot be read"),
+    "gs://bucket/none.jpg": (None, "cannot be read"),
+    "hf://datasets/none/none/none.jpg": (None, "cannot be read"),
+    "ssh://host/none.jpg": (None, "'ssh://' is not read"),
+    "tar://a.jpg::b.tar": (None, "'tar://' is not read"),
+    "reference://x0::data:,{}": (None, "'reference://' is not read"),
+    "/etc/hostname": (None, "lies outside of"),
 }
 # Name of a sample, its caption as bytes, and what the reason has to say.
 CAPTIONS: dict[str, tuple[bytes, str]] = {
@@ -60,7 +69,11 @@ CAPTIONS: dict[str, tuple[bytes, str]] = {
     "blank": (b"   ", "empty caption"),
     "bytes": (b"caf\xe9", "not UTF-8"),
     "another encoding": ("рыжий кот".encode("koi8-r"), "not UTF-8"),
+    "zero byte": (b"a\0b", "zero byte"),
+    "line separator\u2028": (b"", "empty caption"),
 }
+# What stands where a file should be.
+ODD = ("a folder.jpg", "dangling.jpg", "fifo.jpg")
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +88,10 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
         if content is not None:
             (folder / name).write_bytes(content)
         lines.append(f"{name}\t{name}\ta caption".encode())
+    os.mkfifo(folder / "fifo.jpg")
     (folder / "a folder.jpg").mkdir()
     (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
-    for name in ("a folder.jpg", "dangling.jpg"):
+    for name in ODD:
         lines.append(f"{name}\t{name}\ta caption".encode())
     for name, (text, _) in CAPTIONS.items():
         lines.append(f"{name}\tgood0.png\t".encode() + text)
@@ -93,7 +107,7 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     # Without replacement, so that two turns over the data meet every sample.
     episodes = replace(config.episodes, size=160, batch_size=32, count=4, replacement=False)
     results = run.train(replace(config, episodes=episodes))
-    skipped = (folder / "run" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    skipped = (folder / "run" / "skipped.jsonl").read_text(encoding="utf-8").strip().split("\n")
     records = [json.loads(line) for line in skipped]
     assert len(records) == len({record["sample_id"] for record in records})
     return results, {record["sample_id"]: record["reason"] for record in records}
@@ -108,7 +122,7 @@ def with_data(config: Config, **settings: Any) -> Config:
     return replace(config, data=replace(config.data, **settings))
 
 
-@pytest.mark.parametrize("name", [*FILES, *CAPTIONS, "a folder.jpg", "dangling.jpg"])
+@pytest.mark.parametrize("name", [*FILES, *CAPTIONS, *ODD])
 def test_a_bad_sample_is_skipped_and_recorded(
     name: str, spoiled: tuple[dict[str, Any], dict[str, str]]
 ) -> None:
@@ -125,7 +139,7 @@ def test_only_bad_samples_are_skipped(
 ) -> None:
     """No good one is among them, the count is in the results, and training saw all it should."""
     results, reasons = spoiled
-    assert set(reasons) == {*FILES, *CAPTIONS, "a folder.jpg", "dangling.jpg"}
+    assert set(reasons) == {*FILES, *CAPTIONS, *ODD}
     assert results["samples_skipped"] == len(reasons)
     assert results["samples_seen"] == 4 * 160
 

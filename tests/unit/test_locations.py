@@ -45,7 +45,7 @@ CELLS = {
     "http://2130706433/a.jpg": "--data.allow_private_hosts true",  # 127.0.0.1 as one number
     "gs://bucket/a.jpg": "gcsfs",
     "pipe:touch ran.tar": "a table runs no command",
-    "../secret.jpg": "set data.root to the folder that holds the images \(--data.root /\)",
+    "../secret.jpg": r"set data.root to the folder that holds the images \(--data.root /\)",
     "deep/../../secret.jpg": "lies outside of",
     "/etc/passwd": "lies outside of",
     "link.jpg": "secret.jpg, outside of .*--data.allow_links true",
@@ -240,6 +240,7 @@ def test_any_error_of_a_store_is_a_bad_sample(
     bucket: str, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """With its own words; but no room in memory is not the sample's fault."""
+
     def fail(*args, **more):
         raise error
 

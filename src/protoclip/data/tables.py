@@ -129,7 +129,7 @@ def faults(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError, EOFError, ImportError, csv.Error, zlib.error) as error:
+    except UNREADABLE as error:
         if "straddling" in str(error):
             raise ValueError(
                 f"{path}: a row is longer than {LONGEST_ROW} bytes; a quote may be left open, or "
@@ -425,6 +425,10 @@ READERS: dict[str, Callable[[str, Access], Table]] = {
     ".parquet": open_parquet,
     ".arrow": open_arrow,
 }
+UNREADABLE = (
+    *(pa.ArrowException, OSError, EOFError, ImportError),
+    *(csv.Error, zlib.error, lzma.LZMAError),
+)
 PACKED: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 MAGIC = {
     b"PAR1": "a Parquet file (.parquet)",
