@@ -104,9 +104,7 @@ def test_a_free_setting_changes_no_batch(
         assert a.sample_id == b.sample_id
 
 
-def test_settings_that_change_batches_are_not_free(
-    base: Config, expected: list[Batch]
-) -> None:
+def test_settings_that_change_batches_are_not_free(base: Config, expected: list[Batch]) -> None:
     """The comparison above would show it."""
     for setting, value in [
         ("data.small_copies", True),
