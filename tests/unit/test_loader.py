@@ -113,7 +113,7 @@ def photographs(folder: Path) -> ImageTextPairs:
         Image.fromarray(pixels).resize((width, height)).save(folder / f"{row}.{form}")
     paths = sorted(str(path) for path in folder.iterdir())
     table = pa.table({"path": paths, "caption": [f"picture {path[-8:]}" for path in paths]})
-    return ImageTextPairs(table, name="photographs")
+    return ImageTextPairs(table, name="photographs", root=str(folder))
 
 
 @pytest.mark.parametrize("small_side", [None, 24])
