@@ -158,33 +158,47 @@ class RaisedElsewhere(ValueError):
 def agreed(function: Callable[[], Result]) -> Result:
     """What a function gives in each process; what it raises in one is raised in all.
 
+    Otherwise the others would wait for the one that has given up. For that reason too, the function
+    itself must not wait for others after a step that can fail in one process alone.
+
     Raises:
-        ValueError, OSError: As the function does, in the first process where it does;
-            `RaisedElsewhere` in the others.
+        Exception: What the function raised, in the first process where it did.
+        RaisedElsewhere, MemoryError, RuntimeError: In the others, with its message: the first for a
+            ValueError or OSError, which are a user's to mend, and else what is most like it.
     """
-    result, error = None, None
+    if world_size() == 1:
+        return function()
+    error: Exception | None = None
     try:
         result = function()
-    except (ValueError, OSError) as raised:
+    except Exception as raised:
         error = raised
-    if world_size() == 1:
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
-    errors = objects_of_all(None if error is None else str(error))
-    if any(text is not None for text in errors):
-        teller = next(number for number, text in enumerate(errors) if text is not None)
+    # Where the function agreed on an error already, the process that met it tells it again.
+    own = [] if error is None else [(isinstance(error, RaisedElsewhere), rank(), sendable(error))]
+    errors = [entry for entries in objects_of_all(own) for entry in entries]
+    if errors:
+        _, teller, (kind, message) = min(errors, key=lambda entry: entry[:2])
         if error is not None and teller == rank():
             raise error
-        raise RaisedElsewhere(errors[teller])
-    return result  # type: ignore[return-value]
+        raise kind(message)
+    return result
+
+
+def sendable(error: Exception) -> tuple[type[Exception], str]:
+    """What to raise elsewhere; the error's own class may not be one that a message makes."""
+    if isinstance(error, ValueError | OSError):
+        return RaisedElsewhere, str(error)
+    if isinstance(error, MemoryError):
+        return MemoryError, str(error)
+    named = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+    return RuntimeError, named
 
 
 def of_first(function: Callable[[], Result]) -> Result:
     """What a function gives in the first process, the only one that calls it.
 
     Raises:
-        ValueError, OSError: As the function does; `RaisedElsewhere` in the other processes.
+        Exception: As `agreed` says.
     """
     result = agreed(lambda: function() if rank() == 0 else None)
     told: Result = objects_of_all(result)[0]

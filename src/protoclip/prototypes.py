@@ -14,7 +14,7 @@ from torch import Tensor
 
 from protoclip import distributed
 from protoclip.clustering import KMeans, segment_mean
-from protoclip.clustering.shard import Shard, raised_by_all
+from protoclip.clustering.shard import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,17 @@ def back_translate(
     Raises:
         ValueError: The numbers of samples differ; with `sharded` raised in all processes.
     """
-    with raised_by_all(sharded):
+
+    def check() -> None:
         if len(assignments) != len(student_features):
             raise ValueError(
                 f"{len(assignments)} assignments for {len(student_features)} student features"
             )
+
+    if sharded:
+        distributed.agreed(check)
+    else:
+        check()
     return segment_mean(student_features, assignments, num_prototypes, sharded=sharded)[0]
 
 
@@ -131,11 +137,15 @@ def checked_shard(
     Raises:
         ValueError: As `group` says.
     """
-    with raised_by_all(True):
+
+    def check() -> None:
         for space, rows in features.items():
             if len(rows) != len(positions):
                 raise ValueError(f"{space}: {len(rows)} rows for {len(positions)} positions")
-            positions = positions.to(rows.device)
+
+    distributed.agreed(check)
+    for rows in features.values():
+        positions = positions.to(rows.device)
     return Shard.of(positions, without_gaps=True)
 
 

@@ -64,6 +64,45 @@ def test_gradients_of_gathered_rows_are_summed_over_processes() -> None:
     assert torch.equal(torch.cat([gradient for _, gradient in found]), weights)
 
 
+def raised(which: str) -> tuple[str, str]:
+    """The class and message of what is raised in this process, where one or all fail."""
+
+    def inner() -> None:
+        if which == "all" or (distributed.rank() == 1 and which != "first"):
+            raise ValueError(f"rank {distributed.rank()}")
+
+    def outer() -> None:
+        distributed.agreed(inner)
+
+    try:
+        if which == "first":
+            distributed.of_first(lambda: [][1])
+        distributed.agreed(outer if which == "nested" else inner)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("second", [("RaisedElsewhere", "rank 1"), ("ValueError", "rank 1")]),
+        ("all", [("ValueError", "rank 0"), ("RaisedElsewhere", "rank 0")]),
+        ("nested", [("RaisedElsewhere", "rank 1"), ("ValueError", "rank 1")]),
+        (
+            "first",
+            [
+                ("IndexError", "list index out of range"),
+                ("RuntimeError", "IndexError: list index out of range"),
+            ],
+        ),
+    ],
+)
+def test_what_one_process_raises_all_raise(which: str, expected: list[tuple[str, str]]) -> None:
+    """As it was in the first that met it, which alone tells a user; in the others its message."""
+    assert run_distributed(raised, 2, which) == expected
+
+
 @pytest.mark.parametrize(
     ("nodes", "host"),
     [

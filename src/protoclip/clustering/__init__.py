@@ -14,7 +14,7 @@ from protoclip.clustering.faiss_lloyd import faiss_lloyd
 from protoclip.clustering.flash_lloyd import flash_lloyd
 from protoclip.clustering.reduced import ReducedRows, is_fast
 from protoclip.clustering.segments import segment_mean
-from protoclip.clustering.shard import ALONE, Shard, raised_by_all
+from protoclip.clustering.shard import ALONE, Shard
 from protoclip.clustering.start import Search, random_start, spread_start
 from protoclip.clustering.superkmeans_lloyd import superkmeans_lloyd
 from protoclip.clustering.torch_lloyd import lloyd
@@ -143,10 +143,11 @@ def kmeans(
         shares = distributed.objects_of_all((num_rows, settings, kind))
         num_rows = sum(count for count, *_ in shares)
         alike = all(share[1:] == (settings, kind) for share in shares)
-    with raised_by_all(together):
+
+    def check() -> Float[Tensor, "n d"]:
         if not alike:
             raise ValueError("positions: processes differ in settings, or in the width of rows")
-        rows = checked_rows(
+        return checked_rows(
             features,
             num_clusters,
             num_rows=num_rows,
@@ -157,6 +158,8 @@ def kmeans(
             backend=backend,
             positions=positions,
         )
+
+    rows = distributed.agreed(check) if together else check()
     if spherical:
         rows = torch.nn.functional.normalize(rows, dim=1)
     shard, ascending = ALONE, None

@@ -3,8 +3,6 @@
 Rows stay where they are. Sums, one number a row, and the few rows that centroids start from travel.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -104,29 +102,3 @@ class Shard:
 
 
 ALONE = Shard()
-
-
-@contextmanager
-def raised_by_all(together: bool) -> Iterator[None]:
-    """An error in one process is raised in all, so that none waits for one that has given up.
-
-    Collective, at the end, if the processes work `together`; what is inside must not be.
-
-    Raises:
-        ValueError: Another process raised; its message.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        if not together:
-            raise
-        error = raised
-    if not together:
-        return
-    messages = distributed.objects_of_all(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for message in messages:
-        if message is not None:
-            raise ValueError(message)

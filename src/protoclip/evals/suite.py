@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -12,14 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.distributed import rank, world_size
+from protoclip.distributed import agreed, gathered, objects_of_all, rank, world_size
 from protoclip.evals.clustering import clustering_agreement
 from protoclip.evals.datasets import EvaluationData
 from protoclip.evals.knn import knn_accuracy
 from protoclip.evals.linear_probe import linear_probe_accuracy
 from protoclip.evals.modality_gap import modality_gap
 from protoclip.evals.retrieval import retrieval_recall
-from protoclip.evals.sharing import in_order, results_of_all
 from protoclip.evals.zero_shot import class_features, zero_shot_accuracy
 
 ZERO_SHOT_KS = (1, 5)
@@ -143,18 +143,29 @@ def extract(
     def encode_images(of_split: str) -> Float[Tensor, "n d"]:
         pairs = data.split(of_split)
 
-        def encode_rows(rows: Sequence[int]) -> Tensor:
-            views = torch.stack([image_transform(pairs.image(row)) for row in rows])
-            return model.encode_image(views.to(device), normalize=True)
+        def views(rows: Sequence[int]) -> Tensor:
+            return torch.stack([image_transform(pairs.image(row)) for row in rows])
 
-        stage = f"{data.name} images: {of_split}"
-        return encode(encode_rows, range(len(pairs)), stage, batch_size, device, progress)
+        return encode(
+            partial(model.encode_image, normalize=True),
+            views,
+            range(len(pairs)),
+            stage=f"{data.name} images: {of_split}",
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
 
     def encode_texts(texts: list[str]) -> Float[Tensor, "n d"]:
-        def encode_strings(strings: Sequence[str]) -> Tensor:
-            return model.encode_text(tokenizer(list(strings)).to(device), normalize=True)
-
-        return encode(encode_strings, texts, f"{data.name} texts", batch_size, device, progress)
+        return encode(
+            partial(model.encode_text, normalize=True),
+            lambda strings: tokenizer(list(strings)),
+            texts,
+            stage=f"{data.name} texts",
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
 
     held_out = data.split(split)
     captions, _, _ = distinct_captions(held_out, data.group_column)
@@ -170,8 +181,10 @@ def extract(
 
 
 def encode(
-    encode_batch: Callable[[Sequence[Item]], Tensor],
+    forward: Callable[[Tensor], Tensor],
+    inputs: Callable[[Sequence[Item]], Tensor],
     items: Sequence[Item],
+    *,
     stage: str,
     batch_size: int,
     device: torch.device | str,
@@ -180,26 +193,37 @@ def encode(
     """Features of all items in float32 on the CPU, a batch at a time.
 
     Batch `k` is encoded by rank `k % world_size`: whatever the number of processes, a batch has the
-    same rows, and so its features the same bits.
+    same rows, and so its features the same bits. A sharded model needs all processes in every pass,
+    so one without a batch of its own passes the first item, for nothing.
+
+    Args:
+        forward: Inputs on the device to features `(b, d)`.
+        inputs: Some of the items to what `forward` takes.
+        items: What to encode.
+        stage: What messages and progress call the items.
+        batch_size, device, progress: See `evaluate`.
 
     Raises:
         ValueError: Features are not finite; in every process.
     """
     starts = range(0, len(items), batch_size)
-    batches: list[Tensor] = []
+    rows: list[Tensor] = []
+    for done in range(0, len(starts), world_size()):
+        mine = starts[done + rank() : done + rank() + 1]
+        batch = items[mine[0] : mine[0] + batch_size] if mine else items[:1]
+        ready = agreed(partial(inputs, batch)).to(device)
+        with torch.inference_mode():
+            features = agreed(partial(forward, ready)).float()
+        rows.append(gathered(features if mine else features[:0]).cpu())
+        progress(stage, min((done + world_size()) * batch_size, len(items)), len(items))
+    encoded = torch.cat(rows or [torch.zeros(0, 0)])
 
-    def encode_share() -> int:
-        for start in starts[rank() :: world_size()]:
-            with torch.inference_mode():
-                features = encode_batch(items[start : start + batch_size]).float().cpu()
-            if not bool(torch.isfinite(features).all()):
-                raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
-            batches.append(features)
-            progress(stage, min(start + world_size() * batch_size, len(items)), len(items))
-        return batches[0].shape[1] if batches else 0
+    def require_finite() -> None:
+        if not bool(torch.isfinite(encoded).all()):
+            raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
 
-    width = max(results_of_all(encode_share))  # a process without a batch does not know it
-    return in_order(batches, len(starts), width, device)
+    agreed(require_finite)
+    return encoded
 
 
 def measure(
@@ -264,7 +288,8 @@ def measure(
             progress(f"{data.name} metrics", min(number + world_size(), len(stages)), len(stages))
         return share
 
-    found = {stage: of for share in results_of_all(measure_share) for stage, of in share.items()}
+    shares = objects_of_all(agreed(measure_share))
+    found = {stage: of for share in shares for stage, of in share.items()}
     return {
         f"eval/{data.name}/{stage}/{metric}": value
         for stage in stages
