@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.distributed import _functional_collectives as functional
 
 # No wait of one process for another is longer by construction: evaluation and clustering are shared
 # out, and checkpoints are written by threads.
@@ -124,22 +124,11 @@ def gathered_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d"]
     """
     if world_size() == 1:
         return rows
-    everything: Tensor = _Gathered.apply(rows)  # type: ignore[no-untyped-call]
-    return everything
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        rows = rows.contiguous()
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows)
-        return torch.cat(parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return reduced(gradient).chunk(world_size())[rank()]
+    # torch 2.13 renames `all_gather_tensor_autograd`; versions before do not know the new name.
+    gather = getattr(functional, "all_gather_single_autograd", None)
+    gather = gather or functional.all_gather_tensor_autograd
+    everything = gather(rows, 0, dist.group.WORLD)
+    return functional.wait_tensor(everything)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def any_of(flags: Sequence[bool]) -> list[bool]:
