@@ -131,7 +131,7 @@ def prepare(
     """Everything that a run takes, before anything is written."""
     samples = build.pairs(config)
     model = build.place(build.model(config.model, seed=config.run.seed), device)
-    build.parallelise(config, model)
+    notes = build.parallelise(config, model)
     skips = SkipLog(
         folder / (f"skipped.{rank()}.jsonl" if rank() else "skipped.jsonl"),
         max_share=config.data.max_bad_share,
@@ -145,7 +145,7 @@ def prepare(
         skips=skips,
         arithmetic={"run.device": device.type, "run.precision": precision},
     )
-    session.notes += build.notes(samples)
+    session.notes += notes + build.notes(samples)
     trainer = build.trainer(
         config,
         model=model,

@@ -102,18 +102,24 @@ def place(built: ProtoCLIP, on: torch.device) -> ProtoCLIP:
     return built.to(on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def parallelise(config: Config, built: ProtoCLIP) -> None:
+def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
     """What `[parallel]` asks for, in place, before an optimizer is made; names of weights stay.
+
+    Returns:
+        What to say about it at the start.
 
     Raises:
         ValueError: The towers cannot do what is asked.
     """
-    parallel = config.parallel
+    parallel, notes = config.parallel, []
     if world_size() > 1:
+        for head in (built.image_head, built.text_head):
+            sync_batch_norm.synchronise(head)
         # Statistics of one process's own would be lost where its weights are part of a whole.
-        whole = parallel.sync_batch_norm or parallel.strategy == "fsdp"
-        for part in (built.image_head, built.text_head, *([built.towers] if whole else [])):
-            sync_batch_norm.synchronise(part)
+        if parallel.sync_batch_norm or parallel.strategy == "fsdp":
+            number = sync_batch_norm.synchronise(built.towers)
+            setting = "sync_batch_norm" if parallel.sync_batch_norm else "strategy = fsdp"
+            notes = [f"parallel.{setting}: {number or 'no'} BatchNorm layers synchronised"]
     if parallel.activation_checkpointing:
         try:
             built.towers.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -127,6 +133,7 @@ def parallelise(config: Config, built: ProtoCLIP) -> None:
                 part.compile()
     if parallel.strategy == "fsdp" and world_size() > 1:
         shard(built)
+    return notes
 
 
 def joint_width(towers: nn.Module, config: ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 import torch
 from jaxtyping import Float
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +21,13 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Float[Tensor, "b c *_"]) -> Float[Tensor, "b c *_"]:
         if not self.training or world_size() == 1:
             return super().forward(input)
+        return self._finish(self._normalised(input))
+
+    def _finish(self, normalised: Tensor) -> Tensor:
+        """What a subclass does besides normalising."""
+        return normalised
+
+    def _normalised(self, input: Float[Tensor, "b c *_"]) -> Float[Tensor, "b c *_"]:
         rows = input.to(torch.promote_types(input.dtype, torch.float32))
         over = [0, *range(2, rows.dim())]
         shape = (1, -1, *[1] * (rows.dim() - 2))
@@ -45,11 +53,36 @@ class SyncBatchNorm(_BatchNorm):
         self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
 
 
-def synchronise(module: nn.Module) -> None:
-    """Make every plain BatchNorm in a module a `SyncBatchNorm`, in place; names stay."""
-    for part in module.modules():
-        if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+class SyncBatchNormAct(SyncBatchNorm, BatchNormAct2d):
+    """The same of timm's BatchNorm, which drops and activates too."""
+
+    def _finish(self, normalised: Tensor) -> Tensor:
+        activated: Tensor = self.act(self.drop(normalised))
+        return activated
+
+
+def synchronise(module: nn.Module) -> int:
+    """Make every BatchNorm in a module a `SyncBatchNorm`, in place; names stay.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ValueError: A BatchNorm does something of its own that is not known here.
+    """
+    layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    for part in layers:
+        # What a class does in `forward` says what it is, since others may have subclassed it.
+        if type(part).forward is _BatchNorm.forward:
             part.__class__ = SyncBatchNorm
+        elif type(part).forward is BatchNormAct2d.forward:
+            part.__class__ = SyncBatchNormAct
+        elif not isinstance(part, SyncBatchNorm):
+            raise ValueError(
+                f"parallel.sync_batch_norm: {type(part).__name__} layers cannot be synchronised; "
+                "set it to false and parallel.strategy to ddp, or take other towers"
+            )
+    return len(layers)
 
 
 def has_own_statistics(module: nn.Module) -> bool:

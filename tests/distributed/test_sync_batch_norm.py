@@ -1,0 +1,106 @@
+"""BatchNorm over processes: every layer of real towers, with the result of one process."""
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from protoclip import build, distributed
+from protoclip.config import ParallelConfig
+from protoclip.models.sync_batch_norm import SyncBatchNorm, has_own_statistics, synchronise
+from protoclip.testing import run_distributed, tiny_config
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("efficientnet_b0", 49),
+        ("regnety_002", 44),
+        ("mobilenetv3_small_100", 34),
+        ("resnet10t", 14),
+        ("nfnet_l0", 0),
+    ],
+)
+def test_every_batch_norm_of_a_tower_is_converted(name: str, number: int) -> None:
+    """Also subclasses that activate; names of parameters and buffers stay."""
+    with torch.device("meta"):
+        tower = timm.create_model(name)
+    names = list(tower.state_dict())
+    assert synchronise(tower) == number
+    assert sum(isinstance(part, SyncBatchNorm) for part in tower.modules()) == number
+    assert not has_own_statistics(tower)
+    assert list(tower.state_dict()) == names
+    assert synchronise(tower) == number  # and again changes nothing
+
+
+def test_a_batch_norm_of_unknown_meaning_is_refused() -> None:
+    """Rather than left as it is, or made another."""
+
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match=r"sync_batch_norm: Doubled layers cannot be synchronised"):
+        synchronise(nn.Sequential(Doubled(3)))
+
+
+def through_tower(images: Tensor, converted: bool) -> dict[str, Tensor]:
+    """What training and evaluation make of this process's part of a batch, and of gradients."""
+    torch.manual_seed(0)
+    tower = timm.create_model("mobilenetv3_small_050", num_classes=0).double()
+    if converted:
+        synchronise(tower)
+    share = len(images) // distributed.world_size()
+    own = images[distributed.rank() * share :][:share].clone().requires_grad_()
+    output = tower(own)
+    output.square().sum().backward()
+    with torch.no_grad():
+        evaluated = tower.eval()(own)
+    return {
+        "output": distributed.gathered(output.detach()),
+        "evaluated": distributed.gathered(evaluated),
+        "input's gradient": distributed.gathered(own.grad),
+        **{n: distributed.reduced(p.grad) for n, p in tower.named_parameters()},
+        **{n: b for n, b in tower.named_buffers() if "running" in n},
+    }
+
+
+def test_a_converted_tower_in_two_processes_is_the_plain_one_on_the_whole_batch() -> None:
+    """In float64: training and evaluation, all gradients, and running statistics."""
+    images = torch.randn(8, 3, 64, 64, dtype=torch.float64)
+    expected = through_tower(images, False)
+    alone = through_tower(images, True)
+    assert all(torch.equal(alone[name], value) for name, value in expected.items())
+    for found in run_distributed(through_tower, 2, images, True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            # A bias before a BatchNorm has no gradient but rounding.
+            size = max(1.0, float(value.abs().max()))
+            assert float((found[name] - value).abs().max()) <= 1e-9 * size, name
+
+
+def notes(name: str, parallel: ParallelConfig) -> list[str]:
+    config = tiny_config(out="unused")
+    image = replace(config.model.image, name=name, size=48)
+    config = replace(config, model=replace(config.model, image=image), parallel=parallel)
+    return build.parallelise(config, build.model(config.model, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("tower", "parallel", "expected"),
+    [
+        ("resnet10t", {"sync_batch_norm": True}, ["parallel.sync_batch_norm: 14 BatchNorm layers"]),
+        ("vit_tiny_patch16_224", {"sync_batch_norm": True}, ["parallel.sync_batch_norm: no Batch"]),
+        ("resnet10t", {"strategy": "fsdp"}, ["parallel.strategy = fsdp: 14 BatchNorm layers"]),
+        ("resnet10t", {}, []),
+    ],
+)
+def test_the_number_of_layers_is_said_at_the_start(
+    tower: str, parallel: dict, expected: list[str]
+) -> None:
+    """Of the towers, where they were to be synchronised; also that there are none."""
+    for found in run_distributed(notes, 2, tower, ParallelConfig(**parallel)):
+        assert len(found) == len(expected)
+        assert all(map(str.startswith, found, expected)), found
