@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from protoclip import PrototypeTarget, info_nce, prototypical_loss
-from protoclip.losses import instance, prepare_targets, tiles
+from protoclip.losses import instance, prepare_targets, sharded_info_nce, tiles
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -107,6 +107,22 @@ def test_tiled_info_nce_keeps_its_precision_in_float32(
     assert_close_to_float64(info_nce, plain, inputs)
 
 
+@pytest.mark.usefixtures("products", "tile_size")
+@pytest.mark.parametrize("scale", [5.0, 100.0])
+def test_log_sum_exp_has_gradients_for_queries_and_keys(scale: float) -> None:
+    """In float32, flat and peaked, where each query's has a weight of its own."""
+    weights = torch.linspace(-1, 2, 77, dtype=torch.float64)
+
+    def tiled(q: Tensor, k: Tensor) -> Tensor:
+        return (weights.to(q) * tiles.log_sum_exp(q, k)).sum()
+
+    def plain(q: Tensor, k: Tensor) -> Tensor:
+        return (weights * (q @ k.T).logsumexp(1)).sum()
+
+    inputs = [scale * unit(77, 20, seed=1), unit(131, 20, seed=2)]
+    assert_close_to_float64(tiled, plain, inputs)
+
+
 class Largest(TorchDispatchMode):
     """Remembers the number of elements of the largest tensor that any operation makes."""
 
@@ -143,25 +159,42 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch)
     with Largest() as paired:
         info_nce(h, text, s).backward()
     assert paired.elements == b * p
+    # A part of a batch that is shared out: few rows here, the columns of all.
+    few, everyones = h[:20].detach().requires_grad_(), unit(k, p, seed=4).float().requires_grad_()
+    with Largest() as part:
+        tiles.log_sum_exp(few, everyones).sum().backward()
+    assert part.elements == k * p
     with Largest() as plain:
         torch.logsumexp(s * h @ centroids.T, 1).sum().backward()
     assert plain.elements == b * k
 
 
-def test_autocast_does_not_round_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Called under autocast, the tiled losses and their gradients are those without it."""
-    monkeypatch.setattr(tiles, "onednn_linear", lambda: None)
-    monkeypatch.setattr(instance, "TILED_ABOVE", 0)
-    centroids, text = unit(30, 8, seed=1).float(), unit(12, 8, seed=2).float()
+@pytest.mark.parametrize("rows", [12, 1100], ids=["plain", "tiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_inside_autocast_are_those_outside(rows: int, dtype: torch.dtype) -> None:
+    """Forward and backward, in float32 for features of float32 and of bfloat16."""
+    assert 12**2 < instance.TILED_ABOVE < 1100**2
+    centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).to(dtype)
     results = []
     for enabled in (False, True):
-        h = unit(12, 8, seed=3).float().requires_grad_()
+        h = unit(rows, 8, seed=3).to(dtype).float().requires_grad_()
+        s = torch.tensor(50.0, requires_grad=True)
+        given = h.to(dtype) if enabled else h
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            loss = prototypical_loss(h, centroids, centroids, torch.arange(12), 50.0, 0.1)
-            loss = loss + info_nce(h, text, 50.0)
-            loss.backward()
-        results.append((loss.detach(), h.grad))
-    torch.testing.assert_close(*results)
+            index = torch.arange(rows) % 30
+            losses = [
+                prototypical_loss(given, centroids, centroids, index, s, 0.1),
+                info_nce(given, text if enabled else text.float(), s),
+                sharded_info_nce(given, text if enabled else text.float(), s),
+            ]
+            sum(losses).backward()
+        assert all(loss.dtype == torch.float32 for loss in losses)
+        results.append((*losses, s.grad, h.grad))
+    for outside, inside in zip(*results, strict=True):
+        # Features of bfloat16 have gradients of bfloat16, each of a loss rounded on its own.
+        own = outside is results[0][-1] and dtype == torch.bfloat16
+        error = (inside - outside).norm() / outside.norm()
+        assert error < (2**-7 if own else 1e-5)
 
 
 def test_exponentials_are_no_denormals_and_lose_nothing() -> None:

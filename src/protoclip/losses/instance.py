@@ -24,6 +24,8 @@ def info_nce(
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE over a batch of pairs (Radford et al. 2021).
 
+    Computed in float32, or in what is wider of the features, also inside autocast.
+
     Args:
         image_features: Unit-norm image features; row `i` pairs with text row `i`.
         text_features: Unit-norm text features.
@@ -32,11 +34,12 @@ def info_nce(
     Returns:
         The mean of the image-to-text and text-to-image cross-entropies.
     """
-    scaled = logit_scale * image_features
-    if len(scaled) ** 2 > TILED_ABOVE:
-        loss: Tensor = TiledInfoNCE.apply(scaled, text_features)  # type: ignore[no-untyped-call]
+    images, texts = tiles.widened(image_features, text_features)
+    scaled = logit_scale * images
+    if by_tiles(scaled, texts):
+        loss: Tensor = TiledInfoNCE.apply(scaled, texts)  # type: ignore[no-untyped-call]
         return loss
-    logits = scaled @ text_features.T
+    logits = scaled @ texts.T
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -48,20 +51,30 @@ def sharded_info_nce(
 ) -> Float[Tensor, ""]:
     """This process's part of InfoNCE over the batch of all processes, each with `b` of its pairs.
 
-    Local rows against everyone's columns, which are gathered with their gradients: `b` times the
-    whole batch logits in each direction. The mean over processes of these parts, and of their
-    gradients as DDP takes it, are those of `info_nce` over the whole batch.
+    Local rows against everyone's columns, which are gathered with their gradients, in each
+    direction. The mean over processes of these parts, and of their gradients as DDP takes it, are
+    those of `info_nce` over the whole batch.
 
     Args:
         image_features, text_features, logit_scale: See `info_nce`.
     """
-    first = distributed.rank() * len(image_features)
-    labels = torch.arange(first, first + len(image_features), device=image_features.device)
-    texts = distributed.gathered_with_gradient(text_features)
-    images = distributed.gathered_with_gradient(image_features)
-    from_images = F.cross_entropy(logit_scale * image_features @ texts.T, labels)
-    from_texts = F.cross_entropy(logit_scale * text_features @ images.T, labels)
+    images, texts = tiles.widened(image_features, text_features)
+    all_images, all_texts = map(distributed.gathered_with_gradient, (images, texts))
+    if by_tiles(images, all_texts):
+        sums = tiles.log_sum_exp(logit_scale * images, all_texts)
+        sums = sums + tiles.log_sum_exp(logit_scale * texts, all_images)
+        return (sums / 2 - logit_scale * (images * texts).sum(1)).mean()
+    first = distributed.rank() * len(images)
+    labels = torch.arange(first, first + len(images), device=images.device)
+    from_images = F.cross_entropy(logit_scale * images @ all_texts.T, labels)
+    from_texts = F.cross_entropy(logit_scale * texts @ all_images.T, labels)
     return (from_images + from_texts) / 2
+
+
+def by_tiles(rows: Float[Tensor, "b d"], columns: Float[Tensor, "n d"]) -> bool:
+    """Whether to go tile by tile: logits are many, or autocast would round the plain form's."""
+    autocast = torch.is_autocast_enabled(rows.device.type)
+    return autocast or len(rows) * len(columns) > TILED_ABOVE
 
 
 class TiledInfoNCE(torch.autograd.Function):

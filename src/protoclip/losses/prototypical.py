@@ -119,7 +119,8 @@ def agreement(
     sharded: bool = False,
 ) -> Float[Tensor, ""]:
     """The prototypical loss, given what the teacher expects of each row (its row of M)."""
-    queries = logit_scale * student_projections
+    rows, classes, expected = tiles.widened(student_projections, classes.detach(), expected)
+    queries = logit_scale * rows
     losses = tiles.log_sum_exp(queries, classes) - (queries * expected).sum(1)
     return mean_of_known(losses, own, sharded=sharded)
 

@@ -62,6 +62,14 @@ def log_sum(tile: Float[Tensor, "r c"], dim: int) -> Float[Tensor, " _"]:
     return exponential(tile - peak).sum(dim).log_() + peak.squeeze(dim)
 
 
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """All in one floating dtype: float32, or the widest of theirs."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 def without_autocast(x: Tensor) -> torch.autocast:
     """Keeps autocast from rounding scores of up to 100 to the three digits of bfloat16."""
     return torch.autocast(x.device.type, enabled=False)
@@ -104,22 +112,45 @@ def attend(
 
 
 class LogSumExp(torch.autograd.Function):
-    """See `log_sum_exp`. The gradient is the mean key under the softmax; one pass gives both."""
+    """See `log_sum_exp`. One pass gives it and its gradient for the queries, their mean key under
+    the softmax; where keys have a gradient, their scores are computed once more for it."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor) -> Tensor:
         log_sums, means = attend(queries, keys, keys)
-        ctx.save_for_backward(means)
+        again = (queries, keys, log_sums) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(means, *again)
         return log_sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (means,) = ctx.saved_tensors
-        return gradient.unsqueeze(1) * means, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        means, *again = ctx.saved_tensors
+        to_keys = given_to_keys(gradient, *again) if again else None
+        return gradient.unsqueeze(1) * means, to_keys
+
+
+def given_to_keys(
+    weights: Float[Tensor, " b"],
+    queries: Float[Tensor, "b p"],
+    keys: Float[Tensor, "n p"],
+    log_sums: Float[Tensor, " b"],
+) -> Float[Tensor, "n p"]:
+    """`softmax(queries @ keys.T).T @ (weights * queries)`, from the log-sum-exp of each query."""
+    height, width = shape(queries)
+    given = torch.zeros_like(keys)
+    with without_autocast(queries):
+        for rows, log_sum_, weight in zip(
+            *(torch.split(each, height) for each in (queries, log_sums, weights)), strict=True
+        ):
+            weighted = (weight.unsqueeze(1) * rows).T
+            for key, to in zip(torch.split(keys, width), torch.split(given, width), strict=True):
+                shares = exponential(scores(rows, key).sub_(log_sum_.unsqueeze(1)))
+                to += scores(shares.T, weighted)
+    return given
 
 
 def log_sum_exp(queries: Float[Tensor, "b p"], keys: Float[Tensor, "n p"]) -> Float[Tensor, " b"]:
-    """`logsumexp(queries @ keys.T, 1)` and its gradient for the queries; keys are constants."""
-    log_sums: Tensor = LogSumExp.apply(queries, keys.detach())  # type: ignore[no-untyped-call]
+    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys, tile by tile."""
+    log_sums: Tensor = LogSumExp.apply(queries, keys)  # type: ignore[no-untyped-call]
     return log_sums

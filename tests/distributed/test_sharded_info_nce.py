@@ -1,0 +1,61 @@
+"""InfoNCE of a batch that processes share is that of the whole batch, plain or tile by tile."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from protoclip import distributed
+from protoclip.losses import instance, sharded_info_nce, tiles
+from protoclip.testing import run_distributed
+
+PAIRS, WIDTH = 20, 6
+
+
+def slow(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """Pair by pair, the share of its similarity in its row and in its column."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(images)):
+        own = (scale * images[i] @ texts[i]).exp()
+        row = sum((scale * images[i] @ text).exp() for text in texts)
+        column = sum((scale * image @ texts[i]).exp() for image in images)
+        total = total - (own / row).log() / 2 - (own / column).log() / 2
+    return total / len(images)
+
+
+def part_of(images: Tensor, texts: Tensor, scale: Tensor, tiled_above: int) -> list[Tensor]:
+    """The mean of all processes' losses, and that of gradients of features and scale."""
+    world_size = distributed.world_size()
+    share = PAIRS // world_size
+    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    leaves = [value.clone().requires_grad_() for value in (images[own], texts[own], scale)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instance, "TILED_ABOVE", tiled_above)
+        patch.setattr(tiles, "ROWS", 3)
+        patch.setattr(tiles, "CPU_SCORES", 3 * 7)
+        loss = sharded_info_nce(*leaves)
+        loss.backward()
+    to_images, to_texts, to_scale = (leaf.grad for leaf in leaves)
+    sums = [
+        distributed.reduced(loss.detach()),
+        distributed.gathered(to_images),
+        distributed.gathered(to_texts),
+        distributed.reduced(to_scale),
+    ]
+    return [value / world_size for value in sums]
+
+
+@pytest.mark.parametrize("tiled_above", [0, 10**6], ids=["tiled", "plain"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_parts_of_processes_make_the_loss_of_the_whole_batch(
+    world_size: int, tiled_above: int, generator: torch.Generator
+) -> None:
+    """In float64 to 1e-9: value, and gradients of both features and of the scale."""
+    rows = torch.randn(2, PAIRS, WIDTH, generator=generator, dtype=torch.float64)
+    images, texts = rows / rows.norm(dim=2, keepdim=True)
+    leaves = [images, texts, torch.tensor(9.0, dtype=torch.float64)]
+    whole = [value.clone().requires_grad_() for value in leaves]
+    loss = slow(*whole)
+    expected = [loss.detach(), *torch.autograd.grad(loss, whole)]
+    for found in run_distributed(part_of, world_size, *leaves, tiled_above):
+        for ours, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
