@@ -214,12 +214,15 @@ class FeatureQueue:
             self._make_room(len(sample_ids), image)
         assert self.image is not None
         assert self.text is not None
-        place = torch.arange(self.pushed, self.pushed + len(sample_ids)) % len(self.image)
-        self.image[place] = image.detach().float()
-        self.text[place] = text.detach().float()
-        for slot, sample_id in zip(place.tolist(), sample_ids, strict=True):
-            self.sample_ids[slot] = sample_id
         self.pushed += len(sample_ids)
+        # Of a batch larger than the queue the last samples alone: a slot is written once.
+        kept = min(len(sample_ids), len(self.image))
+        place = torch.arange(self.pushed - kept, self.pushed) % len(self.image)
+        self.image[place] = image[len(image) - kept :].detach().float()
+        self.text[place] = text[len(text) - kept :].detach().float()
+        ids = sample_ids[len(sample_ids) - kept :]
+        for slot, sample_id in zip(place.tolist(), ids, strict=True):
+            self.sample_ids[slot] = sample_id
 
     def _make_room(self, batch_size: int, like: Float[Tensor, "_ p"]) -> None:
         self.batch_size, processes = batch_size, world_size()

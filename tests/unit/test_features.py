@@ -5,12 +5,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclip import build, run
 from protoclip.data.episodes import Episode
@@ -108,6 +110,37 @@ def test_a_queue_keeps_the_last_samples() -> None:
         }
         newest = range(max(0, end - 7), end)
         assert held == {names[i]: (image[i].tolist(), text[i].tolist()) for i in newest}
+
+
+class Writes(TorchDispatchMode):
+    """Remembers the indices that tensors are written at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[list[int]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten.index_put_.default:
+            self.places.append(args[1][0].tolist())
+        return function(*args, **(kwargs or {}))
+
+
+def test_of_a_batch_larger_than_the_queue_the_last_samples_are_kept() -> None:
+    """No slot is written twice at once, of which a GPU would keep either sample."""
+    queue = FeatureQueue(3)
+    image, text = rows(5, 4, 1), rows(5, 4, 2)
+    with Writes() as writes:
+        queue.push(["x"], image[:1], text[:1])
+        queue.push(list("abcde"), image, text)
+    assert [len(place) for place in writes.places] == [1, 1, 3, 3]
+    assert all(len(place) == len(set(place)) for place in writes.places)
+    held = queue.contents()
+    order = [held.sample_ids.index(name) for name in "cde"]
+    assert torch.equal(held.image[order], image[2:])
+    assert torch.equal(held.text[order], text[2:])
+    assert queue.pushed == 6
 
 
 def test_a_queue_holds_no_graph() -> None:
