@@ -201,7 +201,7 @@ def hugging_face(teacher: str, name: str, *, pooling: Pooling, device: torch.dev
     try:
         # Weights that the files lack are drawn at random: let them at least be the same each time.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             model, loaded = AutoModel.from_pretrained(
                 name, local_files_only=local, output_loading_info=True
             )

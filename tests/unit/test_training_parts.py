@@ -74,6 +74,16 @@ def test_decay_spares_gains_biases_and_temperatures() -> None:
         assert id(parameter) in (spared if is_vector else decayed), name
 
 
+def test_building_leaves_every_generator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the CPU, and of GPUs, which `torch.manual_seed` seeds too, maybe later."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    build.model(tiny_model(), seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seeded == []
+
+
 def test_the_plan_orders_the_stages() -> None:
     """Warm-up, prototypical, locked image; without prototypes it is CLIP with the same lock."""
     plan = Plan(num_episodes=6, warm_up=2, locked_image=1, prototypical=True)

@@ -64,7 +64,8 @@ def model(config: ModelConfig, *, seed: int) -> ProtoCLIP:
     The weights are a function of the seed; the global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # The CPU's generator alone, as `torch.manual_seed` would seed every GPU's too.
+        torch.default_generator.manual_seed(seed)
         if config.name is not None:
             towers = named_towers(
                 config.name,
