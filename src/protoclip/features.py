@@ -162,10 +162,6 @@ class ExtractedFeatures:
     def observe(self, batch: Batch, embeddings: Embeddings) -> None:
         """Nothing to keep: every episode has a pass of its own."""
 
-    def upcoming(self, episode: Episode, following: Episode) -> Episode | None:
-        """The episode that is next has its own features."""
-        return following
-
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedRows:
@@ -328,7 +324,3 @@ class QueuedFeatures:
         image, text = embeddings.image_projections, embeddings.text_projections
         if image is not None and text is not None:
             self.queue.push(batch.sample_id, image, text)
-
-    def upcoming(self, episode: Episode, following: Episode) -> Episode | None:
-        """After this episode the queue holds its samples, if it holds as many."""
-        return episode if self.queue.size == len(episode.rows) else None

@@ -245,16 +245,6 @@ def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
     assert found["image"].tolist() == [1, 1, 0]
 
 
-def test_what_is_clustered_next_is_known_ahead() -> None:
-    """By a queue as large as an episode it is this one's samples, by extraction the next one's."""
-    now, following = (Episode(index=index, rows=torch.arange(8)) for index in range(2))
-    source, _ = queued(8)
-    assert source.upcoming(now, following) is now
-    assert source.fallback.upcoming(now, following) is following
-    smaller, _ = queued(6)
-    assert smaller.upcoming(now, following) is None
-
-
 def test_samples_without_teacher_features_belong_nowhere() -> None:
     """-1, and the others are not disturbed."""
     bert = teacher(list("abc"))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,15 +10,13 @@ from torch import Tensor
 from protoclip.build import data, models
 from protoclip.build.defaults import Optimisation, optimisation
 from protoclip.clustering import KMeans, kmeans
-from protoclip.clustering.ahead import Ahead
 from protoclip.config import Config
-from protoclip.data.episodes import EXTRACTION_STREAM, Episode
+from protoclip.data.episodes import EXTRACTION_STREAM
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
-from protoclip.distributed import reduced, world_size
+from protoclip.distributed import reduced
 from protoclip.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
 from protoclip.losses import LossWeights
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.teachers import TeacherFeatures
 from protoclip.train.guard import Guard
 from protoclip.train.health import Health
 from protoclip.train.optim import adamw
@@ -50,37 +47,6 @@ def cluster(config: Config) -> Callable[[str, Tensor, Tensor | None], KMeans]:
         )
 
     return run
-
-
-def beside_training(
-    config: Config,
-    samples: Pairs | SampleStream,
-    external: Mapping[str, TeacherFeatures],
-    place: torch.device,
-) -> tuple[Callable[[str, Tensor, Tensor | None], KMeans], Callable[[Episode], None]]:
-    """K-means of one space, and what begins that of the teachers' features of an episode.
-
-    Teachers do not wait for the model, so that while an episode is trained those of the next can
-    be clustered. Not where several processes cluster together, nor from a stream, whose samples
-    are known as they come.
-    """
-    at_once = cluster(config)
-    if world_size() > 1 or not isinstance(samples, Pairs) or not external:
-        return at_once, lambda episode: None
-    ahead = Ahead(lambda space, rows: at_once(space, rows, None), place)
-
-    def known(teacher: TeacherFeatures, episode: Episode) -> Tensor:
-        rows = teacher.lookup([samples.sample_id(row) for row in episode.rows.tolist()])
-        return rows[torch.isfinite(rows).all(1)].to(place)
-
-    def look_ahead(episode: Episode) -> None:
-        for name, teacher in external.items():
-            ahead.expect(name, partial(known, teacher, episode))
-
-    def either(space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
-        return ahead(space, rows) if space in external else at_once(space, rows, positions)
-
-    return either, look_ahead
 
 
 def known_rows(rows: Tensor) -> int:
@@ -147,7 +113,6 @@ def trainer(
     if config.prototype_source == "queue":
         queue = FeatureQueue(config.prototypes.queue_size or config.episodes.size)
         source = QueuedFeatures(queue=queue, teachers=external, fallback=extracted)
-    clustered, look_ahead = beside_training(config, samples, external, place)
     optim, _ = optimisation(config)
     optimizer = adamw(
         model,
@@ -170,8 +135,7 @@ def trainer(
         episode=data.episodes(config, samples),
         batches=loader.batches,
         source=source,
-        cluster=clustered,
-        look_ahead=look_ahead,
+        cluster=cluster(config),
         weights=LossWeights(
             info_nce=config.loss.info_nce,
             prototypical=config.loss.prototypical,

@@ -46,8 +46,6 @@ class FeatureSource(Protocol):
 
     def observe(self, batch: Batch, embeddings: Embeddings) -> None: ...
 
-    def upcoming(self, episode: Episode, following: Episode) -> Episode | None: ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
@@ -73,8 +71,6 @@ class Trainer:
         batches: Batches of an episode in the training view, from a number on.
         source: Features of an episode, to be clustered.
         cluster: K-means of one space, `(space, rows, positions) -> KMeans`.
-        look_ahead: Called before an episode is trained with the one whose samples are most likely
-            clustered next, where that can be known.
         weights, target_temperatures, mask_empty: Of the objective.
         back_translation: Whether prototypes are translated into the student's space.
         unit_norm: Whether they are brought to unit norm there.
@@ -94,7 +90,6 @@ class Trainer:
     batches: Callable[[Episode, int], Iterable[Batch]]
     source: FeatureSource
     cluster: Callable[[str, Tensor, Tensor | None], KMeans]
-    look_ahead: Callable[[Episode], None]
     weights: LossWeights
     target_temperatures: Mapping[str, float]
     mask_empty: bool
@@ -130,10 +125,6 @@ class Trainer:
             enter_stage(self.model, stage)
             if stage is not entered:
                 module, entered = distribute(self.model), stage
-            if index + 1 < self.plan.num_episodes and self.plan.stage(index + 1).needs_prototypes:
-                upcoming = self.source.upcoming(episode, self.episode(index + 1))
-                if upcoming is not None:
-                    self.look_ahead(upcoming)
             if self.run_episode(module, episode, stage, grouping, state):
                 return state
             state.episode, state.batch, grouping = state.episode + 1, 0, None
