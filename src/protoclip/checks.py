@@ -1,8 +1,84 @@
 """What a configuration may not say, and what it says without effect."""
 
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 from protoclip.config import Config, DataConfig
+from protoclip.evals.suite import metric_names
+
+# What a number may be at least and at most, by its setting. Upper limits only catch slips of the
+# finger: no data and no machine of today needs as much.
+SEEDS = (0, 2**63 - 1)  # what both torch and NumPy take
+WIDTHS = (1, 2**16)
+COUNTS = (1, 2**31 - 1)
+COUNTS_OR_NONE = (0, 2**31 - 1)
+ABOVE_0 = sys.float_info.min  # denormal numbers are flushed to 0, so the least is a normal one
+ANY_POSITIVE = (ABOVE_0, math.inf)
+ANY_OR_NONE = (0, math.inf)
+LIMITS: dict[str, tuple[float, float]] = {
+    "run.seed": SEEDS,
+    "run.log_every": COUNTS,
+    "run.save_steps": COUNTS_OR_NONE,
+    "run.save_minutes": ANY_OR_NONE,
+    "run.keep_checkpoints": COUNTS,
+    "run.evaluate_every": COUNTS_OR_NONE,
+    "data.sources.weight": ANY_POSITIVE,
+    "data.shuffle": COUNTS,
+    "data.workers": (0, 4096),
+    "data.cache_gb": (ABOVE_0, 1e6),
+    "data.max_image_pixels": (1, 2**40),
+    "data.max_bad_share": (0, 1),
+    "model.embed_dim": WIDTHS,
+    "model.image.size": (2, 2**13),
+    "model.text.context_length": (3, 2**12),
+    "model.text.width": WIDTHS,
+    "model.text.heads": WIDTHS,
+    "model.text.layers": (1, 1000),
+    "model.heads.hidden_dim": WIDTHS,
+    "model.heads.hidden_layers": (0, 1000),
+    "model.heads.projection_dim": WIDTHS,
+    "episodes.size": COUNTS,
+    "episodes.count": COUNTS,
+    "episodes.batch_size": (2, 2**31 - 1),
+    "episodes.micro_batch_size": (2, 2**31 - 1),
+    "episodes.warm_up": COUNTS_OR_NONE,
+    "episodes.locked_image": COUNTS_OR_NONE,
+    "prototypes.queue_size": (2, 2**31 - 1),
+    "prototypes.number": COUNTS,
+    "prototypes.iterations": COUNTS,
+    "prototypes.restarts": COUNTS,
+    "prototypes.target_temperature": ANY_POSITIVE,
+    **{
+        f"{teacher}.{field}": limits
+        for teacher in ("teacher", "teachers")
+        for field, limits in (
+            ("weight", ANY_OR_NONE),
+            ("number", COUNTS),
+            ("target_temperature", ANY_POSITIVE),
+        )
+    },
+    "loss.info_nce": ANY_OR_NONE,
+    "loss.prototypical": ANY_OR_NONE,
+    "loss.teacher": ANY_OR_NONE,
+    "optim.learning_rate": ANY_POSITIVE,
+    "optim.image_scale": ANY_POSITIVE,
+    "optim.text_scale": ANY_POSITIVE,
+    "optim.heads_scale": ANY_POSITIVE,
+    "optim.warm_up_steps": COUNTS_OR_NONE,
+    "optim.locked_learning_rate": ANY_OR_NONE,
+    "optim.locked_warm_up_steps": COUNTS_OR_NONE,
+    "optim.betas": (0, math.nextafter(1.0, 0.0)),
+    "optim.eps": ANY_POSITIVE,
+    "optim.weight_decay": ANY_OR_NONE,
+    "optim.heads_weight_decay": ANY_OR_NONE,
+    "optim.clip_norm": ANY_POSITIVE,
+}
 
 
 def check(config: Config) -> list[str]:
@@ -11,62 +87,13 @@ def check(config: Config) -> list[str]:
     Raises:
         ValueError: In one line that names the setting and what to do.
     """
-    episodes, prototypes = config.episodes, config.prototypes
-    at_least = {
-        "run.log_every": (config.run.log_every, 1),
-        "data.workers": (config.data.workers, 0),
-        "data.shuffle": (config.data.shuffle, 1),
-        "data.max_image_pixels": (config.data.max_image_pixels, 1),
-        "data.max_bad_share": (config.data.max_bad_share, 0),
-        "model.embed_dim": (config.model.embed_dim, 1),
-        "model.image.size": (config.model.image.size, 1),
-        "model.text.context_length": (config.model.text.context_length, 3),
-        "model.text.layers": (config.model.text.layers, 1),
-        "model.heads.hidden_dim": (config.model.heads.hidden_dim, 1),
-        "model.heads.hidden_layers": (config.model.heads.hidden_layers, 0),
-        "model.heads.projection_dim": (config.model.heads.projection_dim, 1),
-        "episodes.size": (episodes.size, 1),
-        "episodes.count": (episodes.count, 1),
-        "episodes.batch_size": (episodes.batch_size, 2),
-        "episodes.micro_batch_size": (episodes.micro_batch_size or 2, 2),
-        "episodes.warm_up": (episodes.warm_up, 0),
-        "episodes.locked_image": (episodes.locked_image, 0),
-        "prototypes.iterations": (prototypes.iterations, 1),
-        "prototypes.restarts": (prototypes.restarts, 1),
-        "loss.info_nce": (config.loss.info_nce, 0),
-        "loss.prototypical": (config.loss.prototypical, 0),
-        "loss.teacher": (config.loss.teacher, 0),
-        "optim.locked_learning_rate": (config.optim.locked_learning_rate, 0),
-        "optim.weight_decay": (config.optim.weight_decay, 0),
-        "optim.heads_weight_decay": (config.optim.heads_weight_decay, 0),
-        "optim.warm_up_steps": (config.optim.warm_up_steps, 0),
-        "optim.locked_warm_up_steps": (config.optim.locked_warm_up_steps, 0),
-        "run.save_steps": (config.run.save_steps, 0),
-        "run.save_minutes": (config.run.save_minutes, 0),
-        "run.keep_checkpoints": (config.run.keep_checkpoints, 1),
-        "run.evaluate_every": (config.run.evaluate_every, 0),
-    }
-    for name, (value, least) in at_least.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name}: {value} is too small; at least {least}")
-    positive = {
-        "prototypes.target_temperature": prototypes.target_temperature,
-        **{
-            f"{name}.target_temperature": teacher.target_temperature
-            for name, teacher in [("teacher", config.teacher), *config.external_teachers.items()]
-        },
-        "optim.learning_rate": config.optim.learning_rate,
-        "optim.image_scale": config.optim.image_scale,
-        "optim.text_scale": config.optim.text_scale,
-        "optim.heads_scale": config.optim.heads_scale,
-        "data.cache_gb": config.data.cache_gb,
-        "optim.eps": config.optim.eps,
-        "optim.clip_norm": config.optim.clip_norm,
-    }
-    for name, rate in positive.items():
-        if rate is not None and not rate > 0:
-            hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
-            raise ValueError(f"{name}: {rate} needs to be above 0{hint}")
+    check_numbers(config)
+    episodes, prototypes, text = config.episodes, config.prototypes, config.model.text
+    if text.width % text.heads:
+        raise ValueError(
+            f"model.text.heads: {text.heads} heads do not divide model.text.width ({text.width})"
+        )
+    check_evaluation(config)
     check_sources(config.data)
     check_teachers(config)
     if episodes.batch_size > episodes.size:
@@ -111,6 +138,70 @@ def check(config: Config) -> list[str]:
     return without_effect(config)
 
 
+def numbers(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Every number of a tree of settings that is set: name, value, and whether it has to be whole.
+
+    What is a number is told by the annotations, so that a value of another kind is found too.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, kinds = getattr(settings, field.name), leaves(hints[field.name])
+        listed = isinstance(value, list | tuple)
+        for position, item in enumerate(value if listed else [value]):
+            name = f"{prefix}{field.name}[{position}]" if listed else prefix + field.name
+            if dataclasses.is_dataclass(item):
+                yield from numbers(item, f"{name}.")
+            elif item is not None and kinds & {int, float}:
+                yield name, item, float not in kinds
+
+
+def leaves(annotation: Any) -> set[Any]:
+    """The plain types in an annotation: `int` and `None` of `int | None`."""
+    inner = get_args(annotation)
+    return set().union(*map(leaves, inner)) if inner else {annotation}
+
+
+def check_numbers(config: Config) -> None:
+    """Reject what is no finite number, and what is out of range."""
+    for name, value, whole in numbers(config):
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            kind = "whole number" if whole else "number"
+            raise ValueError(f"{name}: {value!r} is no {kind}; give one")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: {value} is not finite; give a number")
+        least, most = LIMITS.get(re.sub(r"\[\d+\]", "", name), (-math.inf, math.inf))
+        if value < least and least == ABOVE_0:
+            hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
+            raise ValueError(f"{name}: {value} needs to be above 0{hint}")
+        if value < least:
+            raise ValueError(f"{name}: {value} is too small; at least {least}")
+        if value > most:
+            limit = "below 1" if most == math.nextafter(1.0, 0.0) else f"at most {most}"
+            raise ValueError(f"{name}: {value} is too large; {limit}")
+
+
+def check_evaluation(config: Config) -> None:
+    """Reject evaluations during training that cannot be, and metrics that they do not have."""
+    run = config.run
+    if run.evaluate_every and not config.data.has_held_out_splits:
+        raise ValueError(
+            "run.evaluate_every: data.train has no held-out split to evaluate on; set it to 0"
+        )
+    if run.keep_best is None:
+        return
+    if not run.evaluate_every:
+        raise ValueError(
+            "run.keep_best: nothing is evaluated during training; set run.evaluate_every, or leave "
+            "run.keep_best out"
+        )
+    known = metric_names("emoji")
+    if run.keep_best not in known:
+        close = difflib.get_close_matches(run.keep_best, known, n=3, cutoff=0.0)
+        raise ValueError(
+            f"run.keep_best: no metric {run.keep_best!r}; the closest are {', '.join(close)}"
+        )
+
+
 def check_sources(data: DataConfig) -> None:
     """Reject mixtures that make no sense."""
     if data.sources and data.train != DataConfig().train:
@@ -118,8 +209,6 @@ def check_sources(data: DataConfig) -> None:
     weights = [source.weight for source in data.sources]
     if any(weight is None for weight in weights) and any(weights):
         raise ValueError("data.sources: give every source a weight, or none")
-    if any(weight is not None and not weight > 0 for weight in weights):
-        raise ValueError(f"data.sources: weights {weights} need to be above 0")
     if data.shuffle_captions and data.read == "streaming":
         raise ValueError(
             "data.shuffle_captions: needs samples in any order; not data.read = streaming"
@@ -137,8 +226,6 @@ def check_teachers(config: Config) -> None:
     for teacher in config.teachers:
         if teacher.features is None:
             raise ValueError(f"teachers: '{teacher.name}' has no features; name their file")
-        if teacher.weight < 0:
-            raise ValueError(f"teachers: '{teacher.name}' has a weight below 0")
 
 
 def without_effect(config: Config) -> list[str]:
@@ -166,8 +253,6 @@ def without_effect(config: Config) -> list[str]:
         )
     if config.loss.teacher == 0 and (config.teacher.features is not None or config.teachers):
         notes.append("teacher.*: no effect, since loss.teacher is 0")
-    if config.run.keep_best is not None and not config.run.evaluate_every:
-        notes.append("run.keep_best: no effect without run.evaluate_every")
     if not config.uses_teacher and config.loss.teacher not in (0, default.loss.teacher):
         notes.append("loss.teacher: no effect without teacher.features")
     if not config.uses_prototypes and config.episodes.warm_up != default.episodes.warm_up:

@@ -35,8 +35,9 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     keep_best: str | None = None
-    """A metric of the evaluations during training, such as `eval/emoji/knn/acc1`, by whose highest
-    value a checkpoint is kept besides the newest; `results.json` names it."""
+    """A metric of the evaluations during training (`run.evaluate_every`), such as
+    `eval/emoji/knn/acc1`, by whose highest value a checkpoint is kept besides the newest;
+    `results.json` names it."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Log to Weights & Biases too (`pip install wandb`)."""
     evaluate_every: int = 0
@@ -114,6 +115,11 @@ class DataConfig:
     """Follow symbolic links out of the folder that a table's paths have to lie below."""
     shuffle_captions: bool = False
     """Pair each picture with another's caption: the control that must learn nothing."""
+
+    @property
+    def has_held_out_splits(self) -> bool:
+        """Whether there is something to evaluate on: with the bundled data alone."""
+        return self.train == "emoji" and not self.sources
 
 
 @dataclass(frozen=True, kw_only=True)

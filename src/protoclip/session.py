@@ -50,11 +50,13 @@ class Session:
         # The step with the best of `run.keep_best` so far, and its value.
         self.best: Sequence[Any] | None = None
         self.view, self.tokenizer = build.evaluation_view(model), build.tokenizer(config.model)
-        # Held-out splits come with the bundled data alone; other data is not judged by emoji.
-        self.bundled = config.data.train == "emoji" and not config.data.sources
+        # Other data is not judged by emoji.
+        self.evaluates = config.run.evaluate and config.data.has_held_out_splits
         self.notes: list[str] = []
-        if not self.bundled and (config.run.evaluate or config.run.evaluate_every):
-            self.notes.append("run.evaluate*: no effect, since data.train has no held-out splits")
+        if config.run.evaluate and not self.evaluates:
+            self.notes.append(
+                "this run ends without an evaluation, since data.train has no held-out split"
+            )
         steps = config.episodes.count * (config.episodes.size // config.episodes.batch_size)
         self.progress = Progress(f"train {config.run.name}", steps)
         self.saver = Saver(
@@ -138,17 +140,12 @@ class Session:
 
     def evaluate(self, state: TrainState) -> Mapping[str, float]:
         every = self.config.run.evaluate_every
-        if not (self.bundled and every and state.episode % every == 0):
+        if not every or state.episode % every:
             return {}
         found = evaluate(self.model, self.view, self.tokenizer, split="validation", show=False)
         metric = self.config.run.keep_best
-        if metric is not None:
-            if metric not in found:
-                raise ValueError(
-                    f"run.keep_best: no metric '{metric}'; there are {', '.join(found)}"
-                )
-            if self.best is None or found[metric] > self.best[1]:
-                self.best = (state.step, found[metric])
+        if metric is not None and (self.best is None or found[metric] > self.best[1]):
+            self.best = (state.step, found[metric])
         return found
 
     def on_step(self, state: TrainState, stage: Stage) -> None:
@@ -160,7 +157,7 @@ class Session:
         self.progress.update(state.step, detail)
 
     def final_metrics(self) -> dict[str, float]:
-        if not (self.bundled and self.config.run.evaluate):
+        if not self.evaluates:
             return {}
         return evaluate(self.model, self.view, self.tokenizer, split="test")
 

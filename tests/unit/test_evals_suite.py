@@ -124,6 +124,7 @@ def test_a_model_that_knows_everything(tiny, split):
     """The oracle gets full marks under exactly the promised keys, as plain floats."""
     metrics = run(Oracle(), tiny, split=split, batch_size=10)
     assert set(metrics) == {f"eval/tiny/{key}" for key in KEYS}
+    assert list(metrics) == suite.metric_names("tiny")
     assert {type(value) for value in metrics.values()} == {float}
     for key in KEYS - {key for key in KEYS if key.startswith(("modality_gap", "clustering"))}:
         assert metrics[f"eval/tiny/{key}"] == 1.0, key

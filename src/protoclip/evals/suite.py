@@ -297,6 +297,20 @@ def measure(
     }
 
 
+def metric_names(data: str) -> list[str]:
+    """The keys of `evaluate` on a data set of that name, in their order."""
+    metrics = [
+        *(f"zero_shot/acc{k}" for k in ZERO_SHOT_KS),
+        *(f"zero_shot_subgroup/acc{k}" for k in ZERO_SHOT_KS),
+        *(f"retrieval/image_to_text@{k}" for k in RETRIEVAL_KS),
+        *(f"retrieval/text_to_image@{k}" for k in RETRIEVAL_KS),
+        *("linear_probe/acc1", "knn/acc1", "clustering/ami", "clustering/ari"),
+        *("modality_gap/gap", "modality_gap/alignment"),
+        *("modality_gap/uniformity_image", "modality_gap/uniformity_text"),
+    ]
+    return [f"eval/{data}/{metric}" for metric in metrics]
+
+
 def chance_levels(data: EvaluationData, split: str = "test") -> dict[str, float]:
     """What a model scores whose features say nothing, under the keys of `evaluate`.
 
