@@ -1,13 +1,12 @@
 """Before training: look at a source, pack it into shards, index it, make a teacher's features."""
 
-import json as json_format
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from protoclip import build
+from protoclip import build, strict_json
 from protoclip.checks import check
 from protoclip.config import Config, DataConfig, ModelConfig
 from protoclip.data import inspection, packing
@@ -52,7 +51,7 @@ def inspect(
         notes=notes,
     )
     if json:
-        print(json_format.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        print(strict_json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
         inspection.show(found)
     if montage is not None:

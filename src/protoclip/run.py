@@ -13,7 +13,7 @@ import tomli_w
 import torch
 
 import protoclip
-from protoclip import build
+from protoclip import build, strict_json
 from protoclip.checks import check
 from protoclip.config import PERMISSIONS, Config
 from protoclip.data.skips import SkipLog
@@ -121,7 +121,7 @@ def train_together(
     if session.best is not None:
         results["best_checkpoint"] = f"checkpoints/step-{session.best[0]:09}"
     if rank() == 0:
-        write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(folder / "results.json", strict_json.dumps(results, indent=2) + "\n")
     return results
 
 

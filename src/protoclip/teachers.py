@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from protoclip import strict_json
 from protoclip.feature_files import Block, open_feature_file
 
 FACTS, IDS, HASHES, ROWS = "facts.json", "ids.arrow", "hashes.npy", "rows.npy"
@@ -303,7 +304,7 @@ def write_folder(
         shutil.rmtree(scratch, ignore_errors=True)
     facts = {**facts, "rows": num_rows, "width": width, "shard_rows": shard_rows}
     with whole(folder / FACTS) as facts_file:
-        facts_file.write((json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+        facts_file.write((strict_json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
     return facts
 
 

@@ -1,6 +1,7 @@
 """Metrics are written where they can be, and nothing that fails there stops training."""
 
 import json
+import math
 import resource
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from protoclip import strict_json
 from protoclip.train import metrics
 from protoclip.train.metrics import JsonLines, MetricsSink
 
@@ -97,6 +99,16 @@ def test_one_line_and_one_point_a_metric(tmp_path: Path) -> None:
     assert sink.size == (tmp_path / "metrics.jsonl").stat().st_size
     assert curve(tmp_path, "loss") == [(1, 2.0), (2, 1.0)]
     assert curve(tmp_path, "rate") == [(1, 0.5)]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    """Every line is JSON that strict parsers read, whatever a metric has become."""
+    lines = JsonLines(tmp_path / "metrics.jsonl", size=0)
+    lines.write(1, {"loss": math.nan, "norm": math.inf, "low": -math.inf, "rate": 0.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "norm": null, "low": null, "rate": 0.5}\n'
+    nested = {"a": [1.0, math.nan, {"b": (math.inf,)}], "c": "NaN"}
+    assert strict_json.dumps(nested) == '{"a": [1.0, null, {"b": [null]}], "c": "NaN"}'
 
 
 def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from protoclip import strict_json
 from protoclip.train.parallel import like
 
 WEIGHTS, MODEL, RESUME, STATE = (
@@ -74,7 +75,7 @@ def write_checkpoint(
 
 
 def to_json(facts: Mapping[str, Any]) -> bytes:
-    return (json.dumps(facts, indent=2) + "\n").encode()
+    return (strict_json.dumps(facts, indent=2) + "\n").encode()
 
 
 def checksum(data: bytes) -> str:

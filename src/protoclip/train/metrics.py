@@ -1,7 +1,6 @@
 """Where metrics go: a JSON-lines file that is the record, TensorBoard and W&B for looking."""
 
 import errno
-import json
 import os
 import platform
 import secrets
@@ -18,6 +17,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from protoclip import strict_json
 
 # Lines of metrics.jsonl that are kept while they cannot be written; older ones are given up.
 MOST_WAITING = 10_000
@@ -81,7 +82,7 @@ class JsonLines:
         self._append()
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        self._waiting.append(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        self._waiting.append(strict_json.dumps({"step": step, **metrics}).encode() + b"\n")
         if len(self._waiting) > MOST_WAITING:
             self._waiting.popleft()
             self._dropped += 1
