@@ -3,6 +3,8 @@
 Fits the linear probe of finished runs at every L2 strength and prints, for each arm, its accuracy
 on validation and test by strength: mean and standard deviation over seeds. The last rows choose the
 strength on validation: for each run alone, as `protoclip evaluate` does, and for an arm as a whole.
+They also have the mean difference to the first arm's run of the same seed, with its 95% interval
+(Student's t over two seeds or more) and a star where that leaves out 0.
 
     python benchmarks/studies/probe.py CLIP=runs/clip-0,runs/clip-1 teacher=runs/protoclip-teacher-0
 """
@@ -12,8 +14,8 @@ import sys
 
 import torch
 
-from protoclip import build
-from protoclip.evals import datasets, suite
+from protoclip import build, report
+from protoclip.evals import datasets, paired, suite
 from protoclip.evals.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.progress import Progress
 
@@ -45,6 +47,17 @@ def accuracies(folder: str) -> dict[str, list[float]]:
     }
 
 
+def difference(first: dict[int, float], second: dict[int, float]) -> str:
+    """The mean difference over common seeds, as `protoclip compare` writes it."""
+    found = [second[seed] - first[seed] for seed in second if seed in first]
+    if not found:
+        return ""
+    interval = paired.t_interval(found) if len(found) > 1 else None
+    beyond = interval is not None and not interval[0] <= 0 <= interval[1]
+    facts = {"mean": statistics.mean(found), "interval": interval, "beyond": beyond}
+    return "<br>" + report.interval_text(facts, scale=1.0, digits=1)
+
+
 def cell(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
@@ -66,8 +79,10 @@ def main() -> None:
     for number, strength in enumerate(REGULARISATIONS):
         cells = [cell([r[s][number] for r in found[arm]]) for arm in arms for s in SPLITS[1:]]
         print(f"| {strength:.0e} | " + " | ".join(cells) + " |")
+    seeds = {arm: [report.read_results(run)["seed"] for run in runs] for arm, runs in arms.items()}
     for title in ("each run's best on validation", "the arm's best on validation"):
         cells = []
+        firsts: dict[str, dict[int, float]] = {}
         for arm in arms:
             curves = [run["validation"] for run in found[arm]]
             mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
@@ -76,7 +91,10 @@ def main() -> None:
                 for curve in curves
             ]
             for split in SPLITS[1:]:
-                cells.append(cell([r[split][n] for r, n in zip(found[arm], chosen, strict=True)]))
+                own = [r[split][n] for r, n in zip(found[arm], chosen, strict=True)]
+                by_seed = dict(zip(seeds[arm], own, strict=True))
+                first = firsts.setdefault(split, by_seed)
+                cells.append(cell(own) + ("" if first is by_seed else difference(first, by_seed)))
         print(f"| {title} | " + " | ".join(cells) + " |")
 
 

@@ -5,20 +5,21 @@
 Studies: source (CLIP, extraction, queue), demo (its three arms), heads (their learning rate),
 number (of prototypes), episode (its size), targets (soft or hard), translation (PBT on or off),
 norm (prototypes as they are or of unit norm). Runs are kept in runs/studies/ and not repeated. Each
-has one thread; `--jobs` of them run at a time.
+has one thread; `--jobs` of them run at a time. Differences are to the first arm, paired by seed, or
+by sample where there is one seed; with 95% intervals, and a star where these leave out 0.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from protoclip import demo
+from protoclip import demo, report
 from protoclip.progress import Progress
 
 TEACHER = {"teacher.features": "emoji", "loss.teacher": 2.0}
@@ -83,8 +84,8 @@ SHOWN = {
 }
 
 
-def measure(settings: Mapping[str, object], seed: int, split: str) -> dict[str, float]:
-    """Train unless that was done, evaluate unless that was done; metrics and training seconds."""
+def measure(arm: str, settings: Mapping[str, object], seed: int, split: str) -> dict[str, Any]:
+    """Train unless that was done, evaluate unless that was done; a run as `report` compares it."""
     name = "-".join(f"{key}={value}" for key, value in sorted(settings.items())) or "default"
     folder = Path("runs/studies") / f"{name}-{seed}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -105,15 +106,17 @@ def measure(settings: Mapping[str, object], seed: int, split: str) -> dict[str, 
             text=True,
         )
         found.write_text(done.stdout, encoding="utf-8")
-    metrics: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))["metrics"]
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return {**metrics, "seconds": results["train_seconds"]}
+    return {
+        **report.read_results(folder),
+        "name": arm,
+        "metrics": json.loads(found.read_text(encoding="utf-8"))["metrics"],
+        "samples": report.samples_of(folder, split),
+    }
 
 
-def cell(values: list[float]) -> str:
-    percent = [100 * value for value in values]
-    spread = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.1f}{spread}"
+def cell(value: Mapping[str, Any]) -> str:
+    """Percent, and the difference to the first arm."""
+    return report.cell(value, scale=100.0, digits=1).replace("\n", "<br>")
 
 
 def main() -> None:
@@ -127,17 +130,17 @@ def main() -> None:
     tasks = [(arm, seed) for seed in arguments.seeds for arm in arms]
     progress = Progress(f"study: {arguments.study}", len(tasks))
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        waiting = [pool.submit(measure, arms[a], seed, arguments.split) for a, seed in tasks]
-        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+        waiting = [pool.submit(measure, a, arms[a], seed, arguments.split) for a, seed in tasks]
+        runs = []
         for done, ((arm, _), result) in enumerate(zip(tasks, waiting, strict=True), 1):
-            found[arm].append(result.result())
+            runs.append(result.result())
             progress.update(done, arm)
     print(f"| {arguments.split}, seeds {arguments.seeds} | " + " | ".join(SHOWN) + " | seconds |")
     print("|---" * (len(SHOWN) + 2) + "|")
-    for arm, runs in found.items():
-        cells = [cell([run[f"eval/emoji/{metric}"] for run in runs]) for metric in SHOWN.values()]
-        seconds = statistics.mean(run["seconds"] for run in runs)
-        print(f"| {arm} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    for entry in report.compare(runs):
+        cells = [cell(entry["metrics"][f"eval/emoji/{metric}"]) for metric in SHOWN.values()]
+        seconds = entry["train_seconds"]["mean"]
+        print(f"| {entry['name']} | " + " | ".join(cells) + f" | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

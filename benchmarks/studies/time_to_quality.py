@@ -1,7 +1,8 @@
 """How soon does ProtoCLIP with a teacher reach CLIP's final quality?
 
 CLIP has its full schedule; ProtoCLIP has schedules of a quarter, a third, half and all of the
-samples, each cooled down to its end. Prints a table, and draws the curve with `--png`.
+samples, each cooled down to its end. Prints a table with paired differences to CLIP and their 95%
+intervals, and draws the curve with `--png`.
 
     python benchmarks/studies/time_to_quality.py [--seeds 0 1 2] [--jobs 2] [--png docs/FILE.png]
 """
@@ -12,27 +13,29 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from sweep import CLIP, TEACHER, measure
+from sweep import CLIP, TEACHER, cell, measure
 
+from protoclip import report
 from protoclip.progress import Progress
 
 EPISODES = 35
 SHARES = {"1/4": 9, "1/3": 12, "1/2": 18, "1": EPISODES}
 METRICS = {"linear probe": "linear_probe/acc1", "kNN": "knn/acc1"}
-Runs = list[dict[str, float]]
+Runs = list[dict[str, Any]]
 
 
-def mean(runs: Runs, metric: str) -> float:
-    return statistics.mean(run[metric] for run in runs)
+def values(runs: Runs, name: str) -> list[float]:
+    return [run["train_seconds"] if name == "seconds" else run["metrics"][name] for run in runs]
 
 
-def spread(runs: Runs, metric: str) -> float:
-    return statistics.stdev(run[metric] for run in runs) if len(runs) > 1 else 0.0
+def mean(runs: Runs, name: str) -> float:
+    return statistics.mean(values(runs, name))
 
 
-def cell(runs: Runs, metric: str) -> str:
-    return f"{100 * mean(runs, metric):.1f} ± {100 * spread(runs, metric):.1f}"
+def spread(runs: Runs, name: str) -> float:
+    return statistics.stdev(values(runs, name)) if len(runs) > 1 else 0.0
 
 
 def reached(shares: dict[str, Runs], metric: str, goal: float, whole: float) -> str:
@@ -82,17 +85,19 @@ def main() -> None:
     progress = Progress("study: time to quality", len(tasks))
     found: dict[str, Runs] = {arm: [] for arm in arms}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        waiting = [pool.submit(measure, arms[arm], seed, "validation") for arm, seed in tasks]
+        waiting = [pool.submit(measure, a, arms[a], seed, "validation") for a, seed in tasks]
         for done, ((arm, _), result) in enumerate(zip(tasks, waiting, strict=True), 1):
             found[arm].append(result.result())
             progress.update(done, arm)
+    compared = report.compare([run for runs in found.values() for run in runs])
     clip = found.pop("CLIP")
     whole = mean(clip, "seconds")
     print("| validation | wall clock / CLIP's | " + " | ".join(METRICS) + " |")
     print("|---" * (len(METRICS) + 2) + "|")
-    for arm, runs in {"CLIP": clip, **found}.items():
-        cells = [cell(runs, f"eval/emoji/{metric}") for metric in METRICS.values()]
-        print(f"| {arm} | {mean(runs, 'seconds') / whole:.2f} | " + " | ".join(cells) + " |")
+    for entry in compared:
+        cells = [cell(entry["metrics"][f"eval/emoji/{metric}"]) for metric in METRICS.values()]
+        share = entry["train_seconds"]["mean"] / whole
+        print(f"| {entry['name']} | {share:.2f} | " + " | ".join(cells) + " |")
     for title, name in METRICS.items():
         metric = f"eval/emoji/{name}"
         share = reached(found, metric, mean(clip, metric), whole)

@@ -13,7 +13,7 @@ import jsonargparse
 import torch
 from jsonargparse import ArgumentParser, auto_cli
 
-from protoclip import build, distributed, report
+from protoclip import build, distributed, report, strict_json
 from protoclip.config import (
     PERMISSIONS,
     Config,
@@ -98,10 +98,17 @@ def evaluate(
         split: Which held-out concepts; choices belong on `validation`.
         json: Print the metrics as JSON.
     """
-    device = build.device("auto")
+    device, folder = build.device("auto"), Path(path)
     with distributed.process_group(device):
         model, view, tokenizer = distributed.agreed(lambda: build.load(path))
-        metrics = run_evaluation(build.place(model, device), view, tokenizer, split=split)
+        metrics = run_evaluation(
+            build.place(model, device),
+            view,
+            tokenizer,
+            split=split,
+            # Kept for `compare`. Of a run that goes on the results would not be those of its end.
+            samples_to=folder / "results" if (folder / "results.json").is_file() else None,
+        )
     if distributed.launched()[0] == 0:
         print_results({"metrics": metrics}, json=json)
 
@@ -109,13 +116,15 @@ def evaluate(
 def compare(runs: list[str], *, json: bool = False) -> None:
     """Compare finished runs; those of one name and several seeds share a column.
 
+    Differences to the first are paired, by seed or else by test sample, with 95% intervals.
+
     Args:
         runs: Run folders; the first one's name is what the others are set against.
         json: Print the comparison as JSON.
     """
     entries = report.compare([report.read_results(path) for path in runs])
     if json:
-        print(json_format.dumps(entries, indent=2))
+        print(strict_json.dumps(entries, indent=2))
     else:
         report.show(entries)
 
@@ -241,7 +250,7 @@ def index(source: str, *, data: DataConfig = DataConfig()) -> None:  # noqa: B00
 
 def print_facts(facts: dict[str, Any], *, json: bool) -> None:
     if json:
-        print(json_format.dumps(facts, indent=2))
+        print(strict_json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
         print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
@@ -249,7 +258,7 @@ def print_facts(facts: dict[str, Any], *, json: bool) -> None:
 
 def print_results(results: dict[str, Any], *, json: bool) -> None:
     if json:
-        print(json_format.dumps(results, indent=2))
+        print(strict_json.dumps(results, indent=2))
         return
     for name, value in results["metrics"].items():
         print(f"{name:<45} {value:.4f}")

@@ -1,11 +1,10 @@
 """The demonstration: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from protoclip import build, report, run
+from protoclip import build, report, run, strict_json
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, TeacherConfig
 from protoclip.progress import duration
 
@@ -67,9 +66,9 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
         if "stopped" in run.train(config, resume="auto"):
             raise KeyboardInterrupt
     entries = report.compare([report.read_results(folder) for folder in folders.values()])
-    (out / "results.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(strict_json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     report.show(entries)
-    print("One seed: differences of one or two points are noise; docs/LOG.md has more seeds.")
+    print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
     print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
     print(f"  {out}/results.json          this table")
     print(f"  {out}/protoclip-teacher/    configuration, metrics and checkpoint of one run")

@@ -159,7 +159,13 @@ class Session:
     def final_metrics(self) -> dict[str, float]:
         if not self.evaluates:
             return {}
-        return evaluate(self.model, self.view, self.tokenizer, split="test")
+        return evaluate(
+            self.model,
+            self.view,
+            self.tokenizer,
+            split="test",
+            samples_to=self.folder / "results",
+        )
 
 
 def evaluate(
@@ -169,8 +175,14 @@ def evaluate(
     *,
     split: Literal["validation", "test"],
     show: bool = True,
+    samples_to: Path | None = None,
 ) -> dict[str, float]:
-    """All metrics on the bundled data's held-out concepts, with progress where asked."""
+    """All metrics on the bundled data's held-out concepts, with progress where asked.
+
+    `samples_to` is a folder for what was found of each sample; one that cannot be written costs a
+    warning.
+    """
+    data = datasets.emoji()
     shown: dict[str, Progress] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -178,12 +190,19 @@ def evaluate(
             shown[stage] = Progress(f"evaluate: {stage}", total)
         shown[stage].update(done)
 
-    return suite.evaluate(
+    metrics, samples = suite.evaluate_samples(
         model,
         view,
         tokenizer,
-        datasets.emoji(),
+        data,
         split=split,
         device=next(model.parameters()).device,
         progress=progress if show else None,
     )
+    if samples_to is not None and rank() == 0:
+        path = samples_to / f"{data.name}-{split}.parquet"
+        try:
+            samples.write(path)
+        except OSError as error:
+            print(f"warning: {path}: not written ({error})", file=sys.stderr)
+    return metrics

@@ -190,7 +190,7 @@ def fail_in_one_metric(which: str) -> tuple[int, str, str]:
         raise ERRORS[which]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "knn_accuracy", fail)
+        patch.setattr(suite, "knn_predict", fail)
         try:
             evaluate()
         except Exception as error:

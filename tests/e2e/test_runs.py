@@ -27,6 +27,7 @@ from protoclip.config import (
 )
 from protoclip.evals.datasets import EvaluationData
 from protoclip.run_folder import flat
+from protoclip.evals.samples import SampleResults
 from protoclip.testing import tiny_config
 from protoclip.train.checkpoint import checkpoints, find_checkpoint
 
@@ -300,6 +301,7 @@ def test_train_evaluate_and_compare_from_the_command_line(
     """A recipe with overrides trains; evaluate repeats the run's own numbers; compare sets runs of
     two seeds in one column and says the difference."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "DRAWS", 20)
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(run.to_toml(tiny_config(out="unused")))
     for name, seed in (("a", 0), ("a", 1), ("b", 0)):
@@ -318,9 +320,14 @@ def test_train_evaluate_and_compare_from_the_command_line(
     values = [json.loads(Path(f"a{s}/results.json").read_text())["metrics"][key] for s in (0, 1)]
     assert first["metrics"][key]["mean"] == pytest.approx(np.mean(values))
     assert first["metrics"][key]["spread"] == pytest.approx(np.std(values, ddof=1))
-    assert second["metrics"][key]["difference"] == pytest.approx(
-        second["metrics"][key]["mean"] - np.mean(values)
-    )
+    difference = second["metrics"][key]["difference"]
+    assert difference["mean"] == pytest.approx(second["metrics"][key]["mean"] - values[0])
+    assert difference["interval"][0] <= difference["mean"] <= difference["interval"][1]
+    assert (difference["kind"], difference["n"]) == ("bootstrap", len(few_emoji.test))
+    written = Path("a0/results/emoji-validation.parquet")
+    main(["evaluate", "a0", "--split", "validation", "--json"])
+    assert len(SampleResults.read(written).image_ids) == len(few_emoji.validation)
+    capsys.readouterr()
     main(["compare", "a0", "a1", "b0"])
     table = capsys.readouterr().out
     assert re.search(r"kNN .*±", table)
@@ -423,6 +430,7 @@ def test_the_demonstration_trains_compares_and_keeps_what_it_has(
 
     original = demo.arms
     monkeypatch.setattr(demo, "arms", arms)
+    monkeypatch.setattr(report, "DRAWS", 20)
     entries = demo.demo(tmp_path / "demo")
     assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]
     assert len({entry["samples_seen"]["mean"] for entry in entries}) == 1
@@ -463,10 +471,5 @@ def test_the_readmes_library_example_works(tiny_run: Path, tmp_path: Path, monke
 def test_shares_of_the_table_are_percent() -> None:
     """A fraction of 0.125 is shown as 12.5; a gap keeps its scale."""
     assert report.describe("eval/emoji/knn/acc1") == ("kNN", 100.0, 1)
-    assert report.cell({"mean": 0.125}, scale=100.0, digits=1, first=True) == "12.5"
-    assert (
-        report.cell(
-            {"mean": 0.125, "spread": 0.01, "difference": -0.02}, scale=100.0, digits=1, first=False
-        )
-        == "12.5 ± 1.0 (-2.0)"
-    )
+    assert report.cell({"mean": 0.125}, scale=100.0, digits=1) == "12.5"
+    assert report.cell({"mean": 0.125, "spread": 0.01}, scale=1.0, digits=3) == "0.125 ± 0.010"

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evals import suite
+from protoclip.evals.clustering import agreement
 from protoclip.evals.datasets import EvaluationData, emoji
 from protoclip.evals.retrieval import retrieval_recall
+from protoclip.evals.samples import IMAGE_COLUMNS, TEXT_COLUMNS
 from protoclip.evals.suite import chance_levels, evaluate
 from protoclip.evals.zero_shot import zero_shot_accuracy
 
@@ -134,6 +136,24 @@ def test_a_model_that_knows_everything(tiny, split):
     assert metrics["eval/tiny/modality_gap/uniformity_image"] < 0
 
 
+def test_samples_are_returned_beside_the_metrics(tiny):
+    """Every metric that is a mean over samples is the mean of theirs, and nothing is missing."""
+    metrics, samples = suite.evaluate_samples(
+        Guesser(), image_transform, tokenizer, tiny, device="cpu"
+    )
+    assert metrics == run(Guesser(), tiny)
+    assert samples.image_ids == list(tiny.test.sample_ids())
+    assert len(set(samples.text_ids)) == 32
+    assert samples.text_ids[0] == "c32: name 32 plain"
+    assert samples.columns.keys() == {*IMAGE_COLUMNS, *TEXT_COLUMNS}
+    means = KEYS - {key for key in KEYS if key.startswith(("clustering", "modality_gap"))}
+    for key in means:
+        _, values = samples.values(key)
+        assert values.mean() == metrics[f"eval/tiny/{key}"], key
+    found = agreement(samples.columns["class"], samples.columns["cluster"])
+    assert found == {name: metrics[f"eval/tiny/clustering/{name}"] for name in ("ami", "ari")}
+
+
 def test_equal_runs_give_equal_numbers(tiny):
     """Twice, with another global seed and other batches, nothing moves; the model's luck does."""
     torch.manual_seed(0)
@@ -204,18 +224,23 @@ def test_the_probe_never_chooses_on_test(tiny, split, monkeypatch):
     """What chooses the strength is validation in either case; what is measured is the split."""
     given = []
 
+    class Probe:
+        def predict(self, features):
+            given.append(features)
+            return torch.zeros(len(features), dtype=torch.int64)
+
     def record(*args):
         given.extend(args)
-        return {"acc1": 0.5, "regularisation": 1e-4}
+        return Probe()
 
-    monkeypatch.setattr(suite, "linear_probe_accuracy", record)
+    monkeypatch.setattr(suite, "best_linear_probe", record)
     metrics = run(Oracle(), tiny, split=split)
-    assert metrics["eval/tiny/linear_probe/acc1"] == 0.5
+    assert metrics["eval/tiny/linear_probe/acc1"] == 0.25
     sizes = {part: STYLES * len(concepts) for part, concepts in CONCEPTS.items()}
     assert [len(rows) for rows in given] == [
         *([sizes["train"]] * 2),
         *([sizes["validation"]] * 2),
-        *([sizes[split]] * 2),
+        sizes[split],
     ]
 
 

@@ -168,6 +168,36 @@ def minimise(
     return (scaled_weights * scale).double(), (scaled_bias * bias_scale).double(), gradient
 
 
+def best_linear_probe(
+    train_features: Float[Tensor, "n d"],
+    train_labels: Int[Tensor, " n"],
+    validation_features: Float[Tensor, "v d"],
+    validation_labels: Int[Tensor, " v"],
+    *,
+    regularisations: Sequence[float] = REGULARISATIONS,
+    tolerance: float = 3e-4,
+    max_iterations: int = 1000,
+) -> LinearProbe:
+    """The linear probe whose strength was best on the validation rows.
+
+    Raw features and a validated L2 strength, as Radford et al. (2021, A.3). The classifier is
+    trained on the training rows alone; of strengths that validate equally the strongest is taken.
+
+    Raises:
+        ValueError: No validation row, or as `fit_linear_probes`.
+    """
+    if len(validation_features) == 0:
+        raise ValueError("linear probe: needs a validation row")
+    probes = fit_linear_probes(
+        train_features,
+        train_labels,
+        sorted(regularisations, reverse=True),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    return max(probes, key=lambda probe: probe.accuracy(validation_features, validation_labels))
+
+
 def linear_probe_accuracy(
     train_features: Float[Tensor, "n d"],
     train_labels: Int[Tensor, " n"],
@@ -180,10 +210,7 @@ def linear_probe_accuracy(
     tolerance: float = 3e-4,
     max_iterations: int = 1000,
 ) -> dict[str, float]:
-    """Test accuracy of the linear probe whose strength was best on the validation rows.
-
-    Raw features and a validated L2 strength, as Radford et al. (2021, A.3). The classifier is
-    trained on the training rows alone; of strengths that validate equally the strongest is taken.
+    """Test accuracy of `best_linear_probe`.
 
     Returns:
         `acc1`, a fraction in [0, 1], and `regularisation`, the strength chosen.
@@ -191,16 +218,17 @@ def linear_probe_accuracy(
     Raises:
         ValueError: No validation or no test row, or as `fit_linear_probes`.
     """
-    if len(validation_features) == 0 or len(test_features) == 0:
-        raise ValueError("linear probe: needs a validation and a test row")
-    probes = fit_linear_probes(
+    if len(test_features) == 0:
+        raise ValueError("linear probe: needs a test row")
+    best = best_linear_probe(
         train_features,
         train_labels,
-        sorted(regularisations, reverse=True),
+        validation_features,
+        validation_labels,
+        regularisations=regularisations,
         tolerance=tolerance,
         max_iterations=max_iterations,
     )
-    best = max(probes, key=lambda probe: probe.accuracy(validation_features, validation_labels))
     return {
         "acc1": best.accuracy(test_features, test_labels),
         "regularisation": best.regularisation,

@@ -52,6 +52,11 @@ def best_relevant_rank(
     return torch.cat(ranks)
 
 
+def share_within(ranks: Int[Tensor, " n"], k: int) -> float:
+    """Share of zero-based ranks below k."""
+    return float((ranks < k).double().mean())
+
+
 def retrieval_recall(
     image_features: Float[Tensor, "n d"],
     text_features: Float[Tensor, "m d"],
@@ -92,5 +97,5 @@ def retrieval_recall(
         ranks = best_relevant_rank(
             queries[0], candidates[0], queries[1], candidates[1], chunk_elements=chunk_elements
         )
-        recalls |= {f"{name}@{k}": float((ranks < k).double().mean()) for k in ks}
+        recalls |= {f"{name}@{k}": share_within(ranks, k) for k in ks}
     return recalls

@@ -14,19 +14,22 @@ from torch import Tensor, nn
 
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import agreed, gathered, objects_of_all, rank, world_size
-from protoclip.evals.clustering import clustering_agreement
+from protoclip.evals.clustering import agreement, class_clusters
 from protoclip.evals.datasets import EvaluationData
-from protoclip.evals.knn import knn_accuracy
-from protoclip.evals.linear_probe import linear_probe_accuracy
+from protoclip.evals.knn import knn_predict
+from protoclip.evals.linear_probe import best_linear_probe
 from protoclip.evals.modality_gap import modality_gap
-from protoclip.evals.retrieval import retrieval_recall
-from protoclip.evals.zero_shot import class_features, zero_shot_accuracy
+from protoclip.evals.retrieval import best_relevant_rank, share_within
+from protoclip.evals.samples import SampleResults
+from protoclip.evals.zero_shot import class_features, zero_shot_ranks
 
 ZERO_SHOT_KS = (1, 5)
 RETRIEVAL_KS = (1, 5, 10)
 
 Progress = Callable[[str, int, int], None]
 Item = TypeVar("Item")
+# The metrics of a stage by name, and what each sample has by column of `SampleResults`.
+Measured = tuple[dict[str, float], dict[str, Tensor]]
 
 
 @runtime_checkable
@@ -65,7 +68,33 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Measure a model on a held-out split.
+    """The metrics of `evaluate_samples`, which has the same arguments, without its samples."""
+    return evaluate_samples(
+        model,
+        image_transform,
+        tokenizer,
+        data,
+        split=split,
+        device=device,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )[0]
+
+
+def evaluate_samples(
+    model: ImageTextModel,
+    image_transform: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    data: EvaluationData,
+    *,
+    split: str = "test",
+    device: torch.device | str,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[dict[str, float], SampleResults]:
+    """Measure a model on a held-out split: the metrics, and what was found of each sample.
 
     | key after `eval/<data>/` | what |
     |---|---|
@@ -233,8 +262,9 @@ def measure(
     split: str,
     seed: int,
     progress: Progress,
-) -> dict[str, float]:
-    """The metrics of `evaluate` from features; stage `i` is computed by rank `i % world_size`."""
+) -> tuple[dict[str, float], SampleResults]:
+    """The results of `evaluate_samples` from features; stage `i` is computed by rank
+    `i % world_size`."""
     held_out = data.split(split)
     images = features.images[split]
     labels = {
@@ -243,44 +273,72 @@ def measure(
     }
     names = held_out.column(data.name_column)
     concepts = held_out.column(data.group_column)
-    _, caption_groups, caption_of_row = distinct_captions(held_out, data.group_column)
+    captions, caption_groups, caption_of_row = distinct_captions(held_out, data.group_column)
+    text_groups = indices(caption_groups, distinct(concepts))
+    image_groups = indices(concepts, distinct(concepts))
 
-    def probe() -> dict[str, float]:
-        found = linear_probe_accuracy(
+    def ranks(class_features: Tensor, labels_: Tensor, column: str) -> Measured:
+        found = zero_shot_ranks(images, class_features, labels_)
+        return {f"acc{k}": share_within(found, k) for k in ZERO_SHOT_KS}, {column: found}
+
+    def retrieval() -> Measured:
+        ways = {
+            "image_to_text": best_relevant_rank(
+                images, features.captions, image_groups, text_groups
+            ),
+            "text_to_image": best_relevant_rank(
+                features.captions, images, text_groups, image_groups
+            ),
+        }
+        recalls = {
+            f"{way}@{k}": share_within(found, k)
+            for way, found in ways.items()
+            for k in RETRIEVAL_KS
+        }
+        return recalls, {f"{way}_rank": found for way, found in ways.items()}
+
+    def right(predictions: Tensor, column: str) -> Measured:
+        correct = predictions == labels[split]
+        return {"acc1": float(correct.double().mean())}, {column: correct}
+
+    def probe() -> Measured:
+        found = best_linear_probe(
             features.images["train"],
             labels["train"],
             features.images["validation"],
             labels["validation"],
-            images,
-            labels[split],
         )
-        return {"acc1": found["acc1"]}  # the strength chosen is a setting, not a result
+        return right(found.predict(images), "linear_probe_correct")
 
-    stages: dict[str, Callable[[], dict[str, float]]] = {
-        "zero_shot": lambda: zero_shot_accuracy(
-            images, features.names, indices(names, distinct(names)), ZERO_SHOT_KS
+    def neighbours() -> Measured:
+        predictions = knn_predict(features.images["train"], labels["train"], images)
+        return right(predictions, "knn_correct")
+
+    def clusters() -> Measured:
+        found = class_clusters(images, labels[split], seed=seed)
+        return agreement(labels[split].numpy(), found.numpy()), {
+            "cluster": found,
+            "class": labels[split],
+        }
+
+    stages: dict[str, Callable[[], Measured]] = {
+        "zero_shot": lambda: ranks(
+            features.names, indices(names, distinct(names)), "zero_shot_rank"
         ),
-        "zero_shot_subgroup": lambda: zero_shot_accuracy(
-            images, features.classes, labels[split], ZERO_SHOT_KS
+        "zero_shot_subgroup": lambda: ranks(
+            features.classes, labels[split], "zero_shot_subgroup_rank"
         ),
-        "retrieval": lambda: retrieval_recall(
-            images,
-            features.captions,
-            indices(concepts, distinct(concepts)),
-            indices(caption_groups, distinct(concepts)),
-            RETRIEVAL_KS,
-        ),
+        "retrieval": retrieval,
         "linear_probe": probe,
-        "knn": lambda: knn_accuracy(
-            features.images["train"], labels["train"], images, labels[split]
-        ),
-        "clustering": lambda: clustering_agreement(images, labels[split], seed=seed),
-        "modality_gap": lambda: modality_gap(
-            images, features.captions[torch.tensor(caption_of_row)]
+        "knn": neighbours,
+        "clustering": clusters,
+        "modality_gap": lambda: (
+            modality_gap(images, features.captions[torch.tensor(caption_of_row)]),
+            {},
         ),
     }
 
-    def measure_share() -> dict[str, dict[str, float]]:
+    def measure_share() -> dict[str, Measured]:
         share = {}
         for number in range(rank(), len(stages), world_size()):
             stage = list(stages)[number]
@@ -290,11 +348,17 @@ def measure(
 
     shares = objects_of_all(agreed(measure_share))
     found = {stage: of for share in shares for stage, of in share.items()}
-    return {
+    metrics = {
         f"eval/{data.name}/{stage}/{metric}": value
         for stage in stages
-        for metric, value in found[stage].items()
+        for metric, value in found[stage][0].items()
     }
+    samples = SampleResults(
+        image_ids=list(held_out.sample_ids()),
+        text_ids=[f"{group}: {text}" for text, group in zip(captions, caption_groups, strict=True)],
+        columns={name: rows.numpy() for stage in stages for name, rows in found[stage][1].items()},
+    )
+    return metrics, samples
 
 
 def metric_names(data: str) -> list[str]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from protoclip.evals.retrieval import best_relevant_rank
+from protoclip.evals.retrieval import best_relevant_rank, share_within
 
 
 def class_features(
@@ -31,6 +31,26 @@ def class_features(
     encoded = encode([prompt for of_class in prompts for prompt in of_class])
     means = torch.stack([features.mean(dim=0) for features in torch.split(encoded, counts)])
     return F.normalize(means, dim=1)
+
+
+def zero_shot_ranks(
+    image_features: Float[Tensor, "n d"],
+    class_features: Float[Tensor, "k d"],
+    labels: Int[Tensor, " n"],
+    *,
+    chunk_elements: int = 4_000_000,
+) -> Int[Tensor, " n"]:
+    """How many wrong classes are at least as similar to each image as its own, in [0, k).
+
+    The arguments are as in `zero_shot_accuracy`.
+
+    Raises:
+        ValueError: A label is not a row of `class_features`.
+    """
+    classes = torch.arange(len(class_features), device=labels.device)
+    return best_relevant_rank(
+        image_features, class_features, labels, classes, chunk_elements=chunk_elements
+    )
 
 
 def zero_shot_accuracy(
@@ -60,8 +80,5 @@ def zero_shot_accuracy(
     """
     if len(image_features) == 0 or min(ks, default=1) < 1:
         raise ValueError("zero-shot classification needs an image, and every k to be at least 1")
-    classes = torch.arange(len(class_features), device=labels.device)
-    ranks = best_relevant_rank(
-        image_features, class_features, labels, classes, chunk_elements=chunk_elements
-    )
-    return {f"acc{k}": float((ranks < k).double().mean()) for k in ks}
+    ranks = zero_shot_ranks(image_features, class_features, labels, chunk_elements=chunk_elements)
+    return {f"acc{k}": share_within(ranks, k) for k in ks}
