@@ -26,8 +26,8 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.evals.datasets import EvaluationData
-from protoclip.run_folder import flat
 from protoclip.evals.samples import SampleResults
+from protoclip.run_folder import flat
 from protoclip.testing import tiny_config
 from protoclip.train.checkpoint import checkpoints, find_checkpoint
 
