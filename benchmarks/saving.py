@@ -103,9 +103,7 @@ def one_checkpoint(model_name: str | None) -> tuple[float, float, float]:
         trainer.optimizer.step()  # makes the moments, which a checkpoint holds
         state = TrainState(step=1)
         began = time.perf_counter()
-        tensors, facts = snapshot.take(trainer, state, None)
-        weights = snapshot.weights(model)
-        beside.saver.save(1, weights, tensors, facts)
+        beside.saver.save(1, snapshot.take(trainer, state, None))
         waited = time.perf_counter() - began
         beside.saver.finish()
         written = time.perf_counter() - began - waited

@@ -359,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
         leave(2)
     except ValueError as error:
         # A worker process wraps its error in a traceback, whose last line is the message.
-        fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+        fail(str(error).strip().split("\n")[-1].removeprefix("ValueError: "))
     except OSError as error:
         fail(str(error))
     except (RuntimeError, MemoryError) as error:

@@ -16,6 +16,7 @@ import protoclip
 from protoclip import build, strict_json
 from protoclip.checks import check
 from protoclip.config import PERMISSIONS, Config
+from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.skips import SkipLog
 from protoclip.distributed import (
     agreed,
@@ -25,6 +26,7 @@ from protoclip.distributed import (
     rank,
     world_size,
 )
+from protoclip.models.protoclip import ProtoCLIP
 from protoclip.run_folder import (
     Interrupted,
     claimed,
@@ -36,6 +38,7 @@ from protoclip.run_folder import (
     write_whole,
 )
 from protoclip.session import Session
+from protoclip.train.checkpoint import read_json
 from protoclip.train.precision import Precision, resolve
 from protoclip.train.trainer import Trainer
 
@@ -56,6 +59,8 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
 
     Raises:
         ValueError: A setting, a file or the run folder is not as it should be. Nothing was written.
+        OSError: The last checkpoint could not be written, in several attempts over a minute. There
+            is no `results.json`, and `resume="auto"` goes on from the checkpoint before.
     """
     notes = check(config)
     config, decided = build.resolved(config)
@@ -72,10 +77,12 @@ def train_together(
     folder = Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
     begun = of_first(lambda: look_at(folder, config, resume=resume))
     if begun and (folder / "results.json").is_file():
-        finished: dict[str, Any] = json.loads((folder / "results.json").read_text("utf-8"))
-        return finished
+        return read_json(folder / "results.json")
     precision = resolve(config.run.precision, device)
-    session, trainer = agreed(lambda: prepare(config, folder, device, precision))
+    samples = agreed(lambda: build.pairs(config))
+    model, said = build.training_model(config, device)
+    notes += said
+    session, trainer = agreed(lambda: prepare(config, folder, model, samples, precision))
     with ExitStack() as stack:
 
         def claim() -> Path | None:
@@ -90,7 +97,7 @@ def train_together(
             return whole
 
         whole = of_first(claim)
-        interrupted = None if whole is None else Interrupted.read(whole)
+        interrupted = agreed(lambda: None if whole is None else Interrupted.read(whole))
         request = stack.enter_context(stop_on_signals())
         # What draws from the global generator, such as dropout, follows the seed too.
         stack.enter_context(
@@ -118,7 +125,7 @@ def train_together(
         "environment": environment(device),
         "metrics": session.final_metrics(),
     }
-    if session.best is not None:
+    if session.best is not None and session.saver.folder(session.best[0]).is_dir():
         results["best_checkpoint"] = f"checkpoints/step-{session.best[0]:09}"
     if rank() == 0:
         write_whole(folder / "results.json", strict_json.dumps(results, indent=2) + "\n")
@@ -126,17 +133,19 @@ def train_together(
 
 
 def prepare(
-    config: Config, folder: Path, device: torch.device, precision: Precision
+    config: Config,
+    folder: Path,
+    model: ProtoCLIP,
+    samples: Pairs | SampleStream,
+    precision: Precision,
 ) -> tuple[Session, Trainer]:
-    """Everything that a run takes, before anything is written."""
-    samples = build.pairs(config)
-    model = build.place(build.model(config.model, seed=config.run.seed), device)
-    notes = build.parallelise(config, model)
+    """What else a run takes, before anything is written."""
     skips = SkipLog(
         folder / (f"skipped.{rank()}.jsonl" if rank() else "skipped.jsonl"),
         max_share=config.data.max_bad_share,
         at_least=config.episodes.size // world_size(),
     )
+    device = next(model.parameters()).device
     session = Session(
         config,
         folder=folder,
@@ -145,7 +154,7 @@ def prepare(
         skips=skips,
         arithmetic={"run.device": device.type, "run.precision": precision},
     )
-    session.notes += notes + build.notes(samples)
+    session.notes += skips.notes + build.notes(samples)
     trainer = build.trainer(
         config,
         model=model,

@@ -13,7 +13,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from protoclip.train.checkpoint import RESUME, STATE, checkpoints, damage, read_json, read_tensors
+from protoclip.distributed import rank
+from protoclip.train.checkpoint import (
+    FORMAT,
+    OPTIMIZER,
+    RESUME,
+    STATE,
+    checkpoints,
+    damage,
+    naming,
+    read_json,
+    read_tensors,
+)
 
 # Settings that may change between two parts of a run: with any of them every batch, weight and
 # metric of training is the same to the bit.
@@ -36,16 +47,26 @@ STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 @dataclass(frozen=True, kw_only=True)
 class Interrupted:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run goes on from; the optimizer's tensors in the first process."""
 
     folder: Path
+    optimizer: dict[str, Tensor]
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> "Interrupted":
+        facts = read_json(folder / STATE)
+        if facts.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder / STATE}: not written by this version of protoclip, which cannot go on "
+                "from it; begin anew from its weights with --model.checkpoint, in another folder"
+            )
         return cls(
-            folder=folder, tensors=read_tensors(folder / RESUME), facts=read_json(folder / STATE)
+            folder=folder,
+            optimizer=read_tensors(folder / OPTIMIZER) if rank() == 0 else {},
+            tensors=read_tensors(folder / RESUME),
+            facts=facts,
         )
 
 
@@ -57,8 +78,13 @@ def is_empty(folder: Path) -> bool:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that appears with all of its text or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with naming(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -83,12 +109,24 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def newest_whole(folder: Path, notes: list[str]) -> Path | None:
-    """The newest checkpoint whose files are as they were written; others are noted."""
+    """The newest checkpoint whose files are as they were written; others are noted.
+
+    Raises:
+        ValueError: There are checkpoints, and all are damaged.
+    """
+    damaged: list[str] = []
     for found in reversed(checkpoints(folder)):
         wrong = damage(found)
         if wrong is None:
+            notes += [f"{text}: passed over" for text in damaged]
             return found
-        notes.append(f"{found}: passed over ({wrong})")
+        damaged.append(f"{found} ({wrong})")
+    if damaged:
+        raise ValueError(
+            f"every checkpoint of the run is damaged: {', '.join(damaged)}; restore one from a "
+            f"copy, delete {folder / 'checkpoints'} to begin anew, or choose another folder with "
+            "--run.out"
+        )
     return None
 
 

@@ -12,16 +12,17 @@ from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.skips import SkipLog
 from protoclip.data.transforms import EvaluationView
-from protoclip.distributed import any_of, objects_of_all, rank, world_size
+from protoclip.distributed import agreed, any_of, objects_of_all, rank, world_size
 from protoclip.evals import datasets, suite
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.towers import Tokenizer
 from protoclip.progress import Progress
 from protoclip.run_folder import Interrupted, StopRequest
 from protoclip.train import snapshot
-from protoclip.train.checkpoint import load_weights
+from protoclip.train.checkpoint import STATE, read_weights
 from protoclip.train.health import Watch
 from protoclip.train.metrics import MetricsSink
+from protoclip.train.parallel import load_weights
 from protoclip.train.saver import Saver
 from protoclip.train.stages import Stage
 from protoclip.train.state import TrainState
@@ -74,15 +75,7 @@ class Session:
         self.trainer, self.request = trainer, request
         state, grouping, size = TrainState(), None, 0
         if interrupted is not None:
-            load_weights(self.model, interrupted.folder)
-            state, grouping = snapshot.restore(trainer, interrupted.tensors, interrupted.facts)
-            for position in interrupted.facts["position"]:
-                trainer.restore_position(position)
-            self.restore_skips(interrupted.facts["skips"])
-            self.best = interrupted.facts["best"]
-            size = interrupted.facts["metrics_bytes"]
-            if self.first:
-                print(f"going on from {interrupted.folder}, step {state.step}", file=sys.stderr)
+            state, grouping, size = self.restore(interrupted)
         if self.first:
             self.sink = MetricsSink(
                 self.folder,
@@ -94,11 +87,40 @@ class Session:
             )
         self.progress.start()
         try:
-            return trainer.fit(state, grouping)
+            state = trainer.fit(state, grouping)
+            agreed(self.saver.insist)
+            return state
         finally:
             self.saver.finish()
             if self.sink is not None:
                 self.sink.close()
+
+    def restore(self, interrupted: Interrupted) -> tuple[TrainState, Grouping | None, int]:
+        """Where a run goes on, its prototypes, and the bytes of its metrics until then.
+
+        Raises:
+            ValueError: The checkpoint is not this run's.
+        """
+        folder, facts = interrupted.folder, interrupted.facts
+        weights = agreed(lambda: read_weights(folder, self.model) if self.first else {})
+        load_weights(self.model, weights)
+        try:
+            state, grouping = snapshot.restore(
+                self.trainer, interrupted.optimizer, interrupted.tensors, facts
+            )
+            for position in facts["position"]:
+                self.trainer.restore_position(position)
+            self.restore_skips(facts["skips"])
+            self.best = facts["best"]
+            size = int(facts["metrics_bytes"])
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / STATE}: not what this version of protoclip writes ({error!r}); restore "
+                f"it from a copy, or delete {folder} to go on from the checkpoint before"
+            ) from error
+        if self.first:
+            print(f"going on from {folder}, step {state.step}", file=sys.stderr)
+        return state, grouping, size
 
     def restore_skips(self, counts: list[list[int]]) -> None:
         """Each process's numbers of samples read and skipped; the first's sums if they changed."""
@@ -118,23 +140,29 @@ class Session:
         """Save when it is time by the first process's clock; whether the run is to stop."""
         due = self.first and self.saver.due(state.step, episode_end=state.batch == 0)
         is_best = self.best is not None and self.best[0] == state.step
-        stop, due = any_of([self.request.by is not None, due])
+        lost = self.best is not None and self.best[0] == self.saver.failed_step
+        stop, due, lost = any_of([self.request.by is not None, due, lost])
+        if lost:
+            self.best = None
         due = due or (is_best and self.saver.saved_step != state.step)
         if stop:
             told = [by for by in objects_of_all(self.request.by) if by is not None]
             self.request.by = told[0]
         finished = state.episode == self.config.episodes.count
         if due or ((stop or finished) and self.saver.saved_step != state.step):
-            tensors, facts = snapshot.take(self.trainer, state, grouping)
-            facts["position"] = objects_of_all(self.trainer.position(state))
-            facts["skips"] = objects_of_all([self.skips.read, self.skips.skipped])
-            facts["best"] = self.best
-            facts["arithmetic"] = dict(self.arithmetic)
-            weights = snapshot.weights(self.model)
+            contents = snapshot.take(self.trainer, state, grouping)
+            position = objects_of_all(self.trainer.position(state))
+            skips = objects_of_all([self.skips.read, self.skips.skipped])
             if self.sink is not None:
+                contents.facts.update(
+                    position=position,
+                    skips=skips,
+                    best=self.best,
+                    arithmetic=dict(self.arithmetic),
+                    metrics_bytes=self.sink.size,
+                )
                 best = self.best[0] if self.best is not None else None
-                facts["metrics_bytes"] = self.sink.size
-                self.saver.save(state.step, weights, tensors, facts, best=best)
+                self.saver.save(state.step, contents, best=best)
             self.saver.saved_step = state.step
         return stop
 

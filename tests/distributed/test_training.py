@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from protoclip import build, distributed
-from protoclip.config import Config, ParallelConfig
+from protoclip.build import models
+from protoclip.config import Config, ImageTowerConfig, ParallelConfig
 from protoclip.grad_cache import forward_in_chunks
 from protoclip.losses import LossWeights, objective, prepare_targets
 from protoclip.models import sync_batch_norm
@@ -21,6 +22,7 @@ from protoclip.prototypes import PrototypeTarget
 from protoclip.run import train
 from protoclip.session import Session
 from protoclip.testing import run_distributed, tiny_config, tiny_model
+from protoclip.train import parallel
 from protoclip.train.checkpoint import find_checkpoint, read_tensors
 from protoclip.train.parallel import apart, distribute, reach_everything
 from protoclip.train.stages import PROTOTYPICAL, enter_stage
@@ -258,19 +260,63 @@ def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(way: str, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
-def test_a_run_goes_on_with_another_number_of_processes(
-    before: int, after: int, tmp_path: Path
+@pytest.mark.parametrize("way", ["queue across batches", "FSDP2"])
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_run_of_two_processes_goes_on_with_another_number(
+    way: str, after: int, tmp_path: Path
 ) -> None:
     """Batches, prototypes, queue and schedule go on exactly; weights end as in one process to
     1e-4 of the way they went, which is what rounding makes of it."""
-    config = changed(tiny_config(out=str(tmp_path)), WAYS["queue across batches"])
+    config = changed(tiny_config(out=str(tmp_path)), WAYS[way])
     config = replace(config, run=replace(config.run, evaluate=False, name="many"))
     start = build.model(config.model, seed=config.run.seed).state_dict()
     expected = run_distributed(trained, 1, config, str(tmp_path / "whole"))[0]
-    run_distributed(interrupted, before, config, str(tmp_path / "parts"), 3)
+    run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
     for weights in run_distributed(resumed, after, config, str(tmp_path / "parts")):
         assert difference(weights, expected) < 1e-4 * difference(expected, start)
+
+
+def built(
+    config: Config,
+) -> tuple[int, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Whole models made, and of the sharded one: weights, buffers, and this process's shards."""
+    made, model = [], models.model
+
+    def and_count(*given: Any, **more: Any) -> Any:
+        made.append(given)
+        return model(*given, **more)
+
+    models.model = and_count
+    try:
+        torch.manual_seed(distributed.rank())  # the state of a process has no say
+        sharded = build.training_model(config, torch.device("cpu"))
+    finally:
+        models.model = model
+    shards = {name: p.to_local() for name, p in sharded.named_parameters() if p.ndim}
+    return len(made), parallel.weights(sharded), dict(sharded.named_buffers()), shards
+
+
+def test_fsdp_builds_the_model_of_one_process_in_the_first_process_alone() -> None:
+    """Bit for bit, with buffers that no state dict has; each process has half of every layer."""
+    image = ImageTowerConfig(name="vit_tiny_patch16_224", size=32)
+    config = replace(
+        tiny_config(out="unused"),
+        model=replace(tiny_model(), image=image),
+        parallel=ParallelConfig(strategy="fsdp"),
+    )
+    whole = build.model(config.model, seed=config.run.seed)
+    expected, buffers = whole.state_dict(), dict(whole.named_buffers())
+    assert "towers.attn_mask" in buffers.keys() - expected.keys()
+    (made, first, *one), (made_by_other, second, *other) = run_distributed(built, 2, config)
+    assert (made, made_by_other) == (1, 0)
+    assert second == {}
+    assert first.keys() == expected.keys()
+    assert all(torch.equal(first[name], value) for name, value in expected.items())
+    for found, shards in (one, other):
+        assert found.keys() == buffers.keys()
+        assert all(torch.equal(found[name], value) for name, value in buffers.items())
+        held = sum(shard.numel() for shard in shards.values())
+        assert held < 0.55 * sum(p.numel() for p in whole.parameters())
 
 
 def statistics_kept(config: Config, out: str) -> dict[str, Tensor]:

@@ -47,7 +47,12 @@ def end_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]
     """Weights, moments, queue and prototypes at the end, and the metrics but for times."""
     last = find_checkpoint(folder)
     assert last.name == "step-000000016"
-    tensors = load_file(last / "model.safetensors") | load_file(last / "resume.safetensors")
+    tensors = {
+        f"{kind}/{name}": tensor
+        for kind in ("model", "optimizer", "resume")
+        for name, tensor in load_file(last / f"{kind}.safetensors").items()
+    }
+    assert any(name.endswith("/exp_avg_sq") for name in tensors)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [
         {key: value for key, value in json.loads(line).items() if "second" not in key}

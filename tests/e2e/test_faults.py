@@ -4,21 +4,24 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
-from interrupting import assert_equal_ends, config_for, stopped_run
+from interrupting import WAYS, assert_equal_ends, config_for, stop_after, stopped_run
 
 from protoclip import run
 from protoclip.train import checkpoint, saver
 from protoclip.train.checkpoint import checkpoints
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "resume.safetensors", "state.json"])
-@pytest.mark.parametrize("how", ["cut", "changed", "gone"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("model.safetensors", "cut"), ("optimizer.safetensors", "changed"), ("state.json", "gone")],
+)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     name: str,
     how: str,
@@ -39,10 +42,59 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     capsys.readouterr()
     run.train(config, resume="auto")
     shown = capsys.readouterr().err
-    assert "step-000000006: passed over" in shown
-    assert name in shown
+    assert "passed over" in shown
+    assert f"step-000000006 ({name}" in shown
     assert "step-000000005, step 5" in shown
     assert_equal_ends(tmp_path / "run", whole("queue"))
+
+
+def rewrite(checkpoint_folder: Path, name: str, data: bytes) -> None:
+    """Change a file of a checkpoint, and its checksum so that it fits."""
+    (checkpoint_folder / name).write_bytes(data)
+    path = checkpoint_folder / "checksums.json"
+    sums = json.loads(path.read_text())
+    path.write_text(json.dumps(sums | {name: checkpoint.checksum(data)}))
+
+
+def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(
+    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line names them all and says what to do; a file of states that is none is named too."""
+    folder = tmp_path / "run"
+    config = stopped_run(tiny_parquet, folder, monkeypatch, step=2)
+    last = checkpoints(folder)[-1]
+    facts = json.loads((last / "state.json").read_text())
+    for state in ({}, {"format": facts["format"]}, {**facts, "format": 1}):
+        rewrite(last, "state.json", json.dumps(state).encode())
+        with pytest.raises(ValueError, match=r"step-000000002/state\.json: not .* version"):
+            run.train(config, resume="auto")
+    for found in checkpoints(folder):
+        (found / "resume.safetensors").unlink()
+    with pytest.raises(ValueError, match="every checkpoint of the run is damaged") as raised:
+        run.train(config, resume="auto")
+    for words in ("step-000000001", "step-000000002", "resume.safetensors", "--run.out"):
+        assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(checkpoints(folder)) == 2
+
+
+def fill_disk(steps: range, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let no checkpoint of these steps be written; returns the attempts, a list that grows."""
+    write, attempts = checkpoint.write_checkpoint, []
+
+    def full(folder: Path, *contents: Any) -> None:
+        attempts.append(folder.name)
+        with monkeypatch.context() as patch:
+            if int(folder.name[-9:]) in steps:
+                patch.setattr(os, "fsync", no_space)
+            write(folder, *contents)
+
+    def no_space(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver, "write_checkpoint", full)
+    monkeypatch.setattr(saver, "LAST_RETRIES", (0.0, 0.0))
+    return attempts
 
 
 def test_a_full_disk_does_not_stop_training(
@@ -52,29 +104,42 @@ def test_a_full_disk_does_not_stop_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The error is shown, earlier checkpoints are whole, and a later one is written."""
-    write, calls = checkpoint.write_checkpoint, []
-
-    def full(folder: Path, **contents: Any) -> None:
-        calls.append(folder.name)
-        if folder.name == "step-000000003":
-            with monkeypatch.context() as patch:
-                patch.setattr(os, "fsync", no_space)
-                write(folder, **contents)
-        else:
-            write(folder, **contents)
-
-    def no_space(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(saver, "write_checkpoint", full)
+    attempts = fill_disk(range(3, 4), monkeypatch)
     run.train(config_for(tiny_parquet, tmp_path / "run", run={"save_steps": 1}))
-    assert "step-000000003" in calls
+    assert attempts.count("step-000000003") == 1
     shown = capsys.readouterr().err
     assert "step-000000003: not saved" in shown
     assert "No space left" in shown
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert sorted(names) == ["step-000000015", "step-000000016"]
     assert all(checkpoint.damage(found) is None for found in checkpoints(tmp_path / "run"))
+
+
+def test_a_run_whose_end_cannot_be_saved_fails_and_goes_on(
+    whole: Callable[[str], Path],
+    tiny_parquet: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At its end and where a signal stops it; with room made, the end is that of any run."""
+    folder = tmp_path / "run"
+    config = config_for(tiny_parquet, folder, run={"save_steps": 4}, **WAYS["queue"])
+    with monkeypatch.context() as patch:
+        attempts = fill_disk(range(6, 17), patch)
+        stop_after(6, patch)
+        with pytest.raises(OSError, match="step-000000006: not saved"):
+            run.train(config)
+        assert attempts.count("step-000000006") == 3
+    with monkeypatch.context() as patch:
+        fill_disk(range(16, 17), patch)
+        with pytest.raises(OSError, match=r"goes on from .*step-000000012") as raised:
+            run.train(config, resume="auto")
+        assert "MB are needed" in str(raised.value)
+    assert not (folder / "results.json").exists()
+    assert "step-000000004, step 4" in capsys.readouterr().err
+    assert run.train(config, resume="auto")["steps"] == 16
+    assert_equal_ends(folder, whole("queue"))
 
 
 def test_a_second_process_on_a_running_folder_is_refused(
@@ -105,10 +170,7 @@ def test_a_pickle_in_a_checkpoint_never_runs(
     config = stopped_run(tiny_parquet, tmp_path / "run", monkeypatch)
     monkeypatch.chdir(tmp_path)
     newest = checkpoints(tmp_path / "run")[-1]
-    (newest / name).write_bytes(pickle.dumps(Bomb()))
-    sums = json.loads((newest / "checksums.json").read_text())
-    sums[name] = checkpoint.checksum((newest / name).read_bytes())
-    (newest / "checksums.json").write_text(json.dumps(sums))
+    rewrite(newest, name, pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="damaged"):
         run.train(config, resume="auto")
     assert not (tmp_path / "exploded").exists()
@@ -179,8 +241,8 @@ def test_a_disk_that_goes_away_does_not_hang(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Checkpoints and metrics fail with a warning each; the run ends, at the latest with its
-    results, in an error that names the file."""
+    """Checkpoints and metrics fail with a warning each; the run ends in an error that names the
+    file."""
     folder = tmp_path / "run"
 
     def vanish(session: Any, state: Any, stage: Any) -> None:
@@ -188,6 +250,7 @@ def test_a_disk_that_goes_away_does_not_hang(
             folder.rename(tmp_path / "gone")
             folder.write_text("")
 
+    monkeypatch.setattr(saver, "LAST_RETRIES", (0.0,))
     monkeypatch.setattr(run.Session, "on_step", vanish)
     with pytest.raises(OSError, match="run"):
         run.train(config_for(tiny_parquet, folder, run={"save_steps": 4}))
@@ -212,6 +275,14 @@ def test_the_best_checkpoint_is_kept(
     names = [found.name for found in checkpoints(tmp_path / "run")]
     assert names == ["step-000000004", "step-000000016"]
     assert results["best_checkpoint"] == "checkpoints/step-000000004"
+    # One that could not be written is the best no longer: the next best is.
+    fill_disk(range(4, 5), monkeypatch)
+    values = iter([0.5, 0.4, 0.3, 0.2])
+    monkeypatch.setattr(
+        session, "evaluate", lambda *given, **more: {"eval/emoji/knn/acc1": next(values)}
+    )
+    other = replace(config, run=replace(config.run, out=str(tmp_path / "other")))
+    assert run.train(other)["best_checkpoint"] == "checkpoints/step-000000008"
 
 
 @pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 2.00 GiB", ""])

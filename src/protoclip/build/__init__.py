@@ -12,6 +12,7 @@ from protoclip.build.models import (
     place,
     token_counter,
     tokenizer,
+    training_model,
 )
 from protoclip.build.training import trainer
 
@@ -30,4 +31,5 @@ __all__ = [
     "token_counter",
     "tokenizer",
     "trainer",
+    "training_model",
 ]

@@ -1,11 +1,11 @@
 """From the configuration to devices, models and views, and from a run folder back to a model."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from protoclip.config import (
     SMALL_CONTEXT_LENGTH,
@@ -17,7 +17,7 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.data.transforms import EvaluationView, TrainingView, clip_view, light_view
-from protoclip.distributed import launched, world_size
+from protoclip.distributed import agreed, launched, rank, world_size
 from protoclip.models import sync_batch_norm
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
@@ -25,13 +25,21 @@ from protoclip.models.towers import (
     TokenCounter,
     Tokenizer,
     build_tokenizer,
+    embedding_width,
     image_normalisation,
     image_size,
     named_towers,
     small_towers,
 )
-from protoclip.train.checkpoint import find_checkpoint, load_weights, read_description
-from protoclip.train.parallel import shard
+from protoclip.train.checkpoint import (
+    MODEL,
+    find_checkpoint,
+    read_json,
+    read_weights,
+    require_intact,
+    verified,
+)
+from protoclip.train.parallel import shard, spread
 
 
 def device(name: str) -> torch.device:
@@ -62,16 +70,33 @@ def model(config: ModelConfig, *, seed: int) -> ProtoCLIP:
     """The model with new weights, or with those of `config.checkpoint`.
 
     The weights are a function of the seed; the global random state is left as it was.
+
+    Raises:
+        ValueError: There is no such model, or the checkpoint is damaged or another model's.
     """
-    with torch.random.fork_rng(devices=[]):
+    folder = None if config.checkpoint is None else find_checkpoint(config.checkpoint)
+    with (
+        torch.random.fork_rng(devices=[]),
+        nullcontext() if folder is None else verified(folder),
+    ):
         # The CPU's generator alone, as `torch.manual_seed` would seed every GPU's too.
         torch.default_generator.manual_seed(seed)
+        built = architecture(config)
+    if folder is not None:
+        built.load_state_dict(read_weights(folder, built))
+    return built
+
+
+def architecture(config: ModelConfig, *, weights: bool = True) -> ProtoCLIP:
+    """The model, drawn from torch's global generator; on the meta device if without weights."""
+    with nullcontext() if weights else torch.device("meta"):
         if config.name is not None:
             towers = named_towers(
                 config.name,
                 pretrained=config.pretrained,
                 image_size=config.image.size,
                 context_length=config.text.context_length,
+                weights=weights,
             )
         else:
             towers = small_towers(
@@ -84,15 +109,42 @@ def model(config: ModelConfig, *, seed: int) -> ProtoCLIP:
                 text_layers=config.text.layers,
             )
         head = projection_head(
-            embed_dim=joint_width(towers, config),
+            embed_dim=embedding_width(config.name) if config.name else config.embed_dim,
             hidden_dim=config.heads.hidden_dim,
             hidden_layers=config.heads.hidden_layers,
             projection_dim=config.heads.projection_dim,
         )
-        built = ProtoCLIP(towers, head)
-    if config.checkpoint is not None:
-        load_weights(built, find_checkpoint(config.checkpoint))
-    return built
+        return ProtoCLIP(towers, head)
+
+
+def training_model(config: Config, on: torch.device) -> tuple[ProtoCLIP, list[str]]:
+    """The model that a run trains, on its device, as `[parallel]` asks for. All processes call it.
+
+    Returns:
+        The model, and what to say about it at the start.
+
+    With FSDP the first process alone holds the whole model, on its CPU, until the others have their
+    shards of it.
+
+    Raises:
+        ValueError: As `model` does, or the towers cannot do what is asked.
+    """
+    sharded = config.parallel.strategy == "fsdp" and world_size() > 1
+
+    def build_own() -> tuple[ProtoCLIP, ProtoCLIP | None, list[str]]:
+        if not sharded:
+            built, whole = place(model(config.model, seed=config.run.seed), on), None
+        else:
+            whole = model(config.model, seed=config.run.seed) if rank() == 0 else None
+            with torch.random.fork_rng(devices=[]):
+                built = architecture(config.model, weights=False)
+        return built, whole, parallelise(config, built)
+
+    built, whole, notes = agreed(build_own)
+    if sharded:
+        shard(built, on)
+        spread(built, whole)
+    return built, notes
 
 
 def place(built: ProtoCLIP, on: torch.device) -> ProtoCLIP:
@@ -104,7 +156,7 @@ def place(built: ProtoCLIP, on: torch.device) -> ProtoCLIP:
 
 
 def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
-    """What `[parallel]` asks for, in place, before an optimizer is made; names of weights stay.
+    """What `[parallel]` asks for in one process, in place; names of weights stay.
 
     Returns:
         What to say about it at the start.
@@ -132,21 +184,7 @@ def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
         for name, part in built.towers.named_children():
             if name in ("visual", "text", "transformer"):
                 part.compile()
-    if parallel.strategy == "fsdp" and world_size() > 1:
-        shard(built)
     return notes
-
-
-def joint_width(towers: nn.Module, config: ModelConfig) -> int:
-    """Width of the joint space, which only a forward pass tells for every open_clip model."""
-    if config.name is None:
-        return config.embed_dim
-    tokens = tokenizer(config)(["a"])
-    towers.eval()
-    with torch.inference_mode():
-        width = towers.encode_text(tokens).shape[-1]  # type: ignore[operator]
-    towers.train()
-    return int(width)
 
 
 def tokenizer(config: ModelConfig) -> Tokenizer:
@@ -190,20 +228,20 @@ def load(path: str | Path) -> tuple[ProtoCLIP, EvaluationView, Tokenizer]:
         ValueError: No checkpoint there, or a damaged one.
     """
     folder = find_checkpoint(path)
-    config = model_config(read_description(folder), folder)
+    require_intact(folder, MODEL)
+    config = model_config(read_json(folder / MODEL), folder)
     built = model(config, seed=0)
-    load_weights(built, folder)
     return built.eval(), evaluation_view(built), tokenizer(config)
 
 
 def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
-    """The architecture a checkpoint was saved with; weights come from the checkpoint alone."""
+    """The architecture a checkpoint was saved with, and the checkpoint for its weights."""
     try:
         sections = dict(description["model"])
         sections["image"] = ImageTowerConfig(**sections["image"])
         sections["text"] = TextTowerConfig(**sections["text"])
         sections["heads"] = HeadConfig(**sections["heads"])
-        return ModelConfig(**{**sections, "pretrained": None, "checkpoint": None})
+        return ModelConfig(**{**sections, "pretrained": None, "checkpoint": str(folder)})
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: model.json was written by another version of protoclip ({error})"

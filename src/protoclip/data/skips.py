@@ -23,12 +23,24 @@ class SkipLog:
     def __init__(self, path: Path, *, max_share: float, at_least: int) -> None:
         self.path, self.max_share, self.at_least = path, max_share, at_least
         self.read = self.skipped = 0
+        self.notes: list[str] = []
         self._quoted: list[str] = []
         self._known: set[str] = set()
+        self._torn = False
         if path.exists():
-            # Not `splitlines`: a name may hold other characters that end lines of text.
-            lines = path.read_text(encoding="utf-8").split("\n")
-            self._known = {json.loads(line)["sample_id"] for line in lines if line.endswith("}")}
+            self._read()
+
+    def _read(self) -> None:
+        """What the file knows; a name in it may hold line breaks of Unicode's other than `\\n`."""
+        text, bad = self.path.read_text(encoding="utf-8", errors="replace"), 0
+        self._torn = not text.endswith("\n")  # as a process that was killed leaves it
+        for line in filter(None, text.split("\n")):
+            try:
+                self._known.add(str(json.loads(line)["sample_id"]))
+            except (ValueError, KeyError, TypeError):
+                bad += 1
+        if bad:
+            self.notes.append(f"{self.path}: {bad} lines are damaged and passed over")
 
     @property
     def distinct(self) -> int:
@@ -63,6 +75,11 @@ class SkipLog:
 
     def _write(self, sample: BadSample) -> None:
         facts = {"sample_id": sample.sample_id, "where": sample.where, "reason": sample.reason}
+        line = "\n" * self._torn + json.dumps(facts, ensure_ascii=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts, ensure_ascii=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:  # errors of writing do not name the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._torn = False

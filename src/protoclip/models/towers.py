@@ -61,6 +61,7 @@ def named_towers(
     pretrained: str | None = None,
     image_size: int | None = None,
     context_length: int | None = None,
+    weights: bool = True,
 ) -> nn.Module:
     """One of open_clip's models, with new weights or a published set of them.
 
@@ -69,6 +70,7 @@ def named_towers(
         image_size: Height and width of the input, in pixels, if not the model's own.
         context_length: Tokens a caption is cut to, if not the model's own number. Published
             positional embeddings are interpolated.
+        weights: Whether it has any; else it is on the meta device.
 
     Raises:
         ValueError: open_clip knows no such model, no such weights for it, or the model cannot read
@@ -87,13 +89,20 @@ def named_towers(
         )
     model: nn.Module = open_clip.create_model(
         name,
-        pretrained=pretrained,
+        pretrained=pretrained if weights else None,
+        pretrained_text=weights,
+        device="cpu" if weights else "meta",
         force_image_size=image_size,
         force_context_length=context_length,
     )
     if image_size is not None and hasattr(model.visual, "trunk"):
         fit_input(model.visual.trunk, image_size, name)  # type: ignore[arg-type]
     return model
+
+
+def embedding_width(name: str) -> int:
+    """Width of the joint space of one of open_clip's models."""
+    return int(open_clip.get_model_config(name)["embed_dim"])
 
 
 def small_towers(

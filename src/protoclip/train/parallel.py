@@ -5,40 +5,50 @@ the processes, for towers that are too large for one device.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from protoclip.distributed import copy_first, reduced, world_size
+from protoclip.distributed import copy_first, objects_of_all, rank, reduced, world_size
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.models.sync_batch_norm import has_own_statistics
 
 # What open_clip and timm call the layers of a transformer.
 LAYERS = ("resblocks", "blocks")
+# Whole tensors on the CPU of the first process; one at a time on every device.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(model: ProtoCLIP) -> None:
-    """Spread a model's parameters over the processes (FSDP2), in place.
+def shard(model: ProtoCLIP, device: torch.device) -> None:
+    """Spread the parameters of a model without weights over the processes (FSDP2), in place.
 
-    Before an optimizer is made for them. The layers of transformers are gathered one at a time, the
-    rest together; the temperatures, which are single numbers, stay whole.
+    They have to be loaded then, before an optimizer is made for them. The layers of transformers
+    are gathered one at a time, the rest together; the temperatures, which are single numbers, stay
+    whole.
     """
-    device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (world_size(),))
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for name, part in model.towers.named_modules():
         if name.rpartition(".")[2] in LAYERS:
             for layer in part.children():
                 fully_shard(layer, mesh=mesh)
     whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     fully_shard(model, mesh=mesh, ignored_params=whole)
+    model.to_empty(device=device)
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, method)
 
@@ -127,9 +137,64 @@ def full(value: Tensor) -> Tensor:
     return whole
 
 
-def like(value: Tensor, kept: Tensor) -> Tensor:
-    """A whole tensor spread over the processes as another one is, or in its order in memory."""
-    if isinstance(kept, DTensor):
-        value = value.to(kept.device)
-        return distribute_tensor(value, kept.device_mesh, kept.placements)
-    return torch.empty_like(kept, dtype=value.dtype).copy_(value)
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's weights, whole, in the first process; nothing in others. All call it."""
+    found: dict[str, Any] = get_model_state_dict(model, options=WHOLE)
+    return copies(found)
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The same of what an optimizer keeps of each parameter, as `name/moment`."""
+    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    state = found.get("state", {})
+    return copies(
+        {f"{name}/{key}": state[name].pop(key) for name in state for key in [*state[name]]}
+    )
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, each made as its original is let go of: what was on the CPU are the live tensors."""
+    return {name: tensors.pop(name).detach().clone() for name in list(tensors)}
+
+
+def load_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Load weights that the first process alone has to hold. All call it."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
+    set_model_state_dict(model, dict(whole), options=options)
+
+
+def load_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, whole: Mapping[str, Tensor]
+) -> None:
+    """Load what `moments` gave, which the first process alone has to hold. All call it."""
+    known: set[str] = set(objects_of_all([*whole])[0])
+    # torch makes moments for every parameter first, by a step of rate 0.
+    options = StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False
+    )
+    state: dict[str, Any] = {}
+    for key, value in whole.items():
+        name, _, moment = key.rpartition("/")
+        state.setdefault(name, {})[moment] = value
+    given: dict[str, Any] = {}
+    if rank() == 0:
+        given = {**get_optimizer_state_dict(model, optimizer), "state": state}
+    set_optimizer_state_dict(model, optimizer, given, options=options)
+    for name, parameter in model.named_parameters():
+        if f"{name}/step" not in known:
+            optimizer.state.pop(parameter, None)  # it has not been trained yet
+            continue
+        for moment, value in optimizer.state[parameter].items():
+            if value.ndim and not isinstance(value, DTensor):
+                # Fused AdamW walks through memory, so moments need their parameter's order there.
+                optimizer.state[parameter][moment] = torch.empty_like(parameter).copy_(value)
+
+
+def spread(model: ProtoCLIP, whole: ProtoCLIP | None) -> None:
+    """Give a sharded model all that the first process's model holds; others have none of it."""
+    load_weights(model, whole.state_dict() if whole is not None else {})
+    own = dict(whole.named_buffers()) if whole is not None else {}
+    for name, buffer in model.named_buffers():  # some, such as masks, are in no state dict
+        if name in own:
+            buffer.copy_(own[name])
+        copy_first(buffer)

@@ -5,41 +5,31 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from protoclip.distributed import gathered, objects_of_all, rank, reduced, world_size
 from protoclip.features import QueuedFeatures, QueuedRows
 from protoclip.losses import PreparedTarget
 from protoclip.prototypes import Prototypes
-from protoclip.train.parallel import full, like
+from protoclip.train.checkpoint import FORMAT, Contents
+from protoclip.train.parallel import load_moments, moments, weights
 from protoclip.train.state import TrainState
 from protoclip.train.trainer import Grouping, Trainer
 
 
-def take(
-    trainer: Trainer, state: TrainState, grouping: Grouping | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copies of what `restore` needs besides the model's weights; the first process has them all.
+def take(trainer: Trainer, state: TrainState, grouping: Grouping | None) -> Contents:
+    """Copies of all that `restore` needs, on the CPU; of the first process, empty in others.
 
     Args:
-        trainer: Of which optimizer, scaler and feature queue are kept.
+        trainer: Of which model, optimizer, scaler and feature queue are kept.
         state: Where the run stands, between two steps.
         grouping: The prototypes of the episode that is under way; None between episodes.
     """
     trainer.guard.look()
-    optimizer = trainer.optimizer.state_dict()
-    tensors = {
-        f"optimizer/{number}/{name}": full(value)
-        for number, values in optimizer["state"].items()
-        for name, value in values.items()
-    }
-    groups = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer["param_groups"]
-    ]
+    tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {
+        "format": FORMAT,
         "state": asdict(state),
-        "optimizer": groups,
         "scaler": trainer.scaler.state_dict(),
         "health": [trainer.guard.health.skipped, trainer.guard.health.in_a_row],
     }
@@ -60,8 +50,9 @@ def take(
     if grouping is not None:
         for space, marks in grouping.reached.items():
             tensors[f"reached/{space}"] = reduced(marks, "max")
+    whole, optimizer = weights(trainer.model), moments(trainer.model, trainer.optimizer)
     if rank() > 0:
-        return {}, {}
+        return Contents(weights={}, optimizer={}, tensors={}, facts={})
     if grouping is not None:
         # A file of tensors has an order of its own, and sums of losses depend on theirs.
         facts["order"] = [*grouping.prototypes, *grouping.targets]
@@ -70,16 +61,7 @@ def take(
         for name, target in grouping.targets.items():
             tensors |= fields(f"targets/{name}", target)
     kept = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-    return kept, copy.deepcopy(facts)
-
-
-@torch.no_grad()
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of a model's weights, whole; all processes call it."""
-    return {
-        name: full(value.detach()).to("cpu", copy=True)
-        for name, value in model.state_dict().items()
-    }
+    return Contents(weights=whole, optimizer=optimizer, tensors=kept, facts=copy.deepcopy(facts))
 
 
 def random_states() -> dict[str, Tensor]:
@@ -95,28 +77,18 @@ def fields(prefix: str, parts: Prototypes | PreparedTarget) -> dict[str, Tensor]
 
 
 def restore(
-    trainer: Trainer, tensors: dict[str, Tensor], facts: dict[str, Any]
+    trainer: Trainer,
+    optimizer: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    facts: dict[str, Any],
 ) -> tuple[TrainState, Grouping | None]:
     """Put a trainer, whose model has its weights already, where `take` found it.
 
-    With another number of processes than before, their random states start from the seed again.
+    All processes call it with the tensors and facts, the first one alone with the optimizer's. With
+    another number of processes than before, their random states start from the seed again.
     """
     device = next(trainer.model.parameters()).device
-    optimizer = trainer.optimizer.state_dict()
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in under(tensors, "optimizer").items():
-        number, _, name = key.partition("/")
-        # Fused AdamW walks through memory, so moments need the order of their parameter there.
-        moment = like(value, parameters[int(number)]) if name != "step" else value
-        moments.setdefault(int(number), {})[name] = moment
-    groups = [
-        {**own, **kept}
-        for own, kept in zip(optimizer["param_groups"], facts["optimizer"], strict=True)
-    ]
-    for group in groups:  # JSON has no tuples
-        group["betas"] = tuple(group["betas"])
-    trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    load_moments(trainer.model, trainer.optimizer, optimizer)
     if facts["scaler"]:
         trainer.scaler.load_state_dict(facts["scaler"])
     health = trainer.guard.health
