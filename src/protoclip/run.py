@@ -1,6 +1,5 @@
 """One run from beginning to end: what `protoclip train` and `protoclip evaluate` do."""
 
-import json
 import platform
 import re
 import sys

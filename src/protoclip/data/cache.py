@@ -2,7 +2,7 @@
 
 Kept is only what changes no pixel: a crop is the same to the bit with any cache, cold or warm, full
 or deleted, and without one. A picture is known by its bytes, so that one whose file has changed is
-another picture. Crops of pictures of 512 pixels take half the time from a disk and a quarter from
+another picture. Crops of JPEGs of 512 pixels take half the time from a disk and a third from
 memory; JPEGs so large that their crops are decoded at a fraction of their size are not kept.
 
 Small copies are another matter: every crop is then taken from a copy of the picture with a shorter
