@@ -3,7 +3,9 @@
 Forward and backward in float32. Times are medians over repeats in alternation; extra memory is how
 far the resident memory of a fresh process rises above what it held before (Linux only).
 
-    python benchmarks/losses.py [--repeats 7] [--threads 1] [--out FILE]
+    python benchmarks/losses.py [--repeats 7] [--threads 1] [--processes 2] [--out FILE]
+
+With `--processes` it is InfoNCE of a batch that so many processes share, and nothing else.
 """
 
 import argparse
@@ -25,10 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip import PrototypeTarget, info_nce, run
+from protoclip.distributed import rank, world_size
 from protoclip.grad_cache import forward_in_chunks
-from protoclip.losses import PreparedTarget, instance, prepare_targets, tiles
+from protoclip.losses import PreparedTarget, instance, prepare_targets, sharded_info_nce, tiles
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
+from protoclip.testing import run_distributed
 
 NUM_PROTOTYPES, WIDTH, TEMPERATURE = 20_000, 128, 0.01
 Step = Callable[[], None]
@@ -212,17 +216,75 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def measure_here(case: Case, form: str) -> int:
-    """Rise of resident memory during one step, in a process that has taken a small step before."""
-    choose_products(form)
-    case.warm_up(form)()
-    step = case.make(form)
+def rise(step: Step) -> int:
+    """Bytes by which resident memory rises during a step."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest value
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
+
+
+def measure_here(case: Case, form: str) -> int:
+    """Rise of resident memory during one step, in a process that has taken a small step before."""
+    choose_products(form)
+    case.warm_up(form)()
+    return rise(case.make(form))
+
+
+def sharded_pairs(whole: int, d: int, repeats: int) -> dict[str, tuple[list[float], int]]:
+    """Milliseconds of steps of sharded InfoNCE, forms in turn, and the rise of memory of one."""
+    b = whole // world_size()
+    text = unit(b, d, seed=2 * rank())
+    image = F.normalize(text + unit(b, d, seed=2 * rank() + 1), dim=1)
+    leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(20.0, requires_grad=True)]
+
+    def step(form: str) -> None:
+        instance.TILED_ABOVE = b * whole if form == "plain" else 0
+        for leaf in leaves:
+            leaf.grad = None
+        sharded_info_nce(*leaves).backward()
+
+    times: dict[str, list[float]] = {"plain": [], "tiled": []}
+    for repeat in range(-1, repeats):
+        for form in times:
+            started = time.perf_counter()
+            step(form)
+            if repeat >= 0:
+                times[form].append(1000 * (time.perf_counter() - started))
+    linux = sys.platform == "linux"
+    return {form: (v, rise(partial(step, form)) if linux else 0) for form, v in times.items()}
+
+
+def sharded_table(processes: int, repeats: int) -> list[str]:
+    """Sharded InfoNCE, plain and tiled: the slower process's times, the larger rise of memory."""
+    facts = run.environment(torch.device("cpu"))
+    lines = [
+        "# InfoNCE of a batch that processes share: plain against tiled",
+        "",
+        f"`python benchmarks/losses.py --processes {processes} --repeats {repeats}`, "
+        f"{datetime.date.today().isoformat()}; {facts['device'].partition(',')[0]}, one thread a "
+        f"process, torch {facts['torch']}, gloo, d = 512, float32, forward and backward with "
+        f"exchanges. Median [least, most] milliseconds of {repeats} repeats, forms in turn; extra "
+        "memory is the rise of a process's resident memory during a step. Its floor is the "
+        "gathered features and their gradients, 16 bytes a number.",
+        "",
+        "| batch, of all processes | form | ms | speed-up | extra MB | share | floor, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for whole in (1024, 4096, 8192):
+        found = run_distributed(sharded_pairs, processes, whole, 512, repeats)
+        times = {form: max((f[form][0] for f in found), key=statistics.median) for form in found[0]}
+        memory = {form: max(f[form][1] for f in found) / 1e6 for form in times}
+        for form, v in times.items():
+            speed = statistics.median(times["plain"]) / statistics.median(v)
+            lines.append(
+                f"| {whole:,} | {form} | {statistics.median(v):.0f} [{min(v):.0f}, {max(v):.0f}] | "
+                f"{speed:.2f} | {memory[form]:.0f} | {memory[form] / memory['plain']:.0%} | "
+                f"{16 * 512 * whole / 1e6:.0f} |"
+            )
+    return lines
 
 
 def extra_memory(key: str, form: str, threads: int) -> float | None:
@@ -234,50 +296,38 @@ def extra_memory(key: str, form: str, threads: int) -> float | None:
     return int(result.stdout) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
-    parser.add_argument("--peak", nargs=2, metavar=("CASE", "FORM"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
-    if arguments.peak:
-        key, form = arguments.peak
-        print(measure_here(CASES[key], form))
-        return
-
+def table(repeats: int, threads: int) -> list[str]:
+    """All cases in one process."""
     facts = run.environment(torch.device("cpu"))
     lines = [
         "# Losses: time and memory against the plain forms",
         "",
-        f"`python benchmarks/losses.py --repeats {arguments.repeats} "
-        f"--threads {arguments.threads}`, {datetime.date.today().isoformat()}; "
+        f"`python benchmarks/losses.py --repeats {repeats} "
+        f"--threads {threads}`, {datetime.date.today().isoformat()}; "
         f"{facts['device']}, torch {facts['torch']}, float32, forward and backward. "
         f"Prototypical: {NUM_PROTOTYPES:,} prototypes of width {WIDTH}, soft targets at "
         f"temperature {TEMPERATURE}; its plain form computes the target scores in each step. Whole "
         "step: two ViT-Ti/16 at 64 px with InfoNCE. Median [least, most] milliseconds of "
-        f"{arguments.repeats} repeats, forms in turn; extra memory is the rise of resident memory "
+        f"{repeats} repeats, forms in turn; extra memory is the rise of resident memory "
         "during a step of a fresh process.",
         "",
         "| what | form | ms | speed-up | extra MB | share |",
         "|---|---|---|---|---|---|",
     ]
-    total = len(CASES) * arguments.repeats
+    total = len(CASES) * repeats
     progress = Progress("benchmark: losses", total)
     for number, (key, case) in enumerate(CASES.items()):
         steps = {form: case.make(form) for form in case.forms}
         times: dict[str, list[float]] = {form: [] for form in case.forms}
-        for repeat in range(-1, arguments.repeats):
+        for repeat in range(-1, repeats):
             for form, step in steps.items():
                 choose_products(form)
                 started = time.perf_counter()
                 step()
                 if repeat >= 0:
                     times[form].append(1000 * (time.perf_counter() - started))
-            progress.update(number * arguments.repeats + repeat + 1, case.name)
-        memory = {form: extra_memory(key, form, arguments.threads) for form in case.forms}
+            progress.update(number * repeats + repeat + 1, case.name)
+        memory = {form: extra_memory(key, form, threads) for form in case.forms}
         first = next(iter(case.forms))
         for form, label in case.forms.items():
             v, m = times[form], memory[form]
@@ -288,6 +338,27 @@ def main() -> None:
                 f"| {case.name} | {label} | {median:.1f} [{min(v):.1f}, {max(v):.1f}] | "
                 f"{speed:.2f} | {'-' if m is None else f'{m:.1f}'} | {share} |"
             )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, help="measure sharded InfoNCE in so many")
+    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "FORM"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)
+    if arguments.peak:
+        key, form = arguments.peak
+        print(measure_here(CASES[key], form))
+        return
+    if arguments.processes is None:
+        lines = table(arguments.repeats, arguments.threads)
+    else:
+        lines = sharded_table(arguments.processes, arguments.repeats)
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.out:
