@@ -292,7 +292,7 @@ def built(
         sharded = build.training_model(config, torch.device("cpu"))
     finally:
         models.model = model
-    shards = {name: p.to_local() for name, p in sharded.named_parameters() if p.ndim}
+    shards = {name: p.detach().to_local() for name, p in sharded.named_parameters() if p.ndim}
     return len(made), parallel.weights(sharded), dict(sharded.named_buffers()), shards
 
 
