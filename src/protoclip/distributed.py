@@ -127,7 +127,9 @@ def gathered_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d"]
     # torch 2.13 renames `all_gather_tensor_autograd`; versions before do not know the new name.
     gather = getattr(functional, "all_gather_single_autograd", None)
     gather = gather or functional.all_gather_tensor_autograd
-    everything = gather(rows, 0, dist.distributed_c10d._get_default_group())
+    world = dist.group.WORLD
+    assert world is not None
+    everything = gather(rows, 0, world)
     return functional.wait_tensor(everything)  # type: ignore[no-untyped-call,no-any-return]
 
 
