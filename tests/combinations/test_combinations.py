@@ -1,0 +1,364 @@
+"""Features meet: every pair of them that can be switched on together runs, and ends as it should.
+
+`FEATURES` names what can be chosen, the plain choice first. Each row of `rows()` is one small run;
+together the rows hold every pair of choices, but for those in `REFUSED`, which end in one line.
+
+A run has to end with the weights of its plain twin: the same data, teacher, prototypes and stages,
+in one process, without cache, workers or interruption. On one process they are equal bit for bit.
+"""
+
+import io
+import itertools
+import json
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from protoclip import build, distributed
+from protoclip.checks import check
+from protoclip.config import Config, DataConfig, EpisodeConfig, ParallelConfig, SourceConfig
+from protoclip.data import packing
+from protoclip.data.bundled import emoji_table
+from protoclip.data.pairs import ImageTextPairs, Pairs
+from protoclip.evals import datasets
+from protoclip.run import train
+from protoclip.session import Session
+from protoclip.testing import run_distributed, tiny_config
+from protoclip.train.checkpoint import find_checkpoint, read_tensors
+
+FEATURES = {
+    "source": ("csv", "parquet", "folder", "shards", "stream", "emoji"),
+    "mixture": ("no", "yes"),
+    "cache": ("none", "ram", "disk"),
+    "workers": (0, 1),
+    "teacher": ("no", "yes"),
+    "prototypes": ("extract", "queue"),
+    "ranks": ("one", "ddp", "fsdp"),
+    "accumulation": ("no", "yes"),
+    "resume": ("no", "yes"),
+    "evaluation": ("no", "yes"),
+    "locked": ("no", "yes"),
+}
+# What changes how a run comes about, and must not change where it ends.
+NEUTRAL = ("cache", "workers", "ranks", "resume", "evaluation")
+STEPS_AN_EPISODE, BATCH = 2, 16
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "square",
+    "stripe",
+    "corner",
+    "cat",
+    "dog",
+    "sun",
+    "moon",
+    "tree",
+    "house",
+    "river",
+    "bird",
+    "fish",
+]
+
+Row = dict[str, Any]
+Choice = tuple[str, Any]
+
+# Pairs of choices that make no sense, and what the one line says.
+REFUSED: dict[frozenset[Choice], str] = {
+    frozenset({("evaluation", "yes"), ("source", source)}): r"run\.evaluate_every"
+    for source in FEATURES["source"]
+    if source != "emoji"
+} | {frozenset({("evaluation", "yes"), ("mixture", "yes")}): r"run\.evaluate_every"}
+# Worker processes keep no pictures in memory: this pair runs, in a row of its own, so that it does
+# not stand for a cache in another.
+APART = frozenset({("cache", "ram"), ("workers", 1)})
+
+
+def choices(row: Row) -> list[Choice]:
+    return list(row.items())
+
+
+def allowed(row: Row) -> bool:
+    return not any(pair <= set(choices(row)) for pair in (*REFUSED, APART))
+
+
+@cache
+def wanted() -> list[frozenset[Choice]]:
+    """Every pair of choices of two features that is not refused."""
+    return [
+        pair
+        for (one, firsts), (other, seconds) in itertools.combinations(FEATURES.items(), 2)
+        for first in firsts
+        for second in seconds
+        if (pair := frozenset({(one, first), (other, second)})) not in REFUSED
+    ]
+
+
+@cache
+def rows() -> list[Row]:
+    """Few runs that hold every pair: each starts from a pair that is missing and adds, feature by
+    feature, the choice that brings the most of the others."""
+    plain = {feature: of[0] for feature, of in FEATURES.items()}
+    found = [plain | dict(APART)]
+    missing = set(wanted()) - pairs_of(found[0])
+    while missing:
+        seed = next(pair for pair in wanted() if pair in missing)
+        row = dict(seed)
+        for feature in FEATURES:
+            if feature in row:
+                continue
+            candidates = [row | {feature: choice} for choice in FEATURES[feature]]
+            row = max(filter(allowed, candidates), key=lambda r: len(missing & pairs_of(r)))
+        missing -= pairs_of(row)
+        found.append({feature: row[feature] for feature in FEATURES})
+    return found
+
+
+def pairs_of(row: Row) -> set[frozenset[Choice]]:
+    return {frozenset(pair) for pair in itertools.combinations(choices(row), 2)}
+
+
+def name(row: Row) -> str:
+    """The choices that are not the plain ones."""
+    plain = {feature: of[0] for feature, of in FEATURES.items()}
+    unusual = [f"{f}={c}" for f, c in row.items() if f == "source" or c != plain[f]]
+    return " ".join(unusual)
+
+
+# Data: two sources of every kind, with the same names of samples and other pictures.
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("pairs")
+    for number, source in enumerate("ab"):
+        table = table_of(number)
+        pq.write_table(table, top / f"{source}.parquet")
+        (top / source).mkdir()
+        lines = ["path,caption,sample_id"]
+        for row in table.to_pylist():
+            picture = top / source / f"{row['sample_id']}.png"
+            picture.write_bytes(row["image"])
+            picture.with_suffix(".txt").write_text(row["caption"])
+            lines.append(f"{source}/{picture.name},{row['caption']},{row['sample_id']}")
+        (top / f"{source}.csv").write_text("\n".join(lines) + "\n")
+        packing.pack(ImageTextPairs(table, name=source), top / f"{source}-tar", samples_per_shard=8)
+    return top
+
+
+def table_of(seed: int) -> pa.Table:
+    """Pictures and captions that all differ, so that rounding does not decide who is nearest."""
+    generator = np.random.default_rng(seed)
+    columns: dict[str, list[Any]] = {"image": [], "caption": [], "sample_id": []}
+    for row in range(40):
+        pixels = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).resize((80, 80), Image.Resampling.BILINEAR).save(buffer, "PNG")
+        columns["image"].append(buffer.getvalue())
+        columns["caption"].append(" ".join(generator.choice(WORDS, 3)))
+        columns["sample_id"].append(f"{row:04}")
+    return pa.table(columns)
+
+
+def source_paths(kind: str, data: Path) -> tuple[str, str]:
+    if kind == "emoji":
+        return "emoji", str(data / "a.parquet")
+    ending = {"folder": "", "shards": "-tar", "stream": "-tar"}.get(kind, f".{kind}")
+    return str(data / f"a{ending}"), str(data / f"b{ending}")
+
+
+def config_for(row: Row, data: Path, out: Path) -> Config:
+    base = tiny_config(out=str(out))
+    one, other = source_paths(row["source"], data)
+    mixed = [
+        SourceConfig(path=one, name="one", weight=2.0),
+        SourceConfig(path=other, name="other", weight=1.0),
+    ]
+    config = replace(
+        base,
+        run=replace(
+            base.run,
+            save_minutes=0.0,
+            evaluate=False,
+            evaluate_every=2 if row["evaluation"] == "yes" else 0,
+        ),
+        data=DataConfig(
+            **({"sources": mixed} if row["mixture"] == "yes" else {"train": one}),
+            read="streaming" if row["source"] == "stream" else "auto",
+            shuffle=20,
+            cache=row["cache"],
+            cache_folder=str(data / "cache"),
+            workers=row["workers"],
+        ),
+        episodes=EpisodeConfig(
+            size=STEPS_AN_EPISODE * BATCH,
+            batch_size=BATCH,
+            count=3,
+            micro_batch_size=4 if row["accumulation"] == "yes" else None,
+            locked_image=int(row["locked"] == "yes"),
+        ),
+        prototypes=replace(base.prototypes, source=row["prototypes"], number=6),
+        # A large epsilon keeps what rounding does to small gradients small.
+        optim=replace(base.optim, eps=1e-2, warm_up_steps=0),
+        parallel=ParallelConfig(
+            strategy="fsdp" if row["ranks"] == "fsdp" else "ddp", sync_batch_norm=True
+        ),
+    )
+    if row["accumulation"] == "yes":
+        # BatchNorm sees a process's micro-batch, so only without it are gradients the same.
+        model = replace(
+            base.model,
+            image=replace(base.model.image, name="test_vit"),
+            heads=replace(base.model.heads, hidden_layers=0),
+        )
+        config = replace(config, model=model)
+    if row["teacher"] == "yes":
+        features = data / f"teacher-{row['source']}-{row['mixture']}.parquet"
+        if not features.exists():
+            write_teacher(config, features)
+        config = replace(config, teacher=replace(base.teacher, features=str(features), number=6))
+    return config
+
+
+def write_teacher(config: Config, path: Path) -> None:
+    """Features that follow from a sample's id, of all samples but every seventh."""
+    samples = build.pairs(config)
+    if isinstance(samples, Pairs):
+        ids = list(samples.sample_ids())
+    else:
+        ids = [sample.sample_id for sample in itertools.islice(samples.samples(0), 200)]
+    known = [sample_id for row, sample_id in enumerate(sorted(set(ids))) if row % 7]
+    features = [np.random.default_rng(list(key.encode())).normal(size=8) for key in known]
+    pq.write_table(pa.table({"sample_id": known, "features": [f.tolist() for f in features]}), path)
+
+
+# Runs, in the processes of a group or in this one.
+
+
+def trained(config: Config, stop_after: int | None = None, first: Config | None = None) -> Any:
+    """Weights at a run's end and its last evaluation; all ranks return the same weights.
+
+    With `stop_after` the run begins with the settings of `first`, is told to stop after that step,
+    and goes on with its own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "emoji", few_emoji)
+        if stop_after is not None:
+            assert first is not None
+            with patch.context() as stopping:
+                stopping.setattr(Session, "on_step", signalling(stop_after))
+                assert train(first)["steps"] == stop_after
+        train(config, resume="auto" if stop_after is not None else "never")
+    folder = Path(str(config.run.out))
+    return read_tensors(find_checkpoint(folder) / "model.safetensors"), evaluations(folder)
+
+
+@cache
+def few_emoji() -> datasets.EvaluationData:
+    """The evaluation data cut to every 25th sample."""
+    tables = {split: emoji_table(split) for split in datasets.SPLITS}
+    parts = {
+        split: ImageTextPairs(table.take(list(range(0, table.num_rows, 25))), name=split)
+        for split, table in tables.items()
+    }
+    return datasets.EvaluationData(name="emoji", **parts)
+
+
+def signalling(step: int) -> Any:
+    on_step = Session.on_step
+
+    def and_signal(session: Session, state: Any, stage: Any) -> None:
+        on_step(session, state, stage)
+        if state.step == step and distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return and_signal
+
+
+def evaluations(folder: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    found = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    return {k: v for k, v in found[-1].items() if k.startswith("eval/")} if found else {}
+
+
+twins: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = {}
+
+
+def twin(row: Row, data: Path, out: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The end of the run that has none of the neutral choices but evaluation."""
+    neutral = [feature for feature in NEUTRAL if feature != "evaluation"]
+    if row["source"] == "stream":
+        neutral.remove("ranks")  # each rank reads shards of its own
+    plain = row | {feature: FEATURES[feature][0] for feature in neutral}
+    if name(plain) not in twins:
+        ranks = 1 if plain["ranks"] == "one" else 2
+        twins[name(plain)] = run_distributed(trained, ranks, config_for(plain, data, out))[0]
+    return twins[name(plain)]
+
+
+@pytest.mark.parametrize("row", rows(), ids=name)
+def test_a_run_ends_as_its_plain_twin(row: Row, data: Path, tmp_path: Path) -> None:
+    """Bit for bit on one process; on two, to a twentieth of the way that the weights went.
+
+    Rounding may move a sample that lies between two prototypes, which is worth a hundredth here; a
+    wrong picture, caption, gradient or position is worth half of the way and more.
+    """
+    expected, scores = twin(row, data, tmp_path / "twin")
+    config = config_for(row, data, tmp_path / "run")
+    arguments: tuple[Any, ...] = (config,)
+    if row["resume"] == "yes":
+        # Within the episode that has prototypes; what changes nothing is changed on the way.
+        plain = config_for(row | {"cache": "none", "workers": 0}, data, tmp_path / "run")
+        arguments = (config, STEPS_AN_EPISODE + 1, plain)
+    ends = run_distributed(trained, 1 if row["ranks"] == "one" else 2, *arguments)
+    for weights, metrics in ends:
+        assert weights.keys() == expected.keys()
+        if row["ranks"] == "one":
+            assert [k for k in weights if not torch.equal(weights[k], expected[k])] == []
+            assert metrics == scores
+        else:
+            start = build.model(config.model, seed=config.run.seed).state_dict()
+            far = distance(weights, expected) / distance(expected, start)
+            assert far < 0.05
+            assert metrics == pytest.approx(scores, abs=0.1)
+    assert bool(scores) == (row["evaluation"] == "yes")
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Between two sets of parameters, each taken as one vector."""
+    parts = [
+        (one[key] - other[key]).double().norm()
+        for key in one
+        if "running_" not in key and "num_batches" not in key
+    ]
+    return float(torch.stack(parts).norm())
+
+
+def test_every_pair_is_run_or_refused() -> None:
+    """The rows hold all pairs of choices but those that are refused, and none of these."""
+    run = set().union(*(pairs_of(row) for row in rows()))
+    assert set(wanted()) <= run
+    assert not run & REFUSED.keys()
+
+
+@pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: name(dict(sorted(pair))))
+def test_what_cannot_be_together_is_refused_in_one_line(
+    pair: frozenset[Choice], data: Path, tmp_path: Path
+) -> None:
+    row = {feature: of[0] for feature, of in FEATURES.items()} | dict(pair)
+    with pytest.raises(ValueError, match=REFUSED[pair]) as refused:
+        check(config_for(row, data, tmp_path / "run"))
+    assert "\n" not in str(refused.value)
