@@ -1,5 +1,6 @@
 """An evaluation that is shared out over processes is the one that a single process makes."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from protoclip.evals.suite import SuiteFeatures
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.run import train
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
-from protoclip.train.parallel import shard
+from protoclip.train.parallel import shard, spread
 
 # Batches of 8: 8 of the training pictures, 3 and 5 of the others; 2 of the captions, 1 of the
 # classes, which leaves some of four processes without one.
@@ -218,12 +219,21 @@ def test_an_error_in_one_metric_is_raised_in_every_process(
     assert other == (kind, message)
 
 
+def sharded_model() -> ProtoCLIP:
+    """A tiny model, of which each of several processes has a part."""
+    torch.manual_seed(0)
+    whole = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
+    if distributed.world_size() == 1:
+        return whole
+    model = copy.deepcopy(whole)
+    shard(model, torch.device("cpu"))
+    spread(model, whole if distributed.rank() == 0 else None)
+    return model
+
+
 def sharded_features(numbers: list[int]) -> list[Tensor]:
     """Features of the first so many colours by an FSDP2 model, of which each process has a part."""
-    torch.manual_seed(0)
-    model = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
-    if distributed.world_size() > 1:
-        shard(model)
+    model = sharded_model()
     return [
         suite.encode(
             model.encode_image,
@@ -264,9 +274,7 @@ def test_every_process_enters_every_pass_through_a_sharded_model(world_size: int
 
 def unreadable() -> str:
     """What this process raises where a picture that another one has cannot be read."""
-    torch.manual_seed(0)
-    model = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
-    shard(model)
+    model = sharded_model()
 
     def read(rows: Any) -> Tensor:
         if 3 in rows:

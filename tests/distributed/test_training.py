@@ -289,7 +289,7 @@ def built(
     models.model = and_count
     try:
         torch.manual_seed(distributed.rank())  # the state of a process has no say
-        sharded = build.training_model(config, torch.device("cpu"))
+        sharded, _ = build.training_model(config, torch.device("cpu"))
     finally:
         models.model = model
     shards = {name: p.detach().to_local() for name, p in sharded.named_parameters() if p.ndim}

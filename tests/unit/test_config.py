@@ -17,6 +17,7 @@ from protoclip.config import (
     Config,
     DataConfig,
     LossConfig,
+    OptimConfig,
     PrototypeConfig,
     SourceConfig,
     TeacherConfig,
@@ -64,6 +65,7 @@ def test_prototypes_come_from_the_queue_where_a_teacher_groups() -> None:
 FULL = Config(
     data=DataConfig(sources=[SourceConfig(path="a.tsv"), SourceConfig(path="b.tsv")]),
     teachers=[TeacherConfig(name="one", features="one"), TeacherConfig(name="two", features="two")],
+    optim=OptimConfig(betas=(0.9, 0.98)),
 )
 
 
