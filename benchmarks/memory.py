@@ -29,9 +29,9 @@ import torch
 
 import protoclip
 from protoclip import build, distributed, run
-from protoclip.build import models
 from protoclip.config import Config
 from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.train import checkpoint
 from protoclip.train.trainer import Trainer
 
 MOMENTS = ("model built", "first step", "checkpoint written")
@@ -96,12 +96,12 @@ def peaks_of(model: str, strategy: str, folder: Path) -> list[list[float]]:
 @contextmanager
 def unchecked() -> Iterator[None]:
     """Loading without the check of the weights' checksum."""
-    require_intact = models.verified.__globals__["require_intact"]
-    models.verified.__globals__["require_intact"] = lambda folder, *names: None
+    require_intact = checkpoint.require_intact
+    checkpoint.require_intact = lambda folder, *names: None
     try:
         yield
     finally:
-        models.verified.__globals__["require_intact"] = require_intact
+        checkpoint.require_intact = require_intact
 
 
 def loading_seconds(folder: Path, repeats: int) -> tuple[list[float], list[float]]:

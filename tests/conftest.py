@@ -20,6 +20,8 @@ import torch  # noqa: E402
 from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 from fsspec.registry import _registry  # noqa: E402
 
+from protoclip.testing import return_memory  # noqa: E402
+
 torch.set_num_threads(1)
 
 
@@ -103,3 +105,8 @@ def serve() -> Iterator[Callable[..., str]]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    return_memory()
