@@ -321,9 +321,11 @@ def check_recipe(path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake ends in one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for option, value in pairwise(arguments):
+    for option, value in pairwise([*arguments, ""]):
         if option == "--config":
             check_recipe(Path(value))
+        elif option.startswith("--config="):
+            check_recipe(Path(option.removeprefix("--config=")))
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Soft targets and Adam's moments reach denormal numbers, which CPUs compute very slowly.
     torch.set_flush_denormal(True)

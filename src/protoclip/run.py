@@ -74,9 +74,9 @@ def train_together(
 ) -> dict[str, Any]:
     """`train` in one process of a group, or in the only one."""
     folder = Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
-    begun = of_first(lambda: look_at(folder, config, resume=resume))
-    if begun and (folder / "results.json").is_file():
-        return read_json(folder / "results.json")
+    begun, finished = of_first(lambda: look_at(folder, config, resume=resume))
+    if finished is not None:
+        return finished
     precision = resolve(config.run.precision, device)
     samples = agreed(lambda: build.pairs(config))
     model, said = build.training_model(config, device)
@@ -175,8 +175,10 @@ def prepare(
     return session, trainer
 
 
-def look_at(folder: Path, config: Config, *, resume: bool) -> bool:
-    """Whether a run was begun in a folder; that it may go on there, or a new one begin.
+def look_at(folder: Path, config: Config, *, resume: bool) -> tuple[bool, dict[str, Any] | None]:
+    """Whether a run was begun in a folder, and its results if it was finished.
+
+    That it may go on there, or a new one begin, is checked.
 
     Raises:
         ValueError: It may not.
@@ -188,7 +190,8 @@ def look_at(folder: Path, config: Config, *, resume: bool) -> bool:
         raise ValueError(f"{folder}: run folder exists{hint}; {way}")
     if begun:
         require_same(folder, to_toml(config))
-    return begun
+    results = folder / "results.json"
+    return begun, read_json(results) if begun and results.is_file() else None
 
 
 def slug(name: str) -> str:

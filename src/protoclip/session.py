@@ -76,15 +76,7 @@ class Session:
         state, grouping, size = TrainState(), None, 0
         if interrupted is not None:
             state, grouping, size = self.restore(interrupted)
-        if self.first:
-            self.sink = MetricsSink(
-                self.folder,
-                size=size,
-                step=state.step,
-                wandb=self.config.run.wandb,
-                name=self.folder.name,
-                config=asdict(self.config),
-            )
+        self.sink = agreed(lambda: self.open_sink(size, state.step) if self.first else None)
         self.progress.start()
         try:
             state = trainer.fit(state, grouping)
@@ -94,6 +86,16 @@ class Session:
             self.saver.finish()
             if self.sink is not None:
                 self.sink.close()
+
+    def open_sink(self, size: int, step: int) -> MetricsSink:
+        return MetricsSink(
+            self.folder,
+            size=size,
+            step=step,
+            wandb=self.config.run.wandb,
+            name=self.folder.name,
+            config=asdict(self.config),
+        )
 
     def restore(self, interrupted: Interrupted) -> tuple[TrainState, Grouping | None, int]:
         """Where a run goes on, its prototypes, and the bytes of its metrics until then.

@@ -158,3 +158,16 @@ def test_skipped_samples_are_known_again_whatever_their_names(tmp_path: Path) ->
     assert log.distinct == 4
     assert SkipLog(path, max_share=1.0, at_least=1).distinct == 4
     assert json.loads(path.read_bytes().split(b"\n")[-2])["sample_id"] == "h.png"
+
+
+def test_new_checkpoints_outlive_later_ones_that_are_damaged(tmp_path: Path) -> None:
+    """A run that went on from before them does not remove what it writes now."""
+    writer = saver_of(tmp_path)
+    for step in (90, 100):
+        saver.write_checkpoint(tmp_path / "checkpoints" / f"step-{step:09}", contents(), {})
+        (tmp_path / "checkpoints" / f"step-{step:09}" / "model.safetensors").write_bytes(b"")
+    for step in (81, 85):
+        writer.save(step, contents())
+        writer.finish()
+    whole = [int(found.name[-9:]) for found in checkpoints(tmp_path) if damage(found) is None]
+    assert whole == [81, 85]

@@ -1,12 +1,14 @@
 """What a run is trained with where its configuration leaves it open."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import open_clip
 import pytest
 
 from protoclip import build, run
 from protoclip.build.defaults import Optimisation, optimisation
+from protoclip.build.models import model_config
 from protoclip.build.training import heads_weight_decays, rate_scales, schedule
 from protoclip.config import (
     Config,
@@ -15,6 +17,7 @@ from protoclip.config import (
     ModelConfig,
     OptimConfig,
 )
+from protoclip.models.towers import image_normalisation, named_towers
 from protoclip.testing import tiny_model
 from protoclip.train.optim import adamw
 
@@ -187,3 +190,12 @@ def test_an_image_size_that_patches_do_not_fill_is_refused(
     config = ModelConfig(name=name, image=ImageTowerConfig(size=72))
     with pytest.raises(ValueError, match=f"model.image.size: 72 is no multiple of the {patch}"):
         build.model(config, seed=0)
+
+
+def test_images_are_normalised_as_published_weights_want_it() -> None:
+    """Also where the towers have no weights yet, and where those of a checkpoint replace them."""
+    towers = named_towers("ViT-L-14", pretrained="laion2b_s32b_b82k", weights="none")
+    assert image_normalisation(towers) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    saved = asdict(replace(tiny_model(), name="ViT-L-14", pretrained="laion2b_s32b_b82k"))
+    loaded = model_config({"model": saved}, Path("run"))
+    assert (loaded.pretrained, loaded.checkpoint) == ("laion2b_s32b_b82k", "run")

@@ -34,6 +34,7 @@ CELLS = {
     "github://a:b@/c": "'github://' is not read",
     "s3://bucket/a.zip::zip://b": "chained with '::'",
     "https://host/a::zip://b": "chained with '::'",
+    "s3://[a::file:///etc/passwd": "chained with '::'",
     "http://": "names no host",
     "http://host:port/a.jpg": "Port could not be cast",
     "http://127.0.0.1:9/a.jpg": "--data.allow_private_hosts true",

@@ -81,15 +81,15 @@ def model(config: ModelConfig, *, seed: int) -> ProtoCLIP:
     ):
         # The CPU's generator alone, as `torch.manual_seed` would seed every GPU's too.
         torch.default_generator.manual_seed(seed)
-        built = architecture(config)
+        built = architecture(config, weights="published" if folder is None else "new")
     if folder is not None:
         built.load_state_dict(read_weights(folder, built))
     return built
 
 
-def architecture(config: ModelConfig, *, weights: bool = True) -> ProtoCLIP:
+def architecture(config: ModelConfig, *, weights: Literal["published", "new", "none"]) -> ProtoCLIP:
     """The model, drawn from torch's global generator; on the meta device if without weights."""
-    with nullcontext() if weights else torch.device("meta"):
+    with torch.device("meta") if weights == "none" else nullcontext():
         if config.name is not None:
             towers = named_towers(
                 config.name,
@@ -137,7 +137,7 @@ def training_model(config: Config, on: torch.device) -> tuple[ProtoCLIP, list[st
         else:
             whole = model(config.model, seed=config.run.seed) if rank() == 0 else None
             with torch.random.fork_rng(devices=[]):
-                built = architecture(config.model, weights=False)
+                built = architecture(config.model, weights="none")
         return built, whole, parallelise(config, built)
 
     built, whole, notes = agreed(build_own)
@@ -241,7 +241,7 @@ def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
         sections["image"] = ImageTowerConfig(**sections["image"])
         sections["text"] = TextTowerConfig(**sections["text"])
         sections["heads"] = HeadConfig(**sections["heads"])
-        return ModelConfig(**{**sections, "pretrained": None, "checkpoint": str(folder)})
+        return ModelConfig(**{**sections, "checkpoint": str(folder)})
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: model.json was written by another version of protoclip ({error})"

@@ -142,8 +142,9 @@ class DiskCache:
         # A byte for each block that is taken: appending is one step for all processes.
         self._tally = self.folder / "blocks"
         if self._used() > 0.9 * max_bytes:
-            blocks = sum(_blocks(path.stat().st_size) for path in self.folder.glob("??/*"))
-            self._tally.write_bytes(bytes(blocks))
+            with contextlib.suppress(OSError):  # another process may delete a file meanwhile
+                blocks = sum(_blocks(path.stat().st_size) for path in self.folder.glob("??/*"))
+                self._tally.write_bytes(bytes(blocks))
 
     def get(self, key: str) -> Decoded | None:
         path = self._path(key)

@@ -86,8 +86,8 @@ def require_allowed(location: str, access: Access) -> None:
         raise ValueError(
             f"'{protocol}://' is not read; use a local file or one of {', '.join(WEB + STORES)}"
         )
-    host = rest.partition("]")[2] if rest.startswith("[") else rest  # an IPv6 address has "::"
-    if "::" in host:
+    address, bracket, behind = rest.partition("]")  # an IPv6 address has "::"
+    if "::" in (behind if bracket and address.startswith("[") else rest):
         raise ValueError("URLs chained with '::' are not read")
 
 

@@ -61,7 +61,7 @@ def named_towers(
     pretrained: str | None = None,
     image_size: int | None = None,
     context_length: int | None = None,
-    weights: bool = True,
+    weights: Literal["published", "new", "none"] = "published",
 ) -> nn.Module:
     """One of open_clip's models, with new weights or a published set of them.
 
@@ -70,7 +70,8 @@ def named_towers(
         image_size: Height and width of the input, in pixels, if not the model's own.
         context_length: Tokens a caption is cut to, if not the model's own number. Published
             positional embeddings are interpolated.
-        weights: Whether it has any; else it is on the meta device.
+        weights: The published ones, if `pretrained` names any; new ones; or none, on the meta
+            device. Images are normalised as the published weights want it in any case.
 
     Raises:
         ValueError: open_clip knows no such model, no such weights for it, or the model cannot read
@@ -87,11 +88,16 @@ def named_towers(
             f"model.pretrained: open_clip has no weights '{pretrained}' for {name}; "
             f"it has {', '.join(known) or 'none'}"
         )
+    published = weights == "published"
+    preprocessing = None
+    if pretrained is not None and not published:
+        preprocessing = open_clip.get_pretrained_cfg(name, pretrained)
     model: nn.Module = open_clip.create_model(
         name,
-        pretrained=pretrained if weights else None,
-        pretrained_text=weights,
-        device="cpu" if weights else "meta",
+        pretrained=pretrained if published else None,
+        pretrained_text=published,
+        device="meta" if weights == "none" else "cpu",
+        force_preprocess_cfg=preprocessing,
         force_image_size=image_size,
         force_context_length=context_length,
     )

@@ -129,7 +129,9 @@ class Saver:
             return
         self.failed_step, self._write = None, lambda: None  # lets go of the tensors
         self.written_in = time.monotonic() - began
-        for old in checkpoints(self.run)[: -self.keep]:
+        # Later ones are damaged: the run went on from one before them.
+        so_far = [found for found in checkpoints(self.run) if found <= folder]
+        for old in so_far[: -self.keep]:
             if old != best:
                 shutil.rmtree(old, ignore_errors=True)
 
