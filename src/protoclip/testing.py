@@ -36,6 +36,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220)}
 SHAPES = ("square", "stripe", "corner")
 PATIENCE = 120  # seconds for one call of `run_distributed`
 _pools: dict[int, "_Pool"] = {}
+_resident = 500_000_000  # after `return_memory`; a process that has imported torch has as much
 
 
 def tiny_pairs(num_samples: int = 96, *, side: int = 24, seed: int = 0) -> pa.Table:
@@ -108,18 +109,25 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
         raise
 
 
-def return_memory(above: float = 1e9) -> None:
-    """Free what a finished run left behind, in a process that has more than so many bytes.
+def return_memory(after: int = 500_000_000) -> None:
+    """Free what finished runs left behind, whenever this process has grown by so many bytes.
 
     A run's parts refer to each other, so that only Python's collector frees them; and the C library
     keeps the pieces. Runs that follow each other in one process pile up gigabytes otherwise.
     """
-    statm = Path("/proc/self/statm")
-    if statm.exists() and int(statm.read_text().split()[1]) * resource.getpagesize() > above:
+    global _resident
+    if resident() > _resident + after:
         gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
         if trim is not None:
             trim(0)
+        _resident = resident()
+
+
+def resident() -> int:
+    """Bytes of memory that this process has; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 class _Pool:
