@@ -44,7 +44,7 @@ def in_a_child(work: Callable[[], None], seconds: float) -> bool:
 def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(
     whole: Callable[[str], Path], tiny_parquet: str, tmp_path: Path
 ) -> None:
-    """Ten times SIGKILL at random moments, with a checkpoint after every step so that many fall
+    """Twenty times SIGKILL at random moments, with a checkpoint after every step so that many fall
     into saving; each time it goes on, and in the end nothing differs."""
     config = config_for(tiny_parquet, tmp_path / "run", run={"save_steps": 1}, **WAYS["queue"])
     generator = random.Random(0)
@@ -52,7 +52,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(
     assert in_a_child(lambda: run.train(replace_out(config, tmp_path / "timed")) and None, 120.0)
     length = time.monotonic() - started
     kills = 0
-    while kills < 10:
+    while kills < 20:
         ended = in_a_child(
             lambda: run.train(config, resume="auto") and None, generator.uniform(0.05, length)
         )
