@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from protoclip.data.episodes import EpisodeSampler
 from protoclip.data.manifests import open_manifest
+from protoclip.data.sampler import EpisodeSampler
 from protoclip.progress import Progress
 
 SMALL_ROWS = 10_000

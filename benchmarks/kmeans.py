@@ -35,18 +35,21 @@ from threadpoolctl import threadpool_info
 from torch import Tensor
 
 import protoclip
-from protoclip import back_translate, clustering, demo, kmeans, run
-from protoclip.data.bundled import emoji_table
+from protoclip import back_translate, kmeans
+from protoclip.cli import demo
+from protoclip.data.emoji import emoji_table
 from protoclip.progress import Progress
+from protoclip.prototypes import kmeans as clustering
+from protoclip.training import run
 
 EPISODE, PROTOTYPES = 4096, 400  # of the demonstration
 OPTIONAL = {"faiss": "faiss-cpu", "superkmeans": "superkmeans"}
-REFERENCE = {"start": "random", "restarts": 3, "iterations": 20}
+REFERENCE = {"init": "random", "restarts": 3, "iterations": 20}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "random, 20 iterations, best of 3": REFERENCE,
-    "random, 20 iterations": {"start": "random", "iterations": 20},
+    "random, 20 iterations": {"init": "random", "iterations": 20},
     **{
-        f"spread, {iterations} iterations": {"start": "spread", "iterations": iterations}
+        f"spread, {iterations} iterations": {"init": "k-means++", "iterations": iterations}
         for iterations in (5, 6, 10, 20)
     },
 }
@@ -111,7 +114,7 @@ def cluster(engine: str, features: Tensor, start: Tensor, iterations: int) -> cl
     """An engine by its name in the table; SuperKMeans chooses a start of its own."""
     settings: dict[str, Any] = {"iterations": iterations, "seed": 0, "backend": engine}
     if engine == "superkmeans":
-        return kmeans(features, len(start), start="random", **settings)
+        return kmeans(features, len(start), init="random", **settings)
     if engine == "torch, float32 only":
         with without_bfloat16():
             return kmeans(features, len(start), init=start, **settings | {"backend": "torch"})

@@ -29,22 +29,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from protoclip import run
-from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop
+from protoclip.data.cache import (
+    DiskCache,
+    ImageCache,
+    MemoryCache,
+    crop,
+)
 from protoclip.data.decode import decode_crop
-from protoclip.data.episodes import Episode
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.transforms import TrainingView, clip_view, light_view
+from protoclip.data.sampler import Episode
+from protoclip.data.transforms import TrainingTransform, clip_transform, light_transform
 from protoclip.progress import Progress
+from protoclip.training import run
 
 # Of small copies for inputs of 224 pixels: the shorter side that `data.small_copies` gives them.
 SIZE, BATCH, COPY_SIDE = 224, 32, 320
 SIDES = (512, 1024, 2048)
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 VIEWS = {
-    "clip": clip_view(size=SIZE, mean=MEAN, std=STD),
-    "light": light_view(size=SIZE, mean=MEAN, std=STD),
+    "clip": clip_transform(size=SIZE, mean=MEAN, std=STD),
+    "light": light_transform(size=SIZE, mean=MEAN, std=STD),
 }
 REFERENCES: dict[str, Callable[[Image.Image], Tensor]] = {
     "clip": open_clip.image_transform(SIZE, is_train=True, mean=MEAN, std=STD),
@@ -101,17 +106,17 @@ def theirs(paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> Non
 
 def ours(
     paths: list[Path],
-    view: TrainingView,
+    transform: TrainingTransform,
     *,
     finish: bool = True,
     cache: ImageCache | None = None,
     small_side: int | None = None,
 ) -> None:
     for batch in batches(paths):
-        draws = torch.rand(len(batch), view.num_draws)
+        draws = torch.rand(len(batch), transform.num_draws)
         crops = []
         for path, drawn in zip(batch, draws.numpy(), strict=True):
-            box = partial(view.box, draws=drawn)
+            box = partial(transform.box, draws=drawn)
             crops.append(
                 crop(
                     path.read_bytes(),
@@ -124,7 +129,7 @@ def ours(
             )
         images = torch.from_numpy(np.stack(crops))
         if finish:
-            view.finish(images, draws)
+            transform.finish(images, draws)
 
 
 def rate(work: Callable[[], None], pictures: int) -> float:
@@ -134,17 +139,17 @@ def rate(work: Callable[[], None], pictures: int) -> float:
     return pictures / (time.process_time() - start)
 
 
-def psnr(paths: list[Path], view: TrainingView, seed: int) -> list[float]:
+def psnr(paths: list[Path], transform: TrainingTransform, seed: int) -> list[float]:
     """Our crops against PIL's: all pixels, the same box, one bicubic resize."""
     ratios = []
     for path, drawn in zip(
         paths, np.random.default_rng(seed).random((len(paths), 13), dtype=np.float32), strict=True
     ):
         crop = decode_crop(
-            path.read_bytes(), partial(view.box, draws=drawn), SIZE, max_pixels=10**8
+            path.read_bytes(), partial(transform.box, draws=drawn), SIZE, max_pixels=10**8
         )
         image = Image.open(path).convert("RGB")
-        cropped = image.crop(view.box(*image.size, drawn))
+        cropped = image.crop(transform.box(*image.size, drawn))
         expected = np.asarray(cropped.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         error = ((crop.astype(np.float64) - expected) ** 2).mean()
         ratios.append(float(10 * np.log10(255**2 / max(error, 1e-9))))
@@ -184,7 +189,7 @@ def our_loader(paths: list[Path], name: str, workers: int, samples: int) -> floa
     loader = EpisodeLoader(
         pairs=ImageTextPairs(table, name="pictures"),
         tokenizer=tokens,
-        view=VIEWS[name],
+        transform=VIEWS[name],
         batch_size=BATCH,
         seed=0,
         device=torch.device("cpu"),
@@ -230,15 +235,15 @@ def main() -> None:
             arms["open_clip" if name == "clip" else "reference", name] = partial(
                 theirs, small, REFERENCES[name]
             )
-            arms["protoclip", name] = partial(ours, small, view)
-            arms["without finish", name] = partial(ours, small, view, finish=False)
+            arms["protoclip", name] = partial(ours, small, transform)
+            arms["without finish", name] = partial(ours, small, transform, finish=False)
             for kept, cache in caches.items():
                 if cache is not None:
                     arms[f"whole, {kept}", name] = partial(
-                        ours, small, view, finish=False, cache=cache
+                        ours, small, transform, finish=False, cache=cache
                     )
                 arms[f"small, {kept}", name] = partial(
-                    ours, small, view, finish=False, cache=cache, small_side=COPY_SIDE
+                    ours, small, transform, finish=False, cache=cache, small_side=COPY_SIDE
                 )
         for side in SIDES[1:]:
             arms["open_clip", str(side)] = partial(theirs, paths[side], REFERENCES["clip"])
@@ -255,7 +260,7 @@ def main() -> None:
         noise: dict[tuple[int, str], list[float]] = {}
         for side in SIDES:
             for name, view in VIEWS.items():
-                noise[side, name] = psnr(paths[side], view, seed=side)
+                noise[side, name] = psnr(paths[side], transform, seed=side)
                 progress.update(len(noise))
         progress = Progress("benchmark: loaders", 4 * 3)
         loaders: dict[tuple[str, str], list[float]] = {}

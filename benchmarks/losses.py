@@ -26,13 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip import PrototypeTarget, info_nce, run
-from protoclip.distributed import rank, world_size
-from protoclip.grad_cache import forward_in_chunks
-from protoclip.losses import PreparedTarget, instance, prepare_targets, sharded_info_nce, tiles
+from protoclip import PrototypeTarget, info_nce
+from protoclip.distributed.collectives import rank, world_size
+from protoclip.losses import info_nce as instance
+from protoclip.losses import tiles
+from protoclip.losses.grad_cache import forward_in_chunks
+from protoclip.losses.info_nce import sharded_info_nce
+from protoclip.losses.prototypical import PreparedTarget, prepare_targets
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.testing import run_distributed
+from protoclip.training import run
 
 NUM_PROTOTYPES, WIDTH, TEMPERATURE = 20_000, 128, 0.01
 Step = Callable[[], None]

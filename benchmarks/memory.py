@@ -28,11 +28,12 @@ import pyarrow.parquet as pq
 import torch
 
 import protoclip
-from protoclip import build, distributed, run
 from protoclip.config import Config
+from protoclip.distributed import collectives
+from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.train import checkpoint
-from protoclip.train.trainer import Trainer
+from protoclip.training import checkpoint, run
+from protoclip.training.trainer import Trainer
 
 MOMENTS = ("model built", "first step", "checkpoint written")
 
@@ -57,7 +58,7 @@ def highest() -> float:
 def train(config: Config, out: Path) -> None:
     """One process of the run: writes its peaks."""
     peaks: list[float] = []
-    training_model, train_step = build.training_model, Trainer.train_step
+    training_model, train_step = loading.training_model, Trainer.train_step
 
     def and_measure_building(*arguments: Any) -> Any:
         peaks.append(highest())
@@ -70,11 +71,11 @@ def train(config: Config, out: Path) -> None:
         peaks.append(highest())
         return report
 
-    build.training_model = and_measure_building
+    loading.training_model = and_measure_building
     Trainer.train_step = and_measure_step  # type: ignore[method-assign]
     run.train(config)
     peaks.append(highest())
-    rank, _, _ = distributed.launched()
+    rank, _, _ = collectives.launched()
     before, *after = peaks
     (out / f"{rank}.json").write_text(json.dumps([peak - before for peak in after]))
 

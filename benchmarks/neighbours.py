@@ -33,9 +33,12 @@ def train() -> None:
     """Train, and print the seconds of each counted episode: quiet ones, and those beside a loop."""
     import torch
 
-    from protoclip import build, demo
-    from protoclip.train.precision import resolve
-    from protoclip.train.state import TrainState
+    from protoclip.cli import demo
+    from protoclip.data import sources
+    from protoclip.models import loading
+    from protoclip.training import build
+    from protoclip.training.precision import resolve
+    from protoclip.training.state import TrainState
 
     torch.set_flush_denormal(True)
     config = demo.arms()["CLIP"]
@@ -57,8 +60,8 @@ def train() -> None:
 
     trainer = build.trainer(
         config,
-        model=build.place(build.model(config.model, seed=0), device),
-        samples=build.pairs(config),
+        model=loading.place(loading.model(config.model, seed=0), device),
+        samples=sources.pairs(config),
         precision=resolve("auto", device),
         log=lambda state, metrics: None,
         save=save,

@@ -2,7 +2,7 @@
 
 The demonstration's arm with a teacher, two counted episodes after one of warm-up: without a
 checkpoint, and with one at the end of every episode, far more often than by default: those at ends
-are 15 seconds and 100 times their writing apart, and 10 minutes bring one besides. Then what one
+are 15 seconds and 100 times their writing no_sync, and 10 minutes bring one besides. Then what one
 checkpoint takes of the training thread, and what its thread writes, for the demonstration's model
 and for an RN50, and the share that makes of the default's cadence.
 
@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 
-from protoclip import build, demo, run, session
+from protoclip.cli import demo
 from protoclip.config import Config, ModelConfig
+from protoclip.data import sources
 from protoclip.data.skips import SkipLog
+from protoclip.models import loading
 from protoclip.progress import Progress
-from protoclip.train import saver, snapshot
-from protoclip.train.state import TrainState
+from protoclip.training import build, run, saver, session, snapshot
+from protoclip.training.state import TrainState
 
 MODELS = {"demonstration": None, "RN50": "RN50"}
 
@@ -75,8 +77,8 @@ def one_checkpoint(model_name: str | None) -> tuple[float, float, float]:
         if model_name is not None:
             config = replace(config, model=ModelConfig(name=model_name))
         device = torch.device("cpu")
-        model = build.place(build.model(config.model, seed=0), device)
-        samples = build.pairs(config)
+        model = loading.place(loading.model(config.model, seed=0), device)
+        samples = sources.pairs(config)
         skips = SkipLog(Path(folder) / "skipped.jsonl", max_share=1.0, at_least=1)
         beside = session.Session(
             config,

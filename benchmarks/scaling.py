@@ -24,12 +24,16 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from protoclip import build, demo, distributed, run
+from protoclip.cli import demo
 from protoclip.config import Config
+from protoclip.data import sources
+from protoclip.distributed import collectives
+from protoclip.models import loading
 from protoclip.progress import Progress
-from protoclip.train.precision import resolve
-from protoclip.train.state import TrainState
-from protoclip.train.trainer import Grouping
+from protoclip.training import build, defaults, run
+from protoclip.training.precision import resolve
+from protoclip.training.state import TrainState
+from protoclip.training.trainer import Grouping
 
 COUNTED = 2
 
@@ -64,13 +68,13 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
 
     torch.set_flush_denormal(True)
     device = torch.device("cpu")
-    with distributed.process_group(device):
-        model = build.place(build.model(config.model, seed=0), device)
-        build.parallelise(config, model)
+    with collectives.process_group(device):
+        model = loading.place(loading.model(config.model, seed=0), device)
+        loading.parallelise(config, model)
         trainer = build.trainer(
             config,
             model=model,
-            samples=build.pairs(config),
+            samples=sources.pairs(config),
             precision=resolve(config.run.precision, device),
             log=log,
             save=save,
@@ -80,7 +84,7 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
             diverged=Path(os.devnull),
         )
         trainer.fit(TrainState())
-        first = distributed.rank() == 0
+        first = collectives.rank() == 0
     if first:
         seconds = [end - start for start, end in pairwise(ends)]
         if profiler is not None:
@@ -139,7 +143,7 @@ def main() -> None:
                 seconds.setdefault((arm, way), []).extend(launched(arm, processes, cores))
                 done += 1
                 progress.update(done, f"{arm}, {way}")
-    config, _ = build.resolved(config_of(arms[0]))
+    config, _ = defaults.resolved(config_of(arms[0]))
     facts = run.environment(torch.device("cpu"))
     lines = [
         "# Scaling: more processes at equal batch",

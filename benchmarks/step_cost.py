@@ -23,18 +23,22 @@ from pathlib import Path
 
 import torch
 
-from protoclip import build, demo, run
+from protoclip.cli import demo
 from protoclip.config import Config, ImageTowerConfig, ModelConfig
-from protoclip.data.episodes import Episode
+from protoclip.data import sources
 from protoclip.data.loader import Batch
 from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.features import ExtractedFeatures, QueuedFeatures
-from protoclip.losses import objective
+from protoclip.data.sampler import Episode
+from protoclip.distributed import collectives
+from protoclip.losses.objective import objective
+from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.progress import Progress
-from protoclip.train.precision import resolve
-from protoclip.train.state import TrainState
-from protoclip.train.trainer import Grouping, Trainer
+from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
+from protoclip.training import build, run
+from protoclip.training.precision import resolve
+from protoclip.training.state import TrainState
+from protoclip.training.trainer import Grouping, Trainer
 
 COUNTED = 2
 PARTS = ("extract", "cluster", "back_translate", "data", "loss")
@@ -112,7 +116,7 @@ def episode_seconds(
     config = replace(
         config, episodes=replace(config.episodes, count=1 + COUNTED, warm_up=1, locked_image=0)
     )
-    device = build.device(config.run.device)
+    device = collectives.device(config.run.device)
     parts: dict[str, list[float]] = defaultdict(list)
     ends: list[float] = []
 
@@ -131,7 +135,7 @@ def episode_seconds(
 
     trainer = build.trainer(
         config,
-        model=build.place(build.model(config.model, seed=0), device),
+        model=loading.place(loading.model(config.model, seed=0), device),
         samples=samples,
         precision=resolve(config.run.precision, device),
         log=log,
@@ -193,7 +197,7 @@ def measure(case: str, repeats: int) -> list[str]:
     """The table of one case."""
     configs = arms(case)
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in configs}
-    samples = build.pairs(configs["CLIP"])
+    samples = sources.pairs(configs["CLIP"])
     progress = Progress(f"benchmark: step cost, {case}", repeats * len(configs))
     for repeat in range(repeats):
         for number, (name, config) in enumerate(configs.items()):
@@ -201,7 +205,7 @@ def measure(case: str, repeats: int) -> list[str]:
                 seconds[name][part] += values
             progress.update(repeat * len(configs) + number + 1, name)
     config = configs["CLIP"]
-    device = build.device(config.run.device)
+    device = collectives.device(config.run.device)
     facts = run.environment(device)
     lines = [
         f"## {case}",
@@ -233,7 +237,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
-    default = ["demo", "vit", "rn50"] if build.device("auto").type == "cuda" else ["demo", "vit"]
+    default = (
+        ["demo", "vit", "rn50"] if collectives.device("auto").type == "cuda" else ["demo", "vit"]
+    )
     lines = ["# Step cost: ProtoCLIP over CLIP at equal samples", ""]
     for case in arguments.case or default:
         lines += measure(case, arguments.repeats)

@@ -14,9 +14,9 @@ import sys
 
 import torch
 
-from protoclip import build, report
-from protoclip.evals import datasets, paired, suite
-from protoclip.evals.linear_probe import REGULARISATIONS, fit_linear_probes
+from protoclip.evaluation import compare, datasets, paired, suite
+from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
+from protoclip.models import loading
 from protoclip.progress import Progress
 
 SPLITS = ("train", "validation", "test")
@@ -25,10 +25,10 @@ SPLITS = ("train", "validation", "test")
 def accuracies(folder: str) -> dict[str, list[float]]:
     """Percent right by split and strength."""
     data = datasets.emoji()
-    model, view, tokenizer = build.load(folder)
+    model, transform, tokenizer = loading.load(folder)
     features = suite.extract(
         model,
-        view,
+        transform,
         tokenizer,
         data,
         split="test",
@@ -55,7 +55,7 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     interval = paired.t_interval(found) if len(found) > 1 else None
     beyond = interval is not None and not interval[0] <= 0 <= interval[1]
     facts = {"mean": statistics.mean(found), "interval": interval, "beyond": beyond}
-    return "<br>" + report.interval_text(facts, scale=1.0, digits=1)
+    return "<br>" + compare.interval_text(facts, scale=1.0, digits=1)
 
 
 def cell(values: list[float]) -> str:
@@ -79,7 +79,7 @@ def main() -> None:
     for number, strength in enumerate(REGULARISATIONS):
         cells = [cell([r[s][number] for r in found[arm]]) for arm in arms for s in SPLITS[1:]]
         print(f"| {strength:.0e} | " + " | ".join(cells) + " |")
-    seeds = {arm: [report.read_results(run)["seed"] for run in runs] for arm, runs in arms.items()}
+    seeds = {arm: [compare.read_results(run)["seed"] for run in runs] for arm, runs in arms.items()}
     for title in ("each run's best on validation", "the arm's best on validation"):
         cells = []
         firsts: dict[str, dict[int, float]] = {}

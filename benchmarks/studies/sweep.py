@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from protoclip import demo, report
+from protoclip.cli import demo
+from protoclip.evaluation import compare
 from protoclip.progress import Progress
 
 TEACHER = {"teacher.features": "emoji", "loss.teacher": 2.0}
@@ -38,7 +39,7 @@ STUDIES: dict[str, dict[str, Mapping[str, object]]] = {
         for arm, settings in {"CLIP": CLIP, "ProtoCLIP": {}, "teacher": TEACHER}.items()
     },
     "heads": {
-        f"heads at {scale} of the rate": {**TEACHER, "optim.heads_scale": scale}
+        f"heads at {scale} of the rate": {**TEACHER, "optim.heads_lr_scale": scale}
         for scale in (1.0, 0.1, 0.01, 0.001)
     },
     "number": {
@@ -107,16 +108,16 @@ def measure(arm: str, settings: Mapping[str, object], seed: int, split: str) -> 
         )
         found.write_text(done.stdout, encoding="utf-8")
     return {
-        **report.read_results(folder),
+        **compare.read_results(folder),
         "name": arm,
         "metrics": json.loads(found.read_text(encoding="utf-8"))["metrics"],
-        "samples": report.samples_of(folder, split),
+        "samples": compare.samples_of(folder, split),
     }
 
 
 def cell(value: Mapping[str, Any]) -> str:
     """Percent, and the difference to the first arm."""
-    return report.cell(value, scale=100.0, digits=1).replace("\n", "<br>")
+    return compare.cell(value, scale=100.0, digits=1).replace("\n", "<br>")
 
 
 def main() -> None:
@@ -137,7 +138,7 @@ def main() -> None:
             progress.update(done, arm)
     print(f"| {arguments.split}, seeds {arguments.seeds} | " + " | ".join(SHOWN) + " | seconds |")
     print("|---" * (len(SHOWN) + 2) + "|")
-    for entry in report.compare(runs):
+    for entry in compare.compare(runs):
         cells = [cell(entry["metrics"][f"eval/emoji/{metric}"]) for metric in SHOWN.values()]
         seconds = entry["train_seconds"]["mean"]
         print(f"| {entry['name']} | " + " | ".join(cells) + f" | {seconds:.0f} |")

@@ -17,7 +17,7 @@ from typing import Any
 
 from sweep import CLIP, TEACHER, cell, measure
 
-from protoclip import report
+from protoclip.evaluation import compare
 from protoclip.progress import Progress
 
 EPISODES = 35
@@ -89,7 +89,7 @@ def main() -> None:
         for done, ((arm, _), result) in enumerate(zip(tasks, waiting, strict=True), 1):
             found[arm].append(result.result())
             progress.update(done, arm)
-    compared = report.compare([run for runs in found.values() for run in runs])
+    compared = compare.compare([run for runs in found.values() for run in runs])
     clip = found.pop("CLIP")
     whole = mean(clip, "seconds")
     print("| validation | wall clock / CLIP's | " + " | ".join(METRICS) + " |")

@@ -5,11 +5,13 @@ The public API is what this file lists.
 
 __version__ = "0.1.0"
 
-from protoclip.build import load
-from protoclip.clustering import kmeans
-from protoclip.losses import info_nce, objective, prototypical_loss
+from protoclip.losses.info_nce import info_nce
+from protoclip.losses.objective import objective
+from protoclip.losses.prototypical import prototypical_loss
+from protoclip.models.loading import load
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
-from protoclip.prototypes import Prototypes, PrototypeTarget, back_translate
+from protoclip.prototypes.kmeans import kmeans
+from protoclip.prototypes.targets import Prototypes, PrototypeTarget, back_translate
 
 __all__ = [
     "Embeddings",

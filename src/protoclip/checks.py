@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 from protoclip.config import Config, DataConfig
-from protoclip.evals.suite import metric_names
+from protoclip.evaluation.suite import metric_names
 
 # What a number may be at least and at most, by its setting. Upper limits only catch slips of the
 # finger: no data and no machine of today needs as much.
@@ -29,7 +29,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "run.keep_checkpoints": COUNTS,
     "run.evaluate_every": COUNTS_OR_NONE,
     "data.sources.weight": ANY_POSITIVE,
-    "data.shuffle": COUNTS,
+    "data.shuffle_buffer": COUNTS,
     "data.workers": (0, 4096),
     "data.cache_gb": (ABOVE_0, 1e6),
     "data.max_image_pixels": (1, 2**40),
@@ -67,9 +67,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "loss.prototypical": ANY_OR_NONE,
     "loss.teacher": ANY_OR_NONE,
     "optim.learning_rate": ANY_POSITIVE,
-    "optim.image_scale": ANY_POSITIVE,
-    "optim.text_scale": ANY_POSITIVE,
-    "optim.heads_scale": ANY_POSITIVE,
+    "optim.image_lr_scale": ANY_POSITIVE,
+    "optim.text_lr_scale": ANY_POSITIVE,
+    "optim.heads_lr_scale": ANY_POSITIVE,
     "optim.warm_up_steps": COUNTS_OR_NONE,
     "optim.locked_learning_rate": ANY_OR_NONE,
     "optim.locked_warm_up_steps": COUNTS_OR_NONE,
@@ -216,7 +216,7 @@ def check_sources(data: DataConfig) -> None:
 
 
 def check_teachers(config: Config) -> None:
-    """Reject several teachers that cannot be told apart, or that leave out what makes one."""
+    """Reject several teachers that cannot be told no_sync, or that leave out what makes one."""
     if config.teachers and config.teacher.features is not None:
         raise ValueError("teachers: take the place of teacher; leave one of them out")
     names = [teacher.name for teacher in config.teachers]
@@ -257,8 +257,8 @@ def without_effect(config: Config) -> list[str]:
         notes.append("loss.teacher: no effect without teacher.features")
     if not config.uses_prototypes and config.episodes.warm_up != default.episodes.warm_up:
         notes.append("episodes.warm_up: no effect, since no loss uses prototypes")
-    if not config.uses_prototypes and config.optim.heads_scale != default.optim.heads_scale:
-        notes.append("optim.heads_scale: no effect, since no loss uses prototypes")
+    if not config.uses_prototypes and config.optim.heads_lr_scale != default.optim.heads_lr_scale:
+        notes.append("optim.heads_lr_scale: no effect, since no loss uses prototypes")
     if config.model.name and config.model.image.name != default.model.image.name:
         notes.append(f"model.image.name: no effect, since model.name is {config.model.name}")
     text = replace(config.model.text, context_length=None)

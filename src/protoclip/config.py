@@ -84,10 +84,10 @@ class DataConfig:
     below (`/` for anywhere); the table's own folder if unset."""
     read: Literal["auto", "indexed", "streaming"] = "auto"
     """How tar shards are read: in any order, or as a stream. `auto`: local ones are indexed."""
-    shuffle: int = 4096
+    shuffle_buffer: int = 4096
     """Samples that a stream shuffles among each other."""
     augmentation: Literal["light", "clip"] = "light"
-    """Training view: `light` (the paper's for ProtoCLIP) or `clip` (a crop and nothing else)."""
+    """Training transform: `light` (the paper's for ProtoCLIP) or `clip` (a crop and nothing else)."""
     workers: int = 0
     """Processes that decode pictures; 0 decodes in the training process. Changes no result."""
     cache: Literal["ram", "disk", "none"] = "ram"
@@ -202,7 +202,7 @@ class PrototypeConfig:
     """Samples in the queue; `episodes.size` if unset."""
     number: int = 400
     """Prototypes per modality, at most the episode size."""
-    start: Literal["spread", "random"] = "spread"
+    init: Literal["k-means++", "random"] = "k-means++"
     """Where K-means starts: `spread` out over the data, or from `random` samples. The reference
     takes the best of 3 random starts, 20 iterations each; a spread one gets there in 6."""
     iterations: int = 6
@@ -255,11 +255,11 @@ class OptimConfig:
     learning_rate: float | None = None
     """Peak learning rate. Unset: 2e-3 for the small towers; for a named model 5e-4 from a batch of
     512 on, and in proportion below."""
-    image_scale: float = 1.0
+    image_lr_scale: float = 1.0
     """Factor to the image tower's learning rate."""
-    text_scale: float = 1.0
+    text_lr_scale: float = 1.0
     """Factor to the text tower's learning rate."""
-    heads_scale: float = 0.01
+    heads_lr_scale: float = 0.01
     """Factor to the projection heads' learning rate. Slow heads leave grouping to the towers, and
     keep an episode's prototypes valid to its end."""
     warm_up_steps: int | None = None

@@ -26,17 +26,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip import build, distributed
 from protoclip.checks import check
-from protoclip.config import Config, DataConfig, EpisodeConfig, ParallelConfig, SourceConfig
-from protoclip.data import packing
-from protoclip.data.bundled import emoji_table
+from protoclip.config import (
+    Config,
+    DataConfig,
+    EpisodeConfig,
+    ParallelConfig,
+    SourceConfig,
+)
+from protoclip.data import pack, sources
+from protoclip.data.emoji import emoji_table
 from protoclip.data.pairs import ImageTextPairs, Pairs
-from protoclip.evals import datasets
-from protoclip.run import train
-from protoclip.session import Session
+from protoclip.distributed import collectives
+from protoclip.evaluation import datasets
+from protoclip.models import loading
 from protoclip.testing import run_distributed, tiny_config
-from protoclip.train.checkpoint import find_checkpoint, read_tensors
+from protoclip.training.checkpoint import find_checkpoint, read_tensors
+from protoclip.training.run import train
+from protoclip.training.session import Session
 
 FEATURES = {
     "source": ("csv", "parquet", "folder", "shards", "stream", "emoji"),
@@ -155,7 +162,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture.with_suffix(".txt").write_text(row["caption"])
             lines.append(f"{source}/{picture.name},{row['caption']},{row['sample_id']}")
         (top / f"{source}.csv").write_text("\n".join(lines) + "\n")
-        packing.pack(ImageTextPairs(table, name=source), top / f"{source}-tar", samples_per_shard=8)
+        pack.pack(ImageTextPairs(table, name=source), top / f"{source}-tar", samples_per_shard=8)
     return top
 
 
@@ -198,7 +205,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
         data=DataConfig(
             **({"sources": mixed} if row["mixture"] == "yes" else {"train": one}),
             read="streaming" if row["source"] == "stream" else "auto",
-            shuffle=20,
+            shuffle_buffer=20,
             cache=row["cache"],
             cache_folder=str(data / "cache"),
             workers=row["workers"],
@@ -235,7 +242,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
 
 def write_teacher(config: Config, path: Path) -> None:
     """Features that follow from a sample's id, of all samples but every seventh."""
-    samples = build.pairs(config)
+    samples = sources.pairs(config)
     if isinstance(samples, Pairs):
         ids = list(samples.sample_ids())
     else:
@@ -282,7 +289,7 @@ def signalling(step: int) -> Any:
 
     def and_signal(session: Session, state: Any, stage: Any) -> None:
         on_step(session, state, stage)
-        if state.step == step and distributed.rank() == distributed.world_size() - 1:
+        if state.step == step and collectives.rank() == collectives.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return and_signal
@@ -330,7 +337,7 @@ def test_a_run_ends_as_its_plain_twin(row: Row, data: Path, tmp_path: Path) -> N
             assert [k for k in weights if not torch.equal(weights[k], expected[k])] == []
             assert metrics == scores
         else:
-            start = build.model(config.model, seed=config.run.seed).state_dict()
+            start = loading.model(config.model, seed=config.run.seed).state_dict()
             far = distance(weights, expected) / distance(expected, start)
             assert far < 0.05
             assert metrics == pytest.approx(scores, abs=0.1)

@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from protoclip import distributed
+from protoclip.distributed import collectives
 from protoclip.testing import run_distributed
 
 
 def collect(rank_rows: list[int]) -> dict[str, object]:
-    rank = distributed.rank()
+    rank = collectives.rank()
     rows = torch.full((rank_rows[rank], 2), float(rank))
     return {
-        "gathered": distributed.gathered(rows)[:, 0].tolist(),
-        "sum": distributed.reduced(torch.tensor([rank + 1.0, 1.0])).tolist(),
-        "max": distributed.reduced(torch.tensor([rank]), "max").tolist(),
-        "min": distributed.reduced(torch.tensor([rank]), "min").tolist(),
-        "any": distributed.any_of([rank == 1, False]),
-        "objects": distributed.objects_of_all({"rank": rank}),
+        "gathered": collectives.all_gather(rows)[:, 0].tolist(),
+        "sum": collectives.all_reduce(torch.tensor([rank + 1.0, 1.0])).tolist(),
+        "max": collectives.all_reduce(torch.tensor([rank]), "max").tolist(),
+        "min": collectives.all_reduce(torch.tensor([rank]), "min").tolist(),
+        "any": collectives.any_rank([rank == 1, False]),
+        "objects": collectives.all_gather_object({"rank": rank}),
     }
 
 
@@ -41,14 +41,14 @@ def test_one_process_needs_no_group() -> None:
     found = run_distributed(collect, 1, [3])[0]
     assert found["gathered"] == [0.0, 0.0, 0.0]
     assert found["any"] == [False, False]
-    assert distributed.rank() == 0
-    assert distributed.world_size() == 1
+    assert collectives.rank() == 0
+    assert collectives.world_size() == 1
 
 
 def weighted_sum_of_all() -> tuple[torch.Tensor, torch.Tensor]:
-    rank = distributed.rank()
+    rank = collectives.rank()
     rows = torch.arange(4.0).reshape(2, 2).add(10 * rank).requires_grad_()
-    everything = distributed.gathered_with_gradient(rows)
+    everything = collectives.all_gather_with_gradient(rows)
     # Each process weighs the rows in its own way, so a row's gradient needs all of them.
     weights = torch.arange(float(everything.numel())).reshape(everything.shape) * (rank + 1)
     (everything * weights).sum().backward()
@@ -68,16 +68,16 @@ def raised(which: str) -> tuple[str, str]:
     """The class and message of what is raised in this process, where one or all fail."""
 
     def inner() -> None:
-        if which == "all" or (distributed.rank() == 1 and which != "first"):
-            raise ValueError(f"rank {distributed.rank()}")
+        if which == "all" or (collectives.rank() == 1 and which != "first"):
+            raise ValueError(f"rank {collectives.rank()}")
 
     def outer() -> None:
-        distributed.agreed(inner)
+        collectives.raise_on_all_ranks(inner)
 
     try:
         if which == "first":
-            distributed.of_first(lambda: [][1])
-        distributed.agreed(outer if which == "nested" else inner)
+            collectives.rank0_first(lambda: [][1])
+        collectives.raise_on_all_ranks(outer if which == "nested" else inner)
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing", ""
@@ -86,9 +86,9 @@ def raised(which: str) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("which", "expected"),
     [
-        ("second", [("RaisedElsewhere", "rank 1"), ("ValueError", "rank 1")]),
-        ("all", [("ValueError", "rank 0"), ("RaisedElsewhere", "rank 0")]),
-        ("nested", [("RaisedElsewhere", "rank 1"), ("ValueError", "rank 1")]),
+        ("second", [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]),
+        ("all", [("ValueError", "rank 0"), ("RaisedOnAnotherRank", "rank 0")]),
+        ("nested", [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]),
         (
             "first",
             [
@@ -114,7 +114,7 @@ def test_what_one_process_raises_all_raise(which: str, expected: list[tuple[str,
 )
 def test_the_first_host_of_slurm_is_found(nodes: str, host: str) -> None:
     """As `scontrol show hostnames` would list first."""
-    assert distributed.first_host(nodes) == host
+    assert collectives.first_host(nodes) == host
 
 
 def test_launchers_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +122,10 @@ def test_launchers_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert distributed.launched() == (0, 1, 0)
+    assert collectives.launched() == (0, 1, 0)
     for name, value in {"STEP_NUM_TASKS": "8", "PROCID": "5", "LOCALID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert distributed.launched() == (5, 8, 1)
+    assert collectives.launched() == (5, 8, 1)
     for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.launched() == (2, 4, 0)
+    assert collectives.launched() == (2, 4, 0)

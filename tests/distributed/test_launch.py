@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protoclip.train.checkpoint import checkpoints, read_tensors
+from protoclip.training.checkpoint import checkpoints, read_tensors
 
 pytestmark = pytest.mark.slow
 

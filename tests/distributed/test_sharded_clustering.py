@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from protoclip import distributed
-from protoclip.clustering import KMeans, kmeans
-from protoclip.clustering.reduced import is_fast
+from protoclip.distributed import collectives
+from protoclip.prototypes.kmeans import KMeans, kmeans
+from protoclip.prototypes.reduced import is_fast
 from protoclip.testing import run_distributed
 
 Owners = Callable[[int, int], torch.Tensor]
@@ -29,7 +29,7 @@ def skewed(rows: int, world_size: int) -> torch.Tensor:
 
 def part(rows: int, owners: torch.Tensor) -> torch.Tensor:
     """This process's rows, in an order of their own."""
-    mine = torch.nonzero(owners == distributed.rank()).flatten()
+    mine = torch.nonzero(owners == collectives.rank()).flatten()
     return mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(1))]
 
 
@@ -105,7 +105,7 @@ def test_processes_stop_together_when_nothing_moves(
     assert_equal(ours, kmeans(features, **settings), 1e-9)
 
 
-@pytest.mark.parametrize("start", ["spread", "random"])
+@pytest.mark.parametrize("start", ["k-means++", "random"])
 @pytest.mark.parametrize("owners", [interleaved, skewed])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_rows_to_start_from_are_those_of_one_process(
@@ -163,7 +163,7 @@ def test_empty_clusters_are_refilled_from_any_process(world_size: int, owners: O
     assert_equal(ours, kmeans(features, **settings), 1e-9)
 
 
-@pytest.mark.parametrize("start", ["spread", "random"])
+@pytest.mark.parametrize("start", ["k-means++", "random"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_fewer_distinct_rows_than_clusters(world_size: int, start: str) -> None:
     """Copies cannot be split, also when they are in several processes: the same stay empty."""
@@ -192,7 +192,7 @@ def test_one_process_with_positions_sorts_its_rows(
 
 def exchanged_shapes(features: torch.Tensor, owners: torch.Tensor, settings: dict) -> list:
     shapes: list[tuple[str, torch.Size]] = []
-    gathered, reduced = distributed.gathered, distributed.reduced
+    gathered, reduced = collectives.all_gather, collectives.all_reduce
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
         shapes.append(("gathered", rows.shape))
@@ -202,11 +202,11 @@ def exchanged_shapes(features: torch.Tensor, owners: torch.Tensor, settings: dic
         shapes.append(("reduced", values.shape))
         return reduced(values, *operation)
 
-    distributed.gathered, distributed.reduced = gather, reduce
+    collectives.all_gather, collectives.all_reduce = gather, reduce
     try:
         cluster_share(features, owners, settings)
     finally:
-        distributed.gathered, distributed.reduced = gathered, reduced
+        collectives.all_gather, collectives.all_reduce = gathered, reduced
     return shapes
 
 
@@ -223,7 +223,7 @@ def test_rows_stay_in_their_process(generator: torch.Generator) -> None:
 
 
 def plain_call(features: torch.Tensor) -> KMeans:
-    return kmeans(features[: 10 + distributed.rank()], 3, iterations=2, seed=distributed.rank())
+    return kmeans(features[: 10 + collectives.rank()], 3, iterations=2, seed=collectives.rank())
 
 
 def test_without_positions_a_process_clusters_its_own_rows(generator: torch.Generator) -> None:
@@ -236,7 +236,7 @@ def test_without_positions_a_process_clusters_its_own_rows(generator: torch.Gene
 
 def refusal(first: dict, others: dict) -> tuple[str, list[int]]:
     """What this process raises, and whether the group still works."""
-    rank = distributed.rank()
+    rank = collectives.rank()
     arguments = {
         "features": torch.ones(5, 4),
         "num_clusters": 3,
@@ -250,7 +250,7 @@ def refusal(first: dict, others: dict) -> tuple[str, list[int]]:
         message = "nothing"
     except Exception as error:
         message = str(error)
-    return message, distributed.gathered(torch.tensor([rank])).tolist()
+    return message, collectives.all_gather(torch.tensor([rank])).tolist()
 
 
 NAN = torch.full((5, 4), float("nan"))

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.embed import embed
-from protoclip.encoders import TextEncoder
-from protoclip.teachers import read_teacher
+from protoclip.teachers.embed import embed
+from protoclip.teachers.encode import TextEncoder
+from protoclip.teachers.store import read_teacher
 from protoclip.testing import run_distributed
 
 WIDTH, SAMPLES = 12, 47

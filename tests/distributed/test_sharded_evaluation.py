@@ -14,17 +14,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from protoclip import build, distributed, session
 from protoclip.config import ParallelConfig
-from protoclip.data.bundled import emoji_table
+from protoclip.data.emoji import emoji_table
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.evals import datasets, suite
-from protoclip.evals.datasets import EvaluationData
-from protoclip.evals.suite import SuiteFeatures
+from protoclip.distributed import collectives
+from protoclip.distributed.parallel import shard, spread
+from protoclip.evaluation import datasets, suite
+from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.suite import SuiteFeatures
+from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.run import train
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
-from protoclip.train.parallel import shard, spread
+from protoclip.training import session
+from protoclip.training.run import train
 
 # Batches of 8: 8 of the training pictures, 3 and 5 of the others; 2 of the captions, 1 of the
 # classes, which leaves some of four processes without one.
@@ -67,7 +69,7 @@ class TinyModel(nn.Module):
         return F.normalize(self.text_tower(tokens), dim=1)
 
 
-def view(image: Image.Image) -> Tensor:
+def transform(image: Image.Image) -> Tensor:
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(24, 24, 3).permute(2, 0, 1).float() / 255
 
@@ -79,7 +81,7 @@ def tokens(texts: list[str]) -> Tensor:
 def extract() -> SuiteFeatures:
     return suite.extract(
         TinyModel().eval(),
-        view,
+        transform,
         tokens,
         tiny_data(),
         split="test",
@@ -92,7 +94,7 @@ def extract() -> SuiteFeatures:
 def evaluate(model: nn.Module | None = None, **settings: Any) -> dict[str, float]:
     return suite.evaluate(
         model or TinyModel(),
-        view,
+        transform,
         tokens,
         tiny_data(),
         device="cpu",
@@ -156,7 +158,7 @@ def evaluate_what_fails_in_one_process() -> tuple[str, list[int]]:
         evaluate(LastBatchFails())
     except ValueError as error:
         message = str(error)
-    return message, distributed.objects_of_all(distributed.rank())
+    return message, collectives.all_gather_object(collectives.rank())
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -202,9 +204,9 @@ def fail_in_one_metric(which: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("which", "kind", "message"),
     [
-        ("value", "RaisedElsewhere", "one line"),
+        ("value", "RaisedOnAnotherRank", "one line"),
         ("memory", "RuntimeError", "CUDA out of memory. Tried to allocate 2 GiB"),
-        ("file", "RaisedElsewhere", "[Errno 2] No such file or directory: 'picture.png'"),
+        ("file", "RaisedOnAnotherRank", "[Errno 2] No such file or directory: 'picture.png'"),
         ("other", "RuntimeError", "Unsendable: thing number 7"),
     ],
 )
@@ -223,11 +225,11 @@ def sharded_model() -> ProtoCLIP:
     """A tiny model, of which each of several processes has a part."""
     torch.manual_seed(0)
     whole = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         return whole
     model = copy.deepcopy(whole)
     shard(model, torch.device("cpu"))
-    spread(model, whole if distributed.rank() == 0 else None)
+    spread(model, whole if collectives.rank() == 0 else None)
     return model
 
 
@@ -333,7 +335,7 @@ def test_a_run_evaluates_as_one_process_does(
     """During training, which goes on after it, and at the end, as its checkpoint scores alone."""
     out = str(tmp_path / "run")
     answers = run_distributed(trained, world_size, strategy, out)
-    model, image_transform, tokenizer = build.load(out)
+    model, image_transform, tokenizer = loading.load(out)
     alone = with_few_emoji(
         lambda: session.evaluate(model, image_transform, tokenizer, split="test", show=False)
     )

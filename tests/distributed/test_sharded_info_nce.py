@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip import distributed
-from protoclip.losses import instance, sharded_info_nce, tiles
+from protoclip.distributed import collectives
+from protoclip.losses import info_nce as instance
+from protoclip.losses import tiles
+from protoclip.losses.info_nce import sharded_info_nce
 from protoclip.testing import run_distributed
 
 PAIRS, WIDTH = 20, 6
@@ -24,9 +26,9 @@ def slow(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 def part_of(images: Tensor, texts: Tensor, scale: Tensor, tiled_above: int) -> list[Tensor]:
     """The mean of all processes' losses, and that of gradients of features and scale."""
-    world_size = distributed.world_size()
+    world_size = collectives.world_size()
     share = PAIRS // world_size
-    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    own = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
     leaves = [value.clone().requires_grad_() for value in (images[own], texts[own], scale)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(instance, "TILED_ABOVE", tiled_above)
@@ -36,10 +38,10 @@ def part_of(images: Tensor, texts: Tensor, scale: Tensor, tiled_above: int) -> l
         loss.backward()
     to_images, to_texts, to_scale = (leaf.grad for leaf in leaves)
     sums = [
-        distributed.reduced(loss.detach()),
-        distributed.gathered(to_images),
-        distributed.gathered(to_texts),
-        distributed.reduced(to_scale),
+        collectives.all_reduce(loss.detach()),
+        collectives.all_gather(to_images),
+        collectives.all_gather(to_texts),
+        collectives.all_reduce(to_scale),
     ]
     return [value / world_size for value in sums]
 

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip import back_translate, distributed
-from protoclip.clustering import KMeans, kmeans
-from protoclip.prototypes import Prototypes, PrototypeTarget, build_targets, group
+from protoclip import back_translate
+from protoclip.distributed import collectives
+from protoclip.prototypes.kmeans import KMeans, kmeans
+from protoclip.prototypes.targets import (
+    Prototypes,
+    PrototypeTarget,
+    build_targets,
+    group,
+)
 from protoclip.testing import run_distributed
 
 SAMPLES = 120
@@ -22,7 +28,7 @@ def owners(world_size: int, *, last_is_empty: bool = False) -> Tensor:
 
 def own(owner: Tensor) -> Tensor:
     """Positions of this process's samples, in an order of their own."""
-    mine = torch.nonzero(owner == distributed.rank()).flatten()
+    mine = torch.nonzero(owner == collectives.rank()).flatten()
     return mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(3))]
 
 
@@ -125,7 +131,7 @@ def test_back_translation_is_the_mean_over_all_processes(
 
 
 def translated_locally(features: Tensor) -> Tensor:
-    mine = features[distributed.rank() :]
+    mine = features[collectives.rank() :]
     return back_translate(torch.zeros(len(mine), dtype=torch.long), mine, 1)
 
 
@@ -138,7 +144,7 @@ def test_back_translation_is_of_the_given_rows_unless_sharded(generator: torch.G
 
 def refusals() -> tuple[list[str], list[int]]:
     """What this process raises in turn, and whether the group still works."""
-    rank = distributed.rank()
+    rank = collectives.rank()
     rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(5) + 5 * rank
     calls = [
@@ -154,7 +160,7 @@ def refusals() -> tuple[list[str], list[int]]:
             messages.append("nothing")
         except ValueError as error:
             messages.append(str(error))
-    return messages, distributed.gathered(torch.tensor([rank])).tolist()
+    return messages, collectives.all_gather(torch.tensor([rank])).tolist()
 
 
 def test_what_one_process_refuses_all_refuse() -> None:

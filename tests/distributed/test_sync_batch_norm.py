@@ -7,9 +7,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from protoclip import build, distributed
 from protoclip.config import ParallelConfig
-from protoclip.models.sync_batch_norm import SyncBatchNorm, has_own_statistics, synchronise
+from protoclip.distributed import collectives
+from protoclip.models import loading
+from protoclip.models.batch_norm import SyncBatchNorm, has_own_statistics, synchronise
 from protoclip.testing import run_distributed, tiny_config
 
 
@@ -52,17 +53,17 @@ def through_tower(images: Tensor, converted: bool) -> dict[str, Tensor]:
     tower = timm.create_model("mobilenetv3_small_050", num_classes=0).double()
     if converted:
         synchronise(tower)
-    share = len(images) // distributed.world_size()
-    own = images[distributed.rank() * share :][:share].clone().requires_grad_()
+    share = len(images) // collectives.world_size()
+    own = images[collectives.rank() * share :][:share].clone().requires_grad_()
     output = tower(own)
     output.square().sum().backward()
     with torch.no_grad():
         evaluated = tower.eval()(own)
     return {
-        "output": distributed.gathered(output.detach()),
-        "evaluated": distributed.gathered(evaluated),
-        "input's gradient": distributed.gathered(own.grad),
-        **{n: distributed.reduced(p.grad) for n, p in tower.named_parameters()},
+        "output": collectives.all_gather(output.detach()),
+        "evaluated": collectives.all_gather(evaluated),
+        "input's gradient": collectives.all_gather(own.grad),
+        **{n: collectives.all_reduce(p.grad) for n, p in tower.named_parameters()},
         **{n: b for n, b in tower.named_buffers() if "running" in n},
     }
 
@@ -85,7 +86,7 @@ def notes(name: str, parallel: ParallelConfig) -> list[str]:
     config = tiny_config(out="unused")
     image = replace(config.model.image, name=name, size=48)
     config = replace(config, model=replace(config.model, image=image), parallel=parallel)
-    return build.parallelise(config, build.model(config.model, seed=0))
+    return loading.parallelise(config, loading.model(config.model, seed=0))
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip import build, distributed
-from protoclip.build import models
 from protoclip.config import Config, ImageTowerConfig, ParallelConfig
-from protoclip.grad_cache import forward_in_chunks
-from protoclip.losses import LossWeights, objective, prepare_targets
-from protoclip.models import sync_batch_norm
-from protoclip.prototypes import PrototypeTarget
-from protoclip.run import train
-from protoclip.session import Session
+from protoclip.distributed import collectives, parallel
+from protoclip.distributed.parallel import distribute, no_sync, reach_everything
+from protoclip.losses.grad_cache import forward_in_chunks
+from protoclip.losses.objective import LossWeights, objective
+from protoclip.losses.prototypical import prepare_targets
+from protoclip.models import batch_norm, loading
+from protoclip.prototypes.targets import PrototypeTarget
 from protoclip.testing import run_distributed, tiny_config, tiny_model
-from protoclip.train import parallel
-from protoclip.train.checkpoint import find_checkpoint, read_tensors
-from protoclip.train.parallel import apart, distribute, reach_everything
-from protoclip.train.stages import PROTOTYPICAL, enter_stage
+from protoclip.training.checkpoint import find_checkpoint, read_tensors
+from protoclip.training.run import train
+from protoclip.training.session import Session
+from protoclip.training.stages import PROTOTYPICAL, enter_stage
 
 PAIRS, PROTOTYPES, WIDTH = 16, 6, 8
 
@@ -49,11 +48,11 @@ def whole_batch() -> dict[str, Tensor]:
 
 def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a batch whose rows are shared among the processes of the group."""
-    model = build.model(tiny_model(), seed=0).double()
-    sync_batch_norm.synchronise(model)
+    model = loading.model(tiny_model(), seed=0).double()
+    batch_norm.synchronise(model)
     enter_stage(model, PROTOTYPICAL)
-    share = PAIRS // distributed.world_size()
-    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    share = PAIRS // collectives.world_size()
+    own = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
     batch = {name: rows[own] for name, rows in whole_batch().items()}
     generator = torch.Generator().manual_seed(5)
     targets = {
@@ -81,7 +80,9 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
                 batch["image"].split(micro_batch), batch["text"].split(micro_batch), strict=True
             )
         ]
-        embeddings, finish = forward_in_chunks(chunks, buffers=model.buffers(), apart=apart(module))
+        embeddings, finish = forward_in_chunks(
+            chunks, buffers=model.buffers(), no_sync=no_sync(module)
+        )
     losses, _ = objective(
         embeddings,
         prepared or None,
@@ -91,7 +92,7 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
     total = torch.stack(list(losses.values())).sum()
     (total + reach_everything(embeddings)).backward()
     finish()
-    mean = distributed.reduced(total.detach()) / distributed.world_size()
+    mean = collectives.all_reduce(total.detach()) / collectives.world_size()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return float(mean), found
 
@@ -136,17 +137,17 @@ def test_accumulated_gradients_are_the_same_in_any_number_of_processes(world_siz
 
 
 def frozen_statistics(micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
-    forward = sync_batch_norm.SyncBatchNorm.forward
+    forward = batch_norm.SyncBatchNorm.forward
     plain = torch.nn.functional.batch_norm
 
     def evaluated(self: Any, rows: Tensor) -> Tensor:
         return plain(rows, self.running_mean, self.running_var, self.weight, self.bias)
 
-    sync_batch_norm.SyncBatchNorm.forward = evaluated  # type: ignore[method-assign]
+    batch_norm.SyncBatchNorm.forward = evaluated  # type: ignore[method-assign]
     try:
         return gradients(TERMS["all"], micro_batch)
     finally:
-        sync_batch_norm.SyncBatchNorm.forward = forward  # type: ignore[method-assign]
+        batch_norm.SyncBatchNorm.forward = forward  # type: ignore[method-assign]
 
 
 def assert_near(found: Tensor, expected: Tensor, name: str, share: float) -> None:
@@ -187,7 +188,7 @@ def test_a_short_run_ends_with_the_weights_of_one_process(
     digits; and AdamW divides by the gradient's size, so a large epsilon keeps rounding small.
     """
     whole = changed(tiny_config(out=str(tmp_path / "one")), WAYS[way])
-    start = build.model(whole.model, seed=whole.run.seed).state_dict()
+    start = loading.model(whole.model, seed=whole.run.seed).state_dict()
     expected = run_distributed(trained, 1, whole, str(tmp_path / "one"))[0]
     found = run_distributed(trained, world_size, whole, str(tmp_path / "many"))
     for weights in found:
@@ -230,7 +231,7 @@ def interrupted(config: Config, out: str, step: int) -> None:
 
     def and_signal(session: Session, state: Any, stage: Any) -> None:
         on_step(session, state, stage)
-        if state.step == step and distributed.rank() == distributed.world_size() - 1:
+        if state.step == step and collectives.rank() == collectives.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Session.on_step = and_signal  # type: ignore[method-assign]
@@ -269,7 +270,7 @@ def test_a_run_of_two_processes_goes_on_with_another_number(
     1e-4 of the way they went, which is what rounding makes of it."""
     config = changed(tiny_config(out=str(tmp_path)), WAYS[way])
     config = replace(config, run=replace(config.run, evaluate=False, name="many"))
-    start = build.model(config.model, seed=config.run.seed).state_dict()
+    start = loading.model(config.model, seed=config.run.seed).state_dict()
     expected = run_distributed(trained, 1, config, str(tmp_path / "whole"))[0]
     run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
     for weights in run_distributed(resumed, after, config, str(tmp_path / "parts")):
@@ -280,18 +281,18 @@ def built(
     config: Config,
 ) -> tuple[int, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Whole models made, and of the sharded one: weights, buffers, and this process's shards."""
-    made, model = [], models.model
+    made, model = [], loading.model
 
     def and_count(*given: Any, **more: Any) -> Any:
         made.append(given)
         return model(*given, **more)
 
-    models.model = and_count
+    loading.model = and_count
     try:
-        torch.manual_seed(distributed.rank())  # the state of a process has no say
-        sharded, _ = build.training_model(config, torch.device("cpu"))
+        torch.manual_seed(collectives.rank())  # the state of a process has no say
+        sharded, _ = loading.training_model(config, torch.device("cpu"))
     finally:
-        models.model = model
+        loading.model = model
     shards = {name: p.detach().to_local() for name, p in sharded.named_parameters() if p.ndim}
     return len(made), parallel.weights(sharded), dict(sharded.named_buffers()), shards
 
@@ -304,7 +305,7 @@ def test_fsdp_builds_the_model_of_one_process_in_the_first_process_alone() -> No
         model=replace(tiny_model(), image=image),
         parallel=ParallelConfig(strategy="fsdp"),
     )
-    whole = build.model(config.model, seed=config.run.seed)
+    whole = loading.model(config.model, seed=config.run.seed)
     expected, buffers = whole.state_dict(), dict(whole.named_buffers())
     assert "towers.attn_mask" in buffers.keys() - expected.keys()
     (made, first, *one), (made_by_other, second, *other) = run_distributed(built, 2, config)

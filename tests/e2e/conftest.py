@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 from interrupting import WAYS, config_for
 
-from protoclip import run
-from protoclip.data import packing
-from protoclip.data.bundled import emoji_table
+from protoclip.data import pack
+from protoclip.data.emoji import emoji_table
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.evals import datasets
+from protoclip.evaluation import datasets
 from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import run
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def few_emoji(monkeypatch: pytest.MonkeyPatch) -> datasets.EvaluationData:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny pairs as three tar shards."""
     folder = tmp_path_factory.mktemp("shards")
-    packing.pack(ImageTextPairs(tiny_pairs(), name="tiny"), folder, samples_per_shard=32)
+    pack.pack(ImageTextPairs(tiny_pairs(), name="tiny"), folder, samples_per_shard=32)
     return str(folder)
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from protoclip import run
 from protoclip.config import Config
 from protoclip.testing import tiny_config
-from protoclip.train.checkpoint import find_checkpoint
+from protoclip.training import run
+from protoclip.training.checkpoint import find_checkpoint
 
 WAYS: dict[str, dict[str, Any]] = {
     "extract": {"prototypes": {"source": "extract"}},
@@ -27,7 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "micro-batches": {"episodes": {"micro_batch_size": 8}},
     "stream": {
-        "data": {"read": "streaming", "shuffle": 20},
+        "data": {"read": "streaming", "shuffle_buffer": 20},
         "prototypes": {"source": "queue"},
     },
 }

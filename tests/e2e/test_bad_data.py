@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from protoclip import run
 from protoclip.cli import main
 from protoclip.config import Config
 from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import run
 
 GOOD = 150
 

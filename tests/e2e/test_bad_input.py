@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip import run
 from protoclip.checks import check
 from protoclip.cli import main
 from protoclip.config import PERMISSIONS
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.train.checkpoint import find_checkpoint
+from protoclip.training import run
+from protoclip.training.checkpoint import find_checkpoint
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from protoclip import build, run
 from protoclip.config import Config
-from protoclip.evals import datasets, suite
-from protoclip.evals.knn import knn_accuracy
-from protoclip.evals.linear_probe import linear_probe_accuracy
-from protoclip.session import evaluate
+from protoclip.evaluation import datasets, suite
+from protoclip.evaluation.knn import knn_accuracy
+from protoclip.evaluation.linear_probe import linear_probe_accuracy
+from protoclip.models import loading
 from protoclip.testing import tiny_config
+from protoclip.training import run
+from protoclip.training.session import evaluate
 
 RANKED = ("zero_shot/acc", "retrieval/")
 
@@ -28,9 +29,9 @@ def assert_near_chance(metrics: dict[str, float]) -> None:
 def test_an_untrained_model_ranks_at_chance() -> None:
     """Zero-shot and retrieval of new weights are at chance on the held-out concepts."""
     config = Config()
-    model = build.model(config.model, seed=0)
-    view, tokenizer = build.evaluation_view(model), build.tokenizer(config.model)
-    assert_near_chance(evaluate(model, view, tokenizer, split="test", show=False))
+    model = loading.model(config.model, seed=0)
+    transform, tokenizer = loading.evaluation_transform(model), loading.tokenizer(config.model)
+    assert_near_chance(evaluate(model, transform, tokenizer, split="test", show=False))
 
 
 @pytest.mark.slow

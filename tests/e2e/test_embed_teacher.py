@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 import protoclip
-from protoclip.data.bundled import emoji_table, emoji_teacher_path
+from protoclip.data.emoji import emoji_table, emoji_teacher_path
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
-from protoclip.embed import embed, embed_teacher
-from protoclip.encoders import TextEncoder
-from protoclip.teachers import read_teacher
+from protoclip.teachers.embed import embed, embed_teacher
+from protoclip.teachers.encode import TextEncoder
+from protoclip.teachers.store import read_teacher
 from protoclip.testing import tiny_pairs
 
 WIDTH = 12
@@ -295,11 +295,11 @@ def test_a_trained_image_tower_is_a_teacher(
     assert (facts["rows"], facts["width"], facts["bad"], facts["modality"]) == (95, 16, 1, "image")
     found = read_teacher(tmp_path / "t").lookup(table["sample_id"].to_pylist())
     assert found.isnan().all(1).nonzero().tolist() == [[7]]
-    model, view, _ = protoclip.load(tiny_run)
+    model, transform, _ = protoclip.load(tiny_run)
     whole = ImageTextPairs(pq.read_table(tiny_parquet), name="tiny")
     for row in (0, 41, 95):
         with torch.no_grad():
-            expected = model.encode_image(view(whole.image(row))[None], normalize=True)[0]
+            expected = model.encode_image(transform(whole.image(row))[None], normalize=True)[0]
         torch.testing.assert_close(found[row], expected, atol=2e-3, rtol=0)
 
 

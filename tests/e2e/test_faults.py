@@ -13,9 +13,8 @@ import torch
 from filelock import FileLock
 from interrupting import WAYS, assert_equal_ends, config_for, stop_after, stopped_run
 
-from protoclip import run
-from protoclip.train import checkpoint, saver
-from protoclip.train.checkpoint import checkpoints
+from protoclip.training import checkpoint, run, saver
+from protoclip.training.checkpoint import checkpoints
 
 
 @pytest.mark.parametrize(
@@ -263,7 +262,7 @@ def test_the_best_checkpoint_is_kept(
     tmp_path: Path, few_emoji: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Besides the newest; here the metric falls from the first evaluation on."""
-    from protoclip import session
+    from protoclip.training import session
 
     values = iter([0.5, 0.4, 0.3, 0.2])
     monkeypatch.setattr(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from interrupting import WAYS, assert_equal_ends, config_for
 
-from protoclip import run
 from protoclip.config import Config
+from protoclip.training import run
 
 
 def in_a_child(work: Callable[[], None], seconds: float) -> bool:

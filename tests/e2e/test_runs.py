@@ -15,9 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
-from protoclip import build, demo, features, report, run
 from protoclip.checks import check
-from protoclip.cli import main
+from protoclip.cli import demo, main
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -25,11 +24,15 @@ from protoclip.config import (
     TeacherConfig,
     TextTowerConfig,
 )
-from protoclip.evals.datasets import EvaluationData
-from protoclip.evals.samples import SampleResults
-from protoclip.run_folder import flat
+from protoclip.evaluation import compare
+from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.samples import SampleResults
+from protoclip.models import loading
+from protoclip.prototypes import features
 from protoclip.testing import tiny_config
-from protoclip.train.checkpoint import checkpoints, find_checkpoint
+from protoclip.training import defaults, run
+from protoclip.training.checkpoint import checkpoints, find_checkpoint
+from protoclip.training.run_folder import flat
 
 ROOT = Path(__file__).parents[2]
 
@@ -225,7 +228,7 @@ def test_fp16_trains_with_its_scaler(tiny_parquet: str, tmp_path: Path) -> None:
     )
     assert first["train/loss/total"] == pytest.approx(exact["train/loss/total"], rel=0.01)
     assert first["train/loss/total"] != exact["train/loss/total"]
-    start = build.model(config.model, seed=0).state_dict()
+    start = loading.model(config.model, seed=0).state_dict()
     end = load_file(find_checkpoint(tmp_path / "fp16") / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in end.values())
     for part in ("towers.visual.trunk.conv1.0.weight", "towers.text_projection"):
@@ -301,7 +304,7 @@ def test_train_evaluate_and_compare_from_the_command_line(
     """A recipe with overrides trains; evaluate repeats the run's own numbers; compare sets runs of
     two seeds in one column and says the difference."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "DRAWS", 20)
+    monkeypatch.setattr(compare, "DRAWS", 20)
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(run.to_toml(tiny_config(out="unused")))
     for name, seed in (("a", 0), ("a", 1), ("b", 0)):
@@ -381,7 +384,7 @@ def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
     for path in (recipe, recipe.with_name("reference_clip.toml")):
         main(["train", "--config", str(path)])
         assert check(seen[-1]) == []
-        assert build.resolved(seen[-1])[0].optim.learning_rate == 5e-4
+        assert defaults.resolved(seen[-1])[0].optim.learning_rate == 5e-4
 
 
 def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path, seen: list[Config]) -> None:
@@ -430,7 +433,7 @@ def test_the_demonstration_trains_compares_and_keeps_what_it_has(
 
     original = demo.arms
     monkeypatch.setattr(demo, "arms", arms)
-    monkeypatch.setattr(report, "DRAWS", 20)
+    monkeypatch.setattr(compare, "DRAWS", 20)
     entries = demo.demo(tmp_path / "demo")
     assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]
     assert len({entry["samples_seen"]["mean"] for entry in entries}) == 1
@@ -470,6 +473,6 @@ def test_the_readmes_library_example_works(tiny_run: Path, tmp_path: Path, monke
 
 def test_shares_of_the_table_are_percent() -> None:
     """A fraction of 0.125 is shown as 12.5; a gap keeps its scale."""
-    assert report.describe("eval/emoji/knn/acc1") == ("kNN", 100.0, 1)
-    assert report.cell({"mean": 0.125}, scale=100.0, digits=1) == "12.5"
-    assert report.cell({"mean": 0.125, "spread": 0.01}, scale=1.0, digits=3) == "0.125 ± 0.010"
+    assert compare.describe("eval/emoji/knn/acc1") == ("kNN", 100.0, 1)
+    assert compare.cell({"mean": 0.125}, scale=100.0, digits=1) == "12.5"
+    assert compare.cell({"mean": 0.125, "spread": 0.01}, scale=1.0, digits=3) == "0.125 ± 0.010"

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from protoclip import build, run
 from protoclip.config import Config
+from protoclip.data import sampler, sources
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.data.transforms import EvaluationView
+from protoclip.data.transforms import EvaluationTransform
 from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import run
 
 NUMBER = 5000
 PER_SHARD = 700
@@ -63,7 +64,7 @@ def add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def config(root: Path, train: str, *, read: str = "auto") -> Config:
     base = tiny_config(str(root / train), out="")
-    data = replace(base.data, cache_folder=str(root / "cache"), read=read, shuffle=300)
+    data = replace(base.data, cache_folder=str(root / "cache"), read=read, shuffle_buffer=300)
     episodes = replace(base.episodes, size=1000, batch_size=100, replacement=False)
     return replace(base, data=data, episodes=episodes)
 
@@ -80,7 +81,7 @@ Seen = set[tuple[str, str, bytes]]
 
 def one_pass(settings: Config) -> Seen:
     """Sample id, caption and pixels of everything that five episodes of a fifth each show."""
-    samples = build.pairs(settings)
+    samples = sources.pairs(settings)
     captions: dict[int, str] = {}
 
     def remember(texts: list[str]) -> torch.Tensor:
@@ -91,12 +92,12 @@ def one_pass(settings: Config) -> Seen:
     loader = EpisodeLoader(
         pairs=samples,
         tokenizer=remember,
-        view=EvaluationView(size=12, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        transform=EvaluationTransform(size=12, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
         batch_size=100,
         seed=0,
         device=torch.device("cpu"),
     )
-    episode = build.episodes(settings, samples)
+    episode = sampler.episodes(settings, samples)
     seen: Seen = set()
     for index in range(NUMBER // 1000):
         for batch in loader.batches(episode(index)):
@@ -123,7 +124,7 @@ def test_a_pass_shows_the_same_pairs(form: str, forms: Path, expected: Seen) -> 
 @pytest.mark.parametrize("form", FORMS)
 def test_sources_say_what_they_are(form: str, forms: Path) -> None:
     """Pairs in any order, or a stream."""
-    samples = build.pairs(FORMS[form](forms))
+    samples = sources.pairs(FORMS[form](forms))
     assert isinstance(samples, SampleStream if "streaming" in form else Pairs)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from protoclip.data.bundled import (
+from protoclip.data.emoji import (
     EMOJI_SPLITS,
     EMOJI_STYLES,
     emoji_path,

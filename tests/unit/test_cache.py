@@ -14,9 +14,15 @@ import pytest
 from PIL import Image
 
 from protoclip.data import cache as caches
-from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop, small_copy
+from protoclip.data.cache import (
+    DiskCache,
+    ImageCache,
+    MemoryCache,
+    crop,
+    small_copy,
+)
 from protoclip.data.decode import Box, Decoded, decode_crop
-from protoclip.data.transforms import light_view
+from protoclip.data.transforms import light_transform
 
 PIXELS = 10**8
 Make = Callable[[int], ImageCache]
@@ -70,10 +76,10 @@ def test_crops_are_the_same_with_any_cache(form: int, tmp_path: Path) -> None:
     for seed in range(16):
         width, height = (int(side) for side in np.exp(draw.uniform(2.5, 6.5, 2)))
         size = int(np.exp(draw.uniform(1.5, 4.3)))
-        view = light_view(size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
+        transform = light_transform(size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
         kind, mode, options = FORMS[form]
         data = encoded(width, height, seed, kind, mode, **options)
-        boxes = [partial(view.box, draws=draw.random(13, np.float32)) for _ in range(3)]
+        boxes = [partial(transform.box, draws=draw.random(13, np.float32)) for _ in range(3)]
         x, y = sorted(draw.integers(0, width, 2)), sorted(draw.integers(0, height, 2))
         upright = (width, height) if seed % 8 < 4 else (height, width)
         fixed = (int(x[0]), int(y[0]), int(x[1]) + 1, int(y[1]) + 1)

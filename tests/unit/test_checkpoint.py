@@ -11,13 +11,18 @@ import pytest
 import torch
 
 import protoclip
-from protoclip import build
 from protoclip.data.pairs import BadSample
 from protoclip.data.skips import SkipLog
-from protoclip.run_folder import write_whole
+from protoclip.models import loading
 from protoclip.testing import tiny_model
-from protoclip.train import saver
-from protoclip.train.checkpoint import Contents, checkpoints, damage, write_checkpoint
+from protoclip.training import saver
+from protoclip.training.checkpoint import (
+    Contents,
+    checkpoints,
+    damage,
+    write_checkpoint,
+)
+from protoclip.training.run_folder import write_whole
 
 
 def contents(weights: dict[str, torch.Tensor] | None = None) -> Contents:
@@ -98,7 +103,7 @@ def test_training_tries_again_a_minute_after_it_could_not_save(
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "step-000000001"
-    weights = build.model(tiny_model(), seed=3).state_dict()
+    weights = loading.model(tiny_model(), seed=3).state_dict()
     write_checkpoint(folder, contents(dict(weights)), {"model": asdict(tiny_model())})
     return folder
 
@@ -121,7 +126,7 @@ def test_a_flipped_byte_is_noticed_wherever_weights_are_loaded(
         assert name in str(raised.value) or name == "checksums.json"
         if name != "model.json":  # which `model.checkpoint` does not read
             with pytest.raises(ValueError, match="damaged"):
-                build.model(replace(tiny_model(), checkpoint=str(model_folder)), seed=0)
+                loading.model(replace(tiny_model(), checkpoint=str(model_folder)), seed=0)
     finally:
         path.write_bytes(data)
     protoclip.load(model_folder)

@@ -9,9 +9,9 @@ import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 
 from protoclip import kmeans
-from protoclip.clustering import nearest
-from protoclip.clustering.start import spread_start
-from protoclip.clustering.torch_lloyd import refill_empty
+from protoclip.prototypes.init import spread_start
+from protoclip.prototypes.kmeans import nearest
+from protoclip.prototypes.lloyd import refill_empty
 
 
 def blobs(generator: torch.Generator, n: int = 300, k: int = 6, d: int = 5) -> torch.Tensor:
@@ -47,13 +47,13 @@ def test_chunks_do_not_change_the_result(
     """One row a chunk and all rows in one chunk give the same clustering."""
     features = torch.randn(64, 4, generator=generator, dtype=torch.float64)
     whole = kmeans(features, 8, iterations=10, seed=0)
-    monkeypatch.setattr("protoclip.clustering.assignment.CHUNK_ELEMENTS", {"cpu": 8})
+    monkeypatch.setattr("protoclip.prototypes.nearest.CHUNK_ELEMENTS", {"cpu": 8})
     chunked = kmeans(features, 8, iterations=10, seed=0)
     torch.testing.assert_close(whole.centroids, chunked.centroids)
     assert torch.equal(whole.assignments, chunked.assignments)
 
 
-@pytest.mark.parametrize("start", ["spread", "random"])
+@pytest.mark.parametrize("start", ["k-means++", "random"])
 def test_equal_seeds_are_equal_and_global_state_untouched(
     start: str, generator: torch.Generator
 ) -> None:
@@ -71,8 +71,7 @@ def test_equal_seeds_are_equal_and_global_state_untouched(
 
     before = state()
     first, second, other = (
-        kmeans(features, 300, iterations=3, restarts=2, seed=seed, start=start)
-        for seed in (5, 5, 6)
+        kmeans(features, 300, iterations=3, restarts=2, seed=seed, init=start) for seed in (5, 5, 6)
     )
     assert torch.equal(first.centroids, second.centroids)
     assert torch.equal(first.assignments, second.assignments)
@@ -119,25 +118,25 @@ def test_empty_clusters_take_the_farthest_members_of_the_largest() -> None:
     assert filled.flatten().tolist() == [0.0, 11.0, 21.5, 31.0, 13.0, 20.0, 99.0]
 
 
-@pytest.mark.parametrize("start", ["spread", "random"])
+@pytest.mark.parametrize("start", ["k-means++", "random"])
 @pytest.mark.parametrize("spherical", [False, True])
 def test_fewer_distinct_rows_than_clusters_leaves_clusters_empty(
     start: str, spherical: bool
 ) -> None:
     """Copies cannot be split: as many clusters as distinct rows are used, and nothing breaks."""
     features = torch.eye(3).repeat(10, 1)
-    result = kmeans(features, 5, iterations=10, seed=0, start=start, spherical=spherical)
+    result = kmeans(features, 5, iterations=10, seed=0, init=start, spherical=spherical)
     assert len(result.assignments.unique()) == 3
     assert torch.isfinite(result.centroids).all()
     assert result.inertia == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("start", ["spread", "random"])
+@pytest.mark.parametrize("start", ["k-means++", "random"])
 @pytest.mark.parametrize("n", [1, 7, 1100])
 def test_as_many_clusters_as_rows(n: int, start: str, generator: torch.Generator) -> None:
     """Every row is a cluster of its own, through the bfloat16 search too (1,100 rows)."""
     features = torch.randn(n, 32, generator=generator)
-    result = kmeans(features, n, iterations=3, seed=0, start=start)
+    result = kmeans(features, n, iterations=3, seed=0, init=start)
     assert result.assignments.sort().values.tolist() == list(range(n))
     assert result.inertia == 0
     assert torch.equal(result.centroids[result.assignments], features)
@@ -149,7 +148,7 @@ def test_the_spread_start_finds_every_group(generator: torch.Generator) -> None:
     groups = torch.repeat_interleave(torch.arange(12), torch.tensor(sizes))
     features = 100 * torch.eye(12)[groups] + torch.randn(len(groups), 12, generator=generator)
     spread, uniform = (
-        kmeans(features, 12, iterations=0, seed=0, start=start) for start in ("spread", "random")
+        kmeans(features, 12, iterations=0, seed=0, init=start) for start in ("k-means++", "random")
     )
     for group in range(12):
         assert len(spread.assignments[groups == group].unique()) == 1
@@ -189,7 +188,7 @@ def test_spherical_centroids_have_unit_norm(generator: torch.Generator) -> None:
         ({"iterations": -1}, "iterations=-1"),
         ({"init": torch.zeros(2, 4)}, "init"),
         ({"backend": "abacus"}, "backend.*abacus"),
-        ({"start": "anywhere"}, "start.*anywhere"),
+        ({"init": "anywhere"}, "init.*anywhere"),
         ({"backend": "superkmeans", "init": torch.zeros(3, 4)}, "superkmeans.*init"),
         ({"backend": "flash-kmeans"}, "flash-kmeans.*GPU"),
     ],

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from protoclip import kmeans
-from protoclip.clustering import nearest, segment_mean
-from protoclip.clustering.assignment import row_argmin
-from protoclip.clustering.reduced import ReducedRows, nearest_candidate
+from protoclip.prototypes.kmeans import nearest, segment_mean
+from protoclip.prototypes.nearest import row_argmin
+from protoclip.prototypes.reduced import ReducedRows, nearest_candidate
 
 
 def unit_rows(generator: torch.Generator, n: int, d: int = 24) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_many_candidates_are_searched_in_float32(
         calls.append(len(features))
         return nearest(features, centroids)
 
-    monkeypatch.setattr("protoclip.clustering.reduced.nearest", counted)
+    monkeypatch.setattr("protoclip.prototypes.reduced.nearest", counted)
     for geometry, expected in (("directions", []), ("tight groups", [700])):
         features = GEOMETRIES[geometry](generator)
         ReducedRows.of(features).nearest(features[:300])
@@ -100,7 +100,7 @@ def test_kmeans_is_the_same_with_and_without_bfloat16(
 ) -> None:
     """From given centroids, iterations in float32 and float64 end with the same clusters."""
     monkeypatch.setattr(
-        "protoclip.clustering.is_fast",
+        "protoclip.prototypes.kmeans.is_fast",
         lambda rows, num_clusters: fast and rows.dtype == torch.float32,
     )
     features = unit_rows(generator, 1500)

@@ -22,7 +22,7 @@ from protoclip.config import (
     SourceConfig,
     TeacherConfig,
 )
-from protoclip.evals.suite import metric_names
+from protoclip.evaluation.suite import metric_names
 
 
 def test_every_field_has_a_docstring_that_becomes_help(capsys) -> None:

@@ -6,10 +6,6 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from protoclip import build, run
-from protoclip.build.defaults import Optimisation, optimisation
-from protoclip.build.models import model_config
-from protoclip.build.training import heads_weight_decays, rate_scales, schedule
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -17,9 +13,14 @@ from protoclip.config import (
     ModelConfig,
     OptimConfig,
 )
+from protoclip.models import loading
+from protoclip.models.loading import model_config
 from protoclip.models.towers import image_normalisation, named_towers
 from protoclip.testing import tiny_model
-from protoclip.train.optim import adamw
+from protoclip.training import defaults, run
+from protoclip.training.build import heads_weight_decays, rate_scales, schedule
+from protoclip.training.defaults import Optimisation, optimisation
+from protoclip.training.optim import adamw
 
 
 def named(name: str | None, *, batch: int = 512, steps: int = 1000, **optim: object) -> Config:
@@ -120,8 +121,8 @@ def test_what_is_set_counts_and_what_is_not_is_said() -> None:
 @pytest.mark.parametrize("name", [None, "ViT-B-32"])
 def test_a_resolved_configuration_stays_as_it_is(name: str | None) -> None:
     """Decided once, there is nothing left to decide, so that the same command resumes a run."""
-    config, _ = build.resolved(named(name))
-    assert build.resolved(config) == (config, [])
+    config, _ = defaults.resolved(named(name))
+    assert defaults.resolved(config) == (config, [])
     assert f"learning_rate = {config.optim.learning_rate}" in run.to_toml(config)
     size = config.model.image.size, config.model.text.context_length
     assert size == ((40, 16) if name is None else (None, None))
@@ -129,8 +130,8 @@ def test_a_resolved_configuration_stays_as_it_is(name: str | None) -> None:
 
 def test_heads_may_decay_on_their_own() -> None:
     """Their matrices have their decay, towers keep theirs, and vectors have none."""
-    model = build.model(tiny_model(), seed=0)
-    config = named(None, heads_weight_decay=0.3, heads_scale=1.0)
+    model = loading.model(tiny_model(), seed=0)
+    config = named(None, heads_weight_decay=0.3, heads_lr_scale=1.0)
     decided, _ = optimisation(config)
     optimizer = adamw(
         model,
@@ -168,7 +169,7 @@ def test_models_of_the_sigmoid_loss_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert len(SIGMOID) > 20
     for name in open_clip.list_models():
         if name not in SIGMOID:
-            build.resolved(named(name))
+            defaults.resolved(named(name))
             continue
         with pytest.raises(ValueError, match=f"^model.name: {name} needs the sigmoid loss"):
             run.train(named(name))
@@ -177,8 +178,8 @@ def test_models_of_the_sigmoid_loss_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_a_named_model_reads_what_it_was_made_for() -> None:
     """Its own size and number of tokens, where none are set."""
     config = ModelConfig(name="ViT-S-32-alt")
-    assert build.evaluation_view(build.model(config, seed=0)).size == 224
-    assert build.tokenizer(config)(["a star"]).shape == (1, 77)
+    assert loading.evaluation_transform(loading.model(config, seed=0)).size == 224
+    assert loading.tokenizer(config)(["a star"]).shape == (1, 77)
 
 
 @pytest.mark.parametrize(("name", "patch"), [("ViT-S-16", 16), ("ViT-B-32", 32), ("RN50", 32)])
@@ -189,7 +190,7 @@ def test_an_image_size_that_patches_do_not_fill_is_refused(
     monkeypatch.setattr(open_clip, "create_model", None)
     config = ModelConfig(name=name, image=ImageTowerConfig(size=72))
     with pytest.raises(ValueError, match=f"model.image.size: 72 is no multiple of the {patch}"):
-        build.model(config, seed=0)
+        loading.model(config, seed=0)
 
 
 def test_images_are_normalised_as_published_weights_want_it() -> None:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from protoclip.encoders import (
+from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
+from protoclip.teachers.encode import (
     ImageEncoder,
     Pooling,
     TextEncoder,
@@ -19,7 +20,6 @@ from protoclip.encoders import (
     pooled,
     weights_digest,
 )
-from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
 
 CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"]
 

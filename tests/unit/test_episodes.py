@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from protoclip.data.episodes import EpisodeSampler, permute, view_draws
+from protoclip.data.sampler import EpisodeSampler, permute, transform_draws
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -70,9 +70,9 @@ def test_an_episode_larger_than_the_data_needs_replacement() -> None:
 
 def test_view_draws_are_uniform_and_repeatable() -> None:
     """Draws lie in [0, 1), repeat for equal arguments and change with the episode."""
-    draws = view_draws(0, 5, 2000, 13)
-    assert torch.equal(draws, view_draws(0, 5, 2000, 13))
-    assert not torch.equal(draws, view_draws(0, 6, 2000, 13))
+    draws = transform_draws(0, 5, 2000, 13)
+    assert torch.equal(draws, transform_draws(0, 5, 2000, 13))
+    assert not torch.equal(draws, transform_draws(0, 6, 2000, 13))
     assert float(draws.min()) >= 0
     assert float(draws.max()) < 1
     assert abs(float(draws.mean()) - 0.5) < 0.01

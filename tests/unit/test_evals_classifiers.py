@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from protoclip.evals.knn import knn_accuracy, knn_predict
-from protoclip.evals.linear_probe import (
+from protoclip.evaluation.knn import knn_accuracy, knn_predict
+from protoclip.evaluation.linear_probe import (
     REGULARISATIONS,
     fit_linear_probes,
     linear_probe_accuracy,

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from protoclip.evals.clustering import clustering_agreement
-from protoclip.evals.modality_gap import modality_gap, uniformity
+from protoclip.evaluation.clustering import clustering_agreement
+from protoclip.evaluation.geometry import modality_gap, uniformity
 
 
 def unit_rows(count, dim, seed, dtype=torch.float64):

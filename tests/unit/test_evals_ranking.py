@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from protoclip.evals.retrieval import best_relevant_rank, retrieval_recall
-from protoclip.evals.zero_shot import class_features, zero_shot_accuracy
+from protoclip.evaluation.retrieval import best_relevant_rank, retrieval_recall
+from protoclip.evaluation.zero_shot import class_features, zero_shot_accuracy
 
 
 def unit_rows(count, dim, seed):

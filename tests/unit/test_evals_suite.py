@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.evals import suite
-from protoclip.evals.clustering import agreement
-from protoclip.evals.datasets import EvaluationData, emoji
-from protoclip.evals.retrieval import retrieval_recall
-from protoclip.evals.samples import IMAGE_COLUMNS, TEXT_COLUMNS
-from protoclip.evals.suite import chance_levels, evaluate
-from protoclip.evals.zero_shot import zero_shot_accuracy
+from protoclip.evaluation import suite
+from protoclip.evaluation.clustering import agreement
+from protoclip.evaluation.datasets import EvaluationData, emoji
+from protoclip.evaluation.retrieval import retrieval_recall
+from protoclip.evaluation.samples import IMAGE_COLUMNS, TEXT_COLUMNS
+from protoclip.evaluation.suite import chance_levels, evaluate
+from protoclip.evaluation.zero_shot import zero_shot_accuracy
 
 KEYS = {
     *(f"zero_shot{of}/acc{k}" for of in ("", "_subgroup") for k in (1, 5)),

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from protoclip import build, run
-from protoclip.data.episodes import Episode
+from protoclip.data import sources
 from protoclip.data.loader import Batch
-from protoclip.features import (
+from protoclip.data.sampler import Episode
+from protoclip.models import loading
+from protoclip.models.protoclip import Embeddings
+from protoclip.prototypes.features import (
     EpisodeFeatures,
     ExtractedFeatures,
     FeatureQueue,
@@ -25,10 +27,10 @@ from protoclip.features import (
     extract_features,
     teacher_assignments,
 )
-from protoclip.models.protoclip import Embeddings
-from protoclip.prototypes import Prototypes, build_targets, group
-from protoclip.teachers import TeacherFeatures
+from protoclip.prototypes.targets import Prototypes, build_targets, group
+from protoclip.teachers.store import TeacherFeatures
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
+from protoclip.training import run
 
 SCALE = torch.tensor(10.0)
 
@@ -84,7 +86,7 @@ def queued(
     size: int, teachers: Mapping[str, TeacherFeatures] | None = None
 ) -> tuple[QueuedFeatures, FeatureQueue]:
     extracted = ExtractedFeatures(
-        model=build.model(tiny_model(), seed=0),
+        model=loading.model(tiny_model(), seed=0),
         batches=NoPass(),
         teachers={},
         autocast=nullcontext,
@@ -203,7 +205,7 @@ def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> Non
 
 def test_a_pair_that_comes_again_is_extracted_once() -> None:
     """The same picture with another caption is another pair."""
-    model = build.model(tiny_model(), seed=0)
+    model = loading.model(tiny_model(), seed=0)
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(2, 3, 32, 32, generator=generator)
     captions = torch.randint(1, 50, (3, 8), generator=generator)
@@ -235,7 +237,7 @@ def test_a_pair_that_comes_again_is_extracted_once() -> None:
 def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
     """By position, whatever the projection is now."""
     source = ExtractedFeatures(
-        model=build.model(tiny_model(), seed=0),
+        model=loading.model(tiny_model(), seed=0),
         batches=NoPass(),
         teachers={},
         autocast=nullcontext,
@@ -263,7 +265,7 @@ def test_grouping_leaves_out_samples_a_teacher_does_not_know() -> None:
     nothing = torch.full((6, 3), float("nan"))
 
     def two(space: str, given: Tensor, positions: Tensor | None):
-        from protoclip.clustering import kmeans
+        from protoclip.prototypes.kmeans import kmeans
 
         assert positions is None
         assert torch.isfinite(given).all()
@@ -291,7 +293,7 @@ def test_extraction_through_the_training_transform(tmp_path: Path) -> None:
         config = tiny_config(str(tmp_path / "tiny.parquet"), out=str(tmp_path / "run"))
         prototypes = replace(config.prototypes, extract_transform=transform)
         config = replace(config, prototypes=prototypes)
-        model, samples = build.model(config.model, seed=0), build.pairs(config)
+        model, samples = loading.model(config.model, seed=0), sources.pairs(config)
         _, trainer = run.prepare(config, tmp_path / "run", model, samples, "fp32")
         episode = trainer.episode(0)
         first, again = (trainer.source.features(episode) for _ in range(2))

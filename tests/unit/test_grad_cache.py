@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip import Embeddings, PrototypeTarget, objective
-from protoclip.grad_cache import forward_in_chunks
-from protoclip.losses import LossWeights, prepare_targets
+from protoclip.losses.grad_cache import forward_in_chunks
+from protoclip.losses.objective import LossWeights
+from protoclip.losses.prototypical import prepare_targets
 
 B, K = 10, 6
 

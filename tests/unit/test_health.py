@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from protoclip.train.health import (
+from protoclip.training.health import (
     MOST_SKIPPED,
     QUIET_STEPS,
     Average,

@@ -15,17 +15,24 @@ import pytest
 import torch
 from PIL import Image
 
-from protoclip import build
-from protoclip.build import data as build_data
-from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
+from protoclip.config import (
+    Config,
+    DataConfig,
+    EpisodeConfig,
+    SourceConfig,
+)
+from protoclip.data import loader as data_loader
+from protoclip.data import sampler, sources
 from protoclip.data.cache import DiskCache
 from protoclip.data.decode import Decoded
-from protoclip.data.episodes import Episode
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import BadSample, Pairs, Sample
-from protoclip.data.transforms import EvaluationView
-from protoclip.features import extract_features
-from protoclip.teachers import TeacherFeatures
+from protoclip.data.sampler import Episode
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.models import loading
+from protoclip.prototypes.features import extract_features
+from protoclip.teachers import store
+from protoclip.teachers.store import TeacherFeatures
 from protoclip.testing import tiny_model
 
 NUMBER, SIDE = 6, 32
@@ -120,7 +127,7 @@ def mixture(
         )
         weight = 1.0 if "stream" in kinds else None
         sources.append(SourceConfig(path=str(path), name=NAMES[source], weight=weight))
-    settings = {"cache_folder": str(root / "cache"), "shuffle": 4, **data}
+    settings = {"cache_folder": str(root / "cache"), "shuffle_buffer": 4, **data}
     read = "streaming" if "stream" in kinds else "auto"
     return Config(
         data=DataConfig(sources=sources, read=read, **settings),  # type: ignore[arg-type]
@@ -134,18 +141,18 @@ def read_caption(texts: list[str]) -> torch.Tensor:
 
 
 def loader_of(config: Config) -> EpisodeLoader:
-    return build_data.loader(
+    return data_loader.loader(
         config,
-        build.pairs(config),
+        sources.pairs(config),
         tokenizer=read_caption,
-        view=EvaluationView(size=SIDE, **PLAIN),
+        transform=EvaluationTransform(size=SIDE, **PLAIN),
         device=torch.device("cpu"),
         on_read=lambda number, bad: None,
     )
 
 
 def episode_of(config: Config, loader: EpisodeLoader) -> Episode:
-    return build.episodes(config, loader.pairs)(0)
+    return sampler.episodes(config, loader.pairs)(0)
 
 
 def seen_colours(images: torch.Tensor) -> list[tuple[int, ...]]:
@@ -197,7 +204,7 @@ def test_extraction_tells_samples_apart(kinds: tuple[str, str], tmp_path: Path) 
         replace(batch, text=batch.text.expand(-1, 8))
         for batch in loader.batches(episode_of(config, loader))
     ]
-    model = build.model(tiny_model(), seed=0)
+    model = loading.model(tiny_model(), seed=0)
     settings = {"teachers": {}, "autocast": nullcontext}
     found = extract_features(model, batches, **settings)  # type: ignore[arg-type]
     expected = extract_features(model, batches, each_pair_once=False, **settings)  # type: ignore[arg-type]
@@ -209,7 +216,7 @@ def test_extraction_tells_samples_apart(kinds: tuple[str, str], tmp_path: Path) 
 def test_ids_of_a_mixture_are_unique(kinds: tuple[str, str], tmp_path: Path) -> None:
     """Whether they are asked for one by one, all at once, or come with a bad sample."""
     config = mixture(kinds, tmp_path)
-    samples = build.pairs(config)
+    samples = sources.pairs(config)
     if not isinstance(samples, Pairs):
         return
     ids = list(samples.sample_ids())
@@ -222,7 +229,7 @@ def test_ids_of_a_mixture_are_unique(kinds: tuple[str, str], tmp_path: Path) -> 
 def test_a_single_source_keeps_its_ids(kind: str, tmp_path: Path) -> None:
     """They do not begin with its name, but for rows without ids of their own."""
     config = mixture((kind, kind), tmp_path)
-    samples = build.pairs(
+    samples = sources.pairs(
         replace(config, data=replace(config.data, sources=config.data.sources[:1]))
     )
     first = samples.sample(0) if isinstance(samples, Pairs) else next(samples.samples())
@@ -249,7 +256,7 @@ def test_names_are_taken_from_the_path_or_asked_for(tmp_path: Path) -> None:
     a, b = (replace(source, name=None) for source in config.data.sources)
 
     def opened(*sources: SourceConfig) -> list[str]:
-        samples = build.pairs(replace(config, data=replace(config.data, sources=list(sources))))
+        samples = sources.pairs(replace(config, data=replace(config.data, sources=list(sources))))
         assert isinstance(samples, Pairs)
         return [samples.sample_id(0), samples.sample_id(NUMBER)]
 
@@ -276,10 +283,10 @@ def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path: Path) -> Non
         data=replace(config.data, sources=sources),
         teacher=replace(config.teacher, features="emoji"),
     )
-    samples = build.pairs(config)
+    samples = sources.pairs(config)
     assert isinstance(samples, Pairs)
     notes: list[str] = []
-    teacher = build_data.teachers(config, samples, notes.append)["teacher"]
+    teacher = store.teachers(config, samples, notes.append)["teacher"]
     assert len(notes) == 1
     assert f"no features of {2 * NUMBER} of" in notes[0]
     first = samples.sample_id(2 * NUMBER)

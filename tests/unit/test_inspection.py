@@ -19,14 +19,20 @@ import pytest
 import torch
 from PIL import Image
 
-from protoclip.data import inspection, montage
-from protoclip.data.bundled import emoji_table
+from protoclip.data import inspect as inspection
+from protoclip.data import montage
+from protoclip.data.emoji import emoji_table
 from protoclip.data.examination import Facts, drawn, hashes
-from protoclip.data.inspection import Inspection, Spread, inspect
+from protoclip.data.inspect import Inspection, Spread, inspect
 from protoclip.data.manifests import open_manifest
-from protoclip.data.mixtures import MixedPairs
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample
-from protoclip.data.streams import ShardStream
+from protoclip.data.mixture import MixedPairs
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    Sample,
+)
+from protoclip.data.stream import ShardStream
 from protoclip.testing import tiny_pairs
 
 
@@ -116,7 +122,7 @@ def test_reasons_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.unreadable == 10
     assert found.width is None
     assert found.tokens == {}
-    inspection.show(found)
+    inspect.show(found)
 
 
 def test_repeated_contents(mixed: ImageTextPairs) -> None:
@@ -190,7 +196,7 @@ def test_percentiles(share: int) -> None:
     """Those of NumPy's inverted distribution function, over repeated and single values."""
     values = np.random.default_rng(0).integers(0, 40, 500)
     expected = np.percentile(values, share, method="inverted_cdf")
-    assert inspection.percentile(Counter(values.tolist()), share) == expected
+    assert inspect.percentile(Counter(values.tolist()), share) == expected
 
 
 def test_memory_is_eight_bytes_a_picture_and_a_caption(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +327,7 @@ def test_findings_are_json_and_lines(
     """The dictionary survives JSON; the lines hold the same numbers."""
     found = look(mixed, max_pixels=1_000_000, notes=["2 rows were left out"])
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
-    inspection.show(found)
+    inspect.show(found)
     lines = capsys.readouterr().out.splitlines()
     text = "\n".join(" ".join(line.split()) for line in lines)
     for expected in (

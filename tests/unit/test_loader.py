@@ -16,11 +16,17 @@ import torch
 from PIL import Image
 
 from protoclip.data.cache import DiskCache, MemoryCache
-from protoclip.data.episodes import Episode, EpisodeSampler
 from protoclip.data.loader import Batch, EpisodeLoader
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    Sample,
+    SampleStream,
+)
+from protoclip.data.sampler import Episode, EpisodeSampler
 from protoclip.data.skips import SkipLog
-from protoclip.data.transforms import light_view
+from protoclip.data.transforms import light_transform
 from protoclip.models.towers import RememberingTokenizer, build_tokenizer
 from protoclip.testing import tiny_pairs
 
@@ -53,7 +59,7 @@ def loader(
     return EpisodeLoader(
         pairs=pairs or ImageTextPairs(tiny_pairs(), name="tiny"),
         tokenizer=build_tokenizer(None, context_length=8),
-        view=light_view(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        transform=light_transform(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         batch_size=16,
         seed=1,
         device=torch.device("cpu"),

@@ -12,11 +12,17 @@ import pytest
 
 from protoclip.data import locations, web
 from protoclip.data.folders import open_folder
-from protoclip.data.locations import Access, in_table, open_file, read_file, visible
+from protoclip.data.locations import (
+    Access,
+    in_table,
+    open_file,
+    read_file,
+    visible,
+)
 from protoclip.data.manifests import open_manifest
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.sources import open_source
-from protoclip.data.streams import ShardStream
+from protoclip.data.stream import ShardStream
 from protoclip.data.web import Limits
 
 # What a cell may hold, and what its row's reason says. None of these may reach anything.

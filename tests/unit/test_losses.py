@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip import Embeddings, PrototypeTarget, info_nce, objective, prototypical_loss
-from protoclip.losses import LossWeights, instance, prepare_targets, prototypical, tiles
+from protoclip import (
+    Embeddings,
+    PrototypeTarget,
+    info_nce,
+    objective,
+    prototypical_loss,
+)
+from protoclip.losses import info_nce as instance
+from protoclip.losses import prototypical, tiles
+from protoclip.losses.objective import LossWeights
+from protoclip.losses.prototypical import prepare_targets
 
 B, D, P, Q, K = 7, 5, 6, 4, 9
 

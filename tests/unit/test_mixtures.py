@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protoclip.data.episodes import EpisodeSampler
-from protoclip.data.mixtures import MixedPairs, MixedStreams, ShuffledCaptions
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
+from protoclip.data.mixture import MixedPairs, MixedStreams, ShuffledCaptions
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    Sample,
+    SampleStream,
+)
+from protoclip.data.sampler import EpisodeSampler
 from protoclip.testing import tiny_pairs
 
 

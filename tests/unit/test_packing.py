@@ -12,11 +12,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from protoclip.data import packing
-from protoclip.data.packing import JPEG_QUALITY, Packed, pack
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample
+from protoclip.data import pack as packing
+from protoclip.data.pack import JPEG_QUALITY, Packed, pack
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    Sample,
+)
 from protoclip.data.shards import open_shards
-from protoclip.data.streams import ShardStream, read_shard
+from protoclip.data.stream import ShardStream, read_shard
 from protoclip.testing import tiny_pairs
 
 
@@ -305,7 +310,7 @@ def test_foreign_shards_are_not_touched(tmp_path: Path) -> None:
 
 def test_shards_are_counted_at_the_end(tmp_path: Path, monkeypatch) -> None:
     """A writer that loses a sample is found out."""
-    original, calls = packing._add, []
+    original, calls = pack._add, []
 
     def lossy(tar, key, members):
         calls.append(key)

@@ -8,9 +8,9 @@ import pytest
 import scipy.stats
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
-from protoclip import report, strict_json
-from protoclip.evals import paired
-from protoclip.evals.samples import SampleResults
+from protoclip import strict_json
+from protoclip.evaluation import compare, paired
+from protoclip.evaluation.samples import SampleResults
 
 METRICS = (
     *("zero_shot/acc1", "zero_shot/acc5", "zero_shot_subgroup/acc1"),
@@ -123,7 +123,7 @@ def made(folder, name: str, seed: int, accuracy: object, samples: SampleResults 
 
 
 def compared(*folders) -> list[dict]:
-    return report.compare([report.read_results(folder) for folder in folders])
+    return compare.compare([compare.read_results(folder) for folder in folders])
 
 
 def test_runs_of_several_seeds_are_paired_by_seed(tmp_path) -> None:
@@ -143,7 +143,7 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path) -> None:
     assert (found["n"], found["kind"], found["beyond"]) == (3, "seeds", True)
     same = second["metrics"]["eval/emoji/modality_gap/gap"]["difference"]
     assert (same["mean"], same["beyond"]) == (0.0, False)
-    text = report.cell(second["metrics"]["eval/emoji/knn/acc1"], scale=100.0, digits=1)
+    text = compare.cell(second["metrics"]["eval/emoji/knn/acc1"], scale=100.0, digits=1)
     assert text == "42.7 ± 10.5\n+2.7 [+1.2, +4.1]*"
 
 
@@ -181,7 +181,7 @@ def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys) -> 
     folders = [made(tmp_path / f"a{seed}", "a[b]\x1b", seed, 1e308) for seed in (0, 1)]
     folders += [made(tmp_path / f"b{seed}", "b", seed, odd) for seed in (0, 1)]
     for entries in (compared(*folders), compared(folders[0], folders[2])):
-        report.show(entries)
+        compare.show(entries)
         shown = capsys.readouterr().out
         assert "a[b]?" in shown
         assert "\x1b]" not in shown
@@ -194,5 +194,5 @@ def test_what_is_no_number_in_results_is_refused(tmp_path, odd) -> None:
     text = (folder / "results.json").read_text().replace("0.5", odd.replace("'", '"'))
     (folder / "results.json").write_text(text)
     with pytest.raises(ValueError, match="not the results of a run") as error:
-        report.read_results(folder)
+        compare.read_results(folder)
     assert "\n" not in str(error.value)

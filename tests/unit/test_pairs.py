@@ -6,7 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, join
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    join,
+)
 from protoclip.testing import tiny_pairs
 
 

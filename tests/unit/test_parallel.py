@@ -6,18 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip import build
-from protoclip.build.training import rate_scales
-from protoclip.config import Config, ImageTowerConfig, OptimConfig, ParallelConfig
+from protoclip.config import (
+    Config,
+    ImageTowerConfig,
+    OptimConfig,
+    ParallelConfig,
+)
+from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import tiny_config, tiny_model
-from protoclip.train.optim import adamw, set_learning_rate
+from protoclip.training.build import rate_scales
+from protoclip.training.optim import adamw, set_learning_rate
 
 
 def gradients(config: Config) -> tuple[dict[str, Tensor], int]:
     """Gradients of a sum of features, and how often a layer of the image tower was computed."""
-    model = build.model(config.model, seed=0)
-    build.parallelise(config, model)
+    model = loading.model(config.model, seed=0)
+    loading.parallelise(config, model)
     layer, calls = model.towers.visual.trunk.blocks[0], []
     layer.register_forward_pre_hook(lambda *given: calls.append(1))
     generator = torch.Generator().manual_seed(0)
@@ -57,9 +62,9 @@ def rates(model: ProtoCLIP, config: Config) -> dict[str, float]:
 
 def test_towers_and_heads_may_have_learning_rates_of_their_own() -> None:
     """Temperatures keep the common one, and every parameter is in one group."""
-    optim = OptimConfig(image_scale=0.1, text_scale=0.5, heads_scale=0.05)
+    optim = OptimConfig(image_lr_scale=0.1, text_lr_scale=0.5, heads_lr_scale=0.05)
     config = replace(tiny_config(out="unused"), optim=optim)
-    model = build.model(config.model, seed=0)
+    model = loading.model(config.model, seed=0)
     found = rates(model, config)
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, rate in found.items():
@@ -71,5 +76,5 @@ def test_towers_and_heads_may_have_learning_rates_of_their_own() -> None:
             assert rate == pytest.approx(0.1), name
         else:
             assert rate == pytest.approx(2.0), name
-    alike = replace(config, optim=OptimConfig(heads_scale=1.0))
+    alike = replace(config, optim=OptimConfig(heads_lr_scale=1.0))
     assert set(rates(model, alike).values()) == {2.0}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from protoclip import Prototypes, back_translate
-from protoclip.prototypes import build_targets
+from protoclip.prototypes.targets import build_targets
 
 
 def test_back_translation_is_the_mean_over_each_assignment(generator: torch.Generator) -> None:

@@ -15,16 +15,21 @@ import tomli_w
 import torch
 from PIL import Image
 
-from protoclip import build
-from protoclip.build import data as build_data
 from protoclip.config import PERMISSIONS, Config
+from protoclip.data import loader as data_loader
+from protoclip.data import sampler, sources
 from protoclip.data.loader import Batch
-from protoclip.data.transforms import EvaluationView, View, light_view
+from protoclip.data.transforms import EvaluationTransform, Transform, light_transform
 from protoclip.models.towers import build_tokenizer
-from protoclip.run import to_toml
-from protoclip.run_folder import FREE, flat, require_same, require_same_arithmetic
 from protoclip.testing import tiny_config
-from protoclip.train.checkpoint import STATE
+from protoclip.training.checkpoint import STATE
+from protoclip.training.run import to_toml
+from protoclip.training.run_folder import (
+    FREE,
+    flat,
+    require_same,
+    require_same_arithmetic,
+)
 
 # Of each setting that is free another value than `base` has; `{}` is a folder.
 OTHER: dict[str, Any] = {
@@ -70,19 +75,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def batches(config: Config) -> list[Batch]:
     """Of an episode as it is extracted and then trained, cold and warm."""
-    samples = build.pairs(config)
+    samples = sources.pairs(config)
     plain: dict[str, Any] = {"size": 32, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    views: list[View] = [EvaluationView(**plain), light_view(**plain)]
-    loader = build_data.loader(
+    views: list[Transform] = [EvaluationTransform(**plain), light_transform(**plain)]
+    loader = data_loader.loader(
         config,
         samples,
         tokenizer=build_tokenizer(None, context_length=8),
-        view=views[0],
+        transform=views[0],
         device=torch.device("cpu"),
         on_read=lambda number, bad: None,
     )
-    episode = build.episodes(config, samples)(0)
-    return [batch for view in views * 2 for batch in replace(loader, view=view).batches(episode)]
+    episode = sampler.episodes(config, samples)(0)
+    return [
+        batch for view in views * 2 for batch in replace(loader, transform=view).batches(episode)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from protoclip.data import shards, tars
 from protoclip.data.locations import Access
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.shards import expand_shards, open_shards
-from protoclip.data.streams import read_shard
+from protoclip.data.stream import read_shard
 from protoclip.data.tars import shard_stem, split_name
 from protoclip.testing import tiny_pairs
 
@@ -328,7 +328,7 @@ def test_repeated_ids_of_two_shards(tmp_path: Path, cache: Path) -> None:
 
 
 def test_ids_do_not_depend_on_what_else_is_opened(tmp_path: Path, cache: Path) -> None:
-    """Equal keys in several shards are told apart, and alike in a set and alone."""
+    """Equal keys in several shards are told no_sync, and alike in a set and alone."""
     for name in ("a", "b"):
         write(tmp_path / f"{name}.tar", plain(2))
     whole = facts(every(open_shards(str(tmp_path), cache=cache)))

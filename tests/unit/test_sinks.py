@@ -15,8 +15,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from protoclip import strict_json
-from protoclip.train import metrics
-from protoclip.train.metrics import JsonLines, MetricsSink
+from protoclip.training import logging
+from protoclip.training.logging import JsonLines, MetricsSink
 
 
 def steps(path: Path) -> list[int]:
@@ -158,7 +158,7 @@ def test_lines_that_cannot_be_written_wait(
     assert sink.size == path.stat().st_size
     sink.close()
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: metrics.jsonl: [Errno ")
+    assert warning.startswith("warning: logging.jsonl: [Errno ")
     assert warning.endswith("; training goes on, lines wait to be written")
 
 
@@ -177,15 +177,15 @@ def test_a_full_disk_tears_no_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert sink.size == path.stat().st_size
     first, last = capsys.readouterr().err.splitlines()
     assert "training goes on" in first
-    assert last == "warning: metrics.jsonl: 2 lines could not be written and are lost"
+    assert last == "warning: logging.jsonl: 2 lines could not be written and are lost"
 
 
 def test_so_many_lines_wait_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The oldest are given up, and how many is said at the end."""
-    assert metrics.MOST_WAITING == 10_000
-    monkeypatch.setattr(metrics, "MOST_WAITING", 3)
+    assert logging.MOST_WAITING == 10_000
+    monkeypatch.setattr(logging, "MOST_WAITING", 3)
     path = tmp_path / "metrics.jsonl"
     sink = JsonLines(path, size=0)
     with pytest.MonkeyPatch.context() as patch:

@@ -17,12 +17,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from protoclip.data import streams
-from protoclip.data.episodes import BLOCK_STREAM, SHARD_STREAM, generator
+from protoclip.data import stream as streams
 from protoclip.data.locations import Access
 from protoclip.data.pairs import BadSample, Sample, SampleStream
+from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.shards import open_shards
-from protoclip.data.streams import ShardStream, read_ahead
+from protoclip.data.stream import ShardStream, read_ahead
 
 SIZES = (5, 3, 7, 4, 6)
 COMMANDS, OWN_HOST = Access(commands=True), Access(private_hosts=True)
@@ -160,7 +160,7 @@ def test_blocks_that_end_by_their_bytes_keep_the_order_exact(
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that are opened from now on."""
     names: list[str] = []
-    original = streams.read_shard
+    original = stream.read_shard
 
     def read(shard: str, *rest):
         names.append(shard)
@@ -450,7 +450,7 @@ def test_what_a_thread_raises_is_raised_to_the_reader() -> None:
 def test_memory_is_that_of_two_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples are given up as they are handed out: few of a long stream are alive at once."""
     made: list[weakref.ref] = []
-    original = streams._sample
+    original = stream._sample
 
     def remember(*args):
         sample = original(*args)

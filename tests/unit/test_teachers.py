@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from protoclip.data.bundled import emoji_table, emoji_teacher_path
-from protoclip.feature_files import open_feature_file
-from protoclip.pca import fit_reduction
-from protoclip.teachers import TeacherFeatures, read_teacher, write_folder
+from protoclip.data.emoji import emoji_table, emoji_teacher_path
+from protoclip.teachers.feature_files import open_feature_file
+from protoclip.teachers.pca import fit_reduction
+from protoclip.teachers.store import TeacherFeatures, read_teacher, write_folder
 
 
 def names(count: int) -> list[str]:
@@ -98,7 +98,7 @@ def test_missing_samples_are_counted_and_all_missing_refused() -> None:
 
 def test_missing_goes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """More ids than a block holds count as they would at once."""
-    monkeypatch.setattr("protoclip.teachers.BLOCK_ROWS", 4)
+    monkeypatch.setattr("protoclip.teachers.store.BLOCK_ROWS", 4)
     teacher = TeacherFeatures.in_memory(name="mine", sample_ids=names(9), features=rows(9))
     assert teacher.missing([*(f"x{i}" for i in range(6)), *names(9)]) == 6
 
@@ -133,7 +133,8 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
 def test_different_ids_of_one_hash_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The index holds hashes alone, so a collision must not pass for a duplicate or a match."""
     monkeypatch.setattr(
-        "protoclip.teachers.hash_ids", lambda ids: np.array([len(i) for i in ids], dtype=np.uint64)
+        "protoclip.teachers.store.hash_ids",
+        lambda ids: np.array([len(i) for i in ids], dtype=np.uint64),
     )
     with pytest.raises(ValueError, match="'aa' and 'bb' have one hash"):
         TeacherFeatures.in_memory(name="mine", sample_ids=["a", "aa", "bb"], features=rows(3))

@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from protoclip import PrototypeTarget, info_nce, prototypical_loss
-from protoclip.losses import instance, prepare_targets, sharded_info_nce, tiles
+from protoclip.losses import info_nce as instance
+from protoclip.losses import tiles
+from protoclip.losses.info_nce import sharded_info_nce
+from protoclip.losses.prototypical import prepare_targets
 
 
 def unit(*shape: int, seed: int) -> Tensor:

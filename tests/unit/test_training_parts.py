@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from protoclip import build
 from protoclip.config import ImageTowerConfig
+from protoclip.models import loading
 from protoclip.testing import tiny_model
-from protoclip.train.optim import adamw
-from protoclip.train.precision import autocast, grad_scaler, resolve
-from protoclip.train.schedule import Schedule, warm_up_cosine
-from protoclip.train.stages import (
+from protoclip.training.optim import adamw
+from protoclip.training.precision import autocast, grad_scaler, resolve
+from protoclip.training.schedule import Schedule, warm_up_cosine
+from protoclip.training.stages import (
     CONTRASTIVE,
     LOCKED_IMAGE,
     PROTOTYPICAL,
@@ -60,7 +60,7 @@ def test_a_warm_up_longer_than_the_run_is_cut() -> None:
 
 def test_decay_spares_gains_biases_and_temperatures() -> None:
     """Each parameter is in one group; vectors and temperatures do not decay."""
-    model = build.model(tiny_model(), seed=0)
+    model = loading.model(tiny_model(), seed=0)
     optimizer = adamw(model, learning_rate=1.0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     decayed, vectors, numbers = (
         {id(p) for p in group["params"]} for group in optimizer.param_groups
@@ -79,7 +79,7 @@ def test_building_leaves_every_generator_as_it_was(monkeypatch: pytest.MonkeyPat
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     state = torch.get_rng_state()
-    build.model(tiny_model(), seed=3)
+    loading.model(tiny_model(), seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert seeded == []
 
@@ -95,7 +95,7 @@ def test_the_plan_orders_the_stages() -> None:
 
 def test_the_locked_stage_fixes_the_image_tower() -> None:
     """No gradients and no BatchNorm statistics move in the image tower; the text tower trains."""
-    model = build.model(tiny_model(), seed=0)
+    model = loading.model(tiny_model(), seed=0)
     enter_stage(model, LOCKED_IMAGE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     out = model(torch.randn(4, 3, 32, 32), torch.randint(1, 99, (4, 8)), project=False)
@@ -114,7 +114,7 @@ def test_the_locked_stage_fixes_the_image_tower() -> None:
 
 def test_leaving_the_locked_stage_unlocks() -> None:
     """Stages set everything they depend on: nothing of the stage before remains."""
-    model = build.model(tiny_model(), seed=0)
+    model = loading.model(tiny_model(), seed=0)
     enter_stage(model, LOCKED_IMAGE)
     enter_stage(model, PROTOTYPICAL)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -123,14 +123,14 @@ def test_leaving_the_locked_stage_unlocks() -> None:
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     """A renamed tower must not train on unnoticed."""
-    model = build.model(tiny_model(), seed=0)
+    model = loading.model(tiny_model(), seed=0)
     with pytest.raises(AssertionError, match="no parameter matches"):
         enter_stage(model, Stage(name="typo", frozen=("towers\\.vision\\.",)))
 
 
 def test_heads_start_equal_and_scales_stay_in_range() -> None:
     """Image and text heads begin with the same weights; both scales are clamped to [1, 100]."""
-    model = build.model(tiny_model(), seed=0)
+    model = loading.model(tiny_model(), seed=0)
     for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a is not b
@@ -145,7 +145,7 @@ def test_heads_start_equal_and_scales_stay_in_range() -> None:
 
 def test_embeddings_have_unit_norm_and_encoders_agree() -> None:
     """Features and projections lie on the sphere; encode_* with normalize equals forward."""
-    model = build.model(tiny_model(), seed=0).eval()
+    model = loading.model(tiny_model(), seed=0).eval()
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 99, (3, 8))
     out = model(images, tokens)
     rows = (out.image_features, out.text_features, out.image_projections, out.text_projections)
@@ -161,7 +161,7 @@ def test_embeddings_have_unit_norm_and_encoders_agree() -> None:
 def test_weights_are_a_function_of_the_seed() -> None:
     """Equal seeds build equal models, others build others, and the global state is left alone."""
     state = torch.get_rng_state()
-    first, second, other = (build.model(tiny_model(), seed=s).state_dict() for s in (1, 1, 2))
+    first, second, other = (loading.model(tiny_model(), seed=s).state_dict() for s in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -186,8 +186,8 @@ def test_precision_is_as_asked_and_only_as_asked() -> None:
 def test_a_vision_transformer_reads_pictures_of_the_size_asked_for() -> None:
     """timm builds it for 224 pixels; a size that its patches do not divide is refused."""
     config = replace(tiny_model(), image=ImageTowerConfig(name="vit_tiny_patch16_224", size=48))
-    built = build.model(config, seed=0)
+    built = loading.model(config, seed=0)
     assert built.encode_image(torch.zeros(2, 3, 48, 48)).shape == (2, 16)
     odd = replace(config, image=replace(config.image, size=40))
     with pytest.raises(ValueError, match=r"model\.image\.size: 40 is no multiple of the 16 pixels"):
-        build.model(odd, seed=0)
+        loading.model(odd, seed=0)

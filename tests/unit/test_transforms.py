@@ -12,13 +12,13 @@ from PIL import Image, ImageFilter
 
 from protoclip.data.decode import crop_resize, decode_crop, reduction
 from protoclip.data.transforms import (
-    EvaluationView,
-    TrainingView,
-    View,
-    clip_view,
+    EvaluationTransform,
+    TrainingTransform,
+    Transform,
+    clip_transform,
     colour_jitter,
     gaussian_blur,
-    light_view,
+    light_transform,
     luminance,
     rotate_hue,
 )
@@ -33,23 +33,23 @@ def picture(width: int = 40, height: int = 30) -> Image.Image:
 
 def test_the_evaluation_view_is_resize_and_centre_crop() -> None:
     """PIL's crop of the central square and bicubic resize to a grey level, (x - mean) / std."""
-    view = EvaluationView(size=16, mean=MEAN, std=STD)
+    transform = EvaluationTransform(size=16, mean=MEAN, std=STD)
     square = picture().crop((5, 0, 35, 30))
     expected = np.asarray(square.resize((16, 16), Image.Resampling.BICUBIC)).astype(float)
-    ours = view(picture()).permute(1, 2, 0).double().numpy() * STD + MEAN
+    ours = transform(picture()).permute(1, 2, 0).double().numpy() * STD + MEAN
     assert np.abs(ours * 255 - expected).max() < 1.01
 
 
 def test_a_training_crop_covers_the_area_it_draws() -> None:
     """Crops stay inside, cover between 50 and 100% of the area, and have ratios from 3/4 to 4/3."""
-    view = light_view(size=32, mean=MEAN, std=STD)
+    transform = light_transform(size=32, mean=MEAN, std=STD)
     # A picture whose pixels say where they come from.
     grid = np.zeros((240, 240, 3), dtype=np.uint8)
     grid[..., 0], grid[..., 1] = np.arange(240)[None, :], np.arange(240)[:, None]
     shares, ratios = [], []
     for seed in range(200):
         draws = np.random.default_rng(seed).random(13, dtype=np.float32)
-        crop = crop_resize(grid, view.box(240, 240, draws), 32).astype(float)
+        crop = crop_resize(grid, transform.box(240, 240, draws), 32).astype(float)
         step = 31 / 32
         width = (crop[16, -1, 0] - crop[16, 0, 0]) / step
         height = (crop[-1, 16, 1] - crop[0, 16, 1]) / step
@@ -64,15 +64,15 @@ def test_a_training_crop_covers_the_area_it_draws() -> None:
 @pytest.mark.parametrize(
     ("width", "height"), [(1, 1), (1, 500), (3, 2), (64, 64), (499, 333), (3001, 2003), (700, 9)]
 )
-@pytest.mark.parametrize("make", [clip_view, light_view])
+@pytest.mark.parametrize("make", [clip_transform, light_transform])
 def test_crops_lie_inside_pictures_of_any_shape(
-    make: Callable[..., TrainingView], width: int, height: int
+    make: Callable[..., TrainingTransform], width: int, height: int
 ) -> None:
     """At least one pixel, none outside, and where it can be reduced, in steps that allow it."""
-    view = make(size=16, mean=MEAN, std=STD)
+    transform = make(size=16, mean=MEAN, std=STD)
     corners = [np.zeros(13, np.float32), np.full(13, np.nextafter(np.float32(1), np.float32(0)))]
     for draws in [*corners, *np.random.default_rng(0).random((200, 13), dtype=np.float32)]:
-        left, top, right, bottom = view.box(width, height, draws)
+        left, top, right, bottom = transform.box(width, height, draws)
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         factor = reduction(min(right - left, bottom - top), 16)
@@ -81,70 +81,72 @@ def test_crops_lie_inside_pictures_of_any_shape(
 
 def test_crops_reach_every_corner() -> None:
     """A crop may touch each side of the picture, and does at the ends of what is drawn."""
-    view = TrainingView(size=16, mean=MEAN, std=STD, scale=(0.5, 0.5))
+    transform = TrainingTransform(size=16, mean=MEAN, std=STD, scale=(0.5, 0.5))
     low, high = np.full(13, 0.5, np.float32), np.full(13, 0.5, np.float32)
     low[2:4], high[2:4] = 0, np.nextafter(np.float32(1), np.float32(0))
-    assert view.box(100, 80, low)[:2] == (0, 0)
-    assert view.box(100, 80, high)[2:] == (100, 80)
+    assert transform.box(100, 80, low)[:2] == (0, 0)
+    assert transform.box(100, 80, high)[2:] == (100, 80)
 
 
 @pytest.mark.parametrize("width", [30, 31, 64])
 def test_the_evaluation_box_is_the_central_square(width: int) -> None:
-    view = EvaluationView(size=16, mean=MEAN, std=STD)
-    assert isinstance(view, View)
+    transform = EvaluationTransform(size=16, mean=MEAN, std=STD)
+    assert isinstance(transform, Transform)
     nothing = np.zeros(0, np.float32)
-    assert view.box(width, 30, nothing) == ((width - 30) // 2, 0, (width - 30) // 2 + 30, 30)
-    assert view.box(30, width, nothing) == (0, (width - 30) // 2, 30, (width - 30) // 2 + 30)
+    assert transform.box(width, 30, nothing) == ((width - 30) // 2, 0, (width - 30) // 2 + 30, 30)
+    assert transform.box(30, width, nothing) == (0, (width - 30) // 2, 30, (width - 30) // 2 + 30)
 
 
 def test_the_evaluation_view_takes_a_picture_of_any_mode() -> None:
     """What is transparent is white, and grey becomes RGB."""
-    view = EvaluationView(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    torch.testing.assert_close(view(Image.new("RGBA", (9, 9), (9, 9, 9, 0))), torch.ones(3, 8, 8))
+    transform = EvaluationTransform(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     torch.testing.assert_close(
-        view(Image.new("L", (9, 9), 51)), torch.full((3, 8, 8), 0.2), atol=1e-6, rtol=0
+        transform(Image.new("RGBA", (9, 9), (9, 9, 9, 0))), torch.ones(3, 8, 8)
+    )
+    torch.testing.assert_close(
+        transform(Image.new("L", (9, 9), 51)), torch.full((3, 8, 8), 0.2), atol=1e-6, rtol=0
     )
 
 
 def test_each_picture_of_a_batch_has_its_own_parameters() -> None:
     """The result of a batch is the results of its pictures one at a time."""
-    view = light_view(size=32, mean=MEAN, std=STD)
+    transform = light_transform(size=32, mean=MEAN, std=STD)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (64, 32, 32, 3), generator=generator, dtype=torch.uint8)
     draws = torch.rand(64, 13, generator=generator)
-    batch = view.finish(images, draws)
+    batch = transform.finish(images, draws)
     for i in range(64):
-        alone = view.finish(images[i : i + 1], draws[i : i + 1])[0]
+        alone = transform.finish(images[i : i + 1], draws[i : i + 1])[0]
         torch.testing.assert_close(batch[i], alone, atol=1e-5, rtol=1e-5)
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, 5])
 def test_a_batch_may_have_any_number_of_pictures(number: int) -> None:
-    view = light_view(size=8, mean=MEAN, std=STD)
+    transform = light_transform(size=8, mean=MEAN, std=STD)
     images = torch.zeros(number, 8, 8, 3, dtype=torch.uint8)
-    assert view.finish(images, torch.rand(number, 13)).shape == (number, 3, 8, 8)
+    assert transform.finish(images, torch.rand(number, 13)).shape == (number, 3, 8, 8)
 
 
 def test_finishing_leaves_its_arguments_alone() -> None:
-    view = light_view(size=8, mean=MEAN, std=STD)
+    transform = light_transform(size=8, mean=MEAN, std=STD)
     images = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8)
     draws = torch.zeros(16, 13)  # everything is done to every picture
     before = images.clone()
-    view.finish(images, draws)
+    transform.finish(images, draws)
     torch.testing.assert_close(images, before)
     torch.testing.assert_close(draws, torch.zeros(16, 13))
 
 
 def test_the_light_view_is_its_steps_in_order() -> None:
     """Flip, jitter, grayscale, blur, normalise, each with the draws that are its own."""
-    view = light_view(size=32, mean=MEAN, std=STD)
+    transform = light_transform(size=32, mean=MEAN, std=STD)
     images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
     draws = torch.rand(8, 13, generator=torch.Generator().manual_seed(4))
     for i in range(8):
         # The bits of i say which of flip, jitter and grayscale happen; blur always does.
         draws[i, 4:8] = torch.tensor([0.1 if i & bit else 0.9 for bit in (1, 2, 4)] + [0.1])
-    finished = view.finish(images, draws)
+    finished = transform.finish(images, draws)
     for i in range(8):
         expected = images[i].permute(2, 0, 1)[None] / 255
         if i & 1:
@@ -161,11 +163,11 @@ def test_the_light_view_is_its_steps_in_order() -> None:
 
 def test_augmentations_happen_as_often_as_they_should() -> None:
     """Half of the pictures are flipped, and about a fifth turn grey, as the light view says."""
-    view = light_view(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    transform = light_transform(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     image = torch.zeros(4000, 8, 8, 3, dtype=torch.uint8)
     image[:, :, :4, 0] = 200
     draws = torch.rand(4000, 13, generator=torch.Generator().manual_seed(1))
-    out = view.finish(image, draws)
+    out = transform.finish(image, draws)
     flipped = out[:, 0, :, 4:].mean((1, 2)) > out[:, 0, :, :4].mean((1, 2))
     grey = (out[:, 0] - out[:, 1]).abs().amax((1, 2)) < 1e-6
     assert abs(float(flipped.float().mean()) - 0.5) < 0.04
@@ -174,12 +176,12 @@ def test_augmentations_happen_as_often_as_they_should() -> None:
 
 def test_the_clip_view_crops_and_nothing_else() -> None:
     """Whatever is drawn, CLIP's view only normalises after its crop."""
-    view = clip_view(size=8, mean=MEAN, std=STD)
+    transform = clip_transform(size=8, mean=MEAN, std=STD)
     images = torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8)
     expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / (
         torch.tensor(STD)[:, None, None]
     )
-    torch.testing.assert_close(view.finish(images, torch.zeros(5, 13)), expected)
+    torch.testing.assert_close(transform.finish(images, torch.zeros(5, 13)), expected)
 
 
 @pytest.mark.parametrize("turn", [0.0, 0.1, -0.2, 0.5])
@@ -279,14 +281,17 @@ def test_a_picture_handed_over_is_turned_as_in_training(kind: str, orientation: 
         exif[0x0112] = orientation
     buffer = io.BytesIO()
     image.save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    view = EvaluationView(size=20, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    transform = EvaluationTransform(size=20, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     draws = np.zeros(0, np.float32)
     trained = decode_crop(
-        buffer.getvalue(), lambda w, h: view.box(w, h, draws), view.size, max_pixels=10_000
+        buffer.getvalue(),
+        lambda w, h: transform.box(w, h, draws),
+        transform.size,
+        max_pixels=10_000,
     )
-    expected = view.finish(torch.from_numpy(trained)[None], torch.zeros(1, 0))[0]
-    found = view(Image.open(buffer))
+    expected = transform.finish(torch.from_numpy(trained)[None], torch.zeros(1, 0))[0]
+    found = transform(Image.open(buffer))
     assert (found - expected).abs().max() <= (0.02 if kind == "JPEG" else 0)
     if orientation in range(2, 9):
-        upright = view(Image.fromarray(np.asarray(image)))
+        upright = transform(Image.fromarray(np.asarray(image)))
         assert (found - upright).abs().max() > 0.1

@@ -16,7 +16,13 @@ import pytest
 from protoclip.data import web
 from protoclip.data.locations import Access
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.web import Limits, WebFile, check_addresses, is_private, request
+from protoclip.data.web import (
+    Limits,
+    WebFile,
+    check_addresses,
+    is_private,
+    request,
+)
 
 CONTENT = bytes(range(256)) * 1000
 

@@ -21,6 +21,7 @@ from uuid import uuid4
 import numpy as np
 from jaxtyping import UInt8
 
+from protoclip.config import DataConfig
 from protoclip.data.decode import (
     ChooseBox,
     Decoded,
@@ -31,6 +32,13 @@ from protoclip.data.decode import (
     dimensions,
     resize,
 )
+from protoclip.data.index import cache_folder, digest
+from protoclip.data.mixture import MixedPairs
+from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+
+# Part of the folder name: what an earlier form of the cache left is not read.
+CACHE_FORM = "pictures-2"
+
 
 BLOCK = 4096  # bytes that a file system hands out at a time
 # Of a file of pixels: their checksum, height, width and orientation.
@@ -202,3 +210,22 @@ def _checksum(pixels: UInt8[np.ndarray, "..."], *facts: int) -> int:
 
 def _blocks(size: int) -> int:
     return -(-size // BLOCK)
+
+
+def image_cache(data: DataConfig, samples: Pairs | SampleStream) -> ImageCache | None:
+    """Keeps decoded pictures for repeated passes."""
+    most = int(data.cache_gb * 1e9)
+    if data.cache == "disk":
+        folder = Path(data.cache_folder) if data.cache_folder else cache_folder()
+        return DiskCache(folder / CACHE_FORM / identity(samples), max_bytes=most)
+    # Memory is a process's own: what one worker keeps, another has to decode.
+    keeps = data.cache == "ram" and not data.workers
+    return MemoryCache(max_bytes=most) if keeps else None
+
+
+def identity(samples: Pairs | SampleStream) -> str:
+    """A name for a source and its index, each of which has a room of its own in the cache."""
+    if isinstance(samples, MixedPairs):
+        return digest({"sources": [identity(source) for source in samples.sources]})
+    index = samples.index if isinstance(samples, ImageTextPairs) else None
+    return digest({"name": samples.name, "index": index.path.stem if index else None})

@@ -44,7 +44,7 @@ READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
 )
 ORIENTATION = 0x0112  # EXIF
 # What a JPEG decoder reduced differs from all pixels resized at once. Reduced to twice the size
-# wanted, the two agreed to 44 dB at worst over sizes and fractions; to 1.25 times, to 37 dB.
+# wanted, the two raise_on_all_ranks to 44 dB at worst over sizes and fractions; to 1.25 times, to 37 dB.
 REDUCED_MARGIN = 2
 
 

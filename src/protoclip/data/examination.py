@@ -19,9 +19,14 @@ import torch
 
 from protoclip.data.decode import READERS, decode, dimensions
 from protoclip.data.locations import Access
-from protoclip.data.mixtures import MixedStreams, under
-from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
-from protoclip.data.streams import ShardStream, read_shard
+from protoclip.data.mixture import MixedStreams, under
+from protoclip.data.pairs import (
+    BadSample,
+    Pairs,
+    Sample,
+    SampleStream,
+)
+from protoclip.data.stream import ShardStream, read_shard
 
 CountTokens = Callable[[list[str]], list[int]]
 Item = int | Sample | BadSample

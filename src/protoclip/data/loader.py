@@ -1,5 +1,6 @@
 """Batches of an episode, in a fixed order, from any position."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,11 +13,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from protoclip.data.cache import ImageCache, crop
+from protoclip.config import Config
+from protoclip.data.cache import ImageCache, crop, image_cache
 from protoclip.data.decode import Box
-from protoclip.data.episodes import VIEW_STREAM, Episode, caption_draws, view_draws
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
-from protoclip.data.transforms import View
+from protoclip.data.pairs import (
+    MAX_IMAGE_PIXELS,
+    BadSample,
+    Pairs,
+    Sample,
+    SampleStream,
+)
+from protoclip.data.sampler import (
+    TRANSFORM_STREAM,
+    Episode,
+    caption_draws,
+    transform_draws,
+)
+from protoclip.data.transforms import Transform
+from protoclip.distributed.collectives import rank, world_size
+
+# Shorter side of small copies: this, or more where crops are larger.
+COPY_SIDE, COPY_MARGIN = 256, 10 / 7
+
 
 # Samples at hand to stand in for the bad ones of a batch, as a share of it, and at least so many.
 # Rows cost nothing until they are read; a stream's samples travel to the workers with the batch.
@@ -39,7 +57,7 @@ class _Request:
 
     position: npt.NDArray[np.int64]
     candidates: list[int | Sample | BadSample]
-    view_draws: npt.NDArray[np.float32]
+    transform_draws: npt.NDArray[np.float32]
     caption_draws: npt.NDArray[np.float32]
 
 
@@ -68,7 +86,7 @@ class _BatchMaker(Dataset[_Made]):
             while True:
                 try:
                     sample = self.sample(candidate)
-                    picture = self.picture(sample, request.view_draws[slot])
+                    picture = self.picture(sample, request.transform_draws[slot])
                     break
                 except BadSample as error:
                     bad.append(error)
@@ -103,16 +121,16 @@ class _BatchMaker(Dataset[_Made]):
         return self.loader.pairs.sample(candidate)
 
     def picture(self, sample: Sample, draws: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-        view = self.loader.view
+        transform = self.loader.transform
 
         def box(width: int, height: int) -> Box:
-            return view.box(width, height, draws)
+            return transform.box(width, height, draws)
 
         try:
             return crop(
                 sample.image,
                 box,
-                view.size,
+                transform.size,
                 max_pixels=self.loader.max_image_pixels,
                 small_side=self.loader.small_side,
                 cache=self.loader.cache,
@@ -131,10 +149,10 @@ class EpisodeLoader:
     Attributes:
         pairs: Where the samples are: rows in any order, or a stream.
         tokenizer: Captions to tokens, `list[str] -> Int[b c]`.
-        view: How pictures become inputs.
+        transform: How pictures become inputs.
         batch_size: Pairs a batch on this process; the last batch of an episode may be smaller.
         seed: With the episode's number, determines the random draws of views and captions.
-        view_stream: Stream of random numbers that views draw from.
+        transform_stream: Stream of random numbers that views draw from.
         device: Where batches end up.
         workers: Processes that decode; 0 decodes in this process.
         rank, world_size: Which of how many processes this is; together they train each batch.
@@ -146,11 +164,11 @@ class EpisodeLoader:
 
     pairs: Pairs | SampleStream
     tokenizer: Callable[[list[str]], Tensor]
-    view: View
+    transform: Transform
     batch_size: int
     seed: int
     device: torch.device
-    view_stream: int = VIEW_STREAM
+    transform_stream: int = TRANSFORM_STREAM
     workers: int = 0
     rank: int = 0
     world_size: int = 1
@@ -168,8 +186,12 @@ class EpisodeLoader:
         Raises:
             ValueError: A worker process died, or a batch found no good samples to fill it.
         """
-        draws = view_draws(
-            self.seed, episode.index, len(episode.rows), self.view.num_draws, self.view_stream
+        draws = transform_draws(
+            self.seed,
+            episode.index,
+            len(episode.rows),
+            self.transform.num_draws,
+            self.transform_stream,
         )
         loader = DataLoader(
             _BatchMaker(self),
@@ -192,7 +214,7 @@ class EpisodeLoader:
                 position=made.position.to(self.device),
                 sample_id=made.sample_id,
                 # Draws stay on the CPU, which decides by them what to do on the device.
-                image=self.view.finish(made.image.to(self.device), draws[made.position]),
+                image=self.transform.finish(made.image.to(self.device), draws[made.position]),
                 text=made.text.to(self.device),
             )
 
@@ -233,7 +255,7 @@ class EpisodeLoader:
             yield _Request(
                 position=position,
                 candidates=candidates,
-                view_draws=draws[position],
+                transform_draws=draws[position],
                 caption_draws=captions[position],
             )
 
@@ -269,3 +291,42 @@ class EpisodeLoader:
 
 def _as_it_is(made: _Made) -> _Made:
     return made
+
+
+def loader(
+    config: Config,
+    samples: Pairs | SampleStream,
+    *,
+    tokenizer: Callable[[list[str]], Tensor],
+    transform: Transform,
+    device: torch.device,
+    on_read: Callable[[int, list[BadSample]], None],
+) -> EpisodeLoader:
+    """This process's share of the batches.
+
+    Raises:
+        ValueError: The processes cannot share a batch evenly.
+    """
+    share, rest = divmod(config.episodes.batch_size, world_size())
+    if rest or share < 2:
+        raise ValueError(
+            f"episodes.batch_size: {config.episodes.batch_size} pairs cannot be shared evenly by "
+            f"{world_size()} processes, two or more each; try {max(2, share) * world_size()}"
+        )
+    return EpisodeLoader(
+        pairs=samples,
+        tokenizer=tokenizer,
+        transform=transform,
+        batch_size=share,
+        rank=rank(),
+        world_size=world_size(),
+        seed=config.run.seed,
+        device=device,
+        workers=config.data.workers,
+        cache=image_cache(config.data, samples),
+        small_side=max(COPY_SIDE, math.ceil(transform.size * COPY_MARGIN))
+        if config.data.small_copies
+        else None,
+        max_image_pixels=config.data.max_image_pixels,
+        on_read=on_read,
+    )

@@ -9,11 +9,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from protoclip.data.columns import Columns, choose, holds_lists, is_bytes, is_text, missing
+from protoclip.data.columns import (
+    Columns,
+    choose,
+    holds_lists,
+    is_bytes,
+    is_text,
+    missing,
+)
 from protoclip.data.index import build_index, digest, fingerprint
 from protoclip.data.locations import NOTHING_MORE, Access, is_url
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.tables import Skipped, Table, faults, line, open_table
+from protoclip.data.tables import (
+    Skipped,
+    Table,
+    faults,
+    line,
+    open_table,
+)
 
 # Raised when the same file would be converted otherwise than before.
 FORMAT = 2

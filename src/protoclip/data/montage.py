@@ -13,7 +13,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from protoclip.data.decode import decode
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.data.pairs import (
+    MAX_IMAGE_PIXELS,
+    BadSample,
+    Pairs,
+    Sample,
+    SampleStream,
+)
 
 SIDE, GAP, MARGIN = 192, 20, 28
 FONT_SIZE, LINE, LINES = 14, 19, 3

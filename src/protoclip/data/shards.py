@@ -21,7 +21,13 @@ import numpy as np
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from protoclip.data.index import ArrowIndex, build_index, cache_folder, digest, fingerprint
+from protoclip.data.index import (
+    ArrowIndex,
+    build_index,
+    cache_folder,
+    digest,
+    fingerprint,
+)
 from protoclip.data.locations import (
     NOTHING_MORE,
     Access,

@@ -4,13 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from protoclip.data.bundled import emoji_table
+from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
-from protoclip.data.locations import NOTHING_MORE, Access, is_url, require_allowed
+from protoclip.data.locations import (
+    NOTHING_MORE,
+    Access,
+    is_url,
+    require_allowed,
+)
 from protoclip.data.manifests import open_manifest
-from protoclip.data.pairs import ImageTextPairs, SampleStream
+from protoclip.data.mixture import MixedPairs, MixedStreams, ShuffledCaptions
+from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.shards import open_shards
-from protoclip.data.streams import ShardStream
+from protoclip.data.stream import ShardStream
+from protoclip.distributed.collectives import rank, world_size
 
 
 def open_source(
@@ -99,3 +107,75 @@ def is_shards(path: str) -> bool:
         return True
     folder = Path(path)
     return not is_url(path) and folder.is_dir() and next(folder.glob("*.tar"), None) is not None
+
+
+def pairs(config: Config) -> Pairs | SampleStream:
+    """The training pairs: one source, or a mixture, whose sample ids begin with a source's name.
+
+    Raises:
+        ValueError: A file is missing or not of the right form, or sources do not go together.
+    """
+    data = config.data
+    found = [opened(data, entry, seed=config.run.seed) for entry in entries(data)]
+    if data.shuffle_captions:
+        if not all(isinstance(source, Pairs) for source in found):
+            raise ValueError("data.shuffle_captions: needs samples in any order, not a stream")
+        found = [ShuffledCaptions(source, seed=config.run.seed) for source in found]  # type: ignore[arg-type]
+    if len(found) == 1:
+        return found[0]
+    streams = [source for source in found if isinstance(source, SampleStream)]
+    if not streams:
+        return MixedPairs([source for source in found if isinstance(source, Pairs)])
+    if len(streams) < len(found):
+        raise ValueError(
+            "data.sources: streams do not mix with sources read in any order; read all of them "
+            "as tar shards with data.read = streaming, or none"
+        )
+    shares = [entry.weight for entry in entries(data)]
+    if any(share is None for share in shares):
+        raise ValueError("data.sources: streams have no known length; give each a weight")
+    return MixedStreams(streams, weights=[s for s in shares if s], seed=config.run.seed)
+
+
+def notes(samples: Pairs | SampleStream) -> list[str]:
+    """What was noticed when the samples were indexed, such as lines or files left out."""
+    if isinstance(samples, MixedPairs):
+        return [note for source in samples.sources for note in notes(source)]
+    if isinstance(samples, ShuffledCaptions):
+        return notes(samples.pairs)
+    if isinstance(samples, ImageTextPairs) and samples.index is not None:
+        return [str(note) for note in samples.index.facts.get("notes", [])]
+    return []
+
+
+def entries(data: DataConfig) -> list[SourceConfig]:
+    return data.sources or [SourceConfig(path=data.train)]
+
+
+def opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> Pairs | SampleStream:
+    """One source; what its entry leaves unset is taken from the section it stands in."""
+    # In a mixture tar shards are named after their folder, as other sources are: not by the path.
+    here = len(data.sources) > 1 and Path(entry.path).exists()
+    name = entry.name or (Path(entry.path).resolve().name if here else None)
+    columns = {
+        name: getattr(entry, name) or getattr(data, name)
+        for name in ("image_column", "caption_column", "id_column", "root")
+    }
+    if isinstance(columns["caption_column"], str):
+        columns["caption_column"] = [columns["caption_column"]]
+    return open_source(
+        entry.path,
+        name=name,
+        read=data.read,
+        seed=seed,
+        rank=rank(),
+        world_size=world_size(),
+        shuffle=data.shuffle_buffer,
+        cache=Path(data.cache_folder) / "index" if data.cache_folder else None,
+        access=Access(
+            commands=data.allow_commands,
+            private_hosts=data.allow_private_hosts,
+            links=data.allow_links,
+        ),
+        **columns,
+    )

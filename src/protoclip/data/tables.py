@@ -25,7 +25,12 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from protoclip.data.index import BATCH_BYTES, BATCH_ROWS
-from protoclip.data.locations import Access, is_url, open_file, visible
+from protoclip.data.locations import (
+    Access,
+    is_url,
+    open_file,
+    visible,
+)
 
 # Bytes at a file's start that tell what it is, and that hold a table's header.
 HEAD_BYTES = 1 << 16

@@ -28,7 +28,7 @@ PICTURES_IN_CACHE = 4
 
 
 @runtime_checkable
-class View(Protocol):
+class Transform(Protocol):
     """The two steps, and how many uniform draws a picture needs for them."""
 
     @property
@@ -71,7 +71,7 @@ def normalise(
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationView:
+class EvaluationTransform:
     """Shorter side to `size`, centre crop, normalise: what CLIP evaluates with."""
 
     size: int
@@ -101,7 +101,7 @@ class EvaluationView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingView:
+class TrainingTransform:
     """Random resized crop, and what the paper calls light augmentation where it is asked for.
 
     Attributes:
@@ -179,14 +179,14 @@ class TrainingView:
         return normalise(pixels, self.mean, self.std)
 
 
-def clip_view(*, size: int, mean: Channels, std: Channels) -> TrainingView:
-    """CLIP's training view: a crop of 90 to 100% of the area and nothing else."""
-    return TrainingView(size=size, mean=mean, std=std, scale=(0.9, 1.0))
+def clip_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTransform:
+    """CLIP's training transform: a crop of 90 to 100% of the area and nothing else."""
+    return TrainingTransform(size=size, mean=mean, std=std, scale=(0.9, 1.0))
 
 
-def light_view(*, size: int, mean: Channels, std: Channels) -> TrainingView:
+def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTransform:
     """ProtoCLIP's light augmentation (arXiv 2206.10996, and its reference implementation)."""
-    return TrainingView(
+    return TrainingTransform(
         size=size,
         mean=mean,
         std=std,

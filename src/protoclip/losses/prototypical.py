@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from protoclip import distributed
+from protoclip.distributed import collectives
 from protoclip.losses import tiles
-from protoclip.prototypes import PrototypeTarget
+from protoclip.prototypes.targets import PrototypeTarget
 
 # Similarities that exist at once while accuracy is measured.
 CHUNK_ELEMENTS = 2**22
@@ -135,7 +135,7 @@ def mean_of_known(
     known = own >= 0
     count, processes = known.sum(), 1
     if sharded:
-        count, processes = distributed.reduced(count), distributed.world_size()
+        count, processes = collectives.all_reduce(count), collectives.world_size()
     return (values * known).sum() / (count.clamp(min=1) / processes)
 
 

@@ -1,0 +1,95 @@
+"""BatchNorm over the batches of all processes, so that many normalise as one."""
+
+import torch
+from jaxtyping import Float
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from protoclip.distributed.collectives import all_gather_with_gradient, world_size
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm of any number of dimensions, over processes whose batches have one size.
+
+    torch's own of this name needs a GPU; this one runs wherever tensors can be gathered.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        assert input.dim() >= 2
+
+    def forward(self, input: Float[Tensor, "b c *_"]) -> Float[Tensor, "b c *_"]:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        return self._finish(self._normalised(input))
+
+    def _finish(self, normalised: Tensor) -> Tensor:
+        """What a subclass does besides normalising."""
+        return normalised
+
+    def _normalised(self, input: Float[Tensor, "b c *_"]) -> Float[Tensor, "b c *_"]:
+        rows = input.to(torch.promote_types(input.dtype, torch.float32))
+        over = [0, *range(2, rows.dim())]
+        shape = (1, -1, *[1] * (rows.dim() - 2))
+        own = rows.mean(over)
+        own_variance = (rows - own.view(shape)).square().mean(over)
+        # One exchange: the mean and variance of the union follow from those of the parts.
+        means, variances = all_gather_with_gradient(torch.stack([own, own_variance])[None]).unbind(
+            1
+        )
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)
+        self._advance(mean.detach(), variance.detach(), rows.numel() // len(mean) * len(means))
+        scale = (variance + self.eps).rsqrt() * self.weight
+        return ((rows - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input)
+
+    @torch.no_grad()
+    def _advance(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Running statistics, as torch's BatchNorm keeps them: of the unbiased variance."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.momentum is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
+
+
+class SyncBatchNormAct(SyncBatchNorm, BatchNormAct2d):
+    """The same of timm's BatchNorm, which drops and activates too."""
+
+    def _finish(self, normalised: Tensor) -> Tensor:
+        activated: Tensor = self.act(self.drop(normalised))
+        return activated
+
+
+def synchronise(module: nn.Module) -> int:
+    """Make every BatchNorm in a module a `SyncBatchNorm`, in place; names stay.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ValueError: A BatchNorm does something of its own that is not known here.
+    """
+    layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    for part in layers:
+        # What a class does in `forward` says what it is, since others may have subclassed it.
+        if type(part).forward is _BatchNorm.forward:
+            part.__class__ = SyncBatchNorm
+        elif type(part).forward is BatchNormAct2d.forward:
+            part.__class__ = SyncBatchNormAct
+        elif not isinstance(part, SyncBatchNorm):
+            raise ValueError(
+                f"parallel.sync_batch_norm: {type(part).__name__} layers cannot be synchronised; "
+                "set it to false and parallel.strategy to ddp, or take other towers"
+            )
+    return len(layers)
+
+
+def has_own_statistics(module: nn.Module) -> bool:
+    """Whether some BatchNorm keeps statistics that differ between processes."""
+    return any(
+        isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm)
+        for part in module.modules()
+    )
