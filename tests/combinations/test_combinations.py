@@ -40,8 +40,8 @@ from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
 from protoclip.models import loading
+from protoclip.models.loading import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
-from protoclip.training.checkpoint import find_checkpoint, read_tensors
 from protoclip.training.run import train
 from protoclip.training.session import Session
 

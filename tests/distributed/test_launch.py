@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protoclip.training.checkpoint import checkpoints, read_tensors
+from protoclip.models.loading import checkpoints, read_tensors
 
 pytestmark = pytest.mark.slow
 

@@ -19,9 +19,9 @@ from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare_targets
 from protoclip.models import batch_norm, loading
+from protoclip.models.loading import find_checkpoint, read_tensors
 from protoclip.prototypes.targets import PrototypeTarget
 from protoclip.testing import run_distributed, tiny_config, tiny_model
-from protoclip.training.checkpoint import find_checkpoint, read_tensors
 from protoclip.training.run import train
 from protoclip.training.session import Session
 from protoclip.training.stages import PROTOTYPICAL, enter_stage

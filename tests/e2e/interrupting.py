@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from protoclip.config import Config
+from protoclip.models.loading import find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run
-from protoclip.training.checkpoint import find_checkpoint
 
 WAYS: dict[str, dict[str, Any]] = {
     "extract": {"prototypes": {"source": "extract"}},

@@ -10,9 +10,9 @@ import pytest
 from protoclip.checks import check
 from protoclip.cli import main
 from protoclip.config import PERMISSIONS
+from protoclip.models.loading import find_checkpoint
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
-from protoclip.training.checkpoint import find_checkpoint
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

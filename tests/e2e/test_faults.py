@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock
 from interrupting import WAYS, assert_equal_ends, config_for, stop_after, stopped_run
 
+from protoclip.models.loading import checkpoints
 from protoclip.training import checkpoint, run, saver
-from protoclip.training.checkpoint import checkpoints
 
 
 @pytest.mark.parametrize(

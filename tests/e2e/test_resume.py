@@ -10,9 +10,9 @@ import pytest
 import torch
 from interrupting import WAYS, assert_equal_ends, config_for, stop_after, stopped_run
 
+from protoclip.models.loading import find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run
-from protoclip.training.checkpoint import find_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ from protoclip.evaluation import compare
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.samples import SampleResults
 from protoclip.models import loading
+from protoclip.models.loading import checkpoints, find_checkpoint
 from protoclip.prototypes import features
 from protoclip.testing import tiny_config
 from protoclip.training import defaults, run
-from protoclip.training.checkpoint import checkpoints, find_checkpoint
 from protoclip.training.run_folder import flat
 
 ROOT = Path(__file__).parents[2]

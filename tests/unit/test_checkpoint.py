@@ -13,16 +13,12 @@ import torch
 import protoclip
 from protoclip.data.pairs import BadSample
 from protoclip.data.skips import SkipLog
+from protoclip.files import write_atomically
 from protoclip.models import loading
+from protoclip.models.loading import checkpoints, damage
 from protoclip.testing import tiny_model
 from protoclip.training import saver
-from protoclip.training.checkpoint import (
-    Contents,
-    checkpoints,
-    damage,
-    write_checkpoint,
-)
-from protoclip.training.run_folder import write_whole
+from protoclip.training.checkpoint import Contents, write_checkpoint
 
 
 def contents(weights: dict[str, torch.Tensor] | None = None) -> Contents:
@@ -140,7 +136,7 @@ def test_results_that_cannot_be_written_are_named(
 
     monkeypatch.setattr(Path, "write_text", no_space)
     with pytest.raises(OSError, match=r"results\.json"):
-        write_whole(tmp_path / "results.json", "{}")
+        write_atomically(tmp_path / "results.json", "{}")
 
 
 def bad(name: str) -> BadSample:

@@ -8,9 +8,9 @@ import pytest
 import scipy.stats
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
-from protoclip import strict_json
 from protoclip.evaluation import compare, paired
 from protoclip.evaluation.samples import SampleResults
+from protoclip.files import to_json
 
 METRICS = (
     *("zero_shot/acc1", "zero_shot/acc5", "zero_shot_subgroup/acc1"),
@@ -185,7 +185,7 @@ def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys) -> 
         shown = capsys.readouterr().out
         assert "a[b]?" in shown
         assert "\x1b]" not in shown
-        assert json.loads(strict_json.dumps(entries))[1]["name"] == "b"
+        assert json.loads(to_json(entries))[1]["name"] == "b"
 
 
 @pytest.mark.parametrize("odd", ["'many'", "true", "[1]", "1" + "0" * 400])

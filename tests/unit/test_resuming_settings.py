@@ -20,9 +20,9 @@ from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.loader import Batch
 from protoclip.data.transforms import EvaluationTransform, Transform, light_transform
+from protoclip.models.loading import STATE
 from protoclip.models.towers import build_tokenizer
 from protoclip.testing import tiny_config
-from protoclip.training.checkpoint import STATE
 from protoclip.training.run import to_toml
 from protoclip.training.run_folder import (
     FREE,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from protoclip import strict_json
+from protoclip.files import to_json
 from protoclip.training import logging
 from protoclip.training.logging import JsonLines, MetricsSink
 
@@ -108,7 +108,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text == '{"step": 1, "loss": null, "norm": null, "low": null, "rate": 0.5}\n'
     nested = {"a": [1.0, math.nan, {"b": (math.inf,)}], "c": "NaN"}
-    assert strict_json.dumps(nested) == '{"a": [1.0, null, {"b": [null]}], "c": "NaN"}'
+    assert to_json(nested) == '{"a": [1.0, null, {"b": [null]}], "c": "NaN"}'
 
 
 def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:

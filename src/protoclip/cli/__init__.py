@@ -13,7 +13,6 @@ import jsonargparse
 import torch
 from jsonargparse import ArgumentParser, auto_cli
 
-from protoclip import strict_json
 from protoclip.cli.demo import demo as run_demo
 from protoclip.cli.prepare import embed as run_embedding
 from protoclip.cli.prepare import index as run_indexing
@@ -34,6 +33,7 @@ from protoclip.config import (
 )
 from protoclip.distributed import collectives
 from protoclip.evaluation import compare as comparison
+from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.training.health import out_of_memory
 from protoclip.training.run import train as run_training
@@ -127,7 +127,7 @@ def compare(runs: list[str], *, json: bool = False) -> None:
     """
     entries = comparison.compare([comparison.read_results(path) for path in runs])
     if json:
-        print(strict_json.dumps(entries, indent=2))
+        print(to_json(entries, indent=2))
     else:
         comparison.show(entries)
 
@@ -253,7 +253,7 @@ def index(source: str, *, data: DataConfig = DataConfig()) -> None:  # noqa: B00
 
 def print_facts(facts: dict[str, Any], *, json: bool) -> None:
     if json:
-        print(strict_json.dumps(facts, indent=2))
+        print(to_json(facts, indent=2))
         return
     for name, value in facts.items():
         print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
@@ -261,7 +261,7 @@ def print_facts(facts: dict[str, Any], *, json: bool) -> None:
 
 def print_results(results: dict[str, Any], *, json: bool) -> None:
     if json:
-        print(strict_json.dumps(results, indent=2))
+        print(to_json(results, indent=2))
         return
     for name, value in results["metrics"].items():
         print(f"{name:<45} {value:.4f}")

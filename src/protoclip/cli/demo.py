@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from protoclip import strict_json
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -13,6 +12,7 @@ from protoclip.config import (
     TeacherConfig,
 )
 from protoclip.evaluation import compare
+from protoclip.files import to_json
 from protoclip.progress import duration
 from protoclip.training import defaults, run
 
@@ -74,7 +74,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
         if "stopped" in run.train(config, resume="auto"):
             raise KeyboardInterrupt
     entries = compare.compare([compare.read_results(folder) for folder in folders.values()])
-    (out / "results.json").write_text(strict_json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(to_json(entries, indent=2) + "\n", encoding="utf-8")
     compare.show(entries)
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
     print(f"Done in {duration(time.monotonic() - started)}. Where to look:")

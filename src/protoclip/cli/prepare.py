@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from protoclip import strict_json
 from protoclip.checks import check
 from protoclip.config import Config, DataConfig, ModelConfig
 from protoclip.data import inspect as inspection
@@ -16,6 +15,7 @@ from protoclip.data.montage import montage as draw_montage
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import process_group, raise_on_all_ranks, rank
+from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.progress import duration
 from protoclip.teachers.embed import embed_teacher
@@ -55,7 +55,7 @@ def inspect(
         notes=notes,
     )
     if json:
-        print(strict_json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        print(to_json(found.to_dict(), indent=2))
     else:
         inspection.show(found)
     if montage is not None:

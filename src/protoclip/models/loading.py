@@ -1,11 +1,16 @@
 """From the configuration to devices, models and views, and from a run folder back to a model."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from protoclip.config import (
     SMALL_CONTEXT_LENGTH,
@@ -28,6 +33,7 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.distributed.parallel import shard, spread
+from protoclip.files import file_checksum, read_json
 from protoclip.models import batch_norm
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
@@ -41,14 +47,11 @@ from protoclip.models.towers import (
     named_towers,
     small_towers,
 )
-from protoclip.training.checkpoint import (
-    MODEL,
-    find_checkpoint,
-    read_json,
-    read_weights,
-    require_intact,
-    verified,
-)
+
+# Files of a checkpoint folder.
+WEIGHTS, MODEL = "model.safetensors", "model.json"
+OPTIMIZER, RESUME, STATE = "optimizer.safetensors", "resume.safetensors", "state.json"
+CHECKSUMS = "checksums.json"
 
 
 def model(config: ModelConfig, *, seed: int) -> ProtoCLIP:
@@ -233,3 +236,101 @@ def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
         raise ValueError(
             f"{folder}: model.json was written by another version of protoclip ({error})"
         ) from error
+
+
+def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint's files, or with some of them, or None."""
+    expected: dict[str, str] = {}
+    try:
+        expected = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
+        if names is None:
+            # A checkpoint of an earlier format may be whole too; what goes on from it refuses it.
+            names = sorted({WEIGHTS, MODEL, RESUME, STATE} | expected.keys())
+        with ThreadPoolExecutor() as pool:  # hashing frees the interpreter
+            found = list(pool.map(file_checksum, [folder / name for name in names]))
+    except OSError as error:
+        return f"{Path(error.filename or CHECKSUMS).name} cannot be read: {error.strerror}"
+    except (ValueError, TypeError):
+        return f"{CHECKSUMS} is damaged"
+    for name, value in zip(names, found, strict=True):
+        if expected.get(name) != value:
+            return f"{name} is not what was written, by its checksum"
+    return None
+
+
+def require_intact(folder: Path, *names: str) -> None:
+    """Check files of a checkpoint.
+
+    Raises:
+        ValueError: One is not as it was written; names it.
+    """
+    if (wrong := damage(folder, names)) is not None:
+        raise ValueError(
+            f"{folder}: damaged ({wrong}); copy the folder again from where it is whole, or take "
+            "another checkpoint"
+        )
+
+
+@contextmanager
+def verified(folder: Path) -> Iterator[None]:
+    """Check a model's weights in a thread while the block does something else, then wait for it.
+
+    Raises:
+        ValueError: They are not as they were written.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(require_intact, folder, WEIGHTS)
+        yield
+        checked.result()
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder meant by a run folder (its newest) or a checkpoint folder.
+
+    Raises:
+        ValueError: There is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such run or checkpoint folder")
+    for candidate in (path, *reversed(checkpoints(path))):
+        if (candidate / MODEL).is_file() and (candidate / WEIGHTS).is_file():
+            return candidate
+    raise ValueError(
+        f"{path}: no checkpoint here; expected {MODEL} and {WEIGHTS}, or checkpoints/ with them"
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; raises `ValueError` if it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's weights, which are to be those of a model's architecture.
+
+    Raises:
+        ValueError: The file is damaged, or belongs to another architecture.
+    """
+    weights = read_tensors(folder / WEIGHTS)
+    own = model.state_dict()
+    missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
+    reshaped = [
+        name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+    ]
+    if missing or unknown or reshaped:
+        example = sorted(missing | unknown | set(reshaped))[0]
+        raise ValueError(
+            f"{folder}: checkpoint of another architecture: {len(missing)} tensors missing, "
+            f"{len(unknown)} unknown, {len(reshaped)} of another shape, such as {example}; "
+            "make the [model] section match"
+        )
+    return weights

@@ -29,12 +29,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip import strict_json
 from protoclip.config import Config
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sources import entries
+from protoclip.files import to_json
 from protoclip.teachers.feature_files import Block, open_feature_file
 
 FACTS, IDS, HASHES, ROWS = "facts.json", "ids.arrow", "hashes.npy", "rows.npy"
@@ -309,7 +309,7 @@ def write_folder(
         shutil.rmtree(scratch, ignore_errors=True)
     facts = {**facts, "rows": num_rows, "width": width, "shard_rows": shard_rows}
     with whole(folder / FACTS) as facts_file:
-        facts_file.write((strict_json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+        facts_file.write((to_json(facts, indent=2) + "\n").encode())
     return facts
 
 

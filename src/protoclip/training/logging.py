@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip import strict_json
+from protoclip.files import to_json
 
 # Lines of metrics.jsonl that are kept while they cannot be written; older ones are given up.
 MOST_WAITING = 10_000
@@ -82,7 +82,7 @@ class JsonLines:
         self._append()
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        self._waiting.append(strict_json.dumps({"step": step, **metrics}).encode() + b"\n")
+        self._waiting.append(to_json({"step": step, **metrics}).encode() + b"\n")
         if len(self._waiting) > MOST_WAITING:
             self._waiting.popleft()
             self._dropped += 1

@@ -12,7 +12,6 @@ import tomli_w
 import torch
 
 import protoclip
-from protoclip import strict_json
 from protoclip.checks import check
 from protoclip.config import PERMISSIONS, Config
 from protoclip.data import sources
@@ -27,10 +26,10 @@ from protoclip.distributed.collectives import (
     rank0_first,
     world_size,
 )
+from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.training import build, defaults
-from protoclip.training.checkpoint import read_json
 from protoclip.training.precision import Precision, resolve
 from protoclip.training.run_folder import (
     Interrupted,
@@ -40,7 +39,6 @@ from protoclip.training.run_folder import (
     require_same,
     require_same_arithmetic,
     stop_on_signals,
-    write_whole,
 )
 from protoclip.training.session import Session
 from protoclip.training.trainer import Trainer
@@ -96,7 +94,7 @@ def train_together(
             whole = newest_whole(folder, notes) if begun else None
             if whole is not None:
                 require_same_arithmetic(whole, session.arithmetic)
-            write_whole(folder / "config.toml", to_toml(config))
+            write_atomically(folder / "config.toml", to_toml(config))
             for note in notes + session.notes:
                 print(f"note: {note}", file=sys.stderr)
             return whole
@@ -133,7 +131,7 @@ def train_together(
     if session.best is not None and session.saver.folder(session.best[0]).is_dir():
         results["best_checkpoint"] = f"checkpoints/step-{session.best[0]:09}"
     if rank() == 0:
-        write_whole(folder / "results.json", strict_json.dumps(results, indent=2) + "\n")
+        write_atomically(folder / "results.json", to_json(results, indent=2) + "\n")
     return results
 
 

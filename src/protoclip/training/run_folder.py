@@ -14,17 +14,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from protoclip.distributed.collectives import rank
-from protoclip.training.checkpoint import (
-    FORMAT,
-    OPTIMIZER,
-    RESUME,
-    STATE,
-    checkpoints,
-    damage,
-    naming,
-    read_json,
-    read_tensors,
-)
+from protoclip.files import read_json
+from protoclip.models.loading import OPTIMIZER, RESUME, STATE, checkpoints, damage, read_tensors
+from protoclip.training.checkpoint import FORMAT
 
 # Settings that may change between two parts of a run: with any of them every batch, weight and
 # metric of training is the same to the bit.
@@ -73,18 +65,6 @@ class Interrupted:
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds hidden files at most, as when a run was killed at its very start."""
     return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears with all of its text or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 @contextmanager

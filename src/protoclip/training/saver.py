@@ -8,7 +8,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from protoclip.training.checkpoint import Contents, checkpoints, write_checkpoint
+from protoclip.models.loading import checkpoints
+from protoclip.training.checkpoint import Contents, write_checkpoint
 
 # At an episode's end nothing is written if something was so many seconds ago, or so many times as
 # long as writing it took: short episodes would otherwise spend their time on saving.

@@ -21,11 +21,11 @@ from protoclip.distributed.collectives import (
 from protoclip.distributed.parallel import load_weights
 from protoclip.evaluation import datasets, suite
 from protoclip.models import loading
+from protoclip.models.loading import STATE, read_weights
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.towers import Tokenizer
 from protoclip.progress import Progress
 from protoclip.training import snapshot
-from protoclip.training.checkpoint import STATE, read_weights
 from protoclip.training.health import Watch
 from protoclip.training.logging import MetricsSink
 from protoclip.training.run_folder import Interrupted, StopRequest
