@@ -3,7 +3,7 @@
 The public API is what this file lists.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from protoclip.losses.info_nce import info_nce
 from protoclip.losses.objective import objective
