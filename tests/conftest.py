@@ -1,8 +1,8 @@
-"""Every test runs with one thread a process, and with shapes and types checked at run time."""
+"""Every test runs on one thread per process, with shapes and types checked at run time."""
 
 import jaxtyping
 
-# Before anything of the package is imported.
+# Before the first import from the package.
 jaxtyping.install_import_hook("protoclip", "beartype.beartype")
 
 import http.server  # noqa: E402
@@ -26,15 +26,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Indexes and copies of pictures stay out of the user's cache folder."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep indexes and cached images out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 class Bucket(MemoryFileSystem):
-    """A store in memory under the name of one that data are read from."""
+    """An object store in memory, under the name of S3."""
 
     protocol = "s3"
     store: ClassVar[dict[str, Any]] = {}
@@ -53,7 +53,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Files by whole or by range of bytes."""
+    """Serves files, whole or by range of bytes."""
 
     ranges = True
 
@@ -85,7 +85,7 @@ class Whole(Ranges):
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """Starts a web server; returns its URL. A handler is `Ranges` or `Whole`, or another class."""
+    """Starts a web server and returns its URL. A handler is "ranges", "whole" or a class."""
     with ExitStack() as stack:
 
         def start(handler: Any, folder: Path | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Tiny models and data sets for tests: of this package, and of those who build on it."""
+"""Tiny models, tiny data and a pool of processes, for the tests of this package and of others."""
 
 import atexit
 import ctypes
@@ -34,13 +34,22 @@ from protoclip.config import (
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220)}
 SHAPES = ("square", "stripe", "corner")
-PATIENCE = 120  # seconds for one call of `run_distributed`
+TIMEOUT = 120  # seconds for one call of `run_distributed`
 _pools: dict[int, "_Pool"] = {}
-_resident = 500_000_000  # after `return_memory`; a process that has imported torch has as much
+_resident = 500_000_000  # bytes after the last `return_memory`; importing torch takes about this
 
 
 def tiny_pairs(num_samples: int = 96, *, side: int = 24, seed: int = 0) -> pa.Table:
-    """Coloured shapes with captions such as "a red square": columns image, caption, sample_id."""
+    """Coloured shapes with captions such as "a red square".
+
+    Args:
+        num_samples: Rows of the table.
+        side: Height and width of the images, in pixels.
+        seed: Of colours, shapes and places.
+
+    Returns:
+        A table with the columns `image` (PNG bytes), `caption` and `sample_id`.
+    """
     generator = np.random.default_rng(seed)
     images, captions = [], []
     for _ in range(num_samples):
@@ -68,7 +77,7 @@ def tiny_pairs(num_samples: int = 96, *, side: int = 24, seed: int = 0) -> pa.Ta
 
 
 def tiny_model() -> ModelConfig:
-    """A tower pair that trains a step in a few milliseconds."""
+    """Two towers that train a step in a few milliseconds."""
     return ModelConfig(
         embed_dim=16,
         image=ImageTowerConfig(name="resnet10t", size=32),
@@ -78,7 +87,7 @@ def tiny_model() -> ModelConfig:
 
 
 def tiny_config(train: str = "emoji", *, out: str, teacher: str | None = None) -> Config:
-    """A run of four episodes (warm-up, two prototypical, locked image) in seconds, in fp32."""
+    """A run of seconds in fp32: four episodes (warm-up, two prototypical, locked image)."""
     return Config(
         run=RunConfig(name="tiny", out=out, device="cpu", precision="fp32", log_every=1),
         data=DataConfig(train=train),
@@ -90,13 +99,22 @@ def tiny_config(train: str = "emoji", *, out: str, teacher: str | None = None) -
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """Call a function in so many processes of one gloo group; what it returned, by rank.
+    """Call a function on every rank of a gloo group of processes on this machine.
 
-    The processes stay for the next call. The function has to be one of a module, so that it can be
-    sent; with `world_size=1` it is called here, without a group.
+    The processes wait for the next call afterwards. With `world_size=1` the function runs in this
+    process, without a group.
+
+    Args:
+        function: Must be importable from its module, so that it can be sent to a process.
+        world_size: Number of ranks.
+        arguments: The same for every rank.
+
+    Returns:
+        What the function returned, by rank.
 
     Raises:
-        AssertionError: It raised in a process, whose traceback is quoted, or took over two minutes.
+        AssertionError: The function raised on a rank (its traceback is quoted), or took over two
+            minutes.
     """
     if world_size == 1:
         return [function(*arguments)]
@@ -110,10 +128,10 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
 
 
 def return_memory(after: int = 500_000_000) -> None:
-    """Free what finished runs left behind, whenever this process has grown by so many bytes.
+    """Free the memory of finished runs if this process has grown by more than `after` bytes.
 
-    A run's parts refer to each other, so that only Python's collector frees them; and the C library
-    keeps the pieces. Runs that follow each other in one process pile up gigabytes otherwise.
+    The parts of a run refer to each other, so only Python's cyclic collector frees them, and the C
+    library keeps the freed pages. Without this, runs in one process pile up gigabytes.
     """
     global _resident
     if resident() > _resident + after:
@@ -125,13 +143,13 @@ def return_memory(after: int = 500_000_000) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has; 0 where the system does not say."""
+    """Bytes of memory of this process; 0 if the system does not say."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 class _Pool:
-    """Processes that wait for functions to call."""
+    """The ranks of one group, waiting for functions to call."""
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -143,10 +161,10 @@ class _Pool:
                 target=_serve, args=(rank, world_size, self.store.name, theirs)
             )
             process.start()
-            theirs.close()  # so that it ends when this process does
+            theirs.close()  # the process ends when this one does
             self.pipes.append(ours)
             self.processes.append(process)
-        # They are no daemons, which could have no data workers; multiprocessing would join them.
+        # Daemons could have no data workers. Others are joined at exit, so they are killed first.
         atexit.register(self.close)
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
@@ -154,7 +172,7 @@ class _Pool:
             pipe.send((function, arguments))
         answers = []
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(PATIENCE), f"rank {rank} has not answered in {PATIENCE} s"
+            assert pipe.poll(TIMEOUT), f"rank {rank} has not answered in {TIMEOUT} s"
             answers.append(pipe.recv())
         failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text]
         assert not failures, "\n".join(failures)
@@ -169,7 +187,7 @@ class _Pool:
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    # As under torchrun: a spawned process would spawn its data workers too, seconds each.
+    # Fork data workers, as under torchrun: spawning one takes seconds.
     multiprocessing.set_start_method("fork", force=True)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=world_size
@@ -177,7 +195,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     while True:
         try:
             function, arguments = pipe.recv()
-        except EOFError:  # whoever calls has ended
+        except EOFError:  # the caller has ended
             return
         try:
             answer = ("", function(*arguments))
