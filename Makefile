@@ -1,8 +1,8 @@
-# Everything one runs here is a target of this file; `make` alone lists them.
+# Every command of this repository is a target of this file; `make` alone lists them.
 #
-# The first target that needs an environment makes one in .venv, which belongs to this file: it is made
-# again when it is incomplete, when the folder has moved, or when PYTHON names another interpreter, and
-# installed into again when pyproject.toml changes. Neither git nor an activated environment is needed.
+# The first target that needs an environment makes .venv, which belongs to this file. It is made again
+# when it is incomplete, when the folder has moved, or when PYTHON names another interpreter. It is
+# installed into again when pyproject.toml changes. No target needs git or an activated environment.
 #
 #   PYTHON=python3.12    make .venv from this interpreter (otherwise: the first one found that will do)
 #   WORKERS=2            processes that pytest uses, one thread each
