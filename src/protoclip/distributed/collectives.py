@@ -17,14 +17,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
-# No rank waits this long for another: evaluation and clustering are shared between ranks, and
-# threads write the checkpoints.
-TIMEOUT = timedelta(minutes=10)
-
-OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
 Result = TypeVar("Result")
-
+# No rank waits this long: evaluation and clustering are shared, and threads write checkpoints.
+TIMEOUT = timedelta(minutes=10)
 # A gloo group besides NCCL's, for decisions that do not wait for a GPU.
 _hosts: dist.ProcessGroup | None = None
 
@@ -33,10 +28,10 @@ def launched() -> tuple[int, int, int]:
     """Rank, world size and rank on this host, as the launcher says; (0, 1, 0) without one."""
     env = os.environ
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not ("RANK" in env and "WORLD_SIZE" in env):
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+            return 0, 1, 0
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    if names[0] not in env or names[1] not in env:
-        return 0, 1, 0
     return int(env[names[0]]), int(env[names[1]]), int(env.get(names[2], 0))
 
 
@@ -90,7 +85,7 @@ def all_reduce(values: Tensor, operation: Literal["sum", "max", "min"] = "sum") 
     if world_size() == 1:
         return values
     result = values.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, OPERATIONS[operation])
+    dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
     return result
 
 
@@ -119,10 +114,10 @@ def all_gather_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d
     if world_size() == 1:
         return rows
     # torch 2.13 renamed it; earlier versions do not have the new name.
-    gather = getattr(functional, "all_gather_single_autograd", None)
-    gather = gather or functional.all_gather_tensor_autograd
-    gathered = gather(rows, 0, dist.group.WORLD)
-    return functional.wait_tensor(gathered)  # type: ignore[no-untyped-call,no-any-return]
+    new = "all_gather_single_autograd"
+    gather = getattr(functional, new if hasattr(functional, new) else "all_gather_tensor_autograd")
+    gathered: Tensor = functional.wait_tensor(gather(rows, 0, dist.group.WORLD))  # type: ignore[no-untyped-call]
+    return gathered
 
 
 def all_gather_object(value: Any) -> list[Any]:
@@ -148,15 +143,11 @@ class RaisedOnAnotherRank(ValueError):
 
 
 def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
-    """Call a function on every rank. If it raises on one, every rank raises.
+    """Call a function on every rank. If it raises on one, every rank raises, and none waits.
 
-    Otherwise the others would wait for the rank that gave up. The function may be collective, but
-    must not wait for other ranks after a step that can fail on one alone.
-
-    Raises:
-        Exception: What the function raised, on the first rank where it did.
-        RaisedOnAnotherRank, MemoryError, RuntimeError: On the other ranks, with its message. A
-            ValueError or OSError, which a user can mend, becomes RaisedOnAnotherRank.
+    The first rank that failed raises its own error, the others one with the same message: a
+    RaisedOnAnotherRank for a ValueError or OSError, which a user can mend, else a MemoryError or
+    RuntimeError. The function must not wait for other ranks after a step that can fail on one.
     """
     if world_size() == 1:
         return function()
@@ -177,20 +168,18 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
 
 
 def sendable(error: Exception) -> tuple[type[Exception], str]:
-    """What other ranks raise. They cannot raise every class, since some take other arguments."""
+    """What other ranks raise: not the error's own class, which may need other arguments."""
     if isinstance(error, ValueError | OSError):
         return RaisedOnAnotherRank, str(error)
-    if isinstance(error, MemoryError):
-        return MemoryError, str(error)
-    named = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
-    return RuntimeError, named
+    if isinstance(error, MemoryError | RuntimeError):
+        return next(c for c in (MemoryError, RuntimeError) if isinstance(error, c)), str(error)
+    return RuntimeError, f"{type(error).__name__}: {error}"
 
 
 def rank0_first(function: Callable[[], Result]) -> Result:
     """Call a function on rank 0 alone and give its result to all; raises on all ranks."""
     result = raise_on_all_ranks(lambda: function() if rank() == 0 else None)
-    first: Result = all_gather_object(result)[0]
-    return first
+    return all_gather_object(result)[0]  # type: ignore[no-any-return]
 
 
 def device(name: str) -> torch.device:
@@ -200,12 +189,11 @@ def device(name: str) -> torch.device:
         ValueError: There is no such device.
     """
     _, size, local_rank = launched()
-    if size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{local_rank}"
-    if name == "auto" and torch.cuda.is_available():
-        return torch.device("cuda")
     if name == "auto":
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda" and size > 1:
+        name = f"cuda:{local_rank}"
     try:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)

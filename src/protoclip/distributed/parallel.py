@@ -1,54 +1,33 @@
-"""One model on several ranks, by PyTorch's own means, applied from outside.
-
-DDP keeps a copy of the model on each rank. FSDP2 shards parameters, gradients and moments over the
-ranks, for towers that are too large for one device.
-"""
+"""One model on several ranks: DDP copies it to each; FSDP2 shards what is too large for one."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from protoclip.distributed.collectives import (
-    all_gather_object,
-    all_reduce,
-    broadcast,
-    rank,
-    world_size,
-)
+from protoclip.distributed import collectives
+from protoclip.distributed.collectives import all_reduce, rank, world_size
 
-# What open_clip and timm call the list of a transformer's layers.
-LAYERS = ("resblocks", "blocks")
+LAYERS = ("resblocks", "blocks")  # lists of a transformer's layers in open_clip and timm
+FORWARDS = ("encode_image", "encode_text")  # methods that are called besides `forward`
 # Whole tensors on the CPU of rank 0; on the devices one at a time.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(
-    model: nn.Module,
-    device: torch.device,
-    *,
-    forward_methods: Sequence[str] = ("encode_image", "encode_text"),
-) -> None:
+def shard(model: nn.Module, device: torch.device) -> None:
     """Shard the parameters of a model on the meta device over the ranks (FSDP2), in place.
 
     Load its weights with `spread` next, before an optimizer is made. Each layer of a transformer is
-    gathered on its own, all the rest together. FSDP2 does not shard scalars, so temperatures stay
-    whole. `forward_methods` are called from outside besides `forward`.
+    gathered on its own, the rest together. FSDP2 does not shard scalars, so they stay whole.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     for name, part in model.named_modules():
@@ -58,7 +37,7 @@ def shard(
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     fully_shard(model, mesh=mesh, ignored_params=scalars)
     model.to_empty(device=device)
-    for method in forward_methods:
+    for method in FORWARDS:
         register_fsdp_forward_method(model, method)
 
 
@@ -69,15 +48,14 @@ def spread(model: nn.Module, whole: nn.Module | None) -> None:
     for name, buffer in model.named_buffers():  # some, such as masks, are in no state dict
         if name in own:
             buffer.copy_(own[name])
-        broadcast(buffer)
+        collectives.broadcast(buffer)
 
 
 def distribute(model: nn.Module, *, broadcast_buffers: bool = True) -> nn.Module:
-    """The module that a stage trains: the model, or DDP around it.
+    """The module to train: the model, or DDP around it. Call again after freezing parameters.
 
-    Call it again after parameters are frozen or freed, because DDP looks at that once.
     `broadcast_buffers` copies rank 0's buffers to all ranks before each step. It is needed unless
-    all ranks compute the same buffers, as with synchronised BatchNorm.
+    all ranks compute the same ones, as with synchronised BatchNorm.
     """
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
@@ -85,11 +63,9 @@ def distribute(model: nn.Module, *, broadcast_buffers: bool = True) -> nn.Module
     with warnings.catch_warnings():
         # torch 2.13 renamed `broadcast_buffers`; earlier versions do not have the new name.
         warnings.simplefilter("ignore", FutureWarning)
+        ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=broadcast_buffers,
-            gradient_as_bucket_view=True,
+            model, ids, broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True
         )
 
 
@@ -111,9 +87,9 @@ def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
 
 
 def reach_everything(output: object) -> Tensor:
-    """Zero, computed from all tensors of a model's output, so that every parameter has a gradient.
+    """Zero, computed from all of a model's output, so that every parameter has a gradient.
 
-    A loss of weight 0 does not use a head or a temperature, and DDP would wait for its gradient.
+    DDP would wait for the gradient of a head that no loss uses.
     """
     parts = [value.sum() for value in vars(output).values() if value is not None]
     return 0.0 * torch.stack(parts).sum()
@@ -134,7 +110,8 @@ def clip_gradients(model: nn.Module, most: float) -> Tensor:
         parameter.grad = all_reduce(parameter.grad) / world_size()
     groups = [group for group in (sharded, scalars) if group]
     norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm: Tensor = torch.stack(whole).norm()
     for group in groups:
         clip_grads_with_norm_(group, most, norm)
     return norm
@@ -142,12 +119,12 @@ def clip_gradients(model: nn.Module, most: float) -> Tensor:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of a model's whole weights on rank 0; empty on other ranks. Collective."""
-    return copies(get_model_state_dict(model, options=WHOLE))
+    return copies(states.get_model_state_dict(model, options=WHOLE))
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The same of the optimizer's state of each parameter, as `name/moment`."""
-    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    found: dict[str, Any] = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
     state = found.get("state", {})
     return copies(
         {f"{name}/{key}": state[name].pop(key) for name in state for key in [*state[name]]}
@@ -159,29 +136,33 @@ def copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensors.pop(name).detach().clone() for name in list(tensors)}
 
 
+def from_rank0(*, strict: bool = True) -> states.StateDictOptions:
+    """Load whole tensors that only rank 0 holds."""
+    several = world_size() > 1
+    return states.StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=several, strict=strict
+    )
+
+
 def load_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Load whole weights, which only rank 0 needs to hold. Collective."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
-    set_model_state_dict(model, dict(whole), options=options)
+    states.set_model_state_dict(model, dict(whole), options=from_rank0())
 
 
 def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, whole: Mapping[str, Tensor]
 ) -> None:
     """Load what `moments` returned, which only rank 0 needs to hold. Collective."""
-    known: set[str] = set(all_gather_object([*whole])[0])
-    # Before it loads, torch makes moments for every parameter by a step with learning rate 0.
-    options = StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False
-    )
+    known: set[str] = set(collectives.all_gather_object([*whole])[0])
     state: dict[str, Any] = {}
     for key, value in whole.items():
         name, _, moment = key.rpartition("/")
         state.setdefault(name, {})[moment] = value
     given: dict[str, Any] = {}
     if rank() == 0:
-        given = {**get_optimizer_state_dict(model, optimizer), "state": state}
-    set_optimizer_state_dict(model, optimizer, given, options=options)
+        given = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
+    # Before it loads, torch makes moments for every parameter by a step with learning rate 0.
+    states.set_optimizer_state_dict(model, optimizer, given, options=from_rank0(strict=False))
     for name, parameter in model.named_parameters():
         if f"{name}/step" not in known:
             optimizer.state.pop(parameter, None)  # not trained yet

@@ -1,23 +1,18 @@
 """Batches larger than memory: the loss of the whole batch, with the model run on chunks of it.
 
-GradCache (Gao et al. 2021, arXiv 2101.06983). InfoNCE compares all rows of a batch, so summing the
-losses of small batches would be another loss. But its gradient for the embeddings needs only the
-embeddings: embed all chunks without a graph, differentiate the loss down to the embeddings, then
-embed each chunk again with a graph and pass on its part of that gradient. This costs one more
-forward pass and holds the graph of one chunk.
+GradCache (Gao et al. 2021, arXiv 2101.06983): embed all chunks without a graph, differentiate the
+loss of the whole batch down to the embeddings, then embed each chunk again with a graph and pass on
+its part of that gradient. This costs one more forward pass and holds the graph of one chunk.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from protoclip.models.protoclip import Embeddings
-
-RandomState = tuple[Tensor, Tensor | None]
 
 
 def forward_in_chunks(
@@ -40,8 +35,7 @@ def forward_in_chunks(
         chunks: Each embeds its part of the batch, under autocast if it is to be used.
         buffers: Buffers that a forward pass changes, such as BatchNorm's running statistics. They
             are restored after the second pass, so that each chunk counts once.
-        no_sync: Makes the context of all chunks but the last, whose backward pass averages the
-            gradients over ranks (DDP's `no_sync`).
+        no_sync: Makes the context of all chunks but the last, which averages gradients over ranks.
 
     Returns:
         The embeddings of all chunks in order, detached from the model; and a function, to be called
@@ -54,7 +48,7 @@ def forward_in_chunks(
             parts.append(chunk())
     kept = [(buffer, buffer.clone()) for buffer in buffers]
     whole: dict[str, Any] = {
-        field.name: join([getattr(p, field.name) for p in parts]) for field in fields(parts[0])
+        name: join([getattr(part, name) for part in parts]) for name in vars(parts[0])
     }
 
     def backward() -> None:
@@ -64,10 +58,9 @@ def forward_in_chunks(
             for name, leaf in whole.items()
             if leaf is not None and leaf.grad is not None
         }
-        for number, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
-            last = number == len(chunks) - 1
-            with nullcontext() if last else no_sync():
-                with repeated(state):
+        for number, chunk in enumerate(chunks):
+            with no_sync() if number < len(chunks) - 1 else nullcontext():
+                with repeated(*states[number]):
                     part = chunk()
                 trained = [name for name in gradients if getattr(part, name).requires_grad]
                 torch.autograd.backward(
@@ -82,7 +75,7 @@ def forward_in_chunks(
 
 
 def join(values: list[Tensor | None]) -> Tensor | None:
-    """One field of all chunks, as a leaf that collects a gradient. Scales are equal in all chunks."""
+    """One field of all chunks, as a leaf that collects a gradient; a scale is equal in all."""
     present = [value for value in values if value is not None]
     if not present:
         return None
@@ -91,7 +84,7 @@ def join(values: list[Tensor | None]) -> Tensor | None:
 
 
 def split(gradient: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    """Each chunk's part of a gradient. That of a scale goes to the first chunk, the others get zero.
+    """Each chunk's part of a gradient; that of a scale goes to the first, the others get zero.
 
     So every backward pass reaches the same parameters, as distributed training expects.
     """
@@ -100,16 +93,15 @@ def split(gradient: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [gradient, *[torch.zeros_like(gradient)] * (len(sizes) - 1)]
 
 
-def random_state() -> RandomState:
+def random_state() -> tuple[Tensor, Tensor | None]:
     """State of the generators of dropout: the CPU's and, if in use, the current GPU's."""
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return torch.get_rng_state(), torch.cuda.get_rng_state() if in_use else None
 
 
 @contextmanager
-def repeated(state: RandomState) -> Iterator[None]:
+def repeated(cpu: Tensor, gpu: Tensor | None) -> Iterator[None]:
     """Draw from this random state again, and then go on from the present one."""
-    cpu, gpu = state
     with torch.random.fork_rng(devices=[] if gpu is None else [torch.cuda.current_device()]):
         torch.set_rng_state(cpu)
         if gpu is not None:

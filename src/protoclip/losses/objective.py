@@ -39,11 +39,11 @@ def objective(
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
 
     With several ranks each value is of the local rows. The means of values and gradients over ranks
-    are those that one process has for the whole batch.
+    are those of the whole batch.
 
-        >>> images, texts, scale = torch.eye(2), torch.eye(2), torch.tensor(1.0)
-        >>> batch = Embeddings(image_features=images, text_features=texts, logit_scale=scale,
-        ...     image_projections=images, text_projections=texts, prototype_logit_scale=scale)
+        >>> rows, one = torch.eye(2), torch.tensor(1.0)
+        >>> batch = Embeddings(image_features=rows, image_projections=None, logit_scale=one,
+        ...     text_features=rows, text_projections=None, prototype_logit_scale=one)
         >>> losses, report = objective(batch, None, {}, weights=LossWeights())
         >>> {name: round(loss.item(), 3) for name, loss in losses.items()}
         {'info_nce': 0.313}

@@ -1,4 +1,4 @@
-"""The prototypical loss, its targets, and where the soft target is computed.
+"""The prototypical loss and its targets. The soft target is computed in `prepare`.
 
 The student's logits are linear in fixed prototypes, and the teacher's choice depends only on the
 assignment `a_i`. With C the prototypes in the teacher's space and C' in the student's,
@@ -6,7 +6,7 @@ assignment `a_i`. With C the prototypes in the teacher's space and C' in the stu
     cross-entropy_i = logsumexp_j(s h_i . c'_j) - s h_i . M[a_i],    M = softmax(C C^T / tau) C'
 
 so no matrix of all rows times all prototypes is needed. M has one row per prototype and is computed
-once per episode (`make_targets`).
+once per episode.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,7 @@ from protoclip.losses import tiles
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import back_translate
 
-# Most similarities held at once while accuracy is measured.
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**22  # similarities held at once while accuracy is measured
 
 
 def prototypical_loss(
@@ -42,9 +41,9 @@ def prototypical_loss(
     `a` to all prototypes (soft target). If many batches share prototypes, `make_targets` is faster.
 
         >>> h, prototypes = torch.eye(2), torch.eye(2)
-        >>> loss = prototypical_loss(h, prototypes, prototypes, torch.tensor([0, 1]), 10.0, None)
-        >>> round(loss.item(), 6)
-        4.5e-05
+        >>> loss = prototypical_loss(h, prototypes, prototypes, torch.tensor([0, 0]), 1.0, None)
+        >>> round(loss.item(), 4)
+        0.8133
 
     Args:
         student_projections: Unit-norm projections of one modality.
@@ -60,18 +59,11 @@ def prototypical_loss(
     Returns:
         The mean over the rows whose assignment is neither -1 nor a cluster that is left out.
     """
-    classes, class_index = nonempty(student_centroids, mask_empty=mask_empty)
-    expected = soft_targets(
-        student_centroids,
-        teacher_centroids,
-        class_index,
-        target_temperature,
-        assignments,
+    target = prepare(
+        student_centroids, teacher_centroids, target_temperature, assignments, mask_empty=mask_empty
     )
-    known = (assignments >= 0) & (class_index[assignments] >= 0)
-    return mean_of_known(
-        cross_entropies(student_projections, classes, expected, logit_scale), known
-    )
+    losses = target.losses(student_projections, target.lookup, logit_scale)
+    return mean_of_known(losses, target.own_class(assignments) >= 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +78,7 @@ class Target:
 
     classes: Float[Tensor, "n p"]
     class_index: Int[Tensor, " k"]
-    lookup: Float[Tensor, "k p"]
+    lookup: Float[Tensor, "_ p"]
 
     def loss(
         self,
@@ -94,24 +86,33 @@ class Target:
         assignments: Int[Tensor, " b"],
         logit_scale: Float[Tensor, ""] | float,
     ) -> Float[Tensor, ""]:
-        """`prototypical_loss` with these prototypes. Its mean over ranks is the loss of all rows."""
-        losses = cross_entropies(
-            student_projections, self.classes, self.lookup[assignments], logit_scale
-        )
-        return mean_of_known(losses, self._own_class(assignments) >= 0, shared=True)
+        """`prototypical_loss` with these prototypes. Its mean over ranks is that of all rows."""
+        losses = self.losses(student_projections, self.lookup[assignments], logit_scale)
+        return mean_of_known(losses, self.own_class(assignments) >= 0, shared=True)
 
     @torch.no_grad()
     def accuracy(
         self, student_projections: Float[Tensor, "b p"], assignments: Int[Tensor, " b"]
     ) -> Float[Tensor, ""]:
-        """Fraction of rows whose most similar class is their own prototype; over ranks as `loss`."""
-        own = self._own_class(assignments)
-        rows = max(1, CHUNK_ELEMENTS // len(self.classes))
-        chunks = torch.split(student_projections, rows)
+        """Fraction of rows whose most similar class is their own; over ranks as `loss`."""
+        own = self.own_class(assignments)
+        chunks = torch.split(student_projections, max(1, CHUNK_ELEMENTS // len(self.classes)))
         choice = torch.cat([(chunk @ self.classes.T).argmax(1) for chunk in chunks])
         return mean_of_known((choice == own).float(), own >= 0, shared=True)
 
-    def _own_class(self, assignments: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    def losses(
+        self,
+        student_projections: Float[Tensor, "b p"],
+        expected: Float[Tensor, "b p"],
+        logit_scale: Float[Tensor, ""] | float,
+    ) -> Float[Tensor, " b"]:
+        """The cross-entropy of each row, given its row of M."""
+        rows, classes, expected = tiles.widened(student_projections, self.classes, expected)
+        queries = logit_scale * rows
+        return tiles.log_sum_exp(queries, classes) - (queries * expected).sum(1)
+
+    def own_class(self, assignments: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """Class of each row's prototype; -1 if it has none."""
         return torch.where(assignments >= 0, self.class_index[assignments], -1)
 
 
@@ -148,65 +149,43 @@ def make_targets(
         for student, projections in students.items():
             if student == teacher:
                 continue
-            centroids = found.centroids
+            centroids, number = found.centroids, len(found.centroids)
             if back_translation or teacher not in students:
                 centroids = back_translate(
-                    assignments[known],
-                    projections[known],
-                    len(found.centroids),
-                    shared=positions is not None,
+                    assignments[known], projections[known], number, shared=positions is not None
                 )
-            classes, class_index = nonempty(centroids, mask_empty=mask_empty)
-            lookup = soft_targets(
+            targets[student, teacher] = prepare(
                 centroids,
                 found.centroids,
-                class_index,
                 target_temperatures[teacher],
-                torch.arange(len(class_index), device=class_index.device),
-            )
-            targets[student, teacher] = Target(
-                classes=classes, class_index=class_index, lookup=lookup
+                torch.arange(number, device=centroids.device),
+                mask_empty=mask_empty,
             )
     return targets
 
 
-def nonempty(
-    centroids: Float[Tensor, "k p"], *, mask_empty: bool
-) -> tuple[Float[Tensor, "n p"], Int[Tensor, " k"]]:
-    """The classes of the student's softmax, and the class of each prototype (-1 if it is none)."""
-    chosen = torch.ones_like(centroids[:, 0], dtype=torch.bool)
-    if mask_empty:
-        chosen = (centroids != 0).any(1)
-    classes = centroids if bool(chosen.all()) else centroids[chosen]
-    return classes, torch.where(chosen, chosen.cumsum(0) - 1, -1)
-
-
-def soft_targets(
+def prepare(
     student_centroids: Float[Tensor, "k p"],
     teacher_centroids: Float[Tensor, "k q"],
-    class_index: Int[Tensor, " k"],
     target_temperature: float | None,
     prototypes: Int[Tensor, " r"],
-) -> Float[Tensor, "r p"]:
-    """Rows of M: the mean class under the soft (or hard) target of each of these prototypes."""
+    *,
+    mask_empty: bool,
+) -> Target:
+    """The classes of the student's softmax, and the rows of M of these prototypes."""
+    students, teachers = student_centroids.detach(), teacher_centroids
+    chosen = torch.ones_like(students[:, 0], dtype=torch.bool)
+    if mask_empty:
+        chosen = (students != 0).any(1)
+    classes, choices = students, teachers
+    if not bool(chosen.all()):
+        classes, choices = students[chosen], teachers[chosen]
     if target_temperature is None or target_temperature <= 0:
-        return student_centroids[prototypes].detach()
-    classes, choices = student_centroids, teacher_centroids
-    if bool((class_index < 0).any()):
-        classes, choices = classes[class_index >= 0], choices[class_index >= 0]
-    return tiles.attend(teacher_centroids[prototypes] / target_temperature, choices, classes)[1]
-
-
-def cross_entropies(
-    student_projections: Float[Tensor, "b p"],
-    classes: Float[Tensor, "n p"],
-    expected: Float[Tensor, "b p"],
-    logit_scale: Float[Tensor, ""] | float,
-) -> Float[Tensor, " b"]:
-    """The loss of each row, given its row of M."""
-    rows, classes, expected = tiles.widened(student_projections, classes.detach(), expected)
-    queries = logit_scale * rows
-    return tiles.log_sum_exp(queries, classes) - (queries * expected).sum(1)
+        lookup = students[prototypes]
+    else:
+        lookup = tiles.attend(teachers[prototypes] / target_temperature, choices, classes)[1]
+    class_index = torch.where(chosen, chosen.cumsum(0) - 1, -1)
+    return Target(classes=classes, class_index=class_index, lookup=lookup)
 
 
 def mean_of_known(

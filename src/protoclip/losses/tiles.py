@@ -52,7 +52,7 @@ def scores(x: Float[Tensor, "r d"], w: Float[Tensor, "c d"]) -> Float[Tensor, "r
 
 
 def exponential(x: Tensor) -> Tensor:
-    """`exp` of values that are at most about 0, in place and without denormals."""
+    """`exp` of values up to about 0, in place and without denormals."""
     return x.clamp_(min=LEAST_EXPONENT).exp_()
 
 
@@ -69,7 +69,7 @@ def widened(*tensors: Tensor) -> list[Tensor]:
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Keep autocast from rounding scores of up to 100 to the three digits of bfloat16."""
+    """Keeps autocast from rounding scores of up to 100 to the three digits of bfloat16."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -85,9 +85,7 @@ def attend(
             peak = rows.new_full((len(rows), 1), float("-inf"))
             total = rows.new_zeros(len(rows), 1)
             weighted = rows.new_zeros(len(rows), values.shape[1])
-            for key, value in zip(
-                torch.split(keys, width), torch.split(values, width), strict=True
-            ):
+            for key, value in zip(keys.split(width), values.split(width), strict=True):
                 tile = scores(rows, key)
                 higher = torch.maximum(peak, tile.amax(1, keepdim=True))
                 shares = exponential(tile.sub_(higher))
@@ -115,30 +113,20 @@ class LogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         means, *again = ctx.saved_tensors
-        to_keys = key_gradients(gradient, *again) if again else None
-        return gradient.unsqueeze(1) * means, to_keys
-
-
-def key_gradients(
-    weights: Float[Tensor, " b"],
-    queries: Float[Tensor, "b p"],
-    keys: Float[Tensor, "n p"],
-    log_sums: Float[Tensor, " b"],
-) -> Float[Tensor, "n p"]:
-    """`softmax(queries @ keys.T, 1).T @ (weights * queries)`, given each query's log-sum-exp."""
-    height, width = shape(queries)
-    gradients = torch.zeros_like(keys)
-    with without_autocast(queries):
-        for rows, log_sum_, weight in zip(
-            *(torch.split(each, height) for each in (queries, log_sums, weights)), strict=True
-        ):
-            weighted = (weight.unsqueeze(1) * rows).T
-            for key, to in zip(
-                torch.split(keys, width), torch.split(gradients, width), strict=True
-            ):
-                shares = exponential(scores(rows, key).sub_(log_sum_.unsqueeze(1)))
-                to += scores(shares.T, weighted)
-    return gradients
+        to_queries = gradient.unsqueeze(1) * means
+        if not again:
+            return to_queries, None
+        queries, keys, log_sums = again
+        height, width = shape(queries)
+        to_keys = torch.zeros_like(keys)
+        parts = (torch.split(each, height) for each in (queries, log_sums, gradient))
+        with without_autocast(queries):
+            for rows, sums, weights in zip(*parts, strict=True):
+                weighted = (weights.unsqueeze(1) * rows).T
+                for key, to in zip(keys.split(width), to_keys.split(width), strict=True):
+                    shares = exponential(scores(rows, key).sub_(sums.unsqueeze(1)))
+                    to += scores(shares.T, weighted)
+        return to_queries, to_keys
 
 
 def log_sum_exp(queries: Float[Tensor, "b p"], keys: Float[Tensor, "n p"]) -> Float[Tensor, " b"]:

@@ -1,4 +1,4 @@
-"""The features that are clustered, and the prototype of each sample of a batch: two sources of both.
+"""The features that are clustered, and the prototype of each sample of a batch.
 
 `ExtractedFeatures` follows the paper: it passes over each episode before training on it.
 `QueuedFeatures` keeps what training saw last, and needs no pass of its own.
@@ -15,13 +15,8 @@ from torch import Tensor
 
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
-from protoclip.distributed.collectives import (
-    all_gather,
-    all_gather_object,
-    any_rank,
-    rank,
-    world_size,
-)
+from protoclip.distributed import collectives
+from protoclip.distributed.collectives import rank, world_size
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.nearest import nearest
@@ -103,7 +98,9 @@ class ExtractedFeatures:
         self, image: Tensor, text: Tensor, sample_ids: list[str], positions: Tensor
     ) -> EpisodeFeatures:
         """These projections, checked, beside the teachers' features of the same samples."""
-        if any_rank([not bool((torch.isfinite(image) & torch.isfinite(text)).all())])[0]:
+        if collectives.any_rank([not bool((torch.isfinite(image) & torch.isfinite(text)).all())])[
+            0
+        ]:
             raise ValueError(
                 "projections of this episode are not finite: training has diverged; "
                 "lower optim.learning_rate or train in fp32"
@@ -216,14 +213,14 @@ class QueuedFeatures(ExtractedFeatures):
         """The samples of all ranks in the order of their numbers. Collective."""
         if self.image is None or self.text is None:
             return {}
-        order = all_gather(self._positions().to(self.image.device)).argsort()
-        names = [name for part in all_gather_object(self.sample_ids) for name in part]
+        order = collectives.all_gather(self._positions().to(self.image.device)).argsort()
+        names = [name for part in collectives.all_gather_object(self.sample_ids) for name in part]
         return {
             "pushed": self.pushed * world_size(),
             "batch_size": self.batch_size * world_size(),
             "sample_ids": [names[place] for place in order.tolist()],
-            "image": all_gather(self.image)[order],
-            "text": all_gather(self.text)[order],
+            "image": collectives.all_gather(self.image)[order],
+            "text": collectives.all_gather(self.text)[order],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,8 +1,6 @@
-"""K-means: starts, Lloyd's iterations, and the rows of several ranks clustered as one set.
+"""K-means, also of rows on several ranks.
 
-`kmeans` checks its settings, draws the starts and iterates; `Rows` are the rows of this rank, alone
-or as part of a set. Rows stay on their rank: only sums, one number per row, and the rows that become
-centroids travel.
+Rows stay on their rank: sums, one number per row, and the rows that become centroids travel.
 """
 
 from collections.abc import Callable
@@ -22,9 +20,9 @@ from protoclip.prototypes.nearest import Bfloat16Search, bfloat16_pays, nearest
 Search = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 INITS = ("k-means++", "random")
-ROUNDS = 10  # of k-means++; with few clusters, one draw per round
-# A row is drawn with the weight of its squared distance to this power. k-means++ has 1. With ten
-# rows per cluster 4 ends lower, with a hundred it ends equal; see docs/kmeans.md.
+ROUNDS = 10  # of k-means++; one draw per round if there are few clusters
+# Rows are drawn in proportion to the squared distance to this power, which is 1 in k-means++. With
+# ten rows per cluster 4 ends at a lower inertia, with a hundred at the same; see docs/kmeans.md.
 POWER = 4.0
 
 
@@ -61,10 +59,9 @@ def kmeans(
 
     Equal seeds give equal bits on a CPU. Global random generators stay untouched.
 
-    With `positions`, all ranks cluster their rows together: each calls this with its own rows and
-    equal settings. Up to rounding, the result is that of one process that has all rows in the order
-    of their positions. Centroids, inertia and history are the same bits on every rank; assignments
-    are those of the rank's own rows.
+    With `positions`, all ranks cluster their rows together. Up to rounding, the result is that of
+    one process with all rows in the order of their positions. Centroids, inertia and history are
+    the same bits on every rank; assignments are those of the rank's own rows.
 
         >>> features = torch.tensor([[0.0, 0.0], [0.0, 2.0], [9.0, 0.0], [9.0, 2.0]])
         >>> kmeans(features, 2, iterations=5, seed=0).inertia
@@ -72,12 +69,12 @@ def kmeans(
 
     Args:
         features: Finite rows. Computed in float32, or in float64 if they are.
-        num_clusters: Number of clusters `k`, at most `n`.
+        num_clusters: At most the number of rows.
         iterations: Most iterations per start. Stops early when no assignment changes.
         restarts: Number of starts. The one with the lowest inertia is returned.
         seed: Seed of the starts.
         init: `"k-means++"` starts from rows far from each other (the default), `"random"` from rows
-            drawn uniformly. A tensor gives the centroids to start from and needs `restarts=1`.
+            drawn uniformly. Or the centroids to start from, which needs `restarts=1`.
         spherical: Cluster by direction: rows and centroids are scaled to unit norm.
         positions: Distinct integers that order the rows of all ranks. A rank may have no rows.
 
@@ -90,8 +87,8 @@ def kmeans(
     num_rows, same = len(features), True
     if shared:
         # Ranks with different settings would take different steps and wait for each other forever.
-        settings = (num_clusters, iterations, restarts, seed, spherical)
-        settings += (init if isinstance(init, str) else None, features.shape[1], features.dtype)
+        numbers = (num_clusters, iterations, restarts, seed, features.shape[1])
+        settings = (numbers, spherical, init if isinstance(init, str) else None, features.dtype)
         everyones = collectives.all_gather_object((num_rows, settings))
         num_rows = sum(rows for rows, _ in everyones)
         same = all(other == settings for _, other in everyones)
@@ -128,13 +125,12 @@ def kmeans(
     values = collectives.raise_on_all_ranks(check) if shared else check()
     if spherical:
         values = F.normalize(values, dim=1)
-    ascending = None
-    if positions is None:
-        rows = Rows.alone(values)
-    else:
+    order = torch.arange(len(values), device=values.device)
+    if positions is not None:
         positions = positions.to(values.device)
-        ascending = positions.argsort()
-        rows = Rows.of(values[ascending], positions[ascending])
+        order = positions.argsort()
+        values, positions = values[order], positions[order]
+    rows = Rows.of(values, positions)
     exact, rough = searches(rows, num_clusters)
     generator = torch.Generator().manual_seed(seed)
     best: KMeans | None = None
@@ -154,18 +150,17 @@ def kmeans(
         if best is None or result.inertia < best.inertia:
             best = result
     assert best is not None
-    assignments = best.assignments if ascending is None else best.assignments[ascending.argsort()]
     return replace(
         best,
         centroids=best.centroids.to(features.device),
-        assignments=assignments.to(features.device),
+        assignments=best.assignments[order.argsort()].to(features.device),
     )
 
 
 def searches(rows: "Rows", num_clusters: int) -> tuple[Search, Search]:
     """How to find the nearest of given centroids: exactly, and roughly if that is faster."""
     values = rows.values
-    pays = bfloat16_pays(values, num_clusters, rows.total)
+    pays = bfloat16_pays(values, num_clusters, len(rows.orders))
     if rows.shared:  # on every rank or on none
         pays = not collectives.any_rank([not pays])[0]
     if pays:
@@ -257,7 +252,7 @@ def spread(
     for share in torch.arange(num_clusters).tensor_split(rounds):
         # The shortest exponential waiting times (in logarithms) are a weighted draw without
         # replacement.
-        waiting = torch.empty(rows.total).exponential_(generator=generator).to(distances)
+        waiting = torch.empty(len(rows.orders)).exponential_(generator=generator).to(distances)
         drawn = rows.gather(log_weights - waiting[rows.order].log()).topk(len(share)).indices
         new = rows.select(drawn)
         index, distance = search(new)
@@ -301,7 +296,7 @@ def segment_mean(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows on this rank. If `shared`, they are part of a set, and all methods but `find` collective.
+    """Rows on this rank. If `shared`, other ranks have more, and all but `find` is collective.
 
     Attributes:
         order: Number of each local row among all rows.
@@ -314,13 +309,11 @@ class Rows:
     shared: bool
 
     @classmethod
-    def alone(cls, values: Float[Tensor, "n d"]) -> "Rows":
-        order = torch.arange(len(values), device=values.device)
-        return cls(values=values, order=order, orders=order, shared=False)
-
-    @classmethod
-    def of(cls, values: Float[Tensor, "n d"], positions: Int[Tensor, " n"]) -> "Rows":
-        """Part of a set that is ordered by position."""
+    def of(cls, values: Float[Tensor, "n d"], positions: Int[Tensor, " n"] | None = None) -> "Rows":
+        """All rows, or those at these positions of the rows of all ranks."""
+        if positions is None:
+            order = torch.arange(len(values), device=values.device)
+            return cls(values=values, order=order, orders=order, shared=False)
         everyones = collectives.all_gather(positions.long())
         ascending = everyones.sort().values
         repeated = ascending[1:][ascending[1:] == ascending[:-1]]
@@ -329,10 +322,6 @@ class Rows:
         order, orders = (torch.searchsorted(ascending, p) for p in (positions.long(), everyones))
         return cls(values=values, order=order, orders=orders, shared=True)
 
-    @property
-    def total(self) -> int:
-        return len(self.orders)
-
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over ranks."""
         return collectives.all_reduce(values) if self.shared else values
@@ -340,7 +329,7 @@ class Rows:
     def mean(self) -> Float[Tensor, " d"]:
         if not self.shared:
             return self.values.mean(0)
-        return self.sum(self.values.sum(0)) / self.total
+        return self.sum(self.values.sum(0)) / len(self.orders)
 
     def gather(self, values: Shaped[Tensor, " n"]) -> Shaped[Tensor, " m"]:
         """One value per row: those of all rows, in order."""

@@ -1,8 +1,7 @@
 """Nearest centroid of each row: in the precision of the rows, or faster by way of bfloat16.
 
-Neither search holds the whole matrix of distances. `Bfloat16Search` gives the same nearest
-centroids as `nearest`: bfloat16 distances only narrow down which centroids can be the nearest, and
-float32 distances decide between them.
+Neither search holds the whole matrix of distances. Both give the same result: bfloat16 distances
+only narrow down which centroids can be the nearest, and float32 distances decide between them.
 """
 
 import torch
@@ -102,14 +101,11 @@ class Bfloat16Search:
     """Nearest centroids of fixed rows by way of distances in bfloat16.
 
     Half the squared distance, |x|^2 / 2 - x c + |c|^2 / 2, is one matrix product with four extra
-    columns. In bfloat16 it takes a fraction of float32's time and gives 16-bit results. Positive
-    bfloat16 numbers sort like their bits, so minima are taken over 16-bit integers, which is
-    several times faster than over floats.
+    columns. In bfloat16 it takes a fraction of float32's time. Positive bfloat16 numbers sort like
+    their bits, so minima are taken over 16-bit integers, several times faster than over floats.
 
-    Args:
-        features: The rows.
-        origin: Subtracted from rows and centroids before they are rounded. The mean of the rows
-            makes rounding errors small and changes no distance.
+    Rows and centroids are rounded after `origin` is subtracted. The mean of the rows keeps rounding
+    errors small.
     """
 
     def __init__(self, features: Float32[Tensor, "n d"], origin: Float32[Tensor, " d"]) -> None:
@@ -127,8 +123,8 @@ class Bfloat16Search:
         """Right factor of the distances, `(l, w)`, and the error bound of each row.
 
         The bound is the most that half a squared distance is off before it is rounded to 16 bits:
-        |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|, plus the rounding of half norms and of sums
-        in float32. A row's own half norm is off by the same amount in all its distances.
+        |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|, plus the rounding of half norms and of sums.
+        A row's own half norm is off by the same amount in all its distances.
         """
         centred = centroids - self.origin
         rounded = centred.bfloat16()

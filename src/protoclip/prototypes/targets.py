@@ -96,5 +96,7 @@ def back_translate(
                 f"{len(assignments)} assignments for {len(student_features)} student features"
             )
 
-    _ = collectives.raise_on_all_ranks(check) if shared else check()
+    if shared:
+        collectives.raise_on_all_ranks(check)
+    check()
     return segment_mean(student_features, assignments, num_prototypes, shared=shared)[0]

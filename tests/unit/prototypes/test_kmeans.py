@@ -97,7 +97,7 @@ def test_empty_clusters_take_the_farthest_members_of_the_largest() -> None:
     centroids = torch.tensor([[0.0], [11.0], [21.5], [31.0], [99.0], [99.0], [99.0]])
     distances = (features - centroids[assignments]).square().sum(1)
     counts = torch.bincount(assignments, minlength=7)
-    filled = refill_empty(centroids, counts, Rows.alone(features), assignments, distances)
+    filled = refill_empty(centroids, counts, Rows.of(features), assignments, distances)
     assert filled.flatten().tolist() == [0.0, 11.0, 21.5, 31.0, 13.0, 20.0, 99.0]
 
 
@@ -144,7 +144,7 @@ def test_kmeans_plus_plus_draws_distinct_rows_and_knows_the_nearest(
 ) -> None:
     features = torch.randn(500, 6, generator=generator, dtype=torch.float64)
     centroids, assignments, distances = spread(
-        Rows.alone(features), 64, generator, lambda centroids: nearest(features, centroids)
+        Rows.of(features), 64, generator, lambda centroids: nearest(features, centroids)
     )
     assert len(centroids.unique(dim=0)) == 64
     expected = torch.cdist(features, centroids).square()
