@@ -34,7 +34,6 @@ from protoclip.losses.objective import objective
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.progress import Progress
-from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.training import build, run
 from protoclip.training.precision import resolve
 from protoclip.training.state import TrainState
@@ -101,12 +100,7 @@ def synthetic(trainer: Trainer, config: Config, device: torch.device) -> Trainer
             names = [str(place) for place in range(first, first + size)]
             yield Batch(position=position, sample_id=names, image=image, text=text)
 
-    source = trainer.source
-    if isinstance(source, ExtractedFeatures):
-        source = replace(source, batches=batches)
-    elif isinstance(source, QueuedFeatures):
-        source = replace(source, fallback=replace(source.fallback, batches=batches))
-    return replace(trainer, batches=batches, source=source)
+    return replace(trainer, batches=batches, source=replace(trainer.source, batches=batches))
 
 
 def episode_seconds(

@@ -1,7 +1,8 @@
-"""Sums and gathers over processes are what they say, in the same order everywhere."""
+"""Collectives over several ranks and on one, errors on one rank, and launchers."""
 
 import pytest
 import torch
+from torch import Tensor
 
 from protoclip.distributed import collectives
 from protoclip.testing import run_distributed
@@ -20,44 +21,33 @@ def collect(rank_rows: list[int]) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_process_has_the_same_sums_and_gathers(world_size: int) -> None:
-    """Numbers of rows may differ between processes, also be zero."""
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_rank_has_the_same_sums_and_gathers(world_size: int) -> None:
+    """Numbers of rows may differ between ranks and be zero. One rank needs no group."""
     rows = [3, 0, 1, 2][:world_size]
-    found = run_distributed(collect, world_size, rows)
     expected = {
         "gathered": [float(rank) for rank, count in enumerate(rows) for _ in range(count)],
         "sum": [world_size * (world_size + 1) / 2, world_size],
         "max": [world_size - 1],
         "min": [0],
-        "any": [True, False],
+        "any": [world_size > 1, False],
         "objects": [{"rank": rank} for rank in range(world_size)],
     }
-    assert found == [expected] * world_size
+    assert run_distributed(collect, world_size, rows) == [expected] * world_size
 
 
-def test_one_process_needs_no_group() -> None:
-    """Without a launcher every collective is the identity."""
-    found = run_distributed(collect, 1, [3])[0]
-    assert found["gathered"] == [0.0, 0.0, 0.0]
-    assert found["any"] == [False, False]
-    assert collectives.rank() == 0
-    assert collectives.world_size() == 1
-
-
-def weighted_sum_of_all() -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_sum_of_all() -> tuple[Tensor, Tensor]:
     rank = collectives.rank()
     rows = torch.arange(4.0).reshape(2, 2).add(10 * rank).requires_grad_()
     everything = collectives.all_gather_with_gradient(rows)
-    # Each process weighs the rows in its own way, so a row's gradient needs all of them.
+    # Each rank weighs the rows differently, so a row's gradient needs all ranks.
     weights = torch.arange(float(everything.numel())).reshape(everything.shape) * (rank + 1)
     (everything * weights).sum().backward()
     assert rows.grad is not None
     return everything.detach(), rows.grad
 
 
-def test_gradients_of_gathered_rows_are_summed_over_processes() -> None:
-    """The gradient of each row is the sum over the processes that read it."""
+def test_gradients_of_gathered_rows_are_summed_over_ranks() -> None:
     found = run_distributed(weighted_sum_of_all, 2)
     assert torch.equal(found[0][0], found[1][0])
     weights = torch.arange(8.0).reshape(4, 2) * (1 + 2)
@@ -65,17 +55,17 @@ def test_gradients_of_gathered_rows_are_summed_over_processes() -> None:
 
 
 def raised(which: str) -> tuple[str, str]:
-    """The class and message of what is raised in this process, where one or all fail."""
+    """Class and message of what this rank raises if one or all fail."""
 
     def inner() -> None:
-        if which == "all" or (collectives.rank() == 1 and which != "first"):
+        if which == "all" or (collectives.rank() == 1 and which != "rank 0"):
             raise ValueError(f"rank {collectives.rank()}")
 
     def outer() -> None:
         collectives.raise_on_all_ranks(inner)
 
     try:
-        if which == "first":
+        if which == "rank 0":
             collectives.rank0_first(lambda: [][1])
         collectives.raise_on_all_ranks(outer if which == "nested" else inner)
     except Exception as error:
@@ -83,23 +73,24 @@ def raised(which: str) -> tuple[str, str]:
     return "nothing", ""
 
 
+RANK_1 = [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]
+OUT_OF_RANGE = "list index out of range"
+
+
 @pytest.mark.parametrize(
     ("which", "expected"),
     [
-        ("second", [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]),
+        ("rank 1", RANK_1),
+        ("nested", RANK_1),
         ("all", [("ValueError", "rank 0"), ("RaisedOnAnotherRank", "rank 0")]),
-        ("nested", [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]),
         (
-            "first",
-            [
-                ("IndexError", "list index out of range"),
-                ("RuntimeError", "IndexError: list index out of range"),
-            ],
+            "rank 0",
+            [("IndexError", OUT_OF_RANGE), ("RuntimeError", f"IndexError: {OUT_OF_RANGE}")],
         ),
     ],
 )
-def test_what_one_process_raises_all_raise(which: str, expected: list[tuple[str, str]]) -> None:
-    """As it was in the first that met it, which alone tells a user; in the others its message."""
+def test_an_error_on_one_rank_is_raised_on_all(which: str, expected: list[tuple[str, str]]) -> None:
+    """As it was on the first rank that met it; with its message on the others."""
     assert run_distributed(raised, 2, which) == expected
 
 
@@ -112,13 +103,12 @@ def test_what_one_process_raises_all_raise(which: str, expected: list[tuple[str,
         ("a-[12,14]-ib", "a-12-ib"),
     ],
 )
-def test_the_first_host_of_slurm_is_found(nodes: str, host: str) -> None:
-    """As `scontrol show hostnames` would list first."""
+def test_the_first_host_of_a_slurm_list(nodes: str, host: str) -> None:
     assert collectives.first_host(nodes) == host
 
 
-def test_launchers_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's variables, SLURM's inside srun, and neither inside a mere batch script."""
+def test_launchers_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's variables, then SLURM's inside srun, but not those of a batch script alone."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")

@@ -1,4 +1,4 @@
-"""InfoNCE of a batch that processes share is that of the whole batch, plain or tile by tile."""
+"""InfoNCE of a batch on several ranks is that of the whole batch, plain or tile by tile."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PAIRS, WIDTH = 20, 6
 
 
 def slow(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Pair by pair, the share of its similarity in its row and in its column."""
+    """Term by term: -log of a pair's share of its row and of its column."""
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(images)):
         own = (scale * images[i] @ texts[i]).exp()
@@ -25,7 +25,7 @@ def slow(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 
 def part_of(images: Tensor, texts: Tensor, scale: Tensor, tiled_above: int) -> list[Tensor]:
-    """The mean of all processes' losses, and that of gradients of features and scale."""
+    """Means over ranks of the loss and of the gradients of features and scale."""
     world_size = collectives.world_size()
     share = PAIRS // world_size
     own = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
@@ -48,10 +48,10 @@ def part_of(images: Tensor, texts: Tensor, scale: Tensor, tiled_above: int) -> l
 
 @pytest.mark.parametrize("tiled_above", [0, 10**6], ids=["tiled", "plain"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_parts_of_processes_make_the_loss_of_the_whole_batch(
+def test_means_over_ranks_are_those_of_the_whole_batch(
     world_size: int, tiled_above: int, generator: torch.Generator
 ) -> None:
-    """In float64 to 1e-9: value, and gradients of both features and of the scale."""
+    """In float64 to 1e-9: the value, and the gradients of features and scale."""
     rows = torch.randn(2, PAIRS, WIDTH, generator=generator, dtype=torch.float64)
     images, texts = rows / rows.norm(dim=2, keepdim=True)
     leaves = [images, texts, torch.tensor(9.0, dtype=torch.float64)]

@@ -1,133 +1,101 @@
-"""Prototypes of an episode that is shared out are those of one process that has all of it."""
+"""Clusters, targets and the queue of several ranks are those of one process."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from protoclip import back_translate
+from protoclip import KMeans, Target, back_translate, kmeans
+from protoclip.data.loader import Batch
+from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
-from protoclip.prototypes.kmeans import KMeans, kmeans
-from protoclip.prototypes.targets import (
-    Prototypes,
-    PrototypeTarget,
-    build_targets,
-    group,
-)
-from protoclip.testing import run_distributed
+from protoclip.losses.prototypical import make_targets
+from protoclip.models import loading
+from protoclip.models.protoclip import Embeddings
+from protoclip.prototypes.features import EpisodeFeatures, QueuedFeatures
+from protoclip.prototypes.targets import cluster_spaces
+from protoclip.testing import run_distributed, tiny_model
 
 SAMPLES = 120
 
 
-def owners(world_size: int, *, last_is_empty: bool = False) -> Tensor:
-    """The process that has each sample."""
+def owners(world_size: int, *, last_is_empty: bool) -> Tensor:
+    """The rank that has each sample."""
     drawn = torch.rand(SAMPLES, generator=torch.Generator().manual_seed(2))
     return (drawn * max(1, world_size - last_is_empty)).long()
 
 
 def own(owner: Tensor) -> Tensor:
-    """Positions of this process's samples, in an order of their own."""
+    """Positions of this rank's samples, shuffled."""
     mine = torch.nonzero(owner == collectives.rank()).flatten()
     return mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(3))]
 
 
 def cluster(space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
-    assert torch.isfinite(rows).all()
     number = {"image": 6, "text": 9}.get(space, 4)
     return kmeans(rows, number, iterations=4, seed=0, positions=positions)
 
 
 def episode(owner: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Projections, and teachers: of all samples, not of some of one process, of one, of none."""
-    widths = {"image": 5, "text": 5, "whole": 7, "gaps": 3, "of the first": 3, "nothing": 4}
+    """Projections, and teachers that know all samples, most, those of rank 0, and none."""
+    widths = {"image": 5, "text": 5, "all": 7, "most": 3, "rank 0": 3, "none": 4}
     spaces = {
         space: torch.randn(SAMPLES, width, generator=generator, dtype=torch.float64)
         for space, width in widths.items()
     }
     last = torch.nonzero(owner == owner.max()).flatten()
-    spaces["gaps"][last[::2]] = float("nan")
-    spaces["of the first"][owner != 0] = float("nan")
-    spaces["nothing"][:] = float("nan")
+    spaces["most"][last[::2]] = float("nan")
+    spaces["rank 0"][owner != 0] = float("nan")
+    spaces["none"][:] = float("nan")
     return spaces
 
 
-def grouped_and_translated(
-    spaces: Mapping[str, Tensor], owner: Tensor, settings: dict
-) -> tuple[dict[str, Prototypes], dict[str, PrototypeTarget]]:
-    positions = own(owner)
-    mine = {space: rows[positions] for space, rows in spaces.items()}
-    prototypes = group(mine, cluster, positions)
-    targets = build_targets(
-        prototypes,
+def clusters_and_targets(
+    spaces: Mapping[str, Tensor], owner: Tensor | None, back_translation: bool
+) -> tuple[dict[str, KMeans], dict[tuple[str, str], Target]]:
+    positions = None if owner is None else own(owner)
+    mine = {space: rows if positions is None else rows[positions] for space, rows in spaces.items()}
+    clusters = cluster_spaces(mine, cluster, positions)
+    targets = make_targets(
+        clusters,
         image_projections=mine["image"],
         text_projections=mine["text"],
+        target_temperatures=dict.fromkeys(spaces, 0.1) | {"most": 0.0},
+        back_translation=back_translation,
         positions=positions,
-        **settings,
     )
-    return prototypes, targets
+    return clusters, targets
 
 
 @pytest.mark.parametrize("last_is_empty", [False, True])
-@pytest.mark.parametrize(
-    "settings", [{}, {"back_translation": False}, {"unit_norm": True}], ids=["", "raw", "unit"]
-)
+@pytest.mark.parametrize("back_translation", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_targets_of_processes_are_those_of_one(
-    world_size: int, settings: dict, last_is_empty: bool, generator: torch.Generator
+def test_targets_of_ranks_are_those_of_one_process(
+    world_size: int, back_translation: bool, last_is_empty: bool, generator: torch.Generator
 ) -> None:
-    """Float64 to 1e-9, assignments of all samples exactly; the same bits in every process."""
+    """Float64 to 1e-9, assignments of all samples exactly; the same bits on every rank."""
     owner = owners(world_size, last_is_empty=last_is_empty)
     spaces = episode(owner, generator)
-    expected = group(spaces, cluster)
-    expected_targets = build_targets(
-        expected, image_projections=spaces["image"], text_projections=spaces["text"], **settings
-    )
-    found = run_distributed(grouped_and_translated, world_size, spaces, owner, settings)
-    first_prototypes, first_targets = found[0]
-    assert set(first_prototypes) == {"image", "text", "whole", "gaps", "of the first"}
-    for prototypes, targets in found:
-        assert list(prototypes) == list(expected)
+    expected, expected_targets = clusters_and_targets(spaces, None, back_translation)
+    assert set(expected) == {"image", "text", "all", "most", "rank 0"}
+    found = run_distributed(clusters_and_targets, world_size, spaces, owner, back_translation)
+    for clusters, targets in found:
+        assert list(clusters) == list(expected)
         assert list(targets) == list(expected_targets)
-        for space, one in prototypes.items():
-            assert torch.equal(one.centroids, first_prototypes[space].centroids)
+        for space, one in clusters.items():
+            assert torch.equal(one.centroids, found[0][0][space].centroids)
             assert torch.equal(one.assignments, expected[space].assignments)
             torch.testing.assert_close(
                 one.centroids, expected[space].centroids, rtol=1e-9, atol=1e-9
             )
-        for name, target in targets.items():
-            wanted = expected_targets[name]
-            assert torch.equal(target.student_centroids, first_targets[name].student_centroids)
-            assert torch.equal(target.assignments, wanted.assignments)
-            for ours, theirs in (
-                (target.student_centroids, wanted.student_centroids),
-                (target.teacher_centroids, wanted.teacher_centroids),
-            ):
-                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-def translated(assignments: Tensor, features: Tensor, owner: Tensor) -> Tensor:
-    mine = own(owner)
-    return back_translate(assignments[mine], features[mine], 11, sharded=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("last_is_empty", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_back_translation_is_the_mean_over_all_processes(
-    world_size: int, last_is_empty: bool, dtype: torch.dtype, generator: torch.Generator
-) -> None:
-    """To 1e-9 in float64 and 1e-5 in float32; a cluster that is empty everywhere is a zero row."""
-    features = torch.randn(SAMPLES, 6, generator=generator, dtype=dtype)
-    assignments = torch.randint(0, 10, (SAMPLES,), generator=generator)
-    owner = owners(world_size, last_is_empty=last_is_empty)
-    found = run_distributed(translated, world_size, assignments, features, owner)
-    expected = back_translate(assignments, features, 11)
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-    for means in found:
-        assert torch.equal(means, found[0])
-        torch.testing.assert_close(means, expected, rtol=tolerance, atol=tolerance)
-    assert not found[0][10].any()
+        for key, target in targets.items():
+            for name, value in vars(target).items():
+                assert torch.equal(value, getattr(found[0][1][key], name))
+                wanted = getattr(expected_targets[key], name)
+                torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
 
 
 def translated_locally(features: Tensor) -> Tensor:
@@ -135,23 +103,22 @@ def translated_locally(features: Tensor) -> Tensor:
     return back_translate(torch.zeros(len(mine), dtype=torch.long), mine, 1)
 
 
-def test_back_translation_is_of_the_given_rows_unless_sharded(generator: torch.Generator) -> None:
-    """In a group too, a process that does not ask for sums over others has its own means."""
+def test_back_translation_is_of_the_given_rows_unless_shared(generator: torch.Generator) -> None:
     features = torch.randn(5, 3, generator=generator)
     for rank, means in enumerate(run_distributed(translated_locally, 2, features)):
         torch.testing.assert_close(means, features[rank:].mean(0, keepdim=True))
 
 
 def refusals() -> tuple[list[str], list[int]]:
-    """What this process raises in turn, and whether the group still works."""
+    """What this rank raises in turn, and whether the group still works."""
     rank = collectives.rank()
     rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(5) + 5 * rank
     calls = [
-        lambda: group({"image": rows}, cluster, positions + rank),
-        lambda: group({"image": rows}, cluster, positions - rank),
-        lambda: group({"image": rows[rank:]}, cluster, positions),
-        lambda: back_translate(torch.zeros(5 - rank, dtype=torch.long), rows, 2, sharded=True),
+        lambda: cluster_spaces({"image": rows}, cluster, positions + rank),
+        lambda: cluster_spaces({"image": rows}, cluster, positions - rank),
+        lambda: cluster_spaces({"image": rows[rank:]}, cluster, positions),
+        lambda: back_translate(torch.zeros(5 - rank, dtype=torch.long), rows, 2, shared=True),
     ]
     messages = []
     for call in calls:
@@ -163,14 +130,68 @@ def refusals() -> tuple[list[str], list[int]]:
     return messages, collectives.all_gather(torch.tensor([rank])).tolist()
 
 
-def test_what_one_process_refuses_all_refuse() -> None:
-    """Positions with a gap or twice, and numbers that differ in one process: all raise the same."""
+def test_what_one_rank_refuses_all_refuse() -> None:
+    """Positions with a gap or twice, and numbers that differ."""
     expected = [
-        "positions: need to be 0 to 9 without gaps",
-        "positions: 4 is there more than once",
-        "image: 4 rows for 5 positions",
+        "positions: need to be 0 to 9, each once",
+        "positions: need to be 0 to 9, each once",
+        "positions: 5 for 4 rows",
         "4 assignments for 5 student features",
     ]
     for messages, gathered in run_distributed(refusals, 2):
         assert messages == expected
         assert gathered == [0, 1]
+
+
+def queue_of(state: dict[str, Any], steps: range) -> tuple[dict[str, Any], EpisodeFeatures | None]:
+    """The queue after some global batches of 8 samples, and what it gives once it is full."""
+    source = QueuedFeatures(
+        model=loading.model(tiny_model(), seed=0),
+        batches=lambda episode: [],
+        teachers={},
+        autocast=nullcontext,
+        size=16,
+    )
+    source.load_state_dict(state)
+    share = 8 // collectives.world_size()
+    for step in steps:
+        number = torch.arange(8 * step, 8 * step + 8)[share * collectives.rank() :][:share]
+        rows = number.float().unsqueeze(1)
+        batch = Batch(
+            position=number,
+            sample_id=[f"s{i}" for i in number.tolist()],
+            image=torch.zeros(share, 3, 1, 1),
+            text=torch.zeros(share, 1, dtype=torch.long),
+        )
+        scale = torch.tensor(1.0)
+        source.observe(
+            batch,
+            Embeddings(
+                image_features=rows,
+                text_features=rows,
+                image_projections=rows,
+                text_projections=-rows,
+                logit_scale=scale,
+                prototype_logit_scale=scale,
+            ),
+        )
+    full = source.pushed >= 16 // collectives.world_size()
+    features = source.features(Episode(index=0, rows=torch.arange(16))) if full else None
+    return source.state_dict(), features
+
+
+@pytest.mark.parametrize("split", [0, 1, 3])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2), (2, 4), (4, 2)])
+def test_a_queue_goes_on_with_another_number_of_ranks(before: int, after: int, split: int) -> None:
+    """Its samples, and the order that they are clustered in, are those of one process."""
+    expected, whole = run_distributed(queue_of, 1, {}, range(5))[0]
+    states = run_distributed(queue_of, before, {}, range(split))
+    found = run_distributed(queue_of, after, states[0][0], range(split, 5))
+    image = torch.empty(16, 1)
+    for state, features in found:
+        assert state["sample_ids"] == expected["sample_ids"]
+        assert state["pushed"] == 40
+        assert torch.equal(state["image"], expected["image"])
+        assert torch.equal(state["text"], expected["text"])
+        image[slice(None) if after == 1 else features.positions] = features.image
+    assert torch.equal(image, whole.image)

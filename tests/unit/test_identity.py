@@ -30,7 +30,7 @@ from protoclip.data.pairs import BadSample, Pairs, Sample
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import loading
-from protoclip.prototypes.features import extract_features
+from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.teachers import store
 from protoclip.teachers.store import TeacherFeatures
 from protoclip.testing import tiny_model
@@ -205,9 +205,12 @@ def test_extraction_tells_samples_apart(kinds: tuple[str, str], tmp_path: Path) 
         for batch in loader.batches(episode_of(config, loader))
     ]
     model = loading.model(tiny_model(), seed=0)
-    settings = {"teachers": {}, "autocast": nullcontext}
-    found = extract_features(model, batches, **settings)  # type: ignore[arg-type]
-    expected = extract_features(model, batches, each_pair_once=False, **settings)  # type: ignore[arg-type]
+    source = ExtractedFeatures(
+        model=model, batches=lambda episode: batches, teachers={}, autocast=nullcontext
+    )
+    episode = Episode(index=0, rows=torch.arange(1))
+    found = source.features(episode)
+    expected = replace(source, each_pair_once=False).features(episode)
     torch.testing.assert_close(found.image, expected.image)
     torch.testing.assert_close(found.text, expected.text)
 

@@ -1,7 +1,7 @@
-"""Processes that train together: who is who, sums, gathers; no-ops where there is one process.
+"""Ranks that train together: sums, gathers and errors over ranks, which cost nothing on one.
 
-What `torchrun` or SLURM's `srun` started finds itself by their variables. Sums and gathers are
-collective: every process calls them in the same order.
+A process finds its rank in the variables of `torchrun` or of SLURM's `srun`. Every rank has to call
+a collective, and all in the same order.
 """
 
 import os
@@ -17,35 +17,27 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
-# No wait of one process for another is longer by construction: evaluation and clustering are shared
-# out, and checkpoints are written by threads.
-TIMEOUT = timedelta(minutes=10)
-
-OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
 Result = TypeVar("Result")
-
-# A group of the hosts' own, for what is decided without waiting for a GPU.
+# No rank waits this long: evaluation and clustering are shared, and threads write checkpoints.
+TIMEOUT = timedelta(minutes=10)
+# A gloo group besides NCCL's, for decisions that do not wait for a GPU.
 _hosts: dist.ProcessGroup | None = None
 
 
 def launched() -> tuple[int, int, int]:
     """Rank, world size and rank on this host, as the launcher says; (0, 1, 0) without one."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return (
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
-            int(env.get("SLURM_LOCALID", 0)),
-        )
-    return 0, 1, 0
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+            return 0, 1, 0
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    return int(env[names[0]]), int(env[names[1]]), int(env.get(names[2], 0))
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that were launched together: NCCL between GPUs, gloo between CPUs."""
+    """Join the ranks that were launched together: NCCL between GPUs, gloo between CPUs."""
     global _hosts
     rank_, size, _ = launched()
     if size == 1:
@@ -64,13 +56,13 @@ def process_group(device: torch.device) -> Iterator[None]:
     )
     _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None
     yield
-    # Not after an error: the others may be gone, and this would wait for them.
+    # Not after an error: other ranks may be gone, and this would wait for them.
     dist.destroy_process_group()
     _hosts = None
 
 
 def first_host(nodes: str) -> str:
-    """The first of SLURM's list of hosts, such as `gpu[003-006,9],login1`."""
+    """First host of a SLURM list such as `gpu[003-006,9],login1`."""
     found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     assert found is not None, nodes
     return "".join(part or "" for part in found.groups())
@@ -89,22 +81,22 @@ def world_size() -> int:
 
 
 def all_reduce(values: Tensor, operation: Literal["sum", "max", "min"] = "sum") -> Tensor:
-    """Elementwise sum, greatest or least over processes, the same bits in each; no gradient."""
+    """Elementwise sum, maximum or minimum over ranks, the same bits on each; no gradient."""
     if world_size() == 1:
         return values
     result = values.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, OPERATIONS[operation])
+    dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
     return result
 
 
 def broadcast(values: Tensor) -> None:
-    """Make a tensor what it is in the first process, in place."""
+    """Copy rank 0's values to all ranks, in place."""
     if world_size() > 1:
         dist.broadcast(values, 0)
 
 
 def all_gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
-    """The rows of all processes, in the order of ranks; numbers of rows may differ. No gradient."""
+    """The rows of all ranks, rank after rank. Ranks may differ in number of rows. No gradient."""
     if world_size() == 1:
         return rows
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
@@ -118,23 +110,27 @@ def all_gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
 
 
 def all_gather_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d"]:
-    """The rows of all processes, of which each has as many, in the order of ranks.
-
-    Backward, a row's gradient is the sum of what all processes' losses have for it.
-    """
+    """The rows of all ranks, which have equally many. Gradients are summed over ranks."""
     if world_size() == 1:
         return rows
-    # torch 2.13 renames `all_gather_tensor_autograd`; versions before do not know the new name.
-    gather = getattr(functional, "all_gather_single_autograd", None)
-    gather = gather or functional.all_gather_tensor_autograd
-    world = dist.group.WORLD
-    assert world is not None
-    everything = gather(rows, 0, world)
-    return functional.wait_tensor(everything)  # type: ignore[no-untyped-call,no-any-return]
+    # torch 2.13 renamed it; earlier versions do not have the new name.
+    new = "all_gather_single_autograd"
+    gather = getattr(functional, new if hasattr(functional, new) else "all_gather_tensor_autograd")
+    gathered: Tensor = functional.wait_tensor(gather(rows, 0, dist.group.WORLD))  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """A small object of each rank, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_hosts)
+    return values
 
 
 def any_rank(flags: Sequence[bool]) -> list[bool]:
-    """Whether each flag is set in any process; decided between hosts, whatever GPUs are at."""
+    """Whether each flag is set on any rank. Does not wait for a GPU."""
     if world_size() == 1:
         return list(flags)
     values = torch.tensor(flags, dtype=torch.int32)
@@ -143,19 +139,15 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
 
 
 class RaisedOnAnotherRank(ValueError):
-    """A user's mistake that another process tells."""
+    """A user's mistake that another rank reports."""
 
 
 def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
-    """What a function gives in each process; what it raises in one is raised in all.
+    """Call a function on every rank. If it raises on one, every rank raises, and none waits.
 
-    Otherwise the others would wait for the one that has given up. For that reason too, the function
-    itself must not wait for others after a step that can fail in one process alone.
-
-    Raises:
-        Exception: What the function raised, in the first process where it did.
-        RaisedOnAnotherRank, MemoryError, RuntimeError: In the others, with its message: the first for a
-            ValueError or OSError, which are a user's to mend, and else what is most like it.
+    The first rank that failed raises its own error, the others one with the same message: a
+    RaisedOnAnotherRank for a ValueError or OSError, which a user can mend, else a MemoryError or
+    RuntimeError. The function must not wait for other ranks after a step that can fail on one.
     """
     if world_size() == 1:
         return function()
@@ -164,62 +156,44 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
         result = function()
     except Exception as raised:
         error = raised
-    # Where the function raise_on_all_ranks on an error already, the process that met it tells it again.
-    own = (
-        [] if error is None else [(isinstance(error, RaisedOnAnotherRank), rank(), sendable(error))]
-    )
-    errors = [entry for entries in all_gather_object(own) for entry in entries]
-    if errors:
-        _, teller, (kind, message) = min(errors, key=lambda entry: entry[:2])
-        if error is not None and teller == rank():
+    # In nested calls the rank that met the error first reports it again, not those it was told to.
+    told = isinstance(error, RaisedOnAnotherRank)
+    errors = all_gather_object(None if error is None else (told, rank(), sendable(error)))
+    if any(errors):
+        _, reporter, (kind, message) = min(filter(None, errors), key=lambda entry: entry[:2])
+        if error is not None and reporter == rank():
             raise error
         raise kind(message)
     return result
 
 
 def sendable(error: Exception) -> tuple[type[Exception], str]:
-    """What to raise elsewhere; the error's own class may not be one that a message makes."""
+    """What other ranks raise: not the error's own class, which may need other arguments."""
     if isinstance(error, ValueError | OSError):
         return RaisedOnAnotherRank, str(error)
-    if isinstance(error, MemoryError):
-        return MemoryError, str(error)
-    named = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
-    return RuntimeError, named
+    if isinstance(error, MemoryError | RuntimeError):
+        return next(c for c in (MemoryError, RuntimeError) if isinstance(error, c)), str(error)
+    return RuntimeError, f"{type(error).__name__}: {error}"
 
 
 def rank0_first(function: Callable[[], Result]) -> Result:
-    """What a function gives in the first process, the only one that calls it.
-
-    Raises:
-        Exception: As `raise_on_all_ranks` says.
-    """
+    """Call a function on rank 0 alone and give its result to all; raises on all ranks."""
     result = raise_on_all_ranks(lambda: function() if rank() == 0 else None)
-    told: Result = all_gather_object(result)[0]
-    return told
-
-
-def all_gather_object(value: Any) -> list[Any]:
-    """A small object of each process, in the order of ranks."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_hosts)
-    return values
+    return all_gather_object(result)[0]  # type: ignore[no-any-return]
 
 
 def device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one.
+    """The device of this name. `auto` is a GPU if there is one.
 
     Raises:
-        ValueError: No such device here.
+        ValueError: There is no such device.
     """
-    _, processes, place_on_host = launched()
-    if processes > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{place_on_host}"
+    _, size, local_rank = launched()
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda" and size > 1:
+        name = f"cuda:{local_rank}"
     try:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)

@@ -1,8 +1,4 @@
-"""One model in several processes, by PyTorch's own means, applied from outside.
-
-DDP keeps a copy of the model in each process. FSDP2 spreads parameters, gradients and moments over
-the processes, for towers that are too large for one device.
-"""
+"""One model on several ranks: DDP copies it to each; FSDP2 shards what is too large for one."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,84 +7,70 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from protoclip.distributed.collectives import (
-    all_gather_object,
-    all_reduce,
-    broadcast,
-    rank,
-    world_size,
-)
-from protoclip.models.batch_norm import has_own_statistics
-from protoclip.models.protoclip import Embeddings, ProtoCLIP
+from protoclip.distributed import collectives
+from protoclip.distributed.collectives import all_reduce, rank, world_size
 
-# What open_clip and timm call the layers of a transformer.
-LAYERS = ("resblocks", "blocks")
-# Whole tensors on the CPU of the first process; one at a time on every device.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+LAYERS = ("resblocks", "blocks")  # lists of a transformer's layers in open_clip and timm
+FORWARDS = ("encode_image", "encode_text")  # methods that are called besides `forward`
+# Whole tensors on the CPU of rank 0; on the devices one at a time.
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(model: ProtoCLIP, device: torch.device) -> None:
-    """Spread the parameters of a model without weights over the processes (FSDP2), in place.
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Shard the parameters of a model on the meta device over the ranks (FSDP2), in place.
 
-    They have to be loaded then, before an optimizer is made for them. The layers of transformers
-    are gathered one at a time, the rest together; the temperatures, which are single numbers, stay
-    whole.
+    Load its weights with `spread` next, before an optimizer is made. Each layer of a transformer is
+    gathered on its own, the rest together. FSDP2 does not shard scalars, so they stay whole.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
-    for name, part in model.towers.named_modules():
+    for name, part in model.named_modules():
         if name.rpartition(".")[2] in LAYERS:
             for layer in part.children():
                 fully_shard(layer, mesh=mesh)
-    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    fully_shard(model, mesh=mesh, ignored_params=scalars)
     model.to_empty(device=device)
-    for method in ("encode_image", "encode_text"):
+    for method in FORWARDS:
         register_fsdp_forward_method(model, method)
 
 
-def distribute(model: nn.Module) -> nn.Module:
-    """The model as a stage trains it: itself, or with gradients that are means over processes.
+def spread(model: nn.Module, whole: nn.Module | None) -> None:
+    """Give a sharded model all that rank 0's whole model holds; other ranks pass None."""
+    load_weights(model, whole.state_dict() if whole is not None else {})
+    own = dict(whole.named_buffers()) if whole is not None else {}
+    for name, buffer in model.named_buffers():  # some, such as masks, are in no state dict
+        if name in own:
+            buffer.copy_(own[name])
+        collectives.broadcast(buffer)
 
-    To be called whenever parameters were frozen or freed, since DDP looks at that once; FSDP2 looks
-    each time.
+
+def distribute(model: nn.Module, *, broadcast_buffers: bool = True) -> nn.Module:
+    """The module to train: the model, or DDP around it. Call again after freezing parameters.
+
+    `broadcast_buffers` copies rank 0's buffers to all ranks before each step. It is needed unless
+    all ranks compute the same ones, as with synchronised BatchNorm.
     """
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     device = next(model.parameters()).device
     with warnings.catch_warnings():
-        # torch 2.13 renames `broadcast_buffers`; versions before do not know the new name.
+        # torch 2.13 renamed `broadcast_buffers`; earlier versions do not have the new name.
         warnings.simplefilter("ignore", FutureWarning)
+        ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            # Where processes normalise each by its own batch, the first one's statistics are kept.
-            broadcast_buffers=has_own_statistics(model),
-            gradient_as_bucket_view=True,
+            model, ids, broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True
         )
 
 
-def agree_on_statistics(model: nn.Module) -> None:
-    """Take over the first process's BatchNorm statistics, which DDP does before each step alone."""
-    if has_own_statistics(model):
-        for buffer in model.buffers():
-            broadcast(buffer)
-
-
 def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
-    """A context in which gradients add up in each process, to be made means at a later one."""
+    """Makes a context that accumulates local gradients; a later backward pass averages them."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync
 
@@ -104,103 +86,88 @@ def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     return unreduced if isinstance(module, FSDPModule) else nullcontext
 
 
-def reach_everything(embeddings: Embeddings) -> Tensor:
-    """Zero, computed from all that the model gives, so that every parameter has a gradient.
+def reach_everything(output: object) -> Tensor:
+    """Zero, computed from all of a model's output, so that every parameter has a gradient.
 
-    A loss of weight 0 leaves a head or a temperature out, and DDP would wait for it.
+    DDP would wait for the gradient of a head that no loss uses.
     """
-    parts = [value.sum() for value in vars(embeddings).values() if value is not None]
+    parts = [value.sum() for value in vars(output).values() if value is not None]
     return 0.0 * torch.stack(parts).sum()
 
 
 def clip_gradients(model: nn.Module, most: float) -> Tensor:
-    """Scale the whole gradient down to a norm, in place; returns the norm that it had.
+    """Scale the whole gradient down to a norm of at most `most`, in place; returns its norm before.
 
-    Gradients that FSDP2 leaves to each process, those of the temperatures, become means first.
+    FSDP2 does not average the gradients of scalars, so that happens here.
     """
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not isinstance(model, FSDPModule):
         return torch.nn.utils.clip_grad_norm_(trained, most)
-    spread = [parameter for parameter in trained if isinstance(parameter, DTensor)]
-    whole = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
-    for parameter in whole:
+    sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
+    scalars = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+    for parameter in scalars:
         assert parameter.grad is not None
         parameter.grad = all_reduce(parameter.grad) / world_size()
-    norms = [
-        full(get_total_norm([parameter.grad for parameter in group if parameter.grad is not None]))
-        for group in (spread, whole)
-        if group
-    ]
-    norm: Tensor = torch.stack(norms).norm()
-    for group in (spread, whole):
+    groups = [group for group in (sharded, scalars) if group]
+    norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm: Tensor = torch.stack(whole).norm()
+    for group in groups:
         clip_grads_with_norm_(group, most, norm)
     return norm
 
 
-def full(value: Tensor) -> Tensor:
-    """A tensor as it is on one process; with FSDP2 collected from all, which all have to call."""
-    whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole
-
-
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of a model's weights, whole, in the first process; nothing in others. All call it."""
-    found: dict[str, Any] = get_model_state_dict(model, options=WHOLE)
-    return copies(found)
+    """Copies of a model's whole weights on rank 0; empty on other ranks. Collective."""
+    return copies(states.get_model_state_dict(model, options=WHOLE))
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The same of what an optimizer keeps of each parameter, as `name/moment`."""
-    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    """The same of the optimizer's state of each parameter, as `name/moment`."""
+    found: dict[str, Any] = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
     state = found.get("state", {})
     return copies(
         {f"{name}/{key}": state[name].pop(key) for name in state for key in [*state[name]]}
     )
 
 
-def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, each made as its original is let go of: what was on the CPU are the live tensors."""
+def copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Copies, since on a CPU these are the live tensors. Each original is freed once copied."""
     return {name: tensors.pop(name).detach().clone() for name in list(tensors)}
 
 
+def from_rank0(*, strict: bool = True) -> states.StateDictOptions:
+    """Load whole tensors that only rank 0 holds."""
+    several = world_size() > 1
+    return states.StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=several, strict=strict
+    )
+
+
 def load_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
-    """Load weights that the first process alone has to hold. All call it."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
-    set_model_state_dict(model, dict(whole), options=options)
+    """Load whole weights, which only rank 0 needs to hold. Collective."""
+    states.set_model_state_dict(model, dict(whole), options=from_rank0())
 
 
 def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, whole: Mapping[str, Tensor]
 ) -> None:
-    """Load what `moments` gave, which the first process alone has to hold. All call it."""
-    known: set[str] = set(all_gather_object([*whole])[0])
-    # torch makes moments for every parameter first, by a step of rate 0.
-    options = StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False
-    )
+    """Load what `moments` returned, which only rank 0 needs to hold. Collective."""
+    known: set[str] = set(collectives.all_gather_object([*whole])[0])
     state: dict[str, Any] = {}
     for key, value in whole.items():
         name, _, moment = key.rpartition("/")
         state.setdefault(name, {})[moment] = value
     given: dict[str, Any] = {}
     if rank() == 0:
-        given = {**get_optimizer_state_dict(model, optimizer), "state": state}
-    set_optimizer_state_dict(model, optimizer, given, options=options)
+        given = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
+    # Before it loads, torch makes moments for every parameter by a step with learning rate 0.
+    states.set_optimizer_state_dict(model, optimizer, given, options=from_rank0(strict=False))
     for name, parameter in model.named_parameters():
         if f"{name}/step" not in known:
-            optimizer.state.pop(parameter, None)  # it has not been trained yet
+            optimizer.state.pop(parameter, None)  # not trained yet
             continue
         for moment, value in optimizer.state[parameter].items():
             if value.ndim and not isinstance(value, DTensor):
                 # Fused AdamW walks through memory, so moments need their parameter's order there.
                 optimizer.state[parameter][moment] = torch.empty_like(parameter).copy_(value)
-
-
-def spread(model: ProtoCLIP, whole: ProtoCLIP | None) -> None:
-    """Give a sharded model all that the first process's model holds; others have none of it."""
-    load_weights(model, whole.state_dict() if whole is not None else {})
-    own = dict(whole.named_buffers()) if whole is not None else {}
-    for name, buffer in model.named_buffers():  # some, such as masks, are in no state dict
-        if name in own:
-            buffer.copy_(own[name])
-        broadcast(buffer)

@@ -1,4 +1,4 @@
-"""InfoNCE, the loss between instances; that of a large batch tile by tile."""
+"""InfoNCE, the contrastive loss between pairs. For large batches it is computed tile by tile."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
 
-# Logits above which InfoNCE goes tile by tile. Below, the plain form is as fast, and the 24 bytes
-# that it takes for a logit do not matter.
+# Number of logits above which to go tile by tile. Below, the plain form is as fast, and its 24
+# bytes per logit do not matter.
 TILED_ABOVE = 2**20
 
 
@@ -24,10 +24,14 @@ def info_nce(
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE over a batch of pairs (Radford et al. 2021).
 
-    Computed in float32, or in what is wider of the features, also inside autocast.
+    Computed in float32, or wider if the features are, also inside autocast.
+
+        >>> images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+        >>> round(info_nce(images, texts, 1.0).item(), 4)
+        0.8133
 
     Args:
-        image_features: Unit-norm image features; row `i` pairs with text row `i`.
+        image_features: Unit-norm image features. Row `i` pairs with text row `i`.
         text_features: Unit-norm text features.
         logit_scale: Inverse temperature, in [1, 100].
 
@@ -49,14 +53,9 @@ def sharded_info_nce(
     text_features: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
 ) -> Float[Tensor, ""]:
-    """This process's part of InfoNCE over the batch of all processes, each with `b` of its pairs.
+    """`info_nce` of the local rows against the features of all ranks, each with `b` pairs.
 
-    Local rows against everyone's columns, which are gathered with their gradients, in each
-    direction. The mean over processes of these parts, and of their gradients as DDP takes it, are
-    those of `info_nce` over the whole batch.
-
-    Args:
-        image_features, text_features, logit_scale: See `info_nce`.
+    The means of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
     """
     images, texts = tiles.widened(image_features, text_features)
     all_images, all_texts = map(collectives.all_gather_with_gradient, (images, texts))
@@ -72,17 +71,17 @@ def sharded_info_nce(
 
 
 def by_tiles(rows: Float[Tensor, "b d"], columns: Float[Tensor, "n d"]) -> bool:
-    """Whether to go tile by tile: logits are many, or autocast would round the plain form's."""
+    """Whether there are many logits, or autocast would round those of the plain form."""
     autocast = torch.is_autocast_enabled(rows.device.type)
     return autocast or len(rows) * len(columns) > TILED_ABOVE
 
 
 class TiledInfoNCE(torch.autograd.Function):
-    """InfoNCE of logits `images @ texts.T`, which exist a tile at a time.
+    """InfoNCE of the logits `images @ texts.T`, of which one tile exists at a time.
 
-    They are computed once for the log-sum-exp of each row and column, and again for the gradient:
+    Each tile is computed once for the log-sum-exp of rows and columns, and again for the gradient:
 
-        2 b dL / d logits_ij = softmax over row i + softmax over column j, less 2 where i = j
+        2 b dL / d logits_ij = softmax over row i + softmax over column j - 2 [i = j]
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The objective, and the losses that it sums."""
+"""The objective of a training step: the weighted sum of all losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,62 +8,56 @@ from torch import Tensor
 
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.info_nce import info_nce, sharded_info_nce
-from protoclip.losses.prototypical import PreparedTarget, prepare_targets, prototypical_loss
+from protoclip.losses.prototypical import Target
 from protoclip.models.protoclip import Embeddings
-
-__all__ = [
-    "LossWeights",
-    "PreparedTarget",
-    "info_nce",
-    "objective",
-    "prepare_targets",
-    "prototypical_loss",
-    "sharded_info_nce",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weight of each term of the objective; a term of weight 0 is not computed."""
+    """Weight of each loss. A loss of weight 0 is not computed."""
 
     info_nce: float = 1.0
     prototypical: float = 1.0
     teachers: Mapping[str, float] = field(default_factory=dict)
 
-    def of(self, teacher_space: str) -> float:
-        """Weight of the prototypes of one space: `image`, `text` or an external teacher."""
-        if teacher_space in ("image", "text"):
-            return self.prototypical
-        return self.teachers[teacher_space]
+    def of(self, teacher: str) -> float:
+        """Weight of one teacher's prototypes: `image`, `text`, or the name of an external one."""
+        return self.prototypical if teacher in ("image", "text") else self.teachers[teacher]
 
 
 def objective(
     embeddings: Embeddings,
-    targets: Mapping[str, PreparedTarget] | None,
+    targets: Mapping[tuple[str, str], Target] | None,
     assignments: Mapping[str, Int[Tensor, " b"]],
     *,
     weights: LossWeights,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weighted terms whose sum is minimised, and what to log about them.
+    """The weighted losses, whose sum is minimised, and what to log about them.
 
     L = w_i InfoNCE + w_p (L_image<-text + L_text<-image) / 2
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
 
-    With several processes these are the local rows' parts: their means over processes, and those of
-    the gradients, are what one process has for the whole batch.
+    With several ranks each value is of the local rows. The means of values and gradients over ranks
+    are those of the whole batch.
+
+        >>> rows, one = torch.eye(2), torch.tensor(1.0)
+        >>> batch = Embeddings(image_features=rows, image_projections=None, logit_scale=one,
+        ...     text_features=rows, text_projections=None, prototype_logit_scale=one)
+        >>> losses, report = objective(batch, None, {}, weights=LossWeights())
+        >>> {name: round(loss.item(), 3) for name, loss in losses.items()}
+        {'info_nce': 0.313}
 
     Args:
-        embeddings: Output of the model for a batch.
-        targets: Prepared targets named `<student>_from_<teacher>`; `None` for InfoNCE alone.
-        assignments: Prototype of each row by teacher space, as of the episode or of this moment; -1
-            where a teacher knows nothing of the sample, which then has no part in its loss.
-        weights: Weight of each term.
-        detailed: Also report how often the nearest prototype is the assigned one. It costs about as
-            much as the loss, so only the steps that are logged ask for it.
+        embeddings: The model's output for a batch.
+        targets: Targets by `(student, teacher)`; `None` for InfoNCE alone.
+        assignments: Prototype of each row by teacher. A row with -1 has no part in that loss.
+        weights: Weight of each loss.
+        detailed: Also report how often a projection's nearest prototype is the assigned one. This
+            costs about as much as the loss, so training asks for it only in steps that are logged.
 
     Returns:
-        Weighted losses by name, and the report: unweighted losses, scales, accuracies.
+        Weighted losses by name, and a report of unweighted losses, scales and accuracies.
     """
     losses: dict[str, Tensor] = {}
     report: dict[str, Tensor] = {"train/logit_scale": embeddings.logit_scale.detach()}
@@ -72,22 +66,21 @@ def objective(
         loss = loss_of(embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
         losses["info_nce"] = weights.info_nce * loss
         report["train/loss/info_nce"] = loss.detach()
-    for name, target in (targets or {}).items():
-        student, _, teacher = name.partition("_from_")
-        weight = weights.of(teacher)
-        if not weight:
+    students = {"image": embeddings.image_projections, "text": embeddings.text_projections}
+    for (student, teacher), target in (targets or {}).items():
+        if not weights.of(teacher):
             continue
-        projections = (
-            embeddings.image_projections if student == "image" else embeddings.text_projections
+        name, projections, own = (
+            f"{student}_from_{teacher}",
+            students[student],
+            assignments[teacher],
         )
         assert projections is not None
-        loss = target.loss(projections, assignments[teacher], embeddings.prototype_logit_scale)
-        losses[name] = weight * loss / 2
+        loss = target.loss(projections, own, embeddings.prototype_logit_scale)
+        losses[name] = weights.of(teacher) * loss / 2
         report[f"train/loss/prototypical/{name}"] = loss.detach()
         if detailed:
-            report[f"train/prototypes/accuracy/{name}"] = target.accuracy(
-                projections, assignments[teacher]
-            )
+            report[f"train/prototypes/accuracy/{name}"] = target.accuracy(projections, own)
     if targets:
         report["train/prototype_logit_scale"] = embeddings.prototype_logit_scale.detach()
     return losses, report

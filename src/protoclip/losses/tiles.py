@@ -1,11 +1,11 @@
-"""Softmaxes over many classes, tile by tile: the matrix of all rows times all classes never exists.
+"""Softmaxes over many classes, tile by tile, without the matrix of all rows times all classes.
 
-A running maximum and sum join the tiles, as in FlashAttention (Dao et al. 2022). All of it is plain
-torch, exact to rounding in any floating dtype, and its time is that of the matrix products.
+A running maximum and sum join the tiles, as in FlashAttention (Dao et al. 2022). It is plain torch,
+exact to rounding in any floating dtype, and takes the time of its matrix products.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ROWS = 512
-# Scores of a tile. On a CPU one of 1 MB stays in cache; a GPU is only busy with larger ones.
+# Scores of a tile. 1 MB stays in the cache of a CPU; a GPU needs more to be busy.
 CPU_SCORES, GPU_SCORES = 2**18, 2**23
-# exp(-60) is nothing beside 1, in float64 and a million times over too. Smaller exponentials end as
-# denormals, which many CPUs handle far more slowly than other numbers.
+# A million times exp(-60) is still nothing beside 1 in float64. Smaller exponentials become
+# denormals, which are far slower than other numbers on many CPUs.
 LEAST_EXPONENT = -60.0
 
 
@@ -30,10 +30,10 @@ def shape(rows: Float[Tensor, "b _"]) -> tuple[int, int]:
 
 @cache
 def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """oneDNN's `x @ w.T` of float32, or `None` where torch has no such entry point.
+    """oneDNN's `x @ w.T` of float32, or `None` if torch has no such entry point.
 
-    torch's own products go through MKL, which reaches half of oneDNN's speed on AMD CPUs. The
-    entry point is private to torch, so it is tried before it is trusted.
+    torch's own products use MKL, which on AMD CPUs has half of oneDNN's speed. The entry point is
+    private to torch, so a small product checks it first.
     """
     probe = torch.arange(6.0).view(2, 3)
     try:
@@ -45,14 +45,14 @@ def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def scores(x: Float[Tensor, "r d"], w: Float[Tensor, "c d"]) -> Float[Tensor, "r c"]:
-    """`x @ w.T`, a new tensor, in the fastest way there is."""
+    """`x @ w.T`, a new tensor, computed in the fastest way."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and (linear := onednn_linear()):
         return linear(x, w)
     return x @ w.T
 
 
 def exponential(x: Tensor) -> Tensor:
-    """`exp` of what is at most about 0, in place and free of denormals."""
+    """`exp` of values up to about 0, in place and without denormals."""
     return x.clamp_(min=LEAST_EXPONENT).exp_()
 
 
@@ -63,10 +63,8 @@ def log_sum(tile: Float[Tensor, "r c"], dim: int) -> Float[Tensor, " _"]:
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
-    """All in one floating dtype: float32, or the widest of theirs."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    """All in float32, or in the widest of their dtypes."""
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
 
 
@@ -79,16 +77,7 @@ def without_autocast(x: Tensor) -> torch.autocast:
 def attend(
     queries: Float[Tensor, "b q"], keys: Float[Tensor, "n q"], values: Float[Tensor, "n p"]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b p"]]:
-    """Log-sum-exp of each query's scores, and the mean value under their softmax; no gradient.
-
-    Args:
-        queries: One row a query; scores are inner products, so any scale belongs in here.
-        keys: One row a class.
-        values: What to average, one row a class.
-
-    Returns:
-        `logsumexp(queries @ keys.T)` and `softmax(queries @ keys.T) @ values`.
-    """
+    """`logsumexp(queries @ keys.T, 1)` and `softmax(queries @ keys.T, 1) @ values`; no gradient."""
     height, width = shape(queries)
     log_sums, means = [], []
     with without_autocast(queries):
@@ -96,9 +85,7 @@ def attend(
             peak = rows.new_full((len(rows), 1), float("-inf"))
             total = rows.new_zeros(len(rows), 1)
             weighted = rows.new_zeros(len(rows), values.shape[1])
-            for key, value in zip(
-                torch.split(keys, width), torch.split(values, width), strict=True
-            ):
+            for key, value in zip(keys.split(width), values.split(width), strict=True):
                 tile = scores(rows, key)
                 higher = torch.maximum(peak, tile.amax(1, keepdim=True))
                 shares = exponential(tile.sub_(higher))
@@ -112,8 +99,8 @@ def attend(
 
 
 class LogSumExp(torch.autograd.Function):
-    """See `log_sum_exp`. One pass gives it and its gradient for the queries, their mean key under
-    the softmax; where keys have a gradient, their scores are computed once more for it."""
+    """See `log_sum_exp`. Its gradient for a query is the mean key, which the forward pass computes
+    too. If keys need a gradient, the backward pass computes the scores again."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor) -> Tensor:
@@ -126,31 +113,23 @@ class LogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         means, *again = ctx.saved_tensors
-        to_keys = given_to_keys(gradient, *again) if again else None
-        return gradient.unsqueeze(1) * means, to_keys
-
-
-def given_to_keys(
-    weights: Float[Tensor, " b"],
-    queries: Float[Tensor, "b p"],
-    keys: Float[Tensor, "n p"],
-    log_sums: Float[Tensor, " b"],
-) -> Float[Tensor, "n p"]:
-    """`softmax(queries @ keys.T).T @ (weights * queries)`, from the log-sum-exp of each query."""
-    height, width = shape(queries)
-    given = torch.zeros_like(keys)
-    with without_autocast(queries):
-        for rows, log_sum_, weight in zip(
-            *(torch.split(each, height) for each in (queries, log_sums, weights)), strict=True
-        ):
-            weighted = (weight.unsqueeze(1) * rows).T
-            for key, to in zip(torch.split(keys, width), torch.split(given, width), strict=True):
-                shares = exponential(scores(rows, key).sub_(log_sum_.unsqueeze(1)))
-                to += scores(shares.T, weighted)
-    return given
+        to_queries = gradient.unsqueeze(1) * means
+        if not again:
+            return to_queries, None
+        queries, keys, log_sums = again
+        height, width = shape(queries)
+        to_keys = torch.zeros_like(keys)
+        parts = (torch.split(each, height) for each in (queries, log_sums, gradient))
+        with without_autocast(queries):
+            for rows, sums, weights in zip(*parts, strict=True):
+                weighted = (weights.unsqueeze(1) * rows).T
+                for key, to in zip(keys.split(width), to_keys.split(width), strict=True):
+                    shares = exponential(scores(rows, key).sub_(sums.unsqueeze(1)))
+                    to += scores(shares.T, weighted)
+        return to_queries, to_keys
 
 
 def log_sum_exp(queries: Float[Tensor, "b p"], keys: Float[Tensor, "n p"]) -> Float[Tensor, " b"]:
-    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys, tile by tile."""
+    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys."""
     log_sums: Tensor = LogSumExp.apply(queries, keys)  # type: ignore[no-untyped-call]
     return log_sums

@@ -6,7 +6,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclip.distributed.collectives import all_gather_with_gradient, world_size
+from protoclip.distributed.collectives import all_gather_with_gradient, broadcast, world_size
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -93,3 +93,13 @@ def has_own_statistics(module: nn.Module) -> bool:
         isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm)
         for part in module.modules()
     )
+
+
+def agree_on_statistics(module: nn.Module) -> None:
+    """Copy rank 0's BatchNorm statistics to all ranks if they can differ.
+
+    DDP does the same before each step, but not after the last one.
+    """
+    if has_own_statistics(module):
+        for buffer in module.buffers():
+            broadcast(buffer)

@@ -1,12 +1,13 @@
-"""What is clustered, and which prototype each sample of a batch belongs to: two sources of both.
+"""The features that are clustered, and the prototype of each sample of a batch.
 
-`ExtractedFeatures` is the paper's: a pass over each episode before it is trained. `QueuedFeatures`
-keeps what training saw last and needs no pass of its own.
+`ExtractedFeatures` follows the paper: it passes over each episode before training on it.
+`QueuedFeatures` keeps what training saw last, and needs no pass of its own.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
-from protoclip.distributed.collectives import any_rank, rank, world_size
+from protoclip.distributed import collectives
+from protoclip.distributed.collectives import rank, world_size
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
-from protoclip.prototypes.kmeans import nearest
-from protoclip.prototypes.targets import Prototypes
+from protoclip.prototypes.kmeans import KMeans
+from protoclip.prototypes.nearest import nearest
 from protoclip.teachers.store import TeacherFeatures
 
 Assignments = dict[str, Int[Tensor, " b"]]
@@ -25,11 +27,10 @@ Assignments = dict[str, Int[Tensor, " b"]]
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeFeatures:
-    """What is clustered: both modalities' projections, and each external teacher's features.
+    """Both modalities' projections and each external teacher's features, one row per sample.
 
-    Row `i` of each is one sample: the one at position `i` of the episode where the episode was
-    extracted. A sample that a teacher has no features of is a row of NaN there. With several
-    processes each has the rows that it made, and `positions` are their places among all.
+    A row of NaN is a sample that the teacher has no features for. With several ranks each has its
+    own rows, and `positions` are their numbers among the rows of all.
     """
 
     image: Float[Tensor, "m p"]
@@ -38,99 +39,17 @@ class EpisodeFeatures:
     positions: Int[Tensor, " m"] | None = None
 
 
-@torch.inference_mode()
-def extract_features(
-    model: ProtoCLIP,
-    batches: Iterable[Batch],
-    *,
-    teachers: Mapping[str, TeacherFeatures],
-    autocast: Callable[[], AbstractContextManager[object]],
-    each_pair_once: bool = True,
-) -> EpisodeFeatures:
-    """One pass over an episode with the model in evaluation mode (paper, online episodic training).
+@dataclass(kw_only=True)
+class ExtractedFeatures:
+    """Features by one pass over an episode, with the model in evaluation mode (as in the paper).
 
-    Args:
-        model: Its training mode is restored afterwards.
-        batches: The episode's batches in order.
+    Attributes:
+        model: Its training mode is restored after a pass.
+        batches: The batches of an episode in order.
         teachers: External teachers by name.
         autocast: Makes the context that forward passes run in.
-        each_pair_once: Whether a pair that an episode holds several times, as one drawn with
-            replacement may, passes once: where its view is the same whenever it comes, and ids are
-            unique, which those of a stream need not be.
-
-    Raises:
-        ValueError: A projection is not finite.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    images, texts, positions, sample_ids = [], [], [], []
-    passed: dict[tuple[str, bytes], int] = {}
-    rows: list[int] = []
-    number = 0
-    try:
-        for batch in batches:
-            tokens = batch.text.cpu().numpy()
-            fresh = []
-            for place, pair in enumerate(zip(batch.sample_id, map(bytes, tokens), strict=True)):
-                if pair not in passed or not each_pair_once:
-                    passed[pair], number = number, number + 1
-                    fresh.append(place)
-                rows.append(passed[pair])
-            # One at least, since a sharded model needs all processes in every pass.
-            shown = fresh or [0]
-            with autocast():
-                embeddings = model(batch.image[shown], batch.text[shown])
-            images.append(embeddings.image_projections[: len(fresh)])
-            texts.append(embeddings.text_projections[: len(fresh)])
-            positions.append(batch.position)
-            sample_ids += batch.sample_id
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    image, text = torch.cat(images)[rows], torch.cat(texts)[rows]
-    require_finite(image, text)
-    return EpisodeFeatures(
-        image=image,
-        text=text,
-        teachers={
-            name: teacher.lookup(sample_ids).to(image.device) for name, teacher in teachers.items()
-        },
-        positions=torch.cat(positions) if world_size() > 1 else None,
-    )
-
-
-def require_finite(image: Tensor, text: Tensor) -> None:
-    """Raise where projections are not finite, in all processes if in one."""
-    if any_rank([not bool((torch.isfinite(image) & torch.isfinite(text)).all())])[0]:
-        raise ValueError(
-            "projections of this episode are not finite: training has diverged; "
-            "lower optim.learning_rate or train in fp32"
-        )
-
-
-def teacher_assignments(
-    teachers: Mapping[str, TeacherFeatures],
-    batch: Batch,
-    prototypes: Mapping[str, Prototypes],
-) -> Assignments:
-    """Nearest prototype of each sample's teacher features, by sample id; -1 where it has none."""
-    found = {}
-    for name, teacher in teachers.items():
-        if name not in prototypes:
-            continue
-        centroids = prototypes[name].centroids
-        rows = teacher.lookup(batch.sample_id).to(centroids)
-        known = torch.isfinite(rows).all(1)
-        nearest_ = nearest(torch.where(known[:, None], rows, 0.0), centroids)[0]
-        found[name] = torch.where(known, nearest_, -1)
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractedFeatures:
-    """Feature source of the paper: a pass of its own over each episode before it is trained.
-
-    Attributes are arguments of `extract_features`.
+        each_pair_once: Pass a pair that an episode repeats through the model once. Needs unique
+            sample ids and a transform without random draws.
     """
 
     model: ProtoCLIP
@@ -139,188 +58,178 @@ class ExtractedFeatures:
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
 
+    @torch.inference_mode()
     def features(self, episode: Episode) -> EpisodeFeatures:
-        return extract_features(
-            self.model,
-            self.batches(episode),
-            teachers=self.teachers,
-            autocast=self.autocast,
-            each_pair_once=self.each_pair_once,
+        """Features of the episode's samples.
+
+        Raises:
+            ValueError: A projection is not finite. Every rank raises.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        images, texts, positions, sample_ids = [], [], [], []
+        passed: dict[tuple[str, bytes], int] = {}
+        rows: list[int] = []
+        number = 0
+        try:
+            for batch in self.batches(episode):
+                new = []
+                captions = map(bytes, batch.text.cpu().numpy())
+                for place, pair in enumerate(zip(batch.sample_id, captions, strict=True)):
+                    if pair not in passed or not self.each_pair_once:
+                        passed[pair], number = number, number + 1
+                        new.append(place)
+                    rows.append(passed[pair])
+                # A sharded model needs every rank in every pass, so pass at least one pair.
+                shown = new or [0]
+                with self.autocast():
+                    embeddings = self.model(batch.image[shown], batch.text[shown])
+                images.append(embeddings.image_projections[: len(new)])
+                texts.append(embeddings.text_projections[: len(new)])
+                positions.append(batch.position)
+                sample_ids += batch.sample_id
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        image, text = torch.cat(images)[rows], torch.cat(texts)[rows]
+        return self._with_teachers(image, text, sample_ids, torch.cat(positions))
+
+    def _with_teachers(
+        self, image: Tensor, text: Tensor, sample_ids: list[str], positions: Tensor
+    ) -> EpisodeFeatures:
+        """These projections, checked, beside the teachers' features of the same samples."""
+        if collectives.any_rank([not bool((torch.isfinite(image) & torch.isfinite(text)).all())])[
+            0
+        ]:
+            raise ValueError(
+                "projections of this episode are not finite: training has diverged; "
+                "lower optim.learning_rate or train in fp32"
+            )
+        found = {name: each.lookup(sample_ids) for name, each in self.teachers.items()}
+        return EpisodeFeatures(
+            image=image,
+            text=text,
+            teachers={name: rows.to(image.device) for name, rows in found.items()},
+            positions=positions.to(image.device) if world_size() > 1 else None,
         )
 
     def assign(
-        self, batch: Batch, embeddings: Embeddings, prototypes: Mapping[str, Prototypes]
+        self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
     ) -> Assignments:
-        """Where clustering put each sample of a batch, in each space."""
+        """Prototype of each sample in each space; -1 where a teacher has no features for it."""
         own = {
             space: found.assignments[batch.position]
-            for space, found in prototypes.items()
+            for space, found in clusters.items()
             if space not in self.teachers
         }
-        return own | teacher_assignments(self.teachers, batch, prototypes)
+        return own | teacher_assignments(self.teachers, batch, clusters)
 
     def observe(self, batch: Batch, embeddings: Embeddings) -> None:
-        """Nothing to keep: every episode has a pass of its own."""
+        """Called after each training step. Extraction keeps nothing of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: every episode is extracted anew."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class QueuedRows:
-    """Samples of a queue, and the slots that they are in."""
+def teacher_assignments(
+    teachers: Mapping[str, TeacherFeatures], batch: Batch, clusters: Mapping[str, KMeans]
+) -> Assignments:
+    """Nearest prototype of each sample's teacher features; -1 where it has none."""
+    assignments = {}
+    for name, teacher in teachers.items():
+        if name in clusters:
+            centroids = clusters[name].centroids
+            rows = teacher.lookup(batch.sample_id).to(centroids)
+            known = torch.isfinite(rows).all(1)
+            found = nearest(torch.where(known[:, None], rows, 0.0), centroids)[0]
+            assignments[name] = torch.where(known, found, -1)
+    return assignments
 
-    slots: Int[Tensor, " n"]
-    sample_ids: list[str]
-    image: Float[Tensor, "n p"]
-    text: Float[Tensor, "n p"]
 
+@dataclass(kw_only=True)
+class QueuedFeatures(ExtractedFeatures):
+    """The last projections that training saw, and extraction while these are too few.
 
-class FeatureQueue:
-    """Projections and sample ids of the last samples that training saw, first in, first out.
-
-    With several processes each keeps what it made of the last `size` samples of all. Samples are
-    numbered as one process would see them, batch by batch and in a batch rank by rank; sample
-    number `n` is in slot `n % size`.
-
-    Args:
-        size: Samples kept by all processes together.
+    Each rank keeps its own samples. They are numbered batch by batch, and within a batch rank by
+    rank. A sample's prototype is the one nearest to its current projection, since projections move
+    during an episode and prototypes do not.
 
     Attributes:
-        pushed: Samples that this process took in.
+        size: Samples kept on all ranks: those of one episode, a multiple of the batch size.
+        pushed, batch_size: Samples seen so far and those of a batch, both on this rank.
+        sample_ids, image, text: The kept samples. A new batch overwrites the oldest one.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.pushed = 0
-        self.batch_size = 0
-        self.sample_ids: list[str] = []
-        self.image: Tensor | None = None
-        self.text: Tensor | None = None
+    size: int
+    pushed: int = 0
+    batch_size: int = 0
+    sample_ids: list[str] = field(default_factory=list)
+    image: Float[Tensor, "n p"] | None = None
+    text: Float[Tensor, "n p"] | None = None
 
-    @property
-    def full(self) -> bool:
-        return self.pushed * world_size() >= self.size
+    def features(self, episode: Episode) -> EpisodeFeatures:
+        if self.image is None or self.text is None or self.pushed < len(self.sample_ids):
+            return super().features(episode)
+        return self._with_teachers(self.image, self.text, self.sample_ids, self._positions())
 
-    def push(
-        self, sample_ids: list[str], image: Float[Tensor, "b p"], text: Float[Tensor, "b p"]
-    ) -> None:
-        """Take in a batch; once the queue is full, the oldest samples make room.
+    def assign(
+        self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
+    ) -> Assignments:
+        own = {"image": embeddings.image_projections, "text": embeddings.text_projections}
+        found = {
+            space: nearest(rows.detach(), clusters[space].centroids)[0]
+            for space, rows in own.items()
+            if space in clusters and rows is not None
+        }
+        return found | teacher_assignments(self.teachers, batch, clusters)
 
-        With several processes all batches have one size.
-        """
+    def observe(self, batch: Batch, embeddings: Embeddings) -> None:
+        """Keep the projections of a step, if it computed any."""
+        image, text = embeddings.image_projections, embeddings.text_projections
+        if image is None or text is None:
+            return
         if self.image is None or self.text is None:
-            self._make_room(len(sample_ids), image)
-        assert self.image is not None
-        assert self.text is not None
-        self.pushed += len(sample_ids)
-        # Of a batch larger than the queue the last samples alone: a slot is written once.
-        kept = min(len(sample_ids), len(self.image))
-        place = torch.arange(self.pushed - kept, self.pushed) % len(self.image)
-        self.image[place] = image[len(image) - kept :].detach().float()
-        self.text[place] = text[len(text) - kept :].detach().float()
-        ids = sample_ids[len(sample_ids) - kept :]
-        for slot, sample_id in zip(place.tolist(), ids, strict=True):
-            self.sample_ids[slot] = sample_id
+            self.batch_size, room = len(image), self.size // world_size()
+            self.image = image.new_zeros(room, image.shape[1], dtype=torch.float32)
+            self.text = torch.zeros_like(self.image)
+            self.sample_ids = [""] * room
+        first = self.pushed % len(self.sample_ids)
+        place = slice(first, first + len(image))
+        self.image[place], self.text[place] = image.detach(), text.detach()
+        self.sample_ids[place] = batch.sample_id
+        self.pushed += len(image)
 
-    def _make_room(self, batch_size: int, like: Float[Tensor, "_ p"]) -> None:
-        self.batch_size, processes = batch_size, world_size()
-        # The last `size` samples of all reach into one batch more than would be filled by them.
-        batches = -(-self.size // (batch_size * processes))
-        room = self.size if processes == 1 else batches * batch_size
-        self.image = like.new_zeros(room, like.shape[1], dtype=torch.float32)
-        self.text = torch.zeros_like(self.image)
-        self.sample_ids = [""] * room
-
-    def _numbers(self, own: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """Among all samples, the number of those that were this process's number `own`."""
-        if world_size() == 1:
-            return own
+    def _positions(self) -> Int[Tensor, " n"]:
+        """Number of each sample here among those of all ranks."""
+        own = torch.arange(self.size // world_size())
         batch = own.div(self.batch_size, rounding_mode="floor")
         return own + (batch * (world_size() - 1) + rank()) * self.batch_size
 
-    def contents(self) -> QueuedRows:
-        """This process's samples among the last `size` of all, in the order of their slots."""
-        assert self.image is not None
-        assert self.text is not None
-        own = torch.arange(max(0, self.pushed - len(self.image)), self.pushed)
-        numbers = self._numbers(own)
-        own = own[numbers >= self.pushed * world_size() - self.size]
-        slots, order = (self._numbers(own) % self.size).sort()
-        place = own[order] % len(self.image)
-        return QueuedRows(
-            slots=slots,
-            sample_ids=[self.sample_ids[slot] for slot in place.tolist()],
-            image=self.image[place],
-            text=self.text[place],
-        )
-
-    def fill(self, rows: QueuedRows, *, seen: int, batch_size: int) -> None:
-        """Take over the samples of all processes after `seen`; each process keeps its own.
-
-        Args:
-            rows: In the order of their slots.
-            seen: Samples that all processes took in.
-            batch_size: Samples of a batch of all processes, any number where there is one.
-        """
-        processes = world_size()
-        self.pushed = seen // processes
-        self._make_room(batch_size // processes, rows.image)
-        assert self.image is not None
-        assert self.text is not None
-        own = torch.arange(max(0, self.pushed - len(self.image)), self.pushed)
-        numbers = self._numbers(own)
-        own = own[numbers >= seen - self.size]
-        place = own % len(self.image)
-        slots = self._numbers(own) % self.size
-        self.image[place], self.text[place] = rows.image[slots], rows.text[slots]
-        for to, slot in zip(place.tolist(), slots.tolist(), strict=True):
-            self.sample_ids[to] = rows.sample_ids[slot]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueuedFeatures:
-    """Feature source without a pass of its own: what training saw last is clustered.
-
-    A sample's prototype is the one nearest to its current projection, so that it follows the model
-    while the prototypes stay for an episode.
-
-    Attributes:
-        queue: Filled at every step of a stage that projects.
-        teachers: External teachers by name.
-        fallback: Used while the queue is not full, as at the start of a run without warm-up.
-    """
-
-    queue: FeatureQueue
-    teachers: Mapping[str, TeacherFeatures]
-    fallback: ExtractedFeatures
-
-    def features(self, episode: Episode) -> EpisodeFeatures:
-        if not self.queue.full:
-            return self.fallback.features(episode)
-        held = self.queue.contents()
-        require_finite(held.image, held.text)
-        return EpisodeFeatures(
-            image=held.image,
-            text=held.text,
-            teachers={
-                name: teacher.lookup(held.sample_ids).to(held.image.device)
-                for name, teacher in self.teachers.items()
-            },
-            positions=held.slots.to(held.image.device) if world_size() > 1 else None,
-        )
-
-    def assign(
-        self, batch: Batch, embeddings: Embeddings, prototypes: Mapping[str, Prototypes]
-    ) -> Assignments:
-        """Nearest prototype of each sample's projection, and of its teacher features."""
-        own = {"image": embeddings.image_projections, "text": embeddings.text_projections}
-        found = {
-            space: nearest(rows.detach(), prototypes[space].centroids)[0]
-            for space, rows in own.items()
-            if space in prototypes and rows is not None
+    def state_dict(self) -> dict[str, Any]:
+        """The samples of all ranks in the order of their numbers. Collective."""
+        if self.image is None or self.text is None:
+            return {}
+        order = collectives.all_gather(self._positions().to(self.image.device)).argsort()
+        names = [name for part in collectives.all_gather_object(self.sample_ids) for name in part]
+        return {
+            "pushed": self.pushed * world_size(),
+            "batch_size": self.batch_size * world_size(),
+            "sample_ids": [names[place] for place in order.tolist()],
+            "image": collectives.all_gather(self.image)[order],
+            "text": collectives.all_gather(self.text)[order],
         }
-        return found | teacher_assignments(self.teachers, batch, prototypes)
 
-    def observe(self, batch: Batch, embeddings: Embeddings) -> None:
-        """Keep what the step saw, where the stage projects."""
-        image, text = embeddings.image_projections, embeddings.text_projections
-        if image is not None and text is not None:
-            self.queue.push(batch.sample_id, image, text)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take this rank's samples from the state, which any number of ranks may have made."""
+        if not state:
+            return
+        device = next(self.model.parameters()).device
+        self.pushed = state["pushed"] // world_size()
+        self.batch_size = state["batch_size"] // world_size()
+        own = self._positions()
+        self.sample_ids = [state["sample_ids"][place] for place in own.tolist()]
+        self.image, self.text = (state[name][own].to(device) for name in ("image", "text"))

@@ -1,81 +1,46 @@
-"""K-means: one function, several engines behind it; README.md here says which is for what."""
+"""K-means, also of rows on several ranks.
 
+Rows stay on their rank: sums, one number per row, and the rows that become centroids travel.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from protoclip.distributed import collectives
-from protoclip.prototypes.init import Search, random_start, spread_start
-from protoclip.prototypes.lloyd import lloyd
-from protoclip.prototypes.nearest import nearest
-from protoclip.prototypes.reduced import ReducedRows, is_fast
-from protoclip.prototypes.segments import segment_mean
-from protoclip.prototypes.shard import ALONE, Shard
+from protoclip.prototypes.nearest import Bfloat16Search, bfloat16_pays, nearest
 
-__all__ = ["KMeans", "kmeans", "nearest", "segment_mean"]
+# Centroids -> the nearest one of each row, and the squared distance to it.
+Search = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 INITS = ("k-means++", "random")
+ROUNDS = 10  # of k-means++; one draw per round if there are few clusters
+# Rows are drawn in proportion to the squared distance to this power, which is 1 in k-means++. With
+# ten rows per cluster 4 ends at a lower inertia, with a hundred at the same; see docs/kmeans.md.
+POWER = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class KMeans:
-    """A clustering.
+    """A clustering: the prototypes of one modality or teacher, and the prototype of each sample.
 
     Attributes:
-        centroids: Means of the members, or their directions in a spherical clustering.
-        assignments: Nearest centroid of each row given.
+        centroids: Means of the members; unit-norm directions if the clustering is spherical.
+        assignments: Nearest centroid of each row; -1 marks a sample without features.
         inertia: Sum of squared distances of the rows to their centroids.
-        history: Inertia of the start and after each iteration, the last of them `inertia`. The
-            first may be rounded; engines other than torch report the last alone.
+        history: Inertia at the start (approximate) and after each iteration, ending in `inertia`.
     """
 
     centroids: Float[Tensor, "k d"]
     assignments: Int[Tensor, " n"]
     inertia: float
     history: tuple[float, ...]
-
-
-def checked_rows(
-    features: Float[Tensor, "n d"],
-    num_clusters: int,
-    *,
-    num_rows: int,
-    iterations: int,
-    restarts: int,
-    init: Float[Tensor, "k d"] | str,
-    positions: Int[Tensor, " p"] | None,
-) -> Float[Tensor, "n d"]:
-    """The rows in a precision to cluster in.
-
-    Raises:
-        ValueError: As `kmeans` says, of what can be seen without other processes.
-    """
-    if not 1 <= num_clusters <= num_rows:
-        raise ValueError(
-            f"num_clusters={num_clusters}: needs to be between 1 and the {num_rows} rows given"
-        )
-    if iterations < 0 or restarts < 1:
-        raise ValueError(f"iterations={iterations}, restarts={restarts}: need >= 0 and >= 1")
-    if isinstance(init, Tensor) and (
-        restarts != 1 or init.shape != (num_clusters, features.shape[1])
-    ):
-        raise ValueError("init: needs restarts=1 and the shape (num_clusters, features.shape[1])")
-    if isinstance(init, str) and init not in INITS:
-        raise ValueError(f"init={init!r}: choose one of {', '.join(INITS)}, or give centroids")
-    if positions is not None and len(positions) != len(features):
-        raise ValueError(f"positions: are {len(positions)} for {len(features)} rows")
-    rows = features.detach()
-    if rows.device.type == "mps":  # has no float64 and lacks some of the operations
-        rows = rows.cpu()
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    if not bool(torch.isfinite(rows).all()):
-        raise ValueError("features: hold non-finite values, so they cannot be clustered")
-    return rows
 
 
 @torch.no_grad()
@@ -92,108 +57,298 @@ def kmeans(
 ) -> KMeans:
     """Cluster rows into `num_clusters` groups of least squared distance.
 
-    Deterministic for an equal seed on CPU; no global random generator is touched.
+    Equal seeds give equal bits on a CPU. Global random generators stay untouched.
 
-    With `positions`, the rows given are this process's share of a set that all processes of the
-    group cluster together, each calling this with equal settings. What comes out is, but for
-    rounding, what one process that has all rows in the order of positions gets: centroids, inertia
-    and history the same bits in each process, assignments of the rows given. Rows stay in their
-    process, but for those that become centroids.
+    With `positions`, all ranks cluster their rows together. Up to rounding, the result is that of
+    one process with all rows in the order of their positions. Centroids, inertia and history are
+    the same bits on every rank; assignments are those of the rank's own rows.
+
+        >>> features = torch.tensor([[0.0, 0.0], [0.0, 2.0], [9.0, 0.0], [9.0, 2.0]])
+        >>> kmeans(features, 2, iterations=5, seed=0).inertia
+        4.0
 
     Args:
-        features: Rows to cluster, `(n, d)`, finite. Computed in float32 or wider; bfloat16
-            distances only narrow down, where the hardware is fast at them, which centroids float32
-            distances are computed to.
-        num_clusters: Number of clusters `k`, at most `n`.
-        iterations: Most Lloyd iterations a start; stops early when no assignment changes.
-        restarts: Number of starts; the one with the lowest inertia is kept.
+        features: Finite rows. Computed in float32, or in float64 if they are.
+        num_clusters: At most the number of rows.
+        iterations: Most iterations per start. Stops early when no assignment changes.
+        restarts: Number of starts. The one with the lowest inertia is returned.
         seed: Seed of the starts.
-        init: Where to start: from rows far from each other (`k-means++`, the default), from rows
-            drawn uniformly (`random`), or from these centroids, which needs `restarts=1`.
-        spherical: Cluster directions: rows and centroids are brought to unit norm.
-        positions: Number of each row given among the rows of all processes, of which each has a
-            share, maybe none. Any distinct integers; their order alone counts.
+        init: `"k-means++"` starts from rows far from each other (the default), `"random"` from rows
+            drawn uniformly. Or the centroids to start from, which needs `restarts=1`.
+        spherical: Cluster by direction: rows and centroids are scaled to unit norm.
+        positions: Distinct integers that order the rows of all ranks. A rank may have no rows.
 
     Raises:
-        ValueError: More clusters than rows, non-finite rows, a setting out of range, or an engine
-            that is not installed or cannot do what is asked. With `positions` also numbers that are
-            there twice, and settings that differ; what one process refuses, all refuse.
+        ValueError: More clusters than rows, non-finite rows, or a setting out of range. With
+            `positions` also repeated positions or settings that differ; then every rank raises.
     """
     init = "k-means++" if init is None else init
-    together = positions is not None
-    num_rows, alike = len(features), True
-    if together:
-        # What has to be the same everywhere, so that all processes take the same steps.
-        drawn = init if isinstance(init, str) else None
-        settings = (num_clusters, iterations, restarts, seed, drawn, spherical)
-        kind = (features.shape[1], features.dtype)
-        shares = collectives.all_gather_object((num_rows, settings, kind))
-        num_rows = sum(count for count, *_ in shares)
-        alike = all(share[1:] == (settings, kind) for share in shares)
+    shared = positions is not None
+    num_rows, same = len(features), True
+    if shared:
+        # Ranks with different settings would take different steps and wait for each other forever.
+        numbers = (num_clusters, iterations, restarts, seed, features.shape[1])
+        settings = (numbers, spherical, init if isinstance(init, str) else None, features.dtype)
+        everyones = collectives.all_gather_object((num_rows, settings))
+        num_rows = sum(rows for rows, _ in everyones)
+        same = all(other == settings for _, other in everyones)
 
     def check() -> Float[Tensor, "n d"]:
-        if not alike:
-            raise ValueError("positions: processes differ in settings, or in the width of rows")
-        return checked_rows(
-            features,
-            num_clusters,
-            num_rows=num_rows,
-            iterations=iterations,
-            restarts=restarts,
-            init=init,
-            positions=positions,
-        )
+        """The rows in the precision to compute in."""
+        if not same:
+            raise ValueError("positions: ranks differ in their settings or in the width of rows")
+        if not 1 <= num_clusters <= num_rows:
+            raise ValueError(
+                f"num_clusters={num_clusters}: needs to be between 1 and the {num_rows} rows given"
+            )
+        if iterations < 0 or restarts < 1:
+            raise ValueError(f"iterations={iterations}, restarts={restarts}: need >= 0 and >= 1")
+        if isinstance(init, Tensor) and (
+            restarts != 1 or init.shape != (num_clusters, features.shape[1])
+        ):
+            raise ValueError(
+                "init: needs restarts=1 and the shape (num_clusters, features.shape[1])"
+            )
+        if isinstance(init, str) and init not in INITS:
+            raise ValueError(f"init={init!r}: choose one of {', '.join(INITS)}, or give centroids")
+        if positions is not None and len(positions) != len(features):
+            raise ValueError(f"positions: {len(positions)} for {len(features)} rows")
+        rows = features.detach()
+        if rows.device.type == "mps":  # lacks float64 and some of the operations
+            rows = rows.cpu()
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.float()
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("features: non-finite values cannot be clustered")
+        return rows
 
-    rows = collectives.raise_on_all_ranks(check) if together else check()
+    values = collectives.raise_on_all_ranks(check) if shared else check()
     if spherical:
-        rows = torch.nn.functional.normalize(rows, dim=1)
-    shard, ascending = ALONE, None
+        values = F.normalize(values, dim=1)
+    order = torch.arange(len(values), device=values.device)
     if positions is not None:
-        ascending = positions.to(rows.device).argsort()
-        rows = rows[ascending]
-        shard = Shard.of(positions.to(rows.device)[ascending])
-
-    search: Search = partial(nearest, rows)
-    roughly = search
-    if fast(rows, num_clusters, shard):
-        reduced = ReducedRows.of(rows, shard)
-        if len(rows):
-            search, roughly = reduced.nearest, reduced.scan
+        positions = positions.to(values.device)
+        order = positions.argsort()
+        values, positions = values[order], positions[order]
+    rows = Rows.of(values, positions)
+    exact, rough = searches(rows, num_clusters)
     generator = torch.Generator().manual_seed(seed)
     best: KMeans | None = None
     for _ in range(restarts):
         found: tuple[Tensor, Tensor] | None = None
         if isinstance(init, Tensor):
-            centroids = init.to(rows)
+            centroids = init.to(values)
         elif init == "random":
-            centroids = random_start(rows, num_clusters, generator, shard)
+            drawn = torch.randperm(num_rows, generator=generator)[:num_clusters]
+            centroids = rows.select(drawn.to(values.device))
         else:
-            centroids, *nearby = spread_start(rows, num_clusters, generator, roughly, shard)
-            found = (nearby[0], nearby[1])
-        centroids, assignments, history = lloyd(
-            rows,
-            centroids,
-            search=search,
-            found=found,
-            iterations=iterations,
-            spherical=spherical,
-            shard=shard,
+            centroids, assignments, distances = spread(rows, num_clusters, generator, rough)
+            found = (assignments, distances)
+        result = lloyd(
+            rows, centroids, exact, found=found, iterations=iterations, spherical=spherical
         )
-        if best is None or history[-1] < best.inertia:
-            best = KMeans(
-                centroids=centroids.to(features.device),
-                assignments=assignments.to(features.device),
-                inertia=history[-1],
-                history=tuple(history),
-            )
+        if best is None or result.inertia < best.inertia:
+            best = result
     assert best is not None
-    if ascending is None:
-        return best
-    return replace(best, assignments=best.assignments[ascending.to(features.device).argsort()])
+    return replace(
+        best,
+        centroids=best.centroids.to(features.device),
+        assignments=best.assignments[order.argsort()].to(features.device),
+    )
 
 
-def fast(rows: Float[Tensor, "n d"], num_clusters: int, shard: Shard) -> bool:
-    """Whether to search in bfloat16: of rows that are shared out, everywhere or nowhere."""
-    if not shard.is_part:
-        return is_fast(rows, num_clusters)
-    return not collectives.any_rank([not is_fast(rows, num_clusters, shard.total(rows))])[0]
+def searches(rows: "Rows", num_clusters: int) -> tuple[Search, Search]:
+    """How to find the nearest of given centroids: exactly, and roughly if that is faster."""
+    values = rows.values
+    pays = bfloat16_pays(values, num_clusters, len(rows.orders))
+    if rows.shared:  # on every rank or on none
+        pays = not collectives.any_rank([not pays])[0]
+    if pays:
+        mean = rows.mean()
+        if len(values):
+            search = Bfloat16Search(values, mean)
+            return search.nearest, search.rough
+    return partial(nearest, values), partial(nearest, values)
+
+
+def lloyd(
+    rows: "Rows",
+    centroids: Float[Tensor, "k d"],
+    search: Search,
+    *,
+    found: tuple[Int[Tensor, " n"], Float[Tensor, " n"]] | None,
+    iterations: int,
+    spherical: bool,
+) -> KMeans:
+    """Lloyd's iterations, until no assignment changes or `iterations` are done.
+
+    `found` is approximately what `search(centroids)` returns. It saves the first search.
+    """
+    assignments, distances = found if found and iterations else search(centroids)
+    history = [float(rows.sum(distances.double().sum()))]
+    for _ in range(iterations):
+        means, counts = segment_mean(rows.values, assignments, len(centroids), shared=rows.shared)
+        means = torch.where((counts > 0).unsqueeze(1), means, centroids)
+        if spherical:
+            means = F.normalize(means, dim=1)
+        centroids = refill_empty(means, counts, rows, assignments, distances)
+        previous = assignments
+        assignments, distances = search(centroids)
+        sums = torch.stack([distances.double().sum(), (previous != assignments).sum().double()])
+        inertia, moved = rows.sum(sums).tolist()
+        history.append(inertia)
+        if moved == 0:
+            break
+    return KMeans(
+        centroids=centroids, assignments=assignments, inertia=history[-1], history=tuple(history)
+    )
+
+
+def refill_empty(
+    centroids: Float[Tensor, "k d"],
+    counts: Int[Tensor, " k"],
+    rows: "Rows",
+    assignments: Int[Tensor, " n"],
+    distances: Float[Tensor, " n"],
+) -> Float[Tensor, "k d"]:
+    """Move each empty cluster to the farthest member of one of the largest clusters.
+
+    The largest cluster gives first, and each gives one member, so none is emptied. Clusters whose
+    members coincide give nothing; if no other is left, empty clusters stay where they are.
+    """
+    empty = torch.nonzero(counts == 0).flatten()
+    if len(empty) == 0:
+        return centroids
+    assignments, distances = rows.gather(assignments), rows.gather(distances)
+    radius = torch.zeros_like(distances[:1]).repeat(len(centroids))
+    radius = radius.scatter_reduce(0, assignments, distances, "amax")
+    farthest = torch.nonzero(distances == radius[assignments]).flatten()
+    member = torch.full_like(counts, len(assignments))
+    member = member.scatter_reduce(0, assignments[farthest], farthest, "amin")
+    gives = (counts > 1) & (radius > 0)
+    donors = torch.argsort(counts * gives, descending=True, stable=True)[: len(empty)]
+    donors = donors[gives[donors]]
+    centroids = centroids.clone()
+    centroids[empty[: len(donors)]] = rows.select(member[donors])
+    return centroids
+
+
+def spread(
+    rows: "Rows", num_clusters: int, generator: torch.Generator, search: Search
+) -> tuple[Float[Tensor, "k d"], Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Draw rows far from each other; also return the nearest of them and the squared distance.
+
+    As k-means|| (Bahmani et al. 2012, "Scalable K-Means++"), with two differences. Each round draws
+    its share of the centroids without replacement, so exactly `num_clusters` are drawn. And weights
+    are powers of the squared distance. A round searches only its own centroids, so that all rounds
+    together cost one search. Every rank makes the same draw from the gathered weights of all rows.
+    """
+    assignments = torch.zeros_like(rows.order)
+    distances = torch.full_like(rows.values[:, 0], float("inf"))
+    log_weights = torch.zeros_like(distances)  # the first round is uniform
+    centroids: list[Tensor] = []
+    first = 0
+    rounds = ROUNDS if num_clusters >= 4 * ROUNDS else num_clusters
+    for share in torch.arange(num_clusters).tensor_split(rounds):
+        # The shortest exponential waiting times (in logarithms) are a weighted draw without
+        # replacement.
+        waiting = torch.empty(len(rows.orders)).exponential_(generator=generator).to(distances)
+        drawn = rows.gather(log_weights - waiting[rows.order].log()).topk(len(share)).indices
+        new = rows.select(drawn)
+        index, distance = search(new)
+        closer = distance < distances
+        assignments = torch.where(closer, index + first, assignments)
+        distances = torch.where(closer, distance, distances)
+        which, places = rows.find(drawn)
+        assignments[places] = which + first
+        distances[places] = 0.0
+        log_weights = POWER * distances.log()
+        centroids.append(new)
+        first += len(share)
+    return torch.cat(centroids), assignments, distances
+
+
+def segment_mean(
+    features: Float[Tensor, "m d"],
+    assignments: Int[Tensor, " m"],
+    num_segments: int,
+    *,
+    shared: bool = False,
+) -> tuple[Float[Tensor, "k d"], Int[Tensor, " k"]]:
+    """Mean and number of the rows with each assignment in `[0, num_segments)`.
+
+    A segment without rows has mean 0 and count 0. With `shared`, means and counts are over the rows
+    of all ranks, without gradient.
+    """
+    counts = torch.bincount(assignments, minlength=num_segments)
+    if features.device.type == "mps":  # not every version has embedding_bag there
+        zeros = features.new_zeros(num_segments, features.shape[1])
+        sums = zeros.index_add(0, assignments, features)
+    else:
+        # Sorted by segment, each segment is summed by one thread, first row first: the same bits
+        # every time. `index_add_` is not deterministic on a GPU.
+        order = torch.argsort(assignments, stable=True)
+        sums = F.embedding_bag(order, features, counts.cumsum(0) - counts, mode="sum")
+    if shared:
+        sums, counts = collectives.all_reduce(sums), collectives.all_reduce(counts)
+    return sums / counts.clamp(min=1).unsqueeze(1), counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows on this rank. If `shared`, other ranks have more, and all but `find` is collective.
+
+    Attributes:
+        order: Number of each local row among all rows.
+        orders: The `order` of all ranks, rank after rank.
+    """
+
+    values: Float[Tensor, "n d"]
+    order: Int[Tensor, " n"]
+    orders: Int[Tensor, " m"]
+    shared: bool
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "n d"], positions: Int[Tensor, " n"] | None = None) -> "Rows":
+        """All rows, or those at these positions of the rows of all ranks."""
+        if positions is None:
+            order = torch.arange(len(values), device=values.device)
+            return cls(values=values, order=order, orders=order, shared=False)
+        everyones = collectives.all_gather(positions.long())
+        ascending = everyones.sort().values
+        repeated = ascending[1:][ascending[1:] == ascending[:-1]]
+        if len(repeated):
+            raise ValueError(f"positions: {int(repeated[0])} is there more than once")
+        order, orders = (torch.searchsorted(ascending, p) for p in (positions.long(), everyones))
+        return cls(values=values, order=order, orders=orders, shared=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over ranks."""
+        return collectives.all_reduce(values) if self.shared else values
+
+    def mean(self) -> Float[Tensor, " d"]:
+        if not self.shared:
+            return self.values.mean(0)
+        return self.sum(self.values.sum(0)) / len(self.orders)
+
+    def gather(self, values: Shaped[Tensor, " n"]) -> Shaped[Tensor, " m"]:
+        """One value per row: those of all rows, in order."""
+        if not self.shared:
+            return values
+        everyones = collectives.all_gather(values)
+        return torch.empty_like(everyones).index_copy_(0, self.orders, everyones)
+
+    def find(self, numbers: Int[Tensor, " k"]) -> tuple[Int[Tensor, " j"], Int[Tensor, " j"]]:
+        """Which of these rows are here: their places in `numbers`, and their local row numbers."""
+        places = torch.full_like(self.orders, -1)
+        places[self.order] = torch.arange(len(self.order), device=places.device)
+        wanted = places[numbers]
+        which = torch.nonzero(wanted >= 0).flatten()
+        return which, wanted[which]
+
+    def select(self, numbers: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
+        """The rows with these numbers, wherever they are."""
+        which, places = self.find(numbers)
+        found = self.values.new_zeros(len(numbers), self.values.shape[1])
+        found[which] = self.values[places]
+        return self.sum(found)

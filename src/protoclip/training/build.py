@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from protoclip.distributed.collectives import all_reduce
 from protoclip.losses.objective import LossWeights
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.prototypes.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
+from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
 from protoclip.training.defaults import Optimisation, optimisation
@@ -44,7 +45,6 @@ def cluster(config: Config) -> Callable[[str, Tensor, Tensor | None], KMeans]:
             iterations=config.prototypes.iterations,
             restarts=config.prototypes.restarts,
             init=config.prototypes.init,
-            spherical=config.prototypes.unit_norm,
             seed=config.run.seed,
             positions=positions,
         )
@@ -105,7 +105,11 @@ def trainer(
     external = store.teachers(config, samples, note)
     as_training = config.prototypes.extract_transform == "training"
     transform = loader.transform if as_training else loading.evaluation_transform(model)
-    extracted = ExtractedFeatures(
+    source: FeatureSource = (
+        partial(QueuedFeatures, size=config.episodes.size)
+        if config.prototype_source == "queue"
+        else ExtractedFeatures
+    )(
         model=model,
         batches=dataclasses.replace(
             loader, transform=transform, transform_stream=EXTRACTION_STREAM
@@ -114,10 +118,6 @@ def trainer(
         autocast=context,
         each_pair_once=isinstance(samples, Pairs) and not as_training,
     )
-    source: FeatureSource = extracted
-    if config.prototype_source == "queue":
-        queue = FeatureQueue(config.prototypes.queue_size or config.episodes.size)
-        source = QueuedFeatures(queue=queue, teachers=external, fallback=extracted)
     optim, _ = optimisation(config)
     optimizer = adamw(
         model,
@@ -152,7 +152,6 @@ def trainer(
         target_temperatures=target_temperatures(config),
         mask_empty=config.prototypes.mask_empty,
         back_translation=config.prototypes.back_translation,
-        unit_norm=config.prototypes.unit_norm,
         optimizer=optimizer,
         schedule=schedule(config, optim),
         scaler=scaler,

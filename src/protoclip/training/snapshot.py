@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from protoclip.distributed.collectives import (
-    all_gather,
     all_gather_object,
     all_reduce,
     rank,
     world_size,
 )
 from protoclip.distributed.parallel import load_moments, moments, weights
-from protoclip.losses.prototypical import PreparedTarget
-from protoclip.prototypes.features import QueuedFeatures, QueuedRows
-from protoclip.prototypes.targets import Prototypes
+from protoclip.losses.prototypical import Target
+from protoclip.prototypes.kmeans import KMeans
 from protoclip.training.checkpoint import FORMAT, Contents
 from protoclip.training.state import TrainState
 from protoclip.training.trainer import Grouping, Trainer
@@ -41,18 +39,9 @@ def take(trainer: Trainer, state: TrainState, grouping: Grouping | None) -> Cont
     }
     for number, states in enumerate(all_gather_object(random_states())):
         tensors |= {f"random/{kind}/{number}": value for kind, value in states.items()}
-    if isinstance(trainer.source, QueuedFeatures) and trainer.source.queue.image is not None:
-        queue = trainer.source.queue
-        held = queue.contents()
-        order = all_gather(held.slots.to(held.image.device)).argsort()
-        names = [name for part in all_gather_object(held.sample_ids) for name in part]
-        facts["queue"] = {
-            "seen": queue.pushed * world_size(),
-            "batch_size": queue.batch_size * world_size(),
-            "sample_ids": [names[place] for place in order.tolist()],
-        }
-        tensors["queue/image"] = all_gather(held.image)[order]
-        tensors["queue/text"] = all_gather(held.text)[order]
+    source = trainer.source.state_dict()
+    facts["source"] = {k: v for k, v in source.items() if not isinstance(v, Tensor)}
+    tensors |= {f"source/{k}": v for k, v in source.items() if isinstance(v, Tensor)}
     if grouping is not None:
         for space, marks in grouping.reached.items():
             tensors[f"reached/{space}"] = all_reduce(marks, "max")
@@ -61,11 +50,15 @@ def take(trainer: Trainer, state: TrainState, grouping: Grouping | None) -> Cont
         return Contents(weights={}, optimizer={}, tensors={}, facts={})
     if grouping is not None:
         # A file of tensors has an order of its own, and sums of losses depend on theirs.
-        facts["order"] = [*grouping.prototypes, *grouping.targets]
+        facts["clusters"] = {
+            space: {"inertia": found.inertia, "history": found.history}
+            for space, found in grouping.prototypes.items()
+        }
+        facts["targets"] = list(grouping.targets)
         for space, found in grouping.prototypes.items():
             tensors |= fields(f"prototypes/{space}", found)
-        for name, target in grouping.targets.items():
-            tensors |= fields(f"targets/{name}", target)
+        for (student, teacher), target in grouping.targets.items():
+            tensors |= fields(f"targets/{student}/{teacher}", target)
     kept = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
     return Contents(weights=whole, optimizer=optimizer, tensors=kept, facts=copy.deepcopy(facts))
 
@@ -78,8 +71,12 @@ def random_states() -> dict[str, Tensor]:
     return states
 
 
-def fields(prefix: str, parts: Prototypes | PreparedTarget) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": value for name, value in vars(parts).items()}
+def fields(prefix: str, parts: KMeans | Target) -> dict[str, Tensor]:
+    return {
+        f"{prefix}/{name}": value
+        for name, value in vars(parts).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def restore(
@@ -103,22 +100,17 @@ def restore(
         torch.set_rng_state(tensors[f"random/cpu/{rank()}"])
         if torch.cuda.is_available() and f"random/cuda/{rank()}" in tensors:
             torch.cuda.set_rng_state(tensors[f"random/cuda/{rank()}"])
-    if isinstance(trainer.source, QueuedFeatures) and "queue" in facts:
-        image, text = tensors["queue/image"].to(device), tensors["queue/text"].to(device)
-        rows = QueuedRows(
-            slots=torch.arange(len(image)),
-            sample_ids=facts["queue"]["sample_ids"],
-            image=image,
-            text=text,
-        )
-        trainer.source.queue.fill(
-            rows, seen=facts["queue"]["seen"], batch_size=facts["queue"]["batch_size"]
-        )
-    order: list[str] = facts.get("order", [])
+    trainer.source.load_state_dict({**facts["source"], **under(tensors, "source")})
     stored = grouped(tensors, "prototypes", device)
-    prototypes = {name: Prototypes(**stored[name]) for name in order if name in stored}
+    prototypes = {
+        name: KMeans(**stored[name], inertia=found["inertia"], history=tuple(found["history"]))
+        for name, found in facts.get("clusters", {}).items()
+    }
     stored = grouped(tensors, "targets", device)
-    targets = {name: PreparedTarget(**stored[name]) for name in order if name in stored}
+    targets = {
+        (student, teacher): Target(**stored[f"{student}/{teacher}"])
+        for student, teacher in facts.get("targets", [])
+    }
     reached = {space: marks.to(device) for space, marks in under(tensors, "reached").items()}
     grouping = None
     if prototypes:

@@ -13,7 +13,6 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.distributed.parallel import (
-    agree_on_statistics,
     clip_gradients,
     distribute,
     no_sync,
@@ -21,11 +20,12 @@ from protoclip.distributed.parallel import (
 )
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.objective import LossWeights, objective
-from protoclip.losses.prototypical import PreparedTarget, prepare_targets
+from protoclip.losses.prototypical import Target, make_targets
+from protoclip.models.batch_norm import agree_on_statistics, has_own_statistics
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.features import Assignments, EpisodeFeatures
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.prototypes.targets import Prototypes, build_targets, group
+from protoclip.prototypes.targets import cluster_spaces
 from protoclip.training.guard import Guard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
@@ -42,10 +42,14 @@ class FeatureSource(Protocol):
     def features(self, episode: Episode) -> EpisodeFeatures: ...
 
     def assign(
-        self, batch: Batch, embeddings: Embeddings, prototypes: Mapping[str, Prototypes]
+        self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
     ) -> Assignments: ...
 
     def observe(self, batch: Batch, embeddings: Embeddings) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +60,8 @@ class Grouping:
     after a first place for samples that it knows nothing of.
     """
 
-    prototypes: Mapping[str, Prototypes]
-    targets: Mapping[str, PreparedTarget]
+    prototypes: Mapping[str, KMeans]
+    targets: Mapping[tuple[str, str], Target]
     reached: Mapping[str, Tensor]
 
 
@@ -74,7 +78,6 @@ class Trainer:
         cluster: K-means of one space, `(space, rows, positions) -> KMeans`.
         weights, target_temperatures, mask_empty: Of the objective.
         back_translation: Whether prototypes are translated into the student's space.
-        unit_norm: Whether they are brought to unit norm there.
         optimizer, schedule, scaler, guard, autocast, clip_norm: How a step is taken.
         micro_batch_size: Pairs that pass through the towers at once; the whole batch if unset.
         log: Receives `(state, metrics)`; called every `log_every` steps and once an episode.
@@ -95,7 +98,6 @@ class Trainer:
     target_temperatures: Mapping[str, float]
     mask_empty: bool
     back_translation: bool
-    unit_norm: bool
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
@@ -125,7 +127,10 @@ class Trainer:
                 grouping = self.group(episode, state)
             enter_stage(self.model, stage)
             if stage is not entered:
-                module, entered = distribute(self.model), stage
+                module = distribute(
+                    self.model, broadcast_buffers=has_own_statistics(self.model)
+                )
+                entered = stage
             if self.run_episode(module, episode, stage, grouping, state):
                 return state
             state.episode, state.batch, grouping = state.episode + 1, 0, None
@@ -143,19 +148,16 @@ class Trainer:
         spaces = dict(features.teachers)
         if self.weights.prototypical:
             spaces = {"image": features.image, "text": features.text, **spaces}
-        prototypes = group(spaces, self.cluster, features.positions)
+        prototypes = cluster_spaces(spaces, self.cluster, features.positions)
         clustered = time.monotonic()
-        targets = prepare_targets(
-            build_targets(
-                prototypes,
-                image_projections=features.image,
-                text_projections=features.text,
-                back_translation=self.back_translation,
-                unit_norm=self.unit_norm,
-                positions=features.positions,
-            ),
+        targets = make_targets(
+            prototypes,
+            image_projections=features.image,
+            text_projections=features.text,
             target_temperatures=self.target_temperatures,
+            back_translation=self.back_translation,
             mask_empty=self.mask_empty,
+            positions=features.positions,
         )
         empty = {
             f"train/prototypes/empty/{space}": empty_share(found)
@@ -302,7 +304,7 @@ def dead_shares(grouping: Grouping | None) -> dict[str, float]:
     }
 
 
-def empty_share(prototypes: Prototypes) -> float:
+def empty_share(prototypes: KMeans) -> float:
     """Share of prototypes that no sample fell into."""
     known = prototypes.assignments[prototypes.assignments >= 0]
     return float((torch.bincount(known, minlength=len(prototypes.centroids)) == 0).float().mean())

@@ -1,4 +1,4 @@
-"""Chunked batches: gradients of the whole batch, whatever the loss."""
+"""Batches in chunks have the gradients of the whole batch, whatever the loss."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip import Embeddings, PrototypeTarget, objective
+from protoclip import Embeddings, Target, objective
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.objective import LossWeights
-from protoclip.losses.prototypical import prepare_targets
 
 B, K = 10, 6
 
@@ -53,21 +52,15 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def total(embeddings: Embeddings) -> Tensor:
-    """InfoNCE, and the prototypical losses where there are projections."""
-    prepared = None
+    """InfoNCE, and the prototypical losses if there are projections."""
+    targets = None
     if embeddings.image_projections is not None:
         generator = torch.Generator().manual_seed(2)
-        target = PrototypeTarget(
-            student_centroids=torch.randn(K, 3, generator=generator, dtype=torch.float64),
-            teacher_centroids=torch.randn(K, 3, generator=generator, dtype=torch.float64),
-            assignments=torch.zeros(B, dtype=torch.long),
-        )
-        prepared = prepare_targets(
-            {"image_from_text": target, "text_from_image": target},
-            target_temperatures={"image": 0.3, "text": 0.0},
-        )
+        classes, lookup = torch.randn(2, K, 3, generator=generator, dtype=torch.float64)
+        target = Target(classes=classes, class_index=torch.arange(K), lookup=lookup)
+        targets = {("image", "text"): target, ("text", "image"): target}
     assignments = {space: torch.arange(B) % K for space in ("image", "text")}
-    losses, _ = objective(embeddings, prepared, assignments, weights=LossWeights())
+    losses, _ = objective(embeddings, targets, assignments, weights=LossWeights())
     return torch.stack(list(losses.values())).sum()
 
 
@@ -101,7 +94,7 @@ def joined(parts: list[Embeddings]) -> Embeddings:
 @pytest.mark.parametrize("size", [1, 3, 5, 10])
 @pytest.mark.parametrize("project", [True, False])
 def test_the_gradients_are_those_of_the_whole_batch(size: int, project: bool) -> None:
-    """InfoNCE and prototypical losses, both temperatures included, with uneven chunks too."""
+    """Of all losses and both temperatures, also with uneven chunks."""
     once, cached = (Model(middle=nn.Identity(), project=project) for _ in range(2))
     loss = total(once(*data()))
     loss.backward()
@@ -116,7 +109,7 @@ def test_the_gradients_are_those_of_the_whole_batch(size: int, project: bool) ->
 
 
 def test_small_batches_on_their_own_are_another_loss() -> None:
-    """What chunking must not be: adding up the gradients of each chunk's own InfoNCE."""
+    """Chunking must not sum the gradients of each chunk's own InfoNCE."""
     once = Model(middle=nn.Identity(), project=False)
     total(once(*data())).backward()
     alone = Model(middle=nn.Identity(), project=False)
@@ -128,7 +121,7 @@ def test_small_batches_on_their_own_are_another_loss() -> None:
 
 
 def test_dropout_draws_the_same_twice_and_the_generator_moves_once() -> None:
-    """Gradients are those of the embeddings that the loss saw; later draws are as ever."""
+    """Gradients are those of the embeddings that the loss saw; later draws do not change."""
     plain, cached = Model(middle=nn.Dropout(0.5)), Model(middle=nn.Dropout(0.5))
     torch.manual_seed(5)
     total(joined([chunk() for chunk in chunks(plain, 4)])).backward()
@@ -141,7 +134,7 @@ def test_dropout_draws_the_same_twice_and_the_generator_moves_once() -> None:
 
 
 def test_batch_norm_counts_each_chunk_once() -> None:
-    """Gradients are those of chunk statistics, and the running ones advance as in one pass."""
+    """Gradients are those of chunk statistics; running statistics advance as in one pass."""
     plain, cached = Model(middle=nn.BatchNorm1d(8)), Model(middle=nn.BatchNorm1d(8))
     total(joined([chunk() for chunk in chunks(plain, 5)])).backward()
     chunked(cached, 5)
@@ -152,7 +145,6 @@ def test_batch_norm_counts_each_chunk_once() -> None:
 
 
 def test_a_locked_tower_stays_without_gradient() -> None:
-    """Parameters that are frozen get no gradient; the others get theirs."""
     once, cached = Model(middle=nn.Identity()), Model(middle=nn.Identity())
     for model in (once, cached):
         model.image.requires_grad_(False)
@@ -166,7 +158,7 @@ def test_a_locked_tower_stays_without_gradient() -> None:
 
 
 def peak_of_graph(model: Model, run: Callable[[], object]) -> int:
-    """Most elements, other than parameters, that graphs held for their backward at once."""
+    """Most elements, parameters aside, that graphs saved for backward at one time."""
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     held = peak = 0
 
@@ -188,7 +180,7 @@ def peak_of_graph(model: Model, run: Callable[[], object]) -> int:
 
 
 def test_the_graph_of_one_chunk_is_held_at_a_time() -> None:
-    """Chunks of a fifth of the batch hold a fifth of its graph, beside that of the loss."""
+    """Chunks of a fifth of the batch hold a fifth of its graph, besides that of the loss."""
     model = Model(middle=nn.Identity(), project=False)
     whole = peak_of_graph(model, lambda: total(model(*data())).backward())
     leaves, _ = forward_in_chunks(chunks(model, B), buffers=())

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from protoclip import PrototypeTarget, info_nce, prototypical_loss
+from protoclip import KMeans, info_nce, prototypical_loss
 from protoclip.losses import info_nce as instance
 from protoclip.losses import tiles
 from protoclip.losses.info_nce import sharded_info_nce
-from protoclip.losses.prototypical import prepare_targets
+from protoclip.losses.prototypical import make_targets
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -24,7 +24,7 @@ def unit(*shape: int, seed: int) -> Tensor:
 
 @pytest.fixture(params=["oneDNN", "plain"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The matrix products by oneDNN's private entry point, then without it."""
+    """Matrix products by oneDNN's private entry point, and without it."""
     if request.param == "plain":
         monkeypatch.setattr(tiles, "onednn_linear", lambda: None)
     elif tiles.onednn_linear() is None:
@@ -33,7 +33,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(params=[(512, 2**19), (32, 32 * 50)], ids=["default", "small"])
 def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile that holds everything, then many with remainders."""
+    """One tile that holds everything; many with remainders."""
     rows, scores = request.param
     monkeypatch.setattr(tiles, "ROWS", rows)
     monkeypatch.setattr(tiles, "CPU_SCORES", scores)
@@ -42,10 +42,10 @@ def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def assert_close_to_float64(
     loss: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]
 ) -> None:
-    """The loss in float32 and its gradients are within 1e-5 of another form of it in float64.
+    """In float32 a loss and its gradients are within 1e-5 of another form of it in float64.
 
-    Gradients are compared by norm, as components may cancel; that of the temperature is a sum of
-    terms of size 1 which may cancel as a whole, down to the rounding of one.
+    Gradients are compared by norm, since components may cancel. That of the temperature is a sum of
+    terms of size 1, which may cancel as a whole, down to the rounding of one.
     """
     single = [value.float().requires_grad_() for value in inputs]
     double = [value.clone().requires_grad_() for value in inputs]
@@ -64,7 +64,7 @@ def assert_close_to_float64(
 def test_the_prototypical_loss_keeps_its_precision_in_float32(
     scale: float, temperature: float | None, num_empty: int
 ) -> None:
-    """Value, projection gradient and temperature gradient; soft and hard; flat and peaked."""
+    """Value and gradients, with soft and hard targets, for flat and peaked softmaxes."""
     student, teacher = unit(333, 24, seed=1), unit(333, 40, seed=2)
     student[:num_empty] = 0
     assignments = torch.randint(num_empty, 333, (77,), generator=torch.Generator().manual_seed(3))
@@ -92,7 +92,6 @@ def test_the_prototypical_loss_keeps_its_precision_in_float32(
 def test_tiled_info_nce_keeps_its_precision_in_float32(
     scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Value, feature gradients and temperature gradient, flat and peaked."""
     monkeypatch.setattr(instance, "TILED_ABOVE", 0)
     text = unit(131, 20, seed=1)
     image = text + 2 * unit(131, 20, seed=2)
@@ -113,7 +112,7 @@ def test_tiled_info_nce_keeps_its_precision_in_float32(
 @pytest.mark.usefixtures("products", "tile_size")
 @pytest.mark.parametrize("scale", [5.0, 100.0])
 def test_log_sum_exp_has_gradients_for_queries_and_keys(scale: float) -> None:
-    """In float32, flat and peaked, where each query's has a weight of its own."""
+    """In float32, where the loss weighs each query differently."""
     weights = torch.linspace(-1, 2, 77, dtype=torch.float64)
 
     def tiled(q: Tensor, k: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ def test_log_sum_exp_has_gradients_for_queries_and_keys(scale: float) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation makes."""
+    """Number of elements of the largest tensor that any operation makes."""
 
     elements = 0
 
@@ -142,7 +141,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.usefixtures("products")
 def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, no tensor is larger than the inputs or a tile; nor is a look-up's."""
+    """Forward, backward and in `make_targets`, no tensor is larger than the inputs or a tile."""
     monkeypatch.setattr(tiles, "ROWS", 16)
     monkeypatch.setattr(tiles, "CPU_SCORES", 16 * 25)
     monkeypatch.setattr(instance, "TILED_ABOVE", 0)
@@ -154,15 +153,19 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch)
     with Largest() as grouped:
         assignments = torch.arange(b) + 1
         prototypical_loss(h, centroids, centroids, assignments, s, 0.1).backward()
-        target = PrototypeTarget(
-            student_centroids=centroids, teacher_centroids=centroids, assignments=assignments
+        found = KMeans(centroids=centroids, assignments=assignments, inertia=0.0, history=())
+        make_targets(
+            {"text": found},
+            image_projections=h.detach(),
+            text_projections=h.detach(),
+            target_temperatures={"text": 0.1},
+            back_translation=False,
         )
-        prepare_targets({"image_from_text": target}, target_temperatures={"text": 0.1})
     assert grouped.elements == k * p
     with Largest() as paired:
         info_nce(h, text, s).backward()
     assert paired.elements == b * p
-    # A part of a batch that is shared out: few rows here, the columns of all.
+    # One rank's part of a batch: few rows and the columns of all ranks.
     few, everyones = h[:20].detach().requires_grad_(), unit(k, p, seed=4).float().requires_grad_()
     with Largest() as part:
         tiles.log_sum_exp(few, everyones).sum().backward()
@@ -201,7 +204,7 @@ def test_losses_inside_autocast_are_those_outside(rows: int, dtype: torch.dtype)
 
 
 def test_exponentials_are_no_denormals_and_lose_nothing() -> None:
-    """However small a share, its exponential is a normal number, and sums stay what they are."""
+    """However small a share is, its exponential is a normal number, and sums do not change."""
     torch.set_flush_denormal(False)
     exponents = torch.linspace(-300, 0, 10_000)
     exact = exponents.double().exp().sum()
@@ -228,7 +231,7 @@ def refuses(*arguments: object) -> Tensor:
 def test_an_entry_point_that_changed_is_not_used(
     namespace: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where oneDNN's private entry point is gone or not the same, torch's own product runs."""
+    """If oneDNN's private entry point is gone or changed, torch's own product runs."""
     monkeypatch.setattr(torch.ops, "mkldnn", namespace)
     tiles.onednn_linear.cache_clear()
     try:

@@ -1,0 +1,233 @@
+"""Losses against independent restatements of the paper's formulas, in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from protoclip import Embeddings, KMeans, Target, info_nce, objective, prototypical_loss
+from protoclip.losses import info_nce as instance
+from protoclip.losses import prototypical, tiles
+from protoclip.losses.objective import LossWeights
+from protoclip.losses.prototypical import make_targets
+
+B, D, P, Q, K = 7, 5, 6, 4, 9
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (rows / rows.norm(dim=-1, keepdim=True)).requires_grad_()
+
+
+def scale(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y in zip(a, b, strict=True):
+        total = total + x * y
+    return total
+
+
+def slow_info_nce(image: Tensor, text: Tensor, s: Tensor) -> Tensor:
+    """Term by term: -log of a pair's share of its row and of its column."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(image)):
+        own = torch.exp(s * dot(image[i], text[i]))
+        row = sum(torch.exp(s * dot(image[i], text[j])) for j in range(len(text)))
+        column = sum(torch.exp(s * dot(image[j], text[i])) for j in range(len(image)))
+        total = total - torch.log(own / row) / 2 - torch.log(own / column) / 2
+    return total / len(image)
+
+
+def slow_prototypical(
+    h: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    assigned: list[int],
+    s: Tensor,
+    temperature: float | None,
+    alive: list[int],
+) -> Tensor:
+    """Term by term over the classes in `alive`."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, a in enumerate(assigned):
+        partition = sum(torch.exp(s * dot(h[i], student[k])) for k in alive)
+        if temperature is None:
+            target = {k: float(k == a) for k in alive}
+        else:
+            raw = {k: math.exp(float(dot(teacher[a], teacher[k])) / temperature) for k in alive}
+            target = {k: value / sum(raw.values()) for k, value in raw.items()}
+        for k in alive:
+            share = torch.exp(s * dot(h[i], student[k])) / partition
+            total = total - target[k] * torch.log(share)
+    return total / len(h)
+
+
+def assert_equal_with_gradients(ours: Tensor, slow: Tensor, inputs: list[Tensor]) -> None:
+    assert ours.item() == pytest.approx(slow.item(), abs=1e-9, rel=1e-9)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(slow, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+
+
+def target_of(
+    student: Tensor, teacher: Tensor, temperature: float, *, mask_empty: bool = True
+) -> Target:
+    """The target whose student prototypes are these: one sample each, none for a zero row."""
+    alive = torch.nonzero((student != 0).any(1)).flatten()
+    found = KMeans(centroids=teacher.detach(), assignments=alive, inertia=0.0, history=())
+    return make_targets(
+        {"text": found},
+        image_projections=student.detach()[alive],
+        text_projections=student.detach()[alive],
+        target_temperatures={"text": temperature},
+        mask_empty=mask_empty,
+    )["image", "text"]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of three rows and two classes, so that a few rows need many; the last are smaller."""
+    monkeypatch.setattr(tiles, "ROWS", 3)
+    monkeypatch.setattr(tiles, "CPU_SCORES", 6)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("tiled_above", [0, 10**6])
+def test_info_nce_is_the_papers_formula(tiled_above: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain and tiled; with the gradients of features and temperature."""
+    monkeypatch.setattr(instance, "TILED_ABOVE", tiled_above)
+    image, text, s = unit(B, D, seed=1), unit(B, D, seed=2), scale(14.0)
+    ours, slow = info_nce(image, text, s), slow_info_nce(image, text, s)
+    assert_equal_with_gradients(ours, slow, [image, text, s])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("mask_empty", [True, False])
+@pytest.mark.parametrize("temperature", [None, 0.3, 0.05])
+@pytest.mark.parametrize("empty", [(), (0, 4)])
+def test_the_prototypical_loss_is_the_papers_formula(
+    empty: tuple[int, ...], temperature: float | None, mask_empty: bool
+) -> None:
+    """Directly and by a prepared target, with gradients. Rows without a prototype, or with an empty
+    one that is left out, have no part; with mask_empty=False it is a class with logit 0."""
+    h, s = unit(B, P, seed=1), scale(9.0)
+    student, teacher = unit(K, P, seed=2).detach(), 0.7 * unit(K, Q, seed=3).detach()
+    for k in empty:
+        student[k] = 0
+    alive = [k for k in range(K) if k not in empty or not mask_empty]
+    target = target_of(student, teacher, temperature or 0.0, mask_empty=mask_empty)
+    for assignments in ([8, 8, 7, 7, 6, 6, 1], [-1, 8, 4, -1, 0, 2, 3]):
+        rows = [i for i, a in enumerate(assignments) if a in alive]
+        own = [assignments[i] for i in rows]
+        slow = slow_prototypical(h[rows], student, teacher, own, s, temperature, alive)
+        index = torch.tensor(assignments)
+        ours = prototypical_loss(h, student, teacher, index, s, temperature, mask_empty=mask_empty)
+        assert_equal_with_gradients(ours, slow, [h, s])
+        slow = slow_prototypical(h[rows], student, teacher, own, s, temperature, alive)
+        assert_equal_with_gradients(target.loss(h, index, s), slow, [h, s])
+
+
+def test_small_temperatures_mean_hard_targets() -> None:
+    """None, 0 and negative ones exactly; vanishing ones in the limit."""
+    h, student, teacher = unit(B, P, seed=1), unit(K, P, seed=2), unit(K, Q, seed=3).detach()
+    index = torch.arange(B)
+    hard = prototypical_loss(h, student, teacher, index, 5.0, None).item()
+    for temperature, rel in ((0.0, 1e-12), (-1.0, 1e-12), (1e-4, 1e-9)):
+        soft = prototypical_loss(h, student, teacher, index, 5.0, temperature)
+        assert soft.item() == pytest.approx(hard, rel=rel)
+
+
+def test_a_batch_without_known_samples_has_no_loss() -> None:
+    """The loss and its gradients are 0, so that the step can be taken all the same."""
+    h, s = unit(B, P, seed=1), scale(9.0)
+    unknown = torch.full((B,), -1)
+    loss = prototypical_loss(h, unit(K, P, seed=2), unit(K, Q, seed=3), unknown, s, 0.1)
+    assert loss.item() == 0
+    for gradient in torch.autograd.grad(loss, [h, s]):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 10**6])
+def test_accuracy_counts_the_nearest_prototype(
+    chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among the rows with a prototype; an empty prototype is only a class if it is not masked."""
+    monkeypatch.setattr(prototypical, "CHUNK_ELEMENTS", chunk_elements)
+    rows = torch.eye(4, P, dtype=torch.float64)
+    target = target_of(rows, rows, 0.0)
+    assert target.accuracy(rows, torch.tensor([0, 2, 2, -1])).item() == pytest.approx(2 / 3)
+    centroids = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [0.0, -1.0]])
+    projections, own = torch.tensor([[1.0, 0.1], [0.1, 1.0]]), torch.tensor([2, 1])
+    for mask_empty, right in ((True, 1.0), (False, 0.0)):
+        target = target_of(centroids, centroids, 0.0, mask_empty=mask_empty)
+        assert target.accuracy(projections, own).item() == right
+
+
+def embeddings(seed: int) -> Embeddings:
+    return Embeddings(
+        image_features=unit(B, D, seed=seed),
+        text_features=unit(B, D, seed=seed + 1),
+        image_projections=unit(B, P, seed=seed + 2),
+        text_projections=unit(B, P, seed=seed + 3),
+        logit_scale=scale(14.0),
+        prototype_logit_scale=scale(9.0),
+    )
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_objective_is_the_weighted_sum() -> None:
+    """InfoNCE, both modalities and an external teacher, each with its own weight and temperature."""
+    e = embeddings(1)
+    temperatures = {"image": 0.2, "text": 0.4, "bert": 0.0}
+    pairs = [("image", "text"), ("text", "image"), ("image", "bert"), ("text", "bert")]
+    centroids = {
+        pair: (unit(K, P, seed=i), unit(K, Q, seed=i + 9).detach()) for i, pair in enumerate(pairs)
+    }
+    targets = {pair: target_of(*c, temperatures[pair[1]]) for pair, c in centroids.items()}
+    assignments = {
+        teacher: [(3 * i + n) % K for i in range(B)] for n, teacher in enumerate(temperatures)
+    }
+    expected = 0.5 * slow_info_nce(e.image_features, e.text_features, e.logit_scale)
+    for (student, teacher), (own, other) in centroids.items():
+        expected = expected + {"bert": 3.0}.get(teacher, 2.0) / 2 * slow_prototypical(
+            getattr(e, f"{student}_projections"),
+            own,
+            other,
+            assignments[teacher],
+            e.prototype_logit_scale,
+            temperatures[teacher] or None,
+            list(range(K)),
+        )
+    weights = LossWeights(info_nce=0.5, prototypical=2.0, teachers={"bert": 3.0})
+    index = {teacher: torch.tensor(own) for teacher, own in assignments.items()}
+    losses, report = objective(e, targets, index, weights=weights)
+    total = torch.stack(list(losses.values())).sum()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-9)
+    for student, teacher in pairs:
+        name = f"train/prototypes/accuracy/{student}_from_{teacher}"
+        accuracy = targets[student, teacher].accuracy(
+            getattr(e, f"{student}_projections"), index[teacher]
+        )
+        assert torch.equal(report[name], accuracy)
+    _, brief = objective(e, targets, index, weights=weights, detailed=False)
+    assert {name for name in report if "accuracy" not in name} == brief.keys()
+
+
+def test_a_loss_of_weight_zero_is_not_computed() -> None:
+    """Neither are prototypical losses without targets."""
+    target = target_of(unit(K, P, seed=3), unit(K, Q, seed=4), 0.1)
+    losses, report = objective(
+        embeddings(1),
+        {("image", "text"): target},
+        {"text": torch.arange(B)},
+        weights=LossWeights(prototypical=0.0),
+    )
+    assert list(losses) == ["info_nce"]
+    assert "train/loss/prototypical/image_from_text" not in report
+    losses, _ = objective(embeddings(1), None, {}, weights=LossWeights())
+    assert list(losses) == ["info_nce"]

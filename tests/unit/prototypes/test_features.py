@@ -1,0 +1,218 @@
+"""The features that are clustered, and the prototype that each sample of a batch belongs to."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from protoclip import KMeans
+from protoclip.data import sources
+from protoclip.data.loader import Batch
+from protoclip.data.sampler import Episode
+from protoclip.models import loading
+from protoclip.models.protoclip import Embeddings
+from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
+from protoclip.teachers.store import TeacherFeatures
+from protoclip.testing import tiny_config, tiny_model, tiny_pairs
+from protoclip.training import run
+
+SCALE = torch.tensor(10.0)
+EPISODE = Episode(index=1, rows=torch.arange(8))
+
+
+def rows(count: int, width: int, seed: int) -> Tensor:
+    values = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=1)
+
+
+def batch(names: list[str], first: int = 0) -> Batch:
+    return Batch(
+        position=torch.arange(first, first + len(names)),
+        sample_id=names,
+        image=torch.zeros(len(names), 3, 1, 1),
+        text=torch.zeros(len(names), 1, dtype=torch.long),
+    )
+
+
+def embeddings(count: int, seed: int, *, project: bool = True) -> Embeddings:
+    return Embeddings(
+        image_features=rows(count, 6, seed),
+        text_features=rows(count, 6, seed + 1),
+        image_projections=rows(count, 4, seed + 2).requires_grad_() if project else None,
+        text_projections=rows(count, 4, seed + 3).requires_grad_() if project else None,
+        logit_scale=SCALE,
+        prototype_logit_scale=SCALE,
+    )
+
+
+def teacher(names: list[str]) -> TeacherFeatures:
+    features = np.random.default_rng(0).normal(size=(len(names), 3)).astype(np.float32)
+    return TeacherFeatures.in_memory(name="bert", sample_ids=names, features=features)
+
+
+def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None) -> KMeans:
+    return KMeans(
+        centroids=rows(k, width, seed),
+        assignments=torch.tensor(assignments or [0]),
+        inertia=0.0,
+        history=(0.0,),
+    )
+
+
+def nearest_of(points: Tensor, centroids: Tensor) -> list[int]:
+    differences = points.double()[:, None] - centroids.double()[None]
+    return differences.square().sum(2).argmin(1).tolist()
+
+
+def settings(
+    batches: Callable[[Episode], list[Batch]], teachers: Mapping[str, TeacherFeatures] | None = None
+) -> dict[str, Any]:
+    return {
+        "model": loading.model(tiny_model(), seed=0),
+        "batches": batches,
+        "teachers": teachers or {},
+        "autocast": nullcontext,
+    }
+
+
+def no_pass(episode: Episode) -> list[Batch]:
+    raise AssertionError("an extraction pass")
+
+
+def queued(teachers: Mapping[str, TeacherFeatures] | None = None, size: int = 8) -> QueuedFeatures:
+    return QueuedFeatures(**settings(no_pass, teachers), size=size)
+
+
+def test_the_queue_keeps_the_last_samples() -> None:
+    """Its rows and the teacher's of the same samples are clustered, without a pass or a graph."""
+    names = [f"s{i}" for i in range(20)]
+    bert = teacher(names)
+    source = queued({"bert": bert})
+    seen = []
+    for first in range(0, 20, 4):
+        seen.append(embeddings(4, first))
+        source.observe(batch(names[first : first + 4]), seen[-1])
+        source.observe(batch(["x"] * 4), embeddings(4, 99, project=False))  # adds nothing
+        if first == 0:
+            with pytest.raises(AssertionError, match="an extraction pass"):
+                source.features(EPISODE)
+            continue
+        found = source.features(EPISODE)
+        assert found.positions is None
+        assert not found.image.requires_grad
+        held = dict(zip(source.sample_ids, zip(found.image, found.text, strict=True), strict=True))
+        assert set(held) == set(names[first - 4 : first + 4])
+        for at, step in ((first - 4, seen[-2]), (first, seen[-1])):
+            for i in range(4):
+                assert torch.equal(held[names[at + i]][0], step.image_projections[i])
+                assert torch.equal(held[names[at + i]][1], step.text_projections[i])
+        assert torch.equal(found.teachers["bert"], bert.lookup(source.sample_ids))
+
+
+def test_the_queue_goes_on_from_its_state() -> None:
+    """Also while it is not full, and from the beginning."""
+    source, again = queued(), queued()
+    again.load_state_dict(source.state_dict())
+    for step in range(5):
+        now = (batch([f"{step}{i}" for i in range(4)]), embeddings(4, step))
+        source.observe(*now)
+        again.observe(*now)
+        assert again.state_dict().keys() == {"pushed", "batch_size", "sample_ids", "image", "text"}
+        for name, value in source.state_dict().items():
+            other = again.state_dict()[name]
+            assert torch.equal(value, other) if name in ("image", "text") else value == other
+        fresh = queued()
+        fresh.load_state_dict(again.state_dict())
+        again = fresh
+
+
+def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> None:
+    """By its current projection in its own modality, and by its teacher features if there are."""
+    names = list("abcdefgh")
+    bert = teacher(names[:5])
+    spaces = {"image": clusters(5, 4, 1), "text": clusters(5, 4, 2), "bert": clusters(5, 3, 3)}
+    now = embeddings(8, 7)
+    found = queued({"bert": bert}).assign(batch(names), now, spaces)
+    for space, points in (
+        ("image", now.image_projections),
+        ("text", now.text_projections),
+        ("bert", bert.lookup(names[:5])),
+    ):
+        expected = nearest_of(points, spaces[space].centroids)
+        assert found[space].tolist() == expected + [-1] * (8 - len(expected))
+
+
+def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
+    """By its position, whatever its projection is now."""
+    source = ExtractedFeatures(**settings(no_pass))
+    spaces = {"image": clusters(3, 4, 0, [2, 0, 1, 1, 0, 2])}
+    found = source.assign(batch(list("abc"), first=2), embeddings(3, 0), spaces)
+    assert found["image"].tolist() == [1, 1, 0]
+    assert source.state_dict() == {}
+
+
+def test_a_repeated_pair_is_extracted_once() -> None:
+    """The same image with another caption is another pair."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    captions = torch.randint(1, 50, (3, 8), generator=generator)
+    pairs = [(0, 0), (1, 1), (0, 0), (0, 2), (1, 1), (0, 2), (0, 2), (0, 0)]
+
+    def batches(size: int) -> list[Batch]:
+        return [
+            Batch(
+                position=torch.arange(first, min(first + size, len(pairs))),
+                sample_id=[f"image {image}" for image, _ in pairs[first : first + size]],
+                image=images[[image for image, _ in pairs[first : first + size]]],
+                text=captions[[caption for _, caption in pairs[first : first + size]]],
+            )
+            for first in range(0, len(pairs), size)
+        ]
+
+    source = ExtractedFeatures(**settings(lambda episode: batches(3)))
+    source.model.train()
+    passes: list[int] = []
+    source.model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    found = source.features(EPISODE)
+    # The last batch holds nothing new: one row keeps the ranks of a sharded model together.
+    assert passes == [2, 1, 1]
+    assert source.model.training
+    alone = [replace(source, batches=lambda _, one=one: [one]) for one in batches(1)]
+    for name in ("image", "text"):
+        expected = torch.cat([getattr(each.features(EPISODE), name) for each in alone])
+        torch.testing.assert_close(getattr(found, name), expected)
+
+
+def test_extraction_through_the_training_transform(tmp_path: Path) -> None:
+    """Each place of an episode has random draws of its own, other than training's and equal every
+    time; the default sees every pair once and as evaluation does."""
+    pq.write_table(tiny_pairs(), tmp_path / "tiny.parquet")
+    found = {}
+    for transform in ("evaluation", "training"):
+        config = tiny_config(str(tmp_path / "tiny.parquet"), out=str(tmp_path / "run"))
+        prototypes = replace(config.prototypes, extract_transform=transform)
+        config = replace(config, prototypes=prototypes)
+        model, samples = loading.model(config.model, seed=0), sources.pairs(config)
+        _, trainer = run.prepare(config, tmp_path / "run", model, samples, "fp32")
+        episode = trainer.episode(0)
+        first, again = (trainer.source.features(episode) for _ in range(2))
+        assert torch.equal(first.image, again.image)
+        extracted = next(iter(trainer.source.batches(episode))).image
+        trained = next(iter(trainer.batches(episode, 0))).image
+        assert not torch.equal(extracted, trained)
+        found[transform] = first
+    rows = episode.rows.tolist()
+    earlier = [rows.index(row) for row in rows]
+    repeats = [place for place, row in enumerate(rows) if rows.index(row) < place]
+    assert len(repeats) > 5
+    assert torch.equal(found["evaluation"].image[earlier], found["evaluation"].image)
+    augmented = found["training"].image
+    assert all(not torch.equal(augmented[place], augmented[earlier[place]]) for place in repeats)
+    torch.testing.assert_close(found["training"].text, found["evaluation"].text)

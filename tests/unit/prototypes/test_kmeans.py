@@ -1,0 +1,236 @@
+"""K-means against a plain restatement, and its promises."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans as SklearnKMeans
+from torch import Tensor
+
+from protoclip import kmeans
+from protoclip.prototypes import kmeans as clustering
+from protoclip.prototypes.kmeans import Rows, nearest, refill_empty, segment_mean, spread
+
+both_inits = pytest.mark.parametrize("init", ["k-means++", "random"])
+
+
+def blobs(generator: torch.Generator, n: int = 300, k: int = 6, d: int = 5) -> Tensor:
+    centres = 10 * torch.randn(k, d, generator=generator)
+    return centres[torch.arange(n) % k] + torch.randn(n, d, generator=generator)
+
+
+def test_lloyd_equals_scikit_learn_from_the_same_start(generator: torch.Generator) -> None:
+    features = blobs(generator).double()
+    ours = kmeans(features, 6, iterations=50, seed=0, init=features[:6])
+    theirs = SklearnKMeans(6, init=features[:6].numpy(), n_init=1, max_iter=50, tol=0)
+    theirs.fit(features.numpy())
+    np.testing.assert_allclose(ours.centroids.numpy(), theirs.cluster_centers_, rtol=1e-9)
+    assert ours.assignments.tolist() == theirs.labels_.tolist()
+    assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-9)
+
+
+def test_assignments_and_history_belong_to_the_returned_centroids(
+    generator: torch.Generator,
+) -> None:
+    """Also when stopped early: the history is what fewer iterations end with, and never rises."""
+    features = torch.randn(200, 7, generator=generator, dtype=torch.float64)
+    result = kmeans(features, 20, iterations=6, seed=3)
+    distances = torch.cdist(features, result.centroids) ** 2
+    assert torch.equal(distances.argmin(1), result.assignments)
+    assert result.inertia == pytest.approx(float(distances.min(1).values.sum()), rel=1e-9)
+    shorter = [kmeans(features, 20, iterations=i, seed=3).inertia for i in range(7)]
+    assert result.history == pytest.approx(shorter, rel=1e-12)
+    assert all(later <= earlier for earlier, later in pairwise(shorter))
+    assert result.history[-1] == result.inertia
+
+
+def test_chunks_do_not_change_the_result(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = torch.randn(64, 4, generator=generator, dtype=torch.float64)
+    whole = kmeans(features, 8, iterations=10, seed=0)
+    monkeypatch.setattr("protoclip.prototypes.nearest.CHUNK_ELEMENTS", {"cpu": 8})
+    chunked = kmeans(features, 8, iterations=10, seed=0)
+    torch.testing.assert_close(whole.centroids, chunked.centroids)
+    assert torch.equal(whole.assignments, chunked.assignments)
+
+
+@both_inits
+def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(
+    init: str, generator: torch.Generator
+) -> None:
+    features = torch.randn(4200, 32, generator=generator)
+
+    def state() -> list[object]:
+        return [
+            torch.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+            torch.get_float32_matmul_precision(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+        ]
+
+    before = state()
+    first, second, other = (
+        kmeans(features, 300, iterations=3, restarts=2, seed=seed, init=init) for seed in (5, 5, 6)
+    )
+    assert torch.equal(first.centroids, second.centroids)
+    assert torch.equal(first.assignments, second.assignments)
+    assert first.history == second.history
+    assert not torch.equal(first.centroids, other.centroids)
+    assert state() == before
+
+
+def test_restarts_keep_the_best(generator: torch.Generator) -> None:
+    features = blobs(generator)
+    one = kmeans(features, 6, iterations=20, seed=1)
+    many = kmeans(features, 6, iterations=20, restarts=8, seed=1)
+    assert many.inertia <= one.inertia
+    assert many.inertia < 1.05 * kmeans(features, 6, iterations=20, restarts=30, seed=2).inertia
+
+
+def test_empty_clusters_take_the_farthest_members_of_the_largest() -> None:
+    """Clusters of coinciding members and of one member have nothing to give."""
+    features = torch.tensor([[0.0], [0.0], [0.0], [0.0], [10], [11], [13], [20], [22], [30]])
+    assignments = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
+    centroids = torch.tensor([[0.0], [11.0], [21.5], [31.0], [99.0], [99.0], [99.0]])
+    distances = (features - centroids[assignments]).square().sum(1)
+    counts = torch.bincount(assignments, minlength=7)
+    filled = refill_empty(centroids, counts, Rows.of(features), assignments, distances)
+    assert filled.flatten().tolist() == [0.0, 11.0, 21.5, 31.0, 13.0, 20.0, 99.0]
+
+
+@both_inits
+@pytest.mark.parametrize("spherical", [False, True])
+def test_fewer_distinct_rows_than_clusters_leaves_clusters_empty(
+    init: str, spherical: bool
+) -> None:
+    result = kmeans(
+        torch.eye(3).repeat(10, 1), 5, iterations=10, seed=0, init=init, spherical=spherical
+    )
+    assert len(result.assignments.unique()) == 3
+    assert torch.isfinite(result.centroids).all()
+    assert result.inertia == pytest.approx(0, abs=1e-9)
+
+
+@both_inits
+@pytest.mark.parametrize("n", [1, 7, 1100])
+def test_as_many_clusters_as_rows(n: int, init: str, generator: torch.Generator) -> None:
+    """Every row is a cluster of its own, also by the bfloat16 search (1,100 rows)."""
+    features = torch.randn(n, 32, generator=generator)
+    result = kmeans(features, n, iterations=3, seed=0, init=init)
+    assert result.assignments.sort().values.tolist() == list(range(n))
+    assert result.inertia == 0
+    assert torch.equal(result.centroids[result.assignments], features)
+
+
+def test_kmeans_plus_plus_finds_every_group(generator: torch.Generator) -> None:
+    """Of groups of unequal size that are far apart, each gives a row; uniform draws miss some."""
+    sizes = [2000, 500, 40, 20, 10, 5, 3, 2, 2, 1, 1, 1]
+    groups = torch.repeat_interleave(torch.arange(12), torch.tensor(sizes))
+    features = 100 * torch.eye(12)[groups] + torch.randn(len(groups), 12, generator=generator)
+    far, uniform = (
+        kmeans(features, 12, iterations=0, seed=0, init=init) for init in ("k-means++", "random")
+    )
+    for group in range(12):
+        assert len(far.assignments[groups == group].unique()) == 1
+    assert len(far.assignments.unique()) == 12
+    assert uniform.inertia > 10 * far.inertia
+
+
+def test_kmeans_plus_plus_draws_distinct_rows_and_knows_the_nearest(
+    generator: torch.Generator,
+) -> None:
+    features = torch.randn(500, 6, generator=generator, dtype=torch.float64)
+    centroids, assignments, distances = spread(
+        Rows.of(features), 64, generator, lambda centroids: nearest(features, centroids)
+    )
+    assert len(centroids.unique(dim=0)) == 64
+    expected = torch.cdist(features, centroids).square()
+    assert torch.equal(assignments, expected.argmin(1))
+    torch.testing.assert_close(distances, expected.min(1).values, rtol=1e-9, atol=1e-9)
+
+
+def test_spherical_clusters_are_by_cosine(generator: torch.Generator) -> None:
+    features = torch.randn(80, 5, generator=generator, dtype=torch.float64) * torch.rand(80, 1)
+    result = kmeans(features, 7, iterations=10, seed=0, spherical=True)
+    torch.testing.assert_close(result.centroids.norm(dim=1), torch.ones(7, dtype=torch.float64))
+    cosine = torch.nn.functional.normalize(features, dim=1) @ result.centroids.T
+    assert torch.equal(cosine.argmax(1), result.assignments)
+
+
+NAN = torch.full((10, 4), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_clusters": 11}, "num_clusters=11.*10 rows"),
+        ({"num_clusters": 0}, "num_clusters=0"),
+        ({"restarts": 0}, "restarts=0"),
+        ({"iterations": -1}, "iterations=-1"),
+        ({"init": torch.zeros(2, 4)}, "init"),
+        ({"init": "anywhere"}, "(?s)init.*anywhere"),
+        ({"features": NAN}, "non-finite"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
+    arguments = {"features": torch.randn(10, 4), "num_clusters": 3, "iterations": 2, "seed": 0}
+    with pytest.raises((ValueError, TypeError), match=message):
+        kmeans(**arguments | settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_are_clustered_in_float32(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    features = blobs(generator).to(dtype)
+    result = kmeans(features, 6, iterations=5, seed=0)
+    assert result.centroids.dtype == torch.float32
+    expected = kmeans(features.float(), 6, iterations=5, seed=0)
+    assert torch.equal(result.centroids, expected.centroids)
+
+
+def test_inference_tensors_and_rows_with_gradient_are_clustered() -> None:
+    """As plain rows are, and without a graph."""
+    features = torch.randn(64, 5)
+    with torch.inference_mode():
+        inference = features.clone()
+    plain, inferred, tracked = (
+        kmeans(rows, 7, iterations=4, seed=0)
+        for rows in (features, inference, features.clone().requires_grad_())
+    )
+    assert torch.equal(plain.centroids, inferred.centroids)
+    assert torch.equal(plain.centroids, tracked.centroids)
+    assert not tracked.centroids.requires_grad
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_clusters_are_the_same_with_and_without_bfloat16(
+    fast: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        clustering,
+        "bfloat16_pays",
+        lambda rows, num_clusters, num_rows: fast and rows.dtype == torch.float32,
+    )
+    features = torch.nn.functional.normalize(torch.randn(1500, 24, generator=generator), dim=1)
+    result = kmeans(features, 300, iterations=8, seed=0, init=features[:300])
+    expected = kmeans(features.double(), 300, iterations=8, seed=0, init=features[:300].double())
+    assert result.inertia == pytest.approx(expected.inertia, rel=1e-5)
+    assert (result.assignments == expected.assignments).float().mean() > 0.999
+
+
+def test_segments_are_summed_in_the_order_of_their_rows(generator: torch.Generator) -> None:
+    """Bit for bit the float32 sum from the first row on, which makes it deterministic anywhere."""
+    features = torch.randn(2000, 16, generator=generator)[:, ::2]
+    assignments = torch.randint(0, 12, (2000,), generator=generator)
+    assignments[assignments == 7] = 3
+    means, counts = segment_mean(features, assignments, 13)
+    sums = torch.zeros(13, 8)
+    for row, segment in zip(features, assignments.tolist(), strict=True):
+        sums[segment] += row
+    assert counts.tolist() == [assignments.tolist().count(segment) for segment in range(13)]
+    assert torch.equal(means, sums / counts.clamp(min=1).unsqueeze(1))
+    assert means[[7, 12]].abs().sum() == 0

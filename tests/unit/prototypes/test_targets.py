@@ -1,0 +1,96 @@
+"""Clusters of an episode, and back-translation as the paper defines it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from protoclip import KMeans, back_translate, kmeans
+from protoclip.losses.prototypical import make_targets
+from protoclip.prototypes.targets import cluster_spaces
+
+
+def test_back_translation_is_the_mean_over_each_assignment(generator: torch.Generator) -> None:
+    """An empty cluster is a zero row; the gradient is that of a mean."""
+    features = torch.randn(50, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    assignments = torch.randint(0, 8, (50,), generator=generator)
+    assignments[assignments == 5] = 2
+    translated = back_translate(assignments, features, 9)
+    weights = torch.randn(9, 6, generator=generator, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((translated * weights).sum(), features)
+    for k in range(9):
+        members = [i for i in range(50) if int(assignments[i]) == k]
+        mean = torch.zeros(6, dtype=torch.float64)
+        for i in members:
+            mean = mean + features[i] / len(members)
+            torch.testing.assert_close(gradient[i], weights[k] / len(members), atol=1e-9, rtol=0)
+        torch.testing.assert_close(translated[k], mean, atol=1e-9, rtol=0)
+    assert not members
+    assert translated[5].abs().sum() == 0
+
+
+def test_back_translation_refuses_unequal_lengths() -> None:
+    with pytest.raises(ValueError, match="4 assignments for 5 student features"):
+        back_translate(torch.zeros(4, dtype=torch.long), torch.zeros(5, 2), 2)
+
+
+@pytest.mark.parametrize("back_translation", [True, False])
+def test_each_student_learns_from_every_other_space(
+    back_translation: bool, generator: torch.Generator
+) -> None:
+    """Never from itself. Without PBT it learns from the other modality's centroids as they are,
+    but an external teacher's prototypes are translated all the same."""
+    image, text = torch.randn(12, 4, generator=generator), torch.randn(12, 4, generator=generator)
+    clusters = {
+        space: KMeans(
+            centroids=torch.randn(3, width, generator=generator),
+            assignments=torch.arange(12) % 3,
+            inertia=0.0,
+            history=(),
+        )
+        for space, width in {"image": 4, "text": 4, "bert": 7}.items()
+    }
+    temperatures = {"image": 0.1, "text": 0.2, "bert": 0.3}
+    targets = make_targets(
+        clusters,
+        image_projections=image,
+        text_projections=text,
+        target_temperatures=temperatures,
+        back_translation=back_translation,
+    )
+    pairs = [("text", "image"), ("image", "text"), ("image", "bert"), ("text", "bert")]
+    assert list(targets) == pairs
+    for (student, teacher), target in targets.items():
+        found = clusters[teacher]
+        centroids = found.centroids
+        if back_translation or teacher == "bert":
+            centroids = back_translate(
+                found.assignments, {"image": image, "text": text}[student], 3
+            )
+        torch.testing.assert_close(target.classes, centroids)
+        similarities = found.centroids @ found.centroids.T / temperatures[teacher]
+        torch.testing.assert_close(target.lookup, similarities.softmax(1) @ centroids)
+
+
+def test_samples_that_a_teacher_does_not_know_are_left_out() -> None:
+    """They have no prototype and no part in its translation. A teacher that knows none has none."""
+    points, nothing = torch.randn(6, 3), torch.full((6, 3), float("nan"))
+    points[[1, 4]] = float("nan")
+
+    def two(space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
+        assert positions is None
+        return kmeans(rows, 2, iterations=3, seed=0)
+
+    clusters = cluster_spaces({"bert": points, "other": nothing}, two)
+    assert list(clusters) == ["bert"]
+    assignments = clusters["bert"].assignments
+    assert (assignments == -1).tolist() == [False, True, False, False, True, False]
+    projections = torch.randn(6, 4)
+    targets = make_targets(
+        clusters,
+        image_projections=projections,
+        text_projections=projections,
+        target_temperatures={"bert": 0.0},
+    )
+    for k in range(2):
+        mean = projections[assignments == k].mean(0)
+        torch.testing.assert_close(targets["text", "bert"].lookup[k], mean)
