@@ -75,7 +75,7 @@ class Encoder:
         """A checksum of the weights."""
         weights = sorted(self.module.state_dict().items())
         raw = ((name, value.cpu().reshape(-1).view(torch.uint8)) for name, value in weights)
-        return checksum("".join(name + checksum(one.numpy().data) for name, one in raw).encode())
+        return checksum("".join(name + checksum(one.numpy().tobytes()) for name, one in raw).encode())
 
 
 def open_encoder(
@@ -143,7 +143,8 @@ def timm_model(name: str, device: torch.device) -> Encoder:
     name, _, weights = name.partition("/")
     model: Any = timm.create_model(name, pretrained=not weights, num_classes=0)
     if weights:
-        heads = tuple(np.atleast_1d(model.pretrained_cfg.get("classifier") or "none"))
+        names = np.atleast_1d(model.pretrained_cfg.get("classifier") or "none")
+        heads = tuple(f"{name}." for name in names)
         state = read_weights(weights).items()
         model.load_state_dict({key: value for key, value in state if not key.startswith(heads)})
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
@@ -153,11 +154,14 @@ def timm_model(name: str, device: torch.device) -> Encoder:
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """A state dict, bare or in a checkpoint; runs no code from the file."""
-    if path.endswith(".safetensors"):
-        return load_file(path)
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    state = found.get("state_dict", found)
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = found.get("state_dict", found)
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    except Exception as error:
+        raise ValueError(f"{path} holds no weights ({error})") from None
 
 
 def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
@@ -342,7 +346,7 @@ def encode_parts(
         kept = half if isinstance(encoder, Encoder) else features
         np.savez(content, note=np.array(json.dumps(note)), features=kept)
         write_atomically(folder / f"{number:06d}.npz", content.getvalue(), durable=True)
-        show(1)
+        show(1.0)
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], Features]:

@@ -1,8 +1,8 @@
 """Features of external teachers on disk, found by sample id.
 
-`protoclip embed-teacher` writes a folder with `features.npy` (half precision), `index.npy` (the ids'
-64-bit hashes in ascending order, and the row of each) and `facts.json` (what the features were made
-of). The arrays are memory-mapped, so a folder of any size opens at once.
+`protoclip embed-teacher` writes a folder with `features.npy` (half precision), `index.npy` (the
+ids' 64-bit hashes in ascending order, and the row of each) and `facts.json` (what the features were
+made of). The arrays are memory-mapped, so a folder of any size opens at once.
 """
 
 import mmap
@@ -197,8 +197,8 @@ def open_folder(folder: Path) -> TeacherFeatures:
     facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
     if "rows" not in facts:
         raise ValueError(
-            f"{folder}: no finished teacher; if protoclip embed-teacher was stopped, the same command "
-            "again finishes it"
+            f"{folder}: no finished teacher; if protoclip embed-teacher was stopped, the same "
+            "command again finishes it"
         )
     try:
         features, index = (np.load(folder / name, mmap_mode="r") for name in (FEATURES, INDEX))
