@@ -1,6 +1,5 @@
-"""A teacher's features of a source, made by several processes, are those of one."""
+"""Several ranks make the teacher folder that one makes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,16 @@ import torch
 from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.teachers.embed import embed
-from protoclip.teachers.encode import TextEncoder
-from protoclip.teachers.store import read_teacher
+from protoclip.teachers import encode
 from protoclip.testing import run_distributed
 
-WIDTH, SAMPLES = 12, 47
+SAMPLES, WIDTH, CPU = 47, 12, torch.device("cpu")
 
 
-def counts(captions: list[str]) -> torch.Tensor:
-    """What the stand-in for a model makes of captions: counts of letters."""
-    found = np.ones((len(captions), WIDTH))
-    for row, caption in enumerate(captions):
-        for letter in caption:
-            found[row, ord(letter) % WIDTH] += 1
-    return torch.from_numpy(found)
+def letters(captions: list[str]) -> torch.Tensor:
+    """The feature of the model that is made up: counts of letters."""
+    counts = [np.bincount([ord(c) % WIDTH for c in own], minlength=WIDTH) for own in captions]
+    return torch.from_numpy(1 + np.stack(counts))
 
 
 def make(out: Path, width: int | None) -> dict[str, Any]:
@@ -33,36 +27,28 @@ def make(out: Path, width: int | None) -> dict[str, Any]:
     captions = ["".join(generator.choice(list("abcdefghijklm"), 9)) for _ in range(SAMPLES)]
     captions[13] = ""  # a bad sample
     table = pa.table({"caption": captions, "path": ["nowhere.png"] * SAMPLES})
-    encoder = TextEncoder(
-        module=nn.Identity(),
-        tokenize=counts,
-        forward=lambda rows: rows,
-        device=torch.device("cpu"),
-    )
-    return embed(
-        encoder,
-        ImageTextPairs(table, name="made"),
-        out,
-        origin={"teacher": "letters"},
-        width=width,
-        batch_size=4,
-        part_rows=5,
-    )
+    encoder = encode.Encoder(nn.Identity(), CPU, letters, lambda counts: counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "open_encoder", lambda *_, **__: encoder)
+        patch.setattr(encode, "PART_ROWS", {"text": 5})
+        return encode.embed_teacher(
+            "letters",
+            ImageTextPairs(table, name="made"),
+            out,
+            width=width,
+            batch_size=4,
+            device=CPU,
+            load_run=lambda path: None,
+        )
 
 
 @pytest.mark.parametrize("width", [None, 3])
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_features_and_facts_are_those_of_one_process(
-    width: int | None, world_size: int, tmp_path: Path
-) -> None:
-    """Ten parts are shared out, and the PCA's sums; features to the rounding of float16."""
-    expected = run_distributed(make, 1, tmp_path / "one", width)[0]
-    facts = run_distributed(make, world_size, tmp_path / "many", width)[0]
-    assert facts == pytest.approx(expected)
-    assert facts["bad"] == 1
-    ids = [f"made/{row}" for row in range(SAMPLES) if row != 13]
-    one, many = (read_teacher(tmp_path / name).lookup(ids) for name in ("one", "many"))
-    torch.testing.assert_close(many, one, atol=2e-3, rtol=2e-3)
-    assert not (tmp_path / "many" / "parts").exists()
-    skipped = (tmp_path / "many" / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line)["sample_id"] for line in skipped] == ["made/13"]
+def test_the_folder_is_that_of_one_process(width: int | None, tmp_path: Path) -> None:
+    """Byte for byte, with ten parts over two ranks, and the facts on the first."""
+    one = run_distributed(make, 1, tmp_path / "one", width)[0]
+    many = run_distributed(make, 2, tmp_path / "many", width)
+    assert many == [one, {}]
+    assert (one["rows"], one["bad"]) == (SAMPLES - 1, 1)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert expected.keys() >= {"facts.json", "features.npy", "index.npy", "skipped.jsonl"}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()} == expected

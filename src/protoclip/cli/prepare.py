@@ -18,7 +18,7 @@ from protoclip.distributed.collectives import process_group, raise_on_all_ranks,
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.progress import duration
-from protoclip.teachers.embed import embed_teacher
+from protoclip.teachers.encode import embed_teacher
 
 
 def opened(

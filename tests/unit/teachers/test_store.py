@@ -1,0 +1,240 @@
+"""Teacher features: folders, users' files, and look-ups by sample id."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from protoclip.data.emoji import emoji_table, emoji_teacher_path
+from protoclip.teachers.store import TeacherFeatures, read_teacher, write_folder
+
+Opened = Callable[[list[str], np.ndarray, Path], TeacherFeatures]
+
+
+def names(count: int) -> list[str]:
+    return [f"sample/{row}" for row in range(count)]
+
+
+def rows(count: int, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, width)).astype(np.float16)
+
+
+def in_memory(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
+    return TeacherFeatures.in_memory(name="mine", sample_ids=ids, features=features)
+
+
+def from_folder(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
+    (folder / "t").mkdir(parents=True)
+    write_folder(folder / "t", ids, np.array_split(features, 4), {"teacher": "test"})
+    return read_teacher(folder / "t")
+
+
+def from_parquet(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
+    pq.write_table(pa.table({"sample_id": ids, "features": flat}), folder / "mine.parquet")
+    return read_teacher(folder / "mine.parquet")
+
+
+def from_array(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
+    np.save(folder / "mine.npy", features)
+    (folder / "mine.ids.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+    return read_teacher(folder / "mine.npy")
+
+
+every_form = pytest.mark.parametrize("opened", [in_memory, from_folder, from_parquet, from_array])
+
+
+@every_form
+def test_features_come_back_by_sample_id(opened: Opened, tmp_path: Path) -> None:
+    """In the order asked for, repeats included, as float32; an unknown id is a row of NaN."""
+    ids, features = [*names(33), "ünïcode, with a comma"], rows(34)
+    teacher = opened(ids, features, tmp_path)
+    assert (len(teacher), teacher.width) == (34, 6)
+    asked = [33, 0, 10, 9, 0, 21, 32]
+    found = teacher.lookup([ids[row] for row in asked])
+    assert found.dtype == torch.float32
+    np.testing.assert_array_equal(found.numpy(), features[asked].astype(np.float32))
+    mixed = teacher.lookup(["nobody", ids[4], "sample/34"])
+    assert mixed.isnan().all(1).tolist() == [True, False, True]
+    np.testing.assert_array_equal(mixed[1].numpy(), features[4].astype(np.float32))
+    assert teacher.lookup([]).shape == (0, 6)
+
+
+@every_form
+def test_faulty_features_are_refused(opened: Opened, tmp_path: Path) -> None:
+    """Duplicate ids and non-finite rows, in one line with their number."""
+    with pytest.raises(ValueError, match=r"^[^\n]*2 duplicate sample ids, such as 'sample/3'"):
+        opened([*names(10), "sample/3", "sample/3"], rows(12), tmp_path)
+    features = rows(12)
+    features[1], features[2, 0] = np.nan, np.inf
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(ValueError, match=r"^[^\n]*2 of \d+ features are not finite"):
+        opened(names(12), features, other)
+    assert not list(tmp_path.glob("**/facts.json"))
+
+
+def test_missing_samples_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block; features of other data are refused."""
+    monkeypatch.setattr("protoclip.teachers.store.BLOCK_ROWS", 4)
+    teacher = TeacherFeatures.in_memory(name="mine", sample_ids=names(9), features=rows(9))
+    assert teacher.missing(iter(names(9))) == 0
+    assert teacher.missing([*(f"x{i}" for i in range(6)), *names(9)]) == 6
+    with pytest.raises(ValueError, match=r"mine: no teacher features for 2 of 2 .* as 'x'"):
+        teacher.missing(iter(["x", "y"]))
+
+
+def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """A number above 65504 would be stored as infinity. Nothing is left in the folder."""
+    features = rows(12).astype(np.float32)
+    features[5] = 1e5
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ .*at most 65504.*, such as those of 'sample/5'"
+    ):
+        from_folder(names(12), features, tmp_path)
+    assert list((tmp_path / "t").iterdir()) == []
+
+
+def test_different_ids_of_one_hash_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index holds hashes alone, so both ids are named."""
+    monkeypatch.setattr(
+        "protoclip.teachers.store.hash_ids",
+        lambda ids: np.array([len(i) for i in ids], dtype=np.uint64),
+    )
+    with pytest.raises(ValueError, match="the hash of another, such as 'aa' and 'bb'"):
+        TeacherFeatures.in_memory(name="mine", sample_ids=["a", "aa", "bb"], features=rows(3))
+
+
+def test_an_array_needs_an_id_for_each_row(tmp_path: Path) -> None:
+    """From the text file, or from the data where there is none."""
+    np.save(tmp_path / "mine.npy", rows(5))
+    with pytest.raises(ValueError, match=r"needs its sample ids, one a line, in .*mine.ids.txt"):
+        read_teacher(tmp_path / "mine.npy")
+    with pytest.raises(ValueError, match=r"mine.npy: 3 sample ids for 5 features"):
+        read_teacher(tmp_path / "mine.npy", sample_ids=names(3))
+    assert read_teacher(tmp_path / "mine.npy", sample_ids=names(5)).missing(names(5)) == 0
+    (tmp_path / "mine.ids.txt").write_text("a\r\nb\r\nc\r\nd\r\ne", encoding="utf-8")
+    assert read_teacher(tmp_path / "mine.npy", sample_ids=names(5)).missing("abcde") == 0
+
+
+def test_prefixes_give_a_row_several_ids() -> None:
+    """As a mixture that holds the bundled data twice needs them."""
+    plain = read_teacher(emoji_teacher_path())
+    teacher = read_teacher(emoji_teacher_path(), prefixes=["one/", "two/"])
+    own = emoji_table()["sample_id"][5].as_py()
+    found = teacher.lookup([f"two/{own}", f"one/{own}", own])
+    torch.testing.assert_close(found[:2], plain.lookup([own, own]), rtol=0, atol=0)
+    assert found[2].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "features", "message"),
+    [
+        (["a", "b", "c"], [[1.0, 2.0], [1.0], None], "2 of 3 rows .* not of width 2"),
+        (["a", None], [[1.0], [2.0]], "1 of 2 rows lack an id"),
+        (["a"], [[]], "holds no features"),
+        ([], [], "features"),
+        (["a"], ["text"], "not a file of teacher features"),
+        (["a"], [1.0], "not a file of teacher features"),
+        (["a"], [["x"]], "needs numbers"),
+    ],
+)
+def test_parquet_features_are_lists_of_numbers_of_one_width(
+    ids: list[Any], features: list[Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"sample_id": pa.array(ids, pa.string()), "features": features}), path)
+    with pytest.raises(ValueError, match=rf"^.*mine.parquet: [^\n]*{message}[^\n]*$"):
+        read_teacher(path)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros(4), np.zeros((0, 3)), np.array([["a", "b"]]), np.array([[{}]])]
+)
+def test_arrays_are_rows_of_numbers(array: np.ndarray, tmp_path: Path) -> None:
+    """Another shape or type, and pickled objects, are refused."""
+    np.save(tmp_path / "mine.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"mine.npy: (not a file of|needs numbers)"):
+        read_teacher(tmp_path / "mine.npy", sample_ids=names(len(array)))
+
+
+def test_what_is_no_teacher_is_named(tmp_path: Path) -> None:
+    """Nothing there, no Parquet, a column missing, an unfinished folder."""
+    with pytest.raises(ValueError, match=r"teacher.features: .*other.parquet: no such file"):
+        read_teacher(tmp_path / "other.parquet")
+    (tmp_path / "text.parquet").write_text("hello", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^[^\n]*text.parquet: not a file of teacher features"):
+        read_teacher(tmp_path / "text.parquet")
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "columns.parquet")
+    with pytest.raises(ValueError, match=r"columns.parquet: .*sample_id"):
+        read_teacher(tmp_path / "columns.parquet")
+    with pytest.raises(ValueError, match="no finished teacher; .* the same command again"):
+        read_teacher(tmp_path)
+
+
+def cut(folder: Path) -> None:
+    file = folder / "features.npy"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def remove(folder: Path) -> None:
+    (folder / "features.npy").unlink()
+
+
+def widen(folder: Path) -> None:
+    np.save(folder / "features.npy", rows(25, width=7))
+
+
+def shorten_index(folder: Path) -> None:
+    np.save(folder / "index.npy", np.load(folder / "index.npy")[:, :20])
+
+
+def garble(folder: Path) -> None:
+    (folder / "facts.json").write_text("{", encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage", [cut, remove, widen, shorten_index, garble])
+def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    """When it is opened, in one line. Without `features.npy` it may be of an older version."""
+    from_folder(names(25), rows(25), tmp_path)
+    damage(tmp_path / "t")
+    with pytest.raises(ValueError, match=r"^[^\n]*damaged[^\n]*$"):
+        read_teacher(tmp_path / "t")
+
+
+def test_a_folder_holds_two_arrays_and_facts(tmp_path: Path) -> None:
+    from_folder(names(25), rows(25), tmp_path)
+    files = sorted(path.name for path in (tmp_path / "t").iterdir())
+    assert files == ["facts.json", "features.npy", "index.npy"]
+    facts = json.loads((tmp_path / "t" / "facts.json").read_text(encoding="utf-8"))
+    assert facts == {"teacher": "test", "rows": 25, "width": 6}
+    np.testing.assert_array_equal(np.load(tmp_path / "t" / "features.npy"), rows(25))
+
+
+def memory(kind: str) -> int:
+    """Bytes of this process: `Anonymous`, which no file stands behind, or all that is `Rss`."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_open_folder_costs_little_memory(tmp_path: Path) -> None:
+    """Neither opening 200,000 features nor looking up some all over the file keeps it in memory."""
+    count, width = 200_000, 64
+    from_folder(names(count), rows(count, width), tmp_path).lookup(names(10))
+    asked, kinds = names(count)[::100], ("Anonymous", "Rss")
+    before = [memory(kind) for kind in kinds]
+    teacher = read_teacher(tmp_path / "t")
+    opened = [memory(kind) for kind in kinds]
+    assert teacher.lookup(asked).isfinite().all()
+    after = [memory(kind) for kind in kinds]
+    assert max(np.subtract(opened, before)) < 1_000_000
+    # The features are 26 MB, and of their index of 3 MB pages may stay.
+    assert (np.subtract(after, before) < (2_000_000, 6_000_000)).all()
