@@ -62,10 +62,7 @@ class SyncBatchNormAct(SyncBatchNorm, BatchNormAct2d):
 
 
 def synchronise(module: nn.Module) -> int:
-    """Turn every BatchNorm of a module into a `SyncBatchNorm`, in place; names stay.
-
-    Returns:
-        The number of `SyncBatchNorm` layers.
+    """Turn every BatchNorm into a `SyncBatchNorm`, in place; returns the number of layers.
 
     Raises:
         ValueError: A BatchNorm class computes something unknown.

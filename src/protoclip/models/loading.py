@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,6 @@ from protoclip.models import batch_norm
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.towers import (
-    TokenCounter,
     Tokenizer,
     build_tokenizer,
     image_normalisation,
@@ -50,10 +48,7 @@ CHECKSUMS = "checksums.json"
 
 
 def load(path: str | Path) -> tuple[ProtoCLIP, EvaluationTransform, Tokenizer]:
-    """Load a trained model.
-
-    Args:
-        path: A run folder or a checkpoint folder.
+    """Load a trained model from a run folder or a checkpoint folder.
 
     Returns:
         The model in evaluation mode on the CPU, its image transform (a PIL image, turned upright by
@@ -108,15 +103,10 @@ def architecture(config: ModelConfig, *, weights: Literal["published", "new", "n
 
 
 def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, list[str]]:
-    """The model that a run trains, on its device and parallel as `[parallel]` says. Collective.
+    """The model that a run trains, parallel as `[parallel]` says, and notes for the user.
 
-    With FSDP only rank 0 holds the whole model, on its CPU, until every rank has its shard.
-
-    Returns:
-        The model, and notes for the user.
-
-    Raises:
-        ValueError: As `model` does, or the towers do not support a setting.
+    Collective. With FSDP only rank 0 holds the whole model, on its CPU, until every rank has its
+    shard.
     """
     sharded = config.parallel.strategy == "fsdp" and world_size() > 1
 
@@ -142,14 +132,7 @@ def to_device(built: ProtoCLIP, device: torch.device) -> ProtoCLIP:
 
 
 def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
-    """Apply `[parallel]` to the layers of a model, in place; names of weights stay.
-
-    Returns:
-        Notes for the user.
-
-    Raises:
-        ValueError: The towers do not support a setting.
-    """
+    """Apply `[parallel]` to a model's layers, in place; returns notes for the user."""
     parallel, notes = config.parallel, []
     if world_size() > 1:
         for head in (built.image_head, built.text_head):
@@ -180,10 +163,6 @@ def tokenizer(config: ModelConfig) -> Tokenizer:
     return build_tokenizer(config.name, context_length=length)
 
 
-def token_counter(config: ModelConfig) -> TokenCounter:
-    return TokenCounter(config.name)
-
-
 def context_length(config: ModelConfig) -> int:
     """Number of tokens that the model's captions are cut to."""
     return int(tokenizer(config)(["a"]).shape[1])
@@ -208,11 +187,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The newest checkpoint of a run folder, or the checkpoint folder itself.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The newest checkpoint of a run folder, or the checkpoint folder itself."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such run or checkpoint folder")
@@ -227,11 +202,9 @@ def find_checkpoint(path: str | Path) -> Path:
 def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
     """The `[model]` section that a checkpoint was saved with, pointing to the checkpoint."""
     try:
-        sections = dict(description["model"])
-        sections["image"] = ImageTowerConfig(**sections["image"])
-        sections["text"] = TextTowerConfig(**sections["text"])
-        sections["heads"] = HeadConfig(**sections["heads"])
-        return ModelConfig(**{**sections, "checkpoint": str(folder)})
+        kinds = {"image": ImageTowerConfig, "text": TextTowerConfig, "heads": HeadConfig}
+        sections = {name: kind(**description["model"][name]) for name, kind in kinds.items()}
+        return ModelConfig(**{**description["model"], **sections, "checkpoint": str(folder)})
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: model.json was written by another version of protoclip ({error})"
@@ -240,21 +213,16 @@ def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
 
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, or with some of them; None if intact."""
-    expected: dict[str, str] = {}
     try:
         expected = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
-        if names is None:
-            # Not OPTIMIZER: checkpoints of an earlier format are intact without it.
-            names = sorted({WEIGHTS, MODEL, RESUME, STATE} | expected.keys())
-        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            found = list(pool.map(file_checksum, [folder / name for name in names]))
+        # Not OPTIMIZER: checkpoints of an earlier format are intact without it.
+        for name in names or sorted({WEIGHTS, MODEL, RESUME, STATE} | expected.keys()):
+            if file_checksum(folder / name) != expected.get(name):
+                return f"{name} is not what was written: its checksum differs"
     except OSError as error:
         return f"{Path(error.filename or CHECKSUMS).name} cannot be read: {error.strerror}"
     except (ValueError, TypeError):
         return f"{CHECKSUMS} is damaged"
-    for name, value in zip(names, found, strict=True):
-        if expected.get(name) != value:
-            return f"{name} is not what was written: its checksum differs"
     return None
 
 
@@ -276,11 +244,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint's weights.
-
-    Raises:
-        ValueError: The file is damaged, or does not fit the model.
-    """
+    """A checkpoint's weights; raises `ValueError` if they are damaged or of another model."""
     weights = read_tensors(folder / WEIGHTS)
     own, found = (
         {name: tensor.shape for name, tensor in tensors.items()}

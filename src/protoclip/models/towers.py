@@ -19,11 +19,7 @@ TIMM_TRANSFORMERS = ("vit", "eva", "swin")
 
 
 def named_config(name: str) -> dict[str, Any]:
-    """open_clip's configuration of a model.
-
-    Raises:
-        ValueError: open_clip has no such model.
-    """
+    """open_clip's configuration of a model; raises `ValueError` if there is no such model."""
     if name not in open_clip.list_models():
         raise ValueError(
             f"model.name: open_clip has no model '{name}'; "
@@ -44,11 +40,7 @@ def tower_kind(name: str) -> Literal["transformer", "convolutional"]:
 
 
 def refuse_sigmoid(name: str) -> None:
-    """Refuse models whose logits have a bias, which only the sigmoid loss trains.
-
-    Raises:
-        ValueError: It is such a model, or open_clip has no model of that name.
-    """
+    """Refuse models whose logits have a bias, which only the sigmoid loss trains."""
     if "init_logit_bias" in named_config(name):
         raise ValueError(
             f"model.name: {name} needs the sigmoid loss of SigLIP, which is not here yet; choose a "
@@ -102,7 +94,7 @@ def named_towers(
         force_context_length=context_length,
     )
     if image_size is not None and hasattr(model.visual, "trunk"):
-        set_input_size(model.visual.trunk, image_size, name)  # type: ignore[arg-type]
+        set_input_size(model.visual.trunk, image_size, name)
     return model
 
 
@@ -110,8 +102,7 @@ def small_towers(config: ModelConfig) -> nn.Module:
     """A timm image model, projected to the joint width, and a small text transformer.
 
     Raises:
-        ValueError: timm has no such model, its patches do not divide the image size, or the heads
-            do not divide the width.
+        ValueError: timm has no such model, or the sizes do not fit.
     """
     image, text = config.image, config.text
     if image.name not in timm.list_models():
@@ -130,17 +121,16 @@ def small_towers(config: ModelConfig) -> nn.Module:
         ),
         CLIPTextCfg(context_length=length, width=text.width, heads=text.heads, layers=text.layers),
     )
-    set_input_size(model.visual.trunk, size, image.name)  # type: ignore[arg-type,union-attr]
+    set_input_size(model.visual.trunk, size, image.name)  # type: ignore[union-attr]
     return model
 
 
-def set_input_size(trunk: nn.Module, size: int, name: str) -> None:
+def set_input_size(trunk: Any, size: int, name: str) -> None:
     """Set the image size of a timm transformer; convolutional models take any size."""
-    if not hasattr(trunk, "set_input_size"):
-        return
-    patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
-    require_multiple(size, patch, name)
-    trunk.set_input_size(img_size=(size, size))  # type: ignore[operator]
+    if hasattr(trunk, "set_input_size"):
+        patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
+        require_multiple(size, patch, name)
+        trunk.set_input_size(img_size=(size, size))
 
 
 def require_multiple(size: int, patch: int, name: str) -> None:
@@ -166,12 +156,7 @@ def image_size(towers: nn.Module) -> int:
 
 
 class RememberingTokenizer:
-    """Remembers the tokens of captions, since training tokenizes the same captions repeatedly.
-
-    Args:
-        tokenizer: `list[str]` to `Int[b c]`.
-        capacity: Captions to remember; further ones are tokenized each time.
-    """
+    """Remembers the tokens of up to `capacity` captions, which training tokenizes repeatedly."""
 
     def __init__(self, tokenizer: Tokenizer, *, capacity: int = 100_000) -> None:
         self.tokenizer = tokenizer
@@ -199,11 +184,7 @@ def build_tokenizer(name: str | None, *, context_length: int | None = None) -> T
 
 
 class TokenCounter:
-    """Counts the tokens of captions, start and end included, before captions are cut.
-
-    Args:
-        name: An open_clip model name, or None for CLIP's tokenizer.
-    """
+    """Counts the tokens of captions before they are cut, start and end included."""
 
     def __init__(self, name: str | None) -> None:
         self.tokenizer = open_clip.get_tokenizer(name) if name else open_clip.SimpleTokenizer()
