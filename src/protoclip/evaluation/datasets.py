@@ -29,16 +29,6 @@ class EvaluationData:
     validation: ImageTextPairs
     test: ImageTextPairs
 
-    def __post_init__(self) -> None:
-        for pairs in (self.train, self.validation, self.test):
-            for column in ("concept", "label", "subgroup"):
-                missing = sum(value is None for value in pairs.column(column))
-                if missing:
-                    raise ValueError(
-                        f"{pairs.name}: column '{column}' is empty for {missing} samples; "
-                        "fill it or leave them out"
-                    )
-
     def split(self, name: str) -> ImageTextPairs:
         pairs: ImageTextPairs = getattr(self, name)
         return pairs

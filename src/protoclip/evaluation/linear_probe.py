@@ -86,8 +86,8 @@ def fit_linear_probes(
                 stacklevel=2,
             )
         unrotated = weights @ axes.T
-        fit = {"weights": unrotated, "bias": bias - unrotated @ centre}
-        probes.append(LinearProbe(**fit, classes=classes, gradient=gradient))
+        raw = {"weights": unrotated, "bias": bias - unrotated @ centre}
+        probes.append(LinearProbe(**raw, classes=classes, gradient=gradient))
     return probes
 
 

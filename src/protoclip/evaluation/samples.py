@@ -26,12 +26,9 @@ MEANS: dict[str, tuple[str, int | None]] = {
     "knn/acc1": ("knn_correct", None),
 }
 # Columns of the file beside `sample_id` and `kind`.
-IMAGE_COLUMNS = {
-    **dict.fromkeys(("zero_shot_rank", "zero_shot_subgroup_rank"), pa.int64()),
-    **dict.fromkeys(("image_to_text_rank", "cluster", "class"), pa.int64()),
-    **dict.fromkeys(("linear_probe_correct", "knn_correct"), pa.bool_()),
-}
-TEXT_COLUMNS = {"text_to_image_rank": pa.int64()}
+TEXT_COLUMNS = ("text_to_image_rank",)
+IMAGE_COLUMNS = tuple(dict.fromkeys(c for c, _ in MEANS.values() if c not in TEXT_COLUMNS))
+IMAGE_COLUMNS += ("cluster", "class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +62,11 @@ class SampleResults:
     def read(cls, path: Path) -> "SampleResults":
         """Read what `write` wrote; raises a `ValueError` if the file is damaged."""
 
-        def part(kind: str, kinds: Mapping[str, pa.DataType]) -> Columns:
-            rows = table.filter(pc.equal(table["kind"], kind))
-            kinds = {"sample_id": pa.string(), **kinds}
-            columns = {name: rows[name].cast(of) for name, of in kinds.items()}
-            if any(column.null_count for column in columns.values()):
+        def part(kind: str, names: tuple[str, ...]) -> Columns:
+            rows = table.filter(pc.equal(table["kind"], kind)).select(["sample_id", *names])
+            if any(column.null_count for column in rows.columns):
                 raise ValueError(f"{kind} results have gaps")
-            return {name: column.to_numpy() for name, column in columns.items()}
+            return {name: rows[name].to_numpy() for name in rows.column_names}
 
         try:
             table = pq.read_table(path)

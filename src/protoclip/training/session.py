@@ -181,7 +181,9 @@ class Session:
         every = self.config.run.evaluate_every
         if not every or state.episode % every:
             return {}
-        found = suite.evaluate(self.model, self.transform, self.tokenizer, split="validation", show=False)
+        found = suite.evaluate(
+            self.model, self.transform, self.tokenizer, split="validation", show=False
+        )
         metric = self.config.run.keep_best
         if metric is not None and (self.best is None or found[metric] > self.best[1]):
             self.best = (state.step, found[metric])

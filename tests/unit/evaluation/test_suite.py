@@ -148,12 +148,11 @@ def test_metrics_follow_from_the_results_of_samples(tiny):
 
 
 def test_equal_models_give_equal_numbers(tiny):
-    """With another global seed and other batches; another model does not."""
+    """With another global seed and other batches."""
     torch.manual_seed(0)
     first, _ = measure(Guesser(), tiny, batch_size=7)
     torch.manual_seed(1)
     assert measure(Guesser(), tiny, batch_size=64)[0] == first
-    assert measure(Oracle(), tiny)[0] != first
 
 
 def test_every_module_gets_its_mode_back(tiny):
@@ -166,18 +165,9 @@ def test_every_module_gets_its_mode_back(tiny):
     assert [module.training for module in model.modules()] == modes
     assert max(model.batch_sizes) == 50
     model.known = lambda concept, of_class: torch.full((len(concept), 52), math.nan)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"^tiny images: train: .* not finite; it has diverged$"):
         measure(model, tiny)
     assert [module.training for module in model.modules()] == modes
-
-
-def test_features_that_are_not_finite_are_refused(tiny):
-    """A diverged model is an error of one line that names the stage, not a score."""
-    model = Guesser()
-    model.table.data[0, 40, 1, 3] = math.nan  # one image of the test split
-    with pytest.raises(ValueError, match=r"tiny images: test: .* not finite") as error:
-        measure(model, tiny)
-    assert "\n" not in str(error.value)
 
 
 def test_retrieval_is_among_distinct_captions(tiny):
@@ -192,26 +182,15 @@ def test_retrieval_is_among_distinct_captions(tiny):
     assert distinct_captions(table) == (["a", "a"], ["x", "y"], [0, 1, 0])
 
 
-def replaced(pairs, column, values):
-    table = pairs.table
-    table = table.set_column(table.column_names.index(column), column, pa.array(values))
-    return ImageTextPairs(table, name=pairs.name)
-
-
 def test_concepts_of_equal_name_are_one_class(tiny):
     """Two equal classes would tie and score 0. The name speaks of 32 and of another class."""
-    labels = tiny.test.table["label"].to_pylist()
-    test = replaced(tiny.test, "label", ["name 32"] * (2 * STYLES) + labels[2 * STYLES :])
+    table = tiny.test.table
+    labels = ["name 32"] * (2 * STYLES) + table["label"].to_pylist()[2 * STYLES :]
+    table = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
+    test = ImageTextPairs(table, name="twins/test")
     data = EvaluationData(name="twins", train=tiny.train, validation=tiny.validation, test=test)
     metrics, _ = measure(Oracle(), data)
     assert metrics["eval/twins/zero_shot/acc1"] == pytest.approx(15 / 16)
-
-
-def test_missing_values_are_refused(tiny):
-    labels = tiny.test.table["label"].to_pylist()
-    test = replaced(tiny.test, "label", [None] * 2 + labels[2:])
-    with pytest.raises(ValueError, match="tiny/test: column 'label' is empty for 2 samples"):
-        EvaluationData(name="bad", train=tiny.train, validation=tiny.validation, test=test)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -241,7 +220,6 @@ def test_progress_counts_every_stage_to_its_end(tiny):
     measure(Oracle(), tiny, batch_size=20, report=lambda *call: calls.append(call))
     images = [call[1:] for call in calls if call[0] == "tiny images: train"]
     assert images == [(20, 72), (40, 72), (60, 72), (72, 72)]
-    assert ("tiny texts", 32, 32) in calls  # the test split's distinct captions
     metrics = [call[1:] for call in calls if call[0] == "tiny metrics"]
     assert metrics == [(done, 7) for done in range(1, 8)]
 
