@@ -60,7 +60,7 @@ def train() -> None:
 
     trainer = build.trainer(
         config,
-        model=loading.place(loading.model(config.model, seed=0), device),
+        model=loading.to_device(loading.model(config.model, seed=0), device),
         samples=sources.pairs(config),
         precision=resolve("auto", device),
         log=lambda state, metrics: None,

@@ -77,7 +77,7 @@ def one_checkpoint(model_name: str | None) -> tuple[float, float, float]:
         if model_name is not None:
             config = replace(config, model=ModelConfig(name=model_name))
         device = torch.device("cpu")
-        model = loading.place(loading.model(config.model, seed=0), device)
+        model = loading.to_device(loading.model(config.model, seed=0), device)
         samples = sources.pairs(config)
         skips = SkipLog(Path(folder) / "skipped.jsonl", max_share=1.0, at_least=1)
         beside = session.Session(

@@ -69,7 +69,7 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
     torch.set_flush_denormal(True)
     device = torch.device("cpu")
     with collectives.process_group(device):
-        model = loading.place(loading.model(config.model, seed=0), device)
+        model = loading.to_device(loading.model(config.model, seed=0), device)
         loading.parallelise(config, model)
         trainer = build.trainer(
             config,

@@ -129,7 +129,7 @@ def episode_seconds(
 
     trainer = build.trainer(
         config,
-        model=loading.place(loading.model(config.model, seed=0), device),
+        model=loading.to_device(loading.model(config.model, seed=0), device),
         samples=samples,
         precision=resolve(config.run.precision, device),
         log=log,

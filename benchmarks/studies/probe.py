@@ -27,19 +27,9 @@ def accuracies(folder: str) -> dict[str, list[float]]:
     data = datasets.emoji()
     model, transform, tokenizer = loading.load(folder)
     features = suite.extract(
-        model,
-        transform,
-        tokenizer,
-        data,
-        split="test",
-        device="cpu",
-        batch_size=256,
-        progress=lambda stage, done, total: None,
+        model, transform, tokenizer, data, split="test", report=lambda stage, done, total: None
     )
-    labels = {
-        split: suite.indices(data.split(split).column(data.class_column), data.classes())
-        for split in SPLITS
-    }
+    labels = {split: data.labels(split) for split in SPLITS}
     probes = fit_linear_probes(features.images["train"], labels["train"])
     return {
         split: [100 * probe.accuracy(features.images[split], labels[split]) for probe in probes]
@@ -55,7 +45,8 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     interval = paired.t_interval(found) if len(found) > 1 else None
     beyond = interval is not None and not interval[0] <= 0 <= interval[1]
     facts = {"mean": statistics.mean(found), "interval": interval, "beyond": beyond}
-    return "<br>" + compare.interval_text(facts, scale=1.0, digits=1)
+    shown = compare.cell({"mean": 0.0, "difference": facts}, scale=1.0, digits=1)
+    return "<br>" + shown.partition("\n")[2]
 
 
 def cell(values: list[float]) -> str:

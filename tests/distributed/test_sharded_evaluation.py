@@ -1,11 +1,11 @@
-"""An evaluation that is shared out over processes is the one that a single process makes."""
+"""An evaluation shared by several ranks is the one that a single process makes."""
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -14,25 +14,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import protoclip
 from protoclip.config import ParallelConfig
-from protoclip.data.emoji import emoji_table
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation import datasets, suite
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import SuiteFeatures
-from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
-from protoclip.training import session
 from protoclip.training.run import train
 
-# Batches of 8: 8 of the training pictures, 3 and 5 of the others; 2 of the captions, 1 of the
-# classes, which leaves some of four processes without one.
+# Batches of 8: 8 of the training images, 3 and 5 of the others; 2 of the captions, 1 of the
+# classes, which leaves a rank without one.
 SIZES = {"train": 60, "validation": 24, "test": 37}
-BATCH_SIZE = 8
-WORLD_SIZES = (1, 2, 4)
+Call = tuple[str, int, int]
 
 
 def tiny_data() -> EvaluationData:
@@ -50,11 +47,11 @@ def tiny_data() -> EvaluationData:
     return EvaluationData(name="tiny", **parts)
 
 
-class TinyModel(nn.Module):
-    """Two towers with weights of a seed; those of the image tower see every pixel."""
+class TinyModel(ProtoCLIP):
+    """Two towers with fixed weights; those of the image tower see every pixel."""
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.image_tower = nn.Sequential(
@@ -78,95 +75,55 @@ def tokens(texts: list[str]) -> Tensor:
     return torch.tensor([[ord(letter) for letter in text.ljust(20)] for text in texts])
 
 
-def extract() -> SuiteFeatures:
-    return suite.extract(
-        TinyModel().eval(),
-        transform,
-        tokens,
-        tiny_data(),
-        split="test",
-        device="cpu",
-        batch_size=BATCH_SIZE,
-        progress=lambda stage, done, total: None,
-    )
+def evaluated(
+    model: ProtoCLIP | None = None,
+) -> tuple[SuiteFeatures, dict[str, float], list[Call]]:
+    """Features, metrics, and what was reported of the progress."""
+    calls: list[Call] = []
+    data = tiny_data()
+    given: dict[str, Any] = {"split": "test", "report": lambda *call: calls.append(call)}
+    features = suite.extract(model or TinyModel(), transform, tokens, data, batch_size=8, **given)
+    return features, suite.measure(features, data, **given)[0], calls
 
 
-def evaluate(model: nn.Module | None = None, **settings: Any) -> dict[str, float]:
-    return suite.evaluate(
-        model or TinyModel(),
-        transform,
-        tokens,
-        tiny_data(),
-        device="cpu",
-        batch_size=BATCH_SIZE,
-        **settings,
-    )
-
-
-def evaluate_with_progress() -> tuple[dict[str, float], list[tuple[str, int, int]]]:
-    calls: list[tuple[str, int, int]] = []
-    return evaluate(progress=lambda *call: calls.append(call)), calls
-
-
-def test_features_have_the_same_bits_and_order_in_every_process() -> None:
-    """Of every split and text, whatever the number of processes; some have no batch of a kind."""
-    (alone,) = run_distributed(extract, 1)
+def test_every_rank_has_the_features_and_metrics_of_one_process() -> None:
+    """To the last bit and in the same order, with some ranks without a batch; progress rises to
+    each stage's end."""
+    ((alone, metrics, calls),) = run_distributed(evaluated, 1)
     assert {split: len(rows) for split, rows in alone.images.items()} == SIZES
-    for world_size in WORLD_SIZES[1:]:
-        for found in run_distributed(extract, world_size):
-            for split, rows in alone.images.items():
-                assert rows.dtype == torch.float32
-                assert torch.equal(found.images[split], rows)
-            assert torch.equal(found.captions, alone.captions)
-            assert torch.equal(found.names, alone.names)
-            assert torch.equal(found.classes, alone.classes)
-
-
-def test_metrics_are_equal_for_one_two_and_four_processes() -> None:
-    """Every process has all of them, equal to the last bit and in the same order, and only rank 0
-    shows progress, which rises to each stage's end."""
-    ((alone, shown_alone),) = run_distributed(evaluate_with_progress, 1)
-    assert len(alone) == 18
-    assert all(value == value for value in alone.values())
-    totals = {stage: total for stage, _, total in shown_alone}
-    for world_size in WORLD_SIZES[1:]:
-        answers = run_distributed(evaluate_with_progress, world_size)
-        for rank, (metrics, shown) in enumerate(answers):
-            assert metrics == alone
-            assert list(metrics) == list(alone)
-            assert bool(shown) == (rank == 0)
-        _, shown = answers[0]
+    assert len(metrics) == 18
+    totals = {stage: total for stage, _, total in calls}
+    for features, shared, shown in run_distributed(evaluated, 2):
+        for split, rows in alone.images.items():
+            assert torch.equal(features.images[split], rows)
+        for name in ("captions", "names", "classes"):
+            assert torch.equal(getattr(features, name), getattr(alone, name))
+        assert list(shared.items()) == list(metrics.items())
         assert {stage: total for stage, _, total in shown} == totals
         for stage, total in totals.items():
-            done = [call[1] for call in shown if call[0] == stage]
-            # The texts are shown a kind after the other under one name, each from the start.
-            assert done == sorted(done) or "texts" in stage
-            assert done[-1] == total
+            assert [done for name, done, _ in shown if name == stage][-1] == total
 
 
 class LastBatchFails(TinyModel):
-    """Not finite in one batch alone: the last of the training pictures, number 7, with 4 rows."""
+    """Not finite in one batch alone: the last of the training images, number 7, with 4 rows."""
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         features = super().encode_image(images)
         return features.log() if len(images) == 4 else features
 
 
-def evaluate_what_fails_in_one_process() -> tuple[str, list[int]]:
-    """The error here, and a collective afterwards: whether the processes are still in step."""
-    try:
-        evaluate(LastBatchFails())
-    except ValueError as error:
-        message = str(error)
-    return message, collectives.all_gather_object(collectives.rank())
+def evaluate_what_fails_on_one_rank() -> tuple[str, list[int]]:
+    """The error here, and a collective afterwards: whether the ranks are still in step."""
+    with pytest.raises(ValueError, match="finite") as error:
+        evaluated(LastBatchFails())
+    return str(error.value), collectives.all_gather_object(collectives.rank())
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_features_that_are_not_finite_are_refused_in_every_process(world_size: int) -> None:
-    """With the one message, though only the last process has met them; none is left waiting."""
-    for message, ranks in run_distributed(evaluate_what_fails_in_one_process, world_size):
+def test_features_that_are_not_finite_are_refused_on_every_rank() -> None:
+    """Though only the last rank has met them; none is left waiting."""
+    for message, ranks in run_distributed(evaluate_what_fails_on_one_rank, 2):
         assert message == "tiny images: train: the model's features are not finite; it has diverged"
-        assert ranks == list(range(world_size))
+        assert ranks == [0, 1]
 
 
 class Unsendable(Exception):
@@ -176,77 +133,35 @@ class Unsendable(Exception):
         super().__init__(f"{what} number {number}")
 
 
-ERRORS = {
-    "value": ValueError("one line"),
-    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    "file": FileNotFoundError(2, "No such file or directory", "picture.png"),
-    "other": Unsendable(7, "thing"),
-}
-
-
-def fail_in_one_metric(which: str) -> tuple[int, str, str]:
-    """The number of calls of the failing metric here, the error's class, and its message."""
-    calls = []
-
-    def fail(*arguments: Any, **settings: Any) -> dict[str, float]:
-        calls.append(which)
-        raise ERRORS[which]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "knn_predict", fail)
-        try:
-            evaluate()
-        except Exception as error:
-            return len(calls), type(error).__name__, str(error)
-    raise AssertionError("nothing was raised")
-
-
-@pytest.mark.parametrize(
-    ("which", "kind", "message"),
-    [
-        ("value", "RaisedOnAnotherRank", "one line"),
-        ("memory", "RuntimeError", "CUDA out of memory. Tried to allocate 2 GiB"),
-        ("file", "RaisedOnAnotherRank", "[Errno 2] No such file or directory: 'picture.png'"),
-        ("other", "RuntimeError", "Unsendable: thing number 7"),
-    ],
+ERRORS = (
+    ValueError("one line"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    FileNotFoundError(2, "No such file or directory", "image.png"),
+    Unsendable(7, "thing"),
 )
-def test_an_error_in_one_metric_is_raised_in_every_process(
-    which: str, kind: str, message: str
-) -> None:
-    """As it was in the process that computes the metric, and with its message in the others."""
-    answers = run_distributed(fail_in_one_metric, 2, which)
-    assert [calls for calls, _, _ in answers] == [1, 0]  # the fifth of the stages
-    own, other = ((kind_, message_) for _, kind_, message_ in answers)
-    assert own == (type(ERRORS[which]).__name__, str(ERRORS[which]))
-    assert other == (kind, message)
 
 
-def sharded_model() -> ProtoCLIP:
-    """A tiny model, of which each of several processes has a part."""
-    torch.manual_seed(0)
-    whole = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
-    if collectives.world_size() == 1:
-        return whole
-    model = copy.deepcopy(whole)
-    shard(model, torch.device("cpu"))
-    spread(model, whole if collectives.rank() == 0 else None)
-    return model
+def errors_in_one_metric() -> list[tuple[str, str]]:
+    """What is raised here for each error of the fifth stage, which rank 0 computes."""
+    found = []
+    for error in ERRORS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(suite, "knn_predict", Mock(side_effect=error))
+            with pytest.raises(Exception) as raised:  # noqa: PT011
+                evaluated()
+        found.append((type(raised.value).__name__, str(raised.value)))
+    return found
 
 
-def sharded_features(numbers: list[int]) -> list[Tensor]:
-    """Features of the first so many colours by an FSDP2 model, of which each process has a part."""
-    model = sharded_model()
-    return [
-        suite.encode(
-            model.encode_image,
-            lambda rows: torch.tensor(rows).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 2),
-            range(number),
-            stage="colours",
-            batch_size=2,
-            device="cpu",
-            progress=lambda stage, done, total: None,
-        )
-        for number in numbers
+def test_an_error_in_one_metric_is_raised_on_every_rank() -> None:
+    """Unchanged on the rank that computes the metric, and with its message on the others."""
+    own, other = run_distributed(errors_in_one_metric, 2)
+    assert own == [(type(error).__name__, str(error)) for error in ERRORS]
+    assert other == [
+        ("RaisedOnAnotherRank", "one line"),
+        ("RuntimeError", "CUDA out of memory. Tried to allocate 2 GiB"),
+        ("RaisedOnAnotherRank", "[Errno 2] No such file or directory: 'image.png'"),
+        ("RuntimeError", "Unsendable: thing number 7"),
     ]
 
 
@@ -263,55 +178,49 @@ class TinyTowers(nn.Module):
         return features
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_process_enters_every_pass_through_a_sharded_model(world_size: int) -> None:
-    """With no rows, fewer rows than processes, and a last round in which some have no batch."""
-    numbers = [0, 1, 3, 9, 10]
-    expected = run_distributed(sharded_features, 1, numbers)[0]
-    assert [len(rows) for rows in expected] == numbers
-    for found in run_distributed(sharded_features, world_size, numbers):
-        for rows, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(rows, wanted)
-
-
-def unreadable() -> str:
-    """What this process raises where a picture that another one has cannot be read."""
-    model = sharded_model()
+def encode(model: ProtoCLIP, number: int, broken: int | None = None) -> Tensor:
+    """Features of the first so many colours, of which one cannot be read."""
 
     def read(rows: Any) -> Tensor:
-        if 3 in rows:
-            raise OSError("picture 3: gone")
-        return torch.zeros(len(rows), 3, 1, 2)
+        if broken in rows:
+            raise OSError(f"image {broken}: gone")
+        return torch.tensor(rows).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 2)
 
-    with pytest.raises((OSError, ValueError)) as found:
-        suite.encode(
-            model.encode_image,
-            read,
-            range(8),
-            stage="colours",
-            batch_size=2,
-            device="cpu",
-            progress=lambda stage, done, total: None,
-        )
-    return str(found.value)
+    return suite.encode(
+        model.encode_image,
+        read,
+        range(number),
+        stage="colours",
+        batch_size=2,
+        device="cpu",
+        report=lambda stage, done, total: None,
+    )
 
 
-def test_a_picture_that_one_process_cannot_read_ends_all() -> None:
-    """Before the sharded pass, in which the others would wait for it."""
-    assert run_distributed(unreadable, 2) == ["picture 3: gone"] * 2
+def sharded_features(numbers: list[int]) -> tuple[list[Tensor], str]:
+    """Features by a model of which each rank has a shard, and the error for an unreadable image."""
+    torch.manual_seed(0)
+    model = whole = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
+    if collectives.world_size() > 1:
+        model = copy.deepcopy(whole)
+        shard(model, torch.device("cpu"))
+        spread(model, whole if collectives.rank() == 0 else None)
+    found = [encode(model, number) for number in numbers]
+    with pytest.raises((OSError, ValueError)) as error:
+        encode(model, 8, broken=3)
+    return found, str(error.value)
 
 
-def with_few_emoji(call: Callable[[], Any]) -> Any:
-    """The evaluation data cut to every twentieth sample meanwhile."""
-    parts = {}
-    for split in datasets.SPLITS:
-        table = emoji_table(split)
-        rows = list(range(0, table.num_rows, 20))
-        parts[split] = ImageTextPairs(table.take(rows), name=f"emoji/{split}")
-    few = EvaluationData(name="emoji", **parts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "emoji", lambda: few)
-        return call()
+def test_every_rank_enters_every_forward_of_a_sharded_model() -> None:
+    """With no rows, with fewer batches than ranks, and with a last round in which one rank has no
+    batch. An image that one rank cannot read ends all before the forward."""
+    numbers = [0, 1, 3, 9, 10]
+    ((expected, _),) = run_distributed(sharded_features, 1, numbers)
+    assert [len(rows) for rows in expected] == numbers
+    for found, error in run_distributed(sharded_features, 2, numbers):
+        for rows, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(rows, wanted)
+        assert error == "image 3: gone"
 
 
 def trained(strategy: Literal["ddp", "fsdp"], out: str) -> dict[str, float]:
@@ -323,25 +232,24 @@ def trained(strategy: Literal["ddp", "fsdp"], out: str) -> dict[str, float]:
         episodes=replace(config.episodes, count=2, size=16, locked_image=0),
         prototypes=replace(config.prototypes, number=4),
     )
-    found: dict[str, float] = with_few_emoji(lambda: train(config)["metrics"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "emoji", tiny_data)
+        found: dict[str, float] = train(config)["metrics"]
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 2), ("fsdp", 4)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_evaluates_as_one_process_does(
-    strategy: Literal["ddp", "fsdp"], world_size: int, tmp_path: Path
+    strategy: Literal["ddp", "fsdp"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """During training, which goes on after it, and at the end, as its checkpoint scores alone."""
-    out = str(tmp_path / "run")
-    answers = run_distributed(trained, world_size, strategy, out)
-    model, image_transform, tokenizer = loading.load(out)
-    alone = with_few_emoji(
-        lambda: session.evaluate(model, image_transform, tokenizer, split="test", show=False)
-    )
+    first, second = run_distributed(trained, 2, strategy, str(tmp_path))
+    monkeypatch.setattr(datasets, "emoji", tiny_data)
+    alone = suite.evaluate(*protoclip.load(tmp_path), split="test", show=False)
     assert len(alone) == 18
-    assert [found == answers[0] for found in answers] == [True] * world_size
+    assert first == second
     # Filters in another order in memory change the last digits.
-    assert answers[0] == pytest.approx(alone, abs=1e-6)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert first == pytest.approx(alone, abs=1e-6)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert sum(any(name.startswith("eval/") for name in line) for line in lines) == 2

@@ -1,4 +1,4 @@
-"""BatchNorm over processes: every layer of real towers, with the result of one process."""
+"""BatchNorm over ranks: every layer of real towers, with the result of one process."""
 
 from dataclasses import replace
 
@@ -36,8 +36,8 @@ def test_every_batch_norm_of_a_tower_is_converted(name: str, number: int) -> Non
     assert synchronise(tower) == number  # and again changes nothing
 
 
-def test_a_batch_norm_of_unknown_meaning_is_refused() -> None:
-    """Rather than left as it is, or made another."""
+def test_a_batch_norm_that_computes_something_else_is_refused() -> None:
+    """It is neither left unsynchronised nor turned into another layer."""
 
     class Doubled(nn.BatchNorm2d):
         def forward(self, input: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def test_a_batch_norm_of_unknown_meaning_is_refused() -> None:
 
 
 def through_tower(images: Tensor, converted: bool) -> dict[str, Tensor]:
-    """What training and evaluation make of this process's part of a batch, and of gradients."""
+    """Outputs, gradients and statistics for this rank's part of a batch."""
     torch.manual_seed(0)
     tower = timm.create_model("mobilenetv3_small_050", num_classes=0).double()
     if converted:
@@ -68,7 +68,7 @@ def through_tower(images: Tensor, converted: bool) -> dict[str, Tensor]:
     }
 
 
-def test_a_converted_tower_in_two_processes_is_the_plain_one_on_the_whole_batch() -> None:
+def test_a_converted_tower_on_two_ranks_equals_the_plain_one_on_the_whole_batch() -> None:
     """In float64: training and evaluation, all gradients, and running statistics."""
     images = torch.randn(8, 3, 64, 64, dtype=torch.float64)
     expected = through_tower(images, False)
@@ -98,10 +98,10 @@ def notes(name: str, parallel: ParallelConfig) -> list[str]:
         ("resnet10t", {}, []),
     ],
 )
-def test_the_number_of_layers_is_said_at_the_start(
+def test_the_number_of_synchronised_layers_is_noted(
     tower: str, parallel: dict, expected: list[str]
 ) -> None:
-    """Of the towers, where they were to be synchronised; also that there are none."""
+    """Of the towers, if they are to be synchronised; also that there are none."""
     for found in run_distributed(notes, 2, tower, ParallelConfig(**parallel)):
         assert len(found) == len(expected)
         assert all(map(str.startswith, found, expected)), found

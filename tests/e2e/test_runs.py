@@ -329,7 +329,7 @@ def test_train_evaluate_and_compare_from_the_command_line(
     assert (difference["kind"], difference["n"]) == ("bootstrap", len(few_emoji.test))
     written = Path("a0/results/emoji-validation.parquet")
     main(["evaluate", "a0", "--split", "validation", "--json"])
-    assert len(SampleResults.read(written).image_ids) == len(few_emoji.validation)
+    assert len(SampleResults.read(written).images["sample_id"]) == len(few_emoji.validation)
     capsys.readouterr()
     main(["compare", "a0", "a1", "b0"])
     table = capsys.readouterr().out

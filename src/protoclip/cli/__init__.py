@@ -33,11 +33,11 @@ from protoclip.config import (
 )
 from protoclip.distributed import collectives
 from protoclip.evaluation import compare as comparison
+from protoclip.evaluation.suite import evaluate as run_evaluation
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.training.health import out_of_memory
 from protoclip.training.run import train as run_training
-from protoclip.training.session import evaluate as run_evaluation
 
 # Seconds that other processes wait for the first one to tell what is wrong with the command.
 FIRST_SPEAKS = 5.0
@@ -105,7 +105,7 @@ def evaluate(
     with collectives.process_group(device):
         model, transform, tokenizer = collectives.raise_on_all_ranks(lambda: loading.load(path))
         metrics = run_evaluation(
-            loading.place(model, device),
+            loading.to_device(model, device),
             transform,
             tokenizer,
             split=split,

@@ -17,6 +17,7 @@ from protoclip.distributed import collectives
 from protoclip.distributed.collectives import process_group, raise_on_all_ranks, rank
 from protoclip.files import to_json
 from protoclip.models import loading
+from protoclip.models.towers import TokenCounter
 from protoclip.progress import duration
 from protoclip.teachers.encode import embed_teacher
 
@@ -46,7 +47,7 @@ def inspect(
     pairs, notes = opened(source, data, seed=seed)
     found = inspection.inspect(
         pairs,
-        count_tokens=loading.token_counter(model),
+        count_tokens=TokenCounter(model.name),
         context_length=loading.context_length(model),
         samples=samples,
         seed=seed,

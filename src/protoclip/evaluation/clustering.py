@@ -1,6 +1,7 @@
-"""How well K-means of the features finds the classes again."""
+"""How well K-means clusters of the features agree with the classes."""
 
-import numpy.typing as npt
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
@@ -9,61 +10,23 @@ from torch import Tensor
 from protoclip.prototypes.kmeans import kmeans
 
 
-def agreement(classes: npt.ArrayLike, clusters: npt.ArrayLike) -> dict[str, float]:
-    """How well two partitions of the same samples agree; only equality of entries matters.
+def clustering(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], *, restarts: int = 10, seed: int = 0
+) -> dict[str, Any]:
+    """Cluster the rows by K-means, with as many clusters as classes, and compare with the classes.
+
+    Starts are random rows, as in published evaluations; the lowest inertia of all restarts wins.
 
     Returns:
-        `ami`, the adjusted mutual information (Vinh et al. 2010, arithmetic mean), and `ari`, the
-        adjusted Rand index (Hubert and Arabie 1985): 1 for equal partitions, 0 expected by chance.
+        `cluster`, the cluster of each row; `ami`, the adjusted mutual information (Vinh et al.
+        2010, arithmetic mean), and `ari`, the adjusted Rand index (Hubert and Arabie 1985): 1 for
+        clusters that are the classes, 0 by chance.
     """
+    k = len(torch.unique(labels))
+    found = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=seed)
+    partitions = labels.numpy(), found.assignments.numpy()
     return {
-        "ami": float(adjusted_mutual_info_score(classes, clusters)),
-        "ari": float(adjusted_rand_score(classes, clusters)),
+        "cluster": found.assignments,
+        "ami": float(adjusted_mutual_info_score(*partitions)),
+        "ari": float(adjusted_rand_score(*partitions)),
     }
-
-
-def class_clusters(
-    features: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    *,
-    seed: int = 0,
-    iterations: int = 100,
-    restarts: int = 10,
-) -> Int[Tensor, " n"]:
-    """K-means of the rows, with as many clusters as there are classes; on the CPU.
-
-    Of the restarts the clustering with the lowest inertia is taken, which looks at no label.
-
-    Args:
-        features: Rows to cluster, finite.
-        labels: Class of each row; only their number matters.
-        seed: Seed of the starts of K-means.
-        iterations: Most Lloyd iterations a start.
-        restarts: Number of random starts.
-
-    Raises:
-        ValueError: There is no row, or features are not finite.
-    """
-    if len(features) == 0:
-        raise ValueError("clustering needs a sample")
-    return kmeans(
-        features,
-        len(torch.unique(labels)),
-        iterations=iterations,
-        restarts=restarts,
-        init="random",  # restarts differ most, and it is what others evaluate with
-        seed=seed,
-    ).assignments.cpu()
-
-
-def clustering_agreement(
-    features: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    *,
-    seed: int = 0,
-    iterations: int = 100,
-    restarts: int = 10,
-) -> dict[str, float]:
-    """`agreement` between the classes and `class_clusters`, whose arguments it takes."""
-    clusters = class_clusters(features, labels, seed=seed, iterations=iterations, restarts=restarts)
-    return agreement(labels.cpu().numpy(), clusters.numpy())

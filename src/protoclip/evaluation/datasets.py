@@ -1,8 +1,13 @@
 """Data sets that models are evaluated on."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from protoclip.data.emoji import emoji_table
 from protoclip.data.pairs import ImageTextPairs
@@ -12,54 +17,49 @@ SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validati
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationData:
-    """One data set in three splits, and which of its columns say what.
+    """One data set in three splits.
 
-    Raises:
-        ValueError: A split lacks one of the columns, or a value in it.
+    Columns: `concept`, which relates images and captions in retrieval; `label`, the concept's name,
+    which zero-shot classification chooses; and `subgroup`, a coarser class that all splits share,
+    for the linear probe, kNN and clustering.
     """
 
     name: str
     train: ImageTextPairs
     validation: ImageTextPairs
     test: ImageTextPairs
-    group_column: str = "concept"
-    """Pictures and captions of an equal concept are relevant to each other in retrieval."""
-    name_column: str = "label"
-    """Name of the concept: what zero-shot classification chooses from."""
-    class_column: str = "subgroup"
-    """Coarser class that all splits share: linear probe, nearest neighbours, clustering."""
-
-    def __post_init__(self) -> None:
-        for split in SPLITS:
-            pairs = self.split(split)
-            for column in (self.group_column, self.name_column, self.class_column):
-                missing = sum(value is None for value in pairs.column(column))
-                if missing:
-                    raise ValueError(
-                        f"{pairs.name}: column '{column}' is empty for {missing} samples; "
-                        "fill it or leave them out"
-                    )
 
     def split(self, name: str) -> ImageTextPairs:
-        """The pairs of `train`, `validation` or `test`.
-
-        Raises:
-            ValueError: No such split.
-        """
-        if name not in SPLITS:
-            raise ValueError(f"split={name!r}: choose one of {', '.join(SPLITS)}")
         pairs: ImageTextPairs = getattr(self, name)
         return pairs
 
     def classes(self) -> list[str]:
-        """The values of the class column over all splits, sorted."""
-        return sorted({v for split in SPLITS for v in self.split(split).column(self.class_column)})
+        """The distinct classes over all splits, sorted."""
+        return sorted({value for split in SPLITS for value in self.split(split).column("subgroup")})
+
+    def labels(self, split: str) -> Int[Tensor, " n"]:
+        """The class of each pair of a split, as a position in `classes()`."""
+        return positions(self.split(split).column("subgroup"), self.classes())
+
+
+def positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
+    """Where each value stands in a list of distinct ones."""
+    position = {value: index for index, value in enumerate(among)}
+    return torch.tensor([position[value] for value in values])
+
+
+def distinct_captions(pairs: ImageTextPairs) -> tuple[list[str], list[str], list[int]]:
+    """The distinct captions of each concept, their concepts, and the caption number of each row."""
+    number: dict[tuple[str, str], int] = {}
+    of_row = [
+        number.setdefault((pairs.caption(row), concept), len(number))
+        for row, concept in enumerate(pairs.column("concept"))
+    ]
+    return [caption for caption, _ in number], [concept for _, concept in number], of_row
 
 
 @cache
 def emoji() -> EvaluationData:
-    """The bundled emoji: art of seven styles, split by concept family."""
-    train, validation, test = (
-        ImageTextPairs(emoji_table(split), name=f"emoji/{split}") for split in SPLITS
-    )
-    return EvaluationData(name="emoji", train=train, validation=validation, test=test)
+    """The bundled emoji, drawn in seven styles and split by concept family."""
+    splits = {split: ImageTextPairs(emoji_table(split), name=f"emoji/{split}") for split in SPLITS}
+    return EvaluationData(name="emoji", **splits)

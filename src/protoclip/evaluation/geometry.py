@@ -6,52 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
-def uniformity(features: Float[Tensor, "n d"], *, chunk_elements: int = 4_000_000) -> float:
-    """Log of the mean of `exp(-2 |x - x'|^2)` over pairs of different rows (Wang and Isola 2020).
-
-    0 when all rows coincide; lower when they spread, at most -8 on the unit sphere.
-
-    Args:
-        features: Unit-norm rows, at least two.
-        chunk_elements: Most distances held at once.
-
-    Raises:
-        ValueError: Fewer than two rows, so there is no pair.
-    """
-    count = len(features)
-    if count < 2:
-        raise ValueError(f"uniformity needs two samples or more, not {count}")
-    features = features.float()
-    norms = features.square().sum(dim=1)
-    rows = max(1, chunk_elements // count)
-    total = 0.0
-    for start in range(0, count, rows):
-        chunk = features[start : start + rows]
-        distances = norms[start : start + rows, None] + norms - 2 * chunk @ features.T
-        kernel = (-2 * distances.clamp(min=0)).exp()
-        kernel.diagonal(offset=start).zero_()  # a row's pair with itself
-        total += float(kernel.sum(dtype=torch.float64))
-    return math.log(total / (count * (count - 1)))
+from protoclip.evaluation import retrieval
 
 
 def modality_gap(
-    image_features: Float[Tensor, "n d"],
-    text_features: Float[Tensor, "n d"],
-    *,
-    chunk_elements: int = 4_000_000,
+    image_features: Float[Tensor, "n d"], text_features: Float[Tensor, "n d"]
 ) -> dict[str, float]:
-    """How far the modalities lie no_sync, and how each spreads.
-
-    Args:
-        image_features: Unit-norm image features; row `i` pairs with text row `i`.
-        text_features: Unit-norm text features.
-        chunk_elements: Most distances held at once.
+    """How far apart the modalities lie, and how far each spreads, from unit-norm pairs of rows.
 
     Returns:
         `gap`: distance between the mean image and the mean text, in [0, 2] (Liang et al. 2022);
         `alignment`: mean squared distance of a pair, in [0, 4] (Wang and Isola 2020);
-        `uniformity_image` and `uniformity_text`: see `uniformity`, in [-8, 0].
+        `uniformity_image` and `uniformity_text`: see `uniformity`.
 
     Raises:
         ValueError: Fewer than two pairs.
@@ -60,6 +26,27 @@ def modality_gap(
     return {
         "gap": float((images.mean(dim=0) - texts.mean(dim=0)).norm()),
         "alignment": float((images - texts).square().sum(dim=1).mean()),
-        "uniformity_image": uniformity(image_features, chunk_elements=chunk_elements),
-        "uniformity_text": uniformity(text_features, chunk_elements=chunk_elements),
+        "uniformity_image": uniformity(image_features),
+        "uniformity_text": uniformity(text_features),
     }
+
+
+def uniformity(features: Float[Tensor, "n d"]) -> float:
+    """Log of the mean of `exp(-2 |x - x'|^2)` over pairs of different rows (Wang and Isola 2020).
+
+    In [-8, 0] for unit-norm rows: 0 when all rows coincide, lower when they spread.
+    """
+    count = len(features)
+    if count < 2:
+        raise ValueError(f"uniformity needs two samples or more, not {count}")
+    features = features.float()
+    norms = features.square().sum(dim=1)
+    rows = max(1, retrieval.CHUNK // count)
+    total = 0.0
+    for start in range(0, count, rows):
+        chunk = features[start : start + rows]
+        distances = norms[start : start + rows, None] + norms - 2 * chunk @ features.T
+        kernel = (-2 * distances.clamp(min=0)).exp()
+        kernel.diagonal(offset=start).zero_()  # leave out each row's pair with itself
+        total += float(kernel.sum(dtype=torch.float64))
+    return math.log(total / (count * (count - 1)))

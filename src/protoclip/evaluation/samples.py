@@ -1,7 +1,4 @@
-"""What an evaluation found of each sample: kept, so that two models can be compared later.
-
-A metric that is a mean over samples can be resampled from these; so can the agreement of clusters.
-"""
+"""The results of each test sample, kept on disk so that two models can be compared later."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,99 +8,71 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-# Columns of the file, beside `sample_id`. Ranks are zero-based; clusters and classes are names.
-IMAGE_COLUMNS = {
-    "zero_shot_rank": pa.int32(),
-    "zero_shot_subgroup_rank": pa.int32(),
-    "image_to_text_rank": pa.int32(),
-    "linear_probe_correct": pa.bool_(),
-    "knn_correct": pa.bool_(),
-    "cluster": pa.int32(),
-    "class": pa.int32(),
-}
-TEXT_COLUMNS = {"text_to_image_rank": pa.int32()}
-# The column that each metric is computed from: the share of ranks below k, or the mean.
-RANKS = {
-    "zero_shot/acc": "zero_shot_rank",
-    "zero_shot_subgroup/acc": "zero_shot_subgroup_rank",
-    "retrieval/image_to_text@": "image_to_text_rank",
-    "retrieval/text_to_image@": "text_to_image_rank",
-}
-MEANS = {"linear_probe/acc1": "linear_probe_correct", "knn/acc1": "knn_correct"}
+from protoclip.files import replacing
 
-Column = npt.NDArray[Any]
+Columns = Mapping[str, npt.NDArray[Any]]
+
+# Metrics that are means over samples: the column, and the `k` below which a rank counts as right.
+# Ranks count from zero.
+MEANS: dict[str, tuple[str, int | None]] = {
+    **{f"zero_shot/acc{k}": ("zero_shot_rank", k) for k in (1, 5)},
+    **{f"zero_shot_subgroup/acc{k}": ("zero_shot_subgroup_rank", k) for k in (1, 5)},
+    **{f"retrieval/image_to_text@{k}": ("image_to_text_rank", k) for k in (1, 5, 10)},
+    **{f"retrieval/text_to_image@{k}": ("text_to_image_rank", k) for k in (1, 5, 10)},
+    "linear_probe/acc1": ("linear_probe_correct", None),
+    "knn/acc1": ("knn_correct", None),
+}
+# Columns of the file beside `sample_id` and `kind`.
+TEXT_COLUMNS = ("text_to_image_rank",)
+IMAGE_COLUMNS = tuple(dict.fromkeys(c for c, _ in MEANS.values() if c not in TEXT_COLUMNS))
+IMAGE_COLUMNS += ("cluster", "class")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleResults:
-    """Results of each image and each text of a split.
+    """Results of each image and each distinct caption of a split, by column."""
 
-    Attributes:
-        image_ids: `(n,)` ids of the images.
-        text_ids: `(t,)` what names each distinct caption.
-        columns: By the names above: `(n,)`, or `(t,)` for those of texts.
-    """
+    images: Columns
+    texts: Columns
 
-    image_ids: list[str]
-    text_ids: list[str]
-    columns: Mapping[str, Column]
+    def rows(self, metric: str) -> Columns:
+        """The results that a metric is computed from."""
+        return self.texts if "text_to_image" in metric else self.images
 
-    def values(self, metric: str) -> tuple[list[str], npt.NDArray[np.float64]] | None:
-        """Ids and values whose mean the metric is, such as `knn/acc1`; None if it is no mean."""
-        if metric in MEANS:
-            return self.image_ids, self.columns[MEANS[metric]].astype(np.float64)
-        name = metric.rstrip("0123456789")
-        k = metric.removeprefix(name)
-        if name not in RANKS or not 0 < len(k) < 10:
-            return None
-        column = RANKS[name]
-        ids = self.text_ids if column in TEXT_COLUMNS else self.image_ids
-        return ids, (self.columns[column] < int(k)).astype(np.float64)
+    def values(self, metric: str) -> npt.NDArray[np.float64]:
+        """Whether each sample is right, 0 or 1; their mean is the metric, which is in `MEANS`."""
+        column, k = MEANS[metric]
+        found = self.rows(metric)[column]
+        return (found if k is None else found < k).astype(np.float64)
 
     def write(self, path: Path) -> None:
-        """A Parquet file with a row an image, then a row a text; it appears whole or not at all."""
-        number, texts = len(self.image_ids), len(self.text_ids)
-        columns = {"sample_id": pa.array([*self.image_ids, *self.text_ids], pa.string())}
-        columns["kind"] = pa.array(["image"] * number + ["text"] * texts)
-        for name, kind in IMAGE_COLUMNS.items():
-            found = pa.array(self.columns[name], kind)
-            columns[name] = pa.concat_arrays([found, pa.nulls(texts, kind)])
-        for name, kind in TEXT_COLUMNS.items():
-            found = pa.array(self.columns[name], kind)
-            columns[name] = pa.concat_arrays([pa.nulls(number, kind), found])
+        """Write a Parquet file: one row an image, then one row a text."""
+        tables = [
+            pa.table({"kind": [kind] * len(columns["sample_id"]), **columns})
+            for kind, columns in (("image", self.images), ("text", self.texts))
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.tmp")
-        pq.write_table(pa.table(columns), scratch, compression="zstd")
-        scratch.replace(path)
+        with replacing(path) as temporary:
+            pq.write_table(pa.concat_tables(tables, promote_options="default"), temporary)
 
     @classmethod
     def read(cls, path: Path) -> "SampleResults":
-        """What `write` wrote.
+        """Read what `write` wrote; raises a `ValueError` if the file is damaged."""
 
-        Raises:
-            ValueError: The file is something else, or damaged.
-        """
+        def part(kind: str, names: tuple[str, ...]) -> Columns:
+            rows = table.filter(pc.equal(table["kind"], kind)).select(["sample_id", *names])
+            if any(column.null_count for column in rows.columns):
+                raise ValueError(f"{kind} results have gaps")
+            return {name: rows[name].to_numpy() for name in rows.column_names}
+
         try:
             table = pq.read_table(path)
-            text = np.asarray(table["kind"].to_pylist()) == "text"
-            ids = table["sample_id"].cast(pa.string())
-            parts = {False: table.filter(pa.array(~text)), True: table.filter(pa.array(text))}
-            columns = {}
-            for names, is_text in ((IMAGE_COLUMNS, False), (TEXT_COLUMNS, True)):
-                for name, kind in names.items():
-                    column = parts[is_text][name].cast(kind)
-                    if column.null_count:
-                        raise ValueError(f"column {name} has gaps")
-                    columns[name] = column.to_numpy()
-            return cls(
-                image_ids=ids.filter(pa.array(~text)).to_pylist(),
-                text_ids=ids.filter(pa.array(text)).to_pylist(),
-                columns=columns,
-            )
+            return cls(images=part("image", IMAGE_COLUMNS), texts=part("text", TEXT_COLUMNS))
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
             raise ValueError(
-                f"{path}: not the results of an evaluation; remove it to do without "
+                f"{path}: not the results of an evaluation; delete it to compare without it "
                 f"({' '.join(str(error).split())})"
             ) from error

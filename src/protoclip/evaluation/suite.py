@@ -1,18 +1,18 @@
 """The evaluation suite: every metric of one model on one data set."""
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed.collectives import (
     all_gather,
     all_gather_object,
@@ -20,199 +20,144 @@ from protoclip.distributed.collectives import (
     rank,
     world_size,
 )
-from protoclip.evaluation.clustering import agreement, class_clusters
-from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation import datasets
+from protoclip.evaluation.clustering import clustering
+from protoclip.evaluation.datasets import EvaluationData, distinct_captions, positions
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
-from protoclip.evaluation.retrieval import best_relevant_rank, share_within
-from protoclip.evaluation.samples import SampleResults
+from protoclip.evaluation.retrieval import best_relevant_rank
+from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, TEXT_COLUMNS, SampleResults
 from protoclip.evaluation.zero_shot import class_features, zero_shot_ranks
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.progress import Progress
 
-ZERO_SHOT_KS = (1, 5)
-RETRIEVAL_KS = (1, 5, 10)
+# Metrics that one stage of `measure` computes as a whole, beside the means over samples.
+SCORES = {
+    "clustering": ("ami", "ari"),
+    "modality_gap": ("gap", "alignment", "uniformity_image", "uniformity_text"),
+}
 
-Progress = Callable[[str, int, int], None]
 Item = TypeVar("Item")
-# The metrics of a stage by name, and what each sample has by column of `SampleResults`.
-Measured = tuple[dict[str, float], dict[str, Tensor]]
+Report = Callable[[str, int, int], None]  # a stage, how much of it is done, and its total
+Transform = Callable[[Image.Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
 
 
-@runtime_checkable
-class ImageTextModel(Protocol):
-    """What the suite asks of a model: a module with the two encoders."""
-
-    def encode_image(self, images: Tensor, normalize: bool = ...) -> Tensor: ...
-    def encode_text(self, tokens: Tensor, normalize: bool = ...) -> Tensor: ...
-    def eval(self) -> Any: ...
-    def modules(self) -> Iterator[nn.Module]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuiteFeatures:
-    """All that the metrics need of a model; unit-norm rows on the CPU."""
-
-    images: Mapping[str, Float[Tensor, "_ d"]]
-    """By split: `train`, `validation` and the split that is measured."""
-    captions: Float[Tensor, "t d"]
-    """Of the held-out split's distinct captions."""
-    names: Float[Tensor, "c d"]
-    """Class features of the held-out split's concept names."""
-    classes: Float[Tensor, "k d"]
-    """Class features of the data set's class names."""
+def metric_names(data: str) -> list[str]:
+    """The keys of `evaluate` on a data set of that name, in their order."""
+    scores = [f"{stage}/{name}" for stage, names in SCORES.items() for name in names]
+    return [f"eval/{data}/{metric}" for metric in (*MEANS, *scores)]
 
 
 def evaluate(
-    model: ImageTextModel,
-    image_transform: Callable[[Image.Image], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    data: EvaluationData,
+    model: ProtoCLIP,
+    transform: Transform,
+    tokenizer: Tokenizer,
     *,
-    split: str = "test",
-    device: torch.device | str,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: Progress | None = None,
+    split: Literal["validation", "test"],
+    show: bool = True,
+    samples_to: Path | None = None,
 ) -> dict[str, float]:
-    """The metrics of `evaluate_samples`, which has the same arguments, without its samples."""
-    return evaluate_samples(
-        model,
-        image_transform,
-        tokenizer,
-        data,
-        split=split,
-        device=device,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )[0]
+    """Measure a model on the bundled data's held-out concepts.
 
-
-def evaluate_samples(
-    model: ImageTextModel,
-    image_transform: Callable[[Image.Image], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    data: EvaluationData,
-    *,
-    split: str = "test",
-    device: torch.device | str,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[dict[str, float], SampleResults]:
-    """Measure a model on a held-out split: the metrics, and what was found of each sample.
-
-    | key after `eval/<data>/` | what |
+    | key after `eval/emoji/` | what |
     |---|---|
-    | `zero_shot/acc{1,5}` | a picture's concept among the concept names of the split |
+    | `zero_shot/acc{1,5}` | an image's concept among the concept names of the split |
     | `zero_shot_subgroup/acc{1,5}` | its class among the class names of the data set |
     | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's distinct captions |
     | `linear_probe/acc1`, `knn/acc1` | its class, learnt from the image features of `train` |
     | `clustering/{ami,ari}` | K-means of the image features against the classes |
     | `modality_gap/{gap,alignment,uniformity_image,uniformity_text}` | geometry of the pairs |
 
-    Concepts of an equal name are one class. Prompts are the bare names, and class names with
-    spaces for hyphens. Fractions are 0-1. Equal inputs give equal results on one machine.
-
-    Collective where several processes train: each holds the same model and calls this with the same
-    arguments. They share out the batches and the metrics, and each returns all of them, with the
-    bits that one process alone would get.
+    Prompts are the bare names. Accuracies are fractions from 0 to 1. All ranks call this with the
+    same arguments, share the work, and return the same bits that one process would.
 
     Args:
-        model: On `device`. It is in evaluation mode meanwhile; the mode of each of its modules is
-            restored.
-        image_transform: Evaluation view of a picture, `(3, h, w)`.
-        tokenizer: Tokens of a list of strings, `(b, c)`.
-        data: The data set.
+        model: Runs on its own device, in evaluation mode; each module's mode is restored.
+        transform: The evaluation transform: a PIL image to `(3, h, w)`.
+        tokenizer: Captions to tokens `(b, c)`.
         split: `test`, with the linear probe's strength chosen on `validation`; or `validation` for
-            everything, where the probe is optimistic: for tuning only.
-        device: Where the towers run, of which each process has its own. The metrics are computed on
-            the CPU.
-        batch_size: Pictures or texts of a forward pass.
-        seed: Seed of the clustering's starts.
-        progress: Called with a stage, and how much of how much of it is done; by rank 0 alone,
-            whose share stands for all.
+            tuning, where the probe is optimistic.
+        show: Show progress.
+        samples_to: Folder for the results of each sample; only a warning if it cannot be written.
 
     Raises:
-        ValueError: A setting out of range, or features that are not finite; in every process.
+        ValueError: The model's features are not finite; on every rank.
     """
-    if split not in ("validation", "test") or batch_size < 1:
-        raise ValueError(
-            f"split={split!r}, batch_size={batch_size}: choose 'validation' or 'test', and >= 1"
+    data = datasets.emoji()
+    bars: dict[str, Progress] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if show and rank() == 0:
+            bars.setdefault(stage, Progress(f"evaluate: {stage}", total)).update(done)
+
+    features = extract(model, transform, tokenizer, data, split=split, report=report)
+    metrics, samples = measure(features, data, split=split, report=report)
+    if samples_to is not None and rank() == 0:
+        path = samples_to / f"{data.name}-{split}.parquet"
+        try:
+            samples.write(path)
+        except OSError as error:
+            print(f"warning: {path}: not written ({error})", file=sys.stderr)
+    return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteFeatures:
+    """Unit-norm features on the CPU, from which all metrics are computed."""
+
+    images: Mapping[str, Float[Tensor, "_ d"]]  # by split: train, validation, the measured one
+    captions: Float[Tensor, "t d"]  # distinct captions of the measured split
+    names: Float[Tensor, "c d"]  # class features of its concept names
+    classes: Float[Tensor, "k d"]  # class features of the data set's class names
+
+
+def extract(
+    model: ProtoCLIP,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    data: EvaluationData,
+    *,
+    split: str,
+    batch_size: int = 256,
+    report: Report,
+) -> SuiteFeatures:
+    """Encode the images, captions and names that `measure` needs."""
+    device = next(model.parameters()).device
+    encode_items = partial(encode, batch_size=batch_size, device=device, report=report)
+
+    def encode_images(part: str) -> Float[Tensor, "n d"]:
+        pairs = data.split(part)
+        return encode_items(
+            partial(model.encode_image, normalize=True),
+            lambda rows: torch.stack([transform(pairs.image(row)) for row in rows]),
+            range(len(pairs)),
+            stage=f"{data.name} images: {part}",
         )
-    shown = progress if rank() == 0 else None
-    report = shown or (lambda stage, done, total: None)
+
+    def encode_texts(texts: list[str]) -> Float[Tensor, "n d"]:
+        return encode_items(
+            partial(model.encode_text, normalize=True),
+            lambda batch: tokenizer(list(batch)),
+            texts,
+            stage=f"{data.name} texts",
+        )
+
+    names = sorted(set(data.split(split).column("label")))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        features = extract(
-            model,
-            image_transform,
-            tokenizer,
-            data,
-            split=split,
-            device=device,
-            batch_size=batch_size,
-            progress=report,
+        return SuiteFeatures(
+            images={p: encode_images(p) for p in dict.fromkeys(("train", "validation", split))},
+            captions=encode_texts(distinct_captions(data.split(split))[0]),
+            names=class_features(encode_texts, [[name] for name in names]),
+            classes=class_features(encode_texts, [[c.replace("-", " ")] for c in data.classes()]),
         )
     finally:
         # One by one: a locked tower stays in evaluation mode inside a model that trains.
         for module, training in modes:
             module.training = training
-    return measure(features, data, split=split, seed=seed, progress=report)
-
-
-def extract(
-    model: ImageTextModel,
-    image_transform: Callable[[Image.Image], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    data: EvaluationData,
-    *,
-    split: str,
-    device: torch.device | str,
-    batch_size: int,
-    progress: Progress,
-) -> SuiteFeatures:
-    """Encode the pictures, captions and names of `evaluate`, in the model's present mode."""
-
-    def encode_images(of_split: str) -> Float[Tensor, "n d"]:
-        pairs = data.split(of_split)
-
-        def views(rows: Sequence[int]) -> Tensor:
-            return torch.stack([image_transform(pairs.image(row)) for row in rows])
-
-        return encode(
-            partial(model.encode_image, normalize=True),
-            views,
-            range(len(pairs)),
-            stage=f"{data.name} images: {of_split}",
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-        )
-
-    def encode_texts(texts: list[str]) -> Float[Tensor, "n d"]:
-        return encode(
-            partial(model.encode_text, normalize=True),
-            lambda strings: tokenizer(list(strings)),
-            texts,
-            stage=f"{data.name} texts",
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-        )
-
-    held_out = data.split(split)
-    captions, _, _ = distinct_captions(held_out, data.group_column)
-    names = distinct(held_out.column(data.name_column))
-    return SuiteFeatures(
-        images={
-            part: encode_images(part) for part in dict.fromkeys(("train", "validation", split))
-        },
-        captions=encode_texts(captions),
-        names=class_features(encode_texts, [[name] for name in names]),
-        classes=class_features(encode_texts, [[c.replace("-", " ")] for c in data.classes()]),
-    )
 
 
 def encode(
@@ -223,34 +168,23 @@ def encode(
     stage: str,
     batch_size: int,
     device: torch.device | str,
-    progress: Progress,
+    report: Report,
 ) -> Float[Tensor, "n d"]:
-    """Features of all items in float32 on the CPU, a batch at a time.
+    """Features of all items in float32 on the CPU; the ranks take turns at the batches.
 
-    Batch `k` is encoded by rank `k % world_size`: whatever the number of processes, a batch has the
-    same rows, and so its features the same bits. A sharded model needs all processes in every pass,
-    so one without a batch of its own passes the first item, for nothing.
-
-    Args:
-        forward: Inputs on the device to features `(b, d)`.
-        inputs: Some of the items to what `forward` takes.
-        items: What to encode.
-        stage: What messages and progress call the items.
-        batch_size, device, progress: See `evaluate`.
-
-    Raises:
-        ValueError: Features are not finite; in every process.
+    A batch has the same rows, and so its features the same bits, for any number of ranks. A sharded
+    forward is collective, so a rank without a batch of its own encodes the first item and drops it.
     """
     starts = range(0, len(items), batch_size)
     rows: list[Tensor] = []
     for done in range(0, len(starts), world_size()):
-        mine = starts[done + rank() : done + rank() + 1]
-        batch = items[mine[0] : mine[0] + batch_size] if mine else items[:1]
+        own = starts[done + rank() : done + rank() + 1]
+        batch = items[own[0] : own[0] + batch_size] if own else items[:1]
         ready = raise_on_all_ranks(partial(inputs, batch)).to(device)
         with torch.inference_mode():
             features = raise_on_all_ranks(partial(forward, ready)).float()
-        rows.append(all_gather(features if mine else features[:0]).cpu())
-        progress(stage, min((done + world_size()) * batch_size, len(items)), len(items))
+        rows.append(all_gather(features if own else features[:0]).cpu())
+        report(stage, min((done + world_size()) * batch_size, len(items)), len(items))
     encoded = torch.cat(rows or [torch.zeros(0, 0)])
 
     def require_finite() -> None:
@@ -262,180 +196,53 @@ def encode(
 
 
 def measure(
-    features: SuiteFeatures,
-    data: EvaluationData,
-    *,
-    split: str,
-    seed: int,
-    progress: Progress,
+    features: SuiteFeatures, data: EvaluationData, *, split: str, report: Report
 ) -> tuple[dict[str, float], SampleResults]:
-    """The results of `evaluate_samples` from features; stage `i` is computed by rank
-    `i % world_size`."""
-    held_out = data.split(split)
-    images = features.images[split]
-    labels = {
-        part: indices(data.split(part).column(data.class_column), data.classes())
-        for part in features.images
-    }
-    names = held_out.column(data.name_column)
-    concepts = held_out.column(data.group_column)
-    captions, caption_groups, caption_of_row = distinct_captions(held_out, data.group_column)
-    text_groups = indices(caption_groups, distinct(concepts))
-    image_groups = indices(concepts, distinct(concepts))
+    """The metrics of `evaluate`, and the results of each sample. The ranks share the stages."""
+    pairs = data.split(split)
+    images, train, validation = (features.images[part] for part in (split, "train", "validation"))
+    labels, train_labels = data.labels(split), data.labels("train")
+    names, concepts = (pairs.column(column) for column in ("label", "concept"))
+    own_name = positions(names, sorted(set(names)))
+    captions, caption_concepts, caption_of_row = distinct_captions(pairs)
+    groups = positions(concepts, sorted(set(concepts)))
+    caption_groups = positions(caption_concepts, sorted(set(concepts)))
 
-    def ranks(class_features: Tensor, labels_: Tensor, column: str) -> Measured:
-        found = zero_shot_ranks(images, class_features, labels_)
-        return {f"acc{k}": share_within(found, k) for k in ZERO_SHOT_KS}, {column: found}
+    def probe() -> Tensor:
+        given = train, train_labels, validation, data.labels("validation")
+        return best_linear_probe(*given).predict(images) == labels
 
-    def retrieval() -> Measured:
-        ways = {
-            "image_to_text": best_relevant_rank(
-                images, features.captions, image_groups, text_groups
-            ),
-            "text_to_image": best_relevant_rank(
-                features.captions, images, text_groups, image_groups
-            ),
-        }
-        recalls = {
-            f"{way}@{k}": share_within(found, k)
-            for way, found in ways.items()
-            for k in RETRIEVAL_KS
-        }
-        return recalls, {f"{way}_rank": found for way, found in ways.items()}
+    texts = features.captions
+    stages: list[Callable[[], dict[str, Any]]] = [
+        lambda: {"zero_shot_rank": zero_shot_ranks(images, features.names, own_name)},
+        lambda: {"zero_shot_subgroup_rank": zero_shot_ranks(images, features.classes, labels)},
+        lambda: {
+            "image_to_text_rank": best_relevant_rank(images, texts, groups, caption_groups),
+            "text_to_image_rank": best_relevant_rank(texts, images, caption_groups, groups),
+        },
+        lambda: {"linear_probe_correct": probe()},
+        lambda: {"knn_correct": knn_predict(train, train_labels, images) == labels},
+        lambda: {"class": labels, **clustering(images, labels)},
+        lambda: {**modality_gap(images, texts[torch.tensor(caption_of_row)])},
+    ]
 
-    def right(predictions: Tensor, column: str) -> Measured:
-        correct = predictions == labels[split]
-        return {"acc1": float(correct.double().mean())}, {column: correct}
-
-    def probe() -> Measured:
-        found = best_linear_probe(
-            features.images["train"],
-            labels["train"],
-            features.images["validation"],
-            labels["validation"],
-        )
-        return right(found.predict(images), "linear_probe_correct")
-
-    def neighbours() -> Measured:
-        predictions = knn_predict(features.images["train"], labels["train"], images)
-        return right(predictions, "knn_correct")
-
-    def clusters() -> Measured:
-        found = class_clusters(images, labels[split], seed=seed)
-        return agreement(labels[split].numpy(), found.numpy()), {
-            "cluster": found,
-            "class": labels[split],
-        }
-
-    stages: dict[str, Callable[[], Measured]] = {
-        "zero_shot": lambda: ranks(
-            features.names, indices(names, distinct(names)), "zero_shot_rank"
-        ),
-        "zero_shot_subgroup": lambda: ranks(
-            features.classes, labels[split], "zero_shot_subgroup_rank"
-        ),
-        "retrieval": retrieval,
-        "linear_probe": probe,
-        "knn": neighbours,
-        "clustering": clusters,
-        "modality_gap": lambda: (
-            modality_gap(images, features.captions[torch.tensor(caption_of_row)]),
-            {},
-        ),
-    }
-
-    def measure_share() -> dict[str, Measured]:
-        share = {}
+    def measure_share() -> dict[str, Any]:
+        share: dict[str, Any] = {}
         for number in range(rank(), len(stages), world_size()):
-            stage = list(stages)[number]
-            share[stage] = stages[stage]()
-            progress(f"{data.name} metrics", min(number + world_size(), len(stages)), len(stages))
+            share |= stages[number]()
+            report(f"{data.name} metrics", min(number + world_size(), len(stages)), len(stages))
         return share
 
-    shares = all_gather_object(raise_on_all_ranks(measure_share))
-    found = {stage: of for share in shares for stage, of in share.items()}
-    metrics = {
-        f"eval/{data.name}/{stage}/{metric}": value
-        for stage in stages
-        for metric, value in found[stage][0].items()
-    }
-    samples = SampleResults(
-        image_ids=list(held_out.sample_ids()),
-        text_ids=[f"{group}: {text}" for text, group in zip(captions, caption_groups, strict=True)],
-        columns={name: rows.numpy() for stage in stages for name, rows in found[stage][1].items()},
+    found: dict[str, Any] = {}
+    for share in all_gather_object(raise_on_all_ranks(measure_share)):
+        found |= share
+    text_ids = [f"{of}: {text}" for text, of in zip(captions, caption_concepts, strict=True)]
+    ids = (np.array([*of], dtype=object) for of in (pairs.sample_ids(), text_ids))
+    image_results, text_results = (
+        {"sample_id": own, **{name: found[name].numpy() for name in columns}}
+        for own, columns in zip(ids, (IMAGE_COLUMNS, TEXT_COLUMNS), strict=True)
     )
-    return metrics, samples
-
-
-def metric_names(data: str) -> list[str]:
-    """The keys of `evaluate` on a data set of that name, in their order."""
-    metrics = [
-        *(f"zero_shot/acc{k}" for k in ZERO_SHOT_KS),
-        *(f"zero_shot_subgroup/acc{k}" for k in ZERO_SHOT_KS),
-        *(f"retrieval/image_to_text@{k}" for k in RETRIEVAL_KS),
-        *(f"retrieval/text_to_image@{k}" for k in RETRIEVAL_KS),
-        *("linear_probe/acc1", "knn/acc1", "clustering/ami", "clustering/ari"),
-        *("modality_gap/gap", "modality_gap/alignment"),
-        *("modality_gap/uniformity_image", "modality_gap/uniformity_text"),
-    ]
-    return [f"eval/{data}/{metric}" for metric in metrics]
-
-
-def chance_levels(data: EvaluationData, split: str = "test") -> dict[str, float]:
-    """What a model scores whose features say nothing, under the keys of `evaluate`.
-
-    Zero-shot and retrieval: the exact expectation over random rankings, for retrieval
-    `1 - C(n - r, k) / C(n, k)` with `r` relevant among `n` candidates. Linear probe and nearest
-    neighbours: the share of the class most frequent in `train`, the best answer without looking.
-    Clustering: 0, what the adjustment for chance makes of it.
-    """
-    held_out = data.split(split)
-    names = distinct(held_out.column(data.name_column))
-    _, caption_groups, _ = distinct_captions(held_out, data.group_column)
-    images_of, captions_of = Counter(held_out.column(data.group_column)), Counter(caption_groups)
-    frequent, _ = Counter(data.train.column(data.class_column)).most_common(1)[0]
-    blind = float((held_out.column(data.class_column) == frequent).mean())
-
-    levels = {}
-    for k in ZERO_SHOT_KS:
-        levels[f"zero_shot/acc{k}"] = min(1.0, k / len(names))
-        levels[f"zero_shot_subgroup/acc{k}"] = min(1.0, k / len(data.classes()))
-    for k in RETRIEVAL_KS:
-        levels[f"retrieval/image_to_text@{k}"] = chance_recall(images_of, captions_of, k)
-        levels[f"retrieval/text_to_image@{k}"] = chance_recall(captions_of, images_of, k)
-    levels |= {"linear_probe/acc1": blind, "knn/acc1": blind}
-    levels |= {"clustering/ami": 0.0, "clustering/ari": 0.0}
-    return {f"eval/{data.name}/{key}": level for key, level in levels.items()}
-
-
-def chance_recall(queries_of: Counter[str], candidates_of: Counter[str], k: int) -> float:
-    """Expected recall at `k` of a random ranking, from the counts of each group."""
-    total = candidates_of.total()
-    ways = math.comb(total, min(k, total))
-    recalled = sum(
-        count * (1 - math.comb(total - candidates_of[group], min(k, total)) / ways)
-        for group, count in queries_of.items()
-    )
-    return recalled / queries_of.total()
-
-
-def distinct(values: Iterable[str]) -> list[str]:
-    return sorted(set(values))
-
-
-def indices(values: Iterable[str], ordered: Sequence[str]) -> Int[Tensor, " n"]:
-    """Position of each value among the distinct, ordered ones."""
-    position = {value: index for index, value in enumerate(ordered)}
-    return torch.tensor([position[value] for value in values])
-
-
-def distinct_captions(
-    pairs: ImageTextPairs, group_column: str
-) -> tuple[list[str], list[str], list[int]]:
-    """Each caption of a group once: captions, their groups, and which one each row has."""
-    position: dict[tuple[str, str], int] = {}
-    of_row = [
-        position.setdefault((pairs.caption(row), group), len(position))
-        for row, group in enumerate(pairs.column(group_column))
-    ]
-    return [caption for caption, _ in position], [group for _, group in position], of_row
+    samples = SampleResults(images=image_results, texts=text_results)
+    values = [float(samples.values(metric).mean()) for metric in MEANS]
+    values += [found[name] for names in SCORES.values() for name in names]
+    return dict(zip(metric_names(data.name), values, strict=True)), samples

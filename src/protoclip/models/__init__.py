@@ -1,1 +1,1 @@
-"""Towers, projection heads and the model that holds them."""
+"""The towers, the projection heads, and the model that holds them."""

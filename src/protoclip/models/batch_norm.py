@@ -1,4 +1,4 @@
-"""BatchNorm over the batches of all processes, so that many normalise as one."""
+"""BatchNorm over the batches of all ranks, which normalise as one batch would."""
 
 import torch
 from jaxtyping import Float
@@ -10,9 +10,9 @@ from protoclip.distributed.collectives import all_gather_with_gradient, broadcas
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm of any number of dimensions, over processes whose batches have one size.
+    """BatchNorm of any number of dimensions over ranks with equal batch sizes.
 
-    torch's own of this name needs a GPU; this one runs wherever tensors can be gathered.
+    torch's class of this name needs a GPU; this one runs on any device.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -21,31 +21,29 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Float[Tensor, "b c *_"]) -> Float[Tensor, "b c *_"]:
         if not self.training or world_size() == 1:
             return super().forward(input)
-        return self._finish(self._normalised(input))
+        return self._activate(self._normalise(input))
 
-    def _finish(self, normalised: Tensor) -> Tensor:
-        """What a subclass does besides normalising."""
+    def _activate(self, normalised: Tensor) -> Tensor:
         return normalised
 
-    def _normalised(self, input: Float[Tensor, "b c *_"]) -> Float[Tensor, "b c *_"]:
+    def _normalise(self, input: Float[Tensor, "b c *_"]) -> Float[Tensor, "b c *_"]:
         rows = input.to(torch.promote_types(input.dtype, torch.float32))
-        over = [0, *range(2, rows.dim())]
+        dims = [0, *range(2, rows.dim())]
         shape = (1, -1, *[1] * (rows.dim() - 2))
-        own = rows.mean(over)
-        own_variance = (rows - own.view(shape)).square().mean(over)
-        # One exchange: the mean and variance of the union follow from those of the parts.
-        means, variances = all_gather_with_gradient(torch.stack([own, own_variance])[None]).unbind(
-            1
-        )
+        own_mean = rows.mean(dims)
+        own_variance = (rows - own_mean.view(shape)).square().mean(dims)
+        # One exchange: the mean and variance of the whole batch follow from those of the parts.
+        gathered = all_gather_with_gradient(torch.stack([own_mean, own_variance])[None])
+        means, variances = gathered.unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
-        self._advance(mean.detach(), variance.detach(), rows.numel() // len(mean) * len(means))
+        self._update(mean.detach(), variance.detach(), rows.numel() // len(mean) * len(means))
         scale = (variance + self.eps).rsqrt() * self.weight
         return ((rows - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input)
 
     @torch.no_grad()
-    def _advance(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Running statistics, as torch's BatchNorm keeps them: of the unbiased variance."""
+    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Update the running statistics; like torch, with the unbiased variance."""
         if self.running_mean is None or self.running_var is None:
             return
         assert self.momentum is not None
@@ -56,25 +54,22 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SyncBatchNormAct(SyncBatchNorm, BatchNormAct2d):
-    """The same of timm's BatchNorm, which drops and activates too."""
+    """timm's BatchNorm, which also drops out and activates."""
 
-    def _finish(self, normalised: Tensor) -> Tensor:
+    def _activate(self, normalised: Tensor) -> Tensor:
         activated: Tensor = self.act(self.drop(normalised))
         return activated
 
 
 def synchronise(module: nn.Module) -> int:
-    """Make every BatchNorm in a module a `SyncBatchNorm`, in place; names stay.
-
-    Returns:
-        How many there are.
+    """Turn every BatchNorm into a `SyncBatchNorm`, in place; returns the number of layers.
 
     Raises:
-        ValueError: A BatchNorm does something of its own that is not known here.
+        ValueError: A BatchNorm class computes something unknown.
     """
     layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     for part in layers:
-        # What a class does in `forward` says what it is, since others may have subclassed it.
+        # Compare `forward` and not the class: subclasses that keep it compute the same.
         if type(part).forward is _BatchNorm.forward:
             part.__class__ = SyncBatchNorm
         elif type(part).forward is BatchNormAct2d.forward:
@@ -82,13 +77,13 @@ def synchronise(module: nn.Module) -> int:
         elif not isinstance(part, SyncBatchNorm):
             raise ValueError(
                 f"parallel.sync_batch_norm: {type(part).__name__} layers cannot be synchronised; "
-                "set it to false and parallel.strategy to ddp, or take other towers"
+                "set it to false and parallel.strategy to ddp, or choose other towers"
             )
     return len(layers)
 
 
 def has_own_statistics(module: nn.Module) -> bool:
-    """Whether some BatchNorm keeps statistics that differ between processes."""
+    """Whether a BatchNorm keeps running statistics that differ between ranks."""
     return any(
         isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm)
         for part in module.modules()

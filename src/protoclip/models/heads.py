@@ -1,19 +1,16 @@
-"""Projection heads: from tower outputs to the small space where grouping happens."""
+"""Projection heads: from tower outputs to the small space that K-means clusters."""
 
 from torch import nn
 
+from protoclip.config import HeadConfig
 
-def projection_head(
-    *, embed_dim: int, hidden_dim: int, hidden_layers: int, projection_dim: int
-) -> nn.Sequential:
-    """Linear - BatchNorm - ReLU, `hidden_layers` times, then Linear to `projection_dim`.
 
-    With no hidden layer the head is linear.
-    """
+def projection_head(embed_dim: int, config: HeadConfig) -> nn.Sequential:
+    """Linear - BatchNorm - ReLU, `hidden_layers` times, then Linear to `projection_dim`."""
     layers: list[nn.Module] = []
-    width = embed_dim
-    for _ in range(hidden_layers):
-        layers += [nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
-        width = hidden_dim
-    layers.append(nn.Linear(width, projection_dim))
+    width, hidden = embed_dim, config.hidden_dim
+    for _ in range(config.hidden_layers):
+        layers += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        width = hidden
+    layers.append(nn.Linear(width, config.projection_dim))
     return nn.Sequential(*layers)

@@ -14,10 +14,10 @@ MAX_LOG_SCALE = math.log(100)
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """What the model makes of a batch of pairs.
+    """The model's output for a batch of pairs.
 
     Features and projections have unit norm; scales are inverse temperatures in [1, 100].
-    Projections are `None` when the forward pass was asked for features alone.
+    Projections are `None` if the forward pass was called with `project=False`.
     """
 
     image_features: Float[Tensor, "b d"]
@@ -28,22 +28,18 @@ class Embeddings:
     prototype_logit_scale: Float[Tensor, ""]
 
 
-def widened(values: Tensor) -> Tensor:
-    """In float32, or wider where they are."""
+def to_float(values: Tensor) -> Tensor:
+    """To float32; float64 stays."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def unit(rows: Float[Tensor, "b p"]) -> Float[Tensor, "b p"]:
-    return F.normalize(widened(rows), dim=-1)
-
-
 class ProtoCLIP(nn.Module):
-    """An open_clip tower pair with projection heads for grouping (arXiv 2206.10996).
+    """An open_clip tower pair with projection heads (arXiv 2206.10996).
 
     Args:
-        towers: An open_clip model: `encode_image`, `encode_text`, `visual` and `logit_scale`.
-        head: The projection head. Image and text heads both start from its weights, so that
-            before training they map equal features to equal projections.
+        towers: An open_clip model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
+        head: The projection head. Image and text heads both start from its weights, so before
+            training they map equal features to equal projections.
     """
 
     def __init__(self, towers: nn.Module, head: nn.Module) -> None:
@@ -56,30 +52,35 @@ class ProtoCLIP(nn.Module):
     def encode_image(
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
-        """Image tower outputs in the joint space, brought to unit norm on request."""
-        features = widened(self.towers.encode_image(images))  # type: ignore[operator]
+        """Image features in the joint space; of unit norm if `normalize` is set."""
+        features = to_float(self.towers.encode_image(images))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
         self, tokens: Int[Tensor, "b c"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
-        """Text tower outputs in the joint space, brought to unit norm on request."""
-        features = widened(self.towers.encode_text(tokens))  # type: ignore[operator]
+        """Text features in the joint space; of unit norm if `normalize` is set."""
+        features = to_float(self.towers.encode_text(tokens))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
         self, images: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "b c"], project: bool = True
     ) -> Embeddings:
-        """Features of a batch of pairs, and their projections where `project` asks for them.
+        """Features of a batch of pairs, and with `project` their projections.
 
         The heads read the towers' outputs before normalisation, as in the reference.
         """
         image, text = self.encode_image(images), self.encode_text(tokens)
+        heads = ((self.image_head, image), (self.text_head, text))
+        image_projections, text_projections = (
+            F.normalize(to_float(head(features)), dim=-1) if project else None
+            for head, features in heads
+        )
         return Embeddings(
             image_features=F.normalize(image, dim=-1),
             text_features=F.normalize(text, dim=-1),
-            image_projections=unit(self.image_head(image)) if project else None,
-            text_projections=unit(self.text_head(text)) if project else None,
+            image_projections=image_projections,
+            text_projections=text_projections,
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
         )

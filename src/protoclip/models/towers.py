@@ -1,4 +1,4 @@
-"""Image and text towers and their tokenizer, through open_clip."""
+"""Image and text towers and their tokenizers, built by open_clip and timm."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,19 +10,16 @@ from jaxtyping import Int
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
-Tokenizer = Callable[[list[str]], Tensor]
+from protoclip.config import SMALL_CONTEXT_LENGTH, SMALL_IMAGE_SIZE, ModelConfig
 
+Tokenizer = Callable[[list[str]], Tensor]
 
 # Parts of the names of timm's transformers among open_clip's image towers.
 TIMM_TRANSFORMERS = ("vit", "eva", "swin")
 
 
 def named_config(name: str) -> dict[str, Any]:
-    """What open_clip says of one of its models.
-
-    Raises:
-        ValueError: It knows no such model.
-    """
+    """open_clip's configuration of a model; raises `ValueError` if there is no such model."""
     if name not in open_clip.list_models():
         raise ValueError(
             f"model.name: open_clip has no model '{name}'; "
@@ -33,7 +30,7 @@ def named_config(name: str) -> dict[str, Any]:
 
 
 def tower_kind(name: str) -> Literal["transformer", "convolutional"]:
-    """What the image tower of one of open_clip's models is made of."""
+    """The kind of image tower of an open_clip model."""
     vision = named_config(name)["vision_cfg"]
     if "timm_model_name" in vision:
         is_transformer = any(part in vision["timm_model_name"] for part in TIMM_TRANSFORMERS)
@@ -43,11 +40,7 @@ def tower_kind(name: str) -> Literal["transformer", "convolutional"]:
 
 
 def refuse_sigmoid(name: str) -> None:
-    """Refuse a model whose logits have a bias, which only the sigmoid loss trains.
-
-    Raises:
-        ValueError: It is such a model, or open_clip knows none of that name.
-    """
+    """Refuse models whose logits have a bias, which only the sigmoid loss trains."""
     if "init_logit_bias" in named_config(name):
         raise ValueError(
             f"model.name: {name} needs the sigmoid loss of SigLIP, which is not here yet; choose a "
@@ -63,25 +56,24 @@ def named_towers(
     context_length: int | None = None,
     weights: Literal["published", "new", "none"] = "published",
 ) -> nn.Module:
-    """One of open_clip's models, with new weights or a published set of them.
+    """An open_clip model.
 
     Args:
-        name, pretrained: As open_clip calls them.
-        image_size: Height and width of the input, in pixels, if not the model's own.
-        context_length: Tokens a caption is cut to, if not the model's own number. Published
-            positional embeddings are interpolated.
-        weights: The published ones, if `pretrained` names any; new ones; or none, on the meta
-            device. Images are normalised as the published weights want it in any case.
+        name, pretrained: open_clip's names of the model and of its weights.
+        image_size: Height and width of the input in pixels, if not the model's own.
+        context_length: Tokens of a caption, if not the model's own number. Published positional
+            embeddings are interpolated.
+        weights: `published` loads `pretrained` if given; `new` draws them; `none` leaves the model
+            on the meta device. Images are normalised as `pretrained` needs in any case.
 
     Raises:
-        ValueError: open_clip knows no such model, no such weights for it, or the model cannot read
-            images of that size.
+        ValueError: open_clip has no such model or weights, or the image size does not fit.
     """
     vision = named_config(name)["vision_cfg"]
     if image_size is not None:
         # open_clip's ResNets halve the image five times before they attend to what is left.
-        whole = 32 if isinstance(vision.get("layers"), list) else 1
-        require_multiple(image_size, vision.get("patch_size") or whole, name)
+        stride = 32 if isinstance(vision.get("layers"), list) else 1
+        require_multiple(image_size, vision.get("patch_size") or stride, name)
     known = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is not None and pretrained not in known:
         raise ValueError(
@@ -102,83 +94,69 @@ def named_towers(
         force_context_length=context_length,
     )
     if image_size is not None and hasattr(model.visual, "trunk"):
-        fit_input(model.visual.trunk, image_size, name)  # type: ignore[arg-type]
+        set_input_size(model.visual.trunk, image_size, name)
     return model
 
 
-def embedding_width(name: str) -> int:
-    """Width of the joint space of one of open_clip's models."""
-    return int(open_clip.get_model_config(name)["embed_dim"])
-
-
-def small_towers(
-    *,
-    embed_dim: int,
-    image_model: str,
-    image_size: int,
-    context_length: int,
-    text_width: int,
-    text_heads: int,
-    text_layers: int,
-) -> nn.Module:
-    """A tower pair of one's own: a timm image model and a small text transformer.
-
-    Args:
-        embed_dim: Joint width `d`.
-        image_model: A timm model name; its pooled output is projected to `embed_dim`.
-        image_size: Height and width of the input, in pixels.
-        context_length: Tokens a caption is cut to.
-        text_width, text_heads, text_layers: Shape of the text transformer.
+def small_towers(config: ModelConfig) -> nn.Module:
+    """A timm image model, projected to the joint width, and a small text transformer.
 
     Raises:
-        ValueError: timm knows no such model, its patches do not divide the image size, or the
-            heads do not divide the width.
+        ValueError: timm has no such model, or the sizes do not fit.
     """
-    if image_model not in timm.list_models():
-        near = timm.list_models(f"{image_model[:6]}*")[:3] or timm.list_models()[:3]
+    image, text = config.image, config.text
+    if image.name not in timm.list_models():
+        near = timm.list_models(f"{image.name[:6]}*")[:3] or timm.list_models()[:3]
         raise ValueError(
-            f"model.image.name: timm has no model '{image_model}'; it has, for example, "
+            f"model.image.name: timm has no model '{image.name}'; it has, for example, "
             + ", ".join(near)
         )
-    if text_width % text_heads:
-        raise ValueError(f"model.text.heads: {text_heads} heads do not divide width {text_width}")
+    if text.width % text.heads:
+        raise ValueError(f"model.text.heads: {text.heads} heads do not divide width {text.width}")
+    size, length = image.size or SMALL_IMAGE_SIZE, text.context_length or SMALL_CONTEXT_LENGTH
     model: nn.Module = open_clip.CLIP(
-        embed_dim,
+        config.embed_dim,
         CLIPVisionCfg(
-            timm_model_name=image_model, timm_pool="avg", timm_proj="linear", image_size=image_size
+            timm_model_name=image.name, timm_pool="avg", timm_proj="linear", image_size=size
         ),
-        CLIPTextCfg(
-            context_length=context_length, width=text_width, heads=text_heads, layers=text_layers
-        ),
+        CLIPTextCfg(context_length=length, width=text.width, heads=text.heads, layers=text.layers),
     )
-    fit_input(model.visual.trunk, image_size, image_model)  # type: ignore[arg-type,union-attr]
+    set_input_size(model.visual.trunk, size, image.name)  # type: ignore[union-attr]
     return model
 
 
-def fit_input(trunk: nn.Module, size: int, name: str) -> None:
-    """Make a transformer of timm's read pictures of that size; convolutions read any."""
-    if not hasattr(trunk, "set_input_size"):
-        return
-    patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
-    require_multiple(size, patch, name)
-    trunk.set_input_size(img_size=(size, size))  # type: ignore[operator]
+def set_input_size(trunk: Any, size: int, name: str) -> None:
+    """Set the image size of a timm transformer; convolutional models take any size."""
+    if hasattr(trunk, "set_input_size"):
+        patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
+        require_multiple(size, patch, name)
+        trunk.set_input_size(img_size=(size, size))
 
 
 def require_multiple(size: int, patch: int, name: str) -> None:
-    """Raise where patches of so many pixels do not fill an image."""
     if size % patch:
         raise ValueError(
             f"model.image.size: {size} is no multiple of the {patch} pixels of a patch of {name}"
         )
 
 
-class RememberingTokenizer:
-    """A tokenizer that keeps the tokens of the captions it met, for repeated passes over them.
+def image_normalisation(
+    towers: nn.Module,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Channel means and standard deviations of the image tower's input, for values in [0, 1]."""
+    mean = getattr(towers.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(towers.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    return tuple(mean), tuple(std)
 
-    Args:
-        tokenizer: What tokenizes, `list[str] -> Int[b c]`.
-        capacity: Captions to remember; once full, new ones are tokenized each time.
-    """
+
+def image_size(towers: nn.Module) -> int:
+    """Height and width of the image tower's input, in pixels."""
+    size: int | tuple[int, int] = towers.visual.image_size  # type: ignore[union-attr,assignment]
+    return size if isinstance(size, int) else size[0]
+
+
+class RememberingTokenizer:
+    """Remembers the tokens of up to `capacity` captions, which training tokenizes repeatedly."""
 
     def __init__(self, tokenizer: Tokenizer, *, capacity: int = 100_000) -> None:
         self.tokenizer = tokenizer
@@ -186,7 +164,7 @@ class RememberingTokenizer:
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, texts: list[str] | str) -> Int[Tensor, "b c"]:
-        if isinstance(texts, str):  # one caption, as open_clip's tokenizers take it
+        if isinstance(texts, str):  # open_clip's tokenizers take a single caption too
             texts = [texts]
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         tokens = dict(zip(new, self.tokenizer(new), strict=True)) if new else {}
@@ -197,7 +175,7 @@ class RememberingTokenizer:
 
 
 def build_tokenizer(name: str | None, *, context_length: int | None = None) -> Tokenizer:
-    """Tokenizer of a named model, or CLIP's own byte-pair encoding; cut to `context_length`."""
+    """The tokenizer of an open_clip model, or CLIP's if `name` is None."""
     return RememberingTokenizer(
         open_clip.get_tokenizer(name, context_length=context_length)
         if name is not None
@@ -206,11 +184,7 @@ def build_tokenizer(name: str | None, *, context_length: int | None = None) -> T
 
 
 class TokenCounter:
-    """Tokens of captions as a model's tokenizer counts them, start and end included, none cut off.
-
-    Args:
-        name: An open_clip model name, or None for CLIP's own byte-pair encoding.
-    """
+    """Counts the tokens of captions before they are cut, start and end included."""
 
     def __init__(self, name: str | None) -> None:
         self.tokenizer = open_clip.get_tokenizer(name) if name else open_clip.SimpleTokenizer()
@@ -219,18 +193,3 @@ class TokenCounter:
         if hasattr(self.tokenizer, "encode"):
             return [len(self.tokenizer.encode(text)) + 2 for text in texts]
         return [len(ids) for ids in self.tokenizer.tokenizer(texts)["input_ids"]]
-
-
-def image_normalisation(
-    towers: nn.Module,
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Channel means and standard deviations that the image tower expects, for values in [0, 1]."""
-    mean = getattr(towers.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(towers.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return tuple(mean), tuple(std)
-
-
-def image_size(towers: nn.Module) -> int:
-    """Height and width of the image tower's input, in pixels."""
-    size: int | tuple[int, int] = towers.visual.image_size  # type: ignore[union-attr,assignment]
-    return size if isinstance(size, int) else size[0]

@@ -4,13 +4,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import protoclip
 from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.skips import SkipLog
-from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import (
     all_gather_object,
     any_rank,
@@ -19,11 +18,10 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.distributed.parallel import load_weights
-from protoclip.evaluation import datasets, suite
+from protoclip.evaluation import suite
 from protoclip.models import loading
 from protoclip.models.loading import STATE, read_weights
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.towers import Tokenizer
 from protoclip.progress import Progress
 from protoclip.training import snapshot
 from protoclip.training.health import Watch
@@ -183,7 +181,9 @@ class Session:
         every = self.config.run.evaluate_every
         if not every or state.episode % every:
             return {}
-        found = evaluate(self.model, self.transform, self.tokenizer, split="validation", show=False)
+        found = suite.evaluate(
+            self.model, self.transform, self.tokenizer, split="validation", show=False
+        )
         metric = self.config.run.keep_best
         if metric is not None and (self.best is None or found[metric] > self.best[1]):
             self.best = (state.step, found[metric])
@@ -200,50 +200,10 @@ class Session:
     def final_metrics(self) -> dict[str, float]:
         if not self.evaluates:
             return {}
-        return evaluate(
+        return suite.evaluate(
             self.model,
             self.transform,
             self.tokenizer,
             split="test",
             samples_to=self.folder / "results",
         )
-
-
-def evaluate(
-    model: ProtoCLIP,
-    transform: EvaluationTransform,
-    tokenizer: Tokenizer,
-    *,
-    split: Literal["validation", "test"],
-    show: bool = True,
-    samples_to: Path | None = None,
-) -> dict[str, float]:
-    """All metrics on the bundled data's held-out concepts, with progress where asked.
-
-    `samples_to` is a folder for what was found of each sample; one that cannot be written costs a
-    warning.
-    """
-    data = datasets.emoji()
-    shown: dict[str, Progress] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in shown:
-            shown[stage] = Progress(f"evaluate: {stage}", total)
-        shown[stage].update(done)
-
-    metrics, samples = suite.evaluate_samples(
-        model,
-        transform,
-        tokenizer,
-        data,
-        split=split,
-        device=next(model.parameters()).device,
-        progress=progress if show else None,
-    )
-    if samples_to is not None and rank() == 0:
-        path = samples_to / f"{data.name}-{split}.parquet"
-        try:
-            samples.write(path)
-        except OSError as error:
-            print(f"warning: {path}: not written ({error})", file=sys.stderr)
-    return metrics

@@ -1,4 +1,4 @@
-"""Results of samples, intervals against slow restatements, and what `compare` makes of them."""
+"""Results of samples, intervals against slow restatements, and what `compare` shows of them."""
 
 import json
 import math
@@ -9,14 +9,8 @@ import scipy.stats
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 from protoclip.evaluation import compare, paired
-from protoclip.evaluation.samples import SampleResults
+from protoclip.evaluation.samples import MEANS, SampleResults
 from protoclip.files import to_json
-
-METRICS = (
-    *("zero_shot/acc1", "zero_shot/acc5", "zero_shot_subgroup/acc1"),
-    *("retrieval/image_to_text@5", "retrieval/text_to_image@1"),
-    *("linear_probe/acc1", "knn/acc1", "clustering/ami", "clustering/ari"),
-)
 
 
 def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0) -> SampleResults:
@@ -24,21 +18,23 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
     generator = np.random.default_rng(seed)
 
     def ranks(number: int):
-        return (generator.integers(12, size=number) * (1 - skill)).astype(np.int32)
+        return (generator.integers(12, size=number) * (1 - skill)).astype(np.int64)
 
-    classes = np.arange(images, dtype=np.int32) % 5
+    classes = np.arange(images) % 5
     return SampleResults(
-        image_ids=[f"image {row}" for row in range(images)],
-        text_ids=[f"c{row}: text" for row in range(texts)],
-        columns={
+        images={
+            "sample_id": np.array([f"image {row}" for row in range(images)], dtype=object),
             "zero_shot_rank": ranks(images),
             "zero_shot_subgroup_rank": ranks(images),
             "image_to_text_rank": ranks(images),
-            "text_to_image_rank": ranks(texts),
             "linear_probe_correct": generator.random(images) < 0.4 + skill / 2,
             "knn_correct": generator.random(images) < 0.4,
-            "cluster": np.where(generator.random(images) < skill, classes, 7).astype(np.int32),
+            "cluster": np.where(generator.random(images) < skill, classes, 7),
             "class": classes,
+        },
+        texts={
+            "sample_id": np.array([f"c{row}: text" for row in range(texts)], dtype=object),
+            "text_to_image_rank": ranks(texts),
         },
     )
 
@@ -46,52 +42,65 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
 def value(found: SampleResults, metric: str, rows) -> float:
     """A metric over some rows, worked out one by one."""
     task, _, name = metric.partition("/")
+    columns = found.texts if "text_to_image" in name else found.images
     if task == "clustering":
         score = {"ami": adjusted_mutual_info_score, "ari": adjusted_rand_score}[name]
-        return score(
-            [found.columns["class"][r] for r in rows], [found.columns["cluster"][r] for r in rows]
-        )
+        return score(columns["class"][rows], columns["cluster"][rows])
     if task in ("linear_probe", "knn"):
-        return sum(bool(found.columns[f"{task}_correct"][row]) for row in rows) / len(rows)
-    way, k = (task, int(name[3:])) if task != "retrieval" else (name[:-2], int(name[-1]))
-    return sum(int(found.columns[f"{way}_rank"][row] < k) for row in rows) / len(rows)
+        return sum(bool(columns[f"{task}_correct"][row]) for row in rows) / len(rows)
+    way, k = (task, name[3:]) if task != "retrieval" else name.split("@")
+    return sum(int(columns[f"{way}_rank"][row] < int(k)) for row in rows) / len(rows)
 
 
 @pytest.mark.parametrize("number", [2, 3, 6])
 def test_the_interval_over_seeds_is_students(number: int) -> None:
-    """As SciPy gives it for the mean of paired differences."""
+    """As SciPy has it for the mean of paired differences."""
     found = np.random.default_rng(number).normal(1.0, 2.0, number)
     expected = scipy.stats.ttest_1samp(found, 0.0).confidence_interval(0.95)
     assert paired.t_interval(found.tolist()) == pytest.approx(tuple(expected))
 
 
 def test_the_bootstrap_is_paired_draw_by_draw() -> None:
-    """Against a loop over draws that works each metric out row by row, for every kind of metric;
-    the order in which a model has its samples changes nothing."""
+    """Every metric, against a loop over draws that works it out row by row; the order of a model's
+    samples changes nothing."""
     one, two = results(0), results(1, skill=0.5)
     backwards = SampleResults(
-        image_ids=one.image_ids[::-1],
-        text_ids=one.text_ids[::-1],
-        columns={name: column[::-1] for name, column in one.columns.items()},
+        images={name: column[::-1] for name, column in one.images.items()},
+        texts={name: column[::-1] for name, column in one.texts.items()},
     )
-    draws = [paired.resampled(of, METRICS, draws=30, seed=4) for of in (one, two, backwards)]
-    for metric in METRICS:
-        on_texts = "text_to_image" in metric
-        ids = one.text_ids if on_texts else one.image_ids
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-        generator = np.random.default_rng([4, int(on_texts)])
+    draws = [paired.resampled(of, draws=30, seed=4) for of in (one, two, backwards)]
+    assert draws[0].keys() == {*MEANS, "clustering/ami", "clustering/ari"}
+    for metric in draws[0]:
+        ids = one.rows(metric)["sample_id"]
+        order = np.argsort(ids)
+        generator = np.random.default_rng([4, int("text_to_image" in metric)])
         differences = []
         for draw in range(30):
-            rows = [order[row] for row in generator.integers(len(ids), size=len(ids))]
+            rows = order[generator.integers(len(ids), size=len(ids))]
             values = value(one, metric, rows), value(two, metric, rows)
-            assert draws[0][metric][draw] == pytest.approx(values[0])
+            assert draws[0][metric][draw] == pytest.approx(values[0], rel=1e-9, abs=1e-12)
             differences.append(values[1] - values[0])
-        np.testing.assert_allclose(draws[2][metric], draws[0][metric])
+        np.testing.assert_allclose(draws[2][metric], draws[0][metric], atol=1e-12)
         expected = np.percentile(differences, 2.5), np.percentile(differences, 97.5)
-        assert paired.bootstrap_interval(*(of[metric] for of in draws[:2])) == pytest.approx(
-            expected
-        )
-    assert paired.resampled(one, ["modality_gap/gap", "knn/acc", "zero_shot/acc"], draws=3) == {}
+        found = paired.bootstrap_interval(*(of[metric] for of in draws[:2]))
+        assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("classes", "clusters"),
+    [
+        ([0, 0, 0, 0], [5, 5, 5, 5]),
+        ([0, 0, 0, 0], [1, 2, 1, 2]),
+        ([3, 1, 3, 1], [0, 4, 0, 4]),
+        ([1, 1, 1, 1], [0, 1, 2, 3]),
+        ([4, 5, 6, 7], [0, 1, 2, 3]),
+    ],
+)
+def test_agreement_of_degenerate_partitions_is_scikit_learns(classes, clusters) -> None:
+    found = paired.agreement(np.array(classes), np.array(clusters), [np.arange(4)])
+    ami = adjusted_mutual_info_score(classes, clusters)
+    assert found["clustering/ami"] == pytest.approx([ami], abs=1e-12)
+    assert found["clustering/ari"] == [adjusted_rand_score(classes, clusters)]
 
 
 def test_results_of_samples_are_kept_whole(tmp_path) -> None:
@@ -100,10 +109,10 @@ def test_results_of_samples_are_kept_whole(tmp_path) -> None:
     path = tmp_path / "results" / "emoji-test.parquet"
     written.write(path)
     read = SampleResults.read(path)
-    assert (read.image_ids, read.text_ids) == (written.image_ids, written.text_ids)
-    assert read.columns.keys() == written.columns.keys()
-    for name, column in written.columns.items():
-        np.testing.assert_array_equal(read.columns[name], column)
+    for own, other in ((read.images, written.images), (read.texts, written.texts)):
+        assert own.keys() == other.keys()
+        for name, column in other.items():
+            np.testing.assert_array_equal(own[name], column)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"emoji-test.parquet: not the results") as error:
@@ -127,7 +136,7 @@ def compared(*folders) -> list[dict]:
 
 
 def test_runs_of_several_seeds_are_paired_by_seed(tmp_path) -> None:
-    """Only seeds that both have count, in whatever order; the mark follows the interval."""
+    """Only common seeds count, in any order; the mark follows the interval."""
     values = {"a": {0: 0.30, 1: 0.50, 2: 0.40, 7: 0.9}, "b": {2: 0.43, 0: 0.32, 1: 0.53}}
     folders = [
         made(tmp_path / f"{name}{seed}", name, seed, accuracy)
@@ -148,14 +157,13 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path) -> None:
 
 
 def test_one_seed_is_compared_over_its_samples(tmp_path) -> None:
-    """By bootstrap where both runs kept their samples; by the difference alone where not, where
-    samples differ, or where the metric has none."""
+    """By bootstrap if both runs have results of the same samples, for metrics that have such."""
     one, two = results(0), results(1, skill=0.5)
     files = {"a": one, "b": two, "c": None, "d": results(2, images=50)}
     folders = [made(tmp_path / name, name, 3, 0.4, of) for name, of in files.items()]
     first, second, third, fourth = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
-    draws = [paired.resampled(of, ["knn/acc1"], draws=1000)["knn/acc1"] for of in (one, two)]
+    draws = [paired.resampled(of, draws=1000)["knn/acc1"] for of in (one, two)]
     assert found["interval"] == pytest.approx(
         tuple(np.quantile(draws[1] - draws[0], [0.025, 0.975]))
     )

@@ -1,0 +1,167 @@
+"""Linear probe and nearest neighbours on frozen features."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from protoclip.evaluation import linear_probe, retrieval
+from protoclip.evaluation.knn import knn_predict
+from protoclip.evaluation.linear_probe import (
+    REGULARISATIONS,
+    best_linear_probe,
+    fit_linear_probes,
+)
+
+
+def blobs(count, num_classes, dim, seed, noise=1.0):
+    """Unit rows around one random direction a class, the same directions for every seed."""
+    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (count,), generator=generator)
+    rows = centres[labels] + noise * torch.randn(count, dim, generator=generator)
+    return F.normalize(rows, dim=1), labels
+
+
+def narrow_cone(count, num_classes, seed):
+    """Far from the origin, and a thousand times wider along one axis than along the last."""
+    rows, labels = blobs(count, num_classes, 12, seed)
+    rows = rows.double() * torch.logspace(0, -3, 12, dtype=torch.float64) + 3
+    return F.normalize(rows, dim=1), labels
+
+
+def objective(weights, bias, rows, labels, strength):
+    """Mean cross-entropy plus the penalty, one sample and one class at a time."""
+    total = 0.0
+    for row, label in zip(rows.double().tolist(), labels.tolist(), strict=True):
+        logits = [
+            sum(w * x for w, x in zip(of_class, row, strict=True)) + b
+            for of_class, b in zip(weights.tolist(), bias.tolist(), strict=True)
+        ]
+        total += math.log(sum(math.exp(logit) for logit in logits)) - logits[label]
+    return total / len(rows) + strength / 2 * float(weights.square().sum())
+
+
+@pytest.mark.parametrize("num_classes", [2, 6])
+@pytest.mark.parametrize(
+    "features", [lambda c: blobs(150, c, 5, 0), lambda c: narrow_cone(150, c, 0)]
+)
+def test_probes_reach_the_optimum_of_scikit_learn(num_classes, features):
+    """Each strength's loss is that of a tight Newton fit from scratch, within 1e-4."""
+    rows, labels = features(num_classes)
+    strengths = (1e-2, 1e-3, 1e-5)
+    for probe, strength in zip(fit_linear_probes(rows, labels, strengths), strengths, strict=True):
+        # For two classes scikit-learn penalises the difference w of the rows +w/2 and -w/2, whose
+        # squared norms sum to |w|^2 / 2.
+        half = 2 if num_classes == 2 else 1
+        best = LogisticRegression(
+            C=half / (strength * len(rows)), solver="newton-cholesky", tol=1e-10, max_iter=1000
+        ).fit(rows.double().numpy(), labels.numpy())
+        weights, bias = torch.from_numpy(best.coef_), torch.from_numpy(best.intercept_)
+        if num_classes == 2:
+            weights, bias = torch.cat([-weights, weights]) / 2, torch.cat([-bias, bias]) / 2
+        optimum = objective(weights, bias, rows, labels, strength)
+        reached = objective(probe.weights, probe.bias, rows, labels, strength)
+        assert optimum - 1e-7 <= reached <= optimum + 1e-4
+        assert probe.gradient <= 3e-4
+
+
+def test_a_fit_that_stops_early_warns(monkeypatch):
+    rows, labels = blobs(150, 6, 5, seed=0)
+    (best,) = fit_linear_probes(rows, labels, (1e-5,))
+    monkeypatch.setattr(linear_probe, "MAX_ITERATIONS", 2)
+    with pytest.warns(UserWarning, match="1.0e-05 did not converge in 2 iterations"):
+        (early,) = fit_linear_probes(rows, labels, (1e-5,))
+    losses = [objective(p.weights, p.bias, rows, labels, 1e-5) for p in (best, early)]
+    assert losses[1] > losses[0] + 1e-3
+    assert best.gradient <= 3e-4 < early.gradient
+
+
+def test_a_fit_goes_on_in_float64_where_float32_gets_stuck(monkeypatch):
+    """Whatever can be fitted; a single class cannot."""
+    monkeypatch.setattr(linear_probe, "TOLERANCE", 1e-7)
+    rows, labels = blobs(150, 6, 5, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (probe,) = fit_linear_probes(rows, labels, (1e-3,))
+    assert probe.gradient <= 1e-7
+    with pytest.raises(ValueError, match="two classes"):
+        fit_linear_probes(rows, torch.zeros_like(labels))
+
+
+def test_the_strength_is_chosen_on_validation():
+    """The chosen probe is one of the fits to the training rows: the best on validation."""
+    train, validation = (blobs(200, 5, 16, seed, noise=2.5) for seed in range(2))
+    fits = fit_linear_probes(*train)
+    for other in (validation, train):
+        accuracies = [probe.accuracy(*other) for probe in fits]
+        assert len(set(accuracies)) > 1
+        best = fits[accuracies.index(max(accuracies))]
+        assert torch.equal(best_linear_probe(*train, *other).weights, best.weights)
+
+
+def test_of_equal_strengths_the_strongest_is_taken():
+    rows, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+    (strongest, *_) = fit_linear_probes(rows, labels, REGULARISATIONS[:1])
+    assert torch.equal(best_linear_probe(rows, labels, rows, labels).weights, strongest.weights)
+    assert list(REGULARISATIONS) == sorted(REGULARISATIONS, reverse=True)
+
+
+@pytest.mark.parametrize("absent", [2, 5, 7])
+def test_a_class_absent_from_training_is_never_right(absent):
+    """Neither by the probe nor among neighbours."""
+    rows, labels = torch.eye(3).repeat(3, 1), torch.tensor([2, 5, 7]).repeat(3)
+    seen = labels != absent
+    expected = seen.tolist()
+    probe = best_linear_probe(rows[seen], labels[seen], rows, labels)
+    assert (probe.predict(rows) == labels).tolist() == expected
+    assert (knn_predict(rows[seen], labels[seen], rows, k=2) == labels).tolist() == expected
+
+
+def test_constant_features_are_classified_as_the_most_frequent_class():
+    rows, labels = torch.ones(10, 4) / 2, torch.tensor([1] * 6 + [0] * 3 + [2])
+    assert best_linear_probe(rows, labels, rows, labels).predict(rows).tolist() == [1] * 10
+    assert knn_predict(rows, labels, rows, k=10).tolist() == [1] * 10
+
+
+def test_shuffled_labels_are_classified_at_chance():
+    """Within four standard deviations of a fair guess; true labels are learnt."""
+    train, validation, test = (blobs(1000, 10, 12, seed, noise=2.0) for seed in range(3))
+    generator = torch.Generator().manual_seed(3)
+    shuffled = [labels[torch.randperm(1000, generator=generator)] for _, labels in (train, test)]
+    bound = 0.1 + 4 * math.sqrt(0.1 * 0.9 / 1000)
+    probe = best_linear_probe(train[0], shuffled[0], *validation)
+    assert probe.accuracy(test[0], shuffled[1]) < bound
+    assert best_linear_probe(*train, *validation).accuracy(*test) > 2 * bound
+    found = knn_predict(train[0], shuffled[0], test[0])
+    assert float((found == shuffled[1]).double().mean()) < bound
+
+
+def test_knn_votes_match_a_table_worked_by_hand():
+    """Two weak votes beat a strong one at a high temperature and lose at a low one."""
+    train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8], [-1.0, 0.0]])
+    labels, query = torch.tensor([1, 0, 0, 2]), torch.tensor([[1.0, 0.0]])
+    # Votes e^(1/t) for class 1 against 2 e^(0.6/t) for class 0: equal at t = 0.4 / ln 2 = 0.577.
+    assert knn_predict(train, labels, query, k=3, temperature=0.6).tolist() == [0]
+    assert knn_predict(train, labels, query, k=3, temperature=0.55).tolist() == [1]
+    assert knn_predict(train, labels, query, k=1, temperature=100.0).tolist() == [1]
+    # More neighbours than rows is all rows; a temperature near zero does not overflow.
+    assert knn_predict(train, labels, query, k=50, temperature=1e-4).tolist() == [1]
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 4_000_000])
+def test_knn_equals_scikit_learn(chunk, monkeypatch):
+    """The weighted vote of brute-force cosine neighbours, whatever the norms and the chunks."""
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+    rows, labels = blobs(400, 7, 8, seed=0, noise=2.0)
+    queries, _ = blobs(100, 7, 8, seed=1, noise=2.0)
+    reference = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    ).fit(rows.numpy(), labels.numpy())
+    found = knn_predict(3 * rows, labels, queries / 5)
+    assert found.tolist() == reference.predict(queries.numpy()).tolist()

@@ -1,0 +1,102 @@
+"""Ranks among candidates, and zero-shot classification by them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from protoclip.evaluation import retrieval
+from protoclip.evaluation.retrieval import best_relevant_rank
+from protoclip.evaluation.zero_shot import class_features, zero_shot_ranks
+
+
+def unit_rows(count, dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1)
+
+
+def slow_ranks(queries, candidates, query_groups, candidate_groups):
+    """Sort the candidates, irrelevant ones first among equals; the first relevant one's place."""
+    ranks = []
+    for query, group in zip(queries.tolist(), query_groups.tolist(), strict=True):
+        scored = sorted(
+            (-sum(a * b for a, b in zip(query, candidate, strict=True)), other == group)
+            for candidate, other in zip(candidates.tolist(), candidate_groups.tolist(), strict=True)
+        )
+        ranks.append([relevant for _, relevant in scored].index(True))
+    return ranks
+
+
+def test_ranks_match_a_table_worked_by_hand():
+    """The similarities are the image rows, since the texts are the axes."""
+    images = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.5, 0.1], [0.7, 0.6, 0.2]])
+    groups = torch.arange(3)
+    assert best_relevant_rank(images, torch.eye(3), groups, groups).tolist() == [0, 1, 2]
+    assert best_relevant_rank(torch.eye(3), images, groups, groups).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 70, 4_000_000])
+def test_ranks_equal_a_slow_restatement(chunk, monkeypatch):
+    """With several images a text and several texts an image, in chunks of any size."""
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+    images, texts = unit_rows(40, 5, 0), unit_rows(23, 5, 1)
+    image_groups = torch.randint(7, (40,), generator=torch.Generator().manual_seed(2))
+    image_groups[:7], text_groups = torch.arange(7), torch.arange(23) % 7
+    for given in (
+        (images, texts, image_groups, text_groups),
+        (texts, images, text_groups, image_groups),
+    ):
+        assert best_relevant_rank(*given).tolist() == slow_ranks(*given)
+    classes = torch.arange(7)
+    ranks = zero_shot_ranks(images, texts[:7], image_groups)
+    assert ranks.tolist() == slow_ranks(images, texts[:7], image_groups, classes)
+
+
+def test_ties_and_nan_count_against_the_query():
+    """Neither a collapsed nor a diverged model scores."""
+    groups, constant = torch.arange(8), torch.ones(8, 4) / 2
+    assert best_relevant_rank(constant, constant, groups, groups).tolist() == [7] * 8
+    fine, broken = unit_rows(8, 4, 0).float(), unit_rows(8, 4, 0).float()
+    assert best_relevant_rank(fine, broken, groups, groups).tolist() == [0] * 8
+    broken[0] = torch.nan
+    assert int(best_relevant_rank(fine, broken, groups, groups).min()) == 1
+    assert best_relevant_rank(broken, fine, groups, groups)[0] == 7
+
+
+def test_a_query_without_a_relevant_candidate_is_refused():
+    images, texts = unit_rows(3, 4, 0), unit_rows(2, 4, 1)
+    with pytest.raises(ValueError, match="1 of 3 queries"):
+        best_relevant_rank(images, texts, torch.arange(3), torch.arange(2))
+    with pytest.raises(ValueError, match="1 of 3 queries"):
+        zero_shot_ranks(images, texts, torch.arange(3))
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest number of elements of a tensor that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_memory_is_bounded_by_the_chunk(generator, monkeypatch):
+    """COCO in small, five captions an image: of 1,250,000 similarities 25,000 at once."""
+    monkeypatch.setattr(retrieval, "CHUNK", 25_000)
+    captions, images = torch.randn(3000, 8, generator=generator).split([2500, 500])
+    groups = torch.arange(500)
+    with Largest() as largest:
+        best_relevant_rank(images, captions, groups, groups.repeat(5))
+    assert largest.elements <= 25_000
+
+
+def test_class_features_average_prompts_then_normalise():
+    """Two prompts at right angles give the bisector; one prompt gives itself."""
+    table = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.6, 0.8]}
+    features = class_features(
+        lambda texts: torch.tensor([table[text] for text in texts]), [["a", "b"], ["c"]]
+    )
+    assert torch.allclose(features, torch.tensor([[0.5**0.5, 0.5**0.5], [0.6, 0.8]]))

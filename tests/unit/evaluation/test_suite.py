@@ -1,0 +1,250 @@
+"""The suite end to end on a tiny data set."""
+
+import io
+import math
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import adjusted_mutual_info_score
+from torch import nn
+
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.evaluation import datasets, suite
+from protoclip.evaluation.datasets import EvaluationData, distinct_captions
+from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, TEXT_COLUMNS, SampleResults
+from protoclip.models.protoclip import ProtoCLIP
+
+CLASSES = ("sea-animal", "hand", "red-fruit", "sign")
+CONCEPTS = {"train": range(24), "validation": range(24, 32), "test": range(32, 48)}
+STYLES = 3
+
+
+def image_file(concept, style):
+    """Solid colour: red tells the concept, green the style."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (concept, style, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pairs(split):
+    """Three styles a concept, the last two with one caption between them."""
+    rows = [
+        {
+            "image": image_file(concept, style),
+            "caption": f"name {concept}" + (" plain" if style == 0 else " rich"),
+            "label": f"name {concept}",
+            "concept": f"c{concept}",
+            "subgroup": CLASSES[concept % 4],
+        }
+        for concept in CONCEPTS[split]
+        for style in range(STYLES)
+    ]
+    return ImageTextPairs(pa.Table.from_pylist(rows), name=f"tiny/{split}")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return EvaluationData(name="tiny", **{split: pairs(split) for split in CONCEPTS})
+
+
+def image_transform(image):
+    channels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return channels.view(4, 4, 3).permute(2, 0, 1).float()
+
+
+def tokenizer(texts):
+    """[concept, class]: what a name, a caption or a class name speaks of; -1 for nothing."""
+    tokens = []
+    for text in texts:
+        if text.startswith("name "):
+            concept = int(text.split()[1])
+            tokens.append([concept, concept % 4])
+        else:
+            tokens.append([-1, [name.replace("-", " ") for name in CLASSES].index(text)])
+    return torch.tensor(tokens)
+
+
+class Oracle(ProtoCLIP):
+    """Features that say which concept and class, and nothing else."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.image_tower = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(48))
+        self.batch_sizes = []
+
+    def known(self, concept, of_class):
+        assert not self.training
+        assert not self.image_tower[0].training
+        assert torch.is_inference_mode_enabled()
+        self.batch_sizes.append(len(concept))
+        table = torch.cat([torch.eye(48), torch.zeros(1, 48)])
+        return torch.cat([table[concept], torch.eye(4)[of_class]], dim=1)
+
+    def encode_image(self, images, normalize=True):
+        concept = images[:, 0, 0, 0].long()
+        return F.normalize(self.known(concept, concept % 4), dim=1)
+
+    def encode_text(self, tokens, normalize=True):
+        return F.normalize(self.known(tokens[:, 0], tokens[:, 1]), dim=1)
+
+
+class Guesser(ProtoCLIP):
+    """Random features, a function of the input."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(2, 100, 50, 8, generator=generator))
+
+    def encode_image(self, images, normalize=True):
+        return F.normalize(self.table[0, images[:, 0, 0, 0].long(), images[:, 1, 0, 0].long()])
+
+    def encode_text(self, tokens, normalize=True):
+        return F.normalize(self.table[1, tokens[:, 0], tokens[:, 1]])
+
+
+def measure(model, data, split="test", batch_size=256, report=lambda stage, done, total: None):
+    features = suite.extract(
+        model,
+        image_transform,
+        tokenizer,
+        data,
+        split=split,
+        batch_size=batch_size,
+        report=report,
+    )
+    return suite.measure(features, data, split=split, report=report)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_model_that_knows_everything_has_full_marks(tiny, split):
+    """Under exactly the promised keys, as plain floats."""
+    metrics, _ = measure(Oracle(), tiny, split, batch_size=10)
+    assert list(metrics) == suite.metric_names("tiny")
+    assert len(metrics) == 18
+    assert {type(value) for value in metrics.values()} == {float}
+    assert {metrics[f"eval/tiny/{metric}"] for metric in MEANS} == {1.0}
+    # Captions say what images say, so the modalities coincide.
+    assert metrics["eval/tiny/modality_gap/gap"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["eval/tiny/modality_gap/alignment"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["eval/tiny/modality_gap/uniformity_image"] < 0
+
+
+def test_metrics_follow_from_the_results_of_samples(tiny):
+    metrics, samples = measure(Guesser(), tiny)
+    assert list(samples.images["sample_id"]) == list(tiny.test.sample_ids())
+    assert len(set(samples.texts["sample_id"])) == 32
+    assert samples.texts["sample_id"][0] == "c32: name 32 plain"
+    assert samples.images.keys() == {"sample_id", *IMAGE_COLUMNS}
+    assert samples.texts.keys() == {"sample_id", *TEXT_COLUMNS}
+    for metric in MEANS:
+        assert samples.values(metric).mean() == metrics[f"eval/tiny/{metric}"], metric
+    partitions = samples.images["class"], samples.images["cluster"]
+    ami = adjusted_mutual_info_score(*partitions)
+    assert ami == metrics["eval/tiny/clustering/ami"]
+
+
+def test_equal_models_give_equal_numbers(tiny):
+    """With another global seed and other batches."""
+    torch.manual_seed(0)
+    first, _ = measure(Guesser(), tiny, batch_size=7)
+    torch.manual_seed(1)
+    assert measure(Guesser(), tiny, batch_size=64)[0] == first
+
+
+def test_every_module_gets_its_mode_back(tiny):
+    """A locked tower in a training model stays in evaluation mode, also after an error."""
+    model = Oracle().train()
+    model.image_tower[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    measure(model, tiny, batch_size=50)
+    assert [module.training for module in model.modules()] == modes
+    assert max(model.batch_sizes) == 50
+    model.known = lambda concept, of_class: torch.full((len(concept), 52), math.nan)
+    with pytest.raises(ValueError, match=r"^tiny images: train: .* not finite; it has diverged$"):
+        measure(model, tiny)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_retrieval_is_among_distinct_captions(tiny):
+    """Images of a concept share candidates; equal captions of two concepts are two candidates."""
+    captions, concepts, of_row = distinct_captions(tiny.test)
+    assert captions[:3] == ["name 32 plain", "name 32 rich", "name 33 plain"]
+    assert concepts[:3] == ["c32", "c32", "c33"]
+    assert of_row[:6] == [0, 1, 1, 2, 3, 3]
+    assert len(captions) == 32
+    rows = [{"image": b"", "caption": "a", "concept": concept} for concept in ("x", "y", "x")]
+    table = ImageTextPairs(pa.Table.from_pylist(rows), name="two")
+    assert distinct_captions(table) == (["a", "a"], ["x", "y"], [0, 1, 0])
+
+
+def test_concepts_of_equal_name_are_one_class(tiny):
+    """Two equal classes would tie and score 0. The name speaks of 32 and of another class."""
+    table = tiny.test.table
+    labels = ["name 32"] * (2 * STYLES) + table["label"].to_pylist()[2 * STYLES :]
+    table = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
+    test = ImageTextPairs(table, name="twins/test")
+    data = EvaluationData(name="twins", train=tiny.train, validation=tiny.validation, test=test)
+    metrics, _ = measure(Oracle(), data)
+    assert metrics["eval/twins/zero_shot/acc1"] == pytest.approx(15 / 16)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_probe_never_chooses_on_test(tiny, split, monkeypatch):
+    """The strength is chosen on validation for both splits."""
+    given = []
+
+    class Probe:
+        def predict(self, features):
+            given.append(features)
+            return torch.zeros(len(features), dtype=torch.int64)
+
+    def record(*rows):
+        given.extend(rows)
+        return Probe()
+
+    monkeypatch.setattr(suite, "best_linear_probe", record)
+    metrics, _ = measure(Oracle(), tiny, split)
+    assert metrics["eval/tiny/linear_probe/acc1"] == 0.25
+    sizes = {part: STYLES * len(concepts) for part, concepts in CONCEPTS.items()}
+    parts = ("train", "train", "validation", "validation", split)
+    assert [len(rows) for rows in given] == [sizes[part] for part in parts]
+
+
+def test_progress_counts_every_stage_to_its_end(tiny):
+    calls = []
+    measure(Oracle(), tiny, batch_size=20, report=lambda *call: calls.append(call))
+    images = [call[1:] for call in calls if call[0] == "tiny images: train"]
+    assert images == [(20, 72), (40, 72), (60, 72), (72, 72)]
+    metrics = [call[1:] for call in calls if call[0] == "tiny metrics"]
+    assert metrics == [(done, 7) for done in range(1, 8)]
+
+
+def test_evaluate_writes_the_results_of_samples(tiny, tmp_path, monkeypatch, capsys):
+    """On the bundled data; a folder that cannot be written costs a warning."""
+    monkeypatch.setattr(datasets, "emoji", lambda: tiny)
+    given = (Guesser(), image_transform, tokenizer)
+    metrics = suite.evaluate(*given, split="validation", samples_to=tmp_path / "results")
+    expected, samples = measure(Guesser(), tiny, "validation")
+    assert metrics == expected
+    assert "evaluate: tiny metrics: 100%" in capsys.readouterr().err
+    read = SampleResults.read(tmp_path / "results" / "tiny-validation.parquet")
+    assert list(read.texts["sample_id"]) == list(samples.texts["sample_id"])
+    (tmp_path / "file").write_text("")
+    again = suite.evaluate(*given, split="validation", show=False, samples_to=tmp_path / "file")
+    assert again == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tiny-validation.parquet: not written" in line
+
+
+def test_the_bundled_emoji():
+    """Loaded once; concepts are unseen in training, classes are shared."""
+    data = datasets.emoji()
+    assert datasets.emoji() is data
+    concepts = [set(data.split(split).column("concept")) for split in CONCEPTS]
+    assert len(set.union(*concepts)) == sum(map(len, concepts))
+    assert set(data.test.column("subgroup")) <= set(data.classes())
