@@ -44,7 +44,6 @@ def cluster(config: Config) -> Callable[[str, Tensor, Tensor | None], KMeans]:
             iterations=config.prototypes.iterations,
             restarts=config.prototypes.restarts,
             init=config.prototypes.init,
-            spherical=config.prototypes.unit_norm,
             seed=config.run.seed,
             positions=positions,
         )
@@ -66,7 +65,7 @@ def schedule(config: Config, optim: Optimisation) -> Schedule:
         warm_up=optim.warm_up_steps,
         main_steps=config.episodes.count * steps - locked,
         locked_peak=optim.locked_learning_rate,
-        locked_warm_up=config.optim.locked_warm_up_steps,
+        locked_warm_up=2,
         locked_steps=locked,
     )
 
@@ -116,7 +115,7 @@ def trainer(
     )
     source: FeatureSource = extracted
     if config.prototype_source == "queue":
-        queue = FeatureQueue(config.prototypes.queue_size or config.episodes.size)
+        queue = FeatureQueue(config.episodes.size)
         source = QueuedFeatures(queue=queue, teachers=external, fallback=extracted)
     optim, _ = optimisation(config)
     optimizer = adamw(
@@ -152,7 +151,7 @@ def trainer(
         target_temperatures=target_temperatures(config),
         mask_empty=config.prototypes.mask_empty,
         back_translation=config.prototypes.back_translation,
-        unit_norm=config.prototypes.unit_norm,
+        unit_norm=False,
         optimizer=optimizer,
         schedule=schedule(config, optim),
         scaler=scaler,
