@@ -37,8 +37,8 @@ RENAMED = {
 class Range:
     """The least and the greatest value of a number."""
 
-    least: float
-    most: float
+    least: int | float
+    most: int | float
 
 
 # The least positive float that is not denormal: denormal numbers are flushed to 0.
@@ -410,7 +410,7 @@ def read(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def require_within(name: str, value: float, limits: Range) -> float:
+def require_within(name: str, value: Any, limits: Range) -> Any:
     if value < limits.least == ABOVE_0:
         hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
         raise ValueError(f"{name}: {value} needs to be above 0{hint}")

@@ -4,7 +4,7 @@ import atexit
 import functools
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import Progress as Display
@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
 
 
 @functools.cache
-def display(stream: TextIO) -> Display:
+def display(stream: Any) -> Display:
     """A terminal's lines, one for each task under way; redrawn by `update`, not by a thread."""
     text = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns = TextColumn("{task.description}", markup=False, table_column=text), "{task.fields[at]}"
@@ -38,12 +38,9 @@ class Progress:
     A terminal shows a line for each task; elsewhere a line is printed every `interval` seconds.
     """
 
-    def __init__(
-        self, label: str, total: int, *, stream: TextIO | None = None, interval: float = 15.0
-    ) -> None:
+    def __init__(self, label: str, total: int, *, interval: float = 15.0) -> None:
         self.label, self.total, self.first = label, total, -1
-        stream = stream or sys.stderr
-        self.stream: TextIO = getattr(stream, "rich_proxied_file", stream)
+        self.stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         self.display = display(self.stream) if self.stream.isatty() else None
         self.task: TaskID | None = None
         self.interval = 0.2 if self.display else interval
