@@ -69,10 +69,6 @@ STUDIES: dict[str, dict[str, Mapping[str, object]]] = {
         "no teacher, PBT": {},
         "no teacher, without PBT": {"prototypes.back_translation": False},
     },
-    "norm": {
-        "prototypes as they are": TEACHER,
-        "of unit norm": {**TEACHER, "prototypes.unit_norm": True},
-    },
 }
 SHOWN = {
     "zero-shot acc1": "zero_shot/acc1",

@@ -170,7 +170,6 @@ WAYS = {
         "prototypes": {"source": "extract", "back_translation": False}
     },
     "queue": {"prototypes": {"source": "queue"}},
-    "queue across batches": {"prototypes": {"source": "queue", "queue_size": 40}},
     "FSDP2": {"parallel": {"strategy": "fsdp"}},
     "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
 }

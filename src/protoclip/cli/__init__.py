@@ -1,5 +1,6 @@
 """The command line. Commands import what they need when they run, so that `--help` is fast."""
 
+import inspect
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from protoclip.cli.data import Index, Inspect, Pack
 from protoclip.cli.demo import Demo
 from protoclip.cli.embed_teacher import EmbedTeacher
 from protoclip.cli.evaluate import Evaluate
-from protoclip.cli.parsing import help_text, parse
+from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.train import Train
 
 COMMANDS: dict[str, type[Any]] = {
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         words.remove(part)
     if not {"-h", "--help"}.isdisjoint(words):
         print(help_text(name, COMMANDS[name]) if name else overview())
-        sys.exit()
+        sys.exit(0)
     try:
         if not name:
             said = " ".join(words) or "no command"
@@ -55,10 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def overview() -> str:
-    lines = ["usage: protoclip COMMAND [OPTIONS]", ""]
-    for name, kind in COMMANDS.items():
-        lines.append(f"  {name:<15} {(kind.__doc__ or '').splitlines()[0]}")
-    return "\n".join([*lines, "", "protoclip COMMAND --help lists the options of a command."])
+    rows = {name: (inspect.getdoc(kind) or "").splitlines()[0] for name, kind in COMMANDS.items()}
+    hint = "protoclip COMMAND --help lists the options of a command."
+    return "\n".join(["usage: protoclip COMMAND [OPTIONS]", "", *aligned(rows), "", hint])
 
 
 def report(error: Exception) -> NoReturn:

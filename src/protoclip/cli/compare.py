@@ -9,7 +9,8 @@ from protoclip.files import to_json
 class Compare:
     """Compare finished runs; runs of one name and several seeds share a column.
 
-    Differences to the first run are paired, by seed or else by test sample, with 95% intervals.
+    Differences to the first run are paired, by seed or else by test sample,
+    with 95% intervals.
     """
 
     runs: list[str]

@@ -1,13 +1,24 @@
 """`protoclip data inspect`, `data pack` and `data index`."""
 
+import importlib.util
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protoclip.cli.parsing import Recipes
-from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed, check
+from protoclip.config import (
+    SMALL_CONTEXT_LENGTH,
+    Config,
+    Count,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    Seed,
+    check,
+)
 from protoclip.files import to_json
 from protoclip.progress import duration
 
@@ -17,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspect(Recipes):
-    """Report what a source holds: sizes, caption lengths, duplicates, unreadable files."""
+    """Show what a source holds: sizes, caption lengths, duplicates, bad files."""
 
     source: str
     """As data.train."""
@@ -38,13 +49,13 @@ class Inspect(Recipes):
     def __call__(self) -> None:
         from protoclip.data.inspect import inspect, show
         from protoclip.data.montage import montage
-        from protoclip.models import loading
 
         pairs, notes = open_source(replace(self.data, train=self.source), seed=self.seed)
+        count_tokens, context_length = tokens_of(self.model)
         found = inspect(
             pairs,
-            count_tokens=loading.token_counter(self.model),
-            context_length=loading.context_length(self.model),
+            count_tokens=count_tokens,
+            context_length=context_length,
             samples=None if self.every else self.samples,
             seed=self.seed,
             workers=self.data.workers or None,
@@ -64,7 +75,10 @@ class Inspect(Recipes):
 
 @dataclass(frozen=True)
 class Pack(Recipes):
-    """Write a source as tar shards. After an interruption the same command continues."""
+    """Write a source as tar shards.
+
+    After an interruption the same command continues.
+    """
 
     source: str
     """As data.train."""
@@ -94,7 +108,7 @@ class Pack(Recipes):
 
 @dataclass(frozen=True)
 class Index(Recipes):
-    """Build the index of a source ahead of time, so that training starts at once."""
+    """Build the index of a source ahead of training."""
 
     source: str
     """As data.train."""
@@ -110,6 +124,35 @@ class Index(Recipes):
             raise ValueError(f"{self.source}: a stream has no index; leave data.read at auto")
         print_notes(notes)
         print(f"{len(pairs)} pairs indexed, in {duration(time.monotonic() - started)}")
+
+
+def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int]:
+    """What counts the tokens of captions, and how many of them the model reads."""
+    if model.name is None:
+        return ClipTokens(), model.text.context_length or SMALL_CONTEXT_LENGTH
+    from protoclip.models import loading
+
+    return loading.token_counter(model), loading.context_length(model)
+
+
+class ClipTokens:
+    """Counts the tokens of captions, start and end included, for the small towers.
+
+    open_clip's tokenizer is loaded from its file: importing open_clip imports all its models.
+    """
+
+    def __init__(self) -> None:
+        (folder,) = importlib.util.find_spec("open_clip").submodule_search_locations
+        found = importlib.util.spec_from_file_location("clip_tokenizer", f"{folder}/tokenizer.py")
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        self.tokenizer = module.SimpleTokenizer()
+
+    def __call__(self, texts: list[str]) -> list[int]:
+        return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ClipTokens, ()  # worker processes load the file again
 
 
 def open_source(data: DataConfig, *, seed: int = 0) -> tuple["Pairs | SampleStream", list[str]]:

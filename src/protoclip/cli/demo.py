@@ -15,7 +15,7 @@ EPISODES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train CLIP, ProtoCLIP, and ProtoCLIP with a teacher on the bundled emoji; compare them."""
+    """Train and compare CLIP, ProtoCLIP, and ProtoCLIP with a teacher on emoji."""
 
     out: str = "runs/demo"
     """Folder of the three runs."""

@@ -10,7 +10,7 @@ from protoclip.files import to_json
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run or a checkpoint on held-out concepts of the bundled data."""
+    """Evaluate a run or a checkpoint on the bundled data's held-out concepts."""
 
     path: str
     """A run folder or a checkpoint folder."""

@@ -63,10 +63,8 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
         except SystemExit:
             found = re.search(r"Missing value for argument '(.+?)'", said.getvalue())
             raise ValueError(f"{found[1]}: needs a value" if found else said.getvalue()) from None
-    several = [f.name for f in fields(kind) if not f.kw_only and is_list(hints[f.name])]  # type: ignore[arg-type]
-    if several and rest and not any(word.startswith("-") for word in rest):
-        # tyro takes the first group of positional arguments: `compare a --json b` leaves b.
-        given[several[0]] = [*given.get(several[0], []), *rest]
+    if rest and isinstance(given.get("runs"), list) and not rest[0].startswith("-"):
+        given["runs"] += rest  # tyro takes one group of them: `compare a --json b` leaves b
     elif rest:
         name = rest[0].partition("=")[0].lstrip("-").replace("-", "_")
         option = rest[0].startswith("-")
@@ -123,17 +121,13 @@ def as_tree(info: Any) -> StructConstructorSpec | None:
         default: Any = NotGiven()
         if is_dataclass(hint):
             kind, default = hint, tyro.MISSING_NONPROP
-        elif is_list(hint):
+        elif kinds := {list, tuple} & {get_origin(hint), *map(get_origin, get_args(hint))}:
             kind, default = list[str], []
-            if entry.kw_only and get_origin(hint) is not tuple:  # repeat the option to add more
-                kind = tyro.conf.UseAppendAction[kind]
-        kind = kind if entry.kw_only else tyro.conf.Positional[kind]
+            if entry.kw_only and list in kinds:  # repeat the option to add more
+                kind = tyro.conf.UseAppendAction[list[str]]
+        kind = kind if entry.kw_only else tyro.conf.Positional[kind]  # type: ignore[misc]
         specs.append(StructFieldSpec(name=entry.name, type=kind, default=default, helptext=None))
     return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
-
-
-def is_list(hint: Any) -> bool:
-    return bool({list, tuple} & {get_origin(hint), *map(get_origin, get_args(hint))})
 
 
 def value_of(words: Any, hint: Any) -> Any:
@@ -150,7 +144,7 @@ def value_of(words: Any, hint: Any) -> Any:
     if str not in inner or words.startswith("["):
         for reader in (json.loads, ast.literal_eval, float):
             with suppress(ValueError, SyntaxError):
-                return reader(words)  # type: ignore[operator]
+                return reader(words)
     return words
 
 
@@ -213,14 +207,19 @@ def section_help(kind: type[Any], prefix: str = "") -> Iterator[str]:
             shown = "|".join([str(default), *(c for c in choices if c != default)])
             silent = default is None or default is False or default is MISSING
             rows[name] = texts[entry.name] + ("" if silent else f" [{shown}]")
-    column, width = max(map(len, rows), default=0) + 4, shutil.get_terminal_size().columns
     yield ""
-    for name, text in rows.items():
-        line, indent = f"  {name}".ljust(column) + text, " " * column
-        yield from textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
+    yield from aligned(rows)
     for name, hint in hints.items():
         if is_dataclass(hint):
             yield from section_help(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def aligned(rows: Mapping[str, str]) -> Iterator[str]:
+    """Names, and texts beside them, in the width of the terminal."""
+    column, width = max(map(len, rows), default=0) + 4, shutil.get_terminal_size().columns
+    for name, text in rows.items():
+        line, indent = f"  {name}".ljust(column) + text, " " * column
+        yield from textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def descriptions(kind: type[Any]) -> dict[str, str]:
