@@ -170,6 +170,7 @@ WAYS = {
         "prototypes": {"source": "extract", "back_translation": False}
     },
     "queue": {"prototypes": {"source": "queue"}},
+    "queue across batches": {"prototypes": {"source": "queue"}},
     "FSDP2": {"parallel": {"strategy": "fsdp"}},
     "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
 }
