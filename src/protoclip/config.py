@@ -44,7 +44,7 @@ class Range:
 # The least positive float that is not denormal: denormal numbers are flushed to 0.
 ABOVE_0 = sys.float_info.min
 BELOW_1 = math.nextafter(1.0, 0.0)
-# Upper limits only catch slips of the finger: no data and no machine of today needs as much.
+# Upper limits catch slips of the finger: no data and no machine of today needs as much.
 Seed = Annotated[int, Range(0, 2**63 - 1)]  # what both torch and NumPy take
 Count = Annotated[int, Range(1, 2**31 - 1)]
 CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
@@ -506,56 +506,39 @@ def check_teachers(config: Config) -> None:
 
 def without_effect(config: Config) -> list[str]:
     """One note for each setting that differs from its default and changes nothing in this run."""
-    loss, prototypes = config.loss, config.prototypes
+    default, notes = Config(), []
+    loss, model, prototypes = config.loss, config.model, config.prototypes
+    clip, queued = not config.uses_prototypes, config.prototype_source == "queue"
+
+    def note(holds: bool, why: str, *names: str) -> None:
+        for name in names if holds else ():
+            path = name.removesuffix(".*").split(".")
+            if reduce(getattr, path, config) != reduce(getattr, path, default):  # type: ignore[arg-type]
+                notes.append(f"{name}: no effect{why}")
+
     in_workers = config.data.cache == "ram" and config.data.workers > 0
-    from_queue = config.prototype_source == "queue" and config.episodes.warm_up > 0
-    targets = ("prototypes.number", "prototypes.target_temperature", "prototypes.hard_targets")
+    note(in_workers, ", since worker processes keep no images in memory", "data.cache_gb")
+    note(clip, ", since loss.prototypical is 0", "prototypes.*")
+    note(
+        loss.prototypical == 0 and not clip,
+        ", since loss.prototypical is 0",
+        *("prototypes.number", "prototypes.target_temperature", "prototypes.hard_targets"),
+    )
+    note(
+        queued and not clip and config.episodes.warm_up > 0,
+        ", since prototypes come from the queue",
+        "prototypes.extract_transform",
+    )
+    soft = loss.prototypical > 0 and prototypes.hard_targets
+    note(soft, " with prototypes.hard_targets", "prototypes.target_temperature")
+    heads = ("episodes.warm_up", "optim.heads_lr_scale", "optim.heads_weight_decay")
+    note(clip, ", since no loss uses prototypes", *heads)
+    features = bool(config.teachers or config.teacher.features)
+    note(loss.teacher == 0 and features, ", since loss.teacher is 0", "teacher.*", "teachers.*")
+    note(loss.teacher > 0 and not config.uses_teacher, " without teacher.features", "loss.teacher")
+    unlocked = config.episodes.locked_image == 0
+    note(unlocked, ", since episodes.locked_image is 0", "optim.locked_learning_rate")
     towers = ("embed_dim", "image.name", "text.width", "text.heads", "text.layers")
-    heads = ("optim.heads_lr_scale", "optim.heads_weight_decay")
-    no_prototypes, no_weight = not config.uses_prototypes, loss.prototypical == 0
-    causes: list[tuple[bool, tuple[str, ...], str]] = [
-        (in_workers, ("data.cache_gb",), ", since worker processes keep no images in memory"),
-        (no_prototypes, ("prototypes",), ", since loss.prototypical is 0"),
-        (no_weight and not no_prototypes, targets, ", since loss.prototypical is 0"),
-        (
-            from_queue and not no_prototypes,
-            ("prototypes.extract_transform",),
-            ", since prototypes come from the queue",
-        ),
-        (
-            prototypes.hard_targets and not no_weight,
-            ("prototypes.target_temperature",),
-            " with prototypes.hard_targets",
-        ),
-        (no_prototypes, ("episodes.warm_up", *heads), ", since no loss uses prototypes"),
-        (
-            loss.teacher == 0 and bool(config.teachers or config.teacher.features),
-            ("teacher", "teachers"),
-            ", since loss.teacher is 0",
-        ),
-        (
-            not config.uses_teacher and loss.teacher > 0,
-            ("loss.teacher",),
-            " without teacher.features",
-        ),
-        (
-            config.episodes.locked_image == 0,
-            ("optim.locked_learning_rate",),
-            ", since episodes.locked_image is 0",
-        ),
-        (
-            config.model.name is not None,
-            tuple(f"model.{name}" for name in towers),
-            f", since model.name is {config.model.name}",
-        ),
-    ]
-    return [
-        f"{name}{'' if '.' in name else '.*'}: no effect{why}"
-        for holds, names, why in causes
-        for name in names
-        if holds and value_of(config, name) != value_of(Config(), name)
-    ]
-
-
-def value_of(config: Config, name: str) -> Any:
-    return reduce(getattr, name.split("."), config)
+    named = f", since model.name is {model.name}"
+    note(model.name is not None, named, *(f"model.{name}" for name in towers))
+    return notes

@@ -65,8 +65,7 @@ class EmbedTeacher(Recipes):
             )
         if collectives.launched()[0] > 0:
             return
+        for name, value in facts.items() if not self.json else ():
+            print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
         if self.json:
             print(to_json(facts, indent=2))
-            return
-        for name, value in facts.items():
-            print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
