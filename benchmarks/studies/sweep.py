@@ -3,10 +3,10 @@
     python benchmarks/studies/sweep.py STUDY [--seeds 0 1 2] [--split validation] [--jobs 2]
 
 Studies: source (CLIP, extraction, queue), demo (its three arms), heads (their learning rate),
-number (of prototypes), episode (its size), targets (soft or hard), translation (PBT on or off),
-norm (prototypes as they are or of unit norm). Runs are kept in runs/studies/ and not repeated. Each
-has one thread; `--jobs` of them run at a time. Differences are to the first arm, paired by seed, or
-by sample where there is one seed; with 95% intervals, and a star where these leave out 0.
+number (of prototypes), episode (its size), targets (soft or hard), translation (PBT on or off).
+Runs are kept in runs/studies/ and not repeated. Each has one thread; `--jobs` of them run at a
+time. Differences are to the first arm, paired by seed, or by sample where there is one seed; with
+95% intervals, and a star where these leave out 0.
 """
 
 import argparse

@@ -1,27 +1,58 @@
 """Prototypical contrastive image-text models: pretrain, study, use.
 
-The public API is what this file lists.
+The public API is what this file lists. Names load their modules on first use.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-from protoclip.losses.info_nce import info_nce
-from protoclip.losses.objective import objective
-from protoclip.losses.prototypical import Target, prototypical_loss
-from protoclip.models.loading import load
-from protoclip.models.protoclip import Embeddings, ProtoCLIP
-from protoclip.prototypes.kmeans import KMeans, kmeans
-from protoclip.prototypes.targets import back_translate
+if TYPE_CHECKING:
+    from protoclip.config import Config
+    from protoclip.losses.info_nce import info_nce
+    from protoclip.losses.objective import objective
+    from protoclip.losses.prototypical import Target, prototypical_loss
+    from protoclip.models.loading import load
+    from protoclip.models.protoclip import Embeddings, ProtoCLIP
+    from protoclip.prototypes.kmeans import KMeans, kmeans
+    from protoclip.prototypes.targets import back_translate
+    from protoclip.training.run import train
 
 __all__ = [
+    "Config",
     "Embeddings",
-    "KMeans",
     "ProtoCLIP",
-    "Target",
+    "PrototypeTarget",
+    "Prototypes",
     "back_translate",
     "info_nce",
     "kmeans",
     "load",
     "objective",
     "prototypical_loss",
+    "train",
 ]
+
+_MODULES = {
+    "config": ["Config"],
+    "losses.info_nce": ["info_nce"],
+    "losses.objective": ["objective"],
+    "losses.prototypical": ["prototypical_loss"],
+    "models.loading": ["load"],
+    "models.protoclip": ["Embeddings", "ProtoCLIP"],
+    "prototypes.kmeans": ["kmeans"],
+    "prototypes.targets": ["PrototypeTarget", "Prototypes", "back_translate"],
+    "training.run": ["train"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"protoclip.{module}"), name)
+    raise AttributeError(f"module 'protoclip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,124 +1,158 @@
-"""The configuration: one tree of frozen dataclasses, standard library only.
+"""The settings of a run: one tree of frozen dataclasses, and their checks. Standard library only.
 
-A recipe (TOML) and `--section.name value` on the command line set these fields; their docstrings
-are what `--help` shows. The defaults are a ProtoCLIP run on the bundled emoji.
+The docstring below a setting is its help text; a number's annotation holds its limits. Recipes, the
+command line and Python all pass through `build`, so that a mistake has one message everywhere.
+The defaults train ProtoCLIP on the bundled emoji.
 """
 
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import reduce
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-# What the small towers read unless told otherwise: pixels and tokens.
+# Image size in pixels and caption length in tokens of the small towers, unless set.
 SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
-# Settings of `data` that the command line alone may switch on; no recipe, and no run folder's
-# config.toml, holds them.
+# Settings of `data` that only the command line may switch on. Recipes and run folders never do.
 PERMISSIONS = ("allow_commands", "allow_private_hosts", "allow_links")
+
+# Settings of earlier versions, and what to do about them.
+RENAMED = {
+    "data.shuffle": "is data.shuffle_buffer now",
+    "prototypes.start": 'is prototypes.init now, with "k-means++" for "spread"',
+    "prototypes.unit_norm": "is gone; prototypes keep the norm that K-means gives them",
+    "prototypes.queue_size": "is gone; the queue holds episodes.size samples",
+    "optim.image_scale": "is optim.image_lr_scale now",
+    "optim.text_scale": "is optim.text_lr_scale now",
+    "optim.heads_scale": "is optim.heads_lr_scale now",
+    "optim.locked_warm_up_steps": "is gone; the locked-image stage warms up for 2 steps",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least and the greatest value of a number."""
+
+    least: int | float
+    most: int | float
+
+
+# The least positive float that is not denormal: denormal numbers are flushed to 0.
+ABOVE_0 = sys.float_info.min
+BELOW_1 = math.nextafter(1.0, 0.0)
+# Upper limits catch slips of the finger: no data and no machine of today needs as much.
+Seed = Annotated[int, Range(0, 2**63 - 1)]  # what both torch and NumPy take
+Count = Annotated[int, Range(1, 2**31 - 1)]
+CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
+BatchSize = Annotated[int, Range(2, 2**31 - 1)]
+Layers = Annotated[int, Range(1, 1000)]
+Width = Annotated[int, Range(1, 2**16)]
+Positive = Annotated[float, Range(ABOVE_0, math.inf)]
+NotNegative = Annotated[float, Range(0, math.inf)]
+Decay = Annotated[float, Range(0, BELOW_1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     name: str = "protoclip"
-    """What tables call this run; runs of one name and several seeds share a row."""
+    """Runs of one name share a row in tables."""
     out: str | None = None
-    """Run folder, which must not exist yet. Unset: `runs/<name>-<seed>`, in lower case."""
-    seed: int = 0
-    """Determines weights, episodes, views and clusterings."""
+    """Folder of the run; else runs/NAME-SEED."""
+    seed: Seed = 0
+    """Fixes weights, episodes and clusterings."""
     device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    """auto, cpu, cuda, cuda:1 or mps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of forward passes; `auto` is bf16 where the hardware computes it, else fp32."""
-    log_every: int = 10
+    """auto is bf16 if the device has it."""
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    save_steps: int = 0
-    """Steps between checkpoints, besides those at episodes' ends and in time; 0 for none."""
-    save_minutes: float = 10.0
+    save_steps: CountOrZero = 0
+    """Steps between checkpoints; 0 for none."""
+    save_minutes: NotNegative = 10.0
     """Minutes between checkpoints; 0 for none."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints to keep."""
     keep_best: str | None = None
-    """A metric of the evaluations during training (`run.evaluate_every`), such as
-    `eval/emoji/knn/acc1`, by whose highest value a checkpoint is kept besides the newest;
-    `results.json` names it."""
+    """Keep the best by a metric: eval/emoji/knn/acc1."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Log to Weights & Biases too (`pip install wandb`)."""
-    evaluate_every: int = 0
-    """Episodes between evaluations on the validation split; 0 evaluates at the end only."""
+    """Also log to Weights & Biases."""
+    evaluate_every: CountOrZero = 0
+    """Episodes between validations; 0 for none."""
     evaluate: bool = True
-    """Evaluate on the test split when training is done."""
+    """Evaluate on the test split at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of a mixture. What it leaves unset is taken from `data`."""
+    """One source of a mixture. What it leaves unset comes from `data`."""
 
     path: str
-    """As `data.train`."""
+    """As data.train."""
     name: str | None = None
-    """What messages and derived sample ids call it; from the path if unset."""
-    weight: float | None = None
-    """Relative share of the samples drawn. Unset for all: every sample counts the same."""
+    """Name in messages and in sample ids; else from the path."""
+    weight: Positive | None = None
+    """Relative share of samples; if unset for all sources, all samples count the same."""
     image_column: str | None = None
-    """As `data.image_column`."""
+    """As data.image_column."""
     caption_column: list[str] | str | None = None
-    """As `data.caption_column`."""
+    """As data.caption_column."""
     id_column: str | None = None
-    """As `data.id_column`."""
+    """As data.id_column."""
     root: str | None = None
-    """As `data.root`."""
+    """As data.root."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = "emoji"
-    """`emoji` (bundled); a CSV, TSV or Parquet file; tar shards (path, glob, brace pattern, URL or
-    `pipe:` command); or a folder of pictures with captions beside them."""
+    """emoji (bundled), a table, tar shards (path, glob, {000..999}, URL, pipe: command) or a folder
+    of images with captions."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """Several sources with weights, in place of `data.train`."""
+    """A mixture, instead of data.train."""
     image_column: str | None = None
-    """Column of a table that holds paths, URLs or encoded bytes; detected if unset."""
+    """Column of paths, URLs or bytes; else detected."""
     caption_column: list[str] | str | None = None
-    """Column of a table that holds captions, or several; detected if unset."""
+    """Column(s) of captions; else detected."""
     id_column: str | None = None
-    """Column of a table that names samples; detected if unset."""
+    """Column of sample ids; else detected."""
     root: str | None = None
-    """Folder or URL that a table's relative paths start from, and that all its paths have to lie
-    below (`/` for anywhere); the table's own folder if unset."""
+    """Folder that holds all images of a table."""
     read: Literal["auto", "indexed", "streaming"] = "auto"
-    """How tar shards are read: in any order, or as a stream. `auto`: local ones are indexed."""
-    shuffle_buffer: int = 4096
-    """Samples that a stream shuffles among each other."""
+    """How to read shards."""
+    shuffle_buffer: Count = 4096
+    """Samples that a stream shuffles at a time."""
     augmentation: Literal["light", "clip"] = "light"
-    """Training transform: `light` (the paper's for ProtoCLIP) or `clip` (a crop and nothing else)."""
-    workers: int = 0
-    """Processes that decode pictures; 0 decodes in the training process. Changes no result."""
+    """clip only crops."""
+    workers: Annotated[int, Range(0, 4096)] = 0
+    """Processes that decode images; changes no result."""
     cache: Literal["ram", "disk", "none"] = "ram"
-    """Where to keep decoded pictures for the next pass; changes no result. `ram` needs
-    `workers = 0`. Pictures take three bytes a pixel; JPEGs so large that they are decoded at a
-    fraction of their size are not kept."""
-    cache_gb: float = 4.0
-    """Gigabytes that decoded pictures may take."""
+    """Keeps decoded images."""
+    cache_gb: Annotated[float, Range(ABOVE_0, 1e6)] = 4.0
+    """Gigabytes of decoded images to keep."""
     cache_folder: str | None = None
-    """Folder of decoded pictures on disk, and of indexes; the user's cache folder if unset."""
+    """Folder of indexes and decoded images."""
     small_copies: bool = False
-    """Take every crop, in training and extraction, from a copy of the picture with a shorter side
-    of 256 pixels (10/7 of the input where that is more), cached or not. Less sharp, but large
-    pictures load faster from a cache. Cannot change when a run goes on."""
-    max_image_pixels: int = 178_956_970
-    """Pictures with more pixels are skipped."""
-    max_bad_share: float = 0.05
-    """Share of samples that may be bad; with more the run stops."""
+    """Crop from copies of 256 pixels: less sharp."""
+    max_image_pixels: Annotated[int, Range(1, 2**40)] = 178_956_970
+    """Skip images with more pixels."""
+    max_bad_share: Annotated[float, Range(0, 1)] = 0.05
+    """Share of bad samples that ends a run."""
     allow_commands: bool = False
-    """Run the commands of `pipe:` sources. On the command line alone, as are the next two: a recipe
-    cannot allow itself anything."""
+    """Run the commands of pipe: sources."""
     allow_private_hosts: bool = False
-    """Read from web servers on this machine and in private networks."""
+    """Read from web servers in private networks."""
     allow_links: bool = False
-    """Follow symbolic links out of the folder that a table's paths have to lie below."""
+    """Follow symbolic links that leave data.root."""
     shuffle_captions: bool = False
-    """Pair each picture with another's caption: the control that must learn nothing."""
+    """Pair images with wrong captions, as a control."""
 
     @property
     def has_held_out_splits(self) -> bool:
-        """Whether there is something to evaluate on: with the bundled data alone."""
+        """Whether there is something to evaluate on, which only the bundled data has."""
         return self.train == "emoji" and not self.sources
 
 
@@ -126,45 +160,42 @@ class DataConfig:
 class ImageTowerConfig:
     name: str = "resnet10t"
     """A timm model name."""
-    size: int | None = None
-    """Height and width of the input, in pixels; of a model named by `model.name` too. Unset: 40, or
-    the named model's own size."""
+    size: Annotated[int, Range(2, 2**13)] | None = None
+    """Input pixels; else 40, or the named model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    context_length: int | None = None
-    """Tokens a caption is cut to, start and end tokens included; of a model named by `model.name`
-    too. Unset: 16, or the named model's own number."""
-    width: int = 128
+    context_length: Annotated[int, Range(3, 2**12)] | None = None
+    """Tokens; else 16, or the named model's."""
+    width: Width = 128
     """Width of the transformer."""
-    heads: int = 2
+    heads: Width = 2
     """Attention heads; they divide the width."""
-    layers: int = 2
+    layers: Layers = 2
     """Transformer layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    hidden_dim: int = 1024
+    hidden_dim: Width = 1024
     """Width of the hidden layers."""
-    hidden_layers: int = 1
-    """Hidden layers, each Linear - BatchNorm - ReLU; 0 makes the head linear."""
-    projection_dim: int = 128
-    """Width of the projections that are clustered."""
+    hidden_layers: Annotated[int, Range(0, 1000)] = 1
+    """Hidden layers; 0 makes the head linear."""
+    projection_dim: Width = 128
+    """Width of the projections to cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str | None = None
-    """An open_clip model name, such as `RN50`. Unset: the small towers described by `model.image`
-    and `model.text`. Unset settings of `optim` depend on it."""
+    """An open_clip model such as RN50; else small towers."""
     pretrained: str | None = None
-    """open_clip's published weights for `model.name`, by tag; downloaded by open_clip."""
+    """Tag of open_clip's weights for model.name."""
     checkpoint: str | None = None
-    """A run or checkpoint folder whose weights to start from; needs the same architecture."""
-    embed_dim: int = 256
-    """Joint width of image and text features, for towers that are described here."""
+    """Run or checkpoint folder to start from."""
+    embed_dim: Width = 256
+    """Joint feature width of the small towers."""
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
@@ -172,137 +203,108 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
-    size: int = 4096
+    size: Count = 4096
     """Pairs in an episode."""
-    count: int = 35
-    """Episodes of the whole run."""
-    batch_size: int = 256
-    """Pairs in a step, of all processes together; divides the episode size."""
-    micro_batch_size: int | None = None
-    """Pairs that pass through the towers of a process at once, to save memory: gradients are those
-    of the whole batch (GradCache), for a second forward pass. BatchNorm then sees these alone."""
+    count: Count = 35
+    """Episodes in the run."""
+    batch_size: BatchSize = 256
+    """Pairs in a step, of all ranks together."""
+    micro_batch_size: BatchSize | None = None
+    """Pairs in the towers at once (GradCache)."""
     replacement: bool = True
-    """Draw the pairs of an episode with replacement, as the paper does."""
-    warm_up: int = 1
-    """Episodes at the start with InfoNCE alone."""
-    locked_image: int = 1
-    """Episodes at the end with the image tower locked (LiT)."""
+    """Draw pairs with replacement."""
+    warm_up: CountOrZero = 1
+    """First episodes, with InfoNCE alone."""
+    locked_image: CountOrZero = 1
+    """Last episodes, with the image tower locked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
     source: Literal["auto", "extract", "queue"] = "auto"
-    """Where what is clustered comes from: `queue`, the projections that training made last, at no
-    cost; `extract`, a pass over each episode before it is trained, as in the paper. `auto` is the
-    queue where a teacher groups too, and else extraction, which is the better then."""
+    """auto is queue with a teacher, else extract: a pass over the episode, as in the paper."""
     extract_transform: Literal["evaluation", "training"] = "evaluation"
-    """How extraction sees images: as evaluation does, each pair of an episode once, or through
-    the training augmentation with draws of its own, as the reference does."""
-    queue_size: int | None = None
-    """Samples in the queue; `episodes.size` if unset."""
-    number: int = 400
-    """Prototypes per modality, at most the episode size."""
+    """How extraction sees images."""
+    number: Count = 400
+    """Prototypes per modality."""
     init: Literal["k-means++", "random"] = "k-means++"
-    """Where K-means starts: `spread` out over the data, or from `random` samples. The reference
-    takes the best of 3 random starts, 20 iterations each; a spread one gets there in 6."""
-    iterations: int = 6
+    """Where K-means starts."""
+    iterations: Count = 6
     """K-means iterations."""
-    restarts: int = 1
-    """K-means starts, of which the best is kept."""
+    restarts: Count = 1
+    """K-means runs; the best counts."""
     back_translation: bool = True
-    """Translate prototypes into the student's space (PBT)."""
-    unit_norm: bool = False
-    """Bring prototypes to unit norm, in K-means and in the student's space."""
-    target_temperature: float = 0.01
-    """Sharpness of the soft targets."""
+    """Use PBT, as the paper does."""
+    target_temperature: Positive = 0.01
+    """Temperature of the soft targets."""
     hard_targets: bool = False
-    """One-hot targets in place of soft ones."""
+    """One-hot targets instead of soft ones."""
     mask_empty: bool = True
-    """Leave empty clusters out of the softmax; false restores the reference's behaviour, where an
-    empty cluster is a class with logit 0."""
+    """Leave empty clusters out of the softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = "teacher"
-    """What metrics call it; several teachers have different names."""
+    """Name in metrics."""
     features: str | None = None
-    """Features of an external teacher: a folder that `protoclip embed-teacher` wrote, a Parquet
-    file with the columns `sample_id` and `features`, an `.npy` file with ids beside it, or `emoji`
-    (bundled MiniLM features of the captions). Unset: no external teacher."""
-    weight: float = 1.0
-    """Weight among several teachers; `loss.teacher` multiplies it."""
-    number: int = 400
+    """A folder of embed-teacher, Parquet, .npy or emoji (bundled)."""
+    weight: NotNegative = 1.0
+    """Factor to loss.teacher."""
+    number: Count = 400
     """Prototypes of the teacher's space."""
-    target_temperature: float = 0.01
-    """Sharpness of soft targets, where `hard_targets` is false."""
+    target_temperature: Positive = 0.01
+    """Temperature of the soft targets."""
     hard_targets: bool = True
     """One-hot targets, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    info_nce: float = 1.0
+    info_nce: NotNegative = 1.0
     """Weight of InfoNCE."""
-    prototypical: float = 1.0
-    """Weight of the prototypical loss between image and text; 0 and no teacher is CLIP."""
-    teacher: float = 1.0
-    """Weight of the external teacher's prototypical loss."""
+    prototypical: NotNegative = 1.0
+    """Weight of the prototypical loss; 0 is CLIP."""
+    teacher: NotNegative = 1.0
+    """Weight of the external teachers' loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    learning_rate: float | None = None
-    """Peak learning rate. Unset: 2e-3 for the small towers; for a named model 5e-4 from a batch of
-    512 on, and in proportion below."""
-    image_lr_scale: float = 1.0
-    """Factor to the image tower's learning rate."""
-    text_lr_scale: float = 1.0
-    """Factor to the text tower's learning rate."""
-    heads_lr_scale: float = 0.01
-    """Factor to the projection heads' learning rate. Slow heads leave grouping to the towers, and
-    keep an episode's prototypes valid to its end."""
-    warm_up_steps: int | None = None
-    """Steps of linear warm-up; then half a cosine to 0 at the start of the locked stage. Unset: 50
-    for the small towers; for a named model 2% of the run and at least 500,000 samples, but at most
-    a tenth of the run."""
-    locked_learning_rate: float | None = None
-    """Peak learning rate of the locked-image stage, which has its own schedule. Unset: 2e-4 for the
-    small towers, a tenth of the learning rate for a named model. 0: the first cosine goes on to the
-    end of the run, as in the reference."""
-    locked_warm_up_steps: int = 2
-    """Steps of linear warm-up of the locked-image stage."""
-    betas: tuple[float, float] | None = None
-    """AdamW's moment decays. Unset: (0.9, 0.98), with a named convolutional image tower
-    (0.9, 0.999)."""
-    eps: float | None = None
-    """AdamW's epsilon. Unset: 1e-6, with a named convolutional image tower 1e-8."""
-    weight_decay: float | None = None
-    """For matrices and filters; gains, biases and temperatures have none. Unset: 0.2, with a named
-    convolutional image tower 0.1."""
-    heads_weight_decay: float | None = None
-    """The same for the projection heads. Unset: `weight_decay` for the small towers, 0 for a named
-    model."""
-    clip_norm: float = 10.0
+    learning_rate: Positive | None = None
+    """Peak rate; else from the model."""
+    image_lr_scale: Positive = 1.0
+    """Factor to the rate of the image tower."""
+    text_lr_scale: Positive = 1.0
+    """Factor to the rate of the text tower."""
+    heads_lr_scale: Positive = 0.01
+    """Factor to the rate of the heads."""
+    warm_up_steps: CountOrZero | None = None
+    """Linear warm-up; else from the model."""
+    locked_learning_rate: NotNegative | None = None
+    """Peak rate of the locked stage; 0: no own cosine."""
+    betas: tuple[Decay, Decay] | None = None
+    """Of AdamW, such as 0.9 0.98; else from the model."""
+    eps: Positive | None = None
+    """Of AdamW; else from the model."""
+    weight_decay: NotNegative | None = None
+    """Of matrices and filters; else from the model."""
+    heads_weight_decay: NotNegative | None = None
+    """Of the heads; else from the model."""
+    clip_norm: Positive = 10.0
     """Largest norm of the whole gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How several processes, started by torchrun or srun, train together."""
-
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """`ddp`: a copy of the model in each process; `fsdp`: parameters, gradients and moments spread
-    over the processes (FSDP2), for towers too large for one device."""
+    """fsdp shards the model (FSDP2)."""
     activation_checkpointing: bool = False
-    """Compute a tower's activations again in the backward pass, to save memory. For transformers:
-    BatchNorm would count each batch twice. Counts with one process too."""
+    """Recompute activations: less memory."""
     sync_batch_norm: bool = False
-    """BatchNorm of the towers over the batches of all processes; the heads' always is. Without,
-    each process normalises by its own share of the batch."""
+    """BatchNorm over all ranks."""
     compile: bool = False
-    """Compile the towers (torch.compile): minutes at the start, then faster on most GPUs. Counts
-    with one process too."""
+    """Compile the towers (torch.compile)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +318,7 @@ class Config:
     prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: list[TeacherConfig] = field(default_factory=list)
-    """Several external teachers, in place of `teacher`."""
+    """Several external teachers, instead of teacher."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -331,16 +333,212 @@ class Config:
 
     @property
     def prototype_source(self) -> Literal["extract", "queue"]:
-        """`prototypes.source`, decided."""
+        """`prototypes.source`, with `auto` decided."""
         if self.prototypes.source != "auto":
             return self.prototypes.source
         return "queue" if self.uses_teacher else "extract"
 
     @property
     def external_teachers(self) -> dict[str, TeacherConfig]:
-        """The teachers that count, by name."""
+        """The teachers that have features and a weight, by name."""
         return {
             teacher.name: teacher
             for teacher in self.teachers or [self.teacher]
             if teacher.features is not None and teacher.weight * self.loss.teacher > 0
         }
+
+
+Section = TypeVar("Section")
+
+
+def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Section:
+    """A section, such as `Config`, from a tree of values as TOML gives them.
+
+    Raises:
+        ValueError: A setting is unknown, missing, of the wrong type or out of range.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    for name in tree:
+        if name not in hints:
+            raise ValueError(unknown(prefix + name, [prefix + known for known in hints]))
+    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if entry.name not in tree and entry.default is entry.default_factory:  # neither is set
+            raise ValueError(f"{prefix}{entry.name}: is missing; give one")
+    return kind(**{name: read(prefix + name, tree[name], hints[name]) for name in tree})
+
+
+def unknown(name: str, known: list[str]) -> str:
+    """What to say about a setting that does not exist."""
+    if name in RENAMED:
+        return f"{name}: {RENAMED[name]}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"{name}: no such setting; did you mean {close[0]}?"
+
+
+def read(name: str, value: Any, hint: Any) -> Any:
+    """A setting's value, checked against its annotation."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return require_within(name, read(name, value, inner[0]), inner[1])
+    if origin in (Union, UnionType):
+        if value is None:
+            return None
+        kinds = [kind for kind in inner if kind is not NoneType]
+        listed = [kind for kind in kinds if get_origin(kind) is list]
+        return read(name, value, (listed if isinstance(value, list) and listed else kinds[::-1])[0])
+    if origin is Literal:
+        if value not in inner:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(inner)}")
+        return value
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(inner)):
+            count = f"{len(inner)} values" if origin is tuple else "a list"
+            raise ValueError(f"{name}: {value!r} is not {count}")
+        return origin(read(f"{name}[{i}]", item, inner[0]) for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        tree = vars(value) if isinstance(value, hint) else value  # type: ignore[arg-type]
+        if not isinstance(tree, Mapping):
+            raise ValueError(f"{name}: {value!r} is no table; give its settings by name")
+        return build(hint, tree, f"{name}.")  # type: ignore[arg-type]
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        wants = {int: "no whole number; give one", float: "no number; give one", str: "no text"}
+        raise ValueError(f"{name}: {value!r} is {wants.get(hint, 'neither true nor false')}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not finite; give a number")
+    return value
+
+
+def require_within(name: str, value: Any, limits: Range) -> Any:
+    if value < limits.least == ABOVE_0:
+        hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
+        raise ValueError(f"{name}: {value} needs to be above 0{hint}")
+    if value < limits.least:
+        raise ValueError(f"{name}: {value} is too small; at least {limits.least}")
+    if value > limits.most:
+        limit = "below 1" if limits.most == BELOW_1 else f"at most {limits.most}"
+        raise ValueError(f"{name}: {value} is too large; {limit}")
+    return value
+
+
+def check(config: Config) -> list[str]:
+    """Refuse wrong values and combinations; return notes on settings without effect.
+
+    Raises:
+        ValueError: In one line that names the setting and the way out.
+    """
+    build(Config, vars(config))
+    episodes, run, text = config.episodes, config.run, config.model.text
+    if text.width % text.heads:
+        raise ValueError(
+            f"model.text.heads: {text.heads} heads do not divide model.text.width ({text.width})"
+        )
+    if run.evaluate_every and not config.data.has_held_out_splits:
+        raise ValueError(
+            "run.evaluate_every: data.train has no held-out split to evaluate on; set it to 0"
+        )
+    if run.keep_best is not None and not run.evaluate_every:
+        raise ValueError(
+            "run.keep_best: nothing is evaluated during training; set run.evaluate_every, or leave "
+            "run.keep_best out"
+        )
+    check_sources(config.data)
+    check_teachers(config)
+    if episodes.batch_size > episodes.size:
+        raise ValueError(
+            f"episodes.batch_size: {episodes.batch_size} is larger than episodes.size "
+            f"({episodes.size}); lower it or raise episodes.size"
+        )
+    if episodes.size % episodes.batch_size:
+        nearest = episodes.size // episodes.batch_size * episodes.batch_size
+        raise ValueError(
+            f"episodes.size: {episodes.size} is no multiple of episodes.batch_size "
+            f"({episodes.batch_size}); try {nearest}"
+        )
+    if episodes.warm_up + episodes.locked_image > episodes.count:
+        raise ValueError(
+            f"episodes.count: {episodes.count} is less than episodes.warm_up + "
+            f"episodes.locked_image ({episodes.warm_up} + {episodes.locked_image})"
+        )
+    numbers = {"prototypes": config.prototypes.number} if config.loss.prototypical else {}
+    numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
+    for name, number in numbers.items():
+        if not 2 <= number <= episodes.size:
+            raise ValueError(
+                f"{name}.number: {number} needs to be between 2 and episodes.size ({episodes.size})"
+            )
+    if not config.loss.info_nce and not config.uses_prototypes:
+        raise ValueError("loss: all weights are 0, so there is nothing to train; raise one")
+    if not config.loss.info_nce and (episodes.warm_up or episodes.locked_image):
+        raise ValueError(
+            "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
+            "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
+        )
+    if config.model.pretrained and not config.model.name:
+        raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
+    return without_effect(config)
+
+
+def check_sources(data: DataConfig) -> None:
+    if data.sources and data.train != DataConfig().train:
+        raise ValueError("data.sources: takes the place of data.train; leave one of them out")
+    weights = [source.weight for source in data.sources]
+    if any(weight is None for weight in weights) and any(weights):
+        raise ValueError("data.sources: give every source a weight, or none")
+    if data.shuffle_captions and data.read == "streaming":
+        raise ValueError(
+            "data.shuffle_captions: needs samples in any order; not data.read = streaming"
+        )
+
+
+def check_teachers(config: Config) -> None:
+    if config.teachers and config.teacher.features is not None:
+        raise ValueError("teachers: take the place of teacher; leave one of them out")
+    names = [teacher.name for teacher in config.teachers]
+    for name in [*names, config.teacher.name]:
+        if name in ("image", "text") or "_from_" in name or names.count(name) > 1:
+            raise ValueError(f"teachers: '{name}' is taken; give each teacher a name of its own")
+    for teacher in config.teachers:
+        if teacher.features is None:
+            raise ValueError(f"teachers: '{teacher.name}' has no features; name their file")
+
+
+def without_effect(config: Config) -> list[str]:
+    """One note for each setting that differs from its default and changes nothing in this run."""
+    default, notes = Config(), []
+    loss, model, prototypes = config.loss, config.model, config.prototypes
+    clip, queued = not config.uses_prototypes, config.prototype_source == "queue"
+
+    def note(holds: bool, why: str, *names: str) -> None:
+        for name in names if holds else ():
+            path = name.removesuffix(".*").split(".")
+            if reduce(getattr, path, config) != reduce(getattr, path, default):  # type: ignore[arg-type]
+                notes.append(f"{name}: no effect{why}")
+
+    in_workers = config.data.cache == "ram" and config.data.workers > 0
+    note(in_workers, ", since worker processes keep no images in memory", "data.cache_gb")
+    note(clip, ", since loss.prototypical is 0", "prototypes.*")
+    note(
+        loss.prototypical == 0 and not clip,
+        ", since loss.prototypical is 0",
+        *("prototypes.number", "prototypes.target_temperature", "prototypes.hard_targets"),
+    )
+    note(
+        queued and not clip and config.episodes.warm_up > 0,
+        ", since prototypes come from the queue",
+        "prototypes.extract_transform",
+    )
+    soft = loss.prototypical > 0 and prototypes.hard_targets
+    note(soft, " with prototypes.hard_targets", "prototypes.target_temperature")
+    heads = ("episodes.warm_up", "optim.heads_lr_scale", "optim.heads_weight_decay")
+    note(clip, ", since no loss uses prototypes", *heads)
+    features = bool(config.teachers or config.teacher.features)
+    note(loss.teacher == 0 and features, ", since loss.teacher is 0", "teacher.*", "teachers.*")
+    note(loss.teacher > 0 and not config.uses_teacher, " without teacher.features", "loss.teacher")
+    unlocked = config.episodes.locked_image == 0
+    note(unlocked, ", since episodes.locked_image is 0", "optim.locked_learning_rate")
+    towers = ("embed_dim", "image.name", "text.width", "text.heads", "text.layers")
+    named = f", since model.name is {model.name}"
+    note(model.name is not None, named, *(f"model.{name}" for name in towers))
+    return notes

@@ -1,67 +1,80 @@
 """Progress with the time that is left, for terminals and for logs."""
 
+import atexit
+import functools
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import Progress as Display
+from rich.progress import TaskID, TextColumn
+from rich.table import Column
 
 
 def duration(seconds: float) -> str:
-    """A time span in the two units that matter: `45s`, `3m 20s`, `2h 05m`, `4d 07h`."""
+    """A time span in its two largest units: `45s`, `3m 20s`, `2h 05m`, `4d 07h`."""
     whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole // 60 % 60:02d}m"
-    return f"{whole // 86400}d {whole // 3600 % 24:02d}h"
+    for size, names, part in ((86400, "dh", 3600), (3600, "hm", 60), (60, "ms", 1)):
+        if whole >= size:
+            return f"{whole // size}{names[0]} {whole % size // part:02d}{names[1]}"
+    return f"{whole}s"
+
+
+@functools.cache
+def display(stream: Any) -> Display:
+    """A terminal's lines, one for each task under way; redrawn by `update`, not by a thread."""
+    text = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    columns = TextColumn("{task.description}", markup=False, table_column=text), "{task.fields[at]}"
+    console = Console(file=stream)
+    shown = Display(*columns, console=console, auto_refresh=False, transient=True, expand=True)
+    atexit.register(shown.stop)  # brings the cursor back after an error
+    return shown
 
 
 class Progress:
-    """Shows how far a long task is and how long is left.
+    """Shows how far a task of `total` units is, and how long is left.
 
-    On a terminal one line is redrawn; elsewhere a line is printed every `interval` seconds, so that
-    logs stay readable.
-
-    Args:
-        label: What is going on.
-        total: Units of work in all.
-        stream: Where to; standard error by default.
-        interval: Seconds between lines where the stream is no terminal.
+    A terminal shows a line for each task; elsewhere a line is printed every `interval` seconds.
     """
 
-    def __init__(
-        self, label: str, total: int, *, stream: TextIO | None = None, interval: float = 15.0
-    ) -> None:
-        self.label = label
-        self.total = total
-        self.stream = sys.stderr if stream is None else stream
-        self.live = self.stream.isatty()
-        self.interval = 0.2 if self.live else interval
-        self.first: int | None = None
+    def __init__(self, label: str, total: int, *, interval: float = 15.0) -> None:
+        self.label, self.total, self.first = label, total, -1
+        self.stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        self.display = display(self.stream) if self.stream.isatty() else None
+        self.task: TaskID | None = None
+        self.interval = 0.2 if self.display else interval
         self.start()
 
     def start(self) -> None:
-        """Count time from now rather than from construction."""
-        self.started = time.monotonic()
-        self.last_shown = self.started
+        """Count time from now instead of from construction."""
+        self.started = self.last_shown = time.monotonic()
 
     def update(self, done: int, detail: str = "") -> None:
         """Report `done` units of work, counted from the task's beginning (before a resume too)."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done
+        self.first = done if self.first < 0 else self.first
         finished = done >= self.total
         if now - self.last_shown < self.interval and not finished:
             return
         self.last_shown = now
-        rate = (done - self.first) / (now - self.started) if now > self.started else 0.0
-        left = f", {duration((self.total - done) / rate)} left" if rate > 0 and not finished else ""
-        line = (
-            f"{self.label}: {100 * done // max(1, self.total)}%, "
-            f"{duration(now - self.started)} so far{left}{f' ({detail})' if detail else ''}"
-        )
-        if self.live:
-            print(f"\r\x1b[2K{line}", end="\n" if finished else "", file=self.stream, flush=True)
-        else:
-            print(line, file=self.stream, flush=True)
+        passed, made = now - self.started, done - self.first
+        at = f"{100 * done // max(1, self.total)}%, {duration(passed)} so far"
+        if made and not finished:
+            at += f", {duration((self.total - done) * passed / made)} left"
+        about = f" ({detail})" if detail else ""
+        if self.display is None:
+            print(f"{self.label}: {at}{about}", file=self.stream, flush=True)
+            return
+        what = f"{self.label}{about}"
+        if self.task is None:
+            self.task = self.display.add_task(what, total=None, at=at)
+            self.display.start()
+        self.display.update(self.task, description=what, at=at, refresh=not finished)
+        if finished:
+            self.display.remove_task(self.task)
+            self.display.refresh()
+            if not self.display.tasks:
+                self.display.stop()
+            self.display.console.print(f"{self.label}: {at}", markup=False, highlight=False)
+            self.task = None

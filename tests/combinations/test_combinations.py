@@ -26,13 +26,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip.checks import check
 from protoclip.config import (
     Config,
     DataConfig,
     EpisodeConfig,
     ParallelConfig,
     SourceConfig,
+    check,
 )
 from protoclip.data import pack, sources
 from protoclip.data.emoji import emoji_table

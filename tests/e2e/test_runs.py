@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
-from protoclip.checks import check
 from protoclip.cli import demo, main
 from protoclip.config import (
     Config,
@@ -23,6 +22,7 @@ from protoclip.config import (
     ImageTowerConfig,
     TeacherConfig,
     TextTowerConfig,
+    check,
 )
 from protoclip.evaluation import compare
 from protoclip.evaluation.datasets import EvaluationData
@@ -342,7 +342,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Configurations that `protoclip train` would have run."""
     configs: list[Config] = []
     monkeypatch.setattr(
-        "protoclip.cli.run_training",
+        "protoclip.training.run.train",
         lambda config, resume: configs.append(config) or {"metrics": {}, "folder": ""},
     )
     return configs

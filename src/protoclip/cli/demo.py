@@ -1,51 +1,61 @@
-"""The demonstration: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side."""
+"""`protoclip demo`: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protoclip.config import (
-    Config,
-    EpisodeConfig,
-    LossConfig,
-    RunConfig,
-    TeacherConfig,
-)
-from protoclip.evaluation import compare
-from protoclip.files import to_json
+from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, TeacherConfig
+from protoclip.files import to_json, write_atomically
 from protoclip.progress import duration
-from protoclip.training import defaults, run
 
-# Fourteen passes: few enough for twelve minutes on two slow cores, and enough for the arms to part.
+# Fourteen passes take twelve minutes on two slow cores, and are enough to tell the arms apart.
 EPISODES = 24
 
 
-def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
-    """The three runs: same seed, samples, augmentation, optimizer and schedule.
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train and compare CLIP, ProtoCLIP, and ProtoCLIP with a teacher on emoji."""
 
-    `recipes/emoji_*.toml` are the same with the 20 passes of docs/LOG.md.
+    out: str = "runs/demo"
+    """Folder of the three runs."""
+    seed: int = 0
+    """Seed of all three."""
+
+    def __call__(self) -> None:
+        import torch
+
+        torch.set_flush_denormal(True)
+        demo(self.out, seed=self.seed)
+
+
+def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
+    """The three runs, with the same seed, samples, augmentation, optimizer and schedule.
+
+    `recipes/emoji_*.toml` are the same runs with the 20 passes of docs/LOG.md.
     """
+    from protoclip.training.run import slug
+
     losses = {
         "CLIP": (LossConfig(prototypical=0.0), TeacherConfig()),
         "ProtoCLIP": (LossConfig(), TeacherConfig()),
         "ProtoCLIP + teacher": (LossConfig(teacher=2.0), TeacherConfig(features="emoji")),
     }
-    configs = {}
-    for name, (loss, teacher) in losses.items():
-        folder = f"{out}/{run.slug(name)}" if out else None
-        configs[name] = Config(
-            run=RunConfig(name=name, seed=seed, out=folder),
+    return {
+        name: Config(
+            run=RunConfig(name=name, seed=seed, out=f"{out}/{slug(name)}" if out else None),
             episodes=EpisodeConfig(count=EPISODES),
             loss=loss,
             teacher=teacher,
         )
-    return configs
+        for name, (loss, teacher) in losses.items()
+    }
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]]:
     """Train and evaluate the three arms, print their table and say where to look.
 
-    Arms that an earlier call finished are kept; one that was interrupted goes on.
+    Finished arms of an earlier call are kept; an interrupted one continues.
 
     Args:
         out: Folder of the demonstration.
@@ -57,13 +67,18 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     Raises:
         ValueError: The folder holds something else than this demonstration.
     """
+    from protoclip.evaluation import compare
+    from protoclip.training import defaults, run
+
     started, out = time.monotonic(), Path(out)
     configs = arms(seed=seed, out=str(out))
     folders = {name: Path(config.run.out or "") for name, config in configs.items()}
     for name, config in configs.items():
         folder = folders[name]
         if folder.exists():
-            if stored(folder) != run.to_toml(defaults.resolved(config)[0]):
+            written = folder / "config.toml"
+            settings = run.to_toml(defaults.resolved(config)[0])
+            if not written.is_file() or written.read_text(encoding="utf-8") != settings:
                 raise ValueError(
                     f"{folder}: holds another run than this demonstration's; remove it, or choose "
                     "another folder with --out"
@@ -74,7 +89,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
         if "stopped" in run.train(config, resume="auto"):
             raise KeyboardInterrupt
     entries = compare.compare([compare.read_results(folder) for folder in folders.values()])
-    (out / "results.json").write_text(to_json(entries, indent=2) + "\n", encoding="utf-8")
+    write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
     compare.show(entries)
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
     print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
@@ -82,8 +97,3 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     print(f"  {out}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
     print(f"  tensorboard --logdir {out}  curves")
     return entries
-
-
-def stored(folder: Path) -> str | None:
-    path = folder / "config.toml"
-    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -237,7 +237,7 @@ def out_of_memory(error: BaseException) -> str | None:
     if on_device:
         return (
             "out of memory on the device: set episodes.micro_batch_size (or lower it; the result "
-            "is that of the whole batch), or lower episodes.batch_size, prototypes.queue_size or "
+            "is that of the whole batch), or lower episodes.batch_size, episodes.size or "
             "prototypes.number, or train in bf16"
         )
     return None

@@ -12,8 +12,7 @@ import tomli_w
 import torch
 
 import protoclip
-from protoclip.checks import check
-from protoclip.config import PERMISSIONS, Config
+from protoclip.config import PERMISSIONS, Config, check
 from protoclip.data import sources
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.skips import SkipLog

@@ -1,0 +1,29 @@
+"""`protoclip compare`."""
+
+from dataclasses import KW_ONLY, dataclass
+
+from protoclip.files import to_json
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare finished runs; runs of one name and several seeds share a column.
+
+    Differences to the first run are paired, by seed or else by test sample,
+    with 95% intervals.
+    """
+
+    runs: list[str]
+    """Run folders; the others are compared with the first one's name."""
+    _: KW_ONLY
+    json: bool = False
+    """Print the comparison as JSON."""
+
+    def __call__(self) -> None:
+        from protoclip.evaluation import compare
+
+        entries = compare.compare([compare.read_results(path) for path in self.runs])
+        if self.json:
+            print(to_json(entries, indent=2))
+        else:
+            compare.show(entries)

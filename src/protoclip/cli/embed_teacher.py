@@ -1,0 +1,71 @@
+"""`protoclip embed-teacher`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from protoclip.cli.parsing import Recipes
+from protoclip.config import Count, DataConfig
+from protoclip.files import to_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedTeacher(Recipes):
+    """Write a frozen model's features of a data set, for teacher.features.
+
+    After an interruption the same command continues.
+    """
+
+    teacher: str
+    """hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, timm:MODEL, a run folder, or features of your
+    own as .npy or Parquet."""
+    out: str
+    """Folder of the features."""
+    modality: Literal["auto", "text", "image"] = "auto"
+    """What the model reads; auto is images if it reads both."""
+    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    """How the tokens of a text become one feature: mean, cls or pooler."""
+    width: Count | None = None
+    """Reduce the features to this width by PCA."""
+    batch_size: Count = 256
+    """Captions or images at once."""
+    device: str = "auto"
+    """As run.device."""
+    num_samples: Count | None = None
+    """Samples of a stream to read."""
+    json: bool = False
+    """Print the facts as JSON."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __call__(self) -> None:
+        import torch
+
+        from protoclip.cli.data import open_source, print_notes
+        from protoclip.distributed import collectives
+        from protoclip.models import loading
+        from protoclip.teachers.embed import embed_teacher
+
+        torch.set_flush_denormal(True)
+        device = collectives.device(self.device)
+        with collectives.process_group(device):
+            samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
+            if collectives.rank() == 0:
+                print_notes(notes)
+            facts = embed_teacher(
+                self.teacher,
+                samples,
+                Path(self.out),
+                load_run=loading.load,
+                modality=self.modality,
+                pooling=self.pooling,
+                width=self.width,
+                batch_size=self.batch_size,
+                device=device,
+                num_samples=self.num_samples,
+            )
+        if collectives.launched()[0] > 0:
+            return
+        for name, value in facts.items() if not self.json else ():
+            print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+        if self.json:
+            print(to_json(facts, indent=2))

@@ -1,0 +1,233 @@
+"""From a command line and recipes to a command with its settings, and to its help.
+
+A command is a dataclass: positional fields are positional arguments, keyword-only fields are
+options, and nested dataclasses are sections of settings (`--section.name value`).
+"""
+
+import ast
+import inspect
+import io
+import json
+import re
+import shutil
+import textwrap
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr, suppress
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
+
+from protoclip.config import PERMISSIONS, Config, build, unknown
+
+Command = TypeVar("Command")
+# Settings that may name a file or folder beside the recipe.
+PLACES = {"train", "path", "root", "checkpoint", "features"}
+REGISTRY = ConstructorRegistry()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """A command whose sections may come from recipes."""
+
+    config: list[str] = field(default_factory=list)
+    """Recipe: settings as TOML. May be repeated."""
+
+
+class NotGiven(str):
+    """Stands for an option that the command line does not mention."""
+
+
+def parse(kind: type[Command], arguments: list[str]) -> Command:
+    """Later recipes override earlier ones; options override recipes.
+
+    Raises:
+        ValueError: In one line that names the option, or the recipe and its setting.
+    """
+    hints, known = get_type_hints(kind), dict(options(kind))
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            given: Any
+            given, rest = tyro.cli(
+                kind,
+                args=with_values(arguments, known),
+                registry=REGISTRY,
+                return_unknown_args=True,
+                add_help=False,
+            )
+        except SystemExit:
+            found = re.search(r"Missing value for argument '(.+?)'", said.getvalue())
+            raise ValueError(f"{found[1]}: needs a value" if found else said.getvalue()) from None
+    if rest and isinstance(given.get("runs"), list) and not rest[0].startswith("-"):
+        given["runs"] += rest  # tyro takes one group of them: `compare a --json b` leaves b
+    elif rest:
+        name = rest[0].partition("=")[0].lstrip("-").replace("-", "_")
+        option = rest[0].startswith("-")
+        raise ValueError(unknown(name, [*known]) if option else f"{name}: unexpected argument")
+    tree: dict[str, Any] = {}
+    for path in given.get("config", []):
+        recipe = read_recipe(Path(path))
+        sections = get_type_hints(Config)
+        taken = {name: recipe[name] for name in recipe if hints.get(name) == sections[name]}
+        tree = merged(tree, taken)
+    return build(kind, merged(tree, given))
+
+
+def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and type of all arguments of a command, those of its sections included."""
+    hints = get_type_hints(kind)
+    for name in (entry.name for entry in fields(kind)):
+        if is_dataclass(hints[name]):
+            yield from options(hints[name], f"{prefix}{name}.")
+        else:
+            yield prefix + name, hints[name]
+
+
+def with_values(words: list[str], known: Mapping[str, Any]) -> list[str]:
+    """Flags with a value: `--json` as `--json true`, `--run.no-evaluate` as `... false`."""
+    result = []
+    for word, following in pairwise([*words, ""]):
+        name = word.removeprefix("--").replace("-", "_")
+        positive = re.sub(r"(^|\.)no_", r"\1", name)
+        if known.get(name) is bool and following.lower() not in ("true", "false"):
+            result += [word, "true"]
+        elif name != positive and known.get(positive) is bool:
+            result += [f"--{positive}", "false"]
+        else:
+            result.append(word)
+    return result
+
+
+@REGISTRY.struct_rule
+def as_tree(info: Any) -> StructConstructorSpec | None:
+    """Make tyro give a dict of what the command line mentions, instead of a dataclass."""
+    if not is_dataclass(info.type):
+        return None
+    hints = get_type_hints(info.type)
+
+    def instantiate(**values: Any) -> dict[str, Any]:
+        mentioned = {k: v for k, v in values.items() if v != {} and not isinstance(v, NotGiven)}
+        return {k: value_of(v, hints[k]) for k, v in mentioned.items() if v != []}
+
+    specs = []
+    for entry in fields(info.type):
+        hint = hints[entry.name]
+        kind: Any = str
+        default: Any = NotGiven()
+        if is_dataclass(hint):
+            kind, default = hint, tyro.MISSING_NONPROP
+        elif kinds := {list, tuple} & {get_origin(hint), *map(get_origin, get_args(hint))}:
+            kind, default = list[str], []
+            if entry.kw_only and list in kinds:  # repeat the option to add more
+                kind = tyro.conf.UseAppendAction[list[str]]
+        kind = kind if entry.kw_only else tyro.conf.Positional[kind]  # type: ignore[misc]
+        specs.append(StructFieldSpec(name=entry.name, type=kind, default=default, helptext=None))
+    return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
+
+
+def value_of(words: Any, hint: Any) -> Any:
+    """The words of an option as the value that a recipe would hold; text if they are not one."""
+    inner = get_args(hint)
+    if isinstance(words, list):
+        values = [value_of(word, hint) for word in words]
+        alone = len(values) == 1 and (isinstance(values[0], list) or str in inner[1:])
+        return values[0] if alone else values
+    if not isinstance(words, str) or hint is str or get_origin(hint) is Literal:
+        return words
+    if words.lower() in ("none", "null") and NoneType in inner:
+        return None
+    if str not in inner or words.startswith("["):
+        for reader in (json.loads, ast.literal_eval, float):
+            with suppress(ValueError, SyntaxError):
+                return reader(words)
+    return words
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file, checked. Relative paths that exist beside it start there."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"--config: {path}: no such file") from error
+    except ValueError as error:
+        raise ValueError(f"--config: {path}: not TOML ({error})") from error
+    try:
+        data = build(Config, tree).data
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for permission in PERMISSIONS:
+        if getattr(data, permission):
+            raise ValueError(
+                f"{path}: data.{permission}: a recipe cannot allow this; remove it, and say "
+                f"--data.{permission} true on the command line if you trust the source"
+            )
+    return {name: located(value, path.parent) for name, value in tree.items()}
+
+
+def located(value: Any, folder: Path, name: str = "") -> Any:
+    """A value of a recipe, with its paths starting at the recipe's folder if they exist there."""
+    if isinstance(value, dict):
+        return {key: located(inner, folder, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [located(inner, folder, name) for inner in value]
+    if name not in PLACES or value == "emoji" or "://" in value:
+        return value
+    fixed, pattern, _ = re.split(r"([*?\[{].*|$)", value, maxsplit=1)
+    place = Path(f"{fixed}_").parent if pattern else Path(value)  # the folder of a pattern
+    return str(folder / value) if (folder / place).exists() else value
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of settings; `above` wins."""
+    both = [k for k in below.keys() & above.keys() if isinstance(below[k], dict)]
+    return {**below, **above, **{name: merged(below[name], above[name]) for name in both}}
+
+
+def help_text(command: str, kind: type[Any]) -> str:
+    """What `--help` shows of a command."""
+    words = [entry.name.upper() for entry in fields(kind) if not entry.kw_only]
+    usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
+    note = "In brackets: the default, then other choices. --no-NAME switches a flag off."
+    return "\n".join([usage, "", inspect.getdoc(kind) or "", "", note, *section_help(kind)])
+
+
+def section_help(kind: type[Any], prefix: str = "") -> Iterator[str]:
+    """The settings of a section, one line each where it fits the terminal; then its sections."""
+    hints, texts, rows = get_type_hints(kind), descriptions(kind), {}
+    for entry in fields(kind):
+        if not is_dataclass(hint := hints[entry.name]):
+            name = f"--{prefix}{entry.name}" if entry.kw_only else entry.name.upper()
+            default = "on" if entry.default is True else entry.default
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            shown = "|".join([str(default), *(c for c in choices if c != default)])
+            silent = default is None or default is False or default is MISSING
+            rows[name] = texts[entry.name] + ("" if silent else f" [{shown}]")
+    yield ""
+    yield from aligned(rows)
+    for name, hint in hints.items():
+        if is_dataclass(hint):
+            yield from section_help(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def aligned(rows: Mapping[str, str]) -> Iterator[str]:
+    """Names, and texts beside them, in the width of the terminal."""
+    column, width = max(map(len, rows), default=0) + 4, shutil.get_terminal_size().columns
+    for name, text in rows.items():
+        line, indent = f"  {name}".ljust(column) + text, " " * column
+        yield from textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def descriptions(kind: type[Any]) -> dict[str, str]:
+    """The docstrings below the fields of a class and of its parents."""
+    found = {}
+    for owner in kind.__mro__[:-1]:
+        (node,) = ast.parse(inspect.getsource(owner)).body
+        for entry, text in pairwise(node.body):  # type: ignore[attr-defined]
+            if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(entry.target)] = " ".join(ast.literal_eval(text.value).split())
+    return found

@@ -1,0 +1,40 @@
+"""`protoclip train`."""
+
+import sys
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from protoclip.cli.evaluate import print_results
+from protoclip.cli.parsing import Recipes
+from protoclip.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Config, Recipes):
+    """Train a model and evaluate it."""
+
+    resume: Literal["never", "auto"] = "never"
+    """auto continues the run in the folder, or starts one."""
+    json: bool = False
+    """Print the results as JSON."""
+
+    def __call__(self) -> None:
+        import torch
+
+        from protoclip.distributed import collectives
+        from protoclip.training import run
+
+        torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
+        config = Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
+        results = run.train(config, resume=self.resume)
+        if collectives.launched()[0] > 0:
+            return
+        print_results(results, json=self.json)
+        if "stopped" in results:
+            print(
+                f"{results['stopped']}: stopped after step {results['steps']}; the same command "
+                "with --resume auto goes on",
+                file=sys.stderr,
+            )
+        elif not self.json:
+            print(f"written to {results['folder']}")

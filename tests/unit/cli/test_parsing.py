@@ -1,0 +1,146 @@
+"""Options as people type them, recipes, and what `--help` costs and shows."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import protoclip
+from protoclip.cli import COMMANDS, main
+from protoclip.cli.parsing import parse
+from protoclip.config import PERMISSIONS, Config, SourceConfig
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Parses a command line up to the command, which is returned and not run."""
+
+    def parsed(line: str) -> Any:
+        found: list[Any] = []
+        for kind in COMMANDS.values():
+            monkeypatch.setattr(kind, "__call__", lambda command: found.append(command))
+        main(line.split())
+        return found[0]
+
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("compare a b --json", {"runs": ["a", "b"], "json": True}),
+        ("--json compare a b", {"runs": ["a", "b"], "json": True}),
+        ("compare a --json b", {"runs": ["a", "b"], "json": True}),
+        ("compare a --json=false", {"runs": ["a"], "json": False}),
+        ("evaluate --split=validation a", {"path": "a", "split": "validation"}),
+        ("data --every inspect a", {"source": "a", "every": True}),
+        ("data inspect --every true --montage none a", {"source": "a", "montage": None}),
+        ("data pack a b --resize 64", {"source": "a", "out": "b", "resize": 64}),
+        ("train --run.no-evaluate", {"run.evaluate": False}),
+        ("train --run.evaluate false --json", {"run.evaluate": False, "json": True}),
+        ("train --data.allow-links --resume auto", {"data.allow_links": True, "resume": "auto"}),
+        ("train --optim.learning-rate 1e-3", {"optim.learning_rate": 1e-3}),
+        ("train --optim.learning_rate=1", {"optim.learning_rate": 1.0}),
+        ("train --optim.betas 0.5 .6 --json", {"optim.betas": (0.5, 0.6), "json": True}),
+        ("train --optim.betas [0.5,0.6]", {"optim.betas": (0.5, 0.6)}),
+        ("train --data.caption_column a", {"data.caption_column": "a"}),
+        (
+            "train --data.caption_column a --data.caption_column b",
+            {"data.caption_column": ["a", "b"]},
+        ),
+        ('train --data.caption_column ["a","b"]', {"data.caption_column": ["a", "b"]}),
+        (
+            'train --data.sources [{"path":"a","weight":2}]',
+            {"data.sources": [SourceConfig(path="a", weight=2.0)]},
+        ),
+        ("train --run.name 3 --run.out none", {"run.name": "3", "run.out": None}),
+    ],
+)
+def test_options_as_people_type_them(
+    line: str, expected: dict[str, object], run: Callable[[str], Any]
+) -> None:
+    command = run(line)
+    for name, value in expected.items():
+        found = command
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert found == value
+
+
+def test_recipes_are_read_in_order_and_below_options(
+    tmp_path: Path, run: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands on data take a recipe's sections on data and leave the others."""
+    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
+    first.write_text('[run]\nname = "a"\nseed = 1\n[data]\nworkers = 2\n[loss]\nteacher = 3\n')
+    second.write_text('[run]\nname = "b"\nlog_every = 2\n')
+    config = run(f"--config {first} train --run.seed 7 --config={second} --run.log-every 3")
+    assert (config.run.name, config.run.seed, config.run.log_every) == ("b", 7, 3)
+    assert (config.data.workers, config.loss.teacher) == (2, 3.0)
+    assert run(f"data index pairs.tsv --config {first}").data.workers == 2
+    with pytest.raises(SystemExit):
+        run(f"compare a --config {first}")
+    assert "config: no such setting" in capsys.readouterr().err
+
+
+def test_paths_in_a_recipe_start_at_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If they exist there; URLs, commands, the bundled data and other settings stay as they are."""
+    folder = tmp_path / "recipes"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "emoji").touch()
+    recipe = folder / "r.toml"
+
+    def trained_on(path: str) -> str:
+        recipe.write_text(f"[data]\ntrain = '{path}'\ncache_folder = 'shards'\n")
+        config: Config = parse(COMMANDS["train"], ["--config", str(recipe)])
+        assert config.data.cache_folder == "shards"
+        return config.data.train
+
+    assert trained_on("shards") == f"{folder}/shards"
+    assert trained_on("shards/{000..010}.tar") == f"{folder}/shards/{{000..010}}.tar"
+    for other in ("emoji", "pipe:cat a.tar", "s3://b/*.tar", "hf:a/b", "/a/b", "none/*.tar"):
+        assert trained_on(other) == other
+    recipe.write_text("[teacher]\nfeatures = 'shards'\n[[data.sources]]\npath = 'shards'\n")
+    config: Config = parse(COMMANDS["train"], ["--config", str(recipe)])
+    assert config.teacher.features == config.data.sources[0].path == f"{folder}/shards"
+
+
+@pytest.mark.parametrize("permission", PERMISSIONS)
+def test_a_recipe_grants_no_permission(permission: str, tmp_path: Path) -> None:
+    """Only the command line does, whatever else it says."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[data]\n{permission} = true\n")
+    for more in ([], [f"--data.{permission}", "false"]):
+        with pytest.raises(ValueError, match=f"data.{permission}: a recipe cannot allow this"):
+            parse(COMMANDS["train"], [*more, "--config", str(recipe)])
+    granted = parse(COMMANDS["train"], [f"--data.{permission}"])
+    assert getattr(granted.data, permission)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_the_terminal(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: protoclip {command}".rstrip())
+    assert len(lines) > 5
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_starting_imports_no_torch() -> None:
+    """Neither the package nor the command line does; public names load when they are used."""
+    code = "import sys, protoclip, protoclip.cli; print('torch' in sys.modules, protoclip.Config)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("False <class 'protoclip.config.Config'>")
+    for name in protoclip.__all__:
+        assert callable(getattr(protoclip, name)), name
+    assert not hasattr(protoclip, "nothing")
