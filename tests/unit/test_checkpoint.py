@@ -12,7 +12,7 @@ import torch
 
 import protoclip
 from protoclip.data.pairs import BadSample
-from protoclip.data.skips import SkipLog
+from protoclip.data.loader import SkipLog
 from protoclip.files import write_atomically
 from protoclip.models import loading
 from protoclip.models.loading import checkpoints, damage

@@ -11,7 +11,6 @@ from protoclip.config import Config, DataConfig, ModelConfig
 from protoclip.data import inspect as inspection
 from protoclip.data import pack as packing
 from protoclip.data import sources
-from protoclip.data.montage import montage as draw_montage
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import process_group, raise_on_all_ranks, rank
@@ -55,12 +54,12 @@ def inspect(
         notes=notes,
     )
     if json:
-        print(to_json(found.to_dict(), indent=2))
+        print(to_json(found, indent=2))
     else:
         inspection.show(found)
     if montage is not None:
         montage.parent.mkdir(parents=True, exist_ok=True)
-        draw_montage(pairs, seed=seed, max_pixels=data.max_image_pixels).save(montage)
+        inspection.montage(pairs, seed=seed, max_pixels=data.max_image_pixels).save(montage)
         print(f"written to {montage}", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """From the configuration to a training run."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,9 +107,7 @@ def trainer(
     transform = loader.transform if as_training else loading.evaluation_transform(model)
     extracted = ExtractedFeatures(
         model=model,
-        batches=dataclasses.replace(
-            loader, transform=transform, transform_stream=EXTRACTION_STREAM
-        ).batches,
+        batches=partial(loader.batches, transform=transform, stream=EXTRACTION_STREAM),
         teachers=external,
         autocast=context,
         each_pair_once=isinstance(samples, Pairs) and not as_training,
@@ -165,8 +163,8 @@ def trainer(
         save=save,
         evaluate=evaluate,
         on_step=on_step,
-        position=lambda state: loader.position(state.episode, state.batch, config.episodes.size),
-        restore_position=loader.restore,
+        position=lambda state: loader.state_dict(state.episode, state.batch, config.episodes.size),
+        restore_position=loader.load_state_dict,
     )
 
 

@@ -15,8 +15,8 @@ import protoclip
 from protoclip.checks import check
 from protoclip.config import PERMISSIONS, Config
 from protoclip.data import sources
+from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.data.skips import SkipLog
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import protoclip
 from protoclip.config import Config
+from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.data.skips import SkipLog
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import (
     all_gather_object,
