@@ -340,7 +340,7 @@ def _lines(value: Any) -> Iterator[str]:
         yield _number(value)
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     return f"{round(value, 3):,}".removesuffix(".0")
 
 

@@ -203,7 +203,7 @@ class EpisodeLoader:
                         f"{made.bad[0]}"
                     )
                 image, text, position = (
-                    tensor.to(self.device, non_blocking=True)
+                    tensor.to(self.device, non_blocking=self._pinned)
                     for tensor in (made.image, made.text, made.position)
                 )
                 yield Batch(
@@ -227,6 +227,10 @@ class EpisodeLoader:
         if isinstance(self.pairs, SampleStream) and "stream" in state:
             self.pairs.learn(state["stream"])
 
+    @property
+    def _pinned(self) -> bool:
+        return self.device.type == "cuda"
+
     @cached_property
     def _loader(self) -> DataLoader[_Made]:
         cut = partial(
@@ -241,7 +245,7 @@ class EpisodeLoader:
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self._pinned,
             generator=torch.Generator(),  # or it would draw from the global one
         )
 
