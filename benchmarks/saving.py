@@ -24,7 +24,7 @@ import torch
 from protoclip.cli import demo
 from protoclip.config import Config, ModelConfig
 from protoclip.data import sources
-from protoclip.data.skips import SkipLog
+from protoclip.data.loader import SkipLog
 from protoclip.models import loading
 from protoclip.progress import Progress
 from protoclip.training import build, run, saver, session, snapshot

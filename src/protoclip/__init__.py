@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "Embeddings",
+    "KMeans",
     "ProtoCLIP",
-    "PrototypeTarget",
-    "Prototypes",
+    "Target",
     "back_translate",
     "info_nce",
     "kmeans",
@@ -38,11 +38,11 @@ _MODULES = {
     "config": ["Config"],
     "losses.info_nce": ["info_nce"],
     "losses.objective": ["objective"],
-    "losses.prototypical": ["prototypical_loss"],
+    "losses.prototypical": ["Target", "prototypical_loss"],
     "models.loading": ["load"],
     "models.protoclip": ["Embeddings", "ProtoCLIP"],
-    "prototypes.kmeans": ["kmeans"],
-    "prototypes.targets": ["PrototypeTarget", "Prototypes", "back_translate"],
+    "prototypes.kmeans": ["KMeans", "kmeans"],
+    "prototypes.targets": ["back_translate"],
     "training.run": ["train"],
 }
 

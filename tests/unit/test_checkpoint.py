@@ -12,7 +12,7 @@ import torch
 
 import protoclip
 from protoclip.data.pairs import BadSample
-from protoclip.data.skips import SkipLog
+from protoclip.data.loader import SkipLog
 from protoclip.files import write_atomically
 from protoclip.models import loading
 from protoclip.models.loading import checkpoints, damage
@@ -154,7 +154,7 @@ def test_skipped_samples_are_known_again_whatever_their_names(tmp_path: Path) ->
         file.write(b'garbage\n[1]\n\xff\n{"sample_id": "g.p')
     log = SkipLog(path, max_share=1.0, at_least=1)
     assert log.distinct == 3
-    assert log.notes == [f"{path}: 4 lines are damaged and passed over"]
+    assert log.notes == [f"{path}: ignored 4 damaged lines"]
     log.add(9, [bad(names[0]), bad("h.png")])
     assert log.distinct == 4
     assert SkipLog(path, max_share=1.0, at_least=1).distinct == 4

@@ -1,10 +1,9 @@
-"""From encoded bytes to upright RGB pixels, decoding no more than a crop needs.
+"""Encoded bytes to upright RGB pixels; decodes no more than a crop needs.
 
-JPEG, PNG, WebP, GIF, BMP and TIFF. Of an animation the first frame; what is transparent shows
-white; EXIF orientation is obeyed. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the
-crop is still large enough for that. Whatever is wrong with the bytes raises `ValueError` with a
-short reason. No global setting of PIL is changed; its limit on pixels counts for WebP and TIFF
-pictures alone, which PIL refuses beyond twice that limit.
+Reads JPEG, PNG, WebP, GIF, BMP and TIFF: the first frame, on white where transparent, upright by
+its EXIF orientation. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop stays large
+enough. Whatever is wrong with the bytes raises `ValueError` with a short reason. PIL's own limit on
+pixels applies to WebP and TIFF only, where PIL refuses images of more than twice that limit.
 """
 
 import io
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Shaped, UInt8
+from jaxtyping import UInt8
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -27,12 +26,15 @@ from PIL import (
 )
 from torchvision.io import ImageReadMode, decode_jpeg
 
-# Left, top, right, bottom in whole pixels of the upright picture.
+# Left, top, right, bottom in whole pixels of the upright image.
 Box = tuple[int, int, int, int]
+# Width and height of the upright image -> box.
 ChooseBox = Callable[[int, int], Box]
+Pixels = UInt8[np.ndarray, "h w 3"]
+Square = UInt8[np.ndarray, "s s 3"]
 
-# The readers by a file's first bytes. `Image.open` would try forty formats, some of which start
-# other programs, and would hold pictures against a limit of its own.
+# Readers by a file's first bytes. `Image.open` would try forty formats, some of which start other
+# programs, and would apply a limit on pixels of its own.
 READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8", JpegImagePlugin.JpegImageFile),
     (b"\x89PNG", PngImagePlugin.PngImageFile),
@@ -42,139 +44,115 @@ READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"II*\0", TiffImagePlugin.TiffImageFile),
     (b"MM\0*", TiffImagePlugin.TiffImageFile),
 )
-ORIENTATION = 0x0112  # EXIF
-# What a JPEG decoder reduced differs from all pixels resized at once. Reduced to twice the size
-# wanted, the two raise_on_all_ranks to 44 dB at worst over sizes and fractions; to 1.25 times, to 37 dB.
+EXIF_ORIENTATION = 0x0112
+# Scaled decoding differs from resizing all pixels at once. With twice the pixels needed the two
+# agree to 44 dB at worst over sizes and fractions; with 1.25 times, to 37 dB.
 REDUCED_MARGIN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """All pixels of a picture, as they lie in its file, and its EXIF orientation, 1 to 8."""
+    """All pixels of an image as they are stored, and its EXIF orientation, 1 to 8."""
 
-    pixels: UInt8[np.ndarray, "h w 3"]
+    pixels: Pixels
     orientation: int = 1
 
 
 def reduction(side: int, size: int) -> int:
-    """By how much a JPEG may be reduced while it is decoded: 1, 2, 4 or 8.
+    """By how much a JPEG may be reduced when decoded: 1, 2, 4 or 8.
 
     Args:
-        side: Pixels of the picture or crop.
-        size: Pixels it will be resized to.
+        side: Shorter side of the crop, in pixels.
+        size: Side of the result, in pixels.
     """
     return next((k for k in (8, 4, 2) if side >= REDUCED_MARGIN * size * k), 1)
 
 
-def decode_crop(
-    encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int
-) -> UInt8[np.ndarray, "s s 3"]:
-    """A crop of a picture, resized.
+def decode_crop(encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -> Square:
+    """Decode a crop and resize it.
 
     Args:
         encoded: The bytes of the file.
-        box: The crop, given the upright picture's width and height. A JPEG is reduced while it is
-            decoded only by a number that divides all four values.
+        box: Chooses the crop. A JPEG is only reduced by a factor that divides all four values.
         size: Height and width of the result.
-        max_pixels: Pictures of more pixels are refused before they are decoded.
+        max_pixels: Images of more pixels are refused from their header.
 
     Raises:
-        ValueError: The bytes are no picture, not all of one, or too large a one.
+        ValueError: The bytes are no image, not all of one, or too large a one.
     """
     image, orientation = _open(encoded, max_pixels)
-    stored = _chosen(box, image.size, orientation)
+    stored = _stored_box(box, image.size, orientation)
     factor = reduction(min(stored[2] - stored[0], stored[3] - stored[1]), size)
     while any(edge % factor for edge in stored):
         factor //= 2
-    return _finished(_pixels(encoded, image, stored, factor), size, orientation)
+    return _finish(_read(encoded, image, stored, factor), size, orientation)
 
 
 def decode_all(encoded: bytes, size: int, *, max_pixels: int) -> Decoded | None:
-    """All pixels of a picture, if every crop of it that is resized to `size` is taken from them.
+    """All pixels of an image, for `crop_decoded`; raises as `decode_crop`.
 
-    None for a JPEG so large that `decode_crop` reduces it while it decodes some crop.
-
-    Raises:
-        ValueError: As `decode_crop`.
+    None for a JPEG so large that `decode_crop` would reduce some of its crops.
     """
     image, orientation = _open(encoded, max_pixels)
     if image.format == "JPEG" and reduction(min(image.size), size) > 1:
         return None
-    pixels = _pixels(encoded, image, (0, 0, *image.size), 1)
+    pixels = _read(encoded, image, (0, 0, *image.size), 1)
     return Decoded(pixels=np.ascontiguousarray(pixels), orientation=orientation)
 
 
-def crop_decoded(picture: Decoded, box: ChooseBox, size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """`decode_crop` of a picture that is decoded, to the same bits."""
-    height, width = picture.pixels.shape[:2]
-    left, top, right, bottom = _chosen(box, (width, height), picture.orientation)
-    return _finished(picture.pixels[top:bottom, left:right], size, picture.orientation)
+def crop_decoded(image: Decoded, box: ChooseBox, size: int) -> Square:
+    """The same bits as `decode_crop`, from pixels that are already decoded."""
+    height, width = image.pixels.shape[:2]
+    left, top, right, bottom = _stored_box(box, (width, height), image.orientation)
+    return _finish(image.pixels[top:bottom, left:right], size, image.orientation)
 
 
-def decode(
-    encoded: bytes, *, max_pixels: int, at_least: int | None = None
-) -> UInt8[np.ndarray, "h w 3"]:
-    """A whole picture.
+def crop_image(image: Image.Image, box: ChooseBox, size: int) -> Square:
+    """The same as `decode_crop`, from an image that PIL has opened."""
+    pixels = rgb(image)  # loads the image, after which PIL has turned a TIFF
+    return crop_decoded(Decoded(pixels=pixels, orientation=_orientation(image)), box, size)
+
+
+def decode(encoded: bytes, *, max_pixels: int, at_least: int | None = None) -> Pixels:
+    """Decode a whole image; raises as `decode_crop`.
 
     Args:
         encoded: The bytes of the file.
-        max_pixels: Pictures of more pixels are refused before they are decoded.
-        at_least: The result may be reduced while it is decoded, its shorter side not below this.
-
-    Raises:
-        ValueError: The bytes are no picture, not all of one, or too large a one.
+        max_pixels: Images of more pixels are refused from their header.
+        at_least: A JPEG may be reduced as long as its shorter side keeps this many pixels.
     """
     image, orientation = _open(encoded, max_pixels)
     factor = 1
     if at_least is not None:
         factor = next((k for k in (8, 4, 2) if min(image.size) >= at_least * k), 1)
-    return _turn(_pixels(encoded, image, (0, 0, *image.size), factor), orientation)
+    return _upright(_read(encoded, image, (0, 0, *image.size), factor), orientation)
 
 
 def dimensions(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
-    """Width and height of the upright picture, from its header; raises like `decode`."""
+    """Width and height of the upright image, from its header; raises as `decode_crop`."""
     image, orientation = _open(encoded, max_pixels)
-    return _upright(image.size, orientation)
+    return image.size[::-1] if orientation >= 5 else image.size
 
 
-def crop_image(image: Image.Image, box: ChooseBox, size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """As `decode_crop`, of a picture that PIL has opened."""
-    image.load()
-    orientation = _orientation(image)
-    width, height = _upright(image.size, orientation)
-    stored = _stored_box(box(width, height), (width, height), orientation)
-    return _turn(crop_resize(rgb(image), stored, size), orientation)
-
-
-def crop_resize(
-    pixels: UInt8[np.ndarray, "h w 3"], box: Box, size: int
-) -> UInt8[np.ndarray, "s s 3"]:
-    """A crop of decoded pixels, resized."""
-    left, top, right, bottom = box
-    return resize(pixels[top:bottom, left:right], size, size)
-
-
-def resize(
-    pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+def resize(pixels: Pixels, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Bicubic with antialiasing, as PIL does it, in vectorised integer arithmetic."""
     if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels)
     if not pixels.flags.writeable:
-        pixels = pixels.copy()  # PyTorch warns of what it could not write to
-    # In this order the strides say "channels last", which is faster by half.
+        pixels = pixels.copy()  # PyTorch warns about read-only memory
+    # These strides say "channels last", for which PyTorch is faster by half.
     planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    small = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
-    return small[0].permute(1, 2, 0).contiguous().numpy()
+    resized = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture in any of PIL's modes as RGB, with white behind what is transparent."""
+def rgb(image: Image.Image) -> Pixels:
+    """An image in any of PIL's modes as RGB, on white where it is transparent."""
     image.load()
     if image.mode == "F":
         raise ValueError("pixels of floating-point numbers are not supported")
     if image.mode.startswith("I"):
-        # PIL cuts sixteen bits off at 255 where the upper eight are meant.
+        # Sixteen bits: PIL's conversion would clip at 255; the upper eight bits are meant.
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:
@@ -186,7 +164,7 @@ def rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _open(encoded: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
-    """The reader after the header, and the EXIF orientation, 1 to 8."""
+    """The image after its header was read, and its EXIF orientation."""
     if not encoded:
         raise ValueError("empty file")
     reader = next((found for start, found in READERS if encoded.startswith(start)), None)
@@ -194,8 +172,8 @@ def _open(encoded: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
         raise ValueError("not an image (not one of JPEG, PNG, WebP, GIF, BMP, TIFF)")
     try:
         image = reader(io.BytesIO(encoded))
-    except Exception as error:  # whatever hostile bytes provoke in a reader
-        raise ValueError(_reason(error)) from error
+    except Exception as error:  # hostile bytes make readers raise anything
+        raise _decode_error(error) from error
     width, height = image.size
     if width < 1 or height < 1:
         raise ValueError("an image without pixels")
@@ -207,89 +185,71 @@ def _open(encoded: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How EXIF data say that a picture is stored, 1 to 8."""
-    if "exif" not in image.info or image.format == "TIFF":  # PIL turns TIFF pictures itself
+    if "exif" not in image.info or image.format == "TIFF":  # PIL turns TIFF images itself
         return 1
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken EXIF data do not spoil the picture
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # broken EXIF data do not spoil the image
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
-def _pixels(
-    encoded: bytes, image: ImageFile.ImageFile, box: Box, factor: int
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The box of the stored picture as RGB on white, reduced by `factor` if it is a JPEG."""
+def _read(encoded: bytes, image: ImageFile.ImageFile, box: Box, factor: int) -> Pixels:
+    """The box of the stored image as RGB, reduced by `factor` if it is a JPEG."""
     left, top, right, bottom = box
     try:
         if image.format == "JPEG":
-            # Decoders fill what is missing with grey when only the end marker is cut off, and
-            # compressed data never hold that marker.
+            # When only the end marker is missing, decoders fill the rest with grey. Compressed
+            # data never contain that marker.
             scan, end = b"\xff\xda", b"\xff\xd9"
             if not encoded.endswith(end) and encoded.find(end, encoded.rfind(scan)) < 0:
                 raise ValueError("truncated")
             if factor == 1 and image.mode in ("RGB", "L"):
                 buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
                 planes = decode_jpeg(buffer, mode=ImageReadMode.RGB)
-                pixels: UInt8[np.ndarray, "h w 3"] = planes.permute(1, 2, 0).numpy()
+                pixels: Pixels = planes.permute(1, 2, 0).numpy()
                 return pixels[top:bottom, left:right]
             image.draft(None, (image.width // factor, image.height // factor))
             left, top = left // factor, top // factor
             right, bottom = -(-right // factor), -(-bottom // factor)
         return rgb(image)[top:bottom, left:right]
-    except Exception as error:  # whatever hostile bytes provoke in a decoder
-        raise ValueError(_reason(error)) from error
+    except Exception as error:  # hostile bytes make decoders raise anything
+        raise _decode_error(error) from error
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if text == "truncated" or "truncated" in text.lower():
-        return "truncated"
-    return f"not an image that can be decoded ({text[:100]})"
+def _decode_error(error: Exception) -> ValueError:
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    cut = "truncated" in text.lower()
+    return ValueError("truncated" if cut else f"not an image that can be decoded ({text[:100]})")
 
 
-# EXIF orientation as steps from the stored to the upright picture: swap the axes, then mirror
-# each. Resizing treats all of them alike, so they are applied to what is small.
+def _mirrored(orientation: int) -> tuple[bool, bool]:
+    """Whether x and y of the upright image run backwards. From 5 on the axes are swapped first."""
+    return orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
 
 
-def _axes(orientation: int) -> tuple[bool, bool, bool]:
-    """Whether axes are swapped, then x mirrored, then y mirrored."""
-    return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
-
-
-def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    return size[::-1] if _axes(orientation)[0] else size
-
-
-def _stored_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Where the box of an upright picture of that width and height is in the stored one."""
-    swap, mirror_x, mirror_y = _axes(orientation)
-    left, top, right, bottom = box
+def _stored_box(choose: ChooseBox, stored: tuple[int, int], orientation: int) -> Box:
+    """The chosen box in the coordinates of the stored image, whose width and height are given."""
+    width, height = stored[::-1] if orientation >= 5 else stored
+    left, top, right, bottom = choose(width, height)
+    mirror_x, mirror_y = _mirrored(orientation)
     if mirror_x:
-        left, right = size[0] - right, size[0] - left
+        left, right = width - right, width - left
     if mirror_y:
-        top, bottom = size[1] - bottom, size[1] - top
-    return (top, left, bottom, right) if swap else (left, top, right, bottom)
+        top, bottom = height - bottom, height - top
+    return (top, left, bottom, right) if orientation >= 5 else (left, top, right, bottom)
 
 
-def _chosen(box: ChooseBox, stored: tuple[int, int], orientation: int) -> Box:
-    """The box of a stored picture of that width and height; `box` sees it upright."""
-    upright = _upright(stored, orientation)
-    return _stored_box(box(*upright), upright, orientation)
+def _finish(crop: Pixels, size: int, orientation: int) -> Square:
+    # JPEG decoders return planes; interleaved pixels are resized in a third of the time.
+    return _upright(resize(np.ascontiguousarray(crop), size, size), orientation)
 
 
-def _finished(
-    crop: UInt8[np.ndarray, "h w 3"], size: int, orientation: int
-) -> UInt8[np.ndarray, "s s 3"]:
-    # A JPEG decoder gives planes; interleaved, they are resized in a third of the time.
-    return _turn(resize(np.ascontiguousarray(crop), size, size), orientation)
-
-
-def _turn(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> Shaped[np.ndarray, "h2 w2 3"]:
-    swap, mirror_x, mirror_y = _axes(orientation)
-    if swap:
+def _upright(pixels: Pixels, orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Stored pixels as upright ones. Resizing commutes with it, so it is done to what is small."""
+    if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
+    mirror_x, mirror_y = _mirrored(orientation)
     if mirror_x:
         pixels = pixels[:, ::-1]
     if mirror_y:

@@ -1,118 +1,56 @@
-"""What a source of pairs holds: sizes, formats, caption lengths, duplicates, what cannot be read.
+"""What a source of pairs holds: sizes, formats, caption lengths, duplicates, unreadable samples.
 
-Worker processes look at samples; what they hand back is counted here, so that memory grows with the
-data by eight bytes a picture and eight a caption.
+Worker processes look at samples; the results are counted here, so that memory grows with the data
+by eight bytes an image and eight a caption.
 """
 
+import contextlib
+import hashlib
+import io
+import os
 import re
+import textwrap
 import time
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader, Dataset
 
-from protoclip.data.examination import (
-    CountTokens,
-    Examiner,
-    Facts,
-    cores,
-    examined,
-    row_chunks,
-    stream_chunks,
-)
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs, SampleStream
+from protoclip.data.decode import READERS, decode, dimensions
+from protoclip.data.loader import Item, items_of, read_sample
+from protoclip.data.locations import visible
+from protoclip.data.mixture import MixedStreams, under
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.data.stream import ShardStream, read_shard
 from protoclip.progress import Progress, duration
 
 SMALL_SIDES = (64, 224)
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
-# Different pictures or captions, from the first on, that can become examples of repeated ones.
+# The first so many different images and captions can become examples of repeated ones.
 REMEMBERED = 50_000
 EXAMPLES, EXAMPLE_NAMES = 5, 3
-# Kinds of reasons that are told apart.
-REASONS = 100
+REASONS = 100  # kinds of reasons that are counted separately
+# Samples of a chunk, which goes to a worker, and bytes from which on it has fewer.
+CHUNK, CHUNK_BYTES = 64, 1 << 23
+# JPEGs are decoded as far as training with inputs of this size would.
+DECODED_SIDE = 224
+CAPTION_LENGTH = 200  # characters of a caption that are kept as an example
 
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    least: float
-    median: float
-    most: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repeats:
-    """Equal contents: `values` that come more than once, and how many are `extra` to the first.
-
-    Each example has its `count` and, in `of`, up to three sample ids, or the caption.
-    """
-
-    values: int
-    extra: int
-    examples: list[dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What `inspect` found. Spreads are unset where no sample could be read.
-
-    Attributes:
-        source: Name of the source.
-        pairs: Samples in it; unset for a stream.
-        read: Samples that were looked at, `unreadable` ones included.
-        seconds: Wall clock.
-        megabytes: Of all pictures that were read, encoded; `kilobytes` is the spread over them.
-        width, height, shorter_side: Pixels, upright.
-        shorter_side_below: Share of pictures whose shorter side has fewer pixels than the key.
-        formats, modes: How many pictures are of each (PIL's names).
-        captions: How many there are; `captions_per_image` is the spread over samples.
-        tokens: Percentiles of the captions' length in tokens, start and end included.
-        captions_cut: Captions of more than `context_length` tokens.
-        repeated_images, repeated_captions: By content, to the byte.
-        reasons: How many samples are unreadable for each; numbers and details left out.
-        unreadable_examples: The first ones: `sample_id`, `where`, `reason`.
-        notes: What was noticed when the source was opened.
-    """
-
-    source: str
-    pairs: int | None
-    read: int
-    seconds: float
-    megabytes: float
-    kilobytes: Spread | None
-    width: Spread | None
-    height: Spread | None
-    shorter_side: Spread | None
-    shorter_side_below: dict[str, float]
-    formats: dict[str, int]
-    modes: dict[str, int]
-    captions: int
-    captions_per_image: Spread | None
-    context_length: int
-    tokens: dict[str, int]
-    captions_cut: int
-    repeated_images: Repeats
-    repeated_captions: Repeats
-    unreadable: int
-    reasons: dict[str, int]
-    unreadable_examples: list[dict[str, str]]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values."""
-        return asdict(self)
+# Items, each with how far the work is before it.
+Numbered = Iterable[tuple[int, Item]]
 
 
 def inspect(
     source: Pairs | SampleStream,
     *,
-    count_tokens: CountTokens,
+    count_tokens: Callable[[list[str]], list[int]],
     context_length: int,
     samples: int | None = None,
     seed: int = 0,
@@ -120,231 +58,396 @@ def inspect(
     max_pixels: int = MAX_IMAGE_PIXELS,
     notes: Sequence[str] = (),
     progress: bool = True,
-) -> Inspection:
-    """Read samples of a source, all or some, and count what they are.
+) -> dict[str, Any]:
+    """Read samples of a source, all or some, and count what they are, as JSON values.
 
     Args:
         source: Where the samples are. Of tar shards that are streamed, one pass over them.
-        count_tokens: Lengths of captions in tokens, uncut, start and end included.
+        count_tokens: Lengths of captions in tokens, not truncated, start and end included.
         context_length: Tokens that the model reads.
-        samples: How many to read, drawn evenly from the whole (of a stream: from the start of
+        samples: How many to read, drawn evenly from the whole (of a stream: from the starts of
             shards that are drawn evenly); all if unset.
         seed: Determines which are drawn.
         workers: Processes; one for each core if unset. With 1 all is done in this process.
-        max_pixels: Larger pictures count as unreadable.
+        max_pixels: Larger images count as unreadable.
         notes: What was noticed when the source was opened, to stand beside the findings.
         progress: Show it, on standard error.
 
     Raises:
-        ValueError: `samples` is not positive, or unset for a stream that is not of shards, or a
-            worker process was killed.
+        ValueError: `samples` is not positive, a stream is not of shards, or a worker was killed.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples: {samples} is too small; at least 1")
     started = time.monotonic()
     if isinstance(source, Pairs):
-        chunks, total = row_chunks(len(source), samples, seed)
+        items, total = _of_rows(len(source), samples, seed)
     else:
-        chunks, total = stream_chunks(source, samples, seed)
-    examiner = Examiner(
-        source=source if isinstance(source, Pairs) else None,
-        count_tokens=count_tokens,
-        max_pixels=max_pixels,
+        items, total = _of_shards(source, samples, seed)
+    workers = workers or cores()
+    loader = DataLoader(
+        _Examiner(source=source, count_tokens=count_tokens, max_pixels=max_pixels),
+        sampler=_chunks(items, total),
+        batch_size=None,
+        num_workers=workers if workers > 1 else 0,
     )
     shown = Progress(f"inspect {source.name}", total) if progress else None
-    counted = _Counted()
-    done = 0
-    for facts, done in examined(examiner, chunks, workers or cores()):
-        counted.add(facts)
+    tally = _Tally()
+    for chunk in items_of(loader):
+        tally.add(chunk.items)
         if shown is not None:
-            shown.update(done, f"{counted.unreadable} unreadable" if counted.unreadable else "")
-    if shown is not None and done < total:  # a stream's end shows only now
-        shown.update(total)
-    return counted.inspection(source, context_length, time.monotonic() - started, notes)
+            shown.update(chunk.done, f"{tally.unreadable} unreadable" if tally.unreadable else "")
+    return {
+        "source": source.name,
+        "pairs": len(source) if isinstance(source, Pairs) else None,
+        **tally.report(context_length),
+        "notes": list(notes),
+        "seconds": round(time.monotonic() - started, 2),
+    }
 
 
-@dataclass(kw_only=True)
-class _Contents:
-    """Hashes of contents, and names of the first ones."""
-
-    parts: list[npt.NDArray[np.uint64]] = field(default_factory=list)
-    names: dict[int, dict[str, None]] = field(default_factory=dict)
-
-    def add(self, found: npt.NDArray[np.uint64], names: list[str]) -> None:
-        self.parts.append(found)
-        for content, name in zip(found.tolist(), names, strict=True):
-            if len(self.names) < REMEMBERED:
-                self.names.setdefault(content, {})
-            known = self.names.get(content)
-            if known is not None and len(known) < EXAMPLE_NAMES:
-                known[name] = None
-
-    def repeats(self) -> Repeats:
-        every = np.concatenate([*self.parts, np.empty(0, np.uint64)])
-        values, counts = np.unique(every, return_counts=True)
-        values, counts = values[counts > 1], counts[counts > 1]
-        order = np.argsort(-counts, kind="stable").tolist()
-        known = (n for n in order if int(values[n]) in self.names)
-        examples = [
-            {"count": int(counts[n]), "of": list(self.names[int(values[n])])}
-            for n in islice(known, EXAMPLES)
-        ]
-        return Repeats(values=len(values), extra=int(counts.sum()) - len(values), examples=examples)
+def cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-@dataclass(kw_only=True)
-class _Counted:
-    """The sum of what was found so far."""
+def drawn(total: int, number: int, seed: int) -> list[int]:
+    """So many different numbers below `total`, in order: one from each of equal parts."""
+    bounds = np.arange(number + 1, dtype=np.int64) * total // number
+    chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()
+    return chosen
 
-    read: int = 0
-    unreadable: int = 0
-    counts: dict[str, Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
-    images: _Contents = field(default_factory=_Contents)
-    captions: _Contents = field(default_factory=_Contents)
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, facts: Facts) -> None:
-        self.read += len(facts.sample_ids) + len(facts.bad)
-        self.unreadable += len(facts.bad)
-        for name, values in facts.counts.items():
-            self.counts[name].update(values)
-        self.images.add(facts.images, facts.sample_ids)
-        self.captions.add(facts.texts, facts.captions)
-        for bad in facts.bad:
-            kind = re.sub(r"\d+", "N", re.sub(r" ?\(.*\)", "", bad.reason))
-            known = kind in self.reasons or len(self.reasons) < REASONS
-            self.reasons[kind if known else "other"] += 1
-            if len(self.examples) < EXAMPLES:
-                self.examples.append(
-                    {"sample_id": bad.sample_id, "where": bad.where, "reason": bad.reason}
-                )
+def _of_rows(number: int, samples: int | None, seed: int) -> tuple[Numbered, int]:
+    """Rows to read, and how many they are."""
+    some = samples is not None and samples < number
+    rows = drawn(number, samples or 0, seed) if some else range(number)
+    return enumerate(rows), len(rows)
 
-    def inspection(
-        self,
-        source: Pairs | SampleStream,
-        context_length: int,
-        seconds: float,
-        notes: Sequence[str],
-    ) -> Inspection:
-        counts, tokens = self.counts, self.counts["tokens"]
-        sides = counts["shorter side"]
-        small = {side: sum(n for value, n in sides.items() if value < side) for side in SMALL_SIDES}
-        return Inspection(
-            source=source.name,
-            pairs=len(source) if isinstance(source, Pairs) else None,
-            read=self.read,
-            seconds=round(seconds, 2),
-            megabytes=round(sum(size * n for size, n in counts["kilobytes"].items()) / 1000, 4),
-            kilobytes=spread(counts["kilobytes"]),
-            width=spread(counts["width"]),
-            height=spread(counts["height"]),
-            shorter_side=spread(sides),
-            shorter_side_below={str(k): n / max(1, sides.total()) for k, n in small.items()},
-            formats=dict(counts["format"].most_common()),
-            modes=dict(counts["mode"].most_common()),
-            captions=tokens.total(),
-            captions_per_image=spread(counts["captions"]),
-            context_length=context_length,
-            tokens={str(p): int(percentile(tokens, p)) for p in PERCENTILES if tokens},
-            captions_cut=sum(n for length, n in tokens.items() if length > context_length),
-            repeated_images=self.images.repeats(),
-            repeated_captions=self.captions.repeats(),
-            unreadable=self.unreadable,
-            reasons=dict(self.reasons.most_common()),
-            unreadable_examples=self.examples,
-            notes=list(notes),
+
+def _of_shards(source: SampleStream, samples: int | None, seed: int) -> tuple[Numbered, int]:
+    """Samples to look at, and how many they are; the number of shards if that is not known."""
+    streams = source.streams if isinstance(source, MixedStreams) else [source]
+    shards = [(s, shard) for s in streams if isinstance(s, ShardStream) for shard in s.shards]
+    if not shards:
+        raise ValueError(f"{source.name}: has no end; only streams of tar shards can be inspected")
+
+    def read(stream: ShardStream, shard: str) -> Iterator[Item]:
+        for item in read_shard(shard, stream.caption_keys, stream.access):
+            yield item if stream is source else under(stream.name, item)
+
+    if samples is None:
+        numbered = ((done, item) for done, each in enumerate(shards) for item in read(*each))
+        return numbered, len(shards)
+    most = max(CHUNK, -(-samples // len(shards)))
+    chosen = drawn(len(shards), min(len(shards), -(-samples // most)), seed)
+    found = (item for number in chosen for item in islice(read(*shards[number]), most))
+    return zip(range(samples), found, strict=False), samples
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Work for a worker, or what it found; and how far the work is after it."""
+
+    done: int
+    items: list[Any]
+
+
+def _chunks(numbered: Numbered, total: int) -> Iterator[_Chunk]:
+    chunk: list[Item] = []
+    size = 0
+    for done, item in numbered:
+        chunk.append(item)
+        size += len(item.image) if isinstance(item, Sample) else 0
+        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+            yield _Chunk(done, chunk)
+            chunk, size = [], 0
+    yield _Chunk(total, chunk)
+
+
+class _Facts(NamedTuple):
+    """One sample: values to count, and its captions with their hashes and lengths in tokens."""
+
+    sample_id: str
+    content: int
+    values: dict[str, int | float | str]
+    captions: list[tuple[str, int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Examiner(Dataset[_Chunk]):
+    """Looks at samples, in worker processes. Its index is a chunk of them."""
+
+    source: Pairs | SampleStream
+    count_tokens: Callable[[list[str]], list[int]]
+    max_pixels: int
+
+    def __getitem__(self, chunk: _Chunk) -> _Chunk:
+        return _Chunk(chunk.done, [self.examine(item) for item in chunk.items])
+
+    def examine(self, item: Item) -> _Facts | BadSample:
+        try:
+            sample = read_sample(self.source, item)
+        except BadSample as error:
+            return error
+        try:
+            width, height = dimensions(sample.image, max_pixels=self.max_pixels)
+            decode(sample.image, max_pixels=self.max_pixels, at_least=DECODED_SIDE)
+        except ValueError as error:
+            return BadSample(sample.sample_id, sample.where, str(error))
+        reader = next(found for start, found in READERS if sample.image.startswith(start))
+        header = reader(io.BytesIO(sample.image))
+        texts = list(sample.captions)
+        hashes = [_hash(text.encode("utf-8", "surrogatepass")) for text in texts]
+        lengths = self.count_tokens(texts)
+        return _Facts(
+            sample_id=sample.sample_id,
+            content=_hash(sample.image),
+            values={
+                "width": width,
+                "height": height,
+                "shorter_side": min(width, height),
+                "kilobytes": round(len(sample.image) / 1000, 1),
+                "formats": str(header.format),
+                "modes": header.mode,
+                "captions_per_image": len(texts),
+            },
+            captions=list(zip((t[:CAPTION_LENGTH] for t in texts), hashes, lengths, strict=True)),
         )
 
 
-def percentile(counts: Counter[Any], percent: int) -> float:
-    """The least value that so many percent of all values do not exceed.
+def _hash(content: bytes) -> int:
+    """Eight bytes; two of a billion contents share them with a probability of 3%."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
-    Args:
-        counts: How often each value is there; not empty.
-        percent: In [0, 100].
-    """
+
+class _Contents:
+    """Hashes of contents, and the names of the first ones."""
+
+    def __init__(self) -> None:
+        self.hashes = array("Q")
+        self.names: dict[int, dict[str, None]] = {}
+
+    def add(self, content: int, name: str) -> None:
+        self.hashes.append(content)
+        if content in self.names or len(self.names) < REMEMBERED:
+            names = self.names.setdefault(content, {})
+            if len(names) < EXAMPLE_NAMES:
+                names[name] = None
+
+    def repeats(self) -> dict[str, Any]:
+        values, counts = np.unique(np.array(self.hashes, dtype=np.uint64), return_counts=True)
+        values, counts = values[counts > 1], counts[counts > 1]
+        order = np.argsort(-counts, kind="stable")
+        ranked = zip(values[order].tolist(), counts[order].tolist(), strict=True)
+        known = ({"count": n, "of": list(self.names[v])} for v, n in ranked if v in self.names)
+        extra = int(counts.sum()) - len(values)
+        return {"values": len(values), "extra": extra, "examples": list(islice(known, EXAMPLES))}
+
+
+class _Tally:
+    """What was found so far. Its size is bounded but for the hashes of contents."""
+
+    def __init__(self) -> None:
+        self.read = self.unreadable = 0
+        self.counts: dict[str, Counter[Any]] = defaultdict(Counter)
+        self.images, self.captions = _Contents(), _Contents()
+        self.examples: list[dict[str, str]] = []
+
+    def add(self, found: list[_Facts | BadSample]) -> None:
+        self.read += len(found)
+        for each in found:
+            if isinstance(each, BadSample):
+                self.add_bad(each)
+                continue
+            self.images.add(each.content, each.sample_id)
+            for name, value in each.values.items():
+                self.counts[name][value] += 1
+            for text, content, length in each.captions:
+                self.captions.add(content, text)
+                self.counts["tokens"][length] += 1
+
+    def add_bad(self, bad: BadSample) -> None:
+        self.unreadable += 1
+        reasons = self.counts["reasons"]
+        kind = re.sub(r"\d+", "N", re.sub(r" ?\(.*\)", "", bad.reason))
+        reasons[kind if kind in reasons or len(reasons) < REASONS else "other"] += 1
+        if len(self.examples) < EXAMPLES:
+            facts = {"sample_id": bad.sample_id, "where": bad.where, "reason": bad.reason}
+            self.examples.append(facts)
+
+    def report(self, context_length: int) -> dict[str, Any]:
+        counts, tokens, sides = self.counts, self.counts["tokens"], self.counts["shorter_side"]
+        small = {side: sum(n for value, n in sides.items() if value < side) for side in SMALL_SIDES}
+        kilobytes = sum(size * n for size, n in counts["kilobytes"].items())
+        measured = ("kilobytes", "width", "height", "shorter_side")
+        return {
+            "read": self.read,
+            "unreadable": self.unreadable,
+            "reasons": dict(counts["reasons"].most_common()),
+            "unreadable_examples": self.examples,
+            "megabytes": round(kilobytes / 1000, 4),
+            **{name: spread(counts[name]) for name in measured},
+            "shorter_side_below": {str(k): n / max(1, sides.total()) for k, n in small.items()},
+            "formats": dict(counts["formats"].most_common()),
+            "modes": dict(counts["modes"].most_common()),
+            "captions": tokens.total(),
+            "captions_per_image": spread(counts["captions_per_image"]),
+            "tokens": {str(p): int(percentile(tokens, p)) for p in PERCENTILES if tokens},
+            "context_length": context_length,
+            "captions_cut": sum(n for length, n in tokens.items() if length > context_length),
+            "repeated_images": self.images.repeats(),
+            "repeated_captions": self.captions.repeats(),
+        }
+
+
+def percentile(counts: Counter[Any], percent: int) -> float:
+    """The least value that so many percent of all values do not exceed; of a non-empty count."""
     values = sorted(counts)
     below = np.cumsum([counts[value] for value in values])
     return float(values[int(np.searchsorted(100 * below, percent * below[-1]))])
 
 
-def spread(counts: Counter[Any]) -> Spread | None:
-    if not counts:
-        return None
-    least, most = float(min(counts)), float(max(counts))
-    return Spread(least=least, median=percentile(counts, 50), most=most)
+def spread(counts: Counter[Any]) -> dict[str, float] | None:
+    points = {"least": 0, "median": 50, "most": 100}
+    return {name: percentile(counts, p) for name, p in points.items()} if counts else None
 
 
-def table(found: Inspection) -> Table:
-    """The inspection as lines of a name and what was found."""
-    drawn = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    drawn.add_column(style="bold", no_wrap=True)
-    drawn.add_column()
-    pairs = f"{found.pairs:,}" if found.pairs is not None else "a stream"
-    every = found.read == found.pairs
-    drawn.add_row("pairs", pairs if every else f"{pairs}; {found.read:,} of them read")
-    share = f" ({found.unreadable / found.read:.2%})" if found.unreadable else ""
-    drawn.add_row("unreadable", f"{found.unreadable:,}{share}")
-    size = amount(found.megabytes)
-    if not every and found.pairs:
-        size += f", about {amount(found.megabytes * found.pairs / found.read)} in all"
-    drawn.add_row("bytes", f"{size}; {line(found.kilobytes, 'kB')}")
-    drawn.add_row("width", line(found.width, "px"))
-    drawn.add_row("height", line(found.height, "px"))
-    small = [f"{part:.1%} below {side}" for side, part in found.shorter_side_below.items()]
-    drawn.add_row("shorter side", "; ".join([line(found.shorter_side, "px"), *small]))
-    drawn.add_row("formats", listed(found.formats))
-    drawn.add_row("modes", listed(found.modes))
-    drawn.add_row("captions", f"{found.captions:,}; {line(found.captions_per_image)} a picture")
-    lengths = ", ".join(f"{percent}%: {length}" for percent, length in found.tokens.items())
-    drawn.add_row("tokens, percentiles", lengths or "-")
-    cut = found.captions_cut / max(1, found.captions)
-    drawn.add_row(
-        f"longer than {found.context_length} tokens", f"{found.captions_cut:,} captions ({cut:.1%})"
-    )
-    for name, repeats in (
-        ("repeated pictures", found.repeated_images),
-        ("repeated captions", found.repeated_captions),
-    ):
-        what = f"{repeats.extra:,} copies of {repeats.values:,}" if repeats.values else "none"
-        drawn.add_row(name, what if every else f"{what} among those read")
-        for example in repeats.examples:
-            drawn.add_row("", Text(f"{example['count']} x  {cut_off(', '.join(example['of']))}"))
-    if found.unreadable:
-        drawn.add_row("reasons", Text(listed(found.reasons)))
-    for example in found.unreadable_examples:
-        drawn.add_row("", Text(f"{example['sample_id']}: {example['reason']}"))
-    for note in found.notes:
-        drawn.add_row("note", Text(note))
-    return drawn
+def show(found: dict[str, Any]) -> None:
+    """Print what `inspect` found, a line each."""
+    print(f"{visible(found['source'])}, in {duration(found['seconds'])}")
+    for name, value in found.items():
+        if name not in ("source", "seconds") and value not in (None, [], {}):
+            label = name.replace("_", " ")
+            for line in _lines(value):
+                print(f"{label:22} {visible(line)}")
+                label = ""
 
 
-def line(spread: Spread | None, unit: str = "") -> str:
-    if spread is None:
-        return "-"
-    least, median, most = (f"{n:,.1f}".removesuffix(".0") for n in astuple(spread))
-    numbers = least if least == most else f"{least} to {most}, median {median}"
-    return f"{numbers} {unit}".rstrip()
+def _lines(value: Any) -> Iterator[str]:
+    """The lines that show one finding."""
+    if isinstance(value, list):
+        for each in value:
+            yield each if isinstance(each, str) else f"{each['sample_id']}: {each['reason']}"
+    elif isinstance(value, dict) and "examples" in value:
+        yield f"{value['extra']:,} copies of {value['values']:,}" if value["values"] else "none"
+        for each in value["examples"]:
+            names = textwrap.shorten(", ".join(each["of"]), 90, placeholder="...")
+            yield f"{each['count']} x  {names}"
+    elif isinstance(value, dict):
+        yield ", ".join(f"{key}: {_number(each)}" for key, each in value.items())
+    else:
+        yield _number(value)
 
 
-def amount(megabytes: float) -> str:
-    return f"{megabytes:,.1f} MB" if megabytes < 1000 else f"{megabytes / 1000:,.1f} GB"
+def _number(value: int | float) -> str:
+    return f"{round(value, 3):,}".removesuffix(".0")
 
 
-def listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {number:,}" for name, number in counts.items()) or "-"
+# Of the montage, in pixels.
+SIDE, GAP, FONT_SIZE, LINE, LINES = 192, 20, 14, 19, 3
+CELL = SIDE + 8 + LINES * LINE
+FRAME, INK = "#f1f1f3", "#1c1c1f"
+ENLARGED = 3  # a small image is not enlarged further
+TRIES = 10  # samples that are tried for each that is shown
+# PIL's own font has Latin letters only. These are found by name where a system has them.
+FONTS = """NotoSans-Regular.ttf NotoSans[wght].ttf DejaVuSans.ttf Arial.ttf arial.ttf
+    NotoSansCJK-Regular.ttc NotoSansCJK-VF.ttf.ttc NotoSansCJKsc-Regular.otf wqy-microhei.ttc
+    DroidSansFallbackFull.ttf PingFang.ttc msyh.ttc malgun.ttf AppleSDGothicNeo.ttc YuGothM.ttc
+    NotoSansArabic-Regular.ttf NotoSansHebrew-Regular.ttf NotoSansThai-Regular.ttf Nirmala.ttf
+    NotoSansDevanagari-Regular.ttf NotoSansBengali-Regular.ttf NotoSansTamil-Regular.ttf
+    leelawui.ttf Symbola.ttf FreeSans.ttf unifont.otf unifont.ttf"""
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def cut_off(text: str, length: int = 90) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+def montage(
+    source: Pairs | SampleStream,
+    *,
+    columns: int = 6,
+    rows: int = 4,
+    seed: int = 0,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> Image.Image:
+    """Draw random pairs of a source in a grid: images with their captions below.
+
+    Args:
+        source: Where the samples are. Of a stream the first ones are shown.
+        columns, rows: Of the grid; fewer are used if there are fewer pairs.
+        seed: Determines which pairs.
+        max_pixels: Larger images count as unreadable; unreadable samples are left out.
+
+    Raises:
+        ValueError: No sample can be read.
+    """
+    wanted = columns * rows
+    if isinstance(source, Pairs):
+        number = min(TRIES * wanted, len(source))
+        order = np.random.default_rng(seed).choice(len(source), number, replace=False)
+        items: Iterable[Item] = order.tolist()
+    else:
+        items = islice(source.samples(), TRIES * wanted)
+    cells = list(islice(_cells(source, items, max_pixels), wanted))
+    if not cells:
+        raise ValueError(f"{source.name}: none of its samples that were tried can be read")
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * (SIDE + GAP) + GAP, rows * (CELL + GAP) + GAP), "white")
+    for number, cell in enumerate(cells):
+        row, column = divmod(number, columns)
+        sheet.paste(cell, (GAP + column * (SIDE + GAP), GAP + row * (CELL + GAP)))
+    return sheet
 
 
-def show(found: Inspection) -> None:
-    """Print the inspection."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(f"{found.source}, in {duration(found.seconds)}", highlight=False, markup=False)
-    console.print(table(found), highlight=False)
+def _cells(
+    source: Pairs | SampleStream, items: Iterable[Item], max_pixels: int
+) -> Iterator[Image.Image]:
+    """An image with its caption below, for each sample that can be read."""
+    for item in items:
+        try:
+            sample = read_sample(source, item)
+            pixels = decode(sample.image, max_pixels=max_pixels, at_least=SIDE)
+        except ValueError:  # `BadSample` is one
+            continue
+        image = Image.fromarray(pixels)
+        factor = min(SIDE / image.width, SIDE / image.height, ENLARGED)
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        cell = Image.new("RGB", (SIDE, CELL), "white")
+        draw = ImageDraw.Draw(cell)
+        draw.rectangle((0, 0, SIDE - 1, SIDE - 1), fill=FRAME)
+        cell.paste(image, ((SIDE - width) // 2, (SIDE - height) // 2))
+        caption = sample.captions[0].encode("utf-8", "replace").decode()
+        font = font_of(caption)
+        for number, line in enumerate(wrapped(caption, font)):
+            draw.text((0, SIDE + 8 + number * LINE), line, fill=INK, font=font)
+        yield cell
+
+
+def wrapped(text: str, font: Font) -> list[str]:
+    """A caption in lines of about the width of a cell; dots replace what is too long."""
+    text = " ".join(text.split())[:400]
+    characters = max(1, int(SIDE * len(text) / max(1, font.getlength(text))))
+    return textwrap.wrap(text, characters, max_lines=LINES, placeholder="...")
+
+
+def font_of(text: str) -> Font:
+    """The first font that has most of a text's characters."""
+    characters = set("".join(text.split()))
+    return max(_fonts(), key=lambda font: sum(has(font, each) for each in characters))
+
+
+@cache
+def _fonts() -> list[Font]:
+    """The fonts of this system, and PIL's own."""
+    found: list[Font] = []
+    for name in FONTS.split():
+        with contextlib.suppress(OSError):  # not on this system
+            found.append(ImageFont.truetype(name, FONT_SIZE))
+    return [*found, ImageFont.load_default(FONT_SIZE)]
+
+
+@cache
+def has(font: Font, character: str) -> bool:
+    # No font has the other character: it shows what a font draws for one that it lacks.
+    shape, missing = font.getmask(character), font.getmask("\U0010fffe")
+    return shape.size != missing.size or bytes(shape) != bytes(missing)

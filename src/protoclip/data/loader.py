@@ -1,44 +1,44 @@
-"""Batches of an episode, in a fixed order, from any position."""
+"""Batches of an episode, in a fixed order, from any position; and the log of bad samples.
 
+What happens to a bad sample reads from `_Reader` (replaced by the next good one) over
+`EpisodeLoader.batches` (reported) to `SkipLog` (written to a file; too many end the run).
+"""
+
+import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclip.config import Config
 from protoclip.data.cache import ImageCache, crop, image_cache
-from protoclip.data.decode import Box
-from protoclip.data.pairs import (
-    MAX_IMAGE_PIXELS,
-    BadSample,
-    Pairs,
-    Sample,
-    SampleStream,
-)
-from protoclip.data.sampler import (
-    TRANSFORM_STREAM,
-    Episode,
-    caption_draws,
-    transform_draws,
-)
+from protoclip.data.decode import ChooseBox
+from protoclip.data.locations import visible
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
+from protoclip.files import naming, to_json
+
+T = TypeVar("T")
+Item = int | Sample | BadSample  # a row, or what a stream gave
 
 # Shorter side of small copies: this, or more where crops are larger.
 COPY_SIDE, COPY_MARGIN = 256, 10 / 7
-
-
-# Samples at hand to stand in for the bad ones of a batch, as a share of it, and at least so many.
-# Rows cost nothing until they are read; a stream's samples travel to the workers with the batch.
-SPARE_ROWS, SPARE_SAMPLES, SPARE_LEAST = 4.0, 0.25, 8
+# Spare samples that replace the bad ones of a batch, as a share of it, and the least number. Rows
+# cost nothing until they are read; a stream's samples travel to the workers with the batch.
+SPARE_ROWS, SPARE_SAMPLES, MIN_SPARE = 4.0, 0.25, 8
+QUOTED = 10  # reasons in the message of a run that is stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,114 +51,102 @@ class Batch:
     text: Int[Tensor, "b c"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """One batch to be made: its places, and samples (or rows of them), followed by spare ones."""
+class _Request(NamedTuple):
+    """A batch to make. `candidates` has a row or sample for each position, then spare ones."""
 
     position: npt.NDArray[np.int64]
-    candidates: list[int | Sample | BadSample]
+    candidates: list[Item]
+    transform: Transform
     transform_draws: npt.NDArray[np.float32]
     caption_draws: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Made:
-    """A batch as a worker hands it over: bytes of cropped pictures, tokens, and what was bad."""
+class _Made(NamedTuple):
+    """A batch from a worker, images as bytes; empty if there were not enough good samples."""
 
-    position: Tensor
     sample_id: list[str]
+    position: Tensor
     image: Tensor
     text: Tensor
     bad: list[BadSample]
 
 
-class _BatchMaker(Dataset[_Made]):
-    """Reads, decodes, crops and tokenizes; runs in worker processes. Its index is a request."""
+@dataclass(frozen=True, kw_only=True)
+class _Reader(Dataset[_Made]):
+    """Reads, decodes, crops and tokenizes, in worker processes. Its index is a request."""
 
-    def __init__(self, loader: "EpisodeLoader") -> None:
-        self.loader = loader
+    pairs: Pairs | SampleStream
+    tokenizer: Callable[[list[str]], Tensor]
+    crop: Callable[..., npt.NDArray[np.uint8]]
 
     def __getitem__(self, request: _Request) -> _Made:
-        size = len(request.position)
-        spare = iter(request.candidates[size:])
-        samples, pictures, bad = [], [], []
-        for slot, candidate in enumerate(request.candidates[:size]):
-            while True:
+        spare = iter(request.candidates[len(request.position) :])
+        captions, images, ids, bad = [], [], [], []
+        for number, first in enumerate(request.candidates[: len(request.position)]):
+            box = partial(request.transform.box, draws=request.transform_draws[number])
+            for candidate in chain([first], spare):
                 try:
-                    sample = self.sample(candidate)
-                    picture = self.picture(sample, request.transform_draws[slot])
-                    break
+                    sample = read_sample(self.pairs, candidate)
+                    images.append(self.image(sample, box, request.transform.size))
                 except BadSample as error:
                     bad.append(error)
-                    following = next(spare, None)
-                    if following is None:
-                        return self.shortage(bad)
-                    candidate = following
-            samples.append(sample)
-            pictures.append(picture)
-        captions = [
-            sample.captions[int(draw * len(sample.captions))]
-            for sample, draw in zip(samples, request.caption_draws, strict=True)
-        ]
-        return _Made(
-            position=torch.from_numpy(request.position),
-            sample_id=[sample.sample_id for sample in samples],
-            image=torch.from_numpy(np.stack(pictures)),
-            text=self.loader.tokenizer(captions),
-            bad=bad,
-        )
+                    continue
+                draw = request.caption_draws[number]
+                captions.append(sample.captions[int(draw * len(sample.captions))])
+                ids.append(sample.sample_id)
+                break
+            else:
+                nothing = torch.zeros(0)
+                return _Made([], nothing, nothing, nothing, bad)
+        image, position = torch.from_numpy(np.stack(images)), torch.from_numpy(request.position)
+        return _Made(ids, position, image, self.tokenizer(captions), bad)
 
-    def shortage(self, bad: list[BadSample]) -> _Made:
-        nothing = torch.zeros(0)
-        return _Made(position=nothing, sample_id=[], image=nothing, text=nothing, bad=bad)
-
-    def sample(self, candidate: int | Sample | BadSample) -> Sample:
-        if isinstance(candidate, BadSample):
-            raise candidate
-        if isinstance(candidate, Sample):
-            return candidate
-        assert isinstance(self.loader.pairs, Pairs)
-        return self.loader.pairs.sample(candidate)
-
-    def picture(self, sample: Sample, draws: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-        transform = self.loader.transform
-
-        def box(width: int, height: int) -> Box:
-            return transform.box(width, height, draws)
-
+    def image(self, sample: Sample, box: ChooseBox, size: int) -> npt.NDArray[np.uint8]:
         try:
-            return crop(
-                sample.image,
-                box,
-                transform.size,
-                max_pixels=self.loader.max_image_pixels,
-                small_side=self.loader.small_side,
-                cache=self.loader.cache,
-            )
+            return self.crop(sample.image, box, size)
         except ValueError as error:
             raise BadSample(sample.sample_id, sample.where, str(error)) from None
+
+
+def read_sample(pairs: Pairs | SampleStream, item: Item) -> Sample:
+    """The sample of a row, or one that a stream gave; raises `BadSample`."""
+    if isinstance(item, BadSample):
+        raise item
+    if isinstance(item, Sample):
+        return item
+    assert isinstance(pairs, Pairs)
+    return pairs.sample(item)
+
+
+class _Requests(Sampler[_Request]):
+    """The requests of the iteration at hand: they change, the worker processes stay."""
+
+    current: Generator[_Request, None, None]
+
+    def __iter__(self) -> Iterator[_Request]:
+        return self.current
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeLoader:
     """Turns episodes into batches.
 
-    A bad sample (unreadable picture, no caption) is replaced by the next good one that follows its
-    batch in the episode, so that no batch holds a pair twice, and reported to `on_read`.
+    A bad sample (unreadable image, no caption) is replaced by the next good one that follows its
+    batch in the episode, so that no batch holds a pair twice, and reported to `on_read`. Worker
+    processes start with the first episode and stay as long as the loader.
 
     Attributes:
         pairs: Where the samples are: rows in any order, or a stream.
         tokenizer: Captions to tokens, `list[str] -> Int[b c]`.
-        transform: How pictures become inputs.
-        batch_size: Pairs a batch on this process; the last batch of an episode may be smaller.
-        seed: With the episode's number, determines the random draws of views and captions.
-        transform_stream: Stream of random numbers that views draw from.
-        device: Where batches end up.
+        transform: How images become inputs in training.
+        batch_size: Pairs a batch on this rank; the last batch of an episode may be smaller.
+        seed: With the episode's number, determines the random draws of transforms and captions.
+        device: Where batches end up. For a GPU they pass through pinned memory.
         workers: Processes that decode; 0 decodes in this process.
-        rank, world_size: Which of how many processes this is; together they train each batch.
-        cache: Keeps decoded pictures for repeated passes; changes nothing but the time.
+        rank, world_size: This rank among those that share each batch.
+        cache: Keeps decoded images for repeated passes; changes nothing but the time.
         small_side: Take every crop from a copy of this shorter side; see `cache.crop`.
-        max_image_pixels: Larger pictures count as bad.
+        max_image_pixels: Larger images count as bad.
         on_read: Called with each batch's number of samples read and the bad ones among them.
     """
 
@@ -168,129 +156,203 @@ class EpisodeLoader:
     batch_size: int
     seed: int
     device: torch.device
-    transform_stream: int = TRANSFORM_STREAM
     workers: int = 0
     rank: int = 0
     world_size: int = 1
     cache: ImageCache | None = None
     small_side: int | None = None
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    on_read: Callable[[int, list[BadSample]], None] | None = None
+    on_read: Callable[[int, list[BadSample]], None] = lambda number, bad: None
+    _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
-    def batches(self, episode: Episode, start: int = 0) -> Iterator[Batch]:
-        """This process's batches of an episode from number `start` on.
+    def batches(
+        self,
+        episode: Episode,
+        start: int = 0,
+        *,
+        transform: Transform | None = None,
+        stream: int = TRANSFORM_STREAM,
+    ) -> Iterator[Batch]:
+        """This rank's batches of an episode from number `start` on, one iteration at a time.
 
         A pure function of its arguments: batches after a restart are those of a run that was not
         interrupted, with any number of workers and any cache.
 
+        Args:
+            episode: Its rows are numbers in the stream if the source is one.
+            start: Batches to skip.
+            transform: In place of the training transform.
+            stream: The stream of random numbers that the transform draws from.
+
         Raises:
-            ValueError: A worker process died, or a batch found no good samples to fill it.
+            ValueError: A worker process was killed, or a batch found no good samples to fill it.
         """
+        transform = transform or self.transform
         draws = transform_draws(
-            self.seed,
-            episode.index,
-            len(episode.rows),
-            self.transform.num_draws,
-            self.transform_stream,
+            self.seed, episode.index, len(episode.rows), transform.num_draws, stream
         )
-        loader = DataLoader(
-            _BatchMaker(self),
-            sampler=self.requests(episode, draws.numpy(), start),
+        requests = self._make_requests(episode, start, transform, draws.numpy())
+        self._requests.current = requests
+        try:
+            for made in items_of(self._loader):
+                assert self._requests.current is requests, "another iteration has begun"
+                self.on_read(len(made.sample_id) + len(made.bad), made.bad)
+                if not made.sample_id:
+                    raise ValueError(
+                        f"{self.pairs.name}: a batch found only bad samples to fill it, such as "
+                        f"{made.bad[0]}"
+                    )
+                image, text, position = (
+                    tensor.to(self.device, non_blocking=self._pinned)
+                    for tensor in (made.image, made.text, made.position)
+                )
+                yield Batch(
+                    position=position,
+                    sample_id=made.sample_id,
+                    image=transform.finish(image, draws[made.position]),
+                    text=text,
+                )
+        finally:
+            requests.close()  # and with it a stream's thread that reads ahead
+
+    def state_dict(self, episode: int, batch: int, size: int) -> dict[str, Any]:
+        """The position after `batch` batches of an episode of `size` pairs, as JSON values."""
+        state: dict[str, Any] = {"episode": episode, "batch": batch}
+        if isinstance(self.pairs, SampleStream):
+            state["stream"] = self.pairs.landmark(episode * (size // self.world_size))
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make `batches` quick to start at a position that another process saved."""
+        if isinstance(self.pairs, SampleStream) and "stream" in state:
+            self.pairs.learn(state["stream"])
+
+    @property
+    def _pinned(self) -> bool:
+        return self.device.type == "cuda"
+
+    @cached_property
+    def _loader(self) -> DataLoader[_Made]:
+        cut = partial(
+            crop,
+            max_pixels=self.max_image_pixels,
+            small_side=self.small_side,
+            cache=self.cache,
+        )
+        return DataLoader(
+            _Reader(pairs=self.pairs, tokenizer=self.tokenizer, crop=cut),
+            sampler=self._requests,
             batch_size=None,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]  # a batch is one item here
             num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self._pinned,
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        iterator = iter(loader)
-        while (made := self.next(iterator)) is not None:
-            if self.on_read is not None:
-                self.on_read(len(made.sample_id) + len(made.bad), made.bad)
-            if not made.sample_id:
-                raise ValueError(
-                    f"{self.pairs.name}: a batch found only bad samples to fill it, such as "
-                    f"{made.bad[0]}"
-                )
-            yield Batch(
-                position=made.position.to(self.device),
-                sample_id=made.sample_id,
-                # Draws stay on the CPU, which decides by them what to do on the device.
-                image=self.transform.finish(made.image.to(self.device), draws[made.position]),
-                text=made.text.to(self.device),
-            )
 
-    def next(self, iterator: Iterator[_Made]) -> _Made | None:
-        try:
-            return next(iterator, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ValueError(
-                "data.workers: a worker process was killed, most often because memory ran out; "
-                f"lower data.workers or episodes.batch_size ({str(error).splitlines()[0]})"
-            ) from None
+    def _make_requests(
+        self, episode: Episode, start: int, transform: Transform, draws: npt.NDArray[np.float32]
+    ) -> Generator[_Request, None, None]:
+        """The batches to make, in order; workers prefetch them.
 
-    def requests(
-        self, episode: Episode, draws: npt.NDArray[np.float32], start: int
-    ) -> Iterator[_Request]:
-        """What batches to make, in order; read ahead of the training by the workers' prefetching.
-
-        Batch by batch, all processes together take the next `batch_size * world_size` positions.
+        For each batch all ranks together take the next `batch_size * world_size` positions.
         """
-        size = len(episode.rows)
+        rows, size = episode.rows.numpy(), len(episode.rows)
         captions = caption_draws(self.seed, episode.index, size)
-        whole = self.batch_size * self.world_size
-        stream = self.stream(episode, start) if isinstance(self.pairs, SampleStream) else None
-        rows = episode.rows.numpy()
-        for first in range(start * whole, size, whole):
-            end = min(first + whole, size)
-            position = np.array_split(np.arange(first, end), self.world_size)[self.rank]
-            share = SPARE_ROWS if stream is None else SPARE_SAMPLES
-            spare = max(SPARE_LEAST, int(share * len(position)))
-            if stream is not None:
-                candidates: list[int | Sample | BadSample] = stream(len(position), spare)
-            else:
-                # Each process has spare rows of its own among those after the batch.
-                after = (end + self.rank + self.world_size * np.arange(spare)) % size
-                candidates = rows[np.concatenate([position, after])].tolist()
-            yield _Request(
-                position=position,
-                candidates=candidates,
-                transform_draws=draws[position],
-                caption_draws=captions[position],
-            )
-
-    def stream(
-        self, episode: Episode, start: int
-    ) -> Callable[[int, int], list[int | Sample | BadSample]]:
-        """Take so many samples from the stream, and look at so many of those that follow."""
-        assert isinstance(self.pairs, SampleStream)
-        share = len(episode.rows) // self.world_size
-        samples = self.pairs.samples(episode.index * share + start * self.batch_size)
-        ahead: list[int | Sample | BadSample] = []
-
-        def take(number: int, spare: int) -> list[int | Sample | BadSample]:
-            ahead.extend(islice(samples, number + spare - len(ahead)))
-            taken = list(ahead)
-            del ahead[:number]
-            return taken
-
-        return take
-
-    def position(self, episode: int, batch: int, episode_size: int) -> dict[str, Any]:
-        """Where a run stands after `batch` batches of an episode, as JSON-able facts."""
-        facts: dict[str, Any] = {"episode": episode, "batch": batch}
+        stride = self.batch_size * self.world_size
+        stream: Iterator[Sample | BadSample] | None = None
         if isinstance(self.pairs, SampleStream):
-            facts["stream"] = self.pairs.landmark(episode * (episode_size // self.world_size))
-        return facts
+            first = episode.index * (size // self.world_size) + start * self.batch_size
+            stream = self.pairs.samples(first)
+        ahead: list[Any] = []  # samples that the stream gave and no batch has taken
+        for begin in range(start * stride, size, stride):
+            end = min(begin + stride, size)
+            position = np.array_split(np.arange(begin, end), self.world_size)[self.rank]
+            number = len(position)
+            if stream is None:
+                # Each rank has spare rows of its own among those after the batch.
+                spare = np.arange(max(MIN_SPARE, int(SPARE_ROWS * number)))
+                after = (end + self.rank + self.world_size * spare) % size
+                candidates = rows[np.concatenate([position, after])].tolist()
+            else:
+                wanted = number + max(MIN_SPARE, int(SPARE_SAMPLES * number))
+                ahead.extend(islice(stream, wanted - len(ahead)))
+                candidates, ahead = ahead, ahead[number:]
+            yield _Request(position, candidates, transform, draws[position], captions[position])
 
-    def restore(self, position: dict[str, Any]) -> None:
-        """Make `batches` quick to start at a position that another process stated."""
-        if isinstance(self.pairs, SampleStream) and "stream" in position:
-            self.pairs.learn(position["stream"])
+
+def items_of(loader: DataLoader[T]) -> Iterator[T]:
+    """The items of a loader; a worker process that was killed is a `ValueError`."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            "data.workers: a worker process was killed, most often because memory ran out; "
+            f"lower data.workers or episodes.batch_size ({str(error).splitlines()[0]})"
+        ) from None
 
 
-def _as_it_is(made: _Made) -> _Made:
-    return made
+class SkipLog:
+    """Counts bad samples, and writes each once, with its reason, to a file of JSON lines.
+
+    Args:
+        path: Made with the first bad sample; continued if it exists.
+        max_share: Share of bad samples, in [0, 1], above which the run stops.
+        at_least: The share is taken of at least so many samples, so that one bad file among the
+            first few does not stop a run.
+    """
+
+    def __init__(self, path: Path, *, max_share: float, at_least: int) -> None:
+        self.path, self.max_share, self.at_least = path, max_share, at_least
+        self.read = self.skipped = damaged = 0
+        self._reasons: list[str] = []
+        self._known: set[str] = set()
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        # A process that was killed leaves part of a line.
+        self._torn = bool(text) and not text.endswith("\n")
+        # Sample ids may hold line breaks of Unicode's other than "\n".
+        for line in filter(None, text.split("\n")):
+            try:
+                self._known.add(str(json.loads(line)["sample_id"]))
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+        self.notes = [f"{path}: ignored {damaged} damaged lines"] if damaged else []
+
+    @property
+    def distinct(self) -> int:
+        """Bad samples so far, each counted once."""
+        return len(self._known)
+
+    def add(self, read: int, bad: list[BadSample]) -> None:
+        """Record what one batch met.
+
+        Args:
+            read: Samples that were read for it, bad ones included.
+            bad: The bad ones.
+
+        Raises:
+            ValueError: More than `max_share` of all samples read so far were bad.
+        """
+        self.read += read
+        self.skipped += len(bad)
+        for sample in bad:
+            if sample.sample_id in self._known:
+                continue
+            self._known.add(sample.sample_id)
+            if len(self._reasons) < QUOTED:
+                self._reasons.append(visible(f"{sample.where}: {sample.reason}"))
+            facts = {"sample_id": sample.sample_id, "where": sample.where, "reason": sample.reason}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * self._torn + to_json(facts) + "\n")
+            self._torn = False
+        if self.skipped > self.max_share * max(self.read, self.at_least):
+            raise ValueError(
+                f"{self.skipped} of {self.read} samples read are bad, more than "
+                f"data.max_bad_share ({self.max_share:g}) allows; mend the data or raise it "
+                f"({'; '.join(self._reasons)}; all in {self.path})"
+            )
 
 
 def loader(
@@ -302,10 +364,10 @@ def loader(
     device: torch.device,
     on_read: Callable[[int, list[BadSample]], None],
 ) -> EpisodeLoader:
-    """This process's share of the batches.
+    """The loader of this rank's share of the batches.
 
     Raises:
-        ValueError: The processes cannot share a batch evenly.
+        ValueError: The ranks cannot share a batch evenly.
     """
     share, rest = divmod(config.episodes.batch_size, world_size())
     if rest or share < 2:
@@ -313,20 +375,19 @@ def loader(
             f"episodes.batch_size: {config.episodes.batch_size} pairs cannot be shared evenly by "
             f"{world_size()} processes, two or more each; try {max(2, share) * world_size()}"
         )
+    small_side = max(COPY_SIDE, math.ceil(transform.size * COPY_MARGIN))
     return EpisodeLoader(
         pairs=samples,
         tokenizer=tokenizer,
         transform=transform,
         batch_size=share,
-        rank=rank(),
-        world_size=world_size(),
         seed=config.run.seed,
         device=device,
         workers=config.data.workers,
+        rank=rank(),
+        world_size=world_size(),
         cache=image_cache(config.data, samples),
-        small_side=max(COPY_SIDE, math.ceil(transform.size * COPY_MARGIN))
-        if config.data.small_copies
-        else None,
+        small_side=small_side if config.data.small_copies else None,
         max_image_pixels=config.data.max_image_pixels,
         on_read=on_read,
     )

@@ -1,8 +1,8 @@
-"""Views: how a picture becomes the image tower's input, for training and for evaluation.
+"""Transforms: how an image becomes the image tower's input, for training and for evaluation.
 
-A view works in two steps. `box` chooses a crop where the picture is decoded (a worker process,
-say), which returns its bytes at the final size. `finish` runs once a batch on the training device:
-it flips, jitters, blurs and normalises with parameters of each picture's own.
+A transform has two steps. `box` chooses a crop where the image is decoded (in a worker process,
+say). `finish` runs once a batch on the training device: it flips, jitters, blurs and normalises,
+each image with parameters of its own.
 """
 
 import math
@@ -21,15 +21,18 @@ from torch import Tensor
 from protoclip.data.decode import Box, crop_image, reduction
 
 Channels = tuple[float, float, float]
+Bytes = UInt8[Tensor, "b h w 3"]
+Images = Float[Tensor, "b 3 h w"]
+Draws = Float[Tensor, "b r"]
 
-# On a CPU, pictures are finished this many at a time, which stay in its cache meanwhile: for whole
-# batches, most of the time would go into fetching memory.
-PICTURES_IN_CACHE = 4
+# A CPU finishes this many images at a time, so that they stay in its cache: with whole batches most
+# of the time would go into fetching memory.
+CPU_CHUNK = 4
 
 
 @runtime_checkable
 class Transform(Protocol):
-    """The two steps, and how many uniform draws a picture needs for them."""
+    """The two steps, the side of the result, and how many uniform draws an image needs."""
 
     @property
     def size(self) -> int: ...
@@ -38,36 +41,15 @@ class Transform(Protocol):
     def num_draws(self) -> int: ...
 
     def box(self, width: int, height: int, draws: npt.NDArray[np.float32]) -> Box:
-        """The crop of an upright picture of that size that is resized to `size` x `size`."""
+        """The crop of an upright image of that size that is resized to `size` x `size`."""
         ...
 
-    def finish(
-        self, images: UInt8[Tensor, "b h w 3"], draws: Float[Tensor, "b r"]
-    ) -> Float[Tensor, "b 3 h w"]:
-        """The image tower's input, channels last in memory, where `images` are.
+    def finish(self, images: Bytes, draws: Draws) -> Images:
+        """The image tower's input, channels last in memory, on the device of `images`.
 
-        `draws` may stay on the CPU, and should: what is to be done to which picture is then known
-        without waiting for the device.
+        Keep `draws` on the CPU: what to do to which image is then known without waiting.
         """
         ...
-
-
-def to_float(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
-    """To [0, 1], channels last in memory."""
-    return images.permute(0, 3, 1, 2).float().mul_(1 / 255)
-
-
-def normalise(
-    images: Float[Tensor, "b 3 h w"], mean: Channels, std: Channels
-) -> Float[Tensor, "b 3 h w"]:
-    """From [0, 1] to the scale the image tower expects, channels last in memory."""
-    batch, _, height, width = images.shape
-    # Over rows of pixels, which are long enough to be computed on as vectors.
-    rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * 3)
-    scale = torch.tensor([1 / s for s in std], device=images.device).repeat(width)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    rows = torch.addcmul(shift.repeat(width), rows, scale)
-    return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,35 +67,30 @@ class EvaluationTransform:
         left, top = (width - side) // 2, (height - side) // 2
         return (left, top, left + side, top + side)
 
-    def finish(
-        self, images: UInt8[Tensor, "b h w 3"], draws: Float[Tensor, "b r"]
-    ) -> Float[Tensor, "b 3 h w"]:
-        return _in_parts(
-            images, lambda part: normalise(to_float(images[part]), self.mean, self.std)
-        )
+    def finish(self, images: Bytes, draws: Draws) -> Images:
+        return _in_chunks(images, lambda part: normalise(images[part], self.mean, self.std))
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
-        """One picture as the image tower's input; EXIF orientation is obeyed, as in training."""
-        nothing = torch.zeros(1, 0)
-        draws = nothing[0].numpy()
-        pixels = crop_image(image, lambda width, height: self.box(width, height, draws), self.size)
-        return self.finish(torch.from_numpy(pixels)[None], nothing)[0]
+        """One image as the image tower's input, upright by its EXIF orientation."""
+        draws = torch.zeros(1, 0)
+        pixels = crop_image(image, lambda w, h: self.box(w, h, draws[0].numpy()), self.size)
+        return self.finish(torch.from_numpy(pixels)[None], draws)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTransform:
-    """Random resized crop, and what the paper calls light augmentation where it is asked for.
+    """Random resized crop, and the paper's light augmentation where its probabilities are set.
 
     Attributes:
         size: Height and width of the output, in pixels.
         mean, std: Channel statistics for values in [0, 1].
-        scale: Range of the share of the picture's area that a crop covers.
+        scale: Range of the share of the image's area that a crop covers.
         flip: Probability of a horizontal flip.
-        jitter: Probability of colour jitter: brightness, contrast, saturation by factors in
-            [0.2, 1.8], hue by up to 0.2 of a turn, in this order.
+        jitter: Probability of colour jitter: brightness, contrast and saturation by factors in
+            [0.2, 1.8], then hue by up to 0.2 of the circle.
         grayscale: Probability of grayscale.
-        blur: Probability of a Gaussian blur, with a standard deviation in [0.1, 2] pixels of a
-            224-pixel picture and in proportion at other sizes.
+        blur: Probability of a Gaussian blur. Its standard deviation is in [0.1, 2] pixels for
+            224-pixel images, and in proportion at other sizes.
     """
 
     size: int
@@ -131,39 +108,32 @@ class TrainingTransform:
         low, high = self.scale
         area = width * height * (low + float(draws[0]) * (high - low))
         ratio = math.exp((2 * float(draws[1]) - 1) * math.log(4 / 3))
-        # A crop too long for one side keeps its place inside the picture and gives up the ratio.
+        # A crop longer than the image is cut to the image's side and loses its ratio.
         exact = (min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height))
-        # Of a large picture in steps of several pixels, so that it can be decoded at a fraction
-        # of its size.
-        step = reduction(int(min(exact)), self.size)
+        # Crops of large images move in strides of several pixels, so that a JPEG can be decoded
+        # at a fraction of its size.
+        stride = reduction(int(min(exact)), self.size)
         edges = []
-        for length, whole, draw in zip(exact, (width, height), draws[2:4], strict=True):
-            steps = max(1, min(round(length / step), whole // step))
-            first = int(float(draw) * (whole // step - steps + 1))
-            edges.append((first * step, (first + steps) * step))
+        for length, side, draw in zip(exact, (width, height), draws[2:4], strict=True):
+            strides = max(1, min(round(length / stride), side // stride))
+            first = int(float(draw) * (side // stride - strides + 1))
+            edges.append((first * stride, (first + strides) * stride))
         (left, right), (top, bottom) = edges
         return (left, top, right, bottom)
 
-    def finish(
-        self, images: UInt8[Tensor, "b h w 3"], draws: Float[Tensor, "b r"]
-    ) -> Float[Tensor, "b 3 h w"]:
+    def finish(self, images: Bytes, draws: Draws) -> Images:
         draws = draws.cpu()
         chosen = draws[:, 4:8] < torch.tensor((self.flip, self.jitter, self.grayscale, self.blur))
-        return _in_parts(images, lambda part: self._finish(images[part], chosen[part], draws[part]))
+        return _in_chunks(images, lambda c: self._finish(images[c], chosen[c], draws[c]))
 
-    def _finish(
-        self,
-        images: UInt8[Tensor, "b h w 3"],
-        chosen: Bool[Tensor, "b 4"],
-        draws: Float[Tensor, "b r"],
-    ) -> Float[Tensor, "b 3 h w"]:
+    def _finish(self, images: Bytes, chosen: Bool[Tensor, "b 4"], draws: Draws) -> Images:
+        """Only the chosen images pay for what is costly."""
         device = images.device
         flip, jitter, grayscale, blur = (rows.nonzero()[:, 0] for rows in chosen.T)
-        pixels = to_float(images)
+        pixels = _to_float(images)
         if len(flip):
             at = flip.to(device)
             pixels[at] = pixels[at].flip(3)
-        # Only the chosen pictures pay for what is costly.
         if len(jitter):
             at = jitter.to(device)
             jittered = colour_jitter(pixels[at].contiguous(), draws[jitter, 8:12].to(device))
@@ -198,29 +168,43 @@ def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTran
     )
 
 
-def _in_parts(
-    images: UInt8[Tensor, "b h w 3"], finish: Callable[[slice], Tensor]
-) -> Float[Tensor, "b 3 h w"]:
-    """`finish` of the whole batch, on a CPU of some pictures at a time."""
+def _in_chunks(images: Bytes, finish: Callable[[slice], Tensor]) -> Images:
+    """`finish` for the whole batch; on a CPU for a few images at a time."""
     if images.device.type != "cpu":
         return finish(slice(None))
     out = torch.empty(images.shape).permute(0, 3, 1, 2)
-    for first in range(0, len(images), PICTURES_IN_CACHE):
-        part = slice(first, first + PICTURES_IN_CACHE)
-        out[part] = finish(part)
+    for first in range(0, len(images), CPU_CHUNK):
+        chunk = slice(first, first + CPU_CHUNK)
+        out[chunk] = finish(chunk)
     return out
 
 
-def luminance(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
+def _to_float(images: Bytes) -> Images:
+    """To [0, 1], channels last in memory."""
+    return images.permute(0, 3, 1, 2).float().mul_(1 / 255)
+
+
+def normalise(images: Bytes | Images, mean: Channels, std: Channels) -> Images:
+    """From bytes, or from [0, 1], to the scale the image tower expects; channels last in memory."""
+    if images.dtype == torch.uint8:
+        images = _to_float(images)
+    batch, _, height, width = images.shape
+    # Rows of pixels are long enough for vector instructions.
+    rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * 3)
+    scale = torch.tensor([1 / s for s in std], device=images.device).repeat(width)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    rows = torch.addcmul(shift.repeat(width), rows, scale)
+    return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+
+
+def luminance(images: Images) -> Float[Tensor, "b 1 h w"]:
     """Rec. 601 luma, as PIL's mode `L`."""
     red, green, blue = images[:, :1], images[:, 1:2], images[:, 2:]
     return (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def colour_jitter(
-    images: Float[Tensor, "b 3 h w"], draws: Float[Tensor, "b 4"]
-) -> Float[Tensor, "b 3 h w"]:
-    """Brightness, contrast, saturation and hue, each picture by its own amount; in [0, 1]."""
+def colour_jitter(images: Images, draws: Float[Tensor, "b 4"]) -> Images:
+    """Brightness, contrast, saturation and hue in [0, 1], each image by amounts of its own."""
     brightness, contrast, saturation = (0.2 + 1.6 * draws[:, :3].T)[:, :, None, None, None]
     images = (images * brightness).clamp_(0, 1)
     grey = luminance(images).mean((2, 3), keepdim=True)
@@ -229,47 +213,42 @@ def colour_jitter(
     return rotate_hue(images, 0.4 * draws[:, 3] - 0.2)
 
 
-def rotate_hue(
-    images: Float[Tensor, "b 3 h w"], turns: Float[Tensor, " b"]
-) -> Float[Tensor, "b 3 h w"]:
-    """Turn the hue by a share of the circle, keeping HSV's saturation and value."""
+def rotate_hue(images: Images, shares: Float[Tensor, " b"]) -> Images:
+    """Rotate the hue by a share of the circle; HSV's saturation and value stay."""
     red, green, blue = images[:, :1], images[:, 1:2], images[:, 2:]
     value = torch.maximum(torch.maximum(red, green), blue)
     smallest = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - smallest
-    # Hue in sixths of the circle: 0 is red, 2 green, 4 blue. Choosing by interpolation with
-    # weights of 0 and 1 is exact, and on a CPU several times faster than `torch.where`.
+    # Hue in sixths of the circle: 0 is red, 2 green, 4 blue. Interpolation with weights 0 and 1 is
+    # exact, and on a CPU several times faster than `torch.where`.
     scale = chroma.clamp(min=1e-8).reciprocal_()
     hue = (red - green).mul_(scale).add_(4)
     hue = hue.lerp_((blue - red).mul_(scale).add_(2), (value == green).float())
     hue = hue.lerp_((green - blue).mul_(scale), (value == red).float())
-    hue = hue.add_(6 * turns[:, None, None, None])
-    # A channel is largest within 1 of its own hue and smallest from 2 on: it follows the distance
-    # from the opposite hue, 3 away.
-    turned = torch.empty_like(images)
+    hue = hue.add_(6 * shares[:, None, None, None])
+    # A channel is largest within 1 of its own hue and smallest from 2 on, so it follows the
+    # distance from the opposite hue, 3 away.
+    rotated = torch.empty_like(images)
     for channel, opposite in enumerate((3, 5, 1)):
         distance = hue - opposite
         distance = distance.sub_((distance / 6).round_(), alpha=6).abs_()
-        share = distance.sub_(1).clamp_(0, 1)
-        turned[:, channel : channel + 1] = torch.addcmul(smallest, chroma, share)
-    return turned
+        weight = distance.sub_(1).clamp_(0, 1)
+        rotated[:, channel : channel + 1] = torch.addcmul(smallest, chroma, weight)
+    return rotated
 
 
-def gaussian_blur(
-    images: Float[Tensor, "b 3 h w"], sigma: Float[Tensor, " b"]
-) -> Float[Tensor, "b 3 h w"]:
-    """Separable Gaussian blur, each picture with a standard deviation of its own, in pixels.
+def gaussian_blur(images: Images, sigma: Float[Tensor, " b"]) -> Images:
+    """Separable Gaussian blur, each image with a standard deviation of its own, in pixels.
 
     Kernels reach three standard deviations; borders are mirrored.
     """
     blurred = torch.empty_like(images)
     radii = (3 * sigma).ceil().clamp(min=1).long()
-    # Pictures of one radius together. As sums of shifted pictures this costs a quarter of what a
-    # grouped convolution costs on a CPU.
+    # Images of one radius together. On a CPU a sum of shifted images costs a quarter of a grouped
+    # convolution.
     for radius in sorted(set(radii.tolist())):
         rows = (radii == radius).nonzero()[:, 0]
-        offsets = torch.arange(radius + 1)
-        kernel = torch.exp(-0.5 * (offsets / sigma[rows, None]) ** 2)
+        kernel = torch.exp(-0.5 * (torch.arange(radius + 1) / sigma[rows, None]) ** 2)
         kernel = kernel / (2 * kernel[:, 1:].sum(1, keepdim=True) + kernel[:, :1])
         weights = kernel.T.to(images.device)[:, :, None, None, None]
         rows = rows.to(images.device)

@@ -1,6 +1,5 @@
 """From the configuration to a training run."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -111,9 +110,7 @@ def trainer(
         else ExtractedFeatures
     )(
         model=model,
-        batches=dataclasses.replace(
-            loader, transform=transform, transform_stream=EXTRACTION_STREAM
-        ).batches,
+        batches=partial(loader.batches, transform=transform, stream=EXTRACTION_STREAM),
         teachers=external,
         autocast=context,
         each_pair_once=isinstance(samples, Pairs) and not as_training,
@@ -164,8 +161,8 @@ def trainer(
         save=save,
         evaluate=evaluate,
         on_step=on_step,
-        position=lambda state: loader.position(state.episode, state.batch, config.episodes.size),
-        restore_position=loader.restore,
+        position=lambda state: loader.state_dict(state.episode, state.batch, config.episodes.size),
+        restore_position=loader.load_state_dict,
     )
 
 

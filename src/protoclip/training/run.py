@@ -14,8 +14,8 @@ import torch
 import protoclip
 from protoclip.config import PERMISSIONS, Config, check
 from protoclip.data import sources
+from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.data.skips import SkipLog
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,

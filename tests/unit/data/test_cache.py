@@ -1,4 +1,4 @@
-"""Crops: the same pixels with any cache and without; caches: bounded, and safe to delete."""
+"""Crops: the same pixels with any cache and without. Caches: bounded, and safe to delete."""
 
 import hashlib
 import io
@@ -14,13 +14,7 @@ import pytest
 from PIL import Image
 
 from protoclip.data import cache as caches
-from protoclip.data.cache import (
-    DiskCache,
-    ImageCache,
-    MemoryCache,
-    crop,
-    small_copy,
-)
+from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop, small_copy
 from protoclip.data.decode import Box, Decoded, decode_crop
 from protoclip.data.transforms import light_transform
 
@@ -40,7 +34,7 @@ FORMS: list[tuple[str, str, dict[str, Any]]] = [
 def encoded(
     width: int, height: int, seed: int, form: str = "JPEG", mode: str = "RGB", **options: Any
 ) -> bytes:
-    """Blobs of colour; every other picture lies on its side, by its EXIF orientation."""
+    """Blobs of colour; every other image lies on its side, by its EXIF orientation."""
     small = (-(-height // 8), -(-width // 8), len(mode)) if mode != "L" else (height, width)
     noise = np.random.default_rng(seed).integers(0, 256, small, np.uint8)
     exif = Image.Exif()
@@ -51,11 +45,15 @@ def encoded(
     return buffer.getvalue()
 
 
-def whole(width: int, height: int) -> Box:
+def everything(width: int, height: int) -> Box:
     return (0, 0, width, height)
 
 
-def some(seed: int) -> bytes:
+def corner(width: int, height: int) -> Box:
+    return (0, 0, width // 4, height // 4)
+
+
+def small(seed: int) -> bytes:
     return encoded(80, 64, seed)
 
 
@@ -69,101 +67,81 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
 
 @pytest.mark.parametrize("form", range(len(FORMS)))
 def test_crops_are_the_same_with_any_cache(form: int, tmp_path: Path) -> None:
-    """Bit for bit, of pictures and results of many sizes: none, memory, disk; cold, warm, full."""
+    """Bit for bit, of images and results of many sizes: none, memory, disk; cold, warm, full."""
     draw = np.random.default_rng(form)
     kept = [MemoryCache(max_bytes=10**8), DiskCache(tmp_path, max_bytes=10**8)]
     reduced = served = 0
+    kind, mode, options = FORMS[form]
     for seed in range(16):
         width, height = (int(side) for side in np.exp(draw.uniform(2.5, 6.5, 2)))
         size = int(np.exp(draw.uniform(1.5, 4.3)))
         transform = light_transform(size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
-        kind, mode, options = FORMS[form]
         data = encoded(width, height, seed, kind, mode, **options)
         boxes = [partial(transform.box, draws=draw.random(13, np.float32)) for _ in range(3)]
-        x, y = sorted(draw.integers(0, width, 2)), sorted(draw.integers(0, height, 2))
-        upright = (width, height) if seed % 8 < 4 else (height, width)
-        fixed = (int(x[0]), int(y[0]), int(x[1]) + 1, int(y[1]) + 1)
-        if seed % 8 >= 4:
-            fixed = (fixed[1], fixed[0], fixed[3], fixed[2])
-        assert fixed[2] <= upright[0]
-        for box in [*boxes, lambda w, h, fixed=fixed: fixed, whole]:
+        for box in [*boxes, everything, lambda w, h: (w // 3, h // 5, w // 3 + 1, h)]:
             expected = decode_crop(data, box, size, max_pixels=PIXELS)
             for cache in (*kept, MemoryCache(max_bytes=0), *kept):
                 found = crop(data, box, size, max_pixels=PIXELS, cache=cache)
                 np.testing.assert_array_equal(found, expected)
         reduced += min(width, height) >= 4 * size
         served += min(width, height) < 4 * size
-    assert reduced > 2
-    assert served > 2
+    assert min(reduced, served) > 2
 
 
 def test_what_is_kept_is_not_decoded_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what JPEGs are reduced to is not kept, since each crop may have its own fraction."""
-    cache, small, large = make(10**7), some(0), encoded(800, 800, 0)
-    for data in (small, large):
-        crop(data, whole, 32, max_pixels=PIXELS, cache=cache)
+    """A reduced JPEG is not kept, since each crop may be reduced by another factor."""
+    cache, large = make(10**7), encoded(800, 800, 0)
+    for data in (small(0), large):
+        crop(data, everything, 32, max_pixels=PIXELS, cache=cache)
 
     def refuse(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("decoded")
 
     monkeypatch.setattr(caches, "decode_all", refuse)
-    crop(small, whole, 32, max_pixels=PIXELS, cache=cache)
+    crop(small(0), everything, 32, max_pixels=PIXELS, cache=cache)
     with pytest.raises(AssertionError, match="decoded"):
-        crop(large, whole, 32, max_pixels=PIXELS, cache=cache)
+        crop(large, everything, 32, max_pixels=PIXELS, cache=cache)
 
 
-def test_a_picture_that_changed_is_another(make: Make) -> None:
-    """It is known by its bytes; so is one that another input size reads otherwise."""
+def test_another_image_size_or_limit_is_another_entry(make: Make) -> None:
     cache = make(10**7)
-    for data, size in ((some(0), 32), (some(1), 32), (encoded(300, 300, 2), 80)):
-        crop(data, whole, size, max_pixels=PIXELS, cache=cache)
-    for data, size in ((some(0), 16), (encoded(300, 300, 2), 20)):
-        expected = decode_crop(data, whole, size, max_pixels=PIXELS)
-        np.testing.assert_array_equal(
-            crop(data, whole, size, max_pixels=PIXELS, cache=cache), expected
-        )
+    for data, size in ((small(0), 32), (small(1), 32), (encoded(300, 300, 2), 80)):
+        crop(data, everything, size, max_pixels=PIXELS, cache=cache)
+    for data, size in ((small(0), 16), (encoded(300, 300, 2), 20)):
+        expected = decode_crop(data, everything, size, max_pixels=PIXELS)
+        found = crop(data, everything, size, max_pixels=PIXELS, cache=cache)
+        np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="pixels are more than"):
-        crop(some(0), whole, 32, max_pixels=100, cache=cache)
+        crop(small(0), everything, 32, max_pixels=100, cache=cache)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="truncated"):
+            crop(small(0)[:-2], everything, 32, max_pixels=PIXELS, cache=cache)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_every_crop_passes_through_the_small_copy(form: str, make: Make) -> None:
-    """With a cache and without, to the bit; also a crop that the copy has too few pixels for."""
-
-    def corner(width: int, height: int) -> Box:
-        assert min(width, height) == 64
-        return (0, 0, width // 4, height // 4)
-
+    """With a cache and without, to the bit; also a crop for which the copy has too few pixels."""
     for seed in range(8):
         data, cache = encoded(200 + 30 * seed, 160, seed, form), make(10**7)
-        for box in (whole, corner):
+        for box in (everything, corner):
             plain = crop(data, box, 32, max_pixels=PIXELS, small_side=64)
             for kept in (MemoryCache(max_bytes=0), cache, cache):
                 found = crop(data, box, 32, max_pixels=PIXELS, small_side=64, cache=kept)
                 np.testing.assert_array_equal(found, plain)
-            exact = decode_crop(
-                data,
-                lambda w, h, box=box: box(w, h) if box is whole else (0, 0, w // 4, h // 4),
-                32,
-                max_pixels=PIXELS,
-            )
+            exact = decode_crop(data, box, 32, max_pixels=PIXELS)
             assert not np.array_equal(plain, exact)
             assert np.abs(plain.astype(int) - exact).mean() < 8
         # What is kept for small copies is not served without them.
-        np.testing.assert_array_equal(
-            crop(data, whole, 32, max_pixels=PIXELS, cache=cache),
-            decode_crop(data, whole, 32, max_pixels=PIXELS),
-        )
+        found = crop(data, everything, 32, max_pixels=PIXELS, cache=cache)
+        np.testing.assert_array_equal(found, decode_crop(data, everything, 32, max_pixels=PIXELS))
 
 
 def test_small_copies_have_the_side_and_the_shape() -> None:
-    """The shorter side is the one asked for; a picture without so many pixels keeps its own."""
+    """The shorter side is the one asked for; a smaller image keeps its pixels."""
     assert small_copy(encoded(200, 160, 0), 64, max_pixels=PIXELS).pixels.shape == (64, 80, 3)
-    small = small_copy(encoded(48, 40, 0, "PNG"), 64, max_pixels=PIXELS)
-    assert small.pixels.shape == (40, 48, 3)
-    np.testing.assert_array_equal(
-        small.pixels, np.asarray(Image.open(io.BytesIO(encoded(48, 40, 0, "PNG"))))
-    )
+    data = encoded(48, 40, 0, "PNG")
+    pixels = small_copy(data, 64, max_pixels=PIXELS).pixels
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
 
 
 def stored(number: int) -> Decoded:
@@ -194,39 +172,31 @@ def test_the_cache_is_bounded(make: Make) -> None:
         assert_holds(cache, number)
 
 
-def test_bad_bytes_raise_as_without_a_cache(make: Make) -> None:
-    cache = make(10**6)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="truncated"):
-            crop(some(0)[:-2], whole, 32, max_pixels=PIXELS, cache=cache)
-
-
 @pytest.mark.parametrize("damage", ["nothing", "junk", "cut", "a pixel", "zeros"])
 def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
     cache = DiskCache(tmp_path, max_bytes=10**6)
     cache.put(key(0), stored(0))
     (path,) = cache.folder.glob("??/*")
     good = path.read_bytes()
-    path.write_bytes(
-        {
-            "nothing": b"",
-            "junk": b"junk",
-            "cut": good[:-7],
-            "a pixel": good[:-1] + bytes([good[-1] ^ 1]),
-            "zeros": bytes(len(good)),
-        }[damage]
-    )
+    contents = {
+        "nothing": b"",
+        "junk": b"junk",
+        "cut": good[:-7],
+        "a pixel": good[:-1] + bytes([good[-1] ^ 1]),
+        "zeros": bytes(len(good)),
+    }
+    path.write_bytes(contents[damage])
     assert cache.get(key(0)) is None
     cache.put(key(0), stored(0))
     assert_holds(cache, 0)
 
 
 def test_the_folder_may_be_deleted_in_use(tmp_path: Path) -> None:
-    """Wholly, in part, or turned into what cannot be written to: crops stay the same."""
+    """All of it, a part, or replaced by what cannot be written to: crops stay the same."""
     cache = DiskCache(tmp_path / "cache", max_bytes=10**6)
 
     def crops() -> list[np.ndarray]:
-        return [crop(some(n), whole, 32, max_pixels=PIXELS, cache=cache) for n in range(4)]
+        return [crop(small(n), everything, 32, max_pixels=PIXELS, cache=cache) for n in range(4)]
 
     expected = crops()
     shutil.rmtree(tmp_path / "cache")
@@ -252,13 +222,12 @@ def test_what_was_deleted_makes_room_for_a_new_process(tmp_path: Path) -> None:
 
 def fill(folder: Path) -> None:
     cache = DiskCache(folder, max_bytes=100_000)
-    for _ in range(3):
-        for number in range(12):
-            cache.put(key(number), stored(number))
+    for number in 3 * [*range(12)]:
+        cache.put(key(number), stored(number))
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    """Three that fill one at once leave whole pictures, within the bound to one per process."""
+    """Three that fill one at once leave whole images, within the bound to one per process."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=fill, args=(tmp_path,)) for _ in range(3)]
     for process in processes:

@@ -1,0 +1,318 @@
+"""Loaders: order, position, worker processes and bad samples."""
+
+import json
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from protoclip.data.cache import DiskCache, MemoryCache
+from protoclip.data.loader import Batch, EpisodeLoader, SkipLog
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
+from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
+from protoclip.data.transforms import EvaluationTransform, light_transform
+from protoclip.models.towers import RememberingTokenizer, build_tokenizer
+from protoclip.testing import tiny_pairs
+
+GREY = (0.5, 0.5, 0.5)
+
+
+class NumberedStream:
+    """The tiny pairs over and over, as a stream; some numbers are bad."""
+
+    name = "numbered"
+
+    def __init__(self, bad: frozenset[int] = frozenset()) -> None:
+        self.pairs, self.bad, self.open = ImageTextPairs(tiny_pairs(), name="tiny"), bad, 0
+
+    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
+        self.open += 1
+        try:
+            for number in count(first):
+                bad = BadSample(f"tiny/{number}", "here", "truncated")
+                yield bad if number in self.bad else self.pairs.sample(number % 96)
+        finally:
+            self.open -= 1
+
+    def landmark(self, first: int) -> dict[str, Any]:
+        return {"first": first}
+
+    def learn(self, landmark: dict[str, Any]) -> None:
+        self.learned = landmark
+
+
+def loader(
+    workers: int = 0, pairs: Pairs | SampleStream | None = None, **settings: Any
+) -> EpisodeLoader:
+    return EpisodeLoader(
+        pairs=pairs or ImageTextPairs(tiny_pairs(), name="tiny"),
+        tokenizer=build_tokenizer(None, context_length=8),
+        transform=light_transform(size=16, mean=GREY, std=GREY),
+        workers=workers,
+        **{"batch_size": 16, "seed": 1, "device": torch.device("cpu"), **settings},
+    )
+
+
+def with_bad(rows: set[int]) -> ImageTextPairs:
+    """The tiny pairs, with nonsense in place of some images."""
+    images = tiny_pairs()["image"].to_pylist()
+    images = [b"nonsense" if row in rows else image for row, image in enumerate(images)]
+    table = tiny_pairs().set_column(0, "image", pa.array(images, pa.binary()))
+    return ImageTextPairs(table, name="tiny")
+
+
+def episode_of(size: int, index: int = 0) -> Episode:
+    return Episode(index=index, rows=torch.arange(index * size, (index + 1) * size))
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.sample_id == b.sample_id
+        assert torch.equal(a.position, b.position)
+        assert torch.equal(a.text, b.text)
+        assert torch.equal(a.image, b.image)
+
+
+def test_batches_cover_the_episode_in_order() -> None:
+    episode = EpisodeSampler(96, 80, seed=0).episode(2)
+    batches = list(loader().batches(episode))
+    assert torch.cat([batch.position for batch in batches]).tolist() == list(range(80))
+    ids = [sample_id for batch in batches for sample_id in batch.sample_id]
+    assert ids == [f"tiny/{row}" for row in episode.rows.tolist()]
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_workers_serve_episodes_from_any_position(kind: str) -> None:
+    """The same processes serve training and extraction, over episodes, after an iteration that was
+    left early and from a start within an episode: bit for bit what this process makes."""
+    evaluation = EvaluationTransform(size=12, mean=GREY, std=GREY)
+    stream = NumberedStream() if kind == "stream" else None
+    ours, alone = loader(2, stream), loader(0, NumberedStream() if stream else None)
+    extraction = {"transform": evaluation, "stream": EXTRACTION_STREAM}
+    processes = set()
+    for index in (0, 1, 2):
+        episode = episode_of(64, index) if stream else EpisodeSampler(96, 64, seed=0).episode(index)
+        everything = list(alone.batches(episode))
+        if stream:
+            ids = [sample_id for batch in everything for sample_id in batch.sample_id]
+            assert ids == [f"tiny/{(index * 64 + i) % 96}" for i in range(64)]
+        left = ours.batches(episode)
+        assert_same([next(left)], everything[:1])
+        left.close()
+        assert stream is None or stream.open == 0
+        for settings in ({}, extraction, {"start": 3}):
+            expected = list(alone.batches(episode, **settings))
+            assert_same(list(ours.batches(episode, **settings)), expected)
+        assert_same(expected, everything[3:])
+        processes.add(tuple(worker.pid for worker in ours._loader._iterator._workers))
+    assert len(processes) == 1
+    assert len(*processes) == 2
+
+
+def test_one_iteration_at_a_time() -> None:
+    """An older one fails, and does not go on with the batches of the newer."""
+    source = loader(1)
+    older = source.batches(episode_of(64))
+    next(older)
+    next(source.batches(episode_of(64)))
+    with pytest.raises(AssertionError, match="another iteration"):
+        next(older)
+
+
+def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of a batch is pinned; ids and bad samples come through."""
+    assert not loader(2)._loader.pin_memory
+    made = loader(2, with_bad({0}), device=torch.device("cuda"))
+    assert made._loader.pin_memory
+    (request, *_) = made._make_requests(
+        episode_of(16), 0, made.transform, np.zeros((16, 13), np.float32)
+    )
+    batch = made._loader.dataset[request]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    pinned = pin_memory(batch)
+    for before, after in zip(batch, pinned, strict=True):
+        if isinstance(before, torch.Tensor):
+            assert after is not before
+            assert torch.equal(after, before)
+        else:
+            assert after == before
+    assert {each.sample_id for each in pinned.bad} == {"tiny/0"}
+
+
+def files_of_images(folder: Path) -> ImageTextPairs:
+    """JPEG and PNG files of many sizes, some of which are decoded at a fraction of theirs."""
+    draw = np.random.default_rng(0)
+    for row in range(24):
+        width, height = (int(side) for side in draw.integers(20, 220, 2))
+        pixels = draw.integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+        form = "png" if row % 3 == 0 else "jpg"
+        Image.fromarray(pixels).resize((width, height)).save(folder / f"{row}.{form}")
+    paths = sorted(str(path) for path in folder.iterdir())
+    table = pa.table({"path": paths, "caption": [f"image {path[-8:]}" for path in paths]})
+    return ImageTextPairs(table, name="files", root=str(folder))
+
+
+@pytest.mark.parametrize("small_side", [None, 24])
+def test_batches_do_not_depend_on_workers_or_caches(small_side: int | None, tmp_path: Path) -> None:
+    """Bit for bit: none, memory, disk; cold and warm; in this process and in two others."""
+    (tmp_path / "files").mkdir()
+    settings = {"pairs": files_of_images(tmp_path / "files"), "small_side": small_side}
+    memory, disk = MemoryCache(max_bytes=10**7), DiskCache(tmp_path / "disk", max_bytes=10**7)
+    episode = EpisodeSampler(24, 32, seed=0).episode(0)
+    expected = list(loader(**settings).batches(episode))
+    for cache, workers in [(memory, 0), (memory, 0), (disk, 2), (disk, 0), (None, 2)]:
+        assert_same(list(loader(workers, cache=cache, **settings).batches(episode)), expected)
+    other = list(loader(**{**settings, "small_side": 20 if small_side else 24}).batches(episode))
+    assert not torch.equal(other[0].image, expected[0].image)
+
+
+def test_ranks_share_each_batch() -> None:
+    """Two ranks with half the batch each: together, in order, the batches of one."""
+    episode = EpisodeSampler(96, 64, seed=0).episode(1)
+    halves = [
+        replace(loader(), batch_size=8, rank=rank, world_size=2).batches(episode) for rank in (0, 1)
+    ]
+    for one, first, second in zip(loader().batches(episode), *halves, strict=True):
+        assert first.sample_id + second.sample_id == one.sample_id
+        assert torch.equal(torch.cat([first.image, second.image]), one.image)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_bad_samples_are_replaced_by_those_after_the_batch(workers: int, kind: str) -> None:
+    """Everything else is as without them, and each is reported with its reason."""
+    bad = {3, 7, 18}
+    read: list[tuple[int, list[BadSample]]] = []
+    source = loader(
+        workers,
+        with_bad(bad) if kind == "rows" else NumberedStream(frozenset(bad)),
+        on_read=lambda number, found: read.append((number, found)),
+    )
+    clean = list(loader().batches(episode_of(64)))
+    batches = list(source.batches(episode_of(64)))
+    expected = [list(batch.sample_id) for batch in clean]
+    # 18 itself would stand in for 7, and is bad too.
+    expected[0][3], expected[0][7] = "tiny/16", "tiny/17"
+    expected[1][2] = "tiny/32"
+    assert [batch.sample_id for batch in batches] == expected
+    kept = [i for i in range(16) if i not in bad]
+    assert torch.equal(batches[0].image[kept], clean[0].image[kept])
+    assert torch.equal(batches[0].position, clean[0].position)
+    assert [number for number, _ in read] == [18, 17, 16, 16]
+    assert {each.sample_id for _, found in read for each in found} == {f"tiny/{n}" for n in bad}
+    assert all(each.reason for _, found in read for each in found)
+
+
+def test_a_batch_of_bad_samples_ends_in_one_line() -> None:
+    with pytest.raises(ValueError, match="tiny: a batch found only bad samples") as error:
+        list(loader(0, with_bad(set(range(96)))).batches(episode_of(64)))
+    assert "\n" not in str(error.value)
+
+
+def test_several_captions_are_drawn_per_visit() -> None:
+    """Equal for an equal episode, different between episodes, and each of them is shown."""
+    table = tiny_pairs().set_column(1, "caption", [[["one", "two", "three"]] * 96])
+    words = build_tokenizer(None, context_length=8)(["one", "two", "three"])
+    source = loader(0, ImageTextPairs(table, name="tiny"))
+
+    def shown(index: int) -> list[int]:
+        episode = Episode(index=index, rows=torch.arange(64))
+        texts = torch.cat([batch.text for batch in source.batches(episode)])
+        return (texts[:, None] == words).all(2).int().argmax(1).tolist()
+
+    assert shown(0) == shown(0) != shown(1)
+    assert np.bincount(shown(0), minlength=3).min() > 8
+
+
+def test_the_state_is_json_and_prepares_a_stream() -> None:
+    source = loader(0, NumberedStream())
+    state = json.loads(json.dumps(source.state_dict(3, 2, size=64)))
+    assert (state["episode"], state["batch"]) == (3, 2)
+    source.load_state_dict(state)
+    assert source.pairs.learned == {"first": 192}
+    assert loader().state_dict(3, 2, size=64) == {"episode": 3, "batch": 2}
+
+
+def kill(texts: list[str]) -> torch.Tensor:
+    """Stands in for a tokenizer; it runs in the workers."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_killed_worker_is_an_error_and_no_hang() -> None:
+    """As the system kills a process when memory runs out."""
+    with pytest.raises(ValueError, match=r"data\.workers: a worker process was killed"):
+        list(replace(loader(2), tokenizer=kill).batches(episode_of(64)))
+
+
+def test_loading_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(loader().batches(episode_of(32)))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_remembered_tokens_are_those_of_the_tokenizer() -> None:
+    """No caption is tokenized twice while it is remembered, in a batch and across batches."""
+    calls: list[str] = []
+
+    def lengths(texts: list[str]) -> torch.Tensor:
+        calls.extend(texts)
+        return torch.tensor([[len(text), ord(text[0])] for text in texts])
+
+    tokenizer = RememberingTokenizer(lengths, capacity=3)
+    for texts in (["a", "bb", "a"], ["bb", "ccc"], ["dddd", "a"], ["dddd"]):
+        assert tokenizer(texts).tolist() == [[len(text), ord(text[0])] for text in texts]
+    assert calls == ["a", "bb", "ccc", "dddd", "dddd"]
+    copy = pickle.loads(pickle.dumps(build_tokenizer(None, context_length=8)))
+    tokens = copy(["one two three four five six seven eight"])
+    assert tokens.shape == (1, 8)
+    assert tokens[0, -1] == 49407  # the end token, from which the text tower's output is taken
+
+
+def bad(name: str) -> BadSample:
+    copy: BadSample = pickle.loads(pickle.dumps(BadSample(name, f"{name}.jpg", "truncated")))
+    return copy
+
+
+def test_skips_are_written_once_a_sample(tmp_path: Path) -> None:
+    """However often a sample is met; a new log continues the file."""
+    path = tmp_path / "run" / "skipped.jsonl"
+    log = SkipLog(path, max_share=1.0, at_least=1)
+    log.add(10, [])
+    assert not path.exists()
+    log.add(10, [bad("a"), bad("ü")])
+    log.add(10, [bad("a")])
+    assert (log.read, log.skipped, log.distinct) == (30, 3, 2)
+    again = SkipLog(path, max_share=1.0, at_least=1)
+    again.add(10, [bad("a"), bad("c")])
+    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["sample_id"] for line in written] == ["a", "ü", "c"]
+    assert written[1] == {"sample_id": "ü", "where": "ü.jpg", "reason": "truncated"}
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
+    """Above the share, counted over an episode at least; the first ten reasons are quoted."""
+    log = SkipLog(tmp_path / "skipped.jsonl", max_share=0.05, at_least=400)
+    for first in range(0, 20, 2):
+        log.add(20, [bad(f"{first}"), bad(f"{first + 1}")])  # 20 of 200: 5% of an episode
+    with pytest.raises(ValueError, match=r"21 of 220 .* data\.max_bad_share \(0\.05\)") as error:
+        log.add(20, [bad("last")])
+    message = str(error.value)
+    assert message.count("truncated") == 10
+    assert "0.jpg: truncated; 1.jpg" in message
+    assert "skipped.jsonl" in message
+    assert "\n" not in message

@@ -1,0 +1,222 @@
+"""Transforms: parameters per image, in agreement with PIL and with colour theory."""
+
+import colorsys
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from protoclip.data.decode import decode_crop, reduction
+from protoclip.data.transforms import (
+    EvaluationTransform,
+    TrainingTransform,
+    Transform,
+    clip_transform,
+    colour_jitter,
+    gaussian_blur,
+    light_transform,
+    luminance,
+    rotate_hue,
+)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_bytes(number: int, side: int) -> torch.Tensor:
+    return (256 * uniform(number, side, side, 3)).byte()
+
+
+def random_image() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1))
+
+
+def test_evaluation_is_resize_and_centre_crop() -> None:
+    """PIL's crop of the central square and bicubic resize to a grey level, (x - mean) / std."""
+    transform = EvaluationTransform(size=16, mean=MEAN, std=STD)
+    assert isinstance(transform, Transform)
+    image = random_image()
+    square = image.crop((5, 0, 35, 30))
+    expected = np.asarray(square.resize((16, 16), Image.Resampling.BICUBIC)).astype(float)
+    ours = transform(image).permute(1, 2, 0).double().numpy() * STD + MEAN
+    assert np.abs(ours * 255 - expected).max() < 1.01
+
+
+def test_evaluation_takes_an_image_of_any_mode() -> None:
+    """What is transparent is white, and grey becomes RGB."""
+    transform = EvaluationTransform(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    clear, grey = Image.new("RGBA", (9, 9), (9, 9, 9, 0)), Image.new("L", (9, 9), 51)
+    torch.testing.assert_close(transform(clear), torch.ones(3, 8, 8))
+    torch.testing.assert_close(transform(grey), torch.full((3, 8, 8), 0.2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9), 77])
+def test_an_opened_image_is_transformed_as_its_file(kind: str, orientation: int | None) -> None:
+    """Upright by its EXIF orientation, if it has one."""
+    rows, columns = np.mgrid[:30, :50]
+    pixels = (4 * rows + 2 * columns)[..., None] * [1, 0.5, 0.25]
+    image = Image.fromarray(pixels.astype(np.uint8))
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    transform = EvaluationTransform(size=20, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    draws = np.zeros(0, np.float32)
+    trained = decode_crop(
+        buffer.getvalue(), lambda w, h: transform.box(w, h, draws), 20, max_pixels=10_000
+    )
+    expected = transform.finish(torch.from_numpy(trained)[None], torch.zeros(1, 0))[0]
+    found = transform(Image.open(buffer))
+    assert (found - expected).abs().max() <= (0.02 if kind == "JPEG" else 0)
+    if orientation in range(2, 9):
+        assert (found - transform(Image.fromarray(np.asarray(image)))).abs().max() > 0.1
+
+
+def test_crops_have_the_areas_ratios_and_places_that_are_drawn() -> None:
+    """Between 50 and 100% of the area, ratios from 3/4 to 4/3, up to each side of the image."""
+    transform = light_transform(size=32, mean=MEAN, std=STD)
+    draws = np.random.default_rng(0).random((300, 13), dtype=np.float32)
+    left, top, right, bottom = np.array([transform.box(240, 240, each) for each in draws]).T
+    shares, ratios = (right - left) * (bottom - top) / 240**2, (right - left) / (bottom - top)
+    assert 0.48 < shares.min() < 0.55
+    assert 0.9 < shares.max() <= 1
+    assert 0.73 < ratios.min() < 0.8
+    assert 1.25 < ratios.max() < 1.36
+    assert min(left.min(), top.min()) == 0
+    assert max(right.max(), bottom.max()) == 240
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 1), (1, 500), (3, 2), (64, 64), (499, 333), (3001, 2003), (700, 9)]
+)
+@pytest.mark.parametrize("make", [clip_transform, light_transform])
+def test_crops_lie_inside_images_of_any_shape(
+    make: Callable[..., TrainingTransform], width: int, height: int
+) -> None:
+    """At least one pixel, none outside, and in strides that allow a JPEG to be reduced."""
+    transform = make(size=16, mean=MEAN, std=STD)
+    corners = [np.zeros(13, np.float32), np.full(13, np.nextafter(np.float32(1), np.float32(0)))]
+    for draws in [*corners, *np.random.default_rng(0).random((200, 13), dtype=np.float32)]:
+        left, top, right, bottom = transform.box(width, height, draws)
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        factor = reduction(min(right - left, bottom - top), 16)
+        assert all(edge % factor == 0 for edge in (left, top, right, bottom))
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, 37])
+def test_each_image_of_a_batch_has_its_own_parameters(number: int) -> None:
+    """A batch of any size is its images one at a time; arguments stay as they are."""
+    transform = light_transform(size=32, mean=MEAN, std=STD)
+    images, draws = random_bytes(number, 32), uniform(number, 13)
+    before = images.clone(), draws.clone()
+    batch = transform.finish(images, draws)
+    assert batch.shape == (number, 3, 32, 32)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    for i in range(number):
+        alone = transform.finish(images[i : i + 1], draws[i : i + 1])[0]
+        torch.testing.assert_close(batch[i], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((images, draws), before, rtol=0, atol=0)
+
+
+def test_the_light_transform_is_its_steps_in_order() -> None:
+    """Flip, jitter, grayscale, blur, normalise, each with draws of its own."""
+    transform = light_transform(size=32, mean=MEAN, std=STD)
+    images, draws = random_bytes(8, 32), uniform(8, 13, seed=4)
+    for i in range(8):
+        # The bits of i say which of flip, jitter and grayscale happen; blur always does.
+        draws[i, 4:8] = torch.tensor([0.1 if i & bit else 0.9 for bit in (1, 2, 4)] + [0.1])
+    finished = transform.finish(images, draws)
+    for i in range(8):
+        expected = images[i].permute(2, 0, 1)[None] / 255
+        if i & 1:
+            expected = expected.flip(3)
+        if i & 2:
+            expected = colour_jitter(expected, draws[i : i + 1, 8:12])
+        if i & 4:
+            expected = luminance(expected).expand(-1, 3, -1, -1)
+        sigma = (0.1 + 1.9 * draws[i, 12]) * 32 / 224
+        expected = gaussian_blur(expected, sigma[None])[0].permute(1, 2, 0)
+        expected = (expected - torch.tensor(MEAN)) / torch.tensor(STD)
+        torch.testing.assert_close(finished[i].permute(1, 2, 0), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_augmentations_happen_as_often_as_they_should() -> None:
+    """Half of the images are flipped and about a fifth turn grey; by CLIP's transform, none."""
+    image = torch.zeros(4000, 8, 8, 3, dtype=torch.uint8)
+    image[:, :, :4, 0] = 200
+    draws = uniform(4000, 13, seed=1)
+    plain = {"size": 8, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    out = light_transform(**plain).finish(image, draws)
+    flipped = out[:, 0, :, 4:].mean((1, 2)) > out[:, 0, :, :4].mean((1, 2))
+    grey = (out[:, 0] - out[:, 1]).abs().amax((1, 2)) < 1e-6
+    assert abs(float(flipped.float().mean()) - 0.5) < 0.04
+    assert abs(float(grey.float().mean()) - 0.2) < 0.03
+    expected = image[:9].permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(clip_transform(**plain).finish(image[:9], draws[:9] * 0), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, -0.2, 0.5])
+def test_hue_rotation_is_hsv_rotation(share: float) -> None:
+    """Every pixel agrees with the standard library's colour conversions."""
+    colours = uniform(1, 3, 6, 6, seed=2)
+    colours[0, :, 0, 0] = 0.4  # grey
+    colours[0, :, 0, 1] = torch.tensor([0.9, 0.9, 0.1])  # a tie for the largest
+    rotated = rotate_hue(colours, torch.tensor([share]))
+    for before, after in zip(colours[0].flatten(1).T, rotated[0].flatten(1).T, strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*before.tolist())
+        assert after.tolist() == pytest.approx(colorsys.hsv_to_rgb((h + share) % 1, s, v), abs=1e-5)
+
+
+def test_jitter_is_its_four_steps() -> None:
+    """Brightness, contrast about the mean grey, saturation, hue; by plain numbers in float64."""
+    images, draws = uniform(3, 3, 4, 4, seed=5), uniform(3, 4, seed=6)
+    draws[2] = 0.5  # changes nothing
+    jittered = colour_jitter(images, draws)
+    torch.testing.assert_close(jittered[2], images[2])
+    weights = np.array([0.299, 0.587, 0.114])
+    for image, draw, result in zip(
+        images.double().numpy(), draws.double().numpy(), jittered.numpy(), strict=True
+    ):
+        brightness, contrast, saturation = 0.2 + 1.6 * draw[:3]
+        pixels = np.clip(image.reshape(3, -1).T * brightness, 0, 1)
+        grey = (pixels @ weights).mean()
+        pixels = np.clip(grey + contrast * (pixels - grey), 0, 1)
+        greys = (pixels @ weights)[:, None]
+        pixels = np.clip(greys + saturation * (pixels - greys), 0, 1)
+        for (red, green, blue), found in zip(pixels, result.reshape(3, -1).T, strict=True):
+            h, s, v = colorsys.rgb_to_hsv(red, green, blue)
+            expected = colorsys.hsv_to_rgb((h + 0.4 * draw[3] - 0.2) % 1, s, v)
+            assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_blur_is_a_sum_over_neighbours() -> None:
+    """In float64: a Gaussian of up to three deviations, mirrored at the borders."""
+    images, sigma = uniform(4, 3, 7, 9, seed=7), torch.tensor([0.2, 1.4, 0.9, 1.3])
+    for image, deviation, result in zip(
+        images.double().numpy(), sigma.tolist(), gaussian_blur(images, sigma).numpy(), strict=True
+    ):
+        reach = max(1, math.ceil(3 * deviation))
+        weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
+        for axis in (1, 2):
+            padding = [(reach, reach) if axis == each else (0, 0) for each in range(3)]
+            padded = np.pad(image, padding, mode="reflect")
+            slide = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis)
+            image = slide @ (weights / weights.sum())
+        np.testing.assert_allclose(result, image, atol=1e-5)
+
+
+def test_luminance_is_pils() -> None:
+    """Rec. 601 weights, as PIL's conversion to L, within a rounding step."""
+    pixels = torch.tensor(np.array(random_image())).permute(2, 0, 1)[None].float()
+    assert np.abs(luminance(pixels)[0, 0].numpy() - random_image().convert("L")).max() < 1
