@@ -1,7 +1,6 @@
 """What a configuration may not say, and what it says without effect."""
 
 import dataclasses
-import difflib
 import math
 import re
 import sys
@@ -10,7 +9,6 @@ from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 from protoclip.config import Config, DataConfig
-from protoclip.evaluation.suite import metric_names
 
 # What a number may be at least and at most, by its setting. Upper limits only catch slips of the
 # finger: no data and no machine of today needs as much.
@@ -181,7 +179,7 @@ def check_numbers(config: Config) -> None:
 
 
 def check_evaluation(config: Config) -> None:
-    """Reject evaluations during training that cannot be, and metrics that they do not have."""
+    """Reject evaluations during training that cannot be."""
     run = config.run
     if run.evaluate_every and not config.data.has_held_out_splits:
         raise ValueError(
@@ -193,12 +191,6 @@ def check_evaluation(config: Config) -> None:
         raise ValueError(
             "run.keep_best: nothing is evaluated during training; set run.evaluate_every, or leave "
             "run.keep_best out"
-        )
-    known = metric_names("emoji")
-    if run.keep_best not in known:
-        close = difflib.get_close_matches(run.keep_best, known, n=3, cutoff=0.0)
-        raise ValueError(
-            f"run.keep_best: no metric {run.keep_best!r}; the closest are {', '.join(close)}"
         )
 
 

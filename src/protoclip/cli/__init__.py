@@ -35,7 +35,7 @@ from protoclip.distributed import collectives
 from protoclip.evaluation import compare as comparison
 from protoclip.files import to_json
 from protoclip.models import loading
-from protoclip.training.health import out_of_memory
+from protoclip.training.guard import out_of_memory
 from protoclip.training.run import train as run_training
 from protoclip.training.session import evaluate as run_evaluation
 

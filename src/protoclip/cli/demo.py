@@ -14,7 +14,7 @@ from protoclip.config import (
 from protoclip.evaluation import compare
 from protoclip.files import to_json
 from protoclip.progress import duration
-from protoclip.training import defaults, run
+from protoclip.training import optim, run
 
 # Fourteen passes: few enough for twelve minutes on two slow cores, and enough for the arms to part.
 EPISODES = 24
@@ -63,7 +63,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     for name, config in configs.items():
         folder = folders[name]
         if folder.exists():
-            if stored(folder) != run.to_toml(defaults.resolved(config)[0]):
+            if stored(folder) != run.to_toml(optim.resolved(config)[0]):
                 raise ValueError(
                     f"{folder}: holds another run than this demonstration's; remove it, or choose "
                     "another folder with --out"

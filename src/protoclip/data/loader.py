@@ -276,14 +276,14 @@ class EpisodeLoader:
 
         return take
 
-    def position(self, episode: int, batch: int, episode_size: int) -> dict[str, Any]:
+    def state_dict(self, episode: int, batch: int, episode_size: int) -> dict[str, Any]:
         """Where a run stands after `batch` batches of an episode, as JSON-able facts."""
         facts: dict[str, Any] = {"episode": episode, "batch": batch}
         if isinstance(self.pairs, SampleStream):
             facts["stream"] = self.pairs.landmark(episode * (episode_size // self.world_size))
         return facts
 
-    def restore(self, position: dict[str, Any]) -> None:
+    def load_state_dict(self, position: dict[str, Any]) -> None:
         """Make `batches` quick to start at a position that another process stated."""
         if isinstance(self.pairs, SampleStream) and "stream" in position:
             self.pairs.learn(position["stream"])

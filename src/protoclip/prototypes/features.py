@@ -7,6 +7,7 @@ keeps what training saw last and needs no pass of its own.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,13 @@ from torch import Tensor
 
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
-from protoclip.distributed.collectives import any_rank, rank, world_size
+from protoclip.distributed.collectives import (
+    all_gather,
+    all_gather_object,
+    any_rank,
+    rank,
+    world_size,
+)
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.kmeans import nearest
 from protoclip.prototypes.targets import Prototypes
@@ -161,6 +168,12 @@ class ExtractedFeatures:
 
     def observe(self, batch: Batch, embeddings: Embeddings) -> None:
         """Nothing to keep: every episode has a pass of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,3 +337,30 @@ class QueuedFeatures:
         image, text = embeddings.image_projections, embeddings.text_projections
         if image is not None and text is not None:
             self.queue.push(batch.sample_id, image, text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The queue's samples of all ranks, in the order of their slots. Collective."""
+        queue = self.queue
+        if queue.image is None:
+            return {}
+        held = queue.contents()
+        order = all_gather(held.slots.to(held.image.device)).argsort()
+        names = [name for part in all_gather_object(held.sample_ids) for name in part]
+        return {
+            "seen": queue.pushed * world_size(),
+            "batch_size": queue.batch_size * world_size(),
+            "sample_ids": [names[place] for place in order.tolist()],
+            "image": all_gather(held.image)[order],
+            "text": all_gather(held.text)[order],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            image, text = state["image"], state["text"]
+            rows = QueuedRows(
+                slots=torch.arange(len(image)),
+                sample_ids=state["sample_ids"],
+                image=image,
+                text=text,
+            )
+            self.queue.fill(rows, seen=state["seen"], batch_size=state["batch_size"])
