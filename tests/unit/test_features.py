@@ -294,12 +294,12 @@ def test_extraction_through_the_training_transform(tmp_path: Path) -> None:
         prototypes = replace(config.prototypes, extract_transform=transform)
         config = replace(config, prototypes=prototypes)
         model, samples = loading.model(config.model, seed=0), sources.pairs(config)
-        _, trainer = run.prepare(config, tmp_path / "run", model, samples, "fp32")
-        episode = trainer.episode(0)
-        first, again = (trainer.source.features(episode) for _ in range(2))
+        parts = run.Run(config, model, samples, folder=tmp_path / "run")
+        source, episode = parts.trainer.source, parts.episode(0)
+        first, again = (source.features(episode) for _ in range(2))
         assert torch.equal(first.image, again.image)
-        extracted = next(iter(trainer.source.batches(episode))).image
-        trained = next(iter(trainer.batches(episode, 0))).image
+        extracted = next(iter(source.batches(episode))).image
+        trained = next(iter(parts.loader.batches(episode))).image
         assert not torch.equal(extracted, trained)
         found[transform] = first
     rows = episode.rows.tolist()

@@ -9,12 +9,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -47,20 +47,11 @@ RETRY_AFTER = 60.0
 LAST_RETRIES = (5.0, 10.0, 15.0, 30.0)
 
 
-def copied(state: Any, device: torch.device) -> Any:
-    """A copy of a nested state with its tensors on a device."""
-    if isinstance(state, Tensor):
-        return state.detach().to(device, copy=True)
-    if isinstance(state, Mapping):
-        return {key: copied(value, device) for key, value in state.items()}
-    return [copied(value, device) for value in state] if isinstance(state, list | tuple) else state
-
-
 def split(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """A nested state as JSON; its tensors are added to `tensors`, named by their keys."""
+    """A copy of a nested state as JSON; adds copies of its tensors to `tensors`, on the CPU."""
     if isinstance(state, Tensor):
         assert name not in tensors, f"{name}: two tensors of this name"
-        tensors[name] = state
+        tensors[name] = state.detach().to("cpu", copy=True)
         return {TENSOR: name}
     prefix = name and f"{name}/"
     if isinstance(state, Mapping):
@@ -82,14 +73,16 @@ def joined(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def write_checkpoint(
-    folder: Path, state: Mapping[str, Any], description: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write a checkpoint under a temporary name, wait for the disk, then rename it.
 
     Args:
         folder: The checkpoint's folder; replaced if it exists.
-        state: Nested dict of tensors and JSON values; `model` and `optimizer` are dicts of tensors.
-        description: What builds the same architecture again; JSON.
+        tensors: Content of each safetensors file, by its name.
+        facts: Content of each JSON file, by its name.
 
     Raises:
         OSError: The disk is full or cannot be written; names the file. An older folder stays whole.
@@ -98,14 +91,8 @@ def write_checkpoint(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     checksums: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
-    rest = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
-    facts = split({"format": FORMAT, **rest}, tensors)
 
-    def write(name: str, content: bytes | Mapping[str, Any]) -> None:
-        data = content
-        if not isinstance(data, bytes):
-            data = (to_json(data, indent=2) + "\n").encode()
+    def write(name: str, data: bytes) -> None:
         checksums[name] = checksum(data)
         with naming(temporary / name), (temporary / name).open("wb") as file:
             file.write(data)
@@ -115,12 +102,10 @@ def write_checkpoint(
     try:
         temporary.mkdir()
         # One file at a time, so that only one file's bytes are in memory besides the tensors.
-        parts = ((WEIGHTS, state["model"]), (OPTIMIZER, state["optimizer"]), (RESUME, tensors))
-        for name, part in parts:
+        for name, part in tensors.items():
             write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
-        write(MODEL, description)
-        write(STATE, facts)
-        write(CHECKSUMS, checksums)
+        for name, content in {**facts, CHECKSUMS: checksums}.items():
+            write(name, (to_json(content, indent=2) + "\n").encode())
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -131,23 +116,26 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """The state that `write_checkpoint` got; `model` and `optimizer` are empty but on rank 0.
+    """The state that `CheckpointWriter.save` got, with its tensors on the model's device.
+
+    `model` and `optimizer` are on the CPU, and empty but on rank 0.
 
     Raises:
         ValueError: A file is damaged, or written by another version, or belongs to another
             architecture than this model's; names it.
     """
-    facts = read_json(folder / STATE)
+    facts, device = read_json(folder / STATE), next(model.parameters()).device
     if facts.get("format") != FORMAT:
         raise ValueError(
             f"{folder / STATE}: not written by this version of protoclip, which cannot go on from "
             "it; start a new run from its weights with --model.checkpoint, in another folder"
         )
-    state: dict[str, Any] = joined(facts, read_tensors(folder / RESUME))
-    if rank() > 0:
-        return {**state, "model": {}, "optimizer": {}}
-    optimizer = read_tensors(folder / OPTIMIZER)
-    return {**state, "model": read_weights(folder, model), "optimizer": optimizer}
+    tensors = {name: tensor.to(device) for name, tensor in read_tensors(folder / RESUME).items()}
+    state = {**joined(facts, tensors), "model": {}, "optimizer": {}}
+    if rank() == 0:
+        state["model"] = read_weights(folder, model)
+        state["optimizer"] = read_tensors(folder / OPTIMIZER)
+    return state
 
 
 def newest_intact(run: Path, notes: list[str]) -> Path | None:
@@ -207,7 +195,7 @@ class CheckpointWriter:
         self._saved_at = time.monotonic()
         self._written_in = 0.0  # seconds
         self._problem = ""
-        self._pending: tuple[int, Mapping[str, Any], Path | None] | None = None
+        self._pending: tuple[Callable[[], None], Path | None] | None = None
         self._thread: Thread | None = None
 
     def rate(self, step: int, value: float) -> None:
@@ -229,13 +217,18 @@ class CheckpointWriter:
         )
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Wait for the checkpoint before, then start to write this one.
+        """Copy a nested state and start to write it, after the checkpoint before.
 
-        The state must be a copy, since training goes on meanwhile.
+        Its parts `model` and `optimizer` are copies already: dicts of tensors on the CPU.
         """
         self.wait()
         self._saved_at, self.saved_step = time.monotonic(), step
-        self._pending = (step, state, self.best and self.folder(self.best[0]))
+        rest = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+        tensors: dict[str, Tensor] = {}
+        facts = {MODEL: self.description, STATE: split({"format": FORMAT, **rest}, tensors)}
+        files = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"], RESUME: tensors}
+        best = self.best and self.folder(self.best[0])
+        self._pending = partial(write_checkpoint, self.folder(step), files, facts), best
         self._thread = Thread(target=self._write, daemon=False)
         self._thread.start()
 
@@ -271,10 +264,10 @@ class CheckpointWriter:
 
     def _write(self) -> None:
         assert self._pending is not None
-        step, state, best = self._pending
-        folder, began = self.folder(step), time.monotonic()
+        write, best = self._pending
+        step, folder, began = self.saved_step, self.folder(self.saved_step), time.monotonic()
         try:
-            write_checkpoint(folder, state, self.description)
+            write()
         except Exception as error:  # nobody else would hear of it in a thread
             self.failed_step = step
             self._problem = f"{folder}: not saved ({error}; {free_space(self.run)})"

@@ -73,9 +73,9 @@ class JsonLines:
         self._warned = False
         self._append()
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, values: Mapping[str, Any]) -> None:
         self._dropped += len(self._waiting) == MOST_WAITING
-        self._waiting.append(to_json({"step": step, **metrics}).encode() + b"\n")
+        self._waiting.append(to_json(values).encode() + b"\n")
         self._append()
 
     def close(self) -> None:
@@ -213,7 +213,7 @@ class MetricsLog:
         """One line: step, episode, and the metrics by name. Nothing if there are no metrics."""
         if not metrics:
             return
-        self._lines.write(step, {"episode": episode, **metrics})
+        self._lines.write({"step": step, "episode": episode, **metrics})
         for name, other in [*self._others.items()]:
             self._try(name, partial(other.write, step, metrics))
         for warning in self._watch.warnings(step, metrics):
@@ -221,7 +221,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self._lines.close()
-        for name, other in [*self._others.items()]:
+        while self._others:
+            name, other = self._others.popitem()
             self._try(name, other.close)
 
     def _start(self, name: str, make: Callable[[], TensorBoard | WeightsAndBiases]) -> None:

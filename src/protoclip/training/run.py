@@ -357,8 +357,8 @@ class Run:
         Raises:
             ValueError: The checkpoint does not fit this version or this run.
         """
-        state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
         try:
+            state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
             for setting, before in state["arithmetic"].items():
                 if before != self.arithmetic[setting]:
                     raise ValueError(

@@ -20,7 +20,6 @@ from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import Prototypes, build_targets, group
-from protoclip.training.checkpoint import copied
 from protoclip.training.guard import Guard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
@@ -173,7 +172,7 @@ class Trainer:
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()
             metrics = to_floats({**report, "train/learning_rate": rate})
-            metrics["train/skipped_steps"] = self.guard.skipped
+            metrics["train/skipped_steps"] = float(self.guard.skipped)
             (before, seen), now = self._reported, time.monotonic()
             metrics["train/samples_per_second"] = (self.samples_seen - seen) / (now - before)
             self._reported = (now, self.samples_seen)
@@ -218,12 +217,13 @@ class Trainer:
         return spent
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies on the CPU of all that a run needs to go on.
+        """All that a run needs to go on, as nested dicts of tensors and JSON values.
 
-        `model` and `optimizer` are whole, also if the model is sharded, and empty but on rank 0.
+        `model` and `optimizer` are copies on the CPU of rank 0, whole if the model is sharded, and
+        empty on other ranks. The rest may change when training goes on.
         """
         self.guard.look()
-        state = {
+        return {
             **{name: getattr(self, name) for name in PROGRESS},
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
@@ -233,17 +233,15 @@ class Trainer:
             # In order, since the sum of the losses depends on it.
             "targets": {name: vars(target) for name, target in self.targets.items()},
             "reached": {space: all_reduce(marks, "max") for space, marks in self.reached.items()},
-        }
-        return {
             "model": parallel.weights(self.model),
             "optimizer": parallel.moments(self.model, self.optimizer),
-            **copied(state, torch.device("cpu")),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called; `model` and `optimizer` count on rank 0 alone.
 
-        With another number of ranks than before, random states start from the seed again.
+        Tensors are on the model's device. With another number of ranks than before, random states
+        start from the seed again.
         """
         parallel.load_weights(self.model, state["model"])
         parallel.load_moments(self.model, self.optimizer, state["optimizer"])
@@ -254,12 +252,10 @@ class Trainer:
         self.guard.load_state_dict(state["guard"])
         if len(state["random"]) == world_size():
             cpu, gpu = state["random"][collectives.rank()]
-            torch.set_rng_state(cpu)
+            torch.set_rng_state(cpu.cpu())
             if gpu is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(gpu)
-        parts = {name: state[name] for name in ("source", "clusters", "targets", "reached")}
-        parts = copied(parts, next(self.model.parameters()).device)
-        self.source.load_state_dict(parts["source"])
-        self.clusters = {space: Prototypes(**found) for space, found in parts["clusters"].items()}
-        self.targets = {name: PreparedTarget(**found) for name, found in parts["targets"].items()}
-        self.reached = parts["reached"]
+                torch.cuda.set_rng_state(gpu.cpu())
+        self.source.load_state_dict(state["source"])
+        self.clusters = {space: Prototypes(**found) for space, found in state["clusters"].items()}
+        self.targets = {name: PreparedTarget(**found) for name, found in state["targets"].items()}
+        self.reached = dict(state["reached"])
