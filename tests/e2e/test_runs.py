@@ -37,9 +37,10 @@ from protoclip.training.run import flat
 ROOT = Path(__file__).parents[2]
 
 
-def metrics_of(folder: Path) -> list[dict[str, float]]:
+def metrics_of(folder: Path, name: str = "") -> list[dict[str, float]]:
+    """The lines of metrics.jsonl that hold a metric."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [line for line in map(json.loads, lines) if not name or name in line]
 
 
 def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
@@ -51,16 +52,17 @@ def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
     assert results["steps"] == 16
     assert results["train_seconds"] > 0
     lines = metrics_of(tiny_run)
-    assert [line["step"] for line in lines if "train/loss/total" in line] == list(range(1, 17))
+    steps = [line["step"] for line in metrics_of(tiny_run, "train/loss/total")]
+    assert steps == list(range(1, 17))
     assert all(np.isfinite(list(line.values())).all() for line in lines)
 
 
 def test_only_prototypical_episodes_extract_and_cluster(tiny_run: Path) -> None:
     """They are episodes 1 and 2 of 0 to 3."""
-    lines = metrics_of(tiny_run)
-    assert [line["episode"] for line in lines if "train/seconds/extract" in line] == [1, 2]
-    prototypical = {line["episode"] for line in lines if any("prototypical" in key for key in line)}
-    assert prototypical == {1, 2}
+    extracted = metrics_of(tiny_run, "train/seconds/extract")
+    assert [line["episode"] for line in extracted] == [1, 2]
+    grouped = metrics_of(tiny_run, "train/loss/prototypical/image_from_text")
+    assert [line["step"] for line in grouped] == list(range(5, 13))
 
 
 def test_a_clip_run_never_clusters_and_says_what_it_does(
@@ -76,10 +78,10 @@ def test_a_clip_run_never_clusters_and_says_what_it_does(
             loss=replace(config.loss, prototypical=0.0),
         )
     )
-    losses = [line for line in metrics_of(tmp_path / "clip") if "train/loss/total" in line]
+    losses = metrics_of(tmp_path / "clip", "train/loss/total")
     assert [line["step"] for line in losses] == [16]
     assert losses[0]["train/loss/total"] == losses[0]["train/loss/info_nce"]
-    assert not any("train/seconds/extract" in line for line in metrics_of(tmp_path / "clip"))
+    assert metrics_of(tmp_path / "clip", "train/seconds/extract") == []
     shown = capsys.readouterr().err
     expected = "training on 96 pairs: 4 episodes of 64 pairs in batches of 16, 2.67 passes"
     assert expected in shown
@@ -126,11 +128,8 @@ def test_training_learns(tiny_parquet: str, tmp_path: Path) -> None:
     config = tiny_config(tiny_parquet, out=str(tmp_path / "run"))
     longer = replace(config.episodes, count=16)
     run.train(replace(config, episodes=longer, optim=replace(config.optim, warm_up_steps=4)))
-    losses = [
-        line["train/loss/info_nce"]
-        for line in metrics_of(tmp_path / "run")
-        if "train/loss/info_nce" in line
-    ]
+    name = "train/loss/info_nce"
+    losses = [line[name] for line in metrics_of(tmp_path / "run", name)]
     assert np.mean(losses[-12:]) < np.mean(losses[:4]) - 0.5
 
 
@@ -149,9 +148,10 @@ def test_every_switch_of_the_method_trains(tmp_path: Path, few_emoji: Evaluation
         model=replace(config.model, heads=replace(config.model.heads, hidden_layers=0)),
     )
     results = run.train(config)
-    lines = metrics_of(tmp_path / "run")
-    assert sum("train/loss/prototypical/image_from_teacher" in line for line in lines) == 16
-    assert [line["episode"] for line in lines if "eval/emoji/knn/acc1" in line] == [2, 4]
+    name = "train/loss/prototypical/image_from_teacher"
+    assert len(metrics_of(tmp_path / "run", name)) == 16
+    evaluated = metrics_of(tmp_path / "run", "eval/emoji/knn/acc1")
+    assert [line["episode"] for line in evaluated] == [2, 4]
     assert 0 <= results["metrics"]["eval/emoji/zero_shot/acc1"] <= 1
 
 
@@ -166,8 +166,8 @@ def test_the_queue_needs_no_extraction(
     monkeypatch.setattr(features, "extract_features", forbidden)
     config = tiny_config(tiny_parquet, out=str(tmp_path / "queue"))
     run.train(replace(config, prototypes=replace(config.prototypes, source="queue")))
-    lines = metrics_of(tmp_path / "queue")
-    assert sum("train/loss/prototypical/image_from_text" in line for line in lines) == 8
+    name = "train/loss/prototypical/image_from_text"
+    assert len(metrics_of(tmp_path / "queue", name)) == 8
     extract = replace(config.prototypes, source="extract")
     with pytest.raises(AssertionError, match="an extraction pass"):
         run.train(
@@ -203,8 +203,7 @@ def test_several_teachers_and_samples_they_do_not_know(
     )
     run.train(config)
     assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
-    lines = [m for m in metrics_of(tmp_path / "run") if "train/loss/total" in m]
-    grouped = [m for m in lines if "train/loss/prototypical/image_from_some" in m]
+    grouped = metrics_of(tmp_path / "run", "train/loss/prototypical/image_from_some")
     assert len(grouped) == 8
     for line in grouped:
         loss = {k.split("/")[-1]: v for k, v in line.items() if "train/loss" in k}
@@ -219,12 +218,10 @@ def test_fp16_trains_with_its_scaler(tiny_run: Path, tiny_parquet: str, tmp_path
     so weights move and stay finite."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "fp16"))
     run.train(replace(config, run=replace(config.run, precision="fp16")))
-    first, exact = (
-        next(line for line in metrics_of(folder) if "train/loss/total" in line)
-        for folder in (tmp_path / "fp16", tiny_run)
-    )
-    assert first["train/loss/total"] == pytest.approx(exact["train/loss/total"], rel=0.01)
-    assert first["train/loss/total"] != exact["train/loss/total"]
+    name = "train/loss/total"
+    first, exact = (metrics_of(out, name)[0][name] for out in (tmp_path / "fp16", tiny_run))
+    assert first == pytest.approx(exact, rel=0.01)
+    assert first != exact
     start = loading.model(config.model, seed=0).state_dict()
     end = load_file(find_checkpoint(tmp_path / "fp16") / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in end.values())
@@ -397,9 +394,9 @@ def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path, seen: li
         optim=replace(reference.optim, warm_up_steps=2),
     )
     run.train(config)
-    lines = metrics_of(tmp_path / "run")
-    assert [line["episode"] for line in lines if "train/seconds/extract" in line] == [1, 2]
-    losses = [line["train/loss/total"] for line in lines if "train/loss/total" in line]
+    extracted = metrics_of(tmp_path / "run", "train/seconds/extract")
+    assert [line["episode"] for line in extracted] == [1, 2]
+    losses = [line["train/loss/total"] for line in metrics_of(tmp_path / "run", "train/loss/total")]
     assert len(losses) == 20
     assert np.isfinite(losses).all()
 
@@ -435,22 +432,16 @@ def test_the_demonstration_trains_compares_and_keeps_what_it_has(
     assert json.loads((tmp_path / "demo" / "results.json").read_text()) == entries
     assert "linear probe" in capsys.readouterr().out
     (tmp_path / "demo" / "protoclip" / "results.json").unlink()
-    monkeypatch.setattr(run, "train", counting := Counting(run.train))
+    train, trained = run.train, []
+    monkeypatch.setattr(
+        run,
+        "train",
+        lambda config, **more: trained.append(config.run.name) or train(config, **more),
+    )
     demo.demo(tmp_path / "demo")
-    assert counting.names == ["ProtoCLIP"]
+    assert trained == ["ProtoCLIP"]
     with pytest.raises(ValueError, match="holds another run"):
         demo.demo(tmp_path / "demo", seed=5)
-
-
-class Counting:
-    """Calls through, and remembers which runs were trained."""
-
-    def __init__(self, train) -> None:
-        self.train, self.names = train, []
-
-    def __call__(self, config: Config, resume: str):
-        self.names.append(config.run.name)
-        return self.train(config, resume=resume)
 
 
 def test_the_readmes_library_example_works(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:

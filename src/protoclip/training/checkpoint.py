@@ -20,31 +20,16 @@ from torch import Tensor, nn
 
 from protoclip.distributed.collectives import rank
 from protoclip.files import checksum, naming, read_json, sync_folder, to_json
-from protoclip.models.loading import (
-    CHECKSUMS,
-    MODEL,
-    OPTIMIZER,
-    RESUME,
-    STATE,
-    WEIGHTS,
-    checkpoints,
-    damage,
-    read_tensors,
-    read_weights,
-)
+from protoclip.models import loading
+from protoclip.models.loading import CHECKSUMS, MODEL, OPTIMIZER, RESUME, STATE, WEIGHTS
 
-# Version of what a run needs to go on. In 3 `state.json` is the state as a nested dict.
-FORMAT = 3
-# The key that stands for a tensor in `state.json`; its value is the tensor's name.
-TENSOR = "$tensor"
-# At the end of an episode nothing is written if the last checkpoint is younger than this many
-# seconds, or than this many times as long as writing one took. Short episodes would otherwise
-# spend their time on saving.
+FORMAT = 3  # of what a run needs to go on
+TENSOR = "$tensor"  # key in `state.json` of an object that stands for the tensor of that name
+# At the end of an episode a checkpoint is due if the last one is older than this many seconds, and
+# than this many times as long as writing it took, so that short episodes do not only save.
 EPISODE_PAUSE, EPISODE_FACTOR = 15.0, 100.0
-# Seconds before training tries again to save, after it could not.
-RETRY_AFTER = 60.0
-# Seconds between attempts to write the last checkpoint of a run.
-LAST_RETRIES = (5.0, 10.0, 15.0, 30.0)
+# Seconds before another attempt to save: in training, and at the end of a run.
+RETRY_AFTER, LAST_RETRIES = 60.0, (5.0, 10.0, 15.0, 30.0)
 
 
 def split(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -73,16 +58,9 @@ def joined(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def write_checkpoint(
-    folder: Path,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    facts: Mapping[str, Mapping[str, Any]],
+    folder: Path, tensors: Mapping[str, dict[str, Tensor]], facts: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint under a temporary name, wait for the disk, then rename it.
-
-    Args:
-        folder: The checkpoint's folder; replaced if it exists.
-        tensors: Content of each safetensors file, by its name.
-        facts: Content of each JSON file, by its name.
+    """Write safetensors and JSON files, by name, to a folder that appears whole or not at all.
 
     Raises:
         OSError: The disk is full or cannot be written; names the file. An older folder stays whole.
@@ -130,11 +108,12 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
             f"{folder / STATE}: not written by this version of protoclip, which cannot go on from "
             "it; start a new run from its weights with --model.checkpoint, in another folder"
         )
-    tensors = {name: tensor.to(device) for name, tensor in read_tensors(folder / RESUME).items()}
+    stored = loading.read_tensors(folder / RESUME)
+    tensors = {name: tensor.to(device) for name, tensor in stored.items()}
     state = {**joined(facts, tensors), "model": {}, "optimizer": {}}
     if rank() == 0:
-        state["model"] = read_weights(folder, model)
-        state["optimizer"] = read_tensors(folder / OPTIMIZER)
+        state["model"] = loading.read_weights(folder, model)
+        state["optimizer"] = loading.read_tensors(folder / OPTIMIZER)
     return state
 
 
@@ -145,8 +124,8 @@ def newest_intact(run: Path, notes: list[str]) -> Path | None:
         ValueError: There are checkpoints, and all are damaged.
     """
     damaged: list[str] = []
-    for found in reversed(checkpoints(run)):
-        wrong = damage(found)
+    for found in reversed(loading.checkpoints(run)):
+        wrong = loading.damage(found)
         if wrong is None:
             notes += [f"{text}: passed over" for text in damaged]
             return found
@@ -163,8 +142,7 @@ def newest_intact(run: Path, notes: list[str]) -> Path | None:
 class CheckpointWriter:
     """Decides when to write a checkpoint of a run, writes it in a thread, and removes old ones.
 
-    A checkpoint that cannot be written costs a warning; training goes on and earlier checkpoints
-    stay. Only `finish` insists.
+    If one cannot be written there is a warning, and training goes on; only `finish` insists.
 
     Args:
         run: The run folder.
@@ -255,7 +233,7 @@ class CheckpointWriter:
             time.sleep(pause)
             self._write()
         if self.failed_step is not None:
-            left = checkpoints(self.run)
+            left = loading.checkpoints(self.run)
             start = left[-1] if left else "the beginning"
             raise OSError(
                 f"{self._problem}, and trying again did not help: this checkpoint is lost; make "
@@ -276,7 +254,7 @@ class CheckpointWriter:
         self.failed_step = self._pending = None
         self._written_in = time.monotonic() - began
         # Later checkpoints are damaged: the run went on from one before them.
-        so_far = [found for found in checkpoints(self.run) if found <= folder]
+        so_far = [found for found in loading.checkpoints(self.run) if found <= folder]
         for old in so_far[: -self.keep]:
             if old != best:
                 shutil.rmtree(old, ignore_errors=True)

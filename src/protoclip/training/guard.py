@@ -16,18 +16,15 @@ from protoclip.distributed.collectives import all_reduce
 # Steps in a row that are not finite before the run is given up. Under fp16 each of them halves the
 # loss scale, which is then at a thousandth.
 MOST_SKIPPED = 10
-
-# Losses to see before one can be a spike; the mean is over as many.
-OBSERVATIONS = 50
-# A spike is above this multiple of the mean loss, and this many standard deviations above it.
-SPIKE_FACTOR, SPIKE_DEVIATIONS = 2.0, 5.0
+# A loss is a spike if it is above this multiple of the mean of the last 50, and this many standard
+# deviations above it.
+OBSERVATIONS, SPIKE_FACTOR, SPIKE_DEVIATIONS = 50, 2.0, 5.0
 # Features with less variance on the unit sphere, in [0, 1], have collapsed. Towers with fresh
 # weights give nearly equal features to all inputs, so the first steps do not count.
 LEAST_SPREAD, SPREAD_FROM_STEP = 0.01, 200
 # Share of clusters without a sample, and of prototypes that no sample was assigned to.
 MOST_EMPTY, MOST_DEAD = 0.5, 0.75
-# Steps before a warning about the same metric is repeated.
-QUIET_STEPS = 1000
+QUIET_STEPS = 1000  # before a warning about the same metric is repeated
 
 
 class Diverged(ValueError):
@@ -55,11 +52,7 @@ class Guard:
         self._row: list[tuple[float, float]] = []
 
     def step(self, number: int, loss: Tensor, norm: Tensor, sample_ids: Sequence[str]) -> None:
-        """Take step `number` (from 1), unless the loss of any rank or the norm is not finite.
-
-        Raises:
-            Diverged: As `look`.
-        """
+        """Take step `number`, unless the loss of any rank or the norm is not finite; see `look`."""
         loss = all_reduce(loss.detach())
         if not self.scaler.is_enabled():
             finite = torch.isfinite(loss) & torch.isfinite(norm)

@@ -56,14 +56,8 @@ class JsonLines:
     """Writes one line of JSON for each call, to a file that never holds part of a line.
 
     Lines that cannot be written wait, in order, for the next call. A checkpoint does not hold the
-    lines that wait: a run that goes on from one made meanwhile lacks them.
-
-    Args:
-        path: The file.
-        size: Bytes of the file to keep; what comes after is cut off.
-
-    Attributes:
-        size: Bytes of the file that are whole lines.
+    lines that wait: a run that goes on from one made meanwhile lacks them. `size` is the number of
+    bytes that are whole lines; what the file holds beyond is cut off.
     """
 
     def __init__(self, path: Path, *, size: int) -> None:
@@ -114,9 +108,7 @@ class JsonLines:
 class TensorBoard:
     """Event files for TensorBoard. Every call waits until its values are in the file.
 
-    Args:
-        folder: Gets one more file each time a run starts or goes on.
-        step: Step to go on from; TensorBoard hides what older files hold of later steps.
+    TensorBoard hides what older files in the folder hold of steps after `step`.
     """
 
     def __init__(self, folder: Path, *, step: int) -> None:

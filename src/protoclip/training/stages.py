@@ -16,8 +16,8 @@ class Stage:
         locked: Regular expressions; modules whose names match stay in evaluation mode, so that
             their BatchNorm statistics do not move.
         needs_prototypes: Whether the loss of this stage uses prototypes.
-        projects: Whether the forward pass runs the projection heads. The warm-up runs them without
-            a loss, so that their BatchNorm statistics fit the features of the first clustering.
+        projects: Whether the forward pass runs the heads. The warm-up runs them without a loss, so
+            that their BatchNorm statistics fit the features of the first clustering.
     """
 
     name: str
