@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -36,9 +37,7 @@ def train() -> None:
     from protoclip.cli import demo
     from protoclip.data import sources
     from protoclip.models import loading
-    from protoclip.training import build
-    from protoclip.training.precision import resolve
-    from protoclip.training.state import TrainState
+    from protoclip.training.run import Run
 
     torch.set_flush_denormal(True)
     config = demo.arms()["CLIP"]
@@ -46,32 +45,21 @@ def train() -> None:
         config,
         episodes=replace(config.episodes, size=PAIRS, count=1 + QUIET + BUSY, locked_image=0),
     )
-    device = torch.device("cpu")
+    model = loading.model(config.model, seed=0)
     ends: list[float] = []
     neighbour: list[subprocess.Popen[bytes]] = []
-
-    def save(state: TrainState, grouping: object) -> bool:
-        if state.batch == 0:
-            ends.append(time.monotonic())
-            if len(ends) == 1 + QUIET:
-                neighbour.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
-                ends.append(time.monotonic())
-        return False
-
-    trainer = build.trainer(
-        config,
-        model=loading.to_device(loading.model(config.model, seed=0), device),
-        samples=sources.pairs(config),
-        precision=resolve("auto", device),
-        log=lambda state, metrics: None,
-        save=save,
-        evaluate=lambda state: {},
-        on_step=lambda state, stage: None,
-        on_read=lambda count, bad: None,
-        diverged=Path("diverged.json"),
-    )
     try:
-        trainer.fit(TrainState())
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(config, model, sources.pairs(config), folder=Path(folder))
+            for index in range(config.episodes.count):
+                run.trainer.start_episode(run.episode(index))
+                for batch in run.loader.batches(run.episode(index)):
+                    run.trainer.train_step(batch, detailed=False)
+                run.trainer.end_episode()
+                ends.append(time.monotonic())
+                if len(ends) == 1 + QUIET:
+                    neighbour.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+                    ends.append(time.monotonic())
     finally:
         for process in neighbour:
             process.kill()

@@ -1,10 +1,11 @@
 """What does saving cost? Training with checkpoints against training without, in alternation.
 
 The demonstration's arm with a teacher, two counted episodes after one of warm-up: without a
-checkpoint, and with one at the end of every episode, far more often than by default: those at ends
-are 15 seconds and 100 times their writing no_sync, and 10 minutes bring one besides. Then what one
-checkpoint takes of the training thread, and what its thread writes, for the demonstration's model
-and for an RN50, and the share that makes of the default's cadence.
+checkpoint, and with one at the end of every episode. By default they are much rarer: every 10
+minutes, and at the end of an episode if the last one is older than 15 seconds and than 100 times
+the time that it took to write. Then, for the demonstration's model and for an RN50: how long the
+training thread waits for one checkpoint, how long its thread writes, and the share of both of the
+wall clock.
 
     python benchmarks/saving.py [--repeats 3] [--out FILE]
 """
@@ -14,21 +15,18 @@ import datetime
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from protoclip.cli import demo
 from protoclip.config import Config, ModelConfig
 from protoclip.data import sources
-from protoclip.data.loader import SkipLog
 from protoclip.models import loading
 from protoclip.progress import Progress
-from protoclip.training import build, run, saver, session, snapshot
-from protoclip.training.state import TrainState
+from protoclip.training import checkpoint, run
+from protoclip.training.checkpoint import CheckpointWriter
 
 MODELS = {"demonstration": None, "RN50": "RN50"}
 
@@ -43,30 +41,29 @@ def config_of(out: Path) -> Config:
 
 
 def training_seconds(*, saving: bool) -> float:
-    """Wall clock of the last two of three episodes, the saving thread's rest included."""
+    """Wall clock of the last two of three episodes, including the rest of the saving thread."""
     ends: list[float] = []
-    due: Callable[..., bool] = saver.Saver.due
-    save = session.Session.save
+    due, save_if_due = CheckpointWriter.due, run.Run.save_if_due
 
-    def at_every_end(self: saver.Saver, step: int, *, episode_end: bool) -> bool:
+    def at_every_end(self: CheckpointWriter, step: int, *, episode_end: bool) -> bool:
         return saving and episode_end
 
-    def and_count(self: session.Session, state: TrainState, grouping: Any) -> bool:
-        stop = save(self, state, grouping)
-        if state.batch == 0:
-            if state.episode == 3:
-                self.saver.finish()
+    def and_count(self: run.Run) -> bool:
+        stop = save_if_due(self)
+        if self.trainer.batch == 0:
+            if self.trainer.episode == 3:
+                self.writer.wait()
             ends.append(time.perf_counter())
         return stop
 
-    saver.Saver.due = at_every_end  # type: ignore[method-assign]
-    session.Session.save = and_count  # type: ignore[method-assign]
+    CheckpointWriter.due = at_every_end  # type: ignore[method-assign]
+    run.Run.save_if_due = and_count  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             run.train(config_of(Path(folder) / "run"))
     finally:
-        saver.Saver.due = due  # type: ignore[method-assign]
-        session.Session.save = save  # type: ignore[method-assign]
+        CheckpointWriter.due = due  # type: ignore[method-assign]
+        run.Run.save_if_due = save_if_due  # type: ignore[method-assign]
     return ends[2] - ends[0]
 
 
@@ -76,39 +73,18 @@ def one_checkpoint(model_name: str | None) -> tuple[float, float, float]:
         config = config_of(Path(folder) / "run")
         if model_name is not None:
             config = replace(config, model=ModelConfig(name=model_name))
-        device = torch.device("cpu")
-        model = loading.to_device(loading.model(config.model, seed=0), device)
-        samples = sources.pairs(config)
-        skips = SkipLog(Path(folder) / "skipped.jsonl", max_share=1.0, at_least=1)
-        beside = session.Session(
-            config,
-            folder=Path(folder),
-            model=model,
-            samples=samples,
-            skips=skips,
-            arithmetic={},
-        )
-        trainer = build.trainer(
-            config,
-            model=model,
-            samples=samples,
-            precision="fp32",
-            log=beside.log,
-            save=beside.save,
-            evaluate=beside.evaluate,
-            on_step=beside.on_step,
-            on_read=skips.add,
-            diverged=Path(folder) / "diverged.json",
-        )
+        model = loading.model(config.model, seed=0)
+        built = run.Run(config, model, sources.pairs(config), folder=Path(folder))
+        built.log = built.open_log(0)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizer.step()  # makes the moments, which a checkpoint holds
-        state = TrainState(step=1)
+        built.trainer.optimizer.step()  # makes the moments, which a checkpoint holds
         began = time.perf_counter()
-        beside.saver.save(1, snapshot.take(trainer, state, None))
+        built.save()
         waited = time.perf_counter() - began
-        beside.saver.finish()
+        built.writer.wait()
         written = time.perf_counter() - began - waited
+        built.log.close()
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 1e6
         return waited, written, size
 
@@ -155,7 +131,7 @@ def main() -> None:
     for name, model_name in MODELS.items():
         found = [one_checkpoint(model_name) for _ in range(3)]
         waited, written, size = (statistics.median(part) for part in zip(*found, strict=True))
-        pause = max(saver.EPISODE_PAUSE, saver.EPISODE_FACTOR * written)
+        pause = max(checkpoint.EPISODE_PAUSE, checkpoint.EPISODE_FACTOR * written)
         shares = [f"{100 * (waited + written) / every:.2f}%" for every in (600, pause)]
         lines.append(
             f"| {name} | {size:.0f} | {1000 * waited:.0f} ms | {1000 * written:.0f} ms "

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,10 +29,8 @@ from protoclip.data import sources
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.progress import Progress
-from protoclip.training import build, defaults, run
+from protoclip.training import optim, run
 from protoclip.training.precision import resolve
-from protoclip.training.state import TrainState
-from protoclip.training.trainer import Grouping
 
 COUNTED = 2
 
@@ -52,38 +49,22 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
     config = config_of(arm)
     ends: list[float] = []
     profiler = profile(activities=[ProfilerActivity.CPU]) if profiled else None
-
-    def save(state: TrainState, grouping: Grouping | None) -> bool:
-        if state.batch == 0:
-            ends.append(time.perf_counter())
-            if profiler is not None and state.episode == 1:
-                profiler.start()
-            if profiler is not None and state.episode == 2:
-                profiler.stop()
-                return True
-        return False
-
-    def log(state: TrainState, metrics: Mapping[str, float]) -> None:
-        pass
-
     torch.set_flush_denormal(True)
     device = torch.device("cpu")
-    with collectives.process_group(device):
-        model = loading.to_device(loading.model(config.model, seed=0), device)
+    with collectives.process_group(device), tempfile.TemporaryDirectory() as folder:
+        model = loading.place(loading.model(config.model, seed=0), device)
         loading.parallelise(config, model)
-        trainer = build.trainer(
-            config,
-            model=model,
-            samples=sources.pairs(config),
-            precision=resolve(config.run.precision, device),
-            log=log,
-            save=save,
-            evaluate=lambda state: {},
-            on_step=lambda state, stage: None,
-            on_read=lambda read, bad: None,
-            diverged=Path(os.devnull),
-        )
-        trainer.fit(TrainState())
+        built = run.Run(config, model, sources.pairs(config), folder=Path(folder))
+        for index in range(2 if profiled else config.episodes.count):
+            if profiler is not None and index == 1:
+                profiler.start()
+            built.trainer.start_episode(built.episode(index))
+            for batch in built.loader.batches(built.episode(index)):
+                built.trainer.train_step(batch, detailed=False)
+            built.trainer.end_episode()
+            ends.append(time.perf_counter())
+        if profiler is not None:
+            profiler.stop()
         first = collectives.rank() == 0
     if first:
         seconds = [end - start for start, end in pairwise(ends)]
@@ -143,7 +124,7 @@ def main() -> None:
                 seconds.setdefault((arm, way), []).extend(launched(arm, processes, cores))
                 done += 1
                 progress.update(done, f"{arm}, {way}")
-    config, _ = defaults.resolved(config_of(arms[0]))
+    config, _ = optim.resolved(config_of(arms[0]))
     facts = run.environment(torch.device("cpu"))
     lines = [
         "# Scaling: more processes at equal batch",

@@ -12,11 +12,11 @@ GPUs. Without `--case`, `demo` and `vit` on a CPU, all of them on a GPU.
 
 import argparse
 import datetime
-import os
 import statistics
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,10 +34,10 @@ from protoclip.losses.objective import objective
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.progress import Progress
-from protoclip.training import build, run
+from protoclip.prototypes.features import QueuedFeatures
+from protoclip.training import run
 from protoclip.training.precision import resolve
-from protoclip.training.state import TrainState
-from protoclip.training.trainer import Grouping, Trainer
+from protoclip.training.trainer import Trainer
 
 COUNTED = 2
 PARTS = ("extract", "cluster", "back_translate", "data", "loss")
@@ -85,8 +85,8 @@ def arms(case: str) -> dict[str, Config]:
     }
 
 
-def synthetic(trainer: Trainer, config: Config, device: torch.device) -> Trainer:
-    """The same training on pictures that are made on the device, without a loader."""
+def synthetic(config: Config, device: torch.device) -> Callable[..., Iterator[Batch]]:
+    """Batches of images that are made on the device, without a loader."""
     size = config.episodes.batch_size
 
     def batches(episode: Episode, start: int = 0) -> Iterator[Batch]:
@@ -96,11 +96,11 @@ def synthetic(trainer: Trainer, config: Config, device: torch.device) -> Trainer
         text[:, -1] = 49_407
         for first in range(0, len(episode.rows), size):
             position = torch.arange(first, first + size, device=device)
-            # The same pictures each time, but pairs that have not been seen yet.
+            # The same images each time, but pairs that are new.
             names = [str(place) for place in range(first, first + size)]
             yield Batch(position=position, sample_id=names, image=image, text=text)
 
-    return replace(trainer, batches=batches, source=replace(trainer.source, batches=batches))
+    return batches
 
 
 def episode_seconds(
@@ -111,54 +111,46 @@ def episode_seconds(
         config, episodes=replace(config.episodes, count=1 + COUNTED, warm_up=1, locked_image=0)
     )
     device = collectives.device(config.run.device)
+    model = loading.place(loading.model(config.model, seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
-    ends: list[float] = []
-
-    def log(state: TrainState, metrics: Mapping[str, float]) -> None:
-        if state.step > config.episodes.size // config.episodes.batch_size:
-            for name in ("extract", "cluster", "back_translate", "data"):
-                if f"train/seconds/{name}" in metrics:
-                    parts[name].append(metrics[f"train/seconds/{name}"])
-
-    def save(state: TrainState, grouping: Grouping | None) -> bool:
-        if state.batch == 0:
+    with tempfile.TemporaryDirectory() as folder:
+        built = run.Run(config, model, samples, folder=Path(folder))
+        trainer, batches = built.trainer, built.loader.batches
+        if case == "rn50":
+            batches = synthetic(config, device)
+            source = trainer.source
+            if isinstance(source, QueuedFeatures):
+                source = replace(source, fallback=replace(source.fallback, batches=batches))
+            else:
+                source = replace(source, batches=batches)
+            trainer.source = source
+        ends = [0.0]
+        for index in range(1 + COUNTED):
+            episode = built.episode(index)
+            metrics = trainer.start_episode(episode)
+            for batch in batches(episode):
+                logged = (trainer.step + 1) % config.run.log_every == 0
+                trainer.train_step(batch, detailed=logged)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            ends.append(state.seconds)
-        return False
-
-    trainer = build.trainer(
-        config,
-        model=loading.to_device(loading.model(config.model, seed=0), device),
-        samples=samples,
-        precision=resolve(config.run.precision, device),
-        log=log,
-        save=save,
-        evaluate=lambda state: {},
-        on_step=lambda state, stage: None,
-        on_read=lambda read, bad: None,
-        diverged=Path(os.devnull),
-    )
-    if case == "rn50":
-        trainer = synthetic(trainer, config, device)
-    state = trainer.fit(TrainState())
-    parts["episode"] = [end - start for start, end in pairwise(ends)]
-    parts["loss"] = [loss_seconds(trainer, config, state, device)]
+            metrics |= trainer.end_episode()
+            ends.append(trainer.seconds)
+            for name in ("extract", "cluster", "back_translate", "data"):
+                if index and f"train/seconds/{name}" in metrics:
+                    parts[name].append(metrics[f"train/seconds/{name}"])
+        parts["episode"] = [end - start for start, end in pairwise(ends[1:])]
+        parts["loss"] = [loss_seconds(trainer, config, built.episode(COUNTED), device)]
     return parts
 
 
-def loss_seconds(
-    trainer: Trainer, config: Config, state: TrainState, device: torch.device
-) -> float:
+def loss_seconds(trainer: Trainer, config: Config, episode: Episode, device: torch.device) -> float:
     """Seconds that an episode's losses take, forward and backward, down to the embeddings."""
     size, width = config.episodes.batch_size, 256
     targets, assignments = None, {}
     if config.uses_prototypes:
-        grouping = trainer.group(trainer.episode(state.episode), state)
-        targets = grouping.targets
-        assignments = {
-            space: found.assignments[:size] for space, found in grouping.prototypes.items()
-        }
+        trainer.start_episode(episode)
+        targets = trainer.targets
+        assignments = {space: found.assignments[:size] for space, found in trainer.clusters.items()}
         width = next(iter(targets.values())).lookup.shape[1]
     rows = [
         torch.nn.functional.normalize(torch.randn(size, width, device=device), dim=1)

@@ -43,7 +43,7 @@ from protoclip.models import loading
 from protoclip.models.loading import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
-from protoclip.training.session import Session
+from protoclip.training.trainer import Trainer
 
 FEATURES = {
     "source": ("csv", "parquet", "folder", "shards", "stream", "emoji"),
@@ -266,7 +266,7 @@ def trained(config: Config, stop_after: int | None = None, first: Config | None 
         if stop_after is not None:
             assert first is not None
             with patch.context() as stopping:
-                stopping.setattr(Session, "on_step", signalling(stop_after))
+                stopping.setattr(Trainer, "train_step", signalling(stop_after))
                 assert train(first)["steps"] == stop_after
         train(config, resume="auto" if stop_after is not None else "never")
     folder = Path(str(config.run.out))
@@ -285,12 +285,13 @@ def few_emoji() -> datasets.EvaluationData:
 
 
 def signalling(step: int) -> Any:
-    on_step = Session.on_step
+    train_step = Trainer.train_step
 
-    def and_signal(session: Session, state: Any, stage: Any) -> None:
-        on_step(session, state, stage)
-        if state.step == step and collectives.rank() == collectives.world_size() - 1:
+    def and_signal(trainer: Trainer, batch: Any, **more: Any) -> dict[str, float]:
+        metrics = train_step(trainer, batch, **more)
+        if trainer.step == step and collectives.rank() == collectives.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
 
     return and_signal
 

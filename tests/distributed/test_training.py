@@ -1,8 +1,9 @@
-"""W processes train what one process trains: gradients of every loss, and weights of short runs."""
+"""Several ranks train what one process trains: gradients of every loss, weights of short runs."""
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,14 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, no_sync, reach_everything
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.objective import LossWeights, objective
-from protoclip.losses.prototypical import Target, make_targets
+from protoclip.losses.prototypical import prepare_targets
 from protoclip.models import batch_norm, loading
 from protoclip.models.loading import find_checkpoint, read_tensors
-from protoclip.prototypes.kmeans import KMeans
+from protoclip.prototypes.targets import PrototypeTarget
 from protoclip.testing import run_distributed, tiny_config, tiny_model
 from protoclip.training.run import train
-from protoclip.training.session import Session
 from protoclip.training.stages import PROTOTYPICAL, enter_stage
+from protoclip.training.trainer import Trainer
 
 PAIRS, PROTOTYPES, WIDTH = 16, 6, 8
 
@@ -36,7 +37,7 @@ def whole_batch() -> dict[str, Tensor]:
         "text": torch.randint(1, 400, (PAIRS, 8), generator=generator),
         "image_assignments": torch.randint(0, PROTOTYPES, (PAIRS,), generator=generator),
         "text_assignments": torch.randint(0, PROTOTYPES, (PAIRS,), generator=generator),
-        # A teacher that knows half of the samples, of which one process may have none.
+        # A teacher that knows half of the samples, maybe none of one rank.
         "teacher_assignments": torch.cat(
             [
                 torch.full((PAIRS // 2,), -1),
@@ -47,7 +48,7 @@ def whole_batch() -> dict[str, Tensor]:
 
 
 def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a batch whose rows are shared among the processes of the group."""
+    """Loss and gradients of a batch whose rows the ranks share."""
     model = loading.model(tiny_model(), seed=0).double()
     batch_norm.synchronise(model)
     enter_stage(model, PROTOTYPICAL)
@@ -55,42 +56,31 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
     own = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
     batch = {name: rows[own] for name, rows in whole_batch().items()}
     generator = torch.Generator().manual_seed(5)
-    targets: dict[tuple[str, str], Target] = {}
+    targets = {}
     for name in terms:
         if name != "info_nce":
-            student, teacher = name.split("_from_")
-            found = KMeans(
-                centroids=torch.randn(PROTOTYPES, WIDTH, generator=generator).double(),
-                assignments=torch.arange(PROTOTYPES),
-                inertia=0.0,
-                history=(),
+            targets[name] = PrototypeTarget(
+                student_centroids=torch.randn(PROTOTYPES, WIDTH, generator=generator).double(),
+                teacher_centroids=torch.randn(PROTOTYPES, WIDTH, generator=generator).double(),
+                assignments=torch.zeros(PAIRS, dtype=torch.long),
             )
-            own = torch.randn(PROTOTYPES, WIDTH, generator=generator).double()
-            # A cluster that is empty for the student: rows assigned to it have no part in the mean.
-            own[2] = 0
-            made = make_targets(
-                {teacher: found},
-                image_projections=own,
-                text_projections=own,
-                target_temperatures={"image": 0.1, "text": 0.1, "teacher": 0.0},
-            )
-            targets[student, teacher] = made[student, teacher]
+            # An empty cluster: the mean leaves out the rows that are assigned to it.
+            targets[name].student_centroids[2] = 0
+    prepared = prepare_targets(
+        targets, target_temperatures={"image": 0.1, "text": 0.1, "teacher": 0.0}
+    )
     module = distribute(model)
+    size = micro_batch or PAIRS
+    parts = zip(batch["image"].split(size), batch["text"].split(size), strict=True)
+    chunks = [partial(module, image, text) for image, text in parts]
     if micro_batch is None:
-        embeddings, finish = module(batch["image"], batch["text"]), lambda: None
+        embeddings, finish = chunks[0](), lambda: None
     else:
-        chunks = [
-            partial(module, image, text)
-            for image, text in zip(
-                batch["image"].split(micro_batch), batch["text"].split(micro_batch), strict=True
-            )
-        ]
-        embeddings, finish = forward_in_chunks(
-            chunks, buffers=model.buffers(), no_sync=no_sync(module)
-        )
+        buffers, without_sync = model.buffers(), no_sync(module)
+        embeddings, finish = forward_in_chunks(chunks, buffers=buffers, no_sync=without_sync)
     losses, _ = objective(
         embeddings,
-        targets or None,
+        prepared or None,
         {space: batch[f"{space}_assignments"] for space in ("image", "text", "teacher")},
         weights=LossWeights(info_nce=float("info_nce" in terms), teachers={"teacher": 2.0}),
     )
@@ -106,64 +96,52 @@ TERMS = {
     "InfoNCE": ("info_nce",),
     "prototypical": ("image_from_text", "text_from_image"),
     "teacher": ("image_from_teacher", "text_from_teacher"),
-    "all": (
-        "info_nce",
-        "image_from_text",
-        "text_from_image",
-        "image_from_teacher",
-        "text_from_teacher",
-    ),
 }
+TERMS["all"] = sum(TERMS.values(), start=())
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", list(TERMS))
-def test_gradients_are_those_of_one_process(name: str, world_size: int) -> None:
-    """In float64: the loss to 1e-10 and every gradient to 1e-9 of the largest, on every process."""
+@pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in TERMS), ("all", 4)])
+def test_gradients_equal_those_of_one_process(name: str, world_size: int) -> None:
+    """In float64 on every rank: the loss to 1e-10, every gradient to 1e-9 of the largest."""
     loss, expected = run_distributed(gradients, 1, TERMS[name], None)[0]
     for rank_loss, found in run_distributed(gradients, world_size, TERMS[name], None):
         assert rank_loss == pytest.approx(loss, rel=1e-10)
-        assert found.keys() == expected.keys()
-        for parameter, value in expected.items():
-            assert_near(found[parameter], value, parameter, 1e-9)
+        assert_near(found, expected)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_accumulated_gradients_are_the_same_in_any_number_of_processes(world_size: int) -> None:
-    """Micro-batches of four pairs in each process: gradients of whole-batch InfoNCE (GradCache).
+def test_accumulated_gradients_equal_those_of_one_process(world_size: int) -> None:
+    """Micro-batches of four pairs give the gradients of whole-batch InfoNCE (GradCache).
 
-    BatchNorm sees the same pairs together only where micro-batches are the same, so it is made to
-    use its running statistics here.
+    Here BatchNorm uses its running statistics, since micro-batches change what it sees together.
     """
     _, expected = run_distributed(frozen_statistics, 1, None)[0]
     for _, found in run_distributed(frozen_statistics, world_size, 4):
-        for parameter, value in expected.items():
-            assert_near(found[parameter], value, parameter, 1e-9)
+        assert_near(found, expected)
 
 
 def frozen_statistics(micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
-    forward = batch_norm.SyncBatchNorm.forward
     plain = torch.nn.functional.batch_norm
 
     def evaluated(self: Any, rows: Tensor) -> Tensor:
         return plain(rows, self.running_mean, self.running_var, self.weight, self.bias)
 
-    batch_norm.SyncBatchNorm.forward = evaluated  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_norm.SyncBatchNorm, "forward", evaluated)
         return gradients(TERMS["all"], micro_batch)
-    finally:
-        batch_norm.SyncBatchNorm.forward = forward  # type: ignore[method-assign]
 
 
-def assert_near(found: Tensor, expected: Tensor, name: str, share: float) -> None:
-    """Equal but for a share of the largest absolute value."""
-    error = float((found - expected).abs().max())
-    # Where the true gradient is zero, as of a bias before BatchNorm, only rounding is left.
-    assert error <= share * float(expected.abs().max()) + 1e-12, f"{name}: off by {error:.2e}"
+def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal up to 1e-9 of the largest absolute value of each tensor."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = float((found[name] - value).abs().max())
+        # If the true gradient is zero, as for a bias before BatchNorm, only rounding is left.
+        assert error <= 1e-9 * float(value.abs().max()) + 1e-12, f"{name}: off by {error:.2e}"
 
 
 def trained(config: Config, out: str) -> dict[str, Tensor]:
-    """Weights at the end of a run by the processes of the group, all of which return the same."""
+    """Weights at the end of a run by all ranks; each returns the same."""
     train(replace(config, run=replace(config.run, out=out, evaluate=False, name="many")))
     return read_tensors(find_checkpoint(out) / "model.safetensors")
 
@@ -181,26 +159,33 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize(
+    ("way", "world_size"), [*((way, 2) for way in WAYS), ("teacher", 4), ("FSDP2", 4)]
+)
 def test_a_short_run_ends_with_the_weights_of_one_process(
     way: str, world_size: int, tmp_path: Path
 ) -> None:
-    """Warm-up, prototypical and locked-image steps: the way that all weights went, to 1e-4.
+    """After warm-up, prototypical and locked-image steps, up to 1e-4 of the way all weights went.
 
-    Rounding may put a value on the other side of a ReLU, which moves a bias by more than its last
-    digits; and AdamW divides by the gradient's size, so a large epsilon keeps rounding small.
+    Rounding may move a value across a ReLU, which moves a bias by more than its last digits. AdamW
+    divides by the gradient's size, so a large epsilon keeps rounding small.
     """
-    whole = changed(tiny_config(out=str(tmp_path / "one")), WAYS[way])
-    start = loading.model(whole.model, seed=whole.run.seed).state_dict()
-    expected = run_distributed(trained, 1, whole, str(tmp_path / "one"))[0]
-    found = run_distributed(trained, world_size, whole, str(tmp_path / "many"))
-    for weights in found:
-        assert difference(weights, expected) < 1e-4 * difference(expected, start)
+    config = changed(tiny_config(out="unused"), WAYS[way])
+    expected = run_distributed(trained, 1, config, str(tmp_path / "one"))[0]
+    for weights in run_distributed(trained, world_size, config, str(tmp_path / "many")):
+        assert_same_way(weights, expected, config)
+
+
+def assert_same_way(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Config
+) -> None:
+    """Equal up to 1e-4 of the way from the start."""
+    start = loading.model(config.model, seed=config.run.seed).state_dict()
+    assert difference(weights, expected) < 1e-4 * difference(expected, start)
 
 
 def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Distance between two sets of parameters, taken as one vector."""
+    """Distance between two sets of parameters, each seen as one vector."""
     return float(
         torch.stack(
             [
@@ -229,20 +214,32 @@ def changed(config: Config, sections: dict[str, dict[str, Any]]) -> Config:
     return config
 
 
-def interrupted(config: Config, out: str, step: int) -> None:
-    """The run up to a step, at which one of its processes is told to stop."""
-    on_step = Session.on_step
+@contextmanager
+def patched(method: str, work: Callable[[Trainer], object]) -> Iterator[None]:
+    """Call a function with the trainer after each call of one of its methods."""
+    original = getattr(Trainer, method)
 
-    def and_signal(session: Session, state: Any, stage: Any) -> None:
-        on_step(session, state, stage)
-        if state.step == step and collectives.rank() == collectives.world_size() - 1:
+    def and_work(trainer: Trainer, *given: Any, **more: Any) -> Any:
+        result = original(trainer, *given, **more)
+        work(trainer)
+        return result
+
+    setattr(Trainer, method, and_work)
+    try:
+        yield
+    finally:
+        setattr(Trainer, method, original)
+
+
+def interrupted(config: Config, out: str, step: int) -> None:
+    """The run up to a step, at which a signal tells the last rank to stop."""
+
+    def signal_last(trainer: Trainer) -> None:
+        if trainer.step == step and collectives.rank() == collectives.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Session.on_step = and_signal  # type: ignore[method-assign]
-    try:
+    with patched("train_step", signal_last):
         results = train(replace(config, run=replace(config.run, out=out)))
-    finally:
-        Session.on_step = on_step  # type: ignore[method-assign]
     assert results["stopped"] == "SIGTERM"
     assert results["steps"] == step
 
@@ -254,37 +251,27 @@ def resumed(config: Config, out: str) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["queue", "FSDP2"])
-def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(way: str, tmp_path: Path) -> None:
-    """One process is told, both stop after the same step, within an episode with prototypes."""
-    config = changed(tiny_config(out=str(tmp_path)), WAYS[way])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_a_stopped_run_of_two_ranks_goes_on(way: str, after: int, tmp_path: Path) -> None:
+    """One rank gets the signal; both stop after the same step, within a prototypical episode. With
+    two ranks again the run ends as if it had not stopped, bit for bit. With another number batches,
+    prototypes, queue and schedule go on exactly, and weights differ by rounding."""
+    config = changed(tiny_config(out="unused"), WAYS[way])
     config = replace(config, run=replace(config.run, evaluate=False, name="many"))
-    expected = run_distributed(trained, 2, config, str(tmp_path / "whole"))[0]
-    run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
-    for weights in run_distributed(resumed, 2, config, str(tmp_path / "parts")):
-        assert all(torch.equal(weights[name], value) for name, value in expected.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["queue", "FSDP2"])
-@pytest.mark.parametrize("after", [1, 4])
-def test_a_run_of_two_processes_goes_on_with_another_number(
-    way: str, after: int, tmp_path: Path
-) -> None:
-    """Batches, prototypes, queue and schedule go on exactly; weights end as in one process to
-    1e-4 of the way they went, which is what rounding makes of it."""
-    config = changed(tiny_config(out=str(tmp_path)), WAYS[way])
-    config = replace(config, run=replace(config.run, evaluate=False, name="many"))
-    start = loading.model(config.model, seed=config.run.seed).state_dict()
-    expected = run_distributed(trained, 1, config, str(tmp_path / "whole"))[0]
+    whole = 2 if after == 2 else 1
+    expected = run_distributed(trained, whole, config, str(tmp_path / "whole"))[0]
     run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
     for weights in run_distributed(resumed, after, config, str(tmp_path / "parts")):
-        assert difference(weights, expected) < 1e-4 * difference(expected, start)
+        if after == 2:
+            assert all(torch.equal(weights[name], value) for name, value in expected.items())
+        else:
+            assert_same_way(weights, expected, config)
 
 
 def built(
     config: Config,
 ) -> tuple[int, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Whole models made, and of the sharded one: weights, buffers, and this process's shards."""
+    """Whole models made; weights, buffers and this rank's shards of the sharded model."""
     made, model = [], loading.model
 
     def and_count(*given: Any, **more: Any) -> Any:
@@ -293,7 +280,7 @@ def built(
 
     loading.model = and_count
     try:
-        torch.manual_seed(collectives.rank())  # the state of a process has no say
+        torch.manual_seed(collectives.rank())  # the state of a rank must not matter
         sharded, _ = loading.training_model(config, torch.device("cpu"))
     finally:
         loading.model = model
@@ -301,8 +288,9 @@ def built(
     return len(made), parallel.weights(sharded), dict(sharded.named_buffers()), shards
 
 
-def test_fsdp_builds_the_model_of_one_process_in_the_first_process_alone() -> None:
-    """Bit for bit, with buffers that no state dict has; each process has half of every layer."""
+def test_fsdp_builds_the_whole_model_on_rank_0_only() -> None:
+    """It is that of one process bit for bit, with buffers that no state dict has. Each rank has
+    half of every layer."""
     image = ImageTowerConfig(name="vit_tiny_patch16_224", size=32)
     config = replace(
         tiny_config(out="unused"),
@@ -325,24 +313,19 @@ def test_fsdp_builds_the_model_of_one_process_in_the_first_process_alone() -> No
 
 
 def statistics_kept(config: Config, out: str) -> dict[str, Tensor]:
-    """BatchNorm statistics that a process ends an episode with."""
+    """BatchNorm statistics that a rank ends an episode with."""
     kept: dict[str, Tensor] = {}
-    evaluate = Session.evaluate
 
-    def and_keep(session: Session, state: Any) -> Mapping[str, float]:
-        kept.update({name: value.clone() for name, value in session.model.named_buffers()})
-        return evaluate(session, state)
+    def keep(trainer: Trainer) -> None:
+        kept.update({name: value.clone() for name, value in trainer.model.named_buffers()})
 
-    Session.evaluate = and_keep  # type: ignore[method-assign]
-    try:
+    with patched("end_episode", keep):
         train(replace(config, run=replace(config.run, out=out)))
-    finally:
-        Session.evaluate = evaluate  # type: ignore[method-assign]
     return kept
 
 
-def test_processes_that_normalise_apart_evaluate_one_model(tmp_path: Path) -> None:
-    """Without SyncBatchNorm in the towers, the first process's statistics are everyone's."""
+def test_ranks_evaluate_one_model_without_sync_batch_norm(tmp_path: Path) -> None:
+    """All ranks end an episode with the BatchNorm statistics of rank 0."""
     config = changed(tiny_config(out=str(tmp_path)), {"parallel": {"sync_batch_norm": False}})
     config = replace(
         config,

@@ -1,12 +1,14 @@
 """Runs small enough for tests."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from interrupting import WAYS, config_for
+from interrupting import WAYS, config_for, stop_after, with_out
 
+from protoclip.config import Config
 from protoclip.data import pack
 from protoclip.data.emoji import emoji_table
 from protoclip.data.pairs import ImageTextPairs
@@ -58,7 +60,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def whole(
     tiny_parquet: str, shards: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """Runs that were not interrupted, made when first asked for."""
+    """Runs that were not interrupted, by their key in `WAYS`; each is made when first asked for."""
     made: dict[str, Path] = {}
 
     def get(way: str) -> Path:
@@ -70,3 +72,22 @@ def whole(
         return made[way]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def run_stopped_at_6(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run with prototypes from the queue, with checkpoints after each of its six steps."""
+    saved = {"save_steps": 1, "keep_checkpoints": 9}
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    config = config_for(tiny_parquet, folder, run=saved, **WAYS["queue"])
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(6, patch)
+        run.train(config)
+    return config
+
+
+@pytest.fixture
+def stopped(run_stopped_at_6: Config, tmp_path: Path) -> Config:
+    """A copy of that run, in a folder of its own."""
+    copy = shutil.copytree(str(run_stopped_at_6.run.out), tmp_path / "run")
+    return with_out(run_stopped_at_6, str(copy))

@@ -1,8 +1,12 @@
-"""Runs that are interrupted, for the tests that go on with them."""
+"""Interrupted runs, for the tests that go on with them."""
 
 import json
 import os
+import random
+import shutil
 import signal
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from protoclip.config import Config
+from protoclip.data.loader import Batch
 from protoclip.models.loading import find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run
+from protoclip.training.trainer import Trainer
 
 WAYS: dict[str, dict[str, Any]] = {
     "extract": {"prototypes": {"source": "extract"}},
@@ -34,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def config_for(train: str, out: Path, **changes: Any) -> Config:
-    """A run of four episodes of four steps, in any of the ways that are to be exact."""
+    """A run of four episodes of four steps."""
     config = tiny_config(train, out=str(out))
     run_ = replace(config.run, save_minutes=0.0, **changes.pop("run", {}))
     config = replace(config, run=run_)
@@ -44,7 +50,7 @@ def config_for(train: str, out: Path, **changes: Any) -> Config:
 
 
 def end_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """Weights, moments, queue and prototypes at the end, and the metrics but for times."""
+    """All tensors of the last checkpoint, and the metrics without times."""
     last = find_checkpoint(folder)
     assert last.name == "step-000000016"
     tensors = {
@@ -68,25 +74,60 @@ def assert_equal_ends(ours: Path, theirs: Path) -> None:
     assert metrics == expected_metrics
 
 
+def after_step(step: int, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call a function when the run has made this many steps."""
+    train_step = Trainer.train_step
+
+    def and_work(trainer: Trainer, batch: Batch, **more: Any) -> dict[str, float]:
+        metrics = train_step(trainer, batch, **more)
+        if trainer.step == step:
+            work()
+        return metrics
+
+    monkeypatch.setattr(Trainer, "train_step", and_work)
+
+
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, by: str = "SIGTERM") -> None:
-    """Send the signal to this process when the run has made so many steps."""
-    on_step = run.Session.on_step
-
-    def and_signal(session: run.Session, state: Any, stage: Any) -> None:
-        on_step(session, state, stage)
-        if state.step == step:
-            os.kill(os.getpid(), getattr(signal, by))
-
-    monkeypatch.setattr(run.Session, "on_step", and_signal)
+    """Send a signal to this process when the run has made this many steps."""
+    after_step(step, lambda: os.kill(os.getpid(), getattr(signal, by)), monkeypatch)
 
 
-def stopped_run(
-    train: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, step: int = 6, keep: int = 9
-) -> Config:
-    """A run in the way "queue", with checkpoints after every step up to that one."""
-    saved = {"save_steps": 1, "keep_checkpoints": keep}
-    config = config_for(train, folder, run=saved, **WAYS["queue"])
-    with monkeypatch.context() as patch:
-        stop_after(step, patch)
-        run.train(config)
-    return config
+def kill_at_random(config: Config, kills: int, generator: random.Random) -> None:
+    """Train in processes that SIGKILL ends at random moments, each going on with the last one."""
+    started = time.monotonic()
+    assert in_a_child(with_out(config, f"{config.run.out}-timed"), 120.0), "slower than expected"
+    length = time.monotonic() - started
+    while kills:
+        # One that ended sooner than it could be killed starts again.
+        if in_a_child(config, generator.uniform(0.05, length)):
+            shutil.rmtree(str(config.run.out))
+        else:
+            kills -= 1
+
+
+def in_a_child(config: Config, seconds: float) -> bool:
+    """Train in a forked process and kill it after a time; returns whether it ended by then."""
+    child = os.fork()
+    if child == 0:
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            run.train(config, resume="auto")
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return True
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def with_out(config: Config, out: str) -> Config:
+    return replace(config, run=replace(config.run, out=out))

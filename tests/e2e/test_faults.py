@@ -1,20 +1,23 @@
-"""What may go wrong around a run: disks, files, other processes, numbers that are not finite."""
+"""What may go wrong around a run: disks, files, other processes, losses that are not finite."""
 
 import json
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
-from interrupting import WAYS, assert_equal_ends, config_for, stop_after, stopped_run
+from interrupting import WAYS, after_step, assert_equal_ends, config_for, stop_after
 
-from protoclip.models.loading import checkpoints
-from protoclip.training import checkpoint, run, saver
+from protoclip import cli
+from protoclip.config import Config
+from protoclip.models.loading import checkpoints, damage, read_tensors
+from protoclip.testing import tiny_config
+from protoclip.training import checkpoint, run
+from protoclip.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -22,77 +25,102 @@ from protoclip.training import checkpoint, run, saver
     [("model.safetensors", "cut"), ("optimizer.safetensors", "changed"), ("state.json", "gone")],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    name: str,
-    how: str,
-    whole: Callable[[str], Path],
-    tiny_parquet: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, how: str, stopped: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one before it is used, and the end is the same."""
-    config = stopped_run(tiny_parquet, tmp_path / "run", monkeypatch)
-    newest = checkpoints(tmp_path / "run")[-1] / name
+    """The run goes on from the one before."""
+    newest = checkpoints(Path(str(stopped.run.out)))[-1] / name
     data = newest.read_bytes()
     if how == "gone":
         newest.unlink()
     else:
         newest.write_bytes(data[:-10] if how == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
-    capsys.readouterr()
-    run.train(config, resume="auto")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(6, patch)
+        run.train(stopped, resume="auto")
     shown = capsys.readouterr().err
     assert "passed over" in shown
     assert f"step-000000006 ({name}" in shown
     assert "step-000000005, step 5" in shown
-    assert_equal_ends(tmp_path / "run", whole("queue"))
+    assert damage(newest.parent) is None
 
 
 def rewrite(checkpoint_folder: Path, name: str, data: bytes) -> None:
-    """Change a file of a checkpoint, and its checksum so that it fits."""
+    """Change a file of a checkpoint, and its checksum with it."""
     (checkpoint_folder / name).write_bytes(data)
     path = checkpoint_folder / "checksums.json"
     sums = json.loads(path.read_text())
     path.write_text(json.dumps(sums | {name: checkpoint.checksum(data)}))
 
 
-def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One line names them all and says what to do; a file of states that is none is named too."""
-    folder = tmp_path / "run"
-    config = stopped_run(tiny_parquet, folder, monkeypatch, step=2)
+def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped: Config) -> None:
+    """One line says why: written by another version, with other arithmetic, or damaged."""
+    folder = Path(str(stopped.run.out))
     last = checkpoints(folder)[-1]
     facts = json.loads((last / "state.json").read_text())
-    for state in ({}, {"format": facts["format"]}, {**facts, "format": 1}):
+    version = r"step-000000006/state\.json: not .* version"
+    other = {"run.device": "cpu", "run.precision": "bf16"}
+    for state, message in (
+        ({}, version),
+        ({"format": facts["format"]}, version),
+        ({**facts, "format": 2}, version),
+        ({**facts, "arithmetic": other}, r"run\.precision: .* with bf16, and here .* fp32"),
+    ):
         rewrite(last, "state.json", json.dumps(state).encode())
-        with pytest.raises(ValueError, match=r"step-000000002/state\.json: not .* version"):
-            run.train(config, resume="auto")
+        with pytest.raises(ValueError, match=message):
+            run.train(stopped, resume="auto")
     for found in checkpoints(folder):
         (found / "resume.safetensors").unlink()
     with pytest.raises(ValueError, match="every checkpoint of the run is damaged") as raised:
-        run.train(config, resume="auto")
-    for words in ("step-000000001", "step-000000002", "resume.safetensors", "--run.out"):
+        run.train(stopped, resume="auto")
+    for words in ("step-000000001", "step-000000006", "resume.safetensors", "--run.out"):
         assert words in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert len(checkpoints(folder)) == 2
+    assert len(checkpoints(folder)) == 6
+
+
+def test_a_second_process_in_a_run_folder_is_refused(stopped: Config) -> None:
+    """Another open file holds the lock, as another process would."""
+    with (
+        FileLock(Path(str(stopped.run.out)) / ".lock"),
+        pytest.raises(ValueError, match="another process is running in this folder"),
+    ):
+        run.train(stopped, resume="auto")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "resume.safetensors", "state.json"])
+def test_a_pickle_in_a_checkpoint_never_runs(
+    name: str, stopped: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused as damaged, even with a checksum that fits."""
+    monkeypatch.chdir(tmp_path)
+    newest = checkpoints(Path(str(stopped.run.out)))[-1]
+    rewrite(newest, name, pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="damaged"):
+        run.train(stopped, resume="auto")
+    assert not (tmp_path / "exploded").exists()
 
 
 def fill_disk(steps: range, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let no checkpoint of these steps be written; returns the attempts, a list that grows."""
+    """Let no checkpoint of these steps be written; returns a list that gets every attempt."""
     write, attempts = checkpoint.write_checkpoint, []
-
-    def full(folder: Path, *contents: Any) -> None:
-        attempts.append(folder.name)
-        with monkeypatch.context() as patch:
-            if int(folder.name[-9:]) in steps:
-                patch.setattr(os, "fsync", no_space)
-            write(folder, *contents)
 
     def no_space(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saver, "write_checkpoint", full)
-    monkeypatch.setattr(saver, "LAST_RETRIES", (0.0, 0.0))
+    def full(folder: Path, *given: Any) -> None:
+        attempts.append(folder.name)
+        with monkeypatch.context() as patch:
+            if int(folder.name[-9:]) in steps:
+                patch.setattr(os, "fsync", no_space)
+            write(folder, *given)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoint, "LAST_RETRIES", (0.0, 0.0))
     return attempts
 
 
@@ -102,16 +130,17 @@ def test_a_full_disk_does_not_stop_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The error is shown, earlier checkpoints are whole, and a later one is written."""
+    """There is a warning, earlier checkpoints are whole, and a later one is written."""
     attempts = fill_disk(range(3, 4), monkeypatch)
-    run.train(config_for(tiny_parquet, tmp_path / "run", run={"save_steps": 1}))
+    episodes = {"count": 1, "locked_image": 0}
+    run.train(config_for(tiny_parquet, tmp_path / "run", run={"save_steps": 1}, episodes=episodes))
     assert attempts.count("step-000000003") == 1
     shown = capsys.readouterr().err
     assert "step-000000003: not saved" in shown
     assert "No space left" in shown
-    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert sorted(names) == ["step-000000015", "step-000000016"]
-    assert all(checkpoint.damage(found) is None for found in checkpoints(tmp_path / "run"))
+    found = checkpoints(tmp_path / "run")
+    assert [path.name for path in found] == ["step-000000002", "step-000000004"]
+    assert all(damage(path) is None for path in found)
 
 
 def test_a_run_whose_end_cannot_be_saved_fails_and_goes_on(
@@ -121,7 +150,7 @@ def test_a_run_whose_end_cannot_be_saved_fails_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """At its end and where a signal stops it; with room made, the end is that of any run."""
+    """Both at the end and when a signal stops it. With room again it ends like any run."""
     folder = tmp_path / "run"
     config = config_for(tiny_parquet, folder, run={"save_steps": 4}, **WAYS["queue"])
     with monkeypatch.context() as patch:
@@ -134,70 +163,65 @@ def test_a_run_whose_end_cannot_be_saved_fails_and_goes_on(
         fill_disk(range(16, 17), patch)
         with pytest.raises(OSError, match=r"goes on from .*step-000000012") as raised:
             run.train(config, resume="auto")
-        assert "MB are needed" in str(raised.value)
+        assert "MB are free" in str(raised.value)
     assert not (folder / "results.json").exists()
     assert "step-000000004, step 4" in capsys.readouterr().err
     assert run.train(config, resume="auto")["steps"] == 16
     assert_equal_ends(folder, whole("queue"))
 
 
-def test_a_second_process_on_a_running_folder_is_refused(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The lock is held by another open file, as another process would hold it."""
-    config = stopped_run(tiny_parquet, tmp_path / "run", monkeypatch)
-    with (
-        FileLock(tmp_path / "run" / ".lock"),
-        pytest.raises(ValueError, match="another process is running in this folder"),
-    ):
-        run.train(config, resume="auto")
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "resume.safetensors", "state.json"])
-def test_a_pickle_in_a_checkpoint_never_runs(
-    name: str,
+def test_a_disk_that_goes_away_does_not_hang(
     tiny_parquet: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Even with a checksum that fits, it is refused as damaged."""
-    config = stopped_run(tiny_parquet, tmp_path / "run", monkeypatch)
-    monkeypatch.chdir(tmp_path)
-    newest = checkpoints(tmp_path / "run")[-1]
-    rewrite(newest, name, pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match="damaged"):
-        run.train(config, resume="auto")
-    assert not (tmp_path / "exploded").exists()
+    """Checkpoints and metrics fail with a warning each; the error at the end names the file."""
+    folder = tmp_path / "run"
+
+    def vanish() -> None:
+        folder.rename(tmp_path / "gone")
+        folder.write_text("")
+
+    monkeypatch.setattr(checkpoint, "LAST_RETRIES", (0.0,))
+    after_step(6, vanish, monkeypatch)
+    with pytest.raises(OSError, match="run"):
+        run.train(config_for(tiny_parquet, folder, run={"save_steps": 4}))
+    shown = capsys.readouterr().err
+    assert "not saved" in shown
+    assert "metrics.jsonl" in shown
+
+
+def test_a_folder_that_cannot_be_written_is_named(tiny_parquet: str, tmp_path: Path) -> None:
+    """Here the parent of the folder is a file, which stops the superuser too."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/run"):
+        run.train(config_for(tiny_parquet, tmp_path / "file" / "run"))
 
 
 def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the losses of these steps NaN."""
-    step = run.Trainer.train_step
+    step = Trainer.train_step
 
-    def poisoned(trainer: run.Trainer, module: Any, batch: Any, *rest: Any, **more: Any) -> Any:
-        if rest[2].step + 1 in steps:
+    def poisoned(trainer: Trainer, batch: Any, **more: Any) -> dict[str, float]:
+        if trainer.step + 1 in steps:
             batch.image.fill_(float("nan"))
-        return step(trainer, module, batch, *rest, **more)
+        return step(trainer, batch, **more)
 
-    monkeypatch.setattr(run.Trainer, "train_step", poisoned)
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
 
 
 def test_a_step_that_is_not_finite_is_skipped(
     tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights and moments stay as they were, the step is counted, and the next one is taken."""
+    """Weights stay as they were, the step is counted, and the next one is taken."""
     folder = tmp_path / "run"
     poison(range(3, 4), monkeypatch)
     saved = {"save_steps": 1, "keep_checkpoints": 9}
     config = config_for(tiny_parquet, folder, run=saved, episodes={"count": 1, "locked_image": 0})
     run.train(config)
     weights = [
-        checkpoint.read_tensors(folder / "checkpoints" / f"step-{step:09}" / "model.safetensors")
+        read_tensors(folder / "checkpoints" / f"step-{step:09}" / "model.safetensors")
         for step in (2, 3, 4)
     ]
     trained = [name for name in weights[0] if "running" not in name and "num_batch" not in name]
@@ -205,14 +229,13 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert not all(torch.equal(weights[1][name], weights[2][name]) for name in trained)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     counted = {line["step"]: line.get("train/skipped_steps") for line in lines}
-    assert counted[2] == 0
-    assert counted[3] == 1
+    assert (counted[2], counted[3]) == (0, 1)
 
 
 def test_a_run_that_does_not_recover_is_given_up(
     tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After ten steps in a row, with the samples of the batch written and a checkpoint kept."""
+    """After ten steps in a row; the samples of the batch are written and a checkpoint stays."""
     folder = tmp_path / "run"
     poison(range(5, 99), monkeypatch)
     config = config_for(
@@ -224,64 +247,24 @@ def test_a_run_that_does_not_recover_is_given_up(
     assert report["step"] == 14
     assert len(report["sample_ids"]) == 16
     assert all(name.startswith("tiny/") for name in report["sample_ids"])
-    assert checkpoint.damage(checkpoints(folder)[-1]) is None
+    assert damage(checkpoints(folder)[-1]) is None
 
 
-def test_a_folder_that_cannot_be_written_is_named(tiny_parquet: str, tmp_path: Path) -> None:
-    """Here a file is where the folder's parent should be, which stops the superuser too."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file/run"):
-        run.train(config_for(tiny_parquet, tmp_path / "file" / "run"))
-
-
-def test_a_disk_that_goes_away_does_not_hang(
-    tiny_parquet: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Checkpoints and metrics fail with a warning each; the run ends in an error that names the
-    file."""
-    folder = tmp_path / "run"
-
-    def vanish(session: Any, state: Any, stage: Any) -> None:
-        if state.step == 6:
-            folder.rename(tmp_path / "gone")
-            folder.write_text("")
-
-    monkeypatch.setattr(saver, "LAST_RETRIES", (0.0,))
-    monkeypatch.setattr(run.Session, "on_step", vanish)
-    with pytest.raises(OSError, match="run"):
-        run.train(config_for(tiny_parquet, folder, run={"save_steps": 4}))
-    shown = capsys.readouterr().err
-    assert "not saved" in shown
-    assert "metrics.jsonl" in shown
-
-
-def test_the_best_checkpoint_is_kept(
-    tmp_path: Path, few_emoji: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Besides the newest; here the metric falls from the first evaluation on."""
-    from protoclip.training import session
-
-    values = iter([0.5, 0.4, 0.3, 0.2])
-    monkeypatch.setattr(
-        session, "evaluate", lambda *given, **more: {"eval/emoji/knn/acc1": next(values)}
-    )
-    keep = {"evaluate_every": 1, "keep_best": "eval/emoji/knn/acc1", "keep_checkpoints": 1}
-    config = config_for("emoji", tmp_path / "run", run={**keep, "evaluate": False})
-    results = run.train(config)
+def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides the newest. One that could not be written is not the best."""
+    values = iter([0.5, 0.4, 0.3, 0.2] * 2)
+    metric = "eval/emoji/knn/acc1"
+    monkeypatch.setattr(run, "evaluate", lambda *given, **more: {metric: next(values)})
+    keep = {"evaluate_every": 1, "keep_best": metric, "keep_checkpoints": 1, "evaluate": False}
+    results = run.train(config_for("emoji", tmp_path / "run", run=keep))
     names = [found.name for found in checkpoints(tmp_path / "run")]
     assert names == ["step-000000004", "step-000000016"]
     assert results["best_checkpoint"] == "checkpoints/step-000000004"
-    # One that could not be written is the best no longer: the next best is.
     fill_disk(range(4, 5), monkeypatch)
-    values = iter([0.5, 0.4, 0.3, 0.2])
-    monkeypatch.setattr(
-        session, "evaluate", lambda *given, **more: {"eval/emoji/knn/acc1": next(values)}
-    )
-    other = replace(config, run=replace(config.run, out=str(tmp_path / "other")))
-    assert run.train(other)["best_checkpoint"] == "checkpoints/step-000000008"
+    results = run.train(config_for("emoji", tmp_path / "other", run=keep))
+    assert results["best_checkpoint"] == "checkpoints/step-000000008"
+    with pytest.raises(ValueError, match=rf"run\.keep_best: no metric .* {metric}"):
+        run.train(config_for("emoji", tmp_path / "typo", run={**keep, "keep_best": metric[:-1]}))
 
 
 @pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 2.00 GiB", ""])
@@ -292,29 +275,16 @@ def test_running_out_of_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On the device and on the host it says which settings to lower, without a traceback."""
-    from protoclip import cli
+    """It names the settings to lower, on the device and on the host, without a traceback."""
 
     def full(*given: Any, **more: Any) -> None:
         raise torch.OutOfMemoryError(words) if words else MemoryError
 
-    monkeypatch.setattr(run.Trainer, "train_step", full)
-    out = ["--run.out", str(tmp_path / "run"), "--run.device", "cpu"]
+    monkeypatch.setattr(Trainer, "train_step", full)
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(run.to_toml(tiny_config(tiny_parquet, out=str(tmp_path / "run"))))
     with pytest.raises(SystemExit) as exit_:
-        cli.main(
-            [
-                "train",
-                "--data.train",
-                tiny_parquet,
-                "--episodes.size",
-                "64",
-                "--episodes.batch_size",
-                "16",
-                "--prototypes.number",
-                "8",
-                *out,
-            ]
-        )
+        cli.main(["train", "--config", str(recipe)])
     assert exit_.value.code == 1
     shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert shown.startswith("protoclip: error: out of memory")

@@ -1,4 +1,4 @@
-"""Runs from beginning to end, through the functions and commands that users call."""
+"""Runs from beginning to end, by the functions and commands that users call."""
 
 import json
 import re
@@ -31,15 +31,16 @@ from protoclip.models import loading
 from protoclip.models.loading import checkpoints, find_checkpoint
 from protoclip.prototypes import features
 from protoclip.testing import tiny_config
-from protoclip.training import defaults, run
-from protoclip.training.run_folder import flat
+from protoclip.training import optim, run
+from protoclip.training.run import flat
 
 ROOT = Path(__file__).parents[2]
 
 
-def metrics_of(folder: Path) -> list[dict[str, float]]:
+def metrics_of(folder: Path, name: str = "") -> list[dict[str, float]]:
+    """The lines of metrics.jsonl that hold a metric."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [line for line in map(json.loads, lines) if not name or name in line]
 
 
 def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
@@ -50,32 +51,45 @@ def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
     assert results["samples_seen"] == 4 * 64
     assert results["steps"] == 16
     assert results["train_seconds"] > 0
-    steps = [line["step"] for line in metrics_of(tiny_run) if "train/loss/total" in line]
-    assert steps == list(range(1, 17))
-    assert all(np.isfinite(list(line.values())).all() for line in metrics_of(tiny_run))
-
-
-def test_nothing_is_extracted_or_grouped_where_it_is_not_used(tiny_run: Path) -> None:
-    """Episodes 1 and 2 of 0 to 3 are prototypical: they alone extract, and they alone have the
-    prototypical loss."""
     lines = metrics_of(tiny_run)
-    assert [line["episode"] for line in lines if "train/seconds/extract" in line] == [1, 2]
-    prototypical = {line["episode"] for line in lines if any("prototypical" in key for key in line)}
-    assert prototypical == {1, 2}
+    steps = [line["step"] for line in metrics_of(tiny_run, "train/loss/total")]
+    assert steps == list(range(1, 17))
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
 
 
-def test_a_clip_run_never_groups(tiny_parquet: str, tmp_path: Path) -> None:
-    """Without prototypical weights and teacher there is no extraction, and InfoNCE is the total."""
+def test_only_prototypical_episodes_extract_and_cluster(tiny_run: Path) -> None:
+    """They are episodes 1 and 2 of 0 to 3."""
+    extracted = metrics_of(tiny_run, "train/seconds/extract")
+    assert [line["episode"] for line in extracted] == [1, 2]
+    grouped = metrics_of(tiny_run, "train/loss/prototypical/image_from_text")
+    assert [line["step"] for line in grouped] == list(range(5, 13))
+
+
+def test_a_clip_run_never_clusters_and_says_what_it_does(
+    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without prototypical weights InfoNCE is the total. The first line says how much there is to
+    train on; the last step is logged, and its loss shown, whatever `run.log_every` is."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "clip"))
-    run.train(replace(config, loss=replace(config.loss, prototypical=0.0)))
-    for line in metrics_of(tmp_path / "clip"):
-        assert "train/seconds/extract" not in line
-        assert line.get("train/loss/total") == line.get("train/loss/info_nce")
+    run.train(
+        replace(
+            config,
+            run=replace(config.run, log_every=1000),
+            loss=replace(config.loss, prototypical=0.0),
+        )
+    )
+    losses = metrics_of(tmp_path / "clip", "train/loss/total")
+    assert [line["step"] for line in losses] == [16]
+    assert losses[0]["train/loss/total"] == losses[0]["train/loss/info_nce"]
+    assert metrics_of(tmp_path / "clip", "train/seconds/extract") == []
+    shown = capsys.readouterr().err
+    expected = "training on 96 pairs: 4 episodes of 64 pairs in batches of 16, 2.67 passes"
+    assert expected in shown
+    assert f"loss {losses[0]['train/loss/total']:.4g})" in shown.splitlines()[-1]
 
 
 def test_the_locked_episode_moves_text_and_not_images(tiny_parquet: str, tmp_path: Path) -> None:
-    """Weights before and after the LiT episode: image tower and BatchNorm statistics equal bit for
-    bit, text tower moved."""
+    """The weights and BatchNorm statistics of the image tower stay, bit for bit."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "run"))
     run.train(replace(config, run=replace(config.run, save_steps=4, keep_checkpoints=9)))
     saved = {
@@ -91,41 +105,37 @@ def test_the_locked_episode_moves_text_and_not_images(tiny_parquet: str, tmp_pat
     assert [name for name in earlier if name.startswith("towers.visual")]
 
 
-def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_parquet: str, tmp_path: Path) -> None:
-    """Weights and metrics of two runs are identical; another seed's are not."""
+def test_equal_seeds_give_equal_runs_bit_for_bit(
+    tiny_run: Path, tiny_parquet: str, tmp_path: Path
+) -> None:
+    """Weights and metrics are equal; those of another seed are not."""
     weights, metrics = [], []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        config = tiny_config(tiny_parquet, out=str(tmp_path / name))
-        torch.manual_seed(hash(name))
-        run.train(replace(config, run=replace(config.run, seed=seed)))
-        weights.append(load_file(find_checkpoint(tmp_path / name) / "model.safetensors"))
-        metrics.append(
-            [
-                {key: value for key, value in line.items() if "second" not in key}
-                for line in metrics_of(tmp_path / name)
-            ]
-        )
+    for folder, seed in ((tiny_run, 0), (tmp_path / "b", 0), (tmp_path / "c", 1)):
+        if folder != tiny_run:
+            config = tiny_config(tiny_parquet, out=str(folder))
+            torch.manual_seed(seed + 7)
+            run.train(replace(config, run=replace(config.run, seed=seed)))
+        weights.append(load_file(find_checkpoint(folder) / "model.safetensors"))
+        lines = metrics_of(folder)
+        metrics.append([{k: v for k, v in line.items() if "second" not in k} for line in lines])
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert metrics[0] == metrics[1]
     assert any(not torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
 
 
 def test_training_learns(tiny_parquet: str, tmp_path: Path) -> None:
-    """On nine distinguishable captions InfoNCE falls well below its start."""
+    """On nine different captions InfoNCE falls well below its start."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "run"))
     longer = replace(config.episodes, count=16)
     run.train(replace(config, episodes=longer, optim=replace(config.optim, warm_up_steps=4)))
-    losses = [
-        line["train/loss/info_nce"]
-        for line in metrics_of(tmp_path / "run")
-        if "train/loss/info_nce" in line
-    ]
+    name = "train/loss/info_nce"
+    losses = [line[name] for line in metrics_of(tmp_path / "run", name)]
     assert np.mean(losses[-12:]) < np.mean(losses[:4]) - 0.5
 
 
 def test_every_switch_of_the_method_trains(tmp_path: Path, few_emoji: EvaluationData) -> None:
     """Teacher, hard targets, no PBT, the reference's empty clusters, no replacement, no warm-up,
-    bf16 and a linear head run to the end and are evaluated."""
+    bf16 and a linear head, together."""
     config = tiny_config(out=str(tmp_path / "run"), teacher="emoji")
     config = replace(
         config,
@@ -138,17 +148,17 @@ def test_every_switch_of_the_method_trains(tmp_path: Path, few_emoji: Evaluation
         model=replace(config.model, heads=replace(config.model.heads, hidden_layers=0)),
     )
     results = run.train(config)
-    lines = metrics_of(tmp_path / "run")
-    assert sum("train/loss/prototypical/image_from_teacher" in line for line in lines) == 16
-    assert [line["episode"] for line in lines if "eval/emoji/knn/acc1" in line] == [2, 4]
+    name = "train/loss/prototypical/image_from_teacher"
+    assert len(metrics_of(tmp_path / "run", name)) == 16
+    evaluated = metrics_of(tmp_path / "run", "eval/emoji/knn/acc1")
+    assert [line["episode"] for line in evaluated] == [2, 4]
     assert 0 <= results["metrics"]["eval/emoji/zero_shot/acc1"] <= 1
 
 
-def test_a_queue_needs_no_pass_of_its_own(
+def test_the_queue_needs_no_extraction(
     tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With prototypes from the queue no pass is made over an episode, from the first one on that
-    uses prototypes; the prototypical loss is there all the same."""
+    """With prototypes from the queue nothing is extracted, and the prototypical loss is there."""
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("an extraction pass")
@@ -156,8 +166,8 @@ def test_a_queue_needs_no_pass_of_its_own(
     monkeypatch.setattr(features, "extract_features", forbidden)
     config = tiny_config(tiny_parquet, out=str(tmp_path / "queue"))
     run.train(replace(config, prototypes=replace(config.prototypes, source="queue")))
-    lines = metrics_of(tmp_path / "queue")
-    assert sum("train/loss/prototypical/image_from_text" in line for line in lines) == 8
+    name = "train/loss/prototypical/image_from_text"
+    assert len(metrics_of(tmp_path / "queue", name)) == 8
     extract = replace(config.prototypes, source="extract")
     with pytest.raises(AssertionError, match="an extraction pass"):
         run.train(
@@ -168,8 +178,8 @@ def test_a_queue_needs_no_pass_of_its_own(
 def test_several_teachers_and_samples_they_do_not_know(
     tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each teacher has its prototypes, losses and weight; one that knows a third of the samples
-    trains on those alone, and a note says how many are missing."""
+    """Each teacher has its own prototypes, losses and weight. One that knows a third of the samples
+    trains on those, and a note says how many are missing."""
     generator = np.random.default_rng(0)
     for name, known in (("all", 96), ("some", 32)):
         flat = pa.array(generator.normal(size=known * 5).astype(np.float32))
@@ -193,8 +203,7 @@ def test_several_teachers_and_samples_they_do_not_know(
     )
     run.train(config)
     assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
-    lines = [m for m in metrics_of(tmp_path / "run") if "train/loss/total" in m]
-    grouped = [m for m in lines if "train/loss/prototypical/image_from_some" in m]
+    grouped = metrics_of(tmp_path / "run", "train/loss/prototypical/image_from_some")
     assert len(grouped) == 8
     for line in grouped:
         loss = {k.split("/")[-1]: v for k, v in line.items() if "train/loss" in k}
@@ -204,30 +213,15 @@ def test_several_teachers_and_samples_they_do_not_know(
         assert loss["total"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_micro_batches_train(tiny_parquet: str, tmp_path: Path) -> None:
-    """Four pairs at a time through the towers: the same steps, and as many of them."""
-    config = tiny_config(tiny_parquet, out=str(tmp_path / "micro"))
-    run.train(replace(config, episodes=replace(config.episodes, micro_batch_size=4)))
-    losses = [
-        m["train/loss/total"] for m in metrics_of(tmp_path / "micro") if "train/loss/total" in m
-    ]
-    assert len(losses) == 16
-    assert np.isfinite(losses).all()
-
-
-def test_fp16_trains_with_its_scaler(tiny_parquet: str, tmp_path: Path) -> None:
-    """The first loss is fp32's to a percent; the scaler finds a scale that gradients survive, so
-    weights move and stay finite."""
+def test_fp16_trains_with_its_scaler(tiny_run: Path, tiny_parquet: str, tmp_path: Path) -> None:
+    """The first loss is that of fp32 to a percent. The scaler finds a scale that gradients survive,
+    so weights move and stay finite."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "fp16"))
     run.train(replace(config, run=replace(config.run, precision="fp16")))
-    full = tiny_config(tiny_parquet, out=str(tmp_path / "fp32"))
-    run.train(full)
-    first, exact = (
-        next(line for line in metrics_of(tmp_path / name) if "train/loss/total" in line)
-        for name in ("fp16", "fp32")
-    )
-    assert first["train/loss/total"] == pytest.approx(exact["train/loss/total"], rel=0.01)
-    assert first["train/loss/total"] != exact["train/loss/total"]
+    name = "train/loss/total"
+    first, exact = (metrics_of(out, name)[0][name] for out in (tmp_path / "fp16", tiny_run))
+    assert first == pytest.approx(exact, rel=0.01)
+    assert first != exact
     start = loading.model(config.model, seed=0).state_dict()
     end = load_file(find_checkpoint(tmp_path / "fp16") / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in end.values())
@@ -236,7 +230,7 @@ def test_fp16_trains_with_its_scaler(tiny_parquet: str, tmp_path: Path) -> None:
 
 
 def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
-    """`load` takes a run or a checkpoint folder, and gives equal unit features."""
+    """`load` takes a run folder or a checkpoint folder."""
     features = []
     for path in (tiny_run, find_checkpoint(tiny_run)):
         model, image_transform, tokenizer = protoclip.load(path)
@@ -254,8 +248,8 @@ def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
 def test_an_open_clip_model_trains_and_loads_by_name(
     tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Any of open_clip's names will do, and reads images and captions of the size that is set; what
-    it is trained with is said, written down, and the same on resume."""
+    """It reads images and captions of the size that is set. Notes and config.toml name the defaults
+    it trains with, which stay the same when the run goes on."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "named"))
     config = replace(
         config,
@@ -268,7 +262,7 @@ def test_an_open_clip_model_trains_and_loads_by_name(
         episodes=replace(config.episodes, size=16, count=3, batch_size=8),
     )
     results = run.train(config)
-    assert "note: optim.learning_rate = 7.81e-6, from ViT-S-32-alt" in capsys.readouterr().err
+    assert "note: optim.learning_rate = 7.8125e-06, from ViT-S-32-alt" in capsys.readouterr().err
     assert "learning_rate = 7.8125e-06\n" in (tmp_path / "named" / "config.toml").read_text()
     assert run.train(config, resume="auto") == results
     model, image_transform, tokenizer = protoclip.load(tmp_path / "named")
@@ -283,7 +277,7 @@ def test_an_open_clip_model_trains_and_loads_by_name(
 def test_a_checkpoint_is_where_the_next_run_starts(
     tiny_run: Path, tiny_parquet: str, tmp_path: Path
 ) -> None:
-    """model.checkpoint starts from the saved weights, not from new ones."""
+    """`model.checkpoint` starts from the saved weights."""
     config = tiny_config(tiny_parquet, out=str(tmp_path / "next"))
     model = replace(config.model, checkpoint=str(tiny_run))
     still = replace(config.optim, learning_rate=1e-12, locked_learning_rate=1e-12)
@@ -301,8 +295,8 @@ def test_train_evaluate_and_compare_from_the_command_line(
     capsys: pytest.CaptureFixture[str],
     few_emoji: EvaluationData,
 ) -> None:
-    """A recipe with overrides trains; evaluate repeats the run's own numbers; compare sets runs of
-    two seeds in one column and says the difference."""
+    """A recipe with overrides trains; `evaluate` repeats the run's metrics; `compare` puts runs of
+    two seeds in one column and shows the difference."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "DRAWS", 20)
     recipe = tmp_path / "tiny.toml"
@@ -339,7 +333,7 @@ def test_train_evaluate_and_compare_from_the_command_line(
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[Config]:
-    """Configurations that `protoclip train` would have run."""
+    """The configurations that `protoclip train` would run."""
     configs: list[Config] = []
     monkeypatch.setattr(
         "protoclip.training.run.train",
@@ -349,7 +343,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_resolved_configuration_reads_back(tmp_path: Path, seen: list[Config]) -> None:
-    """config.toml given as a recipe is the same configuration, field by field."""
+    """A run's config.toml, given as a recipe, is the same configuration."""
     for name, config in demo.arms(seed=3, out="somewhere").items():
         path = tmp_path / f"{len(seen)}.toml"
         path.write_text(run.to_toml(config), encoding="utf-8")
@@ -358,8 +352,7 @@ def test_the_resolved_configuration_reads_back(tmp_path: Path, seen: list[Config
 
 
 def test_the_recipes_are_the_demonstrations_arms(seen: list[Config]) -> None:
-    """recipes/emoji_*.toml describe the three arms, but for their length, and each opens with
-    command and hardware."""
+    """recipes/emoji_*.toml are the three arms but for their length, and say how to run them."""
     recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
     for recipe, arm in zip(recipes, demo.arms().values(), strict=True):
         path = ROOT / "recipes" / f"{recipe}.toml"
@@ -370,7 +363,7 @@ def test_the_recipes_are_the_demonstrations_arms(seen: list[Config]) -> None:
 
 
 def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
-    """Each setting by which the README restores the reference is in its recipe."""
+    """Its recipe has each setting with which the README restores the reference."""
     recipe = ROOT / "recipes" / "reference.toml"
     written = flat(tomllib.loads(recipe.read_text(encoding="utf-8")))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -384,12 +377,11 @@ def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
     for path in (recipe, recipe.with_name("reference_clip.toml")):
         main(["train", "--config", str(path)])
         assert check(seen[-1]) == []
-        assert defaults.resolved(seen[-1])[0].optim.learning_rate == 5e-4
+        assert optim.resolved(seen[-1])[0].optim.learning_rate == 5e-4
 
 
 def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path, seen: list[Config]) -> None:
-    """Its settings with small towers and episodes: prototypes in two of five episodes, extracted
-    and grouped; each step's loss is finite."""
+    """With small towers and episodes: two of five episodes have prototypes, losses are finite."""
     main(["train", "--config", str(ROOT / "recipes" / "reference.toml")])
     small, reference = tiny_config(tiny_parquet, out=str(tmp_path / "run")), seen[-1]
     config = replace(
@@ -402,9 +394,9 @@ def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path, seen: li
         optim=replace(reference.optim, warm_up_steps=2),
     )
     run.train(config)
-    lines = metrics_of(tmp_path / "run")
-    assert [line["episode"] for line in lines if "train/seconds/extract" in line] == [1, 2]
-    losses = [line["train/loss/total"] for line in lines if "train/loss/total" in line]
+    extracted = metrics_of(tmp_path / "run", "train/seconds/extract")
+    assert [line["episode"] for line in extracted] == [1, 2]
+    losses = [line["train/loss/total"] for line in metrics_of(tmp_path / "run", "train/loss/total")]
     assert len(losses) == 20
     assert np.isfinite(losses).all()
 
@@ -415,8 +407,8 @@ def test_the_demonstration_trains_compares_and_keeps_what_it_has(
     capsys: pytest.CaptureFixture[str],
     few_emoji: EvaluationData,
 ) -> None:
-    """Three arms, one table, results.json; a second call trains nothing, an interrupted arm starts
-    again, and a folder with something else is refused."""
+    """Three arms, one table, results.json. A second call trains only what is not finished, and a
+    folder with another run is refused."""
     small = tiny_config(out="")
 
     def arms(*, seed: int, out: str) -> dict[str, Config]:
@@ -440,26 +432,20 @@ def test_the_demonstration_trains_compares_and_keeps_what_it_has(
     assert json.loads((tmp_path / "demo" / "results.json").read_text()) == entries
     assert "linear probe" in capsys.readouterr().out
     (tmp_path / "demo" / "protoclip" / "results.json").unlink()
-    monkeypatch.setattr(run, "train", counting := Counting(run.train))
+    train, trained = run.train, []
+    monkeypatch.setattr(
+        run,
+        "train",
+        lambda config, **more: trained.append(config.run.name) or train(config, **more),
+    )
     demo.demo(tmp_path / "demo")
-    assert counting.names == ["ProtoCLIP"]
+    assert trained == ["ProtoCLIP"]
     with pytest.raises(ValueError, match="holds another run"):
         demo.demo(tmp_path / "demo", seed=5)
 
 
-class Counting:
-    """Calls through, and remembers which runs were trained."""
-
-    def __init__(self, train) -> None:
-        self.train, self.names = train, []
-
-    def __call__(self, config: Config, resume: str):
-        self.names.append(config.run.name)
-        return self.train(config, resume=resume)
-
-
 def test_the_readmes_library_example_works(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
-    """The Python block of the README runs as written, on a run of that name."""
+    """The Python block of the README runs as it is, on a run of that name."""
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     named = re.search(r'load\("(.+?)"\)', block.group(1))

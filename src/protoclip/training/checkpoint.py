@@ -1,61 +1,69 @@
 """Checkpoints: folders that appear whole or not at all, with a checksum of every file.
 
-Weights and other tensors are safetensors and everything else is JSON, so loading one runs no code
-from it. `model.safetensors` and `model.json` are what using the model takes, with `checksums.json`
-to check them; going on with the run takes `optimizer.safetensors`, which the first process alone
-reads, `resume.safetensors` and `state.json` besides.
+Tensors are safetensors and everything else is JSON, so loading a checkpoint runs no code from it.
+`model.safetensors` and `model.json` are the model; `optimizer.safetensors`, which only rank 0
+reads, `resume.safetensors` and `state.json` are what a run needs besides to go on.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
-from protoclip.files import checksum, naming, sync_folder, to_json
+from protoclip.distributed.collectives import rank
+from protoclip.files import checksum, naming, read_json, sync_folder, to_json
+from protoclip.models import loading
 from protoclip.models.loading import CHECKSUMS, MODEL, OPTIMIZER, RESUME, STATE, WEIGHTS
 
-# Of what going on takes; 2 keys the optimizer's tensors by parameter name, in a file of their own.
-FORMAT = 2
+FORMAT = 3  # of what a run needs to go on
+TENSOR = "$tensor"  # key in `state.json` of an object that stands for the tensor of that name
+# At the end of an episode a checkpoint is due if the last one is older than this many seconds, and
+# than this many times as long as writing it took, so that short episodes do not only save.
+EPISODE_PAUSE, EPISODE_FACTOR = 15.0, 100.0
+# Seconds before another attempt to save: in training, and at the end of a run.
+RETRY_AFTER, LAST_RETRIES = 60.0, (5.0, 10.0, 15.0, 30.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contents:
-    """What a checkpoint holds besides the model's description.
-
-    Attributes:
-        weights: The model's state dict.
-        optimizer: `name/moment` for each parameter that has moments.
-        tensors, facts: What else going on with the run takes; facts are JSON.
-    """
-
-    weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    tensors: Mapping[str, Tensor]
-    facts: dict[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        """Room that its tensors take."""
-        parts = (self.weights, self.optimizer, self.tensors)
-        return sum(tensor.nbytes for part in parts for tensor in part.values())
+def split(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """A copy of a nested state as JSON; adds copies of its tensors to `tensors`, on the CPU."""
+    if isinstance(state, Tensor):
+        assert name not in tensors, f"{name}: two tensors of this name"
+        tensors[name] = state.detach().to("cpu", copy=True)
+        return {TENSOR: name}
+    prefix = name and f"{name}/"
+    if isinstance(state, Mapping):
+        return {key: split(value, tensors, f"{prefix}{key}") for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [split(value, tensors, f"{prefix}{place}") for place, value in enumerate(state)]
+    return state
 
 
-def write_checkpoint(folder: Path, contents: Contents, description: Mapping[str, Any]) -> None:
-    """Write a checkpoint beside its final place, to the disk, and give it its name.
+def joined(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nested state that `split` took apart, with its keys in the same order."""
+    if isinstance(facts, list):
+        return [joined(value, tensors) for value in facts]
+    if not isinstance(facts, dict):
+        return facts
+    if facts.keys() == {TENSOR}:
+        return tensors[facts[TENSOR]]
+    return {key: joined(value, tensors) for key, value in facts.items()}
 
-    Args:
-        folder: The checkpoint's folder; replaced when it exists.
-        contents: What it is to hold.
-        description: What builds the same architecture again; JSON.
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, dict[str, Tensor]], facts: Mapping[str, Any]
+) -> None:
+    """Write safetensors and JSON files, by name, to a folder that appears whole or not at all.
 
     Raises:
-        OSError: The disk is full or cannot be written; names the file. What was there before stays
-            whole.
+        OSError: The disk is full or cannot be written; names the file. An older folder stays whole.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -71,16 +79,11 @@ def write_checkpoint(folder: Path, contents: Contents, description: Mapping[str,
 
     try:
         temporary.mkdir()
-        # One after another, so that one file's bytes at a time are in memory besides the tensors.
-        for name, tensors in (
-            (WEIGHTS, contents.weights),
-            (OPTIMIZER, contents.optimizer),
-            (RESUME, contents.tensors),
-        ):
-            write(name, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
-        write(MODEL, encoded(description))
-        write(STATE, encoded(contents.facts))
-        write(CHECKSUMS, encoded(checksums))
+        # One file at a time, so that only one file's bytes are in memory besides the tensors.
+        for name, part in tensors.items():
+            write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
+        for name, content in {**facts, CHECKSUMS: checksums}.items():
+            write(name, (to_json(content, indent=2) + "\n").encode())
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -90,5 +93,179 @@ def write_checkpoint(folder: Path, contents: Contents, description: Mapping[str,
         raise
 
 
-def encoded(facts: Mapping[str, Any]) -> bytes:
-    return (to_json(facts, indent=2) + "\n").encode()
+def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """The state that `CheckpointWriter.save` got, with its tensors on the model's device.
+
+    `model` and `optimizer` are on the CPU, and empty but on rank 0.
+
+    Raises:
+        ValueError: A file is damaged, or written by another version, or belongs to another
+            architecture than this model's; names it.
+    """
+    facts, device = read_json(folder / STATE), next(model.parameters()).device
+    if facts.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / STATE}: not written by this version of protoclip, which cannot go on from "
+            "it; start a new run from its weights with --model.checkpoint, in another folder"
+        )
+    stored = loading.read_tensors(folder / RESUME)
+    tensors = {name: tensor.to(device) for name, tensor in stored.items()}
+    state = {**joined(facts, tensors), "model": {}, "optimizer": {}}
+    if rank() == 0:
+        state["model"] = loading.read_weights(folder, model)
+        state["optimizer"] = loading.read_tensors(folder / OPTIMIZER)
+    return state
+
+
+def newest_intact(run: Path, notes: list[str]) -> Path | None:
+    """The newest checkpoint of a run that has no damage; adds a note on each one passed over.
+
+    Raises:
+        ValueError: There are checkpoints, and all are damaged.
+    """
+    damaged: list[str] = []
+    for found in reversed(loading.checkpoints(run)):
+        wrong = loading.damage(found)
+        if wrong is None:
+            notes += [f"{text}: passed over" for text in damaged]
+            return found
+        damaged.append(f"{found} ({wrong})")
+    if damaged:
+        raise ValueError(
+            f"every checkpoint of the run is damaged: {', '.join(damaged)}; restore one from a "
+            f"copy, delete {run / 'checkpoints'} to start again, or choose another folder with "
+            "--run.out"
+        )
+    return None
+
+
+class CheckpointWriter:
+    """Decides when to write a checkpoint of a run, writes it in a thread, and removes old ones.
+
+    If one cannot be written there is a warning, and training goes on; only `finish` insists.
+
+    Args:
+        run: The run folder.
+        description: What builds the model again; JSON.
+        every_steps, every_minutes: Time between checkpoints; 0 for never.
+        keep: Number of newest checkpoints to keep; the best is kept besides.
+
+    Attributes:
+        saved_step: Step of the last checkpoint that was begun.
+        failed_step: The same if it could not be written, else None.
+        best: Step and value of the best evaluation whose checkpoint was not lost.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        description: Mapping[str, Any],
+        every_steps: int,
+        every_minutes: float,
+        keep: int,
+    ) -> None:
+        self.run, self.description = run, description
+        self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
+        self.saved_step = -1
+        self.failed_step: int | None = None
+        self.best: tuple[int, float] | None = None
+        self._saved_at = time.monotonic()
+        self._written_in = 0.0  # seconds
+        self._problem = ""
+        self._pending: tuple[Callable[[], None], Path | None] | None = None
+        self._thread: Thread | None = None
+
+    def rate(self, step: int, value: float) -> None:
+        """Note the result of an evaluation; higher is better."""
+        if self.best is None or value > self.best[1]:
+            self.best = (step, value)
+
+    def due(self, step: int, *, episode_end: bool) -> bool:
+        """Whether it is time to save after this step."""
+        if self.best is not None and self.best[0] == self.failed_step:
+            self.best = None
+        age = time.monotonic() - self._saved_at
+        return step != self.saved_step and (
+            (self.every_steps > 0 and step % self.every_steps == 0)
+            or (self.every_minutes > 0 and age >= 60 * self.every_minutes)
+            or (episode_end and age >= max(EPISODE_PAUSE, EPISODE_FACTOR * self._written_in))
+            or (self.failed_step is not None and age >= RETRY_AFTER)
+            or (self.best is not None and self.best[0] == step)
+        )
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Copy a nested state and start to write it, after the checkpoint before.
+
+        Its parts `model` and `optimizer` are copies already: dicts of tensors on the CPU.
+        """
+        self.wait()
+        self._saved_at, self.saved_step = time.monotonic(), step
+        rest = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+        tensors: dict[str, Tensor] = {}
+        facts = {MODEL: self.description, STATE: split({"format": FORMAT, **rest}, tensors)}
+        files = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"], RESUME: tensors}
+        best = self.best and self.folder(self.best[0])
+        self._pending = partial(write_checkpoint, self.folder(step), files, facts), best
+        self._thread = Thread(target=self._write, daemon=False)
+        self._thread.start()
+
+    def folder(self, step: int) -> Path:
+        return self.run / "checkpoints" / f"step-{step:09}"
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written or could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint; if it could not be written, try again for a minute.
+
+        Raises:
+            OSError: It cannot be written; says what to do.
+        """
+        self.wait()
+        for pause in LAST_RETRIES:
+            if self.failed_step is None:
+                return
+            warn(f"trying to save step {self.failed_step} again in {pause:g} s")
+            time.sleep(pause)
+            self._write()
+        if self.failed_step is not None:
+            left = loading.checkpoints(self.run)
+            start = left[-1] if left else "the beginning"
+            raise OSError(
+                f"{self._problem}, and trying again did not help: this checkpoint is lost; make "
+                f"room, then the same command with --resume auto goes on from {start}"
+            )
+
+    def _write(self) -> None:
+        assert self._pending is not None
+        write, best = self._pending
+        step, folder, began = self.saved_step, self.folder(self.saved_step), time.monotonic()
+        try:
+            write()
+        except Exception as error:  # nobody else would hear of it in a thread
+            self.failed_step = step
+            self._problem = f"{folder}: not saved ({error}; {free_space(self.run)})"
+            warn(f"{self._problem}; earlier checkpoints are whole")
+            return
+        self.failed_step = self._pending = None
+        self._written_in = time.monotonic() - began
+        # Later checkpoints are damaged: the run went on from one before them.
+        so_far = [found for found in loading.checkpoints(self.run) if found <= folder]
+        for old in so_far[: -self.keep]:
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
+    except OSError as error:
+        return str(error)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

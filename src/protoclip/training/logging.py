@@ -1,40 +1,38 @@
-"""Where metrics go: a JSON-lines file that is the record, TensorBoard and W&B for looking."""
+"""Where metrics go: a JSON Lines file, which is the record, TensorBoard and Weights & Biases."""
 
 import errno
-import os
-import platform
 import secrets
 import sys
-import time
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from protoclip.distributed.collectives import all_reduce, world_size
 from protoclip.files import to_json
+from protoclip.training.guard import Watch
 
-# Lines of metrics.jsonl that are kept while they cannot be written; older ones are given up.
+# Lines of metrics.jsonl to keep while they cannot be written; older ones are dropped.
 MOST_WAITING = 10_000
-
-Result = TypeVar("Result")
 
 
 @torch.no_grad()
 def feature_statistics(
     image_features: Float[Tensor, "b d"], text_features: Float[Tensor, "b d"]
 ) -> dict[str, Tensor]:
-    """How far features are spread, and how far apart the modalities lie.
+    """The spread of each modality's features, and the gap between the modalities.
 
-    Spread is a batch's variance on the unit sphere, 1 - |mean|^2: 0 when all features are one
-    point (collapse), near 1 when they point everywhere. The gap is the distance between the
-    modalities' means, in [0, 2] (Liang et al. 2022).
+    Spread is the variance of a batch on the unit sphere, 1 - |mean|^2: 0 if all features are one
+    point (collapse), near 1 if they point everywhere. The gap is the distance between the means of
+    the modalities, in [0, 2] (Liang et al. 2022).
     """
     image, text = image_features.mean(0), text_features.mean(0)
     return {
@@ -45,62 +43,48 @@ def feature_statistics(
 
 
 def to_floats(report: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """All values as floats, with a single transfer from the device."""
+    """All values as floats, with one transfer; of each tensor the mean over ranks."""
     tensors = {name: value for name, value in report.items() if isinstance(value, Tensor)}
-    values = torch.stack([value.float() for value in tensors.values()]).tolist() if tensors else []
-    return {name: value for name, value in report.items() if not isinstance(value, Tensor)} | dict(
-        zip(tensors, values, strict=True)
-    )
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """Takes metrics by name; several times a step where several parts of a run report."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+    values = torch.stack([value.float() for value in tensors.values()])
+    if world_size() > 1:
+        values = all_reduce(values) / world_size()
+    numbers = {name: value for name, value in report.items() if not isinstance(value, Tensor)}
+    return numbers | dict(zip(tensors, values.tolist(), strict=True))
 
 
 class JsonLines:
-    """One line of JSON a call, in a file that holds whole lines only.
+    """Writes one line of JSON for each call, to a file that never holds part of a line.
 
-    What cannot be written waits, in order, and is tried again with the next line. Lines that wait
-    are in no checkpoint: a run that goes on from one made meanwhile lacks them.
-
-    Args:
-        path: The file; what it holds after `size` bytes is cut off.
-        size: Bytes to keep.
+    Lines that cannot be written wait, in order, for the next call. A checkpoint does not hold the
+    lines that wait: a run that goes on from one made meanwhile lacks them. `size` is the number of
+    bytes that are whole lines; what the file holds beyond is cut off.
     """
 
     def __init__(self, path: Path, *, size: int) -> None:
-        self.path = path
-        self.size = size
-        """Bytes of the file that are whole lines."""
-        self._waiting: deque[bytes] = deque()
+        self.path, self.size = path, size
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
         self._dropped = 0
         self._warned = False
         self._append()
 
-    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        self._waiting.append(to_json({"step": step, **metrics}).encode() + b"\n")
-        if len(self._waiting) > MOST_WAITING:
-            self._waiting.popleft()
-            self._dropped += 1
+    def write(self, values: Mapping[str, Any]) -> None:
+        self._dropped += len(self._waiting) == MOST_WAITING
+        self._waiting.append(to_json(values).encode() + b"\n")
         self._append()
 
     def close(self) -> None:
-        """Try a last time, and say what is lost."""
+        """Try a last time, and warn about lines that are lost."""
         if self._waiting:
             self._append()
         if lost := len(self._waiting) + self._dropped:
             warn(self.path.name, f"{lost} lines could not be written and are lost")
 
     def _append(self) -> None:
-        """Write what waits, all of it or nothing."""
+        """Write all lines that wait, or none."""
         data = b"".join(self._waiting)
         try:
-            # Opened each time: a handle may go stale while a network file system is away, and some
-            # file systems tell only when a file is closed that they could not write it.
+            # Opened each time, since a handle goes stale when a network file system is away for a
+            # while, and some file systems report a failed write only when the file is closed.
             with self.path.open("ab", buffering=0) as file:
                 end = file.tell()
                 self.size = min(self.size, end)
@@ -108,9 +92,9 @@ class JsonLines:
                     file.truncate(self.size)
                 try:
                     if data and file.write(data) != len(data):
-                        raise OSError(errno.ENOSPC, "written in part, as if the disk were full")
+                        raise OSError(errno.ENOSPC, "only a part was written; the disk may be full")
                 except OSError:
-                    file.truncate(self.size)  # no torn line, also if this was the last attempt
+                    file.truncate(self.size)  # in case this was the last attempt
                     raise
         except OSError as error:
             if not self._warned:
@@ -122,58 +106,42 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files for TensorBoard.
+    """Event files for TensorBoard. Every call waits until its values are in the file.
 
-    Not through `SummaryWriter`, which leaves writing to a thread: it prints a traceback of its own
-    where it fails, and what it still holds is lost where the process is killed.
-
-    Args:
-        folder: Gets one file more each time a run begins or goes on.
-        step: Step to go on from; what other files of the folder hold of later ones is void.
+    TensorBoard hides what older files in the folder hold of steps after `step`.
     """
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        events = import_module("tensorboard.compat.proto.event_pb2")
-        records = import_module("tensorboard.summary.writer.record_writer")
-        self._event = events.Event
-        folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
-        self._file = (folder / name).open("xb")
-        self._records = records.RecordWriter(self._file)
-        self._add(file_version="brain.Event:2")
-        start = events.SessionLog(status=events.SessionLog.START)
-        self._add(step=step + 1, session_log=start)
+        make = import_module("torch.utils.tensorboard").SummaryWriter
+        self._writer = make(str(folder), purge_step=step + 1)
+        # SummaryWriter writes in a thread. If that fails, the next call here raises the same error;
+        # the traceback that the thread would print too only litters the console.
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._hook(failure)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
-        self._add(step=step, summary={"value": values})
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def close(self) -> None:
-        self._file.close()
-
-    def _add(self, **content: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
-        self._file.flush()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run, for which the package `wandb` needs to be installed.
+    """A Weights & Biases run, in `wandb/` of the run folder; needs the package `wandb`.
 
-    Args:
-        folder: The run folder. W&B's files lie in its `wandb/`, and the id by which it goes on.
-        mode: `online` sends as it goes; `offline` keeps everything in the folder, for `wandb sync`.
-        name: What W&B calls the run; it makes a name up if this is empty.
-        config: Settings to show beside the run.
+    `online` sends at once; `offline` keeps everything in the folder, for `wandb sync`.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        mode: Literal["offline", "online"],
-        name: str,
-        config: Mapping[str, Any],
+        self, folder: Path, *, mode: Literal["offline", "online"], config: Mapping[str, Any]
     ) -> None:
         identity = folder / "wandb" / "run-id"
         if not identity.is_file():
@@ -183,10 +151,10 @@ class WeightsAndBiases:
             project="protoclip",
             dir=str(folder),
             id=identity.read_text(encoding="utf-8"),
-            # W&B ignores steps that it has already; a run that goes on repeats them exactly.
+            # W&B ignores steps that it has already; a resumed run repeats them exactly.
             resume="allow",
             mode=mode,
-            name=name or None,
+            name=folder.name,
             config=dict(config),
         )
 
@@ -197,55 +165,18 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class Guarded:
-    """A sink that is off after its first failure, of which one warning tells.
+class MetricsLog:
+    """Writes metrics to `metrics.jsonl`, TensorBoard and Weights & Biases, and warns of bad ones.
+
+    None of them stops training: one that fails gets one warning, and is off from then on.
 
     Args:
-        name: What the warning calls it.
-        make: Makes the sink, which may fail as well.
-    """
-
-    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
-        self.name = name
-        self._sink: Sink | None = None
-        self._sink = self._attempt(make)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._sink is not None:
-            self._attempt(partial(self._sink.write, step, metrics))
-
-    def close(self) -> None:
-        sink, self._sink = self._sink, None
-        if sink is not None:
-            self._attempt(sink.close)
-
-    def _attempt(self, work: Callable[[], Result]) -> Result | None:
-        try:
-            return work()
-        except Exception as error:
-            reason = str(error).strip() or type(error).__name__
-            warn(self.name, f"{reason.splitlines()[0]}; training goes on without it")
-            sink, self._sink = self._sink, None
-            if sink is not None:
-                with suppress(Exception):
-                    sink.close()
-            return None
-
-
-class MetricsSink:
-    """Where a run's metrics go: `metrics.jsonl`, `tensorboard/`, and Weights & Biases if asked for.
-
-    None of them stops training when it fails: TensorBoard and W&B are then off, and lines of
-    `metrics.jsonl` wait until they can be written. One warning on stderr says so.
-
-    Args:
-        folder: The run folder.
-        size: Bytes of `metrics.jsonl` to keep: where an interrupted run goes on, what it wrote
-            after its checkpoint is cut off and written again.
-        step: Step to go on from, for TensorBoard's sake.
-        wandb: Whether to log to Weights & Biases, see `WeightsAndBiases`.
-        name: What W&B calls the run.
-        config: Settings that W&B shows beside the run.
+        folder: The run folder, for `metrics.jsonl` and `tensorboard/`.
+        size: Bytes of `metrics.jsonl` to keep. A run that goes on cuts off what it wrote after its
+            checkpoint, and writes it again.
+        step: Step to go on from.
+        wandb: Whether to log to Weights & Biases too; see `WeightsAndBiases`.
+        config: Settings that W&B shows.
     """
 
     def __init__(
@@ -255,32 +186,49 @@ class MetricsSink:
         size: int = 0,
         step: int = 0,
         wandb: Literal["off", "offline", "online"] = "off",
-        name: str = "",
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._lines = JsonLines(folder / "metrics.jsonl", size=size)
-        self._views = [
-            Guarded("TensorBoard", partial(TensorBoard, folder / "tensorboard", step=step))
-        ]
+        self._watch = Watch()
+        self._others: dict[str, TensorBoard | WeightsAndBiases] = {}
+        self._start("TensorBoard", lambda: TensorBoard(folder / "tensorboard", step=step))
         if wandb != "off":
-            make = partial(WeightsAndBiases, folder, mode=wandb, name=name, config=config or {})
-            self._views.append(Guarded("Weights & Biases", make))
+            make = partial(WeightsAndBiases, folder, mode=wandb, config=config or {})
+            self._start("Weights & Biases", make)
 
     @property
     def size(self) -> int:
-        """Bytes of `metrics.jsonl` that are safely written: all of them whole lines."""
+        """Bytes of `metrics.jsonl` that are written, all of them whole lines."""
         return self._lines.size
 
-    def write(self, *, step: int, episode: int, metrics: Mapping[str, float]) -> None:
-        """One line: step, episode, and the metrics by name."""
-        self._lines.write(step, {"episode": episode, **metrics})
-        for view in self._views:
-            view.write(step, metrics)
+    def write(self, step: int, episode: int, metrics: Mapping[str, float]) -> None:
+        """One line: step, episode, and the metrics by name. Nothing if there are no metrics."""
+        if not metrics:
+            return
+        self._lines.write({"step": step, "episode": episode, **metrics})
+        for name, other in [*self._others.items()]:
+            self._try(name, partial(other.write, step, metrics))
+        for warning in self._watch.warnings(step, metrics):
+            print(f"warning: {warning}", file=sys.stderr)
 
     def close(self) -> None:
         self._lines.close()
-        for view in self._views:
-            view.close()
+        while self._others:
+            name, other = self._others.popitem()
+            self._try(name, other.close)
+
+    def _start(self, name: str, make: Callable[[], TensorBoard | WeightsAndBiases]) -> None:
+        self._try(name, lambda: self._others.update({name: make()}))
+
+    def _try(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            warn(name, f"{reason.splitlines()[0]}; training goes on without it")
+            with suppress(Exception):
+                if other := self._others.pop(name, None):
+                    other.close()
 
 
 def warn(name: str, reason: str) -> None:

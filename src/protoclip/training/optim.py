@@ -1,53 +1,139 @@
-"""The optimizer: AdamW, without weight decay where it does not belong; a rate for each tower."""
+"""The optimizer, and the settings of `[optim]` that a recipe leaves unset."""
 
-from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from protoclip.config import SMALL_CONTEXT_LENGTH, SMALL_IMAGE_SIZE, Config
+from protoclip.models.towers import refuse_sigmoid, tower_kind
+from protoclip.training.schedule import Schedule
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and filters, not to gains, biases, temperatures."""
-    return parameter.ndim >= 2 and not name.endswith("logit_scale")
 
+def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """The settings of `[optim]` whose defaults depend on the model, and a note on each decision.
 
-def adamw(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    scales: Mapping[str, float] | None = None,
-    weight_decays: Mapping[str, float] | None = None,
-) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters, in groups with and without weight decay.
+    The small towers get values that suit the bundled emoji. A named open_clip model gets values
+    between the recipes known for such models; as batch, peak rate, warm-up of all steps, decay:
 
-    Args:
-        model: Whose parameters are trained.
-        learning_rate, betas, eps, weight_decay: AdamW's.
-        scales: Prefixes of parameter names that have groups of their own, and the factor of each to
-            the learning rate; kept as the group's `scale`.
-        weight_decays: Prefixes of parameter names that have a weight decay of their own.
+    - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
+    - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
+    - open_clip's RN50 on CC12M: 1,024, 5e-4, 10,000 of 330,000, 0.1;
+    - the reference ProtoCLIP, RN50: 512, 5e-4, 15,625 of 156,250, 0.5 (on one GPU 64, 5e-5, 2,000
+      of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
+
+    Raises:
+        ValueError: open_clip knows no model of that name.
     """
-    scales, weight_decays = scales or {}, weight_decays or {}
-    groups = []
-    remaining = dict(model.named_parameters())
-    for prefix in dict.fromkeys([*scales, *weight_decays, ""]):
-        named = {n: remaining.pop(n) for n in list(remaining) if n.startswith(prefix)}
-        # Single numbers are no_sync, since FSDP2 leaves them whole.
-        for decayed, single in ((True, False), (False, False), (False, True)):
-            parameters = [
-                p for n, p in named.items() if decays(n, p) == decayed and (p.ndim == 0) == single
-            ]
-            decay = weight_decays.get(prefix, weight_decay) if decayed else 0.0
-            scale = scales.get(prefix, 1.0)
-            groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    name, episodes, given = config.model.name, config.episodes, config.optim
+    origins: dict[str, str] = {}
+    if name is None:
+        decay = 0.2 if given.weight_decay is None else given.weight_decay
+        settings: dict[str, Any] = {
+            "learning_rate": 2e-3,
+            "warm_up_steps": 50,
+            "locked_learning_rate": 2e-4,
+            "betas": (0.9, 0.98),
+            "eps": 1e-6,
+            "weight_decay": decay,
+            "heads_weight_decay": decay,
+        }
+    else:
+        kind, batch = tower_kind(name), episodes.batch_size
+        steps = episodes.count * (episodes.size // batch)
+        rate = 5e-4 * min(1.0, batch / 512)
+        settings = {
+            "learning_rate": rate,
+            "warm_up_steps": min(max(steps // 50, 500_000 // batch), max(steps // 10, 1)),
+            "locked_learning_rate": (given.learning_rate or rate) / 10,
+            "betas": (0.9, 0.98) if kind == "transformer" else (0.9, 0.999),
+            "eps": 1e-6 if kind == "transformer" else 1e-8,
+            "weight_decay": 0.2 if kind == "transformer" else 0.1,
+            "heads_weight_decay": 0.0,
+        }
+        origins = {
+            "learning_rate": f"from {name} at batch {batch}",
+            "warm_up_steps": f"of {steps} steps at batch {batch}",
+            **({"locked_learning_rate": "a tenth of the rate"} if episodes.locked_image else {}),
+            **dict.fromkeys(("betas", "eps", "weight_decay"), f"from {name}, a {kind} image tower"),
+            **({"heads_weight_decay": f"from {name}"} if config.uses_prototypes else {}),
+        }
+    unset = [setting for setting in settings if getattr(given, setting) is None]
+    notes = [
+        f"optim.{setting} = {settings[setting]}, {origins[setting]}"
+        for setting in unset
+        if setting in origins
+    ]
+    return {s: v if s in unset else getattr(given, s) for s, v in settings.items()}, notes
+
+
+def resolved(config: Config) -> tuple[Config, list[str]]:
+    """The configuration with every default that depends on the model decided, and notes on these.
+
+    Raises:
+        ValueError: There is no such model, or it cannot be trained here.
+    """
+    if config.model.name is not None:
+        refuse_sigmoid(config.model.name)
+    settings, notes = optim_settings(config)
+    model, image, text = config.model, config.model.image, config.model.text
+    if model.name is None:
+        image = replace(image, size=image.size or SMALL_IMAGE_SIZE)
+        text = replace(text, context_length=text.context_length or SMALL_CONTEXT_LENGTH)
+        model = replace(model, image=image, text=text)
+    return replace(config, model=model, optim=replace(config.optim, **settings)), notes
+
+
+def schedule(config: Config) -> Schedule:
+    """The learning-rate schedule of a configuration."""
+    settings, _ = optim_settings(config)
+    steps = config.episodes.size // config.episodes.batch_size
+    # With locked_learning_rate = 0 one cosine covers the whole run, as in the reference.
+    locked = config.episodes.locked_image * steps if settings["locked_learning_rate"] else 0
+    return Schedule(
+        peak=settings["learning_rate"],
+        warm_up=settings["warm_up_steps"],
+        main_steps=config.episodes.count * steps - locked,
+        locked_peak=settings["locked_learning_rate"],
+        locked_steps=locked,
+    )
+
+
+def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
+    """Fused AdamW. Weight decay applies to matrices and filters, not to gains, biases, scales.
+
+    Towers and heads have parameter groups of their own where the configuration gives them a
+    learning-rate scale or a weight decay.
+    """
+    settings, _ = optim_settings(config)
+    image, text = config.optim.image_lr_scale, config.optim.text_lr_scale
+    # Learning-rate scale and weight decay by prefix of names; the first prefix that matches counts.
+    common = (1.0, settings["weight_decay"])
+    heads = (config.optim.heads_lr_scale, settings["heads_weight_decay"])
+    own: dict[str, tuple[float, float]] = {}
+    if (image, text) != (1.0, 1.0):
+        # open_clip's image tower is `visual`; its text tower may be several modules.
+        scales = {"towers.visual.": image, "towers.logit_scale": 1.0, "towers.": text}
+        own = {prefix: (scale, common[1]) for prefix, scale in scales.items()}
+    if heads != common:
+        own |= {"image_head.": heads, "text_head.": heads}
+    groups, remaining = [], dict(model.named_parameters())
+    for prefix, (scale, weight_decay) in {**own, "": common}.items():
+        named = [remaining.pop(name) for name in [*remaining] if name.startswith(prefix)]
+        # FSDP2 does not shard scalars, so they get their own group.
+        for decay, parameters in (
+            (weight_decay, [parameter for parameter in named if parameter.ndim >= 2]),
+            (0.0, [parameter for parameter in named if parameter.ndim == 1]),
+            (0.0, [parameter for parameter in named if parameter.ndim == 0]),
+        ):
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
+    rate, betas, eps = settings["learning_rate"], settings["betas"], settings["eps"]
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give each group its own multiple of a rate."""
+    """Set the learning rate; each parameter group multiplies it by its scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]

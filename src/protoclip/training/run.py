@@ -1,200 +1,502 @@
-"""One run from beginning to end: what `protoclip train` and `protoclip evaluate` do."""
+"""One training run from beginning to end: what `protoclip train` does.
 
+The file reads in the order of a run: settings, data, model, teachers and trainer, the loop over
+episodes, saving and going on, evaluation and results. Signals and run folders are at the end.
+"""
+
+import difflib
 import platform
 import re
+import signal
 import sys
-from contextlib import ExitStack
-from dataclasses import asdict
+import threading
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import tomli_w
 import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
 
 import protoclip
-from protoclip.config import PERMISSIONS, Config, check
-from protoclip.data import sources
-from protoclip.data.loader import SkipLog
+from protoclip.checks import check
+from protoclip.config import PERMISSIONS, Config, PrototypeConfig, TeacherConfig
+from protoclip.data import loader as data_loader
+from protoclip.data import sampler, sources
 from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.sampler import EXTRACTION_STREAM
+from protoclip.data.skips import SkipLog
 from protoclip.distributed import collectives
-from protoclip.distributed.collectives import (
-    all_gather_object,
-    process_group,
-    raise_on_all_ranks,
-    rank,
-    rank0_first,
-    world_size,
-)
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.evaluation.suite import metric_names
 from protoclip.files import read_json, to_json, write_atomically
+from protoclip.losses.objective import LossWeights
 from protoclip.models import loading
+from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.training import build, defaults
-from protoclip.training.precision import Precision, resolve
-from protoclip.training.run_folder import (
-    Interrupted,
-    claimed,
-    is_empty,
-    newest_whole,
-    require_same,
-    require_same_arithmetic,
-    stop_on_signals,
-)
-from protoclip.training.session import Session
+from protoclip.progress import Progress
+from protoclip.prototypes.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
+from protoclip.prototypes.kmeans import KMeans, kmeans
+from protoclip.teachers import store
+from protoclip.training import optim
+from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
+from protoclip.training.guard import Guard
+from protoclip.training.logging import MetricsLog
+from protoclip.training.precision import Autocast, autocast, grad_scaler, resolve
+from protoclip.training.session import evaluate
+from protoclip.training.stages import Plan
 from protoclip.training.trainer import Trainer
+
+# Settings that may change when a run goes on. None of them changes a bit of any batch, weight or
+# metric of training.
+FREE = (
+    *("run.out", "run.save_steps", "run.save_minutes", "run.keep_checkpoints", "run.wandb"),
+    *("run.evaluate", "data.workers", "data.cache", "data.cache_gb", "data.cache_folder"),
+    "data.max_bad_share",
+)
+STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
-    """Run a configuration from beginning to end, or on from where it was interrupted.
+    """Train and evaluate a model, or go on with a run that was interrupted.
 
-    SIGTERM, SIGINT and SIGUSR1 end it after the step under way, with a checkpoint to go on from.
+    SIGTERM, SIGINT and SIGUSR1 stop the run after the step under way, with a checkpoint.
 
     Args:
         config: What to train; see `config.py`.
-        resume: `auto` goes on with a run that is in the folder already, from its newest checkpoint;
-            `never` refuses a folder that exists.
+        resume: `auto` goes on from the newest checkpoint if the run folder holds this run; `never`
+            refuses a folder that exists.
 
     Returns:
-        What `results.json` in the run folder holds: samples seen, wall clock, metrics. Of a run
-        that a signal ended, where it stands and `stopped`, the signal's name.
+        The content of `results.json` in the run folder: samples seen, wall clock, metrics. If a
+        signal stopped the run: how many steps it made, and `stopped`, the name of the signal.
 
     Raises:
-        ValueError: A setting, a file or the run folder is not as it should be. Nothing was written.
-        OSError: The last checkpoint could not be written, in several attempts over a minute. There
+        ValueError: A setting, a file or the run folder is wrong. Nothing was written.
+        OSError: The last checkpoint could not be written in several attempts over a minute. There
             is no `results.json`, and `resume="auto"` goes on from the checkpoint before.
     """
     notes = check(config)
-    config, decided = defaults.resolved(config)
-    notes += decided
+    check_metric(config.run.keep_best)
+    config, decided = optim.resolved(config)
     device = collectives.device(config.run.device)
-    with process_group(device):
-        return train_together(config, device=device, resume=resume == "auto", notes=notes)
+    with collectives.process_group(device):
+        return train_together(config, device, resume=resume == "auto", notes=notes + decided)
+
+
+def check_metric(name: str | None) -> None:
+    """Refuse a value of `run.keep_best` that is no metric."""
+    known = metric_names("emoji")
+    if name is not None and name not in known:
+        close = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
+        raise ValueError(f"run.keep_best: no metric {name!r}; the closest are {close}")
 
 
 def train_together(
-    config: Config, *, device: torch.device, resume: bool, notes: list[str]
+    config: Config, device: torch.device, *, resume: bool, notes: list[str]
 ) -> dict[str, Any]:
-    """`train` in one process of a group, or in the only one."""
+    """`train` on each rank of a process group, or in the only process."""
     folder = Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
-    begun, finished = rank0_first(lambda: look_at(folder, config, resume=resume))
-    if finished is not None:
-        return finished
-    precision = resolve(config.run.precision, device)
+    begun, results = rank0_first(lambda: check_folder(folder, config, resume=resume))
+    if results is not None:
+        return results
     samples = raise_on_all_ranks(lambda: sources.pairs(config))
     model, said = loading.training_model(config, device)
-    notes += said
-    session, trainer = raise_on_all_ranks(
-        lambda: prepare(config, folder, model, samples, precision)
-    )
+    run = raise_on_all_ranks(lambda: Run(config, model, samples, folder=folder))
+    notes += said + run.notes
     with ExitStack() as stack:
 
         def claim() -> Path | None:
             folder.mkdir(parents=True, exist_ok=resume)
-            stack.enter_context(claimed(folder))
-            whole = newest_whole(folder, notes) if begun else None
-            if whole is not None:
-                require_same_arithmetic(whole, session.arithmetic)
+            stack.enter_context(locked(folder))
+            checkpoint = newest_intact(folder, notes) if begun else None
             write_atomically(folder / "config.toml", to_toml(config))
-            for note in notes + session.notes:
-                print(f"note: {note}", file=sys.stderr)
-            return whole
+            lines = [f"note: {note}" for note in notes] + [outline(config, samples)]
+            print("\n".join(lines), file=sys.stderr)
+            return checkpoint
 
-        whole = rank0_first(claim)
-        interrupted = raise_on_all_ranks(lambda: None if whole is None else Interrupted.read(whole))
-        request = stack.enter_context(stop_on_signals())
-        # What draws from the global generator, such as dropout, follows the seed too.
-        stack.enter_context(
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        )
+        checkpoint = rank0_first(claim)
+        stack.enter_context(stop_on_signals(run))
+        # Dropout and the like draw from the global generator, so the seed sets it too.
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(config.run.seed + rank())
-        state = session.run(trainer, request, interrupted)
-    if request.by is not None and state.episode < config.episodes.count:
-        return {
-            "name": config.run.name,
-            "folder": str(folder),
-            "stopped": request.by,
-            "steps": state.step,
-            "metrics": {},
-        }
-    results = {
-        "name": config.run.name,
-        "folder": str(folder),
-        "seed": config.run.seed,
-        "samples_seen": state.samples_seen,
-        "samples_skipped": sum(all_gather_object(session.skips.distinct)),
-        "steps": state.step,
-        "train_seconds": round(state.seconds, 2),
-        "precision": precision,
-        "environment": environment(device),
-        "metrics": session.final_metrics(),
-    }
-    if session.best is not None and session.saver.folder(session.best[0]).is_dir():
-        results["best_checkpoint"] = f"checkpoints/step-{session.best[0]:09}"
-    if rank() == 0:
-        write_atomically(folder / "results.json", to_json(results, indent=2) + "\n")
-    return results
+        size = 0 if checkpoint is None else run.restore(checkpoint)
+        run.log = raise_on_all_ranks(lambda: run.open_log(size) if rank() == 0 else None)
+        try:
+            run.train()
+            raise_on_all_ranks(run.writer.finish)
+        finally:
+            run.writer.wait()
+            if run.log is not None:
+                run.log.close()
+    return run.results()
 
 
-def prepare(
-    config: Config,
-    folder: Path,
-    model: ProtoCLIP,
-    samples: Pairs | SampleStream,
-    precision: Precision,
-) -> tuple[Session, Trainer]:
-    """What else a run takes, before anything is written."""
-    skips = SkipLog(
-        folder / (f"skipped.{rank()}.jsonl" if rank() else "skipped.jsonl"),
-        max_share=config.data.max_bad_share,
-        at_least=config.episodes.size // world_size(),
-    )
-    device = next(model.parameters()).device
-    session = Session(
-        config,
-        folder=folder,
-        model=model,
-        samples=samples,
-        skips=skips,
-        arithmetic={"run.device": device.type, "run.precision": precision},
-    )
-    session.notes += skips.notes + sources.notes(samples)
-    trainer = build.trainer(
-        config,
-        model=model,
-        samples=samples,
-        precision=precision,
-        log=session.log,
-        save=session.save,
-        evaluate=session.evaluate,
-        on_step=session.on_step,
-        on_read=skips.add,
-        diverged=folder / (f"diverged.{rank()}.json" if rank() else "diverged.json"),
-        note=session.notes.append,
-    )
-    if world_size() > 1:
-        session.notes.append(
-            f"{world_size()} processes, each with {config.episodes.batch_size // world_size()} "
-            "pairs of every batch; learning rate, batch and episode are as set, for all together"
-        )
-    return session, trainer
+def outline(config: Config, samples: Pairs | SampleStream) -> str:
+    """One line that says how much a run trains on."""
+    size, count = config.episodes.size, config.episodes.count
+    episodes = f"{count:,} episodes of {size:,} pairs in batches of {config.episodes.batch_size:,}"
+    if not isinstance(samples, Pairs):
+        return f"training on a stream: {episodes}"
+    passes = f"{size * count / len(samples):.3g} passes over the data"
+    return f"training on {len(samples):,} pairs: {episodes}, {passes}"
 
 
-def look_at(folder: Path, config: Config, *, resume: bool) -> tuple[bool, dict[str, Any] | None]:
-    """Whether a run was begun in a folder, and its results if it was finished.
+class Run:
+    """A run on one rank: its parts, the loop over episodes, saving, going on, and results.
 
-    That it may go on there, or a new one begin, is checked.
+    Making one writes nothing. Rank 0 alone has a `log`, writes checkpoints and shows progress.
+
+    Args:
+        config: Checked.
+        model: On its device, or sharded.
+        samples: The training pairs.
+        folder: The run folder.
 
     Raises:
-        ValueError: It may not.
+        ValueError: The ranks cannot share a batch, the episodes do not fit the data, or teacher
+            features are missing.
+    """
+
+    def __init__(
+        self, config: Config, model: ProtoCLIP, samples: Pairs | SampleStream, *, folder: Path
+    ) -> None:
+        self.config, self.folder, self.model = config, folder, model
+        self.log: MetricsLog | None = None
+        self.stopped_by: str | None = None  # the signal that asks to stop after this step
+        self.notes: list[str] = []
+        device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
+        precision = resolve(config.run.precision, device)
+        self.arithmetic = {"run.device": device.type, "run.precision": precision}
+        self.skips = SkipLog(
+            folder / f"skipped{number}.jsonl",
+            max_share=config.data.max_bad_share,
+            at_least=config.episodes.size // world_size(),
+        )
+        self.episode = sampler.episodes(config, samples)
+        self.loader = data_loader.loader(
+            config,
+            samples,
+            tokenizer=loading.tokenizer(config.model),
+            transform=loading.training_transform(model, config.data.augmentation),
+            device=device,
+            on_read=self.skips.add,
+        )
+        teachers = config.external_teachers
+
+        def temperature(space: PrototypeConfig | TeacherConfig) -> float:
+            return 0.0 if space.hard_targets else space.target_temperature
+
+        optimizer, scaler = optim.optimizer(config, model), grad_scaler(precision, device)
+        self.trainer = Trainer(
+            model=model,
+            plan=Plan(
+                num_episodes=config.episodes.count,
+                warm_up=config.episodes.warm_up,
+                locked_image=config.episodes.locked_image,
+                prototypical=config.uses_prototypes,
+            ),
+            source=self.feature_source(samples, autocast(precision, device)),
+            cluster=self.cluster,
+            weights=LossWeights(
+                info_nce=config.loss.info_nce,
+                prototypical=config.loss.prototypical,
+                teachers={n: t.weight * config.loss.teacher for n, t in teachers.items()},
+            ),
+            target_temperatures={
+                **dict.fromkeys(("image", "text"), temperature(config.prototypes)),
+                **{n: temperature(t) for n, t in teachers.items()},
+            },
+            mask_empty=config.prototypes.mask_empty,
+            back_translation=config.prototypes.back_translation,
+            optimizer=optimizer,
+            schedule=optim.schedule(config),
+            scaler=scaler,
+            guard=Guard(optimizer, scaler, folder / f"diverged{number}.json"),
+            autocast=autocast(precision, device),
+            clip_norm=config.optim.clip_norm,
+            micro_batch_size=config.episodes.micro_batch_size,
+        )
+        self.writer = CheckpointWriter(
+            folder,
+            description={"protoclip": protoclip.__version__, "model": asdict(config.model)},
+            every_steps=config.run.save_steps,
+            every_minutes=config.run.save_minutes,
+            keep=config.run.keep_checkpoints,
+        )
+        self.evaluates = config.run.evaluate and config.data.has_held_out_splits
+        self.notes += self.skips.notes + sources.notes(samples)
+        if config.run.evaluate and not self.evaluates:
+            self.notes.append("no evaluation at the end, since data.train has no held-out split")
+        if world_size() > 1:
+            self.notes.append(
+                f"{world_size()} ranks, each with {self.loader.batch_size} pairs of every batch; "
+                "learning rate, batch and episode are for all ranks together"
+            )
+
+    def feature_source(
+        self, samples: Pairs | SampleStream, context: Autocast
+    ) -> ExtractedFeatures | QueuedFeatures:
+        """The features to cluster come from a pass over each episode, or from a queue."""
+        config, transform = self.config, self.loader.transform
+        teachers = store.teachers(config, samples, self.notes.append)
+        evaluating = config.prototypes.extract_transform == "evaluation"
+        if evaluating:
+            transform = loading.evaluation_transform(self.model)
+        loader = replace(self.loader, transform=transform, transform_stream=EXTRACTION_STREAM)
+        extracted = ExtractedFeatures(
+            model=self.model,
+            batches=loader.batches,
+            teachers=teachers,
+            autocast=context,
+            each_pair_once=isinstance(samples, Pairs) and evaluating,
+        )
+        if config.prototype_source == "extract":
+            return extracted
+        queue = FeatureQueue(config.episodes.size)
+        return QueuedFeatures(queue=queue, teachers=teachers, fallback=extracted)
+
+    def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
+        """K-means with the settings of a space."""
+        settings, teacher = self.config.prototypes, self.config.external_teachers.get(space)
+        number = settings.number if teacher is None else teacher.number
+        # A teacher may know fewer samples of an episode than it has prototypes.
+        known = collectives.all_reduce(torch.tensor(len(rows), device=rows.device))
+        return kmeans(
+            rows,
+            min(number, int(known)),
+            iterations=settings.iterations,
+            restarts=settings.restarts,
+            init=settings.init,
+            seed=self.config.run.seed,
+            positions=positions,
+        )
+
+    def train(self) -> None:
+        """The episodes that remain (paper, "online episodic training"), until a signal stops it."""
+        trainer, config = self.trainer, self.config
+        steps = config.episodes.count * (config.episodes.size // config.episodes.batch_size)
+        progress, loss = Progress(f"train {config.run.name}", steps), ""
+        for index in range(trainer.episode, config.episodes.count):
+            episode = self.episode(index)
+            self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
+            for batch in self.loader.batches(episode, trainer.batch):
+                number = trainer.step + 1
+                detailed = number % config.run.log_every == 0 or number == steps
+                metrics = trainer.train_step(batch, detailed=detailed)
+                self.write(index, metrics)
+                if detailed:
+                    loss = f", loss {metrics['train/loss/total']:.4g}"
+                if rank() == 0:
+                    bad, stage = self.skips.distinct, trainer.plan.stage(index).name
+                    skipped = f", {bad} samples skipped" if bad else ""
+                    where = f"episode {index + 1}/{config.episodes.count}, {stage}"
+                    progress.update(trainer.step, where + loss + skipped)
+                if self.save_if_due():
+                    return
+            self.write(index, trainer.end_episode())
+            if config.run.evaluate_every and trainer.episode % config.run.evaluate_every == 0:
+                metrics = self.evaluate("validation", show=False)
+                self.write(trainer.episode, metrics)
+                if config.run.keep_best is not None:
+                    self.writer.rate(trainer.step, metrics[config.run.keep_best])
+            if self.save_if_due():
+                return
+
+    def open_log(self, size: int) -> MetricsLog:
+        """The log, which goes on after `size` bytes of its file."""
+        mode, settings = self.config.run.wandb, asdict(self.config)
+        step = self.trainer.step
+        return MetricsLog(self.folder, size=size, step=step, wandb=mode, config=settings)
+
+    def write(self, episode: int, metrics: Mapping[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(self.trainer.step, episode, metrics)
+
+    def evaluate(self, split: Literal["validation", "test"], **more: Any) -> dict[str, float]:
+        """Metrics on a held-out split of the data."""
+        transform = loading.evaluation_transform(self.model)
+        tokenizer = loading.tokenizer(self.config.model)
+        return evaluate(self.model, transform, tokenizer, split=split, **more)
+
+    def save_if_due(self) -> bool:
+        """Save if it is time by rank 0's clock or the run ends; returns whether to stop."""
+        trainer, writer = self.trainer, self.writer
+        finished = trainer.episode == self.config.episodes.count
+        due = rank() == 0 and writer.due(trainer.step, episode_end=trainer.batch == 0)
+        unsaved = rank() == 0 and writer.saved_step != trainer.step
+        stop, due, unsaved = collectives.any_rank([self.stopped_by is not None, due, unsaved])
+        if stop:
+            self.stopped_by = next(filter(None, collectives.all_gather_object(self.stopped_by)))
+        if due or (unsaved and (stop or finished)):
+            self.save()
+        return stop
+
+    def save(self) -> None:
+        """Gather the state of all ranks; rank 0 starts to write it."""
+        trainer, size = self.trainer, self.config.episodes.size
+        position = self.loader.state_dict(trainer.episode, trainer.batch, size)
+        state = {
+            **trainer.state_dict(),
+            "loader": collectives.all_gather_object(position),
+            "skips": collectives.all_gather_object([self.skips.read, self.skips.skipped]),
+            "arithmetic": self.arithmetic,
+            "best": self.writer.best,
+        }
+        if self.log is not None:
+            self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
+
+    def restore(self, checkpoint: Path) -> int:
+        """Go on from a checkpoint; returns the bytes of the metrics that were logged until then.
+
+        Raises:
+            ValueError: The checkpoint does not fit this version or this run.
+        """
+        try:
+            state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
+            for setting, before in state["arithmetic"].items():
+                if before != self.arithmetic[setting]:
+                    raise ValueError(
+                        f"{setting}: this run was computed with {before}, and here it would be "
+                        f"{self.arithmetic[setting]}, which rounds differently; go on on a machine "
+                        "like the first, or choose another folder with --run.out"
+                    )
+            self.trainer.load_state_dict(state)
+            for position in state["loader"]:
+                self.loader.load_state_dict(position)
+            counts = state["skips"]
+            if len(counts) == world_size():
+                self.skips.read, self.skips.skipped = counts[rank()]
+            elif rank() == 0:  # the number of ranks changed
+                self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
+            self.writer.best = state["best"] and tuple(state["best"])
+            size = int(state["metrics_bytes"])
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{checkpoint / STATE}: not what this version of protoclip writes ({error!r}); "
+                f"restore it from a copy, or delete {checkpoint} to go on from the one before"
+            ) from error
+        if rank() == 0:
+            print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
+        return size
+
+    def results(self) -> dict[str, Any]:
+        """Evaluate, write and return the results; or where a run stands that a signal stopped."""
+        config, trainer, best = self.config, self.trainer, self.writer.best
+        results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
+        if self.stopped_by is not None and trainer.episode < config.episodes.count:
+            return {**results, "stopped": self.stopped_by, "metrics": {}}
+        results |= {
+            "seed": config.run.seed,
+            "samples_seen": trainer.samples_seen,
+            "samples_skipped": sum(collectives.all_gather_object(self.skips.distinct)),
+            "train_seconds": round(trainer.seconds, 2),
+            "precision": self.arithmetic["run.precision"],
+            "environment": environment(self.loader.device),
+            "metrics": {},
+        }
+        if self.evaluates:
+            results["metrics"] = self.evaluate("test", samples_to=self.folder / "results")
+        if best is not None and self.writer.folder(best[0]).is_dir():
+            results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
+        if rank() == 0:
+            write_atomically(self.folder / "results.json", to_json(results, indent=2) + "\n")
+        return results
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Hardware and versions, without which a number means little."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "protoclip": protoclip.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+    }
+
+
+@contextmanager
+def stop_on_signals(run: Run) -> Iterator[None]:
+    """Let the first SIGTERM, SIGINT or SIGUSR1 stop the run; the second one acts as usual."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in STOPPING if main and hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        run.stopped_by = signal.Signals(number).name
+        signal.signal(number, before[number])
+
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_folder(
+    folder: Path, config: Config, *, resume: bool
+) -> tuple[bool, dict[str, Any] | None]:
+    """Whether a folder holds a run that was begun, and its results if it is finished.
+
+    Raises:
+        ValueError: The run may neither start nor go on there.
     """
     begun = (folder / "config.toml").is_file()
-    if folder.exists() and not (resume and (begun or is_empty(folder))):
+    # A run that was killed at its very start leaves hidden files at most.
+    empty = folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    if folder.exists() and not (resume and (begun or empty)):
         hint = "" if begun else " and holds no run"
         way = "choose another with --run.out" + (", or go on with --resume auto" if begun else "")
         raise ValueError(f"{folder}: run folder exists{hint}; {way}")
     if begun:
-        require_same(folder, to_toml(config))
+        check_settings(folder, to_toml(config))
     results = folder / "results.json"
     return begun, read_json(results) if begun and results.is_file() else None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process."""
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another process is running in this folder; wait for it, or choose "
+            "another with --run.out"
+        ) from None
+
+
+def check_settings(folder: Path, config: str) -> None:
+    """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
+    before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    now = flat(tomllib.loads(config))
+    differ = [
+        f"{key} ({before.get(key, 'unset')} before, {now.get(key, 'unset')} now)"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder}: the run was started with other settings: {', '.join(differ)}; "
+            "restore them, or choose another folder with --run.out"
+        )
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
 
 
 def slug(name: str) -> str:
@@ -203,7 +505,7 @@ def slug(name: str) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration, without permissions; TOML has no null for unset values."""
+    """The configuration as TOML, without what is unset and without permissions."""
 
     def present(value: Any) -> Any:
         if isinstance(value, dict):
@@ -214,15 +516,3 @@ def to_toml(config: Config) -> str:
     for permission in PERMISSIONS:
         del tree["data"][permission]
     return tomli_w.dumps(present(tree))
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Hardware and versions, without which a number means little."""
-    return {
-        "protoclip": protoclip.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-    }

@@ -1,18 +1,19 @@
-"""Learning-rate schedules, as pure functions of the step."""
+"""The learning-rate schedule, as a pure function of the step."""
 
 import math
 from dataclasses import dataclass
 
+LOCKED_WARM_UP = 2  # steps
+
 
 def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float:
-    """Linear from peak / warm_up to peak, then half a cosine that would reach 0 at `total`.
+    """Rise linearly from peak / warm_up to peak, then follow half a cosine that is 0 at `total`.
 
     Args:
         step: In [0, total).
         peak: Highest learning rate.
-        warm_up: Steps of the linear part; cut to half of `total` where it is longer, so that
-            short runs reach the peak and come down again.
-        total: Steps in all.
+        warm_up: Steps of the rise; at most half of `total`, so that short runs reach the peak too.
+        total: Steps of the whole schedule.
     """
     warm_up = min(warm_up, total // 2)
     if step < warm_up:
@@ -22,25 +23,21 @@ def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """One cosine for all episodes but the locked ones, and another of their own for these.
+    """One cosine for all episodes before the locked-image stage, and a second one for that stage.
 
-    The reference cools the text tower's rate to nearly zero before the locked stage starts; a
-    schedule of its own lets the text tower move there.
+    The reference cools the text tower's rate to nearly zero before the locked-image stage starts.
+    A second cosine lets the text tower move there. With `locked_steps=0` there is only the first.
     """
 
     peak: float
     warm_up: int
     main_steps: int
-    locked_peak: float
-    locked_warm_up: int
-    locked_steps: int
+    locked_peak: float = 0.0
+    locked_steps: int = 0
 
     def learning_rate(self, step: int) -> float:
-        if step < self.main_steps:
-            return warm_up_cosine(step, peak=self.peak, warm_up=self.warm_up, total=self.main_steps)
-        return warm_up_cosine(
-            step - self.main_steps,
-            peak=self.locked_peak,
-            warm_up=self.locked_warm_up,
-            total=self.locked_steps,
-        )
+        peak, warm_up, total = self.peak, self.warm_up, self.main_steps
+        if step >= self.main_steps:
+            step -= self.main_steps
+            peak, warm_up, total = self.locked_peak, LOCKED_WARM_UP, self.locked_steps
+        return warm_up_cosine(step, peak=peak, warm_up=warm_up, total=total)

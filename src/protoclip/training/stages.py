@@ -1,4 +1,4 @@
-"""The stages of a run: what is trained in each, and which losses count."""
+"""The stages of a run: what each one trains, and whether it uses prototypes."""
 
 import re
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ class Stage:
     """One stage of training.
 
     Attributes:
-        name: As shown on the console.
-        frozen: Regular expressions over parameter names that get no gradient.
-        locked: Regular expressions over module names that stay in evaluation mode, so that their
-            BatchNorm statistics are fixed too.
-        needs_prototypes: Whether the stage's loss uses prototypes.
-        projects: Whether the forward pass runs the heads. The warm-up runs them without a loss:
-            their BatchNorm statistics then describe the features that the first clustering meets.
+        name: As the console shows it.
+        frozen: Regular expressions; parameters whose names match get no gradient.
+        locked: Regular expressions; modules whose names match stay in evaluation mode, so that
+            their BatchNorm statistics do not move.
+        needs_prototypes: Whether the loss of this stage uses prototypes.
+        projects: Whether the forward pass runs the heads. The warm-up runs them without a loss, so
+            that their BatchNorm statistics fit the features of the first clustering.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Plan:
     """Which stage each episode belongs to.
 
     Attributes:
-        num_episodes: Episodes in all.
-        warm_up: Episodes at the start with InfoNCE alone.
-        locked_image: Episodes at the end with the image tower locked (LiT, Zhai et al. 2022).
-        prototypical: Whether episodes between use prototypes; if not, the run is CLIP.
+        num_episodes: Episodes of the whole run.
+        warm_up: Episodes at the start that train with InfoNCE alone.
+        locked_image: Episodes at the end with a locked image tower (LiT, Zhai et al. 2022).
+        prototypical: Whether the episodes between use prototypes. If not, the run is CLIP.
     """
 
     num_episodes: int
@@ -63,9 +63,9 @@ class Plan:
 
 
 def enter_stage(model: nn.Module, stage: Stage) -> None:
-    """Freeze by name pattern, and set each module's mode.
+    """Freeze parameters by name, and set the mode of every module.
 
-    Every pattern has to match something: a renamed tower must not train on unnoticed.
+    Every pattern must match something, so that a renamed tower cannot train by mistake.
     """
     matched: set[str] = set()
     for name, parameter in model.named_parameters():

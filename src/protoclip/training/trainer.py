@@ -1,98 +1,63 @@
-"""The episode loop (paper, online episodic training)."""
+"""Training steps and episodes (paper, "online episodic training"); `run.py` has the loop."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
+from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
-from protoclip.distributed.parallel import (
-    clip_gradients,
-    distribute,
-    no_sync,
-    reach_everything,
-)
-from protoclip.losses.grad_cache import forward_in_chunks
+from protoclip.losses.grad_cache import forward_in_chunks, random_state
 from protoclip.losses.objective import LossWeights, objective
-from protoclip.losses.prototypical import Target, make_targets
-from protoclip.models.batch_norm import agree_on_statistics, has_own_statistics
+from protoclip.losses.prototypical import PreparedTarget, prepare_targets
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
-from protoclip.prototypes.features import Assignments, EpisodeFeatures
+from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.prototypes.targets import cluster_spaces
+from protoclip.prototypes.targets import Prototypes, build_targets, group
 from protoclip.training.guard import Guard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
 from protoclip.training.precision import Autocast
 from protoclip.training.schedule import Schedule
 from protoclip.training.stages import Plan, Stage, enter_stage
-from protoclip.training.state import TrainState
+
+PROGRESS = ("episode", "batch", "step", "samples_seen", "seconds")
 
 
-@runtime_checkable
-class FeatureSource(Protocol):
-    """Where the features that are clustered come from, and which prototype a sample belongs to."""
-
-    def features(self, episode: Episode) -> EpisodeFeatures: ...
-
-    def assign(
-        self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
-    ) -> Assignments: ...
-
-    def observe(self, batch: Batch, embeddings: Embeddings) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grouping:
-    """Prototypes of an episode by space, and the targets made of them by student and teacher.
-
-    `reached` marks, for each space, the prototypes that a sample of the episode fell into so far,
-    after a first place for samples that it knows nothing of.
-    """
-
-    prototypes: Mapping[str, KMeans]
-    targets: Mapping[tuple[str, str], Target]
-    reached: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Trainer:
-    """The parts of a training run; `fit` puts them to work.
+    """A model in training, with all that changes while it trains.
+
+    For each episode call `start_episode`, `train_step` with each batch, and `end_episode`; they
+    return metrics by name. With several ranks every method is collective.
 
     Attributes:
         model: Trained in place.
-        plan: Stage of each episode.
-        episode: Episode of a number.
-        batches: Batches of an episode in the training transform, from a number on.
-        source: Features of an episode, to be clustered.
-        cluster: K-means of one space, `(space, rows, positions) -> KMeans`.
-        weights, target_temperatures, mask_empty: Of the objective.
-        back_translation: Whether prototypes are translated into the student's space.
-        optimizer, schedule, scaler, guard, autocast, clip_norm: How a step is taken.
-        micro_batch_size: Pairs that pass through the towers at once; the whole batch if unset.
-        log: Receives `(state, metrics)`; called every `log_every` steps and once an episode.
-        save: Called after each step with the state and the episode's prototypes, and at its end
-            without; says whether to stop there.
-        evaluate: Called with the state at each episode's end; may return metrics to log.
-        on_step: Called after each step, for progress.
-        position, restore_position: The loader's place, which some sources need to go on quickly.
+        plan: The stage of each episode.
+        source: Gives the features to cluster, and the prototypes that samples belong to.
+        cluster: K-means of one space, `(space, rows, positions of the rows) -> KMeans`.
+        weights, target_temperatures, mask_empty: Of the losses.
+        back_translation: Translate prototypes into the student's space (PBT).
+        optimizer, schedule, scaler, guard, autocast, clip_norm: How to take a step.
+        micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
+        episode, batch: Episodes finished, and batches of the next one.
+        step: Optimizer steps taken, skipped ones included.
+        samples_seen: Pairs trained on by all ranks, repeats counted.
+        seconds: Wall clock of data, extraction, clustering and steps; no evaluation.
+        clusters, targets: Prototypes of the episode under way by space, and targets made of them.
+        reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
+            first entry is for samples without an assignment (-1).
     """
 
     model: ProtoCLIP
     plan: Plan
-    episode: Callable[[int], Episode]
-    batches: Callable[[Episode, int], Iterable[Batch]]
-    source: FeatureSource
+    source: ExtractedFeatures | QueuedFeatures
     cluster: Callable[[str, Tensor, Tensor | None], KMeans]
     weights: LossWeights
     target_temperatures: Mapping[str, float]
@@ -105,206 +70,192 @@ class Trainer:
     autocast: Autocast
     clip_norm: float
     micro_batch_size: int | None
-    log: Callable[[TrainState, Mapping[str, float]], None]
-    log_every: int
-    save: Callable[[TrainState, Grouping | None], bool]
-    evaluate: Callable[[TrainState], Mapping[str, float]]
-    on_step: Callable[[TrainState, Stage], None]
-    position: Callable[[TrainState], dict[str, Any]]
-    restore_position: Callable[[dict[str, Any]], None]
+    episode: int = 0
+    batch: int = 0
+    step: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+    clusters: dict[str, Prototypes] = field(default_factory=dict)
+    targets: dict[str, PreparedTarget] = field(default_factory=dict)
+    reached: dict[str, Tensor] = field(default_factory=dict)
 
-    def fit(self, state: TrainState, grouping: Grouping | None = None) -> TrainState:
-        """Train what remains of the run, or until `save` says to stop; returns where it stands.
+    def __post_init__(self) -> None:
+        self._stage: Stage | None = None
+        self._module: nn.Module = self.model  # the model, wrapped for the stage
+        self._now = 0.0  # up to where `seconds` counts
+        self._waited = self._trained = 0.0  # seconds of this episode
+        self._reported = (0.0, 0)  # time and samples seen when a step was last reported
 
-        `grouping` is that of an episode which was interrupted, of whose batches some are done.
-        """
-        module: nn.Module = self.model
-        entered: Stage | None = None
-        for index in range(state.episode, self.plan.num_episodes):
-            stage = self.plan.stage(index)
-            episode = self.episode(index)
-            if stage.needs_prototypes and grouping is None:
-                grouping = self.group(episode, state)
-            enter_stage(self.model, stage)
-            if stage is not entered:
-                module = distribute(
-                    self.model, broadcast_buffers=has_own_statistics(self.model)
-                )
-                entered = stage
-            if self.run_episode(module, episode, stage, grouping, state):
-                return state
-            state.episode, state.batch, grouping = state.episode + 1, 0, None
-            if metrics := self.evaluate(state):
-                self.log(state, metrics)
-            if self.save(state, None):
-                return state
-        return state
+    def start_episode(self, episode: Episode) -> dict[str, float]:
+        """Make the prototypes if the stage needs any, freeze and wrap the model."""
+        self._now = time.monotonic()
+        stage, metrics = self.plan.stage(episode.index), {}
+        if stage.needs_prototypes and not self.targets:
+            metrics = self._make_targets(episode)
+        enter_stage(self.model, stage)
+        if stage is not self._stage:
+            self._module, self._stage = parallel.distribute(self.model), stage
+        self._tick()
+        self._waited = self._trained = 0.0
+        self._reported = (self._now, self.samples_seen)
+        return metrics
 
-    def group(self, episode: Episode, state: TrainState) -> Grouping:
-        """Features, prototypes and back-translated targets of an episode."""
-        started = time.monotonic()
+    def _make_targets(self, episode: Episode) -> dict[str, float]:
+        """Features, clusters and back-translated targets of an episode."""
         features = self.source.features(episode)
-        extracted = time.monotonic()
+        seconds = {"extract": self._tick()}
         spaces = dict(features.teachers)
         if self.weights.prototypical:
             spaces = {"image": features.image, "text": features.text, **spaces}
-        prototypes = cluster_spaces(spaces, self.cluster, features.positions)
-        clustered = time.monotonic()
-        targets = make_targets(
-            prototypes,
+        self.clusters = group(spaces, self.cluster, features.positions)
+        seconds["cluster"] = self._tick()
+        targets = build_targets(
+            self.clusters,
             image_projections=features.image,
             text_projections=features.text,
-            target_temperatures=self.target_temperatures,
             back_translation=self.back_translation,
-            mask_empty=self.mask_empty,
             positions=features.positions,
         )
-        empty = {
-            f"train/prototypes/empty/{space}": empty_share(found)
-            for space, found in prototypes.items()
-        }
-        seconds = {
-            "train/seconds/extract": extracted - started,
-            "train/seconds/cluster": clustered - extracted,
-            "train/seconds/back_translate": time.monotonic() - clustered,
-        }
-        self.log(state, empty | seconds)
-        state.seconds += time.monotonic() - started
-        reached = {
-            space: torch.zeros(len(found.centroids) + 1, device=found.centroids.device)
-            for space, found in prototypes.items()
-        }
-        return Grouping(prototypes=prototypes, targets=targets, reached=reached)
+        self.targets = prepare_targets(
+            targets, target_temperatures=self.target_temperatures, mask_empty=self.mask_empty
+        )
+        metrics = {}
+        for space, found in self.clusters.items():
+            number = len(found.centroids)
+            self.reached[space] = torch.zeros(number + 1, device=found.centroids.device)
+            sizes = torch.bincount(found.assignments[found.assignments >= 0], minlength=number)
+            metrics[f"train/prototypes/empty/{space}"] = float((sizes == 0).float().mean())
+        seconds["back_translate"] = self._tick()
+        return metrics | {f"train/seconds/{part}": spent for part, spent in seconds.items()}
 
-    def run_episode(
-        self,
-        module: nn.Module,
-        episode: Episode,
-        stage: Stage,
-        grouping: Grouping | None,
-        state: TrainState,
-    ) -> bool:
-        """The batches of an episode that remain; True if `save` said to stop among them."""
-        waited = trained = 0.0
-        samples, logged = 0, time.monotonic()
-        asked = logged
-        for batch in self.batches(episode, state.batch):
-            began = time.monotonic()
-            due = (state.step + 1) % self.log_every == 0
-            report = self.train_step(module, batch, stage, grouping, state, detailed=due)
-            pairs = len(batch.position) * world_size()
-            state.step += 1
-            state.batch += 1
-            state.samples_seen += pairs
-            samples += pairs
-            if due:
-                self.guard.look()
-                metrics = mean_over_processes(report)
-                metrics["train/skipped_steps"] = self.guard.health.skipped
-                metrics["train/samples_per_second"] = samples / (time.monotonic() - logged)
-                self.log(state, metrics)
-                logged, samples = time.monotonic(), 0
-            self.on_step(state, stage)
-            waited, trained = waited + began - asked, trained + time.monotonic() - began
-            state.seconds += time.monotonic() - asked
-            asked = time.monotonic()
-            if self.save(state, grouping):
-                return True
-        self.guard.look()
-        agree_on_statistics(self.model)
-        seconds = {"train/seconds/data": waited, "train/seconds/train": trained}
-        self.log(state, seconds | dead_shares(grouping))
-        return False
+    def train_step(self, batch: Batch, *, detailed: bool = True) -> dict[str, float]:
+        """Forward, backward, one optimizer step.
 
-    def train_step(
-        self,
-        module: nn.Module,
-        batch: Batch,
-        stage: Stage,
-        grouping: Grouping | None,
-        state: TrainState,
-        *,
-        detailed: bool = True,
-    ) -> dict[str, Tensor | float]:
-        """Forward, backward, one optimizer step; returns what to log about it.
+        Args:
+            batch: This rank's share of the batch.
+            detailed: Return metrics, which takes time and waits for the device; else none.
 
-        `module` is the model as the stage trains it; `detailed` asks for what costs time of its
-        own, such as accuracies. With several processes losses are parts, see `objective`.
+        Raises:
+            Diverged: Too many steps in a row were not finite.
         """
-        rate = self.schedule.learning_rate(state.step)
+        self._waited += self._tick()
+        rate = self.schedule.learning_rate(self.step)
         set_learning_rate(self.optimizer, rate)
-        embeddings, finish = self.embed(module, batch, stage)
-        assignments: Assignments = {}
-        if grouping is not None:
-            assignments = self.source.assign(batch, embeddings, grouping.prototypes)
-            for space, found in assignments.items():
-                grouping.reached[space].index_fill_(0, found + 1, 1.0)
+        embeddings, finish_backward = self._forward(batch)
+        assignments = {}
+        if self.clusters:
+            assignments = self.source.assign(batch, embeddings, self.clusters)
+        for space, found in assignments.items():
+            self.reached[space].index_fill_(0, found + 1, 1.0)
         losses, report = objective(
-            embeddings,
-            grouping.targets if grouping is not None else None,
-            assignments,
-            weights=self.weights,
-            detailed=detailed,
+            embeddings, self.targets or None, assignments, weights=self.weights, detailed=detailed
         )
         total = torch.stack(list(losses.values())).sum()
         if world_size() > 1:
-            total = total + reach_everything(embeddings)
+            total = total + parallel.reach_everything(embeddings)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-        finish()
+        finish_backward()
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model, self.clip_norm)
-        self.guard.step(state.step + 1, total, norm, batch.sample_id)
+        norm = parallel.clip_gradients(self.model, self.clip_norm)
+        self.guard.step(self.step + 1, total, norm, batch.sample_id)
         self.model.clamp_scales()
         self.source.observe(batch, embeddings)
+        self.step, self.batch = self.step + 1, self.batch + 1
+        self.samples_seen += len(batch.position) * world_size()
+        metrics = {}
         if detailed:
             report |= feature_statistics(
                 all_gather(embeddings.image_features.detach()),
                 all_gather(embeddings.text_features.detach()),
             )
-        return {
-            **report,
-            "train/loss/total": total.detach(),
-            "train/gradient_norm": norm.detach(),
-            "train/learning_rate": rate,
-        }
+            report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
+            self.guard.look()
+            metrics = to_floats({**report, "train/learning_rate": rate})
+            metrics["train/skipped_steps"] = float(self.guard.skipped)
+            (before, seen), now = self._reported, time.monotonic()
+            metrics["train/samples_per_second"] = (self.samples_seen - seen) / (now - before)
+            self._reported = (now, self.samples_seen)
+        self._trained += self._tick()
+        return metrics
 
-    def embed(
-        self, module: nn.Module, batch: Batch, stage: Stage
-    ) -> tuple[Embeddings, Callable[[], None]]:
-        """The model's output for a batch, and what is left to do once its gradients are there."""
+    def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
+        """The embeddings of a batch, and what is left to do after `backward`."""
+        assert self._stage is not None, "start_episode comes first"
+        project, size = self._stage.projects, self.micro_batch_size
 
         def forward(image: Tensor, text: Tensor) -> Embeddings:
             with self.autocast():
-                output: Embeddings = module(image, text, project=stage.projects)
+                output: Embeddings = self._module(image, text, project=project)
             return output
 
-        if self.micro_batch_size is None or self.micro_batch_size >= len(batch.position):
+        if size is None or size >= len(batch.position):
             return forward(batch.image, batch.text), lambda: None
-        images = torch.split(batch.image, self.micro_batch_size)
-        texts = torch.split(batch.text, self.micro_batch_size)
-        chunks = [partial(forward, image, text) for image, text in zip(images, texts, strict=True)]
-        return forward_in_chunks(chunks, buffers=self.model.buffers(), no_sync=no_sync(module))
+        parts = zip(torch.split(batch.image, size), torch.split(batch.text, size), strict=True)
+        chunks = [partial(forward, image, text) for image, text in parts]
+        no_sync = parallel.no_sync(self._module)
+        return forward_in_chunks(chunks, buffers=self.model.buffers(), no_sync=no_sync)
 
+    def end_episode(self) -> dict[str, float]:
+        """Count the episode as finished and let go of its prototypes."""
+        self.guard.look()
+        parallel.agree_on_statistics(self.model)
+        self._tick()
+        metrics = {"train/seconds/data": self._waited, "train/seconds/train": self._trained}
+        for space, marks in self.reached.items():
+            dead = 1 - float(all_reduce(marks, "max")[1:].mean())
+            metrics[f"train/prototypes/dead/{space}"] = dead
+        self.episode, self.batch = self.episode + 1, 0
+        self.clusters, self.targets, self.reached = {}, {}, {}
+        return metrics
 
-def mean_over_processes(report: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """A report as floats; what is a process's part of a mean becomes the mean."""
-    if world_size() == 1:
-        return to_floats(report)
-    tensors = {name: value.float() for name, value in report.items() if isinstance(value, Tensor)}
-    means = all_reduce(torch.stack(list(tensors.values()))) / world_size()
-    return to_floats({**report, **dict(zip(tensors, means, strict=True))})
+    def _tick(self) -> float:
+        """Count the seconds since the last call."""
+        spent = time.monotonic() - self._now
+        self._now += spent
+        self.seconds += spent
+        return spent
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on, as nested dicts of tensors and JSON values.
 
-def dead_shares(grouping: Grouping | None) -> dict[str, float]:
-    """Share of prototypes that no sample of the episode fell into, by space."""
-    return {
-        f"train/prototypes/dead/{space}": 1 - float(all_reduce(marks, "max")[1:].mean())
-        for space, marks in (grouping.reached.items() if grouping is not None else ())
-    }
+        `model` and `optimizer` are copies on the CPU of rank 0, whole if the model is sharded, and
+        empty on other ranks. The rest may change when training goes on.
+        """
+        self.guard.look()
+        return {
+            **{name: getattr(self, name) for name in PROGRESS},
+            "scaler": self.scaler.state_dict(),
+            "guard": self.guard.state_dict(),
+            "random": collectives.all_gather_object(random_state()),
+            "source": self.source.state_dict(),
+            "clusters": {space: vars(found) for space, found in self.clusters.items()},
+            # In order, since the sum of the losses depends on it.
+            "targets": {name: vars(target) for name, target in self.targets.items()},
+            "reached": {space: all_reduce(marks, "max") for space, marks in self.reached.items()},
+            "model": parallel.weights(self.model),
+            "optimizer": parallel.moments(self.model, self.optimizer),
+        }
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called; `model` and `optimizer` count on rank 0 alone.
 
-def empty_share(prototypes: KMeans) -> float:
-    """Share of prototypes that no sample fell into."""
-    known = prototypes.assignments[prototypes.assignments >= 0]
-    return float((torch.bincount(known, minlength=len(prototypes.centroids)) == 0).float().mean())
+        Tensors are on the model's device. With another number of ranks than before, random states
+        start from the seed again.
+        """
+        parallel.load_weights(self.model, state["model"])
+        parallel.load_moments(self.model, self.optimizer, state["optimizer"])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.guard.load_state_dict(state["guard"])
+        if len(state["random"]) == world_size():
+            cpu, gpu = state["random"][collectives.rank()]
+            torch.set_rng_state(cpu.cpu())
+            if gpu is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(gpu.cpu())
+        self.source.load_state_dict(state["source"])
+        self.clusters = {space: Prototypes(**found) for space, found in state["clusters"].items()}
+        self.targets = {name: PreparedTarget(**found) for name, found in state["targets"].items()}
+        self.reached = dict(state["reached"])

@@ -2,21 +2,16 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor
 
 from protoclip.config import (
     Config,
     ImageTowerConfig,
-    OptimConfig,
     ParallelConfig,
 )
 from protoclip.models import loading
-from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import tiny_config, tiny_model
-from protoclip.training.build import rate_scales
-from protoclip.training.optim import adamw, set_learning_rate
 
 
 def gradients(config: Config) -> tuple[dict[str, Tensor], int]:
@@ -44,37 +39,3 @@ def test_activations_computed_again_give_the_same_gradients() -> None:
     assert (once, twice) == (1, 2)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def rates(model: ProtoCLIP, config: Config) -> dict[str, float]:
-    optimizer = adamw(
-        model,
-        learning_rate=1.0,
-        betas=(0.9, 0.98),
-        eps=1e-6,
-        weight_decay=0.2,
-        scales=rate_scales(config),
-    )
-    set_learning_rate(optimizer, 2.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-
-
-def test_towers_and_heads_may_have_learning_rates_of_their_own() -> None:
-    """Temperatures keep the common one, and every parameter is in one group."""
-    optim = OptimConfig(image_lr_scale=0.1, text_lr_scale=0.5, heads_lr_scale=0.05)
-    config = replace(tiny_config(out="unused"), optim=optim)
-    model = loading.model(config.model, seed=0)
-    found = rates(model, config)
-    assert found.keys() == dict(model.named_parameters()).keys()
-    for name, rate in found.items():
-        if name.startswith("towers.visual."):
-            assert rate == pytest.approx(0.2), name
-        elif name.startswith("towers.") and name != "towers.logit_scale":
-            assert rate == pytest.approx(1.0), name
-        elif name.startswith(("image_head.", "text_head.")):
-            assert rate == pytest.approx(0.1), name
-        else:
-            assert rate == pytest.approx(2.0), name
-    alike = replace(config, optim=OptimConfig(heads_lr_scale=1.0))
-    assert set(rates(model, alike).values()) == {2.0}

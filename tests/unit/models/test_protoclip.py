@@ -1,0 +1,100 @@
+"""The model: its weights, its outputs, and what it reads."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from protoclip.config import ImageTowerConfig, ModelConfig
+from protoclip.models import loading
+from protoclip.models.loading import model_config
+from protoclip.models.towers import image_normalisation, named_towers
+from protoclip.testing import tiny_model
+
+
+def test_building_leaves_every_generator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the CPU, and those of GPUs, which `torch.manual_seed` would seed too."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    loading.model(tiny_model(), seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seeded == []
+
+
+def test_heads_start_equal_and_scales_stay_in_range() -> None:
+    """Image and text heads begin with the same weights; both scales are clamped to [1, 100]."""
+    model = loading.model(tiny_model(), seed=0)
+    for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a is not b
+    for low in (True, False):
+        with torch.no_grad():
+            model.towers.logit_scale.fill_(-3.0 if low else 9.0)
+            model.prototype_logit_scale.fill_(-3.0 if low else 9.0)
+        model.clamp_scales()
+        for parameter in (model.towers.logit_scale, model.prototype_logit_scale):
+            assert parameter.exp().item() == pytest.approx(1.0 if low else 100.0, rel=1e-5)
+
+
+def test_embeddings_have_unit_norm_and_encoders_agree() -> None:
+    """Features and projections lie on the sphere; encode_* with normalize equals forward."""
+    model = loading.model(tiny_model(), seed=0).eval()
+    images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 99, (3, 8))
+    out = model(images, tokens)
+    rows = (out.image_features, out.text_features, out.image_projections, out.text_projections)
+    for features in rows:
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(model.encode_image(images, normalize=True), out.image_features)
+    torch.testing.assert_close(model.encode_text(tokens, normalize=True), out.text_features)
+    raw = model.encode_text(tokens)
+    torch.testing.assert_close(torch.nn.functional.normalize(raw, dim=1), out.text_features)
+    assert model(images, tokens, project=False).image_projections is None
+
+
+def test_weights_are_a_function_of_the_seed() -> None:
+    """Equal seeds build equal models, others build others, and the global state is left alone."""
+    state = torch.get_rng_state()
+    first, second, other = (loading.model(tiny_model(), seed=s).state_dict() for s in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide() -> None:
+    """timm builds it for 224 pixels. A size that its patches do not divide is refused."""
+    config = replace(tiny_model(), image=ImageTowerConfig(name="vit_tiny_patch16_224", size=48))
+    built = loading.model(config, seed=0)
+    assert built.encode_image(torch.zeros(2, 3, 48, 48)).shape == (2, 16)
+    odd = replace(config, image=replace(config.image, size=40))
+    with pytest.raises(ValueError, match=r"model\.image\.size: 40 is no multiple of the 16 pixels"):
+        loading.model(odd, seed=0)
+
+
+def test_a_named_model_reads_what_it_was_made_for() -> None:
+    """Its own image size and number of tokens, unless they are set."""
+    config = ModelConfig(name="ViT-S-32-alt")
+    assert loading.evaluation_transform(loading.model(config, seed=0)).size == 224
+    assert loading.tokenizer(config)(["a star"]).shape == (1, 77)
+
+
+@pytest.mark.parametrize(("name", "patch"), [("ViT-S-16", 16), ("ViT-B-32", 32), ("RN50", 32)])
+def test_an_image_size_that_patches_do_not_fill_is_refused(
+    name: str, patch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the towers are built."""
+    monkeypatch.setattr(open_clip, "create_model", None)
+    config = ModelConfig(name=name, image=ImageTowerConfig(size=72))
+    with pytest.raises(ValueError, match=f"model.image.size: 72 is no multiple of the {patch}"):
+        loading.model(config, seed=0)
+
+
+def test_images_are_normalised_as_published_weights_want_it() -> None:
+    """Also if the towers have no weights yet, or get those of a checkpoint."""
+    towers = named_towers("ViT-L-14", pretrained="laion2b_s32b_b82k", weights="none")
+    assert image_normalisation(towers) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    saved = asdict(replace(tiny_model(), name="ViT-L-14", pretrained="laion2b_s32b_b82k"))
+    loaded = model_config({"model": saved}, Path("run"))
+    assert (loaded.pretrained, loaded.checkpoint) == ("laion2b_s32b_b82k", "run")

@@ -1,0 +1,184 @@
+"""The optimizer, and the settings that a configuration leaves open."""
+
+from dataclasses import replace
+
+import open_clip
+import pytest
+
+from protoclip.config import Config, EpisodeConfig, ModelConfig, OptimConfig
+from protoclip.models import loading
+from protoclip.testing import tiny_config
+from protoclip.training import run
+from protoclip.training.optim import (
+    optim_settings,
+    optimizer,
+    resolved,
+    schedule,
+    set_learning_rate,
+)
+
+
+def named(name: str | None, *, batch: int = 512, steps: int = 1000, **optim: object) -> Config:
+    """A run of two episodes with this many steps together."""
+    return Config(
+        model=ModelConfig(name=name),
+        episodes=EpisodeConfig(size=steps // 2 * batch, count=2, batch_size=batch),
+        optim=OptimConfig(**optim),
+    )
+
+
+def test_small_towers_get_what_suits_the_emoji() -> None:
+    """The values that the bundled recipes were measured with, at any batch and without a note."""
+    for batch in (64, 4096):
+        settings, notes = optim_settings(named(None, batch=batch))
+        assert settings == {
+            "learning_rate": 2e-3,
+            "warm_up_steps": 50,
+            "locked_learning_rate": 2e-4,
+            "betas": (0.9, 0.98),
+            "eps": 1e-6,
+            "weight_decay": 0.2,
+            "heads_weight_decay": 0.2,
+        }
+        assert notes == []
+    lower, _ = optim_settings(named(None, weight_decay=0.1))
+    assert lower["heads_weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ViT-B-32", "transformer"),
+        ("EVA02-B-16", "transformer"),
+        ("swin_base_patch4_window7_224", "transformer"),
+        ("RN50", "convolutional"),
+        ("convnext_base", "convolutional"),
+    ],
+)
+def test_a_named_model_gets_the_usual_values(name: str, kind: str) -> None:
+    """They depend on the kind of image tower, as the README says."""
+    settings, _ = optim_settings(named(name))
+    found = settings["betas"], settings["eps"], settings["weight_decay"]
+    assert (
+        found
+        == {
+            "transformer": ((0.9, 0.98), 1e-6, 0.2),
+            "convolutional": ((0.9, 0.999), 1e-8, 0.1),
+        }[kind]
+    )
+    assert settings["heads_weight_decay"] == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "rate"), [(64, 6.25e-5), (256, 2.5e-4), (512, 5e-4), (1024, 5e-4), (32768, 5e-4)]
+)
+def test_the_rate_grows_with_the_batch_up_to_512(batch: int, rate: float) -> None:
+    settings, _ = optim_settings(named("ViT-B-32", batch=batch))
+    assert settings["learning_rate"] == pytest.approx(rate)
+    assert settings["locked_learning_rate"] == pytest.approx(rate / 10)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "expected"),
+    [
+        (100_000, 1000, 2000),  # 2%
+        (10_000, 1000, 500),  # 500,000 samples
+        (1000, 1000, 100),  # a tenth of a short run
+        (4, 1000, 1),
+    ],
+)
+def test_warm_up_is_a_share_of_the_run(steps: int, batch: int, expected: int) -> None:
+    settings, _ = optim_settings(named("RN50", batch=batch, steps=steps))
+    assert settings["warm_up_steps"] == expected
+
+
+def test_what_is_set_counts_and_what_is_not_gets_a_note() -> None:
+    """Zeros count as set."""
+    settings, notes = optim_settings(named("ViT-B-32"))
+    assert "optim.learning_rate = 0.0005, from ViT-B-32 at batch 512" in notes
+    assert len(notes) == len(settings)
+    own = {
+        "learning_rate": 2e-3,
+        "warm_up_steps": 0,
+        "locked_learning_rate": 0.0,
+        "betas": (0.8, 0.9),
+        "eps": 1e-6,
+        "weight_decay": 0.0,
+        "heads_weight_decay": 0.3,
+    }
+    for name in (None, "ViT-B-32", "RN50"):
+        assert optim_settings(named(name, **own)) == (own, [])
+    settings, notes = optim_settings(named("ViT-B-32", learning_rate=1e-4))
+    assert settings["locked_learning_rate"] == pytest.approx(1e-5)
+    assert not any("optim.learning_rate" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", [None, "ViT-B-32"])
+def test_a_resolved_configuration_stays_as_it_is(name: str | None) -> None:
+    """Nothing is left to decide, so that the same command goes on with a run."""
+    config, _ = resolved(named(name))
+    assert resolved(config) == (config, [])
+    assert f"learning_rate = {config.optim.learning_rate}" in run.to_toml(config)
+    size = config.model.image.size, config.model.text.context_length
+    assert size == ((40, 16) if name is None else (None, None))
+
+
+def test_weight_decay_spares_gains_biases_and_scales() -> None:
+    """Every parameter is in one group. Heads may have a decay of their own."""
+    config = tiny_config(out="unused")
+    model = loading.model(config.model, seed=0)
+    for heads_decay in (0.2, 0.3):
+        optim = OptimConfig(heads_lr_scale=1.0, heads_weight_decay=heads_decay)
+        groups = optimizer(replace(config, optim=optim), model).param_groups
+        decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in groups) == len(decays)
+        for name, parameter in model.named_parameters():
+            is_head = name.startswith(("image_head.", "text_head."))
+            decay = heads_decay if is_head else 0.2
+            assert decays.pop(id(parameter)) == (decay if parameter.ndim >= 2 else 0.0), name
+        assert not decays
+        scalars = [{p.ndim == 0 for p in group["params"]} for group in groups]
+        assert all(len(kinds) == 1 for kinds in scalars)  # FSDP2 needs them apart
+
+
+def test_towers_and_heads_may_have_their_own_learning_rates() -> None:
+    """Temperatures keep the common one."""
+    scales = OptimConfig(image_lr_scale=0.1, text_lr_scale=0.5, heads_lr_scale=0.05)
+    config = replace(tiny_config(out="unused"), optim=scales)
+    model = loading.model(config.model, seed=0)
+    adamw = optimizer(config, model)
+    set_learning_rate(adamw, 2.0)
+    rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 2.0
+        if name.startswith(("image_head.", "text_head.")):
+            expected = 0.1
+        elif name.startswith("towers.visual."):
+            expected = 0.2
+        elif name.startswith("towers.") and name != "towers.logit_scale":
+            expected = 1.0
+        assert rates[id(parameter)] == pytest.approx(expected), name
+
+
+def test_one_cosine_may_cover_the_locked_stage_too() -> None:
+    """`optim.locked_learning_rate = 0`: half a cosine over the whole run, as in the reference."""
+    one = schedule(named(None, steps=100, warm_up_steps=10, locked_learning_rate=0.0))
+    rates = [one.learning_rate(step) for step in range(100)]
+    assert rates[55] == pytest.approx(1e-3)
+    assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    assert rates[99] < 1e-6
+
+
+SIGMOID = [name for name in open_clip.list_models() if "siglip" in name.lower()]
+
+
+def test_models_of_the_sigmoid_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of open_clip's, before anything is built; and no other model."""
+    monkeypatch.setattr(open_clip, "create_model", None)
+    assert len(SIGMOID) > 20
+    for name in open_clip.list_models():
+        if name not in SIGMOID:
+            resolved(named(name))
+            continue
+        with pytest.raises(ValueError, match=f"^model.name: {name} needs the sigmoid loss"):
+            run.train(named(name))
