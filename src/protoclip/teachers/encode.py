@@ -75,7 +75,9 @@ class Encoder:
         """A checksum of the weights."""
         weights = sorted(self.module.state_dict().items())
         raw = ((name, value.cpu().reshape(-1).view(torch.uint8)) for name, value in weights)
-        return checksum("".join(name + checksum(one.numpy().tobytes()) for name, one in raw).encode())
+        return checksum(
+            "".join(name + checksum(one.numpy().tobytes()) for name, one in raw).encode()
+        )
 
 
 def open_encoder(

@@ -24,23 +24,22 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import protoclip
-from protoclip.checks import check
-from protoclip.config import PERMISSIONS, Config, PrototypeConfig, TeacherConfig
+from protoclip.config import PERMISSIONS, Config, PrototypeConfig, TeacherConfig, check
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
+from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM
-from protoclip.data.skips import SkipLog
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.evaluation.suite import metric_names
+from protoclip.evaluation.suite import evaluate, metric_names
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.models import loading
 from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
-from protoclip.prototypes.features import ExtractedFeatures, FeatureQueue, QueuedFeatures
+from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
 from protoclip.training import optim
@@ -48,7 +47,6 @@ from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_
 from protoclip.training.guard import Guard
 from protoclip.training.logging import MetricsLog
 from protoclip.training.precision import Autocast, autocast, grad_scaler, resolve
-from protoclip.training.session import evaluate
 from protoclip.training.stages import Plan
 from protoclip.training.trainer import Trainer
 
@@ -239,9 +237,7 @@ class Run:
                 "learning rate, batch and episode are for all ranks together"
             )
 
-    def feature_source(
-        self, samples: Pairs | SampleStream, context: Autocast
-    ) -> ExtractedFeatures | QueuedFeatures:
+    def feature_source(self, samples: Pairs | SampleStream, context: Autocast) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""
         config, transform = self.config, self.loader.transform
         teachers = store.teachers(config, samples, self.notes.append)
@@ -249,17 +245,16 @@ class Run:
         if evaluating:
             transform = loading.evaluation_transform(self.model)
         loader = replace(self.loader, transform=transform, transform_stream=EXTRACTION_STREAM)
-        extracted = ExtractedFeatures(
-            model=self.model,
-            batches=loader.batches,
-            teachers=teachers,
-            autocast=context,
-            each_pair_once=isinstance(samples, Pairs) and evaluating,
-        )
-        if config.prototype_source == "extract":
-            return extracted
-        queue = FeatureQueue(config.episodes.size)
-        return QueuedFeatures(queue=queue, teachers=teachers, fallback=extracted)
+        settings: dict[str, Any] = {
+            "model": self.model,
+            "batches": loader.batches,
+            "teachers": teachers,
+            "autocast": context,
+            "each_pair_once": isinstance(samples, Pairs) and evaluating,
+        }
+        if config.prototype_source == "queue":
+            return QueuedFeatures(size=config.episodes.size, **settings)
+        return ExtractedFeatures(**settings)
 
     def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
         """K-means with the settings of a space."""

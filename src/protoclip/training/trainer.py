@@ -15,11 +15,11 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.losses.grad_cache import forward_in_chunks, random_state
 from protoclip.losses.objective import LossWeights, objective
-from protoclip.losses.prototypical import PreparedTarget, prepare_targets
+from protoclip.losses.prototypical import Target, make_targets
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
-from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
+from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.prototypes.targets import Prototypes, build_targets, group
+from protoclip.prototypes.targets import cluster_spaces
 from protoclip.training.guard import Guard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
@@ -57,7 +57,7 @@ class Trainer:
 
     model: ProtoCLIP
     plan: Plan
-    source: ExtractedFeatures | QueuedFeatures
+    source: ExtractedFeatures
     cluster: Callable[[str, Tensor, Tensor | None], KMeans]
     weights: LossWeights
     target_temperatures: Mapping[str, float]
@@ -75,8 +75,8 @@ class Trainer:
     step: int = 0
     samples_seen: int = 0
     seconds: float = 0.0
-    clusters: dict[str, Prototypes] = field(default_factory=dict)
-    targets: dict[str, PreparedTarget] = field(default_factory=dict)
+    clusters: dict[str, KMeans] = field(default_factory=dict)
+    targets: dict[tuple[str, str], Target] = field(default_factory=dict)
     reached: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,17 +107,16 @@ class Trainer:
         spaces = dict(features.teachers)
         if self.weights.prototypical:
             spaces = {"image": features.image, "text": features.text, **spaces}
-        self.clusters = group(spaces, self.cluster, features.positions)
+        self.clusters = cluster_spaces(spaces, self.cluster, features.positions)
         seconds["cluster"] = self._tick()
-        targets = build_targets(
+        self.targets = make_targets(
             self.clusters,
             image_projections=features.image,
             text_projections=features.text,
+            target_temperatures=self.target_temperatures,
             back_translation=self.back_translation,
+            mask_empty=self.mask_empty,
             positions=features.positions,
-        )
-        self.targets = prepare_targets(
-            targets, target_temperatures=self.target_temperatures, mask_empty=self.mask_empty
         )
         metrics = {}
         for space, found in self.clusters.items():
@@ -231,7 +230,7 @@ class Trainer:
             "source": self.source.state_dict(),
             "clusters": {space: vars(found) for space, found in self.clusters.items()},
             # In order, since the sum of the losses depends on it.
-            "targets": {name: vars(target) for name, target in self.targets.items()},
+            "targets": [[*key, vars(target)] for key, target in self.targets.items()],
             "reached": {space: all_reduce(marks, "max") for space, marks in self.reached.items()},
             "model": parallel.weights(self.model),
             "optimizer": parallel.moments(self.model, self.optimizer),
@@ -256,6 +255,6 @@ class Trainer:
             if gpu is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(gpu.cpu())
         self.source.load_state_dict(state["source"])
-        self.clusters = {space: Prototypes(**found) for space, found in state["clusters"].items()}
-        self.targets = {name: PreparedTarget(**found) for name, found in state["targets"].items()}
+        self.clusters = {space: KMeans(**found) for space, found in state["clusters"].items()}
+        self.targets = {(to, by): Target(**found) for to, by, found in state["targets"]}
         self.reached = dict(state["reached"])

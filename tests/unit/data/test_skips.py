@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from protoclip.data.pairs import BadSample
 from protoclip.data.skips import SkipLog
+
+from protoclip.data.pairs import BadSample
 
 
 def bad(name: str) -> BadSample:
