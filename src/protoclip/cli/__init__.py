@@ -64,7 +64,7 @@ def overview() -> str:
 def report(error: Exception) -> NoReturn:
     """End with one line for an error that a user can do something about; raise others again."""
     from protoclip.distributed import collectives
-    from protoclip.training.health import out_of_memory
+    from protoclip.training.guard import out_of_memory
 
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, collectives.RaisedOnAnotherRank):

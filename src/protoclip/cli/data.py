@@ -47,8 +47,7 @@ class Inspect(Recipes):
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __call__(self) -> None:
-        from protoclip.data.inspect import inspect, show
-        from protoclip.data.montage import montage
+        from protoclip.data.inspect import inspect, montage, show
 
         pairs, notes = open_source(replace(self.data, train=self.source), seed=self.seed)
         count_tokens, context_length = tokens_of(self.model)
@@ -63,7 +62,7 @@ class Inspect(Recipes):
             notes=notes,
         )
         if self.json:
-            print(to_json(found.to_dict(), indent=2))
+            print(to_json(found, indent=2))
         else:
             show(found)
         if self.montage is not None:
@@ -131,8 +130,9 @@ def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int
     if model.name is None:
         return ClipTokens(), model.text.context_length or SMALL_CONTEXT_LENGTH
     from protoclip.models import loading
+    from protoclip.models.towers import TokenCounter
 
-    return loading.token_counter(model), loading.context_length(model)
+    return TokenCounter(model.name), loading.context_length(model)
 
 
 class ClipTokens:

@@ -68,7 +68,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
         ValueError: The folder holds something else than this demonstration.
     """
     from protoclip.evaluation import compare
-    from protoclip.training import defaults, run
+    from protoclip.training import optim, run
 
     started, out = time.monotonic(), Path(out)
     configs = arms(seed=seed, out=str(out))
@@ -77,7 +77,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
         folder = folders[name]
         if folder.exists():
             written = folder / "config.toml"
-            settings = run.to_toml(defaults.resolved(config)[0])
+            settings = run.to_toml(optim.resolved(config)[0])
             if not written.is_file() or written.read_text(encoding="utf-8") != settings:
                 raise ValueError(
                     f"{folder}: holds another run than this demonstration's; remove it, or choose "

@@ -43,7 +43,7 @@ class EmbedTeacher(Recipes):
         from protoclip.cli.data import open_source, print_notes
         from protoclip.distributed import collectives
         from protoclip.models import loading
-        from protoclip.teachers.embed import embed_teacher
+        from protoclip.teachers.encode import embed_teacher
 
         torch.set_flush_denormal(True)
         device = collectives.device(self.device)

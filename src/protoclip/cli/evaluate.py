@@ -24,8 +24,8 @@ class Evaluate:
         import torch
 
         from protoclip.distributed import collectives
+        from protoclip.evaluation.suite import evaluate
         from protoclip.models import loading
-        from protoclip.training.session import evaluate
 
         torch.set_flush_denormal(True)
         device, folder = collectives.device("auto"), Path(self.path)
@@ -36,7 +36,7 @@ class Evaluate:
                 lambda: loading.load(self.path)
             )
             metrics = evaluate(
-                loading.place(model, device),
+                loading.to_device(model, device),
                 transform,
                 tokenizer,
                 split=self.split,

@@ -13,7 +13,8 @@ import threading
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -244,10 +245,9 @@ class Run:
         evaluating = config.prototypes.extract_transform == "evaluation"
         if evaluating:
             transform = loading.evaluation_transform(self.model)
-        loader = replace(self.loader, transform=transform, transform_stream=EXTRACTION_STREAM)
         settings: dict[str, Any] = {
             "model": self.model,
-            "batches": loader.batches,
+            "batches": partial(self.loader.batches, transform=transform, stream=EXTRACTION_STREAM),
             "teachers": teachers,
             "autocast": context,
             "each_pair_once": isinstance(samples, Pairs) and evaluating,

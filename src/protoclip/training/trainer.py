@@ -16,6 +16,7 @@ from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.losses.grad_cache import forward_in_chunks, random_state
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import Target, make_targets
+from protoclip.models import batch_norm
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
@@ -94,7 +95,12 @@ class Trainer:
             metrics = self._make_targets(episode)
         enter_stage(self.model, stage)
         if stage is not self._stage:
-            self._module, self._stage = parallel.distribute(self.model), stage
+            self._module, self._stage = (
+                parallel.distribute(
+                    self.model, broadcast_buffers=batch_norm.has_own_statistics(self.model)
+                ),
+                stage,
+            )
         self._tick()
         self._waited = self._trained = 0.0
         self._reported = (self._now, self.samples_seen)
@@ -198,7 +204,7 @@ class Trainer:
     def end_episode(self) -> dict[str, float]:
         """Count the episode as finished and let go of its prototypes."""
         self.guard.look()
-        parallel.agree_on_statistics(self.model)
+        batch_norm.agree_on_statistics(self.model)
         self._tick()
         metrics = {"train/seconds/data": self._waited, "train/seconds/train": self._trained}
         for space, marks in self.reached.items():
