@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 import protoclip
 from protoclip.cli import demo, main
+from protoclip.cli.parsing import parse
+from protoclip.cli.train import Train
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -29,7 +31,7 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.samples import SampleResults
 from protoclip.models import loading
 from protoclip.models.loading import checkpoints, find_checkpoint
-from protoclip.prototypes import features
+from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.testing import tiny_config
 from protoclip.training import optim, run
 from protoclip.training.run import flat
@@ -163,7 +165,7 @@ def test_the_queue_needs_no_extraction(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("an extraction pass")
 
-    monkeypatch.setattr(features, "extract_features", forbidden)
+    monkeypatch.setattr(ExtractedFeatures, "features", forbidden)
     config = tiny_config(tiny_parquet, out=str(tmp_path / "queue"))
     run.train(replace(config, prototypes=replace(config.prototypes, source="queue")))
     name = "train/loss/prototypical/image_from_text"
@@ -380,18 +382,18 @@ def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
         assert optim.resolved(seen[-1])[0].optim.learning_rate == 5e-4
 
 
-def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path, seen: list[Config]) -> None:
+def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path) -> None:
     """With small towers and episodes: two of five episodes have prototypes, losses are finite."""
-    main(["train", "--config", str(ROOT / "recipes" / "reference.toml")])
-    small, reference = tiny_config(tiny_parquet, out=str(tmp_path / "run")), seen[-1]
+    reference = parse(Train, ["--config", str(ROOT / "recipes" / "reference.toml")])
+    small = tiny_config(tiny_parquet, out=str(tmp_path / "run"))
     config = replace(
-        reference,
-        run=small.run,
+        small,
         data=replace(reference.data, train=tiny_parquet),
-        model=small.model,
+        loss=reference.loss,
         episodes=replace(reference.episodes, size=64, count=5, batch_size=16),
         prototypes=replace(reference.prototypes, number=8),
         optim=replace(reference.optim, warm_up_steps=2),
+        parallel=reference.parallel,
     )
     run.train(config)
     extracted = metrics_of(tmp_path / "run", "train/seconds/extract")
