@@ -49,7 +49,8 @@ PARTS, SKIPPED, PCA = "parts", "skipped.jsonl", "reduction.npz"
 class Encoder:
     """A frozen model that reads images if it has a `transform`, else captions.
 
-    `collate` makes a list of captions or transformed images a batch, `forward` a batch features.
+    `collate` turns a list of captions or transformed images into a batch, and `forward` turns that
+    into features of any norm.
     """
 
     def __init__(
@@ -321,8 +322,10 @@ def encode_parts(
         first, end = number * size, min((number + 1) * size, total)
         items: Sequence[Item] = range(first, end)
         if is_stream:  # it gives samples again, which are left out
-            given = {item.sample_id: item for item in reversed([*islice(stream, end - first)])}
-            items = [given[own] for own in reversed(given) if own not in known]
+            given: dict[str, Item] = {}
+            for item in islice(stream, end - first):
+                given.setdefault(item.sample_id, item)
+            items = [item for own, item in given.items() if own not in known]
             known.update(given)
 
         def show(fraction: float, done: int = done) -> None:
