@@ -244,12 +244,12 @@ def test_a_run_evaluates_as_one_process_does(
     strategy: Literal["ddp", "fsdp"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """During training, which goes on after it, and at the end, as its checkpoint scores alone."""
-    first, second = run_distributed(trained, 2, strategy, str(tmp_path))
+    first, second = run_distributed(trained, 2, strategy, str(tmp_path / "run"))
     monkeypatch.setattr(datasets, "emoji", tiny_data)
-    alone = suite.evaluate(*protoclip.load(tmp_path), split="test", show=False)
+    alone = suite.evaluate(*protoclip.load(tmp_path / "run"), split="test", show=False)
     assert len(alone) == 18
     assert first == second
     # Filters in another order in memory change the last digits.
     assert first == pytest.approx(alone, abs=1e-6)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert sum(any(name.startswith("eval/") for name in line) for line in lines) == 2

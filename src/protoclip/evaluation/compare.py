@@ -42,11 +42,8 @@ ReadDraws = Callable[[Path], tuple[SampleResults, dict[str, paired.Draws]]]
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
-    """The results of a finished run.
-
-    Returns:
-        `name`, `seed`, `folder`, `samples_seen`, `train_seconds`, the finite `metrics`, and
-        `samples`, the files with the results of each test sample by data set.
+    """The `results.json` of a finished run, with finite `metrics`, its `folder`, and `samples`: the
+    files with the results of each test sample, by data set.
 
     Raises:
         ValueError: There is no such run, or it has not finished.

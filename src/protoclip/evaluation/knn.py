@@ -23,8 +23,8 @@ def knn_predict(
     """
     keys = F.normalize(train_features.float(), dim=1)
     num_classes = int(train_labels.max()) + 1
-    predictions = []
-    for chunk in features.split(max(1, retrieval.CHUNK // max(len(keys), num_classes))):
+    size, predictions = max(1, retrieval.CHUNK // max(len(keys), num_classes)), []
+    for chunk in torch.split(features, size):
         queries = F.normalize(chunk.float(), dim=1)
         similarity, rows = (queries @ keys.T).topk(min(k, len(keys)))
         # Relative to the nearest: the same winner, and no overflow at a low temperature.
