@@ -1,11 +1,10 @@
 """What do the losses cost? Time and memory of each against its plain form, and of chunked batches.
 
-Forward and backward in float32. Times are medians over repeats in alternation; extra memory is how
-far the resident memory of a fresh process rises above what it held before (Linux only).
+Forward and backward in float32. Times are medians over repeats in alternation. Extra memory is how
+far a step raises the resident memory of a fresh process (Linux only). With `--processes`, InfoNCE
+of a batch on several ranks is measured instead.
 
     python benchmarks/losses.py [--repeats 7] [--threads 1] [--processes 2] [--out FILE]
-
-With `--processes` it is InfoNCE of a batch that so many processes share, and nothing else.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip import PrototypeTarget, info_nce
+from protoclip import KMeans, Target, info_nce
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.losses import info_nce as instance
 from protoclip.losses import tiles
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.info_nce import sharded_info_nce
-from protoclip.losses.prototypical import PreparedTarget, prepare_targets
+from protoclip.losses.prototypical import make_targets
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.testing import run_distributed
@@ -47,53 +45,47 @@ def unit(*shape: int, seed: int) -> Tensor:
     return F.normalize(rows, dim=1)
 
 
-def target() -> PrototypeTarget:
-    """Prototypes as of an episode: broad groups, and the student's space like its teacher's."""
+def prototypes() -> tuple[Tensor, Tensor, Tensor]:
+    """As in an episode: broad groups, the student's space like its teacher's, and assignments."""
     groups = unit(100, WIDTH, seed=1).repeat_interleave(NUM_PROTOTYPES // 100, 0)
     teacher = F.normalize(groups + unit(NUM_PROTOTYPES, WIDTH, seed=2), dim=1)
     student = F.normalize(teacher + 0.3 * unit(NUM_PROTOTYPES, WIDTH, seed=3), dim=1)
-    return PrototypeTarget(
-        student_centroids=student,
-        teacher_centroids=teacher,
-        assignments=torch.arange(NUM_PROTOTYPES).roll(7)[torch.randperm(NUM_PROTOTYPES)],
-    )
+    return student, teacher, torch.randperm(NUM_PROTOTYPES)
 
 
 def prototypical(form: str, b: int, scale: float) -> Step:
     """A step of the prototypical loss with soft targets."""
-    goal = target()
-    assignments = goal.assignments[:b]
-    h = F.normalize(goal.student_centroids[assignments] + unit(b, WIDTH, seed=4), dim=1)
-    h.requires_grad_()
+    student, teacher, assignments = prototypes()
+    assignments = assignments[:b]
+    h = F.normalize(student[assignments] + unit(b, WIDTH, seed=4), dim=1).requires_grad_()
     s = torch.tensor(scale, requires_grad=True)
-    if form == "plain":
+    # Random rows for the look-up: their values do not change what a step costs.
+    lookup = unit(NUM_PROTOTYPES, WIDTH, seed=5)
+    target = Target(classes=student, class_index=torch.arange(NUM_PROTOTYPES), lookup=lookup)
 
-        def loss() -> Tensor:
-            logits = s * h @ goal.student_centroids.T
-            similarities = goal.teacher_centroids[assignments] @ goal.teacher_centroids.T
-            return F.cross_entropy(logits, (similarities / TEMPERATURE).softmax(1))
-    else:
-        # Random rows for the look-up: its values do not change what a step costs.
-        prepared = PreparedTarget(
-            classes=goal.student_centroids,
-            class_index=torch.arange(NUM_PROTOTYPES),
-            lookup=unit(NUM_PROTOTYPES, WIDTH, seed=5),
-        )
-
-        def loss() -> Tensor:
-            return prepared.loss(h, assignments, s)
+    def loss() -> Tensor:
+        if form != "plain":
+            return target.loss(h, assignments, s)
+        similarities = teacher[assignments] @ teacher.T
+        return F.cross_entropy(s * h @ student.T, (similarities / TEMPERATURE).softmax(1))
 
     return lambda: loss().backward()
 
 
 def look_up(form: str) -> Step:
-    """The once-an-episode look-up of the prototypical loss."""
-    targets = {"image_from_text": target()}
-    return lambda: void(prepare_targets(targets, target_temperatures={"text": TEMPERATURE}))
+    """The look-up of the prototypical loss, computed once per episode."""
+    student, teacher, assignments = prototypes()
+    found = KMeans(centroids=teacher, assignments=assignments, inertia=0.0, history=())
 
+    def step() -> None:
+        make_targets(
+            {"text": found},
+            image_projections=student[assignments],
+            text_projections=student[assignments],
+            target_temperatures={"text": TEMPERATURE},
+        )
 
-def void(_: object) -> None:
-    """Drop a result."""
+    return step
 
 
 def pairs(form: str, b: int, d: int) -> Step:
@@ -149,59 +141,35 @@ def batch(form: str, b: int, chunk: int) -> Step:
     return step
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One comparison: forms of the same step, the first of them the measure of the others."""
-
-    name: str
-    forms: dict[str, str]
-    make: Callable[[str], Step]
-    warm_up: Callable[[str], Step]
-
-
 TILED = {"plain": "plain", "tiled": "tiled", "torch": "tiled, without oneDNN"}
-CASES = {
-    "prototypical-512": Case(
-        name="prototypical, b = 512",
-        forms=TILED,
-        make=partial(prototypical, b=512, scale=14.3),
-        warm_up=partial(prototypical, b=8, scale=14.3),
-    ),
-    "prototypical-512-sharp": Case(
-        name="prototypical, b = 512, logit scale 100",
-        forms=TILED,
-        make=partial(prototypical, b=512, scale=100.0),
-        warm_up=partial(prototypical, b=8, scale=100.0),
-    ),
-    "prototypical-4096": Case(
-        name="prototypical, b = 4,096",
-        forms=TILED,
-        make=partial(prototypical, b=4096, scale=14.3),
-        warm_up=partial(prototypical, b=8, scale=14.3),
-    ),
-    "lookup": Case(
-        name="look-up, once an episode",
-        forms={"tiled": "tiled"},
-        make=look_up,
-        warm_up=partial(prototypical, b=8, scale=14.3),
-    ),
-    "info-nce-1024": Case(
-        name="InfoNCE, b = 1,024, d = 512",
-        forms=TILED,
-        make=partial(pairs, b=1024, d=512),
-        warm_up=partial(pairs, b=8, d=512),
-    ),
-    "info-nce-4096": Case(
-        name="InfoNCE, b = 4,096, d = 512",
-        forms=TILED,
-        make=partial(pairs, b=4096, d=512),
-        warm_up=partial(pairs, b=8, d=512),
-    ),
-    "chunks": Case(
-        name="whole step, b = 512",
-        forms={"plain": "one pass", "chunks": "chunks of 64"},
-        make=partial(batch, b=512, chunk=64),
-        warm_up=partial(batch, b=2, chunk=2),
+# Name, forms of a step (the first is the measure of the others), the step, and a small step first.
+Case = tuple[str, dict[str, str], Callable[[str], Step], Callable[[str], Step]]
+SMALL = partial(prototypical, b=8, scale=14.3)
+CASES: dict[str, Case] = {
+    **{
+        f"prototypical-{b}-{scale}": (
+            f"prototypical, b = {b:,}, logit scale {scale}",
+            TILED,
+            partial(prototypical, b=b, scale=scale),
+            SMALL,
+        )
+        for b, scale in ((512, 14.3), (512, 100.0), (4096, 14.3))
+    },
+    "lookup": ("look-up, once per episode", {"tiled": "tiled"}, look_up, SMALL),
+    **{
+        f"info-nce-{b}": (
+            f"InfoNCE, b = {b:,}, d = 512",
+            TILED,
+            partial(pairs, b=b, d=512),
+            partial(pairs, b=8, d=512),
+        )
+        for b in (1024, 4096)
+    },
+    "chunks": (
+        "whole step, b = 512",
+        {"plain": "one pass", "chunks": "chunks of 64"},
+        partial(batch, b=512, chunk=64),
+        partial(batch, b=2, chunk=2),
     ),
 }
 
@@ -231,10 +199,11 @@ def rise(step: Step) -> int:
 
 
 def measure_here(case: Case, form: str) -> int:
-    """Rise of resident memory during one step, in a process that has taken a small step before."""
+    """Rise of resident memory during one step, in a process that took a small step before."""
     choose_products(form)
-    case.warm_up(form)()
-    return rise(case.make(form))
+    _, _, make, small = case
+    small(form)()
+    return rise(make(form))
 
 
 def sharded_pairs(whole: int, d: int, repeats: int) -> dict[str, tuple[list[float], int]]:
@@ -262,19 +231,15 @@ def sharded_pairs(whole: int, d: int, repeats: int) -> dict[str, tuple[list[floa
 
 
 def sharded_table(processes: int, repeats: int) -> list[str]:
-    """Sharded InfoNCE, plain and tiled: the slower process's times, the larger rise of memory."""
-    facts = run.environment(torch.device("cpu"))
+    """Sharded InfoNCE, plain and tiled: the slower rank's times, and the larger rise of memory."""
     lines = [
-        "# InfoNCE of a batch that processes share: plain against tiled",
+        "# InfoNCE of a batch on several ranks: plain against tiled",
         "",
-        f"`python benchmarks/losses.py --processes {processes} --repeats {repeats}`, "
-        f"{datetime.date.today().isoformat()}; {facts['device'].partition(',')[0]}, one thread a "
-        f"process, torch {facts['torch']}, gloo, d = 512, float32, forward and backward with "
-        f"exchanges. Median [least, most] milliseconds of {repeats} repeats, forms in turn; extra "
-        "memory is the rise of a process's resident memory during a step. Its floor is the "
-        "gathered features and their gradients, 16 bytes a number.",
+        f"`python benchmarks/losses.py --processes {processes} --repeats {repeats}`, {facts()}, one "
+        "thread per process, gloo, d = 512, with exchanges. The floor of extra memory is the "
+        "gathered features and their gradients, 16 bytes per number.",
         "",
-        "| batch, of all processes | form | ms | speed-up | extra MB | share | floor, MB |",
+        "| batch, of all ranks | form | ms | speed-up | extra MB | share | floor, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for whole in (1024, 4096, 8192):
@@ -302,27 +267,21 @@ def extra_memory(key: str, form: str, threads: int) -> float | None:
 
 def table(repeats: int, threads: int) -> list[str]:
     """All cases in one process."""
-    facts = run.environment(torch.device("cpu"))
     lines = [
         "# Losses: time and memory against the plain forms",
         "",
-        f"`python benchmarks/losses.py --repeats {repeats} "
-        f"--threads {threads}`, {datetime.date.today().isoformat()}; "
-        f"{facts['device']}, torch {facts['torch']}, float32, forward and backward. "
+        f"`python benchmarks/losses.py --repeats {repeats} --threads {threads}`, {facts()}. "
         f"Prototypical: {NUM_PROTOTYPES:,} prototypes of width {WIDTH}, soft targets at "
         f"temperature {TEMPERATURE}; its plain form computes the target scores in each step. Whole "
-        "step: two ViT-Ti/16 at 64 px with InfoNCE. Median [least, most] milliseconds of "
-        f"{repeats} repeats, forms in turn; extra memory is the rise of resident memory "
-        "during a step of a fresh process.",
+        "step: two ViT-Ti/16 at 64 px with InfoNCE.",
         "",
         "| what | form | ms | speed-up | extra MB | share |",
         "|---|---|---|---|---|---|",
     ]
-    total = len(CASES) * repeats
-    progress = Progress("benchmark: losses", total)
-    for number, (key, case) in enumerate(CASES.items()):
-        steps = {form: case.make(form) for form in case.forms}
-        times: dict[str, list[float]] = {form: [] for form in case.forms}
+    progress = Progress("benchmark: losses", len(CASES) * repeats)
+    for number, (key, (name, forms, make, _)) in enumerate(CASES.items()):
+        steps = {form: make(form) for form in forms}
+        times: dict[str, list[float]] = {form: [] for form in forms}
         for repeat in range(-1, repeats):
             for form, step in steps.items():
                 choose_products(form)
@@ -330,19 +289,28 @@ def table(repeats: int, threads: int) -> list[str]:
                 step()
                 if repeat >= 0:
                     times[form].append(1000 * (time.perf_counter() - started))
-            progress.update(number * repeats + repeat + 1, case.name)
-        memory = {form: extra_memory(key, form, threads) for form in case.forms}
-        first = next(iter(case.forms))
-        for form, label in case.forms.items():
+            progress.update(number * repeats + repeat + 1, name)
+        memory = {form: extra_memory(key, form, threads) for form in forms}
+        first = next(iter(forms))
+        for form, label in forms.items():
             v, m = times[form], memory[form]
             median = statistics.median(v)
-            speed = statistics.median(times[first]) / median
             share = f"{m / memory[first]:.1%}" if m is not None and memory[first] else "-"
             lines.append(
-                f"| {case.name} | {label} | {median:.1f} [{min(v):.1f}, {max(v):.1f}] | "
-                f"{speed:.2f} | {'-' if m is None else f'{m:.1f}'} | {share} |"
+                f"| {name} | {label} | {median:.1f} [{min(v):.1f}, {max(v):.1f}] | "
+                f"{statistics.median(times[first]) / median:.2f} | "
+                f"{'-' if m is None else f'{m:.1f}'} | {share} |"
             )
     return lines
+
+
+def facts() -> str:
+    found = run.environment(torch.device("cpu"))
+    return (
+        f"{datetime.date.today().isoformat()}; {found['device']}, torch {found['torch']}, float32, "
+        "forward and backward. Median [least, most] milliseconds, forms in turn; extra memory is "
+        "the rise of resident memory during a step of a fresh process"
+    )
 
 
 def main() -> None:
