@@ -513,7 +513,7 @@ def without_effect(config: Config) -> list[str]:
     def note(holds: bool, why: str, *names: str) -> None:
         for name in names if holds else ():
             path = name.removesuffix(".*").split(".")
-            if reduce(getattr, path, config) != reduce(getattr, path, default):  # type: ignore[arg-type]
+            if reduce(getattr, path, config) != reduce(getattr, path, default):
                 notes.append(f"{name}: no effect{why}")
 
     in_workers = config.data.cache == "ram" and config.data.workers > 0

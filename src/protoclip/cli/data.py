@@ -1,6 +1,7 @@
 """`protoclip data inspect`, `data pack` and `data index`."""
 
 import importlib.util
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -142,11 +143,10 @@ class ClipTokens:
     """
 
     def __init__(self) -> None:
-        (folder,) = importlib.util.find_spec("open_clip").submodule_search_locations
-        found = importlib.util.spec_from_file_location("clip_tokenizer", f"{folder}/tokenizer.py")
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        self.tokenizer = module.SimpleTokenizer()
+        package = importlib.util.find_spec("open_clip")
+        assert package is not None
+        names = runpy.run_path(str(Path(package.origin or "").with_name("tokenizer.py")))
+        self.tokenizer = names["SimpleTokenizer"]()
 
     def __call__(self, texts: list[str]) -> list[int]:
         return [len(self.tokenizer.encode(text)) + 2 for text in texts]

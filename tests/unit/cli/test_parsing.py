@@ -1,5 +1,6 @@
 """Options as people type them, recipes, and what `--help` costs and shows."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,11 +137,24 @@ def test_help_fits_the_terminal(
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_starting_imports_no_torch() -> None:
-    """Neither the package nor the command line does; public names load when they are used."""
-    code = "import sys, protoclip, protoclip.cli; print('torch' in sys.modules, protoclip.Config)"
+def test_commands_import_what_they_need() -> None:
+    """The package and the command line need no torch, `data inspect` no models."""
+    code = """
+import sys, protoclip, protoclip.cli
+print("torch" in sys.modules, protoclip.Config.__name__)
+import protoclip.data.inspect, protoclip.data.sources
+print(protoclip.cli.data.ClipTokens()(["a red apple", ""]))
+print({"open_clip", "timm", "sklearn", "protoclip.models", "protoclip.training"} & {*sys.modules})
+"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.startswith("False <class 'protoclip.config.Config'>")
-    for name in protoclip.__all__:
-        assert callable(getattr(protoclip, name)), name
-    assert not hasattr(protoclip, "nothing")
+    assert found.stdout.split("\n") == ["False Config", "[5, 2]", "set()", ""]
+
+
+def test_public_names_are_where_the_package_looks_for_them() -> None:
+    assert sorted(name for names in protoclip._MODULES.values() for name in names) == sorted(
+        protoclip.__all__
+    )
+    for module, names in protoclip._MODULES.items():
+        source = Path(protoclip.__file__).parent / f"{module.replace('.', '/')}.py"
+        for name in names:
+            assert re.search(rf"^(def|class) {name}\b", source.read_text(), re.MULTILINE), name
