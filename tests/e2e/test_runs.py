@@ -30,7 +30,7 @@ from protoclip.evaluation import compare
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.samples import SampleResults
 from protoclip.models import loading
-from protoclip.models.loading import checkpoints, find_checkpoint
+from protoclip.models.loading import find_checkpoint
 from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.testing import tiny_config
 from protoclip.training import optim, run
@@ -90,23 +90,6 @@ def test_a_clip_run_never_clusters_and_says_what_it_does(
     assert f"loss {losses[0]['train/loss/total']:.4g})" in shown.splitlines()[-1]
 
 
-def test_the_locked_episode_moves_text_and_not_images(tiny_parquet: str, tmp_path: Path) -> None:
-    """The weights and BatchNorm statistics of the image tower stay, bit for bit."""
-    config = tiny_config(tiny_parquet, out=str(tmp_path / "run"))
-    run.train(replace(config, run=replace(config.run, save_steps=4, keep_checkpoints=9)))
-    saved = {
-        int(folder.name[-9:]) // 4: load_file(folder / "model.safetensors")
-        for folder in checkpoints(tmp_path / "run")
-    }
-    before, after = saved[3], saved[4]
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert not [name for name in moved if name.startswith(("towers.visual", "image_head"))]
-    text = [name for name in before if name.startswith("towers.transformer.") and "weight" in name]
-    assert set(text) <= moved
-    earlier = {name for name in before if not torch.equal(saved[2][name], before[name])}
-    assert [name for name in earlier if name.startswith("towers.visual")]
-
-
 def test_equal_seeds_give_equal_runs_bit_for_bit(
     tiny_run: Path, tiny_parquet: str, tmp_path: Path
 ) -> None:
@@ -133,28 +116,6 @@ def test_training_learns(tiny_parquet: str, tmp_path: Path) -> None:
     name = "train/loss/info_nce"
     losses = [line[name] for line in metrics_of(tmp_path / "run", name)]
     assert np.mean(losses[-12:]) < np.mean(losses[:4]) - 0.5
-
-
-def test_every_switch_of_the_method_trains(tmp_path: Path, few_emoji: EvaluationData) -> None:
-    """Teacher, hard targets, no PBT, the reference's empty clusters, no replacement, no warm-up,
-    bf16 and a linear head, together."""
-    config = tiny_config(out=str(tmp_path / "run"), teacher="emoji")
-    config = replace(
-        config,
-        run=replace(config.run, precision="bf16", evaluate_every=2),
-        prototypes=replace(
-            config.prototypes, hard_targets=True, back_translation=False, mask_empty=False
-        ),
-        episodes=replace(config.episodes, replacement=False, warm_up=0, locked_image=0),
-        teacher=replace(config.teacher, hard_targets=False),
-        model=replace(config.model, heads=replace(config.model.heads, hidden_layers=0)),
-    )
-    results = run.train(config)
-    name = "train/loss/prototypical/image_from_teacher"
-    assert len(metrics_of(tmp_path / "run", name)) == 16
-    evaluated = metrics_of(tmp_path / "run", "eval/emoji/knn/acc1")
-    assert [line["episode"] for line in evaluated] == [2, 4]
-    assert 0 <= results["metrics"]["eval/emoji/zero_shot/acc1"] <= 1
 
 
 def test_the_queue_needs_no_extraction(
@@ -457,10 +418,3 @@ def test_the_readmes_library_example_works(tiny_run: Path, tmp_path: Path, monke
     target.symlink_to(tiny_run)
     monkeypatch.chdir(tmp_path)
     exec(compile(block.group(1), "README.md", "exec"), {})
-
-
-def test_shares_of_the_table_are_percent() -> None:
-    """A fraction of 0.125 is shown as 12.5; a gap keeps its scale."""
-    assert compare.describe("eval/emoji/knn/acc1") == ("kNN", 100.0, 1)
-    assert compare.cell({"mean": 0.125}, scale=100.0, digits=1) == "12.5"
-    assert compare.cell({"mean": 0.125, "spread": 0.01}, scale=1.0, digits=3) == "0.125 ± 0.010"

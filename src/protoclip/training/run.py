@@ -127,7 +127,7 @@ def train_together(
         size = 0 if checkpoint is None else run.restore(checkpoint)
         run.log = raise_on_all_ranks(lambda: run.open_log(size) if rank() == 0 else None)
         try:
-            run.train()
+            run.train_episodes()
             raise_on_all_ranks(run.writer.finish)
         finally:
             run.writer.wait()
@@ -272,7 +272,7 @@ class Run:
             positions=positions,
         )
 
-    def train(self) -> None:
+    def train_episodes(self) -> None:
         """The episodes that remain (paper, "online episodic training"), until a signal stops it."""
         trainer, config = self.trainer, self.config
         steps = config.episodes.count * (config.episodes.size // config.episodes.batch_size)
