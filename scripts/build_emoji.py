@@ -3,7 +3,7 @@
 The art comes from seven `@iconify-json` packages and the words from `emojibase-data` (CLDR short
 names and keywords), all at the exact versions in `PACKAGES`. Every emoji outside the `component`
 group is a concept; skin tones are left out. Each drawing of a concept is a sample: a 64 x 64
-picture on white, and a caption that is the CLDR name followed by zero to three of the concept's
+image on white, and a caption that is the CLDR name followed by zero to three of the concept's
 tags, drawn once per sample as web captions would vary.
 
 Splits never part a *family*, so that no near-duplicate crosses them. A family is closed under:
@@ -11,7 +11,7 @@ Splits never part a *family*, so that no near-duplicate crosses them. A family i
 * the same first code point (a gender, hair or direction variant, a keycap, flags of one initial);
 * the same name once words of gender, age, hair and direction are dropped (man cook, woman cook and
   cook; left arrow and right arrow), which joins all of man, woman and person;
-* all but the same picture in any one style (new moon and black circle).
+* all but the same image in any one style (new moon and black circle).
 
 The territories in `SAME_FLAG`, whose flag is that of another concept, are left out: as families
 they would chain nearly all initials into one.
@@ -57,8 +57,8 @@ PACKAGES = {
 STYLES = tuple(name.split("/")[1] for name in PACKAGES if "/" in name)
 FRACTIONS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 SIZE = 64
-QUALITY = 82  # of the pictures that are smaller lossy than lossless; about 8 MB in all
-ALIKE = 0.05  # pictures that differ by less, relative to their ink, are the same
+QUALITY = 82  # of the images that are smaller lossy than lossless; about 8 MB in all
+ALIKE = 0.05  # images that differ by less, relative to their ink, are the same
 SEED = 0
 
 # Bouvet Island, Clipperton Island, Diego Garcia, Ceuta & Melilla, Heard & McDonald Islands,
@@ -530,18 +530,18 @@ def render(svg: str) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
-def webp(picture: Image.Image) -> bytes:
+def webp(image: Image.Image) -> bytes:
     """The smaller of the lossless and the lossy file; flat art is often smaller lossless."""
     exact, lossy = io.BytesIO(), io.BytesIO()
-    picture.save(exact, "WEBP", lossless=True, method=6)
-    picture.save(lossy, "WEBP", quality=QUALITY, method=6)
+    image.save(exact, "WEBP", lossless=True, method=6)
+    image.save(lossy, "WEBP", quality=QUALITY, method=6)
     return min(exact.getvalue(), lossy.getvalue(), key=len)
 
 
-def alike(pictures: Mapping[str, Image.Image]) -> list[tuple[str, str]]:
+def alike(images: Mapping[str, Image.Image]) -> list[tuple[str, str]]:
     """Pairs of concepts that one style draws all but the same, compared as 16 x 16 thumbnails."""
-    keys = list(pictures)
-    thumbs = [picture.resize((16, 16), Image.Resampling.BOX) for picture in pictures.values()]
+    keys = list(images)
+    thumbs = [image.resize((16, 16), Image.Resampling.BOX) for image in images.values()]
     ink = 255.0 - np.stack([np.asarray(thumb, np.float64).ravel() for thumb in thumbs])
     square = (ink**2).sum(axis=1)
     distance = square[:, None] + square - 2 * ink @ ink.T
@@ -552,7 +552,7 @@ def alike(pictures: Mapping[str, Image.Image]) -> list[tuple[str, str]]:
 def families(
     concepts: Mapping[str, Concept], same: Iterable[Iterable[str]]
 ) -> dict[str, list[str]]:
-    """Group concept keys into families (see the module's docstring); `same` are equal pictures."""
+    """Group concept keys into families (see the module's docstring); `same` are equal images."""
     parent = {key: key for key in concepts}
 
     def root(key: str) -> str:
@@ -614,7 +614,7 @@ def build(modules: Path) -> pa.Table:
     concepts = read_concepts(modules)
     sets = {style: IconSet(modules, style) for style in STYLES}
     icons = {style: match_icons(sets, concepts, modules, style) for style in STYLES}
-    pictures = {
+    images = {
         (style, key): render(sets[style].svg(icons[style][key]))
         for key in concepts
         for style in STYLES
@@ -623,7 +623,7 @@ def build(modules: Path) -> pa.Table:
     same = [
         pair
         for style in STYLES
-        for pair in alike({key: picture for (s, key), picture in pictures.items() if s == style})
+        for pair in alike({key: image for (s, key), image in images.items() if s == style})
     ]
     kin = families(concepts, same)
     splits = assign_splits(concepts, kin)
@@ -632,7 +632,7 @@ def build(modules: Path) -> pa.Table:
     rows = [
         {
             "sample_id": (sample_id := f"{style}/{key}"),
-            "image": webp(picture),
+            "image": webp(image),
             "caption": caption(concepts[key], sample_id),
             "label": concepts[key].label,
             "tags": list(concepts[key].tags),
@@ -642,7 +642,7 @@ def build(modules: Path) -> pa.Table:
             "subgroup": concepts[key].subgroup,
             "split": splits[key],
         }
-        for (style, key), picture in pictures.items()
+        for (style, key), image in images.items()
     ]
     text = pa.string()
     types = {"image": pa.binary(), "tags": pa.list_(text)}
