@@ -1,12 +1,12 @@
-"""How fast are pictures decoded? Against open_clip's own pipeline and the reference's augmentation.
+"""How fast are images decoded? Against open_clip's own pipeline and the reference's augmentation.
 
 Makes photo-like JPEG files of 512 pixels (about 52 KB) in a temporary folder, and takes them to
 normalised batches at 224 pixels in two ways, in turn: as open_clip does (PIL, then torchvision's
-transforms one picture at a time; for `light` those of ProtoCLIP's reference implementation), and as
-`decode_crop` and the views do, with `finish` on the same core. Then how far our pixels are from
-PIL's, larger files, and the loaders with worker processes.
+transforms one image at a time; for `light` those of ProtoCLIP's reference implementation), and as
+`decode_crop` and our transforms do, with `finish` on the same core. Then how far our pixels are
+from PIL's, larger files, and the loaders with worker processes.
 
-    python benchmarks/loading.py [--pictures 128] [--repeats 9] [--workers 2] [--out FILE]
+    python benchmarks/loading.py [--images 128] [--repeats 9] [--workers 2] [--out FILE]
 """
 
 import argparse
@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,15 +26,10 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from protoclip.data.cache import (
-    DiskCache,
-    ImageCache,
-    MemoryCache,
-    crop,
-)
+from protoclip.data.cache import DiskCache, MemoryCache, crop
 from protoclip.data.decode import decode_crop
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import ImageTextPairs
@@ -43,15 +38,16 @@ from protoclip.data.transforms import TrainingTransform, clip_transform, light_t
 from protoclip.progress import Progress
 from protoclip.training import run
 
-# Of small copies for inputs of 224 pixels: the shorter side that `data.small_copies` gives them.
+# Small copies for inputs of 224 pixels: the shorter side that `data.small_copies` gives them.
 SIZE, BATCH, COPY_SIDE = 224, 32, 320
 SIDES = (512, 1024, 2048)
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-VIEWS = {
+OURS = {
     "clip": clip_transform(size=SIZE, mean=MEAN, std=STD),
     "light": light_transform(size=SIZE, mean=MEAN, std=STD),
 }
-REFERENCES: dict[str, Callable[[Image.Image], Tensor]] = {
+Rates = dict[tuple[str, str], list[float]]
+THEIRS: dict[str, Callable[[Image.Image], Tensor]] = {
     "clip": open_clip.image_transform(SIZE, is_train=True, mean=MEAN, std=STD),
     "light": transforms.Compose(
         [
@@ -94,232 +90,171 @@ def write_photo(path: Path, seed: int, side: int) -> None:
     image.save(path, "JPEG", quality=90, subsampling="4:2:0")
 
 
-def batches(paths: list[Path]) -> Iterator[list[Path]]:
-    for first in range(0, len(paths), BATCH):
-        yield paths[first : first + BATCH]
+def collate(paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """What open_clip's CSV data set and PyTorch's loader do to a batch."""
+    return torch.stack([transform(Image.open(path)) for path in paths])
 
 
 def theirs(paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> None:
-    for batch in batches(paths):
-        torch.stack([transform(Image.open(path)) for path in batch])
+    for first in range(0, len(paths), BATCH):
+        collate(paths[first : first + BATCH], transform)
 
 
 def ours(
-    paths: list[Path],
-    transform: TrainingTransform,
-    *,
-    finish: bool = True,
-    cache: ImageCache | None = None,
-    small_side: int | None = None,
+    paths: list[Path], transform: TrainingTransform, *, finish: bool = True, **settings: object
 ) -> None:
-    for batch in batches(paths):
+    """`settings` are those of `crop`: a cache, small copies."""
+    for first in range(0, len(paths), BATCH):
+        batch = paths[first : first + BATCH]
         draws = torch.rand(len(batch), transform.num_draws)
         crops = []
         for path, drawn in zip(batch, draws.numpy(), strict=True):
             box = partial(transform.box, draws=drawn)
-            crops.append(
-                crop(
-                    path.read_bytes(),
-                    box,
-                    SIZE,
-                    max_pixels=10**8,
-                    small_side=small_side,
-                    cache=cache,
-                )
-            )
+            crops.append(crop(path.read_bytes(), box, SIZE, max_pixels=10**8, **settings))  # type: ignore[arg-type]
         images = torch.from_numpy(np.stack(crops))
         if finish:
             transform.finish(images, draws)
 
 
-def rate(work: Callable[[], None], pictures: int) -> float:
-    """Pictures a second of processor time, which other programs do not lengthen."""
+def rate(work: Callable[[], None], images: int) -> float:
+    """Images a second of processor time, which other programs do not lengthen."""
     start = time.process_time()
     work()
-    return pictures / (time.process_time() - start)
+    return images / (time.process_time() - start)
 
 
-def psnr(paths: list[Path], transform: TrainingTransform, seed: int) -> list[float]:
-    """Our crops against PIL's: all pixels, the same box, one bicubic resize."""
-    ratios = []
-    for path, drawn in zip(
-        paths, np.random.default_rng(seed).random((len(paths), 13), dtype=np.float32), strict=True
-    ):
-        crop = decode_crop(
-            path.read_bytes(), partial(transform.box, draws=drawn), SIZE, max_pixels=10**8
-        )
-        image = Image.open(path).convert("RGB")
-        cropped = image.crop(transform.box(*image.size, drawn))
-        expected = np.asarray(cropped.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-        error = ((crop.astype(np.float64) - expected) ** 2).mean()
-        ratios.append(float(10 * np.log10(255**2 / max(error, 1e-9))))
-    return ratios
+def psnr(path: Path, transform: TrainingTransform, draws: np.ndarray) -> float:
+    """Our crop against PIL's: all pixels, the same box, one bicubic resize."""
+    box = partial(transform.box, draws=draws)
+    found = decode_crop(path.read_bytes(), box, SIZE, max_pixels=10**8)
+    image = Image.open(path).convert("RGB")
+    cropped = image.crop(box(*image.size))
+    expected = np.asarray(cropped.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    error = ((found.astype(np.float64) - expected) ** 2).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
-class CsvPictures(Dataset[tuple[Tensor, Tensor]]):
-    """What open_clip's CSV data set does to a row."""
-
-    def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.paths, self.transform = paths, transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        return self.transform(Image.open(self.paths[row])), tokens([""])[0]
+def their_loader(paths: list[Path], name: str, workers: int) -> int:
+    load = partial(collate, transform=THEIRS[name])
+    loader = DataLoader(paths, batch_size=BATCH, num_workers=workers, collate_fn=load)  # type: ignore[arg-type]
+    return sum(map(len, loader))
 
 
-def tokens(captions: list[str]) -> Tensor:
-    """No tokenizer: this is about pictures."""
-    return torch.zeros(len(captions), 8, dtype=torch.int64)
-
-
-def their_loader(paths: list[Path], name: str, workers: int, samples: int) -> float:
-    many = [paths[row % len(paths)] for row in range(samples)]
-    start = time.perf_counter()
-    loader = DataLoader(CsvPictures(many, REFERENCES[name]), batch_size=BATCH, num_workers=workers)
-    seen = sum(len(images) for images, _ in loader)
-    return seen / (time.perf_counter() - start)
-
-
-def our_loader(paths: list[Path], name: str, workers: int, samples: int) -> float:
+def our_loader(paths: list[Path], name: str, workers: int) -> int:
     table = pa.table({"path": [str(path) for path in paths], "caption": ["a"] * len(paths)})
-    rows = torch.arange(samples) % len(paths)
-    start = time.perf_counter()
     loader = EpisodeLoader(
-        pairs=ImageTextPairs(table, name="pictures"),
-        tokenizer=tokens,
-        transform=VIEWS[name],
+        pairs=ImageTextPairs(table, name="images", root=str(paths[0].parent)),
+        tokenizer=lambda texts: torch.zeros(len(texts), 8, dtype=torch.int64),
+        transform=OURS[name],
         batch_size=BATCH,
         seed=0,
         device=torch.device("cpu"),
         workers=workers,
     )
-    seen = sum(len(batch.image) for batch in loader.batches(Episode(index=0, rows=rows)))
-    return seen / (time.perf_counter() - start)
+    episode = Episode(index=0, rows=torch.arange(len(paths)))
+    return sum(len(batch.image) for batch in loader.batches(episode))
 
 
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.0f} [{min(values):.0f}, {max(values):.0f}]"
 
 
+def row(label: str, arm: str, base: str, rates: Rates) -> str:
+    cells = [
+        f"{spread(rates[arm, name])} | "
+        f"{statistics.median(rates[arm, name]) / statistics.median(rates[base, name]):.2f}"
+        for name in OURS
+    ]
+    return f"| {label} | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    count, workers = arguments.pictures, arguments.workers
+    count, workers = arguments.images, arguments.workers
     larger = max(8, count // 8)
-    samples = 8 * count
+    rates: Rates = {}
     with tempfile.TemporaryDirectory() as folder:
         paths: dict[int, list[Path]] = {}
-        progress = Progress("benchmark: pictures", count + (len(SIDES) - 1) * larger)
         for side in SIDES:
             numbers = range(count if side == SIDES[0] else larger)
             paths[side] = [Path(folder) / f"{side}_{number}.jpg" for number in numbers]
             for number, path in enumerate(paths[side]):
                 write_photo(path, number, side)
-                progress.update(sum(map(len, paths.values())) - len(numbers) + number + 1)
-
         small = paths[SIDES[0]]
-        caches: dict[str, ImageCache | None] = {
-            "no cache": None,
-            "disk": DiskCache(Path(folder) / "cache", max_bytes=10**10),
-            "memory": MemoryCache(max_bytes=10**10),
+        disk = DiskCache(Path(folder) / "cache", max_bytes=10**10)
+        memory = MemoryCache(max_bytes=10**10)
+        copies = {"finish": False, "small_side": COPY_SIDE}
+        variants: dict[str, dict[str, object]] = {
+            "protoclip, finished on the same core": {},
+            "protoclip, the workers' part (an accelerator finishes)": {"finish": False},
+            "the workers' part, images kept on disk": {"finish": False, "cache": disk},
+            "the workers' part, images kept in memory": {"finish": False, "cache": memory},
+            "the workers' part, small copies made each time (`data.small_copies`)": copies,
+            "the workers' part, small copies kept on disk": {**copies, "cache": disk},
+            "the workers' part, small copies kept in memory": {**copies, "cache": memory},
         }
-        arms: dict[tuple[str, str], Callable[[], None]] = {}
-        for name, view in VIEWS.items():
-            arms["open_clip" if name == "clip" else "reference", name] = partial(
-                theirs, small, REFERENCES[name]
-            )
-            arms["protoclip", name] = partial(ours, small, transform)
-            arms["without finish", name] = partial(ours, small, transform, finish=False)
-            for kept, cache in caches.items():
-                if cache is not None:
-                    arms[f"whole, {kept}", name] = partial(
-                        ours, small, transform, finish=False, cache=cache
-                    )
-                arms[f"small, {kept}", name] = partial(
-                    ours, small, transform, finish=False, cache=cache, small_side=COPY_SIDE
-                )
+        arms: dict[tuple[str, str], tuple[Callable[[], None], int]] = {}
+        for name, transform in OURS.items():
+            arms["theirs", name] = partial(theirs, small, THEIRS[name]), count
+            for label, settings in variants.items():
+                arms[label, name] = partial(ours, small, transform, **settings), count  # type: ignore[arg-type]
         for side in SIDES[1:]:
-            arms["open_clip", str(side)] = partial(theirs, paths[side], REFERENCES["clip"])
-            arms["protoclip", str(side)] = partial(ours, paths[side], VIEWS["clip"])
-        rates: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
-        progress = Progress("benchmark: loading", (1 + arguments.repeats) * len(arms))
+            arms["theirs", str(side)] = partial(theirs, paths[side], THEIRS["clip"]), larger
+            arms["ours", str(side)] = partial(ours, paths[side], OURS["clip"]), larger
+        progress = Progress("benchmark: loading", 1 + arguments.repeats)
         for repeat in range(1 + arguments.repeats):
-            for number, (arm, work) in enumerate(arms.items()):
-                value = rate(work, larger if arm[1] in map(str, SIDES[1:]) else count)
+            for arm, (work, images) in arms.items():
+                value = rate(work, images)
                 if repeat > 0:  # the first round warms up, and fills the caches
-                    rates[arm].append(value)
-                progress.update(repeat * len(arms) + number + 1, " ".join(arm))
-        progress = Progress("benchmark: comparing pixels", len(SIDES) * len(VIEWS))
-        noise: dict[tuple[int, str], list[float]] = {}
+                    rates.setdefault(arm, []).append(value)
+            progress.update(repeat + 1)
+        noise: Rates = {}
         for side in SIDES:
-            for name, view in VIEWS.items():
-                noise[side, name] = psnr(paths[side], transform, seed=side)
-                progress.update(len(noise))
-        progress = Progress("benchmark: loaders", 4 * 3)
-        loaders: dict[tuple[str, str], list[float]] = {}
-        for repeat in range(3):
-            for name in VIEWS:
-                for owner, loader in (("theirs", their_loader), ("ours", our_loader)):
-                    value = loader(small, name, workers, samples)
+            for name, transform in OURS.items():
+                draws = np.random.default_rng(side).random((len(paths[side]), 13), np.float32)
+                pairs = zip(paths[side], draws, strict=True)
+                noise[str(side), name] = [psnr(path, transform, drawn) for path, drawn in pairs]
+        many = 8 * small
+        loaders: Rates = {}
+        for _ in range(3):
+            for name in OURS:
+                for owner, load in (("theirs", their_loader), ("ours", our_loader)):
+                    start = time.perf_counter()
+                    seen = load(many, name, workers)
+                    value = seen / (time.perf_counter() - start)
                     loaders.setdefault((owner, name), []).append(value)
-                    progress.update(repeat * 4 + sum(map(bool, loaders)), f"{owner} {name}")
-        kilobytes = {
-            side: statistics.mean(path.stat().st_size for path in found) / 1000
-            for side, found in paths.items()
-        }
+        sizes = {side: [path.stat().st_size / 1000 for path in paths[side]] for side in SIDES}
 
-    def row(label: str, values: dict[str, list[float]], base: dict[str, list[float]]) -> str:
-        cells = [
-            f"{spread(values[name])} | "
-            f"{statistics.median(values[name]) / statistics.median(base[name]):.2f}"
-            for name in VIEWS
-        ]
-        return f"| {label} | {' | '.join(cells)} |"
-
-    base = {"clip": rates["open_clip", "clip"], "light": rates["reference", "light"]}
     facts = run.environment(torch.device("cpu"))
     lines = [
-        "# Loading: pictures a second for a core",
+        "# Loading: images a second for a core",
         "",
-        f"`python benchmarks/loading.py --pictures {count} --repeats {arguments.repeats} "
+        f"`python benchmarks/loading.py --images {count} --repeats {arguments.repeats} "
         f"--workers {workers}`, {datetime.date.today().isoformat()}; {facts['device']}, torch "
         f"{facts['torch']}, torchvision {torchvision.__version__}, Pillow {Image.__version__}, "
         f"open_clip {open_clip.__version__}. {count} JPEG files of {SIDES[0]} pixels and "
-        f"{kilobytes[SIDES[0]]:.0f} KB on average, to batches of {BATCH} at {SIZE} pixels. Median "
-        f"[least, most] of {arguments.repeats} rounds, pipelines in turn, per second of processor "
-        "time of one thread; ratios are of medians, to the first row.",
+        f"{statistics.mean(sizes[SIDES[0]]):.0f} KB on average, to batches of {BATCH} at {SIZE} "
+        f"pixels. Median [least, most] of {arguments.repeats} rounds, pipelines in turn, per "
+        "second of processor time of one thread; ratios are of medians, to the first row.",
         "",
         "| one core | `clip` | ratio | `light` | ratio |",
         "|---|---|---|---|---|",
-        row("PIL and torchvision: open_clip; the reference's light augmentation", base, base),
-    ]
-    for arm, label in (
-        ("protoclip", "protoclip, finished on the same core"),
-        ("without finish", "protoclip, the workers' part (an accelerator finishes)"),
-        ("whole, disk", "the workers' part, pictures kept on disk (`data.cache`)"),
-        ("whole, memory", "the workers' part, pictures kept in memory"),
-        ("small, no cache", "the workers' part, small copies made each time (`data.small_copies`)"),
-        ("small, disk", "the workers' part, small copies kept on disk"),
-        ("small, memory", "the workers' part, small copies kept in memory"),
-    ):
-        lines.append(row(label, {name: rates[arm, name] for name in VIEWS}, base))
-    slow = {name: loaders["theirs", name] for name in VIEWS}
-    lines += [
+        row("PIL and torchvision: open_clip; the reference's light", "theirs", "theirs", rates),
+        *(row(label, label, "theirs", rates) for label in variants),
         "",
-        f"End to end with {workers} worker processes on {os.cpu_count()} cores: {samples} samples, "
-        "start of the processes included; of 3 rounds.",
+        f"End to end with {workers} worker processes on {os.cpu_count()} cores: {len(many)} "
+        "samples, start of the processes included; of 3 rounds.",
         "",
-        "| pictures a second | `clip` | ratio | `light` | ratio |",
+        "| images a second | `clip` | ratio | `light` | ratio |",
         "|---|---|---|---|---|",
-        row("PyTorch's loader over open_clip's CSV data set", slow, slow),
-        row("`EpisodeLoader`", {name: loaders["ours", name] for name in VIEWS}, slow),
+        row("PyTorch's loader over open_clip's CSV data set", "theirs", "theirs", loaders),
+        row("`EpisodeLoader`", "ours", "theirs", loaders),
         "",
         "Pixels against PIL's (all pixels decoded, the same crop, bicubic): least, median. Larger "
         f"files ({larger} of each) are decoded at a fraction of their size.",
@@ -327,16 +262,15 @@ def main() -> None:
         "| side | KB | open_clip, `clip` | protoclip, `clip` | dB, `clip` | dB, `light` |",
         "|---|---|---|---|---|---|",
     ]
+    first = next(iter(variants))
     for side in SIDES:
-        column = "clip" if side == SIDES[0] else str(side)
-        decibels = [
-            f"{min(noise[side, name]):.1f}, {statistics.median(noise[side, name]):.1f}"
-            for name in VIEWS
-        ]
-        lines.append(
-            f"| {side} | {kilobytes[side]:.0f} | {spread(rates['open_clip', column])} | "
-            f"{spread(rates['protoclip', column])} | {' | '.join(decibels)} |"
-        )
+        found = (noise[str(side), name] for name in OURS)
+        decibels = [f"{min(each):.1f}, {statistics.median(each):.1f}" for each in found]
+        arm = [("theirs", str(side)), ("ours", str(side))]
+        if side == SIDES[0]:
+            arm = [("theirs", "clip"), (first, "clip")]
+        cells = [f"{statistics.mean(sizes[side]):.0f}", *(spread(rates[each]) for each in arm)]
+        lines.append(f"| {side} | {' | '.join([*cells, *decibels])} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.out:

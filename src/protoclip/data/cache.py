@@ -82,10 +82,10 @@ def crop(
             image = small_copy(encoded, small_side, max_pixels=max_pixels)
         else:
             image = decode_all(encoded, size, max_pixels=max_pixels)
-        if image is None:
-            return decode_crop(encoded, box, size, max_pixels=max_pixels)
-        if cache is not None:
+        if image is not None and cache is not None:
             cache.put(key, image)
+    if image is None:
+        return decode_crop(encoded, box, size, max_pixels=max_pixels)
     return crop_decoded(image, box, size)
 
 

@@ -59,12 +59,7 @@ class Decoded:
 
 
 def reduction(side: int, size: int) -> int:
-    """By how much a JPEG may be reduced when decoded: 1, 2, 4 or 8.
-
-    Args:
-        side: Shorter side of the crop, in pixels.
-        size: Side of the result, in pixels.
-    """
+    """By how much a JPEG may be reduced (1, 2, 4, 8) if `side` pixels become `size` pixels."""
     return next((k for k in (8, 4, 2) if side >= REDUCED_MARGIN * size * k), 1)
 
 

@@ -79,8 +79,11 @@ def inspect(
     if samples is not None and samples < 1:
         raise ValueError(f"samples: {samples} is too small; at least 1")
     started = time.monotonic()
+    items: Numbered
     if isinstance(source, Pairs):
-        items, total = _of_rows(len(source), samples, seed)
+        some = samples is not None and samples < len(source)
+        rows = drawn(len(source), samples or 0, seed) if some else range(len(source))
+        items, total = enumerate(rows), len(rows)
     else:
         items, total = _of_shards(source, samples, seed)
     workers = workers or cores()
@@ -116,13 +119,6 @@ def drawn(total: int, number: int, seed: int) -> list[int]:
     bounds = np.arange(number + 1, dtype=np.int64) * total // number
     chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()
     return chosen
-
-
-def _of_rows(number: int, samples: int | None, seed: int) -> tuple[Numbered, int]:
-    """Rows to read, and how many they are."""
-    some = samples is not None and samples < number
-    rows = drawn(number, samples or 0, seed) if some else range(number)
-    return enumerate(rows), len(rows)
 
 
 def _of_shards(source: SampleStream, samples: int | None, seed: int) -> tuple[Numbered, int]:

@@ -181,8 +181,8 @@ class EpisodeLoader:
         Args:
             episode: Its rows are numbers in the stream if the source is one.
             start: Batches to skip.
-            transform: In place of the training transform.
-            stream: The stream of random numbers that the transform draws from.
+            transform, stream: Replace the training transform, and the stream of random numbers
+                that it draws from.
 
         Raises:
             ValueError: A worker process was killed, or a batch found no good samples to fill it.
@@ -206,12 +206,8 @@ class EpisodeLoader:
                     tensor.to(self.device, non_blocking=self._pinned)
                     for tensor in (made.image, made.text, made.position)
                 )
-                yield Batch(
-                    position=position,
-                    sample_id=made.sample_id,
-                    image=transform.finish(image, draws[made.position]),
-                    text=text,
-                )
+                image = transform.finish(image, draws[made.position])
+                yield Batch(position=position, sample_id=made.sample_id, image=image, text=text)
         finally:
             requests.close()  # and with it a stream's thread that reads ahead
 
@@ -233,12 +229,8 @@ class EpisodeLoader:
 
     @cached_property
     def _loader(self) -> DataLoader[_Made]:
-        cut = partial(
-            crop,
-            max_pixels=self.max_image_pixels,
-            small_side=self.small_side,
-            cache=self.cache,
-        )
+        limits = {"max_pixels": self.max_image_pixels, "small_side": self.small_side}
+        cut: Any = partial(crop, cache=self.cache, **limits)  # type: ignore[arg-type]
         return DataLoader(
             _Reader(pairs=self.pairs, tokenizer=self.tokenizer, crop=cut),
             sampler=self._requests,
@@ -325,11 +317,7 @@ class SkipLog:
         return len(self._known)
 
     def add(self, read: int, bad: list[BadSample]) -> None:
-        """Record what one batch met.
-
-        Args:
-            read: Samples that were read for it, bad ones included.
-            bad: The bad ones.
+        """Record a batch: how many samples were read for it, and the bad ones among them.
 
         Raises:
             ValueError: More than `max_share` of all samples read so far were bad.

@@ -7,7 +7,7 @@ each image with parameters of its own.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -156,16 +156,8 @@ def clip_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTrans
 
 def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTransform:
     """ProtoCLIP's light augmentation (arXiv 2206.10996, and its reference implementation)."""
-    return TrainingTransform(
-        size=size,
-        mean=mean,
-        std=std,
-        scale=(0.5, 1.0),
-        flip=0.5,
-        jitter=0.2,
-        grayscale=0.2,
-        blur=0.2,
-    )
+    plain = TrainingTransform(size=size, mean=mean, std=std, scale=(0.5, 1.0))
+    return replace(plain, flip=0.5, jitter=0.2, grayscale=0.2, blur=0.2)
 
 
 def _in_chunks(images: Bytes, finish: Callable[[slice], Tensor]) -> Images:

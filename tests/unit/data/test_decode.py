@@ -15,7 +15,6 @@ from protoclip.data.decode import (
     decode,
     decode_crop,
     dimensions,
-    reduction,
     resize,
 )
 
@@ -88,13 +87,6 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(
     data = encoded(photo(640, 640), "JPEG")
     decode_crop(data, fixed((0, 0, 640, 640)), size, max_pixels=PIXELS)
     assert seen == [expected]
-
-
-@pytest.mark.parametrize(
-    ("side", "size", "factor"), [(447, 112, 1), (448, 112, 2), (896, 112, 4), (9999, 9, 8)]
-)
-def test_reduction_leaves_twice_the_size(side: int, size: int, factor: int) -> None:
-    assert reduction(side, size) == factor
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

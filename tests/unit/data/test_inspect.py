@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +17,6 @@ from PIL import Image
 from protoclip.data import inspect as inspection
 from protoclip.data.emoji import emoji_table
 from protoclip.data.inspect import GAP, SIDE, drawn, inspect, montage, percentile, show
-from protoclip.data.manifests import open_manifest
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.stream import ShardStream
@@ -152,15 +150,6 @@ def test_processes_find_what_one_finds(mixed: ImageTextPairs) -> None:
     one, two = (look(source, workers=workers, max_pixels=1_000_000) for workers in (1, 2))
     assert one["read"] == 200 + 10
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
-
-
-def test_a_memory_mapped_source_opens_itself_again(tmp_path: Path) -> None:
-    """What goes to a worker is the index's path, not the images."""
-    pq.write_table(tiny_pairs(300), tmp_path / "pairs.parquet")
-    source = open_manifest(str(tmp_path / "pairs.parquet"), cache=tmp_path / "cache")
-    assert len(pickle.dumps(source)) < 1000
-    found = look(source, workers=2)
-    assert (found["read"], found["unreadable"]) == (300, 0)
 
 
 @pytest.mark.parametrize(("total", "number"), [(10, 10), (10, 3), (1000, 7), (10**12, 5)])
