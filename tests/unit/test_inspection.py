@@ -24,7 +24,7 @@ from protoclip.data import montage
 from protoclip.data.emoji import emoji_table
 from protoclip.data.examination import Facts, drawn, hashes
 from protoclip.data.inspect import Inspection, Spread, inspect
-from protoclip.data.manifests import open_manifest
+from protoclip.data.tables import TableOptions, open_table
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import (
     BadSample,

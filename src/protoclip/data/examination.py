@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from protoclip.data.access import Access
 from protoclip.data.decode import READERS, decode, dimensions
-from protoclip.data.locations import Access
 from protoclip.data.mixture import MixedStreams, under
 from protoclip.data.pairs import (
     BadSample,

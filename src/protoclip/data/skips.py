@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from protoclip.data.locations import visible
+from protoclip.data.access import visible
 from protoclip.data.pairs import BadSample
 
 # Reasons that the message of a stopped run quotes.

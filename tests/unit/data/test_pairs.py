@@ -10,7 +10,6 @@ from protoclip.data.pairs import (
     BadSample,
     ImageTextPairs,
     Pairs,
-    join,
 )
 from protoclip.testing import tiny_pairs
 
@@ -64,7 +63,7 @@ def test_a_pair_without_a_caption_is_bad(captions: pa.Array, reason: str) -> Non
     assert pairs.sample(1).captions == ("x",)
 
 
-def test_pictures_are_found_below_the_root(tmp_path: Path) -> None:
+def test_images_are_found_below_the_root(tmp_path: Path) -> None:
     """Relative and absolute paths, ranges of a larger file; what is missing or short is bad."""
     (tmp_path / "one.png").write_bytes(b"first")
     (tmp_path / "many.bin").write_bytes(b"..second..")
@@ -86,7 +85,7 @@ def test_pictures_are_found_below_the_root(tmp_path: Path) -> None:
         shards.sample(1)
 
 
-def test_an_unreadable_picture_names_its_sample() -> None:
+def test_an_unreadable_image_names_its_sample() -> None:
     """Broken bytes raise with the sample's id; so does a row without any."""
     broken = tiny_pairs(4).set_column(0, "image", pa.array([b"junk", None] * 2, pa.binary()))
     pairs = ImageTextPairs(broken, name="broken")
@@ -115,12 +114,3 @@ def test_pairs_travel_to_worker_processes() -> None:
     pairs = ImageTextPairs(tiny_pairs(6), name="tiny")
     copy = pickle.loads(pickle.dumps(pairs))
     assert [copy.sample(row) for row in range(6)] == [pairs.sample(row) for row in range(6)]
-
-
-def test_names_are_joined_to_folders_and_urls() -> None:
-    """A root that is a URL keeps its slashes; absolute names and URLs stay as they are."""
-    assert join("", "a.jpg") == "a.jpg"
-    assert join("data", "a.jpg") == str(Path("data") / "a.jpg")
-    assert join("s3://bucket/x/", "a.jpg") == "s3://bucket/x/a.jpg"
-    assert join("data", "/b/a.jpg") == "/b/a.jpg"
-    assert join("data", "https://host/a.jpg") == "https://host/a.jpg"
