@@ -166,7 +166,7 @@ def test_processes_find_what_one_finds(mixed: ImageTextPairs) -> None:
 def test_a_memory_mapped_source_opens_itself_again(tmp_path: Path) -> None:
     """What goes to a worker is the index's path, not the pictures."""
     pq.write_table(tiny_pairs(300), tmp_path / "pairs.parquet")
-    source = open_manifest(str(tmp_path / "pairs.parquet"), cache=tmp_path / "cache")
+    source = open_table(str(tmp_path / "pairs.parquet"), TableOptions(cache=tmp_path / "cache"))
     assert len(pickle.dumps(source)) < 1000
     found = look(source, workers=2)
     assert (found.read, found.unreadable) == (300, 0)

@@ -271,7 +271,10 @@ def list_urls(pattern: str, access: Access) -> list[str]:
     """The URLs of a store that match a pattern with `*`; raises as `open_file` does."""
     require_allowed(pattern, access)
     if pattern.partition("://")[0].lower() in WEB:
-        raise ValueError("a web server lists no files; use braces, as in {00000..00099}.tar")
+        raise ValueError(
+            "a web server does not say what it holds; name the files with braces, as in "
+            "{00000..00099}.tar"
+        )
     filesystem, path = fsspec.core.url_to_fs(pattern)
     return list(map(filesystem.unstrip_protocol, filesystem.glob(path)))
 

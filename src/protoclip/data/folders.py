@@ -21,6 +21,7 @@ from protoclip.data.tables import (
     CAPTION_COLUMNS,
     LeftOut,
     TableOptions,
+    fault_of,
     line,
     open_files,
     open_saved,
@@ -52,8 +53,7 @@ def open_folder(path: str, options: TableOptions) -> ImageTextPairs:
     name = options.name or folder.resolve().name
     folder, files = tables(folder)
     if files and (folder / "state.json").is_file():
-        root = options.root if options.root is not None else str(folder)
-        return open_saved(folder, files, replace(options, name=name, root=root))
+        return open_saved(folder, files, options.with_defaults(root=str(folder), name=name))
     if files:
         if files[0].name in METADATA:
             options = replace(options, image_column=options.image_column or "file_name")
@@ -201,12 +201,12 @@ def _walk(top: Path, left_out: LeftOut) -> Iterator[tuple[str, str | None]]:
         folders: list[str] = []
         for entry in found:
             path = f"{relative}/{entry.name}" if relative else entry.name
-            real = os.path.realpath(entry.path)
-            if not entry.name.isprintable() and "\udc80" <= max(entry.name) <= "\udcff":
+            real = Path(entry.path)
+            if fault_of(entry.name):
                 left_out.add("names that are not UTF-8", path)
-            elif Path(real).is_dir():
+            elif real.is_dir():
                 folders.append(path)
-            elif Path(real).is_file():
+            elif real.is_file():
                 files.append(path)
             elif entry.is_symlink():
                 left_out.add("dangling links", path)

@@ -22,7 +22,6 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +97,10 @@ class TableOptions:
     def folder(self) -> Path:
         return self.cache or cache_folder() / "index"
 
+    def with_defaults(self, *, root: str, name: str) -> "TableOptions":
+        root = self.root if self.root is not None else root
+        return replace(self, root=root, name=self.name or name)
+
 
 def open_table(path: str, options: TableOptions) -> ImageTextPairs:
     """Open a file, a URL, or the files that a local pattern such as `train-*.parquet` matches.
@@ -106,45 +109,38 @@ def open_table(path: str, options: TableOptions) -> ImageTextPairs:
         ValueError: A file is missing or damaged, a column is missing or holds something else, ids
             repeat, or no row is left.
     """
-    paths = [path]
-    if "*" in path and not is_url(path):
-        paths = sorted(map(str, Path(path).parent.glob(Path(path).name)))
+    if is_url(path):
+        folder, _, file = path.partition("?")[0].rpartition("/")
+        return open_files([path], options, root=folder, name=file)
+    place, paths = Path(path), [path]
+    if "*" in path:
+        paths = sorted(map(str, place.parent.glob(place.name)))
         if not paths:
             raise ValueError(f"{path}: no such file")
-    folder, _, file = path.partition("?")[0].rpartition("/")
-    if not is_url(path):
-        folder, file = str(Path(path).parent), Path(path).name
-    return open_files(paths, options, root=folder, name=file)
+    return open_files(paths, options, root=str(place.parent), name=place.name)
 
 
 def open_files(
     paths: Sequence[str], options: TableOptions, *, root: str, name: str
 ) -> ImageTextPairs:
-    """Open tables of one form as one; `root` and `name` are used if the options have none."""
-    options = replace(
-        options,
-        root=options.root if options.root is not None else root,
-        name=options.name or name,
-    )
-    builder = builder_of(paths[0])
+    """Open files of one form as one table; `root` and `name` are used if the options have none."""
+    options = options.with_defaults(root=root, name=name)
+    builder = _builder(paths[0])
     prints = [fingerprint(path, options.access) for path in paths]
     used = (options.image_column, options.captions, options.id_column)
     key = digest({"form": FORM, "files": prints, "columns": used})
     if builder == "text":
         build = partial(_text_batches, paths, options)
         index = build_index(key, None, build, folder=options.folder)
-        columns = Columns(**{**index.facts["columns"], "captions": tuple(index.facts["captions"])})
-        return _checked(index, index.table, columns, paths[0], key, options)
+        return _pairs(index, index.table.schema, options, where=paths[0], key=key)
     with _library() as datasets, faults(paths[0], Exception):
-        local = [
-            _local_copy(path, print_, options) for path, print_ in zip(paths, prints, strict=True)
-        ]
+        local = [_local_copy(*each, options) for each in zip(paths, prints, strict=True)]
         cache = str(options.folder / "datasets")
         data = datasets.load_dataset(builder, data_files=local, split="train", cache_dir=cache)
-    return from_dataset(data, options, where=paths[0], key=key)
+    return _pairs(data.data, data.data.schema, options, where=paths[0], key=key)
 
 
-def builder_of(path: str) -> str:
+def _builder(path: str) -> str:
     """`text`, or the name of the builder in `datasets` that reads a file with this suffix."""
     suffixes = [
         s.lower() for s in PurePath(path.partition("?")[0] if is_url(path) else path).suffixes
@@ -163,10 +159,28 @@ def builder_of(path: str) -> str:
     return str(builder)
 
 
-def from_dataset(data: Any, options: TableOptions, *, where: str, key: str) -> ImageTextPairs:
-    """The pairs of a `datasets.Dataset`."""
-    columns, notes = choose(where, data.data.schema, options)
-    return _checked(data.data, data.data.table, columns, where, key, options, notes)
+def _pairs(
+    source: Any, schema: pa.Schema, options: TableOptions, *, where: str, key: str
+) -> ImageTextPairs:
+    """The pairs of a memory-mapped table, once its ids are known to be unique."""
+    columns, notes = choose(where, schema, options)
+    if not source.table.num_rows:
+        raise ValueError(f"{where}: holds no sample")
+    checked = options.folder / f"{key}.unique"
+    if columns.sample_id is not None and not checked.exists():
+        with faults(where, UnicodeDecodeError):
+            _require_unique(source.table.column(columns.sample_id), columns.sample_id, where)
+        checked.parent.mkdir(parents=True, exist_ok=True)
+        checked.touch()
+    return ImageTextPairs(
+        source,
+        name=options.name or "",
+        root=options.root or "",
+        access=options.access,
+        columns=columns,
+        key=key,
+        notes=notes,
+    )
 
 
 def open_hub(reference: str, options: TableOptions) -> ImageTextPairs:
@@ -197,10 +211,9 @@ def open_hub(reference: str, options: TableOptions) -> ImageTextPairs:
             f"{reference}: the hub does not answer, and there is no earlier download in "
             f"{options.folder}; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
-    options = replace(
-        options, root=options.root or HF_HUB_CACHE, name=options.name or name.split("/")[1]
-    )
-    return from_dataset(data, options, where=reference, key=digest({"hub": data._fingerprint}))
+    options = options.with_defaults(root=HF_HUB_CACHE, name=name.split("/")[1])
+    key = digest({"hub": data._fingerprint, "id": options.id_column})
+    return _pairs(data.data, data.data.schema, options, where=reference, key=key)
 
 
 def _hub_answers(reference: str, name: str) -> bool:
@@ -224,23 +237,24 @@ def open_saved(folder: Path, files: Sequence[Path], options: TableOptions) -> Im
     key = digest({"saved": [fingerprint(str(file)) for file in files], "id": options.id_column})
     with _library() as datasets, faults(str(folder), Exception):
         data = datasets.load_from_disk(str(folder))
-    return from_dataset(data, options, where=str(folder), key=key)
+    return _pairs(data.data, data.data.schema, options, where=str(folder), key=key)
 
 
 @contextmanager
 def _library(*, offline: bool = True) -> Iterator[Any]:
-    """`datasets`, silent, and without the network unless it is for the hub."""
+    """`datasets`; without progress bars and network, unless it is for the hub."""
     import datasets
     import datasets.packaged_modules
     import huggingface_hub.constants as hub
 
-    datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    with (
-        patch.object(datasets.config, "HF_HUB_OFFLINE", offline),
-        patch.object(hub, "HF_HUB_OFFLINE", offline),
-    ):
+    (datasets.disable_progress_bars if offline else datasets.enable_progress_bars)()
+    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = offline
+    try:
         yield datasets
+    finally:
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
 
 
 def _local_copy(path: str, print_: str, options: TableOptions) -> str:
@@ -257,35 +271,6 @@ def _local_copy(path: str, print_: str, options: TableOptions) -> str:
         ):
             shutil.copyfileobj(source, target, 1 << 20)
     return str(copy)
-
-
-def _checked(
-    source: Any,
-    table: pa.Table,
-    columns: Columns,
-    where: str,
-    key: str,
-    options: TableOptions,
-    notes: Sequence[str] = (),
-) -> ImageTextPairs:
-    """The pairs of a table, once its ids are known to be unique."""
-    mark = options.folder / f"{key}.unique"
-    if columns.sample_id is not None and not mark.exists():
-        with faults(where, UnicodeDecodeError):
-            _require_unique(table.column(columns.sample_id), columns.sample_id, where)
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    if not table.num_rows:
-        raise ValueError(f"{where}: holds no sample")
-    return ImageTextPairs(
-        source,
-        name=options.name or "",
-        root=options.root or "",
-        access=options.access,
-        columns=columns,
-        key=key,
-        notes=notes,
-    )
 
 
 def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:
@@ -456,8 +441,7 @@ def _text_batches(
         raise ValueError(f"{faulty[0]}; no row is left: check the separator and the quotes")
     if not total:
         raise ValueError(f"{paths[0]}: holds no sample")
-    facts.update(columns={"image": columns.image, "sample_id": columns.sample_id})
-    facts.update(captions=columns.captions, notes=[*notes, *faulty])
+    facts["notes"] = [*notes, *faulty]
 
 
 @contextmanager
@@ -477,7 +461,7 @@ def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
         )
 
 
-def _fault_of(text: str) -> str:
+def fault_of(text: str) -> str:
     """Why a line cannot be used; empty if it can."""
     if len(text) >= MAX_LINE:
         return "lines of more than a megabyte"
@@ -505,7 +489,7 @@ def _read_csv(
     usual = "\t" if ".tsv" in path.lower() else ","
     separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)
     names = next(csv.reader([header], delimiter=separator), [])
-    if _fault_of(header):
+    if fault_of(header):
         raise ValueError(f"{path}: its header is not UTF-8 text; save it as UTF-8")
     schema = pa.schema([(name, pa.string()) for name in names])
     return schema, _csv_rows(lines, blank + 1, separator, len(names), left_out)
@@ -524,7 +508,7 @@ def _csv_rows(
             taken, row = _quoted_row(text, again, lines, separator, width)
         else:
             row = text.rstrip("\r\n").split(separator)
-        fault = _fault_of(text if len(taken) == 1 else "".join(taken))
+        fault = fault_of(text if len(taken) == 1 else "".join(taken))
         if row is None:
             left_out.add("lines with an open quote", text, number)
             again.extendleft(reversed(taken[1:]))
@@ -584,7 +568,7 @@ def _read_json(
             row = [_json_value(record.get(name), type_) for name, type_ in types.items()]
             if "\\u" in text or not text.isascii():
                 texts = chain.from_iterable(v if isinstance(v, list) else [v or ""] for v in row)
-                if fault := _fault_of("".join(map(str, texts))):
+                if fault := fault_of("".join(map(str, texts))):
                     left_out.add(fault, text, number)
                     continue
             yield row
