@@ -31,6 +31,9 @@ T = TypeVar("T")
 WEB, STORES = ("https", "http"), ("s3", "gs", "hf")
 MAX_FILE_BYTES = 1 << 28  # a larger file of one sample is a mistake or an attack
 READ_BYTES, REQUEST_BYTES = 1 << 20, 1 << 24
+# Seconds to wait for a connection, for the next bytes, and for the whole file of one sample; how
+# often a request is made, and the first pause between two tries (each is twice the last).
+CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 10.0, 20.0, 60.0, 3, 0.5
 # What stores call the facts that change with a file, in lower case.
 URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"}
 URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
@@ -56,21 +59,6 @@ class Access:
 
 
 NOTHING_MORE = Access()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Seconds to wait for a connection, for the next bytes, and for the whole file of one sample;
-    how often a request is made, and the first pause between two (each is twice the last)."""
-
-    connect: float = 10.0
-    silence: float = 20.0
-    total: float = 60.0
-    tries: int = 3
-    pause: float = 0.5
-
-
-LIMITS = Limits()
 
 
 def is_url(path: str) -> bool:
@@ -186,7 +174,7 @@ def read_file(location: str, access: Access) -> bytes:
     """The whole file of one sample, of at most `MAX_FILE_BYTES`.
 
     Raises:
-        Exception: As `open_file`; `TimeoutError` after `LIMITS.total` seconds.
+        Exception: As `open_file`; `TimeoutError` after `TOTAL_SECONDS` seconds.
     """
 
     def read() -> bytes:
@@ -196,7 +184,7 @@ def read_file(location: str, access: Access) -> bytes:
             raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
         return data
 
-    return within(LIMITS.total, read) if is_url(location) else read()
+    return within(TOTAL_SECONDS, read) if is_url(location) else read()
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
@@ -337,7 +325,7 @@ class WebFile(io.RawIOBase):
 
     def _connect(self) -> Mapping[str, str]:
         headers = {"Range": f"bytes={self.position}-"} if self.position else {}
-        timeout = httpx.Timeout(LIMITS.silence, connect=LIMITS.connect)
+        timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
         client = _client(self.access.private_hosts, os.getpid())
         request = client.build_request("GET", self.url, headers=headers, timeout=timeout)
         self.response = client.send(request, stream=True)
@@ -346,8 +334,7 @@ class WebFile(io.RawIOBase):
         known = self.position if self.response.status_code != 206 else 0
         while known > 0:  # the server ignores `Range` and begins again at the start
             chunk = next(self.chunks)
-            if len(chunk) > known:
-                self.chunks = chain([chunk[known:]], self.chunks)
+            self.chunks = chain([chunk[known:]] if chunk[known:] else [], self.chunks)
             known -= len(chunk)
         return self.response.headers
 
@@ -373,9 +360,9 @@ class WebFile(io.RawIOBase):
                 broken = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
                 may_pass = late or isinstance(error, broken)
             self._disconnect()
-            if tries == LIMITS.tries or not may_pass:
+            if tries == TRIES or not may_pass:
                 raise OSError(f"{what}{f', {tries} times' if tries > 1 else ''}")
-            time.sleep(LIMITS.pause * 2 ** (tries - 1))
+            time.sleep(PAUSE_SECONDS * 2 ** (tries - 1))
 
 
 @lru_cache(4)

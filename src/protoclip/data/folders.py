@@ -37,11 +37,10 @@ SCHEMA = pa.schema(
 def open_folder(path: str, options: TableOptions) -> ImageTextPairs:
     """Open a local folder of pairs. It is the first of these that fits:
 
-    * a dataset that `datasets` saved (`save_to_disk`), or one split of it;
-    * images with a `metadata.jsonl`, `.csv` or `.parquet`, whose column `file_name` names them;
+    * what `datasets` saved (`save_to_disk`), or one split of it;
+    * images with a `metadata.jsonl`, `.csv` or `.parquet`, whose `file_name` names them;
     * `*.parquet` files of one split;
-    * images at any depth, each with captions in a `.txt` (one caption) or `.json` (at the keys
-      `CAPTION_COLUMNS`, or the option's) of the same name. Sample ids are paths without suffix.
+    * images at any depth, each with captions in a `.txt` or `.json` of the same name.
 
     Raises:
         ValueError: There is no such folder; it holds none of these, or several splits; or a table
@@ -250,9 +249,7 @@ def _captions(
         for key in keys or usual:
             value = record.get(key)
             values += value if isinstance(value, list) else [value]
-    texts = [
-        v.encode("utf-8", "surrogateescape") for v in values if isinstance(v, str) and v.strip()
-    ]
+    texts = [v.encode("utf-8", "surrogatepass") for v in values if isinstance(v, str) and v.strip()]
     if not texts:
         left_out.add("images whose .json has no caption", image)
     return texts

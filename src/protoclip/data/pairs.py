@@ -105,8 +105,8 @@ class Columns:
     """The names of the columns that are used.
 
     Attributes:
-        image: Encoded images as bytes, paths or URLs, or structs of `bytes` and `path`. With
-            columns `offset` and `size`: files of which these bytes are an image.
+        image: Encoded images, paths or URLs, or structs of `bytes` and `path`. If there are columns
+            `offset` and `size`: files, in which these bytes are an image.
         captions: Texts (strings or UTF-8 bytes) or lists of texts.
         sample_id: Unique ids; if unset, a sample is called `<name>/<row>`.
     """

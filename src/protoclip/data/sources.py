@@ -24,15 +24,15 @@ def pairs(config: Config) -> Pairs | SampleStream:
         ValueError: A file is missing or damaged, or sources do not go together.
     """
     data, seed = config.data, config.run.seed
-    found: list[Pairs | SampleStream] = [_opened(data, entry, seed=seed) for entry in entries(data)]
-    indexed = [source for source in found if isinstance(source, Pairs)]
+    found = [_opened(data, entry, seed=seed) for entry in entries(data)]
+    indexed: list[Pairs] = [source for source in found if isinstance(source, Pairs)]
     streams = [source for source in found if isinstance(source, SampleStream)]
     if data.shuffle_captions:
         if streams:
             raise ValueError("data.shuffle_captions: a stream cannot be read in any order")
         indexed = [ShuffledCaptions(source, seed=seed) for source in indexed]
     if len(found) == 1:
-        return [*indexed, *streams][0]
+        return streams[0] if streams else indexed[0]
     if not streams:
         return MixedPairs(indexed)
     if indexed:
@@ -65,21 +65,17 @@ def open_source(
     options: TableOptions | None = None,
     *,
     read: Literal["auto", "indexed", "streaming"] = "auto",
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
     shuffle: int = 4096,
+    seed: int = 0,
 ) -> ImageTextPairs | SampleStream:
     """Open one source; `docs/data.md` describes each kind.
 
     Args:
         path: `emoji`; a table; `hf:OWNER/NAME`; tar shards as a path, glob, brace pattern, URL or
             `pipe:` command; or a folder of any of these, or of images with captions.
-        options: Columns, root, name, cache and permissions. For tar shards the caption columns
-            are keys of the `.json` members.
-        read: How tar shards are read: `indexed` (any order, local files), `streaming`, or `auto`
-            (indexed if the files are local).
-        seed, rank, world_size, shuffle: Of a stream; see `ShardStream`.
+        options: For tar shards the caption columns are keys of the `.json` members.
+        read: How to read tar shards; `auto` indexes them if the files are local.
+        shuffle, seed: Of a stream; see `ShardStream`.
 
     Raises:
         ValueError: Nothing is there, or it is of no known kind.
@@ -113,8 +109,8 @@ def open_source(
         path,
         caption_key=keys,
         seed=seed,
-        rank=rank,
-        world_size=world_size,
+        rank=rank(),
+        world_size=world_size(),
         shuffle=shuffle,
         name=options.name,
         access=options.access,
@@ -145,12 +141,4 @@ def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> Pairs | Samp
             links=data.allow_links,
         ),
     )
-    return open_source(
-        entry.path,
-        options,
-        read=data.read,
-        seed=seed,
-        rank=rank(),
-        world_size=world_size(),
-        shuffle=data.shuffle_buffer,
-    )
+    return open_source(entry.path, options, read=data.read, shuffle=data.shuffle_buffer, seed=seed)

@@ -61,7 +61,7 @@ BINARY = (b"PAR1", b"ARROW1", b"\x1f\x8b", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xf
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
 BATCH_ROWS = 8192
-HUB_SECONDS = 4.0
+HUB_SECONDS = 3.0
 # Changes when the same file would be read differently than before.
 FORM = 3
 
@@ -125,33 +125,30 @@ def open_files(
 ) -> ImageTextPairs:
     """Open files of one form as one table; `root` and `name` are used if the options have none."""
     options = options.with_defaults(root=root, name=name)
-    builder = _builder(paths[0])
     prints = [fingerprint(path, options.access) for path in paths]
+    builder = _builder(paths[0])
     used = (options.image_column, options.captions, options.id_column)
     key = digest({"form": FORM, "files": prints, "columns": used})
     if builder == "text":
         build = partial(_text_batches, paths, options)
         index = build_index(key, None, build, folder=options.folder)
-        return _pairs(index, index.table.schema, options, where=paths[0], key=key)
+        return _pairs(index, options, where=paths[0], key=key)
     with _library() as datasets, faults(paths[0], Exception):
         local = [_local_copy(*each, options) for each in zip(paths, prints, strict=True)]
         cache = str(options.folder / "datasets")
         data = datasets.load_dataset(builder, data_files=local, split="train", cache_dir=cache)
-    return _pairs(data.data, data.data.schema, options, where=paths[0], key=key)
+    return _pairs(data.data, options, where=paths[0], key=key)
 
 
 def _builder(path: str) -> str:
     """`text`, or the name of the builder in `datasets` that reads a file with this suffix."""
-    suffixes = [
-        s.lower() for s in PurePath(path.partition("?")[0] if is_url(path) else path).suffixes
-    ]
-    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
-    suffix = "".join(suffixes[-2:-1] if compressed else suffixes[-1:])
+    *_, suffix, last = ("", "", *_suffixes(path))
+    suffix = suffix if last in COMPRESSED else last
     if suffix in TEXT_SUFFIXES:
         return "text"
     with _library() as datasets:
-        builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(suffix, ("folder", {}))[0]
-    if compressed or builder.endswith("folder") or builder == "webdataset":
+        builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(suffix, ("folder",))[0]
+    if last in COMPRESSED or builder.endswith("folder") or builder == "webdataset":
         raise ValueError(
             f"{path}: not a table that can be read; use {', '.join(TEXT_SUFFIXES)} (also "
             f"compressed: {', '.join(COMPRESSED)}), .parquet, .arrow, .json"
@@ -159,11 +156,14 @@ def _builder(path: str) -> str:
     return str(builder)
 
 
-def _pairs(
-    source: Any, schema: pa.Schema, options: TableOptions, *, where: str, key: str
-) -> ImageTextPairs:
+def _suffixes(path: str) -> list[str]:
+    file = PurePath(path.partition("?")[0] if is_url(path) else path)
+    return [suffix.lower() for suffix in file.suffixes]
+
+
+def _pairs(source: Any, options: TableOptions, *, where: str, key: str) -> ImageTextPairs:
     """The pairs of a memory-mapped table, once its ids are known to be unique."""
-    columns, notes = choose(where, schema, options)
+    columns, notes = choose(where, source.table.schema, options)
     if not source.table.num_rows:
         raise ValueError(f"{where}: holds no sample")
     checked = options.folder / f"{key}.unique"
@@ -213,7 +213,7 @@ def open_hub(reference: str, options: TableOptions) -> ImageTextPairs:
         ) from error
     options = options.with_defaults(root=HF_HUB_CACHE, name=name.split("/")[1])
     key = digest({"hub": data._fingerprint, "id": options.id_column})
-    return _pairs(data.data, data.data.schema, options, where=reference, key=key)
+    return _pairs(data.data, options, where=reference, key=key)
 
 
 def _hub_answers(reference: str, name: str) -> bool:
@@ -237,7 +237,7 @@ def open_saved(folder: Path, files: Sequence[Path], options: TableOptions) -> Im
     key = digest({"saved": [fingerprint(str(file)) for file in files], "id": options.id_column})
     with _library() as datasets, faults(str(folder), Exception):
         data = datasets.load_from_disk(str(folder))
-    return _pairs(data.data, data.data.schema, options, where=str(folder), key=key)
+    return _pairs(data.data, options, where=str(folder), key=key)
 
 
 @contextmanager
@@ -261,7 +261,7 @@ def _local_copy(path: str, print_: str, options: TableOptions) -> str:
     """A local path as it is; of a URL, a copy in the cache."""
     if not is_url(path):
         return path
-    copy = options.folder / f"{print_}{PurePath(path.partition('?')[0]).suffix}"
+    copy = options.folder / f"{print_}{_suffixes(path)[-1]}"
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -277,18 +277,19 @@ def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:
     """Eight bytes an id tell which may repeat; only those are compared."""
     first, hashes = 0, []
     for chunk in ids.iterchunks():
-        texts = list(map(str, chunk.to_pylist()))
-        if (empty := next((i for i, text in enumerate(texts) if text in ("", "None")), -1)) >= 0:
+        values = chunk.to_pylist()
+        for empty in (value for value in ("", None) if value in values):
             raise ValueError(
-                f"{where}: row {first + empty} has no id in '{column}'; fill it in, or set "
-                "id_column to another"
+                f"{where}: row {first + values.index(empty)} has no id in '{column}'; fill it in, "
+                "or set id_column to another"
             )
+        texts = list(map(str, values))
         first += len(texts)
         hashes.append(np.fromiter(map(hash, texts), np.int64, len(texts)))
-    values, counts = np.unique(np.concatenate([*hashes, np.empty(0, np.int64)]), return_counts=True)
-    suspects = set(values[counts > 1].tolist())
-    texts = (str(i) for chunk in ids.iterchunks() for i in chunk.to_pylist()) if suspects else ()
-    found = Counter(text for text in texts if hash(text) in suspects)
+    unique, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    suspects = set(unique[counts > 1].tolist())
+    again = chain.from_iterable(c.to_pylist() for c in ids.iterchunks()) if suspects else ()
+    found = Counter(text for text in map(str, again) if hash(text) in suspects)
     if repeated := [text for text, count in found.items() if count > 1]:
         raise ValueError(
             f"{where}: {len(repeated)} ids in '{column}' come more than once, such as "
@@ -299,7 +300,7 @@ def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:
 def choose(where: str, schema: pa.Schema, options: TableOptions) -> tuple[Columns, list[str]]:
     """The columns that the user names, or those of a usual name and type; and notes on them."""
     notes: list[str] = []
-    by_name = {name.lower().strip(): name for name in reversed(schema.names)}
+    by_name: dict[str, str] = {name.lower().strip(): name for name in reversed(schema.names)}
 
     def find(setting: str, usual: Sequence[str], usable: Any, needed: str) -> str:
         found = [
@@ -419,9 +420,7 @@ def _text_batches(
     for path in paths:
         left_out = LeftOut(path)
         with faults(path), _lines(path, options.access) as lines:
-            read = (
-                _read_json if ".jsonl" in path.lower() or ".ndjson" in path.lower() else _read_csv
-            )
+            read = _read_json if {".jsonl", ".ndjson"} & {*_suffixes(path)} else _read_csv
             found, rows = read(path, lines, left_out)
             if schema is None:
                 columns, notes = choose(path, found, options)
@@ -447,8 +446,8 @@ def _text_batches(
 @contextmanager
 def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
     """The lines of a text file; bytes that are not UTF-8 come as lone surrogates."""
-    suffix = PurePath(path.partition("?")[0] if is_url(path) else path).suffix.lower()
-    with open_file(path, access) as raw, COMPRESSED.get(suffix, lambda file: file)(raw) as file:
+    unpack = COMPRESSED.get(_suffixes(path)[-1], lambda file: file)
+    with open_file(path, access) as raw, unpack(raw) as file:
         head = file.peek(1 << 13)[: 1 << 13]
         if not head:
             raise ValueError(f"{path}: is empty")
@@ -486,7 +485,7 @@ def _read_csv(
         blank += 1
     else:
         header = ""
-    usual = "\t" if ".tsv" in path.lower() else ","
+    usual = "\t" if ".tsv" in _suffixes(path) else ","
     separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)
     names = next(csv.reader([header], delimiter=separator), [])
     if fault_of(header):
@@ -600,14 +599,9 @@ def _json_type(value: Any) -> pa.DataType:
 
 def _json_value(value: Any, type_: pa.DataType) -> str | list[str] | None:
     """A value as its column's type, or None if it is something else."""
-    if isinstance(value, list) and pa.types.is_list(type_):
-        return [one for one in value if isinstance(one, str)]
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if type_ == pa.bool_() or isinstance(value, bool):
         return None
-    return (
-        [str(value)]
-        if pa.types.is_list(type_)
-        else str(value)
-        if pa.types.is_string(type_)
-        else None
-    )
+    values = value if isinstance(value, list) else [value]
+    if pa.types.is_list(type_):
+        return [str(one) for one in values if isinstance(one, (str, int))]
+    return str(value) if isinstance(value, (str, int)) else None

@@ -18,7 +18,6 @@ import pytest
 from protoclip.data import access as module
 from protoclip.data.access import (
     Access,
-    Limits,
     fingerprint,
     in_table,
     is_private,
@@ -225,7 +224,7 @@ def test_a_store_that_never_answers_costs_one_sample(
     """After the time for a sample's file."""
     free = threading.Event()
     monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", lambda *args, **more: free.wait(9))
-    monkeypatch.setattr(module, "LIMITS", Limits(total=0.05))
+    monkeypatch.setattr(module, "TOTAL_SECONDS", 0.05)
     with pytest.raises(TimeoutError, match=r"not read within 0\.05 s"):
         read_file(f"{bucket}/a.jpg", Access())
     free.set()
@@ -332,8 +331,9 @@ class Odd(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Limits of milliseconds; this machine's own address counts as public."""
-    limits = Limits(connect=0.5, silence=0.15, total=1.0, tries=3, pause=0.001)
-    monkeypatch.setattr(module, "LIMITS", limits)
+    limits = {"CONNECT": 0.5, "SILENCE": 0.15, "TOTAL": 1.0, "PAUSE": 0.001}
+    for name, seconds in limits.items():
+        monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
     monkeypatch.setattr(module, "is_private", lambda address: address != "127.0.0.1")
     Odd.counts.clear()
     Odd.seen.clear()

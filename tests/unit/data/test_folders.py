@@ -165,9 +165,10 @@ def test_links_are_followed(tmp_path: Path, cache: Path) -> None:
 def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, cache: Path) -> None:
     write(tmp_path, {"a.jpg": b"A", "a.txt": b"caf\xe9", "b.jpg": b"B", "b.txt": "b"})
     write(tmp_path, {"c.jpg": b"C", "c.json": b'{"caption": "caf\xe9"}'})
+    write(tmp_path, {"d.jpg": b"D", "d.json": b'{"caption": "\\ud800"}'})
     pairs = opened(tmp_path, cache)
     assert pairs.caption(1) == "b"
-    for row in (0, 2):
+    for row in (0, 2, 3):
         with pytest.raises(BadSample, match="not UTF-8"):
             pairs.sample(row)
 
