@@ -64,7 +64,8 @@ def measure(task: str, path: str, cache: str) -> dict[str, Any]:
     found["open"] = time.perf_counter() - start
     if task == "read":
         for replacement in (True, False):
-            sampler = EpisodeSampler(len(pairs), EPISODE_ROWS, seed=0, replacement=replacement)
+            size = min(EPISODE_ROWS, len(pairs))
+            sampler = EpisodeSampler(len(pairs), size, seed=0, replacement=replacement)
             start = time.perf_counter()
             rows = sampler.episode(0).rows[:READ_ROWS].tolist()
             found[f"draw {replacement}"] = time.perf_counter() - start

@@ -1,6 +1,5 @@
 """Pairs in an Arrow table: ids, captions, and what is bad about a sample."""
 
-import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +8,6 @@ import pytest
 from protoclip.data.pairs import (
     BadSample,
     ImageTextPairs,
-    Pairs,
 )
 from protoclip.testing import tiny_pairs
 
@@ -19,29 +17,12 @@ def table(captions: pa.Array, **columns: list[object]) -> pa.Table:
     return pa.table({"image": images, "caption": captions, **columns})
 
 
-def test_captions_keep_their_letters() -> None:
-    """UTF-8 in every script comes back as it went in, from text and from bytes."""
-    captions = ["ein schöner Tag", "猫が好き", "смешной кот", "🦊 fox"]
-    for column in (pa.array(captions), pa.array([text.encode() for text in captions])):
-        pairs = ImageTextPairs(table(column), name="a")
-        assert isinstance(pairs, Pairs)
-        assert [pairs.caption(row) for row in range(4)] == captions
-
-
 def test_samples_without_ids_are_named_by_source_and_row() -> None:
     """And by their id where there is one."""
     plain = ImageTextPairs(table(pa.array(["x", "y"])), name="a")
     assert list(plain.sample_ids()) == ["a/0", "a/1"] == [plain.sample(r).sample_id for r in (0, 1)]
     named = ImageTextPairs(table(pa.array(["x", "y"]), sample_id=["p", "q"]), name="a")
     assert list(named.sample_ids()) == ["p", "q"] == [named.sample(r).sample_id for r in (0, 1)]
-
-
-def test_several_captions_lose_the_empty_ones() -> None:
-    """A list column, with a missing entry and white space."""
-    captions = pa.array([["one", " ", None, "two "], ["three"]], pa.list_(pa.string()))
-    pairs = ImageTextPairs(table(captions), name="a")
-    assert pairs.sample(0).captions == ("one", "two")
-    assert pairs.sample(1).captions == ("three",)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +88,3 @@ def test_structural_faults_are_named(spoil, message: str) -> None:
     """A missing column is named beside those present; an empty table is refused."""
     with pytest.raises(ValueError, match=f"tiny: {message}"):
         ImageTextPairs(spoil(tiny_pairs()), name="tiny")
-
-
-def test_pairs_travel_to_worker_processes() -> None:
-    """A pickled copy gives the same samples."""
-    pairs = ImageTextPairs(tiny_pairs(6), name="tiny")
-    copy = pickle.loads(pickle.dumps(pairs))
-    assert [copy.sample(row) for row in range(6)] == [pairs.sample(row) for row in range(6)]
