@@ -1,9 +1,7 @@
-"""What does a manifest of ten million rows cost? Conversion, opening, episodes, and memory.
+"""What does a table of ten million rows cost to open, and to draw from?
 
-Writes a synthetic TSV manifest (paths, captions, ids; there are no pictures) to a temporary folder
-and opens it in fresh processes: once to convert it, then to open the index, then to do what
-training does with it beside pictures: draw episodes of 200,000 rows and read ids and captions. The
-same with a small manifest gives what a process holds anyway. Linux only: memory is read from /proc.
+Writes a TSV table (ids, paths, captions; no images), and opens it in fresh processes: the first
+time, later, and with reading. A small table shows what a process needs anyway. Linux only.
 
     python benchmarks/index.py [--rows 10000000] [--folder DIR] [--out FILE]
 """
@@ -13,7 +11,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,15 +22,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from protoclip.data.manifests import open_manifest
 from protoclip.data.sampler import EpisodeSampler
-from protoclip.progress import Progress
+from protoclip.data.tables import TableOptions, open_table
 
-SMALL_ROWS = 10_000
-EPISODE_ROWS, READ_ROWS = 200_000, 20_000
-REPEATS = 5
-# Bytes a row takes as text and in the index together, generously.
-BYTES_A_ROW = 300
+SMALL_ROWS, EPISODE_ROWS, READ_ROWS, REPEATS = 10_000, 200_000, 20_000, 5
 WORDS = (
     *("a", "the", "of", "with", "on", "near", "two", "red", "small", "old", "wooden", "grey"),
     *("dog", "cat", "street", "bridge", "harbour", "window", "market", "bicycle", "mountain"),
@@ -41,46 +33,47 @@ WORDS = (
 )
 
 
-def write_manifest(path: Path, rows: int, progress: Progress) -> None:
+def write_table(path: Path, rows: int) -> None:
     """Rows of about 100 bytes: a path, a caption of 5 to 14 words, an id."""
-    words = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
         file.write("filepath\ttitle\tkey\n")
         for first in range(0, rows, 50_000):
             count = min(50_000, rows - first)
-            lengths = words.integers(5, 15, count)
-            drawn = iter(words.integers(0, len(WORDS), int(lengths.sum())).tolist())
-            lines = []
+            lengths = generator.integers(5, 15, count)
+            drawn = iter(generator.integers(0, len(WORDS), int(lengths.sum())).tolist())
             for row, length in zip(range(first, first + count), lengths.tolist(), strict=True):
                 caption = " ".join([WORDS[next(drawn)] for _ in range(length)])
-                lines.append(f"images/{row // 1000:05d}/{row:09d}.jpg\t{caption}\t{row:09d}\n")
-            file.writelines(lines)
-            progress.update(first + count)
+                file.write(f"images/{row // 1000:05d}/{row:09d}.jpg\t{caption}\t{row:09d}\n")
 
 
 def memory() -> dict[str, float]:
     """Resident megabytes of this process: in all, without file-backed pages, and the peak."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    texts = dict(line.split(":", 1) for line in lines)
+    texts = dict(text.split(":", 1) for text in lines)
     found = {"all": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
     return {name: int(texts[key].split()[0]) / 1024 for name, key in found.items()}
 
 
-def measure(task: str, path: str, cache: Path) -> dict[str, Any]:
-    """One task in this process: seconds, and memory before and after."""
-    # The peak counts from here on, not from the imports.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = memory()
+def measure(task: str, path: str, cache: str) -> dict[str, Any]:
+    """Seconds of one task in this process, and its memory before and after."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
+    found: dict[str, Any] = {"before": memory()}
     start = time.perf_counter()
-    pairs = open_manifest(path, cache=cache)
-    found: dict[str, Any] = {"open": time.perf_counter() - start}
-    if task == "train":
-        rows = EpisodeSampler(len(pairs), EPISODE_ROWS, seed=0).episode(0).rows[:READ_ROWS].tolist()
+    pairs = open_table(path, TableOptions(cache=Path(cache)))
+    found["open"] = time.perf_counter() - start
+    if task == "read":
+        for replacement in (True, False):
+            size = min(EPISODE_ROWS, len(pairs))
+            sampler = EpisodeSampler(len(pairs), size, seed=0, replacement=replacement)
+            start = time.perf_counter()
+            rows = sampler.episode(0).rows[:READ_ROWS].tolist()
+            found[f"draw {replacement}"] = time.perf_counter() - start
         start = time.perf_counter()
         letters = sum(len(pairs.sample_id(row)) + len(pairs.caption(row)) for row in rows)
         found["read"] = time.perf_counter() - start
         assert letters > len(rows)
-    return {**found, "rows": len(pairs), "before": before, "after": memory()}
+    return {**found, "after": memory()}
 
 
 def fresh(task: str, path: Path, cache: Path) -> dict[str, Any]:
@@ -88,21 +81,6 @@ def fresh(task: str, path: Path, cache: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--task", task, str(path), str(cache)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def draw_seconds(rows: int, replacement: bool) -> float:
-    """Seconds to draw an episode, the least of several."""
-    sampler = EpisodeSampler(rows, EPISODE_ROWS, seed=0, replacement=replacement)
-    seconds = []
-    for index in range(REPEATS):
-        start = time.perf_counter()
-        sampler.episode(index)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def growth(large: dict[str, Any], small: dict[str, Any], part: str) -> str:
-    return f"{large['after'][part] - small['after'][part]:.0f} MB"
 
 
 def main() -> None:
@@ -113,68 +91,47 @@ def main() -> None:
     parser.add_argument("--task", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
-        task, path, cache = arguments.task
-        print(json.dumps(measure(task, path, Path(cache))))
+        print(json.dumps(measure(*arguments.task)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-        folder = Path(temporary)
-        needed, free = arguments.rows * BYTES_A_ROW, shutil.disk_usage(folder).free
-        if needed > free:
-            raise SystemExit(
-                f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} needed; set --folder"
-            )
-        paths = {"small": folder / "small.tsv", "large": folder / "large.tsv"}
-        cache = folder / "cache"
-        rows = {"small": SMALL_ROWS, "large": arguments.rows}
-        for size, path in paths.items():
-            write_manifest(path, rows[size], Progress(f"write {size} manifest", rows[size]))
-        progress = Progress("benchmark: index", 2 + 2 * REPEATS)
-        first = {size: fresh("open", path, cache) for size, path in paths.items()}
-        progress.update(2, "converted")
-        opened, trained = [], {}
-        for repeat in range(REPEATS):
-            opened.append(fresh("open", paths["large"], cache)["open"])
-            progress.update(3 + repeat, "opened")
-        trained = {size: [] for size in paths}
-        for repeat in range(REPEATS):
-            for size, path in paths.items():
-                trained[size].append(fresh("train", path, cache))
-            progress.update(3 + REPEATS + repeat, "read")
+        path, small_path, cache = (Path(temporary) / n for n in ("large.tsv", "small.tsv", "cache"))
+        write_table(path, arguments.rows)
+        write_table(small_path, SMALL_ROWS)
+        first, _ = fresh("open", path, cache), fresh("open", small_path, cache)
+        runs = [fresh("read", path, cache) for _ in range(REPEATS)]
+        small = [fresh("read", small_path, cache) for _ in range(REPEATS)]
         index = max(cache.glob("*.arrow"), key=lambda file: file.stat().st_size)
-        sizes = [file.stat().st_size / 1e9 for file in (paths["large"], index)]
+        sizes = [file.stat().st_size / 1e9 for file in (path, index)]
 
-    large, small = (
-        max(trained[size], key=lambda run: run["after"]["all"]) for size in ("large", "small")
-    )
-    draws = [draw_seconds(arguments.rows, replacement) for replacement in (True, False)]
-    reads = statistics.median(run["read"] for run in trained["large"])
-    converting = first["large"]["after"]["peak"] - first["large"]["before"]["all"]
-    table = [
-        ("first open: convert", f"{first['large']['open']:.1f} s"),
-        ("memory while converting, peak over the start", f"{converting:.0f} MB"),
-        ("later open, fresh process, median", f"{1000 * statistics.median(opened):.0f} ms"),
-        ("later open, fresh process, slowest", f"{1000 * max(opened):.0f} ms"),
-        (f"draw an episode of {EPISODE_ROWS:,}", f"{1000 * draws[0]:.1f} ms"),
-        ("the same without replacement", f"{1000 * draws[1]:.1f} ms"),
-        (f"read {READ_ROWS:,} ids and captions", f"{reads:.2f} s"),
-        (f"resident memory over {SMALL_ROWS:,} rows", growth(large, small, "all")),
-        ("the same without file-backed pages", growth(large, small, "anonymous")),
-        ("the same, peak", growth(large, small, "peak")),
-    ]
-    lines = [
-        f"# A manifest of {arguments.rows:,} rows",
-        "",
-        f"`python benchmarks/index.py --rows {arguments.rows}`, "
-        f"{datetime.date.today().isoformat()}; {platform.machine()} CPU, {os.cpu_count()} cores, "
-        f"Linux {platform.release()}, Python {platform.python_version()}, pyarrow "
-        f"{pa.__version__}. A TSV file of {sizes[0]:.2f} GB, its index {sizes[1]:.2f} GB; "
-        f"{REPEATS} fresh processes each.",
-        "",
-        "| what | result |",
-        "|---|---|",
-        *(f"| {what} | {result} |" for what, result in table),
-    ]
-    text = "\n".join(lines) + "\n"
+    def median(name: str) -> float:
+        return 1000 * statistics.median(run[name] for run in runs)
+
+    def growth(part: str) -> str:
+        most = [max(run["after"][part] for run in some) for some in (runs, small)]
+        return f"{most[0] - most[1]:.0f} MB"
+
+    peak = first["after"]["peak"] - first["before"]["all"]
+    table = {
+        "first opening": f"{first['open']:.1f} s",
+        "memory of the first opening, peak over the start": f"{peak:.0f} MB",
+        "later opening, fresh process, median": f"{median('open'):.0f} ms",
+        "later opening, fresh process, slowest": f"{1000 * max(r['open'] for r in runs):.0f} ms",
+        f"draw an episode of {EPISODE_ROWS:,}": f"{median('draw True'):.1f} ms",
+        "the same without replacement": f"{median('draw False'):.1f} ms",
+        f"read {READ_ROWS:,} ids and captions": f"{median('read') / 1000:.2f} s",
+        f"resident memory over {SMALL_ROWS:,} rows": growth("all"),
+        "the same without file-backed pages": growth("anonymous"),
+    }
+    text = f"""# A table of {arguments.rows:,} rows
+
+`python benchmarks/index.py --rows {arguments.rows}`, {datetime.date.today().isoformat()}; \
+{platform.machine()} CPU, {os.cpu_count()} cores, Linux {platform.release()}, Python \
+{platform.python_version()}, pyarrow {pa.__version__}. A TSV file of {sizes[0]:.2f} GB, its index \
+{sizes[1]:.2f} GB; {REPEATS} fresh processes.
+
+| what | result |
+|---|---|
+""" + "".join(f"| {what} | {result} |\n" for what, result in table.items())
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,14 +52,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = tiny_pairs(NUMBER)
     images, captions = table["image"].to_pylist(), table["caption"].to_pylist()
     pq.write_table(table, root / "pairs.parquet")
-    for name in ("pictures", "folder", "imagefolder", "shards", "export", "saved"):
+    for name in ("images", "folder", "imagefolder", "shards", "export", "saved"):
         (root / name).mkdir()
     tsv, lines = ["filepath\ttitle"], []
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        for name in ("pictures", "folder", "imagefolder"):
+        for name in ("images", "folder", "imagefolder"):
             (root / name / f"{row}.png").write_bytes(image)
         (root / "folder" / f"{row}.txt").write_text(caption, encoding="utf-8")
-        tsv.append(f"pictures/{row}.png\t{caption}")
+        tsv.append(f"images/{row}.png\t{caption}")
         lines.append(json.dumps({"file_name": f"{row}.png", "text": caption}))
     (root / "pairs.tsv").write_text("\n".join(tsv) + "\n", encoding="utf-8")
     (root / "imagefolder" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -70,16 +71,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
     # As Hugging Face `datasets` stores an image column.
-    structures = [{"bytes": image, "path": None} for image in images]
-    hugging = pa.table({"image": structures, "caption": captions})
+    structs = [{"bytes": image, "path": None} for image in images]
+    stored = pa.table({"image": structs, "caption": captions})
     for part in range(2):
         name = f"train-0000{part}-of-00002.parquet"
-        pq.write_table(hugging.slice(48 * part, 48), root / "export" / name)
-    with pa.ipc.new_stream(root / "saved" / "data-00000-of-00001.arrow", hugging.schema) as file:
-        file.write_table(hugging)
-    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
-    (root / "saved" / "state.json").write_text(json.dumps(state))
-    (root / "saved" / "dataset_info.json").write_text("{}")
+        pq.write_table(stored.slice(48 * part, 48), root / "export" / name)
+    datasets.Dataset(stored).save_to_disk(root / "saved")
     return root
 
 

@@ -14,7 +14,6 @@ import torch
 from protoclip.config import Config
 from protoclip.data import sampler, sources
 from protoclip.data.loader import EpisodeLoader
-from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
@@ -121,13 +120,6 @@ def test_a_pass_shows_the_same_pairs(form: str, forms: Path, expected: Seen) -> 
     assert seen == expected
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_sources_say_what_they_are(form: str, forms: Path) -> None:
-    """Pairs in any order, or a stream."""
-    samples = sources.pairs(FORMS[form](forms))
-    assert isinstance(samples, SampleStream if "streaming" in form else Pairs)
-
-
 @pytest.mark.slow
 def test_training_is_the_same_from_every_form(forms: Path, tmp_path: Path) -> None:
     """Equal losses at every step to 1e-6 from TSV, Parquet, folder and indexed shards."""
@@ -143,41 +135,3 @@ def test_training_is_the_same_from_every_form(forms: Path, tmp_path: Path) -> No
     assert len(first) == 12
     for form, values in losses.items():
         assert values == pytest.approx(first, rel=1e-6), form
-
-
-@pytest.mark.slow
-def test_streams_train(forms: Path, tmp_path: Path) -> None:
-    """Extraction and training read the same samples of a stream: a run ends as any other."""
-    settings = FORMS["shards, streaming"](forms)
-    episodes = replace(settings.episodes, size=200, batch_size=50, count=3)
-    results = run.train(
-        replace(settings, run=replace(settings.run, out=str(tmp_path / "run")), episodes=episodes)
-    )
-    assert results["samples_seen"] == 600
-    assert results["samples_skipped"] == 0
-
-
-@pytest.mark.slow
-def test_mixtures_train(forms: Path, tmp_path: Path) -> None:
-    """A table and shards with weights, from a TOML list."""
-    recipe = tmp_path / "mixture.toml"
-    recipe.write_text(
-        f"""
-        [[data.sources]]
-        path = "{forms / "pairs.tsv"}"
-        weight = 1
-        [[data.sources]]
-        path = "{forms / "shards"}"
-        weight = 3
-        name = "the shards"
-        """
-    )
-    from protoclip.cli import main
-
-    main(
-        f"train --config {recipe} --run.out {tmp_path / 'run'} --run.device cpu "
-        "--episodes.size 128 --episodes.batch_size 64 --episodes.count 3 "
-        f"--prototypes.number 16 --data.cache_folder {tmp_path / 'cache'} --json".split()
-    )
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["samples_seen"] == 384

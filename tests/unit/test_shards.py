@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from protoclip.data import shards, tars
-from protoclip.data.locations import Access
+from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.shards import expand_shards, open_shards
 from protoclip.data.stream import read_shard

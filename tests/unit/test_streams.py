@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from protoclip.data import stream as streams
-from protoclip.data.locations import Access
+from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample, Sample, SampleStream
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.shards import open_shards

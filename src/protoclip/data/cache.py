@@ -202,5 +202,5 @@ def identity(samples: Pairs | SampleStream) -> str:
     """A name for a source and its index, which is the name of its folder in the cache."""
     if isinstance(samples, MixedPairs):
         return digest({"sources": [identity(source) for source in samples.sources]})
-    index = samples.index if isinstance(samples, ImageTextPairs) else None
-    return digest({"name": samples.name, "index": index.path.stem if index else None})
+    key = samples.key if isinstance(samples, ImageTextPairs) else ""
+    return digest({"name": samples.name, "index": key or None})

@@ -1,216 +1,255 @@
-"""Folders of pairs: pictures with captions beside them or in a metadata table, Hugging Face
-datasets on disk, and Parquet exports."""
+"""Folders of pairs: images with captions beside them, and folders that hold a table."""
 
 import hashlib
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from protoclip.data.index import BATCH_ROWS, build_index, digest
-from protoclip.data.locations import NOTHING_MORE, Access
-from protoclip.data.manifests import FORMAT, open_tables
+from protoclip.data.access import NOTHING_MORE, Access, digest, read_file
+from protoclip.data.index import build_index
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.pictures import (
-    IMAGE_SUFFIXES,
-    Oddities,
-    below,
-    captions,
-    sample_ids,
-    walk,
+from protoclip.data.tables import (
+    BATCH_ROWS,
+    CAPTION_COLUMNS,
+    LeftOut,
+    TableOptions,
+    fault_of,
+    line,
+    open_files,
+    open_saved,
 )
-from protoclip.data.tables import line
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("path", pa.string()), ("caption", pa.list_(pa.binary()))]
 )
 
 
-def open_folder(
-    path: str,
-    *,
-    image_column: str | None = None,
-    caption_column: str | Sequence[str] | None = None,
-    id_column: str | None = None,
-    root: str | None = None,
-    name: str | None = None,
-    cache: Path | None = None,
-    access: Access = NOTHING_MORE,
-) -> ImageTextPairs:
+def open_folder(path: str, options: TableOptions) -> ImageTextPairs:
     """Open a local folder of pairs. It is the first of these that fits:
 
-    * a dataset that Hugging Face `datasets` saved (`save_to_disk`), or the split of one;
-    * pictures with a `metadata.jsonl`, `.csv` or `.parquet`, whose column `file_name` names them;
+    * what `datasets` saved (`save_to_disk`), or one split of it;
+    * images with a `metadata.jsonl`, `.csv` or `.parquet`, whose `file_name` names them;
     * `*.parquet` files of one split;
-    * pictures at any depth, each with captions in a `.txt` (one caption) or `.json` (the keys of
-      `CAPTION_COLUMNS`) of the same name. A picture without is left out and counted. Ids are paths
-      without suffix; rows follow the names, a folder's own pictures before those of its folders.
-
-    Args:
-        path: The folder.
-        image_column, caption_column, id_column, root: As `open_manifest` takes them, for tables.
-            Beside pictures `caption_column` names keys of the `.json`; the others have no effect.
-        name: What messages and derived ids call the source; the folder's name if unset.
-        cache: Folder for the index; the user's cache folder if unset.
-        access: What the user allows.
+    * images at any depth, each with captions in a `.txt` or `.json` of the same name.
 
     Raises:
-        ValueError: There is no such folder, it holds none of these or several splits, or what it
-            holds is no sound table.
+        ValueError: There is no such folder; it holds none of these, or several splits; or a table
+            in it is damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path}: no such folder")
-    name = name or folder.resolve().name
-    found = tables(folder)
-    if found:
-        if image_column is None and found[0].name in METADATA:
-            image_column = "file_name"
-        return open_tables(
-            [str(file) for file in found],
-            image_column=image_column,
-            caption_column=caption_column,
-            id_column=id_column,
-            root=root if root is not None else str(found[0].parent),
-            name=name,
-            cache=cache,
-            access=access,
-        )
-    given = {"image_column": image_column, "id_column": id_column, "root": root}
-    unused = [setting for setting, value in given.items() if value is not None]
-    keys = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column or ())
-    return open_pictures(folder, keys=keys, unused=unused, name=name, cache=cache)
+    name = options.name or folder.resolve().name
+    folder, files = tables(folder)
+    if files and (folder / "state.json").is_file():
+        return open_saved(folder, files, options.with_defaults(root=str(folder), name=name))
+    if files:
+        if files[0].name in METADATA:
+            options = replace(options, image_column=options.image_column or "file_name")
+        return open_files([str(file) for file in files], options, root=str(folder), name=name)
+    return open_images(folder, options, name=name)
 
 
-def tables(folder: Path) -> list[Path]:
-    """The files of a folder that is read as a table, in order; none if it is not one.
+def tables(folder: Path) -> tuple[Path, list[Path]]:
+    """The files of the table that a folder holds, if any, and their folder.
 
     Raises:
         ValueError: It holds several splits.
     """
-    splits: list[str] = []
     if (folder / "dataset_dict.json").is_file():
-        splits = read_json(folder / "dataset_dict.json").get("splits", [])
-        if len(splits) == 1:
-            return tables(inside(folder, splits[0]))
-        if splits:
-            raise several(folder, splits, str(folder / splits[0]))
+        splits = _read_json(folder / "dataset_dict.json").get("splits", [])
+        if len(splits) != 1:
+            raise _several(folder, splits, str(folder / str(next(iter(splits), "train"))))
+        folder = _inside(folder, splits[0])
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        files = read_json(folder / "state.json").get("_data_files") or []
-        return [inside(folder, file.get("filename")) for file in files if isinstance(file, dict)]
+        files = _read_json(folder / "state.json").get("_data_files") or []
+        return folder, [_inside(folder, dict(file).get("filename")) for file in files]
     for metadata in METADATA:
         if (folder / metadata).is_file():
-            return [folder / metadata]
+            return folder, [folder / metadata]
     found = sorted(folder.glob("*.parquet"))
     # `train-00000-of-00005.parquet`, and the like with a digest at the end.
     parts = (re.match(r"(.+)-\d+-of-\d+", file.name) for file in found)
-    splits = sorted({part[1] for part in parts if part})
-    if len(splits) > 1:
-        raise several(folder, splits, str(folder / f"{splits[0]}-*.parquet"))
-    return found
+    if len(splits := sorted({part[1] for part in parts if part})) > 1:
+        raise _several(folder, splits, str(folder / f"{splits[0]}-*.parquet"))
+    return folder, found
 
 
-def inside(folder: Path, name: Any) -> Path:
-    """What a saved dataset names in its own folder.
-
-    Raises:
-        ValueError: It names something elsewhere.
-    """
+def _inside(folder: Path, name: Any) -> Path:
+    """A file or folder of a saved dataset, which may name nothing outside its own folder."""
     if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(
-            f"{folder}: not a saved dataset; it names '{line(str(name), 80)}' as its file"
-        )
+        shown = line(str(name), 80)
+        raise ValueError(f"{folder}: not a saved dataset; it names '{shown}' as its file")
     return folder / name
 
 
-def several(folder: Path, splits: Sequence[str], example: str) -> ValueError:
-    return ValueError(
-        f"{folder}: its data lie in parts ({', '.join(splits)}); name one, as in {example}"
-    )
+def _several(folder: Path, splits: Sequence[str], example: str) -> ValueError:
+    names = ", ".join(map(str, splits))
+    return ValueError(f"{folder}: has several splits ({names}); name one, as in {example}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_file(str(path), NOTHING_MORE))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({line(str(error))})") from None
     return found if isinstance(found, dict) else {}
 
 
-def open_pictures(
-    folder: Path, *, keys: tuple[str, ...], unused: list[str], name: str, cache: Path | None
-) -> ImageTextPairs:
-    """Open a folder of pictures with captions beside them."""
+def open_images(folder: Path, options: TableOptions, *, name: str) -> ImageTextPairs:
+    """Open a folder of images with captions beside them."""
     known = hashlib.blake2b(digest_size=16)
-    for listing in walk(folder, Oddities()):
-        for picture, caption in listing.pictures:
-            # A picture that changes leaves the index as it is; a caption does not.
-            known.update(f"{listing.folder}/{picture}\0".encode())
-            if caption is not None:
-                status = (folder / listing.folder / caption).stat()
-                known.update(f"{caption}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    settings = {"folder": str(folder.resolve()), "keys": keys, "unused": unused}
-    key = digest({"format": FORMAT, "pictures": known.hexdigest(), **settings})
-
-    def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        odd = Oddities()
-        rows: list[dict[str, Any]] = []
-        total = 0
-        for listing in walk(folder, odd):
-            ids = sample_ids([picture for picture, _ in listing.pictures])
-            for (picture, caption), sample_id in zip(listing.pictures, ids, strict=True):
-                path, sample_id = below(listing.folder, picture), below(listing.folder, sample_id)
-                texts = captions(folder / listing.folder, caption, path, keys, odd)
-                if not texts:
-                    continue
-                rows.append({"sample_id": sample_id, "path": path, "caption": texts})
-                total += 1
-                if len(rows) == BATCH_ROWS // 8:
-                    yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
-                    rows = []
-        if rows:
-            yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
-        if not total:
-            raise nothing(folder, odd)
-        facts["notes"] = odd.notes(folder)
-        if unused:
-            facts["notes"].append(
-                f"{folder}: {', '.join(unused)} have no effect on a folder of pictures"
-            )
-
-    # The user named the folder, so its links are followed; no table names what is in it.
+    for image, caption in _walk(folder, LeftOut(str(folder))):
+        # The index changes with a caption, but not with the content of an image.
+        status = (folder / caption).stat() if caption else None
+        facts = (status.st_size, status.st_mtime_ns) if status else None
+        known.update(f"{image}\0{caption}\0{facts}\0".encode())
+    key = digest(
+        {"folder": str(folder.resolve()), "known": known.hexdigest(), "keys": options.captions}
+    )
+    index = build_index(
+        key, SCHEMA, partial(_image_batches, folder, options.captions), folder=options.folder
+    )
+    unused = {"image_column": options.image_column, "id_column": options.id_column}
+    given = [setting for setting, value in {**unused, "root": options.root}.items() if value]
+    note = f"{folder}: a folder of images does not use {', '.join(given)}"
     return ImageTextPairs(
-        build_index(key, SCHEMA, build, folder=cache),
+        index,
         name=name,
         root=str(folder),
-        access=Access(links=True),
+        access=Access(links=True),  # the user named the folder; no table names what is in it
+        notes=[note] if given else [],
     )
 
 
-def nothing(folder: Path, odd: Oddities) -> ValueError:
-    """Why a folder gave no pair, and what to do."""
-    splits = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and holds_table(entry)
-    )
-    if splits:
-        return several(folder, splits, str(folder / splits[0]))
-    if odd.counts:
-        return ValueError(
-            f"{'; '.join(odd.notes(folder))}; no pair is left: put a caption beside each picture "
+def _image_batches(
+    folder: Path, keys: Sequence[str], facts: dict[str, Any]
+) -> Iterator[pa.RecordBatch]:
+    left_out = LeftOut(str(folder))
+    rows: list[dict[str, Any]] = []
+    total = 0
+    found = list(_walk(folder, left_out))
+    stems = Counter(_split(image)[0] for image, _ in found)
+    names = {image for image, _ in found}
+    for image, caption in found:
+        if not (texts := _captions(folder, image, caption, keys, left_out)):
+            continue
+        # Two images that differ only in their suffix keep it.
+        stem = _split(image)[0]
+        sample_id = image if stems[stem] > 1 or stem in names else stem
+        rows.append({"sample_id": sample_id, "path": image, "caption": texts})
+        total += 1
+        if len(rows) == BATCH_ROWS:
+            yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+            rows = []
+    if rows:
+        yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+    facts["notes"] = left_out.notes
+    if total:
+        return
+    if splits := sorted(entry.name for entry in folder.iterdir() if _holds_table(entry)):
+        raise _several(folder, splits, str(folder / splits[0]))
+    if left_out.notes:
+        raise ValueError(
+            f"{'; '.join(left_out.notes)}; no pair is left: put a caption beside each image "
             "(a.jpg: a.txt or a.json), or all in metadata.csv or metadata.jsonl"
         )
-    return ValueError(
-        f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)}), no {METADATA[0]} or .csv, no "
+    raise ValueError(
+        f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}), no {METADATA[0]} or .csv, no "
         "*.parquet and no saved Hugging Face dataset"
     )
 
 
-def holds_table(folder: Path) -> bool:
+def _holds_table(folder: Path) -> bool:
     try:
-        return bool(tables(folder))
+        return folder.is_dir() and bool(tables(folder)[1])
     except ValueError:
         return True
+
+
+def _walk(top: Path, left_out: LeftOut) -> Iterator[tuple[str, str | None]]:
+    """The images below a folder, each with the file of its captions; in order of the names.
+
+    Links are followed, but no folder is read twice. Hidden files and folders are passed over.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def walk(relative: str) -> Iterator[tuple[str, str | None]]:
+        try:
+            status = (top / relative).stat()
+            if (place := (status.st_dev, status.st_ino)) in seen:
+                left_out.add("links to folders already read", relative)
+                return
+            seen.add(place)
+            with os.scandir(top / relative) as entries:
+                found = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+        except OSError as error:
+            left_out.add("folders that cannot be read", f"{relative} ({error.strerror})")
+            return
+        files: list[str] = []
+        folders: list[str] = []
+        for entry in found:
+            path = f"{relative}/{entry.name}" if relative else entry.name
+            real = Path(entry.path)
+            if fault_of(entry.name):
+                left_out.add("names that are not UTF-8", path)
+            elif real.is_dir():
+                folders.append(path)
+            elif real.is_file():
+                files.append(path)
+            elif entry.is_symlink():
+                left_out.add("dangling links", path)
+        beside: dict[str, str] = {}
+        for kind in (".json", ".txt"):  # the `.txt` counts if both are there
+            beside |= {stem: f for f in files for stem, suffix in [_split(f)] if suffix == kind}
+        for file in files:
+            stem, suffix = _split(file)
+            if suffix in IMAGE_SUFFIXES:
+                yield file, beside.get(stem)
+        for path in folders:
+            yield from walk(path)
+
+    yield from walk("")
+
+
+def _split(path: str) -> tuple[str, str]:
+    stem, dot, suffix = path.rpartition(".")
+    return (stem, f".{suffix.lower()}") if dot and "/" not in suffix else (path, "")
+
+
+def _captions(
+    folder: Path, image: str, file: str | None, keys: Sequence[str], left_out: LeftOut
+) -> list[bytes]:
+    """The captions of an image; none, and counted, if there is nothing to read."""
+    if file is None:
+        left_out.add("images without a caption", image)
+        return []
+    try:
+        raw = read_file(str(folder / file), NOTHING_MORE).removeprefix(b"\xef\xbb\xbf")
+        if file.lower().endswith(".txt"):
+            return [raw]
+        record = json.loads(raw.decode("utf-8", "surrogateescape"))
+    except (OSError, ValueError, RecursionError):
+        left_out.add("images whose caption file cannot be read", image)
+        return []
+    values: list[Any] = []
+    if isinstance(record, dict):
+        present = {key.lower(): key for key in reversed(record)}
+        usual = [present[key] for key in CAPTION_COLUMNS if key in present][:1]
+        for key in keys or usual:
+            value = record.get(key)
+            values += value if isinstance(value, list) else [value]
+    texts = [v.encode("utf-8", "surrogatepass") for v in values if isinstance(v, str) and v.strip()]
+    if not texts:
+        left_out.add("images whose .json has no caption", image)
+    return texts

@@ -1,11 +1,10 @@
-"""Image-text pairs: the contract every source keeps, and pairs in an Arrow table.
+"""Image-text pairs: the interface of every source, and pairs in an Arrow table.
 
-A source that is read in any order answers, for a row, with a `Sample`: its stable id, its encoded
-picture, its captions. What cannot be read raises `BadSample`, which a loader skips and reports;
-anything else that is wrong with a source is a `ValueError` when it is opened.
+A row gives a `Sample`, or raises `BadSample` if only this row cannot be used; the loader replaces
+it and reports it. A fault of the whole source is a `ValueError` when the source is opened.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,21 +13,20 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from protoclip.data.decode import decode
-from protoclip.data.index import ArrowIndex
-from protoclip.data.locations import (
+from protoclip.data.access import (
     NOTHING_MORE,
     Access,
     in_table,
     join,
-    open_local,
     read_file,
+    read_range,
     reason_of,
     visible,
 )
+from protoclip.data.decode import decode
+from protoclip.data.index import ArrowIndex
 
-# Larger pictures are taken for a mistake or an attack: the size at which PIL itself refuses.
-MAX_IMAGE_PIXELS = 178_956_970
+MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 
 
 class BadSample(ValueError):
@@ -47,9 +45,9 @@ class Sample:
     """A pair as it is stored.
 
     Attributes:
-        sample_id: Stable name, the key of teacher features and skip lists; unique in a run.
-        image: The encoded picture (JPEG, PNG, WebP, ...).
-        captions: One or more, none of them empty; a visit draws one.
+        sample_id: Unique in a run; the key of teacher features and skip lists.
+        image: The encoded image (JPEG, PNG, WebP, ...).
+        captions: One or more, none of them empty; each visit draws one.
         where: The file or archive member it comes from, for messages.
     """
 
@@ -61,41 +59,35 @@ class Sample:
 
 @runtime_checkable
 class Pairs(Protocol):
-    """A source of pairs that are read in any order."""
+    """A source of pairs that can be read in any order.
+
+    `sample` and `sample_captions` raise `BadSample`. `has_ids` says whether samples have ids of
+    their own; otherwise they are called `<name>/<row>`.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def has_ids(self) -> bool:
-        """Whether samples have ids of their own; else they are named `<name>/<row>`."""
-        ...
+    def has_ids(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
-    def sample(self, row: int) -> Sample:
-        """The pair of a row; raises `BadSample`."""
-        ...
+    def sample(self, row: int) -> Sample: ...
 
-    def sample_id(self, row: int) -> str:
-        """The id of a row, without reading its picture."""
-        ...
+    def sample_id(self, row: int) -> str: ...
 
-    def sample_captions(self, row: int) -> tuple[str, ...]:
-        """The captions of a row, without reading its picture; raises `BadSample`."""
-        ...
+    def sample_captions(self, row: int) -> tuple[str, ...]: ...
 
-    def sample_ids(self) -> Iterator[str]:
-        """The id of every row, in order."""
-        ...
+    def sample_ids(self) -> Iterator[str]: ...
 
 
 @runtime_checkable
 class SampleStream(Protocol):
-    """A source of pairs that is read in one order, without end.
+    """A source of pairs that can only be read in order, and has no end.
 
-    `samples(first)` is the stream from sample number `first` on, equal whenever it is asked for. A
-    `landmark` (JSON-able) lets another process get there without reading all that lies before.
+    `samples(first)` starts at sample number `first` and is the same on each call. A `landmark`
+    (JSON-able) lets another process get there without reading all that comes before.
     """
 
     @property
@@ -108,21 +100,34 @@ class SampleStream(Protocol):
     def learn(self, landmark: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The names of the columns that are used.
+
+    Attributes:
+        image: Encoded images, paths or URLs, or structs of `bytes` and `path`. If there are columns
+            `offset` and `size`: files, in which these bytes are an image.
+        captions: Texts (strings or UTF-8 bytes) or lists of texts.
+        sample_id: Unique ids; if unset, a sample is called `<name>/<row>`.
+    """
+
+    image: str = "image"
+    captions: tuple[str, ...] = ("caption",)
+    sample_id: str | None = None
+
+
 class ImageTextPairs:
-    """Pairs in an Arrow table, in memory or memory-mapped.
-
-    Columns: `caption` (a string or UTF-8 bytes, or a list of them), `sample_id` (optional, unique;
-    without it a sample is named `<name>/<row>`), and where the picture is, as one of
-
-    * `image`: the encoded bytes;
-    * `path`: a file below `root`, or a URL; see `locations.in_table`;
-    * `shard`, `offset`, `size`: a range of bytes in a file, the name relative to `root`.
+    """Pairs in an Arrow table.
 
     Args:
-        table: One row a pair.
-        name: What messages and derived sample ids call this source.
-        root: Folder or URL that relative names start from, and paths have to lie below.
-        access: What the user allows beyond that.
+        table: One row per pair; or an object with a memory-mapped `.table`, which another process
+            opens again when the pairs are pickled.
+        name: What messages and sample ids call this source.
+        root: Folder or URL that relative paths start from, and that all paths must lie below.
+        access: What the user allows.
+        columns: If unset: `image`, `path` or `shard`; `caption`; and `sample_id` if it is there.
+        key: Identifies the content, for caches.
+        notes: What the user should know, such as which lines were left out.
 
     Raises:
         ValueError: A column is missing, or there is no row.
@@ -130,112 +135,107 @@ class ImageTextPairs:
 
     def __init__(
         self,
-        table: pa.Table | ArrowIndex,
+        table: Any,
         *,
         name: str,
         root: str = "",
         access: Access = NOTHING_MORE,
+        columns: Columns | None = None,
+        key: str = "",
+        notes: Sequence[str] = (),
     ) -> None:
+        self.name, self.root, self.access = name, root, access
         self.index = table if isinstance(table, ArrowIndex) else None
-        self.table: pa.Table = table.table if isinstance(table, ArrowIndex) else table
+        self.key = self.index.path.stem if self.index else key
+        self.notes = [*(self.index.facts.get("notes", ()) if self.index else ()), *notes]
+        self._source = table
+        self._open()
         present = self.table.column_names
-        pictures = next((c for c in ("image", "path", "shard") if c in present), None)
-        if pictures is None or "caption" not in present:
-            missing = "caption" if pictures else "image"
-            raise ValueError(f"{name}: no column '{missing}'; it has {', '.join(present)}")
+        if columns is None:
+            image = next((c for c in ("image", "path", "shard") if c in present), "image")
+            own_id = "sample_id" if "sample_id" in present else None
+            columns = Columns(image=image, sample_id=own_id)
+        for column in (columns.image, *columns.captions):
+            if column not in present:
+                raise ValueError(f"{name}: no column '{column}'; it has {', '.join(present)}")
         if self.table.num_rows == 0:
             raise ValueError(f"{name}: holds no sample")
-        self._name, self.root, self.access = name, root, access
-        self._pictures = pictures
+        self.columns = columns
+
+    def _open(self) -> None:
+        source = self._source
+        self.table: pa.Table = source if isinstance(source, pa.Table) else source.table
+        # Looking a column up costs more than reading a value from it.
+        self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory-mapped table is opened again in a worker process, not copied to it.
-        state = dict(self.__dict__)
-        if self.index is not None:
-            del state["table"]
-        return state
+        return {k: v for k, v in self.__dict__.items() if k not in ("table", "_arrays")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.index is not None:
-            self.table = self.index.table
-
-    @property
-    def name(self) -> str:
-        return self._name
+        self._open()
 
     @property
     def has_ids(self) -> bool:
-        return "sample_id" in self.table.column_names
+        return self.columns.sample_id is not None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def sample_id(self, row: int) -> str:
-        """The stable name of a sample, the key of teacher features and skip lists."""
-        if self.has_ids:
-            return str(self._value("sample_id", row))
-        return f"{self._name}/{row}"
+        if self.columns.sample_id is None:
+            return f"{self.name}/{row}"
+        return str(self._value(self.columns.sample_id, row))
 
     def sample_ids(self) -> Iterator[str]:
-        if not self.has_ids:
-            yield from (f"{self._name}/{row}" for row in range(len(self)))
+        if self.columns.sample_id is None:
+            yield from (f"{self.name}/{row}" for row in range(len(self)))
             return
-        for chunk in self.table.column("sample_id").iterchunks():
+        for chunk in self._arrays[self.columns.sample_id].iterchunks():
             yield from map(str, chunk.to_pylist())
-            if self.index is not None:
-                self.index.release()
 
     def caption(self, row: int) -> str:
-        """The caption, or the first of several."""
+        """The caption, or the first of several; raises `BadSample`."""
         return self.sample_captions(row)[0]
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
-        """The captions of a row, without empty ones.
-
-        Raises:
-            BadSample: None is left, or the text is not UTF-8.
-        """
-        found = self._value("caption", row)
+        """The captions without empty ones; raises `BadSample` if none is left."""
+        texts: list[Any] = []
+        for column in self.columns.captions:
+            found = self._value(column, row)
+            texts += found if isinstance(found, list) else [found]
         try:
-            return clean_captions(found if isinstance(found, list) else [found])
+            return clean_captions(texts)
         except ValueError as error:
             raise self._bad(row, str(error)) from None
 
     def encoded(self, row: int) -> bytes:
-        """The encoded picture.
-
-        Raises:
-            BadSample: The file is missing or cannot be read.
-        """
-        if self._pictures == "image":
-            data = self._value("image", row)
-            if data is None:
-                raise self._bad(row, "no image")
-            return bytes(data)
+        """The encoded image; raises `BadSample` if it cannot be read."""
+        found = self._image(row)
+        if found is None:
+            raise self._bad(row, "no image")
+        if isinstance(found, bytes):
+            return found
         try:
-            if self._pictures == "shard":
+            if "offset" in self._arrays and "size" in self._arrays:
                 offset, size = self._value("offset", row), self._value("size", row)
                 if offset is None:
                     raise self._bad(row, "no image")
-                return read_range(self.where(row), offset, size)
-            if (cell := self._value("path", row)) is None:
-                raise self._bad(row, "no image")
-            return read_file(in_table(self.root, cell, self.access), self.access)
+                return read_range(join(self.root, found), offset, size)
+            return read_file(in_table(self.root, found, self.access), self.access)
         except (BadSample, MemoryError):
             raise
         except FileNotFoundError:
             raise self._bad(row, "no such file") from None
-        except Exception as error:  # stores and their clients have errors of their own
+        except Exception as error:  # the clients of stores have exceptions of their own
             raise self._bad(row, f"cannot be read ({reason_of(error)})") from None
 
     def where(self, row: int) -> str:
-        """The file that holds the picture of a row."""
-        file = None if self._pictures == "image" else self._value(self._pictures, row)
-        return self._name if file is None else join(self.root, file)
+        """The file that holds the image of a row."""
+        found = self._image(row)
+        return join(self.root, found) if isinstance(found, str) else self.name
 
     def sample(self, row: int) -> Sample:
-        """The pair of a row; raises `BadSample`."""
         return Sample(
             sample_id=self.sample_id(row),
             image=self.encoded(row),
@@ -244,11 +244,7 @@ class ImageTextPairs:
         )
 
     def image(self, row: int) -> Image.Image:
-        """The picture, upright and as RGB.
-
-        Raises:
-            BadSample: It cannot be read.
-        """
+        """The decoded image, upright and as RGB; raises `BadSample`."""
         try:
             return Image.fromarray(decode(self.encoded(row), max_pixels=MAX_IMAGE_PIXELS))
         except BadSample:
@@ -257,24 +253,28 @@ class ImageTextPairs:
             raise self._bad(row, str(error)) from error
 
     def column(self, name: str) -> npt.NDArray[np.object_]:
-        """One further column, such as `label` or `subgroup`, as an array of length `len(self)`."""
-        if name not in self.table.column_names:
-            raise ValueError(
-                f"{self._name}: no column '{name}'; it has {', '.join(self.table.column_names)}"
-            )
-        return np.asarray(self.table.column(name).to_pylist(), dtype=object)
+        """Any column, such as `label`, as an array of length `len(self)`."""
+        if name not in self._arrays:
+            present = ", ".join(self.table.column_names)
+            raise ValueError(f"{self.name}: no column '{name}'; it has {present}")
+        return np.asarray(self._arrays[name].to_pylist(), dtype=object)
 
     def _value(self, column: str, row: int) -> Any:
-        if self.index is not None:
-            return self.index.value(column, row)
-        return self.table.column(column)[row].as_py()
+        return self._arrays[column][row].as_py()
+
+    def _image(self, row: int) -> bytes | str | None:
+        """The encoded image itself, or the name of its file."""
+        found = self._value(self.columns.image, row)
+        if isinstance(found, dict):
+            found = found.get("bytes") or found.get("path")
+        return None if found == "" else found
 
     def _bad(self, row: int, reason: str) -> BadSample:
         return BadSample(self.sample_id(row), self.where(row), reason)
 
 
 def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
-    """Captions without blanks around them, and without empty ones.
+    """Captions without white space around them, and without empty ones.
 
     Raises:
         ValueError: None is left, or one is not UTF-8 or holds a zero byte.
@@ -289,12 +289,3 @@ def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
     if not captions:
         raise ValueError("empty caption")
     return captions
-
-
-def read_range(path: str, offset: int, size: int) -> bytes:
-    with open_local(path) as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise ValueError(f"ends after {len(data)} of {size} bytes")
-    return data

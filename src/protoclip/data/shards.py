@@ -21,14 +21,7 @@ import numpy as np
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from protoclip.data.index import (
-    ArrowIndex,
-    build_index,
-    cache_folder,
-    digest,
-    fingerprint,
-)
-from protoclip.data.locations import (
+from protoclip.data.access import (
     NOTHING_MORE,
     Access,
     is_url,
@@ -36,6 +29,13 @@ from protoclip.data.locations import (
     open_local,
     reason_of,
     require_allowed,
+)
+from protoclip.data.index import (
+    ArrowIndex,
+    build_index,
+    cache_folder,
+    digest,
+    fingerprint,
 )
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tars import (

@@ -13,8 +13,7 @@ from queue import SimpleQueue
 from threading import Event, Semaphore, Thread, current_thread
 from typing import Any, TypeVar
 
-from protoclip.data.index import digest
-from protoclip.data.locations import (
+from protoclip.data.access import (
     NOTHING_MORE,
     READ_BYTES,
     Access,
@@ -22,6 +21,7 @@ from protoclip.data.locations import (
     reason_of,
     require_allowed,
 )
+from protoclip.data.index import digest
 from protoclip.data.pairs import BadSample, Sample, clean_captions
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.shards import check_stems, expand_shards, key_list

@@ -1,8 +1,8 @@
-"""CSV, TSV, JSON Lines, Parquet and Arrow tables of any size, as batches of the wanted columns.
+"""Tables of pairs: text files, whatever Hugging Face `datasets` reads, and datasets of the hub.
 
-Memory stays bounded whatever the file holds. Text of CSV, TSV and JSON Lines is handed on as bytes,
-so that one row that is not UTF-8 stops nothing. Lines of CSV and TSV whose quote is left open are
-taken out before the rows are parsed, or they would swallow those that follow.
+`datasets` reads Parquet, Arrow and the like into memory-mapped Arrow files. Its readers of CSV and
+JSON Lines stop at a malformed row, or drop it without a word. So these lines are parsed here, and
+each line that is left out is counted and named.
 """
 
 import bz2
@@ -11,114 +11,361 @@ import gzip
 import io
 import json
 import lzma
+import re
+import shutil
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import PurePath
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
-from protoclip.data.index import BATCH_BYTES, BATCH_ROWS
-from protoclip.data.locations import (
+from protoclip.data.access import (
+    NOTHING_MORE,
     Access,
+    digest,
+    fingerprint,
     is_url,
     open_file,
     visible,
+    within,
 )
+from protoclip.data.index import build_index, cache_folder
+from protoclip.data.pairs import Columns, ImageTextPairs
+from protoclip.files import replacing
 
-# Bytes at a file's start that tell what it is, and that hold a table's header.
-HEAD_BYTES = 1 << 16
-# A row of more bytes, or a quoted field of more lines, is a quote that was left open.
-LONGEST_ROW, MOST_LINES = 1 << 20, 100
-# Numbers of lines that are told.
-TOLD_LINES = 5
-# Records of JSON Lines that tell the columns.
-SAMPLED_RECORDS = 1000
+# Usual names of columns, the likeliest first; capitals do not matter.
+IMAGE_COLUMNS = (
+    *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes"),
+    *("filepath", "file_path", "image_path", "img_path", "file_name", "filename", "file", "path"),
+    *("image_url", "url"),
+)
+CAPTION_COLUMNS = (
+    *("caption", "captions", "title", "text", "texts", "txt"),
+    *("description", "alt_text", "sentence", "sentences"),
+)
+ID_COLUMNS = ("sample_id", "key", "uid")
 
-
-@dataclass(kw_only=True)
-class Skipped:
-    """Rows of a file that were left out: how many, and what the first looks like."""
-
-    count: int = 0
-    example: str = ""
-    open_quotes: int = 0
-    lines: list[int] = field(default_factory=list)  # of open quotes, the first ones
-    open_example: str = ""
-
-    def add(self, text: str) -> None:
-        self.count += 1
-        self.example = self.example or line(text, 60)
-
-    def add_open_quote(self, text: str, number: int) -> None:
-        self.open_quotes += 1
-        self.lines += [number] if len(self.lines) < TOLD_LINES else []
-        self.open_example = self.open_example or line(text, 60)
-
-    def notes(self, path: str) -> list[str]:
-        found = []
-        if self.count:
-            found.append(
-                f"{path}: rows left out that have not the header's columns: {self.count} "
-                f"(first: '{self.example}')"
-            )
-        if self.open_quotes:
-            more = ", ..." if self.open_quotes > len(self.lines) else ""
-            found.append(
-                f"{path}: lines left out whose quote is left open: {self.open_quotes} (line "
-                f"{', '.join(map(str, self.lines))}{more}; first: '{self.open_example}')"
-            )
-        return found
+TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+COMPRESSED: dict[str, Callable[[Any], Any]] = {
+    **{".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+}
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+BINARY = (b"PAR1", b"ARROW1", b"\x1f\x8b", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
+# A longer line, or a quoted field of more lines, comes from a quote that was left open.
+MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
+BATCH_ROWS = 8192
+HUB_SECONDS = 3.0
+# Changes when the same file would be read differently than before.
+FORM = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """A file's columns, and its rows on demand.
+class TableOptions:
+    """How to open a table; what is unset is detected.
 
     Attributes:
-        path: The file or URL.
-        schema: Names and types. Of text formats the text is `string`, and comes as `binary`.
-        batches: Rows of the named columns, in order; counts those it leaves out.
+        image_column: Paths, URLs, or encoded images.
+        caption_column: A column of texts or of lists of texts; or several columns of texts.
+        id_column: Unique ids; without one, a sample is called `<name>/<row>`.
+        root: Folder or URL that paths in the table are relative to, and must lie below.
+        name: What messages and sample ids call the source.
+        cache: Folder for what is derived from the source; the user's cache folder if unset.
+        access: What the user allows.
     """
 
-    path: str
-    schema: pa.Schema
-    batches: Callable[[list[str], Skipped], Iterator[pa.RecordBatch]]
+    image_column: str | None = None
+    caption_column: str | Sequence[str] | None = None
+    id_column: str | None = None
+    root: str | None = None
+    name: str | None = None
+    cache: Path | None = None
+    access: Access = NOTHING_MORE
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        given = self.caption_column or ()
+        return (given,) if isinstance(given, str) else tuple(given)
+
+    @property
+    def folder(self) -> Path:
+        return self.cache or cache_folder() / "index"
+
+    def with_defaults(self, *, root: str, name: str) -> "TableOptions":
+        root = self.root if self.root is not None else root
+        return replace(self, root=root, name=self.name or name)
 
 
-def open_table(path: str, access: Access) -> Table:
-    """Look at a table's columns.
-
-    Args:
-        path: A file or URL; `.csv`, `.tsv` and `.jsonl` may be compressed.
-        access: What the user allows.
+def open_table(path: str, options: TableOptions) -> ImageTextPairs:
+    """Open a file, a URL, or the files that a local pattern such as `train-*.parquet` matches.
 
     Raises:
-        ValueError: No such file, of no known kind, or not what its suffix says.
+        ValueError: A file is missing or damaged, a column is missing or holds something else, ids
+            repeat, or no row is left.
     """
-    suffix, packed = kind(path)
-    opener = READERS.get(suffix)
-    if opener is None or (packed and opener in (open_parquet, open_arrow)):
+    if is_url(path):
+        folder, _, file = path.partition("?")[0].rpartition("/")
+        return open_files([path], options, root=folder, name=file)
+    place, paths = Path(path), [path]
+    if "*" in path:
+        paths = sorted(map(str, place.parent.glob(place.name)))
+        if not paths:
+            raise ValueError(f"{path}: no such file")
+    return open_files(paths, options, root=str(place.parent), name=place.name)
+
+
+def open_files(
+    paths: Sequence[str], options: TableOptions, *, root: str, name: str
+) -> ImageTextPairs:
+    """Open files of one form as one table; `root` and `name` are used if the options have none."""
+    options = options.with_defaults(root=root, name=name)
+    prints = [fingerprint(path, options.access) for path in paths]
+    builder = _builder(paths[0])
+    used = (options.image_column, options.captions, options.id_column)
+    key = digest({"form": FORM, "files": prints, "columns": used})
+    if builder == "text":
+        build = partial(_text_batches, paths, options)
+        index = build_index(key, None, build, folder=options.folder)
+        return _pairs(index, options, where=paths[0], key=key)
+    with _library() as datasets, faults(paths[0], Exception):
+        local = [_local_copy(*each, options) for each in zip(paths, prints, strict=True)]
+        cache = str(options.folder / "datasets")
+        data = datasets.load_dataset(builder, data_files=local, split="train", cache_dir=cache)
+    return _pairs(data.data, options, where=paths[0], key=key)
+
+
+def _builder(path: str) -> str:
+    """`text`, or the name of the builder in `datasets` that reads a file with this suffix."""
+    *_, suffix, last = ("", "", *_suffixes(path))
+    suffix = suffix if last in COMPRESSED else last
+    if suffix in TEXT_SUFFIXES:
+        return "text"
+    with _library() as datasets:
+        builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(suffix, ("folder",))[0]
+    if last in COMPRESSED or builder.endswith("folder") or builder == "webdataset":
         raise ValueError(
-            f"{path}: not a table that can be read; supported are {', '.join(READERS)}, and text "
-            f"compressed as {', '.join(PACKED)}"
+            f"{path}: not a table that can be read; use {', '.join(TEXT_SUFFIXES)} (also "
+            f"compressed: {', '.join(COMPRESSED)}), .parquet, .arrow, .json"
         )
-    with faults(path):
-        return opener(path, access)
+    return str(builder)
 
 
-def kind(path: str) -> tuple[str, bool]:
-    """The suffix that names a file's format, and whether another says that it is compressed."""
-    name = path.partition("?")[0] if is_url(path) else path
-    suffixes = ["", *(suffix.lower() for suffix in PurePath(name).suffixes)]
-    packed = suffixes[-1] in PACKED
-    return suffixes[-2 if packed else -1], packed
+def _suffixes(path: str) -> list[str]:
+    file = PurePath(path.partition("?")[0] if is_url(path) else path)
+    return [suffix.lower() for suffix in file.suffixes]
+
+
+def _pairs(source: Any, options: TableOptions, *, where: str, key: str) -> ImageTextPairs:
+    """The pairs of a memory-mapped table, once its ids are known to be unique."""
+    columns, notes = choose(where, source.table.schema, options)
+    if not source.table.num_rows:
+        raise ValueError(f"{where}: holds no sample")
+    checked = options.folder / f"{key}.unique"
+    if columns.sample_id is not None and not checked.exists():
+        with faults(where, UnicodeDecodeError):
+            _require_unique(source.table.column(columns.sample_id), columns.sample_id, where)
+        checked.parent.mkdir(parents=True, exist_ok=True)
+        checked.touch()
+    return ImageTextPairs(
+        source,
+        name=options.name or "",
+        root=options.root or "",
+        access=options.access,
+        columns=columns,
+        key=key,
+        notes=notes,
+    )
+
+
+def open_hub(reference: str, options: TableOptions) -> ImageTextPairs:
+    """Open `hf:OWNER/NAME[,config=NAME][,split=SPLIT]`, of the hub or from an earlier download.
+
+    Raises:
+        ValueError: There is no such dataset, config or split; no access; or no network.
+    """
+    name, *given = reference.removeprefix("hf:").split(",")
+    settings = dict(part.partition("=")[::2] for part in given)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or not settings.keys() <= {"config", "split"}:
+        raise ValueError(f"{reference}: write hf:OWNER/NAME[,config=NAME][,split=SPLIT]")
+    online = _hub_answers(reference, name)
+    try:
+        with _library(offline=not online) as datasets, faults(reference, Exception):
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            data = datasets.load_dataset(
+                name,
+                settings.get("config"),
+                split=settings.get("split", "train"),
+                cache_dir=str(options.folder / "datasets"),
+            )
+    except ValueError as error:
+        if online:
+            raise
+        raise ValueError(
+            f"{reference}: the hub does not answer, and there is no earlier download in "
+            f"{options.folder}; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from error
+    options = options.with_defaults(root=HF_HUB_CACHE, name=name.split("/")[1])
+    key = digest({"hub": data._fingerprint, "id": options.id_column})
+    return _pairs(data.data, options, where=reference, key=key)
+
+
+def _hub_answers(reference: str, name: str) -> bool:
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE or Path(name).is_dir():
+        return False
+    try:
+        within(HUB_SECONDS, partial(HfApi().dataset_info, name, timeout=HUB_SECONDS))
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"{reference}: no such dataset on the hub, or a private one: run `hf auth login`"
+        ) from None
+    except Exception:  # no network, in one of many ways
+        return False
+    return True
+
+
+def open_saved(folder: Path, files: Sequence[Path], options: TableOptions) -> ImageTextPairs:
+    """Open what `Dataset.save_to_disk` wrote, where it lies."""
+    key = digest({"saved": [fingerprint(str(file)) for file in files], "id": options.id_column})
+    with _library() as datasets, faults(str(folder), Exception):
+        data = datasets.load_from_disk(str(folder))
+    return _pairs(data.data, options, where=str(folder), key=key)
+
+
+@contextmanager
+def _library(*, offline: bool = True) -> Iterator[Any]:
+    """`datasets`; without progress bars and network, unless it is for the hub."""
+    import datasets
+    import datasets.packaged_modules
+    import huggingface_hub.constants as hub
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    (datasets.disable_progress_bars if offline else datasets.enable_progress_bars)()
+    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = offline
+    try:
+        yield datasets
+    finally:
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
+
+
+def _local_copy(path: str, print_: str, options: TableOptions) -> str:
+    """A local path as it is; of a URL, a copy in the cache."""
+    if not is_url(path):
+        return path
+    copy = options.folder / f"{print_}{_suffixes(path)[-1]}"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            open_file(path, options.access) as source,
+            replacing(copy) as scratch,
+            scratch.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target, 1 << 20)
+    return str(copy)
+
+
+def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:
+    """Eight bytes an id tell which may repeat; only those are compared."""
+    first, hashes = 0, []
+    for chunk in ids.iterchunks():
+        values = chunk.to_pylist()
+        for empty in (value for value in ("", None) if value in values):
+            raise ValueError(
+                f"{where}: row {first + values.index(empty)} has no id in '{column}'; fill it in, "
+                "or set id_column to another"
+            )
+        texts = list(map(str, values))
+        first += len(texts)
+        hashes.append(np.fromiter(map(hash, texts), np.int64, len(texts)))
+    unique, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    suspects = set(unique[counts > 1].tolist())
+    again = chain.from_iterable(c.to_pylist() for c in ids.iterchunks()) if suspects else ()
+    found = Counter(text for text in map(str, again) if hash(text) in suspects)
+    if repeated := [text for text, count in found.items() if count > 1]:
+        raise ValueError(
+            f"{where}: {len(repeated)} ids in '{column}' come more than once, such as "
+            f"'{line(repeated[0], 60)}'; make ids unique, or set id_column to another"
+        )
+
+
+def choose(where: str, schema: pa.Schema, options: TableOptions) -> tuple[Columns, list[str]]:
+    """The columns that the user names, or those of a usual name and type; and notes on them."""
+    notes: list[str] = []
+    by_name: dict[str, str] = {name.lower().strip(): name for name in reversed(schema.names)}
+
+    def find(setting: str, usual: Sequence[str], usable: Any, needed: str) -> str:
+        found = [
+            by_name[n] for n in usual if n in by_name and usable(schema.field(by_name[n]).type)
+        ]
+        if not found:
+            raise missing(
+                where, schema, f"no column with {needed}; set {setting} to one, or add it"
+            )
+        if len(found) > 1:
+            notes.append(
+                f"{where}: {needed} are taken from column '{found[0]}', not from "
+                f"{quoted(found[1:])}; {setting} names another"
+            )
+        return found[0]
+
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise missing(where, schema, f"more than one column '{name}'")
+    image = options.image_column or find("image_column", IMAGE_COLUMNS, _holds_images, "images")
+    captions = options.captions or (
+        find("caption_column", CAPTION_COLUMNS, _holds_captions, "captions"),
+    )
+    sample_id = options.id_column or next((by_name[n] for n in ID_COLUMNS if n in by_name), None)
+    checks = [("image_column", image, _holds_images, "paths, URLs or images")]
+    checks += [("caption_column", c, _holds_captions, "text or lists of text") for c in captions]
+    if sample_id:
+        checks.append(("id_column", sample_id, _holds_ids, "text or whole numbers"))
+    for setting, column, usable, needed in checks:
+        if column not in schema.names:
+            raise missing(where, schema, f"no column '{column}'")
+        if not usable(type_ := schema.field(column).type):
+            raise ValueError(
+                f"{where}: column '{column}' holds {line(str(type_), 60)}, not {needed}; set "
+                f"{setting} to another"
+            )
+    return Columns(image=image, captions=captions, sample_id=sample_id), notes
+
+
+def _holds_images(type_: pa.DataType) -> bool:
+    if pa.types.is_struct(type_):
+        return any(type_.field(n).name in ("bytes", "path") for n in range(type_.num_fields))
+    return _is_text(type_) or "binary" in str(type_)
+
+
+def _holds_captions(type_: pa.DataType) -> bool:
+    inner = type_.value_type if "list" in str(type_).partition("<")[0] else type_
+    return _is_text(inner) or "binary" in str(inner)
+
+
+def _holds_ids(type_: pa.DataType) -> bool:
+    return _is_text(type_) or bool(pa.types.is_integer(type_))
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    inner = type_.value_type if pa.types.is_dictionary(type_) else type_
+    return str(inner) in ("string", "large_string", "string_view", "null")
+
+
+def missing(where: str, schema: pa.Schema, what: str) -> ValueError:
+    return ValueError(f"{where}: {what}; it has {quoted(schema.names)}")
+
+
+def quoted(names: Sequence[str]) -> str:
+    return line(", ".join(f"'{name}'" for name in names), 300)
 
 
 def line(text: str, limit: int = 200) -> str:
@@ -128,316 +375,233 @@ def line(text: str, limit: int = 200) -> str:
 
 
 @contextmanager
-def faults(path: str) -> Iterator[None]:
-    """What goes wrong with a file as one line that names it."""
+def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions (`UNREADABLE` if unset) into one line that names the file."""
     try:
         yield
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except UNREADABLE as error:
-        if "straddling" in str(error):
-            raise ValueError(
-                f"{path}: a row is longer than {LONGEST_ROW} bytes; a quote may be left open, or "
-                "the file holds no table"
-            ) from None
-        raise ValueError(f"{path}: cannot be read ({line(str(error))})") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except kinds or UNREADABLE as error:  # noqa: B030
+        cause = error if error.__cause__ is None else error.__cause__
+        raise ValueError(f"{path}: cannot be read ({line(str(cause))})") from error
 
 
-@contextmanager
-def unpacked(path: str, access: Access) -> Iterator[Any]:
-    with open_file(path, access) as file:
-        suffix = PurePath(path.partition("?")[0] if is_url(path) else path).suffix.lower()
-        yield PACKED[suffix](file) if suffix in PACKED else file
+class LeftOut:
+    """Counts what is left out of a source, by reason, with an example of each."""
 
+    def __init__(self, path: str) -> None:
+        self.path, self.counts = path, Counter[str]()
+        self.examples: dict[str, str] = {}
+        self.lines: dict[str, list[str]] = defaultdict(list)
 
-def text_head(path: str, access: Access) -> str:
-    """The start of a text file.
+    def add(self, what: str, example: str, number: int | None = None) -> None:
+        self.counts[what] += 1
+        self.examples.setdefault(what, line(example, 60))
+        if number is not None and len(self.lines[what]) < 6:
+            self.lines[what].append(str(number))
 
-    Raises:
-        ValueError: It is empty or no text.
-    """
-    with unpacked(path, access) as file:
-        head = file.read(HEAD_BYTES)
-    if not head:
-        raise ValueError(f"{path}: is empty")
-    for magic, suffix in MAGIC.items():
-        if head.startswith(magic):
-            raise ValueError(f"{path}: is not text but {suffix}; name it so")
-    # A stray zero byte costs its row; other encodings and binary files have many.
-    if 8 * head.count(0) > len(head) or head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8")
-    return str(head.decode("utf-8-sig", "surrogateescape"))
-
-
-def open_delimited(path: str, access: Access) -> Table:
-    """A CSV or TSV file; the separator is what the header shows: tab, comma or semicolon."""
-    text = text_head(path, access).lstrip("\r\n")
-    first = text.partition("\n")[0]
-    usual = "\t" if kind(path)[0] == ".tsv" else ","
-    separator = next((s for s in (usual, "\t", ",", ";") if s in first), usual)
-    names = next((row for row in csv.reader(io.StringIO(text), delimiter=separator) if row), [])
-    if any("\udc80" <= letter <= "\udcff" or ord(letter) < 9 for letter in "".join(names)):
-        raise ValueError(f"{path}: its header is not UTF-8 text; save it as UTF-8")
-
-    def batches(columns: list[str], skipped: Skipped) -> Iterator[pa.RecordBatch]:
-        def leave_out(row: Any) -> str:
-            skipped.add(row.text)
-            return "skip"
-
-        with faults(path), unpacked(path, access) as file:
-            whole = without_open_quotes(file, separator.encode(), len(names), skipped)
-            yield from pa.csv.open_csv(
-                _Pieces(whole),
-                read_options=pa.csv.ReadOptions(block_size=LONGEST_ROW, use_threads=False),
-                parse_options=pa.csv.ParseOptions(
-                    delimiter=separator, newlines_in_values=True, invalid_row_handler=leave_out
-                ),
-                convert_options=pa.csv.ConvertOptions(
-                    include_columns=columns, column_types=dict.fromkeys(columns, pa.binary())
-                ),
-            )
-
-    return Table(
-        path=path, schema=pa.schema([(name, pa.string()) for name in names]), batches=batches
-    )
-
-
-def without_open_quotes(
-    file: Any, separator: bytes, columns: int, skipped: Skipped
-) -> Iterator[bytes]:
-    """The bytes of a delimited file without the lines whose quote is left open.
-
-    A quoted field may go on over several lines. It is taken for left open where it does not end
-    within `MOST_LINES` lines and `LONGEST_ROW` bytes, where its end is followed by more than the
-    end of a field, or where a line within it is a row of a tab-separated file.
-
-    Args:
-        file: The table's bytes.
-        separator: Between fields.
-        columns: Fields of the header.
-        skipped: Counts the lines left out.
-    """
-    waiting: deque[bytes] = deque()  # lines read and not looked at
-    whole: list[bytes] = []  # rows to be handed on
-    number = 0  # of the line looked at
-    header = True
-
-    def fetch() -> bytes:
-        block: bytes = file.read(LONGEST_ROW)
-        return block + file.readline(LONGEST_ROW) if block else b""
-
-    while True:
-        if not waiting:
-            yield b"".join(whole)
-            whole.clear()
-            block = fetch()
-            if not block:
-                return
-            if b'"' not in block:
-                number += block.count(b"\n")
-                header = header and not block.strip()
-                yield block
-                continue
-            waiting.extend(io.BytesIO(block))
-        row = [waiting.popleft()]
-        number += 1
-        left_open = is_left_open(row[0], separator)
-        while left_open and len(row) < MOST_LINES and sum(map(len, row)) < LONGEST_ROW:
-            if not waiting:
-                waiting.extend(io.BytesIO(fetch()))
-            if not waiting:
-                break
-            row.append(waiting.popleft())
-            left_open = is_left_open(row[-1], separator, inside=True)
-            if left_open and separator == b"\t" and row[-1].count(separator) >= columns - 1:
-                break
-        if left_open is False or header:
-            whole += row
-            number += len(row) - 1
-            header = header and not b"".join(row).strip()
-        else:
-            skipped.add_open_quote(row[0].decode("utf-8", "replace"), number)
-            waiting.extendleft(reversed(row[1:]))
-
-
-def is_left_open(text: bytes, separator: bytes, *, inside: bool = False) -> bool | None:
-    """Whether a quoted field goes on after a line, or None where its end is no end of a field.
-
-    Args:
-        text: The line.
-        separator: Between fields.
-        inside: Whether the line begins in a quoted field.
-    """
-    if b'"' not in text:
-        return inside
-    place, first = 0, inside
-    while True:
-        if not inside:
-            if place == 0 and text.startswith(b'"'):
-                place = 1
-            else:
-                found = text.find(separator + b'"', place)
-                if found < 0:
-                    return False
-                place = found + len(separator) + 1
-        while (end := text.find(b'"', place)) >= 0 and text.startswith(b'"', end + 1):
-            place = end + 2
-        if end < 0:
-            return True
-        place = end + 1
-        # On the line of its beginning a field may go on: Arrow, as others, takes all as its text.
-        if first and not text.startswith((separator, b"\r", b"\n"), place) and place < len(text):
-            return None
-        inside = first = False
-
-
-class _Pieces(io.RawIOBase):
-    """Pieces of bytes as a file."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self.pieces, self.rest = pieces, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        assert size >= 0
-        while not self.rest and (piece := next(self.pieces, None)) is not None:
-            self.rest = piece
-        found, self.rest = self.rest[:size], self.rest[size:]
+    @property
+    def notes(self) -> list[str]:
+        found = []
+        for what, count in self.counts.items():
+            lines = ", ".join([*self.lines[what][:5], *(["..."] if count > 5 else [])])
+            place = f"line {lines}: " if self.lines[what] else ""
+            found.append(f"{self.path}: left out {count} {what} ({place}'{self.examples[what]}')")
         return found
 
 
-def open_json_lines(path: str, access: Access) -> Table:
-    """A file with a JSON object a line; the first thousand tell the columns."""
-    text_head(path, access)
-    with unpacked(path, access) as file:
-        types: dict[str, pa.DataType] = {}
-        for record in islice(json_records(file, Skipped()), SAMPLED_RECORDS):
-            for name, value in record.items():
-                if value is not None and name not in types:
-                    types[name] = json_type(value)
+def _text_batches(
+    paths: Sequence[str], options: TableOptions, facts: dict[str, Any]
+) -> Iterator[pa.RecordBatch]:
+    """The used columns of CSV, TSV and JSON Lines files, in batches."""
+    total, schema = 0, None
+    notes: list[str] = []
+    faulty: list[str] = []
+    for path in paths:
+        left_out = LeftOut(path)
+        with faults(path), _lines(path, options.access) as lines:
+            read = _read_json if {".jsonl", ".ndjson"} & {*_suffixes(path)} else _read_csv
+            found, rows = read(path, lines, left_out)
+            if schema is None:
+                columns, notes = choose(path, found, options)
+                names = dict.fromkeys((columns.image, *columns.captions, columns.sample_id))
+                schema = pa.schema([found.field(name) for name in names if name])
+            for name in schema.names:
+                if name not in found.names:
+                    raise missing(path, found, f"no column '{name}', which {paths[0]} has")
+            places = [found.names.index(name) for name in schema.names]
+            while held := list(islice(rows, BATCH_ROWS)):
+                cells = list(zip(*held, strict=True))
+                arrays = [pa.array(cells[p], f.type) for p, f in zip(places, schema, strict=True)]
+                total += len(held)
+                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+        faulty += left_out.notes
+    if not total and faulty:
+        raise ValueError(f"{faulty[0]}; no row is left: check the separator and the quotes")
+    if not total:
+        raise ValueError(f"{paths[0]}: holds no sample")
+    facts["notes"] = [*notes, *faulty]
 
-    def batches(columns: list[str], skipped: Skipped) -> Iterator[pa.RecordBatch]:
-        schema = pa.schema(
-            [(c, pa.binary() if types[c] == pa.string() else types[c]) for c in columns]
+
+@contextmanager
+def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
+    """The lines of a text file; bytes that are not UTF-8 come as lone surrogates."""
+    unpack = COMPRESSED.get(_suffixes(path)[-1], lambda file: file)
+    with open_file(path, access) as raw, unpack(raw) as file:
+        head = file.peek(1 << 13)[: 1 << 13]
+        if not head:
+            raise ValueError(f"{path}: is empty")
+        if head.startswith(BINARY) or 8 * head.count(0) > len(head):
+            raise ValueError(f"{path}: is not UTF-8 text, as its suffix says")
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="\n")
+        yield chain(
+            [text.readline(MAX_LINE).removeprefix("\ufeff")],
+            iter(partial(text.readline, MAX_LINE), ""),
         )
-        with faults(path), unpacked(path, access) as file:
-            records = json_records(file, skipped)
-            while held := list(islice(records, BATCH_ROWS // 16)):
-                rows = [
-                    {c: json_value(record.get(c), schema.field(c).type) for c in columns}
-                    for record in held
-                ]
-                yield pa.RecordBatch.from_pylist(rows, schema=schema)
-
-    return Table(path=path, schema=pa.schema(list(types.items())), batches=batches)
 
 
-def json_records(file: Iterable[bytes], skipped: Skipped) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; what is none is counted."""
-    for number, raw in enumerate(file):
-        text = raw.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape")
-        if not text.strip():
-            continue
+def fault_of(text: str) -> str:
+    """Why a line cannot be used; empty if it can."""
+    if len(text) >= MAX_LINE:
+        return "lines of more than a megabyte"
+    if "\0" in text:
+        return "lines with a zero byte"
+    if not text.isascii():
         try:
-            record = json.loads(text)
+            text.encode()
+        except UnicodeEncodeError:
+            return "lines that are not UTF-8"
+    return ""
+
+
+def _read_csv(
+    path: str, lines: Iterator[str], left_out: LeftOut
+) -> tuple[pa.Schema, Iterator[list[str]]]:
+    """The header and the rows of a CSV or TSV file; the separator is the one in the header."""
+    blank = 0
+    for header in lines:
+        if header.strip():
+            break
+        blank += 1
+    else:
+        header = ""
+    usual = "\t" if ".tsv" in _suffixes(path) else ","
+    separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)
+    names = next(csv.reader([header], delimiter=separator), [])
+    if fault_of(header):
+        raise ValueError(f"{path}: its header is not UTF-8 text; save it as UTF-8")
+    schema = pa.schema([(name, pa.string()) for name in names])
+    return schema, _csv_rows(lines, blank + 1, separator, len(names), left_out)
+
+
+def _csv_rows(
+    lines: Iterator[str], number: int, separator: str, width: int, left_out: LeftOut
+) -> Iterator[list[str]]:
+    again: deque[str] = deque()  # lines to be read again
+    wrong_width = "lines with another number of fields than the header"
+    while text := again.popleft() if again else next(lines, ""):
+        number += 1
+        taken = [text]
+        row: list[str] | None
+        if '"' in text:
+            taken, row = _quoted_row(text, again, lines, separator, width)
+        else:
+            row = text.rstrip("\r\n").split(separator)
+        fault = fault_of(text if len(taken) == 1 else "".join(taken))
+        if row is None:
+            left_out.add("lines with an open quote", text, number)
+            again.extendleft(reversed(taken[1:]))
+        elif fault:
+            left_out.add(fault, text, number)
+        elif len(row) == width:
+            yield row
+        elif text.strip():
+            left_out.add(wrong_width, text, number)
+        number += len(taken) - 1 if row is not None else 0
+
+
+def _quoted_row(
+    first: str, again: deque[str], lines: Iterator[str], separator: str, width: int
+) -> tuple[list[str], list[str] | None]:
+    """The lines of a row with quotes, and its fields; None for a quote that is left open."""
+    taken = [first]
+
+    def more() -> Iterator[str]:
+        yield first
+        while len(taken) < MAX_QUOTED_LINES and (
+            text := again.popleft() if again else next(lines, "")
+        ):
+            taken.append(text)
+            if separator == "\t" and '"' not in text and text.count("\t") >= max(1, width - 1):
+                return  # a row of its own
+            yield text
+
+    try:
+        return taken, next(csv.reader(more(), delimiter=separator, strict=True))
+    except csv.Error:
+        if len(taken) > 1:
+            return taken, None
+    # Text after a closing quote, as in `"Seven" (1995)`, is kept if the line is complete.
+    reader = csv.reader([first, "\n"], delimiter=separator)
+    try:
+        row = next(reader)
+    except csv.Error:
+        return taken, None
+    return taken, row if reader.line_num == 1 else None
+
+
+def _read_json(
+    path: str, lines: Iterator[str], left_out: LeftOut
+) -> tuple[pa.Schema, Iterator[list[Any]]]:
+    """The columns of a JSON Lines file, by its first records, and its rows."""
+    records = _json_records(lines, left_out)
+    head = list(islice(records, 1000))
+    types: dict[str, pa.DataType] = {}
+    for _, _, record in head:
+        for name, value in record.items():
+            if value is not None:
+                types.setdefault(name, _json_type(value))
+
+    def rows() -> Iterator[list[Any]]:
+        for number, text, record in chain(head, records):
+            row = [_json_value(record.get(name), type_) for name, type_ in types.items()]
+            if "\\u" in text or not text.isascii():
+                texts = chain.from_iterable(v if isinstance(v, list) else [v or ""] for v in row)
+                if fault := fault_of("".join(map(str, texts))):
+                    left_out.add(fault, text, number)
+                    continue
+            yield row
+
+    return pa.schema(list(types.items())), rows()
+
+
+def _json_records(
+    lines: Iterator[str], left_out: LeftOut
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    for number, text in enumerate(lines, 1):
+        try:
+            record = json.loads(text) if text.strip() else {}
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            skipped.add(text)
+        if not isinstance(record, dict):
+            left_out.add("lines that are no JSON object", text, number)
+        elif record:
+            yield number, text, record
 
 
-def json_type(value: Any) -> pa.DataType:
+def _json_type(value: Any) -> pa.DataType:
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return pa.string()
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return pa.list_(pa.binary())
-    # Any type that is neither text nor a list of text: the column cannot be used.
-    return pa.bool_()
+        return pa.list_(pa.string())
+    return pa.bool_()  # neither text nor a list of texts: not to be used
 
 
-def json_value(value: Any, type_: pa.DataType) -> bytes | list[bytes] | None:
-    """A value as its column's type, or None where it is something else."""
+def _json_value(value: Any, type_: pa.DataType) -> str | list[str] | None:
+    """A value as its column's type, or None if it is something else."""
+    if type_ == pa.bool_() or isinstance(value, bool):
+        return None
+    values = value if isinstance(value, list) else [value]
     if pa.types.is_list(type_):
-        value = [value] if isinstance(value, str) else value
-        return [encode(v) for v in value if isinstance(v, str)] if isinstance(value, list) else None
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    return encode(value) if isinstance(value, str) else None
-
-
-def encode(text: str) -> bytes:
-    """The bytes a text came from, which need not be UTF-8."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
-
-
-def open_parquet(path: str, access: Access) -> Table:
-    """A Parquet file, read by parts of its row groups."""
-    with open_file(path, access) as file:
-        if file.read(4) != b"PAR1":
-            raise ValueError(f"{path}: not a Parquet file, whatever its suffix says")
-        parquet = pa.parquet.ParquetFile(file)
-        schema, facts = parquet.schema_arrow, parquet.metadata
-        groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
-        widest = max((g.total_byte_size / max(1, g.num_rows) for g in groups), default=1.0)
-    # Reading holds several batches' bytes at a time.
-    rows = int(min(BATCH_ROWS, max(1, BATCH_BYTES // 4 // max(1.0, widest))))
-
-    def batches(columns: list[str], skipped: Skipped) -> Iterator[pa.RecordBatch]:
-        with faults(path), open_file(path, access) as file:
-            # A buffered stream reads a column page by page instead of a row group at once.
-            parquet = pa.parquet.ParquetFile(file, buffer_size=LONGEST_ROW, pre_buffer=False)
-            yield from parquet.iter_batches(rows, columns=columns, use_threads=False)
-
-    return Table(path=path, schema=schema, batches=batches)
-
-
-def open_arrow(path: str, access: Access) -> Table:
-    """An Arrow IPC file or stream, as Hugging Face `datasets` writes them."""
-
-    def reader(file: Any) -> Iterator[Any]:
-        head = file.read(6)
-        file.seek(0)
-        if head == b"ARROW1":
-            found = pa.ipc.open_file(file)
-            yield found.schema
-            yield from (found.get_batch(number) for number in range(found.num_record_batches))
-        else:
-            found = pa.ipc.open_stream(file)
-            yield found.schema
-            yield from found
-
-    with open_file(path, access) as file:
-        schema = next(reader(file))
-
-    def batches(columns: list[str], skipped: Skipped) -> Iterator[pa.RecordBatch]:
-        with faults(path), open_file(path, access) as file:
-            yield from (batch.select(columns) for batch in islice(reader(file), 1, None))
-
-    return Table(path=path, schema=schema, batches=batches)
-
-
-READERS: dict[str, Callable[[str, Access], Table]] = {
-    ".csv": open_delimited,
-    ".tsv": open_delimited,
-    ".jsonl": open_json_lines,
-    ".parquet": open_parquet,
-    ".arrow": open_arrow,
-}
-UNREADABLE = (
-    *(pa.ArrowException, OSError, EOFError, ImportError),
-    *(csv.Error, zlib.error, lzma.LZMAError),
-)
-PACKED: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-MAGIC = {
-    b"PAR1": "a Parquet file (.parquet)",
-    b"ARROW1": "an Arrow file (.arrow)",
-    b"\x1f\x8b": "compressed (.gz)",
-    b"PK\x03\x04": "a zip archive",
-}
+        return [str(one) for one in values if isinstance(one, (str, int))]
+    return str(value) if isinstance(value, (str, int)) else None

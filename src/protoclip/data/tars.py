@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from protoclip.data.locations import READ_BYTES, reason_of
+from protoclip.data.access import READ_BYTES, reason_of
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif"})
 TEXTS = frozenset({"txt", "json"})

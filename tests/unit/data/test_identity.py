@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from protoclip.config import (
     EpisodeConfig,
     SourceConfig,
 )
+from protoclip.data import cache as data_cache
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.cache import DiskCache
@@ -41,52 +43,48 @@ PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def colour(source: int, number: int) -> tuple[int, int, int]:
-    """Each picture's own: red of the first source, blue of the second."""
+    """Each image's own: red of the first source, blue of the second."""
     return (200 * (1 - source), 30 * number, 200 * source)
 
 
-def picture(source: int, number: int) -> bytes:
+def image(source: int, number: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), colour(source, number)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def write_folder(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
-    for number, (image, caption) in enumerate(zip(pictures, captions, strict=True)):
+def write_folder(folder: Path, images: list[bytes], captions: list[str]) -> Path:
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         (folder / f"{number:04}.png").write_bytes(image)
         (folder / f"{number:04}.txt").write_text(caption)
     return folder
 
 
-def table(pictures: list[bytes], captions: list[str], *, ids: bool = True) -> pa.Table:
-    columns = {"image": pa.array(pictures, pa.binary()), "caption": captions}
-    names = [f"{number:04}" for number in range(len(pictures))]
+def table(images: list[bytes], captions: list[str], *, ids: bool = True) -> pa.Table:
+    columns = {"image": pa.array(images, pa.binary()), "caption": captions}
+    names = [f"{number:04}" for number in range(len(images))]
     return pa.table({**columns, "sample_id": names} if ids else columns)
 
 
-def write_table(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
-    pq.write_table(table(pictures, captions), folder / "pairs.parquet")
+def write_table(folder: Path, images: list[bytes], captions: list[str]) -> Path:
+    pq.write_table(table(images, captions), folder / "pairs.parquet")
     return folder / "pairs.parquet"
 
 
-def write_rows(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
-    pq.write_table(table(pictures, captions, ids=False), folder / "pairs.parquet")
+def write_rows(folder: Path, images: list[bytes], captions: list[str]) -> Path:
+    pq.write_table(table(images, captions, ids=False), folder / "pairs.parquet")
     return folder / "pairs.parquet"
 
 
-def write_saved(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
-    rows = table(pictures, captions)
-    with pa.ipc.new_stream(str(folder / "data.arrow"), rows.schema) as writer:
-        writer.write_table(rows)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
-    (folder / "dataset_info.json").write_text("{}")
+def write_saved(folder: Path, images: list[bytes], captions: list[str]) -> Path:
+    datasets.Dataset(table(images, captions)).save_to_disk(folder)
     return folder
 
 
-def write_shards(folder: Path, pictures: list[bytes], captions: list[str]) -> Path:
+def write_shards(folder: Path, images: list[bytes], captions: list[str]) -> Path:
     """As img2dataset writes them: each set begins with `00000.tar` and its first key."""
     with tarfile.open(folder / "00000.tar", "w") as shard:
-        for number, (image, caption) in enumerate(zip(pictures, captions, strict=True)):
+        for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
             facts = json.dumps({"key": f"{number:09}", "caption": caption}).encode()
             for kind, content in {"png": image, "txt": caption.encode(), "json": facts}.items():
                 entry = tarfile.TarInfo(f"{number:09}.{kind}")
@@ -116,21 +114,21 @@ def mixture(
     kinds: tuple[str, str], root: Path, *, say: str = "{source} {number}", **data: object
 ) -> Config:
     """Two sources with equal ids, each named after its folder."""
-    sources = []
+    entries = []
     for source, kind in enumerate(kinds):
         folder = root / NAMES[source]
         folder.mkdir()
         path = WRITERS[kind](
             folder,
-            [picture(source, number) for number in range(NUMBER)],
+            [image(source, number) for number in range(NUMBER)],
             [say.format(source=source, number=number) for number in range(NUMBER)],
         )
         weight = 1.0 if "stream" in kinds else None
-        sources.append(SourceConfig(path=str(path), name=NAMES[source], weight=weight))
+        entries.append(SourceConfig(path=str(path), name=NAMES[source], weight=weight))
     settings = {"cache_folder": str(root / "cache"), "shuffle_buffer": 4, **data}
     read = "streaming" if "stream" in kinds else "auto"
     return Config(
-        data=DataConfig(sources=sources, read=read, **settings),  # type: ignore[arg-type]
+        data=DataConfig(sources=entries, read=read, **settings),  # type: ignore[arg-type]
         episodes=EpisodeConfig(size=24, batch_size=8),
     )
 
@@ -183,7 +181,7 @@ def check_batches(kinds: tuple[str, str], config: Config) -> None:
 
 @kinds_of_mixture
 @pytest.mark.parametrize("cache", ["none", "ram", "disk"])
-def test_a_mixture_serves_the_right_picture(
+def test_a_mixture_serves_the_right_image(
     kinds: tuple[str, str], cache: str, tmp_path: Path
 ) -> None:
     check_batches(kinds, mixture(kinds, tmp_path, cache=cache))
@@ -191,13 +189,13 @@ def test_a_mixture_serves_the_right_picture(
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
 @pytest.mark.parametrize("kind", ["folder", "table", "shards", "stream"])
-def test_worker_processes_serve_the_right_picture(kind: str, cache: str, tmp_path: Path) -> None:
+def test_worker_processes_serve_the_right_image(kind: str, cache: str, tmp_path: Path) -> None:
     check_batches((kind, kind), mixture((kind, kind), tmp_path, cache=cache, workers=2))
 
 
 @kinds_of_mixture
 def test_extraction_tells_samples_apart(kinds: tuple[str, str], tmp_path: Path) -> None:
-    """Captions are equal too; each pair's projections are those of its own picture."""
+    """Captions are equal too; each pair's projections are those of its own image."""
     config = mixture(kinds, tmp_path, say="{number}")
     loader = loader_of(config)
     batches = [
@@ -258,8 +256,8 @@ def test_names_are_taken_from_the_path_or_asked_for(tmp_path: Path) -> None:
     config = mixture(("shards", "shards"), tmp_path)
     a, b = (replace(source, name=None) for source in config.data.sources)
 
-    def opened(*sources: SourceConfig) -> list[str]:
-        samples = sources.pairs(replace(config, data=replace(config.data, sources=list(sources))))
+    def opened(*given: SourceConfig) -> list[str]:
+        samples = sources.pairs(replace(config, data=replace(config.data, sources=list(given))))
         assert isinstance(samples, Pairs)
         return [samples.sample_id(0), samples.sample_id(NUMBER)]
 
@@ -280,10 +278,10 @@ def test_names_are_taken_from_the_path_or_asked_for(tmp_path: Path) -> None:
 def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path: Path) -> None:
     """By the ids that they have there."""
     config = mixture(("table", "table"), tmp_path)
-    sources = [*config.data.sources, SourceConfig(path="emoji", name="drawn")]
+    three = [*config.data.sources, SourceConfig(path="emoji", name="drawn")]
     config = replace(
         config,
-        data=replace(config.data, sources=sources),
+        data=replace(config.data, sources=three),
         teacher=replace(config.teacher, features="emoji"),
     )
     samples = sources.pairs(config)
@@ -305,7 +303,7 @@ def test_a_cache_of_another_form_is_not_read(
     black = Decoded(pixels=np.zeros((40, 40, 3), np.uint8))
     put = DiskCache.put
     with monkeypatch.context() as patch:
-        patch.setattr(build_data, "CACHE_FORM", "of old")
+        patch.setattr(data_cache, "CACHE_FORM", "of old")
         patch.setattr(DiskCache, "put", lambda cache, key, found: put(cache, key, black))
         loader = loader_of(config)
         episode = episode_of(config, loader)

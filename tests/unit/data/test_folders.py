@@ -1,4 +1,4 @@
-"""Folders as pairs: captions beside pictures, metadata, saved datasets, Parquet exports."""
+"""Folders as pairs: captions beside images, metadata, saved datasets, Parquet exports."""
 
 import json
 import os
@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data import pictures
-from protoclip.data.folders import open_folder
+from protoclip.data import folders
+from protoclip.data.folders import IMAGE_SUFFIXES, open_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.pictures import IMAGE_SUFFIXES
+from protoclip.data.tables import TableOptions
 
 
 def write(folder: Path, files: dict[str, Any]) -> Path:
@@ -31,17 +32,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def notes(pairs: ImageTextPairs) -> list[str]:
-    assert pairs.index is not None
-    return list(pairs.index.facts["notes"])
+def opened(path: Path | str, cache: Path, **options: Any) -> ImageTextPairs:
+    return open_folder(str(path), TableOptions(cache=cache, **options))
 
 
 def ids(pairs: ImageTextPairs) -> list[str]:
     return list(pairs.sample_ids())
 
 
-def test_pictures_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
-    """At any depth, in order of the names, each with its own picture and all its captions."""
+def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
+    """At any depth, in order of the names, each with its own image and all its captions."""
     write(
         tmp_path,
         {
@@ -56,11 +56,11 @@ def test_pictures_with_captions_beside_them(tmp_path: Path, cache: Path) -> None
             "sub/d.json": {"caption": "from the JSON"},
             ".hidden/e.jpg": b"E",
             ".hidden/e.txt": "hidden",
-            "._a.png": b"no picture",
-            "readme.md": "no picture",
+            "._a.png": b"no image",
+            "readme.md": "no image",
         },
     )
-    pairs = open_folder(str(tmp_path), cache=cache)
+    pairs = opened(tmp_path, cache)
     assert ids(pairs) == ["a", "b", "sub/d", "sub/deep er/c"]
     assert [pairs.encoded(row) for row in range(4)] == [b"A", b"B", b"D", b"C"]
     assert [pairs.sample_captions(row) for row in range(4)] == [
@@ -70,14 +70,14 @@ def test_pictures_with_captions_beside_them(tmp_path: Path, cache: Path) -> None
         ("one", "two"),
     ]
     assert pairs.name == tmp_path.name
-    assert notes(pairs) == []
+    assert pairs.notes == []
 
 
 @pytest.mark.parametrize(
     "suffix", [s for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper())]
 )
-def test_every_suffix_of_pictures(tmp_path: Path, cache: Path, suffix: str) -> None:
-    pairs = open_folder(str(write(tmp_path, {f"a{suffix}": b"A", "a.txt": "a"})), cache=cache)
+def test_every_suffix_of_images(tmp_path: Path, cache: Path, suffix: str) -> None:
+    pairs = opened(write(tmp_path, {f"a{suffix}": b"A", "a.txt": "a"}), cache)
     assert (ids(pairs), pairs.encoded(0)) == (["a"], b"A")
 
 
@@ -86,12 +86,12 @@ def test_ids_are_unique(tmp_path: Path, cache: Path) -> None:
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "a/a.jpg", "a/b.jpg"]
     files = dict.fromkeys(names, b"x")
     captions = {str(Path(name).with_suffix(".txt")): "caption" for name in names}
-    pairs = open_folder(str(write(tmp_path, files | captions)), cache=cache)
+    pairs = opened(write(tmp_path, files | captions), cache)
     assert ids(pairs) == ["a.jpg", "a.jpg.png", "a.png", "b", "a/a", "a/b"]
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path, cache: Path) -> None:
-    """Pictures without a caption, or with one that cannot be read; links that lead nowhere or in a
+    """Images without a caption, or with one that cannot be read; links that lead nowhere or in a
     circle; names that are not UTF-8. The rest is read."""
     write(
         tmp_path,
@@ -113,21 +113,20 @@ def test_what_is_left_out_is_counted(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     (tmp_path / "sub" / "again").symlink_to(tmp_path / "sub")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(b"F")
-    pairs = open_folder(str(tmp_path), cache=cache)
+    pairs = opened(tmp_path, cache)
     assert ids(pairs) == ["good", "sub/e"]
-    counted = [note.removeprefix(f"{tmp_path}: ").split(" left out")[0] for note in notes(pairs)]
-    assert sorted(counted) == [
-        "1 names that are not UTF-8",
-        "1 pictures whose .json has no caption",
-        "1 pictures whose caption file cannot be read",
-        "2 dangling links",
-        "2 links to folders already read",
-        "2 pictures without a caption",
-    ]
-    assert any(
-        note.endswith("2 pictures without a caption left out, such as alone1.jpg")
-        for note in notes(pairs)
+    counted = [note.removeprefix(f"{tmp_path}: left out ").split(" (")[0] for note in pairs.notes]
+    assert sorted(counted) == sorted(
+        [
+            "1 names that are not UTF-8",
+            "1 images whose .json has no caption",
+            "1 images whose caption file cannot be read",
+            "2 dangling links",
+            "2 links to folders already read",
+            "2 images without a caption",
+        ]
     )
+    assert f"{tmp_path}: left out 2 images without a caption ('alone1.jpg')" in pairs.notes
 
 
 def test_a_folder_that_cannot_be_read_is_counted(
@@ -142,11 +141,11 @@ def test_a_folder_that_cannot_be_read_is_counted(
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(pictures.os, "scandir", refuse)
-    pairs = open_folder(str(tmp_path), cache=cache)
+    monkeypatch.setattr(folders.os, "scandir", refuse)
+    pairs = opened(tmp_path, cache)
     assert ids(pairs) == ["a"]
-    assert notes(pairs) == [
-        f"{tmp_path}: 1 folders that cannot be read left out, such as closed (Permission denied)"
+    assert pairs.notes == [
+        f"{tmp_path}: left out 1 folders that cannot be read ('closed (Permission denied)')"
     ]
 
 
@@ -156,7 +155,7 @@ def test_links_are_followed(tmp_path: Path, cache: Path) -> None:
     data = write(tmp_path / "data", {"b.txt": "b"})
     (data / "linked").symlink_to(tmp_path / "store" / "x")
     (data / "b.jpg").symlink_to(tmp_path / "store" / "2.jpg")
-    pairs = open_folder(str(data), cache=cache)
+    pairs = opened(data, cache)
     assert [(pairs.sample_id(row), pairs.encoded(row)) for row in (0, 1)] == [
         ("b", b"B"),
         ("linked/1", b"A"),
@@ -166,9 +165,10 @@ def test_links_are_followed(tmp_path: Path, cache: Path) -> None:
 def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, cache: Path) -> None:
     write(tmp_path, {"a.jpg": b"A", "a.txt": b"caf\xe9", "b.jpg": b"B", "b.txt": "b"})
     write(tmp_path, {"c.jpg": b"C", "c.json": b'{"caption": "caf\xe9"}'})
-    pairs = open_folder(str(tmp_path), cache=cache)
+    write(tmp_path, {"d.jpg": b"D", "d.json": b'{"caption": "\\ud800"}'})
+    pairs = opened(tmp_path, cache)
     assert pairs.caption(1) == "b"
-    for row in (0, 2):
+    for row in (0, 2, 3):
         with pytest.raises(BadSample, match="not UTF-8"):
             pairs.sample(row)
 
@@ -177,10 +177,10 @@ def test_keys_of_json_captions_are_chosen(tmp_path: Path, cache: Path) -> None:
     """By the usual names, or by the setting; settings without effect are told."""
     content = {"a.jpg": b"A", "a.json": {"text": "usual", "short": "s", "long": ["l", "ll"]}}
     path = str(write(tmp_path, content))
-    assert open_folder(path, cache=cache).sample_captions(0) == ("usual",)
-    pairs = open_folder(path, caption_column=["short", "long"], id_column="x", cache=cache)
+    assert opened(path, cache).sample_captions(0) == ("usual",)
+    pairs = opened(path, cache, caption_column=["short", "long"], id_column="x")
     assert pairs.sample_captions(0) == ("s", "l", "ll")
-    assert notes(pairs) == [f"{path}: id_column have no effect on a folder of pictures"]
+    assert pairs.notes == [f"{path}: a folder of images does not use id_column"]
 
 
 def change_caption(folder: Path) -> None:
@@ -204,19 +204,17 @@ def change_caption(folder: Path) -> None:
 def test_a_folder_that_changed_is_read_again(
     tmp_path: Path, cache: Path, change: Any, fresh: bool
 ) -> None:
-    """When a file comes, goes, or a caption changes; the pictures themselves are not in the
+    """When a file comes, goes, or a caption changes; the images themselves are not in the
     index."""
     write(tmp_path, {"a.jpg": b"A", "a.txt": "a"})
-    first = open_folder(str(tmp_path), cache=cache)
+    first = opened(tmp_path, cache)
     change(tmp_path)
-    second = open_folder(str(tmp_path), cache=cache)
-    assert first.index is not None
-    assert second.index is not None
-    assert (second.index.path != first.index.path) == fresh
+    second = opened(tmp_path, cache)
+    assert (second.key != first.key) == fresh
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_metadata_name_the_pictures(tmp_path: Path, cache: Path, kind: str) -> None:
+def test_metadata_name_the_images(tmp_path: Path, cache: Path, kind: str) -> None:
     """In the column `file_name`, whatever other columns there are; captions beside are unused."""
     rows = {"image": ["no", "no"], "file_name": ["x/a.jpg", "b.jpg"], "text": ["a cat", "猫"]}
     if kind == "jsonl":
@@ -228,63 +226,56 @@ def test_metadata_name_the_pictures(tmp_path: Path, cache: Path, kind: str) -> N
     else:
         pq.write_table(pa.table(rows), tmp_path / "metadata.parquet")
     write(tmp_path, {"x/a.jpg": b"A", "b.jpg": b"B", "b.txt": "beside"})
-    pairs = open_folder(str(tmp_path), cache=cache)
+    pairs = opened(tmp_path, cache)
     assert [pairs.caption(row) for row in (0, 1)] == ["a cat", "猫"]
     assert [pairs.encoded(row) for row in (0, 1)] == [b"A", b"B"]
 
 
-def save_dataset(folder: Path, captions: list[str], shards: int) -> None:
-    """As Hugging Face `datasets` saves one: its files, their types, and their metadata."""
-    folder.mkdir(parents=True)
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema(
-        [("image", image), ("text", pa.string()), ("label", pa.int64())],
-        metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
-    )
-    files = [f"data-{n:05d}-of-{shards:05d}.arrow" for n in range(shards)]
-    size = -(-len(captions) // shards)
-    for number, file in enumerate(files):
-        part = captions[number * size : (number + 1) * size]
-        rows = [
-            {
-                "image": {"bytes": f"picture of {text}".encode(), "path": None},
-                "text": text,
-                "label": 0,
-            }
-            for text in part
-        ]
-        with pa.ipc.new_stream(str(folder / file), schema) as writer:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema), max_chunksize=2)
-    write(
-        folder,
-        {
-            "state.json": {"_data_files": [{"filename": file} for file in files], "_split": None},
-            "dataset_info.json": {"features": {"image": {"_type": "Image"}}},
-        },
+def dataset(captions: list[str]) -> datasets.Dataset:
+    images = [{"bytes": f"image of {text}".encode(), "path": None} for text in captions]
+    features = {"image": datasets.Image(), "text": datasets.Value("string")}
+    return datasets.Dataset.from_dict(
+        {"image": images, "text": captions}, features=datasets.Features(features)
     )
 
 
 def test_a_saved_dataset(tmp_path: Path, cache: Path) -> None:
-    """All its files in order, pictures and captions; a picture may be a path."""
+    """All its files in order, read where they lie."""
     captions = [f"caption {n} 猫" for n in range(11)]
-    save_dataset(tmp_path / "data", captions, shards=3)
-    pairs = open_folder(str(tmp_path / "data"), cache=cache)
+    dataset(captions).save_to_disk(tmp_path / "data", num_shards=3)
+    pairs = opened(tmp_path / "data", cache)
     assert [pairs.caption(row) for row in range(11)] == captions
-    assert pairs.encoded(10) == "picture of caption 10 猫".encode()
+    assert pairs.encoded(10) == "image of caption 10 猫".encode()
     assert pairs.sample_id(10) == "data/10"
+    assert not list(cache.rglob("*.arrow"))
 
 
 def test_a_dataset_of_several_splits(tmp_path: Path, cache: Path) -> None:
-    """One of them is to be named; a single one need not be."""
-    for split in ("train", "test"):
-        save_dataset(tmp_path / "two" / split, [split], shards=1)
-    write(tmp_path / "two", {"dataset_dict.json": {"splits": ["train", "test"]}})
-    with pytest.raises(ValueError, match=r"parts \(train, test\); name one, as in .*/two/train"):
-        open_folder(str(tmp_path / "two"), cache=cache)
-    assert open_folder(str(tmp_path / "two" / "test"), cache=cache).caption(0) == "test"
-    save_dataset(tmp_path / "one" / "train", ["only"], shards=1)
-    write(tmp_path / "one", {"dataset_dict.json": {"splits": ["train"]}})
-    assert open_folder(str(tmp_path / "one"), cache=cache).caption(0) == "only"
+    """One of them must be named; a single one need not be."""
+    two = datasets.DatasetDict({split: dataset([split]) for split in ("train", "test")})
+    two.save_to_disk(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"splits \(train, test\); name one, as in .*/two/train"):
+        opened(tmp_path / "two", cache)
+    assert opened(tmp_path / "two" / "test", cache).caption(0) == "test"
+    datasets.DatasetDict({"train": dataset(["only"])}).save_to_disk(tmp_path / "one")
+    assert opened(tmp_path / "one", cache).caption(0) == "only"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"state.json": {"_data_files": [{"filename": "../a.arrow"}]}}, "names '../a.arrow'"),
+        ({"state.json": {"_data_files": [{"filename": "/a.arrow"}]}}, "names '/a.arrow'"),
+        ({"state.json": {"_data_files": [{}]}}, "names 'None'"),
+        ({"dataset_dict.json": {"splits": ["../other"]}}, "names '../other'"),
+    ],
+)
+def test_a_saved_dataset_holds_its_own_files(
+    tmp_path: Path, cache: Path, files: dict[str, Any], message: str
+) -> None:
+    """Others are not opened on its word."""
+    with pytest.raises(ValueError, match=message):
+        opened(write(tmp_path, {"dataset_info.json": {}, **files}), cache)
 
 
 def test_a_folder_of_parquet_files(tmp_path: Path, cache: Path) -> None:
@@ -292,24 +283,24 @@ def test_a_folder_of_parquet_files(tmp_path: Path, cache: Path) -> None:
     for n in range(12):
         part = pa.table({"image": [b"%d" % n], "text": [f"caption {n}"]})
         pq.write_table(part, tmp_path / f"train-{n:05d}-of-00012.parquet")
-    pairs = open_folder(str(tmp_path), cache=cache)
+    pairs = opened(tmp_path, cache)
     assert [pairs.caption(row) for row in range(12)] == [f"caption {n}" for n in range(12)]
     pq.write_table(part, tmp_path / "test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"parts \(test, train\).*as in .*test-\*\.parquet"):
-        open_folder(str(tmp_path), cache=cache)
+    with pytest.raises(ValueError, match=r"splits \(test, train\).*as in .*test-\*\.parquet"):
+        opened(tmp_path, cache)
 
 
 FAULTS = {
     "no folder": (None, "no such folder"),
-    "empty": ({}, r"holds no pictures \(.jpg, .*, no metadata.jsonl or .csv, no \*.parquet"),
+    "empty": ({}, r"holds no images \(.jpg, .*, no metadata.jsonl or .csv, no \*.parquet"),
     "no captions": (
         {"a.jpg": b"A", "b.jpg": b"B"},
-        "2 pictures without a caption .* such as a.jpg",
+        r"2 images without a caption \('a.jpg'\)",
     ),
-    "only captions": ({"a.txt": "a"}, "holds no pictures"),
+    "only captions": ({"a.txt": "a"}, "holds no images"),
     "metadata in parts": (
         {f"{s}/{f}": "file_name,text\n" for s in ("dev", "train") for f in ("metadata.csv",)},
-        r"parts \(dev, train\); name one, as in .*/dev",
+        r"splits \(dev, train\); name one, as in .*/dev",
     ),
     "metadata without file names": (
         {"metadata.csv": "name,text\na.jpg,a\n"},
@@ -321,19 +312,18 @@ FAULTS = {
         {"state.json": {"_data_files": [{"filename": "data.arrow"}]}, "dataset_info.json": {}},
         "data.arrow: no such file",
     ),
-    "Parquet that is none": ({"a.parquet": "text"}, "a.parquet: not a Parquet file"),
+    "Parquet that is none": ({"a.parquet": "text"}, r"a.parquet: cannot be read .*Parquet"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_structural_fault_is_named_in_one_line(tmp_path: Path, cache: Path, fault: str) -> None:
-    """The folder or file, and what to do; nothing is left in the cache."""
+    """The folder or file, and what to do."""
     files, message = FAULTS[fault]
     if files is not None:
         (tmp_path / "data").mkdir()
         write(tmp_path / "data", files)
     with pytest.raises(ValueError, match=message) as error:
-        open_folder(str(tmp_path / "data"), cache=cache)
+        opened(tmp_path / "data", cache)
     assert str(error.value).startswith(str(tmp_path / "data"))
     assert "\n" not in str(error.value)
-    assert not list(cache.glob("*.arrow"))

@@ -1,0 +1,432 @@
+"""Where data may be read from: the one place that opens a path or URL that data name.
+
+Tables and recipes may come from a stranger. URLs are checked against a list of protocols, local
+paths in a table must lie below its root, only regular files are opened, web servers in private
+networks are refused, and everything remote has a time limit. `docs/security.md` has the rules.
+"""
+
+import hashlib
+import io
+import ipaddress
+import json
+import os
+import socket
+import stat
+import time
+import unicodedata
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+import fsspec
+import httpx2 as httpx
+
+T = TypeVar("T")
+WEB, STORES = ("https", "http"), ("s3", "gs", "hf")
+MAX_FILE_BYTES = 1 << 28  # a larger file of one sample is a mistake or an attack
+READ_BYTES, REQUEST_BYTES = 1 << 20, 1 << 24
+# Seconds to wait for a connection, for the next bytes, and for the whole file of one sample; how
+# often a request is made, and the first pause between two tries (each is twice the last).
+CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 10.0, 20.0, 60.0, 3, 0.5
+# What stores call the facts that change with a file, in lower case.
+URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"}
+URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
+# Characters that change the direction in which text is shown.
+DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+FILE_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+FILE_KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What the user allows beyond reading public data: the settings `data.allow_*`.
+
+    Attributes:
+        commands: Run `pipe:COMMAND`.
+        private_hosts: Ask web servers on this machine and in private networks.
+        links: Follow symbolic links below a table's root out of it.
+    """
+
+    commands: bool = False
+    private_hosts: bool = False
+    links: bool = False
+
+
+NOTHING_MORE = Access()
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def join(root: str, name: str) -> str:
+    """A name below a folder or URL; an absolute path or URL stays as it is."""
+    if not root or is_url(name) or Path(name).is_absolute():
+        return name
+    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
+
+
+def require_allowed(location: str, access: Access) -> None:
+    """Raises `ValueError`, with the way out, for a path, URL or command that may not be read."""
+    if location.startswith("pipe:"):
+        if not access.commands:
+            raise ValueError("commands run only with --data.allow_commands true")
+        return
+    protocol, is_remote, rest = location.partition("://")
+    if is_remote and protocol.lower() not in WEB + STORES:
+        known = ", ".join(WEB + STORES)
+        raise ValueError(f"'{protocol}://' is not read; use a local file or one of {known}")
+    address, bracket, behind = rest.partition("]")  # an IPv6 address contains "::"
+    if is_remote and "::" in (behind if bracket and address.startswith("[") else rest):
+        raise ValueError("URLs chained with '::' are not read")
+
+
+def in_table(root: str, name: str, access: Access) -> str:
+    """The path or URL that a table's cell names, relative to the table's root.
+
+    Raises:
+        ValueError: The cell names something that it may not.
+    """
+    if name.startswith("pipe:"):
+        raise ValueError("a table runs no command")
+    if is_url(name):
+        require_allowed(name, access)
+        return name
+    if is_url(root):
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"lies outside of {root}")
+        return join(root, name)
+    real = os.path.realpath(join(root, name))
+    if _is_below(real, _real_root(root)):
+        return real
+    path, here = os.path.abspath(join(root, name)), root or "the current folder"  # noqa: PTH100
+    if not _is_below(path, os.path.abspath(root)):  # noqa: PTH100 (links stay as they are)
+        raise ValueError(
+            f"lies outside of {here}, where the table's paths start; set data.root to the folder "
+            "that holds the images (--data.root /)"
+        )
+    if not access.links:
+        raise ValueError(
+            f"is a link to {real}, outside of {here}; --data.allow_links true follows it"
+        )
+    return path
+
+
+@lru_cache(16)
+def _real_root(root: str) -> str:
+    return os.path.realpath(root)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def open_file(location: str, access: Access) -> io.BufferedReader:
+    """A file or URL, to be read from its start.
+
+    Raises:
+        FileNotFoundError: There is none.
+        OSError: It cannot be read.
+        ValueError: It may not be read, or is no regular file.
+        Exception: Of a store's own client; `ImportError` if that is not installed.
+    """
+    require_allowed(location, access)
+    protocol, is_remote, rest = location.partition("://")
+    if not is_remote:
+        return open_local(location)
+    location = f"{protocol.lower()}://{rest}"
+    if protocol.lower() in WEB:
+        return io.BufferedReader(WebFile(location, access), READ_BYTES)
+    filesystem, path = fsspec.core.url_to_fs(location)
+    return io.BufferedReader(filesystem.open(path, "rb", block_size=REQUEST_BYTES), READ_BYTES)
+
+
+def open_local(path: str | Path) -> io.BufferedReader:
+    """A regular file; never one that may block or has no end.
+
+    Raises:
+        OSError: There is none, or it cannot be read.
+        ValueError: It is something else.
+    """
+    _require_regular(os.stat(path))  # noqa: PTH116 (opening a device may do something)
+    # A pipe that takes the file's place in between does not block either.
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _require_regular(os.fstat(number))
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if (kind := stat.S_IFMT(status.st_mode)) != stat.S_IFREG:
+        raise ValueError(f"is {FILE_KINDS.get(kind, 'something else')}, not a file")
+
+
+def read_file(location: str, access: Access) -> bytes:
+    """The whole file of one sample, of at most `MAX_FILE_BYTES`.
+
+    Raises:
+        Exception: As `open_file`; `TimeoutError` after `TOTAL_SECONDS` seconds.
+    """
+
+    def read() -> bytes:
+        with open_file(location, access) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
+        return data
+
+    return within(TOTAL_SECONDS, read) if is_url(location) else read()
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """Some bytes of a local file; raises `ValueError` if it ends before them."""
+    with open_local(path) as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise ValueError(f"ends after {len(data)} of {size} bytes")
+    return data
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """The result of an action, or `TimeoutError`; its thread then goes on by itself."""
+    done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((action(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    Thread(target=run, name="protoclip-read", daemon=True).start()
+    try:
+        found, error = done.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"not read within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return found  # type: ignore[no-any-return]
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """A short name for a set of facts."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
+    """Identifies the content of a file (by size, time, both ends) or URL (by its headers).
+
+    Raises:
+        ValueError: It cannot or may not be read.
+    """
+    try:
+        if is_url(path):
+            return digest({"url": path, **_url_facts(path, access)})
+        with open_local(path) as file:
+            status = os.fstat(file.fileno())
+            ends = file.read(1 << 16)
+            file.seek(max(0, status.st_size - (1 << 16)))
+            ends = hashlib.blake2b(ends + file.read(), digest_size=16).digest()
+    except Exception as error:  # the clients of stores have exceptions of their own
+        raise ValueError(f"{path}: {reason_of(error)}") from None
+    facts = {"path": str(Path(path).resolve()), "size": status.st_size, "ends": ends.hex()}
+    return digest({**facts, "time": status.st_mtime_ns})
+
+
+def _url_facts(url: str, access: Access) -> dict[str, Any]:
+    """What changes when the content of a URL does."""
+    require_allowed(url, access)
+    if url.partition("://")[0].lower() in WEB:
+        with WebFile(url, access) as file:
+            facts = dict(file.headers)
+    else:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        facts = filesystem.info(path)
+    return {name: value for name, value in facts.items() if name.lower() in URL_FACTS}
+
+
+def list_urls(pattern: str, access: Access) -> list[str]:
+    """The URLs of a store that match a pattern with `*`; raises as `open_file` does."""
+    require_allowed(pattern, access)
+    if pattern.partition("://")[0].lower() in WEB:
+        raise ValueError(
+            "a web server does not say what it holds; name the files with braces, as in "
+            "{00000..00099}.tar"
+        )
+    filesystem, path = fsspec.core.url_to_fs(pattern)
+    return list(map(filesystem.unstrip_protocol, filesystem.glob(path)))
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an exception's message, or the exception's name."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return str(error).strip().split("\n")[0].strip()[:200] or type(error).__name__
+
+
+def visible(text: str) -> str:
+    """A text with those characters escaped that a terminal obeys or that end a line."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in DIRECTIONS
+        else letter
+        for letter in text
+    )
+
+
+class WebFile(io.RawIOBase):
+    """The bytes behind an `http` or `https` URL, in order.
+
+    A request that may succeed later is repeated, and reading continues after a broken connection.
+
+    Raises:
+        FileNotFoundError: HTTP 404 or 410.
+        OSError: Any other failure; also while reading.
+        ValueError: The host may not be asked.
+    """
+
+    def __init__(self, url: str, access: Access) -> None:
+        self.url, self.access = url, access
+        self.position, self.rest = 0, b""
+        self.response: httpx.Response | None = None
+        self.headers: Mapping[str, str] = self._repeat(self._connect)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.rest = self.rest or self._repeat(self._next)
+        data, self.rest = self.rest[: len(buffer)], self.rest[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._disconnect()
+        super().close()
+
+    def _next(self) -> bytes:
+        if self.response is None:
+            self._connect()
+        chunk = next(self.chunks, b"")
+        self.position += len(chunk)
+        return chunk
+
+    def _connect(self) -> Mapping[str, str]:
+        headers = {"Range": f"bytes={self.position}-"} if self.position else {}
+        timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+        client = _client(self.access.private_hosts, os.getpid())
+        request = client.build_request("GET", self.url, headers=headers, timeout=timeout)
+        self.response = client.send(request, stream=True)
+        self.response.raise_for_status()
+        self.chunks = self.response.iter_raw()
+        known = self.position if self.response.status_code != 206 else 0
+        while known > 0:  # the server ignores `Range` and begins again at the start
+            chunk = next(self.chunks)
+            self.chunks = chain([chunk[known:]] if chunk[known:] else [], self.chunks)
+            known -= len(chunk)
+        return self.response.headers
+
+    def _disconnect(self) -> None:
+        if self.response is not None:
+            self.response.close()
+            self.response = None
+
+    def _repeat(self, action: Callable[[], T]) -> T:
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return action()
+            except httpx.HTTPStatusError as error:
+                code, reason = error.response.status_code, error.response.reason_phrase
+                if code in (404, 410):
+                    raise FileNotFoundError(f"HTTP {code}") from None
+                what, may_pass = f"HTTP {code} {reason}", code >= 500 or code in (408, 425, 429)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                late = isinstance(error, httpx.TimeoutException)
+                what = "no answer in time" if late else str(error)
+                broken = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+                may_pass = late or isinstance(error, broken)
+            self._disconnect()
+            if tries == TRIES or not may_pass:
+                raise OSError(f"{what}{f', {tries} times' if tries > 1 else ''}")
+            time.sleep(PAUSE_SECONDS * 2 ** (tries - 1))
+
+
+@lru_cache(4)
+def _client(private_hosts: bool, process: int) -> httpx.Client:
+    """Follows redirects; checks every host that it asks. Connections are a process's own."""
+    headers = {"User-Agent": "protoclip", "Accept-Encoding": "identity"}
+    client = partial(httpx.Client, follow_redirects=True, headers=headers)
+    if private_hosts:
+        return client()
+    if {"http", "https", "all"} & urllib.request.getproxies().keys():
+        # The proxy connects, and may itself be private; what it is asked for may not.
+        return client(event_hooks={"request": [lambda request: _addresses(request.url.host)]})
+    # A kept connection would serve other hosts of the same address, whose certificate nobody saw.
+    return client(transport=_PublicHosts(limits=httpx.Limits(max_keepalive_connections=0)))
+
+
+class _PublicHosts(httpx.HTTPTransport):
+    """Connects to the address that was checked; the name is not resolved a second time."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        host = request.url.host
+        addresses = _addresses(host, must_exist=True)
+        for number, address in enumerate(addresses, 1):
+            there = httpx.Request(
+                request.method,
+                request.url.copy_with(host=address),
+                headers=request.headers,
+                extensions={**request.extensions, "sni_hostname": host},
+            )
+            try:
+                return super().handle_request(there)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                if number == len(addresses):
+                    raise
+        raise AssertionError("a host has an address")
+
+
+def _addresses(host: str, *, must_exist: bool = False) -> list[str]:
+    """The addresses of a host; raises `ValueError` if one of them is private."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        if must_exist:
+            raise
+        return []  # a name that only the proxy knows
+    addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    if any(map(is_private, addresses)):
+        raise ValueError(
+            f"{host} is this machine or in a private network; --data.allow_private_hosts true "
+            "reads from there"
+        )
+    return addresses
+
+
+def is_private(address: str) -> bool:
+    """Whether an IP address belongs to this machine or lies outside the public internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if not ip.is_global or ip.is_multicast:
+        return True
+    family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(ip), 0))  # only possible with an address of this machine
+        return True
+    except OSError:
+        return False

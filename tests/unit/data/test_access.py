@@ -1,0 +1,514 @@
+"""Where data may be read from: protocols, a table's root, regular files, web servers, time."""
+
+import http.server
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from protoclip.data import access as module
+from protoclip.data.access import (
+    Access,
+    fingerprint,
+    in_table,
+    is_private,
+    join,
+    open_file,
+    read_file,
+    visible,
+)
+from protoclip.data.folders import open_folder
+from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.sources import open_source
+from protoclip.data.stream import ShardStream
+from protoclip.data.tables import TableOptions, open_table
+
+# What a cell may hold, and what its row's reason says. None of these may reach anything.
+CELLS = {
+    "reference://x0::data:application/json;base64,e30=": "'reference://' is not read",
+    "simplecache::https://host/a.jpg": "'simplecache::https://' is not read",
+    "zip://a.jpg::https://host/a.zip": "'zip://' is not read",
+    "tar://a.jpg::a.tar": "'tar://' is not read",
+    "file:///etc/passwd": "'file://' is not read",
+    "local:///etc/passwd": "'local://' is not read",
+    "memory://a.jpg": "'memory://' is not read",
+    "data://a": "'data://' is not read",
+    "ftp://127.0.0.1/a.jpg": "'ftp://' is not read",
+    "ssh://host/a.jpg": "'ssh://' is not read",
+    "github://a:b@/c": "'github://' is not read",
+    "s3://bucket/a.zip::zip://b": "chained with '::'",
+    "https://host/a::zip://b": "chained with '::'",
+    "s3://[a::file:///etc/passwd": "chained with '::'",
+    "http://": "cannot be read",
+    "http://host:port/a.jpg": "cannot be read",
+    "http://127.0.0.1:9/a.jpg": "--data.allow_private_hosts true",
+    "http://localhost:9/a.jpg": "--data.allow_private_hosts true",
+    "HTTP://[::1]:9/a.jpg": "--data.allow_private_hosts true",
+    "https://[::ffff:169.254.169.254]/": "--data.allow_private_hosts true",
+    "http://10.0.0.1/a.jpg": "--data.allow_private_hosts true",
+    "http://0/a.jpg": "--data.allow_private_hosts true",
+    "http://2130706433/a.jpg": "--data.allow_private_hosts true",  # 127.0.0.1 as one number
+    "gs://bucket/a.jpg": "gcsfs",
+    "pipe:touch ran.tar": "a table runs no command",
+    "../secret.jpg": r"set data.root to the folder that holds the images \(--data.root /\)",
+    "deep/../../secret.jpg": "lies outside of",
+    "/etc/passwd": "lies outside of",
+    "link.jpg": "secret.jpg, outside of .*--data.allow_links true",
+    "folder/hosts": "--data.allow_links true",
+    "fifo.jpg": "is a pipe, not a file",
+    "socket.jpg": "is a socket, not a file",
+    "zero.jpg": "is a device, not a file",
+    "deep": "is a folder, not a file",
+    "loop.jpg": "cannot be read",
+    "closed.jpg": "cannot be read",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table's folder with traps in it; allowed links show what they would lead to."""
+    top = tmp_path_factory.mktemp("place")
+    (top / "secret.jpg").write_bytes(b"secret")
+    folder = top / "table"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "good.jpg").write_bytes(b"good")
+    (folder / "link.jpg").symlink_to(top / "secret.jpg")
+    (folder / "within.jpg").symlink_to(folder / "good.jpg")
+    (folder / "folder").symlink_to("/etc")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "closed.jpg").write_bytes(b"closed")
+    (folder / "closed.jpg").chmod(0)
+    os.mkfifo(folder / "fifo.jpg")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "socket.jpg"))
+    rows = ["filepath\tcaption\tkey", "good.jpg\tx\tgood", "within.jpg\tx\twithin"]
+    rows += [f"{folder}/good.jpg\tx\tabsolute"]
+    rows += [f"{cell}\tx\t{cell}" for cell in CELLS]
+    (folder / "pairs.tsv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(place: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageTextPairs:
+    cache = tmp_path_factory.mktemp("cache")
+    return open_table(str(place / "pairs.tsv"), TableOptions(cache=cache))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_that_leads_astray_costs_its_row(table: ImageTextPairs, cell: str) -> None:
+    """At once, with a reason of one line; nothing is run, asked or waited for."""
+    if cell == "closed.jpg" and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    if cell == "zero.jpg":
+        linked = Access(links=True)
+        table = ImageTextPairs(
+            table.table, name="x", root=table.root, access=linked, columns=table.columns
+        )
+    row = list(table.sample_ids()).index(cell)
+    started = time.monotonic()
+    with pytest.raises(BadSample, match=CELLS[cell]) as error:
+        table.sample(row)
+    assert time.monotonic() - started < 5
+    assert "\n" not in str(error.value)
+
+
+def test_the_rows_beside_them_are_read(table: ImageTextPairs) -> None:
+    """By a path below the root, relative or absolute, and by a link that stays there."""
+    assert [table.sample(row).image for row in range(3)] == [b"good"] * 3
+
+
+def test_links_lead_out_where_the_user_says_so(place: Path) -> None:
+    """From below the root; `..` and absolute paths still do not."""
+    allowed = Access(links=True)
+    assert read_file(in_table(str(place), "link.jpg", allowed), allowed) == b"secret"
+    for cell in ("../secret.jpg", "folder/../../secret.jpg"):
+        with pytest.raises(ValueError, match="lies outside"):
+            in_table(str(place), cell, allowed)
+
+
+def test_the_root_is_what_the_user_names(place: Path, tmp_path: Path) -> None:
+    """A root of `/` reads any absolute path; one that is a link itself means where it leads."""
+    secret = str(place.parent / "secret.jpg")
+    assert in_table("/", secret, Access()) == secret
+    assert in_table(str(place.parent), secret, Access()) == secret
+    (tmp_path / "short").symlink_to(place)
+    for cell in ("good.jpg", f"{place}/good.jpg", f"{tmp_path}/short/good.jpg"):
+        assert in_table(str(tmp_path / "short"), cell, Access()) == f"{place}/good.jpg"
+
+
+def test_a_root_that_is_a_url_holds_its_table(bucket: str) -> None:
+    """Names below it and other URLs; no local path, no way up."""
+    assert in_table(bucket, "a/b.jpg", Access()) == f"{bucket}/a/b.jpg"
+    assert in_table(bucket, "https://host/b.jpg", Access()) == "https://host/b.jpg"
+    for cell in ("/etc/passwd", "../other/b.jpg", "a/../../b.jpg"):
+        with pytest.raises(ValueError, match=f"lies outside of {bucket}"):
+            in_table(bucket, cell, Access())
+
+
+def test_the_caller_of_a_folder_follows_its_links(tmp_path: Path) -> None:
+    """As the user named the folder itself."""
+    (tmp_path / "elsewhere.png").write_bytes(b"far")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").symlink_to(tmp_path / "elsewhere.png")
+    (tmp_path / "folder" / "a.txt").write_text("caption")
+    pairs = open_folder(str(tmp_path / "folder"), TableOptions(cache=tmp_path / "cache"))
+    assert pairs.sample(0).image == b"far"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pipe:cat {0..2}.tar", "pipe:cat .*--data.allow_commands true"),
+        ("reference://x::data:a,b", "'reference://' is not read; use a local file or one of"),
+        ("memory://a.tar", "'memory://' is not read"),
+        ("ftp://host/{0..2}.tar", "'ftp://' is not read"),
+        ("s3://bucket/a.tar::tar://b", "chained with '::'"),
+    ],
+)
+def test_a_source_that_may_not_be_read_is_one_line(source: str, message: str) -> None:
+    """Before anything is opened."""
+    with pytest.raises(ValueError, match=message):
+        open_source(source)
+    if ".tar" in source:
+        with pytest.raises(ValueError, match=message):
+            ShardStream(source, seed=0)
+
+
+def test_a_root_that_may_not_be_read_is_one_line(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.root: ftp://host: 'ftp://' is not read"):
+        open_source(str(place / "pairs.tsv"), TableOptions(root="ftp://host"))
+
+
+@pytest.mark.parametrize("where", ["local", "bucket"])
+def test_a_file_without_end_is_not_read_whole(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """One of the largest size is."""
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    path = str(tmp_path / "a.jpg") if where == "local" else f"{bucket}/a.jpg"
+    for size in (1000, 1001):
+        fsspec.filesystem("s3").pipe(path, bytes(size))
+        (tmp_path / "a.jpg").write_bytes(bytes(size))
+        if size == 1000:
+            assert len(read_file(path, Access())) == size
+        else:
+            with pytest.raises(ValueError, match="has more than 1000 bytes"):
+                read_file(path, Access())
+
+
+def test_what_takes_the_place_of_a_file_does_not_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe that is put there between looking and opening."""
+    (tmp_path / "a").write_bytes(b"x")
+    regular = (tmp_path / "a").stat()
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(os, "stat", lambda path: regular)
+    with pytest.raises(ValueError, match="is a pipe"):
+        open_file(str(tmp_path / "fifo"), Access())
+
+
+def test_a_store_that_never_answers_costs_one_sample(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the time for a sample's file."""
+    free = threading.Event()
+    monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", lambda *args, **more: free.wait(9))
+    monkeypatch.setattr(module, "TOTAL_SECONDS", 0.05)
+    with pytest.raises(TimeoutError, match=r"not read within 0\.05 s"):
+        read_file(f"{bucket}/a.jpg", Access())
+    free.set()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [IndexError("out of range"), ImportError("Install s3fs"), RuntimeError(), KeyError("a")],
+)
+def test_any_error_of_a_store_is_a_bad_sample(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """With its own words; but no room in memory is not the sample's fault."""
+
+    def fail(*args, **more):
+        raise error
+
+    monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", fail)
+    content = pa.table({"path": [f"{bucket}/a.jpg"], "caption": ["x"]})
+    pairs = ImageTextPairs(content, name="a")
+    with pytest.raises(BadSample, match=f"cannot be read .*{error or 'RuntimeError'}"):
+        pairs.sample(0)
+    error = MemoryError()
+    with pytest.raises(MemoryError):
+        pairs.sample(0)
+
+
+def test_reasons_show_what_a_terminal_would_obey() -> None:
+    """Escapes, ends of lines and turned text; letters of any script stay."""
+    bad = BadSample("a\x1b]0;x\x07", "b\u202egpj.exe\u2028", "c\r\n\x9b")
+    assert str(bad) == r"sample 'a\x1b]0;x\x07' (b\u202egpj.exe\u2028): c\r\n\x9b"
+    assert (bad.sample_id, bad.where, bad.reason) == (
+        "a\x1b]0;x\x07",
+        "b\u202egpj.exe\u2028",
+        r"c\r\n\x9b",
+    )
+    for text in ("猫 schön", "👩\u200d🚀", "plain"):
+        assert visible(text) == text
+
+
+CONTENT = bytes(range(256)) * 1000
+
+
+class Odd(http.server.BaseHTTPRequestHandler):
+    """Answers by the path's name; counts requests."""
+
+    counts: ClassVar[Counter[str]] = Counter()
+    free: ClassVar[threading.Event] = threading.Event()
+    seen: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/")
+        self.counts[name] += 1
+        first = self.counts[name] == 1
+        if name in ("404", "403") or (name == "500" and first) or name == "503":
+            self.send_error(int(name))
+        elif name == "hang":
+            self.free.wait(9)
+        elif name == "reset" and first:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif name == "trickle":
+            self.start(10**6)
+            while not self.free.wait(0.01):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+        elif name == "slow":
+            self.start(len(CONTENT))
+            for place in range(0, len(CONTENT), 1 << 16):
+                time.sleep(0.01)
+                self.wfile.write(CONTENT[place : place + (1 << 16)])
+        elif name == "cut" or (name == "resume" and first):
+            self.start(len(CONTENT))
+            self.wfile.write(CONTENT[:1000])
+        elif name == "resume":
+            assert self.headers["Range"] == "bytes=1000-"
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(CONTENT) - 1000))
+            self.end_headers()
+            self.wfile.write(CONTENT[1000:])
+        elif name == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with suppress(ConnectionError):
+                while not self.free.is_set():
+                    self.wfile.write(bytes(1 << 16))
+        elif name.startswith("to:"):
+            self.send_response(302)
+            self.send_header("Location", name[3:])
+            self.end_headers()
+        else:
+            self.seen.append(self.headers["Authorization"])
+            self.start(len(CONTENT))
+            self.wfile.write(CONTENT)
+
+    def start(self, size: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Limits of milliseconds; this machine's own address counts as public."""
+    limits = {"CONNECT": 0.5, "SILENCE": 0.15, "TOTAL": 1.0, "PAUSE": 0.001}
+    for name, seconds in limits.items():
+        monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
+    monkeypatch.setattr(module, "is_private", lambda address: address != "127.0.0.1")
+    Odd.counts.clear()
+    Odd.seen.clear()
+    Odd.free.clear()
+    yield serve(Odd)
+    Odd.free.set()
+
+
+def image(url: str) -> bytes:
+    table = pa.table({"path": [url], "caption": ["x"]})
+    return ImageTextPairs(table, name="a").sample(0).image
+
+
+@pytest.mark.parametrize(
+    ("name", "requests"),
+    [("good", 1), ("slow", 1), ("500", 2), ("reset", 2), ("resume", 2), ("to:/good", 1)],
+)
+def test_what_may_pass_is_tried_again(server: str, name: str, requests: int) -> None:
+    """And what was read before the connection broke is not asked for again."""
+    assert image(f"{server}/{name}") == CONTENT
+    assert Odd.counts[name] == requests
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "requests"),
+    [
+        ("404", "no such file", 1),
+        ("403", "HTTP 403 Forbidden", 1),
+        ("503", "HTTP 503 Service Unavailable, 3 times", 3),
+        ("hang", "no answer in time, 3 times", 3),
+        ("cut", "received 1000 bytes, expected 256000.*, 3 times", 3),
+        ("to:file:///etc/passwd", "unsupported protocol 'file://'", 1),
+        ("to:ftp://127.0.0.1/a", "unsupported protocol 'ftp://'", 1),
+        ("to:http://10.0.0.1/a", "10.0.0.1 is this machine or in a private network", 1),
+    ],
+)
+def test_what_will_not_pass_is_a_bad_sample(
+    server: str, name: str, reason: str, requests: int
+) -> None:
+    """After as many requests as make sense, in one line."""
+    with pytest.raises(BadSample, match=reason) as error:
+        image(f"{server}/{name}")
+    assert Odd.counts[name] == requests
+    assert "\n" not in str(error.value)
+
+
+def test_an_answer_of_single_bytes_ends_with_the_time_of_a_sample(server: str) -> None:
+    """Though no silence in it is long."""
+    started = time.monotonic()
+    with pytest.raises(BadSample, match=r"not read within 1 s"):
+        image(f"{server}/trickle")
+    assert time.monotonic() - started < 3
+
+
+def test_an_answer_without_end_is_cut_off(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protoclip.data.access.MAX_FILE_BYTES", 1 << 18)
+    with pytest.raises(BadSample, match="has more than 262144 bytes"):
+        image(f"{server}/endless")
+
+
+def test_this_machine_is_asked_where_the_user_says_so(serve: Callable[..., str]) -> None:
+    """With the true list of private addresses."""
+    url = f"{serve(Odd)}/good"
+    with pytest.raises(BadSample, match=r"127\.0\.0\.1 is this machine .*allow_private_hosts true"):
+        image(url)
+    table = pa.table({"path": [url], "caption": ["x"]})
+    pairs = ImageTextPairs(table, name="a", access=Access(private_hosts=True))
+    assert pairs.sample(0).image == CONTENT
+
+
+def test_a_name_is_looked_up_once(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address that was checked is the one that is used, whatever the name means later."""
+    asked: list[str] = []
+    original = socket.getaddrinfo
+
+    def look_up(host: str, *rest: Any, **more: Any) -> Any:
+        if host == "images.example":
+            asked.append(host)
+            host = "127.0.0.1" if len(asked) == 1 else "10.0.0.1"
+        return original(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert image(server.replace("127.0.0.1", "images.example") + "/good") == CONTENT
+    assert asked == ["images.example"]
+
+
+def test_one_private_address_among_public_ones_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(0, 0, 0, "", (address, 0)) for address in ("93.184.216.34", "192.168.1.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
+    with pytest.raises(BadSample, match="host is this machine or in a private network"):
+        image("http://host/a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("address", "private"),
+    [
+        *((one, True) for one in ("127.0.0.1", "127.9.9.9", "0.0.0.0", "10.1.2.3", "172.16.0.1")),
+        *((one, True) for one in ("192.168.0.1", "169.254.169.254", "100.64.0.1", "224.0.0.1")),
+        *((one, True) for one in ("::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1")),
+        *((one, False) for one in ("93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8")),
+    ],
+)
+def test_private_addresses(address: str, private: bool) -> None:
+    assert is_private(address) is private
+
+
+def test_an_address_of_this_machine_is_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Public or not: what can be bound is its own."""
+    monkeypatch.setattr(module.ipaddress.IPv4Address, "is_global", True)
+    assert is_private("127.0.0.1")
+    assert not is_private("8.8.8.8")
+
+
+def test_urls_as_people_write_them(server: str) -> None:
+    """Letters of any script, blanks, a fragment; a password goes to its own host alone."""
+    place = server.replace("//", "//me:s%40fe@")
+    assert image(f"{place}/a ü%20b.jpg?x=ö&y=1#part") == CONTENT
+    assert Odd.counts["a%20%C3%BC%20b.jpg?x=%C3%B6&y=1"] == 1
+    other = server.replace("127.0.0.1", "localhost")
+    assert image(f"{place}/to:{other}/good") == CONTENT
+    assert Odd.seen == ["Basic bWU6c0BmZQ==", None]
+
+
+def test_the_way_to_a_proxy_is_free_but_not_what_it_is_asked_for(
+    serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy on this machine serves public names; private addresses behind it are refused."""
+    monkeypatch.setenv("http_proxy", serve(Odd))
+    monkeypatch.delenv("no_proxy", raising=False)
+    module._client.cache_clear()
+    try:
+        assert image("http://93.184.216.34/a.jpg") == CONTENT
+        for url in ("http://127.0.0.1/a.jpg", "http://10.0.0.1/a.jpg"):
+            with pytest.raises(BadSample, match="in a private network"):
+                image(url)
+    finally:
+        module._client.cache_clear()
+
+
+def test_a_fingerprint_follows_the_content(
+    tmp_path: Path, bucket: str, serve: Callable[..., str]
+) -> None:
+    """Of a file also if size and time stay the same; of a URL as far as its headers tell."""
+    path, url = tmp_path / "a.csv", f"{serve('ranges', tmp_path)}/a.csv"
+    found: dict[str, list[str]] = {str(path): [], url: [], f"{bucket}/a.csv": []}
+    for content in (b"one", b"two", b"three"):
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1))
+        fsspec.filesystem("s3").pipe(f"{bucket}/a.csv", content)
+        for place, prints in found.items():
+            prints += {fingerprint(place, Access(private_hosts=True)) for _ in range(2)}
+    assert [len(prints) for prints in found.values()] == [3, 3, 3]
+    assert len(set(found[str(path)])) == 3
+    assert len(set(found[url])) == 2  # the server tells nothing but the size
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nothing.csv", "no such file"),
+        ("s3://nothing.csv", "no such file"),
+        ("nowhere://a.csv", "'nowhere://' is not read"),
+        ("/dev/null", "is a device, not a file"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named(path: str, message: str, bucket: str) -> None:
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}") as error:
+        fingerprint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_names_are_joined_to_folders_and_urls() -> None:
+    """A root that is a URL keeps its slashes; absolute names and URLs stay as they are."""
+    assert join("", "a.jpg") == "a.jpg"
+    assert join("data", "a.jpg") == str(Path("data") / "a.jpg")
+    assert join("s3://bucket/x/", "a.jpg") == "s3://bucket/x/a.jpg"
+    assert join("data", "/b/a.jpg") == "/b/a.jpg"
+    assert join("data", "https://host/a.jpg") == "https://host/a.jpg"

@@ -1,0 +1,114 @@
+"""The index: built once, as a whole or not at all."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from protoclip.data.index import build_index
+from protoclip.data.pairs import ImageTextPairs
+
+ROWS = {"caption": [f"caption {n}" for n in range(1000)], "path": ["x" * 100] * 1000}
+
+
+def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    facts["notes"] = ["as told"]
+    yield from pa.table(ROWS).to_batches(max_chunksize=300)
+
+
+def never(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    raise AssertionError("built again")
+    yield
+
+
+def build_slowly(folder: Path, barrier: Any, answers: Any) -> None:
+    def slowly(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        with (folder / "builders").open("a") as log:
+            log.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        yield from build(facts)
+
+    barrier.wait()
+    found = build_index("key", None, slowly, folder=folder)
+    answers.put((found.path.stat().st_ino, found.table.to_pydict(), found.facts))
+
+
+def test_of_four_processes_at_once_one_builds(tmp_path: Path) -> None:
+    """The others wait for it, and all see the same file, rows and facts."""
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(4), context.Queue()
+    arguments = (tmp_path, barrier, answers)
+    processes = [context.Process(target=build_slowly, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert all(one == found[0] for one in found)
+    assert found[0][1:] == (ROWS, {"notes": ["as told"]})
+    assert len((tmp_path / "builders").read_text().split()) == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".arrow", ".json", ".lock"}
+    assert build_index("key", None, never, folder=tmp_path).table.to_pydict() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (KeyError("broken"), KeyError, "broken"),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+        (
+            OSError(errno.ENOSPC, "full"),
+            ValueError,
+            "cannot be written .full.; set PROTOCLIP_CACHE",
+        ),
+    ],
+)
+def test_a_build_that_fails_leaves_nothing(
+    tmp_path: Path, error: BaseException, expected: type[BaseException], message: str
+) -> None:
+    """Not even a part of a file; the next attempt starts afresh."""
+
+    def fail(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        yield from build(facts)
+        raise error
+
+    with pytest.raises(expected, match=message):
+        build_index("key", None, fail, folder=tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_half_an_index_is_built_again(tmp_path: Path, kept: int) -> None:
+    """What a crash of the machine may leave."""
+    path = build_index("key", None, build, folder=tmp_path).path
+    path.write_bytes(path.read_bytes()[:kept])
+    assert build_index("key", None, build, folder=tmp_path).table.to_pydict() == ROWS
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"file/cache: cannot be written .* set PROTOCLIP_CACHE"):
+        build_index("key", None, build, folder=tmp_path / "file" / "cache")
+
+
+def test_the_cache_folder_is_what_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    assert build_index("key", None, build).path == tmp_path / "index" / "key.arrow"
+
+
+def test_another_process_opens_the_index_again(tmp_path: Path) -> None:
+    """What is sent to it does not grow with the rows."""
+    pairs = ImageTextPairs(build_index("key", None, build, folder=tmp_path), name="pairs")
+    sent = pickle.dumps(pairs)
+    assert len(sent) < 1500
+    assert pickle.loads(sent).table == pairs.table
+    assert pairs.notes == ["as told"]

@@ -1,0 +1,483 @@
+"""Tables as pairs: every format gives the same rows, and every fault is one line that names it."""
+
+import csv
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.data import tables
+from protoclip.data.access import Access
+from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.tables import TableOptions, open_hub, open_table
+
+CAPTIONS = [
+    *("a red square", "ein Häuschen am Fluß", "一只猫, 两只狗", "собака у моста", "बिल्ली", "NULL"),
+    *(
+        "emoji 👩‍🚀 and a zero-width\u200bspace",
+        'said "so", twice',
+        "two\nlines",
+        "a\ttab",
+        "'one';",
+    ),
+    *("a\u2028line separator", "carriage\rreturn"),
+]
+PATHS = [f"images/{n} ü.jpg" for n in range(len(CAPTIONS))]
+KEYS = [f"{n:03}" for n in range(len(CAPTIONS))]
+BOM = b"\xef\xbb\xbf"
+
+
+def delimited(separator: str) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=separator)
+    writer.writerows([("filepath", "title", "key"), *zip(PATHS, CAPTIONS, KEYS, strict=True)])
+    return text.getvalue().encode()
+
+
+def json_rows() -> list[str]:
+    rows = zip(PATHS, CAPTIONS, KEYS, strict=True)
+    return [json.dumps({"filepath": p, "title": t, "key": k}) for p, t, k in rows]
+
+
+def table() -> pa.Table:
+    return pa.table({"filepath": PATHS, "title": CAPTIONS, "key": KEYS})
+
+
+def parquet(content: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(content, sink, **options)
+    return sink.getvalue()
+
+
+def arrow(new: Callable[..., Any]) -> bytes:
+    sink = io.BytesIO()
+    with new(sink, table().schema) as writer:
+        writer.write_table(table(), max_chunksize=5)
+    return sink.getvalue()
+
+
+FORMATS = {
+    "pairs.csv": lambda: delimited(","),
+    "bom.csv": lambda: BOM + delimited(","),
+    "tabs.csv": lambda: delimited("\t"),
+    "semicolons.csv": lambda: delimited(";"),
+    "unix.csv": lambda: delimited(",").replace(b"\r\n", b"\n"),
+    "blank.csv": lambda: b"\n\n" + delimited(",") + b"\n\n",
+    "PAIRS.TSV": lambda: delimited("\t"),
+    "pairs.csv.gz": lambda: gzip.compress(delimited(",")),
+    "bom.jsonl": lambda: BOM + "\n".join(json_rows()).encode(),
+    "pairs.jsonl.gz": lambda: gzip.compress("\n\n".join(json_rows()).encode()),
+    "pairs.json": lambda: f"[{','.join(json_rows())}]".encode(),
+    "pairs.parquet": lambda: parquet(table()),
+    "groups.parquet": lambda: parquet(table(), row_group_size=2, compression="zstd"),
+    "stream.arrow": lambda: arrow(pa.ipc.new_stream),
+    "file.arrow": lambda: arrow(pa.ipc.new_file),
+}
+REMOTE = ("pairs.csv", "pairs.jsonl.gz", "pairs.parquet", "file.arrow")
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [*((f, "folder") for f in FORMATS), *((f, p) for f in REMOTE for p in ("server", "bucket"))],
+)
+def test_every_format_gives_the_same_rows(
+    tmp_path: Path, file: str, place: str, bucket: str, serve: Callable[..., str]
+) -> None:
+    """Ids keep their zeros, captions their letters; a copy in another process reads the same."""
+    (tmp_path / file).write_bytes(FORMATS[file]())
+    folder = str(tmp_path)
+    if place == "server":
+        folder = serve("ranges", tmp_path)
+    elif place == "bucket":
+        folder = bucket
+        fsspec.filesystem("s3").pipe(f"{folder}/{file}", FORMATS[file]())
+    options = TableOptions(cache=tmp_path / "cache", access=Access(private_hosts=True))
+    pairs = open_table(f"{folder}/{file}", options)
+    sent = pickle.dumps(pairs)
+    assert len(sent) < 2500
+    for found in (pairs, pickle.loads(sent)):
+        assert (found.name, list(found.sample_ids()), found.notes) == (file, KEYS, [])
+        assert [found.sample_captions(row) for row in range(len(found))] == [(c,) for c in CAPTIONS]
+        assert [found.where(row) for row in range(len(found))] == [f"{folder}/{p}" for p in PATHS]
+
+
+def opened(tmp_path: Path, content: bytes | pa.Table, file: str = "", **options: Any) -> Any:
+    """The table with that content: Parquet of a table, else CSV."""
+    file = file or ("pairs.parquet" if isinstance(content, pa.Table) else "pairs.csv")
+    data = parquet(content) if isinstance(content, pa.Table) else content
+    (tmp_path / file).write_bytes(data)
+    return open_table(str(tmp_path / file), TableOptions(cache=tmp_path / "cache", **options))
+
+
+def captions(pairs: ImageTextPairs) -> list[tuple[str, ...]]:
+    return [pairs.sample_captions(row) for row in range(len(pairs))]
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (pa.array([b"one", b"two"], pa.large_binary()), "caption"),
+        (pa.array([{"bytes": b"one", "path": "a"}, {"bytes": b"two", "path": None}]), "caption"),
+        (pa.array([{"bytes": b"one"}, {"bytes": b"two"}]), "TEXT"),
+    ],
+)
+def test_images_in_the_table(tmp_path: Path, image: pa.Array, text: str) -> None:
+    """As bytes, or as the struct that `datasets` stores."""
+    pairs = opened(tmp_path, pa.table({"image": image, text: ["a", "b"]}))
+    assert [pairs.encoded(row) for row in (0, 1)] == [b"one", b"two"]
+    assert [pairs.sample_id(row) for row in (0, 1)] == ["pairs.parquet/0", "pairs.parquet/1"]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pa.array(["a.jpg", "b.jpg"], pa.large_string()),
+        pa.array(["a.jpg", "b.jpg"]).dictionary_encode(),
+        pa.array([{"bytes": None, "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}]),
+    ],
+)
+@pytest.mark.parametrize("root", [None, "elsewhere"])
+def test_images_in_files(tmp_path: Path, image: pa.Array, root: str | None) -> None:
+    """Below the table's own folder, or a given root."""
+    folder = tmp_path / (root or "")
+    folder.mkdir(exist_ok=True)
+    (folder / "a.jpg").write_bytes(b"one")
+    (folder / "b.jpg").write_bytes(b"two")
+    content = pa.table({"image": image, "text": ["a", "b"]})
+    pairs = opened(tmp_path, content, root=str(folder) if root else None)
+    assert [pairs.encoded(row) for row in (0, 1)] == [b"one", b"two"]
+
+
+@pytest.mark.parametrize(
+    "several",
+    [
+        pa.array([["a", "b"], ["c"]]),
+        pa.array([["a", "b"], ["c"]], pa.large_list(pa.large_string())),
+        pa.array([["a", "b"], ["c", None]], pa.list_(pa.string(), 2)),
+    ],
+)
+def test_lists_of_captions(tmp_path: Path, several: pa.Array) -> None:
+    pairs = opened(tmp_path, pa.table({"path": ["x", "y"], "captions": several}))
+    assert captions(pairs) == [("a", "b"), ("c",)]
+
+
+def test_lists_of_captions_in_json_lines(tmp_path: Path) -> None:
+    """A list, or now and then a single text; another type counts as none."""
+    rows = [{"path": "x", "captions": c} for c in (["a", "ü"], "c", 3.5, None)]
+    pairs = opened(tmp_path, "\n".join(map(json.dumps, rows)).encode(), "pairs.jsonl")
+    assert [pairs.sample_captions(row) for row in (0, 1)] == [("a", "ü"), ("c",)]
+    for row in (2, 3):
+        with pytest.raises(BadSample, match="empty caption"):
+            pairs.sample_captions(row)
+
+
+def test_several_caption_columns(tmp_path: Path) -> None:
+    """All are kept, in the order of the setting, without the empty ones."""
+    content = pa.table({"path": ["x", "y", "z"], "en": ["a", "b", "c"], "de": ["ä", "", "č"]})
+    text = b"path,en,de\nx,a,\xc3\xa4\ny,b,\nz,c,\xc4\x8d\n"
+    for pairs in (opened(tmp_path, c, caption_column=["de", "en"]) for c in (content, text)):
+        assert captions(pairs) == [("ä", "a"), ("b",), ("č", "c")]
+
+
+LINES = [
+    ("a.jpg", "fine", ""),
+    ("b.jpg", "caf\udce9", "lines that are not UTF-8"),
+    ("\udcff.jpg", "x", "lines that are not UTF-8"),
+    ("c.jpg", "nu\0l", "lines with a zero byte"),
+    ("d.jpg", "also fine", ""),
+    ("e.jpg", "one\tmore,field", "lines with another number of fields than the header"),
+    ("f.jpg", "last", ""),
+]
+
+
+@pytest.mark.parametrize("file", ["pairs.csv", "pairs.tsv", "pairs.jsonl"])
+def test_a_malformed_line_is_counted_and_named(tmp_path: Path, file: str) -> None:
+    """And costs no other line."""
+    wrong = {what: [] for _, _, what in LINES if what}
+    for number, (_, _, what) in enumerate(LINES, 1 if file == "pairs.jsonl" else 2):
+        if what:
+            wrong[what].append(number)
+    if file == "pairs.jsonl":
+        width = wrong.pop("lines with another number of fields than the header")
+        wrong["lines that are no JSON object"] = width
+        text = "\n".join(
+            '{"path": '
+            if "field" in what
+            else f'{{"path": "{path}", "caption": {json.dumps(text)}}}'
+            for path, text, what in LINES
+        )
+    else:
+        rows = [("path", "caption"), *((path, text) for path, text, _ in LINES)]
+        text = "\n".join(("\t" if file == "pairs.tsv" else ",").join(row) for row in rows)
+    pairs = opened(tmp_path, text.encode("utf-8", "surrogateescape"), file)
+    assert captions(pairs) == [("fine",), ("also fine",), ("last",)]
+    assert len(pairs.notes) == len(wrong)
+    for what, numbers in wrong.items():
+        (note,) = [note for note in pairs.notes if f"left out {len(numbers)} {what}" in note]
+        assert f"(line {', '.join(map(str, numbers))}: '" in note
+        assert note.startswith(f"{tmp_path / file}: ")
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("later", ["", "quoted", "open", "closing", "end"])
+def test_an_open_quote_costs_its_line_alone(tmp_path: Path, separator: str, later: str) -> None:
+    """Wherever it stands, with good, open and closing quotes behind it; lines and rows add up."""
+    texts = [f"caption {n}" for n in range(300)]
+    wrong = {40: '"open at 40'}
+    if later == "quoted":
+        texts[45] = 'of ""two""\nlines'
+        wrong[44] = '"' if separator == "\t" else '"x'  # in CSV it would close the first
+    elif later == "open":
+        wrong |= {n: f'"open at {n}' for n in (41, 42, 250)}
+    elif later == "closing":
+        texts[210] = '5"'  # too far away to be the end of the first
+    elif later == "end":
+        wrong[299] = '"to the end'
+    rows = [
+        f"{n}.jpg{separator}" + wrong.get(n, f'"{c}"' if "\n" in c else c)
+        for n, c in enumerate(texts)
+    ]
+    text = "\n".join([f"path{separator}caption", *rows]).encode()
+    pairs = opened(tmp_path, text, "pairs.tsv" if separator == "\t" else "pairs.csv")
+    good = [(c.replace('""', '"'),) for n, c in enumerate(texts) if n not in wrong]
+    assert captions(pairs) == good
+    lines = [number + 2 + (number > 45 and later == "quoted") for number in sorted(wrong)]
+    (note,) = pairs.notes
+    assert f"{len(wrong)} lines with an open quote (line {', '.join(map(str, lines))}: '40" in note
+
+
+def test_quotes_that_are_no_quotes_are_kept(tmp_path: Path) -> None:
+    """Text after a closing quote, and inches; a row within quotes ends them in a TSV file."""
+    text = b'path\tcaption\na\t"Seven" (1995)\nb\t5" pipe\nc\t"open\nd\tinside\ne\tclosing"\n'
+    pairs = opened(tmp_path, text, "pairs.tsv")
+    assert captions(pairs) == [("Seven (1995)",), ('5" pipe',), ("inside",), ('closing"',)]
+
+
+def test_columns_are_detected_by_name_and_type(tmp_path: Path) -> None:
+    """A choice between several is noted; settings name other columns."""
+    content = pa.table({"image": [1], "url": ["x"], "text": ["a"], "title": ["c"], "b": ["y"]})
+    pairs = opened(tmp_path, content)
+    assert [pairs.where(0), pairs.caption(0)] == [str(tmp_path / "x"), "c"]
+    (note,) = pairs.notes
+    assert "captions are taken from column 'title', not from 'text'" in note
+    pairs = opened(tmp_path, content, caption_column="text", image_column="b")
+    assert [pairs.where(0), pairs.caption(0), pairs.notes] == [str(tmp_path / "y"), "a", []]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_whole_numbers_are_ids(tmp_path: Path, kind: str) -> None:
+    content = pa.table({"path": ["x", "y"], "caption": ["a", "b"], "uid": [7, 8]})
+    lines = "\n".join(map(json.dumps, content.to_pylist())).encode()
+    pairs = opened(tmp_path, content if kind == "parquet" else lines, f"pairs.{kind}")
+    assert list(pairs.sample_ids()) == ["7", "8"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_is_read_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Also if size and time stay the same; otherwise nothing is parsed or checked twice."""
+    path = tmp_path / f"pairs.{kind}"
+
+    def write(caption: str) -> Any:
+        content = pa.table({"path": ["x"], "caption": [caption], "key": ["k"]})
+        text = f"path,caption,key\nx,{caption},k\n".encode()
+        return opened(tmp_path, content if kind == "parquet" else text)
+
+    write("one")
+    stamp = path.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.delattr(tables, "_read_csv")
+        patch.delattr(tables, "_require_unique")
+        assert open_table(str(path), TableOptions(cache=tmp_path / "cache")).caption(0) == "one"
+    assert write("two").caption(0) == "two"
+    os.utime(path, ns=(stamp, stamp))
+    if kind == "csv":
+        assert open_table(str(path), TableOptions(cache=tmp_path / "cache")).caption(0) == "two"
+
+
+def test_a_pattern_opens_files_as_one(tmp_path: Path) -> None:
+    """In order of their names, with ids that are unique over all."""
+    options = TableOptions(cache=tmp_path / "cache")
+    for n in (10, 2, 1):
+        (tmp_path / f"part-{n:05}.csv").write_text(f"path,caption,key\n{n},c{n},k{n}\n")
+        part = pa.table({"path": [f"{n}"], "caption": [f"c{n}"], "key": [f"k{n}"]})
+        pq.write_table(part, tmp_path / f"part-{n:05}-of-00003.parquet")
+    for kind in ("csv", "parquet"):
+        pairs = open_table(str(tmp_path / f"part-*.{kind}"), options)
+        assert list(pairs.sample_ids()) == ["k1", "k2", "k10"]
+        assert captions(pairs) == [("c1",), ("c2",), ("c10",)]
+    (tmp_path / "part-00020.csv").write_text("path,key\nx,k4\n")
+    with pytest.raises(ValueError, match=r"part-00020\.csv: no column 'caption', which .*00001"):
+        open_table(str(tmp_path / "part-*.csv"), options)
+
+
+def many(count: int) -> bytes:
+    rows = (b"%d.jpg,caption %d,k%d\n" % (n, n, n) for n in range(count))
+    return b"path,caption,key\n" + b"".join(rows)
+
+
+def open_at_once(path: str, cache: Path, barrier: Any, answers: Any) -> None:
+    barrier.wait()
+    pairs = open_table(path, TableOptions(cache=cache))
+    answers.put((pairs.index.path.stat().st_ino, len(pairs), pairs.caption(19_999)))
+
+
+def test_four_processes_open_a_table_at_once(tmp_path: Path) -> None:
+    """All get the same index, whose batches are small."""
+    (tmp_path / "pairs.csv").write_bytes(many(20_000))
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(4), context.Queue()
+    arguments = (str(tmp_path / "pairs.csv"), tmp_path / "cache", barrier, answers)
+    processes = [context.Process(target=open_at_once, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = {answers.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert [rest for _, *rest in found] == [[20_000, "caption 19999"]]
+
+
+def test_equal_hashes_are_no_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "hash", lambda text: 1, raising=False)
+    assert len(opened(tmp_path, many(50))) == 50
+    with pytest.raises(ValueError, match="1 ids in 'key' come more than once, such as 'k7'"):
+        opened(tmp_path, many(50) + b"x,y,k7\n", "twice.csv")
+
+
+GOOD = b"path,caption,key\nx,a,1\ny,b,2\n"
+PARQUET = parquet(pa.table({"path": ["x"], "caption": ["a"], "label": [0.5], "tags": [[1]]}))
+FAULTS = {
+    "no such file": ("gone.csv", None, {}, "no such file"),
+    "no such URL": ("s3://gone.parquet", None, {}, "no such file"),
+    "no such pattern": ("gone-*.csv", None, {}, "no such file"),
+    "unknown protocol": ("nowhere://a.csv", None, {}, "'nowhere://' is not read"),
+    "unknown suffix": ("a.xlsx", GOOD, {}, "not a table that can be read; use .csv, .tsv, .jsonl"),
+    "no suffix": ("pairs", GOOD, {}, "not a table that can be read"),
+    "compressed Parquet": ("a.parquet.gz", PARQUET, {}, "not a table that can be read"),
+    "an image": ("a.jpg", GOOD, {}, "not a table that can be read"),
+    "empty file": ("a.csv", b"", {}, "is empty"),
+    "blank lines": ("a.csv", b"\n\n\n", {}, "no column with images"),
+    "header only": ("a.csv", b"path,caption\n", {}, "holds no sample"),
+    "no JSON": ("a.jsonl", b"path,caption\nx,a\n", {}, "no column with images"),
+    "Parquet named CSV": ("a.csv", PARQUET, {}, "is not UTF-8 text"),
+    "gzip named TSV": ("a.tsv", gzip.compress(GOOD), {}, "is not UTF-8 text"),
+    "CSV named gzip": ("a.csv.gz", GOOD, {}, "cannot be read"),
+    "gzip cut short": ("a.csv.gz", gzip.compress(many(9999))[:-9], {}, "cannot be read"),
+    "CSV named Parquet": ("a.parquet", GOOD, {}, "cannot be read .*Parquet"),
+    "Parquet cut short": ("a.parquet", PARQUET[:-9], {}, "cannot be read"),
+    "CSV named Arrow": ("a.arrow", GOOD, {}, "cannot be read"),
+    "broken JSON": ("a.json", b'[{"path": "x"', {}, "cannot be read"),
+    "binary junk": ("a.csv", bytes(range(256)) * 9, {}, "not UTF-8 text"),
+    "UTF-16": ("a.csv", GOOD.decode().encode("utf-16"), {}, "not UTF-8 text"),
+    "Latin-1 header": ("a.csv", b"path,l\xe9gende\nx,a\n", {}, "header is not UTF-8"),
+    "no header": ("a.tsv", b"x.jpg\ta dog\n", {}, "no column with images.*has 'x.jpg', 'a dog'"),
+    "no captions": ("a.csv", b"path,label\nx,1\n", {}, "no column with captions.*'path', 'label'"),
+    "wrong image": ("a.csv", GOOD, {"image_column": "no"}, "'no'; it has 'path', 'caption', 'key'"),
+    "wrong caption": ("a.csv", GOOD, {"caption_column": ["caption", "no"]}, "no column 'no'"),
+    "wrong id": ("a.csv", GOOD, {"id_column": "no"}, "no column 'no'; it has 'path'"),
+    "column twice": ("a.csv", b"path,caption,path\nx,a,y\n", {}, "more than one column 'path'"),
+    "caption type": ("a.parquet", PARQUET, {"caption_column": "label"}, "'label' holds double"),
+    "caption lists": ("a.parquet", PARQUET, {"caption_column": "tags"}, "'tags' holds list"),
+    "image type": ("a.parquet", PARQUET, {"image_column": "tags"}, "'tags' holds list"),
+    "id type": ("a.parquet", PARQUET, {"id_column": "label"}, "'label' holds double, not"),
+    "all ragged": ("a.csv", b"path,caption\nx,a,b\ny,c,d\n", {}, "out 2 lines .*no row is left"),
+    "endless row": ("a.csv", b"path,caption\nx," + b"ab " * 900_000, {}, "more than a megabyte"),
+    "repeated ids": ("a.csv", GOOD + b"z,c,2\nw,d,2\n", {}, "1 ids in 'key' .* such as '2'"),
+    "missing id": ("a.csv", GOOD + b"z,c,\n", {}, "row 2 has no id in 'key'"),
+    "missing id in Parquet": (
+        "a.parquet",
+        parquet(pa.table({"path": ["x"], "caption": ["a"], "key": [None]})),
+        {},
+        "row 0 has no id in 'key'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_structural_fault_is_one_line(tmp_path: Path, bucket: str, fault: str) -> None:
+    """The file, what is wrong with it, and what to do."""
+    file, content, settings, message = FAULTS[fault]
+    path = file if "://" in file else str(tmp_path / file)
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    for _ in range(2):  # nothing that was cached hides it
+        with pytest.raises(ValueError, match=message) as error:
+            open_table(path, TableOptions(cache=tmp_path / "cache", **settings))
+        assert str(error.value).startswith(path)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < len(path) + 400
+
+
+class Library:
+    """Stands in for the hub: `load_dataset` gives three pairs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+
+        self.asked: list[Any] = []
+        rows = {"image": [b"one", b"two", b"three"], "text": ["a", "b", "c"]}
+        self.data = datasets.Dataset.from_dict(rows)
+        monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
+
+    def load_dataset(self, *arguments: Any, split: str, cache_dir: str) -> Any:
+        self.asked.append((*arguments, split))
+        if split == "dev":
+            raise ValueError('Unknown split "dev". Should be one of\n["train"].')
+        return self.data
+
+
+def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the config and split that its name gives."""
+    library = Library(monkeypatch)
+    monkeypatch.setattr(tables, "_hub_answers", lambda reference, name: True)
+    options = TableOptions(cache=tmp_path)
+    pairs = open_hub("hf:owner/name", options)
+    assert [pairs.encoded(row) for row in range(3)] == [b"one", b"two", b"three"]
+    assert captions(pairs) == [("a",), ("b",), ("c",)]
+    assert pairs.sample_id(1) == "name/1"
+    open_hub("hf:owner/name,config=full,split=test[:10%]", options)
+    assert library.asked == [("owner/name", None, "train"), ("owner/name", "full", "test[:10%]")]
+    with pytest.raises(ValueError, match=r"hf:owner/name,split=dev: cannot .*Unknown split") as e:
+        open_hub("hf:owner/name,split=dev", options)
+    assert "\n" not in str(e.value)
+    for wrong in ("hf:name", "hf:owner/name,train", "hf:../name", "hf:owner/name,revision=x"):
+        with pytest.raises(ValueError, match="write hf:OWNER/NAME"):
+            open_hub(wrong, options)
+
+
+def test_a_hub_that_does_not_answer_is_one_line_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(tables, "HUB_SECONDS", 0.1)
+    hang = lambda *arguments, **options: time.sleep(30)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", hang)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"hf:owner/name: the hub does not answer, .*network") as e:
+        open_hub("hf:owner/name", TableOptions(cache=tmp_path))
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(e.value)
+
+
+def test_a_local_folder_stands_in_for_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `datasets` itself has it, without asking the hub."""
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    content = pa.table({"image": [b"one"], "caption": ["a"]})
+    pq.write_table(content, tmp_path / "owner" / "name" / "train-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert open_hub("hf:owner/name", TableOptions(cache=tmp_path)).encoded(0) == b"one"
