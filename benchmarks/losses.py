@@ -235,8 +235,8 @@ def sharded_table(processes: int, repeats: int) -> list[str]:
     lines = [
         "# InfoNCE of a batch on several ranks: plain against tiled",
         "",
-        f"`python benchmarks/losses.py --processes {processes} --repeats {repeats}`, {facts()}, one "
-        "thread per process, gloo, d = 512, with exchanges. The floor of extra memory is the "
+        f"`python benchmarks/losses.py --processes {processes} --repeats {repeats}`, {facts()}, "
+        "one thread per process, gloo, d = 512, with exchanges. The floor of extra memory is the "
         "gathered features and their gradients, 16 bytes per number.",
         "",
         "| batch, of all ranks | form | ms | speed-up | extra MB | share | floor, MB |",

@@ -104,7 +104,7 @@ def test_ranks_start_from_the_rows_of_one_process(init: str, world_size: int) ->
 def test_the_bfloat16_search_is_as_good_on_several_ranks(
     world_size: int, generator: torch.Generator
 ) -> None:
-    """If the hardware has bfloat16; in float32 elsewhere. Inertia is that of one process to 1e-3."""
+    """If the hardware has bfloat16; in float32 elsewhere. Inertia as on one rank to 1e-3."""
     features = torch.nn.functional.normalize(torch.randn(4096, 32, generator=generator), dim=1)
     assert bfloat16_pays(features[:1], 256, 4096) == bfloat16_pays(features, 256, 4096)
     settings = {"num_clusters": 256, "iterations": 5, "seed": 0}

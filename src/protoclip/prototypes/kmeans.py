@@ -340,6 +340,8 @@ class Rows:
 
     def find(self, numbers: Int[Tensor, " k"]) -> tuple[Int[Tensor, " j"], Int[Tensor, " j"]]:
         """Which of these rows are here: their places in `numbers`, and their local row numbers."""
+        if not self.shared:
+            return torch.arange(len(numbers), device=numbers.device), numbers
         places = torch.full_like(self.orders, -1)
         places[self.order] = torch.arange(len(self.order), device=places.device)
         wanted = places[numbers]
@@ -348,6 +350,8 @@ class Rows:
 
     def select(self, numbers: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
         """The rows with these numbers, wherever they are."""
+        if not self.shared:
+            return self.values[numbers]
         which, places = self.find(numbers)
         found = self.values.new_zeros(len(numbers), self.values.shape[1])
         found[which] = self.values[places]

@@ -119,13 +119,8 @@ class Bfloat16Search:
         self.norms = kept.norm(dim=1)
         self.errors = centred.sub_(kept).norm(dim=1)
 
-    def right(self, centroids: Float32[Tensor, "k d"]) -> tuple[Tensor, Tensor]:
-        """Right factor of the distances, `(l, w)`, and the error bound of each row.
-
-        The bound is the most that half a squared distance is off before it is rounded to 16 bits:
-        |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|, plus the rounding of half norms and of sums.
-        A row's own half norm is off by the same amount in all its distances.
-        """
+    def right(self, centroids: Float32[Tensor, "k d"]) -> Tensor:
+        """Right factor of the distances, `(l, w)`."""
         centred = centroids - self.origin
         rounded = centred.bfloat16()
         half_norms = centred.square().sum(1, keepdim=True) / 2
@@ -135,17 +130,26 @@ class Bfloat16Search:
         ones = torch.ones_like(high)
         matrix = pad_to_blocks(torch.cat([rounded, high, low, ones, 0 * ones], dim=1), value=0.0)
         matrix[len(centroids) :, -4] = FAR
+        return matrix
+
+    def error_bounds(self, centroids: Float32[Tensor, "k d"]) -> Float32[Tensor, " n"]:
+        """Most that half a squared distance is off before it is rounded to 16 bits, for each row.
+
+        |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|, plus the rounding of half norms and of sums.
+        A row's own half norm is off by the same amount in all its distances.
+        """
+        centred = centroids - self.origin
         largest_norm = centred.norm(dim=1).max()
-        largest_error = (centred - rounded.float()).norm(dim=1).max()
+        largest_error = (centred - centred.bfloat16().float()).norm(dim=1).max()
         products = self.errors * largest_norm + self.norms * largest_error
         norms = (self.norms + self.errors).square() + largest_norm.square()
-        return matrix, products + ROUNDING**2 * norms
+        return products + ROUNDING**2 * norms
 
     def rough(
         self, centroids: Float32[Tensor, "k d"]
     ) -> tuple[Int[Tensor, " n"], Float32[Tensor, " n"]]:
         """Approximately the nearest centroid of each row and the squared distance to it."""
-        matrix, _ = self.right(centroids)
+        matrix = self.right(centroids)
         assignments, distances = [], []
         for chunk in torch.split(self.left, chunk_rows(self.left.device, len(matrix))):
             bits, index = row_argmin((chunk @ matrix.T).view(torch.int16))
@@ -157,7 +161,7 @@ class Bfloat16Search:
         self, centroids: Float32[Tensor, "k d"]
     ) -> tuple[Int[Tensor, " n"], Float32[Tensor, " n"]]:
         """Nearest centroid of each row and the squared distance to it, as in float32."""
-        matrix, bounds = self.right(centroids)
+        matrix, bounds = self.right(centroids), self.error_bounds(centroids)
         size = chunk_rows(self.left.device, len(matrix))
         found = [
             nearest_candidate((left @ matrix.T).view(torch.int16), bound, rows, centroids)

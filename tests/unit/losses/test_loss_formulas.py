@@ -181,7 +181,7 @@ def embeddings(seed: int) -> Embeddings:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_the_objective_is_the_weighted_sum() -> None:
-    """InfoNCE, both modalities and an external teacher, each with its own weight and temperature."""
+    """InfoNCE, both modalities and an external teacher, each with its weight and temperature."""
     e = embeddings(1)
     temperatures = {"image": 0.2, "text": 0.4, "bert": 0.0}
     pairs = [("image", "text"), ("text", "image"), ("image", "bert"), ("text", "bert")]

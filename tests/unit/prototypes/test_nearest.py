@@ -55,7 +55,7 @@ def test_the_error_bound_holds_for_every_pair(generator: torch.Generator) -> Non
     features = unit_rows(generator, 300) + torch.randn(24, generator=generator)
     centroids = unit_rows(generator, 280)
     search = search_of(features)
-    right, bounds = search.right(centroids)
+    right, bounds = search.right(centroids), search.error_bounds(centroids)
     scores = (search.left.double() @ right.double().T)[:, :280]
     exact = torch.cdist(features.double(), centroids.double()).square() / 2
     centred = (features - search.origin).double()
