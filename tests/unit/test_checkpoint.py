@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import protoclip
-from protoclip.data.pairs import BadSample
 from protoclip.data.loader import SkipLog
+from protoclip.data.pairs import BadSample
 from protoclip.files import write_atomically
 from protoclip.models import loading
 from protoclip.models.loading import checkpoints, damage
