@@ -15,7 +15,13 @@ from protoclip.losses.objective import LossWeights
 def test_examples_run(name: str) -> None:
     function = getattr(protoclip, name)
     (example,) = doctest.DocTestFinder(recurse=False).find(
-        function, name, globs={**vars(protoclip), "LossWeights": LossWeights, "torch": torch}
+        function,
+        name,
+        globs={
+            **{public: getattr(protoclip, public) for public in protoclip.__all__},
+            "LossWeights": LossWeights,
+            "torch": torch,
+        },
     )
     assert example.examples
     results = doctest.DocTestRunner().run(example)
