@@ -249,11 +249,11 @@ class Stream:
                 )
             place += 1
 
-    def landmark(self, first: int) -> dict[str, Any]:
+    def state_dict(self, first: int) -> dict[str, Any]:
         return {"at": first}
 
-    def learn(self, landmark: dict[str, Any]) -> None:
-        self.learned.append(landmark)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learned.append(state)
 
 
 def test_a_stream_is_read_so_far_and_each_sample_once(tmp_path: Path) -> None:

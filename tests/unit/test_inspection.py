@@ -238,10 +238,10 @@ class Stream:
         while True:
             yield from self.items
 
-    def landmark(self, first: int) -> dict[str, Any]:
+    def state_dict(self, first: int) -> dict[str, Any]:
         return {}
 
-    def learn(self, landmark: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
 

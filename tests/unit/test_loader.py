@@ -46,11 +46,11 @@ class NumberedStream:
             else:
                 yield self.pairs.sample(number % 96)
 
-    def landmark(self, first: int) -> dict[str, Any]:
+    def state_dict(self, first: int) -> dict[str, Any]:
         return {"first": first}
 
-    def learn(self, landmark: dict[str, Any]) -> None:
-        self.learned = landmark
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learned = state
 
 
 def loader(

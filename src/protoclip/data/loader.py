@@ -280,13 +280,13 @@ class EpisodeLoader:
         """Where a run stands after `batch` batches of an episode, as JSON-able facts."""
         facts: dict[str, Any] = {"episode": episode, "batch": batch}
         if isinstance(self.pairs, SampleStream):
-            facts["stream"] = self.pairs.landmark(episode * (episode_size // self.world_size))
+            facts["stream"] = self.pairs.state_dict(episode * (episode_size // self.world_size))
         return facts
 
     def restore(self, position: dict[str, Any]) -> None:
         """Make `batches` quick to start at a position that another process stated."""
         if isinstance(self.pairs, SampleStream) and "stream" in position:
-            self.pairs.learn(position["stream"])
+            self.pairs.load_state_dict(position["stream"])
 
 
 def _as_it_is(made: _Made) -> _Made:

@@ -94,8 +94,8 @@ class Pairs(Protocol):
 class SampleStream(Protocol):
     """A source of pairs that is read in one order, without end.
 
-    `samples(first)` is the stream from sample number `first` on, equal whenever it is asked for. A
-    `landmark` (JSON-able) lets another process get there without reading all that lies before.
+    `samples(first)` is the stream from sample number `first` on, the same on every call. A process
+    that loads `state_dict(first)`, JSON values, gets there without reading what comes before.
     """
 
     @property
@@ -103,9 +103,9 @@ class SampleStream(Protocol):
 
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]: ...
 
-    def landmark(self, first: int) -> dict[str, Any]: ...
+    def state_dict(self, first: int) -> dict[str, Any]: ...
 
-    def learn(self, landmark: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class ImageTextPairs:

@@ -77,7 +77,7 @@ def open_source(
         if read == "streaming" or not local:
             return ShardStream(
                 path,
-                caption_key=caption_column,
+                caption_keys=caption_column,
                 seed=seed,
                 rank=rank,
                 world_size=world_size,
@@ -85,7 +85,7 @@ def open_source(
                 name=name,
                 access=access,
             )
-        return open_shards(path, caption_key=caption_column, name=name, cache=cache)
+        return open_shards(path, caption_keys=caption_column, name=name, cache=cache)
     if read == "streaming":
         raise ValueError(f'{path}: only tar shards can be streamed; leave data.read at "auto"')
     open_table = open_folder if not is_url(path) and Path(path).is_dir() else open_manifest

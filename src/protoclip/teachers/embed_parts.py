@@ -121,7 +121,7 @@ def encode_parts(
             part = Part.read(path)
             known.update(part.ids, (entry["sample_id"] for entry in part.bad))
         if written and part.landmark is not None:
-            samples.learn(part.landmark)
+            samples.load_state_dict(part.landmark)
         items = samples.samples(start)
     own = missing[rank() :: world_size()]
     for done, number in enumerate(own):
@@ -148,7 +148,7 @@ def encode_parts(
             ids=ids,
             features=features.astype(np.float16),
             bad=[{"sample_id": b.sample_id, "where": b.where, "reason": b.reason} for b in bad],
-            landmark=samples.landmark(end) if isinstance(samples, SampleStream) else None,
+            landmark=samples.state_dict(end) if isinstance(samples, SampleStream) else None,
         ).write(folder / f"{number:06d}.arrow")
 
 
