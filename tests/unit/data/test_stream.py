@@ -245,7 +245,7 @@ LOST = " after 1 samples; the rest of the shard is lost"
         ("false", "the command ended with status 1"),
         ("no-such-program 2>/dev/null", "the command ended with status 127"),
         ("true", "not a tar file"),
-        ("head -c 3000 0.tar; exit 3", f"the command ended with status 3{LOST}"),
+        ("head -c 3000 0.tar; exit 3", f"the command ended with status 3 in 001.jpg{LOST}"),
         ("head -c 3000 0.tar", f"unexpected end of data{LOST}"),
     ],
 )
