@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 
+from protoclip.data.access import visible
 from protoclip.data.decode import READERS, decode, dimensions
 from protoclip.data.loader import Item, items_of, read_sample
-from protoclip.data.access import visible
 from protoclip.data.mixture import MixedStreams, under
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.stream import ShardStream, read_shard

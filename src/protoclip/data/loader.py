@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclip.config import Config
+from protoclip.data.access import visible
 from protoclip.data.cache import ImageCache, crop, image_cache
 from protoclip.data.decode import ChooseBox
-from protoclip.data.access import visible
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
@@ -215,13 +215,13 @@ class EpisodeLoader:
         """The position after `batch` batches of an episode of `size` pairs, as JSON values."""
         state: dict[str, Any] = {"episode": episode, "batch": batch}
         if isinstance(self.pairs, SampleStream):
-            state["stream"] = self.pairs.landmark(episode * (size // self.world_size))
+            state["stream"] = self.pairs.state_dict(episode * (size // self.world_size))
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make `batches` quick to start at a position that another process saved."""
         if isinstance(self.pairs, SampleStream) and "stream" in state:
-            self.pairs.learn(state["stream"])
+            self.pairs.load_state_dict(state["stream"])
 
     @property
     def _pinned(self) -> bool:

@@ -1,7 +1,7 @@
 """Several sources as one, and a source with its captions shuffled."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -10,41 +10,28 @@ import numpy as np
 import numpy.typing as npt
 
 from protoclip.data.index import digest
-from protoclip.data.pairs import (
-    BadSample,
-    Pairs,
-    Sample,
-    SampleStream,
-)
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import ORDER_STREAM, generator, permute
 
-# Number of a permutation that no turn over the data reaches.
-APART = 2**62
-# Positions over which a mixture of streams keeps its shares exactly.
+# A permutation that no pass over the data uses.
+CAPTION_PERMUTATION = 2**62
+# A mixture of streams keeps its shares exactly over this many samples.
 PERIOD = 1000
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Check that sample ids which start with a source's name and `/` are unique.
-
-    Raises:
-        ValueError: Two sources have one name, or a name holds a `/`.
-    """
+    """Raise `ValueError` if ids `<name>/<id in the source>` of these sources could be equal."""
     for name in names:
-        wrong = (
-            f"two are named '{name}'"
-            if names.count(name) > 1
-            else f"'{name}' cannot begin sample ids, because of its '/'"
-        )
         if names.count(name) > 1 or "/" in name:
+            wrong = f"two are named '{name}'" if "/" not in name else f"'{name}' holds a '/'"
             raise ValueError(
-                f"data.sources: {wrong}; give each source a name of its own, without '/', by "
-                "name = ... in its [[data.sources]]"
+                f"data.sources: {wrong}, but sample ids start with the name; give each source a "
+                "name of its own, without '/', by name = ... in its [[data.sources]]"
             )
 
 
 def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
-    """A sample of the source of that name, under the id that it has in a mixture."""
+    """A sample with the id that it has in a mixture, if its source has that name."""
     sample_id = f"{name}/{item.sample_id}"
     if isinstance(item, Sample):
         return replace(item, sample_id=sample_id)
@@ -54,11 +41,8 @@ def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
 class MixedPairs:
     """Sources one after the other: the rows of the second follow those of the first.
 
-    Every sample id is `<name of the source>/<id in the source>`, so that none comes twice. How
-    often each source is drawn is the sampler's affair.
-
-    Args:
-        sources: At least one.
+    Every sample id is `<name of the source>/<id in the source>`, so ids are unique. The sampler
+    decides how often each source is drawn.
 
     Raises:
         ValueError: Two sources of one name, or a name with a `/`.
@@ -69,11 +53,8 @@ class MixedPairs:
     def __init__(self, sources: Sequence[Pairs]) -> None:
         check_names([source.name for source in sources])
         self.sources = list(sources)
+        self.name = " + ".join(source.name for source in sources)
         self._ends = list(accumulate(len(source) for source in sources))
-
-    @property
-    def name(self) -> str:
-        return " + ".join(source.name for source in self.sources)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -86,8 +67,8 @@ class MixedPairs:
             raise BadSample(self.sample_id(row), error.where, error.reason) from None
 
     def sample_id(self, row: int) -> str:
-        source, row = self._find(row)
-        return f"{source.name}/{source.sample_id(row) if source.has_ids else row}"
+        source, own = self._find(row)
+        return f"{source.name}/{source.sample_id(own) if source.has_ids else own}"
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
         source, own = self._find(row)
@@ -96,27 +77,20 @@ class MixedPairs:
         except BadSample as error:
             raise BadSample(self.sample_id(row), error.where, error.reason) from None
 
+    def sample_ids(self) -> Iterator[str]:
+        for source in self.sources:
+            for own in source.sample_ids() if source.has_ids else range(len(source)):
+                yield f"{source.name}/{own}"
+
     def _find(self, row: int) -> tuple[Pairs, int]:
         number = bisect_right(self._ends, row)
         return self.sources[number], row - (self._ends[number - 1] if number else 0)
 
-    def sample_ids(self) -> Iterator[str]:
-        for source in self.sources:
-            if source.has_ids:
-                yield from (f"{source.name}/{own}" for own in source.sample_ids())
-            else:
-                yield from (f"{source.name}/{row}" for row in range(len(source)))
-
 
 class MixedStreams:
-    """Streams in turns, each with its share of every thousand samples, in a seeded order.
+    """Streams in a seeded order, each with its exact share of every thousand samples.
 
     Every sample id is `<name of the stream>/<id in the stream>`.
-
-    Args:
-        streams: At least one.
-        weights: Relative share of each.
-        seed: Names the order.
 
     Raises:
         ValueError: Two streams of one name, a name with a `/`, or a weight that is too small.
@@ -125,47 +99,38 @@ class MixedStreams:
     def __init__(
         self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
     ) -> None:
-        check_names([stream.name for stream in streams])
-        self.streams, self.seed = list(streams), seed
+        names = [stream.name for stream in streams]
+        check_names(names)
+        self.streams, self.seed, self.name = list(streams), seed, " + ".join(names)
         bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
         self._shares = np.diff(bounds, prepend=0)
         if not self._shares.all():
             raise ValueError("data.sources: a weight is less than a thousandth of their sum")
-
-    @property
-    def name(self) -> str:
-        return " + ".join(stream.name for stream in self.streams)
+        shares = self._shares.tolist()
+        self._identity = digest({"names": names, "shares": shares, "seed": seed})
 
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
         period, skip = divmod(first, PERIOD)
-        readers = [
-            stream.samples(number)
-            for stream, number in zip(self.streams, self._counts(first), strict=True)
-        ]
+        counts = self._counts(first)
+        readers = [s.samples(count) for s, count in zip(self.streams, counts, strict=True)]
         while True:
             for source in self._order(period)[skip:]:
                 yield under(self.streams[source].name, next(readers[source]))
             period, skip = period + 1, 0
 
-    def landmark(self, first: int) -> dict[str, Any]:
-        marks = [
-            stream.landmark(number)
-            for stream, number in zip(self.streams, self._counts(first), strict=True)
-        ]
-        return {"streams": marks, "mixture": self._identity()}
+    def state_dict(self, first: int) -> dict[str, Any]:
+        counts = self._counts(first)
+        states = [s.state_dict(count) for s, count in zip(self.streams, counts, strict=True)]
+        return {"streams": states, "mixture": self._identity}
 
-    def learn(self, landmark: dict[str, Any]) -> None:
-        if landmark.get("mixture") != self._identity():
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("mixture") != self._identity:
             raise ValueError(
-                f"{self.name}: the names, the weights or the seed are not those of what was "
-                "interrupted, so the streams cannot go on; restore them, or start anew"
+                f"{self.name}: the names, the weights or the seed are not those of the interrupted "
+                "run, so the streams cannot go on; restore them, or start anew"
             )
-        for stream, mark in zip(self.streams, landmark["streams"], strict=True):
-            stream.learn(mark)
-
-    def _identity(self) -> str:
-        names = [stream.name for stream in self.streams]
-        return digest({"names": names, "shares": self._shares.tolist(), "seed": self.seed})
+        for stream, own in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(own)
 
     def _order(self, period: int) -> npt.NDArray[np.int64]:
         sources = np.repeat(np.arange(len(self.streams)), self._shares)
@@ -180,18 +145,12 @@ class MixedStreams:
 
 
 class ShuffledCaptions:
-    """Each picture with another's captions: the control that must learn nothing."""
+    """Each image with the captions of another: a control from which nothing can be learned."""
 
     def __init__(self, pairs: Pairs, *, seed: int) -> None:
         self.pairs, self.seed = pairs, seed
-
-    @property
-    def name(self) -> str:
-        return self.pairs.name
-
-    @property
-    def has_ids(self) -> bool:
-        return self.pairs.has_ids
+        self.name, self.has_ids = pairs.name, pairs.has_ids
+        self.sample_id, self.sample_ids = pairs.sample_id, pairs.sample_ids
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -199,15 +158,10 @@ class ShuffledCaptions:
     def sample(self, row: int) -> Sample:
         return replace(self.pairs.sample(row), captions=self.sample_captions(row))
 
-    def sample_id(self, row: int) -> str:
-        return self.pairs.sample_id(row)
-
     def sample_captions(self, row: int) -> tuple[str, ...]:
-        other = int(permute(np.array([row]), len(self), seed=self.seed, turn=APART)[0])
+        rows = np.array([row])
+        other = permute(rows, len(self), seed=self.seed, number=CAPTION_PERMUTATION)
         try:
-            return self.pairs.sample_captions(other)
+            return self.pairs.sample_captions(int(other[0]))
         except BadSample as error:
             raise BadSample(self.sample_id(row), error.where, error.reason) from None
-
-    def sample_ids(self) -> Iterator[str]:
-        return self.pairs.sample_ids()

@@ -86,8 +86,8 @@ class Pairs(Protocol):
 class SampleStream(Protocol):
     """A source of pairs that can only be read in order, and has no end.
 
-    `samples(first)` starts at sample number `first` and is the same on each call. A `landmark`
-    (JSON-able) lets another process get there without reading all that comes before.
+    `samples(first)` starts at sample number `first` and is the same on each call. A process that
+    loads `state_dict(first)` (JSON values) gets there without reading all that comes before.
     """
 
     @property
@@ -95,9 +95,9 @@ class SampleStream(Protocol):
 
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]: ...
 
-    def landmark(self, first: int) -> dict[str, Any]: ...
+    def state_dict(self, first: int) -> dict[str, Any]: ...
 
-    def learn(self, landmark: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,22 @@
-"""Tar shards by name, and local ones as pairs that are read in any order.
+"""Tar shards: which files a pattern names, the samples in one, and an index for random access.
 
-Each shard is indexed once: where its pictures are, their captions and ids. A picture is then a
-range of bytes of the tar, so nothing is unpacked. A shard that is added or changed is indexed
-alone; the others' rows are copied from their own indexes into that of the whole set.
+The layout is WebDataset's: `000.jpg`, `000.txt` and `000.json` are one sample with the key `000`.
+An index holds each image's byte range, its captions and its id, so an image is read straight from
+the tar. Nothing is ever unpacked to a file, whatever a member's name says.
 """
 
 import glob
 import io
+import json
 import multiprocessing
 import os
 import re
+import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,293 +25,327 @@ import numpy as np
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from protoclip.data.access import (
-    NOTHING_MORE,
-    Access,
-    is_url,
-    list_urls,
-    open_local,
-    reason_of,
-    require_allowed,
-)
-from protoclip.data.index import (
-    ArrowIndex,
-    build_index,
-    cache_folder,
-    digest,
-    fingerprint,
-)
+from protoclip.data import locations
+from protoclip.data.access import NOTHING_MORE, Access, is_url, reason_of
+from protoclip.data.index import ArrowIndex, build_index, digest, fingerprint
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.tars import (
-    COMPRESSED,
-    MAX_MEMBER_BYTES,
-    TEXTS,
-    ShardFault,
-    group_id,
-    read_groups,
-    read_members,
-    sample_facts,
-    shard_stem,
-    split_name,
-)
 from protoclip.progress import Progress
 
-# Part of every index's key: an index of another form is built again.
-INDEX_FORM = "tar shards, 1"
-# Fewer new shards than this are indexed in this process.
+IMAGES, TEXTS = frozenset({"jpg", "jpeg", "png", "webp", "gif"}), frozenset({"txt", "json"})
+# Keys of a `.json` that may hold the caption if there is no `.txt`.
+CAPTION_KEYS = ("caption", "captions", "title", "text")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and who reads it
+# A larger image or text is not read. A longer name, or a larger file of any kind, is damage.
+MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
+# Part of the key of every index. Change it when the rows or facts change.
+INDEX_FORM = "tar shards, 2"
+# This many shards or more are indexed by several processes.
 PARALLEL_FROM = 8
 ROWS = pa.schema(
     [
         ("sample_id", pa.string()),
-        ("caption", pa.list_(pa.binary())),  # as stored; decoded, and refused, on access
-        ("offset", pa.int64()),  # both null where there is no picture
+        ("caption", pa.list_(pa.binary())),  # as stored; decoded and checked when it is read
+        ("offset", pa.int64()),  # offset and size are null if there is no image
         ("size", pa.int64()),
     ]
 )
 SET_ROWS = ROWS.append(pa.field("shard", pa.dictionary(pa.int32(), pa.string())))
 
 
-def expand_shards(pattern: str | Sequence[str], access: Access = NOTHING_MORE) -> list[str]:
-    """The shards that a pattern, or each of several, names: sorted, each once.
+class Member(tarfile.TarInfo):
+    """A file in a tar, with its content if that was read.
+
+    `tarfile` takes a damaged header for the end of the tar; this class raises an error instead.
+    """
+
+    data: bytes | None = None
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Member":
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("unexpected end of data")
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError:
+            if not any(buf):
+                raise  # the end of the tar
+            raise tarfile.ReadError("damaged header") from None
+        # A header that brings a long name is read into memory, whatever size it claims to have.
+        if member.type in b"xgXLK" and not 0 <= member.size <= MAX_NAME_BYTES:
+            raise tarfile.ReadError("damaged header")
+        return member
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSample:
+    """A sample as a shard holds it; `fault` says why the shard ends with it, if it breaks off."""
+
+    sample_id: str
+    captions: list[bytes]
+    image: Member | None = None
+    fault: str = ""
+
+
+def shard_stem(shard: str) -> str:
+    """The file name without `.tar` and what follows; of a command, the last such name in it."""
+    found = re.findall(r"([^/\\\s'\"=]+?)\.(?:tar|tgz|tbz|txz)\b", shard)
+    return str(found[-1]) if found else re.split(r"[/\\]", shard.rstrip("/"))[-1]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The key and the lower-case extension; both empty for files that WebDataset ignores.
+
+    >>> split_name("./a.b/000.seg.PNG")
+    ('a.b/000', 'seg.png')
+    """
+    found = re.fullmatch(r"(?:\./)*((?:.*/|)[^./][^./]*)\.([^/]+)", name, re.DOTALL)
+    return (found[1], found[2].lower()) if found else ("", "")
+
+
+def read_samples(
+    file: io.BufferedIOBase, stem: str, caption_keys: Sequence[str] | None, *, stream: bool
+) -> Iterator[ShardSample]:
+    """The samples of an uncompressed tar, each made of consecutive files with one key.
+
+    Args:
+        file: At the tar's first byte.
+        stem: Starts the ids; see `shard_stem`.
+        caption_keys: Keys of the `.json` that hold the captions. None: the `.txt`, or without one
+            the first of `CAPTION_KEYS` that is there.
+        stream: Read front to back, images included. If False, images are skipped by seeking.
+
+    Raises:
+        ValueError: The file is not a tar, or its beginning cannot be read.
+    """
+    # Small reads, because an error at the end of a stream takes with it what else was to be read.
+    options = {"bufsize": tarfile.BLOCKSIZE, "encoding": "utf-8", "errors": "backslashreplace"}
+    mode = "r|" if stream else "r:"
+    try:
+        tar = tarfile.open(fileobj=file, mode=mode, tarinfo=Member, **options)  # type: ignore[call-overload]  # noqa: SIM115
+    except Exception as error:  # decompressors, commands and remote stores have their own errors
+        not_tar = isinstance(error, tarfile.TarError)
+        raise ValueError("not a tar file" if not_tar else reason_of(error)) from error
+    key, files, before, number = "", dict[str, Member](), set[str](), 0
+    reading = fault = ""
+    try:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # or tarfile would keep all headers
+            if not 0 <= tar.offset - member.offset_data <= MAX_SKIPPED_BYTES:
+                raise tarfile.ReadError("damaged header")
+            if not member.isreg() or member.issparse():
+                continue  # nothing opens what a link or device names
+            reading, (next_key, kind) = member.name, split_name(member.name)
+            if kind in (TEXTS | IMAGES if stream else TEXTS) and member.size <= MAX_MEMBER_BYTES:
+                member.data = tar.extractfile(member).read()
+            elif member.size:
+                tar.fileobj.seek(member.offset_data + member.size - 1)
+                if not tar.fileobj.read(1):
+                    raise tarfile.ReadError("unexpected end of data")
+            reading = ""
+            # A second file of one kind starts another sample. It has the same id and is refused.
+            if kind in TEXTS | IMAGES and files and (next_key != key or kind in files):
+                yield _sample(stem, key, files, caption_keys)
+                before, files, number = set(files), {}, number + 1
+            if kind in TEXTS | IMAGES:
+                key, files[kind] = next_key, member
+    except Exception as error:
+        fault = reason_of(error)
+    cut = split_name(reading)[0]
+    # After a fault, complete if the next sample had begun, or with all files the one before had.
+    if files and (not fault or (key != cut if cut else set(files) == before)):
+        yield _sample(stem, key, files, caption_keys)
+        files, number = {}, number + 1
+    if fault:
+        where = f" in {locations.visible(reading[:200])}" if reading else ""
+        reason = f"{fault}{where} after {number} samples; the rest of the shard is lost"
+        sample_id = _sample_id(stem, key if files else cut)
+        yield ShardSample(sample_id=sample_id, captions=[], fault=reason)
+
+
+def _sample_id(stem: str, key: str) -> str:
+    found = f"{stem}/{key}" if key else stem
+    return found.encode("utf-8", "backslashreplace").decode()
+
+
+def _sample(
+    stem: str, key: str, files: dict[str, Member], caption_keys: Sequence[str] | None
+) -> ShardSample:
+    record: Any = None
+    if "json" in files:
+        with suppress(ValueError, RecursionError):  # a damaged one has no caption
+            record = json.loads(files["json"].data or b"")
+    record = record if isinstance(record, dict) else {}
+    captions = [files["txt"].data or b""] if "txt" in files and caption_keys is None else []
+    keys = caption_keys or [name for name in CAPTION_KEYS if name in record and not captions][:1]
+    for value in map(record.get, keys):
+        texts = value if isinstance(value, list) else [value]
+        captions += [t.encode("utf-8", "surrogatepass") for t in texts if isinstance(t, str)]
+    given = record.get("sample_id")
+    images = [file for kind, file in files.items() if kind in IMAGES]
+    return ShardSample(
+        sample_id=_sample_id(given, "")
+        if given and isinstance(given, str)
+        else _sample_id(stem, key),
+        captions=captions,
+        image=next((image for image in images if image.size <= MAX_MEMBER_BYTES), None),
+    )
+
+
+def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
+    """The shards that a pattern names, sorted.
 
     Args:
         pattern: A path or URL with `{00000..00331}` for a range, `{a,b}` for alternatives, and `*`
-            where the files can be listed (not of a web server); a folder or a URL that ends in
-            `/`, for its `*.tar`; or `pipe:COMMAND`, in which braces work too.
+            where files can be listed (not on a web server); a folder, or a URL that ends in `/`,
+            for its `*.tar`; or `pipe:COMMAND`, in which braces work too.
         access: What the user allows.
 
     Raises:
-        ValueError: Nothing matches, a local file is missing, or a location is not allowed.
+        ValueError: Nothing matches, a local file is missing, a location is not allowed, or two
+            shards would give their samples the same ids.
     """
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    found = sorted({shard for each in patterns for shard in _expand(each, access)})
-    if not found:
-        raise ValueError(f"{', '.join(patterns) or 'no pattern'}: no tar shard matches")
-    return found
-
-
-def _expand(pattern: str, access: Access) -> Iterator[str]:
-    if Path(pattern).exists():
-        names = [pattern]
-    else:
-        try:
-            names = list(braceexpand(pattern))
-        except ValueError:
-            raise ValueError(f"{pattern}: the braces do not pair up") from None
-    for name in names:
-        try:
-            require_allowed(name, access)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if name.startswith("pipe:"):
-            yield name
-        elif is_url(name):
-            yield from _listed(name, access) if "*" in name or name.endswith("/") else [name]
-        else:
-            path = Path(name).expanduser()
-            if path.is_dir():
-                yield from map(str, path.glob("*.tar"))
-            elif path.exists():
-                yield str(path)
-            elif re.search(r"[*?[]", name):
-                yield from glob.glob(str(path))  # noqa: PTH207 (an absolute pattern)
-            else:
-                raise ValueError(f"{name}: no such file")
-
-
-def _listed(pattern: str, access: Access) -> list[str]:
     try:
-        return list_urls(f"{pattern}*.tar" if pattern.endswith("/") else pattern, access)
-    except Exception as error:  # every file system has errors of its own
-        raise ValueError(f"{pattern}: cannot be listed ({reason_of(error)})") from None
-
-
-def check_stems(shards: Sequence[str]) -> None:
-    """Raises `ValueError` where two shards would give their samples the same ids."""
-    known: dict[str, str] = {}
+        names = [pattern] if Path(pattern).exists() else list(braceexpand(pattern))
+    except ValueError:
+        raise ValueError(f"{pattern}: the braces do not pair up") from None
+    shards = sorted({shard for name in names for shard in _expand(name, access)})
+    if not shards:
+        raise ValueError(f"{pattern}: no tar shard matches")
+    stems: dict[str, str] = {}
     for shard in shards:
-        other = known.setdefault(shard_stem(shard), shard)
+        other = stems.setdefault(shard_stem(shard), shard)
         if other != shard:
             raise ValueError(
                 f"{shard}: has the file name of {other}, and sample ids start with it; rename "
                 "one, or list them as two [[data.sources]], each with a name of its own"
             )
+    return shards
+
+
+def _expand(name: str, access: Access) -> list[str]:
+    path = Path(name).expanduser()
+    try:
+        locations.require_allowed(name, access)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if is_url(name) and ("*" in name or name.endswith("/")):
+        try:
+            return locations.list_urls(f"{name}*.tar" if name.endswith("/") else name, access)
+        except Exception as error:  # every store has its own errors
+            raise ValueError(f"{name}: cannot be listed ({reason_of(error)})") from None
+    if is_url(name) or name.startswith("pipe:"):
+        return [name]
+    if path.exists():
+        return list(map(str, path.glob("*.tar"))) if path.is_dir() else [str(path)]
+    if re.search(r"[*?[]", name):
+        return glob.glob(str(path))  # noqa: PTH207 (an absolute pattern)
+    raise ValueError(f"{name}: no such file")
 
 
 def open_shards(
-    pattern: str | Sequence[str],
+    pattern: str,
     *,
-    caption_key: str | Sequence[str] | None = None,
+    caption_keys: Sequence[str] | None = None,
     name: str | None = None,
     cache: Path | None = None,
 ) -> ImageTextPairs:
-    """Local tar shards as pairs in any order, indexed first where they are new.
+    """Local tar shards as pairs in any order. New and changed shards are indexed first.
 
-    What an index noted, such as shards that are cut short, is in `.index.facts["notes"]`.
+    `.index.facts["notes"]` says what is wrong with them, such as shards that break off.
 
     Args:
         pattern: See `expand_shards`.
-        caption_key: Key of the `.json` members that holds the caption, or several; the `.txt` if
-            unset, or without one the first of `tars.CAPTION_KEYS` there is.
+        caption_keys: See `read_samples`.
         name: What messages call the source; the pattern if unset.
         cache: Folder for indexes; the user's cache folder if unset.
 
     Raises:
-        ValueError: A shard is missing, remote, compressed or no tar; two samples share an id;
+        ValueError: A shard is missing, remote, compressed or not a tar; two samples share an id;
             there is no sample.
     """
-    # Commands are refused because they are remote, whether or not they are allowed.
-    shards = expand_shards(pattern, Access(commands=True))
-    remote = next((s for s in shards if is_url(s) or s.startswith("pipe:")), None)
-    if remote is not None:
-        raise ValueError(f"{remote}: only local shards can be indexed; stream it, or copy it here")
-    check_stems(shards)
-    index = index_shards(shards, caption_keys=key_list(caption_key), folder=cache)
-    named = name or (pattern if isinstance(pattern, str) else f"{shards[0]} and others")
-    return ImageTextPairs(index, name=named)
-
-
-def key_list(caption_key: str | Sequence[str] | None) -> list[str] | None:
-    return [caption_key] if isinstance(caption_key, str) else list(caption_key or []) or None
-
-
-def index_shards(
-    shards: Sequence[str], *, caption_keys: Sequence[str] | None, folder: Path | None
-) -> ArrowIndex:
-    """The index of a set of local shards, built from one index a shard."""
-    paths = [str(Path(shard).resolve()) for shard in shards]
-    with ThreadPoolExecutor(16) as pool:  # waits for disks
+    if is_url(pattern) or pattern.startswith("pipe:"):
+        raise ValueError(f"{pattern}: only local shards can be indexed; stream it, or copy it here")
+    paths = [str(Path(shard).resolve()) for shard in expand_shards(pattern)]
+    with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
         prints = list(pool.map(fingerprint, paths))
-    settings = {"form": INDEX_FORM, "caption_keys": caption_keys}
-    keys = [digest({**settings, "shard": found}) for found in prints]
-    whole = digest({**settings, "shards": keys})
-    build = partial(_combine, paths, keys, caption_keys, folder)
-    return build_index(whole, SET_ROWS, build, folder=folder)
+    settings = {"form": INDEX_FORM, "caption_keys": caption_keys and list(caption_keys)}
+    keys = [digest({**settings, "shard": each}) for each in prints]
+    index_one = partial(_index_shard, caption_keys=caption_keys, folder=cache)
+    join = partial(_join_indexes, dict(zip(paths, keys, strict=True)), index_one)
+    index = build_index(digest({**settings, "shards": keys}), SET_ROWS, join, folder=cache)
+    return ImageTextPairs(index, name=name or pattern)
 
 
-def _combine(
-    paths: list[str],
-    keys: list[str],
-    caption_keys: Sequence[str] | None,
-    folder: Path | None,
-    facts: dict[str, Any],
-) -> Iterator[pa.RecordBatch]:
-    """The rows of every shard, with the shard's path beside them."""
-    place = folder or cache_folder() / "index"
-    index_one = partial(index_shard, caption_keys=caption_keys, folder=folder)
-    pairs = list(zip(paths, keys, strict=True))
-    missing = [pair for pair in pairs if not (place / f"{pair[1]}.arrow").exists()]
-    if missing:
-        _index_all(index_one, missing)
-    found: list[dict[str, Any]] = []
-    # A name is stored once, and a row has its number. One file is opened at a time: there may be
-    # more shards than a process may have open files.
-    names = pa.array(paths, pa.string())
-    for number, pair in enumerate(pairs):
-        index = index_one(pair)
-        found.append({"shard": pair[0], **index.facts})
-        for batch in index.table.to_batches():
-            rows = pa.array(np.full(len(batch), number, dtype=np.int32))
-            shard = pa.DictionaryArray.from_arrays(rows, names)
-            yield pa.RecordBatch.from_arrays([*batch.columns, shard], schema=SET_ROWS)
-    if any(each["named"] for each in found):
-        _refuse_repeated(
-            paths[0], lambda: (index_one(pair).table["sample_id"].to_pylist() for pair in pairs)
-        )
-    facts["notes"] = _notes(found)
-
-
-def _index_all(
-    index_one: Callable[[tuple[str, str]], ArrowIndex], missing: list[tuple[str, str]]
-) -> None:
-    """Index shards, on all cores where there are many."""
-    if len(missing) < PARALLEL_FROM:
-        for pair in missing:
-            index_one(pair)
-        return
-    progress = Progress(f"Indexing {len(missing)} shards", len(missing))
-    pool: Executor
-    if "fork" in multiprocessing.get_all_start_methods():
-        # Forked, as a loader's workers are: a fresh process would first import PyTorch.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        pool = ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
-    else:
-        pool = ThreadPoolExecutor()
-    with pool:
-        for done, _ in enumerate(pool.map(index_one, missing), 1):
-            progress.update(done)
-
-
-def index_shard(
-    pair: tuple[str, str], *, caption_keys: Sequence[str] | None, folder: Path | None
+def _index_shard(
+    shard: tuple[str, str], *, caption_keys: Sequence[str] | None, folder: Path | None
 ) -> ArrowIndex:
     """The index of one shard, given its path and the key of its index."""
-    path, key = pair
+    path, key = shard
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        with open_local(path) as file:
-            if any(file.peek(6).startswith(magic) for magic in COMPRESSED):
+        with locations.open_local(path) as file:
+            if file.peek(6).startswith(tuple(COMPRESSED)):
                 raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
             try:
-                batch = _rows(path, file, caption_keys, facts)
-            except ShardFault as fault:
-                raise ValueError(f"{path}: {fault}") from None
-        _refuse_repeated(path, lambda: [batch["sample_id"].to_pylist()])
-        yield batch
+                samples = list(read_samples(file, shard_stem(path), caption_keys, stream=False))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        facts["fault"] = samples.pop().fault if samples and samples[-1].fault else ""
+        facts["without"] = {
+            "an image": sum(s.image is None for s in samples),
+            "a caption": sum(not any(text.strip() for text in s.captions) for s in samples),
+        }
+        columns = [
+            [s.sample_id for s in samples],
+            [s.captions for s in samples],
+            [s.image and s.image.offset_data for s in samples],
+            [s.image and s.image.size for s in samples],
+        ]
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, ROWS, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=ROWS)
 
     return build_index(key, ROWS, build, folder=folder)
 
 
-def _rows(
-    path: str, file: io.BufferedIOBase, caption_keys: Sequence[str] | None, facts: dict[str, Any]
-) -> pa.RecordBatch:
-    stem, size = shard_stem(path), Path(path).stat().st_size
-    facts.update(named=0, fault="", without_image=0, without_caption=0)
-    rows: list[tuple[str, list[bytes], int | None, int | None]] = []
-    for group in read_groups(read_members(file, _is_text, size=size)):
-        if group.fault:
-            facts["fault"] = f"{group.fault} after {len(rows)} samples"
-            break
-        sample_id, captions = sample_facts(group, stem, caption_keys)
-        image = group.image if group.image and group.image.size <= MAX_MEMBER_BYTES else None
-        facts["named"] += sample_id != group_id(group, stem)
-        facts["without_image"] += image is None
-        facts["without_caption"] += not any(text.strip() for text in captions)
-        place = (None, None) if image is None else (image.offset, image.size)
-        rows.append((sample_id, captions, *place))
-    arrays = [pa.array([row[i] for row in rows], f.type) for i, f in enumerate(ROWS)]
-    return pa.RecordBatch.from_arrays(arrays, schema=ROWS)
-
-
-def _is_text(name: str) -> bool:
-    return split_name(name)[1] in TEXTS
-
-
-def _refuse_repeated(where: str, sample_ids: Callable[[], Iterable[list[str]]]) -> None:
-    """Raises `ValueError` where ids are not unique; compares hashes, for their little memory."""
-    hashes = [np.fromiter(map(hash, some), np.int64, len(some)) for some in sample_ids()]
-    values, counts = np.unique(np.concatenate([*hashes, np.empty(0, np.int64)]), return_counts=True)
+def _join_indexes(
+    shards: dict[str, str], index_one: Any, facts: dict[str, Any]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of every shard, with its path in a further column."""
+    if len(shards) >= PARALLEL_FROM:
+        # A forked process does not import PyTorch again.
+        fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        progress = Progress(f"Indexing {len(shards)} shards", len(shards))
+        with ProcessPoolExecutor(cores, multiprocessing.get_context(fork)) as pool:
+            for done, _ in enumerate(pool.map(index_one, shards.items()), 1):
+                progress.update(done)
+    # One index is open at a time: there may be more shards than a process may have open files.
+    names = pa.array(list(shards), pa.string())
+    without: Counter[str] = Counter()
+    faults: list[str] = []
+    hashes = [np.zeros(0, np.int64)]  # of the ids, which need more memory
+    for number, shard in enumerate(shards.items()):
+        index = index_one(shard)
+        without.update(index.facts["without"])
+        faults += [f"{shard[0]}: {fault}" for fault in [index.facts["fault"]] if fault]
+        for batch in index.table.to_batches():
+            hashes.append(np.fromiter(map(hash, batch["sample_id"].to_pylist()), np.int64))
+            rows = pa.array(np.full(len(batch), number, dtype=np.int32))
+            column = pa.DictionaryArray.from_arrays(rows, names)
+            yield pa.RecordBatch.from_arrays([*batch.columns, column], schema=SET_ROWS)
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
     suspects = set(values[counts > 1].tolist())
-    if not suspects:
-        return
-    found = Counter(each for some in sample_ids() for each in some if hash(each) in suspects)
-    repeated = [each for each, count in found.items() if count > 1]
-    if repeated:
-        raise ValueError(
-            f"{where}: {len(repeated)} sample ids come more than once, such as '{repeated[0]}'; "
-            "keys must differ, and the files of a sample follow each other (tar --sort=name)"
+    if suspects:
+        ids = (i for s in shards.items() for i in index_one(s).table["sample_id"].to_pylist())
+        repeated = [i for i, n in Counter(i for i in ids if hash(i) in suspects).items() if n > 1]
+        if repeated:
+            raise ValueError(
+                f"{next(iter(shards))}: {len(repeated)} sample ids come more than once, such as "
+                f"'{repeated[0]}'; keys must differ, and the files of a sample follow each other "
+                "(tar --sort=name)"
+            )
+    facts["notes"] = [f"{n} samples without {what}" for what, n in without.items() if n]
+    if faults:
+        facts["notes"].append(
+            f"{len(faults)} of {len(shards)} shards break off, such as {faults[0]}"
         )
-
-
-def _notes(found: list[dict[str, Any]]) -> list[str]:
-    """What a user should know of a set of shards."""
-    notes = []
-    for count, what in (("without_image", "picture"), ("without_caption", "caption")):
-        if number := sum(each[count] for each in found):
-            notes.append(f"{number} samples without a {what}")
-    if cut := [each for each in found if each["fault"]]:
-        notes.append(
-            f"{len(cut)} shards broken off, such as {cut[0]['shard']}: {cut[0]['fault']}; what "
-            "follows in them is lost, at least one sample each"
-        )
-    return notes

@@ -104,10 +104,10 @@ def open_source(
         )
     keys: Sequence[str] | None = options.captions or None
     if local and read != "streaming":
-        return open_shards(path, caption_key=keys, name=options.name, cache=options.cache)
+        return open_shards(path, caption_keys=keys, name=options.name, cache=options.cache)
     return ShardStream(
         path,
-        caption_key=keys,
+        caption_keys=keys,
         seed=seed,
         rank=rank(),
         world_size=world_size(),

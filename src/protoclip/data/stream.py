@@ -1,68 +1,55 @@
-"""Tar shards read from front to back, without end: local or remote, compressed or not.
+"""Tar shards as an endless stream, read front to back: local or remote, compressed or not.
 
-The order is a pure function of the seed and the shards, and known to the sample, so a run goes on
-where it was interrupted: by the landmark of a block of samples, without reading what came before.
+The order is a pure function of the seed, the rank and the shards. The stream remembers in which
+shard each block of samples begins, so a run resumes without reading what came before.
 """
 
+import importlib
 import io
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from queue import SimpleQueue
-from threading import Event, Semaphore, Thread, current_thread
+from threading import Event, Thread
 from typing import Any, TypeVar
 
-from protoclip.data.access import (
-    NOTHING_MORE,
-    READ_BYTES,
-    Access,
-    open_file,
-    reason_of,
-    require_allowed,
-)
+from protoclip.data import locations
+from protoclip.data.access import NOTHING_MORE, READ_BYTES, Access, reason_of
 from protoclip.data.index import digest
 from protoclip.data.pairs import BadSample, Sample, clean_captions
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
-from protoclip.data.shards import check_stems, expand_shards, key_list
-from protoclip.data.tars import (
+from protoclip.data.shards import (
     COMPRESSED,
-    IMAGES,
-    TEXTS,
-    Group,
-    group_id,
-    read_groups,
-    read_members,
-    sample_facts,
+    ShardSample,
+    expand_shards,
+    read_samples,
     shard_stem,
-    split_name,
 )
 
 T = TypeVar("T")
-# The number of the first sample in the stream, and the samples as they lie.
+# The number of the first sample, and the samples in the order they were read.
 Block = tuple[int, list[Sample | BadSample]]
 
-# Pictures that a block holds at most, in bytes; two blocks are in memory.
+# A block ends when its images have this many bytes. Two blocks are in memory.
 BLOCK_BYTES = 1 << 28
-# So many different shards in a row without a sample end a stream.
+# A stream ends after this many different shards in a row without a good sample.
 MAX_FAILED = 32
-# Seconds that a closed stream waits for a read that is under way.
-CLOSE_SECONDS = 2.0
 
 
 class ShardStream:
-    """Image-text pairs from tar shards, in one endless order; see `pairs.SampleStream`.
+    """Image-text pairs from tar shards in one endless order; see `pairs.SampleStream`.
 
-    Each pass over the shards has its own permutation of them, and the endless sequence of shards is
-    dealt to the processes in turn: together they see every sample once a pass. Within a process the
-    samples are permuted in blocks.
+    Each pass over the shards permutes them. The endless sequence of shards is dealt to the ranks in
+    turn, so all ranks together see every sample once a pass. Each rank shuffles its samples in
+    blocks.
 
     Args:
         pattern: See `shards.expand_shards`.
-        seed: Names the order.
-        rank, world_size: This process among all, which share one seed.
-        shuffle: Samples of a block; fewer where they hold more than `BLOCK_BYTES`.
-        caption_key: See `shards.open_shards`.
+        seed: Determines the order; the same on all ranks.
+        rank, world_size: Of this process.
+        shuffle: Samples in a block; fewer if they have more than `BLOCK_BYTES`. 1 keeps the order.
+        caption_keys: See `shards.read_samples`.
         name: What messages call the source; the pattern if unset.
         access: What the user allows.
 
@@ -72,13 +59,13 @@ class ShardStream:
 
     def __init__(
         self,
-        pattern: str | Sequence[str],
+        pattern: str,
         *,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         shuffle: int = 4096,
-        caption_key: str | Sequence[str] | None = None,
+        caption_keys: Sequence[str] | None = None,
         name: str | None = None,
         access: Access = NOTHING_MORE,
     ) -> None:
@@ -87,218 +74,181 @@ class ShardStream:
                 f"data.shuffle_buffer: {shuffle} is not a number of samples; 1 keeps the order"
             )
         self.shards = expand_shards(pattern, access)
-        self.access = access
-        check_stems(self.shards)
-        self._name = name or (pattern if isinstance(pattern, str) else f"{pattern[0]} and others")
+        self.name = name or pattern
         self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
-        self.caption_keys = key_list(caption_key)
-        # First sample of a block -> which of this process's shards it is in, and its place there.
-        self._landmarks: dict[int, tuple[int, int]] = {0: (0, 0)}
-
-    @property
-    def name(self) -> str:
-        return self._name
+        self.caption_keys, self.access = caption_keys and list(caption_keys), access
+        # First sample of a block -> which of this rank's shards holds it, and its place there.
+        self._blocks_at: dict[int, tuple[int, int]] = {0: (0, 0)}
 
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
-        """The stream from sample number `first` on, bad samples counted too.
+        """The stream from sample number `first` on. Bad samples count too.
 
-        A thread reads ahead of use, by a block. It ends when the iterator is closed or dropped.
+        A thread reads one block ahead. It ends when the iterator is closed or dropped.
 
         Raises:
-            ValueError: No shard can be read, on iteration.
+            ValueError: On iteration, if no shard can be read.
         """
-        start = max(number for number in list(self._landmarks) if number <= first)
-        with closing(read_ahead(partial(self._blocks, start), slots=2)) as blocks:
+        start = self._block_before(first)
+        with closing(read_ahead(partial(self._blocks, start))) as blocks:
             for start, block in blocks:
-                if start + len(block) <= first:
-                    continue
-                # No other block, of this process or another, has this number.
+                # No other block of any rank has this number.
                 draw = generator(self.seed, BLOCK_STREAM, start * self.world_size + self.rank)
                 order = draw.permutation(len(block))[max(0, first - start) :]
                 left = [block[place] for place in order[::-1]]
-                block.clear()
+                block.clear()  # samples are freed as they are used
                 while left:
                     yield left.pop()
 
-    def landmark(self, first: int) -> dict[str, Any]:
-        """What another process needs to know to start near `first`, as JSON-able facts."""
-        number = max(number for number in list(self._landmarks) if number <= first)
-        shard, place = self._landmarks[number]
-        facts = {"sample": number, "shard": shard, "place": place}
-        return {**facts, "rank": [self.rank, self.world_size], "stream": self._identity()}
+    def state_dict(self, first: int) -> dict[str, Any]:
+        """JSON values from which this rank's stream resumes at sample number `first`."""
+        start = self._block_before(first)
+        shard, place = self._blocks_at[start]
+        state = {"sample": start, "shard": shard, "place": place, "stream": self._identity()}
+        return {**state, "rank": [self.rank, self.world_size]}
 
-    def learn(self, landmark: Mapping[str, Any]) -> None:
-        """Take over a landmark. That of another rank is of no use, and is passed over.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make `samples` quick to start where a state was taken. Other ranks' states are ignored.
 
         Raises:
-            ValueError: It is of other shards, or in another order.
+            ValueError: The state belongs to other shards or another order.
         """
-        if landmark["stream"] != self._identity():
+        if state["stream"] != self._identity():
             raise ValueError(
                 f"{self.name}: the shards, the seed or data.shuffle_buffer are not those of the "
                 "interrupted run, so the stream cannot go on; restore them, or start anew"
             )
-        if landmark["rank"] == [self.rank, self.world_size]:
-            self._landmarks[int(landmark["sample"])] = (landmark["shard"], landmark["place"])
+        if state["rank"] == [self.rank, self.world_size]:
+            self._blocks_at[int(state["sample"])] = (state["shard"], state["place"])
 
     def _identity(self) -> str:
         stems = [shard_stem(shard) for shard in self.shards]
         order = {"seed": self.seed, "shuffle": self.shuffle, "block_bytes": BLOCK_BYTES}
         return digest({"shards": stems, "captions": self.caption_keys, **order})
 
-    def _blocks(self, start: int, stopped: Event) -> Generator[Block, None, None]:
-        """Blocks in the order read, each with the number of its first sample."""
-        block: list[Sample | BadSample] = []
-        held = turn = 0
-        for shard, place, item in self._items(*self._landmarks[start]):
-            if stopped.is_set():
-                return
-            # No block holds samples of two passes, or a pass would end before all were seen.
-            before, turn = turn, (shard * self.world_size + self.rank) // len(self.shards)
-            if block and turn != before:
-                number = len(block)
-                yield start, block
-                start, block, held = start + number, [], 0
-            if not block:
-                self._landmarks[start] = (shard, place)
-            block.append(item)
-            held += len(item.image) if isinstance(item, Sample) else 0
-            if len(block) == self.shuffle or held >= BLOCK_BYTES:
-                number = len(block)
-                yield start, block
-                start, block, held = start + number, [], 0
+    def _block_before(self, first: int) -> int:
+        return max(start for start in list(self._blocks_at) if start <= first)
 
-    def _items(self, turn: int, skip: int) -> Iterator[tuple[int, int, Sample | BadSample]]:
-        """Samples from place `skip` of this process's shard number `turn` on, as they lie."""
-        failed: set[str] = set()
+    def _blocks(self, start: int, stopped: Event) -> Generator[Block, None, None]:
+        number, skip = self._blocks_at[start]
+        block: list[Sample | BadSample] = []
+        held, failed = 0, set[str]()
         while True:
-            shard = self._shard(turn * self.world_size + self.rank)
+            position = number * self.world_size + self.rank
+            shard, reason = self._shard(position), "it holds no sample"
             failed.add(shard)
-            reason = "it holds no sample"
             for place, item in enumerate(read_shard(shard, self.caption_keys, self.access)):
+                if stopped.is_set():
+                    return
                 if isinstance(item, Sample):
                     failed.clear()
                 else:
                     reason = item.reason
-                if place >= skip:
-                    yield turn, place, item
+                if place < skip:
+                    continue
+                if not block:
+                    self._blocks_at[start] = (number, place)
+                block.append(item)
+                held += len(item.image) if isinstance(item, Sample) else 0
+                if len(block) == self.shuffle or held >= BLOCK_BYTES:
+                    size = len(block)
+                    yield start, block
+                    start, block, held = start + size, [], 0
             if len(failed) >= min(len(self.shards), MAX_FAILED):
                 raise ValueError(
                     f"{self.name}: {len(failed)} shards in a row without a sample that can be "
                     f"used; the last is {shard}: {reason}"
                 )
-            turn, skip = turn + 1, 0
+            # A block also ends with its pass, or a sample could come twice before another came.
+            after = position + self.world_size
+            if block and position // len(self.shards) != after // len(self.shards):
+                size = len(block)
+                yield start, block
+                start, block, held = start + size, [], 0
+            number, skip = number + 1, 0
 
     def _shard(self, position: int) -> str:
-        """The shard at a position of the endless sequence of all processes."""
-        turn, place = divmod(position, len(self.shards))
-        order = generator(self.seed, SHARD_STREAM, turn).permutation(len(self.shards))
+        """The shard at a position in the endless sequence that all ranks share."""
+        epoch, place = divmod(position, len(self.shards))
+        order = generator(self.seed, SHARD_STREAM, epoch).permutation(len(self.shards))
         return self.shards[int(order[place])]
 
 
-def read_ahead(
-    make: Callable[[Event], Generator[T, None, None]], *, slots: int
-) -> Generator[T, None, None]:
-    """Run an iterator in a thread, `slots - 1` items ahead of use.
+def read_ahead(make: Callable[[Event], Generator[T, None, None]]) -> Generator[T, None, None]:
+    """Run a generator in a thread, one item ahead.
 
-    Closing or dropping the result ends the thread; what the iterator raises is raised here.
-
-    Args:
-        make: The iterator, given an event that says to stop in the middle of an item.
-        slots: Items in memory, the one in use included.
+    `make` gets an event that is set when the result is closed or dropped.
     """
-    stopped, free = Event(), Semaphore(slots)
+    stopped, wanted = Event(), SimpleQueue[bool]()
     ready: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
 
     def run() -> None:
-        try:
-            with closing(make(stopped)) as items:
-                while free.acquire() and not stopped.is_set():
-                    ready.put((next(items), None))
-        except BaseException as error:
-            ready.put((None, error))
+        with closing(make(stopped)) as items:
+            while wanted.get():
+                try:
+                    ready.put((next(items, None), None))
+                except BaseException as error:
+                    ready.put((None, error))
 
-    thread = Thread(target=run, name="protoclip-read-ahead", daemon=True)
-    thread.start()
+    # A daemon, or a read that hangs would keep the process from ending.
+    Thread(target=run, name="protoclip-read-ahead", daemon=True).start()
+    wanted.put(True)
     try:
         while True:
             item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
             if error is not None:
                 raise error
-            yield item  # type: ignore[misc]
-            item = None
-            free.release()
+            if item is None:
+                return
+            wanted.put(True)
+            yield item
     finally:
         stopped.set()
-        free.release()
-        if thread is not current_thread():  # where the thread's garbage collection dropped us
-            thread.join(CLOSE_SECONDS)
+        wanted.put(False)
 
 
 def read_shard(
     shard: str, caption_keys: Sequence[str] | None, access: Access = NOTHING_MORE
 ) -> Iterator[Sample | BadSample]:
-    """The samples of one shard, in order. What is wrong with it is a bad sample, not an error."""
+    """The samples of one shard, in order. A shard that cannot be read ends with a bad sample."""
     stem, seen = shard_stem(shard), set[str]()
     try:
-        with open_shard(shard, access) as file:
-            for number, group in enumerate(read_groups(read_members(file, _is_used))):
-                if group.fault:
-                    group.fault += f" after {number} samples; what follows is lost, at least 1"
-                yield _sample(group, shard, stem, caption_keys, seen)
-    except FileNotFoundError:
-        yield BadSample(stem, shard, "no such file")
-    except Exception as error:  # file systems, commands and decompressors have errors of their own
+        with _open(shard, access) as file:
+            for found in read_samples(file, stem, caption_keys, stream=True):
+                yield _checked(found, shard, repeated=found.sample_id in seen)
+                seen.add(found.sample_id)
+    except Exception as error:  # file systems, commands and decompressors have their own errors
         yield BadSample(stem, shard, reason_of(error))
 
 
-def _is_used(name: str) -> bool:
-    return split_name(name)[1] in IMAGES | TEXTS
-
-
-def _sample(
-    group: Group, shard: str, stem: str, caption_keys: Sequence[str] | None, seen: set[str]
-) -> Sample | BadSample:
-    if group.fault:
-        return BadSample(group_id(group, stem), shard, group.fault)
-    sample_id, captions = sample_facts(group, stem, caption_keys)
-    if sample_id in seen:
-        return BadSample(sample_id, shard, "the same sample id as one before it in the shard")
-    seen.add(sample_id)
-    if group.image is None or group.image.data is None:
-        return BadSample(sample_id, shard, "no image")
+def _checked(found: ShardSample, shard: str, *, repeated: bool) -> Sample | BadSample:
+    reason = found.fault or ("the same sample id as one before it in the shard" if repeated else "")
+    image = found.image.data if found.image else None
     try:
-        texts = clean_captions(captions)
+        if image is not None and not reason:
+            texts = clean_captions(found.captions)
+            return Sample(sample_id=found.sample_id, image=image, captions=texts, where=shard)
     except ValueError as error:
-        return BadSample(sample_id, shard, str(error))
-    return Sample(sample_id=sample_id, image=group.image.data, captions=texts, where=shard)
+        reason = str(error)
+    return BadSample(found.sample_id, shard, reason or "no image")
 
 
 @contextmanager
-def open_shard(shard: str, access: Access) -> Iterator[io.BufferedIOBase]:
-    """A shard's bytes in order, uncompressed: a file, a URL or the output of `pipe:COMMAND`."""
-    with _opened(shard, access) as file:
+def _open(shard: str, access: Access) -> Iterator[io.BufferedIOBase]:
+    """The uncompressed bytes of a file, a URL or the output of `pipe:COMMAND`."""
+    locations.require_allowed(shard, access)
+    opened: Any  # a buffered reader
+    if shard.startswith("pipe:"):
+        opened = io.BufferedReader(_Command(shard.removeprefix("pipe:")), READ_BYTES)
+    else:
+        opened = locations.open_file(shard, access)
+    with opened as file:
         start = file.peek(6)
         reader = next((r for magic, r in COMPRESSED.items() if start.startswith(magic)), None)
-        yield file if reader is None else reader(file)
-
-
-@contextmanager
-def _opened(shard: str, access: Access) -> Iterator[io.BufferedReader]:
-    require_allowed(shard, access)
-    if shard.startswith("pipe:"):
-        command: Any = _Command(shard.removeprefix("pipe:"))
-        with io.BufferedReader(command, READ_BYTES) as output:
-            yield output
-    else:
-        with open_file(shard, access) as file:
-            yield file
+        yield importlib.import_module(reader).open(file) if reader else file
 
 
 class _Command(io.RawIOBase):
-    """What a command writes; its end is an `OSError` if the command failed."""
+    """The output of a command. Its end is an `OSError` if the command failed."""
 
     def __init__(self, command: str) -> None:
         self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0)
@@ -316,7 +266,7 @@ class _Command(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self.output.close()  # a command that is still writing ends here
+            self.output.close()  # ends a command that is still writing
             self.process.terminate()
             self.process.wait()
         super().close()

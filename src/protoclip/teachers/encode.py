@@ -316,7 +316,7 @@ def encode_parts(
     if is_stream:
         for note, _ in map(read_part, written):
             known.update(note["ids"], (entry["sample_id"] for entry in note["bad"]))
-            samples.learn(note["position"])
+            samples.load_state_dict(note["position"])
         stream = samples.samples(len(written) * size)
     for done, number in enumerate(share):
         first, end = number * size, min((number + 1) * size, total)
@@ -340,7 +340,7 @@ def encode_parts(
             bad = [{"sample_id": own, "reason": "no features"} for own in compress(ids, ~has)]
             ids = list(compress(ids, has))
             features = encoder.lookup(ids).numpy()
-        note = {"ids": ids, "bad": bad, "position": samples.landmark(end) if is_stream else None}
+        note = {"ids": ids, "bad": bad, "position": samples.state_dict(end) if is_stream else None}
         half, content = store.to_half(features, ids, name=name), io.BytesIO()
         # PCA reads a user's features in full precision.
         kept = half if isinstance(encoder, Encoder) else features

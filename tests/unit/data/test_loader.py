@@ -45,11 +45,11 @@ class NumberedStream:
         finally:
             self.open -= 1
 
-    def landmark(self, first: int) -> dict[str, Any]:
+    def state_dict(self, first: int) -> dict[str, Any]:
         return {"first": first}
 
-    def learn(self, landmark: dict[str, Any]) -> None:
-        self.learned = landmark
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learned = state
 
 
 def loader(

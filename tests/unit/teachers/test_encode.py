@@ -382,11 +382,11 @@ class Stream:
                 yield Sample(sample_id=f"s/{number}", image=b"", captions=captions, where="a.tar")
             place += 1
 
-    def landmark(self, first: int) -> dict[str, Any]:
+    def state_dict(self, first: int) -> dict[str, Any]:
         return {"at": first}
 
-    def learn(self, landmark: dict[str, Any]) -> None:
-        self.learned.append(landmark)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learned.append(state)
 
 
 def test_each_sample_of_a_stream_is_encoded_once(tmp_path: Path) -> None:

@@ -34,11 +34,11 @@ class Counting:
             yield Sample(sample_id=where, image=b"", captions=("a",), where=where)
             number += 1
 
-    def landmark(self, first: int) -> dict[str, Any]:
+    def state_dict(self, first: int) -> dict[str, Any]:
         return {"first": first}
 
-    def learn(self, landmark: dict[str, Any]) -> None:
-        self.learned.append(landmark)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learned.append(state)
 
 
 def ids(stream: SampleStream, first: int, number: int) -> list[str]:
@@ -99,10 +99,10 @@ def test_landmarks_of_a_mixed_stream_reach_each_stream() -> None:
     """Each stream's landmark is for the number of its own samples before that place."""
     streams = [Counting("a"), Counting("b")]
     mixed = MixedStreams(streams, weights=[0.7, 0.3], seed=0)
-    landmark = mixed.landmark(1500)
+    landmark = mixed.state_dict(1500)
     counts = Counter(i[0] for i in ids(mixed, 0, 1500))
     assert landmark["streams"] == [{"first": counts["a"]}, {"first": counts["b"]}]
-    mixed.learn(landmark)
+    mixed.load_state_dict(landmark)
     assert streams[1].learned == [{"first": counts["b"]}]
     for other in (
         MixedStreams([Counting("a"), Counting("c")], weights=[0.7, 0.3], seed=0),
@@ -110,7 +110,7 @@ def test_landmarks_of_a_mixed_stream_reach_each_stream() -> None:
         MixedStreams([Counting("a"), Counting("b")], weights=[0.7, 0.3], seed=1),
     ):
         with pytest.raises(ValueError, match="the names, the weights or the seed are not those"):
-            other.learn(landmark)
+            other.load_state_dict(landmark)
 
 
 @pytest.mark.parametrize("replacement", [True, False])

@@ -48,7 +48,7 @@ def test_with_replacement_rows_are_uniform() -> None:
 
 def test_the_permutation_mixes() -> None:
     """Neighbours do not stay neighbours, and the rank correlation with the input is near zero."""
-    image = permute(np.arange(5000), 5000, seed=1, turn=0)
+    image = permute(np.arange(5000), 5000, seed=1, number=0)
     assert sorted(image.tolist()) == list(range(5000))
     assert (np.abs(np.diff(image)) == 1).mean() < 0.01
     assert abs(np.corrcoef(np.arange(5000), image)[0, 1]) < 0.05

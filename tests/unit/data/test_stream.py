@@ -1,0 +1,404 @@
+"""Streams over tar shards: their order, where they resume, and what they survive."""
+
+import gc
+import io
+import itertools
+import json
+import shlex
+import tarfile
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from protoclip.data import stream as streams
+from protoclip.data.access import Access
+from protoclip.data.pairs import BadSample, Sample, SampleStream
+from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
+from protoclip.data.shards import open_shards
+from protoclip.data.stream import ShardStream, read_ahead
+
+SIZES = (5, 3, 7, 4, 6)
+COMMANDS, OWN_HOST = Access(commands=True), Access(private_hosts=True)
+
+
+def tar(keys: list[str]) -> bytes:
+    """A tar of samples with random bytes for images."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as out:
+        for key in keys:
+            image = np.random.default_rng(int(key)).bytes(40)
+            for kind, data in (("jpg", image), ("txt", f"caption {key}".encode())):
+                info = tarfile.TarInfo(f"{key}.{kind}")
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five shards of 3 to 7 samples: 25 in all."""
+    numbers = itertools.count()
+    for shard, size in enumerate(SIZES):
+        keys = [f"{next(numbers):03d}" for _ in range(size)]
+        (tmp_path / f"{shard}.tar").write_bytes(tar(keys))
+    return tmp_path
+
+
+def stream(source: Path | str, **options) -> ShardStream:
+    return ShardStream(str(source), **{"seed": 3, "shuffle": 4, **options})
+
+
+def take(source: ShardStream, count: int, first: int = 0) -> list[Sample | BadSample]:
+    found = source.samples(first)
+    items = list(itertools.islice(found, count))
+    found.close()
+    return items
+
+
+def ids(items: list[Sample | BadSample]) -> list[str]:
+    return [item.sample_id for item in items]
+
+
+def good(items: list[Sample | BadSample]) -> set[str]:
+    return {item.sample_id for item in items if isinstance(item, Sample)}
+
+
+def bad(items: list[Sample | BadSample]) -> set[tuple[str, str]]:
+    return {(item.sample_id, item.reason) for item in items if isinstance(item, BadSample)}
+
+
+def restated(folder: Path, count: int, *, seed: int, rank: int, world: int, shuffle: int):
+    """The order by its definition: deal permuted shards, then permute blocks of what they hold in
+    one pass."""
+    passes: dict[int, list[str]] = {}
+    shards = sorted(folder.glob("*.tar"))
+    for position in range(rank, world * count, world):
+        epoch, place = divmod(position, len(shards))
+        order = generator(seed, SHARD_STREAM, epoch).permutation(len(shards))
+        with tarfile.open(shards[order[place]]) as opened:
+            names = [name for name in opened.getnames() if name.endswith(".jpg")]
+        stem = shards[order[place]].stem
+        passes.setdefault(epoch, []).extend(f"{stem}/{name[:-4]}" for name in names)
+    found: list[str] = []
+    start = 0
+    for samples in passes.values():
+        for first in range(0, len(samples), shuffle):
+            block = samples[first : first + shuffle]
+            draw = generator(seed, BLOCK_STREAM, start * world + rank).permutation(len(block))
+            found += [block[offset] for offset in draw]
+            start += len(block)
+    assert len(found) >= count
+    return found[:count]
+
+
+@pytest.mark.parametrize("shuffle", [1, 4, 64])
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (2, 3), (6, 7)])
+def test_the_order_is_its_definition(folder: Path, shuffle: int, rank: int, world: int) -> None:
+    """Over several passes, for any number of ranks and any size of block."""
+    found = take(stream(folder, rank=rank, world_size=world, shuffle=shuffle), 90)
+    assert ids(found) == restated(folder, 90, seed=3, rank=rank, world=world, shuffle=shuffle)
+
+
+def test_a_stream_keeps_the_contract_and_gives_what_an_index_gives(folder: Path) -> None:
+    """One pass of one rank holds every sample once, as the index has it."""
+    source = stream(folder, shuffle=25)
+    assert isinstance(source, SampleStream)
+    assert source.name == str(folder)
+    pairs = open_shards(str(folder), cache=folder / "cache")
+    indexed = {s.sample_id: (s.image, s.captions) for s in map(pairs.sample, range(25))}
+    assert {s.sample_id: (s.image, s.captions) for s in take(source, 25)} == indexed
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_a_pass_over_all_ranks_holds_every_sample_once(folder: Path, world: int) -> None:
+    """In `world` passes together each sample comes `world` times, whatever rank reads it."""
+    counts: Counter[str] = Counter()
+    for rank in range(world):
+        # Five shards for each rank: `world` whole passes.
+        source = stream(folder, rank=rank, world_size=world, shuffle=1)
+        shards = [source._shard(number * world + rank) for number in range(len(SIZES))]
+        counts.update(ids(take(source, sum(SIZES[int(Path(shard).stem)] for shard in shards))))
+    assert set(counts.values()) == {world}
+    assert len(counts) == 25
+
+
+def test_seeds_and_passes_have_their_own_orders(folder: Path) -> None:
+    orders = [ids(take(stream(folder, seed=seed, shuffle=25), 25)) for seed in range(3)]
+    orders.append(ids(take(stream(folder, seed=0, shuffle=25), 25, first=25)))
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@pytest.mark.parametrize("shuffle", [1, 4, 10])
+def test_samples_from_any_number_on_are_those_of_the_whole(folder: Path, shuffle: int) -> None:
+    """Asked for in any order, of a new stream or of one that has been read."""
+    whole = ids(take(stream(folder, shuffle=shuffle), 120))
+    used = stream(folder, shuffle=shuffle)
+    for first in (57, 0, 3, 80, 4, 79, 81, 25):
+        expected = whole[first : first + 30]
+        assert ids(take(used, 30, first)) == expected
+        assert ids(take(stream(folder, shuffle=shuffle), 30, first)) == expected
+
+
+def test_blocks_that_end_by_their_bytes_keep_the_order_exact(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of three samples by bytes: any beginning, and a state, still fit."""
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 100)
+    source = stream(folder, shuffle=64)
+    whole = ids(take(source, 100))
+    assert whole == restated(folder, 100, seed=3, rank=0, world=1, shuffle=3)
+    other = stream(folder, shuffle=64)
+    other.load_state_dict(source.state_dict(50))
+    for first in (50, 7, 72):
+        assert ids(take(other, 20, first)) == whole[first : first + 20]
+
+
+def test_a_state_saves_reading_what_came_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is small and JSON. A new stream with it opens few shards, and so does the used stream."""
+    source = stream(folder)
+    whole = take(source, 200)
+    text = json.dumps(source.state_dict(170))
+    assert len(text) < 200
+    opened: list[str] = []
+    original = streams.read_shard
+    monkeypatch.setattr(
+        streams, "read_shard", lambda shard, *rest: opened.append(shard) or original(shard, *rest)
+    )
+    other = stream(folder)
+    other.load_state_dict(json.loads(text))
+    for used in (source, other):
+        opened.clear()
+        assert facts(take(used, 4, 170)) == facts(whole[170:174])
+        # A block of four, the rest of its shard, and what is read ahead: shards of 3 to 7.
+        assert len(opened) <= 5
+    assert ids(take(stream(folder), 4, 170)) == ids(whole[170:174])
+    assert len(opened) > 30
+
+
+def facts(items: list[Sample | BadSample]) -> list[tuple]:
+    return [(s.sample_id, s.image, s.captions) for s in items if isinstance(s, Sample)]
+
+
+def test_states_of_other_streams(folder: Path) -> None:
+    """Other shards, seed or blocks are an error; another rank's state is ignored."""
+    whole = ids(take(source := stream(folder), 100))
+    state = source.state_dict(90)
+    assert state["sample"] > 0
+    for other in (stream(folder, seed=4), stream(folder, shuffle=5)):
+        with pytest.raises(ValueError, match="the stream cannot go on; restore them"):
+            other.load_state_dict(state)
+    (folder / "9.tar").write_bytes(tar(["900"]))
+    with pytest.raises(ValueError, match=r"shards, the seed or data\.shuffle_buffer are not those"):
+        stream(folder).load_state_dict(state)
+    (folder / "9.tar").unlink()
+    second, third = (stream(folder, rank=1, world_size=2) for _ in range(2))
+    third.load_state_dict(state)
+    assert ids(take(third, 5, 90)) == ids(take(second, 5, 90)) != whole[90:95]
+
+
+# Sources.
+
+
+@pytest.mark.parametrize("handler", ["ranges", "whole"])
+def test_shards_of_a_web_server(folder: Path, serve: Callable[..., str], handler: str) -> None:
+    """The samples of the files, from requests of ranges or of the whole; a missing one is bad."""
+    server = serve(handler, folder)
+    remote = take(stream(server + "/{0..4}.tar", access=OWN_HOST), 60)
+    assert facts(remote) == facts(take(stream(folder), 60))
+    found = take(stream(server + "/{0..5}.tar", shuffle=1, access=OWN_HOST), 30)
+    (missing,) = {b.where: b for b in found if isinstance(b, BadSample)}.values()
+    assert (missing.sample_id, missing.where) == ("5", f"{server}/5.tar")
+    assert missing.reason == "no such file"
+
+
+def test_shards_of_a_store(folder: Path, bucket: str) -> None:
+    for path in folder.glob("*.tar"):
+        with fsspec.open(f"{bucket}/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+    assert ids(take(stream(f"{bucket}/*.tar"), 60)) == ids(take(stream(folder), 60))
+
+
+def test_shards_of_commands(folder: Path) -> None:
+    """The samples of the files, though the command goes on writing after the end of the tar."""
+    command = f"pipe:cat {shlex.quote(str(folder))}/{{0..4}}.tar; head -c 3000000 /dev/zero"
+    assert ids(take(stream(command, access=COMMANDS), 60)) == ids(take(stream(folder), 60))
+
+
+# Faults.
+
+LOST = " after 1 samples; the rest of the shard is lost"
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("false", "the command ended with status 1"),
+        ("no-such-program 2>/dev/null", "the command ended with status 127"),
+        ("true", "not a tar file"),
+        ("head -c 3000 0.tar; exit 3", f"the command ended with status 3 in 001.jpg{LOST}"),
+        ("head -c 3000 0.tar", f"unexpected end of data{LOST}"),
+    ],
+)
+def test_commands_that_fail(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, reason: str
+) -> None:
+    """One bad sample says why; the other shards, and what came before, are read."""
+    monkeypatch.chdir(folder)
+    found = take(stream(f"pipe:{{cat 1.tar,cat 2.tar,{command}}}", shuffle=1, access=COMMANDS), 60)
+    assert {reason for _, reason in bad(found)} == {reason}
+    assert len(good(found)) == 10 + ("head" in command)
+
+
+def test_truncated_and_foreign_files_do_not_end_a_stream(folder: Path) -> None:
+    """What is whole is read, the rest is named, and the next shard follows. Files may vanish."""
+    source = stream(folder, shuffle=1)
+    cut = folder / "2.tar"
+    cut.write_bytes(cut.read_bytes()[: 2 * 2048 + 700])
+    (folder / "3.tar").unlink()
+    (folder / "4.tar").write_bytes(b"nothing of the kind")
+    found = take(source, 60)
+    reason = "unexpected end of data after 2 samples; the rest of the shard is lost"
+    assert bad(found) == {("2/010", reason), ("3", "no such file"), ("4", "not a tar file")}
+    assert len(good(found)) == 5 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "reason"),
+    [
+        (b"garbage", {}, "not a tar file"),
+        (tar([]), {}, "it holds no sample"),
+        (tar(["1"]), {"caption_keys": ["nothing"]}, "empty caption"),
+    ],
+)
+def test_a_stream_without_a_good_sample_ends(
+    tmp_path: Path, monkeypatch, content: bytes, options, reason: str
+) -> None:
+    """With a line that names the last reason, and without trying thousands of shards."""
+    for shard in range(3):
+        (tmp_path / f"{shard}.tar").write_bytes(content)
+    for limit in (32, 2):
+        monkeypatch.setattr(streams, "MAX_FAILED", limit)
+        message = rf"{min(3, limit)} shards in a row without a sample .*: {reason}"
+        with pytest.raises(ValueError, match=message):
+            take(stream(tmp_path, shuffle=1, **options), 1000)
+
+
+def test_failing_shards_among_good_ones_go_on(folder: Path) -> None:
+    """Many in a row, over several passes, are no reason to stop while one can be read."""
+    for shard in range(1, 5):
+        (folder / f"{shard}.tar").write_bytes(b"garbage")
+    found = take(stream(folder, shuffle=1, rank=1, world_size=3), 200)
+    assert good(found) == {f"0/00{n}" for n in range(5)}
+
+
+def test_a_block_has_a_size() -> None:
+    with pytest.raises(ValueError, match=r"data\.shuffle_buffer: 0 is not a number of samples"):
+        stream("https://host/0.tar", shuffle=0)
+
+
+# Reading ahead.
+
+
+def settle(count: int) -> bool:
+    """Whether this many reading threads are left, within a few seconds."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        if sum(t.name.startswith("protoclip-read-ahead") for t in threading.enumerate()) == count:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_the_thread_ends_with_its_iterator(folder: Path, end: str) -> None:
+    assert settle(0)
+    items = stream(folder).samples()
+    next(items)
+    assert settle(1)
+    if end == "close":
+        items.close()
+    else:
+        del items
+        gc.collect()
+    assert settle(0)
+
+
+def test_a_thread_in_the_middle_of_a_block_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of a million samples is given up once nobody waits for it."""
+    source, events = stream(folder, shuffle=10**6), list[threading.Event]()
+
+    def endless(shard: str, *rest: object) -> Iterator[BadSample]:
+        for number in itertools.count():
+            if number == 1000:
+                events[0].set()
+            yield BadSample(f"{number}", shard, "made to last")
+
+    def make(stopped: threading.Event) -> Iterator[streams.Block]:
+        events.append(stopped)
+        return source._blocks(0, stopped)
+
+    monkeypatch.setattr(streams, "read_shard", endless)
+    assert list(read_ahead(make)) == []
+    items = read_ahead(lambda stopped: events.append(stopped) or iter_of(stopped))
+    next(items)
+    assert not events[1].is_set()
+    items.close()
+    assert events[1].is_set()
+
+
+def iter_of(stopped: threading.Event) -> Iterator[int]:
+    yield from itertools.count()
+
+
+def test_one_item_is_read_ahead_and_errors_arrive() -> None:
+    """One item beyond the one in use; an error comes after the items before it."""
+    made: list[int] = []
+
+    def make(stopped: threading.Event) -> Iterator[int]:
+        for number in range(10):
+            made.append(number)
+            yield number
+        raise LookupError("gone")
+
+    ahead = read_ahead(make)
+    for number in range(9):
+        assert next(ahead) == number
+        time.sleep(0.02)
+        assert len(made) == number + 2
+    assert next(ahead) == 9
+    with pytest.raises(LookupError, match="gone"):
+        next(ahead)
+    assert settle(0)
+
+
+def test_memory_is_that_of_two_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are freed as they are handed out."""
+    made: list[weakref.ref] = []
+    original = streams._checked
+
+    def remember(*args, **options):
+        sample = original(*args, **options)
+        made.append(weakref.ref(sample))
+        return sample
+
+    monkeypatch.setattr(streams, "_checked", remember)
+    items = stream(folder, shuffle=10).samples()
+    most = 0
+    for _ in range(100):
+        next(items)
+        most = max(most, sum(ref() is not None for ref in made))
+    items.close()
+    assert len(made) >= 100
+    assert 10 <= most <= 22  # with one that is being read and one that is in use
