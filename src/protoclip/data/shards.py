@@ -25,8 +25,16 @@ import numpy as np
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from protoclip.data import locations
-from protoclip.data.access import NOTHING_MORE, Access, is_url, reason_of
+from protoclip.data.access import (
+    NOTHING_MORE,
+    Access,
+    is_url,
+    list_urls,
+    open_local,
+    reason_of,
+    require_allowed,
+    visible,
+)
 from protoclip.data.index import ArrowIndex, build_index, digest, fingerprint
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.progress import Progress
@@ -156,7 +164,7 @@ def read_samples(
         yield _sample(stem, key, files, caption_keys)
         files, number = {}, number + 1
     if fault:
-        where = f" in {locations.visible(reading[:200])}" if reading else ""
+        where = f" in {visible(reading[:200])}" if reading else ""
         reason = f"{fault}{where} after {number} samples; the rest of the shard is lost"
         sample_id = _sample_id(stem, key if files else cut)
         yield ShardSample(sample_id=sample_id, captions=[], fault=reason)
@@ -225,12 +233,12 @@ def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
 def _expand(name: str, access: Access) -> list[str]:
     path = Path(name).expanduser()
     try:
-        locations.require_allowed(name, access)
+        require_allowed(name, access)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if is_url(name) and ("*" in name or name.endswith("/")):
         try:
-            return locations.list_urls(f"{name}*.tar" if name.endswith("/") else name, access)
+            return list_urls(f"{name}*.tar" if name.endswith("/") else name, access)
         except Exception as error:  # every store has its own errors
             raise ValueError(f"{name}: cannot be listed ({reason_of(error)})") from None
     if is_url(name) or name.startswith("pipe:"):
@@ -283,7 +291,7 @@ def _index_shard(
     path, key = shard
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        with locations.open_local(path) as file:
+        with open_local(path) as file:
             if file.peek(6).startswith(tuple(COMPRESSED)):
                 raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
             try:

@@ -14,7 +14,6 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
 
-from protoclip.data import locations
 from protoclip.data.access import NOTHING_MORE, READ_BYTES, Access, reason_of
 from protoclip.data.index import digest
 from protoclip.data.pairs import BadSample, Sample, clean_captions
@@ -235,12 +234,12 @@ def _checked(found: ShardSample, shard: str, *, repeated: bool) -> Sample | BadS
 @contextmanager
 def _open(shard: str, access: Access) -> Iterator[io.BufferedIOBase]:
     """The uncompressed bytes of a file, a URL or the output of `pipe:COMMAND`."""
-    locations.require_allowed(shard, access)
+    require_allowed(shard, access)
     opened: Any  # a buffered reader
     if shard.startswith("pipe:"):
         opened = io.BufferedReader(_Command(shard.removeprefix("pipe:")), READ_BYTES)
     else:
-        opened = locations.open_file(shard, access)
+        opened = open_file(shard, access)
     with opened as file:
         start = file.peek(6)
         reader = next((r for magic, r in COMPRESSED.items() if start.startswith(magic)), None)
