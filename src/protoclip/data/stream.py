@@ -14,7 +14,14 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
 
-from protoclip.data.access import NOTHING_MORE, READ_BYTES, Access, reason_of
+from protoclip.data.access import (
+    NOTHING_MORE,
+    READ_BYTES,
+    Access,
+    open_file,
+    reason_of,
+    require_allowed,
+)
 from protoclip.data.index import digest
 from protoclip.data.pairs import BadSample, Sample, clean_captions
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
