@@ -85,7 +85,9 @@ def attend(
             peak = rows.new_full((len(rows), 1), float("-inf"))
             total = rows.new_zeros(len(rows), 1)
             weighted = rows.new_zeros(len(rows), values.shape[1])
-            for key, value in zip(keys.split(width), values.split(width), strict=True):
+            for key, value in zip(
+                torch.split(keys, width), torch.split(values, width), strict=True
+            ):
                 tile = scores(rows, key)
                 higher = torch.maximum(peak, tile.amax(1, keepdim=True))
                 shares = exponential(tile.sub_(higher))
@@ -123,7 +125,9 @@ class LogSumExp(torch.autograd.Function):
         with without_autocast(queries):
             for rows, sums, weights in zip(*parts, strict=True):
                 weighted = (weights.unsqueeze(1) * rows).T
-                for key, to in zip(keys.split(width), to_keys.split(width), strict=True):
+                for key, to in zip(
+                    torch.split(keys, width), torch.split(to_keys, width), strict=True
+                ):
                     shares = exponential(scores(rows, key).sub_(sums.unsqueeze(1)))
                     to += scores(shares.T, weighted)
         return to_queries, to_keys

@@ -143,7 +143,8 @@ class Bfloat16Search:
         largest_error = (centred - centred.bfloat16().float()).norm(dim=1).max()
         products = self.errors * largest_norm + self.norms * largest_error
         norms = (self.norms + self.errors).square() + largest_norm.square()
-        return products + ROUNDING**2 * norms
+        bound: Tensor = products + ROUNDING**2 * norms
+        return bound
 
     def rough(
         self, centroids: Float32[Tensor, "k d"]
