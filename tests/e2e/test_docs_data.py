@@ -9,7 +9,7 @@ import re
 import shlex
 import tarfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -144,11 +144,3 @@ def test_names_in_the_settings_table_exist(capsys: pytest.CaptureFixture[str]) -
     assert len(set(named)) > 10
     for name in set(named):
         assert f"--{name}" in known, name
-
-
-def test_links_within_the_page() -> None:
-    """Each points to a heading."""
-    text = PAGE.read_text(encoding="utf-8")
-    to_anchor: Callable[[str], str] = lambda title: title.lower().replace(" ", "-")  # noqa: E731
-    anchors = {to_anchor(title) for title in re.findall(r"^## (.+)$", text, re.MULTILINE)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors

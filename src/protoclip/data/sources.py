@@ -1,7 +1,6 @@
 """What `data.train` and `data.sources` name: a table, a folder, tar shards, a dataset of the hub,
 or the bundled emoji; one of them, or a mixture."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -70,15 +69,8 @@ def open_source(
 ) -> ImageTextPairs | SampleStream:
     """Open one source; `docs/data.md` describes each kind.
 
-    Args:
-        path: `emoji`; a table; `hf:OWNER/NAME`; tar shards as a path, glob, brace pattern, URL or
-            `pipe:` command; or a folder of any of these, or of images with captions.
-        options: For tar shards the caption columns are keys of the `.json` members.
-        read: How to read tar shards; `auto` indexes them if the files are local.
-        shuffle, seed: Of a stream; see `ShardStream`.
-
     Raises:
-        ValueError: Nothing is there, or it is of no known kind.
+        ValueError: Nothing is there, or it is of no known kind, or it cannot be read that way.
     """
     options = options or TableOptions()
     if path == "emoji":
@@ -95,14 +87,13 @@ def open_source(
         if path.startswith("hf:") and local:
             return open_hub(path, options)
         return (open_folder if local and Path(path).is_dir() else open_table)(path, options)
-    unused = {"image_column": options.image_column, "id_column": options.id_column}
-    if given := [f"data.{s}" for s, value in {**unused, "root": options.root}.items() if value]:
-        raise ValueError(f"{path}: tar shards have no columns; leave out {', '.join(given)}")
+    if given := ", ".join(options.unused("image_column", "id_column", "root")):
+        raise ValueError(f"{path}: tar shards have no columns; leave out {given}")
     if read == "indexed" and not local:
         raise ValueError(
             f'{path}: only local shards can be indexed; set data.read = "streaming", or copy them'
         )
-    keys: Sequence[str] | None = options.captions or None
+    keys = options.captions or None
     if local and read != "streaming":
         return open_shards(path, caption_keys=keys, name=options.name, cache=options.cache)
     return ShardStream(
