@@ -102,7 +102,7 @@ def test_the_page_has_the_blocks_this_file_looks_for() -> None:
 @pytest.mark.parametrize("number", range(len(list(blocks("toml")))))
 def test_settings_train(number: int, here: Path) -> None:
     """A run with the block as its recipe ends well, and has skipped nothing."""
-    recipe = here / "recipe.toml"
+    recipe = Path("recipe.toml")  # beside the data, which its paths are relative to
     recipe.write_text(list(blocks("toml"))[number], encoding="utf-8")
     options = [*TINY.split(), "--run.out", str(here / "run"), "--data.allow_commands", "true"]
     main(["train", "--config", str(recipe), *options])

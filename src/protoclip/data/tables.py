@@ -553,16 +553,16 @@ def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str,
             record = json.loads(text) if text.strip() else {}
         except (ValueError, RecursionError):
             record = None
-        fault = "lines that are no JSON object"
-        if isinstance(record, dict):
-            used = {name: _json_texts(value) for name, value in record.items()}
-            record = {name: value for name, value in used.items() if value is not None}
-            escaped = chain.from_iterable(record.values() if "\\u" in text else ())
-            fault = fault_of(text) or fault_of("".join(escaped))
-        if fault:
+        if not isinstance(record, dict):
+            left_out.add("lines that are no JSON object", text, number)
+            continue
+        texts = {name: _json_texts(value) for name, value in record.items()}
+        used = {name: value for name, value in texts.items() if value is not None}
+        escaped = chain.from_iterable(used.values() if "\\u" in text else ())
+        if fault := fault_of(text) or fault_of("".join(escaped)):
             left_out.add(fault, text, number)
-        elif used:
-            yield record
+        elif record:
+            yield used
 
 
 def _json_texts(value: Any) -> str | list[str] | None:

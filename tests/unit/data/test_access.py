@@ -14,7 +14,9 @@ import fsspec
 import pyarrow as pa
 import pytest
 
+from protoclip.config import Config, DataConfig
 from protoclip.data import access as module
+from protoclip.data import sources
 from protoclip.data.access import (
     Access,
     fingerprint,
@@ -25,7 +27,6 @@ from protoclip.data.access import (
     visible,
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.sources import open_source
 from protoclip.data.stream import ShardStream
 from protoclip.data.tables import TableOptions, open_table
 
@@ -166,12 +167,12 @@ def test_a_root_that_is_a_url_holds_its_table(bucket: str) -> None:
 def test_a_source_that_may_not_be_read_is_one_line(source: str, message: str) -> None:
     """Before anything is opened."""
     with pytest.raises(ValueError, match=message):
-        open_source(source)
+        sources.pairs(Config(data=DataConfig(train=source)))
     if ".tar" in source:
         with pytest.raises(ValueError, match=message):
             ShardStream(source, seed=0)
     with pytest.raises(ValueError, match=r"data\.root: ftp://host: 'ftp://' is not read"):
-        open_source("pairs.tsv", TableOptions(root="ftp://host"))
+        sources.pairs(Config(data=DataConfig(train="pairs.tsv", root="ftp://host")))
 
 
 @pytest.mark.parametrize("where", ["local", "bucket"])

@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_read_is_counted(
 
     def refuse(path: Path) -> Iterator[os.DirEntry[str]]:
         if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(folders.os, "scandir", refuse)
