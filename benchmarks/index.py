@@ -26,11 +26,7 @@ from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.tables import TableOptions, open_table
 
 SMALL_ROWS, EPISODE_ROWS, READ_ROWS, REPEATS = 10_000, 200_000, 20_000, 5
-WORDS = (
-    *("a", "the", "of", "with", "on", "near", "two", "red", "small", "old", "wooden", "grey"),
-    *("dog", "cat", "street", "bridge", "harbour", "window", "market", "bicycle", "mountain"),
-    *("river", "child", "bread", "lamp", "über", "猫", "собака", "زهرة", "train", "station"),
-)
+WORDS = ("a", "the", "of", "two", "small", "wooden", "grey", "dog", "bicycle", "über", "猫", "زهرة")
 
 
 def write_table(path: Path, rows: int) -> None:
@@ -63,12 +59,11 @@ def measure(task: str, path: str, cache: str) -> dict[str, Any]:
     pairs = open_table(path, TableOptions(cache=Path(cache)))
     found["open"] = time.perf_counter() - start
     if task == "read":
-        for replacement in (True, False):
-            size = min(EPISODE_ROWS, len(pairs))
-            sampler = EpisodeSampler(len(pairs), size, seed=0, replacement=replacement)
-            start = time.perf_counter()
-            rows = sampler.episode(0).rows[:READ_ROWS].tolist()
-            found[f"draw {replacement}"] = time.perf_counter() - start
+        size = min(EPISODE_ROWS, len(pairs))
+        sampler = EpisodeSampler(len(pairs), size, seed=0, replacement=False)
+        start = time.perf_counter()
+        rows = sampler.episode(0).rows[:READ_ROWS].tolist()
+        found["draw"] = time.perf_counter() - start
         start = time.perf_counter()
         letters = sum(len(pairs.sample_id(row)) + len(pairs.caption(row)) for row in rows)
         found["read"] = time.perf_counter() - start
@@ -106,21 +101,15 @@ def main() -> None:
     def median(name: str) -> float:
         return 1000 * statistics.median(run[name] for run in runs)
 
-    def growth(part: str) -> str:
-        most = [max(run["after"][part] for run in some) for some in (runs, small)]
-        return f"{most[0] - most[1]:.0f} MB"
-
+    most = [max(run["after"]["anonymous"] for run in some) for some in (runs, small)]
     peak = first["after"]["peak"] - first["before"]["all"]
     table = {
         "first opening": f"{first['open']:.1f} s",
         "memory of the first opening, peak over the start": f"{peak:.0f} MB",
         "later opening, fresh process, median": f"{median('open'):.0f} ms",
-        "later opening, fresh process, slowest": f"{1000 * max(r['open'] for r in runs):.0f} ms",
-        f"draw an episode of {EPISODE_ROWS:,}": f"{median('draw True'):.1f} ms",
-        "the same without replacement": f"{median('draw False'):.1f} ms",
+        f"draw an episode of {EPISODE_ROWS:,}": f"{median('draw'):.1f} ms",
         f"read {READ_ROWS:,} ids and captions": f"{median('read') / 1000:.2f} s",
-        f"resident memory over {SMALL_ROWS:,} rows": growth("all"),
-        "the same without file-backed pages": growth("anonymous"),
+        f"memory over that of {SMALL_ROWS:,} rows": f"{most[0] - most[1]:.0f} MB",
     }
     text = f"""# A table of {arguments.rows:,} rows
 

@@ -109,8 +109,8 @@ class SourceConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = "emoji"
-    """emoji (bundled), a table, tar shards (path, glob, {000..999}, URL, pipe: command) or a folder
-    of images with captions."""
+    """emoji (bundled), a table (CSV, TSV, JSON Lines, ...), hf:OWNER/NAME, tar shards (path, glob,
+    {000..999}, URL, pipe: command) or a folder of images with captions."""
     sources: list[SourceConfig] = field(default_factory=list)
     """A mixture, instead of data.train."""
     image_column: str | None = None

@@ -16,7 +16,6 @@ from protoclip.data import sampler, sources
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
 
 NUMBER = 5000
 PER_SHARD = 700
@@ -118,20 +117,3 @@ def test_a_pass_shows_the_same_pairs(form: str, forms: Path, expected: Seen) -> 
     seen = one_pass(FORMS[form](forms))
     assert len(seen) == NUMBER
     assert seen == expected
-
-
-@pytest.mark.slow
-def test_training_is_the_same_from_every_form(forms: Path, tmp_path: Path) -> None:
-    """Equal losses at every step to 1e-6 from TSV, Parquet, folder and indexed shards."""
-    losses = {}
-    for number, form in enumerate(f for f in FORMS if "streaming" not in f):
-        settings = FORMS[form](forms)
-        folder = tmp_path / str(number)
-        episodes = replace(settings.episodes, size=200, batch_size=50, count=3)
-        run.train(replace(settings, run=replace(settings.run, out=str(folder)), episodes=episodes))
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        losses[form] = [line["train/loss/total"] for line in lines if "train/loss/total" in line]
-    first = losses.pop("Parquet")
-    assert len(first) == 12
-    for form, values in losses.items():
-        assert values == pytest.approx(first, rel=1e-6), form

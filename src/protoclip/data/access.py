@@ -10,17 +10,17 @@ import io
 import ipaddress
 import json
 import os
+import re
 import socket
 import stat
 import time
-import unicodedata
 import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -37,21 +37,15 @@ CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 10.0, 20
 # What stores call the facts that change with a file, in lower case.
 URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"}
 URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
-# Characters that change the direction in which text is shown.
-DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# Controls, ends of lines, what turns the direction of text, and halves of characters.
+OBEYED = re.compile(r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 FILE_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 FILE_KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What the user allows beyond reading public data: the settings `data.allow_*`.
-
-    Attributes:
-        commands: Run `pipe:COMMAND`.
-        private_hosts: Ask web servers on this machine and in private networks.
-        links: Follow symbolic links below a table's root out of it.
-    """
+    """What the user allows beyond reading public data: the settings `data.allow_*`."""
 
     commands: bool = False
     private_hosts: bool = False
@@ -74,9 +68,9 @@ def join(root: str, name: str) -> str:
 
 def require_allowed(location: str, access: Access) -> None:
     """Raises `ValueError`, with the way out, for a path, URL or command that may not be read."""
+    if location.startswith("pipe:") and not access.commands:
+        raise ValueError("commands run only with --data.allow_commands true")
     if location.startswith("pipe:"):
-        if not access.commands:
-            raise ValueError("commands run only with --data.allow_commands true")
         return
     protocol, is_remote, rest = location.partition("://")
     if is_remote and protocol.lower() not in WEB + STORES:
@@ -88,11 +82,7 @@ def require_allowed(location: str, access: Access) -> None:
 
 
 def in_table(root: str, name: str, access: Access) -> str:
-    """The path or URL that a table's cell names, relative to the table's root.
-
-    Raises:
-        ValueError: The cell names something that it may not.
-    """
+    """The path or URL that a table's cell names; raises `ValueError` if it may not name it."""
     if name.startswith("pipe:"):
         raise ValueError("a table runs no command")
     if is_url(name):
@@ -103,27 +93,25 @@ def in_table(root: str, name: str, access: Access) -> str:
             raise ValueError(f"lies outside of {root}")
         return join(root, name)
     real = os.path.realpath(join(root, name))
-    if _is_below(real, _real_root(root)):
+    if is_below(real, real_root(root)):
         return real
     path, here = os.path.abspath(join(root, name)), root or "the current folder"  # noqa: PTH100
-    if not _is_below(path, os.path.abspath(root)):  # noqa: PTH100 (links stay as they are)
+    if not is_below(path, os.path.abspath(root)):  # noqa: PTH100 (links stay as they are)
         raise ValueError(
             f"lies outside of {here}, where the table's paths start; set data.root to the folder "
             "that holds the images (--data.root /)"
         )
-    if not access.links:
-        raise ValueError(
-            f"is a link to {real}, outside of {here}; --data.allow_links true follows it"
-        )
-    return path
+    if access.links:
+        return path
+    raise ValueError(f"is a link to {real}, outside of {here}; --data.allow_links true follows it")
 
 
 @lru_cache(16)
-def _real_root(root: str) -> str:
+def real_root(root: str) -> str:
     return os.path.realpath(root)
 
 
-def _is_below(path: str, folder: str) -> bool:
+def is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
@@ -131,8 +119,7 @@ def open_file(location: str, access: Access) -> io.BufferedReader:
     """A file or URL, to be read from its start.
 
     Raises:
-        FileNotFoundError: There is none.
-        OSError: It cannot be read.
+        OSError: It cannot be read; `FileNotFoundError` if there is none.
         ValueError: It may not be read, or is no regular file.
         Exception: Of a store's own client; `ImportError` if that is not installed.
     """
@@ -140,42 +127,34 @@ def open_file(location: str, access: Access) -> io.BufferedReader:
     protocol, is_remote, rest = location.partition("://")
     if not is_remote:
         return open_local(location)
-    location = f"{protocol.lower()}://{rest}"
     if protocol.lower() in WEB:
         return io.BufferedReader(WebFile(location, access), READ_BYTES)
-    filesystem, path = fsspec.core.url_to_fs(location)
+    filesystem, path = fsspec.core.url_to_fs(f"{protocol.lower()}://{rest}")
     return io.BufferedReader(filesystem.open(path, "rb", block_size=REQUEST_BYTES), READ_BYTES)
 
 
 def open_local(path: str | Path) -> io.BufferedReader:
-    """A regular file; never one that may block or has no end.
-
-    Raises:
-        OSError: There is none, or it cannot be read.
-        ValueError: It is something else.
-    """
+    """A regular file; raises `ValueError` for what may block or has no end, or `OSError`."""
     _require_regular(os.stat(path))  # noqa: PTH116 (opening a device may do something)
     # A pipe that takes the file's place in between does not block either.
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
     try:
-        _require_regular(os.fstat(number))
-        return os.fdopen(number, "rb")
-    except BaseException:
-        os.close(number)
+        _require_regular(os.fstat(file.fileno()))
+    except ValueError:
+        file.close()
         raise
+    return file
 
 
 def _require_regular(status: os.stat_result) -> None:
-    if (kind := stat.S_IFMT(status.st_mode)) != stat.S_IFREG:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
         raise ValueError(f"is {FILE_KINDS.get(kind, 'something else')}, not a file")
 
 
 def read_file(location: str, access: Access) -> bytes:
-    """The whole file of one sample, of at most `MAX_FILE_BYTES`.
-
-    Raises:
-        Exception: As `open_file`; `TimeoutError` after `TOTAL_SECONDS` seconds.
-    """
+    """The file of one sample; raises as `open_file`, if it is too large, or after a minute."""
 
     def read() -> bytes:
         with open_file(location, access) as file:
@@ -199,22 +178,18 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 def within(seconds: float, action: Callable[[], T]) -> T:
     """The result of an action, or `TimeoutError`; its thread then goes on by itself."""
-    done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+    done: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.put((action(), None))
+            done.set_result(action())
         except BaseException as error:
-            done.put((None, error))
+            done.set_exception(error)
 
     Thread(target=run, name="protoclip-read", daemon=True).start()
-    try:
-        found, error = done.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"not read within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return found  # type: ignore[no-any-return]
+    if not wait([done], timeout=seconds).done:
+        raise TimeoutError(f"not read within {seconds:g} s")
+    return done.result()
 
 
 def digest(facts: Mapping[str, Any]) -> str:
@@ -226,12 +201,13 @@ def digest(facts: Mapping[str, Any]) -> str:
 def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
     """Identifies the content of a file (by size, time, both ends) or URL (by its headers).
 
-    Raises:
-        ValueError: It cannot or may not be read.
+    Raises `ValueError`, which names it, if it cannot or may not be read.
     """
     try:
         if is_url(path):
-            return digest({"url": path, **_url_facts(path, access)})
+            found = _url_facts(path, access)
+            known = {name: value for name, value in found.items() if name.lower() in URL_FACTS}
+            return digest({"url": path, **known})
         with open_local(path) as file:
             status = os.fstat(file.fileno())
             ends = file.read(1 << 16)
@@ -243,16 +219,13 @@ def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
     return digest({**facts, "time": status.st_mtime_ns})
 
 
-def _url_facts(url: str, access: Access) -> dict[str, Any]:
-    """What changes when the content of a URL does."""
+def _url_facts(url: str, access: Access) -> Mapping[str, Any]:
     require_allowed(url, access)
     if url.partition("://")[0].lower() in WEB:
         with WebFile(url, access) as file:
-            facts = dict(file.headers)
-    else:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        facts = filesystem.info(path)
-    return {name: value for name, value in facts.items() if name.lower() in URL_FACTS}
+            return file.headers
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return dict(filesystem.info(path))
 
 
 def list_urls(pattern: str, access: Access) -> list[str]:
@@ -278,30 +251,21 @@ def visible(text: str) -> str:
     """A text with those characters escaped that a terminal obeys or that end a line."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        letter.encode("unicode_escape").decode()
-        if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in DIRECTIONS
-        else letter
-        for letter in text
-    )
+    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class WebFile(io.RawIOBase):
     """The bytes behind an `http` or `https` URL, in order.
 
     A request that may succeed later is repeated, and reading continues after a broken connection.
-
-    Raises:
-        FileNotFoundError: HTTP 404 or 410.
-        OSError: Any other failure; also while reading.
-        ValueError: The host may not be asked.
+    Raises as `open_file` does, also while reading.
     """
 
     def __init__(self, url: str, access: Access) -> None:
-        self.url, self.access = url, access
+        self.url, self.private_hosts = url, access.private_hosts
         self.position, self.rest = 0, b""
         self.response: httpx.Response | None = None
-        self.headers: Mapping[str, str] = self._repeat(self._connect)
+        self.headers: Mapping[str, str] = self._repeat(self._connect).headers
 
     def readable(self) -> bool:
         return True
@@ -313,7 +277,8 @@ class WebFile(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        self._disconnect()
+        if self.response is not None:
+            self.response.close()
         super().close()
 
     def _next(self) -> bytes:
@@ -323,10 +288,10 @@ class WebFile(io.RawIOBase):
         self.position += len(chunk)
         return chunk
 
-    def _connect(self) -> Mapping[str, str]:
+    def _connect(self) -> httpx.Response:
         headers = {"Range": f"bytes={self.position}-"} if self.position else {}
         timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
-        client = _client(self.access.private_hosts, os.getpid())
+        client = _client(self.private_hosts, os.getpid())
         request = client.build_request("GET", self.url, headers=headers, timeout=timeout)
         self.response = client.send(request, stream=True)
         self.response.raise_for_status()
@@ -336,33 +301,31 @@ class WebFile(io.RawIOBase):
             chunk = next(self.chunks)
             self.chunks = chain([chunk[known:]] if chunk[known:] else [], self.chunks)
             known -= len(chunk)
-        return self.response.headers
-
-    def _disconnect(self) -> None:
-        if self.response is not None:
-            self.response.close()
-            self.response = None
+        return self.response
 
     def _repeat(self, action: Callable[[], T]) -> T:
-        tries = 0
-        while True:
-            tries += 1
+        for number in range(1, TRIES + 1):
             try:
                 return action()
             except httpx.HTTPStatusError as error:
-                code, reason = error.response.status_code, error.response.reason_phrase
+                code = error.response.status_code
                 if code in (404, 410):
                     raise FileNotFoundError(f"HTTP {code}") from None
-                what, may_pass = f"HTTP {code} {reason}", code >= 500 or code in (408, 425, 429)
+                what = f"HTTP {code} {error.response.reason_phrase}"
+                may_pass = code >= 500 or code in (408, 425, 429)
+            except httpx.TimeoutException:
+                what, may_pass = "no answer in time", True
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                late = isinstance(error, httpx.TimeoutException)
-                what = "no answer in time" if late else str(error)
                 broken = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
-                may_pass = late or isinstance(error, broken)
-            self._disconnect()
-            if tries == TRIES or not may_pass:
-                raise OSError(f"{what}{f', {tries} times' if tries > 1 else ''}")
-            time.sleep(PAUSE_SECONDS * 2 ** (tries - 1))
+                what, may_pass = str(error), isinstance(error, broken)
+            if self.response is not None:
+                self.response.close()
+                self.response = None
+            if not may_pass:
+                break
+            if number < TRIES:
+                time.sleep(PAUSE_SECONDS * 2 ** (number - 1))
+        raise OSError(f"{what}{f', {number} times' if number > 1 else ''}")
 
 
 @lru_cache(4)
@@ -383,21 +346,18 @@ class _PublicHosts(httpx.HTTPTransport):
     """Connects to the address that was checked; the name is not resolved a second time."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        host = request.url.host
-        addresses = _addresses(host, must_exist=True)
-        for number, address in enumerate(addresses, 1):
+        host, failure = request.url.host, httpx.TransportError("the host has no address")
+        for address in _addresses(host, must_exist=True):
+            url = request.url.copy_with(host=address)
+            extensions = {**request.extensions, "sni_hostname": host}
             there = httpx.Request(
-                request.method,
-                request.url.copy_with(host=address),
-                headers=request.headers,
-                extensions={**request.extensions, "sni_hostname": host},
+                request.method, url, headers=request.headers, extensions=extensions
             )
             try:
                 return super().handle_request(there)
-            except (httpx.ConnectError, httpx.ConnectTimeout):
-                if number == len(addresses):
-                    raise
-        raise AssertionError("a host has an address")
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                failure = error
+        raise failure
 
 
 def _addresses(host: str, *, must_exist: bool = False) -> list[str]:

@@ -42,9 +42,7 @@ def open_folder(path: str, options: TableOptions) -> ImageTextPairs:
     * `*.parquet` files of one split;
     * images at any depth, each with captions in a `.txt` or `.json` of the same name.
 
-    Raises:
-        ValueError: There is no such folder; it holds none of these, or several splits; or a table
-            in it is damaged.
+    Raises `ValueError` if it is none of these, holds several splits, or a damaged table.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -61,11 +59,7 @@ def open_folder(path: str, options: TableOptions) -> ImageTextPairs:
 
 
 def tables(folder: Path) -> tuple[Path, list[Path]]:
-    """The files of the table that a folder holds, if any, and their folder.
-
-    Raises:
-        ValueError: It holds several splits.
-    """
+    """The files of the table that a folder holds, if any, and their folder."""
     if (folder / "dataset_dict.json").is_file():
         splits = _read_json(folder / "dataset_dict.json").get("splits", [])
         if len(splits) != 1:
@@ -87,7 +81,7 @@ def tables(folder: Path) -> tuple[Path, list[Path]]:
 
 def _inside(folder: Path, name: Any) -> Path:
     """A file or folder of a saved dataset, which may name nothing outside its own folder."""
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name or name == "..":
         shown = line(str(name), 80)
         raise ValueError(f"{folder}: not a saved dataset; it names '{shown}' as its file")
     return folder / name
@@ -100,16 +94,17 @@ def _several(folder: Path, splits: Sequence[str], example: str) -> ValueError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_file(str(path), NOTHING_MORE))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(read_file(str(path), NOTHING_MORE)))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read ({line(str(error))})") from None
-    return found if isinstance(found, dict) else {}
 
 
 def open_images(folder: Path, options: TableOptions, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them."""
+    left_out = LeftOut(str(folder))
+    found = list(_walk(folder, left_out))
     known = hashlib.blake2b(digest_size=16)
-    for image, caption in _walk(folder, LeftOut(str(folder))):
+    for image, caption in found:
         # The index changes with a caption, but not with the content of an image.
         status = (folder / caption).stat() if caption else None
         facts = (status.st_size, status.st_mtime_ns) if status else None
@@ -117,48 +112,43 @@ def open_images(folder: Path, options: TableOptions, *, name: str) -> ImageTextP
     key = digest(
         {"folder": str(folder.resolve()), "known": known.hexdigest(), "keys": options.captions}
     )
-    index = build_index(
-        key, SCHEMA, partial(_image_batches, folder, options.captions), folder=options.folder
-    )
-    unused = {"image_column": options.image_column, "id_column": options.id_column}
-    given = [setting for setting, value in {**unused, "root": options.root}.items() if value]
-    note = f"{folder}: a folder of images does not use {', '.join(given)}"
+    build = partial(_image_batches, folder, found, options.captions, left_out)
+    index = build_index(key, SCHEMA, build, folder=options.folder)
+    given = ", ".join(options.unused("image_column", "id_column", "root"))
     return ImageTextPairs(
         index,
         name=name,
         root=str(folder),
         access=Access(links=True),  # the user named the folder; no table names what is in it
-        notes=[note] if given else [],
+        notes=[f"{folder}: a folder of images does not use {given}"] if given else [],
     )
 
 
 def _image_batches(
-    folder: Path, keys: Sequence[str], facts: dict[str, Any]
+    folder: Path,
+    found: Sequence[tuple[str, str | None]],
+    keys: Sequence[str],
+    left_out: LeftOut,
+    facts: dict[str, Any],
 ) -> Iterator[pa.RecordBatch]:
-    left_out = LeftOut(str(folder))
     rows: list[dict[str, Any]] = []
     total = 0
-    found = list(_walk(folder, left_out))
     stems = Counter(_split(image)[0] for image, _ in found)
     names = {image for image, _ in found}
     for image, caption in found:
-        if not (texts := _captions(folder, image, caption, keys, left_out)):
-            continue
-        # Two images that differ only in their suffix keep it.
-        stem = _split(image)[0]
-        sample_id = image if stems[stem] > 1 or stem in names else stem
-        rows.append({"sample_id": sample_id, "path": image, "caption": texts})
-        total += 1
+        if texts := _captions(folder, image, caption, keys, left_out):
+            # Two images that differ only in their suffix keep it.
+            stem = _split(image)[0]
+            sample_id = image if stems[stem] > 1 or stem in names else stem
+            rows.append({"sample_id": sample_id, "path": image, "caption": texts})
+            total += 1
         if len(rows) == BATCH_ROWS:
             yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
             rows = []
-    if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+    yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
     facts["notes"] = left_out.notes
     if total:
         return
-    if splits := sorted(entry.name for entry in folder.iterdir() if _holds_table(entry)):
-        raise _several(folder, splits, str(folder / splits[0]))
     if left_out.notes:
         raise ValueError(
             f"{'; '.join(left_out.notes)}; no pair is left: put a caption beside each image "
@@ -170,13 +160,6 @@ def _image_batches(
     )
 
 
-def _holds_table(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and bool(tables(folder)[1])
-    except ValueError:
-        return True
-
-
 def _walk(top: Path, left_out: LeftOut) -> Iterator[tuple[str, str | None]]:
     """The images below a folder, each with the file of its captions; in order of the names.
 
@@ -184,42 +167,35 @@ def _walk(top: Path, left_out: LeftOut) -> Iterator[tuple[str, str | None]]:
     """
     seen: set[tuple[int, int]] = set()
 
-    def walk(relative: str) -> Iterator[tuple[str, str | None]]:
-        try:
-            status = (top / relative).stat()
-            if (place := (status.st_dev, status.st_ino)) in seen:
-                left_out.add("links to folders already read", relative)
-                return
-            seen.add(place)
-            with os.scandir(top / relative) as entries:
-                found = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
-        except OSError as error:
-            left_out.add("folders that cannot be read", f"{relative} ({error.strerror})")
-            return
-        files: list[str] = []
-        folders: list[str] = []
-        for entry in found:
-            path = f"{relative}/{entry.name}" if relative else entry.name
-            real = Path(entry.path)
-            if fault_of(entry.name):
-                left_out.add("names that are not UTF-8", path)
-            elif real.is_dir():
-                folders.append(path)
-            elif real.is_file():
-                files.append(path)
-            elif entry.is_symlink():
-                left_out.add("dangling links", path)
-        beside: dict[str, str] = {}
-        for kind in (".json", ".txt"):  # the `.txt` counts if both are there
-            beside |= {stem: f for f in files for stem, suffix in [_split(f)] if suffix == kind}
-        for file in files:
-            stem, suffix = _split(file)
-            if suffix in IMAGE_SUFFIXES:
-                yield file, beside.get(stem)
-        for path in folders:
-            yield from walk(path)
+    def unreadable(error: OSError) -> None:
+        where = Path(error.filename).relative_to(top).as_posix()
+        left_out.add("folders that cannot be read", f"{where} ({error.strerror})")
 
-    yield from walk("")
+    for place, folders, names in os.walk(top, followlinks=True, onerror=unreadable):
+        status, here = Path(place).stat(), Path(place).relative_to(top).as_posix()
+        if (identity := (status.st_dev, status.st_ino)) in seen:
+            left_out.add("links to folders already read", here)
+            folders.clear()
+            continue
+        seen.add(identity)
+        prefix = "" if here == "." else f"{here}/"
+        shown = {name for name in (*folders, *names) if not name.startswith(".")}
+        for name in sorted(shown):
+            if fault_of(name):
+                left_out.add("names that are not UTF-8", prefix + name)
+                shown.discard(name)
+        folders[:] = sorted(shown.intersection(folders))
+        files: list[str] = []
+        for name in sorted(shown.intersection(names)):
+            path = Path(place, name)
+            if path.is_file():
+                files.append(prefix + name)
+            elif path.is_symlink():
+                left_out.add("dangling links", prefix + name)
+        split = [(file, *_split(file)) for file in files]
+        beside = {stem: file for file, stem, suffix in split if suffix == ".json"}
+        beside |= {stem: file for file, stem, suffix in split if suffix == ".txt"}
+        yield from ((f, beside.get(stem)) for f, stem, suffix in split if suffix in IMAGE_SUFFIXES)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -242,13 +218,12 @@ def _captions(
     except (OSError, ValueError, RecursionError):
         left_out.add("images whose caption file cannot be read", image)
         return []
-    values: list[Any] = []
-    if isinstance(record, dict):
-        present = {key.lower(): key for key in reversed(record)}
-        usual = [present[key] for key in CAPTION_COLUMNS if key in present][:1]
-        for key in keys or usual:
-            value = record.get(key)
-            values += value if isinstance(value, list) else [value]
+    if not isinstance(record, dict):
+        record = {}
+    present = {key.lower(): key for key in reversed(record)}
+    usual = [present[key] for key in CAPTION_COLUMNS if key in present][:1]
+    found = [record.get(key) for key in keys or usual]
+    values = [v for value in found for v in (value if isinstance(value, list) else [value])]
     texts = [v.encode("utf-8", "surrogatepass") for v in values if isinstance(v, str) and v.strip()]
     if not texts:
         left_out.add("images whose .json has no caption", image)

@@ -42,27 +42,24 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A pair as it is stored.
-
-    Attributes:
-        sample_id: Unique in a run; the key of teacher features and skip lists.
-        image: The encoded image (JPEG, PNG, WebP, ...).
-        captions: One or more, none of them empty; each visit draws one.
-        where: The file or archive member it comes from, for messages.
-    """
+    """A pair as it is stored."""
 
     sample_id: str
+    """Unique in a run; the key of teacher features and skip lists."""
     image: bytes
+    """The encoded image (JPEG, PNG, WebP, ...)."""
     captions: tuple[str, ...]
+    """One or more, none of them empty; each visit draws one."""
     where: str
+    """The file or archive member it comes from, for messages."""
 
 
 @runtime_checkable
 class Pairs(Protocol):
     """A source of pairs that can be read in any order.
 
-    `sample` and `sample_captions` raise `BadSample`. `has_ids` says whether samples have ids of
-    their own; otherwise they are called `<name>/<row>`.
+    `sample` and `sample_captions` raise `BadSample`. Samples without ids of their own (`has_ids`)
+    are called `<name>/<row>`.
     """
 
     @property
@@ -100,22 +97,6 @@ class SampleStream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """The names of the columns that are used.
-
-    Attributes:
-        image: Encoded images, paths or URLs, or structs of `bytes` and `path`. If there are columns
-            `offset` and `size`: files, in which these bytes are an image.
-        captions: Texts (strings or UTF-8 bytes) or lists of texts.
-        sample_id: Unique ids; if unset, a sample is called `<name>/<row>`.
-    """
-
-    image: str = "image"
-    captions: tuple[str, ...] = ("caption",)
-    sample_id: str | None = None
-
-
 class ImageTextPairs:
     """Pairs in an Arrow table.
 
@@ -125,7 +106,11 @@ class ImageTextPairs:
         name: What messages and sample ids call this source.
         root: Folder or URL that relative paths start from, and that all paths must lie below.
         access: What the user allows.
-        columns: If unset: `image`, `path` or `shard`; `caption`; and `sample_id` if it is there.
+        image_column: Encoded images, paths or URLs, or structs of `bytes` and `path`; unset, it is
+            `image`, `path` or `shard`. If there are columns `offset` and `size`: files, in which
+            these bytes are an image.
+        caption_columns: Texts (strings or UTF-8 bytes) or lists of texts.
+        id_column: Unique ids; a sample is called `<name>/<row>` if there is no such column.
         key: Identifies the content, for caches.
         notes: What the user should know, such as which lines were left out.
 
@@ -140,7 +125,9 @@ class ImageTextPairs:
         name: str,
         root: str = "",
         access: Access = NOTHING_MORE,
-        columns: Columns | None = None,
+        image_column: str | None = None,
+        caption_columns: Sequence[str] = ("caption",),
+        id_column: str | None = "sample_id",
         key: str = "",
         notes: Sequence[str] = (),
     ) -> None:
@@ -150,17 +137,14 @@ class ImageTextPairs:
         self.notes = [*(self.index.facts.get("notes", ()) if self.index else ()), *notes]
         self._source = table
         self._open()
-        present = self.table.column_names
-        if columns is None:
-            image = next((c for c in ("image", "path", "shard") if c in present), "image")
-            own_id = "sample_id" if "sample_id" in present else None
-            columns = Columns(image=image, sample_id=own_id)
-        for column in (columns.image, *columns.captions):
-            if column not in present:
-                raise ValueError(f"{name}: no column '{column}'; it has {', '.join(present)}")
+        usual = next((c for c in ("image", "path", "shard") if c in self._arrays), "image")
+        self.image_column = image_column or usual
+        self.caption_columns = tuple(caption_columns)
+        self.id_column = id_column if id_column in self._arrays else None
+        for column in (self.image_column, *self.caption_columns):
+            self._require(column)
         if self.table.num_rows == 0:
             raise ValueError(f"{name}: holds no sample")
-        self.columns = columns
 
     def _open(self) -> None:
         source = self._source
@@ -177,21 +161,21 @@ class ImageTextPairs:
 
     @property
     def has_ids(self) -> bool:
-        return self.columns.sample_id is not None
+        return self.id_column is not None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def sample_id(self, row: int) -> str:
-        if self.columns.sample_id is None:
+        if self.id_column is None:
             return f"{self.name}/{row}"
-        return str(self._value(self.columns.sample_id, row))
+        return str(self._value(self.id_column, row))
 
     def sample_ids(self) -> Iterator[str]:
-        if self.columns.sample_id is None:
+        if self.id_column is None:
             yield from (f"{self.name}/{row}" for row in range(len(self)))
             return
-        for chunk in self._arrays[self.columns.sample_id].iterchunks():
+        for chunk in self._arrays[self.id_column].iterchunks():
             yield from map(str, chunk.to_pylist())
 
     def caption(self, row: int) -> str:
@@ -201,7 +185,7 @@ class ImageTextPairs:
     def sample_captions(self, row: int) -> tuple[str, ...]:
         """The captions without empty ones; raises `BadSample` if none is left."""
         texts: list[Any] = []
-        for column in self.columns.captions:
+        for column in self.caption_columns:
             found = self._value(column, row)
             texts += found if isinstance(found, list) else [found]
         try:
@@ -212,18 +196,17 @@ class ImageTextPairs:
     def encoded(self, row: int) -> bytes:
         """The encoded image; raises `BadSample` if it cannot be read."""
         found = self._image(row)
-        if found is None:
-            raise self._bad(row, "no image")
         if isinstance(found, bytes):
             return found
+        ranges = "offset" in self._arrays and "size" in self._arrays
+        if found is None or (ranges and self._value("offset", row) is None):
+            raise self._bad(row, "no image")
         try:
-            if "offset" in self._arrays and "size" in self._arrays:
-                offset, size = self._value("offset", row), self._value("size", row)
-                if offset is None:
-                    raise self._bad(row, "no image")
-                return read_range(join(self.root, found), offset, size)
+            if ranges:
+                place = join(self.root, found)
+                return read_range(place, self._value("offset", row), self._value("size", row))
             return read_file(in_table(self.root, found, self.access), self.access)
-        except (BadSample, MemoryError):
+        except MemoryError:
             raise
         except FileNotFoundError:
             raise self._bad(row, "no such file") from None
@@ -245,26 +228,28 @@ class ImageTextPairs:
 
     def image(self, row: int) -> Image.Image:
         """The decoded image, upright and as RGB; raises `BadSample`."""
+        encoded = self.encoded(row)
         try:
-            return Image.fromarray(decode(self.encoded(row), max_pixels=MAX_IMAGE_PIXELS))
-        except BadSample:
-            raise
+            return Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
         except ValueError as error:
             raise self._bad(row, str(error)) from error
 
     def column(self, name: str) -> npt.NDArray[np.object_]:
         """Any column, such as `label`, as an array of length `len(self)`."""
-        if name not in self._arrays:
-            present = ", ".join(self.table.column_names)
-            raise ValueError(f"{self.name}: no column '{name}'; it has {present}")
+        self._require(name)
         return np.asarray(self._arrays[name].to_pylist(), dtype=object)
+
+    def _require(self, column: str) -> None:
+        if column not in self._arrays:
+            present = ", ".join(self.table.column_names)
+            raise ValueError(f"{self.name}: no column '{column}'; it has {present}")
 
     def _value(self, column: str, row: int) -> Any:
         return self._arrays[column][row].as_py()
 
     def _image(self, row: int) -> bytes | str | None:
         """The encoded image itself, or the name of its file."""
-        found = self._value(self.columns.image, row)
+        found = self._value(self.image_column, row)
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
         return None if found == "" else found
@@ -274,10 +259,9 @@ class ImageTextPairs:
 
 
 def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
-    """Captions without white space around them, and without empty ones.
+    """The captions stripped, without empty ones.
 
-    Raises:
-        ValueError: None is left, or one is not UTF-8 or holds a zero byte.
+    Raises `ValueError` if none is left, or one is not UTF-8 or holds a zero byte.
     """
     try:
         decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]

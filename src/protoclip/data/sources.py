@@ -1,9 +1,7 @@
 """What `data.train` and `data.sources` name: a table, a folder, tar shards, a dataset of the hub,
 or the bundled emoji; one of them, or a mixture."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.access import Access, is_url, require_allowed
@@ -60,27 +58,31 @@ def notes(samples: Pairs | SampleStream) -> list[str]:
     return list(samples.notes) if isinstance(samples, ImageTextPairs) else []
 
 
-def open_source(
-    path: str,
-    options: TableOptions | None = None,
-    *,
-    read: Literal["auto", "indexed", "streaming"] = "auto",
-    shuffle: int = 4096,
-    seed: int = 0,
-) -> ImageTextPairs | SampleStream:
-    """Open one source; `docs/data.md` describes each kind.
+def _is_shards(path: str) -> bool:
+    """Whether a path names tar files: by suffix, as a command, or as a folder that holds some."""
+    if path.startswith("pipe:") or ".tar" in path or ".tgz" in path:
+        return True
+    return not is_url(path) and Path(path).is_dir() and any(Path(path).glob("*.tar"))
 
-    Args:
-        path: `emoji`; a table; `hf:OWNER/NAME`; tar shards as a path, glob, brace pattern, URL or
-            `pipe:` command; or a folder of any of these, or of images with captions.
-        options: For tar shards the caption columns are keys of the `.json` members.
-        read: How to read tar shards; `auto` indexes them if the files are local.
-        shuffle, seed: Of a stream; see `ShardStream`.
 
-    Raises:
-        ValueError: Nothing is there, or it is of no known kind.
-    """
-    options = options or TableOptions()
+def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> ImageTextPairs | SampleStream:
+    """One source; what its entry leaves unset is taken from `data`."""
+    path = entry.path
+    # In a mixture tar shards are named after their folder, as other sources are.
+    here = len(data.sources) > 1 and Path(path).exists()
+    options = TableOptions(
+        image_column=entry.image_column or data.image_column,
+        caption_column=entry.caption_column or data.caption_column,
+        id_column=entry.id_column or data.id_column,
+        root=entry.root or data.root,
+        name=entry.name or (Path(path).resolve().name if here else None),
+        cache=Path(data.cache_folder) / "index" if data.cache_folder else None,
+        access=Access(
+            commands=data.allow_commands,
+            private_hosts=data.allow_private_hosts,
+            links=data.allow_links,
+        ),
+    )
     if path == "emoji":
         return ImageTextPairs(emoji_table("train"), name=options.name or "emoji")
     for setting, location in (("data.root: ", options.root), ("", path)):
@@ -90,20 +92,19 @@ def open_source(
             raise ValueError(f"{setting}{location}: {error}") from None
     local = not (is_url(path) or path.startswith("pipe:"))
     if not _is_shards(path):
-        if read == "streaming":
+        if data.read == "streaming":
             raise ValueError(f'{path}: only tar shards can be streamed; set data.read = "auto"')
         if path.startswith("hf:") and local:
             return open_hub(path, options)
         return (open_folder if local and Path(path).is_dir() else open_table)(path, options)
-    unused = {"image_column": options.image_column, "id_column": options.id_column}
-    if given := [f"data.{s}" for s, value in {**unused, "root": options.root}.items() if value]:
-        raise ValueError(f"{path}: tar shards have no columns; leave out {', '.join(given)}")
-    if read == "indexed" and not local:
+    if given := ", ".join(options.unused("image_column", "id_column", "root")):
+        raise ValueError(f"{path}: tar shards have no columns; leave out {given}")
+    if data.read == "indexed" and not local:
         raise ValueError(
             f'{path}: only local shards can be indexed; set data.read = "streaming", or copy them'
         )
-    keys: Sequence[str] | None = options.captions or None
-    if local and read != "streaming":
+    keys = options.captions or None
+    if local and data.read != "streaming":
         return open_shards(path, caption_keys=keys, name=options.name, cache=options.cache)
     return ShardStream(
         path,
@@ -111,34 +112,7 @@ def open_source(
         seed=seed,
         rank=rank(),
         world_size=world_size(),
-        shuffle=shuffle,
+        shuffle=data.shuffle_buffer,
         name=options.name,
         access=options.access,
     )
-
-
-def _is_shards(path: str) -> bool:
-    """Whether a path names tar files: by suffix, as a command, or as a folder that holds some."""
-    if path.startswith("pipe:") or ".tar" in path or ".tgz" in path:
-        return True
-    return not is_url(path) and Path(path).is_dir() and any(Path(path).glob("*.tar"))
-
-
-def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> Pairs | SampleStream:
-    """One source; what its entry leaves unset is taken from `data`."""
-    # In a mixture tar shards are named after their folder, as other sources are.
-    here = len(data.sources) > 1 and Path(entry.path).exists()
-    options = TableOptions(
-        image_column=entry.image_column or data.image_column,
-        caption_column=entry.caption_column or data.caption_column,
-        id_column=entry.id_column or data.id_column,
-        root=entry.root or data.root,
-        name=entry.name or (Path(entry.path).resolve().name if here else None),
-        cache=Path(data.cache_folder) / "index" if data.cache_folder else None,
-        access=Access(
-            commands=data.allow_commands,
-            private_hosts=data.allow_private_hosts,
-            links=data.allow_links,
-        ),
-    )
-    return open_source(entry.path, options, read=data.read, shuffle=data.shuffle_buffer, seed=seed)

@@ -1,8 +1,7 @@
 """Tables of pairs: text files, whatever Hugging Face `datasets` reads, and datasets of the hub.
 
-`datasets` reads Parquet, Arrow and the like into memory-mapped Arrow files. Its readers of CSV and
-JSON Lines stop at a malformed row, or drop it without a word. So these lines are parsed here, and
-each line that is left out is counted and named.
+`datasets` reads Parquet, Arrow and the like. Its readers of CSV and JSON Lines stop at a malformed
+row, or drop it without a word, so these are parsed here: lines left out are counted and named.
 """
 
 import bz2
@@ -14,8 +13,8 @@ import lzma
 import re
 import shutil
 import zlib
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +36,7 @@ from protoclip.data.access import (
     within,
 )
 from protoclip.data.index import build_index, cache_folder
-from protoclip.data.pairs import Columns, ImageTextPairs
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import replacing
 
 # Usual names of columns, the likeliest first; capitals do not matter.
@@ -53,9 +52,7 @@ CAPTION_COLUMNS = (
 ID_COLUMNS = ("sample_id", "key", "uid")
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
-COMPRESSED: dict[str, Callable[[Any], Any]] = {
-    **{".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-}
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 BINARY = (b"PAR1", b"ARROW1", b"\x1f\x8b", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
@@ -68,16 +65,10 @@ FORM = 3
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """How to open a table; what is unset is detected.
+    """How to open a table, as in `DataConfig`; what is unset is detected.
 
-    Attributes:
-        image_column: Paths, URLs, or encoded images.
-        caption_column: A column of texts or of lists of texts; or several columns of texts.
-        id_column: Unique ids; without one, a sample is called `<name>/<row>`.
-        root: Folder or URL that paths in the table are relative to, and must lie below.
-        name: What messages and sample ids call the source.
-        cache: Folder for what is derived from the source; the user's cache folder if unset.
-        access: What the user allows.
+    `name` is what messages and sample ids call the source; `cache` is the folder for what is
+    derived from it, by default in the user's cache folder.
     """
 
     image_column: str | None = None
@@ -89,9 +80,13 @@ class TableOptions:
     access: Access = NOTHING_MORE
 
     @property
-    def captions(self) -> tuple[str, ...]:
-        given = self.caption_column or ()
-        return (given,) if isinstance(given, str) else tuple(given)
+    def captions(self) -> list[str]:
+        given = self.caption_column or []
+        return [given] if isinstance(given, str) else list(given)
+
+    def unused(self, *settings: str) -> list[str]:
+        """Those of the settings that are given, though the source has no use for them."""
+        return [setting for setting in settings if getattr(self, setting)]
 
     @property
     def folder(self) -> Path:
@@ -163,13 +158,13 @@ def _suffixes(path: str) -> list[str]:
 
 def _pairs(source: Any, options: TableOptions, *, where: str, key: str) -> ImageTextPairs:
     """The pairs of a memory-mapped table, once its ids are known to be unique."""
-    columns, notes = choose(where, source.table.schema, options)
+    chosen, notes = choose(where, source.table.schema, options)
     if not source.table.num_rows:
         raise ValueError(f"{where}: holds no sample")
     checked = options.folder / f"{key}.unique"
-    if columns.sample_id is not None and not checked.exists():
+    for column in chosen["id_column"] if not checked.exists() else ():
         with faults(where, UnicodeDecodeError):
-            _require_unique(source.table.column(columns.sample_id), columns.sample_id, where)
+            _require_unique(source.table.column(column), column, where)
         checked.parent.mkdir(parents=True, exist_ok=True)
         checked.touch()
     return ImageTextPairs(
@@ -177,7 +172,9 @@ def _pairs(source: Any, options: TableOptions, *, where: str, key: str) -> Image
         name=options.name or "",
         root=options.root or "",
         access=options.access,
-        columns=columns,
+        image_column=chosen["image_column"][0],
+        caption_columns=chosen["caption_column"],
+        id_column=next(iter(chosen["id_column"]), None),
         key=key,
         notes=notes,
     )
@@ -283,9 +280,8 @@ def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:
                 f"{where}: row {first + values.index(empty)} has no id in '{column}'; fill it in, "
                 "or set id_column to another"
             )
-        texts = list(map(str, values))
-        first += len(texts)
-        hashes.append(np.fromiter(map(hash, texts), np.int64, len(texts)))
+        first += len(values)
+        hashes.append(np.fromiter((hash(str(value)) for value in values), np.int64, len(values)))
     unique, counts = np.unique(np.concatenate(hashes), return_counts=True)
     suspects = set(unique[counts > 1].tolist())
     again = chain.from_iterable(c.to_pylist() for c in ids.iterchunks()) if suspects else ()
@@ -297,47 +293,41 @@ def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:
         )
 
 
-def choose(where: str, schema: pa.Schema, options: TableOptions) -> tuple[Columns, list[str]]:
-    """The columns that the user names, or those of a usual name and type; and notes on them."""
+def choose(
+    where: str, schema: pa.Schema, options: TableOptions
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The columns that each setting names, or that have a usual name and type; and notes."""
+    by_name = {name.lower().strip(): name for name in reversed(schema.names)}
+    chosen: dict[str, list[str]] = {}
     notes: list[str] = []
-    by_name: dict[str, str] = {name.lower().strip(): name for name in reversed(schema.names)}
-
-    def find(setting: str, usual: Sequence[str], usable: Any, needed: str) -> str:
-        found = [
-            by_name[n] for n in usual if n in by_name and usable(schema.field(by_name[n]).type)
-        ]
-        if not found:
-            raise missing(
-                where, schema, f"no column with {needed}; set {setting} to one, or add it"
-            )
-        if len(found) > 1:
+    if len(set(schema.names)) < len(schema.names):
+        twice = Counter(schema.names).most_common(1)[0][0]
+        raise _missing(where, schema, f"more than one column '{twice}'")
+    for setting, what, usual, usable, given in (
+        ("image_column", "images", IMAGE_COLUMNS, _holds_images, [options.image_column]),
+        ("caption_column", "captions", CAPTION_COLUMNS, _holds_captions, options.captions),
+        ("id_column", "ids", ID_COLUMNS, _holds_ids, [options.id_column]),
+    ):
+        given = [name for name in given if name]
+        present = [by_name[name] for name in usual if name in by_name]
+        fit = [name for name in present if usable(schema.field(name).type)]
+        if len(fit) > 1 and not given:
             notes.append(
-                f"{where}: {needed} are taken from column '{found[0]}', not from "
-                f"{quoted(found[1:])}; {setting} names another"
+                f"{where}: {what} are taken from column '{fit[0]}', not from {_quoted(fit[1:])}; "
+                f"{setting} names another"
             )
-        return found[0]
-
-    for name in schema.names:
-        if schema.names.count(name) > 1:
-            raise missing(where, schema, f"more than one column '{name}'")
-    image = options.image_column or find("image_column", IMAGE_COLUMNS, _holds_images, "images")
-    captions = options.captions or (
-        find("caption_column", CAPTION_COLUMNS, _holds_captions, "captions"),
-    )
-    sample_id = options.id_column or next((by_name[n] for n in ID_COLUMNS if n in by_name), None)
-    checks = [("image_column", image, _holds_images, "paths, URLs or images")]
-    checks += [("caption_column", c, _holds_captions, "text or lists of text") for c in captions]
-    if sample_id:
-        checks.append(("id_column", sample_id, _holds_ids, "text or whole numbers"))
-    for setting, column, usable, needed in checks:
-        if column not in schema.names:
-            raise missing(where, schema, f"no column '{column}'")
-        if not usable(type_ := schema.field(column).type):
-            raise ValueError(
-                f"{where}: column '{column}' holds {line(str(type_), 60)}, not {needed}; set "
-                f"{setting} to another"
-            )
-    return Columns(image=image, captions=captions, sample_id=sample_id), notes
+        chosen[setting] = given or fit[:1]
+        if not chosen[setting] and setting != "id_column":
+            raise _missing(where, schema, f"no column with {what}; set {setting} to one, or add it")
+        for column in chosen[setting]:
+            if column not in schema.names:
+                raise _missing(where, schema, f"no column '{column}'")
+            if not usable(type_ := schema.field(column).type):
+                raise ValueError(
+                    f"{where}: column '{column}' holds {line(str(type_), 60)}, not {what}; set "
+                    f"{setting} to another"
+                )
+    return chosen, notes
 
 
 def _holds_images(type_: pa.DataType) -> bool:
@@ -360,11 +350,11 @@ def _is_text(type_: pa.DataType) -> bool:
     return str(inner) in ("string", "large_string", "string_view", "null")
 
 
-def missing(where: str, schema: pa.Schema, what: str) -> ValueError:
-    return ValueError(f"{where}: {what}; it has {quoted(schema.names)}")
+def _missing(where: str, schema: pa.Schema, what: str) -> ValueError:
+    return ValueError(f"{where}: {what}; it has {_quoted(schema.names)}")
 
 
-def quoted(names: Sequence[str]) -> str:
+def _quoted(names: Sequence[str]) -> str:
     return line(", ".join(f"'{name}'" for name in names), 300)
 
 
@@ -392,20 +382,20 @@ class LeftOut:
     def __init__(self, path: str) -> None:
         self.path, self.counts = path, Counter[str]()
         self.examples: dict[str, str] = {}
-        self.lines: dict[str, list[str]] = defaultdict(list)
+        self.lines: dict[str, list[str]] = {}
 
     def add(self, what: str, example: str, number: int | None = None) -> None:
         self.counts[what] += 1
         self.examples.setdefault(what, line(example, 60))
-        if number is not None and len(self.lines[what]) < 6:
-            self.lines[what].append(str(number))
+        if number is not None and self.counts[what] <= 6:
+            text = str(number) if self.counts[what] < 6 else "..."
+            self.lines.setdefault(what, []).append(text)
 
     @property
     def notes(self) -> list[str]:
         found = []
         for what, count in self.counts.items():
-            lines = ", ".join([*self.lines[what][:5], *(["..."] if count > 5 else [])])
-            place = f"line {lines}: " if self.lines[what] else ""
+            place = f"line {', '.join(self.lines[what])}: " if what in self.lines else ""
             found.append(f"{self.path}: left out {count} {what} ({place}'{self.examples[what]}')")
         return found
 
@@ -423,12 +413,12 @@ def _text_batches(
             read = _read_json if {".jsonl", ".ndjson"} & {*_suffixes(path)} else _read_csv
             found, rows = read(path, lines, left_out)
             if schema is None:
-                columns, notes = choose(path, found, options)
-                names = dict.fromkeys((columns.image, *columns.captions, columns.sample_id))
-                schema = pa.schema([found.field(name) for name in names if name])
+                chosen, notes = choose(path, found, options)
+                names = dict.fromkeys(chain.from_iterable(chosen.values()))
+                schema = pa.schema([found.field(name) for name in names])
             for name in schema.names:
                 if name not in found.names:
-                    raise missing(path, found, f"no column '{name}', which {paths[0]} has")
+                    raise _missing(path, found, f"no column '{name}', which {paths[0]} has")
             places = [found.names.index(name) for name in schema.names]
             while held := list(islice(rows, BATCH_ROWS)):
                 cells = list(zip(*held, strict=True))
@@ -466,11 +456,10 @@ def fault_of(text: str) -> str:
         return "lines of more than a megabyte"
     if "\0" in text:
         return "lines with a zero byte"
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return "lines that are not UTF-8"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "lines that are not UTF-8"
     return ""
 
 
@@ -478,76 +467,62 @@ def _read_csv(
     path: str, lines: Iterator[str], left_out: LeftOut
 ) -> tuple[pa.Schema, Iterator[list[str]]]:
     """The header and the rows of a CSV or TSV file; the separator is the one in the header."""
-    blank = 0
-    for header in lines:
-        if header.strip():
-            break
-        blank += 1
-    else:
-        header = ""
+    number, header = next((found for found in enumerate(lines, 1) if found[1].strip()), (0, ""))
     usual = "\t" if ".tsv" in _suffixes(path) else ","
     separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)
     names = next(csv.reader([header], delimiter=separator), [])
     if fault_of(header):
         raise ValueError(f"{path}: its header is not UTF-8 text; save it as UTF-8")
     schema = pa.schema([(name, pa.string()) for name in names])
-    return schema, _csv_rows(lines, blank + 1, separator, len(names), left_out)
+    return schema, _csv_rows(lines, number + 1, separator, len(names), left_out)
 
 
 def _csv_rows(
     lines: Iterator[str], number: int, separator: str, width: int, left_out: LeftOut
 ) -> Iterator[list[str]]:
-    again: deque[str] = deque()  # lines to be read again
-    wrong_width = "lines with another number of fields than the header"
-    while text := again.popleft() if again else next(lines, ""):
-        number += 1
-        taken = [text]
+    """The good rows. `number` is that of the first line."""
+    ahead: deque[str] = deque()
+    while ahead or (ahead := deque(islice(lines, 1))):
         row: list[str] | None
-        if '"' in text:
-            taken, row = _quoted_row(text, again, lines, separator, width)
+        if '"' in ahead[0]:
+            ahead.extend(islice(lines, MAX_QUOTED_LINES - len(ahead)))
+            row, used = _quoted_row(ahead, separator, width)
         else:
-            row = text.rstrip("\r\n").split(separator)
-        fault = fault_of(text if len(taken) == 1 else "".join(taken))
-        if row is None:
-            left_out.add("lines with an open quote", text, number)
-            again.extendleft(reversed(taken[1:]))
-        elif fault:
-            left_out.add(fault, text, number)
-        elif len(row) == width:
+            row, used = ahead[0].rstrip("\r\n").split(separator), 1
+        text = "".join(ahead.popleft() for _ in range(used))
+        fault = "lines with an open quote" if row is None else fault_of(text)
+        if not fault and row is not None and len(row) == width:
             yield row
         elif text.strip():
-            left_out.add(wrong_width, text, number)
-        number += len(taken) - 1 if row is not None else 0
+            ragged = "lines with another number of fields than the header"
+            left_out.add(fault or ragged, text, number)
+        number += used
 
 
-def _quoted_row(
-    first: str, again: deque[str], lines: Iterator[str], separator: str, width: int
-) -> tuple[list[str], list[str] | None]:
-    """The lines of a row with quotes, and its fields; None for a quote that is left open."""
-    taken = [first]
+def _quoted_row(lines: Sequence[str], separator: str, width: int) -> tuple[list[str] | None, int]:
+    """The fields of the row that begins there (None: a quote is left open) and its lines."""
 
-    def more() -> Iterator[str]:
-        yield first
-        while len(taken) < MAX_QUOTED_LINES and (
-            text := again.popleft() if again else next(lines, "")
-        ):
-            taken.append(text)
-            if separator == "\t" and '"' not in text and text.count("\t") >= max(1, width - 1):
-                return  # a row of its own
+    def quoted() -> Iterator[str]:
+        for number, text in enumerate(lines):
+            # A whole row in the quotes of a TSV file shows that the quote was left open.
+            plain = separator == "\t" and '"' not in text
+            if number and plain and text.count("\t") >= max(1, width - 1):
+                return
             yield text
 
+    reader = csv.reader(quoted(), delimiter=separator, strict=True)
     try:
-        return taken, next(csv.reader(more(), delimiter=separator, strict=True))
+        return next(reader), reader.line_num
     except csv.Error:
-        if len(taken) > 1:
-            return taken, None
+        if reader.line_num > 1:
+            return None, 1
     # Text after a closing quote, as in `"Seven" (1995)`, is kept if the line is complete.
-    reader = csv.reader([first, "\n"], delimiter=separator)
+    reader = csv.reader([lines[0], "\n"], delimiter=separator)
     try:
         row = next(reader)
     except csv.Error:
-        return taken, None
-    return taken, row if reader.line_num == 1 else None
+        return None, 1
+    return row if reader.line_num == 1 else None, 1
 
 
 def _read_json(
@@ -556,28 +531,23 @@ def _read_json(
     """The columns of a JSON Lines file, by its first records, and its rows."""
     records = _json_records(lines, left_out)
     head = list(islice(records, 1000))
-    types: dict[str, pa.DataType] = {}
-    for _, _, record in head:
-        for name, value in record.items():
-            if value is not None:
-                types.setdefault(name, _json_type(value))
+    lists = {name: isinstance(v, list) for record in reversed(head) for name, v in record.items()}
 
     def rows() -> Iterator[list[Any]]:
-        for number, text, record in chain(head, records):
-            row = [_json_value(record.get(name), type_) for name, type_ in types.items()]
-            if "\\u" in text or not text.isascii():
-                texts = chain.from_iterable(v if isinstance(v, list) else [v or ""] for v in row)
-                if fault := fault_of("".join(map(str, texts))):
-                    left_out.add(fault, text, number)
-                    continue
-            yield row
+        for record in chain(head, records):
+            found = [(record.get(name), is_list) for name, is_list in lists.items()]
+            yield [
+                v if v is None or isinstance(v, list) == is_list else [v] if is_list else None
+                for v, is_list in found
+            ]
 
-    return pa.schema(list(types.items())), rows()
+    text = pa.string()
+    schema = pa.schema([(name, pa.list_(text) if lists[name] else text) for name in lists])
+    return schema, rows()
 
 
-def _json_records(
-    lines: Iterator[str], left_out: LeftOut
-) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str, str | list[str]]]:
+    """The values of each record that are texts, whole numbers or lists of these, as texts."""
     for number, text in enumerate(lines, 1):
         try:
             record = json.loads(text) if text.strip() else {}
@@ -585,23 +555,18 @@ def _json_records(
             record = None
         if not isinstance(record, dict):
             left_out.add("lines that are no JSON object", text, number)
+            continue
+        texts = {name: _json_texts(value) for name, value in record.items()}
+        used = {name: value for name, value in texts.items() if value is not None}
+        escaped = chain.from_iterable(used.values() if "\\u" in text else ())
+        if fault := fault_of(text) or fault_of("".join(escaped)):
+            left_out.add(fault, text, number)
         elif record:
-            yield number, text, record
+            yield used
 
 
-def _json_type(value: Any) -> pa.DataType:
-    if isinstance(value, (str, int)) and not isinstance(value, bool):
-        return pa.string()
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return pa.list_(pa.string())
-    return pa.bool_()  # neither text nor a list of texts: not to be used
-
-
-def _json_value(value: Any, type_: pa.DataType) -> str | list[str] | None:
-    """A value as its column's type, or None if it is something else."""
-    if type_ == pa.bool_() or isinstance(value, bool):
-        return None
-    values = value if isinstance(value, list) else [value]
-    if pa.types.is_list(type_):
-        return [str(one) for one in values if isinstance(one, (str, int))]
-    return str(value) if isinstance(value, (str, int)) else None
+def _json_texts(value: Any) -> str | list[str] | None:
+    if isinstance(value, list):
+        return [text for text in map(_json_texts, value) if isinstance(text, str)]
+    is_text = isinstance(value, (str, int)) and not isinstance(value, bool)
+    return str(value) if is_text else None

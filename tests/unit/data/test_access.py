@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,20 +14,19 @@ import fsspec
 import pyarrow as pa
 import pytest
 
+from protoclip.config import Config, DataConfig
 from protoclip.data import access as module
+from protoclip.data import sources
 from protoclip.data.access import (
     Access,
     fingerprint,
     in_table,
     is_private,
-    join,
     open_file,
     read_file,
     visible,
 )
-from protoclip.data.folders import open_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.sources import open_source
 from protoclip.data.stream import ShardStream
 from protoclip.data.tables import TableOptions, open_table
 
@@ -39,11 +37,8 @@ CELLS = {
     "zip://a.jpg::https://host/a.zip": "'zip://' is not read",
     "tar://a.jpg::a.tar": "'tar://' is not read",
     "file:///etc/passwd": "'file://' is not read",
-    "local:///etc/passwd": "'local://' is not read",
     "memory://a.jpg": "'memory://' is not read",
-    "data://a": "'data://' is not read",
     "ftp://127.0.0.1/a.jpg": "'ftp://' is not read",
-    "ssh://host/a.jpg": "'ssh://' is not read",
     "github://a:b@/c": "'github://' is not read",
     "s3://bucket/a.zip::zip://b": "chained with '::'",
     "https://host/a::zip://b": "chained with '::'",
@@ -54,7 +49,6 @@ CELLS = {
     "http://localhost:9/a.jpg": "--data.allow_private_hosts true",
     "HTTP://[::1]:9/a.jpg": "--data.allow_private_hosts true",
     "https://[::ffff:169.254.169.254]/": "--data.allow_private_hosts true",
-    "http://10.0.0.1/a.jpg": "--data.allow_private_hosts true",
     "http://0/a.jpg": "--data.allow_private_hosts true",
     "http://2130706433/a.jpg": "--data.allow_private_hosts true",  # 127.0.0.1 as one number
     "gs://bucket/a.jpg": "gcsfs",
@@ -112,7 +106,12 @@ def test_a_cell_that_leads_astray_costs_its_row(table: ImageTextPairs, cell: str
     if cell == "zero.jpg":
         linked = Access(links=True)
         table = ImageTextPairs(
-            table.table, name="x", root=table.root, access=linked, columns=table.columns
+            table.table,
+            name="x",
+            root=table.root,
+            access=linked,
+            image_column="filepath",
+            id_column="key",
         )
     row = list(table.sample_ids()).index(cell)
     started = time.monotonic()
@@ -155,16 +154,6 @@ def test_a_root_that_is_a_url_holds_its_table(bucket: str) -> None:
             in_table(bucket, cell, Access())
 
 
-def test_the_caller_of_a_folder_follows_its_links(tmp_path: Path) -> None:
-    """As the user named the folder itself."""
-    (tmp_path / "elsewhere.png").write_bytes(b"far")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.png").symlink_to(tmp_path / "elsewhere.png")
-    (tmp_path / "folder" / "a.txt").write_text("caption")
-    pairs = open_folder(str(tmp_path / "folder"), TableOptions(cache=tmp_path / "cache"))
-    assert pairs.sample(0).image == b"far"
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -178,15 +167,12 @@ def test_the_caller_of_a_folder_follows_its_links(tmp_path: Path) -> None:
 def test_a_source_that_may_not_be_read_is_one_line(source: str, message: str) -> None:
     """Before anything is opened."""
     with pytest.raises(ValueError, match=message):
-        open_source(source)
+        sources.pairs(Config(data=DataConfig(train=source)))
     if ".tar" in source:
         with pytest.raises(ValueError, match=message):
             ShardStream(source, seed=0)
-
-
-def test_a_root_that_may_not_be_read_is_one_line(place: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.root: ftp://host: 'ftp://' is not read"):
-        open_source(str(place / "pairs.tsv"), TableOptions(root="ftp://host"))
+        sources.pairs(Config(data=DataConfig(train="pairs.tsv", root="ftp://host")))
 
 
 @pytest.mark.parametrize("where", ["local", "bucket"])
@@ -290,11 +276,6 @@ class Odd(http.server.BaseHTTPRequestHandler):
             while not self.free.wait(0.01):
                 self.wfile.write(b"x")
                 self.wfile.flush()
-        elif name == "slow":
-            self.start(len(CONTENT))
-            for place in range(0, len(CONTENT), 1 << 16):
-                time.sleep(0.01)
-                self.wfile.write(CONTENT[place : place + (1 << 16)])
         elif name == "cut" or (name == "resume" and first):
             self.start(len(CONTENT))
             self.wfile.write(CONTENT[:1000])
@@ -304,12 +285,6 @@ class Odd(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(CONTENT) - 1000))
             self.end_headers()
             self.wfile.write(CONTENT[1000:])
-        elif name == "endless":
-            self.send_response(200)
-            self.end_headers()
-            with suppress(ConnectionError):
-                while not self.free.is_set():
-                    self.wfile.write(bytes(1 << 16))
         elif name.startswith("to:"):
             self.send_response(302)
             self.send_header("Location", name[3:])
@@ -349,7 +324,7 @@ def image(url: str) -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "requests"),
-    [("good", 1), ("slow", 1), ("500", 2), ("reset", 2), ("resume", 2), ("to:/good", 1)],
+    [("good", 1), ("500", 2), ("reset", 2), ("resume", 2), ("to:/good", 1)],
 )
 def test_what_may_pass_is_tried_again(server: str, name: str, requests: int) -> None:
     """And what was read before the connection broke is not asked for again."""
@@ -388,10 +363,10 @@ def test_an_answer_of_single_bytes_ends_with_the_time_of_a_sample(server: str) -
     assert time.monotonic() - started < 3
 
 
-def test_an_answer_without_end_is_cut_off(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protoclip.data.access.MAX_FILE_BYTES", 1 << 18)
-    with pytest.raises(BadSample, match="has more than 262144 bytes"):
-        image(f"{server}/endless")
+def test_a_large_answer_is_cut_off(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1 << 10)
+    with pytest.raises(BadSample, match="has more than 1024 bytes"):
+        image(f"{server}/good")
 
 
 def test_this_machine_is_asked_where_the_user_says_so(serve: Callable[..., str]) -> None:
@@ -488,27 +463,3 @@ def test_a_fingerprint_follows_the_content(
     assert [len(prints) for prints in found.values()] == [3, 3, 3]
     assert len(set(found[str(path)])) == 3
     assert len(set(found[url])) == 2  # the server tells nothing but the size
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("nothing.csv", "no such file"),
-        ("s3://nothing.csv", "no such file"),
-        ("nowhere://a.csv", "'nowhere://' is not read"),
-        ("/dev/null", "is a device, not a file"),
-    ],
-)
-def test_a_file_that_is_not_there_is_named(path: str, message: str, bucket: str) -> None:
-    with pytest.raises(ValueError, match=f"^{path}: .*{message}") as error:
-        fingerprint(path)
-    assert "\n" not in str(error.value)
-
-
-def test_names_are_joined_to_folders_and_urls() -> None:
-    """A root that is a URL keeps its slashes; absolute names and URLs stay as they are."""
-    assert join("", "a.jpg") == "a.jpg"
-    assert join("data", "a.jpg") == str(Path("data") / "a.jpg")
-    assert join("s3://bucket/x/", "a.jpg") == "s3://bucket/x/a.jpg"
-    assert join("data", "/b/a.jpg") == "/b/a.jpg"
-    assert join("data", "https://host/a.jpg") == "https://host/a.jpg"

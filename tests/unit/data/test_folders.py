@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip.data import folders
-from protoclip.data.folders import IMAGE_SUFFIXES, open_folder
+from protoclip.data.folders import open_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import TableOptions
 
@@ -73,14 +73,6 @@ def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
     assert pairs.notes == []
 
 
-@pytest.mark.parametrize(
-    "suffix", [s for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper())]
-)
-def test_every_suffix_of_images(tmp_path: Path, cache: Path, suffix: str) -> None:
-    pairs = opened(write(tmp_path, {f"a{suffix}": b"A", "a.txt": "a"}), cache)
-    assert (ids(pairs), pairs.encoded(0)) == (["a"], b"A")
-
-
 def test_ids_are_unique(tmp_path: Path, cache: Path) -> None:
     """Pictures that differ in their suffix alone keep it, whatever else is called like them."""
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "a/a.jpg", "a/b.jpg"]
@@ -138,7 +130,7 @@ def test_a_folder_that_cannot_be_read_is_counted(
 
     def refuse(path: Path) -> Iterator[os.DirEntry[str]]:
         if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(folders.os, "scandir", refuse)
@@ -146,19 +138,6 @@ def test_a_folder_that_cannot_be_read_is_counted(
     assert ids(pairs) == ["a"]
     assert pairs.notes == [
         f"{tmp_path}: left out 1 folders that cannot be read ('closed (Permission denied)')"
-    ]
-
-
-def test_links_are_followed(tmp_path: Path, cache: Path) -> None:
-    """To folders and to files elsewhere."""
-    write(tmp_path / "store", {"x/1.jpg": b"A", "x/1.txt": "a", "2.jpg": b"B"})
-    data = write(tmp_path / "data", {"b.txt": "b"})
-    (data / "linked").symlink_to(tmp_path / "store" / "x")
-    (data / "b.jpg").symlink_to(tmp_path / "store" / "2.jpg")
-    pairs = opened(data, cache)
-    assert [(pairs.sample_id(row), pairs.encoded(row)) for row in (0, 1)] == [
-        ("b", b"B"),
-        ("linked/1", b"A"),
     ]
 
 
@@ -268,6 +247,7 @@ def test_a_dataset_of_several_splits(tmp_path: Path, cache: Path) -> None:
         ({"state.json": {"_data_files": [{"filename": "/a.arrow"}]}}, "names '/a.arrow'"),
         ({"state.json": {"_data_files": [{}]}}, "names 'None'"),
         ({"dataset_dict.json": {"splits": ["../other"]}}, "names '../other'"),
+        ({"dataset_dict.json": {"splits": [".."]}}, "names '..'"),
     ],
 )
 def test_a_saved_dataset_holds_its_own_files(
@@ -298,10 +278,6 @@ FAULTS = {
         r"2 images without a caption \('a.jpg'\)",
     ),
     "only captions": ({"a.txt": "a"}, "holds no images"),
-    "metadata in parts": (
-        {f"{s}/{f}": "file_name,text\n" for s in ("dev", "train") for f in ("metadata.csv",)},
-        r"splits \(dev, train\); name one, as in .*/dev",
-    ),
     "metadata without file names": (
         {"metadata.csv": "name,text\na.jpg,a\n"},
         r"metadata\.csv: no column 'file_name'; it has 'name', 'text'",
@@ -327,3 +303,16 @@ def test_a_structural_fault_is_named_in_one_line(tmp_path: Path, cache: Path, fa
         opened(tmp_path / "data", cache)
     assert str(error.value).startswith(str(tmp_path / "data"))
     assert "\n" not in str(error.value)
+
+
+def test_links_are_followed(tmp_path: Path, cache: Path) -> None:
+    """To folders and to files elsewhere."""
+    write(tmp_path / "store", {"x/1.jpg": b"A", "x/1.txt": "a", "2.jpg": b"B"})
+    data = write(tmp_path / "data", {"b.txt": "b"})
+    (data / "linked").symlink_to(tmp_path / "store" / "x")
+    (data / "b.jpg").symlink_to(tmp_path / "store" / "2.jpg")
+    pairs = opened(data, cache)
+    assert [(pairs.sample_id(row), pairs.encoded(row)) for row in (0, 1)] == [
+        ("b", b"B"),
+        ("linked/1", b"A"),
+    ]

@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import pyarrow as pa
 import pytest
 
 from protoclip.data.index import build_index
-from protoclip.data.pairs import ImageTextPairs
 
 ROWS = {"caption": [f"caption {n}" for n in range(1000)], "path": ["x" * 100] * 1000}
 
@@ -96,19 +94,3 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"file/cache: cannot be written .* set PROTOCLIP_CACHE"):
         build_index("key", None, build, folder=tmp_path / "file" / "cache")
-
-
-def test_the_cache_folder_is_what_the_environment_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    assert build_index("key", None, build).path == tmp_path / "index" / "key.arrow"
-
-
-def test_another_process_opens_the_index_again(tmp_path: Path) -> None:
-    """What is sent to it does not grow with the rows."""
-    pairs = ImageTextPairs(build_index("key", None, build, folder=tmp_path), name="pairs")
-    sent = pickle.dumps(pairs)
-    assert len(sent) < 1500
-    assert pickle.loads(sent).table == pairs.table
-    assert pairs.notes == ["as told"]

@@ -76,15 +76,9 @@ def test_an_unreadable_image_names_its_sample() -> None:
         pairs.sample(3)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda t: t.drop_columns(["caption"]), "no column 'caption'; it has image, sample_id"),
-        (lambda t: t.drop_columns(["image"]), "no column 'image'; it has caption, sample_id"),
-        (lambda t: t.slice(0, 0), "holds no sample"),
-    ],
-)
-def test_structural_faults_are_named(spoil, message: str) -> None:
+def test_structural_faults_are_named() -> None:
     """A missing column is named beside those present; an empty table is refused."""
-    with pytest.raises(ValueError, match=f"tiny: {message}"):
-        ImageTextPairs(spoil(tiny_pairs()), name="tiny")
+    with pytest.raises(ValueError, match="tiny: no column 'caption'; it has image, sample_id"):
+        ImageTextPairs(tiny_pairs().drop_columns(["caption"]), name="tiny")
+    with pytest.raises(ValueError, match="tiny: holds no sample"):
+        ImageTextPairs(tiny_pairs().slice(0, 0), name="tiny")
