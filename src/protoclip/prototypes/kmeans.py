@@ -94,7 +94,10 @@ def kmeans(
     given = 0 if positions is None else len(positions)
     mistakes = [
         (not same, "positions: ranks differ in their settings or in the width of rows"),
-        (not 1 <= num_clusters <= num_rows, f"{num_clusters=}: need 1 to {num_rows} rows"),
+        (
+            not 1 <= num_clusters <= num_rows,
+            f"{num_clusters=}: must be from 1 to the {num_rows} rows",
+        ),
         (iterations < 0 or restarts < 1, f"{iterations=}, {restarts=}: need >= 0 and >= 1"),
         (shared and given != len(features), f"positions: {given} for {len(features)} rows"),
         (not features.isfinite().all(), "features: non-finite values cannot be clustered"),
