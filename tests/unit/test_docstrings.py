@@ -14,15 +14,8 @@ from protoclip.losses.objective import LossWeights
 )
 def test_examples_run(name: str) -> None:
     function = getattr(protoclip, name)
-    (example,) = doctest.DocTestFinder(recurse=False).find(
-        function,
-        name,
-        globs={
-            **{public: getattr(protoclip, public) for public in protoclip.__all__},
-            "LossWeights": LossWeights,
-            "torch": torch,
-        },
-    )
+    names = {public: getattr(protoclip, public) for public in protoclip.__all__}
+    names |= {"LossWeights": LossWeights, "torch": torch}
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
     assert example.examples
-    results = doctest.DocTestRunner().run(example)
-    assert results.failed == 0
+    assert doctest.DocTestRunner().run(example).failed == 0

@@ -27,11 +27,12 @@ _hosts: dist.ProcessGroup | None = None
 def launched() -> tuple[int, int, int]:
     """Rank, world size and rank on this host, as the launcher says; (0, 1, 0) without one."""
     env = os.environ
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "RANK" not in env or "WORLD_SIZE" not in env:
-        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
-            return 0, 1, 0
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return 0, 1, 0
     return int(env[names[0]]), int(env[names[1]]), int(env.get(names[2], 0))
 
 
@@ -80,8 +81,8 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def all_reduce(values: Tensor, operation: Literal["sum", "max", "min"] = "sum") -> Tensor:
-    """Elementwise sum, maximum or minimum over ranks, the same bits on each; no gradient."""
+def all_reduce(values: Tensor, operation: Literal["sum", "max"] = "sum") -> Tensor:
+    """Elementwise sum or maximum over ranks, the same bits on each; no gradient."""
     if world_size() == 1:
         return values
     result = values.detach().clone(memory_format=torch.contiguous_format)
@@ -145,9 +146,9 @@ class RaisedOnAnotherRank(ValueError):
 def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
     """Call a function on every rank. If it raises on one, every rank raises, and none waits.
 
-    The first rank that failed raises its own error, the others one with the same message: a
-    RaisedOnAnotherRank for a ValueError or OSError, which a user can mend, else a MemoryError or
-    RuntimeError. The function must not wait for other ranks after a step that can fail on one.
+    The first rank that failed raises its own error. The others raise its message: a user's mistake
+    (ValueError, OSError) as RaisedOnAnotherRank, any other as MemoryError or RuntimeError. The
+    function must not wait for other ranks after a step that can fail on one.
     """
     if world_size() == 1:
         return function()
@@ -171,9 +172,10 @@ def sendable(error: Exception) -> tuple[type[Exception], str]:
     """What other ranks raise: not the error's own class, which may need other arguments."""
     if isinstance(error, ValueError | OSError):
         return RaisedOnAnotherRank, str(error)
-    if isinstance(error, MemoryError | RuntimeError):
-        return next(c for c in (MemoryError, RuntimeError) if isinstance(error, c)), str(error)
-    return RuntimeError, f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError):
+        return MemoryError, str(error)
+    name = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+    return RuntimeError, f"{name}{error}"
 
 
 def rank0_first(function: Callable[[], Result]) -> Result:
@@ -183,11 +185,7 @@ def rank0_first(function: Callable[[], Result]) -> Result:
 
 
 def device(name: str) -> torch.device:
-    """The device of this name. `auto` is a GPU if there is one.
-
-    Raises:
-        ValueError: There is no such device.
-    """
+    """The device of this name; `auto` is a GPU if there is one. Raises ValueError if it fails."""
     _, size, local_rank = launched()
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"

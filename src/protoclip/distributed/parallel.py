@@ -26,8 +26,8 @@ WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 def shard(model: nn.Module, device: torch.device) -> None:
     """Shard the parameters of a model on the meta device over the ranks (FSDP2), in place.
 
-    Load its weights with `spread` next, before an optimizer is made. Each layer of a transformer is
-    gathered on its own, the rest together. FSDP2 does not shard scalars, so they stay whole.
+    Load its weights with `spread` next, before an optimizer is made. A transformer gathers layer
+    by layer. FSDP2 does not shard scalars, so they stay whole.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     for name, part in model.named_modules():
@@ -54,16 +54,15 @@ def spread(model: nn.Module, whole: nn.Module | None) -> None:
 def distribute(model: nn.Module, *, broadcast_buffers: bool = True) -> nn.Module:
     """The module to train: the model, or DDP around it. Call again after freezing parameters.
 
-    `broadcast_buffers` copies rank 0's buffers to all ranks before each step. It is needed unless
-    all ranks compute the same ones, as with synchronised BatchNorm.
+    `broadcast_buffers` copies rank 0's to all ranks before each step, unless all compute the same.
     """
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     device = next(model.parameters()).device
+    ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         # torch 2.13 renamed `broadcast_buffers`; earlier versions do not have the new name.
         warnings.simplefilter("ignore", FutureWarning)
-        ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(
             model, ids, broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True
         )
@@ -74,23 +73,20 @@ def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     if isinstance(module, DistributedDataParallel):
         return module.no_sync
 
+    if not isinstance(module, FSDPModule):
+        return nullcontext
+
     @contextmanager
     def unreduced() -> Iterator[None]:
-        assert isinstance(module, FSDPModule)
         module.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            module.set_requires_gradient_sync(True)
+        yield
+        module.set_requires_gradient_sync(True)
 
-    return unreduced if isinstance(module, FSDPModule) else nullcontext
+    return unreduced
 
 
 def reach_everything(output: object) -> Tensor:
-    """Zero, computed from all of a model's output, so that every parameter has a gradient.
-
-    DDP would wait for the gradient of a head that no loss uses.
-    """
+    """Zero, computed from all of a model's output: DDP would wait for a head that no loss uses."""
     parts = [value.sum() for value in vars(output).values() if value is not None]
     return 0.0 * torch.stack(parts).sum()
 
@@ -137,10 +133,8 @@ def copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def from_rank0(*, strict: bool = True) -> states.StateDictOptions:
-    """Load whole tensors that only rank 0 holds."""
-    several = world_size() > 1
     return states.StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=several, strict=strict
+        full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=strict
     )
 
 

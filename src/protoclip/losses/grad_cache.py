@@ -25,21 +25,17 @@ def forward_in_chunks(
 
         embeddings, backward = forward_in_chunks(chunks, buffers=model.buffers())
         loss(embeddings).backward()  # down to the embeddings
-        backward()  # from there to the parameters
+        backward()  # from there to the parameters, once
 
     Gradients equal those of one pass over the whole batch, for any loss and with dropout: both
-    passes of a chunk use the same random state. BatchNorm in training mode is the exception. It
-    normalises by the statistics of a chunk, as it does on each rank of distributed training.
+    passes of a chunk use the same random state. Only BatchNorm in training mode normalises by the
+    statistics of a chunk, as it does by those of a rank in distributed training.
 
     Args:
         chunks: Each embeds its part of the batch, under autocast if it is to be used.
         buffers: Buffers that a forward pass changes, such as BatchNorm's running statistics. They
             are restored after the second pass, so that each chunk counts once.
         no_sync: Makes the context of all chunks but the last, which averages gradients over ranks.
-
-    Returns:
-        The embeddings of all chunks in order, detached from the model; and a function, to be called
-        once, that accumulates the parameters' gradients.
     """
     states, parts = [], []
     for chunk in chunks:
@@ -63,10 +59,8 @@ def forward_in_chunks(
                 with repeated(*states[number]):
                     part = chunk()
                 trained = [name for name in gradients if getattr(part, name).requires_grad]
-                torch.autograd.backward(
-                    [getattr(part, name) for name in trained],
-                    [gradients[name][number] for name in trained],
-                )
+                given = [gradients[name][number] for name in trained]
+                torch.autograd.backward([getattr(part, name) for name in trained], given)
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)

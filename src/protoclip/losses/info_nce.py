@@ -12,9 +12,7 @@ from torch.autograd.function import once_differentiable
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
 
-# Number of logits above which to go tile by tile. Below, the plain form is as fast, and its 24
-# bytes per logit do not matter.
-TILED_ABOVE = 2**20
+TILED_ABOVE = 2**20  # logits; with fewer, the plain form is as fast, and its memory small
 
 
 def info_nce(
@@ -31,12 +29,9 @@ def info_nce(
         0.8133
 
     Args:
-        image_features: Unit-norm image features. Row `i` pairs with text row `i`.
-        text_features: Unit-norm text features.
+        image_features: Of unit norm. Row `i` pairs with text row `i`.
+        text_features: Of unit norm.
         logit_scale: Inverse temperature, in [1, 100].
-
-    Returns:
-        The mean of the image-to-text and text-to-image cross-entropies.
     """
     images, texts = tiles.widened(image_features, text_features)
     scaled = logit_scale * images
@@ -77,9 +72,8 @@ def by_tiles(rows: Float[Tensor, "b d"], columns: Float[Tensor, "n d"]) -> bool:
 
 
 class TiledInfoNCE(torch.autograd.Function):
-    """InfoNCE of the logits `images @ texts.T`, of which one tile exists at a time.
-
-    Each tile is computed once for the log-sum-exp of rows and columns, and again for the gradient:
+    """InfoNCE of the logits `images @ texts.T`. A tile is computed once for the log-sum-exp of rows
+    and columns, and again for the gradient:
 
         2 b dL / d logits_ij = softmax over row i + softmax over column j - 2 [i = j]
     """

@@ -33,7 +33,7 @@ def objective(
     weights: LossWeights,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weighted losses, whose sum is minimised, and what to log about them.
+    """The weighted losses by name, whose sum is minimised, and a report of them, unweighted.
 
     L = w_i InfoNCE + w_p (L_image<-text + L_text<-image) / 2
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
@@ -53,11 +53,8 @@ def objective(
         targets: Targets by `(student, teacher)`; `None` for InfoNCE alone.
         assignments: Prototype of each row by teacher. A row with -1 has no part in that loss.
         weights: Weight of each loss.
-        detailed: Also report how often a projection's nearest prototype is the assigned one. This
-            costs about as much as the loss, so training asks for it only in steps that are logged.
-
-    Returns:
-        Weighted losses by name, and a report of unweighted losses, scales and accuracies.
+        detailed: Also report how often a projection's nearest prototype is the assigned one, which
+            costs about as much as the loss.
     """
     losses: dict[str, Tensor] = {}
     report: dict[str, Tensor] = {"train/logit_scale": embeddings.logit_scale.detach()}
@@ -70,11 +67,8 @@ def objective(
     for (student, teacher), target in (targets or {}).items():
         if not weights.of(teacher):
             continue
-        name, projections, own = (
-            f"{student}_from_{teacher}",
-            students[student],
-            assignments[teacher],
-        )
+        name = f"{student}_from_{teacher}"
+        projections, own = students[student], assignments[teacher]
         assert projections is not None
         loss = target.loss(projections, own, embeddings.prototype_logit_scale)
         losses[name] = weights.of(teacher) * loss / 2

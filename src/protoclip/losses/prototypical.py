@@ -36,9 +36,10 @@ def prototypical_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy between the student's and the teacher's choice of prototype.
 
-    arXiv 2206.10996, "prototype-level discrimination". The teacher's choice for a sample with
-    prototype `a` is one-hot at `a` (hard target), or the softmax over the similarities of prototype
-    `a` to all prototypes (soft target). If many batches share prototypes, `make_targets` is faster.
+    arXiv 2206.10996, "prototype-level discrimination". The teacher's choice is the assigned
+    prototype (hard target), or the softmax over its similarities to all (soft target). If many
+    batches share prototypes, `make_targets` is faster. Rows without a prototype, or with one that
+    is left out, have no part in the mean.
 
         >>> h, prototypes = torch.eye(2), torch.eye(2)
         >>> loss = prototypical_loss(h, prototypes, prototypes, torch.tensor([0, 0]), 1.0, None)
@@ -46,18 +47,15 @@ def prototypical_loss(
         0.8133
 
     Args:
-        student_projections: Unit-norm projections of one modality.
-        student_centroids: Prototypes in the student's space, back-translated or not. A zero row is
-            an empty cluster. The loss has no gradient for prototypes.
+        student_projections: Projections of one modality, of unit norm.
+        student_centroids: Prototypes in the student's space, without gradient. A zero row is an
+            empty cluster.
         teacher_centroids: The same prototypes in the teacher's space, of any norm.
         assignments: Prototype of each sample in [0, k), or -1 if the teacher has none for it.
         logit_scale: Inverse temperature of the student, in [1, 100].
         target_temperature: Temperature of the soft targets. `None` or <= 0 gives hard targets.
         mask_empty: Leave empty clusters out of both softmaxes. With `False`, as in the reference
             implementation, an empty cluster is a class with logit 0.
-
-    Returns:
-        The mean over the rows whose assignment is neither -1 nor a cluster that is left out.
     """
     target = prepare(
         student_centroids, teacher_centroids, target_temperature, assignments, mask_empty=mask_empty
@@ -82,9 +80,9 @@ class Target:
 
     def loss(
         self,
-        student_projections: Float[Tensor, "b p"],
+        student_projections: Tensor,
         assignments: Int[Tensor, " b"],
-        logit_scale: Float[Tensor, ""] | float,
+        logit_scale: Tensor | float,
     ) -> Float[Tensor, ""]:
         """`prototypical_loss` with these prototypes. Its mean over ranks is that of all rows."""
         losses = self.losses(student_projections, self.lookup[assignments], logit_scale)
@@ -101,10 +99,7 @@ class Target:
         return mean_of_known((choice == own).float(), own >= 0, shared=True)
 
     def losses(
-        self,
-        student_projections: Float[Tensor, "b p"],
-        expected: Float[Tensor, "b p"],
-        logit_scale: Float[Tensor, ""] | float,
+        self, student_projections: Tensor, expected: Tensor, logit_scale: Tensor | float
     ) -> Float[Tensor, " b"]:
         """The cross-entropy of each row, given its row of M."""
         rows, classes, expected = tiles.widened(student_projections, self.classes, expected)
@@ -133,8 +128,7 @@ def make_targets(
         image_projections, text_projections: Projections of the episode's samples.
         target_temperatures: Temperature of the soft targets by teacher; <= 0 gives hard targets.
         back_translation: Translate prototypes into the student's space (PBT). Without it, image and
-            text learn from each other's centroids as they are. An external teacher has a space of
-            its own, so its prototypes are always translated.
+            text learn from each other's centroids as they are; external teachers' are translated.
         mask_empty: See `prototypical_loss`.
         positions: Position of each projection in the episode, if every rank has a part of it.
 
@@ -154,36 +148,35 @@ def make_targets(
                 centroids = back_translate(
                     assignments[known], projections[known], number, shared=positions is not None
                 )
-            targets[student, teacher] = prepare(
-                centroids,
-                found.centroids,
+            every, temperature = (
+                torch.arange(number).to(centroids.device),
                 target_temperatures[teacher],
-                torch.arange(number, device=centroids.device),
-                mask_empty=mask_empty,
+            )
+            targets[student, teacher] = prepare(
+                centroids, found.centroids, temperature, every, mask_empty=mask_empty
             )
     return targets
 
 
 def prepare(
     student_centroids: Float[Tensor, "k p"],
-    teacher_centroids: Float[Tensor, "k q"],
-    target_temperature: float | None,
+    teachers: Float[Tensor, "k q"],
+    temperature: float | None,
     prototypes: Int[Tensor, " r"],
     *,
     mask_empty: bool,
 ) -> Target:
     """The classes of the student's softmax, and the rows of M of these prototypes."""
-    students, teachers = student_centroids.detach(), teacher_centroids
-    chosen = torch.ones_like(students[:, 0], dtype=torch.bool)
+    students = classes = student_centroids.detach()
+    choices, chosen = teachers, torch.ones_like(students[:, 0], dtype=torch.bool)
     if mask_empty:
         chosen = (students != 0).any(1)
-    classes, choices = students, teachers
     if not bool(chosen.all()):
         classes, choices = students[chosen], teachers[chosen]
-    if target_temperature is None or target_temperature <= 0:
+    if temperature is None or temperature <= 0:
         lookup = students[prototypes]
     else:
-        lookup = tiles.attend(teachers[prototypes] / target_temperature, choices, classes)[1]
+        lookup = tiles.attend(teachers[prototypes] / temperature, choices, classes)[1]
     class_index = torch.where(chosen, chosen.cumsum(0) - 1, -1)
     return Target(classes=classes, class_index=class_index, lookup=lookup)
 
@@ -191,10 +184,7 @@ def prepare(
 def mean_of_known(
     values: Float[Tensor, " b"], known: Bool[Tensor, " b"], *, shared: bool = False
 ) -> Float[Tensor, ""]:
-    """Mean over the known rows, 0 if there are none.
-
-    If `shared`, a part whose mean over ranks is the mean over the known rows of all ranks.
-    """
+    """Mean over the known rows, or 0. If `shared`, the mean over ranks is that of all rows."""
     count, ranks = known.sum(), 1
     if shared:
         count, ranks = collectives.all_reduce(count), collectives.world_size()

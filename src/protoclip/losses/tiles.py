@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 ROWS = 512
 # Scores of a tile. 1 MB stays in the cache of a CPU; a GPU needs more to be busy.
 CPU_SCORES, GPU_SCORES = 2**18, 2**23
-# A million times exp(-60) is still nothing beside 1 in float64. Smaller exponentials become
-# denormals, which are far slower than other numbers on many CPUs.
+# A million times exp(-60) is nothing beside 1. Smaller exponentials become slow denormals.
 LEAST_EXPONENT = -60.0
 
 
@@ -32,8 +31,8 @@ def shape(rows: Float[Tensor, "b _"]) -> tuple[int, int]:
 def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
     """oneDNN's `x @ w.T` of float32, or `None` if torch has no such entry point.
 
-    torch's own products use MKL, which on AMD CPUs has half of oneDNN's speed. The entry point is
-    private to torch, so a small product checks it first.
+    torch's own products use MKL, which on AMD CPUs has half its speed. The entry point is private
+    to torch, so a small product checks it first.
     """
     probe = torch.arange(6.0).view(2, 3)
     try:
@@ -85,9 +84,8 @@ def attend(
             peak = rows.new_full((len(rows), 1), float("-inf"))
             total = rows.new_zeros(len(rows), 1)
             weighted = rows.new_zeros(len(rows), values.shape[1])
-            for key, value in zip(
-                torch.split(keys, width), torch.split(values, width), strict=True
-            ):
+            pairs = zip(torch.split(keys, width), torch.split(values, width), strict=True)
+            for key, value in pairs:
                 tile = scores(rows, key)
                 higher = torch.maximum(peak, tile.amax(1, keepdim=True))
                 shares = exponential(tile.sub_(higher))
@@ -125,9 +123,8 @@ class LogSumExp(torch.autograd.Function):
         with without_autocast(queries):
             for rows, sums, weights in zip(*parts, strict=True):
                 weighted = (weights.unsqueeze(1) * rows).T
-                for key, to in zip(
-                    torch.split(keys, width), torch.split(to_keys, width), strict=True
-                ):
+                pairs = zip(torch.split(keys, width), torch.split(to_keys, width), strict=True)
+                for key, to in pairs:
                     shares = exponential(scores(rows, key).sub_(sums.unsqueeze(1)))
                     to += scores(shares.T, weighted)
         return to_queries, to_keys

@@ -71,16 +71,16 @@ class ProtoCLIP(nn.Module):
         The heads read the towers' outputs before normalisation, as in the reference.
         """
         image, text = self.encode_image(images), self.encode_text(tokens)
-        heads = ((self.image_head, image), (self.text_head, text))
-        image_projections, text_projections = (
-            F.normalize(to_float(head(features)), dim=-1) if project else None
-            for head, features in heads
-        )
+
+        def projections(head: nn.Module, features: Tensor) -> Tensor | None:
+            return F.normalize(to_float(head(features)), dim=-1) if project else None
+
+        # The order of these operations decides how gradients are summed, so runs depend on it.
         return Embeddings(
             image_features=F.normalize(image, dim=-1),
             text_features=F.normalize(text, dim=-1),
-            image_projections=image_projections,
-            text_projections=text_projections,
+            image_projections=projections(self.image_head, image),
+            text_projections=projections(self.text_head, text),
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
         )

@@ -27,10 +27,9 @@ Assignments = dict[str, Int[Tensor, " b"]]
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeFeatures:
-    """Both modalities' projections and each external teacher's features, one row per sample.
+    """Projections and external teachers' features, one row per sample; NaN if a teacher has none.
 
-    A row of NaN is a sample that the teacher has no features for. With several ranks each has its
-    own rows, and `positions` are their numbers among the rows of all.
+    With several ranks each has its own rows, at these `positions` among the rows of all.
     """
 
     image: Float[Tensor, "m p"]
@@ -44,10 +43,8 @@ class ExtractedFeatures:
     """Features by one pass over an episode, with the model in evaluation mode (as in the paper).
 
     Attributes:
-        model: Its training mode is restored after a pass.
         batches: The batches of an episode in order.
-        teachers: External teachers by name.
-        autocast: Makes the context that forward passes run in.
+        autocast: Makes the context of forward passes.
         each_pair_once: Pass a pair that an episode repeats through the model once. Needs unique
             sample ids and a transform without random draws.
     """
@@ -69,12 +66,10 @@ class ExtractedFeatures:
         self.model.eval()
         images, texts, positions, sample_ids = [], [], [], []
         passed: dict[tuple[str, bytes], int] = {}
-        rows: list[int] = []
-        number = 0
+        rows, number = [], 0
         try:
             for batch in self.batches(episode):
-                new = []
-                captions = map(bytes, batch.text.cpu().numpy())
+                new, captions = [], map(bytes, batch.text.cpu().numpy())
                 for place, pair in enumerate(zip(batch.sample_id, captions, strict=True)):
                     if pair not in passed or not self.each_pair_once:
                         passed[pair], number = number, number + 1
@@ -98,18 +93,19 @@ class ExtractedFeatures:
         self, image: Tensor, text: Tensor, sample_ids: list[str], positions: Tensor
     ) -> EpisodeFeatures:
         """These projections, checked, beside the teachers' features of the same samples."""
-        if collectives.any_rank([not bool((torch.isfinite(image) & torch.isfinite(text)).all())])[
-            0
-        ]:
+        finite = bool((torch.isfinite(image) & torch.isfinite(text)).all())
+        if collectives.any_rank([not finite])[0]:
             raise ValueError(
                 "projections of this episode are not finite: training has diverged; "
                 "lower optim.learning_rate or train in fp32"
             )
-        found = {name: each.lookup(sample_ids) for name, each in self.teachers.items()}
         return EpisodeFeatures(
             image=image,
             text=text,
-            teachers={name: rows.to(image.device) for name, rows in found.items()},
+            teachers={
+                name: each.lookup(sample_ids).to(image.device)
+                for name, each in self.teachers.items()
+            },
             positions=positions.to(image.device) if world_size() > 1 else None,
         )
 
@@ -117,51 +113,40 @@ class ExtractedFeatures:
         self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
     ) -> Assignments:
         """Prototype of each sample in each space; -1 where a teacher has no features for it."""
-        own = {
-            space: found.assignments[batch.position]
-            for space, found in clusters.items()
-            if space not in self.teachers
-        }
-        return own | teacher_assignments(self.teachers, batch, clusters)
+        own = self._assign(batch, embeddings, clusters)
+        for name in self.teachers:
+            if name in clusters:
+                centroids = clusters[name].centroids
+                rows = self.teachers[name].lookup(batch.sample_id).to(centroids)
+                known = torch.isfinite(rows).all(1)
+                found = nearest(torch.where(known[:, None], rows, 0.0), centroids)[0]
+                own[name] = torch.where(known, found, -1)
+        return own
+
+    def _assign(
+        self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
+    ) -> Assignments:
+        """Prototypes of the projections: those that clustering gave them."""
+        spaces = clusters.keys() - self.teachers.keys()
+        return {space: clusters[space].assignments[batch.position] for space in sorted(spaces)}
 
     def observe(self, batch: Batch, embeddings: Embeddings) -> None:
-        """Called after each training step. Extraction keeps nothing of it."""
+        """Called after each training step. Extraction keeps nothing of it, and has no state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: every episode is extracted anew."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `state_dict`."""
-
-
-def teacher_assignments(
-    teachers: Mapping[str, TeacherFeatures], batch: Batch, clusters: Mapping[str, KMeans]
-) -> Assignments:
-    """Nearest prototype of each sample's teacher features; -1 where it has none."""
-    assignments = {}
-    for name, teacher in teachers.items():
-        if name in clusters:
-            centroids = clusters[name].centroids
-            rows = teacher.lookup(batch.sample_id).to(centroids)
-            known = torch.isfinite(rows).all(1)
-            found = nearest(torch.where(known[:, None], rows, 0.0), centroids)[0]
-            assignments[name] = torch.where(known, found, -1)
-    return assignments
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(kw_only=True)
 class QueuedFeatures(ExtractedFeatures):
-    """The last projections that training saw, and extraction while these are too few.
+    """The last `size` projections that training saw, and extraction while these are too few.
 
     Each rank keeps its own samples. They are numbered batch by batch, and within a batch rank by
     rank. A sample's prototype is the one nearest to its current projection, since projections move
-    during an episode and prototypes do not.
-
-    Attributes:
-        size: Samples kept on all ranks: those of one episode, a multiple of the batch size.
-        pushed, batch_size: Samples seen so far and those of a batch, both on this rank.
-        sample_ids, image, text: The kept samples. A new batch overwrites the oldest one.
+    during an episode and prototypes do not. `pushed` and `batch_size` count this rank's samples.
+    `size`, that of all ranks, is a multiple of the batch size: a new batch overwrites the oldest.
     """
 
     size: int
@@ -176,19 +161,17 @@ class QueuedFeatures(ExtractedFeatures):
             return super().features(episode)
         return self._with_teachers(self.image, self.text, self.sample_ids, self._positions())
 
-    def assign(
+    def _assign(
         self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
     ) -> Assignments:
         own = {"image": embeddings.image_projections, "text": embeddings.text_projections}
-        found = {
+        return {
             space: nearest(rows.detach(), clusters[space].centroids)[0]
             for space, rows in own.items()
             if space in clusters and rows is not None
         }
-        return found | teacher_assignments(self.teachers, batch, clusters)
 
     def observe(self, batch: Batch, embeddings: Embeddings) -> None:
-        """Keep the projections of a step, if it computed any."""
         image, text = embeddings.image_projections, embeddings.text_projections
         if image is None or text is None:
             return
@@ -204,7 +187,6 @@ class QueuedFeatures(ExtractedFeatures):
         self.pushed += len(image)
 
     def _positions(self) -> Int[Tensor, " n"]:
-        """Number of each sample here among those of all ranks."""
         own = torch.arange(self.size // world_size())
         batch = own.div(self.batch_size, rounding_mode="floor")
         return own + (batch * (world_size() - 1) + rank()) * self.batch_size

@@ -14,10 +14,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from protoclip.distributed import collectives
-from protoclip.prototypes.nearest import Bfloat16Search, bfloat16_pays, nearest
+from protoclip.prototypes.nearest import Bfloat16Search, Nearest, bfloat16_pays, nearest
 
-# Centroids -> the nearest one of each row, and the squared distance to it.
-Search = Callable[[Tensor], tuple[Tensor, Tensor]]
+Search = Callable[[Tensor], Nearest]  # of these centroids
 
 INITS = ("k-means++", "random")
 ROUNDS = 10  # of k-means++; one draw per round if there are few clusters
@@ -51,7 +50,7 @@ def kmeans(
     iterations: int,
     restarts: int = 1,
     seed: int,
-    init: Float[Tensor, "k d"] | Literal["k-means++", "random"] | None = None,
+    init: Float[Tensor, "k d"] | Literal["k-means++", "random"] = "k-means++",
     spherical: bool = False,
     positions: Int[Tensor, " p"] | None = None,
 ) -> KMeans:
@@ -60,8 +59,8 @@ def kmeans(
     Equal seeds give equal bits on a CPU. Global random generators stay untouched.
 
     With `positions`, all ranks cluster their rows together. Up to rounding, the result is that of
-    one process with all rows in the order of their positions. Centroids, inertia and history are
-    the same bits on every rank; assignments are those of the rank's own rows.
+    one process with all rows in the order of their positions. All but the assignments, which are
+    those of the rank's own rows, is the same bits on every rank.
 
         >>> features = torch.tensor([[0.0, 0.0], [0.0, 2.0], [9.0, 0.0], [9.0, 2.0]])
         >>> kmeans(features, 2, iterations=5, seed=0).inertia
@@ -73,8 +72,8 @@ def kmeans(
         iterations: Most iterations per start. Stops early when no assignment changes.
         restarts: Number of starts. The one with the lowest inertia is returned.
         seed: Seed of the starts.
-        init: `"k-means++"` starts from rows far from each other (the default), `"random"` from rows
-            drawn uniformly. Or the centroids to start from, which needs `restarts=1`.
+        init: How to draw the rows to start from: far from each other (`"k-means++"`) or uniformly
+            (`"random"`). Or the centroids to start from, which needs `restarts=1`.
         spherical: Cluster by direction: rows and centroids are scaled to unit norm.
         positions: Distinct integers that order the rows of all ranks. A rank may have no rows.
 
@@ -82,7 +81,6 @@ def kmeans(
         ValueError: More clusters than rows, non-finite rows, or a setting out of range. With
             `positions` also repeated positions or settings that differ; then every rank raises.
     """
-    init = "k-means++" if init is None else init
     shared = positions is not None
     num_rows, same = len(features), True
     if shared:
@@ -93,103 +91,85 @@ def kmeans(
         num_rows = sum(rows for rows, _ in everyones)
         same = all(other == settings for _, other in everyones)
 
-    def check() -> Float[Tensor, "n d"]:
-        """The rows in the precision to compute in."""
-        if not same:
-            raise ValueError("positions: ranks differ in their settings or in the width of rows")
-        if not 1 <= num_clusters <= num_rows:
-            raise ValueError(
-                f"num_clusters={num_clusters}: needs to be between 1 and the {num_rows} rows given"
-            )
-        if iterations < 0 or restarts < 1:
-            raise ValueError(f"iterations={iterations}, restarts={restarts}: need >= 0 and >= 1")
-        if isinstance(init, Tensor) and (
-            restarts != 1 or init.shape != (num_clusters, features.shape[1])
-        ):
-            raise ValueError(
-                "init: needs restarts=1 and the shape (num_clusters, features.shape[1])"
-            )
-        if isinstance(init, str) and init not in INITS:
-            raise ValueError(f"init={init!r}: choose one of {', '.join(INITS)}, or give centroids")
-        if positions is not None and len(positions) != len(features):
-            raise ValueError(f"positions: {len(positions)} for {len(features)} rows")
-        rows = features.detach()
-        if rows.device.type == "mps":  # lacks float64 and some of the operations
-            rows = rows.cpu()
-        if rows.dtype in (torch.float16, torch.bfloat16):
-            rows = rows.float()
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError("features: non-finite values cannot be clustered")
-        return rows
+    given = 0 if positions is None else len(positions)
+    mistakes = [
+        (not same, "positions: ranks differ in their settings or in the width of rows"),
+        (
+            not 1 <= num_clusters <= num_rows,
+            f"{num_clusters=}: must be from 1 to the {num_rows} rows",
+        ),
+        (iterations < 0 or restarts < 1, f"{iterations=}, {restarts=}: need >= 0 and >= 1"),
+        (shared and given != len(features), f"positions: {given} for {len(features)} rows"),
+        (not features.isfinite().all(), "features: non-finite values cannot be clustered"),
+    ]
+    if isinstance(init, Tensor):
+        wrong = restarts != 1 or init.shape != (num_clusters, features.shape[1])
+        mistakes.append(
+            (wrong, "init: needs restarts=1 and shape (num_clusters, features.shape[1])")
+        )
+    elif init not in INITS:
+        mistakes.append((True, f"{init=}: choose one of {', '.join(INITS)}, or give centroids"))
 
-    values = collectives.raise_on_all_ranks(check) if shared else check()
+    def check() -> None:
+        for wrong, message in mistakes:
+            if wrong:
+                raise ValueError(message)
+
+    if shared:
+        collectives.raise_on_all_ranks(check)
+    check()
+    values = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+    if values.device.type == "mps":  # lacks some of the operations
+        values = values.cpu()
     if spherical:
         values = F.normalize(values, dim=1)
-    order = torch.arange(len(values), device=values.device)
-    if positions is not None:
-        positions = positions.to(values.device)
-        order = positions.argsort()
-        values, positions = values[order], positions[order]
-    rows = Rows.of(values, positions)
-    exact, rough = searches(rows, num_clusters)
+    if positions is None:
+        order = torch.arange(len(values), device=values.device)
+        rows = Rows(values=values, order=order, orders=order, shared=False, spherical=spherical)
+    else:
+        order = positions.to(values.device).argsort()
+        values = values[order]
+        rows = share_of_rows(values, positions.to(values.device)[order].long(), spherical)
+    exact: Search = partial(nearest, values)
+    rough = exact
+    pays = bfloat16_pays(values, num_clusters, len(rows.orders))
+    if shared:  # on every rank or on none
+        pays = not collectives.any_rank([not pays])[0]
+    if pays:
+        mean = rows.mean()
+        if len(values):
+            search = Bfloat16Search(values, mean)
+            exact, rough = search.nearest, search.rough
     generator = torch.Generator().manual_seed(seed)
     best: KMeans | None = None
     for _ in range(restarts):
-        found: tuple[Tensor, Tensor] | None = None
+        found: Nearest | None = None
         if isinstance(init, Tensor):
             centroids = init.to(values)
         elif init == "random":
             drawn = torch.randperm(num_rows, generator=generator)[:num_clusters]
             centroids = rows.select(drawn.to(values.device))
         else:
-            centroids, assignments, distances = spread(rows, num_clusters, generator, rough)
-            found = (assignments, distances)
-        result = lloyd(
-            rows, centroids, exact, found=found, iterations=iterations, spherical=spherical
-        )
+            centroids, found = spread(rows, num_clusters, generator, rough)
+        result = lloyd(rows, centroids, exact, found, iterations)
         if best is None or result.inertia < best.inertia:
             best = result
     assert best is not None
-    return replace(
-        best,
-        centroids=best.centroids.to(features.device),
-        assignments=best.assignments[order.argsort()].to(features.device),
-    )
-
-
-def searches(rows: "Rows", num_clusters: int) -> tuple[Search, Search]:
-    """How to find the nearest of given centroids: exactly, and roughly if that is faster."""
-    values = rows.values
-    pays = bfloat16_pays(values, num_clusters, len(rows.orders))
-    if rows.shared:  # on every rank or on none
-        pays = not collectives.any_rank([not pays])[0]
-    if pays:
-        mean = rows.mean()
-        if len(values):
-            search = Bfloat16Search(values, mean)
-            return search.nearest, search.rough
-    return partial(nearest, values), partial(nearest, values)
+    assignments = torch.empty_like(order).index_copy_(0, order, best.assignments)
+    device = features.device
+    return replace(best, centroids=best.centroids.to(device), assignments=assignments.to(device))
 
 
 def lloyd(
-    rows: "Rows",
-    centroids: Float[Tensor, "k d"],
-    search: Search,
-    *,
-    found: tuple[Int[Tensor, " n"], Float[Tensor, " n"]] | None,
-    iterations: int,
-    spherical: bool,
+    rows: "Rows", centroids: Tensor, search: Search, found: Nearest | None, iterations: int
 ) -> KMeans:
-    """Lloyd's iterations, until no assignment changes or `iterations` are done.
-
-    `found` is approximately what `search(centroids)` returns. It saves the first search.
-    """
+    """Lloyd's iterations. `found`, about what `search(centroids)` returns, saves that search."""
     assignments, distances = found if found and iterations else search(centroids)
     history = [float(rows.sum(distances.double().sum()))]
     for _ in range(iterations):
         means, counts = segment_mean(rows.values, assignments, len(centroids), shared=rows.shared)
         means = torch.where((counts > 0).unsqueeze(1), means, centroids)
-        if spherical:
+        if rows.spherical:
             means = F.normalize(means, dim=1)
         centroids = refill_empty(means, counts, rows, assignments, distances)
         previous = assignments
@@ -205,16 +185,12 @@ def lloyd(
 
 
 def refill_empty(
-    centroids: Float[Tensor, "k d"],
-    counts: Int[Tensor, " k"],
-    rows: "Rows",
-    assignments: Int[Tensor, " n"],
-    distances: Float[Tensor, " n"],
+    centroids: Tensor, counts: Tensor, rows: "Rows", assignments: Tensor, distances: Tensor
 ) -> Float[Tensor, "k d"]:
     """Move each empty cluster to the farthest member of one of the largest clusters.
 
-    The largest cluster gives first, and each gives one member, so none is emptied. Clusters whose
-    members coincide give nothing; if no other is left, empty clusters stay where they are.
+    Each gives one member, the largest first, unless its members coincide. Clusters stay empty if
+    no other has any to give.
     """
     empty = torch.nonzero(counts == 0).flatten()
     if len(empty) == 0:
@@ -235,13 +211,13 @@ def refill_empty(
 
 def spread(
     rows: "Rows", num_clusters: int, generator: torch.Generator, search: Search
-) -> tuple[Float[Tensor, "k d"], Int[Tensor, " n"], Float[Tensor, " n"]]:
+) -> tuple[Float[Tensor, "k d"], Nearest]:
     """Draw rows far from each other; also return the nearest of them and the squared distance.
 
-    As k-means|| (Bahmani et al. 2012, "Scalable K-Means++"), with two differences. Each round draws
-    its share of the centroids without replacement, so exactly `num_clusters` are drawn. And weights
-    are powers of the squared distance. A round searches only its own centroids, so that all rounds
-    together cost one search. Every rank makes the same draw from the gathered weights of all rows.
+    As k-means|| (Bahmani et al. 2012, "Scalable K-Means++"), but each round draws its share without
+    replacement, so exactly `num_clusters` are drawn, by powers of the squared distance. A round
+    searches only its own centroids, so all rounds together cost one search. Every rank makes the
+    same draw from the gathered weights of all rows.
     """
     assignments = torch.zeros_like(rows.order)
     distances = torch.full_like(rows.values[:, 0], float("inf"))
@@ -265,7 +241,7 @@ def spread(
         log_weights = POWER * distances.log()
         centroids.append(new)
         first += len(share)
-    return torch.cat(centroids), assignments, distances
+    return torch.cat(centroids), (assignments, distances)
 
 
 def segment_mean(
@@ -275,10 +251,9 @@ def segment_mean(
     *,
     shared: bool = False,
 ) -> tuple[Float[Tensor, "k d"], Int[Tensor, " k"]]:
-    """Mean and number of the rows with each assignment in `[0, num_segments)`.
+    """Mean and number of the rows with each assignment, 0 if there are none.
 
-    A segment without rows has mean 0 and count 0. With `shared`, means and counts are over the rows
-    of all ranks, without gradient.
+    With `shared`, they are over the rows of all ranks, without gradient.
     """
     counts = torch.bincount(assignments, minlength=num_segments)
     if features.device.type == "mps":  # not every version has embedding_bag there
@@ -307,20 +282,7 @@ class Rows:
     order: Int[Tensor, " n"]
     orders: Int[Tensor, " m"]
     shared: bool
-
-    @classmethod
-    def of(cls, values: Float[Tensor, "n d"], positions: Int[Tensor, " n"] | None = None) -> "Rows":
-        """All rows, or those at these positions of the rows of all ranks."""
-        if positions is None:
-            order = torch.arange(len(values), device=values.device)
-            return cls(values=values, order=order, orders=order, shared=False)
-        everyones = collectives.all_gather(positions.long())
-        ascending = everyones.sort().values
-        repeated = ascending[1:][ascending[1:] == ascending[:-1]]
-        if len(repeated):
-            raise ValueError(f"positions: {int(repeated[0])} is there more than once")
-        order, orders = (torch.searchsorted(ascending, p) for p in (positions.long(), everyones))
-        return cls(values=values, order=order, orders=orders, shared=True)
+    spherical: bool
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over ranks."""
@@ -350,9 +312,18 @@ class Rows:
 
     def select(self, numbers: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
         """The rows with these numbers, wherever they are."""
-        if not self.shared:
-            return self.values[numbers]
         which, places = self.find(numbers)
         found = self.values.new_zeros(len(numbers), self.values.shape[1])
         found[which] = self.values[places]
         return self.sum(found)
+
+
+def share_of_rows(values: Tensor, positions: Int[Tensor, " n"], spherical: bool) -> Rows:
+    """The rows at these positions among the rows of all ranks."""
+    everyones = collectives.all_gather(positions)
+    ascending = everyones.sort().values
+    repeated = ascending[1:][ascending[1:] == ascending[:-1]]
+    if len(repeated):
+        raise ValueError(f"positions: {int(repeated[0])} is there more than once")
+    order, orders = (torch.searchsorted(ascending, each) for each in (positions, everyones))
+    return Rows(values=values, order=order, orders=orders, shared=True, spherical=spherical)

@@ -19,22 +19,18 @@ FAR = 3e38  # half the squared distance to the columns that pad the last block
 MOST_CANDIDATES = 8
 
 
-def nearest(
-    features: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]
-) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """Nearest centroid of each row and the squared distance to it; ties go to the lower index.
+# Nearest centroid of each row, and the squared distance to it.
+Nearest = tuple[Int[Tensor, " n"], Float[Tensor, " n"]]
 
-    Computed in the precision of the rows, float32 or float64.
-    """
+
+def nearest(features: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]) -> Nearest:
+    """Found in the precision of the rows, float32 or float64; ties go to the lower index."""
     # |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c), and |x|^2 does not change which c is nearest.
     half_norms = pad_to_blocks(centroids.square().sum(1) / 2, value=float("inf"))
     columns = pad_to_blocks(centroids, value=0.0).T
-    assignments = torch.cat(
-        [
-            row_argmin(torch.addmm(half_norms, chunk, columns, alpha=-1))[1]
-            for chunk in torch.split(features, chunk_rows(features.device, len(half_norms)))
-        ]
-    )
+    size = chunk_rows(features.device, len(half_norms))
+    scores = (torch.addmm(half_norms, x, columns, alpha=-1) for x in torch.split(features, size))
+    assignments = torch.cat([row_argmin(chunk)[1] for chunk in scores])
     size = chunk_rows(features.device, features.shape[1])
     chunks = zip(torch.split(features, size), torch.split(assignments, size), strict=True)
     distances = [(rows - centroids[index]).square().sum(1) for rows, index in chunks]
@@ -63,8 +59,8 @@ def pad_to_blocks(rows: Num[Tensor, "k *d"], *, value: float) -> Num[Tensor, "l 
 def row_argmin(scores: Num[Tensor, "n w"]) -> tuple[Num[Tensor, " n"], Int[Tensor, " n"]]:
     """Least value of each row and the first column that has it.
 
-    `min(dim)` is ten times slower than `amin`, because it also finds the place. So the minimum of
-    each block of columns comes first, then the least block, then the place within that block.
+    `min(dim)` also finds the place, and is ten times slower than `amin`. So it runs on the minima
+    of blocks, and then on the least block.
     """
     rows, width = scores.shape
     size = block_size(width)
@@ -84,10 +80,7 @@ def row_argmin(scores: Num[Tensor, "n w"]) -> tuple[Num[Tensor, " n"], Int[Tenso
 
 
 def bfloat16_pays(features: Float[Tensor, "n d"], num_clusters: int, num_rows: int) -> bool:
-    """Whether to use `Bfloat16Search`: float32 rows, much work, and hardware with bfloat16.
-
-    `num_rows` counts the rows of all ranks.
-    """
+    """Whether to use `Bfloat16Search`; `num_rows` counts the rows of all ranks."""
     work = num_rows * num_clusters
     if features.dtype != torch.float32 or features.shape[1] < 32 or work < 2**20:
         return False
@@ -101,11 +94,8 @@ class Bfloat16Search:
     """Nearest centroids of fixed rows by way of distances in bfloat16.
 
     Half the squared distance, |x|^2 / 2 - x c + |c|^2 / 2, is one matrix product with four extra
-    columns. In bfloat16 it takes a fraction of float32's time. Positive bfloat16 numbers sort like
-    their bits, so minima are taken over 16-bit integers, several times faster than over floats.
-
-    Rows and centroids are rounded after `origin` is subtracted. The mean of the rows keeps rounding
-    errors small.
+    columns, and far faster in bfloat16. Positive bfloat16 numbers sort like their bits, so minima
+    are taken over 16-bit integers. Subtracting `origin`, the mean, keeps rounding errors small.
     """
 
     def __init__(self, features: Float32[Tensor, "n d"], origin: Float32[Tensor, " d"]) -> None:
@@ -120,7 +110,7 @@ class Bfloat16Search:
         self.errors = centred.sub_(kept).norm(dim=1)
 
     def right(self, centroids: Float32[Tensor, "k d"]) -> Tensor:
-        """Right factor of the distances, `(l, w)`."""
+        """Right factor of the distances."""
         centred = centroids - self.origin
         rounded = centred.bfloat16()
         half_norms = centred.square().sum(1, keepdim=True) / 2
@@ -133,7 +123,7 @@ class Bfloat16Search:
         return matrix
 
     def error_bounds(self, centroids: Float32[Tensor, "k d"]) -> Float32[Tensor, " n"]:
-        """Most that half a squared distance is off before it is rounded to 16 bits, for each row.
+        """Most that half a squared distance of each row is off before it is rounded to 16 bits.
 
         |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|, plus the rounding of half norms and of sums.
         A row's own half norm is off by the same amount in all its distances.
@@ -146,40 +136,35 @@ class Bfloat16Search:
         bound: Tensor = products + ROUNDING**2 * norms
         return bound
 
-    def rough(
-        self, centroids: Float32[Tensor, "k d"]
-    ) -> tuple[Int[Tensor, " n"], Float32[Tensor, " n"]]:
+    def rough(self, centroids: Float32[Tensor, "k d"]) -> Nearest:
         """Approximately the nearest centroid of each row and the squared distance to it."""
         matrix = self.right(centroids)
-        assignments, distances = [], []
+        found = []
         for chunk in torch.split(self.left, chunk_rows(self.left.device, len(matrix))):
             bits, index = row_argmin((chunk @ matrix.T).view(torch.int16))
-            assignments.append(index)
-            distances.append(2 * bits.view(torch.bfloat16).float().clamp(min=0))
-        return torch.cat(assignments), torch.cat(distances)
+            found.append((index, 2 * bits.view(torch.bfloat16).float().clamp(min=0)))
+        return concatenated(found)
 
-    def nearest(
-        self, centroids: Float32[Tensor, "k d"]
-    ) -> tuple[Int[Tensor, " n"], Float32[Tensor, " n"]]:
+    def nearest(self, centroids: Float32[Tensor, "k d"]) -> Nearest:
         """Nearest centroid of each row and the squared distance to it, as in float32."""
         matrix, bounds = self.right(centroids), self.error_bounds(centroids)
         size = chunk_rows(self.left.device, len(matrix))
+        parts = (torch.split(each, size) for each in (self.left, bounds, self.features))
         found = [
             nearest_candidate((left @ matrix.T).view(torch.int16), bound, rows, centroids)
-            for left, bound, rows in zip(
-                *(torch.split(each, size) for each in (self.left, bounds, self.features)),
-                strict=True,
-            )
+            for left, bound, rows in zip(*parts, strict=True)
         ]
-        return torch.cat([index for index, _ in found]), torch.cat([d for _, d in found])
+        return concatenated(found)
+
+
+def concatenated(chunks: list[tuple[Tensor, Tensor]]) -> Nearest:
+    indices, distances = zip(*chunks, strict=True)
+    return torch.cat(indices), torch.cat(distances)
 
 
 def nearest_candidate(
-    scores: Int[Tensor, "n l"],
-    bounds: Float32[Tensor, " n"],
-    features: Float32[Tensor, "n d"],
-    centroids: Float32[Tensor, "k d"],
-) -> tuple[Int[Tensor, " n"], Float32[Tensor, " n"]]:
+    scores: Tensor, bounds: Tensor, features: Tensor, centroids: Tensor
+) -> Nearest:
     """Nearest, in float32, of the centroids whose score is within the error bound of the least."""
     rows, width = scores.shape
     block = block_size(width)

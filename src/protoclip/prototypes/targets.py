@@ -23,12 +23,11 @@ def cluster_spaces(
 
     Args:
         features: Rows by space, with the same spaces in the same order on every rank.
-        cluster: K-means of one space: `(space, rows, positions of the rows) -> KMeans`.
+        cluster: `(space, rows, positions of the rows) -> KMeans`.
         positions: Position of each row in the episode, if every rank has a part of the episode.
 
     Returns:
-        Clusters by space, with the assignments of all samples of the episode by position: the same
-        bits on every rank.
+        Clusters by space, with the assignments of all samples: the same bits on every rank.
 
     Raises:
         ValueError: The positions of all ranks are not 0 to `m - 1`. Every rank raises.
@@ -46,13 +45,13 @@ def cluster_spaces(
             gaps, any_known = collectives.any_rank([gaps, any_known])
         if not any_known:
             continue
-        if not gaps:
-            found = cluster(space, rows, positions)
-            assignments = found.assignments
-        else:
+        if gaps:
             found = cluster(space, rows[known], None if positions is None else positions[known])
             assignments = torch.full_like(known, -1, dtype=torch.long)
             assignments[known] = found.assignments
+        else:
+            found = cluster(space, rows, positions)
+            assignments = found.assignments
         if everyones is not None:
             gathered = collectives.all_gather(assignments)
             assignments = torch.empty_like(gathered).index_copy_(0, everyones, gathered)
@@ -79,7 +78,6 @@ def back_translate(
     Args:
         assignments: Teacher prototype of each sample, in [0, num_prototypes).
         student_features: The student's projections of the same samples.
-        num_prototypes: Number of prototypes `k`.
         shared: Take means over the samples of all ranks, each of which gives its own, maybe none.
             The result is the same bits on every rank and has no gradient.
 

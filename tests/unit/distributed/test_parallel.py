@@ -5,11 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from protoclip.config import (
-    Config,
-    ImageTowerConfig,
-    ParallelConfig,
-)
+from protoclip.config import Config, ImageTowerConfig, ParallelConfig
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model
 

@@ -1,7 +1,7 @@
 """Batches in chunks have the gradients of the whole batch, whatever the loss."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -70,8 +70,11 @@ def chunks(model: Model, size: int) -> list[Callable[[], Embeddings]]:
     return [lambda part=part: model(*part) for part in parts]
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+def assert_equal_gradients(once: Model, cached: Model) -> None:
+    for (name, right), mine in zip(once.named_parameters(), cached.parameters(), strict=True):
+        assert (right.grad is None) == (mine.grad is None), name
+        if right.grad is not None:
+            torch.testing.assert_close(mine.grad, right.grad, atol=1e-9, rtol=1e-9)
 
 
 def chunked(model: Model, size: int) -> Tensor:
@@ -82,108 +85,65 @@ def chunked(model: Model, size: int) -> Tensor:
     return loss.detach()
 
 
-def joined(parts: list[Embeddings]) -> Embeddings:
-    """The chunks' embeddings with their graphs, as one batch."""
-    whole = {}
-    for field in fields(Embeddings):
-        values = [getattr(part, field.name) for part in parts]
-        whole[field.name] = torch.cat(values) if values[0].ndim else values[0]
-    return Embeddings(**whole)
+def in_parts(model: Model, size: int) -> None:
+    """Backward through the chunks' embeddings with their graphs, as one batch."""
+    parts, whole = [vars(chunk()) for chunk in chunks(model, size)], {}
+    for name, value in parts[0].items():
+        whole[name] = torch.cat([part[name] for part in parts]) if value.ndim else value
+    total(Embeddings(**whole)).backward()
 
 
-@pytest.mark.parametrize("size", [1, 3, 5, 10])
-@pytest.mark.parametrize("project", [True, False])
-def test_the_gradients_are_those_of_the_whole_batch(size: int, project: bool) -> None:
-    """Of all losses and both temperatures, also with uneven chunks."""
-    once, cached = (Model(middle=nn.Identity(), project=project) for _ in range(2))
+@pytest.mark.parametrize("size", [1, 3, 10])
+@pytest.mark.parametrize("kind", ["projected", "features", "locked"])
+def test_the_gradients_are_those_of_the_whole_batch(size: int, kind: str) -> None:
+    """Of all losses and temperatures, with uneven chunks; a locked tower stays without gradient."""
+    once, cached = (Model(middle=nn.Identity(), project=kind != "features") for _ in range(2))
+    for model in (once, cached):
+        model.image.requires_grad_(kind != "locked")
+        model.image_head.requires_grad_(kind != "locked")
     loss = total(once(*data()))
     loss.backward()
     torch.testing.assert_close(chunked(cached, size), loss.detach(), atol=1e-9, rtol=1e-9)
-    for name, right in gradients(once).items():
-        mine = gradients(cached)[name]
-        if right is None:
-            assert mine is None, name
-        else:
-            assert mine is not None
-            torch.testing.assert_close(mine, right, atol=1e-9, rtol=1e-9)
-
-
-def test_small_batches_on_their_own_are_another_loss() -> None:
-    """Chunking must not sum the gradients of each chunk's own InfoNCE."""
-    once = Model(middle=nn.Identity(), project=False)
-    total(once(*data())).backward()
-    alone = Model(middle=nn.Identity(), project=False)
-    for chunk in chunks(alone, 5):
-        (total(chunk()) / 2).backward()
-    right, wrong = gradients(once)["scale"], gradients(alone)["scale"]
-    assert right is not None and wrong is not None  # noqa: PT018
-    assert (right - wrong).abs() > 1e-2
+    assert_equal_gradients(once, cached)
 
 
 def test_dropout_draws_the_same_twice_and_the_generator_moves_once() -> None:
     """Gradients are those of the embeddings that the loss saw; later draws do not change."""
     plain, cached = Model(middle=nn.Dropout(0.5)), Model(middle=nn.Dropout(0.5))
     torch.manual_seed(5)
-    total(joined([chunk() for chunk in chunks(plain, 4)])).backward()
+    in_parts(plain, 4)
     after = torch.rand(3)
     torch.manual_seed(5)
     chunked(cached, 4)
     assert torch.equal(torch.rand(3), after)
-    for name, right in gradients(plain).items():
-        torch.testing.assert_close(gradients(cached)[name], right, atol=1e-9, rtol=1e-9)
+    assert_equal_gradients(plain, cached)
 
 
 def test_batch_norm_counts_each_chunk_once() -> None:
     """Gradients are those of chunk statistics; running statistics advance as in one pass."""
     plain, cached = Model(middle=nn.BatchNorm1d(8)), Model(middle=nn.BatchNorm1d(8))
-    total(joined([chunk() for chunk in chunks(plain, 5)])).backward()
+    in_parts(plain, 5)
     chunked(cached, 5)
     for right, mine in zip(plain.buffers(), cached.buffers(), strict=True):
         torch.testing.assert_close(mine, right)
-    for name, right in gradients(plain).items():
-        torch.testing.assert_close(gradients(cached)[name], right, atol=1e-9, rtol=1e-9)
-
-
-def test_a_locked_tower_stays_without_gradient() -> None:
-    once, cached = Model(middle=nn.Identity()), Model(middle=nn.Identity())
-    for model in (once, cached):
-        model.image.requires_grad_(False)
-        model.image_head.requires_grad_(False)
-    total(once(*data())).backward()
-    chunked(cached, 3)
-    for name, right in gradients(once).items():
-        assert (right is None) == name.startswith("image"), name
-        if right is not None:
-            torch.testing.assert_close(gradients(cached)[name], right, atol=1e-9, rtol=1e-9)
-
-
-def peak_of_graph(model: Model, run: Callable[[], object]) -> int:
-    """Most elements, parameters aside, that graphs saved for backward at one time."""
-    parameters = {parameter.data_ptr() for parameter in model.parameters()}
-    held = peak = 0
-
-    class Kept:
-        def __init__(self, tensor: Tensor) -> None:
-            nonlocal held, peak
-            self.tensor = tensor
-            self.size = 0 if tensor.data_ptr() in parameters else tensor.numel()
-            held += self.size
-            peak = max(peak, held)
-
-        def __del__(self) -> None:
-            nonlocal held
-            held -= self.size
-
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        run()
-    return peak
+    assert_equal_gradients(plain, cached)
 
 
 def test_the_graph_of_one_chunk_is_held_at_a_time() -> None:
-    """Chunks of a fifth of the batch hold a fifth of its graph, besides that of the loss."""
-    model = Model(middle=nn.Identity(), project=False)
-    whole = peak_of_graph(model, lambda: total(model(*data())).backward())
-    leaves, _ = forward_in_chunks(chunks(model, B), buffers=())
-    loss = peak_of_graph(model, lambda: total(leaves).backward())
-    fifth = peak_of_graph(model, lambda: chunked(model, B // 5))
-    assert fifth == max(loss, (whole - loss) // 5)
+    model, earlier = Model(middle=nn.Identity()), []
+
+    def noted(chunk: Callable[[], Embeddings]) -> Embeddings:
+        for features in earlier:
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                features.sum().backward()
+        embeddings = chunk()
+        if torch.is_grad_enabled():
+            earlier.append(embeddings.image_features)
+        return embeddings
+
+    parts = [partial(noted, chunk) for chunk in chunks(model, 2)]
+    embeddings, backward = forward_in_chunks(parts, buffers=())
+    total(embeddings).backward()
+    assert not earlier
+    backward()
+    assert len(earlier) == 5

@@ -1,6 +1,5 @@
 """Tiled softmaxes: exact, small in memory, and independent of private entry points."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,43 +30,22 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("this torch has no oneDNN entry point")
 
 
-@pytest.fixture(params=[(512, 2**19), (32, 32 * 50)], ids=["default", "small"])
+@pytest.fixture(params=[512, 32], ids=["one tile", "many tiles"])
 def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile that holds everything; many with remainders."""
-    rows, scores = request.param
-    monkeypatch.setattr(tiles, "ROWS", rows)
-    monkeypatch.setattr(tiles, "CPU_SCORES", scores)
-
-
-def assert_close_to_float64(
-    loss: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]
-) -> None:
-    """In float32 a loss and its gradients are within 1e-5 of another form of it in float64.
-
-    Gradients are compared by norm, since components may cancel. That of the temperature is a sum of
-    terms of size 1, which may cancel as a whole, down to the rounding of one.
-    """
-    single = [value.float().requires_grad_() for value in inputs]
-    double = [value.clone().requires_grad_() for value in inputs]
-    ours, exact = loss(*single), plain(*double)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
-    for mine, right in zip(
-        torch.autograd.grad(ours, single), torch.autograd.grad(exact, double), strict=True
-    ):
-        assert (mine.double() - right).norm() <= 1e-5 * right.norm() + 1e-7
+    monkeypatch.setattr(tiles, "ROWS", request.param)
+    monkeypatch.setattr(tiles, "CPU_SCORES", request.param**2 * 2)
 
 
 @pytest.mark.usefixtures("products", "tile_size")
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 @pytest.mark.parametrize("temperature", [None, 0.1, 0.01])
-@pytest.mark.parametrize("num_empty", [0, 7])
 def test_the_prototypical_loss_keeps_its_precision_in_float32(
-    scale: float, temperature: float | None, num_empty: int
+    scale: float, temperature: float | None
 ) -> None:
     """Value and gradients, with soft and hard targets, for flat and peaked softmaxes."""
     student, teacher = unit(333, 24, seed=1), unit(333, 40, seed=2)
-    student[:num_empty] = 0
-    assignments = torch.randint(num_empty, 333, (77,), generator=torch.Generator().manual_seed(3))
+    student[:7] = 0
+    assignments = torch.randint(7, 333, (77,), generator=torch.Generator().manual_seed(3))
     noisy = student[assignments] + 2 * unit(77, 24, seed=4)
     projections = noisy / noisy.norm(dim=1, keepdim=True)
 
@@ -83,46 +61,15 @@ def test_the_prototypical_loss_keeps_its_precision_in_float32(
     def ours(h: Tensor, s: Tensor) -> Tensor:
         return prototypical_loss(h, student.float(), teacher.float(), assignments, s, temperature)
 
-    inputs = [projections, torch.tensor(scale, dtype=torch.float64)]
-    assert_close_to_float64(ours, plain, inputs)
-
-
-@pytest.mark.usefixtures("products", "tile_size")
-@pytest.mark.parametrize("scale", [5.0, 100.0])
-def test_tiled_info_nce_keeps_its_precision_in_float32(
-    scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(instance, "TILED_ABOVE", 0)
-    text = unit(131, 20, seed=1)
-    image = text + 2 * unit(131, 20, seed=2)
-
-    def plain(image: Tensor, text: Tensor, s: Tensor) -> Tensor:
-        logits = s * image @ text.T
-        both = logits.log_softmax(0) + logits.log_softmax(1)
-        return -both.diagonal().mean() / 2
-
-    inputs = [
-        image / image.norm(dim=1, keepdim=True),
-        text,
-        torch.tensor(scale, dtype=torch.float64),
-    ]
-    assert_close_to_float64(info_nce, plain, inputs)
-
-
-@pytest.mark.usefixtures("products", "tile_size")
-@pytest.mark.parametrize("scale", [5.0, 100.0])
-def test_log_sum_exp_has_gradients_for_queries_and_keys(scale: float) -> None:
-    """In float32, where the loss weighs each query differently."""
-    weights = torch.linspace(-1, 2, 77, dtype=torch.float64)
-
-    def tiled(q: Tensor, k: Tensor) -> Tensor:
-        return (weights.to(q) * tiles.log_sum_exp(q, k)).sum()
-
-    def plain(q: Tensor, k: Tensor) -> Tensor:
-        return (weights * (q @ k.T).logsumexp(1)).sum()
-
-    inputs = [scale * unit(77, 20, seed=1), unit(131, 20, seed=2)]
-    assert_close_to_float64(tiled, plain, inputs)
+    results = []
+    for loss, dtype in ((ours, torch.float32), (plain, torch.float64)):
+        h, s = projections.to(dtype), torch.tensor(scale, dtype=dtype)
+        leaves = [h.clone().requires_grad_(), s.requires_grad_()]
+        value = loss(*leaves)
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for mine, right in zip(*results, strict=True):
+        # Terms of size 1 may cancel in the gradient of the temperature.
+        assert (mine.double() - right).norm() <= 1e-5 * right.norm() + 1e-7
 
 
 class Largest(TorchDispatchMode):
@@ -165,11 +112,6 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch)
     with Largest() as paired:
         info_nce(h, text, s).backward()
     assert paired.elements == b * p
-    # One rank's part of a batch: few rows and the columns of all ranks.
-    few, everyones = h[:20].detach().requires_grad_(), unit(k, p, seed=4).float().requires_grad_()
-    with Largest() as part:
-        tiles.log_sum_exp(few, everyones).sum().backward()
-    assert part.elements == k * p
     with Largest() as plain:
         torch.logsumexp(s * h @ centroids.T, 1).sum().backward()
     assert plain.elements == b * k
@@ -203,30 +145,20 @@ def test_losses_inside_autocast_are_those_outside(rows: int, dtype: torch.dtype)
         assert error < (2**-7 if own else 1e-5)
 
 
-def test_exponentials_are_no_denormals_and_lose_nothing() -> None:
-    """However small a share is, its exponential is a normal number, and sums do not change."""
+def test_exponentials_are_no_denormals() -> None:
     torch.set_flush_denormal(False)
-    exponents = torch.linspace(-300, 0, 10_000)
-    exact = exponents.double().exp().sum()
-    shares = tiles.exponential(exponents.clone())
-    assert exponents.exp()[exponents.exp() > 0].min() < torch.finfo(torch.float32).tiny
-    assert shares.min() > 1e6 * torch.finfo(torch.float32).tiny
-    assert shares.double().sum().item() == pytest.approx(exact.item(), rel=1e-7)
-
-
-def refuses(*arguments: object) -> Tensor:
-    raise RuntimeError("expected at most 5 arguments")
+    shares = tiles.exponential(torch.linspace(-300, 0, 10_000))
+    assert shares.min() > torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.parametrize(
     "namespace",
     [
         SimpleNamespace(),
-        SimpleNamespace(_linear_pointwise=refuses),
         SimpleNamespace(_linear_pointwise=lambda x, w: x @ w.T),
         SimpleNamespace(_linear_pointwise=lambda x, w, *rest: x @ w.T + 1),
     ],
-    ids=["gone", "refuses", "other signature", "other meaning"],
+    ids=["gone", "other signature", "other meaning"],
 )
 def test_an_entry_point_that_changed_is_not_used(
     namespace: SimpleNamespace, monkeypatch: pytest.MonkeyPatch

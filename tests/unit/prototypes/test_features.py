@@ -1,10 +1,9 @@
 """The features that are clustered, and the prototype that each sample of a batch belongs to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -58,12 +57,8 @@ def teacher(names: list[str]) -> TeacherFeatures:
 
 
 def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None) -> KMeans:
-    return KMeans(
-        centroids=rows(k, width, seed),
-        assignments=torch.tensor(assignments or [0]),
-        inertia=0.0,
-        history=(0.0,),
-    )
+    given = torch.tensor(assignments or [0])
+    return KMeans(centroids=rows(k, width, seed), assignments=given, inertia=0.0, history=())
 
 
 def nearest_of(points: Tensor, centroids: Tensor) -> list[int]:
@@ -71,30 +66,24 @@ def nearest_of(points: Tensor, centroids: Tensor) -> list[int]:
     return differences.square().sum(2).argmin(1).tolist()
 
 
-def settings(
-    batches: Callable[[Episode], list[Batch]], teachers: Mapping[str, TeacherFeatures] | None = None
-) -> dict[str, Any]:
-    return {
-        "model": loading.model(tiny_model(), seed=0),
-        "batches": batches,
-        "teachers": teachers or {},
-        "autocast": nullcontext,
-    }
+def settings(batches: Callable[[Episode], list[Batch]], **teachers: TeacherFeatures) -> dict:
+    model = loading.model(tiny_model(), seed=0)
+    return {"model": model, "batches": batches, "teachers": teachers, "autocast": nullcontext}
 
 
 def no_pass(episode: Episode) -> list[Batch]:
     raise AssertionError("an extraction pass")
 
 
-def queued(teachers: Mapping[str, TeacherFeatures] | None = None, size: int = 8) -> QueuedFeatures:
-    return QueuedFeatures(**settings(no_pass, teachers), size=size)
+def queued(**teachers: TeacherFeatures) -> QueuedFeatures:
+    return QueuedFeatures(**settings(no_pass, **teachers), size=8)
 
 
 def test_the_queue_keeps_the_last_samples() -> None:
     """Its rows and the teacher's of the same samples are clustered, without a pass or a graph."""
     names = [f"s{i}" for i in range(20)]
     bert = teacher(names)
-    source = queued({"bert": bert})
+    source = queued(bert=bert)
     seen = []
     for first in range(0, 20, 4):
         seen.append(embeddings(4, first))
@@ -116,30 +105,13 @@ def test_the_queue_keeps_the_last_samples() -> None:
         assert torch.equal(found.teachers["bert"], bert.lookup(source.sample_ids))
 
 
-def test_the_queue_goes_on_from_its_state() -> None:
-    """Also while it is not full, and from the beginning."""
-    source, again = queued(), queued()
-    again.load_state_dict(source.state_dict())
-    for step in range(5):
-        now = (batch([f"{step}{i}" for i in range(4)]), embeddings(4, step))
-        source.observe(*now)
-        again.observe(*now)
-        assert again.state_dict().keys() == {"pushed", "batch_size", "sample_ids", "image", "text"}
-        for name, value in source.state_dict().items():
-            other = again.state_dict()[name]
-            assert torch.equal(value, other) if name in ("image", "text") else value == other
-        fresh = queued()
-        fresh.load_state_dict(again.state_dict())
-        again = fresh
-
-
 def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> None:
     """By its current projection in its own modality, and by its teacher features if there are."""
     names = list("abcdefgh")
     bert = teacher(names[:5])
     spaces = {"image": clusters(5, 4, 1), "text": clusters(5, 4, 2), "bert": clusters(5, 3, 3)}
     now = embeddings(8, 7)
-    found = queued({"bert": bert}).assign(batch(names), now, spaces)
+    found = queued(bert=bert).assign(batch(names), now, spaces)
     for space, points in (
         ("image", now.image_projections),
         ("text", now.text_projections),
@@ -200,13 +172,15 @@ def test_extraction_through_the_training_transform(tmp_path: Path) -> None:
         prototypes = replace(config.prototypes, extract_transform=transform)
         config = replace(config, prototypes=prototypes)
         model, samples = loading.model(config.model, seed=0), sources.pairs(config)
-        _, trainer = run.prepare(config, tmp_path / "run", model, samples, "fp32")
-        episode = trainer.episode(0)
-        first, again = (trainer.source.features(episode) for _ in range(2))
+        made = run.Run(config, model, samples, folder=tmp_path / "run")
+        episode, source = made.episode(0), made.trainer.source
+        first, again = source.features(episode), source.features(episode)
         assert torch.equal(first.image, again.image)
-        extracted = next(iter(trainer.source.batches(episode))).image
-        trained = next(iter(trainer.batches(episode, 0))).image
-        assert not torch.equal(extracted, trained)
+        extracted, trained = (
+            next(iter(source.batches(episode))),
+            next(iter(made.loader.batches(episode, 0))),
+        )
+        assert not torch.equal(extracted.image, trained.image)
         found[transform] = first
     rows = episode.rows.tolist()
     earlier = [rows.index(row) for row in rows]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.prototypes.nearest import Bfloat16Search, nearest, nearest_candidate, row_argmin
+from protoclip.prototypes.nearest import Bfloat16Search, nearest, row_argmin
 
 
 def unit_rows(generator: torch.Generator, n: int, d: int = 24) -> Tensor:
@@ -65,34 +65,6 @@ def test_the_error_bound_holds_for_every_pair(generator: torch.Generator) -> Non
     assert (bounds.double() < 20 * error).all()  # nor is it so wide that it says nothing
 
 
-def test_many_candidates_are_searched_in_float32(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only where rounding hides all differences."""
-    calls = []
-
-    def counted(features: Tensor, centroids: Tensor) -> object:
-        calls.append(len(features))
-        return nearest(features, centroids)
-
-    monkeypatch.setattr("protoclip.prototypes.nearest.nearest", counted)
-    for geometry, expected in (("directions", []), ("tight groups", [700])):
-        features = GEOMETRIES[geometry](generator)
-        search_of(features).nearest(features[:300])
-        assert calls == expected
-
-
-def test_the_rough_search_is_near(generator: torch.Generator) -> None:
-    """Distances, and those of its assignments, are right to 2% of their mean."""
-    features, centroids = unit_rows(generator, 600), unit_rows(generator, 500)
-    assignments, distances = search_of(features).rough(centroids)
-    expected = torch.cdist(features, centroids).square()
-    least = expected.min(1).values
-    chosen = expected.gather(1, assignments.unsqueeze(1)).squeeze(1)
-    assert (distances - least).abs().max() < 0.02 * least.mean()
-    assert (chosen - least).max() < 0.02 * least.mean()
-
-
 @pytest.mark.parametrize("width", [1, 40, 255, 256, 320, 4096, 4224])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.float32])
 def test_row_argmin_is_the_first_least_column(
@@ -104,11 +76,3 @@ def test_row_argmin_is_the_first_least_column(
     for row, value, index in zip(scores.tolist(), least.tolist(), column.tolist(), strict=True):
         assert value == min(row)
         assert index == row.index(min(row))
-
-
-def test_float32_distances_decide_between_candidates() -> None:
-    features, centroids = torch.tensor([[0.0], [5.0]]), torch.tensor([[9.0], [4.0], [1.0]])
-    scores = torch.ones(2, 3, dtype=torch.bfloat16).view(torch.int16)
-    index, distance = nearest_candidate(scores, torch.zeros(2), features, centroids)
-    assert index.tolist() == [2, 1]
-    assert distance.tolist() == [1.0, 1.0]
