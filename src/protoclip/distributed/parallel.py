@@ -79,8 +79,10 @@ def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     @contextmanager
     def unreduced() -> Iterator[None]:
         module.set_requires_gradient_sync(False)
-        yield
-        module.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
 
     return unreduced
 

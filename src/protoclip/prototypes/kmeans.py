@@ -50,7 +50,7 @@ def kmeans(
     iterations: int,
     restarts: int = 1,
     seed: int,
-    init: Float[Tensor, "k d"] | Literal["k-means++", "random"] = "k-means++",
+    init: Float[Tensor, "k d"] | Literal["k-means++", "random"] | None = None,
     spherical: bool = False,
     positions: Int[Tensor, " p"] | None = None,
 ) -> KMeans:
@@ -72,8 +72,8 @@ def kmeans(
         iterations: Most iterations per start. Stops early when no assignment changes.
         restarts: Number of starts. The one with the lowest inertia is returned.
         seed: Seed of the starts.
-        init: How to draw the rows to start from: far from each other (`"k-means++"`) or uniformly
-            (`"random"`). Or the centroids to start from, which needs `restarts=1`.
+        init: How to draw the rows to start from: far from each other (`"k-means++"`, the default)
+            or uniformly (`"random"`). Or the centroids to start from, which needs `restarts=1`.
         spherical: Cluster by direction: rows and centroids are scaled to unit norm.
         positions: Distinct integers that order the rows of all ranks. A rank may have no rows.
 
@@ -81,6 +81,7 @@ def kmeans(
         ValueError: More clusters than rows, non-finite rows, or a setting out of range. With
             `positions` also repeated positions or settings that differ; then every rank raises.
     """
+    init = "k-means++" if init is None else init
     shared = positions is not None
     num_rows, same = len(features), True
     if shared:
