@@ -146,7 +146,7 @@ class _Examiner(Dataset[list[_Facts | BadSample]]):
         return len(self.parts)
 
     def __getitem__(self, number: int) -> list[_Facts | BadSample]:
-        part: Iterable[Item] = self.parts[number]
+        part: Iterable[Any] = self.parts[number]
         if not isinstance(self.source, Pairs):
             stream, shard, most = self.parts[number]
             part = islice(read_shard(shard, stream.caption_keys, stream.access), most)
@@ -164,7 +164,7 @@ class _Examiner(Dataset[list[_Facts | BadSample]]):
             decode(sample.image, max_pixels=self.max_pixels, at_least=DECODED_SIDE)
         except ValueError as error:
             return BadSample(sample.sample_id, sample.where, str(error))
-        values = {
+        values: dict[str, int | float | str] = {
             "width": width,
             "height": height,
             "shorter_side": min(width, height),

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from protoclip.config import Config
 from protoclip.data.access import visible
 from protoclip.data.cache import ImageCache, crop, image_cache
-from protoclip.data.decode import ChooseBox
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform

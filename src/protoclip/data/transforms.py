@@ -111,7 +111,7 @@ class TrainingTransform:
         def blur(pixels: Images, draws: Draws) -> Images:
             return gaussian_blur(pixels, (0.1 + 1.9 * draws[:, 12]) * self.size / 224)
 
-        steps = (
+        steps: tuple[tuple[float, Callable[[Images, Draws], Tensor]], ...] = (
             (self.flip, lambda pixels, draws: pixels.flip(3)),
             (self.jitter, jitter),
             (self.grayscale, lambda pixels, draws: luminance(pixels).expand(-1, 3, -1, -1)),
