@@ -1,12 +1,9 @@
 """Crops of images, and decoded images that are kept for the next pass.
 
-A cache changes no pixel: a crop is the same to the bit with any cache, cold or warm, full or
-deleted, and without one. An image is known by its bytes, so a file that changes is another image.
-Crops of 512-pixel JPEGs take half the time from disk and a third from memory. JPEGs so large that
-their crops are decoded at a fraction of their size are not kept.
-
-Small copies do change pixels: every crop is taken from a copy of the image with a shorter side of
-256 pixels, say. They are a setting of the run, with the same pixels with and without a cache.
+A crop is the same to the bit with any cache and without one. An image is known by its bytes, so a
+file that changes is another image. JPEGs so large that their crops are decoded at a fraction of
+their size are not kept. Small copies, from which crops can be taken, do change pixels; they are the
+same with a cache and without.
 """
 
 import contextlib
@@ -14,7 +11,6 @@ import hashlib
 import struct
 import zlib
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,22 +29,13 @@ from protoclip.data.decode import (
 from protoclip.data.index import cache_folder, digest
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
-from protoclip.files import replacing
+from protoclip.files import write_atomically
 
 # Part of the folder's name, so that caches of another form are not read.
-CACHE_FORM = "pictures-2"
-# Of a file of pixels: checksum, height, width and orientation.
-HEADER = struct.Struct("<IIII")
+CACHE_FORM = "images-3"
+# Before the pixels in a file: their checksum with the rest, then height, width, orientation.
+CHECKSUM, SHAPE = struct.Struct("<I"), struct.Struct("<III")
 BLOCK = 4096  # bytes that a file system allocates at a time
-
-
-@runtime_checkable
-class ImageCache(Protocol):
-    """Keeps decoded images by key while there is room."""
-
-    def get(self, key: str) -> Decoded | None: ...
-
-    def put(self, key: str, image: Decoded) -> None: ...
 
 
 def crop(
@@ -58,34 +45,29 @@ def crop(
     *,
     max_pixels: int,
     small_side: int | None = None,
-    cache: ImageCache | None = None,
+    cache: "ImageCache | None" = None,
 ) -> Square:
-    """Decode a crop and resize it, with or without a cache; raises as `decode_crop`.
+    """`decode_crop` with a cache, or from a copy of the image whose shorter side is `small_side`.
 
-    Args:
-        encoded: The bytes of the file.
-        box: Chooses the crop, given the upright width and height of the image or its small copy.
-        size: Height and width of the result.
-        max_pixels: Images of more pixels are refused from their header.
-        small_side: Take the crop from a copy of this shorter side; from the image itself if unset
-            or if its shorter side has no more pixels.
-        cache: Where decoded images are kept.
+    `box` is then given the width and height of the copy. Smaller images are taken as they are.
     """
     if cache is None and small_side is None:
         return decode_crop(encoded, box, size, max_pixels=max_pixels)
-    # The settings decide what is kept, and whether the image is refused.
-    settings = f"{small_side} {size} {max_pixels} ".encode()
-    key = hashlib.sha256(settings + encoded).hexdigest()[:32] if cache is not None else ""
-    image = cache.get(key) if cache is not None else None
+    image, key = None, ""
+    if cache is not None:
+        # The settings decide what is kept, and whether the image is refused.
+        settings = f"{small_side} {size} {max_pixels} ".encode()
+        key = hashlib.sha256(settings + encoded).hexdigest()[:32]
+        image = cache.get(key)
     if image is None:
         if small_side is not None:
             image = small_copy(encoded, small_side, max_pixels=max_pixels)
         else:
             image = decode_all(encoded, size, max_pixels=max_pixels)
-        if image is not None and cache is not None:
+        if image is None:
+            return decode_crop(encoded, box, size, max_pixels=max_pixels)
+        if cache is not None:
             cache.put(key, image)
-    if image is None:
-        return decode_crop(encoded, box, size, max_pixels=max_pixels)
     return crop_decoded(image, box, size)
 
 
@@ -102,7 +84,7 @@ class MemoryCache:
     """Images in the memory of this process, three bytes a pixel, up to `max_bytes`.
 
     When it is full it keeps what it has: with repeated passes that serves more requests than
-    keeping the latest. Processes do not share it.
+    keeping the latest.
     """
 
     def __init__(self, *, max_bytes: int) -> None:
@@ -120,8 +102,6 @@ class MemoryCache:
 
 class DiskCache:
     """Images in a folder that processes share, three bytes a pixel, each with a checksum.
-
-    In a memory file system such as /dev/shm it is a cache in memory for several processes.
 
     Args:
         folder: Made when the first image is written. Any part of it may be deleted at any time.
@@ -144,44 +124,35 @@ class DiskCache:
             stored = path.read_bytes()
         except OSError:
             return None
-        with contextlib.suppress(ValueError, struct.error):  # truncated
-            checksum, height, width, orientation = HEADER.unpack_from(stored)
-            pixels = np.frombuffer(stored, np.uint8, offset=HEADER.size)
-            image = Decoded(pixels=pixels.reshape(height, width, 3), orientation=orientation)
-            if checksum == _checksum(image):
-                return image
+        body = memoryview(stored)[CHECKSUM.size :]
+        if len(body) > SHAPE.size and CHECKSUM.unpack_from(stored)[0] == zlib.crc32(body):
+            height, width, orientation = SHAPE.unpack_from(body)
+            pixels = np.frombuffer(body, np.uint8, offset=SHAPE.size).reshape(height, width, 3)
+            return Decoded(pixels=pixels, orientation=orientation)
         with contextlib.suppress(OSError):
             path.unlink()  # damaged: it is made again from the original
         return None
 
     def put(self, key: str, image: Decoded) -> None:
-        size = HEADER.size + image.pixels.nbytes
-        if self._used() + size > self.max_bytes:
+        body = SHAPE.pack(*image.pixels.shape[:2], image.orientation) + image.pixels.tobytes()
+        content, path = CHECKSUM.pack(zlib.crc32(body)) + body, self._path(key)
+        if self._used() + len(content) > self.max_bytes:
             return
-        header = HEADER.pack(_checksum(image), *image.pixels.shape[:2], image.orientation)
-        path = self._path(key)
         # A full disk, or a folder deleted meanwhile, costs time but is no reason to stop.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                file.write(header)
-                file.write(image.pixels.data)
+            write_atomically(path, content)
             with self._tally.open("ab") as tally:
-                tally.write(bytes(_blocks(size)))
+                tally.write(bytes(_blocks(len(content))))
 
     def _used(self) -> int:
-        try:
-            return self._tally.stat().st_size * BLOCK
-        except OSError:
-            return 0
+        return self._tally.stat().st_size * BLOCK if self._tally.is_file() else 0
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key
 
 
-def _checksum(image: Decoded) -> int:
-    facts = (*image.pixels.shape[:2], image.orientation)
-    return zlib.crc32(image.pixels.data, zlib.crc32(repr(facts).encode()))
+ImageCache = MemoryCache | DiskCache
 
 
 def _blocks(size: int) -> int:

@@ -1,9 +1,9 @@
 """Encoded bytes to upright RGB pixels; decodes no more than a crop needs.
 
-Reads JPEG, PNG, WebP, GIF, BMP and TIFF: the first frame, on white where transparent, upright by
-its EXIF orientation. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop stays large
-enough. Whatever is wrong with the bytes raises `ValueError` with a short reason. PIL's own limit on
-pixels applies to WebP and TIFF only, where PIL refuses images of more than twice that limit.
+Reads the first frame of JPEG, PNG, WebP, GIF, BMP and TIFF files, on white where transparent. A
+large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop stays large enough. All that can be
+wrong with the bytes raises `ValueError` with a short reason. PIL's own limit on pixels applies to
+WebP and TIFF only, where PIL refuses images of more than twice that limit.
 """
 
 import io
@@ -58,13 +58,13 @@ class Decoded:
     orientation: int = 1
 
 
-def reduction(side: int, size: int) -> int:
+def reduction(side: int, size: int | float) -> int:
     """By how much a JPEG may be reduced (1, 2, 4, 8) if `side` pixels become `size` pixels."""
     return next((k for k in (8, 4, 2) if side >= REDUCED_MARGIN * size * k), 1)
 
 
 def decode_crop(encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -> Square:
-    """Decode a crop and resize it.
+    """Decode a crop and resize it to `size` x `size`.
 
     Args:
         encoded: The bytes of the file.
@@ -75,7 +75,8 @@ def decode_crop(encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -
     Raises:
         ValueError: The bytes are no image, not all of one, or too large a one.
     """
-    image, orientation = _open(encoded, max_pixels)
+    image = open_image(encoded, max_pixels=max_pixels)
+    orientation = _orientation(image)
     stored = _stored_box(box, image.size, orientation)
     factor = reduction(min(stored[2] - stored[0], stored[3] - stored[1]), size)
     while any(edge % factor for edge in stored):
@@ -88,11 +89,11 @@ def decode_all(encoded: bytes, size: int, *, max_pixels: int) -> Decoded | None:
 
     None for a JPEG so large that `decode_crop` would reduce some of its crops.
     """
-    image, orientation = _open(encoded, max_pixels)
+    image = open_image(encoded, max_pixels=max_pixels)
     if image.format == "JPEG" and reduction(min(image.size), size) > 1:
         return None
     pixels = _read(encoded, image, (0, 0, *image.size), 1)
-    return Decoded(pixels=np.ascontiguousarray(pixels), orientation=orientation)
+    return Decoded(pixels=np.ascontiguousarray(pixels), orientation=_orientation(image))
 
 
 def crop_decoded(image: Decoded, box: ChooseBox, size: int) -> Square:
@@ -109,24 +110,20 @@ def crop_image(image: Image.Image, box: ChooseBox, size: int) -> Square:
 
 
 def decode(encoded: bytes, *, max_pixels: int, at_least: int | None = None) -> Pixels:
-    """Decode a whole image; raises as `decode_crop`.
+    """A whole upright image; raises as `decode_crop`.
 
-    Args:
-        encoded: The bytes of the file.
-        max_pixels: Images of more pixels are refused from their header.
-        at_least: A JPEG may be reduced as long as its shorter side keeps this many pixels.
+    A JPEG may be reduced as long as its shorter side keeps `at_least` pixels.
     """
-    image, orientation = _open(encoded, max_pixels)
-    factor = 1
-    if at_least is not None:
-        factor = next((k for k in (8, 4, 2) if min(image.size) >= at_least * k), 1)
-    return _upright(_read(encoded, image, (0, 0, *image.size), factor), orientation)
+    image = open_image(encoded, max_pixels=max_pixels)
+    factor = reduction(min(image.size), at_least / REDUCED_MARGIN) if at_least else 1
+    pixels = _read(encoded, image, (0, 0, *image.size), factor)
+    return _upright(pixels, _orientation(image))
 
 
 def dimensions(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
     """Width and height of the upright image, from its header; raises as `decode_crop`."""
-    image, orientation = _open(encoded, max_pixels)
-    return image.size[::-1] if orientation >= 5 else image.size
+    image = open_image(encoded, max_pixels=max_pixels)
+    return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
 def resize(pixels: Pixels, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 3"]:
@@ -158,8 +155,8 @@ def rgb(image: Image.Image) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
-def _open(encoded: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
-    """The image after its header was read, and its EXIF orientation."""
+def open_image(encoded: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
+    """An image of which only the header was read; raises as `decode_crop`."""
     if not encoded:
         raise ValueError("empty file")
     reader = next((found for start, found in READERS if encoded.startswith(start)), None)
@@ -176,7 +173,7 @@ def _open(encoded: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
         raise ValueError(
             f"{width} x {height} pixels are more than data.max_image_pixels ({max_pixels})"
         )
-    return image, _orientation(image)
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -218,19 +215,13 @@ def _decode_error(error: Exception) -> ValueError:
     return ValueError("truncated" if cut else f"not an image that can be decoded ({text[:100]})")
 
 
-def _mirrored(orientation: int) -> tuple[bool, bool]:
-    """Whether x and y of the upright image run backwards. From 5 on the axes are swapped first."""
-    return orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
-
-
 def _stored_box(choose: ChooseBox, stored: tuple[int, int], orientation: int) -> Box:
     """The chosen box in the coordinates of the stored image, whose width and height are given."""
     width, height = stored[::-1] if orientation >= 5 else stored
     left, top, right, bottom = choose(width, height)
-    mirror_x, mirror_y = _mirrored(orientation)
-    if mirror_x:
+    if orientation in (2, 3, 6, 7):
         left, right = width - right, width - left
-    if mirror_y:
+    if orientation in (3, 4, 7, 8):
         top, bottom = height - bottom, height - top
     return (top, left, bottom, right) if orientation >= 5 else (left, top, right, bottom)
 
@@ -241,12 +232,11 @@ def _finish(crop: Pixels, size: int, orientation: int) -> Square:
 
 
 def _upright(pixels: Pixels, orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Stored pixels as upright ones. Resizing commutes with it, so it is done to what is small."""
+    """Stored pixels as upright ones: swaps the axes, then mirrors x and y, as `_stored_box`."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
-    mirror_x, mirror_y = _mirrored(orientation)
-    if mirror_x:
+    if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    if mirror_y:
+    if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return np.ascontiguousarray(pixels)

@@ -1,8 +1,4 @@
-"""Batches of an episode, in a fixed order, from any position; and the log of bad samples.
-
-What happens to a bad sample reads from `_Reader` (replaced by the next good one) over
-`EpisodeLoader.batches` (reported) to `SkipLog` (written to a file; too many end the run).
-"""
+"""Batches of an episode, in a fixed order, from any position; and the log of bad samples."""
 
 import json
 import math
@@ -23,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from protoclip.config import Config
 from protoclip.data.access import visible
 from protoclip.data.cache import ImageCache, crop, image_cache
-from protoclip.data.decode import ChooseBox
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
@@ -32,6 +27,8 @@ from protoclip.files import naming, to_json
 
 T = TypeVar("T")
 Item = int | Sample | BadSample  # a row, or what a stream gave
+Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
+OnRead = Callable[[int, list[BadSample]], None]
 
 # Shorter side of small copies: this, or more where crops are larger.
 COPY_SIDE, COPY_MARGIN = 256, 10 / 7
@@ -76,7 +73,7 @@ class _Reader(Dataset[_Made]):
     """Reads, decodes, crops and tokenizes, in worker processes. Its index is a request."""
 
     pairs: Pairs | SampleStream
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     crop: Callable[..., npt.NDArray[np.uint8]]
 
     def __getitem__(self, request: _Request) -> _Made:
@@ -87,9 +84,13 @@ class _Reader(Dataset[_Made]):
             for candidate in chain([first], spare):
                 try:
                     sample = read_sample(self.pairs, candidate)
-                    images.append(self.image(sample, box, request.transform.size))
                 except BadSample as error:
                     bad.append(error)
+                    continue
+                try:
+                    images.append(self.crop(sample.image, box, request.transform.size))
+                except ValueError as error:
+                    bad.append(BadSample(sample.sample_id, sample.where, str(error)))
                     continue
                 draw = request.caption_draws[number]
                 captions.append(sample.captions[int(draw * len(sample.captions))])
@@ -100,12 +101,6 @@ class _Reader(Dataset[_Made]):
                 return _Made([], nothing, nothing, nothing, bad)
         image, position = torch.from_numpy(np.stack(images)), torch.from_numpy(request.position)
         return _Made(ids, position, image, self.tokenizer(captions), bad)
-
-    def image(self, sample: Sample, box: ChooseBox, size: int) -> npt.NDArray[np.uint8]:
-        try:
-            return self.crop(sample.image, box, size)
-        except ValueError as error:
-            raise BadSample(sample.sample_id, sample.where, str(error)) from None
 
 
 def read_sample(pairs: Pairs | SampleStream, item: Item) -> Sample:
@@ -122,23 +117,25 @@ class _Requests(Sampler[_Request]):
     """The requests of the iteration at hand: they change, the worker processes stay."""
 
     current: Generator[_Request, None, None]
+    error: Exception | None
 
     def __iter__(self) -> Iterator[_Request]:
-        return self.current
+        try:
+            yield from self.current
+        except Exception as error:
+            # A `DataLoader` that fails while it starts its workers leaves them in disorder.
+            self.error = error
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeLoader:
     """Turns episodes into batches.
 
-    A bad sample (unreadable image, no caption) is replaced by the next good one that follows its
-    batch in the episode, so that no batch holds a pair twice, and reported to `on_read`. Worker
+    A bad sample (unreadable image, no caption) is reported to `on_read` and replaced by the next
+    good one that follows its batch in the episode, so that no batch holds a pair twice. Worker
     processes start with the first episode and stay as long as the loader.
 
     Attributes:
-        pairs: Where the samples are: rows in any order, or a stream.
-        tokenizer: Captions to tokens, `list[str] -> Int[b c]`.
-        transform: How images become inputs in training.
         batch_size: Pairs a batch on this rank; the last batch of an episode may be smaller.
         seed: With the episode's number, determines the random draws of transforms and captions.
         device: Where batches end up. For a GPU they pass through pinned memory.
@@ -151,7 +148,7 @@ class EpisodeLoader:
     """
 
     pairs: Pairs | SampleStream
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     transform: Transform
     batch_size: int
     seed: int
@@ -162,7 +159,7 @@ class EpisodeLoader:
     cache: ImageCache | None = None
     small_side: int | None = None
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    on_read: Callable[[int, list[BadSample]], None] = lambda number, bad: None
+    on_read: OnRead = lambda number, bad: None
     _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
     def batches(
@@ -175,14 +172,8 @@ class EpisodeLoader:
     ) -> Iterator[Batch]:
         """This rank's batches of an episode from number `start` on, one iteration at a time.
 
-        A pure function of its arguments: batches after a restart are those of a run that was not
-        interrupted, with any number of workers and any cache.
-
-        Args:
-            episode: Its rows are numbers in the stream if the source is one.
-            start: Batches to skip.
-            transform, stream: Replace the training transform, and the stream of random numbers
-                that it draws from.
+        A pure function of its arguments, with any number of workers and any cache. `transform` and
+        `stream` replace the training transform and the random numbers that it draws.
 
         Raises:
             ValueError: A worker process was killed, or a batch found no good samples to fill it.
@@ -192,7 +183,7 @@ class EpisodeLoader:
             self.seed, episode.index, len(episode.rows), transform.num_draws, stream
         )
         requests = self._make_requests(episode, start, transform, draws.numpy())
-        self._requests.current = requests
+        self._requests.current, self._requests.error = requests, None
         try:
             for made in items_of(self._loader):
                 assert self._requests.current is requests, "another iteration has begun"
@@ -208,6 +199,8 @@ class EpisodeLoader:
                 )
                 image = transform.finish(image, draws[made.position])
                 yield Batch(position=position, sample_id=made.sample_id, image=image, text=text)
+            if self._requests.error is not None:
+                raise self._requests.error
         finally:
             requests.close()  # and with it a stream's thread that reads ahead
 
@@ -244,10 +237,7 @@ class EpisodeLoader:
     def _make_requests(
         self, episode: Episode, start: int, transform: Transform, draws: npt.NDArray[np.float32]
     ) -> Generator[_Request, None, None]:
-        """The batches to make, in order; workers prefetch them.
-
-        For each batch all ranks together take the next `batch_size * world_size` positions.
-        """
+        """The batches to make; all ranks together take the next positions for each."""
         rows, size = episode.rows.numpy(), len(episode.rows)
         captions = caption_draws(self.seed, episode.index, size)
         stride = self.batch_size * self.world_size
@@ -288,11 +278,8 @@ def items_of(loader: DataLoader[T]) -> Iterator[T]:
 class SkipLog:
     """Counts bad samples, and writes each once, with its reason, to a file of JSON lines.
 
-    Args:
-        path: Made with the first bad sample; continued if it exists.
-        max_share: Share of bad samples, in [0, 1], above which the run stops.
-        at_least: The share is taken of at least so many samples, so that one bad file among the
-            first few does not stop a run.
+    A share of bad samples above `max_share` stops the run. It is taken of `at_least` samples or
+    more, so that one bad file among the first few does not stop it.
     """
 
     def __init__(self, path: Path, *, max_share: float, at_least: int) -> None:
@@ -347,10 +334,10 @@ def loader(
     config: Config,
     samples: Pairs | SampleStream,
     *,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     transform: Transform,
     device: torch.device,
-    on_read: Callable[[int, list[BadSample]], None],
+    on_read: OnRead,
 ) -> EpisodeLoader:
     """The loader of this rank's share of the batches.
 

@@ -1,20 +1,20 @@
 """Transforms: how an image becomes the image tower's input, for training and for evaluation.
 
-A transform has two steps. `box` chooses a crop where the image is decoded (in a worker process,
-say). `finish` runs once a batch on the training device: it flips, jitters, blurs and normalises,
-each image with parameters of its own.
+A transform has two steps. `box` chooses the crop of an upright image that becomes `size` x `size`;
+it runs where the image is decoded. `finish` runs once a batch on the device of the images: it
+flips, jitters, blurs and normalises, each image by its own row of `num_draws` uniform draws. Keep
+the draws on the CPU: what to do to which image is then known without waiting.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -30,28 +30,6 @@ Draws = Float[Tensor, "b r"]
 CPU_CHUNK = 4
 
 
-@runtime_checkable
-class Transform(Protocol):
-    """The two steps, the side of the result, and how many uniform draws an image needs."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def num_draws(self) -> int: ...
-
-    def box(self, width: int, height: int, draws: npt.NDArray[np.float32]) -> Box:
-        """The crop of an upright image of that size that is resized to `size` x `size`."""
-        ...
-
-    def finish(self, images: Bytes, draws: Draws) -> Images:
-        """The image tower's input, channels last in memory, on the device of `images`.
-
-        Keep `draws` on the CPU: what to do to which image is then known without waiting.
-        """
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluationTransform:
     """Shorter side to `size`, centre crop, normalise: what CLIP evaluates with."""
@@ -62,12 +40,12 @@ class EvaluationTransform:
     num_draws: int = 0
 
     def box(self, width: int, height: int, draws: npt.NDArray[np.float32]) -> Box:
-        """The central square."""
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         return (left, top, left + side, top + side)
 
     def finish(self, images: Bytes, draws: Draws) -> Images:
+        """The image tower's input, channels last in memory."""
         return _in_chunks(images, lambda part: normalise(images[part], self.mean, self.std))
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
@@ -79,18 +57,16 @@ class EvaluationTransform:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTransform:
-    """Random resized crop, and the paper's light augmentation where its probabilities are set.
+    """Random resized crop, then flip, colour jitter, grayscale and blur with given probabilities.
 
     Attributes:
         size: Height and width of the output, in pixels.
         mean, std: Channel statistics for values in [0, 1].
         scale: Range of the share of the image's area that a crop covers.
-        flip: Probability of a horizontal flip.
-        jitter: Probability of colour jitter: brightness, contrast and saturation by factors in
-            [0.2, 1.8], then hue by up to 0.2 of the circle.
-        grayscale: Probability of grayscale.
-        blur: Probability of a Gaussian blur. Its standard deviation is in [0.1, 2] pixels for
-            224-pixel images, and in proportion at other sizes.
+        jitter: Brightness, contrast and saturation by factors in [0.2, 1.8], then hue by up to 0.2
+            of the circle.
+        blur: Its standard deviation is in [0.1, 2] pixels for 224-pixel images, and in proportion
+            at other sizes.
     """
 
     size: int
@@ -122,31 +98,37 @@ class TrainingTransform:
         return (left, top, right, bottom)
 
     def finish(self, images: Bytes, draws: Draws) -> Images:
+        """The image tower's input, channels last in memory."""
         draws = draws.cpu()
-        chosen = draws[:, 4:8] < torch.tensor((self.flip, self.jitter, self.grayscale, self.blur))
-        return _in_chunks(images, lambda c: self._finish(images[c], chosen[c], draws[c]))
+        return _in_chunks(images, lambda part: self._finish(images[part], draws[part]))
 
-    def _finish(self, images: Bytes, chosen: Bool[Tensor, "b 4"], draws: Draws) -> Images:
-        """Only the chosen images pay for what is costly."""
-        device = images.device
-        flip, jitter, grayscale, blur = (rows.nonzero()[:, 0] for rows in chosen.T)
+    def _finish(self, images: Bytes, draws: Draws) -> Images:
+        """Only the images that a step is drawn for pay for it."""
+
+        def jitter(pixels: Images, draws: Draws) -> Images:
+            return colour_jitter(pixels.contiguous(), draws[:, 8:12].to(pixels.device))
+
+        def blur(pixels: Images, draws: Draws) -> Images:
+            return gaussian_blur(pixels, (0.1 + 1.9 * draws[:, 12]) * self.size / 224)
+
+        steps: tuple[tuple[float, Callable[[Images, Draws], Tensor]], ...] = (
+            (self.flip, lambda pixels, draws: pixels.flip(3)),
+            (self.jitter, jitter),
+            (self.grayscale, lambda pixels, draws: luminance(pixels).expand(-1, 3, -1, -1)),
+            (self.blur, blur),
+        )
         pixels = _to_float(images)
-        if len(flip):
-            at = flip.to(device)
-            pixels[at] = pixels[at].flip(3)
-        if len(jitter):
-            at = jitter.to(device)
-            jittered = colour_jitter(pixels[at].contiguous(), draws[jitter, 8:12].to(device))
-            # Into the memory order of `pixels` first: writing across orders takes twice as long.
-            pixels[at] = jittered.contiguous(memory_format=torch.channels_last)
-        if len(grayscale):
-            at = grayscale.to(device)
-            pixels[at] = luminance(pixels[at]).expand(-1, 3, -1, -1)
-        if len(blur):
-            at = blur.to(device)
-            sigma = (0.1 + 1.9 * draws[blur, 12]) * self.size / 224
-            pixels[at] = gaussian_blur(pixels[at], sigma)
+        for column, (probability, step) in enumerate(steps, 4):
+            chosen = (draws[:, column] < probability).nonzero()[:, 0]
+            if len(chosen):
+                rows = chosen.to(images.device)
+                changed = step(pixels[rows], draws[chosen])
+                # Writing across memory orders takes twice as long.
+                pixels[rows] = changed.contiguous(memory_format=torch.channels_last)
         return normalise(pixels, self.mean, self.std)
+
+
+Transform = EvaluationTransform | TrainingTransform
 
 
 def clip_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTransform:
@@ -230,10 +212,7 @@ def rotate_hue(images: Images, shares: Float[Tensor, " b"]) -> Images:
 
 
 def gaussian_blur(images: Images, sigma: Float[Tensor, " b"]) -> Images:
-    """Separable Gaussian blur, each image with a standard deviation of its own, in pixels.
-
-    Kernels reach three standard deviations; borders are mirrored.
-    """
+    """Gaussian blur of each image by its own standard deviation, in pixels; mirrors the borders."""
     blurred = torch.empty_like(images)
     radii = (3 * sigma).ceil().clamp(min=1).long()
     # Images of one radius together. On a CPU a sum of shifted images costs a quarter of a grouped

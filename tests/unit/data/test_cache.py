@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from protoclip.data import cache as caches
-from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop, small_copy
+from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop
 from protoclip.data.decode import Box, Decoded, decode_crop
 from protoclip.data.transforms import light_transform
 
@@ -136,14 +136,6 @@ def test_every_crop_passes_through_the_small_copy(form: str, make: Make) -> None
         np.testing.assert_array_equal(found, decode_crop(data, everything, 32, max_pixels=PIXELS))
 
 
-def test_small_copies_have_the_side_and_the_shape() -> None:
-    """The shorter side is the one asked for; a smaller image keeps its pixels."""
-    assert small_copy(encoded(200, 160, 0), 64, max_pixels=PIXELS).pixels.shape == (64, 80, 3)
-    data = encoded(48, 40, 0, "PNG")
-    pixels = small_copy(data, 64, max_pixels=PIXELS).pixels
-    np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
-
-
 def stored(number: int) -> Decoded:
     pixels = np.random.default_rng(number).integers(0, 256, (64, 80, 3), np.uint8)
     return Decoded(pixels=pixels, orientation=number % 8 + 1)
@@ -206,18 +198,6 @@ def test_the_folder_may_be_deleted_in_use(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file where the folder was")
     np.testing.assert_array_equal(crops(), expected)
-
-
-def test_what_was_deleted_makes_room_for_a_new_process(tmp_path: Path) -> None:
-    """A cache that is full when it is opened counts what is really there."""
-    cache = DiskCache(tmp_path, max_bytes=100_000)
-    for number in range(30):
-        cache.put(key(number), stored(number))
-    assert cache.get(key(29)) is None
-    for path in cache.folder.glob("??/*"):
-        path.unlink()
-    DiskCache(tmp_path, max_bytes=100_000).put(key(29), stored(29))
-    assert_holds(cache, 29)
 
 
 def fill(folder: Path) -> None:

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from protoclip.data.decode import (
-    Box,
-    crop_image,
-    decode,
-    decode_crop,
-    dimensions,
-    resize,
-)
+from protoclip.data.decode import Box, crop_image, decode, decode_crop, dimensions, resize
 
 PIXELS = 10**8
 
@@ -117,49 +110,38 @@ def test_broken_exif_data_do_not_spoil_an_image() -> None:
 
 def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
     """Files of one colour in odd modes, and the colour that they show on white."""
-    size = (16, 16)
-    half = 128 / 255
-    r, g, b = (round(c * half + 255 * (1 - half)) for c in (200, 40, 90))
-    on_white = (r, g, b)
+    size, colour, white = (16, 16), (200, 40, 90), (255, 255, 255)
+    half = (227, 147, 172)  # of the colour at an opacity of 128
     palette = Image.new("P", size, 1)
-    palette.putpalette([1, 2, 3, 200, 40, 90])
-    deep = Image.fromarray(np.full((16, 16), 200 * 256 + 77, dtype=np.uint16))
-    red = Image.new("RGB", size, (200, 40, 90))
-    other = Image.new("RGB", size, (0, 255, 0))
-    frames = {"save_all": True, "append_images": [other]}
+    palette.putpalette([1, 2, 3, *colour])
+    deep = Image.fromarray(np.full(size, 200 * 256 + 77, dtype=np.uint16))
+    red = Image.new("RGB", size, colour)
+    frames = {"save_all": True, "append_images": [Image.new("RGB", size, (0, 255, 0))]}
     return {
-        "palette": (encoded(palette, "PNG"), (200, 40, 90)),
-        "transparent palette": (encoded(palette, "PNG", transparency=1), (255, 255, 255)),
-        "half transparent palette": (encoded(palette, "PNG", transparency=b"\xff\x80"), on_white),
-        "colour key": (encoded(red, "PNG", transparency=(200, 40, 90)), (255, 255, 255)),
-        "RGBA": (encoded(Image.new("RGBA", size, (200, 40, 90, 128)), "PNG"), on_white),
-        "RGBA WebP": (
-            encoded(Image.new("RGBA", size, (200, 40, 90, 0)), "WEBP", lossless=True),
-            (255, 255, 255),
-        ),
-        "LA": (encoded(Image.new("LA", size, (60, 0)), "PNG"), (255, 255, 255)),
-        "grey PNG": (encoded(Image.new("L", size, 60), "PNG"), (60, 60, 60)),
+        "palette": (encoded(palette, "PNG"), colour),
+        "half transparent palette": (encoded(palette, "PNG", transparency=b"\xff\x80"), half),
+        "colour key": (encoded(red, "PNG", transparency=colour), white),
+        "RGBA": (encoded(Image.new("RGBA", size, (*colour, 128)), "PNG"), half),
+        "RGBA WebP": (encoded(Image.new("RGBA", size), "WEBP", lossless=True), white),
+        "LA": (encoded(Image.new("LA", size, (60, 0)), "PNG"), white),
         "grey JPEG": (encoded(Image.new("L", size, 60), "JPEG"), (60, 60, 60)),
-        "one bit": (encoded(Image.new("1", size, 1), "PNG"), (255, 255, 255)),
+        "one bit": (encoded(Image.new("1", size, 1), "PNG"), white),
         "16 bit": (encoded(deep, "PNG"), (200, 200, 200)),
-        "CMYK JPEG": (encoded(red.convert("CMYK"), "JPEG", quality=95), (200, 40, 90)),
-        "BMP": (encoded(red, "BMP"), (200, 40, 90)),
-        "TIFF": (encoded(red, "TIFF", compression="tiff_lzw"), (200, 40, 90)),
-        "GIF": (encoded(red, "GIF", **frames), (200, 40, 90)),
-        "animated PNG": (encoded(red, "PNG", **frames), (200, 40, 90)),
-        "animated WebP": (encoded(red, "WEBP", lossless=True, **frames), (200, 40, 90)),
+        "CMYK JPEG": (encoded(red.convert("CMYK"), "JPEG", quality=95), colour),
+        "BMP": (encoded(red, "BMP"), colour),
+        "TIFF": (encoded(red, "TIFF", compression="tiff_lzw"), colour),
+        "GIF": (encoded(red, "GIF", **frames), colour),
+        "animated PNG": (encoded(red, "PNG", **frames), colour),
+        "animated WebP": (encoded(red, "WEBP", lossless=True, **frames), colour),
     }
 
 
 @pytest.mark.parametrize("name", list(odd_images()))
 def test_odd_modes_show_their_colour(name: str) -> None:
-    """Palettes, transparency on white, CMYK, sixteen bits, the first frame of an animation."""
     data, colour = odd_images()[name]
-    for pixels in (
-        decode(data, max_pixels=PIXELS),
-        decode_crop(data, fixed((2, 2, 14, 14)), 8, max_pixels=PIXELS),
-    ):
-        assert np.abs(pixels.astype(int) - colour).max() <= 3
+    whole = decode(data, max_pixels=PIXELS)
+    crop = decode_crop(data, fixed((2, 2, 14, 14)), 8, max_pixels=PIXELS)
+    assert max(np.abs(pixels.astype(int) - colour).max() for pixels in (whole, crop)) <= 3
 
 
 def test_sixteen_bits_keep_their_shades() -> None:
@@ -178,22 +160,12 @@ def test_at_least_keeps_the_shorter_side() -> None:
     assert decode(encoded(wide, "PNG"), max_pixels=PIXELS, at_least=100).shape == (640, 832, 3)
 
 
-def test_read_only_pixels_are_resized_without_a_warning() -> None:
-    pixels = np.asarray(photo(120, 90))
-    assert not pixels.flags.writeable
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        np.testing.assert_array_equal(resize(pixels, 32, 40), resize(pixels.copy(), 32, 40))
-
-
 FILES: dict[str, Callable[[], bytes]] = {
     "JPEG": lambda: encoded(photo(96, 64), "JPEG"),
     "JPEG with a thumbnail": lambda: with_thumbnail(encoded(photo(96, 64), "JPEG")),
-    "progressive JPEG": lambda: encoded(photo(96, 64), "JPEG", progressive=True),
     "CMYK JPEG": lambda: encoded(photo(96, 64).convert("CMYK"), "JPEG"),
     "PNG": lambda: encoded(photo(96, 64), "PNG"),
     "WebP": lambda: encoded(photo(96, 64), "WEBP"),
-    "lossless WebP": lambda: encoded(photo(96, 64), "WEBP", lossless=True),
     "GIF": lambda: encoded(photo(96, 64).convert("P"), "GIF"),
     "BMP": lambda: encoded(photo(96, 64), "BMP"),
     "TIFF": lambda: encoded(photo(96, 64), "TIFF"),
@@ -229,14 +201,6 @@ def test_a_truncated_file_is_refused(name: str, size: int) -> None:
         assert refused == len(cuts)
         with pytest.raises(ValueError, match=r"^truncated$"):
             decode(data[:-2], max_pixels=PIXELS)
-
-
-@pytest.mark.parametrize("name", ["JPEG", "PNG", "WebP", "GIF"])
-def test_what_follows_an_image_does_not_matter(name: str) -> None:
-    data = FILES[name]()
-    np.testing.assert_array_equal(
-        decode(data + b"\0 rest", max_pixels=PIXELS), decode(data, max_pixels=PIXELS)
-    )
 
 
 @pytest.mark.parametrize("name", list(FILES))
