@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,6 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.shards import read_samples
 from protoclip.files import read_json, replacing, write_atomically
 from protoclip.progress import Progress
-
-# The contents of a sample's files, by extension.
-Files = dict[str, bytes]
 
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
 PACK_FORM, JPEG_QUALITY = 1, 95
@@ -50,13 +48,11 @@ def pack(
 
     The files of a sample are its number with `.jpg`, `.png`, `.webp` or `.gif`, its caption in
     `.txt`, and a `.json` with its `sample_id`, and with its captions if it has several. Bad samples
-    are listed in `skipped.jsonl`. At the end the samples in all shards are counted. Equal input
-    gives equal bytes.
+    are listed in `skipped.jsonl`. Equal input gives equal bytes.
 
     Args:
         source: The pairs.
-        out: The folder, created if missing. An interrupted run with the same source and settings is
-            resumed.
+        out: The folder. An interrupted run with the same source and settings is resumed.
         samples_per_shard: A shard ends once it has this many samples, or `SHARD_BYTES`.
         resize: Shrink images whose shorter side has more pixels than this to it, as JPEG. Other
             images, and all if unset, keep their bytes.
@@ -65,14 +61,11 @@ def pack(
         ValueError: The folder holds something else, no sample can be stored, or a shard does not
             hold what was written to it.
     """
-    if min(samples_per_shard, 1 if resize is None else resize) < 1:
-        raise ValueError("pack: samples_per_shard and resize are at least 1")
     settings = {
         "form": PACK_FORM,
         "source": source.name,
         "source_samples": len(source),
         "samples_per_shard": samples_per_shard,
-        "shard_bytes": SHARD_BYTES,
         "resize": resize,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +88,7 @@ def pack(
     return Packed(
         shards=[shard["name"] for shard in shards],
         samples=sum(shard["samples"] for shard in shards),
-        skipped=skipped.read_bytes().count(b"\n") if skipped.exists() else 0,
+        skipped=skipped.read_bytes().count(b"\n"),
     )
 
 
@@ -124,16 +117,15 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
     from webdataset import TarWriter  # slow to import
 
     settings, shards = manifest["settings"], manifest["shards"]
-    # Rows that are done, and the length of the list of bad samples then.
-    row, skipped_bytes = (shards[-1][key] if shards else 0 for key in ("read", "skipped_bytes"))
-    number = sum(shard["samples"] for shard in shards)
+    last = shards[-1] if shards else {"read": 0, "skipped_bytes": 0}
+    row, number = last["read"], sum(shard["samples"] for shard in shards)
     items = _prepare(source, row, settings["resize"])
     progress = Progress(f"Packing {source.name}", len(source))
     for left in out.glob(".*.tmp"):  # of a run that was killed
         left.unlink()
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
     with (out / SKIPPED).open("ab") as skipped:
-        skipped.truncate(skipped_bytes)
+        skipped.truncate(last["skipped_bytes"])
         while not manifest["complete"]:
             path = out / f"{len(shards):05d}.tar"
             samples = size = 0
@@ -149,59 +141,53 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
                             size += tar.write({"__key__": f"{number:09d}", **item})
                             samples, number = samples + 1, number + 1
                         progress.update(row := row + 1)
-                file.flush()
-                os.fsync(file.fileno())
-            skipped.flush()
-            os.fsync(skipped.fileno())
+                for written in (file, skipped):
+                    written.flush()
+                    os.fsync(written.fileno())
+            facts = {"name": path.name, "samples": samples, "bytes": path.stat().st_size}
             if samples:
-                facts = {"name": path.name, "samples": samples, "bytes": path.stat().st_size}
-                shards.append(
-                    {**facts, "read": row, "skipped_bytes": (out / SKIPPED).stat().st_size}
-                )
+                shards.append({**facts, "read": row, "skipped_bytes": skipped.tell()})
             else:
                 path.unlink()
             write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
 
 
-def _prepare(source: Pairs, start: int, side: int | None) -> Iterator[Files | BadSample]:
-    """The files of each sample from row `start` on, in order."""
-
-    def prepare(row: int) -> Files | BadSample:
-        try:
-            return _files(source, row, side)
-        except BadSample as bad:
-            return bad
-
+def _prepare(source: Pairs, start: int, side: int | None) -> Iterator[dict[str, bytes] | BadSample]:
+    """The files of each sample from row `start` on, by extension, in order."""
     with ThreadPoolExecutor() as pool:
         for first in range(start, len(source), CHUNK):
-            yield from pool.map(prepare, range(first, min(first + CHUNK, len(source))))
+            rows = range(first, min(first + CHUNK, len(source)))
+            yield from pool.map(partial(_files, source, side), rows)
 
 
-def _files(source: Pairs, row: int, side: int | None) -> Files:
-    sample = source.sample(row)
-    image = sample.image
-    kind = next((kind for start, kind in KEPT if image.startswith(start)), None)
+def _files(source: Pairs, side: int | None, row: int) -> dict[str, bytes] | BadSample:
+    try:
+        sample = source.sample(row)
+    except BadSample as bad:
+        return bad
     facts: dict[str, Any] = {"sample_id": sample.sample_id}
     if len(sample.captions) > 1:
         facts["caption"] = sample.captions
     try:
-        if kind is None or side is not None:
-            width, height = dimensions(image, max_pixels=MAX_IMAGE_PIXELS)
-            if kind is None or (side is not None and min(width, height) > side):
-                kind, image = "jpg", _shrink(image, width, height, side)
+        kind, image = _stored(sample.image, side)
         files = {kind: image, "json": json.dumps(facts, ensure_ascii=False).encode()}
-        text = {} if len(sample.captions) > 1 else {"txt": sample.captions[0].encode()}
+        return files if "caption" in facts else {**files, "txt": sample.captions[0].encode()}
     except ValueError as error:  # from the decoder, or a caption that UTF-8 cannot hold
-        raise BadSample(sample.sample_id, sample.where, str(error)) from None
-    return files | text
+        return BadSample(sample.sample_id, sample.where, str(error))
 
 
-def _shrink(encoded: bytes, width: int, height: int, side: int | None) -> bytes:
-    """The image as JPEG, its shorter side at most `side`."""
+def _stored(encoded: bytes, side: int | None) -> tuple[str, bytes]:
+    """The extension and content of an image, its shorter side at most `side`."""
+    kind = next((kind for start, kind in KEPT if encoded.startswith(start)), None)
+    if kind and side is None:
+        return kind, encoded
+    width, height = dimensions(encoded, max_pixels=MAX_IMAGE_PIXELS)
     shorter = min(width, height)
     target = min(side or shorter, shorter)
+    if kind and target == shorter:
+        return kind, encoded
     pixels = decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=2 * target)
     size = (max(1, round(length * target / shorter)) for length in (height, width))
     buffer = io.BytesIO()
     Image.fromarray(resize_pixels(pixels, *size)).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
+    return "jpg", buffer.getvalue()

@@ -7,22 +7,21 @@ shard each block of samples begins, so a run resumes without reading what came b
 import importlib
 import io
 import subprocess
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from functools import partial
-from queue import SimpleQueue
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any
 
 from protoclip.data.access import (
     NOTHING_MORE,
     READ_BYTES,
     Access,
+    digest,
     open_file,
     reason_of,
     require_allowed,
 )
-from protoclip.data.index import digest
 from protoclip.data.pairs import BadSample, Sample, clean_captions
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.shards import (
@@ -33,10 +32,8 @@ from protoclip.data.shards import (
     shard_stem,
 )
 
-T = TypeVar("T")
 # The number of the first sample, and the samples in the order they were read.
 Block = tuple[int, list[Sample | BadSample]]
-
 # A block ends when its images have this many bytes. Two blocks are in memory.
 BLOCK_BYTES = 1 << 28
 # A stream ends after this many different shards in a row without a good sample.
@@ -75,10 +72,6 @@ class ShardStream:
         name: str | None = None,
         access: Access = NOTHING_MORE,
     ) -> None:
-        if shuffle < 1:
-            raise ValueError(
-                f"data.shuffle_buffer: {shuffle} is not a number of samples; 1 keeps the order"
-            )
         self.shards = expand_shards(pattern, access)
         self.name = name or pattern
         self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
@@ -89,14 +82,18 @@ class ShardStream:
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
         """The stream from sample number `first` on. Bad samples count too.
 
-        A thread reads one block ahead. It ends when the iterator is closed or dropped.
+        Threads read one block ahead. They end when the iterator is closed or dropped.
 
         Raises:
             ValueError: On iteration, if no shard can be read.
         """
-        start = self._block_before(first)
-        with closing(read_ahead(partial(self._blocks, start))) as blocks:
-            for start, block in blocks:
+        stopped = Event()
+        blocks = self._blocks(self._block_before(first), stopped)
+        ahead = _read_ahead(blocks)
+        try:
+            while True:
+                start, block = ahead.result()
+                ahead = _read_ahead(blocks)
                 # No other block of any rank has this number.
                 draw = generator(self.seed, BLOCK_STREAM, start * self.world_size + self.rank)
                 order = draw.permutation(len(block))[max(0, first - start) :]
@@ -104,6 +101,8 @@ class ShardStream:
                 block.clear()  # samples are freed as they are used
                 while left:
                     yield left.pop()
+        finally:
+            stopped.set()
 
     def state_dict(self, first: int) -> dict[str, Any]:
         """JSON values from which this rank's stream resumes at sample number `first`."""
@@ -134,7 +133,7 @@ class ShardStream:
     def _block_before(self, first: int) -> int:
         return max(start for start in list(self._blocks_at) if start <= first)
 
-    def _blocks(self, start: int, stopped: Event) -> Generator[Block, None, None]:
+    def _blocks(self, start: int, stopped: Event) -> Iterator[Block]:
         number, skip = self._blocks_at[start]
         block: list[Sample | BadSample] = []
         held, failed = 0, set[str]()
@@ -156,9 +155,9 @@ class ShardStream:
                 block.append(item)
                 held += len(item.image) if isinstance(item, Sample) else 0
                 if len(block) == self.shuffle or held >= BLOCK_BYTES:
-                    size = len(block)
-                    yield start, block
-                    start, block, held = start + size, [], 0
+                    start += len(block)
+                    yield start - len(block), block
+                    block, held = [], 0
             if len(failed) >= min(len(self.shards), MAX_FAILED):
                 raise ValueError(
                     f"{self.name}: {len(failed)} shards in a row without a sample that can be "
@@ -167,9 +166,9 @@ class ShardStream:
             # A block also ends with its pass, or a sample could come twice before another came.
             after = position + self.world_size
             if block and position // len(self.shards) != after // len(self.shards):
-                size = len(block)
-                yield start, block
-                start, block, held = start + size, [], 0
+                start += len(block)
+                yield start - len(block), block
+                block, held = [], 0
             number, skip = number + 1, 0
 
     def _shard(self, position: int) -> str:
@@ -179,37 +178,19 @@ class ShardStream:
         return self.shards[int(order[place])]
 
 
-def read_ahead(make: Callable[[Event], Generator[T, None, None]]) -> Generator[T, None, None]:
-    """Run a generator in a thread, one item ahead.
-
-    `make` gets an event that is set when the result is closed or dropped.
-    """
-    stopped, wanted = Event(), SimpleQueue[bool]()
-    ready: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+def _read_ahead(blocks: Iterator[Block]) -> "Future[Block]":
+    """Start to read the next block in a thread."""
+    found: Future[Block] = Future()
 
     def run() -> None:
-        with closing(make(stopped)) as items:
-            while wanted.get():
-                try:
-                    ready.put((next(items, None), None))
-                except BaseException as error:
-                    ready.put((None, error))
+        try:
+            found.set_result(next(blocks))
+        except BaseException as error:
+            found.set_exception(error)
 
     # A daemon, or a read that hangs would keep the process from ending.
     Thread(target=run, name="protoclip-read-ahead", daemon=True).start()
-    wanted.put(True)
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            wanted.put(True)
-            yield item
-    finally:
-        stopped.set()
-        wanted.put(False)
+    return found
 
 
 def read_shard(

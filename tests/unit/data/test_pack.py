@@ -86,11 +86,8 @@ def test_any_id_and_several_captions_are_kept(tmp_path: Path) -> None:
     pack(items, tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
         assert {(member.mode, member.mtime, member.uname) for member in tar} == {(0o644, 0, "")}
-        assert tar.getnames() == [
-            f"00000000{name}"
-            for name in ["0.jpg", "0.json", "0.txt", "1.json", "1.png", "2.json", "2.txt", "2.webp"]
-            + ["3.gif", "3.json", "3.txt"]
-        ]
+        names = "0.jpg 0.json 0.txt 1.json 1.png 2.json 2.txt 2.webp 3.gif 3.json 3.txt"
+        assert tar.getnames() == [f"00000000{name}" for name in names.split()]
     found = open_shards(str(tmp_path / "out"), cache=tmp_path / "cache")
     assert facts(samples(found)) == facts(samples(items))
 
@@ -284,9 +281,3 @@ def test_shards_are_counted_at_the_end(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(webdataset.TarWriter, "write", lossy)
     with pytest.raises(ValueError, match=r"00000\.tar: holds 9 samples where 10 were written"):
         pack(source(), tmp_path, samples_per_shard=10)
-
-
-@pytest.mark.parametrize("options", [{"samples_per_shard": 0}, {"resize": 0}])
-def test_settings_without_sense_are_refused(tmp_path: Path, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="are at least 1"):
-        pack(source(), tmp_path, **options)

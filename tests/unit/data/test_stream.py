@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -22,7 +22,7 @@ from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample, Sample, SampleStream
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.shards import open_shards
-from protoclip.data.stream import ShardStream, read_ahead
+from protoclip.data.stream import ShardStream
 
 SIZES = (5, 3, 7, 4, 6)
 COMMANDS, OWN_HOST = Access(commands=True), Access(private_hosts=True)
@@ -301,11 +301,6 @@ def test_failing_shards_among_good_ones_go_on(folder: Path) -> None:
     assert good(found) == {f"0/00{n}" for n in range(5)}
 
 
-def test_a_block_has_a_size() -> None:
-    with pytest.raises(ValueError, match=r"data\.shuffle_buffer: 0 is not a number of samples"):
-        stream("https://host/0.tar", shuffle=0)
-
-
 # Reading ahead.
 
 
@@ -330,56 +325,6 @@ def test_the_thread_ends_with_its_iterator(folder: Path, end: str) -> None:
     else:
         del items
         gc.collect()
-    assert settle(0)
-
-
-def test_a_thread_in_the_middle_of_a_block_ends(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A block of a million samples is given up once nobody waits for it."""
-    source, events = stream(folder, shuffle=10**6), list[threading.Event]()
-
-    def endless(shard: str, *rest: object) -> Iterator[BadSample]:
-        for number in itertools.count():
-            if number == 1000:
-                events[0].set()
-            yield BadSample(f"{number}", shard, "made to last")
-
-    def make(stopped: threading.Event) -> Iterator[streams.Block]:
-        events.append(stopped)
-        return source._blocks(0, stopped)
-
-    monkeypatch.setattr(streams, "read_shard", endless)
-    assert list(read_ahead(make)) == []
-    items = read_ahead(lambda stopped: events.append(stopped) or iter_of(stopped))
-    next(items)
-    assert not events[1].is_set()
-    items.close()
-    assert events[1].is_set()
-
-
-def iter_of(stopped: threading.Event) -> Iterator[int]:
-    yield from itertools.count()
-
-
-def test_one_item_is_read_ahead_and_errors_arrive() -> None:
-    """One item beyond the one in use; an error comes after the items before it."""
-    made: list[int] = []
-
-    def make(stopped: threading.Event) -> Iterator[int]:
-        for number in range(10):
-            made.append(number)
-            yield number
-        raise LookupError("gone")
-
-    ahead = read_ahead(make)
-    for number in range(9):
-        assert next(ahead) == number
-        time.sleep(0.02)
-        assert len(made) == number + 2
-    assert next(ahead) == 9
-    with pytest.raises(LookupError, match="gone"):
-        next(ahead)
     assert settle(0)
 
 
