@@ -244,6 +244,9 @@ class Trainer:
             if gpu is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(gpu.cpu())
         self.source.load_state_dict(state["source"])
-        self.clusters = {space: KMeans(**found) for space, found in state["clusters"].items()}
+        self.clusters = {
+            space: KMeans(**{**found, "history": tuple(found["history"])})  # JSON has no tuples
+            for space, found in state["clusters"].items()
+        }
         self.targets = {(to, by): Target(**found) for to, by, found in state["targets"]}
         self.reached = dict(state["reached"])
