@@ -38,13 +38,11 @@ class Trainer:
     return metrics by name. With several ranks every method is collective.
 
     Attributes:
-        stage: Gives the stage of each episode.
         source: Gives the features to cluster, and the prototypes that samples belong to.
         cluster: K-means of one space, `(space, rows, positions of the rows) -> KMeans`.
         micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
         episode, batch, step: Episodes finished, batches of the next one, and optimizer steps.
-        samples_seen: Pairs trained on by all ranks, repeats counted.
-        seconds: Wall clock of data, extraction, clustering and steps; no evaluation.
+        samples_seen, seconds: Pairs trained on by all ranks, and wall clock without evaluation.
         reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
             first entry is for samples without an assignment (-1).
     """
