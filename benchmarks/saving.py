@@ -75,7 +75,7 @@ def one_checkpoint(model_name: str | None) -> tuple[float, float, float]:
             config = replace(config, model=ModelConfig(name=model_name))
         model = loading.model(config.model, seed=0)
         built = run.Run(config, model, sources.pairs(config), folder=Path(folder))
-        built.log = built.open_log(0)
+        built.open_log(0)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         built.trainer.optimizer.step()  # makes the moments, which a checkpoint holds

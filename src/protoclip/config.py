@@ -323,6 +323,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "Config":
+        """A configuration from nested dicts of settings; raises as `build`."""
+        return build(cls, tree)
+
     @property
     def uses_prototypes(self) -> bool:
         return self.loss.prototypical > 0 or self.uses_teacher

@@ -1,6 +1,7 @@
 """A run that was stopped goes on as if nothing had happened."""
 
 import json
+import random
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupting import WAYS, assert_equal_ends, config_for, stop_after
+from interrupting import WAYS, assert_equal_ends, config_for, kill_at_random, stop_after
 
 from protoclip.config import Config
 from protoclip.models.loading import checkpoints, find_checkpoint
@@ -85,3 +86,14 @@ def test_a_finished_run_stays_as_it_is(tiny_run: Path, tiny_parquet: str) -> Non
     before = (tiny_run / "results.json").read_text()
     results = run.train(tiny_config(tiny_parquet, out=str(tiny_run)), resume="auto")
     assert results == json.loads(before)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(
+    whole: Callable[[str], Path], tiny_parquet: str, tmp_path: Path
+) -> None:
+    """Three SIGKILLs at random moments; `benchmarks/kills.py` kills as often as you like."""
+    config = config_for(tiny_parquet, tmp_path / "run", run={"save_steps": 1}, **WAYS["queue"])
+    kill_at_random(config, 3, random.Random(0))
+    run.train(config, resume="auto")
+    assert_equal_ends(tmp_path / "run", whole("queue"))

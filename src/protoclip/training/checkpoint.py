@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from protoclip.distributed.collectives import rank
-from protoclip.files import checksum, naming, read_json, sync_folder, to_json
+from protoclip.files import checksum, read_json, sync_folder, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.loading import CHECKSUMS, MODEL, OPTIMIZER, RESUME, STATE, WEIGHTS
 
@@ -60,11 +60,7 @@ def joined(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, dict[str, Tensor]], facts: Mapping[str, Any]
 ) -> None:
-    """Write safetensors and JSON files, by name, to a folder that appears whole or not at all.
-
-    Raises:
-        OSError: The disk is full or cannot be written; names the file. An older folder stays whole.
-    """
+    """Write safetensors and JSON files, by name, to a folder that appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -72,10 +68,7 @@ def write_checkpoint(
 
     def write(name: str, data: bytes) -> None:
         checksums[name] = checksum(data)
-        with naming(temporary / name), (temporary / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(temporary / name, data, durable=True)
 
     try:
         temporary.mkdir()
@@ -97,10 +90,6 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     """The state that `CheckpointWriter.save` got, with its tensors on the model's device.
 
     `model` and `optimizer` are on the CPU, and empty but on rank 0.
-
-    Raises:
-        ValueError: A file is damaged, or written by another version, or belongs to another
-            architecture than this model's; names it.
     """
     facts, device = read_json(folder / STATE), next(model.parameters()).device
     if facts.get("format") != FORMAT:
@@ -118,11 +107,7 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def newest_intact(run: Path, notes: list[str]) -> Path | None:
-    """The newest checkpoint of a run that has no damage; adds a note on each one passed over.
-
-    Raises:
-        ValueError: There are checkpoints, and all are damaged.
-    """
+    """The newest checkpoint of a run that has no damage; adds a note on each one passed over."""
     damaged: list[str] = []
     for found in reversed(loading.checkpoints(run)):
         wrong = loading.damage(found)
@@ -142,18 +127,8 @@ def newest_intact(run: Path, notes: list[str]) -> Path | None:
 class CheckpointWriter:
     """Decides when to write a checkpoint of a run, writes it in a thread, and removes old ones.
 
-    If one cannot be written there is a warning, and training goes on; only `finish` insists.
-
-    Args:
-        run: The run folder.
-        description: What builds the model again; JSON.
-        every_steps, every_minutes: Time between checkpoints; 0 for never.
-        keep: Number of newest checkpoints to keep; the best is kept besides.
-
-    Attributes:
-        saved_step: Step of the last checkpoint that was begun.
-        failed_step: The same if it could not be written, else None.
-        best: Step and value of the best evaluation whose checkpoint was not lost.
+    If one cannot be written there is a warning, and training goes on; only `finish` insists. It
+    keeps the newest `keep` checkpoints and the best. `description` is what builds the model again.
     """
 
     def __init__(
@@ -167,9 +142,9 @@ class CheckpointWriter:
     ) -> None:
         self.run, self.description = run, description
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
-        self.saved_step = -1
-        self.failed_step: int | None = None
-        self.best: tuple[int, float] | None = None
+        self.saved_step = -1  # of the last checkpoint that was begun
+        self.failed_step: int | None = None  # the same, if it could not be written
+        self.best: tuple[int, float] | None = None  # step and value of an evaluation
         self._saved_at = time.monotonic()
         self._written_in = 0.0  # seconds
         self._problem = ""
@@ -195,10 +170,7 @@ class CheckpointWriter:
         )
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Copy a nested state and start to write it, after the checkpoint before.
-
-        Its parts `model` and `optimizer` are copies already: dicts of tensors on the CPU.
-        """
+        """Start to write a copy of a nested state; `model` and `optimizer` in it are copies."""
         self.wait()
         self._saved_at, self.saved_step = time.monotonic(), step
         rest = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
@@ -248,7 +220,7 @@ class CheckpointWriter:
             write()
         except Exception as error:  # nobody else would hear of it in a thread
             self.failed_step = step
-            self._problem = f"{folder}: not saved ({error}; {free_space(self.run)})"
+            self._problem = f"{folder}: not saved ({error})"
             warn(f"{self._problem}; earlier checkpoints are whole")
             return
         self.failed_step = self._pending = None
@@ -258,13 +230,6 @@ class CheckpointWriter:
         for old in so_far[: -self.keep]:
             if old != best:
                 shutil.rmtree(old, ignore_errors=True)
-
-
-def free_space(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
-    except OSError as error:
-        return str(error)
 
 
 def warn(text: str) -> None:

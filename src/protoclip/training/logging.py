@@ -63,12 +63,10 @@ class JsonLines:
     def __init__(self, path: Path, *, size: int) -> None:
         self.path, self.size = path, size
         self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
-        self._dropped = 0
         self._warned = False
         self._append()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._dropped += len(self._waiting) == MOST_WAITING
         self._waiting.append(to_json(values).encode() + b"\n")
         self._append()
 
@@ -76,8 +74,8 @@ class JsonLines:
         """Try a last time, and warn about lines that are lost."""
         if self._waiting:
             self._append()
-        if lost := len(self._waiting) + self._dropped:
-            warn(self.path.name, f"{lost} lines could not be written and are lost")
+        if self._waiting:
+            warn(self.path.name, "its last lines could not be written and are lost")
 
     def _append(self) -> None:
         """Write all lines that wait, or none."""
@@ -86,10 +84,8 @@ class JsonLines:
             # Opened each time, since a handle goes stale when a network file system is away for a
             # while, and some file systems report a failed write only when the file is closed.
             with self.path.open("ab", buffering=0) as file:
-                end = file.tell()
-                self.size = min(self.size, end)
-                if end > self.size:
-                    file.truncate(self.size)
+                self.size = min(self.size, file.tell())
+                file.truncate(self.size)
                 try:
                     if data and file.write(data) != len(data):
                         raise OSError(errno.ENOSPC, "only a part was written; the disk may be full")
@@ -106,10 +102,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files for TensorBoard. Every call waits until its values are in the file.
-
-    TensorBoard hides what older files in the folder hold of steps after `step`.
-    """
+    """Event files for TensorBoard, which hides what older files hold of steps after `step`."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
         make = import_module("torch.utils.tensorboard").SummaryWriter
@@ -135,10 +128,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run, in `wandb/` of the run folder; needs the package `wandb`.
-
-    `online` sends at once; `offline` keeps everything in the folder, for `wandb sync`.
-    """
+    """A Weights & Biases run, in `wandb/` of the run folder; `offline` is for `wandb sync`."""
 
     def __init__(
         self, folder: Path, *, mode: Literal["offline", "online"], config: Mapping[str, Any]
@@ -168,15 +158,8 @@ class WeightsAndBiases:
 class MetricsLog:
     """Writes metrics to `metrics.jsonl`, TensorBoard and Weights & Biases, and warns of bad ones.
 
-    None of them stops training: one that fails gets one warning, and is off from then on.
-
-    Args:
-        folder: The run folder, for `metrics.jsonl` and `tensorboard/`.
-        size: Bytes of `metrics.jsonl` to keep. A run that goes on cuts off what it wrote after its
-            checkpoint, and writes it again.
-        step: Step to go on from.
-        wandb: Whether to log to Weights & Biases too; see `WeightsAndBiases`.
-        config: Settings that W&B shows.
+    None of them stops training: one that fails gets one warning, and is off from then on. A run
+    that goes on from `step` keeps `size` bytes of `metrics.jsonl` and writes the rest again.
     """
 
     def __init__(
@@ -224,8 +207,8 @@ class MetricsLog:
         try:
             work()
         except Exception as error:
-            reason = str(error).strip() or type(error).__name__
-            warn(name, f"{reason.splitlines()[0]}; training goes on without it")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warn(name, f"{reason}; training goes on without it")
             with suppress(Exception):
                 if other := self._others.pop(name, None):
                     other.close()

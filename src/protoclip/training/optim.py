@@ -1,5 +1,7 @@
-"""The optimizer, and the settings of `[optim]` that a recipe leaves unset."""
+"""The optimizer, its learning rate, and the settings of `[optim]` that a recipe leaves unset."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +10,8 @@ from torch import nn
 
 from protoclip.config import SMALL_CONTEXT_LENGTH, SMALL_IMAGE_SIZE, Config
 from protoclip.models.towers import refuse_sigmoid, tower_kind
-from protoclip.training.schedule import Schedule
+
+LOCKED_WARM_UP = 2  # steps
 
 
 def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -22,12 +25,8 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
     - open_clip's RN50 on CC12M: 1,024, 5e-4, 10,000 of 330,000, 0.1;
     - the reference ProtoCLIP, RN50: 512, 5e-4, 15,625 of 156,250, 0.5 (on one GPU 64, 5e-5, 2,000
       of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
-
-    Raises:
-        ValueError: open_clip knows no model of that name.
     """
     name, episodes, given = config.model.name, config.episodes, config.optim
-    origins: dict[str, str] = {}
     if name is None:
         decay = 0.2 if given.weight_decay is None else given.weight_decay
         settings: dict[str, Any] = {
@@ -40,32 +39,25 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
             "heads_weight_decay": decay,
         }
     else:
-        kind, batch = tower_kind(name), episodes.batch_size
+        is_transformer, batch = tower_kind(name) == "transformer", episodes.batch_size
         steps = episodes.count * (episodes.size // batch)
         rate = 5e-4 * min(1.0, batch / 512)
         settings = {
             "learning_rate": rate,
             "warm_up_steps": min(max(steps // 50, 500_000 // batch), max(steps // 10, 1)),
             "locked_learning_rate": (given.learning_rate or rate) / 10,
-            "betas": (0.9, 0.98) if kind == "transformer" else (0.9, 0.999),
-            "eps": 1e-6 if kind == "transformer" else 1e-8,
-            "weight_decay": 0.2 if kind == "transformer" else 0.1,
+            "betas": (0.9, 0.98) if is_transformer else (0.9, 0.999),
+            "eps": 1e-6 if is_transformer else 1e-8,
+            "weight_decay": 0.2 if is_transformer else 0.1,
             "heads_weight_decay": 0.0,
         }
-        origins = {
-            "learning_rate": f"from {name} at batch {batch}",
-            "warm_up_steps": f"of {steps} steps at batch {batch}",
-            **({"locked_learning_rate": "a tenth of the rate"} if episodes.locked_image else {}),
-            **dict.fromkeys(("betas", "eps", "weight_decay"), f"from {name}, a {kind} image tower"),
-            **({"heads_weight_decay": f"from {name}"} if config.uses_prototypes else {}),
-        }
-    unset = [setting for setting in settings if getattr(given, setting) is None]
-    notes = [
-        f"optim.{setting} = {settings[setting]}, {origins[setting]}"
-        for setting in unset
-        if setting in origins
-    ]
-    return {s: v if s in unset else getattr(given, s) for s, v in settings.items()}, notes
+    notes = []
+    for setting, value in settings.items():
+        if getattr(given, setting) is not None:
+            settings[setting] = getattr(given, setting)
+        elif name is not None:
+            notes.append(f"optim.{setting} = {value}, from {name} at batch {episodes.batch_size}")
+    return settings, notes
 
 
 def resolved(config: Config) -> tuple[Config, list[str]]:
@@ -85,19 +77,36 @@ def resolved(config: Config) -> tuple[Config, list[str]]:
     return replace(config, model=model, optim=replace(config.optim, **settings)), notes
 
 
-def schedule(config: Config) -> Schedule:
-    """The learning-rate schedule of a configuration."""
+def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float:
+    """Rise linearly from peak / warm_up to peak, then follow half a cosine that is 0 at `total`.
+
+    The rise takes at most half of `total`, so that short runs reach the peak too.
+    """
+    warm_up = min(warm_up, total // 2)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up))) / 2
+
+
+def schedule(config: Config) -> Callable[[int], float]:
+    """The learning rate by step: one cosine, and a second one for the locked-image stage.
+
+    The reference cools the text tower's rate to nearly zero before the locked-image stage starts.
+    A second cosine lets it move there. `locked_learning_rate = 0` gives the reference's one cosine.
+    """
     settings, _ = optim_settings(config)
+    peak, warm_up = settings["learning_rate"], settings["warm_up_steps"]
+    locked_peak = settings["locked_learning_rate"]
     steps = config.episodes.size // config.episodes.batch_size
-    # With locked_learning_rate = 0 one cosine covers the whole run, as in the reference.
-    locked = config.episodes.locked_image * steps if settings["locked_learning_rate"] else 0
-    return Schedule(
-        peak=settings["learning_rate"],
-        warm_up=settings["warm_up_steps"],
-        main_steps=config.episodes.count * steps - locked,
-        locked_peak=settings["locked_learning_rate"],
-        locked_steps=locked,
-    )
+    locked = config.episodes.locked_image * steps if locked_peak else 0
+    main = config.episodes.count * steps - locked
+
+    def learning_rate(step: int) -> float:
+        if step < main:
+            return warm_up_cosine(step, peak=peak, warm_up=warm_up, total=main)
+        return warm_up_cosine(step - main, peak=locked_peak, warm_up=LOCKED_WARM_UP, total=locked)
+
+    return learning_rate
 
 
 def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
@@ -122,11 +131,8 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     for prefix, (scale, weight_decay) in {**own, "": common}.items():
         named = [remaining.pop(name) for name in [*remaining] if name.startswith(prefix)]
         # FSDP2 does not shard scalars, so they get their own group.
-        for decay, parameters in (
-            (weight_decay, [parameter for parameter in named if parameter.ndim >= 2]),
-            (0.0, [parameter for parameter in named if parameter.ndim == 1]),
-            (0.0, [parameter for parameter in named if parameter.ndim == 0]),
-        ):
+        for dimensions, decay in ((2, weight_decay), (1, 0.0), (0, 0.0)):
+            parameters = [p for p in named if min(p.ndim, 2) == dimensions]
             if parameters:
                 groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
     rate, betas, eps = settings["learning_rate"], settings["betas"], settings["eps"]

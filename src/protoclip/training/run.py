@@ -37,7 +37,6 @@ from protoclip.evaluation.suite import evaluate, metric_names
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.models import loading
-from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
@@ -48,7 +47,7 @@ from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_
 from protoclip.training.guard import Guard
 from protoclip.training.logging import MetricsLog
 from protoclip.training.precision import Autocast, autocast, grad_scaler, resolve
-from protoclip.training.stages import Plan
+from protoclip.training.stages import stage_of
 from protoclip.training.trainer import Trainer
 
 # Settings that may change when a run goes on. None of them changes a bit of any batch, weight or
@@ -66,10 +65,8 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
 
     SIGTERM, SIGINT and SIGUSR1 stop the run after the step under way, with a checkpoint.
 
-    Args:
-        config: What to train; see `config.py`.
-        resume: `auto` goes on from the newest checkpoint if the run folder holds this run; `never`
-            refuses a folder that exists.
+    With `resume="auto"` it goes on from the newest checkpoint if the run folder holds this run;
+    otherwise it refuses a folder that exists.
 
     Returns:
         The content of `results.json` in the run folder: samples seen, wall clock, metrics. If a
@@ -77,23 +74,17 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
 
     Raises:
         ValueError: A setting, a file or the run folder is wrong. Nothing was written.
-        OSError: The last checkpoint could not be written in several attempts over a minute. There
-            is no `results.json`, and `resume="auto"` goes on from the checkpoint before.
+        OSError: The last checkpoint could not be written, for a minute.
     """
     notes = check(config)
-    check_metric(config.run.keep_best)
+    best, known = config.run.keep_best, metric_names("emoji")
+    if best is not None and best not in known:
+        close = ", ".join(difflib.get_close_matches(best, known, n=3, cutoff=0.0))
+        raise ValueError(f"run.keep_best: no metric {best!r}; the closest are {close}")
     config, decided = optim.resolved(config)
     device = collectives.device(config.run.device)
     with collectives.process_group(device):
         return train_together(config, device, resume=resume == "auto", notes=notes + decided)
-
-
-def check_metric(name: str | None) -> None:
-    """Refuse a value of `run.keep_best` that is no metric."""
-    known = metric_names("emoji")
-    if name is not None and name not in known:
-        close = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
-        raise ValueError(f"run.keep_best: no metric {name!r}; the closest are {close}")
 
 
 def train_together(
@@ -108,15 +99,27 @@ def train_together(
     model, said = loading.training_model(config, device)
     run = raise_on_all_ranks(lambda: Run(config, model, samples, folder=folder))
     notes += said + run.notes
+    count, size, batch = config.episodes.count, config.episodes.size, config.episodes.batch_size
+    amount = f"{count:,} episodes of {size:,} pairs in batches of {batch:,}"
+    if isinstance(samples, Pairs):
+        passes = size * count / len(samples)
+        amount = f"{len(samples):,} pairs: {amount}, {passes:.3g} passes over the data"
     with ExitStack() as stack:
 
         def claim() -> Path | None:
             folder.mkdir(parents=True, exist_ok=resume)
-            stack.enter_context(locked(folder))
+            try:
+                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout:
+                raise ValueError(
+                    f"{folder}: another process is running in this folder; wait for it, or choose "
+                    "another with --run.out"
+                ) from None
             checkpoint = newest_intact(folder, notes) if begun else None
             write_atomically(folder / "config.toml", to_toml(config))
-            lines = [f"note: {note}" for note in notes] + [outline(config, samples)]
-            print("\n".join(lines), file=sys.stderr)
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+            print(f"training on {amount}", file=sys.stderr)
             return checkpoint
 
         checkpoint = rank0_first(claim)
@@ -124,8 +127,8 @@ def train_together(
         # Dropout and the like draw from the global generator, so the seed sets it too.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(config.run.seed + rank())
-        size = 0 if checkpoint is None else run.restore(checkpoint)
-        run.log = raise_on_all_ranks(lambda: run.open_log(size) if rank() == 0 else None)
+        kept = 0 if checkpoint is None else run.restore(checkpoint)
+        raise_on_all_ranks(lambda: run.open_log(kept))
         try:
             run.train_episodes()
             raise_on_all_ranks(run.writer.finish)
@@ -136,30 +139,11 @@ def train_together(
     return run.results()
 
 
-def outline(config: Config, samples: Pairs | SampleStream) -> str:
-    """One line that says how much a run trains on."""
-    size, count = config.episodes.size, config.episodes.count
-    episodes = f"{count:,} episodes of {size:,} pairs in batches of {config.episodes.batch_size:,}"
-    if not isinstance(samples, Pairs):
-        return f"training on a stream: {episodes}"
-    passes = f"{size * count / len(samples):.3g} passes over the data"
-    return f"training on {len(samples):,} pairs: {episodes}, {passes}"
-
-
 class Run:
     """A run on one rank: its parts, the loop over episodes, saving, going on, and results.
 
     Making one writes nothing. Rank 0 alone has a `log`, writes checkpoints and shows progress.
-
-    Args:
-        config: Checked.
-        model: On its device, or sharded.
-        samples: The training pairs.
-        folder: The run folder.
-
-    Raises:
-        ValueError: The ranks cannot share a batch, the episodes do not fit the data, or teacher
-            features are missing.
+    `model` is on its device, or sharded.
     """
 
     def __init__(
@@ -187,19 +171,12 @@ class Run:
             on_read=self.skips.add,
         )
         teachers = config.external_teachers
-
-        def temperature(space: PrototypeConfig | TeacherConfig) -> float:
-            return 0.0 if space.hard_targets else space.target_temperature
-
+        spaces: dict[str, PrototypeConfig | TeacherConfig] = {**teachers}
+        spaces |= {"image": config.prototypes, "text": config.prototypes}
         optimizer, scaler = optim.optimizer(config, model), grad_scaler(precision, device)
         self.trainer = Trainer(
             model=model,
-            plan=Plan(
-                num_episodes=config.episodes.count,
-                warm_up=config.episodes.warm_up,
-                locked_image=config.episodes.locked_image,
-                prototypical=config.uses_prototypes,
-            ),
+            stage=partial(stage_of, config),
             source=self.feature_source(samples, autocast(precision, device)),
             cluster=self.cluster,
             weights=LossWeights(
@@ -208,8 +185,8 @@ class Run:
                 teachers={n: t.weight * config.loss.teacher for n, t in teachers.items()},
             ),
             target_temperatures={
-                **dict.fromkeys(("image", "text"), temperature(config.prototypes)),
-                **{n: temperature(t) for n, t in teachers.items()},
+                name: 0.0 if space.hard_targets else space.target_temperature
+                for name, space in spaces.items()
             },
             mask_empty=config.prototypes.mask_empty,
             back_translation=config.prototypes.back_translation,
@@ -288,7 +265,7 @@ class Run:
                 if detailed:
                     loss = f", loss {metrics['train/loss/total']:.4g}"
                 if rank() == 0:
-                    bad, stage = self.skips.distinct, trainer.plan.stage(index).name
+                    bad, stage = self.skips.distinct, trainer.stage(index).name
                     skipped = f", {bad} samples skipped" if bad else ""
                     where = f"episode {index + 1}/{config.episodes.count}, {stage}"
                     progress.update(trainer.step, where + loss + skipped)
@@ -303,11 +280,13 @@ class Run:
             if self.save_if_due():
                 return
 
-    def open_log(self, size: int) -> MetricsLog:
-        """The log, which goes on after `size` bytes of its file."""
-        mode, settings = self.config.run.wandb, asdict(self.config)
-        step = self.trainer.step
-        return MetricsLog(self.folder, size=size, step=step, wandb=mode, config=settings)
+    def open_log(self, size: int) -> None:
+        """On rank 0, log metrics after the first `size` bytes of the file."""
+        if rank() == 0:
+            wandb, settings = self.config.run.wandb, asdict(self.config)
+            self.log = MetricsLog(
+                self.folder, size=size, step=self.trainer.step, wandb=wandb, config=settings
+            )
 
     def write(self, episode: int, metrics: Mapping[str, float]) -> None:
         if self.log is not None:
@@ -347,38 +326,27 @@ class Run:
             self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
 
     def restore(self, checkpoint: Path) -> int:
-        """Go on from a checkpoint; returns the bytes of the metrics that were logged until then.
-
-        Raises:
-            ValueError: The checkpoint does not fit this version or this run.
-        """
-        try:
-            state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-            for setting, before in state["arithmetic"].items():
-                if before != self.arithmetic[setting]:
-                    raise ValueError(
-                        f"{setting}: this run was computed with {before}, and here it would be "
-                        f"{self.arithmetic[setting]}, which rounds differently; go on on a machine "
-                        "like the first, or choose another folder with --run.out"
-                    )
-            self.trainer.load_state_dict(state)
-            for position in state["loader"]:
-                self.loader.load_state_dict(position)
-            counts = state["skips"]
-            if len(counts) == world_size():
-                self.skips.read, self.skips.skipped = counts[rank()]
-            elif rank() == 0:  # the number of ranks changed
-                self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
-            self.writer.best = state["best"] and tuple(state["best"])
-            size = int(state["metrics_bytes"])
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{checkpoint / STATE}: not what this version of protoclip writes ({error!r}); "
-                f"restore it from a copy, or delete {checkpoint} to go on from the one before"
-            ) from error
+        """Go on from a checkpoint; returns the bytes of the metrics that were logged until then."""
+        state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
+        for setting, before in state["arithmetic"].items():
+            if before != self.arithmetic[setting]:
+                raise ValueError(
+                    f"{setting}: this run was computed with {before}, and here it would be "
+                    f"{self.arithmetic[setting]}; go on on a machine like the first, or choose "
+                    "another folder with --run.out"
+                )
+        self.trainer.load_state_dict(state)
+        for position in state["loader"]:
+            self.loader.load_state_dict(position)
+        counts = state["skips"]
+        if len(counts) == world_size():
+            self.skips.read, self.skips.skipped = counts[rank()]
+        elif rank() == 0:  # the number of ranks changed
+            self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
+        self.writer.best = state["best"] and tuple(state["best"])
         if rank() == 0:
             print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
-        return size
+        return int(state["metrics_bytes"])
 
     def results(self) -> dict[str, Any]:
         """Evaluate, write and return the results; or where a run stands that a signal stopped."""
@@ -438,35 +406,17 @@ def stop_on_signals(run: Run) -> Iterator[None]:
 def check_folder(
     folder: Path, config: Config, *, resume: bool
 ) -> tuple[bool, dict[str, Any] | None]:
-    """Whether a folder holds a run that was begun, and its results if it is finished.
-
-    Raises:
-        ValueError: The run may neither start nor go on there.
-    """
+    """Whether a folder holds a run that was begun, and its results if it is finished."""
     begun = (folder / "config.toml").is_file()
     # A run that was killed at its very start leaves hidden files at most.
     empty = folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
     if folder.exists() and not (resume and (begun or empty)):
-        hint = "" if begun else " and holds no run"
-        way = "choose another with --run.out" + (", or go on with --resume auto" if begun else "")
-        raise ValueError(f"{folder}: run folder exists{hint}; {way}")
+        way = ", or go on with --resume auto" if begun else ""
+        raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
     if begun:
         check_settings(folder, to_toml(config))
     results = folder / "results.json"
     return begun, read_json(results) if begun and results.is_file() else None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process."""
-    try:
-        with FileLock(folder / ".lock").acquire(timeout=0):
-            yield
-    except Timeout:
-        raise ValueError(
-            f"{folder}: another process is running in this folder; wait for it, or choose "
-            "another with --run.out"
-        ) from None
 
 
 def check_settings(folder: Path, config: str) -> None:

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from protoclip.config import Config
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of training.
+    """One stage of training: regular expressions for names of parameters and modules.
 
-    Attributes:
-        name: As the console shows it.
-        frozen: Regular expressions; parameters whose names match get no gradient.
-        locked: Regular expressions; modules whose names match stay in evaluation mode, so that
-            their BatchNorm statistics do not move.
-        needs_prototypes: Whether the loss of this stage uses prototypes.
-        projects: Whether the forward pass runs the heads. The warm-up runs them without a loss, so
-            that their BatchNorm statistics fit the features of the first clustering.
+    `frozen` parameters get no gradient. `locked` modules stay in evaluation mode, so that their
+    BatchNorm statistics do not move. The warm-up `projects`, that is runs the heads, without a
+    loss, so that their BatchNorm statistics fit the features of the first clustering.
     """
 
     name: str
@@ -38,28 +35,13 @@ LOCKED_IMAGE = Stage(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which stage each episode belongs to.
-
-    Attributes:
-        num_episodes: Episodes of the whole run.
-        warm_up: Episodes at the start that train with InfoNCE alone.
-        locked_image: Episodes at the end with a locked image tower (LiT, Zhai et al. 2022).
-        prototypical: Whether the episodes between use prototypes. If not, the run is CLIP.
-    """
-
-    num_episodes: int
-    warm_up: int
-    locked_image: int
-    prototypical: bool
-
-    def stage(self, episode: int) -> Stage:
-        if episode >= self.num_episodes - self.locked_image:
-            return LOCKED_IMAGE
-        if not self.prototypical:
-            return CONTRASTIVE
-        return WARM_UP if episode < self.warm_up else PROTOTYPICAL
+def stage_of(config: Config, episode: int) -> Stage:
+    """Warm-up, prototypical, then with a locked image tower (LiT, Zhai et al. 2022); or CLIP."""
+    if episode >= config.episodes.count - config.episodes.locked_image:
+        return LOCKED_IMAGE
+    if not config.uses_prototypes:
+        return CONTRASTIVE
+    return WARM_UP if episode < config.episodes.warm_up else PROTOTYPICAL
 
 
 def enter_stage(model: nn.Module, stage: Stage) -> None:

@@ -25,8 +25,7 @@ from protoclip.training.guard import Guard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
 from protoclip.training.precision import Autocast
-from protoclip.training.schedule import Schedule
-from protoclip.training.stages import Plan, Stage, enter_stage
+from protoclip.training.stages import Stage, enter_stage
 
 PROGRESS = ("episode", "batch", "step", "samples_seen", "seconds")
 
@@ -39,25 +38,17 @@ class Trainer:
     return metrics by name. With several ranks every method is collective.
 
     Attributes:
-        model: Trained in place.
-        plan: The stage of each episode.
         source: Gives the features to cluster, and the prototypes that samples belong to.
         cluster: K-means of one space, `(space, rows, positions of the rows) -> KMeans`.
-        weights, target_temperatures, mask_empty: Of the losses.
-        back_translation: Translate prototypes into the student's space (PBT).
-        optimizer, schedule, scaler, guard, autocast, clip_norm: How to take a step.
         micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
-        episode, batch: Episodes finished, and batches of the next one.
-        step: Optimizer steps taken, skipped ones included.
-        samples_seen: Pairs trained on by all ranks, repeats counted.
-        seconds: Wall clock of data, extraction, clustering and steps; no evaluation.
-        clusters, targets: Prototypes of the episode under way by space, and targets made of them.
+        episode, batch, step: Episodes finished, batches of the next one, and optimizer steps.
+        samples_seen, seconds: Pairs trained on by all ranks, and wall clock without evaluation.
         reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
             first entry is for samples without an assignment (-1).
     """
 
     model: ProtoCLIP
-    plan: Plan
+    stage: Callable[[int], Stage]
     source: ExtractedFeatures
     cluster: Callable[[str, Tensor, Tensor | None], KMeans]
     weights: LossWeights
@@ -65,7 +56,7 @@ class Trainer:
     mask_empty: bool
     back_translation: bool
     optimizer: torch.optim.Optimizer
-    schedule: Schedule
+    schedule: Callable[[int], float]
     scaler: torch.amp.GradScaler
     guard: Guard
     autocast: Autocast
@@ -90,17 +81,14 @@ class Trainer:
     def start_episode(self, episode: Episode) -> dict[str, float]:
         """Make the prototypes if the stage needs any, freeze and wrap the model."""
         self._now = time.monotonic()
-        stage, metrics = self.plan.stage(episode.index), {}
+        stage, metrics = self.stage(episode.index), {}
         if stage.needs_prototypes and not self.targets:
             metrics = self._make_targets(episode)
         enter_stage(self.model, stage)
         if stage is not self._stage:
-            self._module, self._stage = (
-                parallel.distribute(
-                    self.model, broadcast_buffers=batch_norm.has_own_statistics(self.model)
-                ),
-                stage,
-            )
+            own = batch_norm.has_own_statistics(self.model)
+            self._module = parallel.distribute(self.model, broadcast_buffers=own)
+            self._stage = stage
         self._tick()
         self._waited = self._trained = 0.0
         self._reported = (self._now, self.samples_seen)
@@ -134,17 +122,12 @@ class Trainer:
         return metrics | {f"train/seconds/{part}": spent for part, spent in seconds.items()}
 
     def train_step(self, batch: Batch, *, detailed: bool = True) -> dict[str, float]:
-        """Forward, backward, one optimizer step.
+        """Forward, backward, one optimizer step with this rank's share of a batch.
 
-        Args:
-            batch: This rank's share of the batch.
-            detailed: Return metrics, which takes time and waits for the device; else none.
-
-        Raises:
-            Diverged: Too many steps in a row were not finite.
+        Returns metrics if `detailed`, which takes time and waits for the device.
         """
         self._waited += self._tick()
-        rate = self.schedule.learning_rate(self.step)
+        rate = self.schedule(self.step)
         set_learning_rate(self.optimizer, rate)
         embeddings, finish_backward = self._forward(batch)
         assignments = {}
@@ -224,8 +207,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on, as nested dicts of tensors and JSON values.
 
-        `model` and `optimizer` are copies on the CPU of rank 0, whole if the model is sharded, and
-        empty on other ranks. The rest may change when training goes on.
+        `model` and `optimizer` are whole copies on the CPU of rank 0, and empty on other ranks.
         """
         self.guard.look()
         return {
@@ -243,10 +225,9 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called; `model` and `optimizer` count on rank 0 alone.
+        """Go on where `state_dict` was called, with tensors on the model's device.
 
-        Tensors are on the model's device. With another number of ranks than before, random states
-        start from the seed again.
+        With another number of ranks than before, random states start from the seed again.
         """
         parallel.load_weights(self.model, state["model"])
         parallel.load_moments(self.model, self.optimizer, state["optimizer"])
@@ -261,6 +242,9 @@ class Trainer:
             if gpu is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(gpu.cpu())
         self.source.load_state_dict(state["source"])
-        self.clusters = {space: KMeans(**found) for space, found in state["clusters"].items()}
+        self.clusters = {
+            space: KMeans(**{**found, "history": tuple(found["history"])})  # JSON has no tuples
+            for space, found in state["clusters"].items()
+        }
         self.targets = {(to, by): Target(**found) for to, by, found in state["targets"]}
         self.reached = dict(state["reached"])
