@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-MAX_LOG_SCALE = math.log(100)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
@@ -38,8 +36,7 @@ class ProtoCLIP(nn.Module):
 
     Args:
         towers: An open_clip model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
-        head: The projection head. Image and text heads both start from its weights, so before
-            training they map equal features to equal projections.
+        head: The projection head; the image's and the text's both start from its weights.
     """
 
     def __init__(self, towers: nn.Module, head: nn.Module) -> None:
@@ -71,16 +68,15 @@ class ProtoCLIP(nn.Module):
         The heads read the towers' outputs before normalisation, as in the reference.
         """
         image, text = self.encode_image(images), self.encode_text(tokens)
-        heads = ((self.image_head, image), (self.text_head, text))
-        image_projections, text_projections = (
-            F.normalize(to_float(head(features)), dim=-1) if project else None
-            for head, features in heads
-        )
+        projections: list[Tensor | None] = [None, None]
+        if project:
+            heads = self.image_head(image), self.text_head(text)
+            projections = [F.normalize(to_float(rows), dim=-1) for rows in heads]
         return Embeddings(
             image_features=F.normalize(image, dim=-1),
             text_features=F.normalize(text, dim=-1),
-            image_projections=image_projections,
-            text_projections=text_projections,
+            image_projections=projections[0],
+            text_projections=projections[1],
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
         )
@@ -88,5 +84,5 @@ class ProtoCLIP(nn.Module):
     @torch.no_grad()
     def clamp_scales(self) -> None:
         """Keep both inverse temperatures in [1, 100]; called after each optimizer step."""
-        self.towers.logit_scale.clamp_(0, MAX_LOG_SCALE)  # type: ignore[operator]
-        self.prototype_logit_scale.clamp_(0, MAX_LOG_SCALE)
+        self.towers.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator]
+        self.prototype_logit_scale.clamp_(0, math.log(100))
