@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from protoclip.evaluation import compare, datasets, paired, suite
+from protoclip.evaluation import compare, datasets, suite
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.models import loading
 from protoclip.progress import Progress
@@ -26,13 +26,11 @@ def accuracies(folder: str) -> dict[str, list[float]]:
     """Percent right by split and strength."""
     data = datasets.emoji()
     model, transform, tokenizer = loading.load(folder)
-    features = suite.extract(
-        model, transform, tokenizer, data, split="test", report=lambda stage, done, total: None
-    )
+    features = suite.extract(model, transform, tokenizer, data, split="test")
     labels = {split: data.labels(split) for split in SPLITS}
-    probes = fit_linear_probes(features.images["train"], labels["train"])
+    probes = fit_linear_probes(features["train"], labels["train"])
     return {
-        split: [100 * probe.accuracy(features.images[split], labels[split]) for probe in probes]
+        split: [100 * probe.accuracy(features[split], labels[split]) for probe in probes]
         for split in SPLITS[1:]
     }
 
@@ -42,7 +40,7 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     found = [second[seed] - first[seed] for seed in second if seed in first]
     if not found:
         return ""
-    interval = paired.t_interval(found) if len(found) > 1 else None
+    interval = compare.t_interval(found) if len(found) > 1 else None
     beyond = interval is not None and not interval[0] <= 0 <= interval[1]
     facts = {"mean": statistics.mean(found), "interval": interval, "beyond": beyond}
     shown = compare.cell({"mean": 0.0, "difference": facts}, scale=1.0, digits=1)

@@ -5,53 +5,36 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from protoclip.models.loading import checkpoints, read_tensors
+from protoclip.testing import tiny_config
+from protoclip.training.run import to_toml
 
 pytestmark = pytest.mark.slow
-
-TINY = """
-[run]
-name = "tiny"
-device = "cpu"
-precision = "fp32"
-log_every = 1
-save_steps = 2
-evaluate = false
-[model]
-embed_dim = 16
-image = { size = 32 }
-text = { context_length = 8, width = 16, layers = 1 }
-heads = { hidden_dim = 32, projection_dim = 8 }
-[episodes]
-size = 64
-batch_size = 16
-count = 6
-[prototypes]
-number = 8
-"""
 
 
 def launch(folder: Path, *more: str) -> "subprocess.Popen[str]":
     """Start two processes by `torchrun` that train into a folder."""
+    config = tiny_config(out=str(folder))
+    config = replace(
+        config,
+        run=replace(config.run, save_steps=2, evaluate=False),
+        episodes=replace(config.episodes, count=6),
+    )
     recipe = folder.parent / "tiny.toml"
-    recipe.write_text(TINY, encoding="utf-8")
+    recipe.write_text(to_toml(config), encoding="utf-8")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "protoclip", "train", "--config", str(recipe), "--run.out", str(folder), *more),
+        *("-m", "protoclip", "train", "--config", str(recipe), *more),
     ]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, **output, env=env, start_new_session=True)
 
 
 def children(pid: int) -> list[int]:

@@ -18,8 +18,6 @@ from protoclip.testing import run_distributed, tiny_config
     ("name", "number"),
     [
         ("efficientnet_b0", 49),
-        ("regnety_002", 44),
-        ("mobilenetv3_small_100", 34),
         ("resnet10t", 14),
         ("nfnet_l0", 0),
     ],
@@ -82,26 +80,20 @@ def test_a_converted_tower_on_two_ranks_equals_the_plain_one_on_the_whole_batch(
             assert float((found[name] - value).abs().max()) <= 1e-9 * size, name
 
 
-def notes(name: str, parallel: ParallelConfig) -> list[str]:
-    config = tiny_config(out="unused")
-    image = replace(config.model.image, name=name, size=48)
-    config = replace(config, model=replace(config.model, image=image), parallel=parallel)
+def notes(parallel: ParallelConfig) -> list[str]:
+    config = replace(tiny_config(out="unused"), parallel=parallel)
     return loading.parallelise(config, loading.model(config.model, seed=0))
 
 
 @pytest.mark.parametrize(
-    ("tower", "parallel", "expected"),
+    ("parallel", "layers"),
     [
-        ("resnet10t", {"sync_batch_norm": True}, ["parallel.sync_batch_norm: 14 BatchNorm layers"]),
-        ("vit_tiny_patch16_224", {"sync_batch_norm": True}, ["parallel.sync_batch_norm: no Batch"]),
-        ("resnet10t", {"strategy": "fsdp"}, ["parallel.strategy = fsdp: 14 BatchNorm layers"]),
-        ("resnet10t", {}, []),
+        ({"sync_batch_norm": True}, "sync_batch_norm: 14 BatchNorm layers"),
+        ({"strategy": "fsdp"}, "strategy = fsdp: 14 BatchNorm layers"),
+        ({}, ""),
     ],
 )
-def test_the_number_of_synchronised_layers_is_noted(
-    tower: str, parallel: dict, expected: list[str]
-) -> None:
-    """Of the towers, if they are to be synchronised; also that there are none."""
-    for found in run_distributed(notes, 2, tower, ParallelConfig(**parallel)):
-        assert len(found) == len(expected)
-        assert all(map(str.startswith, found, expected)), found
+def test_the_number_of_synchronised_layers_is_noted(parallel: dict, layers: str) -> None:
+    for found in run_distributed(notes, 2, ParallelConfig(**parallel)):
+        assert layers in "".join(found)
+        assert bool(found) == bool(layers)

@@ -11,7 +11,7 @@ import torch
 import protoclip
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import datasets, suite
-from protoclip.evaluation.zero_shot import zero_shot_ranks
+from protoclip.evaluation.retrieval import zero_shot_ranks
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
@@ -26,7 +26,7 @@ def relative_rank(model, transform, tokenizer, pairs: ImageTextPairs, column: st
     def encode(forward, inputs, items):
         settings = {"stage": "test", "batch_size": 256, "device": "cpu"}
         forward = partial(forward, normalize=True)
-        return suite.encode(forward, inputs, items, report=lambda *_: None, **settings)
+        return suite.encode(forward, inputs, items, **settings)
 
     def images(rows):
         return torch.stack([transform(pairs.image(row)) for row in rows])
@@ -55,10 +55,11 @@ def test_shuffled_captions_teach_nothing(shuffled: bool, tmp_path: Path) -> None
     config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
     config = replace(
         config,
+        run=replace(config.run, evaluate=False),
         data=replace(config.data, shuffle_captions=shuffled),
         episodes=replace(config.episodes, size=256, count=4, batch_size=32),
     )
     run.train(config)
     new = ImageTextPairs(tiny_pairs(150, seed=1), name="new")
     rank = relative_rank(*protoclip.load(tmp_path / "run"), new, "caption")
-    assert 0.3 < rank < 0.7 if shuffled else rank < 0.2, rank
+    assert 0.2 < rank < 0.8 if shuffled else rank < 0.15, rank

@@ -13,9 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from scipy.stats import t
 
-from protoclip.evaluation import paired
-from protoclip.evaluation.samples import SampleResults
+from protoclip.evaluation.samples import Draws, SampleResults, resampled
 
 # Rows of the table that are percentages, by the end of the metric's name.
 LABELS = {
@@ -38,7 +38,6 @@ INTERVALS = {
 DRAWS = 1000  # of the bootstrap
 
 Run = Mapping[str, Any]
-ReadDraws = Callable[[Path], tuple[SampleResults, dict[str, paired.Draws]]]
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
@@ -58,22 +57,14 @@ def read_results(run: str | Path) -> dict[str, Any]:
         if not isinstance(results["name"], str) or not isinstance(results["seed"], int):
             raise TypeError("name or seed")
         metrics = {key: number(value) for key, value in dict(results["metrics"]).items()}
-        return {
-            **{key: results[key] for key in ("name", "seed")},
-            **{key: number(results[key]) for key in ("samples_seen", "train_seconds")},
-            "folder": str(path.parent),
-            "metrics": {key: value for key, value in metrics.items() if value is not None},
-            "samples": samples_of(path.parent, "test"),
-        }
+        counts = {key: number(results[key]) for key in ("samples_seen", "train_seconds")}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: not the results of a run ({error!r})") from error
-
-
-def number(value: Any) -> float | None:
-    """A number from JSON; None for null, infinity and NaN."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value) if value is not None and math.isfinite(value) else None
+    return {
+        **{"name": results["name"], "seed": results["seed"], **counts, "folder": str(path.parent)},
+        "metrics": {key: value for key, value in metrics.items() if value is not None},
+        "samples": samples_of(path.parent, "test"),
+    }
 
 
 def samples_of(folder: Path, split: str) -> dict[str, Path]:
@@ -82,16 +73,20 @@ def samples_of(folder: Path, split: str) -> dict[str, Path]:
     return {file.name.removesuffix(f"-{split}.parquet"): file for file in files}
 
 
+def number(value: Any) -> float | None:
+    """A number from JSON; None for null, infinity and NaN."""
+    return float(value) if value is not None and math.isfinite(float(value)) else None
+
+
+@np.errstate(over="ignore", invalid="ignore")
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Group runs by name, and compare each group with the first.
 
-    A run that is given twice counts once. Runs of equal name and seed in different folders become
-    groups of their own, named with their folders.
+    A run that is given twice counts once. Runs of equal name and seed are named with their folders.
 
     Returns:
-        One entry a name, in order of appearance: `name`, `seeds`, and for `samples_seen`,
-        `train_seconds` and each of `metrics` a `summary`. Metrics of later entries have a
-        `difference`.
+        One entry a name: `name`, `seeds`, and for `samples_seen`, `train_seconds` and each of
+        `metrics` a `summary`. Metrics of later entries have a `difference`.
     """
     runs = list({os.path.realpath(run["folder"]): run for run in runs}.values())
     counts = Counter((run["name"], run["seed"]) for run in runs)
@@ -103,9 +98,9 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     reference = next(iter(groups.values()), {})
 
     @cache
-    def read_draws(path: Path) -> tuple[SampleResults, dict[str, paired.Draws]]:
+    def resample(path: Path) -> tuple[SampleResults, dict[str, Draws]]:
         samples = SampleResults.read(path)
-        return samples, paired.resampled(samples, draws=DRAWS)
+        return samples, resampled(samples, draws=DRAWS)
 
     entries = []
     for name, members in groups.items():
@@ -113,10 +108,12 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for key in ("samples_seen", "train_seconds"):
             entry[key] = summary([run[key] for run in members.values()])
         listed = [run["metrics"] for run in members.values()]
-        for key in (key for key in listed[0] if all(key in metrics for metrics in listed)):
+        for key in listed[0]:
+            if not all(key in metrics for metrics in listed):
+                continue
             value: dict[str, Any] = {**summary([metrics[key] for metrics in listed])}
             if members is not reference and any(key in r["metrics"] for r in reference.values()):
-                value["difference"] = difference(key, reference, members, read_draws)
+                value["difference"] = difference(key, reference, members, resample)
             entry["metrics"][key] = value
         entries.append(entry)
     return entries
@@ -125,86 +122,79 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def summary(values: Sequence[float | None]) -> dict[str, float | None]:
     """`mean`, and of two values or more `spread`, the sample standard deviation."""
     found = np.asarray([value for value in values if value is not None], dtype=np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        spread = {"spread": float(found.std(ddof=1))} if len(found) > 1 else {}
-        return {"mean": float(found.mean()) if len(found) else None, **spread}
+    spread = {"spread": float(found.std(ddof=1))} if len(found) > 1 else {}
+    return {"mean": float(found.mean()) if len(found) else None, **spread}
 
 
 def difference(
-    key: str, first: Mapping[int, Run], second: Mapping[int, Run], read_draws: ReadDraws
+    key: str,
+    first: Mapping[int, Run],
+    second: Mapping[int, Run],
+    resample: Callable[[Path], tuple[SampleResults, dict[str, Draws]]],
 ) -> dict[str, Any]:
     """How much higher a metric of the second runs is than that of the first runs.
 
     Returns:
         `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,
         and `kind`: "seeds" for Student's t over two common seeds or more, "bootstrap" over the test
-        samples of one common seed, else None; `n`, the number of seeds or samples; `beyond`,
-        whether the interval leaves out 0.
+        samples of one common seed (for means over them), else None; `n`, the number of seeds or
+        samples; `beyond`, whether the interval leaves out 0.
     """
     one, two = (
-        {seed: run["metrics"][key] for seed, run in runs.items() if key in run["metrics"]}
-        for runs in (first, second)
+        {seed: np.float64(run["metrics"][key]) for seed, run in of.items() if key in run["metrics"]}
+        for of in (first, second)
     )
     seeds = [seed for seed in two if seed in one]
+    gains = [float(two[seed] - one[seed]) for seed in seeds]
+    mean = np.mean(gains or [float(np.mean(list(two.values())) - np.mean(list(one.values())))])
     interval, kind, n = None, None, len(seeds)
-    with np.errstate(over="ignore", invalid="ignore"):
-        gains = [np.float64(two[seed]) - np.float64(one[seed]) for seed in seeds]
-        mean = np.mean(gains or [np.mean(list(two.values())) - np.mean(list(one.values()))])
-        if len(seeds) > 1:
-            interval, kind = paired.t_interval(gains), "seeds"
-    if len(seeds) == 1 and key.count("/") > 1:
+    if n > 1:
+        interval, kind = t_interval(gains), "seeds"
+    elif n == 1 and key.count("/") > 1:
         _, data, metric = key.split("/", 2)
         files = [run[seeds[0]].get("samples", {}).get(data) for run in (first, second)]
         if None not in files:
-            (samples, draws), (others, other_draws) = map(read_draws, files)
+            (samples, draws), (others, other_draws) = map(resample, files)
             ids, other_ids = (sorted(of.rows(metric)["sample_id"]) for of in (samples, others))
             if metric in draws and ids == other_ids:
-                interval = paired.bootstrap_interval(draws[metric], other_draws[metric])
-                kind, n = "bootstrap", len(ids)
+                ends = np.quantile(other_draws[metric] - draws[metric], [0.025, 0.975])
+                interval, kind, n = (float(ends[0]), float(ends[1])), "bootstrap", len(ids)
     beyond = interval is not None and not interval[0] <= 0 <= interval[1]
-    ends = None if interval is None else list(interval)
-    return {"mean": float(mean), "interval": ends, "n": n, "kind": kind, "beyond": beyond}
+    return {"mean": float(mean), "interval": interval, "n": n, "kind": kind, "beyond": beyond}
+
+
+def t_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Student's t interval (95%) of the mean of two or more independent differences."""
+    found = np.asarray(differences, dtype=np.float64)
+    half = t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))
+    return float(found.mean() - half), float(found.mean() + half)
 
 
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a table with one row a metric and one column an entry."""
-    table = Table(title="Accuracies, recalls, AMI and ARI in percent", caption_justify="left")
     values = [value for entry in entries for value in entry["metrics"].values()]
     kinds = {value["difference"]["kind"] for value in values if "difference" in value}
-    if kinds:
-        lines = [SECOND_LINE, *(text for kind, text in INTERVALS.items() if kind in kinds)]
-        table.caption = " ".join(lines)
-    table.add_column("metric")
+    lines = [SECOND_LINE] * bool(kinds) + [INTERVALS[kind] for kind in INTERVALS if kind in kinds]
+    table = Table("metric", title="Accuracies, recalls, AMI and ARI in percent")
+    table.caption, table.caption_justify = " ".join(lines) or None, "left"
     for entry in entries:
         count = len(entry["seeds"])
         name = "".join(letter if letter.isprintable() else "?" for letter in entry["name"])
         table.add_column(f"{escape(name)}\n{count} seed{'s' if count > 1 else ''}", justify="right")
     for key in dict.fromkeys(key for entry in entries for key in entry["metrics"]):
-        label, scale, digits = describe(key)
+        metric = key.removeprefix("eval/").partition("/")[2]
+        label = LABELS.get(metric, metric.replace("modality_gap/", "").replace("_", " "))
+        scale, digits = (100.0, 1) if metric in LABELS else (1.0, 3)
         found = [entry["metrics"].get(key) for entry in entries]
         table.add_row(escape(label), *(escape(cell(v, scale=scale, digits=digits)) for v in found))
     table.add_section()
-    seen, seconds = (
-        [entry[key]["mean"] for entry in entries] for key in ("samples_seen", "train_seconds")
-    )
-    table.add_row("samples seen", *("-" if mean is None else f"{mean:,.0f}" for mean in seen))
-    ratios = [
-        "" if not (mean and seconds[0]) else f" ({mean / seconds[0]:.2f})" for mean in seconds
-    ]
-    times = ["-" if mean is None else f"{mean:,.0f}" for mean in seconds]
-    table.add_row("training, seconds (ratio)", *map(str.__add__, times, ratios))
+    for label, key in (("samples seen", "samples_seen"), ("training, seconds", "train_seconds")):
+        means = [entry[key]["mean"] for entry in entries]
+        table.add_row(label, *("-" if mean is None else f"{mean:,.0f}" for mean in means))
     console = Console()
     if not console.is_terminal:
         console = Console(width=40 + 30 * len(entries))  # as wide as it needs to be
     console.print(table)
-
-
-def describe(key: str) -> tuple[str, float, int]:
-    """Label, factor and digits of a metric's row."""
-    _, _, metric = key.removeprefix("eval/").partition("/")
-    if metric in LABELS:
-        return LABELS[metric], 100.0, 1
-    return metric.replace("modality_gap/", "").replace("_", " "), 1.0, 3
 
 
 def cell(value: Mapping[str, Any] | None, *, scale: float, digits: int) -> str:
@@ -215,9 +205,9 @@ def cell(value: Mapping[str, Any] | None, *, scale: float, digits: int) -> str:
     if "spread" in value:
         text += f" ± {value['spread'] * scale:.{digits}f}"
     if "difference" in value:
-        found = value["difference"]
-        text += f"\n{found['mean'] * scale:+.{digits}f}"
-        if found["interval"] is not None:
-            low, high = (f"{end * scale:+.{digits}f}" for end in found["interval"])
-            text += f" [{low}, {high}]" + "*" * found["beyond"]
+        mean, interval, beyond = (value["difference"][k] for k in ("mean", "interval", "beyond"))
+        text += f"\n{mean * scale:+.{digits}f}"
+        if interval is not None:
+            low, high = (f"{end * scale:+.{digits}f}" for end in interval)
+            text += f" [{low}, {high}]" + "*" * beyond
     return text

@@ -30,8 +30,7 @@ class EvaluationData:
     test: ImageTextPairs
 
     def split(self, name: str) -> ImageTextPairs:
-        pairs: ImageTextPairs = getattr(self, name)
-        return pairs
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
     def classes(self) -> list[str]:
         """The distinct classes over all splits, sorted."""

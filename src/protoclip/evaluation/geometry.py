@@ -18,9 +18,6 @@ def modality_gap(
         `gap`: distance between the mean image and the mean text, in [0, 2] (Liang et al. 2022);
         `alignment`: mean squared distance of a pair, in [0, 4] (Wang and Isola 2020);
         `uniformity_image` and `uniformity_text`: see `uniformity`.
-
-    Raises:
-        ValueError: Fewer than two pairs.
     """
     images, texts = image_features.double(), text_features.double()
     return {
@@ -34,12 +31,9 @@ def modality_gap(
 def uniformity(features: Float[Tensor, "n d"]) -> float:
     """Log of the mean of `exp(-2 |x - x'|^2)` over pairs of different rows (Wang and Isola 2020).
 
-    In [-8, 0] for unit-norm rows: 0 when all rows coincide, lower when they spread.
+    In [-8, 0] for two unit-norm rows or more: 0 when all coincide, lower when they spread.
     """
-    count = len(features)
-    if count < 2:
-        raise ValueError(f"uniformity needs two samples or more, not {count}")
-    features = features.float()
+    count, features = len(features), features.float()
     norms = features.square().sum(dim=1)
     rows = max(1, retrieval.CHUNK // count)
     total = 0.0

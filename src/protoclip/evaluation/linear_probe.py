@@ -8,12 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# L2 strengths from strong to weak. Radford et al. (2021) go to 1e-10. A grid that ends too early
-# underrates features that need less regularisation.
+# L2 strengths from strong to weak. A grid that ends too early underrates some features.
 REGULARISATIONS = tuple(10 ** (-half_decades / 2) for half_decades in range(4, 17))
-# Converged: no entry of the scaled gradient is larger. Half its squared norm is about the loss
-# still to be gained.
-TOLERANCE = 3e-4
+TOLERANCE = 3e-4  # of the scaled gradient; half its squared norm is about the loss still to gain
 MAX_ITERATIONS = 1000
 
 
@@ -53,10 +50,10 @@ def fit_linear_probes(
 ) -> list[LinearProbe]:
     """Minimise `mean cross-entropy + regularisation / 2 * |weights|^2` for each strength.
 
-    Contrastive features lie in a narrow cone, where L-BFGS such as scikit-learn's is slow or stops
-    early (benchmarks/linear_probe.py). So features are centred, which the bias makes up for, and
-    rotated to their principal axes, and each weight is scaled by the curvature along its axis: the
-    same optimum on a shorter path. Each fit starts from the one before; go from strong to weak.
+    Contrastive features lie in a narrow cone, where scikit-learn's L-BFGS is slow or stops early
+    (benchmarks/linear_probe.py). So features are centred, rotated to their principal axes, and each
+    weight is scaled by the curvature along its axis: the same optimum on a shorter path. Each fit
+    starts from the one before; go from strong to weak.
 
     Raises:
         ValueError: Fewer than two classes.
@@ -82,12 +79,13 @@ def fit_linear_probes(
         else:
             warnings.warn(
                 f"linear probe: regularisation {strength:.1e} did not converge in "
-                f"{MAX_ITERATIONS} iterations: gradient {gradient:.1e}, above {TOLERANCE:.1e}",
+                f"{MAX_ITERATIONS} iterations",
                 stacklevel=2,
             )
-        unrotated = weights @ axes.T
-        raw = {"weights": unrotated, "bias": bias - unrotated @ centre}
-        probes.append(LinearProbe(**raw, classes=classes, gradient=gradient))
+        raw = weights @ axes.T
+        probes.append(
+            LinearProbe(weights=raw, bias=bias - raw @ centre, classes=classes, gradient=gradient)
+        )
     return probes
 
 

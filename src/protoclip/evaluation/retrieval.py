@@ -24,10 +24,7 @@ def best_relevant_rank(
     """
     orphans = int((~torch.isin(query_groups, candidate_groups)).sum())
     if orphans:
-        raise ValueError(
-            f"{orphans} of {len(queries)} queries have no candidate of their group or class; "
-            "leave them out"
-        )
+        raise ValueError(f"{orphans} of {len(queries)} queries have no candidate of their group")
     queries, candidates = queries.float(), candidates.float()
     rows = max(1, CHUNK // len(candidates))
     ranks = []
@@ -38,3 +35,13 @@ def best_relevant_rank(
         # "not below" and not "at or above": any comparison with NaN is false.
         ranks.append((~(similarity < best) & ~relevant).sum(dim=1))
     return torch.cat(ranks)
+
+
+def zero_shot_ranks(
+    images: Float[Tensor, "n d"], classes: Float[Tensor, "k d"], labels: Int[Tensor, " n"]
+) -> Int[Tensor, " n"]:
+    """How many wrong classes are at least as similar to each image as its own (Radford et al. 2021)
+
+    Classes are the encoded names of classes; ranks are in [0, k).
+    """
+    return best_relevant_rank(images, classes, labels, torch.arange(len(classes)))

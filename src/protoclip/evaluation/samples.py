@@ -1,4 +1,4 @@
-"""The results of each test sample, kept on disk so that two models can be compared later."""
+"""The results of each test sample: kept on disk, and resampled to compare two models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from protoclip.files import replacing
 
 Columns = Mapping[str, npt.NDArray[Any]]
+Draws = npt.NDArray[np.float64]
 
 # Metrics that are means over samples: the column, and the `k` below which a rank counts as right.
 # Ranks count from zero.
@@ -42,7 +43,7 @@ class SampleResults:
         """The results that a metric is computed from."""
         return self.texts if "text_to_image" in metric else self.images
 
-    def values(self, metric: str) -> npt.NDArray[np.float64]:
+    def values(self, metric: str) -> Draws:
         """Whether each sample is right, 0 or 1; their mean is the metric, which is in `MEANS`."""
         column, k = MEANS[metric]
         found = self.rows(metric)[column]
@@ -61,18 +62,32 @@ class SampleResults:
     @classmethod
     def read(cls, path: Path) -> "SampleResults":
         """Read what `write` wrote; raises a `ValueError` if the file is damaged."""
-
-        def part(kind: str, names: tuple[str, ...]) -> Columns:
-            rows = table.filter(pc.equal(table["kind"], kind)).select(["sample_id", *names])
-            if any(column.null_count for column in rows.columns):
-                raise ValueError(f"{kind} results have gaps")
-            return {name: rows[name].to_numpy() for name in rows.column_names}
-
         try:
-            table = pq.read_table(path)
-            return cls(images=part("image", IMAGE_COLUMNS), texts=part("text", TEXT_COLUMNS))
-        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+            table, parts = pq.read_table(path), []
+            for kind, names in (("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS)):
+                rows = table.filter(pc.equal(table["kind"], kind)).select(["sample_id", *names])
+                parts.append({name: rows[name].to_numpy() for name in rows.column_names})
+        except (pa.ArrowException, KeyError, OSError) as error:
             raise ValueError(
                 f"{path}: not the results of an evaluation; delete it to compare without it "
                 f"({' '.join(str(error).split())})"
             ) from error
+        return cls(images=parts[0], texts=parts[1])
+
+
+def resampled(results: SampleResults, *, draws: int, seed: int = 0) -> dict[str, Draws]:
+    """The metrics in `MEANS` on test sets drawn with replacement from the samples, `(draws,)` each.
+
+    Draw `i` holds the same samples, by id, for every model with the same ids and seed, so that two
+    models can be compared draw by draw.
+    """
+    found: dict[str, Draws] = {}
+    for number, columns in enumerate((results.images, results.texts)):
+        metrics = [metric for metric in MEANS if results.rows(metric) is columns]
+        values = np.stack([results.values(metric) for metric in metrics], 1)
+        order = np.argsort(columns["sample_id"], kind="stable")
+        generator = np.random.default_rng([seed, number])
+        rows = [order[generator.integers(len(order), size=len(order))] for _ in range(draws)]
+        means = np.stack([values[drawn].mean(0) for drawn in rows], 1)
+        found |= dict(zip(metrics, means, strict=True))
+    return found

@@ -37,20 +37,15 @@ class SyncBatchNorm(_BatchNorm):
         means, variances = gathered.unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
-        self._update(mean.detach(), variance.detach(), rows.numel() // len(mean) * len(means))
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.momentum is not None and self.num_batches_tracked is not None  # noqa: PT018
+            count = rows.numel() // len(mean) * len(means)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            # Like torch, with the unbiased variance.
+            self.running_var.lerp_(variance.detach() * count / max(1, count - 1), self.momentum)
         scale = (variance + self.eps).rsqrt() * self.weight
         return ((rows - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input)
-
-    @torch.no_grad()
-    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Update the running statistics; like torch, with the unbiased variance."""
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.momentum is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
 
 
 class SyncBatchNormAct(SyncBatchNorm, BatchNormAct2d):
@@ -91,10 +86,7 @@ def has_own_statistics(module: nn.Module) -> bool:
 
 
 def agree_on_statistics(module: nn.Module) -> None:
-    """Copy rank 0's BatchNorm statistics to all ranks if they can differ.
-
-    DDP does the same before each step, but not after the last one.
-    """
+    """Copy rank 0's statistics to all ranks if they can differ, as DDP does before each step."""
     if has_own_statistics(module):
         for buffer in module.buffers():
             broadcast(buffer)

@@ -19,27 +19,15 @@ from protoclip.config import (
     ModelConfig,
     TextTowerConfig,
 )
-from protoclip.data.transforms import (
-    EvaluationTransform,
-    TrainingTransform,
-    clip_transform,
-    light_transform,
-)
+from protoclip.data import transforms
+from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
 from protoclip.distributed.parallel import shard, spread
 from protoclip.files import file_checksum, read_json
-from protoclip.models import batch_norm
+from protoclip.models import batch_norm, towers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.towers import (
-    Tokenizer,
-    build_tokenizer,
-    image_normalisation,
-    image_size,
-    named_config,
-    named_towers,
-    small_towers,
-)
+from protoclip.models.towers import Tokenizer
 
 # Files of a checkpoint folder.
 WEIGHTS, MODEL = "model.safetensors", "model.json"
@@ -89,17 +77,17 @@ def architecture(config: ModelConfig, *, weights: Literal["published", "new", "n
     """The model with weights from torch's global generator; with "none" on the meta device."""
     with torch.device("meta") if weights == "none" else nullcontext():
         if config.name is None:
-            towers, embed_dim = small_towers(config), config.embed_dim
+            built, embed_dim = towers.small_towers(config), config.embed_dim
         else:
-            embed_dim = int(named_config(config.name)["embed_dim"])
-            towers = named_towers(
+            embed_dim = int(towers.named_config(config.name)["embed_dim"])
+            built = towers.named_towers(
                 config.name,
                 pretrained=config.pretrained,
                 image_size=config.image.size,
                 context_length=config.text.context_length,
                 weights=weights,
             )
-        return ProtoCLIP(towers, projection_head(embed_dim, config.heads))
+        return ProtoCLIP(built, projection_head(embed_dim, config.heads))
 
 
 def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, list[str]]:
@@ -111,12 +99,13 @@ def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, lis
     sharded = config.parallel.strategy == "fsdp" and world_size() > 1
 
     def build() -> tuple[ProtoCLIP, ProtoCLIP | None, list[str]]:
-        if not sharded:
-            built, whole = to_device(model(config.model, seed=config.run.seed), device), None
-        else:
-            whole = model(config.model, seed=config.run.seed) if rank() == 0 else None
+        whole = None if sharded and rank() else model(config.model, seed=config.run.seed)
+        if sharded:
             with torch.random.fork_rng(devices=[]):
                 built = architecture(config.model, weights="none")
+        else:
+            assert whole is not None
+            built = to_device(whole, device)
         return built, whole, parallelise(config, built)
 
     built, whole, notes = raise_on_all_ranks(build)
@@ -160,7 +149,7 @@ def tokenizer(config: ModelConfig) -> Tokenizer:
     length = config.text.context_length
     if config.name is None and length is None:
         length = SMALL_CONTEXT_LENGTH
-    return build_tokenizer(config.name, context_length=length)
+    return towers.build_tokenizer(config.name, context_length=length)
 
 
 def context_length(config: ModelConfig) -> int:
@@ -168,17 +157,20 @@ def context_length(config: ModelConfig) -> int:
     return int(tokenizer(config)(["a"]).shape[1])
 
 
+def image_input(built: ProtoCLIP) -> dict[str, Any]:
+    mean, std = towers.image_normalisation(built.towers)
+    return {"size": towers.image_size(built.towers), "mean": mean, "std": std}
+
+
 def evaluation_transform(built: ProtoCLIP) -> EvaluationTransform:
-    mean, std = image_normalisation(built.towers)
-    return EvaluationTransform(size=image_size(built.towers), mean=mean, std=std)
+    return EvaluationTransform(**image_input(built))
 
 
 def training_transform(
     built: ProtoCLIP, augmentation: Literal["light", "clip"]
 ) -> TrainingTransform:
-    mean, std = image_normalisation(built.towers)
-    transform = light_transform if augmentation == "light" else clip_transform
-    return transform(size=image_size(built.towers), mean=mean, std=std)
+    given = {"light": transforms.light_transform, "clip": transforms.clip_transform}[augmentation]
+    return given(**image_input(built))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -194,9 +186,7 @@ def find_checkpoint(path: str | Path) -> Path:
     for candidate in (path, *reversed(checkpoints(path))):
         if (candidate / MODEL).is_file() and (candidate / WEIGHTS).is_file():
             return candidate
-    raise ValueError(
-        f"{path}: no checkpoint here; expected {MODEL} and {WEIGHTS}, or checkpoints/ with them"
-    )
+    raise ValueError(f"{path}: no checkpoint here, which has {MODEL} and {WEIGHTS}")
 
 
 def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
@@ -229,10 +219,7 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
 def require_intact(folder: Path, *names: str) -> None:
     """Raise a `ValueError` that names the first damaged file of these."""
     if (wrong := damage(folder, names)) is not None:
-        raise ValueError(
-            f"{folder}: damaged ({wrong}); copy the folder again from an intact copy, or use "
-            "another checkpoint"
-        )
+        raise ValueError(f"{folder}: damaged ({wrong}); copy it again, or use another checkpoint")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -245,12 +232,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint's weights; raises `ValueError` if they are damaged or of another model."""
-    weights = read_tensors(folder / WEIGHTS)
-    own, found = (
-        {name: tensor.shape for name, tensor in tensors.items()}
-        for tensors in (model.state_dict(), weights)
-    )
-    wrong = [name for name in own.keys() | found.keys() if own.get(name) != found.get(name)]
+    weights, own = read_tensors(folder / WEIGHTS), model.state_dict()
+    wrong = own.keys() ^ weights.keys()
+    wrong |= {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}
     if wrong:
         raise ValueError(
             f"{folder}: checkpoint of another architecture: {len(wrong)} tensors are missing, "

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-MAX_LOG_SCALE = math.log(100)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
@@ -38,8 +36,7 @@ class ProtoCLIP(nn.Module):
 
     Args:
         towers: An open_clip model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
-        head: The projection head. Image and text heads both start from its weights, so before
-            training they map equal features to equal projections.
+        head: The projection head; the image's and the text's both start from its weights.
     """
 
     def __init__(self, towers: nn.Module, head: nn.Module) -> None:
@@ -88,5 +85,5 @@ class ProtoCLIP(nn.Module):
     @torch.no_grad()
     def clamp_scales(self) -> None:
         """Keep both inverse temperatures in [1, 100]; called after each optimizer step."""
-        self.towers.logit_scale.clamp_(0, MAX_LOG_SCALE)  # type: ignore[operator]
-        self.prototype_logit_scale.clamp_(0, MAX_LOG_SCALE)
+        self.towers.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator]
+        self.prototype_logit_scale.clamp_(0, math.log(100))

@@ -32,19 +32,18 @@ def named_config(name: str) -> dict[str, Any]:
 def tower_kind(name: str) -> Literal["transformer", "convolutional"]:
     """The kind of image tower of an open_clip model."""
     vision = named_config(name)["vision_cfg"]
-    if "timm_model_name" in vision:
-        is_transformer = any(part in vision["timm_model_name"] for part in TIMM_TRANSFORMERS)
+    if "timm_model_name" not in vision:
+        transformer = isinstance(vision["layers"], int)
     else:
-        is_transformer = isinstance(vision["layers"], int)
-    return "transformer" if is_transformer else "convolutional"
+        transformer = any(part in vision["timm_model_name"] for part in TIMM_TRANSFORMERS)
+    return "transformer" if transformer else "convolutional"
 
 
 def refuse_sigmoid(name: str) -> None:
     """Refuse models whose logits have a bias, which only the sigmoid loss trains."""
     if "init_logit_bias" in named_config(name):
         raise ValueError(
-            f"model.name: {name} needs the sigmoid loss of SigLIP, which is not here yet; choose a "
-            "CLIP model, such as RN50, ViT-S-16, ViT-B-32"
+            f"model.name: {name} needs the sigmoid loss of SigLIP; choose a CLIP model, as RN50"
         )
 
 
@@ -56,15 +55,10 @@ def named_towers(
     context_length: int | None = None,
     weights: Literal["published", "new", "none"] = "published",
 ) -> nn.Module:
-    """An open_clip model.
+    """An open_clip model; sizes are the model's own unless given.
 
-    Args:
-        name, pretrained: open_clip's names of the model and of its weights.
-        image_size: Height and width of the input in pixels, if not the model's own.
-        context_length: Tokens of a caption, if not the model's own number. Published positional
-            embeddings are interpolated.
-        weights: `published` loads `pretrained` if given; `new` draws them; `none` leaves the model
-            on the meta device. Images are normalised as `pretrained` needs in any case.
+    Weights that are `published` are those of `pretrained`, if given; `new` ones are drawn; with
+    `none` the model is on the meta device. It reads images normalised as `pretrained` needs.
 
     Raises:
         ValueError: open_clip has no such model or weights, or the image size does not fit.
@@ -74,22 +68,20 @@ def named_towers(
         # open_clip's ResNets halve the image five times before they attend to what is left.
         stride = 32 if isinstance(vision.get("layers"), list) else 1
         require_multiple(image_size, vision.get("patch_size") or stride, name)
-    known = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is not None and pretrained not in known:
+    preprocessing = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+    if pretrained and not preprocessing:
+        known = open_clip.list_pretrained_tags_by_model(name)
         raise ValueError(
             f"model.pretrained: open_clip has no weights '{pretrained}' for {name}; "
             f"it has {', '.join(known) or 'none'}"
         )
     published = weights == "published"
-    preprocessing = None
-    if pretrained is not None and not published:
-        preprocessing = open_clip.get_pretrained_cfg(name, pretrained)
     model: nn.Module = open_clip.create_model(
         name,
         pretrained=pretrained if published else None,
         pretrained_text=published,
         device="meta" if weights == "none" else "cpu",
-        force_preprocess_cfg=preprocessing,
+        force_preprocess_cfg=None if published else preprocessing,
         force_image_size=image_size,
         force_context_length=context_length,
     )
@@ -108,8 +100,7 @@ def small_towers(config: ModelConfig) -> nn.Module:
     if image.name not in timm.list_models():
         near = timm.list_models(f"{image.name[:6]}*")[:3] or timm.list_models()[:3]
         raise ValueError(
-            f"model.image.name: timm has no model '{image.name}'; it has, for example, "
-            + ", ".join(near)
+            f"model.image.name: timm has no model '{image.name}'; it has {', '.join(near)}, ..."
         )
     if text.width % text.heads:
         raise ValueError(f"model.text.heads: {text.heads} heads do not divide width {text.width}")
@@ -176,11 +167,9 @@ class RememberingTokenizer:
 
 def build_tokenizer(name: str | None, *, context_length: int | None = None) -> Tokenizer:
     """The tokenizer of an open_clip model, or CLIP's if `name` is None."""
-    return RememberingTokenizer(
-        open_clip.get_tokenizer(name, context_length=context_length)
-        if name is not None
-        else open_clip.SimpleTokenizer(context_length=context_length)
-    )
+    if name is None:
+        return RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context_length))
+    return RememberingTokenizer(open_clip.get_tokenizer(name, context_length=context_length))
 
 
 class TokenCounter:

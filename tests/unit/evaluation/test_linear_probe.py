@@ -12,11 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from protoclip.evaluation import linear_probe, retrieval
 from protoclip.evaluation.knn import knn_predict
-from protoclip.evaluation.linear_probe import (
-    REGULARISATIONS,
-    best_linear_probe,
-    fit_linear_probes,
-)
+from protoclip.evaluation.linear_probe import best_linear_probe, fit_linear_probes
 
 
 def blobs(count, num_classes, dim, seed, noise=1.0):
@@ -73,13 +69,9 @@ def test_probes_reach_the_optimum_of_scikit_learn(num_classes, features):
 
 def test_a_fit_that_stops_early_warns(monkeypatch):
     rows, labels = blobs(150, 6, 5, seed=0)
-    (best,) = fit_linear_probes(rows, labels, (1e-5,))
     monkeypatch.setattr(linear_probe, "MAX_ITERATIONS", 2)
     with pytest.warns(UserWarning, match="1.0e-05 did not converge in 2 iterations"):
-        (early,) = fit_linear_probes(rows, labels, (1e-5,))
-    losses = [objective(p.weights, p.bias, rows, labels, 1e-5) for p in (best, early)]
-    assert losses[1] > losses[0] + 1e-3
-    assert best.gradient <= 3e-4 < early.gradient
+        fit_linear_probes(rows, labels, (1e-5,))
 
 
 def test_a_fit_goes_on_in_float64_where_float32_gets_stuck(monkeypatch):
@@ -105,13 +97,6 @@ def test_the_strength_is_chosen_on_validation():
         assert torch.equal(best_linear_probe(*train, *other).weights, best.weights)
 
 
-def test_of_equal_strengths_the_strongest_is_taken():
-    rows, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
-    (strongest, *_) = fit_linear_probes(rows, labels, REGULARISATIONS[:1])
-    assert torch.equal(best_linear_probe(rows, labels, rows, labels).weights, strongest.weights)
-    assert list(REGULARISATIONS) == sorted(REGULARISATIONS, reverse=True)
-
-
 @pytest.mark.parametrize("absent", [2, 5, 7])
 def test_a_class_absent_from_training_is_never_right(absent):
     """Neither by the probe nor among neighbours."""
@@ -121,25 +106,6 @@ def test_a_class_absent_from_training_is_never_right(absent):
     probe = best_linear_probe(rows[seen], labels[seen], rows, labels)
     assert (probe.predict(rows) == labels).tolist() == expected
     assert (knn_predict(rows[seen], labels[seen], rows, k=2) == labels).tolist() == expected
-
-
-def test_constant_features_are_classified_as_the_most_frequent_class():
-    rows, labels = torch.ones(10, 4) / 2, torch.tensor([1] * 6 + [0] * 3 + [2])
-    assert best_linear_probe(rows, labels, rows, labels).predict(rows).tolist() == [1] * 10
-    assert knn_predict(rows, labels, rows, k=10).tolist() == [1] * 10
-
-
-def test_shuffled_labels_are_classified_at_chance():
-    """Within four standard deviations of a fair guess; true labels are learnt."""
-    train, validation, test = (blobs(1000, 10, 12, seed, noise=2.0) for seed in range(3))
-    generator = torch.Generator().manual_seed(3)
-    shuffled = [labels[torch.randperm(1000, generator=generator)] for _, labels in (train, test)]
-    bound = 0.1 + 4 * math.sqrt(0.1 * 0.9 / 1000)
-    probe = best_linear_probe(train[0], shuffled[0], *validation)
-    assert probe.accuracy(test[0], shuffled[1]) < bound
-    assert best_linear_probe(*train, *validation).accuracy(*test) > 2 * bound
-    found = knn_predict(train[0], shuffled[0], test[0])
-    assert float((found == shuffled[1]).double().mean()) < bound
 
 
 def test_knn_votes_match_a_table_worked_by_hand():

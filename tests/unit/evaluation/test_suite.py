@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import adjusted_mutual_info_score
 from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs
@@ -106,17 +105,10 @@ class Guesser(ProtoCLIP):
         return F.normalize(self.table[1, tokens[:, 0], tokens[:, 1]])
 
 
-def measure(model, data, split="test", batch_size=256, report=lambda stage, done, total: None):
-    features = suite.extract(
-        model,
-        image_transform,
-        tokenizer,
-        data,
-        split=split,
-        batch_size=batch_size,
-        report=report,
-    )
-    return suite.measure(features, data, split=split, report=report)
+def measure(model, data, split="test", batch_size=256):
+    given = model, image_transform, tokenizer, data
+    features = suite.extract(*given, split=split, batch_size=batch_size)
+    return suite.measure(features, data, split=split)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -142,17 +134,6 @@ def test_metrics_follow_from_the_results_of_samples(tiny):
     assert samples.texts.keys() == {"sample_id", *TEXT_COLUMNS}
     for metric in MEANS:
         assert samples.values(metric).mean() == metrics[f"eval/tiny/{metric}"], metric
-    partitions = samples.images["class"], samples.images["cluster"]
-    ami = adjusted_mutual_info_score(*partitions)
-    assert ami == metrics["eval/tiny/clustering/ami"]
-
-
-def test_equal_models_give_equal_numbers(tiny):
-    """With another global seed and other batches."""
-    torch.manual_seed(0)
-    first, _ = measure(Guesser(), tiny, batch_size=7)
-    torch.manual_seed(1)
-    assert measure(Guesser(), tiny, batch_size=64)[0] == first
 
 
 def test_every_module_gets_its_mode_back(tiny):
@@ -215,15 +196,6 @@ def test_the_probe_never_chooses_on_test(tiny, split, monkeypatch):
     assert [len(rows) for rows in given] == [sizes[part] for part in parts]
 
 
-def test_progress_counts_every_stage_to_its_end(tiny):
-    calls = []
-    measure(Oracle(), tiny, batch_size=20, report=lambda *call: calls.append(call))
-    images = [call[1:] for call in calls if call[0] == "tiny images: train"]
-    assert images == [(20, 72), (40, 72), (60, 72), (72, 72)]
-    metrics = [call[1:] for call in calls if call[0] == "tiny metrics"]
-    assert metrics == [(done, 7) for done in range(1, 8)]
-
-
 def test_evaluate_writes_the_results_of_samples(tiny, tmp_path, monkeypatch, capsys):
     """On the bundled data; a folder that cannot be written costs a warning."""
     monkeypatch.setattr(datasets, "emoji", lambda: tiny)
@@ -239,12 +211,3 @@ def test_evaluate_writes_the_results_of_samples(tiny, tmp_path, monkeypatch, cap
     assert again == expected
     (line,) = capsys.readouterr().err.splitlines()
     assert "tiny-validation.parquet: not written" in line
-
-
-def test_the_bundled_emoji():
-    """Loaded once; concepts are unseen in training, classes are shared."""
-    data = datasets.emoji()
-    assert datasets.emoji() is data
-    concepts = [set(data.split(split).column("concept")) for split in CONCEPTS]
-    assert len(set.union(*concepts)) == sum(map(len, concepts))
-    assert set(data.test.column("subgroup")) <= set(data.classes())

@@ -14,14 +14,16 @@ from protoclip.models.towers import image_normalisation, named_towers
 from protoclip.testing import tiny_model
 
 
-def test_building_leaves_every_generator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the CPU, and those of GPUs, which `torch.manual_seed` would seed too."""
+def test_weights_are_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No global generator changes; `torch.manual_seed` would seed those of GPUs too."""
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     state = torch.get_rng_state()
-    loading.model(tiny_model(), seed=3)
-    assert torch.equal(torch.get_rng_state(), state)
+    first, second, other = (loading.model(tiny_model(), seed=s).state_dict() for s in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
     assert seeded == []
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_heads_start_equal_and_scales_stay_in_range() -> None:
@@ -54,15 +56,6 @@ def test_embeddings_have_unit_norm_and_encoders_agree() -> None:
     assert model(images, tokens, project=False).image_projections is None
 
 
-def test_weights_are_a_function_of_the_seed() -> None:
-    """Equal seeds build equal models, others build others, and the global state is left alone."""
-    state = torch.get_rng_state()
-    first, second, other = (loading.model(tiny_model(), seed=s).state_dict() for s in (1, 1, 2))
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
 def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide() -> None:
     """timm builds it for 224 pixels. A size that its patches do not divide is refused."""
     config = replace(tiny_model(), image=ImageTowerConfig(name="vit_tiny_patch16_224", size=48))
@@ -71,13 +64,6 @@ def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide() -> N
     odd = replace(config, image=replace(config.image, size=40))
     with pytest.raises(ValueError, match=r"model\.image\.size: 40 is no multiple of the 16 pixels"):
         loading.model(odd, seed=0)
-
-
-def test_a_named_model_reads_what_it_was_made_for() -> None:
-    """Its own image size and number of tokens, unless they are set."""
-    config = ModelConfig(name="ViT-S-32-alt")
-    assert loading.evaluation_transform(loading.model(config, seed=0)).size == 224
-    assert loading.tokenizer(config)(["a star"]).shape == (1, 77)
 
 
 @pytest.mark.parametrize(("name", "patch"), [("ViT-S-16", 16), ("ViT-B-32", 32), ("RN50", 32)])
