@@ -61,6 +61,8 @@ def pack(
         ValueError: The folder holds something else, no sample can be stored, or a shard does not
             hold what was written to it.
     """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard: {samples_per_shard} is too small; at least 1")
     settings = {
         "form": PACK_FORM,
         "source": source.name,

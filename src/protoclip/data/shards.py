@@ -9,6 +9,7 @@ import glob
 import io
 import json
 import multiprocessing
+import os
 import re
 import tarfile
 from collections import Counter
@@ -27,8 +28,6 @@ from braceexpand import braceexpand
 from protoclip.data.access import (
     NOTHING_MORE,
     Access,
-    digest,
-    fingerprint,
     is_url,
     list_urls,
     open_local,
@@ -36,7 +35,7 @@ from protoclip.data.access import (
     require_allowed,
     visible,
 )
-from protoclip.data.index import build_index
+from protoclip.data.index import ArrowIndex, build_index, digest, fingerprint
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.progress import Progress
 
@@ -47,7 +46,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and wh
 # A larger image or text is not read. A longer name, or a larger file of any kind, is damage.
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 # Part of the key of every index. Change it when the rows or facts change.
-INDEX_FORM = "tar shards, 3"
+INDEX_FORM = "tar shards, 2"
 # This many shards or more are indexed by several processes.
 PARALLEL_FROM = 8
 ROWS = pa.schema(
@@ -58,6 +57,7 @@ ROWS = pa.schema(
         ("size", pa.int64()),
     ]
 )
+SET_ROWS = ROWS.append(pa.field("shard", pa.dictionary(pa.int32(), pa.string())))
 
 
 class Member(tarfile.TarInfo):
@@ -189,10 +189,11 @@ def _sample(
         texts = value if isinstance(value, list) else [value]
         captions += [t.encode("utf-8", "surrogatepass") for t in texts if isinstance(t, str)]
     given = record.get("sample_id")
-    own = given if isinstance(given, str) else ""
-    images = (files[kind] for kind in files if kind in IMAGES)
+    images = [file for kind, file in files.items() if kind in IMAGES]
     return ShardSample(
-        sample_id=_sample_id(own, "") if own else _sample_id(stem, key),
+        sample_id=_sample_id(given, "")
+        if given and isinstance(given, str)
+        else _sample_id(stem, key),
         captions=captions,
         image=next((image for image in images if image.size <= MAX_MEMBER_BYTES), None),
     )
@@ -256,7 +257,7 @@ def open_shards(
     name: str | None = None,
     cache: Path | None = None,
 ) -> ImageTextPairs:
-    """Local tar shards as pairs in any order, indexed first if they are new or changed.
+    """Local tar shards as pairs in any order. New and changed shards are indexed first.
 
     `.index.facts["notes"]` says what is wrong with them, such as shards that break off.
 
@@ -275,79 +276,84 @@ def open_shards(
     paths = [str(Path(shard).resolve()) for shard in expand_shards(pattern)]
     with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
         prints = list(pool.map(fingerprint, paths))
-    keys = caption_keys and list(caption_keys)
-    content = digest({"form": INDEX_FORM, "caption_keys": keys, "shards": prints})
-    schema = ROWS.append(pa.field("shard", pa.dictionary(pa.int32(), pa.string())))
-    index = build_index(content, schema, partial(_build, paths, keys, schema), folder=cache)
+    settings = {"form": INDEX_FORM, "caption_keys": caption_keys and list(caption_keys)}
+    keys = [digest({**settings, "shard": each}) for each in prints]
+    index_one = partial(_index_shard, caption_keys=caption_keys, folder=cache)
+    join = partial(_join_indexes, dict(zip(paths, keys, strict=True)), index_one)
+    index = build_index(digest({**settings, "shards": keys}), SET_ROWS, join, folder=cache)
     return ImageTextPairs(index, name=name or pattern)
 
 
-def _build(
-    paths: list[str], caption_keys: Sequence[str] | None, schema: pa.Schema, facts: dict[str, Any]
+def _index_shard(
+    shard: tuple[str, str], *, caption_keys: Sequence[str] | None, folder: Path | None
+) -> ArrowIndex:
+    """The index of one shard, given its path and the key of its index."""
+    path, key = shard
+
+    def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        with open_local(path) as file:
+            if file.peek(6).startswith(tuple(COMPRESSED)):
+                raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
+            try:
+                samples = list(read_samples(file, shard_stem(path), caption_keys, stream=False))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        facts["fault"] = samples.pop().fault if samples and samples[-1].fault else ""
+        facts["without"] = {
+            "an image": sum(s.image is None for s in samples),
+            "a caption": sum(not any(text.strip() for text in s.captions) for s in samples),
+        }
+        columns = [
+            [s.sample_id for s in samples],
+            [s.captions for s in samples],
+            [s.image and s.image.offset_data for s in samples],
+            [s.image and s.image.size for s in samples],
+        ]
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, ROWS, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=ROWS)
+
+    return build_index(key, ROWS, build, folder=folder)
+
+
+def _join_indexes(
+    shards: dict[str, str], index_one: Any, facts: dict[str, Any]
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of all shards, with the shard's path in a further column."""
-    names, without, faults = pa.array(paths, pa.string()), Counter[str](), list[str]()
+    """The rows of every shard, with its path in a further column."""
+    if len(shards) >= PARALLEL_FROM:
+        # A forked process does not import PyTorch again.
+        fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        progress = Progress(f"Indexing {len(shards)} shards", len(shards))
+        with ProcessPoolExecutor(cores, multiprocessing.get_context(fork)) as pool:
+            for done, _ in enumerate(pool.map(index_one, shards.items()), 1):
+                progress.update(done)
+    # One index is open at a time: there may be more shards than a process may have open files.
+    names = pa.array(list(shards), pa.string())
+    without: Counter[str] = Counter()
+    faults: list[str] = []
     hashes = [np.zeros(0, np.int64)]  # of the ids, which need more memory
-    for number, (rows, missing, fault) in enumerate(_index_shards(paths, caption_keys)):
-        without.update(missing)
-        faults += [f"{paths[number]}: {fault}"] if fault else []
-        hashes.append(np.fromiter(map(hash, rows["sample_id"].to_pylist()), np.int64))
-        places = pa.array(np.full(len(rows), number, dtype=np.int32))
-        shard = pa.DictionaryArray.from_arrays(places, names)
-        yield pa.RecordBatch.from_arrays([*rows.columns, shard], schema=schema)
+    for number, shard in enumerate(shards.items()):
+        index = index_one(shard)
+        without.update(index.facts["without"])
+        faults += [f"{shard[0]}: {fault}" for fault in [index.facts["fault"]] if fault]
+        for batch in index.table.to_batches():
+            hashes.append(np.fromiter(map(hash, batch["sample_id"].to_pylist()), np.int64))
+            rows = pa.array(np.full(len(batch), number, dtype=np.int32))
+            column = pa.DictionaryArray.from_arrays(rows, names)
+            yield pa.RecordBatch.from_arrays([*batch.columns, column], schema=SET_ROWS)
     values, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    if suspects := set(values[counts > 1].tolist()):
-        again = _index_shards(paths, caption_keys)
-        ids = Counter(i for rows, *_ in again for i in rows["sample_id"].to_pylist())
-        if repeated := [i for i, times in ids.items() if times > 1 and hash(i) in suspects]:
+    suspects = set(values[counts > 1].tolist())
+    if suspects:
+        ids = (i for s in shards.items() for i in index_one(s).table["sample_id"].to_pylist())
+        repeated = [i for i, n in Counter(i for i in ids if hash(i) in suspects).items() if n > 1]
+        if repeated:
             raise ValueError(
-                f"{paths[0]}: {len(repeated)} sample ids come more than once, such as "
+                f"{next(iter(shards))}: {len(repeated)} sample ids come more than once, such as "
                 f"'{repeated[0]}'; keys must differ, and the files of a sample follow each other "
                 "(tar --sort=name)"
             )
     facts["notes"] = [f"{n} samples without {what}" for what, n in without.items() if n]
     if faults:
         facts["notes"].append(
-            f"{len(faults)} of {len(paths)} shards break off, such as {faults[0]}"
+            f"{len(faults)} of {len(shards)} shards break off, such as {faults[0]}"
         )
-
-
-# The rows of a shard, how many lack what, and why the shard breaks off.
-Indexed = tuple[pa.RecordBatch, dict[str, int], str]
-
-
-def _index_shards(paths: list[str], caption_keys: Sequence[str] | None) -> Iterator[Indexed]:
-    index_one = partial(_index_shard, caption_keys=caption_keys)
-    if len(paths) < PARALLEL_FROM:
-        yield from map(index_one, paths)
-        return
-    # A forked process does not import PyTorch again.
-    fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    progress = Progress(f"Indexing {len(paths)} shards", len(paths))
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(fork)) as pool:
-        for done, indexed in enumerate(pool.map(index_one, paths), 1):
-            progress.update(done)
-            yield indexed
-
-
-def _index_shard(path: str, caption_keys: Sequence[str] | None) -> Indexed:
-    with open_local(path) as file:
-        if file.peek(6).startswith(tuple(COMPRESSED)):
-            raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
-        try:
-            samples = list(read_samples(file, shard_stem(path), caption_keys, stream=False))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    fault = samples.pop().fault if samples and samples[-1].fault else ""
-    missing = {
-        "an image": sum(s.image is None for s in samples),
-        "a caption": sum(not any(text.strip() for text in s.captions) for s in samples),
-    }
-    columns = [
-        [s.sample_id for s in samples],
-        [s.captions for s in samples],
-        [s.image and s.image.offset_data for s in samples],
-        [s.image and s.image.size for s in samples],
-    ]
-    arrays = [pa.array(c, field.type) for c, field in zip(columns, ROWS, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=ROWS), missing, fault

@@ -76,11 +76,13 @@ class SampleResults:
 
 
 def resampled(results: SampleResults, *, draws: int, seed: int = 0) -> dict[str, Draws]:
-    """The metrics in `MEANS` on test sets drawn with replacement from the samples, `(draws,)` each.
+    """Metrics on test sets drawn with replacement from the samples, `(draws,)` each.
 
     Draw `i` holds the same samples, by id, for every model with the same ids and seed, so that two
     models can be compared draw by draw.
     """
+    from protoclip.evaluation.clustering import agreement  # imports torch, which takes a second
+
     found: dict[str, Draws] = {}
     for number, columns in enumerate((results.images, results.texts)):
         metrics = [metric for metric in MEANS if results.rows(metric) is columns]
@@ -90,4 +92,6 @@ def resampled(results: SampleResults, *, draws: int, seed: int = 0) -> dict[str,
         rows = [order[generator.integers(len(order), size=len(order))] for _ in range(draws)]
         means = np.stack([values[drawn].mean(0) for drawn in rows], 1)
         found |= dict(zip(metrics, means, strict=True))
+        if columns is results.images:
+            found |= agreement(columns["class"], columns["cluster"], rows)
     return found

@@ -6,10 +6,17 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 from protoclip.evaluation import compare
+from protoclip.evaluation.clustering import agreement
 from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, SampleResults, resampled
 from protoclip.files import to_json
+
+SCORES = {
+    "clustering/ami": adjusted_mutual_info_score,
+    "clustering/ari": adjusted_rand_score,
+}
 
 
 def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0) -> SampleResults:
@@ -36,7 +43,15 @@ def test_the_bootstrap_draws_the_same_samples_for_every_model() -> None:
         texts={name: column[::-1] for name, column in one.texts.items()},
     )
     drawn, other = (resampled(of, draws=30, seed=4) for of in (one, backwards))
-    assert drawn.keys() == MEANS.keys()
+    assert drawn.keys() == {*MEANS, *SCORES}
+    order = np.argsort(one.images["sample_id"])
+    for name, score in SCORES.items():
+        generator = np.random.default_rng([4, 0])
+        for value in drawn[name]:
+            rows = order[generator.integers(len(order), size=len(order))]
+            expected = score(one.images["class"][rows], one.images["cluster"][rows])
+            assert value == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        np.testing.assert_allclose(other[name], drawn[name])
     for metric, (column, k) in MEANS.items():
         rows = one.texts if "text_to_image" in metric else one.images
         order = np.argsort(rows["sample_id"])
@@ -46,6 +61,22 @@ def test_the_bootstrap_draws_the_same_samples_for_every_model() -> None:
             right = sum(bool(entry) if k is None else bool(entry < k) for entry in picked)
             assert value == pytest.approx(right / len(order))
         np.testing.assert_allclose(other[metric], drawn[metric])
+
+
+@pytest.mark.parametrize(
+    ("classes", "clusters"),
+    [
+        ([0, 0, 0, 0], [5, 5, 5, 5]),
+        ([0, 0, 0, 0], [1, 2, 1, 2]),
+        ([3, 1, 3, 1], [0, 4, 0, 4]),
+        ([1, 1, 1, 1], [0, 1, 2, 3]),
+        ([4, 5, 6, 7], [0, 1, 2, 3]),
+    ],
+)
+def test_agreement_of_degenerate_partitions_is_scikit_learns(classes, clusters) -> None:
+    found = agreement(np.array(classes), np.array(clusters), [np.arange(4)])
+    for name, score in SCORES.items():
+        assert found[name] == pytest.approx([score(classes, clusters)], abs=1e-12)
 
 
 def test_results_of_samples_are_kept_whole(tmp_path) -> None:
