@@ -29,7 +29,7 @@ from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.files import checksum, read_json, replacing, to_json, write_atomically
+from protoclip.files import checksum, read_json, to_json, write_atomically
 from protoclip.models import loading, towers
 from protoclip.progress import Progress
 from protoclip.teachers import store
@@ -39,7 +39,7 @@ Pooling = Literal["mean", "cls", "pooler"]
 
 MAX_TOKENS = 512  # longer captions are cut, if the model's own limit is not lower
 PART_ROWS = {"text": 8192, "image": 2048}
-PARTS, SKIPPED, PCA = "parts", "skipped.jsonl", "reduction.npz"
+PARTS, SKIPPED = "parts", "skipped.jsonl"
 
 
 class Encoder:
@@ -240,23 +240,17 @@ def claim(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode_parts(
-    encoder: Encoder,
-    samples: Any,
-    folder: Path,
-    settings: Mapping[str, Any],
-    batch_size: int,
+    encoder: Encoder, samples: Any, folder: Path, settings: Mapping[str, Any], batch_size: int
 ) -> None:
     """Write this rank's share of the missing parts."""
-    is_stream, total, size = (
-        not isinstance(samples, Pairs),
-        settings["samples"],
-        settings["part_rows"],
-    )
+    is_stream, size = isinstance(samples, SampleStream), settings["part_rows"]
     folder.mkdir(exist_ok=True)
     written = rank0_first(lambda: sorted(folder.glob("*.npz")))
-    missing = sorted(set(range(-(-total // size))) - {int(path.stem) for path in written})
+    numbers = range(-(-settings["samples"] // size))
+    missing = sorted(set(numbers) - {int(path.stem) for path in written})
     share = missing[rank() :: world_size()]
     progress = Progress(f"embed {settings['teacher']}", len(share) * size)
+    show: Callable[[int], None] = progress.update if rank() == 0 else lambda done: None
     known: set[str] = set()
     if is_stream:
         for note, _ in map(read_part, written):
@@ -264,7 +258,7 @@ def encode_parts(
             samples.load_state_dict(note["position"])
         stream = samples.samples(len(written) * size)
     for done, number in enumerate(share):
-        first, end = number * size, min((number + 1) * size, total)
+        first, end = number * size, min((number + 1) * size, settings["samples"])
         items: Sequence[Item] = range(first, end)
         if is_stream:  # it gives samples again, which are left out
             items = []
@@ -272,17 +266,12 @@ def encode_parts(
                 if item.sample_id not in known:
                     known.add(item.sample_id)
                     items.append(item)
-
-        def show(read: int, start: int = done * size) -> None:
-            if rank() == 0:
-                progress.update(start + read)
-
-        ids, features, bad = encode_items(encoder, samples, items, batch_size, show)
+        ids, features, bad = encode_items(encoder, samples, items, batch_size, show, done * size)
         note = {"ids": ids, "bad": bad, "position": samples.state_dict(end) if is_stream else None}
         half, content = store.to_half(features, ids, name=settings["teacher"]), io.BytesIO()
         np.savez(content, note=np.array(json.dumps(note)), features=half)
         write_atomically(folder / f"{number:06d}.npz", content.getvalue(), durable=True)
-        show(size)
+        show((done + 1) * size)
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], Features]:
@@ -296,6 +285,7 @@ def encode_items(
     items: Sequence[Item],
     batch_size: int,
     show: Callable[[int], None],
+    done: int,
 ) -> tuple[list[str], Features, list[dict[str, str]]]:
     """The ids and features of samples that can be read, and what is wrong with the others.
 
@@ -336,7 +326,7 @@ def encode_items(
             for start in range(0, len(inputs), batch_size):
                 rows, batch = zip(*inputs[start : start + batch_size], strict=True)
                 sums.index_add_(0, torch.tensor(rows), encoder.encode(list(batch)))
-                show(first + len(found) * start // len(inputs))
+                show(done + first + len(found) * start // len(inputs))
             features.append((F.normalize(sums) if is_text else sums).numpy())
     return ids, np.concatenate(features), bad
 
@@ -355,8 +345,6 @@ def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     blocks = (read_part(file)[1] for file in files)
     if width is not None:
         mean, axes, facts["variance_kept"] = fit_pca(blocks, width)
-        with replacing(out / PCA) as temporary, temporary.open("wb") as open_file:
-            np.savez(open_file, mean=mean, axes=axes)
         blocks = ((read_part(file)[1].astype(np.float64) - mean) @ axes.T for file in files)
     facts = store.write_folder(out, ids, blocks, facts)
     shutil.rmtree(out / PARTS)
