@@ -38,7 +38,6 @@ def make(out: Path, width: int | None) -> dict[str, Any]:
             width=width,
             batch_size=4,
             device=CPU,
-            load_run=lambda path: None,
         )
 
 

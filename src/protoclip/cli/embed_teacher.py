@@ -17,8 +17,7 @@ class EmbedTeacher(Recipes):
     """
 
     teacher: str
-    """hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, timm:MODEL, a run folder, or features of your
-    own as .npy or Parquet."""
+    """hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, timm:MODEL, or a run folder."""
     out: str
     """Folder of the features."""
     modality: Literal["auto", "text", "image"] = "auto"
@@ -42,7 +41,6 @@ class EmbedTeacher(Recipes):
 
         from protoclip.cli.data import open_source, print_notes
         from protoclip.distributed import collectives
-        from protoclip.models import loading
         from protoclip.teachers.encode import embed_teacher
 
         torch.set_flush_denormal(True)
@@ -55,7 +53,6 @@ class EmbedTeacher(Recipes):
                 self.teacher,
                 samples,
                 Path(self.out),
-                load_run=loading.load,
                 modality=self.modality,
                 pooling=self.pooling,
                 width=self.width,

@@ -9,41 +9,37 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import compress, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from protoclip.data.decode import decode
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.data.loader import Item, read_sample
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.files import checksum, file_checksum, read_json, replacing, to_json, write_atomically
-from protoclip.models import towers
+from protoclip.files import checksum, read_json, to_json, write_atomically
+from protoclip.models import loading, towers
 from protoclip.progress import Progress
 from protoclip.teachers import store
+from protoclip.teachers.store import Features
 
-Transform = Callable[[Image.Image], Tensor]
 Pooling = Literal["mean", "cls", "pooler"]
-Features = npt.NDArray[np.floating]
-# A row of `Pairs`, or a sample of a stream.
-Item = int | Sample | BadSample
 
 MAX_TOKENS = 512  # longer captions are cut, if the model's own limit is not lower
-PART_ROWS = {"text": 8192, "image": 2048, "file": store.BLOCK_ROWS}
-PARTS, SKIPPED, PCA = "parts", "skipped.jsonl", "reduction.npz"
+PART_ROWS = {"text": 8192, "image": 2048}
+PARTS, SKIPPED = "parts", "skipped.jsonl"
 
 
 class Encoder:
@@ -59,7 +55,7 @@ class Encoder:
         device: torch.device,
         collate: Callable[[list[Any]], Any],
         forward: Callable[[Any], Tensor],
-        transform: Transform | None = None,
+        transform: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
         self.module = module.float().eval().requires_grad_(False).to(device)
         self.device, self.collate, self.forward = device, collate, forward
@@ -82,19 +78,11 @@ class Encoder:
         )
 
 
-def open_encoder(
-    teacher: str,
-    *,
-    modality: str,
-    pooling: Pooling,
-    device: torch.device,
-    load_run: Callable[[str], Any],
-) -> Encoder:
+def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch.device) -> Encoder:
     """Open a frozen model; `embed_teacher` says what the other arguments mean.
 
     `teacher` is `hf:NAME_OR_FOLDER` (a text model), `minilm` (all-MiniLM-L6-v2 as a package),
-    `open_clip:MODEL/TAG`, `timm:MODEL`, either also with a file of weights after the slash, or a
-    folder that `load_run` opens.
+    `open_clip:MODEL/TAG`, `timm:MODEL`, or a run folder.
 
     Raises:
         ValueError: There is no such model, or it does not read that modality.
@@ -104,18 +92,29 @@ def open_encoder(
     if modality not in ("auto", reads):
         raise ValueError(f"--modality {modality}: {teacher} reads {reads} only")
     try:
-        if kind == "timm" and name:
-            return timm_model(name, device)
         if teacher == "minilm" or (kind == "hf" and name):
             return hugging_face(name, pooling, device)
+        if kind == "timm" and name:
+            model: Any = timm.create_model(name, pretrained=True, num_classes=0)
+            settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
+            transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
+            return Encoder(model, device, torch.stack, model, transform)
         if kind == "open_clip" and name:
-            model, transform, tokenizer = open_clip_model(name)
+            name, _, tag = name.partition("/")
+            if not tag:
+                raise ValueError("name the weights too, as in open_clip:RN50/openai")
+            model, tokenizer = (
+                towers.named_towers(name, pretrained=tag),
+                towers.build_tokenizer(name),
+            )
+            mean, std = towers.image_normalisation(model)
+            transform = EvaluationTransform(size=towers.image_size(model), mean=mean, std=std)
         elif Path(teacher).is_dir():
-            model, transform, tokenizer = load_run(teacher)
+            model, transform, tokenizer = loading.load(teacher)
         else:
             raise ValueError(
-                "no run folder, and none of hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, "
-                "timm:MODEL, or a .npy or .parquet file of features"
+                "no run folder, and none of hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, or "
+                "timm:MODEL"
             )
     except ImportError as error:
         raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
@@ -125,45 +124,6 @@ def open_encoder(
     if modality == "text":
         return Encoder(model, device, tokenizer, model.encode_text)
     return Encoder(model, device, torch.stack, model.encode_image, transform)
-
-
-def open_clip_model(name: str) -> tuple[Any, Transform, towers.Tokenizer]:
-    name, _, weights = name.partition("/")
-    if not weights:
-        raise ValueError("name the weights too, as in open_clip:RN50/openai")
-    in_file = Path(weights).is_file()
-    model = towers.named_towers(name, pretrained=None if in_file else weights)
-    if in_file:
-        model.load_state_dict(read_weights(weights))
-    mean, std = towers.image_normalisation(model)
-    transform = EvaluationTransform(size=towers.image_size(model), mean=mean, std=std)
-    return model, transform, towers.build_tokenizer(name)
-
-
-def timm_model(name: str, device: torch.device) -> Encoder:
-    """An image model without its classifier."""
-    name, _, weights = name.partition("/")
-    model: Any = timm.create_model(name, pretrained=not weights, num_classes=0)
-    if weights:
-        names = np.atleast_1d(model.pretrained_cfg.get("classifier") or "none")
-        heads = tuple(f"{name}." for name in names)
-        state = read_weights(weights).items()
-        model.load_state_dict({key: value for key, value in state if not key.startswith(heads)})
-    settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
-    transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
-    return Encoder(model, device, torch.stack, model, transform)
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """A state dict, bare or in a checkpoint; runs no code from the file."""
-    try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        state = found.get("state_dict", found)
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    except Exception as error:
-        raise ValueError(f"{path} holds no weights ({error})") from None
 
 
 def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
@@ -186,16 +146,12 @@ def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
     tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="right", **local)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     limit = min(tokenizer.model_max_length, MAX_TOKENS)
+    settings = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
 
-    collate = partial(
-        tokenizer, padding=True, truncation=True, max_length=limit, return_tensors="pt"
-    )
-    return Encoder(
-        model,
-        device,
-        collate,
-        lambda batch: pooled(model(**batch), batch["attention_mask"], pooling),
-    )
+    def forward(batch: Any) -> Tensor:
+        return pooled(model(**batch), batch["attention_mask"], pooling)
+
+    return Encoder(model, device, partial(tokenizer, **settings), forward)
 
 
 def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -214,7 +170,6 @@ def embed_teacher(
     samples: Pairs | SampleStream,
     out: Path,
     *,
-    load_run: Callable[[str], Any],
     modality: Literal["auto", "text", "image"] = "auto",
     pooling: Pooling = "mean",
     width: int | None = None,
@@ -224,16 +179,14 @@ def embed_teacher(
 ) -> dict[str, Any]:
     """Make a teacher folder for a data set, or finish one. All ranks call it.
 
+    A sample with several captions gets the mean of their features.
+
     Args:
-        teacher: A frozen model (see `open_encoder`), or a file of features (see `read_teacher`).
-        samples: What to encode. A sample with several captions gets the mean of their features.
+        teacher: A frozen model (see `open_encoder`).
         out: A new folder, or that of an earlier call with the same arguments.
-        load_run: Opens a run folder; `protoclip.load`.
         modality: What the model reads; `auto` takes the image tower of a model with two.
-        pooling: How a Hugging Face model's tokens become one feature: their mean without padding,
-            the first, or the model's own pooler.
+        pooling: How a Hugging Face model's tokens become one feature.
         width: Dimensions kept by PCA; all if unset.
-        batch_size: Captions or images encoded at once on `device`.
         num_samples: Samples to read of a stream.
 
     Returns:
@@ -241,45 +194,39 @@ def embed_teacher(
         listed in `skipped.jsonl`), and after PCA `variance_kept`.
 
     Raises:
-        ValueError: The teacher, its features, the ids or the folder cannot be used.
+        ValueError: The teacher, the ids or the folder cannot be used.
     """
-    is_stream, own_file = isinstance(samples, SampleStream), teacher.endswith((".npy", ".parquet"))
-    if is_stream and (num_samples is None or world_size() > 1 or own_file):
-        raise ValueError(f"{samples.name}: a stream needs --num_samples, one process, and a model")
+    is_stream = isinstance(samples, SampleStream)
+    if is_stream and (num_samples is None or world_size() > 1):
+        raise ValueError(f"{samples.name}: a stream needs --num_samples, and one process")
     if not is_stream and num_samples is not None:
         raise ValueError(f"--num_samples: {samples.name} is no stream; all of it is encoded")
     ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())
     store.build_index(ids, name=samples.name)  # refuses duplicates
-    encoder: Encoder | store.TeacherFeatures
-    if own_file:
-        encoder = store.read_teacher(teacher, sample_ids=ids)
-        encoder.missing(ids)
-        origin = {"file": file_checksum(Path(teacher)), "modality": "file"}
-    else:
-        encoder = open_encoder(
-            teacher, modality=modality, pooling=pooling, device=device, load_run=load_run
-        )
-        origin = {"weights": encoder.checksum(), "modality": encoder.reads, "pooling": pooling}
+    encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
     if width is not None and not 0 < width <= encoder.width:
         raise ValueError(f"--width: {width} is not between 1 and {encoder.width}, {teacher}'s own")
     settings = {
         "teacher": teacher,
-        **origin,
+        "weights": encoder.checksum(),
+        "modality": encoder.reads,
+        "pooling": pooling,
         "source": samples.name,
         "samples": num_samples or len(ids),
         "ids": checksum(store.hash_ids(ids).tobytes()),
-        "part_rows": PART_ROWS[origin["modality"]],
+        "part_rows": PART_ROWS[encoder.reads],
         "reduced_to": width,
     }
-    if (finished := rank0_first(lambda: claim(out, settings))) is not None:
-        return finished
+    facts = rank0_first(lambda: claim(out, settings))
+    if "rows" in facts:
+        return facts
     raise_on_all_ranks(lambda: encode_parts(encoder, samples, out / PARTS, settings, batch_size))
     # Writing may take longer than ranks can wait for each other.
     return join_parts(out, settings) if rank() == 0 else {}
 
 
-def claim(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The facts of a finished folder, or None for one that now belongs to these settings."""
+def claim(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of the folder, which these settings own or now get; they have `rows` at the end."""
     if not (out / store.FACTS).is_file():
         if others := [path.name for path in out.glob("[!.]*")]:
             raise ValueError(f"{out}: holds {others[0]}; choose a new or empty folder with --out")
@@ -287,31 +234,23 @@ def claim(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         write_atomically(out / store.FACTS, to_json(settings), durable=True)
     facts = read_json(out / store.FACTS)
     for key, value in settings.items():
-        if facts.get(key) != value:
-            raise ValueError(
-                f"{out}: was made with {key} {facts.get(key)}, not {value}; choose another --out, "
-                "or delete it"
-            )
-    if "rows" in facts:
-        return facts
-    (out / PARTS).mkdir(exist_ok=True)
-    return None
+        if (old := facts.get(key)) != value:
+            raise ValueError(f"{out}: was made with {key} {old}, not {value}; choose another --out")
+    return facts
 
 
 def encode_parts(
-    encoder: Encoder | store.TeacherFeatures,
-    samples: Any,
-    folder: Path,
-    settings: Mapping[str, Any],
-    batch_size: int,
+    encoder: Encoder, samples: Any, folder: Path, settings: Mapping[str, Any], batch_size: int
 ) -> None:
     """Write this rank's share of the missing parts."""
-    is_stream, name = isinstance(samples, SampleStream), settings["teacher"]
-    total, size = settings["samples"], settings["part_rows"]
+    is_stream, size = isinstance(samples, SampleStream), settings["part_rows"]
+    folder.mkdir(exist_ok=True)
     written = rank0_first(lambda: sorted(folder.glob("*.npz")))
-    missing = sorted(set(range(-(-total // size))) - {int(path.stem) for path in written})
+    numbers = range(-(-settings["samples"] // size))
+    missing = sorted(set(numbers) - {int(path.stem) for path in written})
     share = missing[rank() :: world_size()]
-    progress = Progress(f"embed {name}", len(share) * size)
+    progress = Progress(f"embed {settings['teacher']}", len(share) * size)
+    show: Callable[[int], None] = progress.update if rank() == 0 else lambda done: None
     known: set[str] = set()
     if is_stream:
         for note, _ in map(read_part, written):
@@ -319,34 +258,20 @@ def encode_parts(
             samples.load_state_dict(note["position"])
         stream = samples.samples(len(written) * size)
     for done, number in enumerate(share):
-        first, end = number * size, min((number + 1) * size, total)
+        first, end = number * size, min((number + 1) * size, settings["samples"])
         items: Sequence[Item] = range(first, end)
         if is_stream:  # it gives samples again, which are left out
-            given: dict[str, Item] = {}
+            items = []
             for item in islice(stream, end - first):
-                given.setdefault(item.sample_id, item)
-            items = [item for own, item in given.items() if own not in known]
-            known.update(given)
-
-        def show(fraction: float, done: int = done) -> None:
-            if rank() == 0:
-                progress.update(int((done + fraction) * size))
-
-        if isinstance(encoder, Encoder):
-            ids, features, bad = encode_items(encoder, samples, items, batch_size, show)
-        else:
-            ids = [samples.sample_id(row) for row in items]
-            has = encoder.find(ids) >= 0
-            bad = [{"sample_id": own, "reason": "no features"} for own in compress(ids, ~has)]
-            ids = list(compress(ids, has))
-            features = encoder.lookup(ids).numpy()
+                if item.sample_id not in known:
+                    known.add(item.sample_id)
+                    items.append(item)
+        ids, features, bad = encode_items(encoder, samples, items, batch_size, show, done * size)
         note = {"ids": ids, "bad": bad, "position": samples.state_dict(end) if is_stream else None}
-        half, content = store.to_half(features, ids, name=name), io.BytesIO()
-        # PCA reads a user's features in full precision.
-        kept = half if isinstance(encoder, Encoder) else features
-        np.savez(content, note=np.array(json.dumps(note)), features=kept)
+        half, content = store.to_half(features, ids, name=settings["teacher"]), io.BytesIO()
+        np.savez(content, note=np.array(json.dumps(note)), features=half)
         write_atomically(folder / f"{number:06d}.npz", content.getvalue(), durable=True)
-        show(1.0)
+        show((done + 1) * size)
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], Features]:
@@ -359,7 +284,8 @@ def encode_items(
     samples: Any,
     items: Sequence[Item],
     batch_size: int,
-    show: Callable[[float], None],
+    show: Callable[[int], None],
+    done: int,
 ) -> tuple[list[str], Features, list[dict[str, str]]]:
     """The ids and features of samples that can be read, and what is wrong with the others.
 
@@ -369,11 +295,9 @@ def encode_items(
 
     def read(item: Item) -> tuple[str, Sequence[Any]] | BadSample:
         try:
-            if isinstance(item, BadSample):
-                return item
             if isinstance(item, int) and not encoder.transform:  # leaves the image alone
                 return samples.sample_id(item), samples.sample_captions(item)
-            sample = samples.sample(item) if isinstance(item, int) else item
+            sample = read_sample(samples, item)
             if not encoder.transform:
                 return sample.sample_id, sample.captions
             pixels = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
@@ -402,7 +326,7 @@ def encode_items(
             for start in range(0, len(inputs), batch_size):
                 rows, batch = zip(*inputs[start : start + batch_size], strict=True)
                 sums.index_add_(0, torch.tensor(rows), encoder.encode(list(batch)))
-                show((first + len(found) * start / len(inputs)) / len(items))
+                show(done + first + len(found) * start // len(inputs))
             features.append((F.normalize(sums) if is_text else sums).numpy())
     return ids, np.concatenate(features), bad
 
@@ -418,17 +342,11 @@ def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not ids:
         raise ValueError(f"{settings['source']}: no sample could be read; see {out / SKIPPED}")
     facts, width = {**settings, "bad": len(bad)}, settings["reduced_to"]
-
-    def blocks() -> Iterator[Features]:
-        return (features for _, features in map(read_part, files) if len(features))
-
-    features = blocks()
+    blocks = (read_part(file)[1] for file in files)
     if width is not None:
-        mean, axes, facts["variance_kept"] = fit_pca(blocks(), width)
-        with replacing(out / PCA) as temporary, temporary.open("wb") as file:
-            np.savez(file, mean=mean, axes=axes)
-        features = ((rows.astype(np.float64) - mean) @ axes.T for rows in blocks())
-    facts = store.write_folder(out, ids, features, facts)
+        mean, axes, facts["variance_kept"] = fit_pca(blocks, width)
+        blocks = ((read_part(file)[1].astype(np.float64) - mean) @ axes.T for file in files)
+    facts = store.write_folder(out, ids, blocks, facts)
     shutil.rmtree(out / PARTS)
     return facts
 
@@ -439,16 +357,13 @@ def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features,
     Returns the mean `(q,)`, the axes `(width, q)` by falling variance (the largest coordinate of
     each is positive), and the share of the variance along them.
     """
-    origin, count, total, outer = cast(Any, None), 0, cast(Any, 0), cast(Any, 0)
+    count, total, outer = 0, cast(Any, 0), cast(Any, 0)
     for block in blocks:
         rows = block.astype(np.float64)
-        # Sums of squares lose digits far from zero; the mean of the first rows is near enough.
-        origin = rows.mean(0) if origin is None else origin
-        rows -= origin
         count, total, outer = count + len(rows), total + rows.sum(0), outer + rows.T @ rows
-    shift = total / count
-    variances, vectors = np.linalg.eigh(outer / count - np.outer(shift, shift))
+    mean = total / count
+    variances, vectors = np.linalg.eigh(outer / count - np.outer(mean, mean))
     axes = vectors.T[::-1][:width]
     axes = axes * np.sign(axes[np.arange(width), np.abs(axes).argmax(1)])[:, None]
     everything = max(float(variances.sum()), np.finfo(np.float64).tiny)
-    return origin + shift, axes, float(np.clip(variances[-width:].sum() / everything, 0, 1))
+    return mean, axes, float(np.clip(variances[-width:].sum() / everything, 0, 1))

@@ -8,7 +8,7 @@ made of). The arrays are memory-mapped, so a folder of any size opens at once.
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from protoclip.data.sources import entries
 from protoclip.files import read_json, replacing, to_json, write_atomically
 
 FEATURES, INDEX, FACTS = "features.npy", "index.npy", "facts.json"
-BLOCK_ROWS = 65_536  # rows handled at once
 Features = npt.NDArray[np.floating]
 
 
@@ -44,26 +43,18 @@ def build_index(sample_ids: Sequence[str], *, name: str) -> npt.NDArray[np.uint6
     hashes = hash_ids(sample_ids)
     rows = np.argsort(hashes, kind="stable")
     index = np.stack([hashes[rows], rows.astype(np.uint64)])
-    equal = np.flatnonzero(index[0, 1:] == index[0, :-1])
-    if len(equal):
-        pairs = [(sample_ids[rows[i]], sample_ids[rows[i + 1]]) for i in equal]
-        first, second = min(pairs, key=lambda pair: pair[0] == pair[1])
+    if len(equal := np.flatnonzero(index[0, 1:] == index[0, :-1])):
+        first, second = (sample_ids[rows[equal[0] + i]] for i in (0, 1))
         what = "duplicate sample ids" if first == second else "sample ids with the hash of another"
-        raise ValueError(f"{name}: {len(pairs)} {what}, such as '{first}' and '{second}'")
+        raise ValueError(f"{name}: {len(equal)} {what}, such as '{first}' and '{second}'")
     return index
 
 
 class TeacherFeatures:
-    """Features of a frozen model, found by sample id.
-
-    Args:
-        name: The file or folder, for messages.
-        index: See `build_index`.
-        features: One row a sample `(n, q)`.
-    """
+    """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages."""
 
     def __init__(self, *, name: str, index: npt.NDArray[np.uint64], features: Features) -> None:
-        self.name, self.features = name, features
+        self.name, self.features, self.width = name, features, int(features.shape[1])
         self.hashes, self.rows = index[0], index[1].view(np.int64)
 
     @classmethod
@@ -82,11 +73,6 @@ class TeacherFeatures:
             raise ValueError(f"{name}: {broken} of {len(features)} features are not finite")
         return cls(name=name, index=build_index(sample_ids, name=name), features=features)
 
-    @property
-    def width(self) -> int:
-        """Teacher width `q`."""
-        return int(self.features.shape[1])
-
     def find(self, sample_ids: Iterable[str]) -> npt.NDArray[np.int64]:
         """The row of each id, or -1."""
         wanted = hash_ids(sample_ids)
@@ -104,16 +90,16 @@ class TeacherFeatures:
         Raises:
             ValueError: None of them has features, so these are features of other data.
         """
-        remaining, total, missing, example = iter(sample_ids), 0, 0, ""
-        while block := list(islice(remaining, BLOCK_ROWS)):
-            total, missing = total + len(block), missing + int((self.find(block) < 0).sum())
-            example = example or block[0]
-        if total and missing == total:
+        remaining = iter(sample_ids)
+        example = next(remaining, "")
+        missing = self.find(chain([example], remaining)) < 0
+        if missing.all():
             raise ValueError(
-                f"{self.name}: no teacher features for {missing} of {total} training samples, such "
-                f"as '{example}'; make them for this data with protoclip embed-teacher"
+                f"{self.name}: no teacher features for {len(missing)} of {len(missing)} training "
+                f"samples, such as '{example}'; make them for this data with protoclip "
+                "embed-teacher"
             )
-        return missing
+        return int(missing.sum())
 
     def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
         """Features of these samples in this order, as float32; a row of NaN for one without."""
@@ -129,18 +115,11 @@ class TeacherFeatures:
         return torch.from_numpy(found)
 
 
-def read_teacher(
-    path: str | Path, *, prefixes: Sequence[str] = ("",), sample_ids: Sequence[str] | None = None
-) -> TeacherFeatures:
+def read_teacher(path: str | Path) -> TeacherFeatures:
     """Open a teacher folder, or a user's file of features.
 
     The file is Parquet with the columns `sample_id` and `features` (lists of numbers), or an array
     `NAME.npy` `(n, q)` with its sample ids in `NAME.ids.txt`, one a line.
-
-    Args:
-        path: The folder or file.
-        prefixes: Added to the ids of a file; with several, each row has several ids.
-        sample_ids: The ids of an array without a text file.
 
     Raises:
         ValueError: There is no such teacher, it is damaged, or its features cannot be used.
@@ -153,10 +132,9 @@ def read_teacher(
     try:
         if path.suffix == ".npy":
             features, text = np.load(path, mmap_mode="r"), path.with_suffix(".ids.txt")
-            if text.is_file():
-                sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
-            elif sample_ids is None:
+            if not text.is_file():
                 raise ValueError(f"needs its sample ids, one a line, in {text}")
+            sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
         else:
             sample_ids, features = read_parquet(path)
         if features.ndim != 2 or not features.size or not np.issubdtype(features.dtype, np.number):
@@ -166,9 +144,6 @@ def read_teacher(
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
-    if len(prefixes) > 1 or prefixes[0]:
-        sample_ids = [prefix + own for prefix in prefixes for own in sample_ids]
-        features = np.tile(features, (len(prefixes), 1))
     return TeacherFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
 
 
@@ -176,13 +151,11 @@ def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
     table = pq.read_table(path, columns=["sample_id", "features"])
     lengths = pc.list_value_length(table["features"]).fill_null(0).to_numpy()
     width = lengths.max(initial=0)
-    if not width:
-        raise ValueError("holds no features")
     if wrong := int((lengths != width).sum() + table["sample_id"].null_count):
         raise ValueError(f"{wrong} of {len(table)} rows lack an id or are not of width {width}")
     rows = [part.flatten().to_numpy(zero_copy_only=False) for part in table["features"].chunks]
     ids = table["sample_id"].cast(pa.string()).to_pylist()
-    return ids, np.concatenate(rows).reshape(len(table), width)
+    return ids, np.concatenate([np.zeros(0, np.int8), *rows]).reshape(len(table), width)
 
 
 def open_folder(folder: Path) -> TeacherFeatures:
@@ -198,8 +171,7 @@ def open_folder(folder: Path) -> TeacherFeatures:
             raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder}: damaged or of an older version ({error}); delete it, and run protoclip "
-            "embed-teacher again"
+            f"{folder}: damaged ({error}); delete it, and run protoclip embed-teacher again"
         ) from None
     return TeacherFeatures(name=str(folder), index=index, features=features)
 
@@ -217,10 +189,7 @@ def to_half(features: Features, sample_ids: Sequence[str], *, name: str) -> npt.
 
 
 def write_folder(
-    folder: Path,
-    sample_ids: Sequence[str],
-    blocks: Iterable[Features],
-    facts: Mapping[str, Any],
+    folder: Path, sample_ids: Sequence[str], blocks: Iterable[Features], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write features, which come some rows at a time, as a teacher folder; returns its facts."""
     index = build_index(sample_ids, name=str(folder))
@@ -229,7 +198,7 @@ def write_folder(
         done = width = 0
         for features in blocks:
             width = features.shape[1]
-            if not done:
+            if not file.tell():
                 header = {"descr": "<f2", "fortran_order": False, "shape": (len(index[0]), width)}
                 np.lib.format.write_array_header_1_0(file, header)
             half = to_half(features, sample_ids[done : done + len(features)], name=str(folder))
@@ -250,16 +219,20 @@ def teachers(
     Raises:
         ValueError: There is no such teacher, or it has features of none of the samples.
     """
-    prefixes: list[str] = []
+    prefixes = [""]
     if isinstance(samples, MixedPairs):  # its ids begin with the source's name
         sources = zip(samples.sources, entries(config.data), strict=True)
         prefixes = [f"{source.name}/" for source, entry in sources if entry.path == "emoji"]
     found = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
-        bundled = teacher.features == "emoji"
-        path = emoji_teacher_path() if bundled else teacher.features
-        found[name] = read_teacher(path, prefixes=(bundled and prefixes) or [""])
+        if teacher.features == "emoji":
+            plain, features = read_parquet(emoji_teacher_path())
+            ids = [prefix + own for prefix in prefixes or [""] for own in plain]
+            features = np.tile(features, (len(ids) // len(plain), 1))
+            found[name] = TeacherFeatures.in_memory(name=name, sample_ids=ids, features=features)
+        else:
+            found[name] = read_teacher(teacher.features)
         if isinstance(samples, Pairs) and (missing := found[name].missing(samples.sample_ids())):
             note(
                 f"{name}: no features of {missing} of {len(samples)} training samples, which its "
