@@ -1,25 +1,34 @@
 """Steps that are not finite are skipped; metrics that end in a bad model get a warning."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from protoclip.distributed.collectives import all_reduce
-from protoclip.files import to_json
 
 # Steps in a row that are not finite before the run is given up. Under fp16 each of them halves the
 # loss scale, which is then at a thousandth.
 MOST_SKIPPED = 10
+# A loss is a spike if it is above this multiple of the mean of the last 50, and this many standard
+# deviations above it.
+OBSERVATIONS, SPIKE_FACTOR, SPIKE_DEVIATIONS = 50, 2.0, 5.0
 # Features with less variance on the unit sphere, in [0, 1], have collapsed. Towers with fresh
 # weights give nearly equal features to all inputs, so the first steps do not count.
 LEAST_SPREAD, SPREAD_FROM_STEP = 0.01, 200
 # Share of clusters without a sample, and of prototypes that no sample was assigned to.
-MOST_UNUSED = {"prototypes/empty": 0.5, "prototypes/dead": 0.75}
+MOST_EMPTY, MOST_DEAD = 0.5, 0.75
 QUIET_STEPS = 1000  # before a warning about the same metric is repeated
+
+
+class Diverged(ValueError):
+    """Loss or gradient are not finite any more, and do not recover."""
 
 
 class Guard:
@@ -31,7 +40,7 @@ class Guard:
     Args:
         optimizer: A fused one, which changes nothing where its `found_inf` is 1.
         scaler: The loss scaler; for fp16 it skips steps by itself.
-        report: File that gets the samples of the last batch of a diverged run.
+        report: File that gets the losses and the samples of the last batch of a diverged run.
     """
 
     def __init__(
@@ -40,43 +49,62 @@ class Guard:
         self.optimizer, self.scaler, self.report = optimizer, scaler, report
         self.skipped = self.in_a_row = 0
         self._pending: list[tuple[int, Tensor, Sequence[str]]] = []
+        self._row: list[tuple[float, float]] = []
 
     def step(self, number: int, loss: Tensor, norm: Tensor, sample_ids: Sequence[str]) -> None:
         """Take step `number`, unless the loss of any rank or the norm is not finite; see `look`."""
-        finite = torch.isfinite(all_reduce(loss.detach())) & torch.isfinite(norm.detach())
+        loss = all_reduce(loss.detach())
         if not self.scaler.is_enabled():
+            finite = torch.isfinite(loss) & torch.isfinite(norm)
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._pending.append((number, finite, sample_ids))
-        if finite.device.type == "cpu":
+        self._pending.append((number, torch.stack([loss, norm.detach()]), sample_ids))
+        if loss.device.type == "cpu":
             self.look()
 
     def look(self) -> None:
         """Count the steps that were skipped since the last look.
 
         Raises:
-            ValueError: Ten steps in a row were skipped.
+            Diverged: Ten steps in a row were skipped.
         """
         if not self._pending:
             return
-        taken = torch.stack([finite for _, finite, _ in self._pending]).tolist()
+        values = torch.stack([pair for _, pair, _ in self._pending]).tolist()
         pending, self._pending = self._pending, []
-        for (number, _, sample_ids), finite in zip(pending, taken, strict=True):
-            self.skipped += not finite
-            self.in_a_row = 0 if finite else self.in_a_row + 1
-            if self.in_a_row < MOST_SKIPPED:
-                continue
-            content = {"step": number, "sample_ids": list(sample_ids)}
-            where = f"the samples of the last batch are in {self.report}"
-            try:
-                self.report.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
-            except OSError as error:
-                where = f"the samples of the last batch could not be written: {error}"
-            raise ValueError(
+        for (number, _, sample_ids), (loss, norm) in zip(pending, values, strict=True):
+            self.count(number, loss, norm, sample_ids)
+
+    def count(self, number: int, loss: float, norm: float, sample_ids: Sequence[str]) -> None:
+        """Count one step; raises as `look`."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.in_a_row = 0
+            self._row.clear()
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        self._row.append((loss, norm))
+        if self.in_a_row >= MOST_SKIPPED:
+            raise Diverged(
                 f"training has diverged: loss or gradient not finite in {self.in_a_row} steps in a "
-                f"row, up to step {number}; lower optim.learning_rate or train in fp32 ({where})"
+                f"row, up to step {number}; lower optim.learning_rate or train in fp32 "
+                f"({self._write_report(number, sample_ids)})"
             )
+
+    def _write_report(self, number: int, sample_ids: Sequence[str]) -> str:
+        content = {
+            "step": number,
+            # As text, since JSON has no NaN or infinity.
+            "losses": [str(loss) for loss, _ in self._row],
+            "gradient_norms": [str(norm) for _, norm in self._row],
+            "sample_ids": list(sample_ids),
+        }
+        try:
+            self.report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            return f"the samples of the last batch could not be written: {error}"
+        return f"the samples of the last batch are in {self.report}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
@@ -86,40 +114,83 @@ class Guard:
 
 
 class Watch:
-    """Finds metrics that end in a bad model though every number is finite; see the constants."""
+    """Finds metrics that end in a bad model though every number is finite; see the constants.
+
+    It sees what is logged, and has no state worth saving.
+    """
 
     def __init__(self) -> None:
         self._warned: dict[str, int] = {}
+        self._losses: dict[frozenset[str], deque[float]] = {}
 
     def warnings(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """One line for each metric that looks bad, at most one in 1,000 steps."""
-        lines = []
-        for name, value in metrics.items():
-            kind, advice = name.removeprefix("train/").rpartition("/")[0], ""
-            if kind == "spread" and value < LEAST_SPREAD and step >= SPREAD_FROM_STEP:
-                advice = (
-                    "features are nearly equal for all inputs (collapse); lower "
-                    "optim.learning_rate or raise optim.warm_up_steps"
-                )
-            elif value > MOST_UNUSED.get(kind, math.inf):
-                advice = (
-                    "most prototypes have no sample and teach nothing; lower prototypes.number or "
-                    "the teacher's number, raise episodes.size, or lower optim.heads_lr_scale"
-                )
-            if advice and step >= self._warned.get(name, -QUIET_STEPS) + QUIET_STEPS:
-                self._warned[name] = step
-                lines.append(f"step {step}: {name} is {value:.2g}: {advice}")
-        return lines
+        found = {
+            name: f"{name} is {value:.2g}{advice}"
+            for name, value in metrics.items()
+            for prefix, (is_bad, advice) in BAD.items()
+            if name.startswith(prefix) and is_bad(step, value)
+        }
+        if spike := self._spike(metrics):
+            found["train/loss/total"] = spike
+        new = [n for n in found if step >= self._warned.get(n, -QUIET_STEPS) + QUIET_STEPS]
+        self._warned |= dict.fromkeys(new, step)
+        return [f"step {step}: {found[name]}" for name in new]
+
+    def _spike(self, metrics: Mapping[str, float]) -> str | None:
+        value = metrics.get("train/loss/total")
+        if value is None or not math.isfinite(value):
+            return None
+        # Each set of losses has its own mean, since a stage with one more loss has no spike.
+        terms = frozenset(name for name in metrics if name.startswith("train/loss/"))
+        recent = self._losses.setdefault(terms, deque(maxlen=OBSERVATIONS))
+        mean, deviation = (fmean(recent), pstdev(recent)) if recent else (0.0, 0.0)
+        enough = len(recent) == OBSERVATIONS
+        recent.append(value)
+        limit = max(SPIKE_FACTOR * mean, mean + SPIKE_DEVIATIONS * deviation)
+        if not enough or value <= limit:
+            return None
+        return (
+            f"train/loss/total is {value:.4g}, its recent mean is {mean:.4g}; if it does not come "
+            "down, lower optim.learning_rate or optim.clip_norm, or raise optim.warm_up_steps"
+        )
+
+
+# What makes a metric bad, by the start of its name, and what to do then.
+BAD: Mapping[str, tuple[Callable[[int, float], bool], str]] = {
+    "train/spread/": (
+        lambda step, value: value < LEAST_SPREAD and step >= SPREAD_FROM_STEP,
+        f", below {LEAST_SPREAD}: features are nearly equal for all inputs (collapse); lower "
+        "optim.learning_rate, raise optim.warm_up_steps, and check that the captions differ",
+    ),
+    "train/prototypes/empty/": (
+        lambda step, value: value > MOST_EMPTY,
+        ": most clusters have no sample; lower the number of prototypes (prototypes.number, or the "
+        "teacher's number) or raise episodes.size",
+    ),
+    "train/prototypes/dead/": (
+        lambda step, value: value > MOST_DEAD,
+        ": no sample of the episode was nearest to most prototypes, which then teach nothing; "
+        "lower optim.heads_lr_scale or the number of prototypes, or set prototypes.source to "
+        "extract",
+    ),
+}
 
 
 def out_of_memory(error: BaseException) -> str | None:
     """One line that names the settings to lower, if the error says that memory ran out."""
-    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    ran_out = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    if not ran_out and not isinstance(error, MemoryError):
+    text = str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        where, others = "", "episodes.size, data.cache_gb or data.workers"
+    elif isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    ):
+        where, others = " on the device", "prototypes.number, or train in bf16"
+    else:
         return None
     return (
-        "out of memory: set episodes.micro_batch_size (or lower it; gradients stay those of the "
-        "whole batch), or lower episodes.batch_size, episodes.size, prototypes.number, "
-        "data.cache_gb or data.workers"
+        f"out of memory{where}: set episodes.micro_batch_size (or lower it; gradients stay those "
+        f"of the whole batch), or lower episodes.batch_size, {others}"
     )

@@ -37,6 +37,7 @@ from protoclip.evaluation.suite import evaluate, metric_names
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.models import loading
+from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
@@ -326,8 +327,25 @@ class Run:
             self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
 
     def restore(self, checkpoint: Path) -> int:
-        """Go on from a checkpoint; returns the bytes of the metrics that were logged until then."""
+        """Go on from a checkpoint; returns the bytes of the metrics that were logged until then.
+
+        Raises:
+            ValueError: The checkpoint does not fit this version or this run.
+        """
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
+        try:
+            size = self.load_state_dict(state)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{checkpoint / STATE}: not what this version of protoclip writes ({error!r}); "
+                f"restore it from a copy, or delete {checkpoint} to go on from the one before"
+            ) from error
+        if rank() == 0:
+            print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
+        return size
+
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Load what `save` saved; returns the bytes of the metrics that were logged until then."""
         for setting, before in state["arithmetic"].items():
             if before != self.arithmetic[setting]:
                 raise ValueError(
@@ -344,8 +362,6 @@ class Run:
         elif rank() == 0:  # the number of ranks changed
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
         self.writer.best = state["best"] and tuple(state["best"])
-        if rank() == 0:
-            print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
         return int(state["metrics_bytes"])
 
     def results(self) -> dict[str, Any]:

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from protoclip.training.guard import QUIET_STEPS, Guard, Watch, out_of_memory
+from protoclip.training.guard import (
+    MOST_SKIPPED,
+    QUIET_STEPS,
+    Diverged,
+    Guard,
+    Watch,
+    out_of_memory,
+)
 
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture
-def guard(tmp_path: Path) -> Guard:
+def guard_of(report: Path) -> Guard:
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([parameter], lr=1.0, fused=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Guard(optimizer, scaler, tmp_path / "diverged.json")
-
-
-def take(guard: Guard, losses: list[float], norm: float = 1.0, first: int = 1) -> None:
-    for number, loss in enumerate(losses, start=first):
-        guard.step(number, torch.tensor(loss), torch.tensor(norm), [f"x/{number}"])
+    return Guard(optimizer, torch.amp.GradScaler("cpu", enabled=False), report)
 
 
 @pytest.mark.parametrize(
@@ -31,48 +31,140 @@ def take(guard: Guard, losses: list[float], norm: float = 1.0, first: int = 1) -
     [(1.0, 1.0, True), (NAN, 1.0, False), (INF, 1.0, False), (1.0, NAN, False), (1.0, INF, False)],
 )
 def test_a_step_is_taken_if_loss_and_gradient_are_finite(
-    loss: float, norm: float, taken: bool, guard: Guard
+    loss: float, norm: float, taken: bool, tmp_path: Path
 ) -> None:
     """Otherwise parameters stay as they are and the step is counted."""
+    guard = guard_of(tmp_path / "diverged.json")
     (parameter,) = guard.optimizer.param_groups[0]["params"]
     parameter.grad = torch.ones(2)
-    take(guard, [loss], norm)
+    guard.step(1, torch.tensor(loss), torch.tensor(norm), ["a"])
     assert bool((parameter != 0).all()) == taken
     assert guard.skipped == guard.in_a_row == int(not taken)
     assert not guard.report.exists()
 
 
-def test_ten_steps_in_a_row_end_the_run(guard: Guard) -> None:
-    """Not nine and a finite one. A run that goes on counts on. The error is one line; a file has
-    the samples of the last batch."""
-    take(guard, [NAN] * 9 + [1.0])
+def test_ten_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    """Not nine and a finite one. The error says in one line what, when and what to do; a file of
+    valid JSON has the losses and the samples of the last batch."""
+    guard = guard_of(tmp_path / "diverged.json")
+    assert MOST_SKIPPED == 10
+    for step in range(1, 10):
+        guard.count(step, NAN, 1.0, ["a"])
+    guard.count(10, 1.0, 1.0, ["a"])
     assert guard.state_dict() == {"skipped": 9, "in_a_row": 0}
-    guard.load_state_dict({"skipped": 9, "in_a_row": 7})
-    take(guard, [NAN] * 2, first=18)
-    with pytest.raises(ValueError, match=r"diverged: .* 10 steps in a row, up to step 20") as error:
-        take(guard, [1.5], INF, first=20)
-    assert "\n" not in str(error.value)
-    assert json.loads(guard.report.read_text()) == {"step": 20, "sample_ids": ["x/20"]}
-    guard.report = guard.report / "nowhere"
-    with pytest.raises(ValueError, match=r"diverged: .* could not be written"):
-        take(guard, [NAN], first=21)
+    for step in range(11, 20):
+        guard.count(step, 1.5, INF, ["a"])
+    with pytest.raises(Diverged) as error:
+        guard.count(20, NAN, NAN, ["x/1", "x/2"])
+    assert guard.state_dict() == {"skipped": 19, "in_a_row": 10}
+    assert isinstance(error.value, ValueError)
+    assert str(error.value) == (
+        "training has diverged: loss or gradient not finite in 10 steps in a row, up to step 20; "
+        "lower optim.learning_rate or train in fp32 "
+        f"(the samples of the last batch are in {guard.report})"
+    )
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads(guard.report.read_text(), parse_constant=refuse) == {
+        "step": 20,
+        "losses": ["1.5"] * 9 + ["nan"],
+        "gradient_norms": ["inf"] * 9 + ["nan"],
+        "sample_ids": ["x/1", "x/2"],
+    }
 
 
 def test_steps_that_wait_count_like_prompt_ones(
-    guard: Guard, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the host looks at many steps at once; counts and the last step are the same."""
     generator = random.Random(0)
     losses = [generator.choice([1.0, NAN]) for _ in range(40)] + [NAN] * 20
-    look, ends = Guard.look, []
+    look, messages, counts = Guard.look, [], []
     for late in (False, True):
         monkeypatch.setattr(Guard, "look", (lambda guard: None) if late else look)
-        guard.load_state_dict({"skipped": 0, "in_a_row": 0})
-        with pytest.raises(ValueError, match="diverged") as error:  # noqa: PT012
-            take(guard, losses)
+        guard = guard_of(tmp_path / "diverged.json")
+
+        def steps(guard: Guard = guard) -> None:
+            for number, loss in enumerate(losses, start=1):
+                guard.step(number, torch.tensor(loss), torch.tensor(1.0), [str(number)])
             look(guard)
-        ends.append((str(error.value), guard.state_dict(), guard.report.read_text()))
-    assert ends[0] == ends[1]
+
+        with pytest.raises(Diverged) as error:
+            steps()
+        messages.append(str(error.value))
+        counts.append((guard.state_dict(), guard.report.read_text()))
+    assert messages[0] == messages[1]
+    assert counts[0] == counts[1]
+
+
+def test_a_run_that_goes_on_counts_on(tmp_path: Path) -> None:
+    """A report that cannot be written is part of the error."""
+    guard = guard_of(tmp_path / "nowhere" / "diverged.json")
+    guard.load_state_dict({"skipped": 7, "in_a_row": 7})
+    guard.count(8, NAN, 1.0, ["a"])
+    guard.count(9, NAN, 1.0, ["a"])
+    assert guard.state_dict() == {"skipped": 9, "in_a_row": 9}
+    with pytest.raises(Diverged, match=r"up to step 10; .* could not be written: .*No such file"):
+        guard.count(10, NAN, 1.0, ["a"])
+
+
+def noisy(count: int, *, level: float = 2.0, noise: float = 0.2) -> list[float]:
+    generator = random.Random(0)
+    return [generator.gauss(level, noise) for _ in range(count)]
+
+
+def warned(losses: list[float]) -> list[str]:
+    """All warnings about a series of losses, logged every ten steps."""
+    watch = Watch()
+    return [
+        line
+        for number, loss in enumerate(losses)
+        for line in watch.warnings(10 * number, {"train/loss/total": loss})
+    ]
+
+
+def test_a_loss_spike_gets_a_warning() -> None:
+    """With step, value, mean, and what to do."""
+    (line,) = warned([*noisy(60), 6.0, *noisy(5)])
+    assert line.startswith("step 600: train/loss/total is 6, its recent mean is 2")
+    assert "lower optim.learning_rate" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [*noisy(40), 6.0],  # too early to tell
+        [*noisy(500), 3.9],  # far above the noise, but not twice the mean
+        [*noisy(500, level=0.1, noise=0.1), 0.4],  # four times the mean, but within the noise
+        [5 * 0.99**number for number in range(1000)],  # a loss that falls
+        [*noisy(60), NAN, *noisy(60)],  # not finite: the guard counts it
+    ],
+    ids=["early", "below twice", "noise", "falling", "nan"],
+)
+def test_an_ordinary_loss_is_no_spike(losses: list[float]) -> None:
+    assert warned(losses) == []
+
+
+def test_a_stage_with_one_more_loss_is_no_spike() -> None:
+    """A total is only compared with totals of the same losses."""
+    watch = Watch()
+
+    def look(step: int, total: float, *terms: str) -> list[str]:
+        losses = {f"train/loss/{term}": 1.0 for term in terms}
+        return watch.warnings(step, {"train/loss/total": total, **losses})
+
+    lines = []
+    for step in range(100):
+        lines += look(step, 5.0, "info_nce")
+    for step in range(100, 200):
+        lines += look(step, 20.0, "info_nce", "prototypical")
+    for step in range(200, 300):
+        lines += look(step, 5.0, "info_nce")
+    assert lines == []
+    assert len(look(300, 20.0, "info_nce")) == 1
 
 
 @pytest.mark.parametrize(
@@ -81,7 +173,7 @@ def test_steps_that_wait_count_like_prompt_ones(
         ("train/spread/image", 0.009, 0.01, "raise optim.warm_up_steps"),
         ("train/spread/text", -1e-7, 0.5, "collapse"),
         ("train/prototypes/empty/teacher", 0.51, 0.5, "prototypes.number"),
-        ("train/prototypes/dead/text", 0.76, 0.75, "optim.heads_lr_scale"),
+        ("train/prototypes/dead/text", 0.76, 0.75, "prototypes.source"),
     ],
 )
 def test_a_bad_metric_gets_a_warning(name: str, bad: float, good: float, advice: str) -> None:
@@ -99,13 +191,16 @@ def test_a_warning_is_not_repeated_for_a_thousand_steps() -> None:
     assert QUIET_STEPS == 1000
     assert watch.warnings(10, {"train/spread/image": 0.0}) == []
     lines = []
-    for step in range(300, 1500, 10):
+    for step in range(300, 3300, 10):
         spread = {"train/spread/image": 0.0, "train/spread/text": 0.0 if step >= 800 else 1.0}
         lines += watch.warnings(step, spread)
     assert [line.split(" is ")[0] for line in lines] == [
         "step 300: train/spread/image",
         "step 800: train/spread/text",
         "step 1300: train/spread/image",
+        "step 1800: train/spread/text",
+        "step 2300: train/spread/image",
+        "step 2800: train/spread/text",
     ]
 
 
@@ -117,19 +212,27 @@ def allocation_error() -> RuntimeError:
 
 
 @pytest.mark.parametrize(
-    ("error", "is_memory"),
+    ("error", "names"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
-        (allocation_error(), True),
-        (MemoryError(), True),
-        (RuntimeError("shapes do not fit"), False),
-        (ValueError("out of memory"), False),
-        (KeyboardInterrupt(), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "on the device"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "on the device"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "on the device"),
+        (allocation_error(), "data.cache_gb"),
+        (MemoryError(), "data.workers"),
     ],
 )
-def test_out_of_memory_names_the_settings_to_lower(error: BaseException, is_memory: bool) -> None:
+def test_out_of_memory_names_the_settings_to_lower(error: BaseException, names: str) -> None:
     line = out_of_memory(error)
-    assert (line is not None) == is_memory
-    for name in ("episodes.micro_batch_size", "episodes.batch_size", "data.workers"):
-        assert line is None or (name in line and "\n" not in line)
+    assert line is not None
+    assert line.startswith("out of memory")
+    assert names in line
+    assert "episodes.micro_batch_size" in line
+    assert "episodes.batch_size" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not fit"), ValueError("out of memory"), KeyboardInterrupt()]
+)
+def test_other_errors_are_not_about_memory(error: BaseException) -> None:
+    assert out_of_memory(error) is None
