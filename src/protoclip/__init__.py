@@ -9,30 +9,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from protoclip.config import Config
-    from protoclip.losses.info_nce import info_nce
-    from protoclip.losses.objective import objective
-    from protoclip.losses.prototypical import Target, prototypical_loss
-    from protoclip.models.loading import load
-    from protoclip.models.protoclip import Embeddings, ProtoCLIP
-    from protoclip.prototypes.kmeans import KMeans, kmeans
-    from protoclip.prototypes.targets import back_translate
-    from protoclip.training.run import train
-
-__all__ = [
-    "Config",
-    "Embeddings",
-    "KMeans",
-    "ProtoCLIP",
-    "Target",
-    "back_translate",
-    "info_nce",
-    "kmeans",
-    "load",
-    "objective",
-    "prototypical_loss",
-    "train",
-]
+    from protoclip.config import Config as Config
+    from protoclip.losses.info_nce import info_nce as info_nce
+    from protoclip.losses.objective import objective as objective
+    from protoclip.losses.prototypical import Target as Target
+    from protoclip.losses.prototypical import prototypical_loss as prototypical_loss
+    from protoclip.models.loading import load as load
+    from protoclip.models.protoclip import Embeddings as Embeddings
+    from protoclip.models.protoclip import ProtoCLIP as ProtoCLIP
+    from protoclip.prototypes.kmeans import KMeans as KMeans
+    from protoclip.prototypes.kmeans import kmeans as kmeans
+    from protoclip.prototypes.targets import back_translate as back_translate
+    from protoclip.training.run import train as train
 
 _MODULES = {
     "config": ["Config"],
@@ -45,6 +33,7 @@ _MODULES = {
     "prototypes.targets": ["back_translate"],
     "training.run": ["train"],
 }
+__all__ = [name for names in _MODULES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The settings of a run: one tree of frozen dataclasses, and their checks. Standard library only.
 
-The docstring below a setting is its help text; a number's annotation holds its limits. Recipes, the
+The comment behind a setting is its help text; a number's annotation holds its limits. Recipes, the
 command line and Python all pass through `build`, so that a mistake has one message everywhere.
 The defaults train ProtoCLIP on the bundled emoji.
 """
@@ -13,29 +13,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 # Image size in pixels and caption length in tokens of the small towers, unless set.
 SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
 PERMISSIONS = ("allow_commands", "allow_private_hosts", "allow_links")
 
-# Settings of earlier versions, and what to do about them.
+# Settings of earlier versions whose closest name would mislead.
 RENAMED = {
-    "data.shuffle": "is data.shuffle_buffer now",
     "prototypes.start": 'is prototypes.init now, with "k-means++" for "spread"',
     "prototypes.unit_norm": "is gone; prototypes keep the norm that K-means gives them",
     "prototypes.queue_size": "is gone; the queue holds episodes.size samples",
-    "optim.image_scale": "is optim.image_lr_scale now",
-    "optim.text_scale": "is optim.text_lr_scale now",
-    "optim.heads_scale": "is optim.heads_lr_scale now",
     "optim.locked_warm_up_steps": "is gone; the locked-image stage warms up for 2 steps",
 }
 
 
-@dataclass(frozen=True)
-class Range:
-    """The least and the greatest value of a number."""
+class Range(NamedTuple):
+    """The limits of a number."""
 
     least: int | float
     most: int | float
@@ -49,6 +54,8 @@ Seed = Annotated[int, Range(0, 2**63 - 1)]  # what both torch and NumPy take
 Count = Annotated[int, Range(1, 2**31 - 1)]
 CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
 BatchSize = Annotated[int, Range(2, 2**31 - 1)]
+ImageSize = Annotated[int, Range(2, 2**13)]
+ContextLength = Annotated[int, Range(3, 2**12)]
 Layers = Annotated[int, Range(1, 1000)]
 Width = Annotated[int, Range(1, 2**16)]
 Positive = Annotated[float, Range(ABOVE_0, math.inf)]
@@ -58,97 +65,56 @@ Decay = Annotated[float, Range(0, BELOW_1)]
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    name: str = "protoclip"
-    """Runs of one name share a row in tables."""
-    out: str | None = None
-    """Folder of the run; else runs/NAME-SEED."""
-    seed: Seed = 0
-    """Fixes weights, episodes and clusterings."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto is bf16 if the device has it."""
-    log_every: Count = 10
-    """Steps between lines of metrics.jsonl."""
-    save_steps: CountOrZero = 0
-    """Steps between checkpoints; 0 for none."""
-    save_minutes: NotNegative = 10.0
-    """Minutes between checkpoints; 0 for none."""
-    keep_checkpoints: Count = 2
-    """Newest checkpoints to keep."""
-    keep_best: str | None = None
-    """Keep the best by a metric: eval/emoji/knn/acc1."""
-    wandb: Literal["off", "offline", "online"] = "off"
-    """Also log to Weights & Biases."""
-    evaluate_every: CountOrZero = 0
-    """Episodes between validations; 0 for none."""
-    evaluate: bool = True
-    """Evaluate on the test split at the end."""
+    name: str = "protoclip"  # Runs of one name share a row in tables.
+    out: str | None = None  # Folder of the run; else runs/NAME-SEED.
+    seed: Seed = 0  # Fixes weights, episodes and clusterings.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 if supported.
+    log_every: Count = 10  # Steps between lines of metrics.jsonl.
+    save_steps: CountOrZero = 0  # Steps between checkpoints; 0 for none.
+    save_minutes: NotNegative = 10.0  # Minutes between checkpoints; 0 for none.
+    keep_checkpoints: Count = 2  # Newest checkpoints to keep.
+    keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
+    wandb: Literal["off", "offline", "online"] = "off"  # Also log to Weights & Biases.
+    evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
+    evaluate: bool = True  # Evaluate on the test split at the end.
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One source of a mixture. What it leaves unset comes from `data`."""
 
-    path: str
-    """As data.train."""
-    name: str | None = None
-    """Name in messages and in sample ids; else from the path."""
-    weight: Positive | None = None
-    """Relative share of samples; if unset for all sources, all samples count the same."""
-    image_column: str | None = None
-    """As data.image_column."""
-    caption_column: list[str] | str | None = None
-    """As data.caption_column."""
-    id_column: str | None = None
-    """As data.id_column."""
-    root: str | None = None
-    """As data.root."""
+    path: str  # As data.train.
+    name: str | None = None  # Name in messages and in sample ids; else from the path.
+    weight: Positive | None = None  # Relative share of samples; else by size.
+    image_column: str | None = None  # As data.image_column.
+    caption_column: list[str] | str | None = None  # As data.caption_column.
+    id_column: str | None = None  # As data.id_column.
+    root: str | None = None  # As data.root.
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str = "emoji"
-    """emoji (bundled), a table (CSV, TSV, JSON Lines, ...), hf:OWNER/NAME, tar shards (path, glob,
-    {000..999}, URL, pipe: command) or a folder of images with captions."""
-    sources: list[SourceConfig] = field(default_factory=list)
-    """A mixture, instead of data.train."""
-    image_column: str | None = None
-    """Column of paths, URLs or bytes; else detected."""
-    caption_column: list[str] | str | None = None
-    """Column(s) of captions; else detected."""
-    id_column: str | None = None
-    """Column of sample ids; else detected."""
-    root: str | None = None
-    """Folder that holds all images of a table."""
-    read: Literal["auto", "indexed", "streaming"] = "auto"
-    """How to read shards."""
-    shuffle_buffer: Count = 4096
-    """Samples that a stream shuffles at a time."""
-    augmentation: Literal["light", "clip"] = "light"
-    """clip only crops."""
-    workers: Annotated[int, Range(0, 4096)] = 0
-    """Processes that decode images; changes no result."""
-    cache: Literal["ram", "disk", "none"] = "ram"
-    """Keeps decoded images."""
-    cache_gb: Annotated[float, Range(ABOVE_0, 1e6)] = 4.0
-    """Gigabytes of decoded images to keep."""
-    cache_folder: str | None = None
-    """Folder of indexes and decoded images."""
-    small_copies: bool = False
-    """Crop from copies of 256 pixels: less sharp."""
-    max_image_pixels: Annotated[int, Range(1, 2**40)] = 178_956_970
-    """Skip images with more pixels."""
-    max_bad_share: Annotated[float, Range(0, 1)] = 0.05
-    """Share of bad samples that ends a run."""
-    allow_commands: bool = False
-    """Run the commands of pipe: sources."""
-    allow_private_hosts: bool = False
-    """Read from web servers in private networks."""
-    allow_links: bool = False
-    """Follow symbolic links that leave data.root."""
-    shuffle_captions: bool = False
-    """Pair images with wrong captions, as a control."""
+    train: str = "emoji"  # File, hf:OWNER/NAME, shards, folder: docs/data.md.
+    sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
+    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
+    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
+    id_column: str | None = None  # Column of sample ids; else detected.
+    root: str | None = None  # Folder that holds all images of a table.
+    read: Literal["auto", "indexed", "streaming"] = "auto"  # How to read shards.
+    shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
+    augmentation: Literal["light", "clip"] = "light"  # clip only crops.
+    workers: Annotated[int, Range(0, 4096)] = 0  # Processes that decode images; same results.
+    cache: Literal["ram", "disk", "none"] = "ram"  # Keeps decoded images.
+    cache_gb: Annotated[float, Range(ABOVE_0, 1e6)] = 4.0  # Gigabytes of decoded images to keep.
+    cache_folder: str | None = None  # Folder of indexes and decoded images.
+    small_copies: bool = False  # Crop from copies of 256 pixels: less sharp.
+    max_image_pixels: Annotated[int, Range(1, 2**40)] = 178_956_970  # Skip images with more pixels.
+    max_bad_share: Annotated[float, Range(0, 1)] = 0.05  # Share of bad samples that ends a run.
+    allow_commands: bool = False  # Run the commands of pipe: sources.
+    allow_private_hosts: bool = False  # Read from web servers in private networks.
+    allow_links: bool = False  # Follow symbolic links that leave data.root.
+    shuffle_captions: bool = False  # Pair images with wrong captions, as a control.
 
     @property
     def has_held_out_splits(self) -> bool:
@@ -158,44 +124,31 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
-    name: str = "resnet10t"
-    """A timm model name."""
-    size: Annotated[int, Range(2, 2**13)] | None = None
-    """Input pixels; else 40, or the named model's."""
+    name: str = "resnet10t"  # A timm model name.
+    size: ImageSize | None = None  # Input pixels; else 40, or the named model's.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    context_length: Annotated[int, Range(3, 2**12)] | None = None
-    """Tokens; else 16, or the named model's."""
-    width: Width = 128
-    """Width of the transformer."""
-    heads: Width = 2
-    """Attention heads; they divide the width."""
-    layers: Layers = 2
-    """Transformer layers."""
+    context_length: ContextLength | None = None  # Tokens; else 16, or the named model's.
+    width: Width = 128  # Width of the transformer.
+    heads: Width = 2  # Attention heads; they divide the width.
+    layers: Layers = 2  # Transformer layers.
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    hidden_dim: Width = 1024
-    """Width of the hidden layers."""
-    hidden_layers: Annotated[int, Range(0, 1000)] = 1
-    """Hidden layers; 0 makes the head linear."""
-    projection_dim: Width = 128
-    """Width of the projections to cluster."""
+    hidden_dim: Width = 1024  # Width of the hidden layers.
+    hidden_layers: Annotated[int, Range(0, 1000)] = 1  # Hidden layers; 0 makes the head linear.
+    projection_dim: Width = 128  # Width of the projections to cluster.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    name: str | None = None
-    """An open_clip model such as RN50; else small towers."""
-    pretrained: str | None = None
-    """Tag of open_clip's weights for model.name."""
-    checkpoint: str | None = None
-    """Run or checkpoint folder to start from."""
-    embed_dim: Width = 256
-    """Joint feature width of the small towers."""
+    name: str | None = None  # An open_clip model such as RN50; else small towers.
+    pretrained: str | None = None  # Tag of open_clip's weights for model.name.
+    checkpoint: str | None = None  # Run or checkpoint folder to start from.
+    embed_dim: Width = 256  # Joint feature width of the small towers.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
@@ -203,108 +156,67 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
-    size: Count = 4096
-    """Pairs in an episode."""
-    count: Count = 35
-    """Episodes in the run."""
-    batch_size: BatchSize = 256
-    """Pairs in a step, of all ranks together."""
-    micro_batch_size: BatchSize | None = None
-    """Pairs in the towers at once (GradCache)."""
-    replacement: bool = True
-    """Draw pairs with replacement."""
-    warm_up: CountOrZero = 1
-    """First episodes, with InfoNCE alone."""
-    locked_image: CountOrZero = 1
-    """Last episodes, with the image tower locked."""
+    size: Count = 4096  # Pairs in an episode.
+    count: Count = 35  # Episodes in the run.
+    batch_size: BatchSize = 256  # Pairs in a step, of all ranks together.
+    micro_batch_size: BatchSize | None = None  # Pairs in the towers at once (GradCache).
+    replacement: bool = True  # Draw pairs with replacement.
+    warm_up: CountOrZero = 1  # First episodes, with InfoNCE alone.
+    locked_image: CountOrZero = 1  # Last episodes, with the image tower locked.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
-    source: Literal["auto", "extract", "queue"] = "auto"
-    """auto is queue with a teacher, else extract: a pass over the episode, as in the paper."""
-    extract_transform: Literal["evaluation", "training"] = "evaluation"
-    """How extraction sees images."""
-    number: Count = 400
-    """Prototypes per modality."""
-    init: Literal["k-means++", "random"] = "k-means++"
-    """Where K-means starts."""
-    iterations: Count = 6
-    """K-means iterations."""
-    restarts: Count = 1
-    """K-means runs; the best counts."""
-    back_translation: bool = True
-    """Use PBT, as the paper does."""
-    target_temperature: Positive = 0.01
-    """Temperature of the soft targets."""
-    hard_targets: bool = False
-    """One-hot targets instead of soft ones."""
-    mask_empty: bool = True
-    """Leave empty clusters out of the softmax."""
+    source: Literal["auto", "extract", "queue"] = "auto"  # Of features to cluster.
+    extract_transform: Literal["evaluation", "training"] = "evaluation"  # How they see images.
+    number: Count = 400  # Prototypes per modality.
+    init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
+    iterations: Count = 6  # K-means iterations.
+    restarts: Count = 1  # K-means runs; the best counts.
+    back_translation: bool = True  # Use PBT, as the paper does.
+    target_temperature: Positive = 0.01  # Temperature of the soft targets.
+    hard_targets: bool = False  # One-hot targets instead of soft ones.
+    mask_empty: bool = True  # Leave empty clusters out of the softmax.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    name: str = "teacher"
-    """Name in metrics."""
-    features: str | None = None
-    """A folder of embed-teacher, Parquet, .npy or emoji (bundled)."""
-    weight: NotNegative = 1.0
-    """Factor to loss.teacher."""
-    number: Count = 400
-    """Prototypes of the teacher's space."""
-    target_temperature: Positive = 0.01
-    """Temperature of the soft targets."""
-    hard_targets: bool = True
-    """One-hot targets, as in the paper."""
+    name: str = "teacher"  # Name in metrics.
+    features: str | None = None  # Folder of embed-teacher, or a file; or emoji.
+    weight: NotNegative = 1.0  # Factor to loss.teacher.
+    number: Count = 400  # Prototypes of the teacher's space.
+    target_temperature: Positive = 0.01  # Temperature of the soft targets.
+    hard_targets: bool = True  # One-hot targets, as in the paper.
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    info_nce: NotNegative = 1.0
-    """Weight of InfoNCE."""
-    prototypical: NotNegative = 1.0
-    """Weight of the prototypical loss; 0 is CLIP."""
-    teacher: NotNegative = 1.0
-    """Weight of the external teachers' loss."""
+    info_nce: NotNegative = 1.0  # Weight of InfoNCE.
+    prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
+    teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    learning_rate: Positive | None = None
-    """Peak rate; else from the model."""
-    image_lr_scale: Positive = 1.0
-    """Factor to the rate of the image tower."""
-    text_lr_scale: Positive = 1.0
-    """Factor to the rate of the text tower."""
-    heads_lr_scale: Positive = 0.01
-    """Factor to the rate of the heads."""
-    warm_up_steps: CountOrZero | None = None
-    """Linear warm-up; else from the model."""
-    locked_learning_rate: NotNegative | None = None
-    """Peak rate of the locked stage; 0: no own cosine."""
-    betas: tuple[Decay, Decay] | None = None
-    """Of AdamW, such as 0.9 0.98; else from the model."""
-    eps: Positive | None = None
-    """Of AdamW; else from the model."""
-    weight_decay: NotNegative | None = None
-    """Of matrices and filters; else from the model."""
-    heads_weight_decay: NotNegative | None = None
-    """Of the heads; else from the model."""
-    clip_norm: Positive = 10.0
-    """Largest norm of the whole gradient."""
+    learning_rate: Positive | None = None  # Peak rate; else from the model.
+    image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
+    text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
+    heads_lr_scale: Positive = 0.01  # Factor to the rate of the heads.
+    warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
+    locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.
+    betas: tuple[Decay, Decay] | None = None  # Of AdamW, such as 0.9 0.98; else from the model.
+    eps: Positive | None = None  # Of AdamW; else from the model.
+    weight_decay: NotNegative | None = None  # Of matrices and filters; else from the model.
+    heads_weight_decay: NotNegative | None = None  # Of the heads; else from the model.
+    clip_norm: Positive = 10.0  # Largest norm of the whole gradient.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """fsdp shards the model (FSDP2)."""
-    activation_checkpointing: bool = False
-    """Recompute activations: less memory."""
-    sync_batch_norm: bool = False
-    """BatchNorm over all ranks."""
-    compile: bool = False
-    """Compile the towers (torch.compile)."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards the model (FSDP2).
+    activation_checkpointing: bool = False  # Recompute activations: less memory.
+    sync_batch_norm: bool = False  # BatchNorm over all ranks.
+    compile: bool = False  # Compile the towers (torch.compile).
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,8 +229,7 @@ class Config:
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
     prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    teachers: list[TeacherConfig] = field(default_factory=list)
-    """Several external teachers, instead of teacher."""
+    teachers: list[TeacherConfig] = field(default_factory=list)  # Several, instead of teacher.
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -338,7 +249,7 @@ class Config:
 
     @property
     def prototype_source(self) -> Literal["extract", "queue"]:
-        """`prototypes.source`, with `auto` decided."""
+        """`prototypes.source`; `auto` is queue with a teacher, else extract, as in the paper."""
         if self.prototypes.source != "auto":
             return self.prototypes.source
         return "queue" if self.uses_teacher else "extract"
@@ -384,13 +295,12 @@ def read(name: str, value: Any, hint: Any) -> Any:
     """A setting's value, checked against its annotation."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return require_within(name, read(name, value, inner[0]), inner[1])
+        return within(name, read(name, value, inner[0]), inner[1])
     if origin in (Union, UnionType):
         if value is None:
             return None
-        kinds = [kind for kind in inner if kind is not NoneType]
-        listed = [kind for kind in kinds if get_origin(kind) is list]
-        return read(name, value, (listed if isinstance(value, list) and listed else kinds[::-1])[0])
+        kinds = [kind for kind in inner if kind is not NoneType]  # of two, a list comes first
+        return read(name, value, kinds[0 if isinstance(value, list) else -1])
     if origin is Literal:
         if value not in inner:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(inner)}")
@@ -408,14 +318,14 @@ def read(name: str, value: Any, hint: Any) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        wants = {int: "no whole number; give one", float: "no number; give one", str: "no text"}
+        wants = {int: "no whole number", float: "no number", str: "no text"}
         raise ValueError(f"{name}: {value!r} is {wants.get(hint, 'neither true nor false')}")
     if hint is float and not math.isfinite(value):
-        raise ValueError(f"{name}: {value} is not finite; give a number")
+        raise ValueError(f"{name}: {value} is not finite")
     return value
 
 
-def require_within(name: str, value: Any, limits: Range) -> Any:
+def within(name: str, value: Any, limits: Range) -> Any:
     if value < limits.least == ABOVE_0:
         hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
         raise ValueError(f"{name}: {value} needs to be above 0{hint}")
@@ -435,66 +345,55 @@ def check(config: Config) -> list[str]:
     """
     build(Config, vars(config))
     episodes, run, text = config.episodes, config.run, config.model.text
+    size, batch_size = episodes.size, episodes.batch_size
+    stages = episodes.warm_up + episodes.locked_image
     if text.width % text.heads:
-        raise ValueError(
-            f"model.text.heads: {text.heads} heads do not divide model.text.width ({text.width})"
-        )
+        raise ValueError(f"model.text.heads: {text.heads} does not divide model.text.width")
     if run.evaluate_every and not config.data.has_held_out_splits:
-        raise ValueError(
-            "run.evaluate_every: data.train has no held-out split to evaluate on; set it to 0"
-        )
+        raise ValueError("run.evaluate_every: data.train has no held-out split; set it to 0")
     if run.keep_best is not None and not run.evaluate_every:
-        raise ValueError(
-            "run.keep_best: nothing is evaluated during training; set run.evaluate_every, or leave "
-            "run.keep_best out"
-        )
+        raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
+    if config.model.pretrained and not config.model.name:
+        raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     check_sources(config.data)
     check_teachers(config)
-    if episodes.batch_size > episodes.size:
+    if batch_size > size:
+        raise ValueError(f"episodes.batch_size: {batch_size} is larger than episodes.size ({size})")
+    if size % batch_size:
+        nearest = size - size % batch_size
         raise ValueError(
-            f"episodes.batch_size: {episodes.batch_size} is larger than episodes.size "
-            f"({episodes.size}); lower it or raise episodes.size"
+            f"episodes.size: {size} is no multiple of episodes.batch_size ({batch_size}); "
+            f"try {nearest}"
         )
-    if episodes.size % episodes.batch_size:
-        nearest = episodes.size // episodes.batch_size * episodes.batch_size
-        raise ValueError(
-            f"episodes.size: {episodes.size} is no multiple of episodes.batch_size "
-            f"({episodes.batch_size}); try {nearest}"
-        )
-    if episodes.warm_up + episodes.locked_image > episodes.count:
+    if stages > episodes.count:
         raise ValueError(
             f"episodes.count: {episodes.count} is less than episodes.warm_up + "
-            f"episodes.locked_image ({episodes.warm_up} + {episodes.locked_image})"
+            f"episodes.locked_image ({stages})"
         )
     numbers = {"prototypes": config.prototypes.number} if config.loss.prototypical else {}
     numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
     for name, number in numbers.items():
-        if not 2 <= number <= episodes.size:
+        if not 2 <= number <= size:
             raise ValueError(
-                f"{name}.number: {number} needs to be between 2 and episodes.size ({episodes.size})"
+                f"{name}.number: {number} needs to be between 2 and episodes.size ({size})"
             )
     if not config.loss.info_nce and not config.uses_prototypes:
         raise ValueError("loss: all weights are 0, so there is nothing to train; raise one")
-    if not config.loss.info_nce and (episodes.warm_up or episodes.locked_image):
+    if not config.loss.info_nce and stages:
         raise ValueError(
             "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
             "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
         )
-    if config.model.pretrained and not config.model.name:
-        raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     return without_effect(config)
 
 
 def check_sources(data: DataConfig) -> None:
     if data.sources and data.train != DataConfig().train:
         raise ValueError("data.sources: takes the place of data.train; leave one of them out")
-    weights = [source.weight for source in data.sources]
-    if any(weight is None for weight in weights) and any(weights):
+    if len({source.weight is None for source in data.sources}) > 1:
         raise ValueError("data.sources: give every source a weight, or none")
     if data.shuffle_captions and data.read == "streaming":
-        raise ValueError(
-            "data.shuffle_captions: needs samples in any order; not data.read = streaming"
-        )
+        raise ValueError("data.shuffle_captions: does not go with data.read = streaming")
 
 
 def check_teachers(config: Config) -> None:
@@ -511,39 +410,41 @@ def check_teachers(config: Config) -> None:
 
 def without_effect(config: Config) -> list[str]:
     """One note for each setting that differs from its default and changes nothing in this run."""
-    default, notes = Config(), []
-    loss, model, prototypes = config.loss, config.model, config.prototypes
-    clip, queued = not config.uses_prototypes, config.prototype_source == "queue"
+    data, episodes, loss, model = config.data, config.episodes, config.loss, config.model
+    clip, no_prototypical = not config.uses_prototypes, loss.prototypical == 0
+    queue = config.prototype_source == "queue" and not clip and episodes.warm_up > 0
+    in_workers = data.cache == "ram" and data.workers > 0
+    hard = config.prototypes.hard_targets and not no_prototypical
+    has_teacher = bool(config.teachers or config.teacher.features)
+    unused = clip and "no loss uses prototypes"
+    no_target = no_prototypical and not clip and "loss.prototypical is 0"
+    no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
+    named = model.name is not None and f"model.name is {model.name}"
+    reasons = {
+        "data.cache_gb": in_workers and "worker processes keep no images in memory",
+        "prototypes.*": clip and "loss.prototypical is 0",
+        "prototypes.number": no_target,
+        "prototypes.hard_targets": no_target,
+        "prototypes.target_temperature": no_target or (hard and "prototypes.hard_targets is set"),
+        "prototypes.extract_transform": queue and "prototypes come from the queue",
+        "episodes.warm_up": unused,
+        "optim.heads_lr_scale": unused,
+        "optim.heads_weight_decay": unused,
+        "teacher.*": no_teacher,
+        "teachers.*": no_teacher,
+        "loss.teacher": not config.uses_teacher and loss.teacher > 0 and "no teacher has features",
+        "optim.locked_learning_rate": not episodes.locked_image and "episodes.locked_image is 0",
+        "model.embed_dim": named,
+        "model.image.name": named,
+        "model.text.width": named,
+        "model.text.heads": named,
+        "model.text.layers": named,
+    }
 
-    def note(holds: bool, why: str, *names: str) -> None:
-        for name in names if holds else ():
-            path = name.removesuffix(".*").split(".")
-            if reduce(getattr, path, config) != reduce(getattr, path, default):
-                notes.append(f"{name}: no effect{why}")
+    def is_set(name: str) -> bool:
+        path = name.removesuffix(".*").split(".")
+        return bool(reduce(getattr, path, config) != reduce(getattr, path, Config()))
 
-    in_workers = config.data.cache == "ram" and config.data.workers > 0
-    note(in_workers, ", since worker processes keep no images in memory", "data.cache_gb")
-    note(clip, ", since loss.prototypical is 0", "prototypes.*")
-    note(
-        loss.prototypical == 0 and not clip,
-        ", since loss.prototypical is 0",
-        *("prototypes.number", "prototypes.target_temperature", "prototypes.hard_targets"),
-    )
-    note(
-        queued and not clip and config.episodes.warm_up > 0,
-        ", since prototypes come from the queue",
-        "prototypes.extract_transform",
-    )
-    soft = loss.prototypical > 0 and prototypes.hard_targets
-    note(soft, " with prototypes.hard_targets", "prototypes.target_temperature")
-    heads = ("episodes.warm_up", "optim.heads_lr_scale", "optim.heads_weight_decay")
-    note(clip, ", since no loss uses prototypes", *heads)
-    features = bool(config.teachers or config.teacher.features)
-    note(loss.teacher == 0 and features, ", since loss.teacher is 0", "teacher.*", "teachers.*")
-    note(loss.teacher > 0 and not config.uses_teacher, " without teacher.features", "loss.teacher")
-    unlocked = config.episodes.locked_image == 0
-    note(unlocked, ", since episodes.locked_image is 0", "optim.locked_learning_rate")
-    towers = ("embed_dim", "image.name", "text.width", "text.heads", "text.layers")
-    named = f", since model.name is {model.name}"
-    note(model.name is not None, named, *(f"model.{name}" for name in towers))
-    return notes
+    return [
+        f"{name}: no effect, since {why}" for name, why in reasons.items() if why and is_set(name)
+    ]

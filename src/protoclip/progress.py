@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import Progress as Display
-from rich.progress import TaskID, TextColumn
+from rich.progress import TextColumn
 from rich.table import Column
 
 
@@ -35,26 +35,21 @@ def display(stream: Any) -> Display:
 class Progress:
     """Shows how far a task of `total` units is, and how long is left.
 
-    A terminal shows a line for each task; elsewhere a line is printed every `interval` seconds.
+    A terminal shows a line for each task; elsewhere a line is printed every 15 seconds.
     """
 
-    def __init__(self, label: str, total: int, *, interval: float = 15.0) -> None:
+    def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.first = label, total, -1
         self.stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         self.display = display(self.stream) if self.stream.isatty() else None
-        self.task: TaskID | None = None
-        self.interval = 0.2 if self.display else interval
-        self.start()
-
-    def start(self) -> None:
-        """Count time from now instead of from construction."""
+        self.task: Any = None
+        self.interval = 0.2 if self.display else 15.0
         self.started = self.last_shown = time.monotonic()
 
     def update(self, done: int, detail: str = "") -> None:
         """Report `done` units of work, counted from the task's beginning (before a resume too)."""
-        now = time.monotonic()
+        now, finished = time.monotonic(), done >= self.total
         self.first = done if self.first < 0 else self.first
-        finished = done >= self.total
         if now - self.last_shown < self.interval and not finished:
             return
         self.last_shown = now
@@ -63,10 +58,10 @@ class Progress:
         if made and not finished:
             at += f", {duration((self.total - done) * passed / made)} left"
         about = f" ({detail})" if detail else ""
+        what = self.label + about
         if self.display is None:
             print(f"{self.label}: {at}{about}", file=self.stream, flush=True)
             return
-        what = f"{self.label}{about}"
         if self.task is None:
             self.task = self.display.add_task(what, total=None, at=at)
             self.display.start()

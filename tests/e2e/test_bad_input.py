@@ -27,7 +27,6 @@ def error_of(line: str, capsys: pytest.CaptureFixture[str], *, lines: int = 1) -
     ("options", "message"),
     [
         ("--run.sede 1", "run.sede: no such setting; did you mean run.seed?"),
-        ("--data.shuffle 9", "data.shuffle: is data.shuffle_buffer now"),
         ("--run.seed", "--run.seed: needs a value"),
         ("--run.seed abc", "run.seed: 'abc' is no whole number"),
         ("--loss.info_nce nan", "loss.info_nce: nan is not finite"),
@@ -114,7 +113,7 @@ def test_other_commands_name_what_is_missing(
         "evaluate": "path: is missing",
         "embed-teacher --out here": "teacher: is missing",
         "unknown": "unknown: choose one of train, evaluate",
-        "data": "data: choose one of",
+        "trian": "trian: did you mean train?",
         "": "no command: choose one of",
     }.items():
         assert message in error_of(line, capsys)

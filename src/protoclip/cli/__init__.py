@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 import time
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from protoclip.cli.compare import Compare
@@ -41,18 +42,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     try:
         if not name:
-            said = " ".join(words) or "no command"
-            raise ValueError(f"{said}: choose one of {', '.join(COMMANDS)}")
-        command = parse(COMMANDS[name], words)
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    try:
-        command()
+            said = " ".join(words)
+            close = get_close_matches(said, COMMANDS, n=1)
+            what = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+            raise ValueError(f"{said or 'no command'}: {what}")
+        parse(COMMANDS[name], words)()
     except KeyboardInterrupt:
         print("protoclip: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        report(error)
+        fail(error)
 
 
 def overview() -> str:
@@ -61,35 +60,32 @@ def overview() -> str:
     return "\n".join(["usage: protoclip COMMAND [OPTIONS]", "", *aligned(rows), "", hint])
 
 
-def report(error: Exception) -> NoReturn:
-    """End with one line for an error that a user can do something about; raise others again."""
-    from protoclip.distributed import collectives
-    from protoclip.training.guard import out_of_memory
+def fail(error: Exception) -> NoReturn:
+    """End with one line for an error that a user can do something about; raise others again.
 
-    lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, collectives.RaisedOnAnotherRank):
-        fail("")
-    if isinstance(error, ValueError):
-        # A worker process wraps its error in a traceback, whose last line is the message.
-        fail(lines[-1].removeprefix("ValueError: "))
-    if isinstance(error, OSError):
-        fail(str(error))
-    message = out_of_memory(error)
-    if message is None and not collectives.is_distributed():
-        raise error
-    fail(message or f"another rank has ended or does not answer ({lines[0]})", code=1)
-
-
-def fail(message: str, *, code: int = 2) -> NoReturn:
-    """End with one line. Of several ranks with the same error, rank 0 reports it."""
-    rank, together = 0, False
+    Of several ranks with the same error, rank 0 reports it.
+    """
+    rank, together, silent, code = 0, False, False, 2
     if "torch" in sys.modules or {"RANK", "SLURM_PROCID"} & os.environ.keys():
         from protoclip.distributed import collectives
 
         rank, together = collectives.launched()[0], collectives.is_distributed()
-    if not message or (rank and not together):
+        silent = isinstance(error, collectives.RaisedOnAnotherRank)
+    lines = str(error).strip().splitlines() or [""]
+    message: str | None = str(error)
+    if isinstance(error, ValueError):
+        # A worker process wraps its error in a traceback, whose last line is the message.
+        message = lines[-1].removeprefix("ValueError: ")
+    elif not isinstance(error, OSError):
+        from protoclip.training.guard import out_of_memory
+
+        message, code = out_of_memory(error), 1
+        if message is None and not together:
+            raise error
+        message = message or f"another rank has ended or does not answer ({lines[0]})"
+    if silent or (rank and not together):
         time.sleep(PATIENCE)  # the launcher ends this process when rank 0 ends
-    if message:
+    if not silent:
         print(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
     if together:  # the usual way out would wait for other ranks, which may be gone
         sys.stdout.flush()

@@ -7,17 +7,15 @@ from protoclip.files import to_json
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare finished runs; runs of one name and several seeds share a column.
+    """Compare finished runs, with 95% intervals.
 
-    Differences to the first run are paired, by seed or else by test sample,
-    with 95% intervals.
+    Runs of one name share a column. Differences to the first are paired, by
+    seed or else by test sample.
     """
 
-    runs: list[str]
-    """Run folders; the others are compared with the first one's name."""
+    runs: list[str]  # Run folders; the others are compared with the first one's name.
     _: KW_ONLY
-    json: bool = False
-    """Print the comparison as JSON."""
+    json: bool = False  # Print the comparison as JSON.
 
     def __call__(self) -> None:
         from protoclip.evaluation import compare

@@ -15,12 +15,10 @@ EPISODES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train and compare CLIP, ProtoCLIP, and ProtoCLIP with a teacher on emoji."""
+    """Train and compare CLIP and ProtoCLIP, also with a teacher."""
 
-    out: str = "runs/demo"
-    """Folder of the three runs."""
-    seed: int = 0
-    """Seed of all three."""
+    out: str = "runs/demo"  # Folder of the three runs.
+    seed: int = 0  # Seed of all three.
 
     def __call__(self) -> None:
         import torch
@@ -53,16 +51,9 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]]:
-    """Train and evaluate the three arms, print their table and say where to look.
+    """Train and evaluate the three arms; return their comparison, as written to `results.json`.
 
     Finished arms of an earlier call are kept; an interrupted one continues.
-
-    Args:
-        out: Folder of the demonstration.
-        seed: Seed of all three arms.
-
-    Returns:
-        The comparison, as written to `results.json` in the folder.
 
     Raises:
         ValueError: The folder holds something else than this demonstration.
@@ -74,8 +65,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     configs = arms(seed=seed, out=str(out))
     folders = {name: Path(config.run.out or "") for name, config in configs.items()}
     for name, config in configs.items():
-        folder = folders[name]
-        if folder.exists():
+        if (folder := folders[name]).exists():
             written = folder / "config.toml"
             settings = run.to_toml(optim.resolved(config)[0])
             if not written.is_file() or written.read_text(encoding="utf-8") != settings:

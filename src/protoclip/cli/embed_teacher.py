@@ -11,29 +11,20 @@ from protoclip.files import to_json
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedTeacher(Recipes):
-    """Write a frozen model's features of a data set, for teacher.features.
+    """Write a frozen model's features of a data set.
 
     After an interruption the same command continues.
     """
 
-    teacher: str
-    """hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, timm:MODEL, or a run folder."""
-    out: str
-    """Folder of the features."""
-    modality: Literal["auto", "text", "image"] = "auto"
-    """What the model reads; auto is images if it reads both."""
-    pooling: Literal["mean", "cls", "pooler"] = "mean"
-    """How the tokens of a text become one feature: mean, cls or pooler."""
-    width: Count | None = None
-    """Reduce the features to this width by PCA."""
-    batch_size: Count = 256
-    """Captions or images at once."""
-    device: str = "auto"
-    """As run.device."""
-    num_samples: Count | None = None
-    """Samples of a stream to read."""
-    json: bool = False
-    """Print the facts as JSON."""
+    teacher: str  # hf:NAME, minilm, open_clip:MODEL/TAG, timm:MODEL or a run.
+    out: str  # Folder of the features, for teacher.features.
+    modality: Literal["auto", "text", "image"] = "auto"  # auto prefers images.
+    pooling: Literal["mean", "cls", "pooler"] = "mean"  # From tokens to one feature.
+    width: Count | None = None  # Reduce the features to this width by PCA.
+    batch_size: Count = 256  # Captions or images at once.
+    device: str = "auto"  # As run.device.
+    num_samples: Count | None = None  # Samples of a stream to read.
+    json: bool = False  # Print the facts as JSON.
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self) -> None:

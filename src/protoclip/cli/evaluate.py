@@ -10,15 +10,12 @@ from protoclip.files import to_json
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run or a checkpoint on the bundled data's held-out concepts."""
+    """Evaluate a run or checkpoint on the emoji's held-out concepts."""
 
-    path: str
-    """A run folder or a checkpoint folder."""
+    path: str  # A run folder or a checkpoint folder.
     _: KW_ONLY
-    split: Literal["test", "validation"] = "test"
-    """test or validation; choose models on validation."""
-    json: bool = False
-    """Print the metrics as JSON."""
+    split: Literal["test", "validation"] = "test"  # Choose models on validation.
+    json: bool = False  # Print the metrics as JSON.
 
     def __call__(self) -> None:
         import torch

@@ -1,7 +1,7 @@
 """From a command line and recipes to a command with its settings, and to its help.
 
-A command is a dataclass: positional fields are positional arguments, keyword-only fields are
-options, and nested dataclasses are sections of settings (`--section.name value`).
+A command is a dataclass: positional fields are positional arguments, keyword-only fields options,
+and nested dataclasses sections (`--section.name value`). The comment behind a field is its help.
 """
 
 import ast
@@ -18,7 +18,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
@@ -28,6 +28,7 @@ from protoclip.config import PERMISSIONS, Config, build, unknown
 Command = TypeVar("Command")
 # Settings that may name a file or folder beside the recipe.
 PLACES = {"train", "path", "root", "checkpoint", "features"}
+NOT_GIVEN = "\0"  # stands for an option that the command line does not mention
 REGISTRY = ConstructorRegistry()
 
 
@@ -35,12 +36,7 @@ REGISTRY = ConstructorRegistry()
 class Recipes:
     """A command whose sections may come from recipes."""
 
-    config: list[str] = field(default_factory=list)
-    """Recipe: settings as TOML. May be repeated."""
-
-
-class NotGiven(str):
-    """Stands for an option that the command line does not mention."""
+    config: list[str] = field(default_factory=list)  # Recipe: settings as TOML. May be repeated.
 
 
 def parse(kind: type[Command], arguments: list[str]) -> Command:
@@ -50,31 +46,26 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
         ValueError: In one line that names the option, or the recipe and its setting.
     """
     hints, known = get_type_hints(kind), dict(options(kind))
+    words, given = with_values(arguments, known), cast(Any, None)
     with redirect_stderr(io.StringIO()) as said:
         try:
-            given: Any
             given, rest = tyro.cli(
-                kind,
-                args=with_values(arguments, known),
-                registry=REGISTRY,
-                return_unknown_args=True,
-                add_help=False,
+                kind, args=words, registry=REGISTRY, return_unknown_args=True, add_help=False
             )
         except SystemExit:
             found = re.search(r"Missing value for argument '(.+?)'", said.getvalue())
             raise ValueError(f"{found[1]}: needs a value" if found else said.getvalue()) from None
-    if rest and isinstance(given.get("runs"), list) and not rest[0].startswith("-"):
-        given["runs"] += rest  # tyro takes one group of them: `compare a --json b` leaves b
-    elif rest:
-        name = rest[0].partition("=")[0].lstrip("-").replace("-", "_")
-        option = rest[0].startswith("-")
-        raise ValueError(unknown(name, [*known]) if option else f"{name}: unexpected argument")
+    for word in rest:
+        if word.startswith("-"):
+            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            raise ValueError(unknown(name, [*known]))
+        if "runs" not in given:
+            raise ValueError(f"{word}: unexpected argument")
+        given["runs"].append(word)  # tyro takes one group of them: `compare a --json b` leaves b
     tree: dict[str, Any] = {}
     for path in given.get("config", []):
-        recipe = read_recipe(Path(path))
-        sections = get_type_hints(Config)
-        taken = {name: recipe[name] for name in recipe if hints.get(name) == sections[name]}
-        tree = merged(tree, taken)
+        recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
+        tree = merged(tree, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
     return build(kind, merged(tree, given))
 
 
@@ -94,12 +85,12 @@ def with_values(words: list[str], known: Mapping[str, Any]) -> list[str]:
     for word, following in pairwise([*words, ""]):
         name = word.removeprefix("--").replace("-", "_")
         positive = re.sub(r"(^|\.)no_", r"\1", name)
-        if known.get(name) is bool and following.lower() not in ("true", "false"):
-            result += [word, "true"]
-        elif name != positive and known.get(positive) is bool:
+        if name not in known and known.get(positive) is bool:
             result += [f"--{positive}", "false"]
-        else:
-            result.append(word)
+            continue
+        result.append(word)
+        if known.get(name) is bool and following.lower() not in ("true", "false"):
+            result.append("true")
     return result
 
 
@@ -111,20 +102,21 @@ def as_tree(info: Any) -> StructConstructorSpec | None:
     hints = get_type_hints(info.type)
 
     def instantiate(**values: Any) -> dict[str, Any]:
-        mentioned = {k: v for k, v in values.items() if v != {} and not isinstance(v, NotGiven)}
-        return {k: value_of(v, hints[k]) for k, v in mentioned.items() if v != []}
+        given = {k: v for k, v in values.items() if v not in ({}, [], NOT_GIVEN)}
+        return {k: value_of(v, hints[k]) for k, v in given.items()}
 
     specs = []
     for entry in fields(info.type):
         hint = hints[entry.name]
+        kinds = {get_origin(hint), *map(get_origin, get_args(hint))}
         kind: Any = str
-        default: Any = NotGiven()
+        default: Any = NOT_GIVEN
         if is_dataclass(hint):
             kind, default = hint, tyro.MISSING_NONPROP
-        elif kinds := {list, tuple} & {get_origin(hint), *map(get_origin, get_args(hint))}:
+        elif list in kinds and entry.kw_only:  # repeat the option to add more
+            kind, default = tyro.conf.UseAppendAction[list[str]], []
+        elif {list, tuple} & kinds:
             kind, default = list[str], []
-            if entry.kw_only and list in kinds:  # repeat the option to add more
-                kind = tyro.conf.UseAppendAction[list[str]]
         kind = kind if entry.kw_only else tyro.conf.Positional[kind]  # type: ignore[misc]
         specs.append(StructFieldSpec(name=entry.name, type=kind, default=default, helptext=None))
     return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
@@ -197,21 +189,21 @@ def help_text(command: str, kind: type[Any]) -> str:
 
 
 def section_help(kind: type[Any], prefix: str = "") -> Iterator[str]:
-    """The settings of a section, one line each where it fits the terminal; then its sections."""
-    hints, texts, rows = get_type_hints(kind), descriptions(kind), {}
+    """The settings of a section, one line each; then its sections."""
+    hints, texts = get_type_hints(kind), descriptions(kind)
+    rows: dict[str, str] = {}
+    sections: list[str] = []
     for entry in fields(kind):
-        if not is_dataclass(hint := hints[entry.name]):
-            name = f"--{prefix}{entry.name}" if entry.kw_only else entry.name.upper()
-            default = "on" if entry.default is True else entry.default
-            choices = get_args(hint) if get_origin(hint) is Literal else ()
-            shown = "|".join([str(default), *(c for c in choices if c != default)])
-            silent = default is None or default is False or default is MISSING
-            rows[name] = texts[entry.name] + ("" if silent else f" [{shown}]")
-    yield ""
-    yield from aligned(rows)
-    for name, hint in hints.items():
+        hint, default = hints[entry.name], "on" if entry.default is True else entry.default
         if is_dataclass(hint):
-            yield from section_help(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            sections += section_help(hint, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+            continue
+        name = f"--{prefix}{entry.name}" if entry.kw_only else entry.name.upper()
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        shown = "|".join([str(default), *(c for c in choices if c != default)])
+        silent = default is None or default is False or default is MISSING
+        rows[name] = texts[entry.name] + ("" if silent else f" [{shown}]")
+    return iter(["", *aligned(rows), *sections])
 
 
 def aligned(rows: Mapping[str, str]) -> Iterator[str]:
@@ -223,11 +215,6 @@ def aligned(rows: Mapping[str, str]) -> Iterator[str]:
 
 
 def descriptions(kind: type[Any]) -> dict[str, str]:
-    """The docstrings below the fields of a class and of its parents."""
-    found = {}
-    for owner in kind.__mro__[:-1]:
-        (node,) = ast.parse(inspect.getsource(owner)).body
-        for entry, text in pairwise(node.body):  # type: ignore[attr-defined]
-            if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[ast.unparse(entry.target)] = " ".join(ast.literal_eval(text.value).split())
-    return found
+    """The comments behind the fields of a class and of its parents."""
+    sources = [inspect.getsource(owner) for owner in kind.__mro__[:-1]]
+    return dict(re.findall(r"^    (\w+): .*  # (.+)$", "".join(sources), re.MULTILINE))

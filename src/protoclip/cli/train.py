@@ -13,10 +13,8 @@ from protoclip.config import Config
 class Train(Config, Recipes):
     """Train a model and evaluate it."""
 
-    resume: Literal["never", "auto"] = "never"
-    """auto continues the run in the folder, or starts one."""
-    json: bool = False
-    """Print the results as JSON."""
+    resume: Literal["never", "auto"] = "never"  # auto continues the run in the folder.
+    json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
         import torch

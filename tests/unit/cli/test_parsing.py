@@ -33,13 +33,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     ("line", "expected"),
     [
         ("compare a b --json", {"runs": ["a", "b"], "json": True}),
-        ("--json compare a b", {"runs": ["a", "b"], "json": True}),
         ("compare a --json b", {"runs": ["a", "b"], "json": True}),
         ("compare a --json=false", {"runs": ["a"], "json": False}),
         ("evaluate --split=validation a", {"path": "a", "split": "validation"}),
-        ("data --every inspect a", {"source": "a", "every": True}),
         ("data inspect --every true --montage none a", {"source": "a", "montage": None}),
-        ("data pack a b --resize 64", {"source": "a", "out": "b", "resize": 64}),
         ("train --run.no-evaluate", {"run.evaluate": False}),
         ("train --run.evaluate false --json", {"run.evaluate": False, "json": True}),
         ("train --data.allow-links --resume auto", {"data.allow_links": True, "resume": "auto"}),
@@ -48,10 +45,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("train --optim.betas 0.5 .6 --json", {"optim.betas": (0.5, 0.6), "json": True}),
         ("train --optim.betas [0.5,0.6]", {"optim.betas": (0.5, 0.6)}),
         ("train --data.caption_column a", {"data.caption_column": "a"}),
-        (
-            "train --data.caption_column a --data.caption_column b",
-            {"data.caption_column": ["a", "b"]},
-        ),
         ('train --data.caption_column ["a","b"]', {"data.caption_column": ["a", "b"]}),
         (
             'train --data.sources [{"path":"a","weight":2}]',
@@ -132,28 +125,25 @@ def test_help_fits_the_terminal(
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("     ")], "a setting takes one line"
     assert lines[0].startswith(f"usage: protoclip {command}".rstrip())
     assert len(lines) > 5
     assert all(len(line) <= 80 for line in lines)
 
 
 def test_commands_import_what_they_need() -> None:
-    """The package and the command line need no torch, `data inspect` no models."""
+    """The package and the command line need no torch, sources of data no models."""
     code = """
 import sys, protoclip, protoclip.cli
 print("torch" in sys.modules, protoclip.Config.__name__)
 import protoclip.data.inspect, protoclip.data.sources
-print(protoclip.cli.data.ClipTokens()(["a red apple", ""]))
 print({"open_clip", "timm", "sklearn", "protoclip.models", "protoclip.training"} & {*sys.modules})
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split("\n") == ["False Config", "[5, 2]", "set()", ""]
+    assert found.stdout.split("\n") == ["False Config", "set()", ""]
 
 
 def test_public_names_are_where_the_package_looks_for_them() -> None:
-    assert sorted(name for names in protoclip._MODULES.values() for name in names) == sorted(
-        protoclip.__all__
-    )
     for module, names in protoclip._MODULES.items():
         source = Path(protoclip.__file__).parent / f"{module.replace('.', '/')}.py"
         for name in names:
