@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 from fsspec.registry import _registry  # noqa: E402
 
-from protoclip.testing import return_memory
+from protoclip.testing import return_memory  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -95,7 +95,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str = "emoji"  # File, hf:OWNER/NAME, shards, folder: docs/data.md.
+    train: str = "emoji"  # Table, hf:OWNER/NAME, shards or folder.
     sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
     image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
