@@ -52,7 +52,7 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
     torch.set_flush_denormal(True)
     device = torch.device("cpu")
     with collectives.process_group(device), tempfile.TemporaryDirectory() as folder:
-        model = loading.place(loading.model(config.model, seed=0), device)
+        model = loading.to_device(loading.model(config.model, seed=0), device)
         loading.parallelise(config, model)
         built = run.Run(config, model, sources.pairs(config), folder=Path(folder))
         for index in range(2 if profiled else config.episodes.count):

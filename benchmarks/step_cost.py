@@ -111,7 +111,7 @@ def episode_seconds(
         config, episodes=replace(config.episodes, count=1 + COUNTED, warm_up=1, locked_image=0)
     )
     device = collectives.device(config.run.device)
-    model = loading.place(loading.model(config.model, seed=0), device)
+    model = loading.to_device(loading.model(config.model, seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         built = run.Run(config, model, samples, folder=Path(folder))

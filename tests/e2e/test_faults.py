@@ -263,4 +263,4 @@ def test_running_out_of_memory_is_one_line(
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(recipe)])
     shown = capsys.readouterr().err.strip().splitlines()[-1]
-    assert shown.startswith("protoclip: error: out of memory: set episodes.micro_batch_size")
+    assert shown.startswith("protoclip: error: out of memory on the device: set episodes.micro")

@@ -33,8 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     # The command may stand behind options: `protoclip --json compare a b`.
-    found = [name for name in COMMANDS if set(name.split()) <= set(words)]
-    name = min(found, key=lambda name: words.index(name.split()[0]), default="")
+    places = {
+        place: name
+        for name in COMMANDS
+        for place in range(len(words))
+        if words[place : place + len(name.split())] == name.split()
+    }
+    name = places[min(places)] if places else ""
     for part in name.split():
         words.remove(part)
     if not {"-h", "--help"}.isdisjoint(words):

@@ -160,7 +160,13 @@ def difference(
                 ends = np.quantile(other_draws[metric] - draws[metric], [0.025, 0.975])
                 interval, kind, n = (float(ends[0]), float(ends[1])), "bootstrap", len(ids)
     beyond = interval is not None and not interval[0] <= 0 <= interval[1]
-    return {"mean": float(mean), "interval": interval, "n": n, "kind": kind, "beyond": beyond}
+    return {
+        "mean": float(mean),
+        "interval": interval and list(interval),
+        "n": n,
+        "kind": kind,
+        "beyond": beyond,
+    }
 
 
 def t_interval(differences: Sequence[float]) -> tuple[float, float]:

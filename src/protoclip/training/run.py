@@ -117,6 +117,8 @@ def train_together(
                     "another with --run.out"
                 ) from None
             checkpoint = newest_intact(folder, notes) if begun else None
+            if checkpoint is not None:
+                run.check_arithmetic(checkpoint)
             write_atomically(folder / "config.toml", to_toml(config))
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
@@ -326,6 +328,16 @@ class Run:
         if self.log is not None:
             self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
 
+    def check_arithmetic(self, checkpoint: Path) -> None:
+        """Refuse to go on with another device or precision, which would round differently."""
+        for setting, before in read_json(checkpoint / STATE).get("arithmetic", {}).items():
+            if before != self.arithmetic.get(setting, before):
+                raise ValueError(
+                    f"{setting}: this run was computed with {before}, and here it would be "
+                    f"{self.arithmetic[setting]}; go on on a machine like the first, or choose "
+                    "another folder with --run.out"
+                )
+
     def restore(self, checkpoint: Path) -> int:
         """Go on from a checkpoint; returns the bytes of the metrics that were logged until then.
 
@@ -346,13 +358,6 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Load what `save` saved; returns the bytes of the metrics that were logged until then."""
-        for setting, before in state["arithmetic"].items():
-            if before != self.arithmetic[setting]:
-                raise ValueError(
-                    f"{setting}: this run was computed with {before}, and here it would be "
-                    f"{self.arithmetic[setting]}; go on on a machine like the first, or choose "
-                    "another folder with --run.out"
-                )
         self.trainer.load_state_dict(state)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
