@@ -157,16 +157,11 @@ def difference(
             (samples, draws), (others, other_draws) = map(resample, files)
             ids, other_ids = (sorted(of.rows(metric)["sample_id"]) for of in (samples, others))
             if metric in draws and ids == other_ids:
-                ends = np.quantile(other_draws[metric] - draws[metric], [0.025, 0.975])
-                interval, kind, n = (float(ends[0]), float(ends[1])), "bootstrap", len(ids)
+                low, high = np.quantile(other_draws[metric] - draws[metric], [0.025, 0.975])
+                interval, kind, n = (float(low), float(high)), "bootstrap", len(ids)
     beyond = interval is not None and not interval[0] <= 0 <= interval[1]
-    return {
-        "mean": float(mean),
-        "interval": interval and list(interval),
-        "n": n,
-        "kind": kind,
-        "beyond": beyond,
-    }
+    ends = None if interval is None else list(interval)
+    return {"mean": float(mean), "interval": ends, "n": n, "kind": kind, "beyond": beyond}
 
 
 def t_interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -194,9 +189,12 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
         found = [entry["metrics"].get(key) for entry in entries]
         table.add_row(escape(label), *(escape(cell(v, scale=scale, digits=digits)) for v in found))
     table.add_section()
-    for label, key in (("samples seen", "samples_seen"), ("training, seconds", "train_seconds")):
-        means = [entry[key]["mean"] for entry in entries]
-        table.add_row(label, *("-" if mean is None else f"{mean:,.0f}" for mean in means))
+    seen = [entry["samples_seen"]["mean"] for entry in entries]
+    table.add_row("samples seen", *("-" if mean is None else f"{mean:,.0f}" for mean in seen))
+    seconds = [entry["train_seconds"]["mean"] for entry in entries]
+    ratios = [f" ({s / seconds[0]:.2f})" if s is not None and seconds[0] else "" for s in seconds]
+    shown = ["-" if s is None else f"{s:,.0f}{r}" for s, r in zip(seconds, ratios, strict=True)]
+    table.add_row("training, seconds (ratio)", *shown)
     console = Console()
     if not console.is_terminal:
         console = Console(width=40 + 30 * len(entries))  # as wide as it needs to be

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -178,6 +179,7 @@ class CheckpointWriter:
         facts = {MODEL: self.description, STATE: split({"format": FORMAT, **rest}, tensors)}
         files = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"], RESUME: tensors}
         best = self.best and self.folder(self.best[0])
+        self._needed = sum(tensor.nbytes for part in files.values() for tensor in part.values())
         self._pending = partial(write_checkpoint, self.folder(step), files, facts), best
         self._thread = Thread(target=self._write, daemon=False)
         self._thread.start()
@@ -220,7 +222,10 @@ class CheckpointWriter:
             write()
         except Exception as error:  # nobody else would hear of it in a thread
             self.failed_step = step
-            self._problem = f"{folder}: not saved ({error})"
+            room = f"{self._needed / 1e6:,.0f} MB are needed"
+            with suppress(OSError):
+                room += f", {shutil.disk_usage(self.run).free / 1e6:,.0f} MB are free"
+            self._problem = f"{folder}: not saved ({error}; {room})"
             warn(f"{self._problem}; earlier checkpoints are whole")
             return
         self.failed_step = self._pending = None
