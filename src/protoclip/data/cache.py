@@ -17,8 +17,6 @@ from protoclip.config import DataConfig
 from protoclip.data import decode
 from protoclip.data.decode import ChooseBox, Decoded, Square
 from protoclip.data.index import cache_folder, digest
-from protoclip.data.mixture import MixedPairs
-from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.files import write_atomically
 
 # Part of the folder's name, so that caches of another form are not read.
@@ -35,7 +33,7 @@ def crop(
     *,
     max_pixels: int,
     small_side: int | None = None,
-    cache: "ImageCache | None" = None,
+    cache: "MemoryCache | DiskCache | None" = None,
 ) -> Square:
     """`decode_crop` with a cache, or from a copy of the image whose shorter side is `small_side`.
 
@@ -69,11 +67,7 @@ def small_copy(encoded: bytes, side: int, *, max_pixels: int) -> Decoded:
 
 
 class MemoryCache:
-    """Images in the memory of this process, three bytes a pixel, up to `max_bytes`.
-
-    When it is full it keeps what it has: with repeated passes that serves more requests than
-    keeping the latest.
-    """
+    """Images in the memory of this process, three bytes a pixel; when full it keeps what it has."""
 
     def __init__(self, *, max_bytes: int) -> None:
         self.max_bytes, self.used = max_bytes, 0
@@ -136,26 +130,15 @@ class DiskCache:
         return self.folder / key[:2] / key
 
 
-ImageCache = MemoryCache | DiskCache
-
-
 def _blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def image_cache(data: DataConfig, samples: Pairs | SampleStream) -> ImageCache | None:
-    """The cache that `data.cache` names, or none."""
+def image_cache(data: DataConfig, name: str) -> MemoryCache | DiskCache | None:
+    """The cache that `data.cache` names, for the source of this name, or none."""
     max_bytes = int(data.cache_gb * 1e9)
     if data.cache == "disk":
         folder = Path(data.cache_folder) if data.cache_folder else cache_folder()
-        return DiskCache(folder / CACHE_FORM / identity(samples), max_bytes=max_bytes)
+        return DiskCache(folder / CACHE_FORM / digest({"name": name}), max_bytes=max_bytes)
     # Workers do not share memory: what one of them keeps, the others decode again.
     return MemoryCache(max_bytes=max_bytes) if data.cache == "ram" and not data.workers else None
-
-
-def identity(samples: Pairs | SampleStream) -> str:
-    """A name for a source and its index, which is the name of its folder in the cache."""
-    if isinstance(samples, MixedPairs):
-        return digest({"sources": [identity(source) for source in samples.sources]})
-    key = samples.key if isinstance(samples, ImageTextPairs) else ""
-    return digest({"name": samples.name, "index": key or None})

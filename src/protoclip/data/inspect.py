@@ -33,8 +33,7 @@ MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image"
 REMEMBERED = 100_000
 EXAMPLES, NAME_LENGTH = 5, 90
 CHUNK = 64  # rows that a worker looks at together
-# JPEGs are decoded as far as training with inputs of this size would.
-DECODED_SIDE = 224
+DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
 # Of the montage, in pixels.
 SIDE, GAP, FONT_SIZE, LINES = 192, 20, 14, 3
 COLUMNS, ROWS = 6, 4

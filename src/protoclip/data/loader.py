@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,16 +49,10 @@ class Batch:
     text: Int[Tensor, "b c"]
 
 
-class _Request(NamedTuple):
-    """A batch to make. `candidates` has a row or sample for each position, then spare ones."""
-
-    position: npt.NDArray[np.int64]
-    candidates: list[Item]
-    transform: Transform
-    transform_draws: npt.NDArray[np.float32]
-    caption_draws: npt.NDArray[np.float32]
-
-
+# A batch to make: positions, a row or sample for each and then spare ones, the transform, and the
+# draws for it and for captions.
+_Draws = npt.NDArray[np.float32]
+_Request = tuple[npt.NDArray[np.int64], list[Item], Transform, _Draws, _Draws]
 # Position, sample ids, images as bytes and tokens; no ids if there were not enough good samples.
 _Made = tuple[Tensor, list[str], Tensor, Tensor, list[BadSample]]
 
@@ -175,9 +169,9 @@ class EpisodeLoader:
             ValueError: A worker process was killed, or a batch found no good samples to fill it.
         """
         transform = transform or self.transform
-        draws = transform_draws(
-            self.seed, episode.index, len(episode.rows), transform.num_draws, stream
-        )
+        shape = (len(episode.rows), transform.num_draws)
+        draws = transform_draws(self.seed, episode.index, *shape, stream)
+        pinned = self._loader.pin_memory
         requests = self._make_requests(episode, start, transform, draws.numpy())
         self._requests.current, self._requests.error = requests, None
         try:
@@ -187,9 +181,7 @@ class EpisodeLoader:
                 if not ids:
                     what = "a batch found only bad samples to fill it, such as"
                     raise ValueError(f"{self.pairs.name}: {what} {bad[0]}")
-                send = partial(
-                    Tensor.to, device=self.device, non_blocking=self.device.type == "cuda"
-                )
+                send = partial(Tensor.to, device=self.device, non_blocking=pinned)
                 yield Batch(
                     position=send(position),
                     sample_id=ids,
@@ -226,7 +218,7 @@ class EpisodeLoader:
         )
 
     def _make_requests(
-        self, episode: Episode, start: int, transform: Transform, draws: npt.NDArray[np.float32]
+        self, episode: Episode, start: int, transform: Transform, draws: _Draws
     ) -> Generator[_Request, None, None]:
         """The batches to make; all ranks together take the next positions for each."""
         rows, size = episode.rows.numpy(), len(episode.rows)
@@ -250,7 +242,7 @@ class EpisodeLoader:
                 wanted = number + max(MIN_SPARE, int(SPARE_SAMPLES * number))
                 ahead.extend(islice(stream, wanted - len(ahead)))
                 candidates, ahead = ahead, ahead[number:]
-            yield _Request(position, candidates, transform, draws[position], captions[position])
+            yield position, candidates, transform, draws[position], captions[position]
 
 
 def items_of(loader: DataLoader[T]) -> Iterator[T]:
@@ -342,7 +334,7 @@ def loader(
             crop,
             max_pixels=config.data.max_image_pixels,
             small_side=small_side if config.data.small_copies else None,
-            cache=image_cache(config.data, samples),
+            cache=image_cache(config.data, samples.name),
         ),
         on_read=on_read,
     )

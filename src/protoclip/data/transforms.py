@@ -138,7 +138,6 @@ def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTran
 
 
 def _in_chunks(images: Bytes, finish: Callable[[slice], Tensor]) -> Images:
-    """`finish` for the whole batch; on a CPU for a few images at a time."""
     if images.device.type != "cpu":
         return finish(slice(None))
     out = torch.empty(images.shape).permute(0, 3, 1, 2)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop
+from protoclip.data.cache import DiskCache, MemoryCache, crop
 from protoclip.data.decode import Box, Decoded, decode_crop
 from protoclip.data.transforms import light_transform
 
 PIXELS = 10**8
-Make = Callable[[int], ImageCache]
+Cache = MemoryCache | DiskCache
+Make = Callable[[int], Cache]
 FORMS = [
     *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
     *(("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB")),
@@ -133,7 +134,7 @@ def key(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()[:32]
 
 
-def assert_holds(cache: ImageCache, number: int) -> None:
+def assert_holds(cache: Cache, number: int) -> None:
     found = cache.get(key(number))
     assert found is not None
     assert found.orientation == stored(number).orientation
