@@ -6,7 +6,7 @@ transforms one image at a time; for `light` those of ProtoCLIP's reference imple
 `decode_crop` and our transforms do, with `finish` on the same core. Then how far our pixels are
 from PIL's, larger files, and the loaders with worker processes.
 
-    python benchmarks/loading.py [--images 128] [--repeats 9] [--workers 2] [--out FILE]
+    python benchmarks/loading.py [--images 128] [--repeats 9] [--workers 2] > FILE
 """
 
 import argparse
@@ -81,12 +81,8 @@ def write_photo(path: Path, seed: int, side: int) -> None:
     pixels = np.stack([128 + luma + 15 * noise() for _ in range(3)], axis=-1)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
-    for _ in range(12):
-        x, y = (int(v) for v in draw.integers(0, side, 2))
-        reach = int(draw.integers(side // 40, side // 5))
-        colour = tuple(int(v) for v in draw.integers(0, 256, 3))
-        shape = pen.ellipse if draw.random() < 0.5 else pen.rectangle
-        shape((x - reach, y - reach, x + reach, y + reach), outline=colour, width=3)
+    for x, y, reach, *colour in draw.integers(0, (side, side, side // 5, 256, 256, 256), (12, 6)):
+        pen.ellipse((x, y, x + reach, y + reach), outline=tuple(colour), width=3)
     image.save(path, "JPEG", quality=90, subsampling="4:2:0")
 
 
@@ -173,7 +169,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     count, workers = arguments.images, arguments.workers
@@ -189,15 +184,13 @@ def main() -> None:
         small = paths[SIDES[0]]
         disk = DiskCache(Path(folder) / "cache", max_bytes=10**10)
         memory = MemoryCache(max_bytes=10**10)
-        copies = {"finish": False, "small_side": COPY_SIDE}
+        copies = {"finish": False, "small_side": COPY_SIDE, "cache": disk}
         variants: dict[str, dict[str, object]] = {
             "protoclip, finished on the same core": {},
             "protoclip, the workers' part (an accelerator finishes)": {"finish": False},
             "the workers' part, images kept on disk": {"finish": False, "cache": disk},
             "the workers' part, images kept in memory": {"finish": False, "cache": memory},
-            "the workers' part, small copies made each time (`data.small_copies`)": copies,
-            "the workers' part, small copies kept on disk": {**copies, "cache": disk},
-            "the workers' part, small copies kept in memory": {**copies, "cache": memory},
+            "the workers' part, small copies kept on disk (`data.small_copies`)": copies,
         }
         arms: dict[tuple[str, str], tuple[Callable[[], None], int]] = {}
         for name, transform in OURS.items():
@@ -226,10 +219,8 @@ def main() -> None:
             for name in OURS:
                 for owner, load in (("theirs", their_loader), ("ours", our_loader)):
                     start = time.perf_counter()
-                    seen = load(many, name, workers)
-                    value = seen / (time.perf_counter() - start)
+                    value = load(many, name, workers) / (time.perf_counter() - start)
                     loaders.setdefault((owner, name), []).append(value)
-        sizes = {side: [path.stat().st_size / 1000 for path in paths[side]] for side in SIDES}
 
     facts = run.environment(torch.device("cpu"))
     lines = [
@@ -238,9 +229,9 @@ def main() -> None:
         f"`python benchmarks/loading.py --images {count} --repeats {arguments.repeats} "
         f"--workers {workers}`, {datetime.date.today().isoformat()}; {facts['device']}, torch "
         f"{facts['torch']}, torchvision {torchvision.__version__}, Pillow {Image.__version__}, "
-        f"open_clip {open_clip.__version__}. {count} JPEG files of {SIDES[0]} pixels and "
-        f"{statistics.mean(sizes[SIDES[0]]):.0f} KB on average, to batches of {BATCH} at {SIZE} "
-        f"pixels. Median [least, most] of {arguments.repeats} rounds, pipelines in turn, per "
+        f"open_clip {open_clip.__version__}. {count} JPEG files of {SIDES[0]} pixels "
+        f"to batches of {BATCH} at {SIZE} pixels. Median [least, most] of {arguments.repeats} "
+        "rounds, pipelines in turn, per "
         "second of processor time of one thread; ratios are of medians, to the first row.",
         "",
         "| one core | `clip` | ratio | `light` | ratio |",
@@ -259,22 +250,19 @@ def main() -> None:
         "Pixels against PIL's (all pixels decoded, the same crop, bicubic): least, median. Larger "
         f"files ({larger} of each) are decoded at a fraction of their size.",
         "",
-        "| side | KB | open_clip, `clip` | protoclip, `clip` | dB, `clip` | dB, `light` |",
-        "|---|---|---|---|---|---|",
+        "| side | open_clip, `clip` | protoclip, `clip` | dB, `clip` | dB, `light` |",
+        "|---|---|---|---|---|",
     ]
     first = next(iter(variants))
-    for side in SIDES:
-        found = (noise[str(side), name] for name in OURS)
-        decibels = [f"{min(each):.1f}, {statistics.median(each):.1f}" for each in found]
-        arm = [("theirs", str(side)), ("ours", str(side))]
-        if side == SIDES[0]:
-            arm = [("theirs", "clip"), (first, "clip")]
-        cells = [f"{statistics.mean(sizes[side]):.0f}", *(spread(rates[each]) for each in arm)]
-        lines.append(f"| {side} | {' | '.join([*cells, *decibels])} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
+    rates["theirs", str(SIDES[0])], rates["ours", str(SIDES[0])] = (
+        rates[arm, "clip"] for arm in ("theirs", first)
+    )
+    for side in map(str, SIDES):
+        cells = [side, *(spread(rates[arm, side]) for arm in ("theirs", "ours"))]
+        found = [noise[side, name] for name in OURS]
+        cells += [f"{min(each):.1f}, {statistics.median(each):.1f}" for each in found]
+        lines.append(f"| {' | '.join(cells)} |")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

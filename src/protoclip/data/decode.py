@@ -1,9 +1,8 @@
 """Encoded bytes to upright RGB pixels; decodes no more than a crop needs.
 
 Reads the first frame of JPEG, PNG, WebP, GIF, BMP and TIFF files, on white where transparent. A
-large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop stays large enough. All that can be
-wrong with the bytes raises `ValueError` with a short reason. PIL's own limit on pixels applies to
-WebP and TIFF only, where PIL refuses images of more than twice that limit.
+large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop stays large enough. Whatever is
+wrong with the bytes raises `ValueError` with a short reason.
 """
 
 import io
@@ -64,16 +63,12 @@ def reduction(side: int, size: int | float) -> int:
 
 
 def decode_crop(encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -> Square:
-    """Decode a crop and resize it to `size` x `size`.
+    """Decode the crop that `box` chooses, and resize it to `size` x `size`.
 
-    Args:
-        encoded: The bytes of the file.
-        box: Chooses the crop. A JPEG is only reduced by a factor that divides all four values.
-        size: Height and width of the result.
-        max_pixels: Images of more pixels are refused from their header.
+    A JPEG is only reduced by a factor that divides all four values of the box.
 
     Raises:
-        ValueError: The bytes are no image, not all of one, or too large a one.
+        ValueError: The bytes are no image, not all of one, or one of more than `max_pixels`.
     """
     image = open_image(encoded, max_pixels=max_pixels)
     orientation = _orientation(image)
@@ -81,7 +76,7 @@ def decode_crop(encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -
     factor = reduction(min(stored[2] - stored[0], stored[3] - stored[1]), size)
     while any(edge % factor for edge in stored):
         factor //= 2
-    return _finish(_read(encoded, image, stored, factor), size, orientation)
+    return _upright(resize(_read(encoded, image, stored, factor), size, size), orientation)
 
 
 def decode_all(encoded: bytes, size: int, *, max_pixels: int) -> Decoded | None:
@@ -100,7 +95,7 @@ def crop_decoded(image: Decoded, box: ChooseBox, size: int) -> Square:
     """The same bits as `decode_crop`, from pixels that are already decoded."""
     height, width = image.pixels.shape[:2]
     left, top, right, bottom = _stored_box(box, (width, height), image.orientation)
-    return _finish(image.pixels[top:bottom, left:right], size, image.orientation)
+    return _upright(resize(image.pixels[top:bottom, left:right], size, size), image.orientation)
 
 
 def crop_image(image: Image.Image, box: ChooseBox, size: int) -> Square:
@@ -128,8 +123,10 @@ def dimensions(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
 
 def resize(pixels: Pixels, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Bicubic with antialiasing, as PIL does it, in vectorised integer arithmetic."""
+    # JPEG decoders return planes; interleaved pixels are resized in a third of the time.
+    pixels = np.ascontiguousarray(pixels)
     if pixels.shape[:2] == (height, width):
-        return np.ascontiguousarray(pixels)
+        return pixels
     if not pixels.flags.writeable:
         pixels = pixels.copy()  # PyTorch warns about read-only memory
     # These strides say "channels last", for which PyTorch is faster by half.
@@ -170,9 +167,8 @@ def open_image(encoded: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
     if width < 1 or height < 1:
         raise ValueError("an image without pixels")
     if width * height > max_pixels:
-        raise ValueError(
-            f"{width} x {height} pixels are more than data.max_image_pixels ({max_pixels})"
-        )
+        limit = f"data.max_image_pixels ({max_pixels})"
+        raise ValueError(f"{width} x {height} pixels are more than {limit}")
     return image
 
 
@@ -224,11 +220,6 @@ def _stored_box(choose: ChooseBox, stored: tuple[int, int], orientation: int) ->
     if orientation in (3, 4, 7, 8):
         top, bottom = height - bottom, height - top
     return (top, left, bottom, right) if orientation >= 5 else (left, top, right, bottom)
-
-
-def _finish(crop: Pixels, size: int, orientation: int) -> Square:
-    # JPEG decoders return planes; interleaved pixels are resized in a third of the time.
-    return _upright(resize(np.ascontiguousarray(crop), size, size), orientation)
 
 
 def _upright(pixels: Pixels, orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:

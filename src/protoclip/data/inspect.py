@@ -1,45 +1,45 @@
 """What a source of pairs holds: sizes, formats, caption lengths, duplicates, unreadable samples.
 
-Worker processes look at samples. The results are counted here, so that memory grows with the data
-by eight bytes an image and eight a caption.
+Memory grows with the data by eight bytes an image and eight a caption.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import textwrap
-import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from protoclip.data.access import visible
 from protoclip.data.decode import decode, dimensions, open_image
-from protoclip.data.loader import Item, items_of, read_sample
+from protoclip.data.loader import Item, items_of, read_image
 from protoclip.data.mixture import MixedStreams, under
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.stream import ShardStream, read_shard
-from protoclip.progress import Progress, duration
+from protoclip.progress import Progress
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image", "tokens")
 # The first so many different images and captions can become examples of repeated ones.
-REMEMBERED = 50_000
-EXAMPLES, NAMES, NAME_LENGTH = 5, 3, 90
+REMEMBERED = 100_000
+EXAMPLES, NAME_LENGTH = 5, 90
 CHUNK = 64  # rows that a worker looks at together
-# JPEGs are decoded as far as training with inputs of this size would.
-DECODED_SIDE = 224
+DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
 # Of the montage, in pixels.
 SIDE, GAP, FONT_SIZE, LINES = 192, 20, 14, 3
 COLUMNS, ROWS = 6, 4
 CELL = SIDE + 8 + LINES * 19
-ENLARGED = 3  # a small image is not enlarged further
+# The default font is Latin; PIL finds these on the systems that have them.
+FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
 TRIES = 10  # samples that are tried for each that is shown
 
 
@@ -62,15 +62,11 @@ def inspect(
         context_length: Tokens that the model reads.
         samples: How many to read, drawn evenly from the whole (of a stream: from the starts of
             shards that are drawn evenly); all if unset.
-        seed: Determines which are drawn.
         workers: Processes; one for each core if unset. With 1 all is done in this process.
-        max_pixels: Larger images count as unreadable.
-        notes: What was noticed when the source was opened, to stand beside the findings.
 
     Raises:
         ValueError: The stream is not of shards, or a worker was killed.
     """
-    started = time.monotonic()
     if isinstance(source, Pairs):
         some = samples is not None and samples < len(source)
         rows = drawn(len(source), samples or 0, seed) if some else range(len(source))
@@ -95,7 +91,6 @@ def inspect(
         "pairs": len(source) if isinstance(source, Pairs) else None,
         **tally.report(context_length),
         "notes": list(notes),
-        "seconds": round(time.monotonic() - started, 2),
     }
 
 
@@ -156,52 +151,28 @@ class _Examiner(Dataset[list[_Facts | BadSample]]):
 
     def examine(self, item: Item) -> _Facts | BadSample:
         try:
-            sample = read_sample(self.source, item)
+            sample, values = read_image(self.source, item, self.measure)
         except BadSample as error:
             return error
-        try:
-            width, height = dimensions(sample.image, max_pixels=self.max_pixels)
-            decode(sample.image, max_pixels=self.max_pixels, at_least=DECODED_SIDE)
-        except ValueError as error:
-            return BadSample(sample.sample_id, sample.where, str(error))
-        values: dict[str, int | float | str] = {
+        values["captions_per_image"] = len(sample.captions)
+        tokens = self.count_tokens(list(sample.captions))
+        return _Facts(sample.sample_id, _hash(sample.image), values, sample.captions, tokens)
+
+    def measure(self, encoded: bytes) -> dict[str, int | float | str]:
+        width, height = dimensions(encoded, max_pixels=self.max_pixels)
+        decode(encoded, max_pixels=self.max_pixels, at_least=DECODED_SIDE)
+        return {
             "width": width,
             "height": height,
             "shorter_side": min(width, height),
-            "kilobytes": round(len(sample.image) / 1000, 1),
-            "formats": str(open_image(sample.image, max_pixels=self.max_pixels).format),
-            "captions_per_image": len(sample.captions),
+            "kilobytes": round(len(encoded) / 1000, 1),
+            "formats": str(open_image(encoded, max_pixels=self.max_pixels).format),
         }
-        tokens = self.count_tokens(list(sample.captions))
-        return _Facts(sample.sample_id, _hash(sample.image), values, sample.captions, tokens)
 
 
 def _hash(content: bytes) -> int:
     """Eight bytes; two of a billion contents share them with a probability of 3%."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-class _Contents:
-    """Hashes of contents, and the names of the first ones."""
-
-    def __init__(self) -> None:
-        self.hashes = array("Q")
-        self.names: dict[int, list[str]] = {}
-
-    def add(self, content: int, name: str) -> None:
-        self.hashes.append(content)
-        if content in self.names or len(self.names) < REMEMBERED:
-            names = self.names.setdefault(content, [])
-            if name not in names and len(names) < NAMES:
-                names.append(name)
-
-    def repeats(self) -> dict[str, Any]:
-        """How many copies there are beyond the first, and the most frequent contents."""
-        values, counts = np.unique(np.array(self.hashes, dtype=np.uint64), return_counts=True)
-        order = np.argsort(-counts, kind="stable")[: (counts > 1).sum()]
-        ranked = zip(values[order].tolist(), counts[order].tolist(), strict=True)
-        known = (f"{n} x {', '.join(self.names[v])}" for v, n in ranked if v in self.names)
-        return {"copies": len(self.hashes) - len(values), "examples": list(islice(known, EXAMPLES))}
 
 
 class _Tally:
@@ -210,7 +181,8 @@ class _Tally:
     def __init__(self) -> None:
         self.read = self.unreadable = 0
         self.counts: dict[str, Counter[Any]] = defaultdict(Counter)
-        self.images, self.captions = _Contents(), _Contents()
+        self.hashes = {"image": array("Q"), "caption": array("Q")}
+        self.names: dict[int, str] = {}
         self.examples: list[str] = []
 
     def add(self, found: list[_Facts | BadSample]) -> None:
@@ -223,30 +195,39 @@ class _Tally:
                 self.counts["reasons"][kind] += 1
                 self.examples = [*self.examples, str(each)][:EXAMPLES]
                 continue
-            self.images.add(each.content, each.sample_id)
+            self._remember("image", each.content, each.sample_id)
             for name, value in each.values.items():
                 self.counts[name][value] += 1
             for text in each.captions:
-                content = _hash(text.encode("utf-8", "surrogatepass"))
-                self.captions.add(content, textwrap.shorten(text, NAME_LENGTH, placeholder="..."))
+                self._remember("caption", _hash(text.encode("utf-8", "surrogatepass")), text)
             self.counts["tokens"].update(each.tokens)
+
+    def _remember(self, kind: str, content: int, name: str) -> None:
+        self.hashes[kind].append(content)
+        if content not in self.names and len(self.names) < REMEMBERED:
+            self.names[content] = textwrap.shorten(name, NAME_LENGTH, placeholder="...")
 
     def report(self, context_length: int) -> dict[str, Any]:
         counts, tokens = self.counts, self.counts["tokens"]
-        measured = ("kilobytes", "width", "height", "shorter_side", "captions_per_image", "tokens")
-        return {
+        found = {
             "read": self.read,
             "unreadable": self.unreadable,
             "reasons": dict(counts["reasons"].most_common()),
             "unreadable_examples": self.examples,
             "formats": dict(counts["formats"].most_common()),
             "captions": tokens.total(),
-            **{name: percentiles(counts[name]) for name in measured},
+            **{name: percentiles(counts[name]) for name in MEASURED},
             "context_length": context_length,
             "captions_cut": sum(n for length, n in tokens.items() if length > context_length),
-            **{f"repeated_image_{name}": v for name, v in self.images.repeats().items()},
-            **{f"repeated_caption_{name}": v for name, v in self.captions.repeats().items()},
         }
+        for kind, hashes in self.hashes.items():
+            values, number = np.unique(np.array(hashes, dtype=np.uint64), return_counts=True)
+            order = np.argsort(-number, kind="stable")[: (number > 1).sum()]
+            ranked = zip(values[order].tolist(), number[order].tolist(), strict=True)
+            known = (f"{n} x {self.names[value]}" for value, n in ranked if value in self.names)
+            found[f"repeated_{kind}_copies"] = len(hashes) - len(values)
+            found[f"repeated_{kind}_examples"] = list(islice(known, EXAMPLES))
+        return found
 
 
 def percentiles(counts: Counter[Any]) -> dict[str, int | float]:
@@ -259,9 +240,8 @@ def percentiles(counts: Counter[Any]) -> dict[str, int | float]:
 
 def show(found: dict[str, Any]) -> None:
     """Print what `inspect` found, a line each."""
-    print(f"{visible(found['source'])}, in {duration(found['seconds'])}")
     for name, value in found.items():
-        if name in ("source", "seconds") or value in (None, [], {}):
+        if value in (None, [], {}):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{key}: {each:,}" for key, each in value.items())
@@ -277,49 +257,44 @@ def montage(
 ) -> Image.Image:
     """Draw 24 random pairs (of a stream, the first) in a grid: images with their captions below.
 
-    Unreadable samples and images of more than `max_pixels` are left out.
-
-    Raises:
-        ValueError: No sample can be read.
+    Leaves out unreadable samples and images of more than `max_pixels`. Raises `ValueError` if no
+    sample can be read.
     """
-    wanted = COLUMNS * ROWS
     if isinstance(source, Pairs):
-        number = min(TRIES * wanted, len(source))
+        number = min(TRIES * COLUMNS * ROWS, len(source))
         order = np.random.default_rng(seed).choice(len(source), number, replace=False)
         items: Iterable[Item] = order.tolist()
     else:
-        items = islice(source.samples(), TRIES * wanted)
-    cells = list(islice(_cells(source, items, max_pixels), wanted))
-    if not cells:
-        raise ValueError(f"{source.name}: none of its samples that were tried can be read")
-    rows = -(-len(cells) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (CELL + GAP) + GAP), "white")
-    for number, cell in enumerate(cells):
-        row, column = divmod(number, COLUMNS)
-        sheet.paste(cell, (GAP + column * (SIDE + GAP), GAP + row * (CELL + GAP)))
-    return sheet
+        items = islice(source.samples(), TRIES * COLUMNS * ROWS)
 
+    def look(encoded: bytes) -> Image.Image:
+        pixels = decode(encoded, max_pixels=max_pixels, at_least=SIDE)
+        return ImageOps.pad(Image.fromarray(pixels), (SIDE, SIDE), color="#f1f1f3")
 
-def _cells(
-    source: Pairs | SampleStream, items: Iterable[Item], max_pixels: int
-) -> Iterator[Image.Image]:
-    """An image with its caption below, for each sample that can be read."""
-    font = ImageFont.load_default(FONT_SIZE)
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, ROWS * (CELL + GAP) + GAP), "white")
+    pen, font, shown = ImageDraw.Draw(sheet), _font(), 0
     for item in items:
         try:
-            sample = read_sample(source, item)
-            pixels = decode(sample.image, max_pixels=max_pixels, at_least=SIDE)
-        except ValueError:  # `BadSample` is one
+            sample, image = read_image(source, item, look)
+        except BadSample:
             continue
-        image = Image.fromarray(pixels)
-        factor = min(SIDE / image.width, SIDE / image.height, ENLARGED)
-        width, height = (max(1, round(side * factor)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        cell = Image.new("RGB", (SIDE, CELL), "white")
-        cell.paste("#f1f1f3", (0, 0, SIDE, SIDE))
-        cell.paste(image, ((SIDE - width) // 2, (SIDE - height) // 2))
+        row, column = divmod(shown, COLUMNS)
+        left, top = GAP + column * (SIDE + GAP), GAP + row * (CELL + GAP)
+        sheet.paste(image, (left, top))
         caption = sample.captions[0].encode("utf-8", "replace").decode()[:400]
         characters = max(1, int(SIDE * len(caption) / max(1, font.getlength(caption))))
         lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")
-        ImageDraw.Draw(cell).text((0, SIDE + 8), "\n".join(lines), fill="#1c1c1f", font=font)
-        yield cell
+        pen.text((left, top + SIDE + 8), "\n".join(lines), fill="#1c1c1f", font=font)
+        shown += 1
+        if shown == COLUMNS * ROWS:
+            break
+    if not shown:
+        raise ValueError(f"{source.name}: none of its samples that were tried can be read")
+    return sheet.crop((0, 0, sheet.width, -(-shown // COLUMNS) * (CELL + GAP) + GAP))
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, FONT_SIZE)
+    return ImageFont.load_default(FONT_SIZE)

@@ -1,5 +1,6 @@
 """Batches of an episode, in a fixed order, from any position; and the log of bad samples."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Generator, Iterator
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclip.config import Config
-from protoclip.data.access import visible
-from protoclip.data.cache import ImageCache, crop, image_cache
+from protoclip.data.cache import crop, image_cache
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
@@ -28,6 +28,7 @@ from protoclip.files import naming, to_json
 T = TypeVar("T")
 Item = int | Sample | BadSample  # a row, or what a stream gave
 Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
+Crop = Callable[..., npt.NDArray[np.uint8]]
 OnRead = Callable[[int, list[BadSample]], None]
 
 # Shorter side of small copies: this, or more where crops are larger.
@@ -48,24 +49,12 @@ class Batch:
     text: Int[Tensor, "b c"]
 
 
-class _Request(NamedTuple):
-    """A batch to make. `candidates` has a row or sample for each position, then spare ones."""
-
-    position: npt.NDArray[np.int64]
-    candidates: list[Item]
-    transform: Transform
-    transform_draws: npt.NDArray[np.float32]
-    caption_draws: npt.NDArray[np.float32]
-
-
-class _Made(NamedTuple):
-    """A batch from a worker, images as bytes; empty if there were not enough good samples."""
-
-    sample_id: list[str]
-    position: Tensor
-    image: Tensor
-    text: Tensor
-    bad: list[BadSample]
+# A batch to make: positions, a row or sample for each and then spare ones, the transform, and the
+# draws for it and for captions.
+_Draws = npt.NDArray[np.float32]
+_Request = tuple[npt.NDArray[np.int64], list[Item], Transform, _Draws, _Draws]
+# Position, sample ids, images as bytes and tokens; no ids if there were not enough good samples.
+_Made = tuple[Tensor, list[str], Tensor, Tensor, list[BadSample]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,33 +63,29 @@ class _Reader(Dataset[_Made]):
 
     pairs: Pairs | SampleStream
     tokenizer: Tokenizer
-    crop: Callable[..., npt.NDArray[np.uint8]]
+    crop: Crop
 
     def __getitem__(self, request: _Request) -> _Made:
-        spare = iter(request.candidates[len(request.position) :])
+        position, candidates, transform, transform_draws, caption_draws = request
+        spare = iter(candidates[len(position) :])
         captions, images, ids, bad = [], [], [], []
-        for number, first in enumerate(request.candidates[: len(request.position)]):
-            box = partial(request.transform.box, draws=request.transform_draws[number])
+        for number, first in enumerate(candidates[: len(position)]):
+            box = partial(transform.box, draws=transform_draws[number])
+            cut = partial(self.crop, box=box, size=transform.size)
             for candidate in chain([first], spare):
                 try:
-                    sample = read_sample(self.pairs, candidate)
+                    sample, image = read_image(self.pairs, candidate, cut)
                 except BadSample as error:
                     bad.append(error)
                     continue
-                try:
-                    images.append(self.crop(sample.image, box, request.transform.size))
-                except ValueError as error:
-                    bad.append(BadSample(sample.sample_id, sample.where, str(error)))
-                    continue
-                draw = request.caption_draws[number]
-                captions.append(sample.captions[int(draw * len(sample.captions))])
+                captions.append(sample.captions[int(caption_draws[number] * len(sample.captions))])
+                images.append(image)
                 ids.append(sample.sample_id)
                 break
             else:
-                nothing = torch.zeros(0)
-                return _Made([], nothing, nothing, nothing, bad)
-        image, position = torch.from_numpy(np.stack(images)), torch.from_numpy(request.position)
-        return _Made(ids, position, image, self.tokenizer(captions), bad)
+                return torch.zeros(0), [], torch.zeros(0), torch.zeros(0), bad
+        pixels = torch.from_numpy(np.stack(images))
+        return torch.from_numpy(position), ids, pixels, self.tokenizer(captions), bad
 
 
 def read_sample(pairs: Pairs | SampleStream, item: Item) -> Sample:
@@ -111,6 +96,17 @@ def read_sample(pairs: Pairs | SampleStream, item: Item) -> Sample:
         return item
     assert isinstance(pairs, Pairs)
     return pairs.sample(item)
+
+
+def read_image(
+    pairs: Pairs | SampleStream, item: Item, decode: Callable[[bytes], T]
+) -> tuple[Sample, T]:
+    """A sample, and what `decode` makes of its image; `BadSample` for a `ValueError` of either."""
+    sample = read_sample(pairs, item)
+    try:
+        return sample, decode(sample.image)
+    except ValueError as error:
+        raise BadSample(sample.sample_id, sample.where, str(error)) from None
 
 
 class _Requests(Sampler[_Request]):
@@ -131,19 +127,15 @@ class _Requests(Sampler[_Request]):
 class EpisodeLoader:
     """Turns episodes into batches.
 
-    A bad sample (unreadable image, no caption) is reported to `on_read` and replaced by the next
-    good one that follows its batch in the episode, so that no batch holds a pair twice. Worker
-    processes start with the first episode and stay as long as the loader.
+    A bad sample (unreadable image, no caption) is replaced by the next good one that follows its
+    batch in the episode, so that no batch holds a pair twice. Worker processes start with the first
+    episode and stay as long as the loader.
 
     Attributes:
         batch_size: Pairs a batch on this rank; the last batch of an episode may be smaller.
         seed: With the episode's number, determines the random draws of transforms and captions.
-        device: Where batches end up. For a GPU they pass through pinned memory.
         workers: Processes that decode; 0 decodes in this process.
-        rank, world_size: This rank among those that share each batch.
-        cache: Keeps decoded images for repeated passes; changes nothing but the time.
-        small_side: Take every crop from a copy of this shorter side; see `cache.crop`.
-        max_image_pixels: Larger images count as bad.
+        crop: `cache.crop` with its settings.
         on_read: Called with each batch's number of samples read and the bad ones among them.
     """
 
@@ -156,9 +148,7 @@ class EpisodeLoader:
     workers: int = 0
     rank: int = 0
     world_size: int = 1
-    cache: ImageCache | None = None
-    small_side: int | None = None
-    max_image_pixels: int = MAX_IMAGE_PIXELS
+    crop: Crop = partial(crop, max_pixels=MAX_IMAGE_PIXELS)  # noqa: RUF009
     on_read: OnRead = lambda number, bad: None
     _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
@@ -179,26 +169,25 @@ class EpisodeLoader:
             ValueError: A worker process was killed, or a batch found no good samples to fill it.
         """
         transform = transform or self.transform
-        draws = transform_draws(
-            self.seed, episode.index, len(episode.rows), transform.num_draws, stream
-        )
+        shape = (len(episode.rows), transform.num_draws)
+        draws = transform_draws(self.seed, episode.index, *shape, stream)
+        pinned = self._loader.pin_memory
         requests = self._make_requests(episode, start, transform, draws.numpy())
         self._requests.current, self._requests.error = requests, None
         try:
-            for made in items_of(self._loader):
+            for position, ids, image, text, bad in items_of(self._loader):
                 assert self._requests.current is requests, "another iteration has begun"
-                self.on_read(len(made.sample_id) + len(made.bad), made.bad)
-                if not made.sample_id:
-                    raise ValueError(
-                        f"{self.pairs.name}: a batch found only bad samples to fill it, such as "
-                        f"{made.bad[0]}"
-                    )
-                image, text, position = (
-                    tensor.to(self.device, non_blocking=self._pinned)
-                    for tensor in (made.image, made.text, made.position)
+                self.on_read(len(ids) + len(bad), bad)
+                if not ids:
+                    what = "a batch found only bad samples to fill it, such as"
+                    raise ValueError(f"{self.pairs.name}: {what} {bad[0]}")
+                send = partial(Tensor.to, device=self.device, non_blocking=pinned)
+                yield Batch(
+                    position=send(position),
+                    sample_id=ids,
+                    image=transform.finish(send(image), draws[position]),
+                    text=send(text),
                 )
-                image = transform.finish(image, draws[made.position])
-                yield Batch(position=position, sample_id=made.sample_id, image=image, text=text)
             if self._requests.error is not None:
                 raise self._requests.error
         finally:
@@ -216,26 +205,20 @@ class EpisodeLoader:
         if isinstance(self.pairs, SampleStream) and "stream" in state:
             self.pairs.load_state_dict(state["stream"])
 
-    @property
-    def _pinned(self) -> bool:
-        return self.device.type == "cuda"
-
     @cached_property
     def _loader(self) -> DataLoader[_Made]:
-        limits = {"max_pixels": self.max_image_pixels, "small_side": self.small_side}
-        cut: Any = partial(crop, cache=self.cache, **limits)  # type: ignore[arg-type]
         return DataLoader(
-            _Reader(pairs=self.pairs, tokenizer=self.tokenizer, crop=cut),
+            _Reader(pairs=self.pairs, tokenizer=self.tokenizer, crop=self.crop),
             sampler=self._requests,
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            pin_memory=self._pinned,
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one
         )
 
     def _make_requests(
-        self, episode: Episode, start: int, transform: Transform, draws: npt.NDArray[np.float32]
+        self, episode: Episode, start: int, transform: Transform, draws: _Draws
     ) -> Generator[_Request, None, None]:
         """The batches to make; all ranks together take the next positions for each."""
         rows, size = episode.rows.numpy(), len(episode.rows)
@@ -259,7 +242,7 @@ class EpisodeLoader:
                 wanted = number + max(MIN_SPARE, int(SPARE_SAMPLES * number))
                 ahead.extend(islice(stream, wanted - len(ahead)))
                 candidates, ahead = ahead, ahead[number:]
-            yield _Request(position, candidates, transform, draws[position], captions[position])
+            yield position, candidates, transform, draws[position], captions[position]
 
 
 def items_of(loader: DataLoader[T]) -> Iterator[T]:
@@ -279,29 +262,21 @@ class SkipLog:
     """Counts bad samples, and writes each once, with its reason, to a file of JSON lines.
 
     A share of bad samples above `max_share` stops the run. It is taken of `at_least` samples or
-    more, so that one bad file among the first few does not stop it.
+    more, so that one bad file among the first few does not stop it. `known` has the ids of the bad.
     """
 
     def __init__(self, path: Path, *, max_share: float, at_least: int) -> None:
         self.path, self.max_share, self.at_least = path, max_share, at_least
-        self.read = self.skipped = damaged = 0
+        self.read = self.skipped = 0
         self._reasons: list[str] = []
-        self._known: set[str] = set()
+        self.known: set[str] = set()
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         # A process that was killed leaves part of a line.
         self._torn = bool(text) and not text.endswith("\n")
         # Sample ids may hold line breaks of Unicode's other than "\n".
-        for line in filter(None, text.split("\n")):
-            try:
-                self._known.add(str(json.loads(line)["sample_id"]))
-            except (ValueError, KeyError, TypeError):
-                damaged += 1
-        self.notes = [f"{path}: ignored {damaged} damaged lines"] if damaged else []
-
-    @property
-    def distinct(self) -> int:
-        """Bad samples so far, each counted once."""
-        return len(self._known)
+        for line in text.split("\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line
+                self.known.add(str(json.loads(line)["sample_id"]))
 
     def add(self, read: int, bad: list[BadSample]) -> None:
         """Record a batch: how many samples were read for it, and the bad ones among them.
@@ -312,15 +287,13 @@ class SkipLog:
         self.read += read
         self.skipped += len(bad)
         for sample in bad:
-            if sample.sample_id in self._known:
+            if sample.sample_id in self.known:
                 continue
-            self._known.add(sample.sample_id)
-            if len(self._reasons) < QUOTED:
-                self._reasons.append(visible(f"{sample.where}: {sample.reason}"))
-            facts = {"sample_id": sample.sample_id, "where": sample.where, "reason": sample.reason}
+            self.known.add(sample.sample_id)
+            self._reasons = [*self._reasons, str(sample)][:QUOTED]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn + to_json(facts) + "\n")
+                file.write("\n" * self._torn + to_json(vars(sample)) + "\n")
             self._torn = False
         if self.skipped > self.max_share * max(self.read, self.at_least):
             raise ValueError(
@@ -339,11 +312,7 @@ def loader(
     device: torch.device,
     on_read: OnRead,
 ) -> EpisodeLoader:
-    """The loader of this rank's share of the batches.
-
-    Raises:
-        ValueError: The ranks cannot share a batch evenly.
-    """
+    """The loader of this rank; raises `ValueError` if the ranks cannot share a batch evenly."""
     share, rest = divmod(config.episodes.batch_size, world_size())
     if rest or share < 2:
         raise ValueError(
@@ -361,8 +330,11 @@ def loader(
         workers=config.data.workers,
         rank=rank(),
         world_size=world_size(),
-        cache=image_cache(config.data, samples),
-        small_side=small_side if config.data.small_copies else None,
-        max_image_pixels=config.data.max_image_pixels,
+        crop=partial(
+            crop,
+            max_pixels=config.data.max_image_pixels,
+            small_side=small_side if config.data.small_copies else None,
+            cache=image_cache(config.data, samples.name),
+        ),
         on_read=on_read,
     )

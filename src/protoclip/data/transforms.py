@@ -25,9 +25,7 @@ Bytes = UInt8[Tensor, "b h w 3"]
 Images = Float[Tensor, "b 3 h w"]
 Draws = Float[Tensor, "b r"]
 
-# A CPU finishes this many images at a time, so that they stay in its cache: with whole batches most
-# of the time would go into fetching memory.
-CPU_CHUNK = 4
+CPU_CHUNK = 4  # images that a CPU finishes at a time, so that they stay in its cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,9 @@ class EvaluationTransform:
 
     def finish(self, images: Bytes, draws: Draws) -> Images:
         """The image tower's input, channels last in memory."""
-        return _in_chunks(images, lambda part: normalise(images[part], self.mean, self.std))
+        return _in_chunks(
+            images, lambda part: normalise(_to_float(images[part]), self.mean, self.std)
+        )
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         """One image as the image tower's input, upright by its EXIF orientation."""
@@ -60,8 +60,6 @@ class TrainingTransform:
     """Random resized crop, then flip, colour jitter, grayscale and blur with given probabilities.
 
     Attributes:
-        size: Height and width of the output, in pixels.
-        mean, std: Channel statistics for values in [0, 1].
         scale: Range of the share of the image's area that a crop covers.
         jitter: Brightness, contrast and saturation by factors in [0.2, 1.8], then hue by up to 0.2
             of the circle.
@@ -98,13 +96,10 @@ class TrainingTransform:
         return (left, top, right, bottom)
 
     def finish(self, images: Bytes, draws: Draws) -> Images:
-        """The image tower's input, channels last in memory."""
         draws = draws.cpu()
         return _in_chunks(images, lambda part: self._finish(images[part], draws[part]))
 
     def _finish(self, images: Bytes, draws: Draws) -> Images:
-        """Only the images that a step is drawn for pay for it."""
-
         def jitter(pixels: Images, draws: Draws) -> Images:
             return colour_jitter(pixels.contiguous(), draws[:, 8:12].to(pixels.device))
 
@@ -143,7 +138,6 @@ def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTran
 
 
 def _in_chunks(images: Bytes, finish: Callable[[slice], Tensor]) -> Images:
-    """`finish` for the whole batch; on a CPU for a few images at a time."""
     if images.device.type != "cpu":
         return finish(slice(None))
     out = torch.empty(images.shape).permute(0, 3, 1, 2)
@@ -158,10 +152,8 @@ def _to_float(images: Bytes) -> Images:
     return images.permute(0, 3, 1, 2).float().mul_(1 / 255)
 
 
-def normalise(images: Bytes | Images, mean: Channels, std: Channels) -> Images:
-    """From bytes, or from [0, 1], to the scale the image tower expects; channels last in memory."""
-    if images.dtype == torch.uint8:
-        images = _to_float(images)
+def normalise(images: Images, mean: Channels, std: Channels) -> Images:
+    """From [0, 1] to the scale the image tower expects; channels last in memory."""
     batch, _, height, width = images.shape
     # Rows of pixels are long enough for vector instructions.
     rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * 3)

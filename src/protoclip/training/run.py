@@ -209,7 +209,7 @@ class Run:
             keep=config.run.keep_checkpoints,
         )
         self.evaluates = config.run.evaluate and config.data.has_held_out_splits
-        self.notes += self.skips.notes + sources.notes(samples)
+        self.notes += sources.notes(samples)
         if config.run.evaluate and not self.evaluates:
             self.notes.append("no evaluation at the end, since data.train has no held-out split")
         if world_size() > 1:
@@ -268,7 +268,7 @@ class Run:
                 if detailed:
                     loss = f", loss {metrics['train/loss/total']:.4g}"
                 if rank() == 0:
-                    bad, stage = self.skips.distinct, trainer.stage(index).name
+                    bad, stage = len(self.skips.known), trainer.stage(index).name
                     skipped = f", {bad} samples skipped" if bad else ""
                     where = f"episode {index + 1}/{config.episodes.count}, {stage}"
                     progress.update(trainer.step, where + loss + skipped)
@@ -378,7 +378,7 @@ class Run:
         results |= {
             "seed": config.run.seed,
             "samples_seen": trainer.samples_seen,
-            "samples_skipped": sum(collectives.all_gather_object(self.skips.distinct)),
+            "samples_skipped": sum(collectives.all_gather_object(len(self.skips.known))),
             "train_seconds": round(trainer.seconds, 2),
             "precision": self.arithmetic["run.precision"],
             "environment": environment(self.loader.device),

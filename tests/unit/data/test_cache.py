@@ -13,35 +13,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoclip.data import cache as caches
-from protoclip.data.cache import DiskCache, ImageCache, MemoryCache, crop
+from protoclip.data.cache import DiskCache, MemoryCache, crop
 from protoclip.data.decode import Box, Decoded, decode_crop
 from protoclip.data.transforms import light_transform
 
 PIXELS = 10**8
-Make = Callable[[int], ImageCache]
-FORMS: list[tuple[str, str, dict[str, Any]]] = [
-    ("JPEG", "RGB", {}),
-    ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
-    ("JPEG", "L", {}),
-    ("JPEG", "CMYK", {}),
-    ("PNG", "RGB", {"compress_level": 1}),
-    ("PNG", "RGBA", {"compress_level": 1}),
-    ("WEBP", "RGB", {}),
+Cache = MemoryCache | DiskCache
+Make = Callable[[int], Cache]
+FORMS = [
+    *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+    *(("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB")),
 ]
 
 
-def encoded(
-    width: int, height: int, seed: int, form: str = "JPEG", mode: str = "RGB", **options: Any
-) -> bytes:
-    """Blobs of colour; every other image lies on its side, by its EXIF orientation."""
-    small = (-(-height // 8), -(-width // 8), len(mode)) if mode != "L" else (height, width)
-    noise = np.random.default_rng(seed).integers(0, 256, small, np.uint8)
+def encoded(width: int, height: int, seed: int, form: str = "JPEG", mode: str = "RGB") -> bytes:
+    """Blobs of colour; every image lies on another side, by its EXIF orientation."""
+    noise = np.random.default_rng(seed).integers(
+        0, 256, (-(-height // 8), -(-width // 8), 3), np.uint8
+    )
     exif = Image.Exif()
     exif[0x0112] = seed % 8 + 1
     buffer = io.BytesIO()
-    image = Image.fromarray(noise, mode if mode != "L" else None).resize((width, height))
-    image.save(buffer, form, exif=exif, **options)
+    image = Image.fromarray(noise).resize((width, height)).convert(mode)
+    image.save(buffer, form, exif=exif, **({"compress_level": 1} if form == "PNG" else {}))
     return buffer.getvalue()
 
 
@@ -65,18 +59,17 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     return lambda most: DiskCache(tmp_path / "cache", max_bytes=most)
 
 
-@pytest.mark.parametrize("form", range(len(FORMS)))
-def test_crops_are_the_same_with_any_cache(form: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "mode"), FORMS)
+def test_crops_are_the_same_with_any_cache(form: str, mode: str, tmp_path: Path) -> None:
     """Bit for bit, of images and results of many sizes: none, memory, disk; cold, warm, full."""
-    draw = np.random.default_rng(form)
+    draw = np.random.default_rng(0)
     kept = [MemoryCache(max_bytes=10**8), DiskCache(tmp_path, max_bytes=10**8)]
     reduced = served = 0
-    kind, mode, options = FORMS[form]
     for seed in range(16):
         width, height = (int(side) for side in np.exp(draw.uniform(2.5, 6.5, 2)))
         size = int(np.exp(draw.uniform(1.5, 4.3)))
         transform = light_transform(size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
-        data = encoded(width, height, seed, kind, mode, **options)
+        data = encoded(width, height, seed, form, mode)
         boxes = [partial(transform.box, draws=draw.random(13, np.float32)) for _ in range(3)]
         for box in [*boxes, everything, lambda w, h: (w // 3, h // 5, w // 3 + 1, h)]:
             expected = decode_crop(data, box, size, max_pixels=PIXELS)
@@ -97,25 +90,21 @@ def test_what_is_kept_is_not_decoded_again(make: Make, monkeypatch: pytest.Monke
     def refuse(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(caches, "decode_all", refuse)
+    monkeypatch.setattr("protoclip.data.decode.decode_all", refuse)
     crop(small(0), everything, 32, max_pixels=PIXELS, cache=cache)
     with pytest.raises(AssertionError, match="decoded"):
         crop(large, everything, 32, max_pixels=PIXELS, cache=cache)
 
 
-def test_another_image_size_or_limit_is_another_entry(make: Make) -> None:
-    cache = make(10**7)
-    for data, size in ((small(0), 32), (small(1), 32), (encoded(300, 300, 2), 80)):
-        crop(data, everything, size, max_pixels=PIXELS, cache=cache)
-    for data, size in ((small(0), 16), (encoded(300, 300, 2), 20)):
+def test_another_size_or_limit_is_another_entry(make: Make) -> None:
+    cache, data = make(10**7), encoded(300, 300, 2)
+    for size in (80, 20):
         expected = decode_crop(data, everything, size, max_pixels=PIXELS)
-        found = crop(data, everything, size, max_pixels=PIXELS, cache=cache)
-        np.testing.assert_array_equal(found, expected)
+        for _ in range(2):
+            found = crop(data, everything, size, max_pixels=PIXELS, cache=cache)
+            np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="pixels are more than"):
-        crop(small(0), everything, 32, max_pixels=100, cache=cache)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="truncated"):
-            crop(small(0)[:-2], everything, 32, max_pixels=PIXELS, cache=cache)
+        crop(data, everything, 80, max_pixels=100, cache=cache)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
@@ -145,7 +134,7 @@ def key(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()[:32]
 
 
-def assert_holds(cache: ImageCache, number: int) -> None:
+def assert_holds(cache: Cache, number: int) -> None:
     found = cache.get(key(number))
     assert found is not None
     assert found.orientation == stored(number).orientation
@@ -184,20 +173,17 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
 
 
 def test_the_folder_may_be_deleted_in_use(tmp_path: Path) -> None:
-    """All of it, a part, or replaced by what cannot be written to: crops stay the same."""
+    """All of it, or replaced by what cannot be written to: crops stay the same."""
     cache = DiskCache(tmp_path / "cache", max_bytes=10**6)
-
-    def crops() -> list[np.ndarray]:
-        return [crop(small(n), everything, 32, max_pixels=PIXELS, cache=cache) for n in range(4)]
-
-    expected = crops()
-    shutil.rmtree(tmp_path / "cache")
-    np.testing.assert_array_equal(crops(), expected)
-    next(cache.folder.glob("??/*")).unlink()
-    np.testing.assert_array_equal(crops(), expected)
-    shutil.rmtree(tmp_path / "cache")
-    (tmp_path / "cache").write_text("a file where the folder was")
-    np.testing.assert_array_equal(crops(), expected)
+    expected = decode_crop(small(0), everything, 32, max_pixels=PIXELS)
+    for last in (False, False, True):
+        if last:
+            (tmp_path / "cache").write_text("a file where the folder was")
+        found = crop(small(0), everything, 32, max_pixels=PIXELS, cache=cache)
+        np.testing.assert_array_equal(found, expected)
+        assert last or cache.folder.is_dir()
+        if not last:
+            shutil.rmtree(tmp_path / "cache")
 
 
 def fill(folder: Path) -> None:

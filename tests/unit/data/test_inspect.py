@@ -64,7 +64,6 @@ def test_facts_are_those_of_the_data(mixed: ImageTextPairs) -> None:
     examples = found.pop("unreadable_examples")
     assert [each.split("'")[1] for each in examples] == [f"mixed/{row}" for row in (6, 7, 8, 9)]
     assert "1000 x 2000" in examples[2]
-    assert found.pop("seconds") >= 0
     assert found.pop("kilobytes")["0"] > 0
     for name, expected in MEASURED.items():
         values = found.pop(name)
@@ -82,7 +81,7 @@ def test_facts_are_those_of_the_data(mixed: ImageTextPairs) -> None:
         "context_length": 6,
         "captions_cut": 1,
         "repeated_image_copies": 1,
-        "repeated_image_examples": ["2 x mixed/0, mixed/1"],
+        "repeated_image_examples": ["2 x mixed/0"],
         "repeated_caption_copies": 2,
         "repeated_caption_examples": ["3 x one two three"],
     }
@@ -103,27 +102,20 @@ def test_findings_are_shown_as_lines(
     """With their numbers; what a terminal would obey is escaped."""
     show(look(mixed, max_pixels=1_000_000, notes=["a \x1b[31mred note"]))
     text = " ".join(capsys.readouterr().out.split())
-    for expected in (
-        "pairs 10 read 10 unreadable 4 ",
-        "sample 'mixed/8' (mixed): 1000 x 2000 pixels",
-        "width 0: 50, 1: 50, 5: 50, 25: 64, 50: 224,",
-        "formats JPEG: 4, PNG: 1, WEBP: 1",
-        "captions cut 1",
-        "repeated caption copies 2 repeated caption examples 3 x one two three",
-        "notes a \\x1b[31mred note",
-    ):
-        assert expected in text, expected
+    assert "pairs 10 read 10 unreadable 4 " in text
+    assert "width 0: 50, 1: 50, 5: 50, 25: 64, 50: 224," in text
+    assert "repeated caption copies 2 repeated caption examples 3 x one two three" in text
+    assert "notes a \\x1b[31mred note" in text
 
 
 def test_repeats_of_the_emoji_are_those_a_dictionary_finds() -> None:
     """And percentiles are those of NumPy's inverted distribution function."""
     table = emoji_table("test")
     found = look(ImageTextPairs(table, name="emoji"))
-    for name, column in (("repeated_image", "image"), ("repeated_caption", "caption")):
-        several = [n for n in Counter(table[column].to_pylist()).values() if n > 1]
-        assert found[f"{name}_copies"] == sum(several) - len(several)
-        counts = [int(example.split(" x ")[0]) for example in found[f"{name}_examples"]]
-        assert counts == sorted(several, reverse=True)[: len(counts)]
+    several = [n for n in Counter(table["caption"].to_pylist()).values() if n > 1]
+    assert found["repeated_caption_copies"] == sum(several) - len(several)
+    counts = [int(example.split(" x ")[0]) for example in found["repeated_caption_examples"]]
+    assert counts == sorted(several, reverse=True)[: len(counts)]
     lengths = count_words(table["caption"].to_pylist())
     for share, value in found["tokens"].items():
         assert value == np.percentile(lengths, int(share), method="inverted_cdf")
@@ -134,7 +126,7 @@ def test_processes_find_what_one_finds(mixed: ImageTextPairs) -> None:
     source = MixedPairs([ImageTextPairs(tiny_pairs(200), name="tiny"), mixed])
     one, two = (look(source, workers=workers, max_pixels=1_000_000) for workers in (1, 2))
     assert one["read"] == 200 + 10
-    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    assert one == two
 
 
 @pytest.mark.parametrize(("total", "number"), [(10, 10), (10, 3), (1000, 7), (10**12, 5)])
@@ -146,12 +138,6 @@ def test_samples_are_drawn_evenly(total: int, number: int) -> None:
     assert len(set(rows)) == number
     assert rows == drawn(total, number, 0)
     assert number == total or rows != drawn(total, number, 1)
-
-
-def test_some_samples_stand_for_all() -> None:
-    source = ImageTextPairs(emoji_table("train"), name="emoji")
-    found = look(source, samples=300)
-    assert (found["pairs"], found["read"]) == (7077, 300)
 
 
 @pytest.fixture
@@ -181,27 +167,18 @@ def test_streamed_shards_are_read_once(
         assert capsys.readouterr().err.count("inspect") == 1
 
 
-def test_a_montage_shows_pairs_and_leaves_out_bad_ones(mixed: ImageTextPairs) -> None:
-    """Six good pairs of ten, each in a cell of its own; a caption may hold any characters."""
-
-    def odd(text: str) -> tuple[str, ...]:
-        if not text.strip():
-            raise ValueError("empty caption")
-        return ("a \ud83d 猫 " * 90,)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("protoclip.data.pairs.clean_captions", lambda texts: odd(texts[0]))
-        sheet = montage(mixed, max_pixels=1_000_000)
+def test_a_montage_shows_pairs_and_leaves_out_bad_ones(
+    mixed: ImageTextPairs, shards: ShardStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six good pairs of ten, with captions of any characters; of a stream, the first."""
+    monkeypatch.setattr("protoclip.data.pairs.clean_captions", lambda texts: ("\ud83d 猫 " * 90,))
+    bad = ImageTextPairs(mixed.table.slice(6, 2), name="bad")
+    good = ImageTextPairs(mixed.table.slice(0, 8), name="good")
+    sheet = montage(good)
     assert sheet.size == (6 * (SIDE + GAP) + GAP, CELL + 2 * GAP)
     middles = [GAP + SIDE // 2 + column * (SIDE + GAP) for column in range(6)]
     assert [sheet.getpixel((x, GAP + SIDE // 2)) for x in middles] == [(0, 0, 0)] * 6
-    below = np.asarray(sheet)[GAP + SIDE :, GAP : GAP + SIDE]
-    assert (below < 100).any()
-
-
-def test_a_montage_of_a_stream_and_of_nothing(shards: ShardStream) -> None:
+    assert (np.asarray(sheet)[GAP + SIDE :, GAP : GAP + SIDE] < 100).any()
     assert montage(shards).height == 4 * (CELL + GAP) + GAP
-    images = pa.array([b"x"] * 3, pa.binary())
-    bad = ImageTextPairs(pa.table({"image": images, "caption": ["a"] * 3}), name="bad")
     with pytest.raises(ValueError, match="bad: none of its samples that were tried"):
         montage(bad)

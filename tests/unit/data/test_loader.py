@@ -2,10 +2,10 @@
 
 import json
 import os
-import pickle
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from protoclip.data.cache import DiskCache, MemoryCache
+from protoclip.data.cache import DiskCache, MemoryCache, crop
 from protoclip.data.loader import Batch, EpisodeLoader, SkipLog
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
@@ -86,14 +86,6 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
         assert torch.equal(a.image, b.image)
 
 
-def test_batches_cover_the_episode_in_order() -> None:
-    episode = EpisodeSampler(96, 80, seed=0).episode(2)
-    batches = list(loader().batches(episode))
-    assert torch.cat([batch.position for batch in batches]).tolist() == list(range(80))
-    ids = [sample_id for batch in batches for sample_id in batch.sample_id]
-    assert ids == [f"tiny/{row}" for row in episode.rows.tolist()]
-
-
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 def test_workers_serve_episodes_from_any_position(kind: str) -> None:
     """The same processes serve training and extraction, over episodes, after an iteration that was
@@ -137,19 +129,15 @@ def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) 
     assert not loader(2)._loader.pin_memory
     made = loader(2, with_bad({0}), device=torch.device("cuda"))
     assert made._loader.pin_memory
-    (request, *_) = made._make_requests(
-        episode_of(16), 0, made.transform, np.zeros((16, 13), np.float32)
-    )
-    batch = made._loader.dataset[request]
+    draws = np.zeros((16, 13), np.float32)
+    batch = made._loader.dataset[
+        next(made._make_requests(episode_of(16), 0, made.transform, draws))
+    ]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
-    pinned = pin_memory(batch)
-    for before, after in zip(batch, pinned, strict=True):
+    for before, after in zip(batch, pin_memory(batch), strict=True):
         if isinstance(before, torch.Tensor):
             assert after is not before
-            assert torch.equal(after, before)
-        else:
-            assert after == before
-    assert {each.sample_id for each in pinned.bad} == {"tiny/0"}
+        assert str(after) == str(before)
 
 
 def files_of_images(folder: Path) -> ImageTextPairs:
@@ -169,14 +157,13 @@ def files_of_images(folder: Path) -> ImageTextPairs:
 def test_batches_do_not_depend_on_workers_or_caches(small_side: int | None, tmp_path: Path) -> None:
     """Bit for bit: none, memory, disk; cold and warm; in this process and in two others."""
     (tmp_path / "files").mkdir()
-    settings = {"pairs": files_of_images(tmp_path / "files"), "small_side": small_side}
+    pairs, episode = files_of_images(tmp_path / "files"), EpisodeSampler(24, 32, seed=0).episode(0)
     memory, disk = MemoryCache(max_bytes=10**7), DiskCache(tmp_path / "disk", max_bytes=10**7)
-    episode = EpisodeSampler(24, 32, seed=0).episode(0)
-    expected = list(loader(**settings).batches(episode))
+    cut = partial(crop, max_pixels=10**8, small_side=small_side)
+    expected = list(loader(0, pairs, crop=cut).batches(episode))
     for cache, workers in [(memory, 0), (memory, 0), (disk, 2), (disk, 0), (None, 2)]:
-        assert_same(list(loader(workers, cache=cache, **settings).batches(episode)), expected)
-    other = list(loader(**{**settings, "small_side": 20 if small_side else 24}).batches(episode))
-    assert not torch.equal(other[0].image, expected[0].image)
+        source = loader(workers, pairs, crop=partial(cut, cache=cache))
+        assert_same(list(source.batches(episode)), expected)
 
 
 def test_ranks_share_each_batch() -> None:
@@ -185,7 +172,11 @@ def test_ranks_share_each_batch() -> None:
     halves = [
         replace(loader(), batch_size=8, rank=rank, world_size=2).batches(episode) for rank in (0, 1)
     ]
-    for one, first, second in zip(loader().batches(episode), *halves, strict=True):
+    together = list(loader().batches(episode))
+    assert torch.cat([batch.position for batch in together]).tolist() == list(range(64))
+    ids = [sample_id for batch in together for sample_id in batch.sample_id]
+    assert ids == [f"tiny/{row}" for row in episode.rows.tolist()]
+    for one, first, second in zip(together, *halves, strict=True):
         assert first.sample_id + second.sample_id == one.sample_id
         assert torch.equal(torch.cat([first.image, second.image]), one.image)
 
@@ -216,10 +207,9 @@ def test_bad_samples_are_replaced_by_those_after_the_batch(workers: int, kind: s
     assert all(each.reason for _, found in read for each in found)
 
 
-def test_a_batch_of_bad_samples_ends_in_one_line() -> None:
-    with pytest.raises(ValueError, match="tiny: a batch found only bad samples") as error:
+def test_a_batch_of_bad_samples_ends_the_run() -> None:
+    with pytest.raises(ValueError, match="tiny: a batch found only bad samples"):
         list(loader(0, with_bad(set(range(96)))).batches(episode_of(64)))
-    assert "\n" not in str(error.value)
 
 
 def test_several_captions_are_drawn_per_visit() -> None:
@@ -246,17 +236,13 @@ def test_the_state_is_json_and_prepares_a_stream() -> None:
     assert loader().state_dict(3, 2, size=64) == {"episode": 3, "batch": 2}
 
 
-def junk_shards(folder: Path) -> ShardStream:
-    for number in range(3):
-        (folder / f"{number}.tar").write_bytes(b"junk" * 1000)
-    return ShardStream(str(folder / "{0..2}.tar"), seed=0)
-
-
 def test_a_source_that_fails_leaves_the_workers_in_order(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also if it fails while they start: one line, and another iteration may follow."""
-    source = loader(2, junk_shards(tmp_path))
+    for number in range(3):
+        (tmp_path / f"{number}.tar").write_bytes(b"junk" * 1000)
+    source = loader(2, ShardStream(str(tmp_path / "{0..2}.tar"), seed=0))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"\A.*3 shards in a row without a sample.*\Z"):
             list(source.batches(episode_of(64)))
@@ -289,15 +275,10 @@ def test_remembered_tokens_are_those_of_the_tokenizer() -> None:
     for texts in (["a", "bb", "a"], ["bb", "ccc"], ["dddd", "a"], ["dddd"]):
         assert tokenizer(texts).tolist() == [[len(text), ord(text[0])] for text in texts]
     assert calls == ["a", "bb", "ccc", "dddd", "dddd"]
-    copy = pickle.loads(pickle.dumps(build_tokenizer(None, context_length=8)))
-    tokens = copy(["one two three four five six seven eight"])
-    assert tokens.shape == (1, 8)
-    assert tokens[0, -1] == 49407  # the end token, from which the text tower's output is taken
 
 
 def bad(name: str) -> BadSample:
-    copy: BadSample = pickle.loads(pickle.dumps(BadSample(name, f"{name}.jpg", "truncated")))
-    return copy
+    return BadSample(name, f"{name}.jpg", "truncated")
 
 
 def test_skips_are_written_once_a_sample(tmp_path: Path) -> None:
@@ -308,10 +289,13 @@ def test_skips_are_written_once_a_sample(tmp_path: Path) -> None:
     assert not path.exists()
     log.add(10, [bad("a"), bad("ü")])
     log.add(10, [bad("a")])
-    assert (log.read, log.skipped, log.distinct) == (30, 3, 2)
+    assert (log.read, log.skipped, len(log.known)) == (30, 3, 2)
+    with path.open("a") as file:
+        file.write('{"sample_id": "torn')
     again = SkipLog(path, max_share=1.0, at_least=1)
     again.add(10, [bad("a"), bad("c")])
-    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line) for line in lines if "torn" not in line]
     assert [line["sample_id"] for line in written] == ["a", "ü", "c"]
     assert written[1] == {"sample_id": "ü", "where": "ü.jpg", "reason": "truncated"}
 
@@ -325,6 +309,5 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
         log.add(20, [bad("last")])
     message = str(error.value)
     assert message.count("truncated") == 10
-    assert "0.jpg: truncated; 1.jpg" in message
+    assert "(0.jpg): truncated; sample '1'" in message
     assert "skipped.jsonl" in message
-    assert "\n" not in message

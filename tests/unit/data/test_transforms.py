@@ -1,7 +1,6 @@
 """Transforms: parameters per image, in agreement with PIL and with colour theory."""
 
 import colorsys
-import io
 import math
 from collections.abc import Callable
 
@@ -10,17 +9,15 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from protoclip.data.decode import decode_crop, reduction
+from protoclip.data.decode import reduction
 from protoclip.data.transforms import (
     EvaluationTransform,
     TrainingTransform,
-    Transform,
     clip_transform,
     colour_jitter,
     gaussian_blur,
     light_transform,
     luminance,
-    rotate_hue,
 )
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -41,37 +38,10 @@ def random_image() -> Image.Image:
 
 def test_evaluation_is_resize_and_centre_crop() -> None:
     """PIL's crop of the central square and bicubic resize to a grey level, (x - mean) / std."""
-    transform = EvaluationTransform(size=16, mean=MEAN, std=STD)
-    assert isinstance(transform, Transform)
     image = random_image()
-    square = image.crop((5, 0, 35, 30))
-    expected = np.asarray(square.resize((16, 16), Image.Resampling.BICUBIC)).astype(float)
-    ours = transform(image).permute(1, 2, 0).double().numpy() * STD + MEAN
-    assert np.abs(ours * 255 - expected).max() < 1.01
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", [None, 6, 77])
-def test_an_opened_image_is_transformed_as_its_file(kind: str, orientation: int | None) -> None:
-    """Upright by its EXIF orientation, if it has one."""
-    rows, columns = np.mgrid[:30, :50]
-    pixels = (4 * rows + 2 * columns)[..., None] * [1, 0.5, 0.25]
-    image = Image.fromarray(pixels.astype(np.uint8))
-    exif = Image.Exif()
-    if orientation is not None:
-        exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    image.save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    transform = EvaluationTransform(size=20, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    draws = np.zeros(0, np.float32)
-    trained = decode_crop(
-        buffer.getvalue(), lambda w, h: transform.box(w, h, draws), 20, max_pixels=10_000
-    )
-    expected = transform.finish(torch.from_numpy(trained)[None], torch.zeros(1, 0))[0]
-    found = transform(Image.open(buffer))
-    assert (found - expected).abs().max() <= (0.02 if kind == "JPEG" else 0)
-    if orientation in range(2, 9):
-        assert (found - transform(Image.fromarray(np.asarray(image)))).abs().max() > 0.1
+    square = image.crop((5, 0, 35, 30)).resize((16, 16), Image.Resampling.BICUBIC)
+    ours = EvaluationTransform(size=16, mean=MEAN, std=STD)(image).permute(1, 2, 0).numpy()
+    assert np.abs((ours * STD + MEAN) * 255 - np.asarray(square).astype(float)).max() < 1.01
 
 
 def test_crops_have_the_areas_ratios_and_places_that_are_drawn() -> None:
@@ -143,37 +113,12 @@ def test_the_light_transform_is_its_steps_in_order() -> None:
         torch.testing.assert_close(finished[i].permute(1, 2, 0), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_augmentations_happen_as_often_as_they_should() -> None:
-    """Half of the images are flipped and about a fifth turn grey; by CLIP's transform, none."""
-    image = torch.zeros(4000, 8, 8, 3, dtype=torch.uint8)
-    image[:, :, :4, 0] = 200
-    draws = uniform(4000, 13, seed=1)
-    plain = {"size": 8, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    out = light_transform(**plain).finish(image, draws)
-    flipped = out[:, 0, :, 4:].mean((1, 2)) > out[:, 0, :, :4].mean((1, 2))
-    grey = (out[:, 0] - out[:, 1]).abs().amax((1, 2)) < 1e-6
-    assert abs(float(flipped.float().mean()) - 0.5) < 0.04
-    assert abs(float(grey.float().mean()) - 0.2) < 0.03
-    expected = image[:9].permute(0, 3, 1, 2) / 255
-    torch.testing.assert_close(clip_transform(**plain).finish(image[:9], draws[:9] * 0), expected)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, -0.2, 0.5])
-def test_hue_rotation_is_hsv_rotation(share: float) -> None:
-    """Every pixel agrees with the standard library's colour conversions."""
-    colours = uniform(1, 3, 6, 6, seed=2)
-    colours[0, :, 0, 0] = 0.4  # grey
-    colours[0, :, 0, 1] = torch.tensor([0.9, 0.9, 0.1])  # a tie for the largest
-    rotated = rotate_hue(colours, torch.tensor([share]))
-    for before, after in zip(colours[0].flatten(1).T, rotated[0].flatten(1).T, strict=True):
-        h, s, v = colorsys.rgb_to_hsv(*before.tolist())
-        assert after.tolist() == pytest.approx(colorsys.hsv_to_rgb((h + share) % 1, s, v), abs=1e-5)
-
-
 def test_jitter_is_its_four_steps() -> None:
     """Brightness, contrast about the mean grey, saturation, hue; by plain numbers in float64."""
     images, draws = uniform(3, 3, 4, 4, seed=5), uniform(3, 4, seed=6)
     draws[2] = 0.5  # changes nothing
+    images[0, :, 0, 0] = 0.4  # grey
+    images[0, :, 0, 1] = torch.tensor([0.9, 0.9, 0.1])  # a tie for the largest
     jittered = colour_jitter(images, draws)
     torch.testing.assert_close(jittered[2], images[2])
     weights = np.array([0.299, 0.587, 0.114])
