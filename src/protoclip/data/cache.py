@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from protoclip.config import DataConfig
+from protoclip.data.access import digest
 from protoclip.data.decode import (
     ChooseBox,
     Decoded,
@@ -26,7 +27,7 @@ from protoclip.data.decode import (
     dimensions,
     resize,
 )
-from protoclip.data.index import cache_folder, digest
+from protoclip.data.index import cache_folder
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.files import write_atomically
