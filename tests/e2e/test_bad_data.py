@@ -39,22 +39,17 @@ FILES: dict[str, tuple[bytes | None, str]] = {
     "zero.jpg": (b"", "empty"),
     "cut.jpg": (encoded("JPEG")[:-200], "truncated"),
     "cut.webp": (encoded("WEBP")[:-100], ""),
-    "header.jpg": (encoded("JPEG")[:20], ""),
     "damaged.png": (damaged_png(), ""),
     "page.jpg": (b"<html><body>404 Not Found</body></html>", "not an image"),
-    "text.png": ("gone, désolé".encode(), "not an image"),
     "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     "missing.jpg": (None, "no such file"),
     "large.png": (encoded("PNG", 300), "data.max_image_pixels"),
     "http://127.0.0.1:9/none.jpg": (None, "--data.allow_private_hosts true"),
-    "http://0.invalid/none.jpg": (None, "cannot be read"),
-    "reference://x0::data:,{}": (None, "'reference://' is not read"),
     "/etc/hostname": (None, "lies outside of"),
 }
 # Name of a sample, its caption, and what the reason has to say.
 CAPTIONS: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "empty caption"),
-    "blank": (b"   ", "empty caption"),
     "line separator\u2028": (b"", "empty caption"),
 }
 # What stands where a file should be.
@@ -139,34 +134,23 @@ def test_too_many_bad_samples_stop_the_run(
 
 
 # The options, and what the one line has to say.
-FAULTS = {
-    "no shard that matches": ("--data.train {00..02}.tar", "00.tar"),
-    "remote shards to be indexed": (
-        "--data.train s3://bucket/a.tar --data.read indexed",
-        "only local shards",
-    ),
-    "a table to be streamed": (
-        "--data.train pairs.parquet --data.read streaming",
-        "only tar shards",
-    ),
-    "columns of a shard": ("--data.train a.tar --data.image_column jpg", "no columns"),
-    "a weight for one of two": (
-        '--data.sources [{"path":"a.csv","weight":1},{"path":"b.csv"}]',
-        "every source a weight",
-    ),
-    "one source and several": (
-        '--data.train a.csv --data.sources [{"path":"b.csv"}]',
-        "leave one of them out",
-    ),
-}
+FAULTS = [
+    ("--data.train s3://b/a.tar --data.read indexed", "only local shards"),
+    ("--data.train pairs.parquet --data.read streaming", "only tar shards"),
+    ("--data.train a.tar --data.image_column jpg", "no columns"),
+    ('--data.train a.csv --data.sources [{"path":"b.csv"}]', "leave one of them out"),
+]
 
 
-@pytest.mark.parametrize("case", FAULTS)
+@pytest.mark.parametrize(("options", "message"), FAULTS)
 def test_faults_of_form_stop_at_once(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In one line that names the file or setting, with exit code 2 and no run folder."""
-    options, message = FAULTS[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SystemExit) as stop:

@@ -60,18 +60,12 @@ class Pairs(Protocol):
 
     @property
     def name(self) -> str: ...
-
     @property
     def has_ids(self) -> bool: ...
-
     def __len__(self) -> int: ...
-
     def sample(self, row: int) -> Sample: ...
-
     def sample_id(self, row: int) -> str: ...
-
     def sample_captions(self, row: int) -> tuple[str, ...]: ...
-
     def sample_ids(self) -> Iterator[str]: ...
 
 
@@ -85,11 +79,8 @@ class SampleStream(Protocol):
 
     @property
     def name(self) -> str: ...
-
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]: ...
-
     def state_dict(self, first: int) -> dict[str, Any]: ...
-
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
@@ -109,8 +100,7 @@ class ImageTextPairs:
         key: Identifies the content, for caches.
         notes: What the user should know, such as which lines were left out.
 
-    Raises:
-        ValueError: A column is missing, or there is no row.
+    Raises `ValueError` if a column is missing, or there is no row.
     """
 
     def __init__(

@@ -19,8 +19,7 @@ from protoclip.distributed.collectives import rank, world_size
 def pairs(config: Config) -> Pairs | SampleStream:
     """The training pairs. In a mixture, sample ids begin with the name of their source.
 
-    Raises:
-        ValueError: A file is missing or damaged, or sources do not go together.
+    Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
     data, seed = config.data, config.run.seed
     found = [_opened(data, entry, seed=seed) for entry in entries(data)]

@@ -437,23 +437,23 @@ def _csv_rows(
     """The good rows. `number` is that of the first line."""
     ahead: deque[str] = deque()
     while ahead or (ahead := deque(islice(lines, 1))):
-        row: list[str] | None = ahead[0].rstrip("\r\n").split(separator)
-        used = 1
+        row, used = ahead[0].rstrip("\r\n").split(separator), 1
+        what = "lines with another number of fields than the header"
         if '"' in ahead[0]:
             ahead.extend(islice(lines, MAX_QUOTED_LINES - len(ahead)))
             row, used = _quoted_row(ahead, separator, width)
+            what = what if row else "lines with an open quote"
         text = "".join(ahead.popleft() for _ in range(used))
-        fault = "lines with an open quote" if row is None else fault_of(text)
-        if not fault and row is not None and len(row) == width:
+        fault = fault_of(text)
+        if len(row) == width and not fault:
             yield row
         elif text.strip():
-            ragged = "lines with another number of fields than the header"
-            left_out.add(fault or ragged, text, number)
+            left_out.add(fault or what, text, number)
         number += used
 
 
-def _quoted_row(lines: deque[str], separator: str, width: int) -> tuple[list[str] | None, int]:
-    """The fields of the row that begins there (None: a quote is left open) and its lines."""
+def _quoted_row(lines: deque[str], separator: str, width: int) -> tuple[list[str], int]:
+    """The fields of the row that begins there (none: a quote is left open) and its lines."""
     readers = [csv.reader(lines, delimiter=separator, strict=True)]
     if lines[0].count('"') % 2 == 0:
         # Text after a closing quote, as in `"Seven" (1995)`, is kept.
@@ -463,7 +463,7 @@ def _quoted_row(lines: deque[str], separator: str, width: int) -> tuple[list[str
             row = next(reader)
             if len(row) == width or reader.line_num == 1:
                 return row, reader.line_num
-    return None, 1
+    return [], 1
 
 
 def _read_json(

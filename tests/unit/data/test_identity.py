@@ -144,12 +144,16 @@ def check_batches(kinds: tuple[str, str], config: Config) -> None:
     """
     own = [OWN.get(kind, "{:04}") for kind in kinds]
     samples = [(source, number) for source in range(2) for number in range(NUMBER)]
+    ids = [f"{NAMES[s]}/{own[s].format(n)}" for s, n in samples]
     teacher = TeacherFeatures.in_memory(
         name="teacher",
-        sample_ids=[f"{NAMES[s]}/{own[s].format(n)}" for s, n in samples],
+        sample_ids=ids,
         features=np.array(samples, dtype=np.float32),
     )
     loader = loader_of(config)
+    if isinstance(loader.pairs, Pairs):
+        assert list(loader.pairs.sample_ids()) == ids
+        assert [loader.pairs.sample_id(row) for row in range(len(ids))] == ids
     episode = sampler.episodes(config, loader.pairs)(0)
     for _ in ("cold", "warm"):
         met = []
@@ -171,18 +175,6 @@ def test_a_mixture_serves_the_right_image(
 ) -> None:
     workers = 2 if kinds[0] == kinds[1] and cache == "disk" else 0
     check_batches(kinds, mixture(kinds, tmp_path, cache=cache, workers=workers))
-
-
-@kinds_of_mixture
-def test_ids_of_a_mixture_are_unique(kinds: tuple[str, str], tmp_path: Path) -> None:
-    """Whether they are asked for one by one, all at once, or come with a bad sample."""
-    samples = sources.pairs(mixture(kinds, tmp_path))
-    if not isinstance(samples, Pairs):
-        return
-    ids = list(samples.sample_ids())
-    assert len(set(ids)) == len(ids) == 2 * NUMBER
-    assert ids == [samples.sample_id(row) for row in range(len(ids))]
-    assert ids == [samples.sample(row).sample_id for row in range(len(ids))]
 
 
 def test_equal_bad_samples_of_two_sources_are_two(tmp_path: Path) -> None:
