@@ -68,16 +68,16 @@ def join(root: str, name: str) -> str:
 
 def require_allowed(location: str, access: Access) -> None:
     """Raises `ValueError`, with the way out, for a path, URL or command that may not be read."""
-    if location.startswith("pipe:") and not access.commands:
-        raise ValueError("commands run only with --data.allow_commands true")
     if location.startswith("pipe:"):
+        if not access.commands:
+            raise ValueError("commands run only with --data.allow_commands true")
         return
     protocol, is_remote, rest = location.partition("://")
     if is_remote and protocol.lower() not in WEB + STORES:
         known = ", ".join(WEB + STORES)
         raise ValueError(f"'{protocol}://' is not read; use a local file or one of {known}")
-    address, bracket, behind = rest.partition("]")  # an IPv6 address contains "::"
-    if is_remote and "::" in (behind if bracket and address.startswith("[") else rest):
+    # An IPv6 address contains "::".
+    if is_remote and "::" in re.sub(r"^\[[^\[\]]*\]", "", rest):
         raise ValueError("URLs chained with '::' are not read")
 
 
@@ -93,35 +93,34 @@ def in_table(root: str, name: str, access: Access) -> str:
             raise ValueError(f"lies outside of {root}")
         return join(root, name)
     real = os.path.realpath(join(root, name))
-    if is_below(real, real_root(root)):
+    if _is_below(real, _real(root)):
         return real
-    path, here = os.path.abspath(join(root, name)), root or "the current folder"  # noqa: PTH100
-    if not is_below(path, os.path.abspath(root)):  # noqa: PTH100 (links stay as they are)
+    here = root or "the current folder"
+    path = os.path.abspath(join(root, name))  # noqa: PTH100 (links stay as they are)
+    if not _is_below(path, os.path.abspath(root)):  # noqa: PTH100
         raise ValueError(
             f"lies outside of {here}, where the table's paths start; set data.root to the folder "
             "that holds the images (--data.root /)"
         )
-    if access.links:
-        return path
-    raise ValueError(f"is a link to {real}, outside of {here}; --data.allow_links true follows it")
+    if not access.links:
+        raise ValueError(
+            f"is a link to {real}, outside of {here}; --data.allow_links true follows it"
+        )
+    return path
 
 
-@lru_cache(16)
-def real_root(root: str) -> str:
-    return os.path.realpath(root)
+_real = lru_cache(16)(os.path.realpath)  # of a root, which every row asks for
 
 
-def is_below(path: str, folder: str) -> bool:
+def _is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def open_file(location: str, access: Access) -> io.BufferedReader:
     """A file or URL, to be read from its start.
 
-    Raises:
-        OSError: It cannot be read; `FileNotFoundError` if there is none.
-        ValueError: It may not be read, or is no regular file.
-        Exception: Of a store's own client; `ImportError` if that is not installed.
+    Raises `OSError` if it cannot be read, `ValueError` if it may not be read or is no regular
+    file, or any exception of a store's own client.
     """
     require_allowed(location, access)
     protocol, is_remote, rest = location.partition("://")
@@ -204,8 +203,14 @@ def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
     Raises `ValueError`, which names it, if it cannot or may not be read.
     """
     try:
+        require_allowed(path, access)
+        if path.partition("://")[0].lower() in WEB:
+            with WebFile(path, access) as web:
+                found = dict(web.headers)
+        elif is_url(path):
+            filesystem, place = fsspec.core.url_to_fs(path)
+            found = filesystem.info(place)
         if is_url(path):
-            found = _url_facts(path, access)
             known = {name: value for name, value in found.items() if name.lower() in URL_FACTS}
             return digest({"url": path, **known})
         with open_local(path) as file:
@@ -217,15 +222,6 @@ def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
         raise ValueError(f"{path}: {reason_of(error)}") from None
     facts = {"path": str(Path(path).resolve()), "size": status.st_size, "ends": ends.hex()}
     return digest({**facts, "time": status.st_mtime_ns})
-
-
-def _url_facts(url: str, access: Access) -> Mapping[str, Any]:
-    require_allowed(url, access)
-    if url.partition("://")[0].lower() in WEB:
-        with WebFile(url, access) as file:
-            return file.headers
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return dict(filesystem.info(path))
 
 
 def list_urls(pattern: str, access: Access) -> list[str]:
@@ -350,9 +346,7 @@ class _PublicHosts(httpx.HTTPTransport):
         for address in _addresses(host, must_exist=True):
             url = request.url.copy_with(host=address)
             extensions = {**request.extensions, "sni_hostname": host}
-            there = httpx.Request(
-                request.method, url, headers=request.headers, extensions=extensions
-            )
+            there = httpx.Request("GET", url, headers=request.headers, extensions=extensions)
             try:
                 return super().handle_request(there)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:

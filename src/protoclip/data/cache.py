@@ -15,8 +15,9 @@ import numpy as np
 
 from protoclip.config import DataConfig
 from protoclip.data import decode
+from protoclip.data.access import digest
 from protoclip.data.decode import ChooseBox, Decoded, Square
-from protoclip.data.index import cache_folder, digest
+from protoclip.data.index import cache_folder
 from protoclip.files import write_atomically
 
 # Part of the folder's name, so that caches of another form are not read.

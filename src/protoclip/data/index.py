@@ -11,10 +11,8 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock
 
-from protoclip.data.access import digest, fingerprint
 from protoclip.files import replacing
 
-__all__ = ["ArrowIndex", "build_index", "cache_folder", "digest", "fingerprint"]
 Build = Callable[[dict[str, Any]], Iterable[pa.RecordBatch]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protoclip.data.index import digest
+from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import ORDER_STREAM, generator, permute
 

@@ -44,14 +44,10 @@ class BadSample(ValueError):
 class Sample:
     """A pair as it is stored."""
 
-    sample_id: str
-    """Unique in a run; the key of teacher features and skip lists."""
-    image: bytes
-    """The encoded image (JPEG, PNG, WebP, ...)."""
-    captions: tuple[str, ...]
-    """One or more, none of them empty; each visit draws one."""
-    where: str
-    """The file or archive member it comes from, for messages."""
+    sample_id: str  # Unique in a run; the key of teacher features and skip lists.
+    image: bytes  # The encoded image (JPEG, PNG, WebP, ...).
+    captions: tuple[str, ...]  # One or more, none of them empty; each visit draws one.
+    where: str  # The file or archive member it comes from, for messages.
 
 
 @runtime_checkable
@@ -64,18 +60,12 @@ class Pairs(Protocol):
 
     @property
     def name(self) -> str: ...
-
     @property
     def has_ids(self) -> bool: ...
-
     def __len__(self) -> int: ...
-
     def sample(self, row: int) -> Sample: ...
-
     def sample_id(self, row: int) -> str: ...
-
     def sample_captions(self, row: int) -> tuple[str, ...]: ...
-
     def sample_ids(self) -> Iterator[str]: ...
 
 
@@ -89,11 +79,8 @@ class SampleStream(Protocol):
 
     @property
     def name(self) -> str: ...
-
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]: ...
-
     def state_dict(self, first: int) -> dict[str, Any]: ...
-
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
@@ -107,15 +94,13 @@ class ImageTextPairs:
         root: Folder or URL that relative paths start from, and that all paths must lie below.
         access: What the user allows.
         image_column: Encoded images, paths or URLs, or structs of `bytes` and `path`; unset, it is
-            `image`, `path` or `shard`. If there are columns `offset` and `size`: files, in which
-            these bytes are an image.
+            `image`, `path` or `shard`. With columns `offset` and `size`, these bytes of a file.
         caption_columns: Texts (strings or UTF-8 bytes) or lists of texts.
         id_column: Unique ids; a sample is called `<name>/<row>` if there is no such column.
         key: Identifies the content, for caches.
         notes: What the user should know, such as which lines were left out.
 
-    Raises:
-        ValueError: A column is missing, or there is no row.
+    Raises `ValueError` if a column is missing, or there is no row.
     """
 
     def __init__(
@@ -132,15 +117,16 @@ class ImageTextPairs:
         notes: Sequence[str] = (),
     ) -> None:
         self.name, self.root, self.access = name, root, access
-        self.index = table if isinstance(table, ArrowIndex) else None
-        self.key = self.index.path.stem if self.index else key
-        self.notes = [*(self.index.facts.get("notes", ()) if self.index else ()), *notes]
+        index = table if isinstance(table, ArrowIndex) else None
+        self.key = index.path.stem if index else key
+        self.notes = [*(index.facts.get("notes", ()) if index else ()), *notes]
         self._source = table
         self._open()
         usual = next((c for c in ("image", "path", "shard") if c in self._arrays), "image")
         self.image_column = image_column or usual
         self.caption_columns = tuple(caption_columns)
         self.id_column = id_column if id_column in self._arrays else None
+        self.has_ids = self.id_column is not None
         for column in (self.image_column, *self.caption_columns):
             self._require(column)
         if self.table.num_rows == 0:
@@ -159,10 +145,6 @@ class ImageTextPairs:
         self.__dict__.update(state)
         self._open()
 
-    @property
-    def has_ids(self) -> bool:
-        return self.id_column is not None
-
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
@@ -179,7 +161,7 @@ class ImageTextPairs:
             yield from map(str, chunk.to_pylist())
 
     def caption(self, row: int) -> str:
-        """The caption, or the first of several; raises `BadSample`."""
+        """The first caption; raises `BadSample`."""
         return self.sample_captions(row)[0]
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
@@ -208,10 +190,10 @@ class ImageTextPairs:
             return read_file(in_table(self.root, found, self.access), self.access)
         except MemoryError:
             raise
-        except FileNotFoundError:
-            raise self._bad(row, "no such file") from None
         except Exception as error:  # the clients of stores have exceptions of their own
-            raise self._bad(row, f"cannot be read ({reason_of(error)})") from None
+            reason = reason_of(error)
+            missing = isinstance(error, FileNotFoundError)
+            raise self._bad(row, reason if missing else f"cannot be read ({reason})") from None
 
     def where(self, row: int) -> str:
         """The file that holds the image of a row."""

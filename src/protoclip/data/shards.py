@@ -28,6 +28,8 @@ from braceexpand import braceexpand
 from protoclip.data.access import (
     NOTHING_MORE,
     Access,
+    digest,
+    fingerprint,
     is_url,
     list_urls,
     open_local,
@@ -35,7 +37,7 @@ from protoclip.data.access import (
     require_allowed,
     visible,
 )
-from protoclip.data.index import ArrowIndex, build_index, digest, fingerprint
+from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.progress import Progress
 

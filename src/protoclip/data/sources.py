@@ -7,6 +7,7 @@ from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.access import Access, is_url, require_allowed
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
+from protoclip.data.index import cache_folder
 from protoclip.data.mixture import MixedPairs, MixedStreams, ShuffledCaptions
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.shards import open_shards
@@ -18,8 +19,7 @@ from protoclip.distributed.collectives import rank, world_size
 def pairs(config: Config) -> Pairs | SampleStream:
     """The training pairs. In a mixture, sample ids begin with the name of their source.
 
-    Raises:
-        ValueError: A file is missing or damaged, or sources do not go together.
+    Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
     data, seed = config.data, config.run.seed
     found = [_opened(data, entry, seed=seed) for entry in entries(data)]
@@ -70,13 +70,14 @@ def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> ImageTextPai
     path = entry.path
     # In a mixture tar shards are named after their folder, as other sources are.
     here = len(data.sources) > 1 and Path(path).exists()
+    captions = entry.caption_column or data.caption_column or []
     options = TableOptions(
         image_column=entry.image_column or data.image_column,
-        caption_column=entry.caption_column or data.caption_column,
+        caption_column=[captions] if isinstance(captions, str) else captions,
         id_column=entry.id_column or data.id_column,
         root=entry.root or data.root,
         name=entry.name or (Path(path).resolve().name if here else None),
-        cache=Path(data.cache_folder) / "index" if data.cache_folder else None,
+        cache=Path(data.cache_folder or cache_folder()) / "index",
         access=Access(
             commands=data.allow_commands,
             private_hosts=data.allow_private_hosts,
@@ -97,13 +98,13 @@ def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> ImageTextPai
         if path.startswith("hf:") and local:
             return open_hub(path, options)
         return (open_folder if local and Path(path).is_dir() else open_table)(path, options)
-    if given := ", ".join(options.unused("image_column", "id_column", "root")):
+    if given := options.unused():
         raise ValueError(f"{path}: tar shards have no columns; leave out {given}")
     if data.read == "indexed" and not local:
         raise ValueError(
             f'{path}: only local shards can be indexed; set data.read = "streaming", or copy them'
         )
-    keys = options.captions or None
+    keys = options.caption_column or None
     if local and data.read != "streaming":
         return open_shards(path, caption_keys=keys, name=options.name, cache=options.cache)
     return ShardStream(

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import fsspec
 import pyarrow as pa
@@ -18,6 +19,7 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import access as module
 from protoclip.data import sources
 from protoclip.data.access import (
+    NOTHING_MORE,
     Access,
     fingerprint,
     in_table,
@@ -27,7 +29,6 @@ from protoclip.data.access import (
     visible,
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.stream import ShardStream
 from protoclip.data.tables import TableOptions, open_table
 
 # What a cell may hold, and what its row's reason says. None of these may reach anything.
@@ -35,29 +36,19 @@ CELLS = {
     "reference://x0::data:application/json;base64,e30=": "'reference://' is not read",
     "simplecache::https://host/a.jpg": "'simplecache::https://' is not read",
     "zip://a.jpg::https://host/a.zip": "'zip://' is not read",
-    "tar://a.jpg::a.tar": "'tar://' is not read",
     "file:///etc/passwd": "'file://' is not read",
-    "memory://a.jpg": "'memory://' is not read",
-    "ftp://127.0.0.1/a.jpg": "'ftp://' is not read",
-    "github://a:b@/c": "'github://' is not read",
     "s3://bucket/a.zip::zip://b": "chained with '::'",
     "https://host/a::zip://b": "chained with '::'",
-    "s3://[a::file:///etc/passwd": "chained with '::'",
     "http://": "cannot be read",
     "http://host:port/a.jpg": "cannot be read",
     "http://127.0.0.1:9/a.jpg": "--data.allow_private_hosts true",
-    "http://localhost:9/a.jpg": "--data.allow_private_hosts true",
-    "HTTP://[::1]:9/a.jpg": "--data.allow_private_hosts true",
     "https://[::ffff:169.254.169.254]/": "--data.allow_private_hosts true",
-    "http://0/a.jpg": "--data.allow_private_hosts true",
     "http://2130706433/a.jpg": "--data.allow_private_hosts true",  # 127.0.0.1 as one number
     "gs://bucket/a.jpg": "gcsfs",
     "pipe:touch ran.tar": "a table runs no command",
     "../secret.jpg": r"set data.root to the folder that holds the images \(--data.root /\)",
-    "deep/../../secret.jpg": "lies outside of",
     "/etc/passwd": "lies outside of",
     "link.jpg": "secret.jpg, outside of .*--data.allow_links true",
-    "folder/hosts": "--data.allow_links true",
     "fifo.jpg": "is a pipe, not a file",
     "socket.jpg": "is a socket, not a file",
     "zero.jpg": "is a device, not a file",
@@ -77,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "good.jpg").write_bytes(b"good")
     (folder / "link.jpg").symlink_to(top / "secret.jpg")
     (folder / "within.jpg").symlink_to(folder / "good.jpg")
-    (folder / "folder").symlink_to("/etc")
+    (folder / "folder").symlink_to(top)
     (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
     (folder / "zero.jpg").symlink_to("/dev/zero")
     (folder / "closed.jpg").write_bytes(b"closed")
@@ -104,15 +95,8 @@ def test_a_cell_that_leads_astray_costs_its_row(table: ImageTextPairs, cell: str
     if cell == "closed.jpg" and os.geteuid() == 0:
         pytest.skip("root may read everything")
     if cell == "zero.jpg":
-        linked = Access(links=True)
-        table = ImageTextPairs(
-            table.table,
-            name="x",
-            root=table.root,
-            access=linked,
-            image_column="filepath",
-            id_column="key",
-        )
+        columns = {"image_column": "filepath", "id_column": "key", "access": Access(links=True)}
+        table = ImageTextPairs(table.table, name="x", root=table.root, **columns)
     row = list(table.sample_ids()).index(cell)
     started = time.monotonic()
     with pytest.raises(BadSample, match=CELLS[cell]) as error:
@@ -126,18 +110,13 @@ def test_the_rows_beside_them_are_read(table: ImageTextPairs) -> None:
     assert [table.sample(row).image for row in range(3)] == [b"good"] * 3
 
 
-def test_links_lead_out_where_the_user_says_so(place: Path) -> None:
-    """From below the root; `..` and absolute paths still do not."""
-    allowed = Access(links=True)
+def test_the_user_says_what_a_table_may_name(place: Path, tmp_path: Path) -> None:
+    """Links that lead out, but not `..`; any path below a root, which may itself be a link."""
+    allowed, secret = Access(links=True), str(place.parent / "secret.jpg")
     assert read_file(in_table(str(place), "link.jpg", allowed), allowed) == b"secret"
     for cell in ("../secret.jpg", "folder/../../secret.jpg"):
         with pytest.raises(ValueError, match="lies outside"):
             in_table(str(place), cell, allowed)
-
-
-def test_the_root_is_what_the_user_names(place: Path, tmp_path: Path) -> None:
-    """A root of `/` reads any absolute path; one that is a link itself means where it leads."""
-    secret = str(place.parent / "secret.jpg")
     assert in_table("/", secret, Access()) == secret
     assert in_table(str(place.parent), secret, Access()) == secret
     (tmp_path / "short").symlink_to(place)
@@ -160,7 +139,6 @@ def test_a_root_that_is_a_url_holds_its_table(bucket: str) -> None:
         ("pipe:cat {0..2}.tar", "pipe:cat .*--data.allow_commands true"),
         ("reference://x::data:a,b", "'reference://' is not read; use a local file or one of"),
         ("memory://a.tar", "'memory://' is not read"),
-        ("ftp://host/{0..2}.tar", "'ftp://' is not read"),
         ("s3://bucket/a.tar::tar://b", "chained with '::'"),
     ],
 )
@@ -168,9 +146,6 @@ def test_a_source_that_may_not_be_read_is_one_line(source: str, message: str) ->
     """Before anything is opened."""
     with pytest.raises(ValueError, match=message):
         sources.pairs(Config(data=DataConfig(train=source)))
-    if ".tar" in source:
-        with pytest.raises(ValueError, match=message):
-            ShardStream(source, seed=0)
     with pytest.raises(ValueError, match=r"data\.root: ftp://host: 'ftp://' is not read"):
         sources.pairs(Config(data=DataConfig(train="pairs.tsv", root="ftp://host")))
 
@@ -180,16 +155,14 @@ def test_a_file_without_end_is_not_read_whole(
     tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """One of the largest size is."""
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
     path = str(tmp_path / "a.jpg") if where == "local" else f"{bucket}/a.jpg"
-    for size in (1000, 1001):
-        fsspec.filesystem("s3").pipe(path, bytes(size))
-        (tmp_path / "a.jpg").write_bytes(bytes(size))
-        if size == 1000:
-            assert len(read_file(path, Access())) == size
-        else:
-            with pytest.raises(ValueError, match="has more than 1000 bytes"):
-                read_file(path, Access())
+    (tmp_path / "a.jpg").write_bytes(bytes(1000))
+    fsspec.filesystem("s3").pipe(f"{bucket}/a.jpg", bytes(1000))
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    assert len(read_file(path, Access())) == 1000
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 999)
+    with pytest.raises(ValueError, match="has more than 999 bytes"):
+        read_file(path, Access())
 
 
 def test_what_takes_the_place_of_a_file_does_not_block(
@@ -216,24 +189,17 @@ def test_a_store_that_never_answers_costs_one_sample(
     free.set()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [IndexError("out of range"), ImportError("Install s3fs"), RuntimeError(), KeyError("a")],
-)
+@pytest.mark.parametrize("error", [IndexError("out of range"), ImportError("Install s3fs")])
 def test_any_error_of_a_store_is_a_bad_sample(
     bucket: str, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """With its own words; but no room in memory is not the sample's fault."""
-
-    def fail(*args, **more):
-        raise error
-
-    monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", fail)
+    failing = Mock(side_effect=[error, MemoryError()])
+    monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", failing)
     content = pa.table({"path": [f"{bucket}/a.jpg"], "caption": ["x"]})
     pairs = ImageTextPairs(content, name="a")
-    with pytest.raises(BadSample, match=f"cannot be read .*{error or 'RuntimeError'}"):
+    with pytest.raises(BadSample, match=f"cannot be read .{error}"):
         pairs.sample(0)
-    error = MemoryError()
     with pytest.raises(MemoryError):
         pairs.sample(0)
 
@@ -242,11 +208,7 @@ def test_reasons_show_what_a_terminal_would_obey() -> None:
     """Escapes, ends of lines and turned text; letters of any script stay."""
     bad = BadSample("a\x1b]0;x\x07", "b\u202egpj.exe\u2028", "c\r\n\x9b")
     assert str(bad) == r"sample 'a\x1b]0;x\x07' (b\u202egpj.exe\u2028): c\r\n\x9b"
-    assert (bad.sample_id, bad.where, bad.reason) == (
-        "a\x1b]0;x\x07",
-        "b\u202egpj.exe\u2028",
-        r"c\r\n\x9b",
-    )
+    assert bad.reason == r"c\r\n\x9b"
     for text in ("猫 schön", "👩\u200d🚀", "plain"):
         assert visible(text) == text
 
@@ -317,9 +279,9 @@ def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterat
     Odd.free.set()
 
 
-def image(url: str) -> bytes:
+def image(url: str, access: Access = NOTHING_MORE) -> bytes:
     table = pa.table({"path": [url], "caption": ["x"]})
-    return ImageTextPairs(table, name="a").sample(0).image
+    return ImageTextPairs(table, name="a", access=access).sample(0).image
 
 
 @pytest.mark.parametrize(
@@ -357,16 +319,8 @@ def test_what_will_not_pass_is_a_bad_sample(
 
 def test_an_answer_of_single_bytes_ends_with_the_time_of_a_sample(server: str) -> None:
     """Though no silence in it is long."""
-    started = time.monotonic()
     with pytest.raises(BadSample, match=r"not read within 1 s"):
         image(f"{server}/trickle")
-    assert time.monotonic() - started < 3
-
-
-def test_a_large_answer_is_cut_off(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1 << 10)
-    with pytest.raises(BadSample, match="has more than 1024 bytes"):
-        image(f"{server}/good")
 
 
 def test_this_machine_is_asked_where_the_user_says_so(serve: Callable[..., str]) -> None:
@@ -374,9 +328,7 @@ def test_this_machine_is_asked_where_the_user_says_so(serve: Callable[..., str])
     url = f"{serve(Odd)}/good"
     with pytest.raises(BadSample, match=r"127\.0\.0\.1 is this machine .*allow_private_hosts true"):
         image(url)
-    table = pa.table({"path": [url], "caption": ["x"]})
-    pairs = ImageTextPairs(table, name="a", access=Access(private_hosts=True))
-    assert pairs.sample(0).image == CONTENT
+    assert image(url, Access(private_hosts=True)) == CONTENT
 
 
 def test_a_name_is_looked_up_once(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,17 +354,14 @@ def test_one_private_address_among_public_ones_is_refused(monkeypatch: pytest.Mo
         image("http://host/a.jpg")
 
 
-@pytest.mark.parametrize(
-    ("address", "private"),
-    [
-        *((one, True) for one in ("127.0.0.1", "127.9.9.9", "0.0.0.0", "10.1.2.3", "172.16.0.1")),
-        *((one, True) for one in ("192.168.0.1", "169.254.169.254", "100.64.0.1", "224.0.0.1")),
-        *((one, True) for one in ("::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1")),
-        *((one, False) for one in ("93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8")),
-    ],
-)
-def test_private_addresses(address: str, private: bool) -> None:
-    assert is_private(address) is private
+PRIVATE = "127.0.0.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.0.1 169.254.169.254 100.64.0.1 224.0.0.1"
+PRIVATE += " ::1 :: fe80::1%eth0 fc00::1 ::ffff:127.0.0.1"
+
+
+def test_private_addresses() -> None:
+    public = ("93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8")
+    assert [address for address in PRIVATE.split() if not is_private(address)] == []
+    assert [address for address in public if is_private(address)] == []
 
 
 def test_an_address_of_this_machine_is_private(monkeypatch: pytest.MonkeyPatch) -> None:

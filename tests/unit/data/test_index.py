@@ -1,6 +1,5 @@
 """The index: built once, as a whole or not at all."""
 
-import errno
 import multiprocessing
 import os
 import time
@@ -56,28 +55,15 @@ def test_of_four_processes_at_once_one_builds(tmp_path: Path) -> None:
     assert build_index("key", None, never, folder=tmp_path).table.to_pydict() == ROWS
 
 
-@pytest.mark.parametrize(
-    ("error", "expected", "message"),
-    [
-        (KeyError("broken"), KeyError, "broken"),
-        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
-        (
-            OSError(errno.ENOSPC, "full"),
-            ValueError,
-            "cannot be written .full.; set PROTOCLIP_CACHE",
-        ),
-    ],
-)
-def test_a_build_that_fails_leaves_nothing(
-    tmp_path: Path, error: BaseException, expected: type[BaseException], message: str
-) -> None:
+@pytest.mark.parametrize("error", [KeyError("broken"), KeyboardInterrupt("stop")])
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     """Not even a part of a file; the next attempt starts afresh."""
 
     def fail(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         yield from build(facts)
         raise error
 
-    with pytest.raises(expected, match=message):
+    with pytest.raises(type(error)):
         build_index("key", None, fail, folder=tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}
 

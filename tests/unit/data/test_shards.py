@@ -213,9 +213,7 @@ def test_an_index_notes_what_is_missing(tmp_path: Path, cache: Path) -> None:
     write(tmp_path / "0.tar", plain(2) | {"x.jpg": b"1", "z.txt": b"c"})
     cut = write(tmp_path / "1.tar", plain(3) | {"y.jpg": b"1"})
     cut.write_bytes(cut.read_bytes()[: cut.read_bytes().index(b"0001.json") + 520])
-    index = open_shards(str(tmp_path), cache=cache).index
-    assert index is not None
-    assert index.facts["notes"] == [
+    assert open_shards(str(tmp_path), cache=cache).notes == [
         "1 samples without an image",
         "1 samples without a caption",
         f"1 of 2 shards break off, such as {cut}: unexpected end of data in 0001.json after 1 "
