@@ -318,7 +318,7 @@ def twin(row: Row, data: Path, out: Path) -> tuple[dict[str, Tensor], dict[str, 
 
 
 @pytest.mark.parametrize("row", rows(), ids=name)
-def test_a_run_ends_as_its_plain_twin(row: Row, data: Path, tmp_path: Path) -> None:
+def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
     """Bit for bit on one process; on two, to a twentieth of the way that the weights went.
 
     Rounding may move a sample that lies between two prototypes, which is worth a hundredth here; a
@@ -355,7 +355,7 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return float(torch.stack(parts).norm())
 
 
-def test_every_pair_is_run_or_refused() -> None:
+def test_every_pair_is_run_or_refused():
     """The rows hold all pairs of choices but those that are refused, and none of these."""
     run = set().union(*(pairs_of(row) for row in rows()))
     assert set(wanted()) <= run
@@ -363,9 +363,7 @@ def test_every_pair_is_run_or_refused() -> None:
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: name(dict(sorted(pair))))
-def test_what_cannot_be_together_is_refused_in_one_line(
-    pair: frozenset[Choice], data: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_together_is_refused_in_one_line(pair, data, tmp_path):
     row = {feature: of[0] for feature, of in FEATURES.items()} | dict(pair)
     with pytest.raises(ValueError, match=REFUSED[pair]) as refused:
         check(config_for(row, data, tmp_path / "run"))

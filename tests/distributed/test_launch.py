@@ -59,7 +59,7 @@ def ended(run: "subprocess.Popen[str]", *, well: bool) -> str:
     return output
 
 
-def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path):
     """SIGTERM ends both with a checkpoint; SIGKILL of one ends the other within a minute."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     ended(launch(whole), well=True)
@@ -89,7 +89,7 @@ def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path: Path)
     assert steps[0] == steps[1]
 
 
-def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+def test_a_mistake_is_told_once(tmp_path):
     """All ranks meet it; the first one says what is wrong, in one line."""
     run = launch(tmp_path / "run", "--data.train", str(tmp_path / "nothing.csv"))
     output = ended(run, well=False)

@@ -71,9 +71,7 @@ CASES = {
 @pytest.mark.parametrize("owners", [interleaved, skewed])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_find_together_what_one_process_finds(
-    case: str, world_size: int, owners: Owners
-) -> None:
+def test_ranks_find_together_what_one_process_finds(case, world_size, owners):
     """In float64 to 1e-9, after equally many iterations; the same bits on every rank."""
     features, settings = CASES[case]
     settings = settings | {"seed": 3}
@@ -84,7 +82,7 @@ def test_ranks_find_together_what_one_process_finds(
     assert len(expected.history) < 100
 
 
-def test_the_bfloat16_search_is_as_good_on_several_ranks(generator: torch.Generator) -> None:
+def test_the_bfloat16_search_is_as_good_on_several_ranks(generator):
     features = torch.nn.functional.normalize(torch.randn(4096, 32, generator=generator), dim=1)
     settings = {"num_clusters": 256, "iterations": 5, "seed": 0}
     ours = cluster_together(features, 4, skewed, settings)
@@ -110,7 +108,7 @@ def exchanged_shapes(features: Tensor) -> list[tuple[str, torch.Size]]:
     return shapes
 
 
-def test_rows_stay_on_their_rank(generator: torch.Generator) -> None:
+def test_rows_stay_on_their_rank(generator):
     """One number per row is gathered. What is as wide as the features has a row per centroid."""
     first, second = run_distributed(exchanged_shapes, 2, torch.randn(400, 6, generator=generator))
     assert [name for name, _ in first] == [name for name, _ in second]
@@ -124,7 +122,7 @@ def plain_call(features: Tensor) -> KMeans:
     return kmeans(features[: 10 + collectives.rank()], 3, iterations=2, seed=collectives.rank())
 
 
-def test_without_positions_a_rank_clusters_its_own_rows(generator: torch.Generator) -> None:
+def test_without_positions_a_rank_clusters_its_own_rows(generator):
     """Ranks may differ in rows and settings, and none waits for another."""
     features = torch.randn(20, 4, generator=generator)
     for rank, found in enumerate(run_distributed(plain_call, 2, features)):
@@ -163,7 +161,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("first", "others", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_what_one_rank_refuses_all_refuse(first: dict, others: dict, message: str) -> None:
+def test_what_one_rank_refuses_all_refuse(first, others, message):
     """In one line; no rank waits, and the group goes on."""
     for text, gathered in run_distributed(refusal, 2, first, others):
         with pytest.raises(ValueError, match=message):

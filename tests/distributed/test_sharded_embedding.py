@@ -42,7 +42,7 @@ def make(out: Path, width: int | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("width", [None, 3])
-def test_the_folder_is_that_of_one_process(width: int | None, tmp_path: Path) -> None:
+def test_the_folder_is_that_of_one_process(width, tmp_path):
     """Byte for byte, with ten parts over two ranks, and the facts on the first."""
     one = run_distributed(make, 1, tmp_path / "one", width)[0]
     many = run_distributed(make, 2, tmp_path / "many", width)

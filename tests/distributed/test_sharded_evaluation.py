@@ -3,7 +3,6 @@
 import copy
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import Mock
 
@@ -80,7 +79,7 @@ def evaluated(model: ProtoCLIP | None = None) -> tuple[dict[str, Tensor], dict[s
     return features, suite.measure(features, data, split="test")[0]
 
 
-def test_every_rank_has_the_features_and_metrics_of_one_process() -> None:
+def test_every_rank_has_the_features_and_metrics_of_one_process():
     """To the last bit and in the same order, with some ranks without a batch."""
     ((alone, metrics),) = run_distributed(evaluated, 1)
     assert {split: len(alone[split]) for split in SIZES} == SIZES
@@ -106,7 +105,7 @@ def evaluate_what_fails_on_one_rank() -> tuple[str, list[int]]:
     return str(error.value), collectives.all_gather_object(collectives.rank())
 
 
-def test_features_that_are_not_finite_are_refused_on_every_rank() -> None:
+def test_features_that_are_not_finite_are_refused_on_every_rank():
     """Though only the last rank has met them; none is left waiting."""
     for message, ranks in run_distributed(evaluate_what_fails_on_one_rank, 2):
         assert message == "tiny images: train: the model's features are not finite; it has diverged"
@@ -122,7 +121,7 @@ def error_in_one_metric() -> str:
     return type(raised.value).__name__
 
 
-def test_an_error_in_one_metric_is_raised_on_every_rank() -> None:
+def test_an_error_in_one_metric_is_raised_on_every_rank():
     """Unchanged on the rank that computes the metric, and with its message on the others."""
     assert run_distributed(error_in_one_metric, 2) == ["ValueError", "RaisedOnAnotherRank"]
 
@@ -172,7 +171,7 @@ def sharded_features(numbers: list[int]) -> tuple[list[Tensor], str]:
     return found, str(error.value)
 
 
-def test_every_rank_enters_every_forward_of_a_sharded_model() -> None:
+def test_every_rank_enters_every_forward_of_a_sharded_model():
     """With no rows, with fewer batches than ranks, and with a last round in which one rank has no
     batch. An image that one rank cannot read ends all before the forward."""
     numbers = [0, 1, 3, 9, 10]
@@ -201,9 +200,7 @@ def trained(strategy: Literal["ddp", "fsdp"], out: str) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_run_evaluates_as_one_process_does(
-    strategy: Literal["ddp", "fsdp"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_evaluates_as_one_process_does(strategy, tmp_path, monkeypatch):
     """During training, which goes on after it, and at the end, as its checkpoint scores alone."""
     first, second = run_distributed(trained, 2, strategy, str(tmp_path / "run"))
     monkeypatch.setattr(datasets, "emoji", tiny_data)

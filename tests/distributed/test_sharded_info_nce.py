@@ -42,9 +42,7 @@ def part_of(images: Tensor, texts: Tensor, scale: Tensor, tiled_above: int) -> l
 
 @pytest.mark.parametrize("tiled_above", [0, 10**6], ids=["tiled", "plain"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_means_over_ranks_are_those_of_the_whole_batch(
-    world_size: int, tiled_above: int, generator: torch.Generator
-) -> None:
+def test_means_over_ranks_are_those_of_the_whole_batch(world_size, tiled_above, generator):
     """In float64 to 1e-9: the value, and the gradients of features and scale."""
     rows = torch.randn(2, PAIRS, WIDTH, generator=generator, dtype=torch.float64)
     images, texts = rows / rows.norm(dim=2, keepdim=True)

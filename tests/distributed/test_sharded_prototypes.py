@@ -75,8 +75,8 @@ def clusters_and_targets(
     [(1, True, False), (2, True, True), (2, False, False), (4, True, False), (4, False, True)],
 )
 def test_targets_of_ranks_are_those_of_one_process(
-    world_size: int, back_translation: bool, last_is_empty: bool, generator: torch.Generator
-) -> None:
+    world_size, back_translation, last_is_empty, generator
+):
     """Float64 to 1e-9, assignments of all samples exactly; the same bits on every rank."""
     owner = owners(world_size, last_is_empty=last_is_empty)
     spaces = episode(owner, generator)
@@ -117,7 +117,7 @@ def refusals() -> tuple[list[str], list[int]]:
     return messages, collectives.all_gather(torch.tensor([rank])).tolist()
 
 
-def test_what_one_rank_refuses_all_refuse() -> None:
+def test_what_one_rank_refuses_all_refuse():
     """Positions with a gap or twice, and numbers that differ."""
     expected = [
         "positions: need to be 0 to 9, each once",
@@ -160,7 +160,7 @@ def queue_of(state: dict[str, Any], steps: range) -> tuple[dict[str, Any], Episo
 
 @pytest.mark.parametrize("split", [0, 1, 3])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2)])
-def test_a_queue_goes_on_with_another_number_of_ranks(before: int, after: int, split: int) -> None:
+def test_a_queue_goes_on_with_another_number_of_ranks(before, after, split):
     """Its samples, and the order that they are clustered in, are those of one process."""
     expected, whole = run_distributed(queue_of, 1, {}, range(5))[0]
     states = run_distributed(queue_of, before, {}, range(split))

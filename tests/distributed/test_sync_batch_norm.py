@@ -22,7 +22,7 @@ from protoclip.testing import run_distributed, tiny_config
         ("nfnet_l0", 0),
     ],
 )
-def test_every_batch_norm_of_a_tower_is_converted(name: str, number: int) -> None:
+def test_every_batch_norm_of_a_tower_is_converted(name, number):
     """Also subclasses that activate; names of parameters and buffers stay."""
     with torch.device("meta"):
         tower = timm.create_model(name)
@@ -34,7 +34,7 @@ def test_every_batch_norm_of_a_tower_is_converted(name: str, number: int) -> Non
     assert synchronise(tower) == number  # and again changes nothing
 
 
-def test_a_batch_norm_that_computes_something_else_is_refused() -> None:
+def test_a_batch_norm_that_computes_something_else_is_refused():
     """It is neither left unsynchronised nor turned into another layer."""
 
     class Doubled(nn.BatchNorm2d):
@@ -66,7 +66,7 @@ def through_tower(images: Tensor, converted: bool) -> dict[str, Tensor]:
     }
 
 
-def test_a_converted_tower_on_two_ranks_equals_the_plain_one_on_the_whole_batch() -> None:
+def test_a_converted_tower_on_two_ranks_equals_the_plain_one_on_the_whole_batch():
     """In float64: training and evaluation, all gradients, and running statistics."""
     images = torch.randn(8, 3, 64, 64, dtype=torch.float64)
     expected = through_tower(images, False)
@@ -93,7 +93,7 @@ def notes(parallel: ParallelConfig) -> list[str]:
         ({}, ""),
     ],
 )
-def test_the_number_of_synchronised_layers_is_noted(parallel: dict, layers: str) -> None:
+def test_the_number_of_synchronised_layers_is_noted(parallel, layers):
     for found in run_distributed(notes, 2, ParallelConfig(**parallel)):
         assert layers in "".join(found)
         assert bool(found) == bool(layers)

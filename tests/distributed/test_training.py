@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -96,7 +95,7 @@ TERMS["all"] = sum(TERMS.values(), start=())
 
 
 @pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in TERMS), ("all", 4)])
-def test_gradients_equal_those_of_one_process(name: str, world_size: int) -> None:
+def test_gradients_equal_those_of_one_process(name, world_size):
     """In float64 on every rank: the loss to 1e-10, every gradient to 1e-9 of the largest."""
     loss, expected = run_distributed(gradients, 1, TERMS[name], None)[0]
     for rank_loss, found in run_distributed(gradients, world_size, TERMS[name], None):
@@ -117,7 +116,7 @@ def frozen_statistics(micro_batch: int | None) -> tuple[float, dict[str, Tensor]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_accumulated_gradients_equal_those_of_one_process(world_size: int) -> None:
+def test_accumulated_gradients_equal_those_of_one_process(world_size):
     """Micro-batches of four pairs give the gradients of whole-batch InfoNCE (GradCache)."""
     _, expected = run_distributed(frozen_statistics, 1, None)[0]
     for _, found in run_distributed(frozen_statistics, world_size, 4):
@@ -150,9 +149,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "world_size"), [*((way, 2) for way in WAYS), ("FSDP2", 4)])
-def test_a_short_run_ends_with_the_weights_of_one_process(
-    way: str, world_size: int, tmp_path: Path
-) -> None:
+def test_a_short_run_ends_with_the_weights_of_one_process(way, world_size, tmp_path):
     """After warm-up, prototypical and locked-image steps, up to 1e-4 of the way all weights went.
 
     Rounding may move a value across a ReLU, which moves a bias by more than its last digits. AdamW
@@ -227,7 +224,7 @@ def interrupted(config: Config, out: str, step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["queue", "FSDP2"])
 @pytest.mark.parametrize("after", [1, 2, 4])
-def test_a_stopped_run_of_two_ranks_goes_on(way: str, after: int, tmp_path: Path) -> None:
+def test_a_stopped_run_of_two_ranks_goes_on(way, after, tmp_path):
     """One rank gets the signal; both stop after the same step, within a prototypical episode. With
     two ranks again the run ends as if it had not stopped, bit for bit. With another number batches,
     prototypes, queue and schedule go on exactly, and weights differ by rounding."""
@@ -253,7 +250,7 @@ def built(config: Config) -> tuple[int, dict[str, Tensor], dict[str, Tensor], in
     return model.call_count, parallel.weights(sharded), dict(sharded.named_buffers()), held
 
 
-def test_fsdp_builds_the_whole_model_on_rank_0_only() -> None:
+def test_fsdp_builds_the_whole_model_on_rank_0_only():
     """It is that of one process bit for bit, with buffers that no state dict has. Each rank has
     half of every layer."""
     image = ImageTowerConfig(name="vit_tiny_patch16_224", size=32)
@@ -288,7 +285,7 @@ def statistics_kept(config: Config, out: str) -> dict[str, Tensor]:
     return kept
 
 
-def test_ranks_evaluate_one_model_without_sync_batch_norm(tmp_path: Path) -> None:
+def test_ranks_evaluate_one_model_without_sync_batch_norm(tmp_path):
     """All ranks end an episode with the BatchNorm statistics of rank 0."""
     config = changed({"parallel": {"sync_batch_norm": False}})
     config = replace(

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -39,7 +38,7 @@ def relative_rank(model, transform, tokenizer, pairs: ImageTextPairs, column: st
     return float(ranks.double().mean()) / (len(texts) - 1)
 
 
-def test_an_untrained_model_ranks_at_chance() -> None:
+def test_an_untrained_model_ranks_at_chance():
     """On the emoji's unseen concepts, within four standard deviations."""
     config = tiny_model()
     model = loading.model(config, seed=0).eval()
@@ -49,7 +48,7 @@ def test_an_untrained_model_ranks_at_chance() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffled", [True, False])
-def test_shuffled_captions_teach_nothing(shuffled: bool, tmp_path: Path) -> None:
+def test_shuffled_captions_teach_nothing(shuffled, tmp_path):
     """While the images' own captions teach shapes and colours in as many steps."""
     pq.write_table(tiny_pairs(300), tmp_path / "pairs.parquet")
     config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))

@@ -13,7 +13,6 @@ from filelock import FileLock
 from interrupting import WAYS, after_step, assert_equal_ends, config_for, stop_after, with_out
 
 from protoclip import cli
-from protoclip.config import Config
 from protoclip.models.loading import checkpoints, damage, read_tensors
 from protoclip.testing import tiny_config
 from protoclip.training import checkpoint, run
@@ -24,9 +23,7 @@ from protoclip.training.trainer import Trainer
     ("name", "how"),
     [("model.safetensors", "cut"), ("optimizer.safetensors", "changed"), ("state.json", "gone")],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    name: str, how: str, stopped: Config, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over(name, how, stopped, capsys):
     """The run goes on from the one before."""
     newest = checkpoints(Path(str(stopped.run.out)))[-1] / name
     data = newest.read_bytes()
@@ -50,7 +47,7 @@ def rewrite(checkpoint_folder: Path, name: str, data: bytes) -> None:
     path.write_text(json.dumps(sums | {name: checkpoint.checksum(data)}))
 
 
-def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped: Config) -> None:
+def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped):
     """One line says why: written by another version, with other arithmetic, or damaged."""
     folder = Path(str(stopped.run.out))
     last = checkpoints(folder)[-1]
@@ -73,9 +70,7 @@ def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped: 
     assert len(checkpoints(folder)) == 6
 
 
-def test_a_folder_that_is_in_use_or_cannot_be_written_is_named(
-    stopped: Config, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_in_use_or_cannot_be_written_is_named(stopped, tmp_path):
     """Another open file holds the lock, as another process would."""
     with (
         FileLock(Path(str(stopped.run.out)) / ".lock"),
@@ -93,9 +88,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "resume.safetensors", "state.json"])
-def test_a_pickle_in_a_checkpoint_never_runs(
-    name: str, stopped: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_in_a_checkpoint_never_runs(name, stopped, tmp_path, monkeypatch):
     """It is refused as damaged, even with a checksum that fits."""
     monkeypatch.chdir(tmp_path)
     newest = checkpoints(Path(str(stopped.run.out)))[-1]
@@ -125,12 +118,8 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
 
 
 def test_a_full_disk_does_not_stop_training_but_a_lost_end_fails(
-    whole: Callable[[str], Path],
-    tiny_parquet: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    whole, tiny_parquet, tmp_path, monkeypatch, capsys
+):
     """In between there is a warning. When a signal stops the run or at its end it is an error. With
     room again the run ends like any other."""
     folder = tmp_path / "run"
@@ -156,12 +145,7 @@ def test_a_full_disk_does_not_stop_training_but_a_lost_end_fails(
     assert_equal_ends(folder, whole("queue"))
 
 
-def test_a_disk_that_goes_away_does_not_hang(
-    tiny_parquet: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_disk_that_goes_away_does_not_hang(tiny_parquet, tmp_path, monkeypatch, capsys):
     """Checkpoints and metrics fail with a warning each; the error at the end names the file."""
     folder = tmp_path / "run"
 
@@ -190,9 +174,7 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "train_step", poisoned)
 
 
-def test_a_step_that_is_not_finite_is_skipped(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_is_not_finite_is_skipped(tiny_parquet, tmp_path, monkeypatch):
     """Weights stay as they were, the step is counted, and the next one is taken."""
     folder = tmp_path / "run"
     poison(range(3, 4), monkeypatch)
@@ -211,9 +193,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert (counted[2], counted[3]) == (0, 1)
 
 
-def test_a_run_that_does_not_recover_is_given_up(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_does_not_recover_is_given_up(tiny_parquet, tmp_path, monkeypatch):
     """After ten steps in a row; the samples of the batch are written and a checkpoint stays."""
     folder = tmp_path / "run"
     poison(range(5, 99), monkeypatch)
@@ -229,7 +209,7 @@ def test_a_run_that_does_not_recover_is_given_up(
     assert damage(checkpoints(folder)[-1]) is None
 
 
-def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     """Besides the newest. One that could not be written is not the best."""
     values = iter([0.5, 0.4, 0.3, 0.2] * 2)
     metric = "eval/emoji/knn/acc1"
@@ -246,12 +226,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run.train(config_for("emoji", tmp_path / "typo", run={**keep, "keep_best": metric[:-1]}))
 
 
-def test_running_out_of_memory_is_one_line(
-    tiny_parquet: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_running_out_of_memory_is_one_line(tiny_parquet, tmp_path, monkeypatch, capsys):
     """It names the settings to lower, without a traceback."""
 
     def full(*given: Any, **more: Any) -> None:

@@ -3,7 +3,6 @@
 import json
 import random
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from interrupting import WAYS, assert_equal_ends, config_for, kill_at_random, stop_after
 
-from protoclip.config import Config
 from protoclip.models.loading import checkpoints, find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run
@@ -24,14 +22,8 @@ STEPS = {"extract": [2, 6, 8, 14], "queue": [4, 6], "stream": [6, 11]}
     ("way", "step"), [(way, step) for way in WAYS for step in STEPS.get(way, [6])]
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
-    way: str,
-    step: int,
-    whole: Callable[[str], Path],
-    tiny_parquet: str,
-    shards: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    way, step, whole, tiny_parquet, shards, tmp_path, monkeypatch
+):
     """In every stage, within and between episodes: all tensors and metrics end equal."""
     train = {"stream": shards, "teacher": "emoji"}.get(way, tiny_parquet)
     config = config_for(train, tmp_path / "run", **WAYS[way])
@@ -49,9 +41,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("by", ["SIGINT", "SIGUSR1"])
-def test_every_signal_ends_with_a_checkpoint(
-    by: str, tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_signal_ends_with_a_checkpoint(by, tiny_parquet, tmp_path, monkeypatch):
     """Afterwards the process has its own signal handlers again."""
     before = signal.getsignal(getattr(signal, by))
     stop_after(2, monkeypatch, by)
@@ -60,7 +50,7 @@ def test_every_signal_ends_with_a_checkpoint(
     assert signal.getsignal(getattr(signal, by)) == before
 
 
-def test_other_settings_do_not_go_on(whole: Callable[[str], Path], stopped: Config) -> None:
+def test_other_settings_do_not_go_on(whole, stopped):
     """The error names each with both values. Settings that change no result may differ; the number
     of checkpoints to keep is one of them."""
     folder, section = Path(str(stopped.run.out)), stopped.run
@@ -81,7 +71,7 @@ def test_other_settings_do_not_go_on(whole: Callable[[str], Path], stopped: Conf
     assert_equal_ends(folder, whole("queue"))
 
 
-def test_a_finished_run_stays_as_it_is(tiny_run: Path, tiny_parquet: str) -> None:
+def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):
     """Asked to go on, it returns its results and trains nothing."""
     before = (tiny_run / "results.json").read_text()
     results = run.train(tiny_config(tiny_parquet, out=str(tiny_run)), resume="auto")
@@ -89,9 +79,7 @@ def test_a_finished_run_stays_as_it_is(tiny_run: Path, tiny_parquet: str) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(
-    whole: Callable[[str], Path], tiny_parquet: str, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(whole, tiny_parquet, tmp_path):
     """Three SIGKILLs at random moments; `benchmarks/kills.py` kills as often as you like."""
     config = config_for(tiny_parquet, tmp_path / "run", run={"save_steps": 1}, **WAYS["queue"])
     kill_at_random(config, 3, random.Random(0))

@@ -30,7 +30,6 @@ from protoclip.config import (
     check,
 )
 from protoclip.evaluation import compare
-from protoclip.evaluation.datasets import EvaluationData
 from protoclip.models import loading
 from protoclip.models.loading import find_checkpoint
 from protoclip.prototypes.features import ExtractedFeatures
@@ -56,7 +55,7 @@ def short(config: Config, out: Path, *, count: int = 2) -> Config:
     )
 
 
-def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
+def test_a_run_folder_holds_what_it_should(tiny_run):
     """Configuration, metrics of every step, checkpoint, results, TensorBoard. Only episodes 1 and 2
     of 0 to 3 are prototypical: they extract and cluster."""
     assert (tiny_run / "config.toml").is_file()
@@ -74,9 +73,7 @@ def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
     assert [line["step"] for line in grouped] == list(range(5, 13))
 
 
-def test_a_clip_run_learns_and_says_what_it_does(
-    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clip_run_learns_and_says_what_it_does(tiny_parquet, tmp_path, capsys):
     """On nine different captions the loss, which is InfoNCE alone, falls well below its start. The
     last step is logged, and its loss shown, whatever `run.log_every` is."""
     config = short(tiny_config(tiny_parquet, out=""), tmp_path, count=12)
@@ -98,9 +95,7 @@ def test_a_clip_run_learns_and_says_what_it_does(
     assert f"loss {losses[-1]:.4g})" in shown.splitlines()[-1]
 
 
-def test_equal_seeds_give_equal_runs_bit_for_bit(
-    tiny_run: Path, tiny_parquet: str, tmp_path: Path
-) -> None:
+def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_run, tiny_parquet, tmp_path):
     """Weights and metrics; the state of the process does not matter."""
     torch.manual_seed(7)
     run.train(tiny_config(tiny_parquet, out=str(tmp_path / "b")))
@@ -109,9 +104,7 @@ def test_equal_seeds_give_equal_runs_bit_for_bit(
     assert metrics == expected
 
 
-def test_the_queue_needs_no_extraction(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_queue_needs_no_extraction(tiny_parquet, tmp_path, monkeypatch):
     """With prototypes from the queue nothing is extracted, and the prototypical loss is there."""
 
     def forbidden(*_: object, **__: object) -> None:
@@ -128,9 +121,7 @@ def test_the_queue_needs_no_extraction(
     assert len(metrics_of(tmp_path / "queue", name)) == 4
 
 
-def test_several_teachers_and_samples_they_do_not_know(
-    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, capsys):
     """Each teacher has its own prototypes, losses and weight. One that knows a third of the samples
     trains on those, and a note says how many are missing."""
     generator = np.random.default_rng(0)
@@ -159,7 +150,7 @@ def test_several_teachers_and_samples_they_do_not_know(
         assert loss["total"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_fp16_trains_with_its_scaler(tiny_run: Path, tiny_parquet: str, tmp_path: Path) -> None:
+def test_fp16_trains_with_its_scaler(tiny_run, tiny_parquet, tmp_path):
     """The first loss is that of fp32 to a percent. The scaler finds a scale that gradients survive,
     so weights move and stay finite."""
     config = short(tiny_config(tiny_parquet, out=""), tmp_path / "fp16", count=1)
@@ -175,7 +166,7 @@ def test_fp16_trains_with_its_scaler(tiny_run: Path, tiny_parquet: str, tmp_path
         assert not torch.equal(start[part], end[part])
 
 
-def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
+def test_the_model_loads_and_encodes(tiny_run):
     """`load` takes a run folder or a checkpoint folder."""
     features = []
     for path in (tiny_run, find_checkpoint(tiny_run)):
@@ -191,9 +182,7 @@ def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_open_clip_model_trains_and_loads_by_name(
-    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_open_clip_model_trains_and_loads_by_name(tiny_parquet, tmp_path, capsys):
     """It reads images and captions of the size that is set. Notes and config.toml name the defaults
     it trains with, which stay the same when the run goes on."""
     config = short(tiny_config(tiny_parquet, out=""), tmp_path / "named")
@@ -216,9 +205,7 @@ def test_an_open_clip_model_trains_and_loads_by_name(
     assert model.encode_image(images).shape == (1, 256)
 
 
-def test_a_checkpoint_is_where_the_next_run_starts(
-    tiny_run: Path, tiny_parquet: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_where_the_next_run_starts(tiny_run, tiny_parquet, tmp_path):
     """`model.checkpoint` starts from the saved weights."""
     config = short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1)
     model = replace(config.model, checkpoint=str(tiny_run))
@@ -241,7 +228,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return configs
 
 
-def test_the_resolved_configuration_reads_back(tmp_path: Path, seen: list[Config]) -> None:
+def test_the_resolved_configuration_reads_back(tmp_path, seen):
     """A run's config.toml, given as a recipe, is the same configuration."""
     for name, config in demo.arms(seed=3, out="somewhere").items():
         path = tmp_path / f"{len(seen)}.toml"
@@ -250,7 +237,7 @@ def test_the_resolved_configuration_reads_back(tmp_path: Path, seen: list[Config
         assert seen[-1] == config, name
 
 
-def test_the_recipes_are_the_demonstrations_arms(seen: list[Config]) -> None:
+def test_the_recipes_are_the_demonstrations_arms(seen):
     """recipes/emoji_*.toml are the three arms but for their length, and say how to run them."""
     recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
     for recipe, arm in zip(recipes, demo.arms().values(), strict=True):
@@ -261,7 +248,7 @@ def test_the_recipes_are_the_demonstrations_arms(seen: list[Config]) -> None:
             assert word in path.read_text(encoding="utf-8")
 
 
-def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
+def test_the_reference_is_one_recipe_away(seen):
     """Its recipe has each setting with which the README restores the reference."""
     recipe = ROOT / "recipes" / "reference.toml"
     written = flat(tomllib.loads(recipe.read_text(encoding="utf-8")))
@@ -279,7 +266,7 @@ def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
         assert optim.resolved(seen[-1])[0].optim.learning_rate == 5e-4
 
 
-def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path) -> None:
+def test_the_reference_recipe_trains(tiny_parquet, tmp_path):
     """With small towers and episodes: two of five episodes have prototypes, losses are finite."""
     reference = parse(Train, ["--config", str(ROOT / "recipes" / "reference.toml")])
     config = replace(
@@ -299,12 +286,7 @@ def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path) -> None:
     assert np.isfinite(losses).all()
 
 
-def test_the_demonstration_and_the_commands_on_its_runs(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    few_emoji: EvaluationData,
-) -> None:
+def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys, few_emoji):
     """Three arms, one table, results.json; `evaluate` repeats a run's metrics, and `compare` shows
     differences. A second call trains what is not finished, and no other seed."""
     original, small = demo.arms, tiny_config(out="")
@@ -354,7 +336,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(
         demo.demo(Path("demo"), seed=5)
 
 
-def test_the_readmes_library_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_library_example_works(tmp_path, monkeypatch):
     """The Python block of the README, with a smaller run."""
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None

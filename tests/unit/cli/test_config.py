@@ -57,7 +57,7 @@ def refusal(config: Config) -> str:
     return str(error.value)
 
 
-def test_every_setting_has_one_sentence_of_help() -> None:
+def test_every_setting_has_one_sentence_of_help():
     for section in sections():
         described = descriptions(section)
         plain = [name for name, hint in get_type_hints(section).items() if hint not in sections()]
@@ -66,7 +66,7 @@ def test_every_setting_has_one_sentence_of_help() -> None:
             assert text.endswith("."), name
 
 
-def test_every_number_has_limits() -> None:
+def test_every_number_has_limits():
     for section in sections():
         for name, hint in get_type_hints(section, include_extras=True).items():
             inner = () if get_origin(hint) is Annotated else get_args(hint)
@@ -78,7 +78,7 @@ def test_every_number_has_limits() -> None:
     ["run.seed", "episodes.micro_batch_size", "optim.betas[1]", "data.sources[1].weight"],
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, "many", True])
-def test_what_is_no_number_is_refused(name: str, wrong: object) -> None:
+def test_what_is_no_number_is_refused(name, wrong):
     """In sections, lists, tuples and settings that may be unset."""
     assert refusal(with_value(FULL, name, wrong)).startswith(f"{name}: {wrong!r} is n")
 
@@ -110,11 +110,11 @@ def test_what_is_no_number_is_refused(name: str, wrong: object) -> None:
         ("data.read", "fast", "data.read: 'fast' is not one of auto, indexed, streaming"),
     ],
 )
-def test_a_wrong_value_is_named(name: str, value: object, message: str) -> None:
+def test_a_wrong_value_is_named(name, value, message):
     assert message in refusal(with_value(FULL, name, value))
 
 
-def test_a_tree_of_values_becomes_a_configuration() -> None:
+def test_a_tree_of_values_becomes_a_configuration():
     """Whole numbers become floats, lists tuples; names that do not exist suggest the closest."""
     tree = {"loss": {"teacher": 2}, "optim": {"betas": [0.5, 0.6]}, "teachers": [{"name": "a"}]}
     config = build(Config, tree)
@@ -129,7 +129,7 @@ def test_a_tree_of_values_becomes_a_configuration() -> None:
         build(Config, {"data": {"sources": [{"weight": 1}]}})
 
 
-def test_prototypes_come_from_the_queue_with_a_teacher() -> None:
+def test_prototypes_come_from_the_queue_with_a_teacher():
     """Unless the setting says otherwise."""
     teacher = TeacherConfig(features="emoji")
     assert Config().prototype_source == "extract"
@@ -139,7 +139,7 @@ def test_prototypes_come_from_the_queue_with_a_teacher() -> None:
     assert Config(teacher=teacher, prototypes=asked).prototype_source == "extract"
 
 
-def test_evaluation_during_training_needs_something_to_evaluate_on() -> None:
+def test_evaluation_during_training_needs_something_to_evaluate_on():
     config = with_value(Config(), "run.evaluate_every", 1)
     assert check(with_value(config, "run.keep_best", "eval/emoji/knn/acc1")) == []
     never = refusal(with_value(Config(), "run.keep_best", "eval/emoji/knn/acc1"))
@@ -179,9 +179,7 @@ TEACHER = {"teacher": TeacherConfig(features="emoji")}
         ),
     ],
 )
-def test_a_setting_without_effect_draws_one_note(
-    settings: dict[str, Any], name: str, value: object, why: str
-) -> None:
+def test_a_setting_without_effect_draws_one_note(settings, name, value, why):
     config = Config(**settings)
     assert check(config) == []
     (note,) = check(with_value(config, name, value))

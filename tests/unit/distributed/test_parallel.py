@@ -24,7 +24,7 @@ def gradients(config: Config) -> tuple[dict[str, Tensor], int]:
     return found, len(calls)
 
 
-def test_activations_computed_again_give_the_same_gradients() -> None:
+def test_activations_computed_again_give_the_same_gradients():
     """A transformer's layer runs once more in the backward pass."""
     config = tiny_config(out="unused")
     image = ImageTowerConfig(name="vit_tiny_patch16_224", size=48)

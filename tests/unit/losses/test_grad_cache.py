@@ -95,7 +95,7 @@ def in_parts(model: Model, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 10])
 @pytest.mark.parametrize("kind", ["projected", "features", "locked"])
-def test_the_gradients_are_those_of_the_whole_batch(size: int, kind: str) -> None:
+def test_the_gradients_are_those_of_the_whole_batch(size, kind):
     """Of all losses and temperatures, with uneven chunks; a locked tower stays without gradient."""
     once, cached = (Model(middle=nn.Identity(), project=kind != "features") for _ in range(2))
     for model in (once, cached):
@@ -107,7 +107,7 @@ def test_the_gradients_are_those_of_the_whole_batch(size: int, kind: str) -> Non
     assert_equal_gradients(once, cached)
 
 
-def test_dropout_draws_the_same_twice_and_the_generator_moves_once() -> None:
+def test_dropout_draws_the_same_twice_and_the_generator_moves_once():
     """Gradients are those of the embeddings that the loss saw; later draws do not change."""
     plain, cached = Model(middle=nn.Dropout(0.5)), Model(middle=nn.Dropout(0.5))
     torch.manual_seed(5)
@@ -119,7 +119,7 @@ def test_dropout_draws_the_same_twice_and_the_generator_moves_once() -> None:
     assert_equal_gradients(plain, cached)
 
 
-def test_batch_norm_counts_each_chunk_once() -> None:
+def test_batch_norm_counts_each_chunk_once():
     """Gradients are those of chunk statistics; running statistics advance as in one pass."""
     plain, cached = Model(middle=nn.BatchNorm1d(8)), Model(middle=nn.BatchNorm1d(8))
     in_parts(plain, 5)
@@ -129,7 +129,7 @@ def test_batch_norm_counts_each_chunk_once() -> None:
     assert_equal_gradients(plain, cached)
 
 
-def test_the_graph_of_one_chunk_is_held_at_a_time() -> None:
+def test_the_graph_of_one_chunk_is_held_at_a_time():
     model, earlier = Model(middle=nn.Identity()), []
 
     def noted(chunk: Callable[[], Embeddings]) -> Embeddings:

@@ -81,7 +81,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("tiled_above", [0, 10**6])
-def test_info_nce_is_the_papers_formula(tiled_above: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_nce_is_the_papers_formula(tiled_above, monkeypatch):
     """Plain and tiled; with the gradients of features and temperature."""
     monkeypatch.setattr(instance, "TILED_ABOVE", tiled_above)
     image, text, s = unit(B, D, seed=1), unit(B, D, seed=2), scale(14.0)
@@ -93,9 +93,7 @@ def test_info_nce_is_the_papers_formula(tiled_above: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("mask_empty", [True, False])
 @pytest.mark.parametrize("temperature", [None, -1.0, 0.3, 0.05])
 @pytest.mark.parametrize("empty", [(), (0, 4)])
-def test_the_prototypical_loss_is_the_papers_formula(
-    empty: tuple[int, ...], temperature: float | None, mask_empty: bool
-) -> None:
+def test_the_prototypical_loss_is_the_papers_formula(empty, temperature, mask_empty):
     """Directly and by a prepared target, with gradients. Rows without a prototype, or with an empty
     one that is left out, have no part; with mask_empty=False it is a class with logit 0."""
     h, s = unit(B, P, seed=1), scale(9.0)
@@ -115,7 +113,7 @@ def test_the_prototypical_loss_is_the_papers_formula(
         assert_equal_with_gradients(target.loss(h, index, s), slow, [h, s])
 
 
-def test_a_batch_without_known_samples_has_no_loss() -> None:
+def test_a_batch_without_known_samples_has_no_loss():
     """The loss and its gradients are 0, so that the step can be taken all the same."""
     h, s = unit(B, P, seed=1), scale(9.0)
     unknown = torch.full((B,), -1)
@@ -126,9 +124,7 @@ def test_a_batch_without_known_samples_has_no_loss() -> None:
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 10**6])
-def test_accuracy_counts_the_nearest_prototype(
-    chunk_elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accuracy_counts_the_nearest_prototype(chunk_elements, monkeypatch):
     """Among the rows with a prototype; an empty prototype is only a class if it is not masked."""
     monkeypatch.setattr(prototypical, "CHUNK_ELEMENTS", chunk_elements)
     rows = torch.eye(4, P, dtype=torch.float64)
@@ -153,7 +149,7 @@ def embeddings(seed: int) -> Embeddings:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_the_objective_is_the_weighted_sum() -> None:
+def test_the_objective_is_the_weighted_sum():
     """InfoNCE, both modalities and an external teacher, each with its weight and temperature."""
     e = embeddings(1)
     temperatures = {"image": 0.2, "text": 0.4, "bert": 0.0}
@@ -185,7 +181,7 @@ def test_the_objective_is_the_weighted_sum() -> None:
     assert {name for name in report if "accuracy" not in name} == brief.keys()
 
 
-def test_a_loss_of_weight_zero_is_not_computed() -> None:
+def test_a_loss_of_weight_zero_is_not_computed():
     target = target_of(unit(K, P, seed=3), unit(K, Q, seed=4), 0.1)
     losses, report = objective(
         embeddings(1),

@@ -39,9 +39,7 @@ def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("products", "tile_size")
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 @pytest.mark.parametrize("temperature", [None, 0.1, 0.01])
-def test_the_prototypical_loss_keeps_its_precision_in_float32(
-    scale: float, temperature: float | None
-) -> None:
+def test_the_prototypical_loss_keeps_its_precision_in_float32(scale, temperature):
     """Value and gradients, with soft and hard targets, for flat and peaked softmaxes."""
     student, teacher = unit(333, 24, seed=1), unit(333, 40, seed=2)
     student[:7] = 0
@@ -87,7 +85,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("products")
-def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     """Forward, backward and in `make_targets`, no tensor is larger than the inputs or a tile."""
     monkeypatch.setattr(tiles, "ROWS", 16)
     monkeypatch.setattr(tiles, "CPU_SCORES", 16 * 25)
@@ -119,7 +117,7 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("rows", [12, 1100], ids=["plain", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_inside_autocast_are_those_outside(rows: int, dtype: torch.dtype) -> None:
+def test_losses_inside_autocast_are_those_outside(rows, dtype):
     """Forward and backward, in float32 for features of float32 and of bfloat16."""
     assert 12**2 < instance.TILED_ABOVE < 1100**2
     centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).to(dtype)
@@ -145,7 +143,7 @@ def test_losses_inside_autocast_are_those_outside(rows: int, dtype: torch.dtype)
         assert error < (2**-7 if own else 1e-5)
 
 
-def test_exponentials_are_no_denormals() -> None:
+def test_exponentials_are_no_denormals():
     torch.set_flush_denormal(False)
     shares = tiles.exponential(torch.linspace(-300, 0, 10_000))
     assert shares.min() > torch.finfo(torch.float32).tiny
@@ -160,9 +158,7 @@ def test_exponentials_are_no_denormals() -> None:
     ],
     ids=["gone", "other signature", "other meaning"],
 )
-def test_an_entry_point_that_changed_is_not_used(
-    namespace: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_point_that_changed_is_not_used(namespace, monkeypatch):
     """If oneDNN's private entry point is gone or changed, torch's own product runs."""
     monkeypatch.setattr(torch.ops, "mkldnn", namespace)
     tiles.onednn_linear.cache_clear()

@@ -14,7 +14,7 @@ from protoclip.models.towers import image_normalisation, named_towers
 from protoclip.testing import tiny_model
 
 
-def test_weights_are_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_a_function_of_the_seed(monkeypatch):
     """No global generator changes; `torch.manual_seed` would seed those of GPUs too."""
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
@@ -26,7 +26,7 @@ def test_weights_are_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> 
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_heads_start_equal_and_scales_stay_in_range() -> None:
+def test_heads_start_equal_and_scales_stay_in_range():
     """Image and text heads begin with the same weights; both scales are clamped to [1, 100]."""
     model = loading.model(tiny_model(), seed=0)
     for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
@@ -41,7 +41,7 @@ def test_heads_start_equal_and_scales_stay_in_range() -> None:
             assert parameter.exp().item() == pytest.approx(1.0 if low else 100.0, rel=1e-5)
 
 
-def test_embeddings_have_unit_norm_and_encoders_agree() -> None:
+def test_embeddings_have_unit_norm_and_encoders_agree():
     """Features and projections lie on the sphere; encode_* with normalize equals forward."""
     model = loading.model(tiny_model(), seed=0).eval()
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 99, (3, 8))
@@ -56,7 +56,7 @@ def test_embeddings_have_unit_norm_and_encoders_agree() -> None:
     assert model(images, tokens, project=False).image_projections is None
 
 
-def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide() -> None:
+def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide():
     """timm builds it for 224 pixels. A size that its patches do not divide is refused."""
     config = replace(tiny_model(), image=ImageTowerConfig(name="vit_tiny_patch16_224", size=48))
     built = loading.model(config, seed=0)
@@ -67,9 +67,7 @@ def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide() -> N
 
 
 @pytest.mark.parametrize(("name", "patch"), [("ViT-S-16", 16), ("ViT-B-32", 32), ("RN50", 32)])
-def test_an_image_size_that_patches_do_not_fill_is_refused(
-    name: str, patch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_size_that_patches_do_not_fill_is_refused(name, patch, monkeypatch):
     """Before the towers are built."""
     monkeypatch.setattr(open_clip, "create_model", None)
     config = ModelConfig(name=name, image=ImageTowerConfig(size=72))
@@ -77,7 +75,7 @@ def test_an_image_size_that_patches_do_not_fill_is_refused(
         loading.model(config, seed=0)
 
 
-def test_images_are_normalised_as_published_weights_want_it() -> None:
+def test_images_are_normalised_as_published_weights_want_it():
     """Also if the towers have no weights yet, or get those of a checkpoint."""
     towers = named_towers("ViT-L-14", pretrained="laion2b_s32b_b82k", weights="none")
     assert image_normalisation(towers) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -79,7 +78,7 @@ def queued(**teachers: TeacherFeatures) -> QueuedFeatures:
     return QueuedFeatures(**settings(no_pass, **teachers), size=8)
 
 
-def test_the_queue_keeps_the_last_samples() -> None:
+def test_the_queue_keeps_the_last_samples():
     """Its rows and the teacher's of the same samples are clustered, without a pass or a graph."""
     names = [f"s{i}" for i in range(20)]
     bert = teacher(names)
@@ -105,7 +104,7 @@ def test_the_queue_keeps_the_last_samples() -> None:
         assert torch.equal(found.teachers["bert"], bert.lookup(source.sample_ids))
 
 
-def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> None:
+def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment():
     """By its current projection in its own modality, and by its teacher features if there are."""
     names = list("abcdefgh")
     bert = teacher(names[:5])
@@ -121,7 +120,7 @@ def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> Non
         assert found[space].tolist() == expected + [-1] * (8 - len(expected))
 
 
-def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
+def test_an_extracted_sample_belongs_where_clustering_put_it():
     """By its position, whatever its projection is now."""
     source = ExtractedFeatures(**settings(no_pass))
     spaces = {"image": clusters(3, 4, 0, [2, 0, 1, 1, 0, 2])}
@@ -130,7 +129,7 @@ def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
     assert source.state_dict() == {}
 
 
-def test_a_repeated_pair_is_extracted_once() -> None:
+def test_a_repeated_pair_is_extracted_once():
     """The same image with another caption is another pair."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 32, 32, generator=generator)
@@ -162,7 +161,7 @@ def test_a_repeated_pair_is_extracted_once() -> None:
         torch.testing.assert_close(getattr(found, name), expected)
 
 
-def test_extraction_through_the_training_transform(tmp_path: Path) -> None:
+def test_extraction_through_the_training_transform(tmp_path):
     """Each place of an episode has random draws of its own, other than training's and equal every
     time; the default sees every pair once and as evaluation does."""
     pq.write_table(tiny_pairs(), tmp_path / "tiny.parquet")

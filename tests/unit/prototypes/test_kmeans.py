@@ -1,6 +1,5 @@
 """K-means against a plain restatement, and its promises."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -27,9 +26,7 @@ def whole(features: Tensor) -> Rows:
 
 
 @pytest.mark.parametrize("chunk", [8, 5_000_000])
-def test_lloyd_equals_scikit_learn_from_the_same_start(
-    chunk: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lloyd_equals_scikit_learn_from_the_same_start(chunk, generator, monkeypatch):
     monkeypatch.setattr("protoclip.prototypes.nearest.CHUNK_ELEMENTS", {"cpu": chunk})
     features = blobs(generator).double()
     ours = kmeans(features, 6, iterations=50, seed=0, init=features[:6])
@@ -40,9 +37,7 @@ def test_lloyd_equals_scikit_learn_from_the_same_start(
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-9)
 
 
-def test_assignments_and_history_belong_to_the_returned_centroids(
-    generator: torch.Generator,
-) -> None:
+def test_assignments_and_history_belong_to_the_returned_centroids(generator):
     """Also when stopped early: the history is what fewer iterations end with, and never rises."""
     features = torch.randn(200, 7, generator=generator, dtype=torch.float64)
     result = kmeans(features, 20, iterations=6, seed=3)
@@ -56,9 +51,7 @@ def test_assignments_and_history_belong_to_the_returned_centroids(
 
 
 @both_inits
-def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(
-    init: str, generator: torch.Generator
-) -> None:
+def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(init, generator):
     features = torch.randn(4200, 32, generator=generator)
 
     def state() -> list[object]:
@@ -75,14 +68,14 @@ def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(
     assert state() == before
 
 
-def test_restarts_keep_the_best(generator: torch.Generator) -> None:
+def test_restarts_keep_the_best(generator):
     features = torch.randn(300, 5, generator=generator)
     one = kmeans(features, 6, iterations=20, seed=1)
     many = kmeans(features, 6, iterations=20, restarts=8, seed=1)
     assert many.inertia < one.inertia
 
 
-def test_empty_clusters_take_the_farthest_members_of_the_largest() -> None:
+def test_empty_clusters_take_the_farthest_members_of_the_largest():
     """Clusters of coinciding members and of one member have nothing to give."""
     features = torch.tensor([[0.0], [0.0], [0.0], [0.0], [10], [11], [13], [20], [22], [30]])
     assignments = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
@@ -95,7 +88,7 @@ def test_empty_clusters_take_the_farthest_members_of_the_largest() -> None:
 
 @both_inits
 @pytest.mark.parametrize("n", [1, 1100])
-def test_as_many_clusters_as_rows(n: int, init: str, generator: torch.Generator) -> None:
+def test_as_many_clusters_as_rows(n, init, generator):
     features = torch.randn(n, 32, generator=generator)
     result = kmeans(features, n, iterations=3, seed=0, init=init)
     assert result.assignments.sort().values.tolist() == list(range(n))
@@ -103,7 +96,7 @@ def test_as_many_clusters_as_rows(n: int, init: str, generator: torch.Generator)
     assert torch.equal(result.centroids[result.assignments], features)
 
 
-def test_kmeans_plus_plus_finds_every_group(generator: torch.Generator) -> None:
+def test_kmeans_plus_plus_finds_every_group(generator):
     """Of groups of unequal size that are far apart, each gives a row; uniform draws miss some."""
     sizes = [2000, 500, 40, 20, 10, 5, 3, 2, 2, 1, 1, 1]
     groups = torch.repeat_interleave(torch.arange(12), torch.tensor(sizes))
@@ -117,9 +110,7 @@ def test_kmeans_plus_plus_finds_every_group(generator: torch.Generator) -> None:
     assert uniform.inertia > 10 * far.inertia
 
 
-def test_kmeans_plus_plus_draws_distinct_rows_and_knows_the_nearest(
-    generator: torch.Generator,
-) -> None:
+def test_kmeans_plus_plus_draws_distinct_rows_and_knows_the_nearest(generator):
     features = torch.randn(500, 6, generator=generator, dtype=torch.float64)
     centroids, (assignments, distances) = spread(
         whole(features), 64, generator, lambda centroids: nearest(features, centroids)
@@ -130,7 +121,7 @@ def test_kmeans_plus_plus_draws_distinct_rows_and_knows_the_nearest(
     torch.testing.assert_close(distances, expected.min(1).values, rtol=1e-9, atol=1e-9)
 
 
-def test_spherical_clusters_are_by_cosine(generator: torch.Generator) -> None:
+def test_spherical_clusters_are_by_cosine(generator):
     features = 9 * torch.randn(80, 5, generator=generator, dtype=torch.float64)
     result = kmeans(features, 7, iterations=10, seed=0, spherical=True)
     torch.testing.assert_close(result.centroids.norm(dim=1), torch.ones(7, dtype=torch.float64))
@@ -152,7 +143,7 @@ NAN = torch.full((10, 4), float("nan"))
         ({"features": NAN}, "non-finite"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
+def test_impossible_settings_are_refused(settings, message):
     arguments = {"features": torch.randn(10, 4), "num_clusters": 3, "iterations": 2, "seed": 0}
     with pytest.raises((ValueError, TypeError), match=message):
         kmeans(**arguments | settings)
@@ -168,7 +159,7 @@ def inference_copy(features: Tensor) -> Tensor:
     [Tensor.half, Tensor.bfloat16, inference_copy, lambda x: x.clone().requires_grad_()],
     ids=["float16", "bfloat16", "inference", "with gradient"],
 )
-def test_any_rows_are_clustered_in_float32(given: Callable, generator: torch.Generator) -> None:
+def test_any_rows_are_clustered_in_float32(given, generator):
     rows = given(blobs(generator))
     result = kmeans(rows, 6, iterations=5, seed=0)
     assert result.centroids.dtype == torch.float32
@@ -178,9 +169,7 @@ def test_any_rows_are_clustered_in_float32(given: Callable, generator: torch.Gen
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_clusters_are_the_same_with_and_without_bfloat16(
-    fast: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clusters_are_the_same_with_and_without_bfloat16(fast, generator, monkeypatch):
     monkeypatch.setattr(
         clustering, "bfloat16_pays", lambda rows, *_: fast and rows.dtype.itemsize == 4
     )
@@ -191,7 +180,7 @@ def test_clusters_are_the_same_with_and_without_bfloat16(
     assert (result.assignments == expected.assignments).float().mean() > 0.999
 
 
-def test_segments_are_summed_in_the_order_of_their_rows(generator: torch.Generator) -> None:
+def test_segments_are_summed_in_the_order_of_their_rows(generator):
     """Bit for bit the float32 sum from the first row on, which makes it deterministic anywhere."""
     features = torch.randn(2000, 16, generator=generator)[:, ::2]
     assignments = torch.randint(0, 12, (2000,), generator=generator)

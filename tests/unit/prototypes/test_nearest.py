@@ -27,9 +27,7 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize("num_clusters", [3, 40, 300, 700])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_the_bfloat16_search_finds_the_nearest(
-    geometry: str, num_clusters: int, generator: torch.Generator
-) -> None:
+def test_the_bfloat16_search_finds_the_nearest(geometry, num_clusters, generator):
     """In float64 no other centroid is nearer, up to float32's rounding of the difference."""
     features = GEOMETRIES[geometry](generator)
     centroids = features[torch.randperm(700, generator=generator)[:num_clusters]]
@@ -43,14 +41,14 @@ def test_the_bfloat16_search_finds_the_nearest(
     torch.testing.assert_close(distances.double(), chosen, rtol=1e-4, atol=float(rounding))
 
 
-def test_ties_go_to_the_lower_index(generator: torch.Generator) -> None:
+def test_ties_go_to_the_lower_index(generator):
     features = unit_rows(generator, 600)
     centroids = features[:290].repeat(2, 1)
     for search in (search_of(features).nearest, lambda c: nearest(features, c)):
         assert int(search(centroids)[0].max()) < 290
 
 
-def test_the_error_bound_holds_for_every_pair(generator: torch.Generator) -> None:
+def test_the_error_bound_holds_for_every_pair(generator):
     """Products of the rounded factors against distances in float64."""
     features = unit_rows(generator, 300) + torch.randn(24, generator=generator)
     centroids = unit_rows(generator, 280)
@@ -67,9 +65,7 @@ def test_the_error_bound_holds_for_every_pair(generator: torch.Generator) -> Non
 
 @pytest.mark.parametrize("width", [1, 40, 255, 256, 320, 4096, 4224])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.float32])
-def test_row_argmin_is_the_first_least_column(
-    width: int, dtype: torch.dtype, generator: torch.Generator
-) -> None:
+def test_row_argmin_is_the_first_least_column(width, dtype, generator):
     """With many ties, in one block, in several, and in widths that blocks do not divide."""
     scores = torch.randint(-9, 9, (50, width), generator=generator).to(dtype)
     least, column = row_argmin(scores)

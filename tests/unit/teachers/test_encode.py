@@ -53,7 +53,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
-def test_padding_does_not_change_a_feature(bert: str, pooling: str) -> None:
+def test_padding_does_not_change_a_feature(bert, pooling):
     """In a batch each caption gets the unit-norm feature that it gets alone in float64."""
     transformers = pytest.importorskip("transformers")
     model = transformers.BertModel.from_pretrained(bert).double().eval()
@@ -72,14 +72,14 @@ def test_padding_does_not_change_a_feature(bert: str, pooling: str) -> None:
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=0)
 
 
-def test_the_mean_leaves_out_padding_that_is_not_finite() -> None:
+def test_the_mean_leaves_out_padding_that_is_not_finite():
     states = torch.tensor([[[1.0], [3.0], [torch.inf]], [[5.0], [torch.nan], [torch.nan]]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     found = pooled(type("Outputs", (), {"last_hidden_state": states}), mask, "mean")
     assert found.tolist() == [[2.0], [5.0]]
 
 
-def test_a_model_without_pooler_is_refused(bert: str, tmp_path: Path) -> None:
+def test_a_model_without_pooler_is_refused(bert, tmp_path):
     """Weights that the files lack would be random. Other poolings do not need them."""
     transformers = pytest.importorskip("transformers")
     model = transformers.BertModel.from_pretrained(bert, add_pooling_layer=False)
@@ -94,7 +94,7 @@ def test_a_model_without_pooler_is_refused(bert: str, tmp_path: Path) -> None:
     assert first.checksum() != second.checksum()
 
 
-def test_timm_models_give_pooled_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_models_give_pooled_features(monkeypatch):
     """With the model's own transform and without its classifier."""
     make = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **more: make(name, num_classes=0))
@@ -109,7 +109,7 @@ def test_timm_models_give_pooled_features(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(found, expected / expected.norm())
 
 
-def test_open_clip_models_give_either_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_clip_models_give_either_tower(monkeypatch):
     """The image tower unless text is asked."""
     towers = named_towers("ViT-S-32-alt").eval()
     monkeypatch.setattr(encode.towers, "named_towers", lambda name, pretrained: towers)
@@ -137,19 +137,19 @@ def test_open_clip_models_give_either_tower(monkeypatch: pytest.MonkeyPatch) -> 
         ("hf:{folder}", "Unrecognized model"),
     ],
 )
-def test_what_cannot_be_opened_is_named(teacher: str, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_named(teacher, message, tmp_path):
     teacher = teacher.format(folder=tmp_path)
     with pytest.raises(ValueError, match=rf"^[^\n]*'{teacher}' cannot be [^\n]*{message}[^\n]*$"):
         opened(teacher)
 
 
 @pytest.mark.parametrize(("teacher", "modality"), [("hf:x", "image"), ("timm:resnet10t", "text")])
-def test_a_modality_that_the_model_does_not_read(teacher: str, modality: str) -> None:
+def test_a_modality_that_the_model_does_not_read(teacher, modality):
     with pytest.raises(ValueError, match=f"--modality {modality}: {teacher} reads .* only"):
         opened(teacher, modality=modality)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'protoclip\[teachers\]'"):
         opened("minilm")
@@ -216,7 +216,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_each_caption_is_read_once_without_its_image(tmp_path: Path) -> None:
+def test_each_caption_is_read_once_without_its_image(tmp_path):
     """Batches hold captions of similar length. Several captions of a sample count alike."""
     captions = [[word] for word in words(47)]
     captions[5] = ["aaa", "bbbb", "cc"]
@@ -233,7 +233,7 @@ def test_each_caption_is_read_once_without_its_image(tmp_path: Path) -> None:
     assert sorted(content(tmp_path / "t")) == ["facts.json", "features.npy", "index.npy"]
 
 
-def test_bad_samples_have_no_row(tmp_path: Path) -> None:
+def test_bad_samples_have_no_row(tmp_path):
     """They are counted and listed with the reason; a source of nothing else is refused."""
     captions = words(24)
     captions[3] = captions[20] = " "
@@ -249,7 +249,7 @@ def test_bad_samples_have_no_row(tmp_path: Path) -> None:
         run(Letters(), pairs([" "] * 3), tmp_path / "none")
 
 
-def test_a_killed_pass_goes_on_after_its_last_part(tmp_path: Path) -> None:
+def test_a_killed_pass_goes_on_after_its_last_part(tmp_path):
     """After SIGKILL in the third of five parts the first two are not encoded again, and the result
     is, byte for byte, that of a pass that was not interrupted."""
     captions = words(47)
@@ -287,9 +287,7 @@ def test_a_killed_pass_goes_on_after_its_last_part(tmp_path: Path) -> None:
         ({"teacher": "others"}, "teacher letters, not others"),
     ],
 )
-def test_a_folder_of_another_pass_is_kept(
-    changed: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_folder_of_another_pass_is_kept(changed, message, tmp_path):
     """Neither a begun nor a finished pass goes on with something else."""
     with pytest.raises(KeyboardInterrupt):
         run(Letters(at=4), pairs(words(20)), tmp_path / "t")
@@ -299,7 +297,7 @@ def test_a_folder_of_another_pass_is_kept(
         run(Letters(), pairs(words(20)), tmp_path / "t")
 
 
-def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path):
     """A width above the model's, duplicate ids, a folder that holds something else."""
     model, out = Letters(), tmp_path / "t"
     with pytest.raises(ValueError, match=r"--width: 13 is not between 1 and 12, letters's own"):
@@ -317,7 +315,7 @@ def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_features_that_are_not_finite_stop_the_pass(tmp_path: Path) -> None:
+def test_features_that_are_not_finite_stop_the_pass(tmp_path):
     """When they occur, with their number and an example."""
     model = Letters()
     model.encoder.forward = lambda counts: counts / (counts.sum(1, keepdim=True) < 17)
@@ -354,7 +352,7 @@ class Stream:
         self.learned.append(state)
 
 
-def test_each_sample_of_a_stream_is_encoded_once(tmp_path: Path) -> None:
+def test_each_sample_of_a_stream_is_encoded_once(tmp_path):
     """Neither repeats nor a restart encode it again."""
     # The first four samples are numbers 0, 3, 6 and the bad one: a batch of three.
     with pytest.raises(KeyboardInterrupt):
@@ -369,7 +367,7 @@ def test_each_sample_of_a_stream_is_encoded_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [3, 8])
-def test_pca_equals_the_svd_of_centred_rows(width: int) -> None:
+def test_pca_equals_the_svd_of_centred_rows(width):
     """Block by block, also if one is empty."""
     generator = np.random.default_rng(0)
     features = generator.normal(size=(90, 8)) @ generator.normal(size=(8, 8)) + 9

@@ -28,9 +28,7 @@ def writer_of(run: Path, **more: Any) -> CheckpointWriter:
     return CheckpointWriter(run, **{"description": {}, **settings, **more})
 
 
-def test_a_nested_state_comes_back_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_nested_state_comes_back_as_it_was(tmp_path, monkeypatch):
     """With keys in the same order, although training changes it while a thread writes."""
     model = loading.model(tiny_model(), seed=0)
     rows, ids = torch.arange(3), ["a", "b"]
@@ -70,9 +68,7 @@ def full_times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return left
 
 
-def test_the_last_checkpoint_is_tried_until_there_is_room(
-    full_times: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_checkpoint_is_tried_until_there_is_room(full_times, tmp_path, capsys):
     """The warnings name the file. One that is never written is an error, which says where the run
     goes on; older checkpoints stay, and nothing is half there."""
     full_times[0] = 3
@@ -91,9 +87,7 @@ def test_the_last_checkpoint_is_tried_until_there_is_room(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000003"]
 
 
-def test_training_tries_again_a_minute_after_it_could_not_save(
-    full_times: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_tries_again_a_minute_after_it_could_not_save(full_times, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     writer = writer_of(tmp_path)
@@ -110,7 +104,7 @@ def test_training_tries_again_a_minute_after_it_could_not_save(
     assert not writer.due(9, episode_end=False)
 
 
-def test_new_checkpoints_outlive_later_ones_that_are_damaged(tmp_path: Path) -> None:
+def test_new_checkpoints_outlive_later_ones_that_are_damaged(tmp_path):
     """A run that went on from before them must not remove what it writes now."""
     writer = writer_of(tmp_path)
     for step in (90, 100):
@@ -134,9 +128,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json", "checksums.json"])
-def test_a_flipped_bit_is_noticed_wherever_weights_are_loaded(
-    name: str, model_folder: Path
-) -> None:
+def test_a_flipped_bit_is_noticed_wherever_weights_are_loaded(name, model_folder):
     """One line names the file. The format itself would not notice this bit."""
     path = model_folder / name
     data = path.read_bytes()

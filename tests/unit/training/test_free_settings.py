@@ -3,7 +3,6 @@
 import copy
 import io
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,9 +93,7 @@ def equal(one: Batch, other: Batch) -> bool:
 
 
 @pytest.mark.parametrize("setting", FREE)
-def test_a_free_setting_changes_no_batch(
-    setting: str, base: Config, expected: list[Batch], tmp_path: Path
-) -> None:
+def test_a_free_setting_changes_no_batch(setting, base, expected, tmp_path):
     """Pixels, tokens, ids and order are equal bit for bit."""
     value = str(tmp_path) if OTHER[setting] == "{}" else OTHER[setting]
     other = changed(base, setting, value)
@@ -104,7 +101,7 @@ def test_a_free_setting_changes_no_batch(
     assert all(equal(a, b) for a, b in zip(expected, batches(other), strict=True))
 
 
-def test_settings_that_change_batches_are_not_free(base: Config, expected: list[Batch]) -> None:
+def test_settings_that_change_batches_are_not_free(base, expected):
     """The comparison above notices them."""
     for setting, value in [
         ("data.small_copies", True),
@@ -116,7 +113,7 @@ def test_settings_that_change_batches_are_not_free(base: Config, expected: list[
         assert not all(equal(a, b) for a, b in zip(expected, found, strict=True)), setting
 
 
-def test_all_other_settings_are_refused(tmp_path: Path) -> None:
+def test_all_other_settings_are_refused(tmp_path):
     """Each in one line that names it."""
     (tmp_path / "config.toml").write_text(to_toml(Config()), encoding="utf-8")
     kept = asdict(Config())

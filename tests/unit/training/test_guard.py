@@ -30,9 +30,7 @@ def guard_of(report: Path) -> Guard:
     ("loss", "norm", "taken"),
     [(1.0, 1.0, True), (NAN, 1.0, False), (INF, 1.0, False), (1.0, NAN, False), (1.0, INF, False)],
 )
-def test_a_step_is_taken_if_loss_and_gradient_are_finite(
-    loss: float, norm: float, taken: bool, tmp_path: Path
-) -> None:
+def test_a_step_is_taken_if_loss_and_gradient_are_finite(loss, norm, taken, tmp_path):
     """Otherwise parameters stay as they are and the step is counted."""
     guard = guard_of(tmp_path / "diverged.json")
     (parameter,) = guard.optimizer.param_groups[0]["params"]
@@ -43,7 +41,7 @@ def test_a_step_is_taken_if_loss_and_gradient_are_finite(
     assert not guard.report.exists()
 
 
-def test_ten_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+def test_ten_steps_in_a_row_end_the_run(tmp_path):
     """Not nine and a finite one. The error says in one line what, when and what to do; a file of
     valid JSON has the losses and the samples of the last batch."""
     guard = guard_of(tmp_path / "diverged.json")
@@ -75,9 +73,7 @@ def test_ten_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     }
 
 
-def test_steps_that_wait_count_like_prompt_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_wait_count_like_prompt_ones(tmp_path, monkeypatch):
     """On a GPU the host looks at many steps at once; counts and the last step are the same."""
     generator = random.Random(0)
     losses = [generator.choice([1.0, NAN]) for _ in range(40)] + [NAN] * 20
@@ -99,7 +95,7 @@ def test_steps_that_wait_count_like_prompt_ones(
     assert counts[0] == counts[1]
 
 
-def test_a_run_that_goes_on_counts_on(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_counts_on(tmp_path):
     """A report that cannot be written is part of the error."""
     guard = guard_of(tmp_path / "nowhere" / "diverged.json")
     guard.load_state_dict({"skipped": 7, "in_a_row": 7})
@@ -125,7 +121,7 @@ def warned(losses: list[float]) -> list[str]:
     ]
 
 
-def test_a_loss_spike_gets_a_warning() -> None:
+def test_a_loss_spike_gets_a_warning():
     """With step, value, mean, and what to do."""
     (line,) = warned([*noisy(60), 6.0, *noisy(5)])
     assert line.startswith("step 600: train/loss/total is 6, its recent mean is 2")
@@ -144,11 +140,11 @@ def test_a_loss_spike_gets_a_warning() -> None:
     ],
     ids=["early", "below twice", "noise", "falling", "nan"],
 )
-def test_an_ordinary_loss_is_no_spike(losses: list[float]) -> None:
+def test_an_ordinary_loss_is_no_spike(losses):
     assert warned(losses) == []
 
 
-def test_a_stage_with_one_more_loss_is_no_spike() -> None:
+def test_a_stage_with_one_more_loss_is_no_spike():
     """A total is only compared with totals of the same losses."""
     watch = Watch()
 
@@ -176,7 +172,7 @@ def test_a_stage_with_one_more_loss_is_no_spike() -> None:
         ("train/prototypes/dead/text", 0.76, 0.75, "prototypes.source"),
     ],
 )
-def test_a_bad_metric_gets_a_warning(name: str, bad: float, good: float, advice: str) -> None:
+def test_a_bad_metric_gets_a_warning(name, bad, good, advice):
     """One line with step, metric, value and advice, on the wrong side of the limit only."""
     (line,) = Watch().warnings(500, {name: bad, "train/modality_gap": 0.0})
     assert line.startswith(f"step 500: {name} is {bad:.2g}")
@@ -185,7 +181,7 @@ def test_a_bad_metric_gets_a_warning(name: str, bad: float, good: float, advice:
     assert Watch().warnings(500, {name: good}) == []
 
 
-def test_a_warning_is_not_repeated_for_a_thousand_steps() -> None:
+def test_a_warning_is_not_repeated_for_a_thousand_steps():
     """For each metric on its own. Fresh towers, whose features are nearly equal, get none."""
     watch = Watch()
     assert QUIET_STEPS == 1000
@@ -221,7 +217,7 @@ def allocation_error() -> RuntimeError:
         (MemoryError(), "data.workers"),
     ],
 )
-def test_out_of_memory_names_the_settings_to_lower(error: BaseException, names: str) -> None:
+def test_out_of_memory_names_the_settings_to_lower(error, names):
     line = out_of_memory(error)
     assert line is not None
     assert line.startswith("out of memory")
@@ -234,5 +230,5 @@ def test_out_of_memory_names_the_settings_to_lower(error: BaseException, names: 
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not fit"), ValueError("out of memory"), KeyboardInterrupt()]
 )
-def test_other_errors_are_not_about_memory(error: BaseException) -> None:
+def test_other_errors_are_not_about_memory(error):
     assert out_of_memory(error) is None

@@ -75,7 +75,7 @@ def make_fail(patch: pytest.MonkeyPatch, where: str) -> None:
     patch.setattr(Path, "open", lambda path, *given, **more: Failing(path, *given, **more))
 
 
-def test_each_call_is_a_line_and_a_point(tmp_path: Path) -> None:
+def test_each_call_is_a_line_and_a_point(tmp_path):
     """Numbers that are not finite are null in the file, so that strict parsers read it."""
     log = MetricsLog(tmp_path)
     log.write(1, 0, {"loss": 2.0, "rate": 0.5})
@@ -91,7 +91,7 @@ def test_each_call_is_a_line_and_a_point(tmp_path: Path) -> None:
     assert curve(tmp_path, "loss") == [(1, 2.0), (2, 1.0)]
 
 
-def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path):
     """Later lines are cut off, half lines too, and TensorBoard hides later points."""
     log = MetricsLog(tmp_path)
     log.write(1, 0, {"loss": 3.0})
@@ -107,7 +107,7 @@ def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path: Pa
     assert curve(tmp_path, "loss") == [(1, 3.0), (2, 2.0)]
 
 
-def test_a_file_shorter_than_the_checkpoint_says_is_not_filled_up(tmp_path: Path) -> None:
+def test_a_file_shorter_than_the_checkpoint_says_is_not_filled_up(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     lines = JsonLines(tmp_path / "metrics.jsonl", size=500)
     lines.write({"step": 2})
@@ -116,9 +116,7 @@ def test_a_file_shorter_than_the_checkpoint_says_is_not_filled_up(tmp_path: Path
 
 
 @pytest.mark.parametrize("where", ["open", "write", "truncate", "close"])
-def test_lines_that_cannot_be_written_wait(
-    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lines_that_cannot_be_written_wait(where, tmp_path, capsys):
     """One warning; the size counts whole lines; the next line that can be written brings the others
     along, in order and each once."""
     path = tmp_path / "metrics.jsonl"
@@ -141,7 +139,7 @@ def test_lines_that_cannot_be_written_wait(
     assert warning.endswith("; training goes on, lines wait to be written")
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_leaves_whole_lines(tmp_path, capsys):
     """The system writes the part of a line that fits. A warning says that lines are lost."""
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path, size=0)
@@ -157,9 +155,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, capsys: pytest.CaptureFi
     assert "metrics.jsonl: its last lines could not be written and are lost" in last
 
 
-def test_tensorboard_on_a_full_disk_is_off(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tensorboard_on_a_full_disk_is_off(tmp_path, capsys):
     """One warning, no traceback, no thread left behind; earlier points can be read."""
     threads, hook = threading.active_count(), threading.excepthook
     log = MetricsLog(tmp_path)
@@ -180,9 +176,7 @@ def test_tensorboard_on_a_full_disk_is_off(
 
 
 @pytest.mark.parametrize("how", ["missing", "folder"])
-def test_tensorboard_that_cannot_start_is_off(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tensorboard_that_cannot_start_is_off(how, tmp_path, monkeypatch, capsys):
     """Without its package, or with a file in place of its folder."""
     if how == "missing":
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -229,9 +223,7 @@ def log_twice(folder: Path, **settings: Any) -> None:
     log.close()
 
 
-def test_wandb_gets_what_the_file_gets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):
     """With the run's settings, in the run folder. A run that goes on keeps its id."""
     fake = FakeWandb("nowhere")
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -262,13 +254,7 @@ def test_wandb_gets_what_the_file_gets(
         ("finish", "BrokenPipeError"),
     ],
 )
-def test_wandb_that_fails_is_off(
-    fails: str,
-    reason: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_wandb_that_fails_is_off(fails, reason, tmp_path, monkeypatch, capsys):
     """One warning of one line; the file has every line. Nothing imports W&B unless asked."""
     fake = FakeWandb(fails)
     monkeypatch.setitem(sys.modules, "wandb", None if fails == "import" else fake)

@@ -27,7 +27,7 @@ def named(name: str | None, *, batch: int = 512, steps: int = 1000, **optim: obj
     )
 
 
-def test_small_towers_get_what_suits_the_emoji() -> None:
+def test_small_towers_get_what_suits_the_emoji():
     """The values that the bundled recipes were measured with, at any batch and without a note."""
     for batch in (64, 4096):
         settings, notes = optim_settings(named(None, batch=batch))
@@ -54,7 +54,7 @@ def test_small_towers_get_what_suits_the_emoji() -> None:
         ("convnext_base", ((0.9, 0.999), 1e-8, 0.1)),
     ],
 )
-def test_a_named_model_gets_the_usual_values(name: str, expected: object) -> None:
+def test_a_named_model_gets_the_usual_values(name, expected):
     """They depend on the kind of image tower, as the README says."""
     settings, _ = optim_settings(named(name))
     assert (settings["betas"], settings["eps"], settings["weight_decay"]) == expected
@@ -70,16 +70,14 @@ def test_a_named_model_gets_the_usual_values(name: str, expected: object) -> Non
         (1000, 4, 5e-4, 1),
     ],
 )
-def test_the_rate_grows_with_the_batch_and_the_warm_up_with_the_run(
-    batch: int, steps: int, rate: float, warm_up: int
-) -> None:
+def test_the_rate_grows_with_the_batch_and_the_warm_up_with_the_run(batch, steps, rate, warm_up):
     settings, _ = optim_settings(named("ViT-B-32", batch=batch, steps=steps))
     assert settings["learning_rate"] == pytest.approx(rate)
     assert settings["locked_learning_rate"] == pytest.approx(rate / 10)
     assert settings["warm_up_steps"] == warm_up
 
 
-def test_what_is_set_counts_and_what_is_not_gets_a_note() -> None:
+def test_what_is_set_counts_and_what_is_not_gets_a_note():
     """Zeros count as set."""
     settings, notes = optim_settings(named("ViT-B-32"))
     assert "optim.learning_rate = 0.0005, from ViT-B-32 at batch 512" in notes
@@ -94,7 +92,7 @@ def test_what_is_set_counts_and_what_is_not_gets_a_note() -> None:
 
 
 @pytest.mark.parametrize("name", [None, "ViT-B-32"])
-def test_a_resolved_configuration_stays_as_it_is(name: str | None) -> None:
+def test_a_resolved_configuration_stays_as_it_is(name):
     """Nothing is left to decide, so that the same command goes on with a run."""
     config, _ = resolved(named(name))
     assert resolved(config) == (config, [])
@@ -103,7 +101,7 @@ def test_a_resolved_configuration_stays_as_it_is(name: str | None) -> None:
     assert size == ((40, 16) if name is None else (None, None))
 
 
-def test_weight_decay_spares_gains_biases_and_scales() -> None:
+def test_weight_decay_spares_gains_biases_and_scales():
     """Every parameter is in one group. Heads may have a decay of their own."""
     config = tiny_config(out="unused")
     model = loading.model(config.model, seed=0)
@@ -121,7 +119,7 @@ def test_weight_decay_spares_gains_biases_and_scales() -> None:
         assert all(len(kinds) == 1 for kinds in scalars)  # FSDP2 needs them apart
 
 
-def test_towers_and_heads_may_have_their_own_learning_rates() -> None:
+def test_towers_and_heads_may_have_their_own_learning_rates():
     """Temperatures keep the common one."""
     scales = OptimConfig(image_lr_scale=0.1, text_lr_scale=0.5, heads_lr_scale=0.05)
     config = replace(tiny_config(out="unused"), optim=scales)
@@ -140,7 +138,7 @@ def test_towers_and_heads_may_have_their_own_learning_rates() -> None:
         assert rates[id(parameter)] == pytest.approx(expected), name
 
 
-def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero() -> None:
+def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero():
     """It starts low, reaches its own peak and comes down. Else one cosine covers the whole run."""
     config = named(None, steps=100, warm_up_steps=10, locked_learning_rate=5e-4)
     config = replace(config, episodes=replace(config.episodes, locked_image=1))
@@ -155,7 +153,7 @@ def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero() -> None:
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
 
 
-def test_models_of_the_sigmoid_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_the_sigmoid_loss_are_refused(monkeypatch):
     """All of open_clip's, before anything is built; and no other model."""
     monkeypatch.setattr(open_clip, "create_model", None)
     for name in open_clip.list_models():

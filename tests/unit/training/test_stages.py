@@ -22,7 +22,7 @@ from protoclip.training.stages import (
 )
 
 
-def test_the_schedule_is_linear_then_cosine() -> None:
+def test_the_schedule_is_linear_then_cosine():
     """Equal to the formula at every step. A short run still reaches its peak and comes down."""
     for step in range(100):
         expected = (
@@ -34,7 +34,7 @@ def test_the_schedule_is_linear_then_cosine() -> None:
     assert rates[-1] < 0.2
 
 
-def test_the_order_of_the_stages() -> None:
+def test_the_order_of_the_stages():
     """Warm-up, prototypical, locked image. Without prototypes it is CLIP, with the same lock."""
     config = Config(episodes=EpisodeConfig(count=4, warm_up=1, locked_image=1))
     stages = [stage_of(config, index) for index in range(4)]
@@ -44,7 +44,7 @@ def test_the_order_of_the_stages() -> None:
     assert stages == [CONTRASTIVE] * 3 + [LOCKED_IMAGE]
 
 
-def test_the_locked_stage_fixes_the_image_tower() -> None:
+def test_the_locked_stage_fixes_the_image_tower():
     """Neither weights nor BatchNorm statistics of the image tower move; the text tower trains.
     The next stage unlocks both."""
     model = loading.model(tiny_model(), seed=0)
@@ -67,14 +67,14 @@ def test_the_locked_stage_fixes_the_image_tower() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_a_pattern_that_matches_nothing_is_an_error() -> None:
+def test_a_pattern_that_matches_nothing_is_an_error():
     """So that a renamed tower cannot train by mistake."""
     model = loading.model(tiny_model(), seed=0)
     with pytest.raises(AssertionError, match="no parameter matches"):
         enter_stage(model, Stage(name="typo", frozen=("towers\\.vision\\.",)))
 
 
-def test_precision_is_as_asked_and_only_as_asked() -> None:
+def test_precision_is_as_asked_and_only_as_asked():
     """fp32 opens no autocast, bf16 and fp16 do, and only fp16 scales its loss."""
     cpu, matrix = torch.device("cpu"), torch.randn(4, 4)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
