@@ -26,14 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip.config import (
-    Config,
-    DataConfig,
-    EpisodeConfig,
-    ParallelConfig,
-    SourceConfig,
-    check,
-)
+from protoclip.config import Config, DataConfig, EpisodeConfig, ParallelConfig, SourceConfig, check
 from protoclip.data import pack, sources
 from protoclip.data.emoji import emoji_table
 from protoclip.data.pairs import ImageTextPairs, Pairs

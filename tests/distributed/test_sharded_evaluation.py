@@ -148,12 +148,7 @@ def encode(model: ProtoCLIP, number: int, broken: int | None = None) -> Tensor:
         return torch.tensor(rows).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 2)
 
     return suite.encode(
-        model.encode_image,
-        read,
-        range(number),
-        stage="colours",
-        batch_size=2,
-        device="cpu",
+        model.encode_image, read, range(number), stage="colours", batch_size=2, device="cpu"
     )
 
 

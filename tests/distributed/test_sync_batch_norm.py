@@ -15,12 +15,7 @@ from protoclip.testing import run_distributed, tiny_config
 
 
 @pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("efficientnet_b0", 49),
-        ("resnet10t", 14),
-        ("nfnet_l0", 0),
-    ],
+    ("name", "number"), [("efficientnet_b0", 49), ("resnet10t", 14), ("nfnet_l0", 0)]
 )
 def test_every_batch_norm_of_a_tower_is_converted(name, number):
     """Also subclasses that activate; names of parameters and buffers stay."""

@@ -74,8 +74,7 @@ def test_every_number_has_limits():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["run.seed", "episodes.micro_batch_size", "optim.betas[1]", "data.sources[1].weight"],
+    "name", ["run.seed", "episodes.micro_batch_size", "optim.betas[1]", "data.sources[1].weight"]
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, "many", True])
 def test_what_is_no_number_is_refused(name, wrong):

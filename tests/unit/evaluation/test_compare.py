@@ -13,10 +13,7 @@ from protoclip.evaluation.clustering import agreement
 from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, SampleResults, resampled
 from protoclip.files import to_json
 
-SCORES = {
-    "clustering/ami": adjusted_mutual_info_score,
-    "clustering/ari": adjusted_rand_score,
-}
+SCORES = {"clustering/ami": adjusted_mutual_info_score, "clustering/ari": adjusted_rand_score}
 
 
 def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0) -> SampleResults:
