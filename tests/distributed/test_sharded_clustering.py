@@ -92,44 +92,6 @@ def test_the_bfloat16_search_is_as_good_on_several_ranks(generator):
     assert ours.inertia == pytest.approx(float(distances.min(1).values.sum()), rel=1e-4)
 
 
-def exchanged_shapes(features: Tensor) -> list[tuple[str, torch.Size]]:
-    shapes: list[tuple[str, torch.Size]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather", "all_reduce"):
-            original = getattr(collectives, name)
-
-            def noted(values: Tensor, name: str = name, original: Callable = original) -> Tensor:
-                shapes.append((name, values.shape))
-                return original(values)
-
-            patch.setattr(collectives, name, noted)
-        settings = {"num_clusters": 40, "iterations": 4, "seed": 0}
-        cluster_own_rows(features, interleaved(len(features), 2), settings)
-    return shapes
-
-
-def test_rows_stay_on_their_rank(generator):
-    """One number per row is gathered. What is as wide as the features has a row per centroid."""
-    first, second = run_distributed(exchanged_shapes, 2, torch.randn(400, 6, generator=generator))
-    assert [name for name, _ in first] == [name for name, _ in second]
-    assert {name for name, _ in first} == {"all_gather", "all_reduce"}
-    for name, shape in first + second:
-        # A round of the start draws four rows.
-        assert len(shape) == 1 if name == "all_gather" else len(shape) < 2 or shape[0] in (4, 40)
-
-
-def plain_call(features: Tensor) -> KMeans:
-    return kmeans(features[: 10 + collectives.rank()], 3, iterations=2, seed=collectives.rank())
-
-
-def test_without_positions_a_rank_clusters_its_own_rows(generator):
-    """Ranks may differ in rows and settings, and none waits for another."""
-    features = torch.randn(20, 4, generator=generator)
-    for rank, found in enumerate(run_distributed(plain_call, 2, features)):
-        expected = kmeans(features[: 10 + rank], 3, iterations=2, seed=rank)
-        assert torch.equal(found.centroids, expected.centroids)
-
-
 def refusal(first: dict, others: dict) -> tuple[str, list[int]]:
     """What this rank raises, and whether the group still works."""
     rank = collectives.rank()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip import KMeans, Target, back_translate, kmeans
+from protoclip import KMeans, Target, kmeans
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
@@ -97,36 +97,6 @@ def test_targets_of_ranks_are_those_of_one_process(
                 assert torch.equal(value, getattr(found[0][1][key], name))
                 wanted = getattr(expected_targets[key], name)
                 torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
-
-
-def refusals() -> tuple[list[str], list[int]]:
-    """What this rank raises in turn, and whether the group still works."""
-    rank = collectives.rank()
-    rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(rank))
-    positions = torch.arange(5) + 5 * rank
-    calls = [
-        lambda: cluster_spaces({"image": rows}, cluster, positions + rank),
-        lambda: cluster_spaces({"image": rows[rank:]}, cluster, positions),
-        lambda: back_translate(torch.zeros(5 - rank, dtype=torch.long), rows, 2, shared=True),
-    ]
-    messages = []
-    for call in calls:
-        with pytest.raises(ValueError) as error:  # noqa: PT011
-            call()
-        messages.append(str(error.value))
-    return messages, collectives.all_gather(torch.tensor([rank])).tolist()
-
-
-def test_what_one_rank_refuses_all_refuse():
-    """Positions with a gap or twice, and numbers that differ."""
-    expected = [
-        "positions: need to be 0 to 9, each once",
-        "positions: 5 for 4 rows",
-        "4 assignments for 5 student features",
-    ]
-    for messages, gathered in run_distributed(refusals, 2):
-        assert messages == expected
-        assert gathered == [0, 1]
 
 
 def queue_of(state: dict[str, Any], steps: range) -> tuple[dict[str, Any], EpisodeFeatures | None]:

@@ -1,17 +1,13 @@
 """BatchNorm over ranks: every layer of real towers, with the result of one process."""
 
-from dataclasses import replace
-
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from protoclip.config import ParallelConfig
 from protoclip.distributed import collectives
-from protoclip.models import loading
 from protoclip.models.batch_norm import SyncBatchNorm, has_own_statistics, synchronise
-from protoclip.testing import run_distributed, tiny_config
+from protoclip.testing import run_distributed
 
 
 @pytest.mark.parametrize(
@@ -73,22 +69,3 @@ def test_a_converted_tower_on_two_ranks_equals_the_plain_one_on_the_whole_batch(
             # A bias before a BatchNorm has no gradient but rounding.
             size = max(1.0, float(value.abs().max()))
             assert float((found[name] - value).abs().max()) <= 1e-9 * size, name
-
-
-def notes(parallel: ParallelConfig) -> list[str]:
-    config = replace(tiny_config(out="unused"), parallel=parallel)
-    return loading.parallelise(config, loading.model(config.model, seed=0))
-
-
-@pytest.mark.parametrize(
-    ("parallel", "layers"),
-    [
-        ({"sync_batch_norm": True}, "sync_batch_norm: 14 BatchNorm layers"),
-        ({"strategy": "fsdp"}, "strategy = fsdp: 14 BatchNorm layers"),
-        ({}, ""),
-    ],
-)
-def test_the_number_of_synchronised_layers_is_noted(parallel, layers):
-    for found in run_distributed(notes, 2, ParallelConfig(**parallel)):
-        assert layers in "".join(found)
-        assert bool(found) == bool(layers)

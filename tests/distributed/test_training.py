@@ -1,9 +1,6 @@
 """Several ranks train what one process trains: gradients of every loss, weights of short runs."""
 
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interrupting import relative_difference, stop_after, with_changes, with_out
 from protoclip.config import Config, ImageTowerConfig, ParallelConfig
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, no_sync, reach_everything
@@ -37,20 +35,10 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
     generator = torch.Generator().manual_seed(3)
     assigned = torch.randint(0, PROTOTYPES, (3, PAIRS), generator=generator)
     assigned[2, : PAIRS // 2] = -1  # samples that the teacher does not know
-    batch = {
-        "image": torch.randn(PAIRS, 3, 32, 32, generator=generator, dtype=torch.float64),
-        "text": torch.randint(1, 400, (PAIRS, 8), generator=generator),
-        **dict(
-            zip(
-                ("image_assignments", "text_assignments", "teacher_assignments"),
-                assigned,
-                strict=True,
-            )
-        ),
-    }
+    images = torch.randn(PAIRS, 3, 32, 32, generator=generator, dtype=torch.float64)
+    captions = torch.randint(1, 400, (PAIRS, 8), generator=generator)
     share = PAIRS // collectives.world_size()
     own = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
-    batch = {name: rows[own] for name, rows in batch.items()}
     targets = {}
     for term in terms:
         if term != "info_nce":
@@ -65,7 +53,7 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
             )
     module = distribute(model)
     size = micro_batch or PAIRS
-    parts = zip(batch["image"].split(size), batch["text"].split(size), strict=True)
+    parts = zip(images[own].split(size), captions[own].split(size), strict=True)
     chunks = [partial(module, image, text) for image, text in parts]
     if micro_batch is None:
         embeddings, finish = chunks[0](), lambda: None
@@ -75,7 +63,7 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
     losses, _ = objective(
         embeddings,
         targets or None,
-        {space: batch[f"{space}_assignments"] for space in ("image", "text", "teacher")},
+        dict(zip(("image", "text", "teacher"), assigned[:, own], strict=True)),
         weights=LossWeights(info_nce=float("info_nce" in terms), teachers={"teacher": 2.0}),
     )
     total = torch.stack(list(losses.values())).sum()
@@ -132,103 +120,63 @@ def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         assert error <= 1e-9 * float(value.abs().max()) + 1e-12, f"{name}: off by {error:.2e}"
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "CLIP": {"loss": {"prototypical": 0.0}},
+    "queue": {"prototypes": {"source": "queue"}},
+    # It synchronises BatchNorm without being asked.
+    "FSDP2": {"parallel": {"strategy": "fsdp", "sync_batch_norm": False}},
+    "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
+}
+
+
+def short(**changes: dict[str, Any]) -> Config:
+    """Warm-up, prototypical and locked-image steps.
+
+    Rounding may move a value across a ReLU, which moves a bias by more than its last digits. AdamW
+    divides by the gradient's size, so a large epsilon keeps rounding small.
+    """
+    sections = {
+        "run": {"evaluate": False, "name": "many"},
+        "parallel": {"sync_batch_norm": True},
+        "optim": {"eps": 1e-2, "warm_up_steps": 0},
+        "episodes": {"count": 3, "size": 32},
+    }
+    return with_changes(with_changes(tiny_config(out="unused"), sections), changes)
+
+
 def trained(config: Config, out: str) -> dict[str, Tensor]:
     """Weights at the end of a run by all ranks, new or gone on with; each returns the same."""
     train(with_out(config, out), resume="auto")
     return read_tensors(find_checkpoint(out) / "model.safetensors")
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "CLIP": {"loss": {"prototypical": 0.0}},
-    "not back-translated": {"prototypes": {"source": "extract", "back_translation": False}},
-    "queue": {"prototypes": {"source": "queue"}},
-    "FSDP2": {"parallel": {"strategy": "fsdp"}},
-    "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "world_size"), [*((way, 2) for way in WAYS), ("FSDP2", 4)])
 def test_a_short_run_ends_with_the_weights_of_one_process(way, world_size, tmp_path):
-    """After warm-up, prototypical and locked-image steps, up to 1e-4 of the way all weights went.
-
-    Rounding may move a value across a ReLU, which moves a bias by more than its last digits. AdamW
-    divides by the gradient's size, so a large epsilon keeps rounding small.
-    """
-    config = changed(WAYS[way])
+    """Up to 1e-4 of the way that all weights went."""
+    config = short(**WAYS[way])
     expected = run_distributed(trained, 1, config, str(tmp_path / "one"))[0]
     for weights in run_distributed(trained, world_size, config, str(tmp_path / "many")):
-        assert_same_way(weights, expected, config)
-
-
-def assert_same_way(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Config
-) -> None:
-    """Equal up to 1e-4 of the way from the start."""
-    start = loading.model(config.model, seed=config.run.seed).state_dict()
-    assert difference(weights, expected) < 1e-4 * difference(expected, start)
-
-
-def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Distance between two sets of parameters, each seen as one vector."""
-    names = [n for n in one.keys() & other.keys() if "running_" not in n and "num_b" not in n]
-    return float(torch.stack([(one[n] - other[n]).double().norm() for n in names]).norm())
-
-
-def changed(sections: dict[str, dict[str, Any]]) -> Config:
-    config = tiny_config(out="unused")
-    config = replace(
-        config,
-        run=replace(config.run, evaluate=False, name="many"),
-        parallel=ParallelConfig(sync_batch_norm=True),
-        optim=replace(config.optim, eps=1e-2, warm_up_steps=0),
-        episodes=replace(config.episodes, count=3, size=32),
-    )
-    for section, values in sections.items():
-        config = replace(config, **{section: replace(getattr(config, section), **values)})
-    return config
-
-
-def with_out(config: Config, out: str) -> Config:
-    return replace(config, run=replace(config.run, out=out))
-
-
-@contextmanager
-def patched(method: str, work: Callable[[Trainer], object]) -> Iterator[None]:
-    """Call a function with the trainer after each call of one of its methods."""
-    original = getattr(Trainer, method)
-
-    def and_work(trainer: Trainer, *given: Any, **more: Any) -> Any:
-        result = original(trainer, *given, **more)
-        work(trainer)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, method, and_work)
-        yield
+        assert relative_difference(weights, expected, config) < 1e-4
 
 
 def interrupted(config: Config, out: str, step: int) -> None:
     """The run up to a step, at which a signal tells the last rank to stop."""
-
-    def signal_last(trainer: Trainer) -> None:
-        if trainer.step == step and collectives.rank() == collectives.world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with patched("train_step", signal_last):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(step, patch)
         results = train(with_out(config, out))
-    assert results["stopped"] == "SIGTERM"
-    assert results["steps"] == step
+    assert (results["stopped"], results["steps"]) == ("SIGTERM", step)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["queue", "FSDP2"])
-@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("way", "after"), [("queue", 1), ("queue", 2), ("queue", 4), ("FSDP2", 2), ("FSDP2", 1)]
+)
 def test_a_stopped_run_of_two_ranks_goes_on(way, after, tmp_path):
     """One rank gets the signal; both stop after the same step, within a prototypical episode. With
-    two ranks again the run ends as if it had not stopped, bit for bit. With another number batches,
-    prototypes, queue and schedule go on exactly, and weights differ by rounding."""
-    config = changed(WAYS[way])
+    two ranks again the run ends bit for bit as if it had not stopped, with others but for rounding.
+    """
+    config = short(**WAYS[way])
     whole = 2 if after == 2 else 1
     expected = run_distributed(trained, whole, config, str(tmp_path / "whole"))[0]
     run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
@@ -236,7 +184,7 @@ def test_a_stopped_run_of_two_ranks_goes_on(way, after, tmp_path):
         if after == 2:
             assert all(torch.equal(weights[name], value) for name, value in expected.items())
         else:
-            assert_same_way(weights, expected, config)
+            assert relative_difference(weights, expected, config) < 1e-4
 
 
 def built(config: Config) -> tuple[int, dict[str, Tensor], dict[str, Tensor], int]:
@@ -274,25 +222,23 @@ def test_fsdp_builds_the_whole_model_on_rank_0_only():
 
 
 def statistics_kept(config: Config, out: str) -> dict[str, Tensor]:
-    """BatchNorm statistics that a rank ends an episode with."""
-    kept: dict[str, Tensor] = {}
+    """BatchNorm statistics that a rank ends the run with."""
+    end_episode, kept = Trainer.end_episode, {}
 
-    def keep(trainer: Trainer) -> None:
+    def and_keep(trainer: Trainer, *given: Any) -> Any:
+        result = end_episode(trainer, *given)
         kept.update({name: value.clone() for name, value in trainer.model.named_buffers()})
+        return result
 
-    with patched("end_episode", keep):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "end_episode", and_keep)
         train(with_out(config, out))
     return kept
 
 
 def test_ranks_evaluate_one_model_without_sync_batch_norm(tmp_path):
     """All ranks end an episode with the BatchNorm statistics of rank 0."""
-    config = changed({"parallel": {"sync_batch_norm": False}})
-    config = replace(
-        config,
-        episodes=replace(config.episodes, count=2, size=16, locked_image=0),
-        prototypes=replace(config.prototypes, number=4),
-    )
+    config = short(parallel={"sync_batch_norm": False}, episodes={"size": 32, "locked_image": 0})
     one, other = run_distributed(statistics_kept, 2, config, str(tmp_path / "run"))
     assert one.keys() == other.keys()
     assert all(torch.equal(other[name], value) for name, value in one.items())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupting import WAYS, assert_equal_ends, config_for, kill_at_random, stop_after
 
+from interrupting import WAYS, assert_equal_ends, config_for, kill_at_random, stop_after
 from protoclip.models.loading import checkpoints, find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run

@@ -3,7 +3,6 @@
 import json
 import re
 import tomllib
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interrupting import end_of
 from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
+from interrupting import end_of
 from protoclip.cli import demo, main
-from protoclip.cli.parsing import parse
-from protoclip.cli.train import Train
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -32,7 +29,6 @@ from protoclip.config import (
 from protoclip.evaluation import compare
 from protoclip.models import loading
 from protoclip.models.loading import find_checkpoint
-from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.testing import tiny_config
 from protoclip.training import optim, run
 from protoclip.training.run import flat
@@ -46,13 +42,11 @@ def metrics_of(folder: Path, name: str = "") -> list[dict[str, float]]:
     return [line for line in map(json.loads, lines) if not name or name in line]
 
 
-def short(config: Config, out: Path, *, count: int = 2) -> Config:
+def short(config: Config, out: Path, *, count: int = 2, **changes: dict[str, Any]) -> Config:
     """An episode of InfoNCE, then prototypical ones, without an evaluation."""
-    return replace(
-        config,
-        run=replace(config.run, out=str(out), evaluate=False),
-        episodes=replace(config.episodes, count=count, locked_image=0),
-    )
+    episodes = {"count": count, "locked_image": 0}
+    config = with_changes(config, {"run": {"out": str(out), "evaluate": False}})
+    return with_changes(with_changes(config, {"episodes": episodes}), changes)
 
 
 def test_a_run_folder_holds_what_it_should(tiny_run):
@@ -76,13 +70,12 @@ def test_a_run_folder_holds_what_it_should(tiny_run):
 def test_a_clip_run_learns_and_says_what_it_does(tiny_parquet, tmp_path, capsys):
     """On nine different captions the loss, which is InfoNCE alone, falls well below its start. The
     last step is logged, and its loss shown, whatever `run.log_every` is."""
-    config = short(tiny_config(tiny_parquet, out=""), tmp_path, count=12)
-    config = replace(
-        config,
-        run=replace(config.run, out=str(tmp_path / "clip"), log_every=5),
-        loss=replace(config.loss, prototypical=0.0),
-        optim=replace(config.optim, warm_up_steps=4),
-    )
+    given = {
+        "run": {"log_every": 5},
+        "loss": {"prototypical": 0.0},
+        "optim": {"warm_up_steps": 4},
+    }
+    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "clip", count=12, **given)
     run.train(config)
     lines = metrics_of(tmp_path / "clip", "train/loss/total")
     assert [line["step"] for line in lines] == [*range(5, 50, 5), 48]
@@ -104,23 +97,6 @@ def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_run, tiny_parquet, tmp_pat
     assert metrics == expected
 
 
-def test_the_queue_needs_no_extraction(tiny_parquet, tmp_path, monkeypatch):
-    """With prototypes from the queue nothing is extracted, and the prototypical loss is there."""
-
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("an extraction pass")
-
-    monkeypatch.setattr(ExtractedFeatures, "features", forbidden)
-    config = tiny_config(tiny_parquet, out="")
-    for source in ("queue", "extract"):
-        config = replace(config, prototypes=replace(config.prototypes, source=source))
-        refused = pytest.raises(AssertionError, match="an extraction pass")
-        with refused if source == "extract" else nullcontext():
-            run.train(short(config, tmp_path / source))
-    name = "train/loss/prototypical/image_from_text"
-    assert len(metrics_of(tmp_path / "queue", name)) == 4
-
-
 def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, capsys):
     """Each teacher has its own prototypes, losses and weight. One that knows a third of the samples
     trains on those, and a note says how many are missing."""
@@ -132,11 +108,8 @@ def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, c
         table = {"sample_id": [f"tiny/{row}" for row in range(known)], "features": features}
         path = str(tmp_path / f"{name}.parquet")
         pq.write_table(pa.table(table), path)
-        hard = name == "all"
-        teacher = TeacherConfig(
-            name=name, features=path, number=4, weight=weight, hard_targets=hard
-        )
-        teachers.append(teacher)
+        given = {"name": name, "features": path, "number": 4, "weight": weight}
+        teachers.append(TeacherConfig(**given, hard_targets=name == "all"))
     config = replace(tiny_config(tiny_parquet, out=""), teachers=teachers)
     run.train(short(config, tmp_path / "run"))
     assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
@@ -153,8 +126,9 @@ def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, c
 def test_fp16_trains_with_its_scaler(tiny_run, tiny_parquet, tmp_path):
     """The first loss is that of fp32 to a percent. The scaler finds a scale that gradients survive,
     so weights move and stay finite."""
-    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "fp16", count=1)
-    run.train(replace(config, run=replace(config.run, precision="fp16")))
+    fp16 = {"run": {"precision": "fp16"}}
+    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "fp16", count=1, **fp16)
+    run.train(config)
     name = "train/loss/total"
     first, exact = (metrics_of(out, name)[0][name] for out in (tmp_path / "fp16", tiny_run))
     assert first == pytest.approx(exact, rel=0.01)
@@ -185,13 +159,9 @@ def test_the_model_loads_and_encodes(tiny_run):
 def test_an_open_clip_model_trains_and_loads_by_name(tiny_parquet, tmp_path, capsys):
     """It reads images and captions of the size that is set. Notes and config.toml name the defaults
     it trains with, which stay the same when the run goes on."""
-    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "named")
     size = {"image": ImageTowerConfig(size=64), "text": TextTowerConfig(context_length=8)}
-    config = replace(
-        config,
-        model=replace(config.model, name="ViT-S-32-alt", **size),
-        episodes=replace(config.episodes, size=8, batch_size=8),
-    )
+    given = {"model": {"name": "ViT-S-32-alt", **size}, "episodes": {"size": 8, "batch_size": 8}}
+    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "named", **given)
     results = run.train(config)
     assert "note: optim.learning_rate = 7.8125e-06, from ViT-S-32-alt" in capsys.readouterr().err
     assert "learning_rate = 7.8125e-06\n" in (tmp_path / "named" / "config.toml").read_text()
@@ -207,9 +177,8 @@ def test_an_open_clip_model_trains_and_loads_by_name(tiny_parquet, tmp_path, cap
 
 def test_a_checkpoint_is_where_the_next_run_starts(tiny_run, tiny_parquet, tmp_path):
     """`model.checkpoint` starts from the saved weights."""
-    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1)
-    model = replace(config.model, checkpoint=str(tiny_run))
-    run.train(replace(config, model=model, optim=replace(config.optim, learning_rate=1e-12)))
+    given = {"model": {"checkpoint": str(tiny_run)}, "optim": {"learning_rate": 1e-12}}
+    run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1, **given))
     old = load_file(find_checkpoint(tiny_run) / "model.safetensors")
     new = load_file(find_checkpoint(tmp_path / "next") / "model.safetensors")
     for name in old:
@@ -266,27 +235,7 @@ def test_the_reference_is_one_recipe_away(seen):
         assert optim.resolved(seen[-1])[0].optim.learning_rate == 5e-4
 
 
-def test_the_reference_recipe_trains(tiny_parquet, tmp_path):
-    """With small towers and episodes: two of five episodes have prototypes, losses are finite."""
-    reference = parse(Train, ["--config", str(ROOT / "recipes" / "reference.toml")])
-    config = replace(
-        tiny_config(tiny_parquet, out=str(tmp_path / "run")),
-        data=replace(reference.data, train=tiny_parquet),
-        loss=reference.loss,
-        episodes=replace(reference.episodes, size=32, count=5, batch_size=16),
-        prototypes=replace(reference.prototypes, number=8),
-        optim=replace(reference.optim, warm_up_steps=2),
-        parallel=reference.parallel,
-    )
-    run.train(config)
-    extracted = metrics_of(tmp_path / "run", "train/seconds/extract")
-    assert [line["episode"] for line in extracted] == [1, 2]
-    losses = [line["train/loss/total"] for line in metrics_of(tmp_path / "run", "train/loss/total")]
-    assert len(losses) == 10
-    assert np.isfinite(losses).all()
-
-
-def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys, few_emoji):
+def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys):
     """Three arms, one table, results.json; `evaluate` repeats a run's metrics, and `compare` shows
     differences. A second call trains what is not finished, and no other seed."""
     original, small = demo.arms, tiny_config(out="")
@@ -298,6 +247,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
             for name, config in original(seed=seed, out=out).items()
         }
 
+    monkeypatch.setattr(datasets, "emoji", few_emoji)
     monkeypatch.setattr(demo, "arms", arms)
     monkeypatch.setattr(compare, "DRAWS", 20)
     monkeypatch.chdir(tmp_path)
@@ -318,7 +268,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     value = results["metrics"]["eval/emoji/knn/acc1"]
     assert found["difference"]["mean"] == pytest.approx(found["mean"] - value)
     assert found["difference"]["kind"] == "bootstrap"
-    assert found["difference"]["n"] == len(few_emoji.test)
+    assert found["difference"]["n"] == len(few_emoji().test)
 
     finished = Path("demo/protoclip/results.json")
     text, trained = finished.read_text(), []

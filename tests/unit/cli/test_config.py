@@ -128,16 +128,6 @@ def test_a_tree_of_values_becomes_a_configuration():
         build(Config, {"data": {"sources": [{"weight": 1}]}})
 
 
-def test_prototypes_come_from_the_queue_with_a_teacher():
-    """Unless the setting says otherwise."""
-    teacher = TeacherConfig(features="emoji")
-    assert Config().prototype_source == "extract"
-    assert Config(teacher=teacher).prototype_source == "queue"
-    assert Config(teacher=teacher, loss=LossConfig(teacher=0.0)).prototype_source == "extract"
-    asked = PrototypeConfig(source="extract")
-    assert Config(teacher=teacher, prototypes=asked).prototype_source == "extract"
-
-
 def test_evaluation_during_training_needs_something_to_evaluate_on():
     config = with_value(Config(), "run.evaluate_every", 1)
     assert check(with_value(config, "run.keep_best", "eval/emoji/knn/acc1")) == []

@@ -9,7 +9,6 @@ import scipy.stats
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 from protoclip.evaluation import compare
-from protoclip.evaluation.clustering import agreement
 from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, SampleResults, resampled
 from protoclip.files import to_json
 
@@ -58,22 +57,6 @@ def test_the_bootstrap_draws_the_same_samples_for_every_model():
             right = sum(bool(entry) if k is None else bool(entry < k) for entry in picked)
             assert value == pytest.approx(right / len(order))
         np.testing.assert_allclose(other[metric], drawn[metric])
-
-
-@pytest.mark.parametrize(
-    ("classes", "clusters"),
-    [
-        ([0, 0, 0, 0], [5, 5, 5, 5]),
-        ([0, 0, 0, 0], [1, 2, 1, 2]),
-        ([3, 1, 3, 1], [0, 4, 0, 4]),
-        ([1, 1, 1, 1], [0, 1, 2, 3]),
-        ([4, 5, 6, 7], [0, 1, 2, 3]),
-    ],
-)
-def test_agreement_of_degenerate_partitions_is_scikit_learns(classes, clusters):
-    found = agreement(np.array(classes), np.array(clusters), [np.arange(4)])
-    for name, score in SCORES.items():
-        assert found[name] == pytest.approx([score(classes, clusters)], abs=1e-12)
 
 
 def test_results_of_samples_are_kept_whole(tmp_path):

@@ -108,18 +108,6 @@ def test_a_class_absent_from_training_is_never_right(absent):
     assert (knn_predict(rows[seen], labels[seen], rows, k=2) == labels).tolist() == expected
 
 
-def test_knn_votes_match_a_table_worked_by_hand():
-    """Two weak votes beat a strong one at a high temperature and lose at a low one."""
-    train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8], [-1.0, 0.0]])
-    labels, query = torch.tensor([1, 0, 0, 2]), torch.tensor([[1.0, 0.0]])
-    # Votes e^(1/t) for class 1 against 2 e^(0.6/t) for class 0: equal at t = 0.4 / ln 2 = 0.577.
-    assert knn_predict(train, labels, query, k=3, temperature=0.6).tolist() == [0]
-    assert knn_predict(train, labels, query, k=3, temperature=0.55).tolist() == [1]
-    assert knn_predict(train, labels, query, k=1, temperature=100.0).tolist() == [1]
-    # More neighbours than rows is all rows; a temperature near zero does not overflow.
-    assert knn_predict(train, labels, query, k=50, temperature=1e-4).tolist() == [1]
-
-
 @pytest.mark.parametrize("chunk", [1, 1000, 4_000_000])
 def test_knn_equals_scikit_learn(chunk, monkeypatch):
     """The weighted vote of brute-force cosine neighbours, whatever the norms and the chunks."""

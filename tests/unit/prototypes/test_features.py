@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interrupting import with_changes
 from protoclip import KMeans
 from protoclip.data import sources
 from protoclip.data.loader import Batch
@@ -162,25 +163,19 @@ def test_a_repeated_pair_is_extracted_once():
 
 
 def test_extraction_through_the_training_transform(tmp_path):
-    """Each place of an episode has random draws of its own, other than training's and equal every
-    time; the default sees every pair once and as evaluation does."""
+    """Each place of an episode has random draws of its own, equal every time."""
     pq.write_table(tiny_pairs(), tmp_path / "tiny.parquet")
     found = {}
     for transform in ("evaluation", "training"):
         config = tiny_config(str(tmp_path / "tiny.parquet"), out=str(tmp_path / "run"))
-        prototypes = replace(config.prototypes, extract_transform=transform)
-        config = replace(config, prototypes=prototypes)
+        config = with_changes(config, {"prototypes": {"extract_transform": transform}})
         model, samples = loading.model(config.model, seed=0), sources.pairs(config)
         made = run.Run(config, model, samples, folder=tmp_path / "run")
         episode, source = made.episode(0), made.trainer.source
-        first, again = source.features(episode), source.features(episode)
-        assert torch.equal(first.image, again.image)
-        extracted, trained = (
-            next(iter(source.batches(episode))),
-            next(iter(made.loader.batches(episode, 0))),
-        )
-        assert not torch.equal(extracted.image, trained.image)
-        found[transform] = first
+        found[transform] = source.features(episode)
+        assert torch.equal(source.features(episode).image, found[transform].image)
+        trained = next(iter(made.loader.batches(episode, 0)))
+        assert not torch.equal(next(iter(source.batches(episode))).image, trained.image)
     rows = episode.rows.tolist()
     earlier = [rows.index(row) for row in rows]
     repeats = [place for place, row in enumerate(rows) if rows.index(row) < place]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from protoclip import kmeans
 from protoclip.prototypes import kmeans as clustering
-from protoclip.prototypes.kmeans import Rows, nearest, refill_empty, segment_mean, spread
 
 both_inits = pytest.mark.parametrize("init", ["k-means++", "random"])
 
@@ -18,11 +17,6 @@ both_inits = pytest.mark.parametrize("init", ["k-means++", "random"])
 def blobs(generator: torch.Generator, n: int = 300, k: int = 6, d: int = 5) -> Tensor:
     centres = 10 * torch.randn(k, d, generator=generator)
     return centres[torch.arange(n) % k] + torch.randn(n, d, generator=generator)
-
-
-def whole(features: Tensor) -> Rows:
-    order = torch.arange(len(features))
-    return Rows(values=features, order=order, orders=order, shared=False, spherical=False)
 
 
 @pytest.mark.parametrize("chunk", [8, 5_000_000])
@@ -68,24 +62,6 @@ def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(init, generato
     assert state() == before
 
 
-def test_restarts_keep_the_best(generator):
-    features = torch.randn(300, 5, generator=generator)
-    one = kmeans(features, 6, iterations=20, seed=1)
-    many = kmeans(features, 6, iterations=20, restarts=8, seed=1)
-    assert many.inertia < one.inertia
-
-
-def test_empty_clusters_take_the_farthest_members_of_the_largest():
-    """Clusters of coinciding members and of one member have nothing to give."""
-    features = torch.tensor([[0.0], [0.0], [0.0], [0.0], [10], [11], [13], [20], [22], [30]])
-    assignments = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
-    centroids = torch.tensor([[0.0], [11.0], [21.5], [31.0], [99.0], [99.0], [99.0]])
-    distances = (features - centroids[assignments]).square().sum(1)
-    counts = torch.bincount(assignments, minlength=7)
-    filled = refill_empty(centroids, counts, whole(features), assignments, distances)
-    assert filled.flatten().tolist() == [0.0, 11.0, 21.5, 31.0, 13.0, 20.0, 99.0]
-
-
 @both_inits
 @pytest.mark.parametrize("n", [1, 1100])
 def test_as_many_clusters_as_rows(n, init, generator):
@@ -108,17 +84,6 @@ def test_kmeans_plus_plus_finds_every_group(generator):
         assert len(far.assignments[groups == group].unique()) == 1
     assert len(far.assignments.unique()) == 12
     assert uniform.inertia > 10 * far.inertia
-
-
-def test_kmeans_plus_plus_draws_distinct_rows_and_knows_the_nearest(generator):
-    features = torch.randn(500, 6, generator=generator, dtype=torch.float64)
-    centroids, (assignments, distances) = spread(
-        whole(features), 64, generator, lambda centroids: nearest(features, centroids)
-    )
-    assert len(centroids.unique(dim=0)) == 64
-    expected = torch.cdist(features, centroids).square()
-    assert torch.equal(assignments, expected.argmin(1))
-    torch.testing.assert_close(distances, expected.min(1).values, rtol=1e-9, atol=1e-9)
 
 
 def test_spherical_clusters_are_by_cosine(generator):
@@ -178,17 +143,3 @@ def test_clusters_are_the_same_with_and_without_bfloat16(fast, generator, monkey
     expected = kmeans(features.double(), 300, iterations=8, seed=0, init=features[:300].double())
     assert result.inertia == pytest.approx(expected.inertia, rel=1e-5)
     assert (result.assignments == expected.assignments).float().mean() > 0.999
-
-
-def test_segments_are_summed_in_the_order_of_their_rows(generator):
-    """Bit for bit the float32 sum from the first row on, which makes it deterministic anywhere."""
-    features = torch.randn(2000, 16, generator=generator)[:, ::2]
-    assignments = torch.randint(0, 12, (2000,), generator=generator)
-    assignments[assignments == 7] = 3
-    means, counts = segment_mean(features, assignments, 13)
-    sums = torch.zeros(13, 8)
-    for row, segment in zip(features, assignments.tolist(), strict=True):
-        sums[segment] += row
-    assert counts.tolist() == [assignments.tolist().count(segment) for segment in range(13)]
-    assert torch.equal(means, sums / counts.clamp(min=1).unsqueeze(1))
-    assert means[[7, 12]].abs().sum() == 0

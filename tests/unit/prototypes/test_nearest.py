@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.prototypes.nearest import Bfloat16Search, nearest, row_argmin
+from protoclip.prototypes.nearest import Bfloat16Search, nearest
 
 
 def unit_rows(generator: torch.Generator, n: int, d: int = 24) -> Tensor:
@@ -46,29 +46,3 @@ def test_ties_go_to_the_lower_index(generator):
     centroids = features[:290].repeat(2, 1)
     for search in (search_of(features).nearest, lambda c: nearest(features, c)):
         assert int(search(centroids)[0].max()) < 290
-
-
-def test_the_error_bound_holds_for_every_pair(generator):
-    """Products of the rounded factors against distances in float64."""
-    features = unit_rows(generator, 300) + torch.randn(24, generator=generator)
-    centroids = unit_rows(generator, 280)
-    search = search_of(features)
-    right, bounds = search.right(centroids), search.error_bounds(centroids)
-    scores = (search.left.double() @ right.double().T)[:, :280]
-    exact = torch.cdist(features.double(), centroids.double()).square() / 2
-    centred = (features - search.origin).double()
-    own = search.left[:, -2].double() - centred.square().sum(1) / 2
-    error = (scores - exact - own.unsqueeze(1)).abs().max(1).values
-    assert (error <= bounds.double()).all()
-    assert (bounds.double() < 20 * error).all()  # nor is it so wide that it says nothing
-
-
-@pytest.mark.parametrize("width", [1, 40, 255, 256, 320, 4096, 4224])
-@pytest.mark.parametrize("dtype", [torch.int16, torch.float32])
-def test_row_argmin_is_the_first_least_column(width, dtype, generator):
-    """With many ties, in one block, in several, and in widths that blocks do not divide."""
-    scores = torch.randint(-9, 9, (50, width), generator=generator).to(dtype)
-    least, column = row_argmin(scores)
-    for row, value, index in zip(scores.tolist(), least.tolist(), column.tolist(), strict=True):
-        assert value == min(row)
-        assert index == row.index(min(row))

@@ -20,8 +20,9 @@ from torch import nn
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
 from protoclip.teachers import encode
-from protoclip.teachers.encode import Encoder, embed_teacher, fit_pca, open_encoder, pooled
+from protoclip.teachers.encode import Encoder, embed_teacher, fit_pca, open_encoder
 from protoclip.teachers.store import read_teacher
+from protoclip.testing import run_distributed
 
 CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"]
 CPU = torch.device("cpu")
@@ -70,13 +71,6 @@ def test_padding_does_not_change_a_feature(bert, pooling):
     assert encoder.collate(["dog " * 100])["input_ids"].shape == (1, 32)  # the model's limit
     found = encoder.encode(CAPTIONS).double()
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=0)
-
-
-def test_the_mean_leaves_out_padding_that_is_not_finite():
-    states = torch.tensor([[[1.0], [3.0], [torch.inf]], [[5.0], [torch.nan], [torch.nan]]])
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    found = pooled(type("Outputs", (), {"last_hidden_state": states}), mask, "mean")
-    assert found.tolist() == [[2.0], [5.0]]
 
 
 def test_a_model_without_pooler_is_refused(bert, tmp_path):
@@ -378,3 +372,18 @@ def test_pca_equals_the_svd_of_centred_rows(width):
     np.testing.assert_allclose(ours, theirs * np.sign((ours * theirs).sum(0)), atol=1e-7)
     assert kept == pytest.approx((scale[:width] ** 2).sum() / (scale**2).sum())
     assert (axes[np.arange(width), np.abs(axes).argmax(1)] > 0).all()
+
+
+def make(out: Path, width: int | None) -> dict[str, Any]:
+    captions = words(47)
+    captions[13] = " "  # a bad sample
+    return run(Letters(), pairs(captions), out, part=5, width=width)
+
+
+@pytest.mark.parametrize("width", [None, 3])
+def test_several_ranks_make_the_folder_of_one_process(width, tmp_path):
+    """Byte for byte, with ten parts over two ranks, and the facts on the first."""
+    one = make(tmp_path / "one", width)
+    assert run_distributed(make, 2, tmp_path / "many", width) == [one, {}]
+    assert (one["rows"], one["bad"]) == (46, 1)
+    assert content(tmp_path / "many") == content(tmp_path / "one")

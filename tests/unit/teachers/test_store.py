@@ -1,7 +1,5 @@
 """Teacher features: folders, users' files, and look-ups by sample id."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,6 @@ import pytest
 import torch
 
 from protoclip.teachers.store import TeacherFeatures, read_teacher, write_folder
-
-Opened = Callable[[list[str], np.ndarray, Path], TeacherFeatures]
 
 
 def names(count: int) -> list[str]:
@@ -146,17 +142,20 @@ def test_arrays_are_rows_of_numbers(array, tmp_path):
         read_teacher(tmp_path / "mine.npy")
 
 
-def test_what_is_no_teacher_is_named(tmp_path):
-    """Nothing there, no Parquet, a column missing, an unfinished folder."""
-    with pytest.raises(ValueError, match=r"teacher.features: .*other.parquet: no such file"):
-        read_teacher(tmp_path / "other.parquet")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other.parquet", "teacher.features: .*other.parquet: no such file"),
+        ("text.parquet", "text.parquet: not a file of teacher"),
+        ("columns.parquet", "columns.parquet: not a file of teacher"),
+        ("", "no finished teacher; .* the same command again"),
+    ],
+)
+def test_what_is_no_teacher_is_named(name, message, tmp_path):
     (tmp_path / "text.parquet").write_text("hello", encoding="utf-8")
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "columns.parquet")
-    for name in ("text", "columns"):
-        with pytest.raises(ValueError, match=rf"^[^\n]*{name}.parquet: not a file of teacher"):
-            read_teacher(tmp_path / f"{name}.parquet")
-    with pytest.raises(ValueError, match=r"no finished teacher; .* the same command again"):
-        read_teacher(tmp_path)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{message}"):
+        read_teacher(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -175,25 +174,3 @@ def test_a_damaged_folder_is_refused(file, damage, tmp_path):
     damage(tmp_path / "t" / file)
     with pytest.raises(ValueError, match=r"^[^\n]*damaged[^\n]*$"):
         read_teacher(tmp_path / "t")
-
-
-def memory(kind: str) -> int:
-    """Bytes of this process: `Anonymous`, which no file stands behind, or all that is `Rss`."""
-    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_open_folder_costs_little_memory(tmp_path):
-    """Neither opening 200,000 features nor looking up some all over the file keeps it in memory."""
-    count, width = 200_000, 64
-    from_folder(names(count), rows(count, width), tmp_path).lookup(names(10))
-    asked, kinds = names(count)[::100], ("Anonymous", "Rss")
-    before = [memory(kind) for kind in kinds]
-    teacher = read_teacher(tmp_path / "t")
-    opened = [memory(kind) for kind in kinds]
-    assert teacher.lookup(asked).isfinite().all()
-    after = [memory(kind) for kind in kinds]
-    assert max(np.subtract(opened, before)) < 1_000_000
-    # The features are 26 MB, and of their index of 3 MB pages may stay.
-    assert (np.subtract(after, before) < (2_000_000, 6_000_000)).all()

@@ -55,7 +55,6 @@ def test_ten_steps_in_a_row_end_the_run(tmp_path):
     with pytest.raises(Diverged) as error:
         guard.count(20, NAN, NAN, ["x/1", "x/2"])
     assert guard.state_dict() == {"skipped": 19, "in_a_row": 10}
-    assert isinstance(error.value, ValueError)
     assert str(error.value) == (
         "training has diverged: loss or gradient not finite in 10 steps in a row, up to step 20; "
         "lower optim.learning_rate or train in fp32 "
@@ -77,7 +76,7 @@ def test_steps_that_wait_count_like_prompt_ones(tmp_path, monkeypatch):
     """On a GPU the host looks at many steps at once; counts and the last step are the same."""
     generator = random.Random(0)
     losses = [generator.choice([1.0, NAN]) for _ in range(40)] + [NAN] * 20
-    look, messages, counts = Guard.look, [], []
+    look, found = Guard.look, []
     for late in (False, True):
         monkeypatch.setattr(Guard, "look", (lambda guard: None) if late else look)
         guard = guard_of(tmp_path / "diverged.json")
@@ -89,21 +88,8 @@ def test_steps_that_wait_count_like_prompt_ones(tmp_path, monkeypatch):
 
         with pytest.raises(Diverged) as error:
             steps()
-        messages.append(str(error.value))
-        counts.append((guard.state_dict(), guard.report.read_text()))
-    assert messages[0] == messages[1]
-    assert counts[0] == counts[1]
-
-
-def test_a_run_that_goes_on_counts_on(tmp_path):
-    """A report that cannot be written is part of the error."""
-    guard = guard_of(tmp_path / "nowhere" / "diverged.json")
-    guard.load_state_dict({"skipped": 7, "in_a_row": 7})
-    guard.count(8, NAN, 1.0, ["a"])
-    guard.count(9, NAN, 1.0, ["a"])
-    assert guard.state_dict() == {"skipped": 9, "in_a_row": 9}
-    with pytest.raises(Diverged, match=r"up to step 10; .* could not be written: .*No such file"):
-        guard.count(10, NAN, 1.0, ["a"])
+        found.append((str(error.value), guard.state_dict(), guard.report.read_text()))
+    assert found[0] == found[1]
 
 
 def noisy(count: int, *, level: float = 2.0, noise: float = 0.2) -> list[float]:
@@ -152,14 +138,11 @@ def test_a_stage_with_one_more_loss_is_no_spike():
         losses = {f"train/loss/{term}": 1.0 for term in terms}
         return watch.warnings(step, {"train/loss/total": total, **losses})
 
-    lines = []
-    for step in range(100):
-        lines += look(step, 5.0, "info_nce")
-    for step in range(100, 200):
-        lines += look(step, 20.0, "info_nce", "prototypical")
-    for step in range(200, 300):
-        lines += look(step, 5.0, "info_nce")
-    assert lines == []
+    for step in range(300):
+        both = 100 <= step < 200
+        assert (
+            look(step, *((20.0, "info_nce", "prototypical") if both else (5.0, "info_nce"))) == []
+        )
     assert len(look(300, 20.0, "info_nce")) == 1
 
 
@@ -215,20 +198,15 @@ def allocation_error() -> RuntimeError:
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "on the device"),
         (allocation_error(), "data.cache_gb"),
         (MemoryError(), "data.workers"),
+        (RuntimeError("shapes do not fit"), None),
+        (KeyboardInterrupt(), None),
     ],
 )
 def test_out_of_memory_names_the_settings_to_lower(error, names):
     line = out_of_memory(error)
-    assert line is not None
-    assert line.startswith("out of memory")
-    assert names in line
-    assert "episodes.micro_batch_size" in line
-    assert "episodes.batch_size" in line
-    assert "\n" not in line
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("shapes do not fit"), ValueError("out of memory"), KeyboardInterrupt()]
-)
-def test_other_errors_are_not_about_memory(error):
-    assert out_of_memory(error) is None
+    if names is None:
+        assert line is None
+    else:
+        assert line.startswith("out of memory: set episodes.micro_batch_size")
+        assert names in line
+        assert "\n" not in line

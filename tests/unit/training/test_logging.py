@@ -42,39 +42,6 @@ def room(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def make_fail(patch: pytest.MonkeyPatch, where: str) -> None:
-    """Let every file that is opened from now on fail in one of its methods."""
-    path_open = Path.open
-
-    class Failing:
-        def __init__(self, *given: Any, **more: Any) -> None:
-            if where == "open":
-                raise PermissionError(13, "Permission denied")
-            self.file = path_open(*given, **more)
-            self.tell = self.file.tell
-
-        def __enter__(self) -> "Failing":
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.file.close()
-            if where == "close":
-                raise OSError(116, "Stale file handle")
-
-        def truncate(self, size: int) -> None:
-            if where == "truncate":
-                raise OSError(5, "Input/output error")
-            self.file.truncate(size)
-
-        def write(self, data: bytes) -> int:
-            if where in ("write", "truncate"):
-                self.file.write(data[: len(data) // 2])
-                raise OSError(28, "No space left on device")
-            return int(self.file.write(data))
-
-    patch.setattr(Path, "open", lambda path, *given, **more: Failing(path, *given, **more))
-
-
 def test_each_call_is_a_line_and_a_point(tmp_path):
     """Numbers that are not finite are null in the file, so that strict parsers read it."""
     log = MetricsLog(tmp_path)
@@ -105,54 +72,6 @@ def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path):
     log.close()
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
     assert curve(tmp_path, "loss") == [(1, 3.0), (2, 2.0)]
-
-
-def test_a_file_shorter_than_the_checkpoint_says_is_not_filled_up(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    lines = JsonLines(tmp_path / "metrics.jsonl", size=500)
-    lines.write({"step": 2})
-    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
-    assert lines.size == (tmp_path / "metrics.jsonl").stat().st_size
-
-
-@pytest.mark.parametrize("where", ["open", "write", "truncate", "close"])
-def test_lines_that_cannot_be_written_wait(where, tmp_path, capsys):
-    """One warning; the size counts whole lines; the next line that can be written brings the others
-    along, in order and each once."""
-    path = tmp_path / "metrics.jsonl"
-    lines = JsonLines(path, size=0)
-    lines.write({"step": 1})
-    size = path.stat().st_size
-    with pytest.MonkeyPatch.context() as patch:
-        make_fail(patch, where)
-        for step in (2, 3):
-            lines.write({"step": step})
-            assert lines.size == size
-    if where in ("open", "write"):  # the others leave the file as they made it until then
-        assert steps(path) == [1]
-    lines.write({"step": 4})
-    assert steps(path) == [1, 2, 3, 4]
-    assert lines.size == path.stat().st_size
-    lines.close()
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: metrics.jsonl: [Errno ")
-    assert warning.endswith("; training goes on, lines wait to be written")
-
-
-def test_a_full_disk_leaves_whole_lines(tmp_path, capsys):
-    """The system writes the part of a line that fits. A warning says that lines are lost."""
-    path = tmp_path / "metrics.jsonl"
-    lines = JsonLines(path, size=0)
-    lines.write({"step": 1})
-    with room(lines.size + 5):
-        for step in (2, 3, 4):
-            lines.write({"step": step})
-            assert steps(path) == [1]
-        lines.close()
-    assert steps(path) == [1]
-    first, last = capsys.readouterr().err.splitlines()
-    assert "training goes on" in first
-    assert "metrics.jsonl: its last lines could not be written and are lost" in last
 
 
 def test_tensorboard_on_a_full_disk_is_off(tmp_path, capsys):
@@ -266,3 +185,24 @@ def test_wandb_that_fails_is_off(fails, reason, tmp_path, monkeypatch, capsys):
     assert fake.finished == (1 if fails in ("log", "finish") else 0)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning == f"warning: Weights & Biases: {reason}; training goes on without it"
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
+    """The file ends in whole lines; the next that fits brings the others along, in order."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    lines = JsonLines(path, size=500)  # a file that is shorter than it should be is not filled up
+    with room(lines.size + 5):
+        for step in (2, 3):
+            lines.write({"step": step})
+            assert steps(path) == [1]
+    lines.write({"step": 4})
+    assert steps(path) == [1, 2, 3, 4]
+    assert lines.size == path.stat().st_size
+    with room(lines.size + 5):
+        lines.write({"step": 5})
+        lines.close()
+    assert steps(path) == [1, 2, 3, 4]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("; training goes on, lines wait to be written")
+    assert "metrics.jsonl: its last lines could not be written and are lost" in last
