@@ -27,11 +27,17 @@ from protoclip.training.trainer import Trainer
 PAIRS, PROTOTYPES, WIDTH = 16, 6, 8
 
 
-def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a batch whose rows the ranks share."""
+def gradients(
+    terms: tuple[str, ...], micro_batch: int | None = None, *, frozen: bool = False
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss, gradients and BatchNorm statistics of a batch whose rows the ranks share."""
     model = loading.model(tiny_model(), seed=0).double()
-    batch_norm.synchronise(model)
+    if collectives.world_size() > 1:
+        batch_norm.synchronise(model)
     enter_stage(model, PROTOTYPICAL)
+    for part in model.modules():
+        if frozen and hasattr(part, "running_mean"):
+            part.eval()
     generator = torch.Generator().manual_seed(3)
     assigned = torch.randint(0, PROTOTYPES, (3, PAIRS), generator=generator)
     assigned[2, : PAIRS // 2] = -1  # samples that the teacher does not know
@@ -71,7 +77,7 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
     finish()
     mean = collectives.all_reduce(total.detach()) / collectives.world_size()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return float(mean), found
+    return float(mean), found | {n: b for n, b in model.named_buffers() if "running_" in n}
 
 
 TERMS = {
@@ -85,29 +91,17 @@ TERMS["all"] = sum(TERMS.values(), start=())
 @pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in TERMS), ("all", 4)])
 def test_gradients_equal_those_of_one_process(name, world_size):
     """In float64 on every rank: the loss to 1e-10, every gradient to 1e-9 of the largest."""
-    loss, expected = run_distributed(gradients, 1, TERMS[name], None)[0]
-    for rank_loss, found in run_distributed(gradients, world_size, TERMS[name], None):
+    loss, expected = run_distributed(gradients, 1, TERMS[name])[0]
+    for rank_loss, found in run_distributed(gradients, world_size, TERMS[name]):
         assert rank_loss == pytest.approx(loss, rel=1e-10)
         assert_near(found, expected)
-
-
-def frozen_statistics(micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
-    """Gradients if BatchNorm uses its running statistics."""
-
-    def evaluated(self: Any, rows: Tensor) -> Tensor:
-        statistics = self.running_mean, self.running_var
-        return torch.nn.functional.batch_norm(rows, *statistics, self.weight, self.bias)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_norm.SyncBatchNorm, "forward", evaluated)
-        return gradients(TERMS["all"], micro_batch)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_accumulated_gradients_equal_those_of_one_process(world_size):
     """Micro-batches of four pairs give the gradients of whole-batch InfoNCE (GradCache)."""
-    _, expected = run_distributed(frozen_statistics, 1, None)[0]
-    for _, found in run_distributed(frozen_statistics, world_size, 4):
+    _, expected = gradients(TERMS["all"], frozen=True)
+    for _, found in run_distributed(partial(gradients, frozen=True), world_size, TERMS["all"], 4):
         assert_near(found, expected)
 
 

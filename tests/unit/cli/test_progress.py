@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from protoclip import progress
-from protoclip.progress import Progress, duration
+from protoclip.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -21,13 +21,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
-
-
-def test_a_time_span_has_two_units():
-    spans = {0.0: "0s", 45.4: "45s", 59.6: "1m 00s", 200.0: "3m 20s", 7500.0: "2h 05m"}
-    spans[371_000.0] = "4d 07h"
-    for seconds, text in spans.items():
-        assert duration(seconds) == text
 
 
 def test_a_log_gets_a_line_now_and_then(clock, capsys):

@@ -1,5 +1,6 @@
 """Frozen models as teachers, and passes over a data set, with models that are made up."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,7 +38,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a BERT of random weights and a vocabulary of a dozen words."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("models") / "bert"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for c in CAPTIONS for w in c.split()})]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({*" ".join(CAPTIONS).split()})]
     vocabulary = {word: number for number, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary, model_max_length=32).save_pretrained(folder)
     torch.manual_seed(0)
@@ -318,7 +319,7 @@ def test_features_that_are_not_finite_stop_the_pass(tmp_path):
 
 
 class Stream:
-    """Seven samples over and over, one of them bad, each time in another order."""
+    """Seven samples over and over, one of them bad."""
 
     name = "stream"
 
@@ -328,16 +329,11 @@ class Stream:
 
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
         self.asked.append(first)
-        place = first
-        while True:
+        for place in itertools.count(first):
             turn, within = divmod(place, 7)
-            number = (within * 3 + turn) % 7
-            captions = ("a" * number,)
-            if number == 2:
-                yield BadSample("s/2", "a.tar", "no image")
-            else:
-                yield Sample(sample_id=f"s/{number}", image=b"", captions=captions, where="a.tar")
-            place += 1
+            number = (within * 3 + turn) % 7  # another order each time
+            good = Sample(sample_id=f"s/{number}", image=b"", captions=("a" * number,), where="")
+            yield BadSample("s/2", "a.tar", "no image") if number == 2 else good
 
     def state_dict(self, first: int) -> dict[str, Any]:
         return {"at": first}

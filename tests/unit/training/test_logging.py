@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -108,33 +108,6 @@ def test_tensorboard_that_cannot_start_is_off(how, tmp_path, monkeypatch, capsys
     assert warning.endswith("; training goes on without it")
 
 
-class FakeWandb(ModuleType):
-    """W&B and its only run, which remember their calls and fail in one of them."""
-
-    def __init__(self, fails: str) -> None:
-        super().__init__("wandb")
-        self.fails = fails
-        self.settings: list[dict[str, Any]] = []
-        self.logged: list[tuple[int, dict[str, float]]] = []
-        self.finished = 0
-
-    def init(self, **settings: Any) -> "FakeWandb":
-        if self.fails == "init":
-            raise RuntimeError("api_key not configured")
-        self.settings.append(settings)
-        return self
-
-    def log(self, values: dict[str, float], *, step: int) -> None:
-        if self.fails == "log":
-            raise ConnectionError("no network\nand much more about it")
-        self.logged.append((step, values))
-
-    def finish(self) -> None:
-        self.finished += 1
-        if self.fails in ("log", "finish"):
-            raise BrokenPipeError
-
-
 def log_twice(folder: Path, **settings: Any) -> None:
     log = MetricsLog(folder, **settings)
     for step in (1, 2):
@@ -142,16 +115,22 @@ def log_twice(folder: Path, **settings: Any) -> None:
     log.close()
 
 
-def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):
-    """With the run's settings, in the run folder. A run that goes on keeps its id."""
-    fake = FakeWandb("nowhere")
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """W&B, whose only run is `init.return_value`."""
+    fake = Mock()
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_what_the_file_gets(tmp_path, wandb, capsys):
+    """With the run's settings, in the run folder. A run that goes on keeps its id."""
     for _ in range(2):
         log_twice(tmp_path, wandb="offline", config={"run": {"seed": 0}})
-    first, second = fake.settings
+    first, second = wandb.init.call_args_list
     assert first == second
-    assert first.pop("id")
-    assert first == {
+    assert first.kwargs.pop("id")
+    assert first.kwargs == {
         "project": "protoclip",
         "dir": str(tmp_path),
         "resume": "allow",
@@ -159,31 +138,36 @@ def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):
         "name": tmp_path.name,
         "config": {"run": {"seed": 0}},
     }
-    assert fake.logged == [(1, {"loss": 1.0}), (2, {"loss": 0.5})] * 2
-    assert fake.finished == 2
+    run = wandb.init.return_value
+    assert run.log.mock_calls == [call({"loss": 1.0}, step=1), call({"loss": 0.5}, step=2)] * 2
+    assert run.finish.call_count == 2
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    ("fails", "reason"),
+    ("fails", "error"),
     [
         ("import", "import of wandb halted; None in sys.modules"),
-        ("init", "api_key not configured"),
-        ("log", "no network"),
-        ("finish", "BrokenPipeError"),
+        ("init", RuntimeError("api_key not configured")),
+        ("log", ConnectionError("no network\nand much more about it")),
+        ("finish", BrokenPipeError()),
     ],
 )
-def test_wandb_that_fails_is_off(fails, reason, tmp_path, monkeypatch, capsys):
+def test_wandb_that_fails_is_off(fails, error, tmp_path, wandb, monkeypatch, capsys):
     """One warning of one line; the file has every line. Nothing imports W&B unless asked."""
-    fake = FakeWandb(fails)
-    monkeypatch.setitem(sys.modules, "wandb", None if fails == "import" else fake)
+    if fails == "import":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        failing = wandb if fails == "init" else wandb.init.return_value
+        getattr(failing, fails).side_effect = error
     log_twice(tmp_path)
     assert not (tmp_path / "wandb").exists()
     assert capsys.readouterr().err == ""
     log_twice(tmp_path, wandb="online")
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
-    assert fake.finished == (1 if fails in ("log", "finish") else 0)
+    assert wandb.init.return_value.finish.called == (fails in ("log", "finish"))
     (warning,) = capsys.readouterr().err.splitlines()
+    reason = str(error).split("\n")[0] or "BrokenPipeError"
     assert warning == f"warning: Weights & Biases: {reason}; training goes on without it"
 
 
