@@ -46,6 +46,7 @@ FEATURES = {
     "evaluation": ("no", "yes"),
     "locked": ("no", "yes"),
 }
+PLAIN = {feature: choices[0] for feature, choices in FEATURES.items()}
 # What changes how a run comes about, and must not change where it ends.
 NEUTRAL = ("cache", "workers", "ranks", "resume", "evaluation")
 STEPS_AN_EPISODE, BATCH = 2, 16
@@ -66,12 +67,8 @@ REFUSED: dict[frozenset[Choice], str] = {
 APART = frozenset({("cache", "ram"), ("workers", 1)})
 
 
-def choices(row: Row) -> list[Choice]:
-    return list(row.items())
-
-
 def allowed(row: Row) -> bool:
-    return not any(pair <= set(choices(row)) for pair in (*REFUSED, APART))
+    return not any(pair <= row.items() for pair in (*REFUSED, APART))
 
 
 @cache
@@ -90,8 +87,7 @@ def wanted() -> list[frozenset[Choice]]:
 def rows() -> list[Row]:
     """Few runs that hold every pair: each starts from a pair that is missing and adds, feature by
     feature, the choice that brings the most of the others."""
-    plain = {feature: of[0] for feature, of in FEATURES.items()}
-    found = [plain | dict(APART)]
+    found = [PLAIN | dict(APART)]
     missing = set(wanted()) - pairs_of(found[0])
     while missing:
         seed = next(pair for pair in wanted() if pair in missing)
@@ -107,13 +103,12 @@ def rows() -> list[Row]:
 
 
 def pairs_of(row: Row) -> set[frozenset[Choice]]:
-    return {frozenset(pair) for pair in itertools.combinations(choices(row), 2)}
+    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
 
 
 def name(row: Row) -> str:
     """The choices that are not the plain ones."""
-    plain = {feature: of[0] for feature, of in FEATURES.items()}
-    unusual = [f"{f}={c}" for f, c in row.items() if f == "source" or c != plain[f]]
+    unusual = [f"{f}={c}" for f, c in row.items() if f == "source" or c != PLAIN[f]]
     return " ".join(unusual)
 
 
@@ -254,10 +249,9 @@ twins: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = {}
 
 def twin(row: Row, data: Path, out: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The end of the run that has none of the neutral choices but evaluation."""
-    neutral = [feature for feature in NEUTRAL if feature != "evaluation"]
-    if row["source"] == "stream":
-        neutral.remove("ranks")  # each rank reads shards of its own
-    plain = row | {feature: FEATURES[feature][0] for feature in neutral}
+    # Each rank reads shards of a stream of its own.
+    kept = {"evaluation", "ranks"} if row["source"] == "stream" else {"evaluation"}
+    plain = row | {feature: PLAIN[feature] for feature in NEUTRAL if feature not in kept}
     if name(plain) not in twins:
         ranks = 1 if plain["ranks"] == "one" else 2
         twins[name(plain)] = run_distributed(trained, ranks, config_for(plain, data, out))[0]
@@ -299,7 +293,7 @@ def test_every_pair_is_run_or_refused():
 
 @pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: name(dict(sorted(pair))))
 def test_what_cannot_be_together_is_refused_in_one_line(pair, data, tmp_path):
-    row = {feature: of[0] for feature, of in FEATURES.items()} | dict(pair)
+    row = PLAIN | dict(pair)
     with pytest.raises(ValueError, match=REFUSED[pair]) as refused:
         check(config_for(row, data, tmp_path / "run"))
     assert "\n" not in str(refused.value)

@@ -1,6 +1,5 @@
 """A model that knows nothing of what images show ranks captions at chance."""
 
-from dataclasses import replace
 from functools import partial
 
 import pyarrow.parquet as pq
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 import protoclip
+from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import datasets, suite
 from protoclip.evaluation.retrieval import zero_shot_ranks
@@ -52,12 +52,12 @@ def test_shuffled_captions_teach_nothing(shuffled, tmp_path):
     """While the images' own captions teach shapes and colours in as many steps."""
     pq.write_table(tiny_pairs(300), tmp_path / "pairs.parquet")
     config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
-    config = replace(
-        config,
-        run=replace(config.run, evaluate=False),
-        data=replace(config.data, shuffle_captions=shuffled),
-        episodes=replace(config.episodes, size=256, count=4, batch_size=32),
-    )
+    sections = {
+        "run": {"evaluate": False},
+        "data": {"shuffle_captions": shuffled},
+        "episodes": {"size": 256, "count": 4, "batch_size": 32},
+    }
+    config = with_changes(config, sections)
     run.train(config)
     new = ImageTextPairs(tiny_pairs(150, seed=1), name="new")
     rank = relative_rank(*protoclip.load(tmp_path / "run"), new, "caption")

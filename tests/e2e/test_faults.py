@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -102,14 +103,11 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
     """Let no checkpoint of these steps be written; returns a list that gets every attempt."""
     write, attempts = checkpoint.write_checkpoint, []
 
-    def no_space(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
     def full(folder: Path, *given: Any) -> None:
         attempts.append(folder.name)
         with monkeypatch.context() as patch:
             if int(folder.name[-9:]) in steps:
-                patch.setattr(os, "fsync", no_space)
+                patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
             write(folder, *given)
 
     monkeypatch.setattr(checkpoint, "write_checkpoint", full)
@@ -120,8 +118,7 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
 def test_a_full_disk_does_not_stop_training_but_a_lost_end_fails(
     whole, tiny_parquet, tmp_path, monkeypatch, capsys
 ):
-    """In between there is a warning. When a signal stops the run or at its end it is an error. With
-    room again the run ends like any other."""
+    """In between there is a warning. When a signal stops the run or at its end it is an error."""
     folder = tmp_path / "run"
     config = config_for(tiny_parquet, folder, run={"save_steps": 4}, **WAYS["queue"])
     with monkeypatch.context() as patch:
@@ -203,10 +200,8 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
 def test_running_out_of_memory_is_one_line(tiny_parquet, tmp_path, monkeypatch, capsys):
     """It names the settings to lower, without a traceback."""
 
-    def full(*given: Any, **more: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(Trainer, "train_step", full)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(run.to_toml(tiny_config(tiny_parquet, out=str(tmp_path / "run"))))
     with pytest.raises(SystemExit):

@@ -67,13 +67,6 @@ def test_probes_reach_the_optimum_of_scikit_learn(num_classes, features):
         assert probe.gradient <= 3e-4
 
 
-def test_a_fit_that_stops_early_warns(monkeypatch):
-    rows, labels = blobs(150, 6, 5, seed=0)
-    monkeypatch.setattr(linear_probe, "MAX_ITERATIONS", 2)
-    with pytest.warns(UserWarning, match="1.0e-05 did not converge in 2 iterations"):
-        fit_linear_probes(rows, labels, (1e-5,))
-
-
 def test_a_fit_goes_on_in_float64_where_float32_gets_stuck(monkeypatch):
     """Whatever can be fitted; a single class cannot."""
     monkeypatch.setattr(linear_probe, "TOLERANCE", 1e-7)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 from functools import cache
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -178,22 +179,14 @@ def test_retrieval_is_among_distinct_captions(tiny):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_probe_never_chooses_on_test(tiny, split, monkeypatch):
     """The strength is chosen on validation for both splits."""
-    given = []
-
-    class Probe:
-        def predict(self, features):
-            given.append(features)
-            return torch.zeros(len(features), dtype=torch.int64)
-
-    def record(*rows):
-        given.extend(rows)
-        return Probe()
-
-    monkeypatch.setattr(suite, "best_linear_probe", record)
+    best = Mock()
+    best.return_value.predict = Mock(side_effect=lambda rows: torch.zeros(len(rows)).long())
+    monkeypatch.setattr(suite, "best_linear_probe", best)
     metrics, _ = measure(Oracle(), tiny, split)
     assert metrics["eval/tiny/linear_probe/acc1"] == 0.25
     sizes = {part: STYLES * len(concepts) for part, concepts in CONCEPTS.items()}
     parts = ("train", "train", "validation", "validation", split)
+    given = [*best.call_args.args, *best.return_value.predict.call_args.args]
     assert [len(rows) for rows in given] == [sizes[part] for part in parts]
 
 

@@ -108,31 +108,26 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [12, 1100], ids=["plain", "tiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_inside_autocast_are_those_outside(rows, dtype):
-    """Forward and backward, in float32 for features of float32 and of bfloat16."""
+def test_losses_inside_autocast_are_those_outside(rows):
+    """Forward and backward, in float32."""
     assert 12**2 < instance.TILED_ABOVE < 1100**2
-    centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).to(dtype)
+    centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).float()
     results = []
     for enabled in (False, True):
-        h = unit(rows, 8, seed=3).to(dtype).float().requires_grad_()
+        h = unit(rows, 8, seed=3).float().requires_grad_()
         s = torch.tensor(50.0, requires_grad=True)
-        given = h.to(dtype) if enabled else h
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             index = torch.arange(rows) % 30
             losses = [
-                prototypical_loss(given, centroids, centroids, index, s, 0.1),
-                info_nce(given, text if enabled else text.float(), s),
-                sharded_info_nce(given, text if enabled else text.float(), s),
+                prototypical_loss(h, centroids, centroids, index, s, 0.1),
+                info_nce(h, text, s),
+                sharded_info_nce(h, text, s),
             ]
             sum(losses).backward()
         assert all(loss.dtype == torch.float32 for loss in losses)
         results.append((*losses, s.grad, h.grad))
     for outside, inside in zip(*results, strict=True):
-        # Features of bfloat16 have gradients of bfloat16, each of a loss rounded on its own.
-        own = outside is results[0][-1] and dtype == torch.bfloat16
-        error = (inside - outside).norm() / outside.norm()
-        assert error < (2**-7 if own else 1e-5)
+        assert (inside - outside).norm() < 1e-5 * outside.norm()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""K-means against a plain restatement, and its promises."""
+"""K-means and the search for the nearest centroid against plain restatements."""
 
 from itertools import pairwise
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from protoclip import kmeans
 from protoclip.prototypes import kmeans as clustering
+from protoclip.prototypes.nearest import Bfloat16Search, nearest
 
 both_inits = pytest.mark.parametrize("init", ["k-means++", "random"])
 
@@ -138,8 +139,49 @@ def test_clusters_are_the_same_with_and_without_bfloat16(fast, generator, monkey
     monkeypatch.setattr(
         clustering, "bfloat16_pays", lambda rows, *_: fast and rows.dtype.itemsize == 4
     )
-    features = torch.nn.functional.normalize(torch.randn(1500, 24, generator=generator), dim=1)
+    features = unit_rows(generator, 1500)
     result = kmeans(features, 300, iterations=8, seed=0, init=features[:300])
     expected = kmeans(features.double(), 300, iterations=8, seed=0, init=features[:300].double())
     assert result.inertia == pytest.approx(expected.inertia, rel=1e-5)
     assert (result.assignments == expected.assignments).float().mean() > 0.999
+
+
+def unit_rows(generator: torch.Generator, n: int, d: int = 24) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
+
+
+def search_of(features: Tensor) -> Bfloat16Search:
+    return Bfloat16Search(features, features.mean(0))
+
+
+GEOMETRIES = {
+    "directions": lambda g: unit_rows(g, 700),
+    "far from the origin": lambda g: unit_rows(g, 700) + 30,
+    "large": lambda g: 1e12 * torch.randn(700, 24, generator=g),
+    "copies": lambda g: unit_rows(g, 350).repeat(2, 1),
+    "tight groups": lambda g: 10 * unit_rows(g, 7).repeat(100, 1) + 1e-3 * unit_rows(g, 700),
+    "one point": lambda g: unit_rows(g, 1).repeat(700, 1),
+}
+
+
+@pytest.mark.parametrize("num_clusters", [3, 40, 300, 700])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_bfloat16_search_finds_the_nearest(geometry, num_clusters, generator):
+    """In float64 no other centroid is nearer, up to float32's rounding of the difference."""
+    features = GEOMETRIES[geometry](generator)
+    centroids = features[torch.randperm(700, generator=generator)[:num_clusters]]
+    assignments, distances = search_of(features).nearest(centroids)
+    expected = torch.cdist(
+        features.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+    chosen = expected.gather(1, assignments.unsqueeze(1)).squeeze(1)
+    rounding = 1e-6 * expected.max()
+    assert (chosen - expected.min(1).values).max() <= rounding
+    torch.testing.assert_close(distances.double(), chosen, rtol=1e-4, atol=float(rounding))
+
+
+def test_ties_go_to_the_lower_index(generator):
+    features = unit_rows(generator, 600)
+    centroids = features[:290].repeat(2, 1)
+    for search in (search_of(features).nearest, lambda c: nearest(features, c)):
+        assert int(search(centroids)[0].max()) < 290

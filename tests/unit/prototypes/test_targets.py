@@ -30,8 +30,7 @@ def test_back_translation_is_the_mean_over_each_assignment(generator):
 
 @pytest.mark.parametrize("back_translation", [True, False])
 def test_each_student_learns_from_every_other_space(back_translation, generator):
-    """Never from itself. Without PBT it learns from the other modality's centroids as they are,
-    but an external teacher's prototypes are translated all the same."""
+    """Never from itself."""
     image, text = torch.randn(12, 4, generator=generator), torch.randn(12, 4, generator=generator)
     clusters = {
         space: KMeans(

@@ -42,8 +42,7 @@ def test_a_step_is_taken_if_loss_and_gradient_are_finite(loss, norm, taken, tmp_
 
 
 def test_ten_steps_in_a_row_end_the_run(tmp_path):
-    """Not nine and a finite one. The error says in one line what, when and what to do; a file of
-    valid JSON has the losses and the samples of the last batch."""
+    """Not nine and a finite one."""
     guard = guard_of(tmp_path / "diverged.json")
     assert MOST_SKIPPED == 10
     for step in range(1, 10):

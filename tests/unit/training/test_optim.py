@@ -170,8 +170,7 @@ def test_the_order_of_the_stages():
 
 
 def test_the_locked_stage_fixes_the_image_tower():
-    """Neither weights nor BatchNorm statistics of the image tower move; the text tower trains.
-    The next stage unlocks both."""
+    """Neither weights nor BatchNorm statistics of the image tower move; the text tower trains."""
     model = loading.model(tiny_model(), seed=0)
     enter_stage(model, LOCKED_IMAGE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
