@@ -56,19 +56,18 @@ WORDS = list("abcdefghijklmno")
 Row = dict[str, Any]
 Choice = tuple[str, Any]
 
-# Pairs of choices that make no sense, and what the one line says.
-REFUSED: dict[frozenset[Choice], str] = {
-    frozenset({("evaluation", "yes"), ("source", source)}): r"run\.evaluate_every"
-    for source in FEATURES["source"]
-    if source != "emoji"
-} | {frozenset({("evaluation", "yes"), ("mixture", "yes")}): r"run\.evaluate_every"}
+# Pairs of choices that make no sense: only the emoji have a split to evaluate on.
+REFUSED = {
+    frozenset({("evaluation", "yes"), other})
+    for other in [("mixture", "yes"), *(("source", s) for s in FEATURES["source"] if s != "emoji")]
+}
 # Worker processes keep no pictures in memory: this pair runs, in a row of its own, so that it does
 # not stand for a cache in another.
 APART = frozenset({("cache", "ram"), ("workers", 1)})
 
 
 def allowed(row: Row) -> bool:
-    return not any(pair <= row.items() for pair in (*REFUSED, APART))
+    return not any(pair <= row.items() for pair in [*REFUSED, APART])
 
 
 @cache
@@ -288,12 +287,11 @@ def test_every_pair_is_run_or_refused():
     """The rows hold all pairs of choices but those that are refused, and none of these."""
     run = set().union(*(pairs_of(row) for row in rows()))
     assert set(wanted()) <= run
-    assert not run & REFUSED.keys()
+    assert not run & REFUSED
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: name(dict(sorted(pair))))
 def test_what_cannot_be_together_is_refused_in_one_line(pair, data, tmp_path):
     row = PLAIN | dict(pair)
-    with pytest.raises(ValueError, match=REFUSED[pair]) as refused:
+    with pytest.raises(ValueError, match=r"^[^\n]*run\.evaluate_every[^\n]*$"):
         check(config_for(row, data, tmp_path / "run"))
-    assert "\n" not in str(refused.value)

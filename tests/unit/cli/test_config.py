@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
@@ -11,6 +10,7 @@ from protoclip.cli.parsing import descriptions
 from protoclip.config import (
     Config,
     DataConfig,
+    EpisodeConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -139,6 +139,8 @@ def test_evaluation_during_training_needs_something_to_evaluate_on():
 
 CLIP = {"loss": LossConfig(prototypical=0.0)}
 TEACHER = {"teacher": TeacherConfig(features="emoji")}
+UNLOCKED = {"episodes": EpisodeConfig(locked_image=0)}
+HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
 
 
 @pytest.mark.parametrize(
@@ -154,18 +156,8 @@ TEACHER = {"teacher": TeacherConfig(features="emoji")}
         (TEACHER, "loss.teacher", 0.0, "teacher.*: no effect, since loss.teacher is 0"),
         ({"model": ModelConfig(name="RN50")}, "model.text.width", 64, "since model.name is RN50"),
         ({"data": DataConfig(workers=2)}, "data.cache_gb", 1.0, "keep no images in memory"),
-        (
-            {"episodes": replace(Config().episodes, locked_image=0)},
-            "optim.locked_learning_rate",
-            1e-4,
-            "since episodes.locked_image is 0",
-        ),
-        (
-            {"prototypes": PrototypeConfig(hard_targets=True)},
-            "prototypes.target_temperature",
-            0.5,
-            "prototypes.hard_targets is set",
-        ),
+        (UNLOCKED, "optim.locked_learning_rate", 1e-4, "since episodes.locked_image is 0"),
+        (HARD, "prototypes.target_temperature", 0.5, "prototypes.hard_targets is set"),
     ],
 )
 def test_a_setting_without_effect_draws_one_note(settings, name, value, why):

@@ -59,20 +59,12 @@ def test_the_bootstrap_draws_the_same_samples_for_every_model():
         np.testing.assert_allclose(other[metric], drawn[metric])
 
 
-def test_results_of_samples_are_kept_whole(tmp_path):
-    """What is read is what was written; a damaged file is refused in one line."""
-    written = results(0)
+def test_damaged_results_of_samples_are_refused(tmp_path):
     path = tmp_path / "results" / "emoji-test.parquet"
-    written.write(path)
-    read = SampleResults.read(path)
-    for own, other in ((read.images, written.images), (read.texts, written.texts)):
-        assert own.keys() == other.keys()
-        for name, column in other.items():
-            np.testing.assert_array_equal(own[name], column)
+    results(0).write(path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"emoji-test.parquet: not the results") as error:
+    with pytest.raises(ValueError, match=r"emoji-test.parquet: not the results[^\n]*$"):
         SampleResults.read(path)
-    assert "\n" not in str(error.value)
 
 
 def made(folder, name: str, seed: int, accuracy: object, samples: SampleResults | None = None):

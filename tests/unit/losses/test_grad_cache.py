@@ -1,5 +1,6 @@
 """Batches in chunks have the gradients of the whole batch, whatever the loss."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -107,23 +108,16 @@ def test_the_gradients_are_those_of_the_whole_batch(size, kind):
     assert_equal_gradients(once, cached)
 
 
-def test_dropout_draws_the_same_twice_and_the_generator_moves_once():
-    """Gradients are those of the embeddings that the loss saw; later draws do not change."""
-    plain, cached = Model(middle=nn.Dropout(0.5)), Model(middle=nn.Dropout(0.5))
-    torch.manual_seed(5)
-    in_parts(plain, 4)
-    after = torch.rand(3)
-    torch.manual_seed(5)
-    chunked(cached, 4)
-    assert torch.equal(torch.rand(3), after)
-    assert_equal_gradients(plain, cached)
-
-
-def test_batch_norm_counts_each_chunk_once():
-    """Gradients are those of chunk statistics; running statistics advance as in one pass."""
-    plain, cached = Model(middle=nn.BatchNorm1d(8)), Model(middle=nn.BatchNorm1d(8))
-    in_parts(plain, 5)
-    chunked(cached, 5)
+@pytest.mark.parametrize("middle", [nn.Dropout(0.5), nn.BatchNorm1d(8)], ids=["dropout", "norm"])
+def test_random_numbers_and_statistics_advance_once(middle):
+    """Gradients are those of the embeddings that the loss saw, with the statistics of chunks."""
+    plain, cached = (Model(middle=copy.deepcopy(middle)) for _ in range(2))
+    draws = []
+    for model, passes in ((plain, in_parts), (cached, chunked)):
+        torch.manual_seed(5)
+        passes(model, 4)
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
     for right, mine in zip(plain.buffers(), cached.buffers(), strict=True):
         torch.testing.assert_close(mine, right)
     assert_equal_gradients(plain, cached)

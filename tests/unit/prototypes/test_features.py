@@ -61,11 +61,6 @@ def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None
     return KMeans(centroids=rows(k, width, seed), assignments=given, inertia=0.0, history=())
 
 
-def nearest_of(points: Tensor, centroids: Tensor) -> list[int]:
-    differences = points.double()[:, None] - centroids.double()[None]
-    return differences.square().sum(2).argmin(1).tolist()
-
-
 def settings(batches: Callable[[Episode], list[Batch]], **teachers: TeacherFeatures) -> dict:
     model = loading.model(tiny_model(), seed=0)
     return {"model": model, "batches": batches, "teachers": teachers, "autocast": nullcontext}
@@ -96,12 +91,11 @@ def test_the_queue_keeps_the_last_samples():
         found = source.features(EPISODE)
         assert found.positions is None
         assert not found.image.requires_grad
-        held = dict(zip(source.sample_ids, zip(found.image, found.text, strict=True), strict=True))
-        assert set(held) == set(names[first - 4 : first + 4])
-        for at, step in ((first - 4, seen[-2]), (first, seen[-1])):
-            for i in range(4):
-                assert torch.equal(held[names[at + i]][0], step.image_projections[i])
-                assert torch.equal(held[names[at + i]][1], step.text_projections[i])
+        assert set(source.sample_ids) == set(names[first - 4 : first + 4])
+        places = [source.sample_ids.index(name) for name in names[first - 4 : first + 4]]
+        for space in ("image", "text"):
+            expected = torch.cat([getattr(step, f"{space}_projections") for step in seen[-2:]])
+            assert torch.equal(getattr(found, space)[places], expected)
         assert torch.equal(found.teachers["bert"], bert.lookup(source.sample_ids))
 
 
@@ -117,7 +111,7 @@ def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment():
         ("text", now.text_projections),
         ("bert", bert.lookup(names[:5])),
     ):
-        expected = nearest_of(points, spaces[space].centroids)
+        expected = torch.cdist(points, spaces[space].centroids).argmin(1).tolist()
         assert found[space].tolist() == expected + [-1] * (8 - len(expected))
 
 

