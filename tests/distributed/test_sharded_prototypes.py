@@ -96,16 +96,6 @@ def test_ranks_find_together_what_one_process_finds(case, world_size, owners):
     assert len(expected.history) < 100
 
 
-def test_the_bfloat16_search_is_as_good_on_several_ranks(generator):
-    features = torch.nn.functional.normalize(torch.randn(4096, 32, generator=generator), dim=1)
-    settings = {"num_clusters": 256, "iterations": 5, "seed": 0}
-    ours = cluster_together(features, 4, skewed, settings)
-    assert ours.inertia == pytest.approx(kmeans(features, **settings).inertia, rel=1e-3)
-    distances = torch.cdist(features, ours.centroids).square()
-    assert (distances.argmin(1) == ours.assignments).float().mean() > 0.999
-    assert ours.inertia == pytest.approx(float(distances.min(1).values.sum()), rel=1e-4)
-
-
 def refusal(first: dict, others: dict) -> tuple[str, list[int]]:
     """What this rank raises, and whether the group still works."""
     rank = collectives.rank()

@@ -115,7 +115,7 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
     return attempts
 
 
-def test_a_full_disk_does_not_stop_training_but_a_lost_end_fails(
+def test_a_full_disk_fails_a_run_only_at_its_end(
     whole, tiny_parquet, tmp_path, monkeypatch, capsys
 ):
     """In between there is a warning. When a signal stops the run or at its end it is an error."""
@@ -154,9 +154,7 @@ def poison(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "train_step", poisoned)
 
 
-def test_steps_that_are_not_finite_are_skipped_until_ten_in_a_row(
-    tiny_parquet, tmp_path, monkeypatch
-):
+def test_steps_that_are_not_finite_are_skipped_up_to_ten(tiny_parquet, tmp_path, monkeypatch):
     """Weights stay as they were. The samples of the last batch are written; a checkpoint stays."""
     folder = tmp_path / "run"
     poison([3, *range(5, 99)], monkeypatch)
@@ -199,7 +197,6 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
 
 def test_running_out_of_memory_is_one_line(tiny_parquet, tmp_path, monkeypatch, capsys):
     """It names the settings to lower, without a traceback."""
-
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
     recipe = tmp_path / "tiny.toml"
@@ -207,4 +204,4 @@ def test_running_out_of_memory_is_one_line(tiny_parquet, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(recipe)])
     shown = capsys.readouterr().err.strip().splitlines()[-1]
-    assert shown.startswith("protoclip: error: out of memory: set episodes.micro_batch_size")
+    assert shown.startswith("protoclip: error: out of memory on the device: set episodes.micro_")

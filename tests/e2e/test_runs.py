@@ -178,19 +178,14 @@ def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return configs
 
 
-def test_the_resolved_configuration_reads_back(tmp_path, seen):
-    """A run's config.toml, given as a recipe, is the same configuration."""
-    for name, config in demo.arms(seed=3, out="somewhere").items():
-        path = tmp_path / f"{len(seen)}.toml"
-        path.write_text(run.to_toml(config), encoding="utf-8")
-        main(["train", "--config", str(path)])
-        assert seen[-1] == config, name
-
-
-def test_the_recipes_are_the_demonstrations_arms(seen):
-    """recipes/emoji_*.toml are the three arms but for their length, and say how to run them."""
+def test_recipes_are_configurations(tmp_path, seen):
+    """A run's config.toml, given as a recipe, is the same configuration. recipes/emoji_*.toml are
+    the arms of the demonstration but for their length, and say how to run them."""
     recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
     for recipe, arm in zip(recipes, demo.arms().values(), strict=True):
+        (tmp_path / "config.toml").write_text(run.to_toml(arm), encoding="utf-8")
+        main(["train", "--config", str(tmp_path / "config.toml")])
+        assert seen[-1] == arm
         path = ROOT / "recipes" / f"{recipe}.toml"
         main(["train", "--config", str(path)])
         assert seen[-1] == replace(arm, episodes=EpisodeConfig())

@@ -21,22 +21,13 @@ def unit(*shape: int, seed: int) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True)
 
 
-@pytest.fixture(params=["oneDNN", "plain"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrix products by oneDNN's private entry point, and without it."""
-    if request.param == "plain":
-        monkeypatch.setattr(tiles, "onednn_linear", lambda: None)
-    elif tiles.onednn_linear() is None:
-        pytest.skip("this torch has no oneDNN entry point")
-
-
 @pytest.fixture(params=[512, 32], ids=["one tile", "many tiles"])
 def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "ROWS", request.param)
     monkeypatch.setattr(tiles, "CPU_SCORES", request.param**2 * 2)
 
 
-@pytest.mark.usefixtures("products", "tile_size")
+@pytest.mark.usefixtures("tile_size")
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 @pytest.mark.parametrize("temperature", [None, 0.1, 0.01])
 def test_the_prototypical_loss_keeps_its_precision_in_float32(scale, temperature):
@@ -84,7 +75,6 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.usefixtures("products")
 def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     """Forward, backward and in `make_targets`, no tensor is larger than the inputs or a tile."""
     monkeypatch.setattr(tiles, "ROWS", 16)

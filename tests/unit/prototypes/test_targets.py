@@ -33,12 +33,7 @@ def test_each_student_learns_from_every_other_space(back_translation, generator)
     """Never from itself."""
     image, text = torch.randn(12, 4, generator=generator), torch.randn(12, 4, generator=generator)
     clusters = {
-        space: KMeans(
-            centroids=torch.randn(3, width, generator=generator),
-            assignments=torch.arange(12) % 3,
-            inertia=0.0,
-            history=(),
-        )
+        space: KMeans(torch.randn(3, width, generator=generator), torch.arange(12) % 3, 0.0, ())
         for space, width in {"image": 4, "text": 4, "bert": 7}.items()
     }
     temperatures = {"image": 0.1, "text": 0.2, "bert": 0.3}
@@ -55,9 +50,8 @@ def test_each_student_learns_from_every_other_space(back_translation, generator)
         found = clusters[teacher]
         centroids = found.centroids
         if back_translation or teacher == "bert":
-            centroids = back_translate(
-                found.assignments, {"image": image, "text": text}[student], 3
-            )
+            projections = {"image": image, "text": text}[student]
+            centroids = back_translate(found.assignments, projections, 3)
         torch.testing.assert_close(target.classes, centroids)
         similarities = found.centroids @ found.centroids.T / temperatures[teacher]
         torch.testing.assert_close(target.lookup, similarities.softmax(1) @ centroids)
