@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
-from interrupting import end_of
+from interrupting import end_of, few_emoji, with_changes
 from protoclip.cli import demo, main
 from protoclip.config import (
     Config,

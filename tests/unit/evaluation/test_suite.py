@@ -3,7 +3,6 @@
 import io
 import json
 import math
-from functools import cache
 from unittest.mock import Mock
 
 import pyarrow as pa
@@ -52,14 +51,7 @@ def pairs(split):
     return ImageTextPairs(pa.Table.from_pylist(rows), name=f"tiny/{split}")
 
 
-@cache
-def tiny_data():
-    return EvaluationData(name="tiny", **{split: pairs(split) for split in CONCEPTS})
-
-
-@pytest.fixture
-def tiny():
-    return tiny_data()
+TINY = EvaluationData(name="tiny", **{split: pairs(split) for split in CONCEPTS})
 
 
 def image_transform(image):
@@ -125,9 +117,9 @@ def measure(model, data, split="test", batch_size=256):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_model_that_knows_everything_has_full_marks(tiny, split):
+def test_a_model_that_knows_everything_has_full_marks(split):
     """Under exactly the promised keys, as plain floats."""
-    metrics, _ = measure(Oracle(), tiny, split, batch_size=10)
+    metrics, _ = measure(Oracle(), TINY, split, batch_size=10)
     assert list(metrics) == suite.metric_names("tiny")
     assert len(metrics) == 18
     assert {type(value) for value in metrics.values()} == {float}
@@ -138,9 +130,9 @@ def test_a_model_that_knows_everything_has_full_marks(tiny, split):
     assert metrics["eval/tiny/modality_gap/uniformity_image"] < 0
 
 
-def test_metrics_follow_from_the_results_of_samples(tiny):
-    metrics, samples = measure(Guesser(), tiny)
-    assert list(samples.images["sample_id"]) == list(tiny.test.sample_ids())
+def test_metrics_follow_from_the_results_of_samples():
+    metrics, samples = measure(Guesser(), TINY)
+    assert list(samples.images["sample_id"]) == list(TINY.test.sample_ids())
     assert len(set(samples.texts["sample_id"])) == 32
     assert samples.texts["sample_id"][0] == "c32: name 32 plain"
     assert samples.images.keys() == {"sample_id", *IMAGE_COLUMNS}
@@ -149,24 +141,24 @@ def test_metrics_follow_from_the_results_of_samples(tiny):
         assert samples.values(metric).mean() == metrics[f"eval/tiny/{metric}"], metric
 
 
-def test_every_module_gets_its_mode_back(tiny):
+def test_every_module_gets_its_mode_back():
     """A locked tower in a training model stays in evaluation mode, also after an error."""
     model = Oracle().train()
     model.image_tower[1].eval()
     modes = [module.training for module in model.modules()]
     assert len(set(modes)) == 2
-    measure(model, tiny, batch_size=50)
+    measure(model, TINY, batch_size=50)
     assert [module.training for module in model.modules()] == modes
     assert max(model.batch_sizes) == 50
     model.known = lambda concept, of_class: torch.full((len(concept), 52), math.nan)
     with pytest.raises(ValueError, match=r"^tiny images: train: .* not finite; it has diverged$"):
-        measure(model, tiny)
+        measure(model, TINY)
     assert [module.training for module in model.modules()] == modes
 
 
-def test_retrieval_is_among_distinct_captions(tiny):
+def test_retrieval_is_among_distinct_captions():
     """Images of a concept share candidates; equal captions of two concepts are two candidates."""
-    captions, concepts, of_row = distinct_captions(tiny.test)
+    captions, concepts, of_row = distinct_captions(TINY.test)
     assert captions[:3] == ["name 32 plain", "name 32 rich", "name 33 plain"]
     assert concepts[:3] == ["c32", "c32", "c33"]
     assert of_row[:6] == [0, 1, 1, 2, 3, 3]
@@ -177,12 +169,12 @@ def test_retrieval_is_among_distinct_captions(tiny):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_the_probe_never_chooses_on_test(tiny, split, monkeypatch):
+def test_the_probe_never_chooses_on_test(split, monkeypatch):
     """The strength is chosen on validation for both splits."""
     best = Mock()
     best.return_value.predict = Mock(side_effect=lambda rows: torch.zeros(len(rows)).long())
     monkeypatch.setattr(suite, "best_linear_probe", best)
-    metrics, _ = measure(Oracle(), tiny, split)
+    metrics, _ = measure(Oracle(), TINY, split)
     assert metrics["eval/tiny/linear_probe/acc1"] == 0.25
     sizes = {part: STYLES * len(concepts) for part, concepts in CONCEPTS.items()}
     parts = ("train", "train", "validation", "validation", split)
@@ -190,12 +182,12 @@ def test_the_probe_never_chooses_on_test(tiny, split, monkeypatch):
     assert [len(rows) for rows in given] == [sizes[part] for part in parts]
 
 
-def test_evaluate_writes_the_results_of_samples(tiny, tmp_path, monkeypatch, capsys):
+def test_evaluate_writes_the_results_of_samples(tmp_path, monkeypatch, capsys):
     """On the bundled data; a folder that cannot be written costs a warning."""
-    monkeypatch.setattr(datasets, "emoji", lambda: tiny)
+    monkeypatch.setattr(datasets, "emoji", lambda: TINY)
     given = (Guesser(), image_transform, tokenizer)
     metrics = suite.evaluate(*given, split="validation", samples_to=tmp_path / "results")
-    expected, samples = measure(Guesser(), tiny, "validation")
+    expected, samples = measure(Guesser(), TINY, "validation")
     assert metrics == expected
     assert "evaluate: tiny metrics: 100%" in capsys.readouterr().err
     read = SampleResults.read(tmp_path / "results" / "tiny-validation.parquet")
@@ -212,10 +204,10 @@ def shared(broken):
     model, found = Guesser(), ()
     if broken:  # a sample of the last batch of training images, which one rank alone sees
         model.table.data[0, 23, 2] = math.nan
-    given = model, image_transform, tokenizer, tiny_data()
+    given = model, image_transform, tokenizer, TINY
     try:
         features = suite.extract(*given, split="test", batch_size=8)
-        found = features, suite.measure(features, tiny_data(), split="test")[0]
+        found = features, suite.measure(features, TINY, split="test")[0]
         message = ""
     except ValueError as error:
         message = str(error)
@@ -250,16 +242,16 @@ def trained(strategy, out):
         },
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "emoji", tiny_data)
+        patch.setattr(datasets, "emoji", lambda: TINY)
         return train(config)["metrics"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_run_of_two_ranks_evaluates_as_one_process_does(strategy, tiny, tmp_path, monkeypatch):
+def test_a_run_of_two_ranks_evaluates_as_one_process_does(strategy, tmp_path, monkeypatch):
     """During training, which goes on after it, and at the end, as its checkpoint scores alone."""
     first, second = run_distributed(trained, 2, strategy, str(tmp_path / "run"))
-    monkeypatch.setattr(datasets, "emoji", lambda: tiny)
+    monkeypatch.setattr(datasets, "emoji", lambda: TINY)
     alone = suite.evaluate(*protoclip.load(tmp_path / "run"), split="test", show=False)
     assert len(alone) == 18
     assert first == second
