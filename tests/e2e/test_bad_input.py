@@ -115,9 +115,6 @@ def test_checkpoints_of_another_architecture_or_damaged(tmp_path, capsys):
     assert "checkpoint of another architecture" in error_of(fresh, capsys)
     assert not (tmp_path / "next").exists()
     checkpoint = find_checkpoint(tmp_path / "run")
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert "damaged" in error_of(f"evaluate {checkpoint}", capsys)
     (checkpoint / "model.json").write_text("{}")
     assert "model.json is not what was written" in error_of(f"evaluate {checkpoint}", capsys)
 

@@ -103,7 +103,6 @@ def test_what_is_no_number_is_refused(name, wrong):
         ("teachers[1].features", None, "teachers: 'two' has no features"),
         ("prototypes.target_temperature", 0.0, "needs to be above 0; for hard targets set"),
         ("run.evaluate", "yes", "run.evaluate: 'yes' is neither true nor false"),
-        ("run", 3, "run: 3 is no table"),
         ("data.sources", "a.tsv", "data.sources: 'a.tsv' is not a list"),
         ("optim.betas", (0.9,), "optim.betas: (0.9,) is not 2 values"),
         ("data.read", "fast", "data.read: 'fast' is not one of auto, indexed, streaming"),

@@ -33,7 +33,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     ("line", "expected"),
     [
         ("compare a b --json", {"runs": ["a", "b"], "json": True}),
-        ("compare a --json b", {"runs": ["a", "b"], "json": True}),
         ("compare a --json=false", {"runs": ["a"], "json": False}),
         ("evaluate --split=validation a", {"path": "a", "split": "validation"}),
         ("data inspect --every true --montage none a", {"source": "a", "montage": None}),
@@ -41,7 +40,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("train --run.evaluate false --json", {"run.evaluate": False, "json": True}),
         ("train --data.allow-links --resume auto", {"data.allow_links": True, "resume": "auto"}),
         ("train --optim.learning-rate 1e-3", {"optim.learning_rate": 1e-3}),
-        ("train --optim.learning_rate=1", {"optim.learning_rate": 1.0}),
         ("train --optim.betas 0.5 .6 --json", {"optim.betas": (0.5, 0.6), "json": True}),
         ("train --optim.betas [0.5,0.6]", {"optim.betas": (0.5, 0.6)}),
         ("train --data.caption_column a", {"data.caption_column": "a"}),

@@ -147,17 +147,15 @@ def test_a_batch_without_known_samples_has_no_loss():
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 10**6])
-def test_accuracy_counts_the_nearest_prototype(chunk_elements, monkeypatch):
+@pytest.mark.parametrize(("mask_empty", "right"), [(True, 2 / 3), (False, 1 / 3)])
+def test_accuracy_counts_the_nearest_prototype(mask_empty, right, chunk_elements, monkeypatch):
     """Among the rows with a prototype; an empty prototype is only a class if it is not masked."""
     monkeypatch.setattr(prototypical, "CHUNK_ELEMENTS", chunk_elements)
-    rows = torch.eye(4, P, dtype=torch.float64)
-    target = target_of(rows, rows, 0.0)
-    assert target.accuracy(rows, torch.tensor([0, 2, 2, -1])).item() == pytest.approx(2 / 3)
     centroids = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [0.0, -1.0]])
-    projections, own = torch.tensor([[1.0, 0.1], [0.1, 1.0]]), torch.tensor([2, 1])
-    for mask_empty, right in ((True, 1.0), (False, 0.0)):
-        target = target_of(centroids, centroids, 0.0, mask_empty=mask_empty)
-        assert target.accuracy(projections, own).item() == right
+    projections = torch.tensor([[1.0, 0.1], [0.1, -1.0], [1.0, -0.1], [1.0, 1.0]])
+    target = target_of(centroids, centroids, 0.0, mask_empty=mask_empty)
+    found = target.accuracy(projections, torch.tensor([2, 2, 1, -1]))
+    assert found.item() == pytest.approx(right)
 
 
 def embeddings(seed: int) -> Embeddings:

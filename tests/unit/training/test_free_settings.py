@@ -104,11 +104,8 @@ def test_a_free_setting_changes_no_batch(setting, base, expected, tmp_path):
 
 def test_settings_that_change_batches_are_not_free(base, expected):
     """The comparison above notices them."""
-    for setting, value in [
-        ("data.small_copies", True),
-        ("data.max_image_pixels", 90_000),
-        ("run.seed", 1),
-    ]:
+    values = {"data.small_copies": True, "data.max_image_pixels": 90_000, "run.seed": 1}
+    for setting, value in values.items():
         assert setting not in FREE
         found = batches(changed(base, setting, value))
         assert not all(equal(a, b) for a, b in zip(expected, found, strict=True)), setting
