@@ -156,7 +156,7 @@ def source_paths(kind: str, data: Path) -> tuple[str, str]:
 def config_for(row: Row, data: Path, out: Path) -> Config:
     base = tiny_config(out=str(out))
     one, other = source_paths(row["source"], data)
-    mixed = [SourceConfig(one, name="one", weight=2.0), SourceConfig(other, name="b", weight=1.0)]
+    mixed = [SourceConfig(path=path, weight=weight) for path, weight in ((one, 2.0), (other, 1.0))]
     sections: dict[str, dict[str, Any]] = {
         "run": {
             "save_minutes": 0.0,

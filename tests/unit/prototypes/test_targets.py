@@ -33,7 +33,12 @@ def test_each_student_learns_from_every_other_space(back_translation, generator)
     """Never from itself."""
     image, text = torch.randn(12, 4, generator=generator), torch.randn(12, 4, generator=generator)
     clusters = {
-        space: KMeans(torch.randn(3, width, generator=generator), torch.arange(12) % 3, 0.0, ())
+        space: KMeans(
+            centroids=torch.randn(3, width, generator=generator),
+            assignments=torch.arange(12) % 3,
+            inertia=0.0,
+            history=(),
+        )
         for space, width in {"image": 4, "text": 4, "bert": 7}.items()
     }
     temperatures = {"image": 0.1, "text": 0.2, "bert": 0.3}
