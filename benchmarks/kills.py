@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from protoclip.testing import tiny_pairs
 from protoclip.training import run
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "e2e"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from interrupting import WAYS, assert_equal_ends, config_for, kill_at_random, with_out
 
 

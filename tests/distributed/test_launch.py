@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from interrupting import with_changes
 from protoclip.models.loading import checkpoints, read_tensors
 from protoclip.testing import tiny_config
 from protoclip.training.run import to_toml
@@ -20,12 +20,8 @@ pytestmark = pytest.mark.slow
 
 def launch(folder: Path, *more: str) -> "subprocess.Popen[str]":
     """Start two processes by `torchrun` that train into a folder."""
-    config = tiny_config(out=str(folder))
-    config = replace(
-        config,
-        run=replace(config.run, save_steps=2, evaluate=False),
-        episodes=replace(config.episodes, count=6),
-    )
+    sections = {"run": {"save_steps": 2, "evaluate": False}, "episodes": {"count": 4}}
+    config = with_changes(tiny_config(out=str(folder)), sections)
     recipe = folder.parent / "tiny.toml"
     recipe.write_text(to_toml(config), encoding="utf-8")
     command = [
@@ -35,14 +31,6 @@ def launch(folder: Path, *more: str) -> "subprocess.Popen[str]":
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, **output, env=env, start_new_session=True)
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a launcher started, by rank."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid), "--sort", "pid"], capture_output=True, text=True
-    )
-    return [int(line) for line in found.stdout.split()]
 
 
 def wait_for_checkpoint(run: "subprocess.Popen[str]", folder: Path, number: int) -> None:
@@ -59,7 +47,7 @@ def ended(run: "subprocess.Popen[str]", *, well: bool) -> str:
     return output
 
 
-def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path):
     """SIGTERM ends both with a checkpoint; SIGKILL of one ends the other within a minute."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     ended(launch(whole), well=True)
@@ -70,8 +58,9 @@ def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path: Path)
     assert "SIGTERM: stopped after step" in ended(run, well=False)
 
     run = launch(folder, "--resume", "auto")
-    wait_for_checkpoint(run, folder, 12)
-    os.kill(children(run.pid)[1], signal.SIGKILL)
+    wait_for_checkpoint(run, folder, 8)
+    found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[1]), signal.SIGKILL)
     began = time.monotonic()
     output = ended(run, well=False)
     assert time.monotonic() - began < 60
@@ -89,7 +78,7 @@ def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path: Path)
     assert steps[0] == steps[1]
 
 
-def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+def test_a_mistake_is_told_once(tmp_path):
     """All ranks meet it; the first one says what is wrong, in one line."""
     run = launch(tmp_path / "run", "--data.train", str(tmp_path / "nothing.csv"))
     output = ended(run, well=False)

@@ -1,14 +1,15 @@
 """Clusters, targets and the queue of several ranks are those of one process."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from protoclip import KMeans, Target, back_translate, kmeans
+from protoclip import KMeans, Target, kmeans
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
@@ -19,19 +20,116 @@ from protoclip.prototypes.features import EpisodeFeatures, QueuedFeatures
 from protoclip.prototypes.targets import cluster_spaces
 from protoclip.testing import run_distributed, tiny_model
 
-SAMPLES = 120
+Owners = Callable[[int, int], Tensor]
 
 
-def owners(world_size: int, *, last_is_empty: bool) -> Tensor:
-    """The rank that has each sample."""
-    drawn = torch.rand(SAMPLES, generator=torch.Generator().manual_seed(2))
-    return (drawn * max(1, world_size - last_is_empty)).long()
+def interleaved(rows: int, world_size: int) -> Tensor:
+    return torch.arange(rows) % world_size
+
+
+def skewed(rows: int, world_size: int) -> Tensor:
+    """Three quarters of the rows on rank 0, none on the last rank."""
+    drawn = torch.rand(rows, generator=torch.Generator().manual_seed(5))
+    return (4 * (drawn - 0.75).clamp(min=0) * max(1, world_size - 1)).long()
 
 
 def own(owner: Tensor) -> Tensor:
-    """Positions of this rank's samples, shuffled."""
+    """Positions of this rank's rows, shuffled."""
     mine = torch.nonzero(owner == collectives.rank()).flatten()
-    return mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(3))]
+    return mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(1))]
+
+
+def cluster_own_rows(features: Tensor, owner: Tensor, settings: dict) -> tuple[KMeans, Tensor]:
+    mine = own(owner)
+    # Only the order of positions counts, not their values.
+    return kmeans(features[mine], **settings, positions=7 * mine - 11), mine
+
+
+def cluster_together(features: Tensor, world_size: int, owners: Owners, settings: dict) -> KMeans:
+    """The result that all ranks agree on, with the assignments of all rows."""
+    owner = owners(len(features), world_size)
+    found = run_distributed(cluster_own_rows, world_size, features, owner, settings)
+    first = found[0][0]
+    assignments = torch.full((len(features),), -1)
+    for result, mine in found:
+        assert torch.equal(result.centroids, first.centroids)
+        assert result.history == first.history
+        assignments[mine] = result.assignments
+    return replace(first, assignments=assignments)
+
+
+def assert_equal(ours: KMeans, expected: KMeans) -> None:
+    torch.testing.assert_close(ours.centroids, expected.centroids, rtol=1e-9, atol=1e-9)
+    assert torch.equal(ours.assignments, expected.assignments)
+    assert ours.history == pytest.approx(expected.history, rel=1e-9, abs=1e-9)
+
+
+def random_rows() -> Tensor:
+    return torch.randn(203, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+GRID = torch.cartesian_prod(*[torch.arange(4.0, dtype=torch.float64)] * 3)
+CASES = {
+    "k-means++": (random_rows(), {"num_clusters": 50, "iterations": 6}),
+    "random": (random_rows(), {"num_clusters": 50, "iterations": 6, "init": "random"}),
+    "spherical": (random_rows(), {"num_clusters": 50, "iterations": 6, "spherical": True}),
+    "restarts": (random_rows(), {"num_clusters": 7, "iterations": 30, "restarts": 4}),
+    "more than rows of a rank": (random_rows(), {"num_clusters": 150, "iterations": 3}),
+    "until nothing moves": (random_rows(), {"num_clusters": 4, "iterations": 200}),
+    "empty clusters": (GRID, {"num_clusters": 9, "iterations": 12, "init": GRID[:1].repeat(9, 1)}),
+    "copies": (torch.eye(3).double().repeat(10, 1), {"num_clusters": 8, "iterations": 10}),
+}
+
+
+@pytest.mark.parametrize("owners", [interleaved, skewed])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_find_together_what_one_process_finds(case, world_size, owners):
+    """In float64 to 1e-9, after equally many iterations; the same bits on every rank."""
+    features, settings = CASES[case]
+    settings = settings | {"seed": 3}
+    expected = kmeans(features, **settings)
+    assert_equal(cluster_together(features, world_size, owners, settings), expected)
+    counts = torch.bincount(expected.assignments, minlength=settings["num_clusters"])
+    assert int((counts > 0).sum()) == (3 if case == "copies" else len(counts))
+    assert len(expected.history) < 100
+
+
+def refusal(first: dict, others: dict) -> tuple[str, list[int]]:
+    """What this rank raises, and whether the group still works."""
+    rank = collectives.rank()
+    arguments = {"features": torch.ones(5, 4), "num_clusters": 3, "iterations": 2, "seed": 0}
+    arguments |= {"positions": torch.arange(5) + 5 * rank} | (others if rank else first)
+    try:
+        kmeans(**arguments)
+        message = "nothing"
+    except Exception as error:
+        message = str(error)
+    return message, collectives.all_gather(torch.tensor([rank])).tolist()
+
+
+NAN = torch.full((5, 4), float("nan"))
+REFUSALS = {
+    "non-finite rows": ({"features": NAN}, {}, "non-finite"),
+    "too many clusters": ({"num_clusters": 11}, {"num_clusters": 11}, "num_clusters=11.* 10 rows"),
+    "a position on both": ({"positions": torch.arange(1, 6)}, {}, "5 is there more"),
+    "missing positions": ({}, {"positions": torch.arange(5, 9)}, "positions: 4 for 5 rows"),
+    "another width": ({"features": torch.ones(5, 3)}, {}, "differ"),
+    "another start": ({}, {"init": torch.ones(3, 4)}, "differ"),
+}
+
+
+@pytest.mark.parametrize(("first", "others", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_what_one_rank_refuses_all_refuse(first, others, message):
+    """In one line; no rank waits, and the group goes on."""
+    for text, gathered in run_distributed(refusal, 2, first, others):
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(text)
+        assert "\n" not in text
+        assert gathered == [0, 1]
+
+
+SAMPLES = 120
 
 
 def cluster(space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
@@ -71,14 +169,12 @@ def clusters_and_targets(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "back_translation", "last_is_empty"),
-    [(1, True, False), (2, True, True), (2, False, False), (4, True, False), (4, False, True)],
+    ("world_size", "back_translation", "owners"),
+    [(1, True, skewed), (2, True, skewed), (2, False, interleaved), (4, False, skewed)],
 )
-def test_targets_of_ranks_are_those_of_one_process(
-    world_size: int, back_translation: bool, last_is_empty: bool, generator: torch.Generator
-) -> None:
+def test_targets_of_ranks_are_those_of_one_process(world_size, back_translation, owners, generator):
     """Float64 to 1e-9, assignments of all samples exactly; the same bits on every rank."""
-    owner = owners(world_size, last_is_empty=last_is_empty)
+    owner = owners(SAMPLES, world_size)
     spaces = episode(owner, generator)
     expected, expected_targets = clusters_and_targets(spaces, None, back_translation)
     assert set(expected) == {"image", "text", "all", "most", "rank 0"}
@@ -89,44 +185,13 @@ def test_targets_of_ranks_are_those_of_one_process(
         for space, one in clusters.items():
             assert torch.equal(one.centroids, found[0][0][space].centroids)
             assert torch.equal(one.assignments, expected[space].assignments)
-            torch.testing.assert_close(
-                one.centroids, expected[space].centroids, rtol=1e-9, atol=1e-9
-            )
+            wanted = expected[space].centroids
+            torch.testing.assert_close(one.centroids, wanted, rtol=1e-9, atol=1e-9)
         for key, target in targets.items():
             for name, value in vars(target).items():
                 assert torch.equal(value, getattr(found[0][1][key], name))
                 wanted = getattr(expected_targets[key], name)
                 torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
-
-
-def refusals() -> tuple[list[str], list[int]]:
-    """What this rank raises in turn, and whether the group still works."""
-    rank = collectives.rank()
-    rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(rank))
-    positions = torch.arange(5) + 5 * rank
-    calls = [
-        lambda: cluster_spaces({"image": rows}, cluster, positions + rank),
-        lambda: cluster_spaces({"image": rows[rank:]}, cluster, positions),
-        lambda: back_translate(torch.zeros(5 - rank, dtype=torch.long), rows, 2, shared=True),
-    ]
-    messages = []
-    for call in calls:
-        with pytest.raises(ValueError) as error:  # noqa: PT011
-            call()
-        messages.append(str(error.value))
-    return messages, collectives.all_gather(torch.tensor([rank])).tolist()
-
-
-def test_what_one_rank_refuses_all_refuse() -> None:
-    """Positions with a gap or twice, and numbers that differ."""
-    expected = [
-        "positions: need to be 0 to 9, each once",
-        "positions: 5 for 4 rows",
-        "4 assignments for 5 student features",
-    ]
-    for messages, gathered in run_distributed(refusals, 2):
-        assert messages == expected
-        assert gathered == [0, 1]
 
 
 def queue_of(state: dict[str, Any], steps: range) -> tuple[dict[str, Any], EpisodeFeatures | None]:
@@ -158,9 +223,9 @@ def queue_of(state: dict[str, Any], steps: range) -> tuple[dict[str, Any], Episo
     return source.state_dict(), features
 
 
-@pytest.mark.parametrize("split", [0, 1, 3])
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2)])
-def test_a_queue_goes_on_with_another_number_of_ranks(before: int, after: int, split: int) -> None:
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_a_queue_goes_on_with_another_number_of_ranks(before, after, split):
     """Its samples, and the order that they are clustered in, are those of one process."""
     expected, whole = run_distributed(queue_of, 1, {}, range(5))[0]
     states = run_distributed(queue_of, before, {}, range(split))

@@ -1,12 +1,8 @@
 """Several ranks train what one process trains: gradients of every loss, weights of short runs."""
 
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interrupting import relative_difference, stop_after, with_changes, with_out
 from protoclip.config import Config, ImageTowerConfig, ParallelConfig
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, no_sync, reach_everything
@@ -30,28 +27,24 @@ from protoclip.training.trainer import Trainer
 PAIRS, PROTOTYPES, WIDTH = 16, 6, 8
 
 
-def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a batch whose rows the ranks share."""
+def gradients(
+    terms: tuple[str, ...], micro_batch: int | None = None, *, frozen: bool = False
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss, gradients and BatchNorm statistics of a batch whose rows the ranks share."""
     model = loading.model(tiny_model(), seed=0).double()
-    batch_norm.synchronise(model)
+    if collectives.world_size() > 1:
+        batch_norm.synchronise(model)
     enter_stage(model, PROTOTYPICAL)
+    for part in model.modules():
+        if frozen and hasattr(part, "running_mean"):
+            part.eval()
     generator = torch.Generator().manual_seed(3)
     assigned = torch.randint(0, PROTOTYPES, (3, PAIRS), generator=generator)
     assigned[2, : PAIRS // 2] = -1  # samples that the teacher does not know
-    batch = {
-        "image": torch.randn(PAIRS, 3, 32, 32, generator=generator, dtype=torch.float64),
-        "text": torch.randint(1, 400, (PAIRS, 8), generator=generator),
-        **dict(
-            zip(
-                ("image_assignments", "text_assignments", "teacher_assignments"),
-                assigned,
-                strict=True,
-            )
-        ),
-    }
+    images = torch.randn(PAIRS, 3, 32, 32, generator=generator, dtype=torch.float64)
+    captions = torch.randint(1, 400, (PAIRS, 8), generator=generator)
     share = PAIRS // collectives.world_size()
     own = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
-    batch = {name: rows[own] for name, rows in batch.items()}
     targets = {}
     for term in terms:
         if term != "info_nce":
@@ -66,7 +59,7 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
             )
     module = distribute(model)
     size = micro_batch or PAIRS
-    parts = zip(batch["image"].split(size), batch["text"].split(size), strict=True)
+    parts = zip(images[own].split(size), captions[own].split(size), strict=True)
     chunks = [partial(module, image, text) for image, text in parts]
     if micro_batch is None:
         embeddings, finish = chunks[0](), lambda: None
@@ -76,7 +69,7 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
     losses, _ = objective(
         embeddings,
         targets or None,
-        {space: batch[f"{space}_assignments"] for space in ("image", "text", "teacher")},
+        dict(zip(("image", "text", "teacher"), assigned[:, own], strict=True)),
         weights=LossWeights(info_nce=float("info_nce" in terms), teachers={"teacher": 2.0}),
     )
     total = torch.stack(list(losses.values())).sum()
@@ -84,7 +77,7 @@ def gradients(terms: tuple[str, ...], micro_batch: int | None) -> tuple[float, d
     finish()
     mean = collectives.all_reduce(total.detach()) / collectives.world_size()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return float(mean), found
+    return float(mean), found | {n: b for n, b in model.named_buffers() if "running_" in n}
 
 
 TERMS = {
@@ -96,31 +89,19 @@ TERMS["all"] = sum(TERMS.values(), start=())
 
 
 @pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in TERMS), ("all", 4)])
-def test_gradients_equal_those_of_one_process(name: str, world_size: int) -> None:
+def test_gradients_equal_those_of_one_process(name, world_size):
     """In float64 on every rank: the loss to 1e-10, every gradient to 1e-9 of the largest."""
-    loss, expected = run_distributed(gradients, 1, TERMS[name], None)[0]
-    for rank_loss, found in run_distributed(gradients, world_size, TERMS[name], None):
+    loss, expected = run_distributed(gradients, 1, TERMS[name])[0]
+    for rank_loss, found in run_distributed(gradients, world_size, TERMS[name]):
         assert rank_loss == pytest.approx(loss, rel=1e-10)
         assert_near(found, expected)
 
 
-def frozen_statistics(micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
-    """Gradients if BatchNorm uses its running statistics."""
-
-    def evaluated(self: Any, rows: Tensor) -> Tensor:
-        statistics = self.running_mean, self.running_var
-        return torch.nn.functional.batch_norm(rows, *statistics, self.weight, self.bias)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_norm.SyncBatchNorm, "forward", evaluated)
-        return gradients(TERMS["all"], micro_batch)
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_accumulated_gradients_equal_those_of_one_process(world_size: int) -> None:
+def test_accumulated_gradients_equal_those_of_one_process(world_size):
     """Micro-batches of four pairs give the gradients of whole-batch InfoNCE (GradCache)."""
-    _, expected = run_distributed(frozen_statistics, 1, None)[0]
-    for _, found in run_distributed(frozen_statistics, world_size, 4):
+    _, expected = gradients(TERMS["all"], frozen=True)
+    for _, found in run_distributed(partial(gradients, frozen=True), world_size, TERMS["all"], 4):
         assert_near(found, expected)
 
 
@@ -133,105 +114,61 @@ def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         assert error <= 1e-9 * float(value.abs().max()) + 1e-12, f"{name}: off by {error:.2e}"
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "CLIP": {"loss": {"prototypical": 0.0}},
+    "queue": {"prototypes": {"source": "queue"}},
+    # It synchronises BatchNorm without being asked.
+    "FSDP2": {"parallel": {"strategy": "fsdp", "sync_batch_norm": False}},
+    "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
+}
+
+
+def short(**changes: dict[str, Any]) -> Config:
+    """Warm-up, prototypical and locked-image steps.
+
+    Rounding may move a value across a ReLU, which moves a bias by more than its last digits. AdamW
+    divides by the gradient's size, so a large epsilon keeps rounding small.
+    """
+    sections = {
+        "run": {"evaluate": False, "name": "many"},
+        "parallel": {"sync_batch_norm": True},
+        "optim": {"eps": 1e-2, "warm_up_steps": 0},
+        "episodes": {"count": 3, "size": 32},
+    }
+    return with_changes(with_changes(tiny_config(out="unused"), sections), changes)
+
+
 def trained(config: Config, out: str) -> dict[str, Tensor]:
     """Weights at the end of a run by all ranks, new or gone on with; each returns the same."""
     train(with_out(config, out), resume="auto")
     return read_tensors(find_checkpoint(out) / "model.safetensors")
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "CLIP": {"loss": {"prototypical": 0.0}},
-    "not back-translated": {"prototypes": {"source": "extract", "back_translation": False}},
-    "queue": {"prototypes": {"source": "queue"}},
-    "FSDP2": {"parallel": {"strategy": "fsdp"}},
-    "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "world_size"), [*((way, 2) for way in WAYS), ("FSDP2", 4)])
-def test_a_short_run_ends_with_the_weights_of_one_process(
-    way: str, world_size: int, tmp_path: Path
-) -> None:
-    """After warm-up, prototypical and locked-image steps, up to 1e-4 of the way all weights went.
-
-    Rounding may move a value across a ReLU, which moves a bias by more than its last digits. AdamW
-    divides by the gradient's size, so a large epsilon keeps rounding small.
-    """
-    config = changed(WAYS[way])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_short_run_ends_with_the_weights_of_one_process(way, tmp_path):
+    """Up to 1e-4 of the way that all weights went."""
+    config = short(**WAYS[way])
     expected = run_distributed(trained, 1, config, str(tmp_path / "one"))[0]
-    for weights in run_distributed(trained, world_size, config, str(tmp_path / "many")):
-        assert_same_way(weights, expected, config)
-
-
-def assert_same_way(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Config
-) -> None:
-    """Equal up to 1e-4 of the way from the start."""
-    start = loading.model(config.model, seed=config.run.seed).state_dict()
-    assert difference(weights, expected) < 1e-4 * difference(expected, start)
-
-
-def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Distance between two sets of parameters, each seen as one vector."""
-    names = [n for n in one.keys() & other.keys() if "running_" not in n and "num_b" not in n]
-    return float(torch.stack([(one[n] - other[n]).double().norm() for n in names]).norm())
-
-
-def changed(sections: dict[str, dict[str, Any]]) -> Config:
-    config = tiny_config(out="unused")
-    config = replace(
-        config,
-        run=replace(config.run, evaluate=False, name="many"),
-        parallel=ParallelConfig(sync_batch_norm=True),
-        optim=replace(config.optim, eps=1e-2, warm_up_steps=0),
-        episodes=replace(config.episodes, count=3, size=32),
-    )
-    for section, values in sections.items():
-        config = replace(config, **{section: replace(getattr(config, section), **values)})
-    return config
-
-
-def with_out(config: Config, out: str) -> Config:
-    return replace(config, run=replace(config.run, out=out))
-
-
-@contextmanager
-def patched(method: str, work: Callable[[Trainer], object]) -> Iterator[None]:
-    """Call a function with the trainer after each call of one of its methods."""
-    original = getattr(Trainer, method)
-
-    def and_work(trainer: Trainer, *given: Any, **more: Any) -> Any:
-        result = original(trainer, *given, **more)
-        work(trainer)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, method, and_work)
-        yield
+    for weights in run_distributed(trained, 2, config, str(tmp_path / "many")):
+        assert relative_difference(weights, expected, config) < 1e-4
 
 
 def interrupted(config: Config, out: str, step: int) -> None:
     """The run up to a step, at which a signal tells the last rank to stop."""
-
-    def signal_last(trainer: Trainer) -> None:
-        if trainer.step == step and collectives.rank() == collectives.world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with patched("train_step", signal_last):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(step, patch)
         results = train(with_out(config, out))
-    assert results["stopped"] == "SIGTERM"
-    assert results["steps"] == step
+    assert (results["stopped"], results["steps"]) == ("SIGTERM", step)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["queue", "FSDP2"])
-@pytest.mark.parametrize("after", [1, 2, 4])
-def test_a_stopped_run_of_two_ranks_goes_on(way: str, after: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("way", "after"), [("queue", 1), ("queue", 2), ("FSDP2", 2), ("FSDP2", 4)])
+def test_a_stopped_run_of_two_ranks_goes_on(way, after, tmp_path):
     """One rank gets the signal; both stop after the same step, within a prototypical episode. With
-    two ranks again the run ends as if it had not stopped, bit for bit. With another number batches,
-    prototypes, queue and schedule go on exactly, and weights differ by rounding."""
-    config = changed(WAYS[way])
+    two ranks again the run ends bit for bit as if it had not stopped, with others but for rounding.
+    """
+    config = short(**WAYS[way])
     whole = 2 if after == 2 else 1
     expected = run_distributed(trained, whole, config, str(tmp_path / "whole"))[0]
     run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
@@ -239,7 +176,7 @@ def test_a_stopped_run_of_two_ranks_goes_on(way: str, after: int, tmp_path: Path
         if after == 2:
             assert all(torch.equal(weights[name], value) for name, value in expected.items())
         else:
-            assert_same_way(weights, expected, config)
+            assert relative_difference(weights, expected, config) < 1e-4
 
 
 def built(config: Config) -> tuple[int, dict[str, Tensor], dict[str, Tensor], int]:
@@ -253,9 +190,8 @@ def built(config: Config) -> tuple[int, dict[str, Tensor], dict[str, Tensor], in
     return model.call_count, parallel.weights(sharded), dict(sharded.named_buffers()), held
 
 
-def test_fsdp_builds_the_whole_model_on_rank_0_only() -> None:
-    """It is that of one process bit for bit, with buffers that no state dict has. Each rank has
-    half of every layer."""
+def test_fsdp_builds_the_whole_model_on_rank_0_only():
+    """It is that of one process bit for bit, with buffers that no state dict has."""
     image = ImageTowerConfig(name="vit_tiny_patch16_224", size=32)
     config = replace(
         tiny_config(out="unused"),
@@ -277,25 +213,23 @@ def test_fsdp_builds_the_whole_model_on_rank_0_only() -> None:
 
 
 def statistics_kept(config: Config, out: str) -> dict[str, Tensor]:
-    """BatchNorm statistics that a rank ends an episode with."""
-    kept: dict[str, Tensor] = {}
+    """BatchNorm statistics that a rank ends the run with."""
+    end_episode, kept = Trainer.end_episode, {}
 
-    def keep(trainer: Trainer) -> None:
+    def and_keep(trainer: Trainer, *given: Any) -> Any:
+        result = end_episode(trainer, *given)
         kept.update({name: value.clone() for name, value in trainer.model.named_buffers()})
+        return result
 
-    with patched("end_episode", keep):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "end_episode", and_keep)
         train(with_out(config, out))
     return kept
 
 
-def test_ranks_evaluate_one_model_without_sync_batch_norm(tmp_path: Path) -> None:
+def test_ranks_evaluate_one_model_without_sync_batch_norm(tmp_path):
     """All ranks end an episode with the BatchNorm statistics of rank 0."""
-    config = changed({"parallel": {"sync_batch_norm": False}})
-    config = replace(
-        config,
-        episodes=replace(config.episodes, count=2, size=16, locked_image=0),
-        prototypes=replace(config.prototypes, number=4),
-    )
+    config = short(parallel={"sync_batch_norm": False}, episodes={"size": 32, "locked_image": 0})
     one, other = run_distributed(statistics_kept, 2, config, str(tmp_path / "run"))
     assert one.keys() == other.keys()
     assert all(torch.equal(other[name], value) for name, value in one.items())

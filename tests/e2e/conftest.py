@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from interrupting import WAYS, config_for, stop_after, with_out
 
+from interrupting import WAYS, config_for, stop_after, with_out
 from protoclip.config import Config
 from protoclip.data import pack
-from protoclip.data.emoji import emoji_table
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.evaluation import datasets
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 
@@ -31,19 +29,6 @@ def tiny_run(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     run.train(tiny_config(tiny_parquet, out=str(folder)))
     return folder
-
-
-@pytest.fixture
-def few_emoji(monkeypatch: pytest.MonkeyPatch) -> datasets.EvaluationData:
-    """The evaluation data cut to every 20th sample, so that an evaluation takes a second."""
-    parts = {}
-    for split in datasets.SPLITS:
-        table = emoji_table(split)
-        few = table.take(list(range(0, table.num_rows, 20)))
-        parts[split] = ImageTextPairs(few, name=f"emoji/{split}")
-    data = datasets.EvaluationData(name="emoji", **parts)
-    monkeypatch.setattr(datasets, "emoji", lambda: data)
-    return data
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Teachers that are real models: towers of a run, and a sentence encoder."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +15,7 @@ from protoclip.teachers.store import read_teacher
 CPU = torch.device("cpu")
 
 
-def test_both_towers_of_a_run_are_teachers(
-    tiny_run: Path, tiny_parquet: str, tmp_path: Path
-) -> None:
+def test_both_towers_of_a_run_are_teachers(tiny_run, tiny_parquet, tmp_path):
     """The image tower by default, where a broken image has no row; the text tower if asked."""
     table = pq.read_table(tiny_parquet)
     whole = ImageTextPairs(table, name="tiny")
@@ -44,7 +40,7 @@ def test_both_towers_of_a_run_are_teachers(
         torch.testing.assert_close(found[1][row], text, atol=2e-3, rtol=0)
 
 
-def test_a_real_sentence_encoder_gives_the_bundled_features(tmp_path: Path) -> None:
+def test_a_real_sentence_encoder_gives_the_bundled_features(tmp_path):
     """The bundled teacher, which another program made with all-MiniLM-L6-v2 and reduced, is a
     linear map of our features of the same captions: fitted on some, it is right on others."""
     pytest.importorskip("transformers")

@@ -6,14 +6,14 @@ import pickle
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from filelock import FileLock
-from interrupting import WAYS, after_step, assert_equal_ends, config_for, stop_after, with_out
 
+from interrupting import WAYS, assert_equal_ends, config_for, stop_after, with_out
 from protoclip import cli
-from protoclip.config import Config
 from protoclip.models.loading import checkpoints, damage, read_tensors
 from protoclip.testing import tiny_config
 from protoclip.training import checkpoint, run
@@ -24,9 +24,7 @@ from protoclip.training.trainer import Trainer
     ("name", "how"),
     [("model.safetensors", "cut"), ("optimizer.safetensors", "changed"), ("state.json", "gone")],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    name: str, how: str, stopped: Config, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over(name, how, stopped, capsys):
     """The run goes on from the one before."""
     newest = checkpoints(Path(str(stopped.run.out)))[-1] / name
     data = newest.read_bytes()
@@ -50,7 +48,7 @@ def rewrite(checkpoint_folder: Path, name: str, data: bytes) -> None:
     path.write_text(json.dumps(sums | {name: checkpoint.checksum(data)}))
 
 
-def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped: Config) -> None:
+def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped):
     """One line says why: written by another version, with other arithmetic, or damaged."""
     folder = Path(str(stopped.run.out))
     last = checkpoints(folder)[-1]
@@ -73,9 +71,7 @@ def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped: 
     assert len(checkpoints(folder)) == 6
 
 
-def test_a_folder_that_is_in_use_or_cannot_be_written_is_named(
-    stopped: Config, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_in_use_or_cannot_be_written_is_named(stopped, tmp_path):
     """Another open file holds the lock, as another process would."""
     with (
         FileLock(Path(str(stopped.run.out)) / ".lock"),
@@ -93,9 +89,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "resume.safetensors", "state.json"])
-def test_a_pickle_in_a_checkpoint_never_runs(
-    name: str, stopped: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_in_a_checkpoint_never_runs(name, stopped, tmp_path, monkeypatch):
     """It is refused as damaged, even with a checksum that fits."""
     monkeypatch.chdir(tmp_path)
     newest = checkpoints(Path(str(stopped.run.out)))[-1]
@@ -109,14 +103,11 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
     """Let no checkpoint of these steps be written; returns a list that gets every attempt."""
     write, attempts = checkpoint.write_checkpoint, []
 
-    def no_space(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
     def full(folder: Path, *given: Any) -> None:
         attempts.append(folder.name)
         with monkeypatch.context() as patch:
             if int(folder.name[-9:]) in steps:
-                patch.setattr(os, "fsync", no_space)
+                patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
             write(folder, *given)
 
     monkeypatch.setattr(checkpoint, "write_checkpoint", full)
@@ -124,15 +115,10 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
     return attempts
 
 
-def test_a_full_disk_does_not_stop_training_but_a_lost_end_fails(
-    whole: Callable[[str], Path],
-    tiny_parquet: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In between there is a warning. When a signal stops the run or at its end it is an error. With
-    room again the run ends like any other."""
+def test_a_full_disk_fails_a_run_only_at_its_end(
+    whole, tiny_parquet, tmp_path, monkeypatch, capsys
+):
+    """In between there is a warning. When a signal stops the run or at its end it is an error."""
     folder = tmp_path / "run"
     config = config_for(tiny_parquet, folder, run={"save_steps": 4}, **WAYS["queue"])
     with monkeypatch.context() as patch:
@@ -156,29 +142,7 @@ def test_a_full_disk_does_not_stop_training_but_a_lost_end_fails(
     assert_equal_ends(folder, whole("queue"))
 
 
-def test_a_disk_that_goes_away_does_not_hang(
-    tiny_parquet: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Checkpoints and metrics fail with a warning each; the error at the end names the file."""
-    folder = tmp_path / "run"
-
-    def vanish() -> None:
-        folder.rename(tmp_path / "gone")
-        folder.write_text("")
-
-    monkeypatch.setattr(checkpoint, "LAST_RETRIES", (0.0,))
-    after_step(6, vanish, monkeypatch)
-    with pytest.raises(OSError, match="run"):
-        run.train(config_for(tiny_parquet, folder, run={"save_steps": 4}))
-    shown = capsys.readouterr().err
-    assert "not saved" in shown
-    assert "metrics.jsonl" in shown
-
-
-def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the losses of these steps NaN."""
     step = Trainer.train_step
 
@@ -190,15 +154,14 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "train_step", poisoned)
 
 
-def test_a_step_that_is_not_finite_is_skipped(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights stay as they were, the step is counted, and the next one is taken."""
+def test_steps_that_are_not_finite_are_skipped_up_to_ten(tiny_parquet, tmp_path, monkeypatch):
+    """Weights stay as they were. The samples of the last batch are written; a checkpoint stays."""
     folder = tmp_path / "run"
-    poison(range(3, 4), monkeypatch)
-    saved = {"save_steps": 1, "keep_checkpoints": 9}
-    config = config_for(tiny_parquet, folder, run=saved, episodes={"count": 1, "locked_image": 0})
-    run.train(config)
+    poison([3, *range(5, 99)], monkeypatch)
+    saved = {"save_steps": 1, "keep_checkpoints": 99}
+    stages = {"warm_up": 4, "locked_image": 0}
+    with pytest.raises(ValueError, match="diverged: loss or gradient not finite in 10 steps"):
+        run.train(config_for(tiny_parquet, folder, run=saved, episodes=stages))
     weights = [
         read_tensors(folder / "checkpoints" / f"step-{step:09}" / "model.safetensors")
         for step in (2, 3, 4)
@@ -209,27 +172,13 @@ def test_a_step_that_is_not_finite_is_skipped(
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     counted = {line["step"]: line.get("train/skipped_steps") for line in lines}
     assert (counted[2], counted[3]) == (0, 1)
-
-
-def test_a_run_that_does_not_recover_is_given_up(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After ten steps in a row; the samples of the batch are written and a checkpoint stays."""
-    folder = tmp_path / "run"
-    poison(range(5, 99), monkeypatch)
-    config = config_for(
-        tiny_parquet, folder, run={"save_steps": 4}, episodes={"warm_up": 4, "locked_image": 0}
-    )
-    with pytest.raises(ValueError, match="diverged: loss or gradient not finite in 10 steps"):
-        run.train(config)
     report = json.loads((folder / "diverged.json").read_text())
     assert report["step"] == 14
     assert len(report["sample_ids"]) == 16
-    assert all(name.startswith("tiny/") for name in report["sample_ids"])
     assert damage(checkpoints(folder)[-1]) is None
 
 
-def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     """Besides the newest. One that could not be written is not the best."""
     values = iter([0.5, 0.4, 0.3, 0.2] * 2)
     metric = "eval/emoji/knn/acc1"
@@ -246,18 +195,10 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run.train(config_for("emoji", tmp_path / "typo", run={**keep, "keep_best": metric[:-1]}))
 
 
-def test_running_out_of_memory_is_one_line(
-    tiny_parquet: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_running_out_of_memory_is_one_line(tiny_parquet, tmp_path, monkeypatch, capsys):
     """It names the settings to lower, without a traceback."""
-
-    def full(*given: Any, **more: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(Trainer, "train_step", full)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(run.to_toml(tiny_config(tiny_parquet, out=str(tmp_path / "run"))))
     with pytest.raises(SystemExit):

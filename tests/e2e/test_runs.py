@@ -3,7 +3,6 @@
 import json
 import re
 import tomllib
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interrupting import end_of
 from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
+from interrupting import end_of, few_emoji, with_changes
 from protoclip.cli import demo, main
-from protoclip.cli.parsing import parse
-from protoclip.cli.train import Train
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -29,11 +26,10 @@ from protoclip.config import (
     TextTowerConfig,
     check,
 )
-from protoclip.evaluation import compare
-from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation import compare, datasets
+from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.loading import find_checkpoint
-from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.testing import tiny_config
 from protoclip.training import optim, run
 from protoclip.training.run import flat
@@ -47,18 +43,15 @@ def metrics_of(folder: Path, name: str = "") -> list[dict[str, float]]:
     return [line for line in map(json.loads, lines) if not name or name in line]
 
 
-def short(config: Config, out: Path, *, count: int = 2) -> Config:
+def short(config: Config, out: Path, *, count: int = 2, **changes: dict[str, Any]) -> Config:
     """An episode of InfoNCE, then prototypical ones, without an evaluation."""
-    return replace(
-        config,
-        run=replace(config.run, out=str(out), evaluate=False),
-        episodes=replace(config.episodes, count=count, locked_image=0),
-    )
+    episodes = {"count": count, "locked_image": 0}
+    config = with_changes(config, {"run": {"out": str(out), "evaluate": False}})
+    return with_changes(with_changes(config, {"episodes": episodes}), changes)
 
 
-def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
-    """Configuration, metrics of every step, checkpoint, results, TensorBoard. Only episodes 1 and 2
-    of 0 to 3 are prototypical: they extract and cluster."""
+def test_a_run_folder_holds_what_it_should(tiny_run):
+    """Configuration, metrics of every step, checkpoint, results, TensorBoard."""
     assert (tiny_run / "config.toml").is_file()
     assert list((tiny_run / "tensorboard").iterdir())
     results = json.loads((tiny_run / "results.json").read_text())
@@ -74,18 +67,14 @@ def test_a_run_folder_holds_what_it_should(tiny_run: Path) -> None:
     assert [line["step"] for line in grouped] == list(range(5, 13))
 
 
-def test_a_clip_run_learns_and_says_what_it_does(
-    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On nine different captions the loss, which is InfoNCE alone, falls well below its start. The
-    last step is logged, and its loss shown, whatever `run.log_every` is."""
-    config = short(tiny_config(tiny_parquet, out=""), tmp_path, count=12)
-    config = replace(
-        config,
-        run=replace(config.run, out=str(tmp_path / "clip"), log_every=5),
-        loss=replace(config.loss, prototypical=0.0),
-        optim=replace(config.optim, warm_up_steps=4),
-    )
+def test_a_clip_run_learns_and_says_what_it_does(tiny_parquet, tmp_path, capsys):
+    """On nine different captions the loss, which is InfoNCE alone, falls well below its start."""
+    given = {
+        "run": {"log_every": 5},
+        "loss": {"prototypical": 0.0},
+        "optim": {"warm_up_steps": 4},
+    }
+    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "clip", count=12, **given)
     run.train(config)
     lines = metrics_of(tmp_path / "clip", "train/loss/total")
     assert [line["step"] for line in lines] == [*range(5, 50, 5), 48]
@@ -98,9 +87,7 @@ def test_a_clip_run_learns_and_says_what_it_does(
     assert f"loss {losses[-1]:.4g})" in shown.splitlines()[-1]
 
 
-def test_equal_seeds_give_equal_runs_bit_for_bit(
-    tiny_run: Path, tiny_parquet: str, tmp_path: Path
-) -> None:
+def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_run, tiny_parquet, tmp_path):
     """Weights and metrics; the state of the process does not matter."""
     torch.manual_seed(7)
     run.train(tiny_config(tiny_parquet, out=str(tmp_path / "b")))
@@ -109,30 +96,8 @@ def test_equal_seeds_give_equal_runs_bit_for_bit(
     assert metrics == expected
 
 
-def test_the_queue_needs_no_extraction(
-    tiny_parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With prototypes from the queue nothing is extracted, and the prototypical loss is there."""
-
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("an extraction pass")
-
-    monkeypatch.setattr(ExtractedFeatures, "features", forbidden)
-    config = tiny_config(tiny_parquet, out="")
-    for source in ("queue", "extract"):
-        config = replace(config, prototypes=replace(config.prototypes, source=source))
-        refused = pytest.raises(AssertionError, match="an extraction pass")
-        with refused if source == "extract" else nullcontext():
-            run.train(short(config, tmp_path / source))
-    name = "train/loss/prototypical/image_from_text"
-    assert len(metrics_of(tmp_path / "queue", name)) == 4
-
-
-def test_several_teachers_and_samples_they_do_not_know(
-    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each teacher has its own prototypes, losses and weight. One that knows a third of the samples
-    trains on those, and a note says how many are missing."""
+def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, capsys):
+    """Each teacher has its own prototypes, losses and weight."""
     generator = np.random.default_rng(0)
     teachers = []
     for name, known, weight in (("all", 96, 1.0), ("some", 32, 0.5)):
@@ -141,11 +106,8 @@ def test_several_teachers_and_samples_they_do_not_know(
         table = {"sample_id": [f"tiny/{row}" for row in range(known)], "features": features}
         path = str(tmp_path / f"{name}.parquet")
         pq.write_table(pa.table(table), path)
-        hard = name == "all"
-        teacher = TeacherConfig(
-            name=name, features=path, number=4, weight=weight, hard_targets=hard
-        )
-        teachers.append(teacher)
+        given = {"name": name, "features": path, "number": 4, "weight": weight}
+        teachers.append(TeacherConfig(**given, hard_targets=name == "all"))
     config = replace(tiny_config(tiny_parquet, out=""), teachers=teachers)
     run.train(short(config, tmp_path / "run"))
     assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
@@ -159,11 +121,11 @@ def test_several_teachers_and_samples_they_do_not_know(
         assert loss["total"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_fp16_trains_with_its_scaler(tiny_run: Path, tiny_parquet: str, tmp_path: Path) -> None:
-    """The first loss is that of fp32 to a percent. The scaler finds a scale that gradients survive,
-    so weights move and stay finite."""
-    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "fp16", count=1)
-    run.train(replace(config, run=replace(config.run, precision="fp16")))
+def test_fp16_trains_with_its_scaler(tiny_run, tiny_parquet, tmp_path):
+    """The first loss is that of fp32 to a percent."""
+    fp16 = {"run": {"precision": "fp16"}}
+    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "fp16", count=1, **fp16)
+    run.train(config)
     name = "train/loss/total"
     first, exact = (metrics_of(out, name)[0][name] for out in (tmp_path / "fp16", tiny_run))
     assert first == pytest.approx(exact, rel=0.01)
@@ -175,34 +137,12 @@ def test_fp16_trains_with_its_scaler(tiny_run: Path, tiny_parquet: str, tmp_path
         assert not torch.equal(start[part], end[part])
 
 
-def test_the_model_loads_and_encodes(tiny_run: Path) -> None:
-    """`load` takes a run folder or a checkpoint folder."""
-    features = []
-    for path in (tiny_run, find_checkpoint(tiny_run)):
-        model, image_transform, tokenizer = protoclip.load(path)
-        images = torch.stack([image_transform(Image.new("RGB", (50, 40), "red"))] * 2)
-        with torch.inference_mode():
-            image = model.encode_image(images, normalize=True)
-            text = model.encode_text(tokenizer(["a red square", "a blue corner"]), normalize=True)
-        assert image.shape == text.shape == (2, 16)
-        torch.testing.assert_close(text.norm(dim=1), torch.ones(2))
-        features.append(torch.cat([image, text]))
-    assert torch.equal(features[0], features[1])
-
-
 @pytest.mark.slow
-def test_an_open_clip_model_trains_and_loads_by_name(
-    tiny_parquet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It reads images and captions of the size that is set. Notes and config.toml name the defaults
-    it trains with, which stay the same when the run goes on."""
-    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "named")
+def test_an_open_clip_model_trains_and_loads_by_name(tiny_parquet, tmp_path, capsys):
+    """It reads images and captions of the size that is set."""
     size = {"image": ImageTowerConfig(size=64), "text": TextTowerConfig(context_length=8)}
-    config = replace(
-        config,
-        model=replace(config.model, name="ViT-S-32-alt", **size),
-        episodes=replace(config.episodes, size=8, batch_size=8),
-    )
+    given = {"model": {"name": "ViT-S-32-alt", **size}, "episodes": {"size": 8, "batch_size": 8}}
+    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "named", **given)
     results = run.train(config)
     assert "note: optim.learning_rate = 7.8125e-06, from ViT-S-32-alt" in capsys.readouterr().err
     assert "learning_rate = 7.8125e-06\n" in (tmp_path / "named" / "config.toml").read_text()
@@ -216,13 +156,10 @@ def test_an_open_clip_model_trains_and_loads_by_name(
     assert model.encode_image(images).shape == (1, 256)
 
 
-def test_a_checkpoint_is_where_the_next_run_starts(
-    tiny_run: Path, tiny_parquet: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_where_the_next_run_starts(tiny_run, tiny_parquet, tmp_path):
     """`model.checkpoint` starts from the saved weights."""
-    config = short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1)
-    model = replace(config.model, checkpoint=str(tiny_run))
-    run.train(replace(config, model=model, optim=replace(config.optim, learning_rate=1e-12)))
+    given = {"model": {"checkpoint": str(tiny_run)}, "optim": {"learning_rate": 1e-12}}
+    run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1, **given))
     old = load_file(find_checkpoint(tiny_run) / "model.safetensors")
     new = load_file(find_checkpoint(tmp_path / "next") / "model.safetensors")
     for name in old:
@@ -241,19 +178,14 @@ def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return configs
 
 
-def test_the_resolved_configuration_reads_back(tmp_path: Path, seen: list[Config]) -> None:
-    """A run's config.toml, given as a recipe, is the same configuration."""
-    for name, config in demo.arms(seed=3, out="somewhere").items():
-        path = tmp_path / f"{len(seen)}.toml"
-        path.write_text(run.to_toml(config), encoding="utf-8")
-        main(["train", "--config", str(path)])
-        assert seen[-1] == config, name
-
-
-def test_the_recipes_are_the_demonstrations_arms(seen: list[Config]) -> None:
-    """recipes/emoji_*.toml are the three arms but for their length, and say how to run them."""
+def test_recipes_are_configurations(tmp_path, seen):
+    """A run's config.toml, given as a recipe, is the same configuration. recipes/emoji_*.toml are
+    the arms of the demonstration but for their length, and say how to run them."""
     recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
     for recipe, arm in zip(recipes, demo.arms().values(), strict=True):
+        (tmp_path / "config.toml").write_text(run.to_toml(arm), encoding="utf-8")
+        main(["train", "--config", str(tmp_path / "config.toml")])
+        assert seen[-1] == arm
         path = ROOT / "recipes" / f"{recipe}.toml"
         main(["train", "--config", str(path)])
         assert seen[-1] == replace(arm, episodes=EpisodeConfig())
@@ -261,7 +193,7 @@ def test_the_recipes_are_the_demonstrations_arms(seen: list[Config]) -> None:
             assert word in path.read_text(encoding="utf-8")
 
 
-def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
+def test_the_reference_is_one_recipe_away(seen):
     """Its recipe has each setting with which the README restores the reference."""
     recipe = ROOT / "recipes" / "reference.toml"
     written = flat(tomllib.loads(recipe.read_text(encoding="utf-8")))
@@ -279,32 +211,7 @@ def test_the_reference_is_one_recipe_away(seen: list[Config]) -> None:
         assert optim.resolved(seen[-1])[0].optim.learning_rate == 5e-4
 
 
-def test_the_reference_recipe_trains(tiny_parquet: str, tmp_path: Path) -> None:
-    """With small towers and episodes: two of five episodes have prototypes, losses are finite."""
-    reference = parse(Train, ["--config", str(ROOT / "recipes" / "reference.toml")])
-    config = replace(
-        tiny_config(tiny_parquet, out=str(tmp_path / "run")),
-        data=replace(reference.data, train=tiny_parquet),
-        loss=reference.loss,
-        episodes=replace(reference.episodes, size=32, count=5, batch_size=16),
-        prototypes=replace(reference.prototypes, number=8),
-        optim=replace(reference.optim, warm_up_steps=2),
-        parallel=reference.parallel,
-    )
-    run.train(config)
-    extracted = metrics_of(tmp_path / "run", "train/seconds/extract")
-    assert [line["episode"] for line in extracted] == [1, 2]
-    losses = [line["train/loss/total"] for line in metrics_of(tmp_path / "run", "train/loss/total")]
-    assert len(losses) == 10
-    assert np.isfinite(losses).all()
-
-
-def test_the_demonstration_and_the_commands_on_its_runs(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    few_emoji: EvaluationData,
-) -> None:
+def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys):
     """Three arms, one table, results.json; `evaluate` repeats a run's metrics, and `compare` shows
     differences. A second call trains what is not finished, and no other seed."""
     original, small = demo.arms, tiny_config(out="")
@@ -316,13 +223,14 @@ def test_the_demonstration_and_the_commands_on_its_runs(
             for name, config in original(seed=seed, out=out).items()
         }
 
+    monkeypatch.setattr(datasets, "emoji", few_emoji)
     monkeypatch.setattr(demo, "arms", arms)
     monkeypatch.setattr(compare, "DRAWS", 20)
     monkeypatch.chdir(tmp_path)
     entries = demo.demo(Path("demo"))
     assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]
     assert len({entry["samples_seen"]["mean"] for entry in entries}) == 1
-    assert json.loads(Path("demo/results.json").read_text()) == entries
+    assert json.loads(Path("demo/results.json").read_text()) == json.loads(to_json(entries))
     assert re.search(r"linear probe[^\0]*kNN[^\0]*samples seen", capsys.readouterr().out)
 
     main(["evaluate", "demo/clip", "--json"])
@@ -336,7 +244,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(
     value = results["metrics"]["eval/emoji/knn/acc1"]
     assert found["difference"]["mean"] == pytest.approx(found["mean"] - value)
     assert found["difference"]["kind"] == "bootstrap"
-    assert found["difference"]["n"] == len(few_emoji.test)
+    assert found["difference"]["n"] == len(few_emoji().test)
 
     finished = Path("demo/protoclip/results.json")
     text, trained = finished.read_text(), []
@@ -354,7 +262,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(
         demo.demo(Path("demo"), seed=5)
 
 
-def test_the_readmes_library_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_library_example_works(tmp_path, monkeypatch):
     """The Python block of the README, with a smaller run."""
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None

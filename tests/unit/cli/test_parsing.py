@@ -33,7 +33,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     ("line", "expected"),
     [
         ("compare a b --json", {"runs": ["a", "b"], "json": True}),
-        ("compare a --json b", {"runs": ["a", "b"], "json": True}),
         ("compare a --json=false", {"runs": ["a"], "json": False}),
         ("evaluate --split=validation a", {"path": "a", "split": "validation"}),
         ("data inspect --every true --montage none a", {"source": "a", "montage": None}),
@@ -41,7 +40,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("train --run.evaluate false --json", {"run.evaluate": False, "json": True}),
         ("train --data.allow-links --resume auto", {"data.allow_links": True, "resume": "auto"}),
         ("train --optim.learning-rate 1e-3", {"optim.learning_rate": 1e-3}),
-        ("train --optim.learning_rate=1", {"optim.learning_rate": 1.0}),
         ("train --optim.betas 0.5 .6 --json", {"optim.betas": (0.5, 0.6), "json": True}),
         ("train --optim.betas [0.5,0.6]", {"optim.betas": (0.5, 0.6)}),
         ("train --data.caption_column a", {"data.caption_column": "a"}),
@@ -53,9 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("train --run.name 3 --run.out none", {"run.name": "3", "run.out": None}),
     ],
 )
-def test_options_as_people_type_them(
-    line: str, expected: dict[str, object], run: Callable[[str], Any]
-) -> None:
+def test_options_as_people_type_them(line, expected, run):
     command = run(line)
     for name, value in expected.items():
         found = command
@@ -64,9 +60,7 @@ def test_options_as_people_type_them(
         assert found == value
 
 
-def test_recipes_are_read_in_order_and_below_options(
-    tmp_path: Path, run: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recipes_are_read_in_order_and_below_options(tmp_path, run, capsys):
     """Commands on data take a recipe's sections on data and leave the others."""
     first, second = tmp_path / "a.toml", tmp_path / "b.toml"
     first.write_text('[run]\nname = "a"\nseed = 1\n[data]\nworkers = 2\n[loss]\nteacher = 3\n')
@@ -80,9 +74,7 @@ def test_recipes_are_read_in_order_and_below_options(
     assert "config: no such setting" in capsys.readouterr().err
 
 
-def test_paths_in_a_recipe_start_at_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_in_a_recipe_start_at_its_folder(tmp_path, monkeypatch):
     """If they exist there; URLs, commands, the bundled data and other settings stay as they are."""
     folder = tmp_path / "recipes"
     (folder / "shards").mkdir(parents=True)
@@ -105,7 +97,7 @@ def test_paths_in_a_recipe_start_at_its_folder(
 
 
 @pytest.mark.parametrize("permission", PERMISSIONS)
-def test_a_recipe_grants_no_permission(permission: str, tmp_path: Path) -> None:
+def test_a_recipe_grants_no_permission(permission, tmp_path):
     """Only the command line does, whatever else it says."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"[data]\n{permission} = true\n")
@@ -117,9 +109,7 @@ def test_a_recipe_grants_no_permission(permission: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_fits_the_terminal(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_fits_the_terminal(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -131,7 +121,7 @@ def test_help_fits_the_terminal(
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_commands_import_what_they_need() -> None:
+def test_commands_import_what_they_need():
     """The package and the command line need no torch, sources of data no models."""
     code = """
 import sys, protoclip, protoclip.cli
@@ -143,7 +133,7 @@ print({"open_clip", "timm", "sklearn", "protoclip.models", "protoclip.training"}
     assert found.stdout.split("\n") == ["False Config", "set()", ""]
 
 
-def test_public_names_are_where_the_package_looks_for_them() -> None:
+def test_public_names_are_where_the_package_looks_for_them():
     for module, names in protoclip._MODULES.items():
         source = Path(protoclip.__file__).parent / f"{module.replace('.', '/')}.py"
         for name in names:

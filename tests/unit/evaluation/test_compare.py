@@ -9,14 +9,10 @@ import scipy.stats
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 from protoclip.evaluation import compare
-from protoclip.evaluation.clustering import agreement
 from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, SampleResults, resampled
 from protoclip.files import to_json
 
-SCORES = {
-    "clustering/ami": adjusted_mutual_info_score,
-    "clustering/ari": adjusted_rand_score,
-}
+SCORES = {"clustering/ami": adjusted_mutual_info_score, "clustering/ari": adjusted_rand_score}
 
 
 def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0) -> SampleResults:
@@ -35,7 +31,7 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
     )
 
 
-def test_the_bootstrap_draws_the_same_samples_for_every_model() -> None:
+def test_the_bootstrap_draws_the_same_samples_for_every_model():
     """Against a loop over draws and rows; the order of a model's samples changes nothing."""
     one = results(0)
     backwards = SampleResults(
@@ -63,36 +59,12 @@ def test_the_bootstrap_draws_the_same_samples_for_every_model() -> None:
         np.testing.assert_allclose(other[metric], drawn[metric])
 
 
-@pytest.mark.parametrize(
-    ("classes", "clusters"),
-    [
-        ([0, 0, 0, 0], [5, 5, 5, 5]),
-        ([0, 0, 0, 0], [1, 2, 1, 2]),
-        ([3, 1, 3, 1], [0, 4, 0, 4]),
-        ([1, 1, 1, 1], [0, 1, 2, 3]),
-        ([4, 5, 6, 7], [0, 1, 2, 3]),
-    ],
-)
-def test_agreement_of_degenerate_partitions_is_scikit_learns(classes, clusters) -> None:
-    found = agreement(np.array(classes), np.array(clusters), [np.arange(4)])
-    for name, score in SCORES.items():
-        assert found[name] == pytest.approx([score(classes, clusters)], abs=1e-12)
-
-
-def test_results_of_samples_are_kept_whole(tmp_path) -> None:
-    """What is read is what was written; a damaged file is refused in one line."""
-    written = results(0)
+def test_damaged_results_of_samples_are_refused(tmp_path):
     path = tmp_path / "results" / "emoji-test.parquet"
-    written.write(path)
-    read = SampleResults.read(path)
-    for own, other in ((read.images, written.images), (read.texts, written.texts)):
-        assert own.keys() == other.keys()
-        for name, column in other.items():
-            np.testing.assert_array_equal(own[name], column)
+    results(0).write(path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"emoji-test.parquet: not the results") as error:
+    with pytest.raises(ValueError, match=r"emoji-test.parquet: not the results[^\n]*$"):
         SampleResults.read(path)
-    assert "\n" not in str(error.value)
 
 
 def made(folder, name: str, seed: int, accuracy: object, samples: SampleResults | None = None):
@@ -110,7 +82,7 @@ def compared(*folders) -> list[dict]:
     return compare.compare([compare.read_results(folder) for folder in folders])
 
 
-def test_runs_of_several_seeds_are_paired_by_seed(tmp_path) -> None:
+def test_runs_of_several_seeds_are_paired_by_seed(tmp_path):
     """Only common seeds count, in any order; the mark follows the interval, which is SciPy's."""
     values = {"a": {0: 0.30, 1: 0.50, 2: 0.40, 7: 0.9}, "b": {2: 0.43, 0: 0.32, 1: 0.53}}
     folders = [
@@ -131,7 +103,7 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path) -> None:
     assert text == "42.7 ± 10.5\n+2.7 [+1.2, +4.1]*"
 
 
-def test_one_seed_is_compared_over_its_samples(tmp_path) -> None:
+def test_one_seed_is_compared_over_its_samples(tmp_path):
     """By bootstrap if both runs have results of the same samples, for metrics that have such."""
     one, two = results(0), results(1, skill=0.5)
     files = {"a": one, "b": two, "c": None, "d": results(2, images=50)}
@@ -148,7 +120,7 @@ def test_one_seed_is_compared_over_its_samples(tmp_path) -> None:
     assert "difference" not in first["metrics"]["eval/emoji/knn/acc1"]
 
 
-def test_a_run_counts_once(tmp_path) -> None:
+def test_a_run_counts_once(tmp_path):
     """However it is named; runs of equal name and seed elsewhere stay apart."""
     one, two = (made(tmp_path / folder, "x", 0, 0.4) for folder in ("one", "two"))
     (entry,) = compared(one, one, tmp_path / "two" / ".." / "one")
@@ -158,7 +130,7 @@ def test_a_run_counts_once(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, None, 1e308, -1e308])
-def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys) -> None:
+def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys):
     """None of them is a traceback, in the table or as JSON, with one seed or several."""
     folders = [made(tmp_path / f"a{seed}", "a[b]\x1b", seed, 1e308) for seed in (0, 1)]
     folders += [made(tmp_path / f"b{seed}", "b", seed, odd) for seed in (0, 1)]
@@ -171,7 +143,7 @@ def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys) -> 
 
 
 @pytest.mark.parametrize("odd", ['"many"', "[1]", "1" + "0" * 400])
-def test_what_is_no_number_in_results_is_refused(tmp_path, odd) -> None:
+def test_what_is_no_number_in_results_is_refused(tmp_path, odd):
     path = made(tmp_path / "a", "a", 0, 0.5) / "results.json"
     path.write_text(path.read_text().replace("0.5", odd))
     with pytest.raises(ValueError, match="not the results of a run"):

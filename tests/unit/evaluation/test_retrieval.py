@@ -1,10 +1,12 @@
-"""Ranks among candidates, and zero-shot classification by them."""
+"""Ranks among candidates, clustering agreement, modality gap, alignment and uniformity."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from protoclip.evaluation import retrieval
+from protoclip.evaluation.clustering import clustering
+from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.retrieval import best_relevant_rank, zero_shot_ranks
 
 
@@ -23,14 +25,6 @@ def slow_ranks(queries, candidates, query_groups, candidate_groups):
         )
         ranks.append([relevant for _, relevant in scored].index(True))
     return ranks
-
-
-def test_ranks_match_a_table_worked_by_hand():
-    """The similarities are the image rows, since the texts are the axes."""
-    images = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.5, 0.1], [0.7, 0.6, 0.2]])
-    groups = torch.arange(3)
-    assert best_relevant_rank(images, torch.eye(3), groups, groups).tolist() == [0, 1, 2]
-    assert best_relevant_rank(torch.eye(3), images, groups, groups).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("chunk", [1, 70, 4_000_000])
@@ -65,3 +59,37 @@ def test_a_query_without_a_relevant_candidate_is_refused():
     images, texts = unit_rows(3, 4, 0), unit_rows(2, 4, 1)
     with pytest.raises(ValueError, match="1 of 3 queries"):
         best_relevant_rank(images, texts, torch.arange(3), torch.arange(2))
+
+
+def slow_uniformity(rows):
+    return float((-2 * torch.pdist(rows).square()).exp().mean().log())
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 4_000_000])
+def test_the_modality_gap_equals_a_slow_restatement(chunk, monkeypatch):
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+    images, texts = unit_rows(30, 5, 0), unit_rows(30, 5, 1)
+    found = modality_gap(images, texts)
+    means, squares = images.mean(0) - texts.mean(0), (images - texts).square().sum(1)
+    assert found == {
+        "gap": pytest.approx(float(means.norm())),
+        "alignment": pytest.approx(float(squares.mean())),
+        "uniformity_image": pytest.approx(slow_uniformity(images), abs=1e-6),
+        "uniformity_text": pytest.approx(slow_uniformity(texts), abs=1e-6),
+    }
+
+
+def test_clusters_that_are_the_classes_score_one():
+    """Under any names of the classes."""
+    labels = torch.arange(60) % 4
+    found = clustering(torch.eye(4)[labels] + 0.01 * unit_rows(60, 4, 0).float(), 10 * labels + 3)
+    assert (found["ami"], found["ari"]) == (pytest.approx(1.0), pytest.approx(1.0))
+
+
+def test_agreement_is_zero_by_chance():
+    """For random labels, and for constant features."""
+    labels = torch.randint(20, (1000,), generator=torch.Generator().manual_seed(1))
+    found = clustering(unit_rows(1000, 8, 0).float(), labels, restarts=2)
+    assert abs(found["ami"]) < 0.02
+    assert abs(found["ari"]) < 0.02
+    assert clustering(torch.ones(12, 4), torch.arange(12) % 3)["ari"] == pytest.approx(0.0)

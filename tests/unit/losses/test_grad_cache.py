@@ -1,5 +1,6 @@
 """Batches in chunks have the gradients of the whole batch, whatever the loss."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -95,7 +96,7 @@ def in_parts(model: Model, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 10])
 @pytest.mark.parametrize("kind", ["projected", "features", "locked"])
-def test_the_gradients_are_those_of_the_whole_batch(size: int, kind: str) -> None:
+def test_the_gradients_are_those_of_the_whole_batch(size, kind):
     """Of all losses and temperatures, with uneven chunks; a locked tower stays without gradient."""
     once, cached = (Model(middle=nn.Identity(), project=kind != "features") for _ in range(2))
     for model in (once, cached):
@@ -107,29 +108,22 @@ def test_the_gradients_are_those_of_the_whole_batch(size: int, kind: str) -> Non
     assert_equal_gradients(once, cached)
 
 
-def test_dropout_draws_the_same_twice_and_the_generator_moves_once() -> None:
-    """Gradients are those of the embeddings that the loss saw; later draws do not change."""
-    plain, cached = Model(middle=nn.Dropout(0.5)), Model(middle=nn.Dropout(0.5))
-    torch.manual_seed(5)
-    in_parts(plain, 4)
-    after = torch.rand(3)
-    torch.manual_seed(5)
-    chunked(cached, 4)
-    assert torch.equal(torch.rand(3), after)
-    assert_equal_gradients(plain, cached)
-
-
-def test_batch_norm_counts_each_chunk_once() -> None:
-    """Gradients are those of chunk statistics; running statistics advance as in one pass."""
-    plain, cached = Model(middle=nn.BatchNorm1d(8)), Model(middle=nn.BatchNorm1d(8))
-    in_parts(plain, 5)
-    chunked(cached, 5)
+@pytest.mark.parametrize("middle", [nn.Dropout(0.5), nn.BatchNorm1d(8)], ids=["dropout", "norm"])
+def test_random_numbers_and_statistics_advance_once(middle):
+    """Gradients are those of the embeddings that the loss saw, with the statistics of chunks."""
+    plain, cached = (Model(middle=copy.deepcopy(middle)) for _ in range(2))
+    draws = []
+    for model, passes in ((plain, in_parts), (cached, chunked)):
+        torch.manual_seed(5)
+        passes(model, 4)
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
     for right, mine in zip(plain.buffers(), cached.buffers(), strict=True):
         torch.testing.assert_close(mine, right)
     assert_equal_gradients(plain, cached)
 
 
-def test_the_graph_of_one_chunk_is_held_at_a_time() -> None:
+def test_the_graph_of_one_chunk_is_held_at_a_time():
     model, earlier = Model(middle=nn.Identity()), []
 
     def noted(chunk: Callable[[], Embeddings]) -> Embeddings:

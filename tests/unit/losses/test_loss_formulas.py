@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from protoclip import Embeddings, KMeans, Target, info_nce, objective, prototypical_loss
+from protoclip.distributed import collectives
 from protoclip.losses import info_nce as instance
 from protoclip.losses import prototypical, tiles
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
+from protoclip.testing import run_distributed
 
 B, D, P, Q, K = 7, 5, 6, 4, 9
 
@@ -79,23 +81,42 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "CPU_SCORES", 6)
 
 
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("tiled_above", [0, 10**6])
-def test_info_nce_is_the_papers_formula(tiled_above: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain and tiled; with the gradients of features and temperature."""
-    monkeypatch.setattr(instance, "TILED_ABOVE", tiled_above)
-    image, text, s = unit(B, D, seed=1), unit(B, D, seed=2), scale(14.0)
-    ours, slow = info_nce(image, text, s), slow_info_nce(image, text, s)
-    assert_equal_with_gradients(ours, slow, [image, text, s])
+def shared_info_nce(rows: Tensor, s: Tensor, tiled_above: int) -> list[Tensor]:
+    """Means over ranks of the loss and of the gradients of features and scale."""
+    world_size = collectives.world_size()
+    own = rows.chunk(world_size, 1)[collectives.rank()]
+    leaves = [value.clone().requires_grad_() for value in (*own, s)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instance, "TILED_ABOVE", tiled_above)
+        patch.setattr(tiles, "ROWS", 3)
+        patch.setattr(tiles, "CPU_SCORES", 6)
+        loss = instance.sharded_info_nce(*leaves)
+        loss.backward()
+    image, text, temperature = (leaf.grad for leaf in leaves)
+    sums = [collectives.all_reduce(loss.detach()), collectives.all_gather(image)]
+    sums += [collectives.all_gather(text), collectives.all_reduce(temperature)]
+    return [value / world_size for value in sums]
+
+
+@pytest.mark.parametrize("tiled_above", [0, 10**6], ids=["tiled", "plain"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_info_nce_is_the_papers_formula(world_size, tiled_above):
+    """Plain and tiled, on any number of ranks; with the gradients of features and temperature."""
+    leaves = image, text, s = unit(20, D, seed=1), unit(20, D, seed=2), scale(14.0)
+    slow = slow_info_nce(image, text, s)
+    assert info_nce(image, text, s).item() == pytest.approx(slow.item(), rel=1e-9)
+    expected = [slow.detach(), *torch.autograd.grad(slow, leaves)]
+    rows = torch.stack([image, text]).detach()
+    for found in run_distributed(shared_info_nce, world_size, rows, s.detach(), tiled_above):
+        for ours, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("mask_empty", [True, False])
 @pytest.mark.parametrize("temperature", [None, -1.0, 0.3, 0.05])
 @pytest.mark.parametrize("empty", [(), (0, 4)])
-def test_the_prototypical_loss_is_the_papers_formula(
-    empty: tuple[int, ...], temperature: float | None, mask_empty: bool
-) -> None:
+def test_the_prototypical_loss_is_the_papers_formula(empty, temperature, mask_empty):
     """Directly and by a prepared target, with gradients. Rows without a prototype, or with an empty
     one that is left out, have no part; with mask_empty=False it is a class with logit 0."""
     h, s = unit(B, P, seed=1), scale(9.0)
@@ -115,7 +136,7 @@ def test_the_prototypical_loss_is_the_papers_formula(
         assert_equal_with_gradients(target.loss(h, index, s), slow, [h, s])
 
 
-def test_a_batch_without_known_samples_has_no_loss() -> None:
+def test_a_batch_without_known_samples_has_no_loss():
     """The loss and its gradients are 0, so that the step can be taken all the same."""
     h, s = unit(B, P, seed=1), scale(9.0)
     unknown = torch.full((B,), -1)
@@ -126,19 +147,15 @@ def test_a_batch_without_known_samples_has_no_loss() -> None:
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 10**6])
-def test_accuracy_counts_the_nearest_prototype(
-    chunk_elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("mask_empty", "right"), [(True, 2 / 3), (False, 1 / 3)])
+def test_accuracy_counts_the_nearest_prototype(mask_empty, right, chunk_elements, monkeypatch):
     """Among the rows with a prototype; an empty prototype is only a class if it is not masked."""
     monkeypatch.setattr(prototypical, "CHUNK_ELEMENTS", chunk_elements)
-    rows = torch.eye(4, P, dtype=torch.float64)
-    target = target_of(rows, rows, 0.0)
-    assert target.accuracy(rows, torch.tensor([0, 2, 2, -1])).item() == pytest.approx(2 / 3)
     centroids = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [0.0, -1.0]])
-    projections, own = torch.tensor([[1.0, 0.1], [0.1, 1.0]]), torch.tensor([2, 1])
-    for mask_empty, right in ((True, 1.0), (False, 0.0)):
-        target = target_of(centroids, centroids, 0.0, mask_empty=mask_empty)
-        assert target.accuracy(projections, own).item() == right
+    projections = torch.tensor([[1.0, 0.1], [0.1, -1.0], [1.0, -0.1], [1.0, 1.0]])
+    target = target_of(centroids, centroids, 0.0, mask_empty=mask_empty)
+    found = target.accuracy(projections, torch.tensor([2, 2, 1, -1]))
+    assert found.item() == pytest.approx(right)
 
 
 def embeddings(seed: int) -> Embeddings:
@@ -153,7 +170,7 @@ def embeddings(seed: int) -> Embeddings:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_the_objective_is_the_weighted_sum() -> None:
+def test_the_objective_is_the_weighted_sum():
     """InfoNCE, both modalities and an external teacher, each with its weight and temperature."""
     e = embeddings(1)
     temperatures = {"image": 0.2, "text": 0.4, "bert": 0.0}
@@ -183,15 +200,3 @@ def test_the_objective_is_the_weighted_sum() -> None:
     assert total.item() == pytest.approx(expected.item(), rel=1e-9)
     _, brief = objective(e, targets, index, weights=weights, detailed=False)
     assert {name for name in report if "accuracy" not in name} == brief.keys()
-
-
-def test_a_loss_of_weight_zero_is_not_computed() -> None:
-    target = target_of(unit(K, P, seed=3), unit(K, Q, seed=4), 0.1)
-    losses, report = objective(
-        embeddings(1),
-        {("image", "text"): target},
-        {"text": torch.arange(B)},
-        weights=LossWeights(prototypical=0.0),
-    )
-    assert list(losses) == ["info_nce"]
-    assert "train/loss/prototypical/image_from_text" not in report

@@ -21,27 +21,16 @@ def unit(*shape: int, seed: int) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True)
 
 
-@pytest.fixture(params=["oneDNN", "plain"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrix products by oneDNN's private entry point, and without it."""
-    if request.param == "plain":
-        monkeypatch.setattr(tiles, "onednn_linear", lambda: None)
-    elif tiles.onednn_linear() is None:
-        pytest.skip("this torch has no oneDNN entry point")
-
-
 @pytest.fixture(params=[512, 32], ids=["one tile", "many tiles"])
 def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "ROWS", request.param)
     monkeypatch.setattr(tiles, "CPU_SCORES", request.param**2 * 2)
 
 
-@pytest.mark.usefixtures("products", "tile_size")
+@pytest.mark.usefixtures("tile_size")
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 @pytest.mark.parametrize("temperature", [None, 0.1, 0.01])
-def test_the_prototypical_loss_keeps_its_precision_in_float32(
-    scale: float, temperature: float | None
-) -> None:
+def test_the_prototypical_loss_keeps_its_precision_in_float32(scale, temperature):
     """Value and gradients, with soft and hard targets, for flat and peaked softmaxes."""
     student, teacher = unit(333, 24, seed=1), unit(333, 40, seed=2)
     student[:7] = 0
@@ -86,8 +75,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.usefixtures("products")
-def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     """Forward, backward and in `make_targets`, no tensor is larger than the inputs or a tile."""
     monkeypatch.setattr(tiles, "ROWS", 16)
     monkeypatch.setattr(tiles, "CPU_SCORES", 16 * 25)
@@ -101,68 +89,46 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch: pytest.MonkeyPatch)
         assignments = torch.arange(b) + 1
         prototypical_loss(h, centroids, centroids, assignments, s, 0.1).backward()
         found = KMeans(centroids=centroids, assignments=assignments, inertia=0.0, history=())
-        make_targets(
-            {"text": found},
-            image_projections=h.detach(),
-            text_projections=h.detach(),
-            target_temperatures={"text": 0.1},
-            back_translation=False,
-        )
+        rows = {"image_projections": h.detach(), "text_projections": h.detach()}
+        make_targets({"text": found}, **rows, target_temperatures={"text": 0.1})
     assert grouped.elements == k * p
     with Largest() as paired:
         info_nce(h, text, s).backward()
     assert paired.elements == b * p
-    with Largest() as plain:
-        torch.logsumexp(s * h @ centroids.T, 1).sum().backward()
-    assert plain.elements == b * k
 
 
 @pytest.mark.parametrize("rows", [12, 1100], ids=["plain", "tiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_inside_autocast_are_those_outside(rows: int, dtype: torch.dtype) -> None:
-    """Forward and backward, in float32 for features of float32 and of bfloat16."""
+def test_losses_inside_autocast_are_those_outside(rows):
+    """Forward and backward, in float32."""
     assert 12**2 < instance.TILED_ABOVE < 1100**2
-    centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).to(dtype)
+    centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).float()
     results = []
     for enabled in (False, True):
-        h = unit(rows, 8, seed=3).to(dtype).float().requires_grad_()
+        h = unit(rows, 8, seed=3).float().requires_grad_()
         s = torch.tensor(50.0, requires_grad=True)
-        given = h.to(dtype) if enabled else h
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             index = torch.arange(rows) % 30
             losses = [
-                prototypical_loss(given, centroids, centroids, index, s, 0.1),
-                info_nce(given, text if enabled else text.float(), s),
-                sharded_info_nce(given, text if enabled else text.float(), s),
+                prototypical_loss(h, centroids, centroids, index, s, 0.1),
+                info_nce(h, text, s),
+                sharded_info_nce(h, text, s),
             ]
             sum(losses).backward()
         assert all(loss.dtype == torch.float32 for loss in losses)
         results.append((*losses, s.grad, h.grad))
     for outside, inside in zip(*results, strict=True):
-        # Features of bfloat16 have gradients of bfloat16, each of a loss rounded on its own.
-        own = outside is results[0][-1] and dtype == torch.bfloat16
-        error = (inside - outside).norm() / outside.norm()
-        assert error < (2**-7 if own else 1e-5)
-
-
-def test_exponentials_are_no_denormals() -> None:
-    torch.set_flush_denormal(False)
-    shares = tiles.exponential(torch.linspace(-300, 0, 10_000))
-    assert shares.min() > torch.finfo(torch.float32).tiny
+        assert (inside - outside).norm() < 1e-5 * outside.norm()
 
 
 @pytest.mark.parametrize(
     "namespace",
     [
         SimpleNamespace(),
-        SimpleNamespace(_linear_pointwise=lambda x, w: x @ w.T),
         SimpleNamespace(_linear_pointwise=lambda x, w, *rest: x @ w.T + 1),
     ],
-    ids=["gone", "other signature", "other meaning"],
+    ids=["gone", "other meaning"],
 )
-def test_an_entry_point_that_changed_is_not_used(
-    namespace: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_point_that_changed_is_not_used(namespace, monkeypatch):
     """If oneDNN's private entry point is gone or changed, torch's own product runs."""
     monkeypatch.setattr(torch.ops, "mkldnn", namespace)
     tiles.onednn_linear.cache_clear()

@@ -3,18 +3,18 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
+from torch import Tensor
 
-from protoclip.config import ImageTowerConfig, ModelConfig
+from protoclip.config import Config, ImageTowerConfig, ParallelConfig
 from protoclip.models import loading
 from protoclip.models.loading import model_config
 from protoclip.models.towers import image_normalisation, named_towers
-from protoclip.testing import tiny_model
+from protoclip.testing import tiny_config, tiny_model
 
 
-def test_weights_are_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_a_function_of_the_seed(monkeypatch):
     """No global generator changes; `torch.manual_seed` would seed those of GPUs too."""
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
@@ -26,7 +26,7 @@ def test_weights_are_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> 
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_heads_start_equal_and_scales_stay_in_range() -> None:
+def test_heads_start_equal_and_scales_stay_in_range():
     """Image and text heads begin with the same weights; both scales are clamped to [1, 100]."""
     model = loading.model(tiny_model(), seed=0)
     for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
@@ -41,7 +41,7 @@ def test_heads_start_equal_and_scales_stay_in_range() -> None:
             assert parameter.exp().item() == pytest.approx(1.0 if low else 100.0, rel=1e-5)
 
 
-def test_embeddings_have_unit_norm_and_encoders_agree() -> None:
+def test_embeddings_have_unit_norm_and_encoders_agree():
     """Features and projections lie on the sphere; encode_* with normalize equals forward."""
     model = loading.model(tiny_model(), seed=0).eval()
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 99, (3, 8))
@@ -56,7 +56,7 @@ def test_embeddings_have_unit_norm_and_encoders_agree() -> None:
     assert model(images, tokens, project=False).image_projections is None
 
 
-def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide() -> None:
+def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide():
     """timm builds it for 224 pixels. A size that its patches do not divide is refused."""
     config = replace(tiny_model(), image=ImageTowerConfig(name="vit_tiny_patch16_224", size=48))
     built = loading.model(config, seed=0)
@@ -66,21 +66,37 @@ def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide() -> N
         loading.model(odd, seed=0)
 
 
-@pytest.mark.parametrize(("name", "patch"), [("ViT-S-16", 16), ("ViT-B-32", 32), ("RN50", 32)])
-def test_an_image_size_that_patches_do_not_fill_is_refused(
-    name: str, patch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the towers are built."""
-    monkeypatch.setattr(open_clip, "create_model", None)
-    config = ModelConfig(name=name, image=ImageTowerConfig(size=72))
-    with pytest.raises(ValueError, match=f"model.image.size: 72 is no multiple of the {patch}"):
-        loading.model(config, seed=0)
-
-
-def test_images_are_normalised_as_published_weights_want_it() -> None:
+def test_images_are_normalised_as_published_weights_want_it():
     """Also if the towers have no weights yet, or get those of a checkpoint."""
     towers = named_towers("ViT-L-14", pretrained="laion2b_s32b_b82k", weights="none")
     assert image_normalisation(towers) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     saved = asdict(replace(tiny_model(), name="ViT-L-14", pretrained="laion2b_s32b_b82k"))
     loaded = model_config({"model": saved}, Path("run"))
     assert (loaded.pretrained, loaded.checkpoint) == ("laion2b_s32b_b82k", "run")
+
+
+def gradients(config: Config) -> tuple[dict[str, Tensor], int]:
+    """Gradients of a sum of features, and how often a layer of the image tower was computed."""
+    model = loading.model(config.model, seed=0)
+    loading.parallelise(config, model)
+    layer, calls = model.towers.visual.trunk.blocks[0], []
+    layer.register_forward_pre_hook(lambda *given: calls.append(1))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 3, 48, 48, generator=generator)
+    output = model(images, torch.ones(3, 8, dtype=torch.long))
+    (output.image_features[0] @ output.text_features[1]).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found, len(calls)
+
+
+def test_activations_computed_again_give_the_same_gradients():
+    """A transformer's layer runs once more in the backward pass."""
+    config = tiny_config(out="unused")
+    image = ImageTowerConfig(name="vit_tiny_patch16_224", size=48)
+    config = replace(config, model=replace(tiny_model(), image=image))
+    expected, once = gradients(config)
+    again = replace(config, parallel=ParallelConfig(activation_checkpointing=True))
+    found, twice = gradients(again)
+    assert (once, twice) == (1, 2)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interrupting import with_changes
 from protoclip import KMeans
 from protoclip.data import sources
 from protoclip.data.loader import Batch
@@ -61,11 +61,6 @@ def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None
     return KMeans(centroids=rows(k, width, seed), assignments=given, inertia=0.0, history=())
 
 
-def nearest_of(points: Tensor, centroids: Tensor) -> list[int]:
-    differences = points.double()[:, None] - centroids.double()[None]
-    return differences.square().sum(2).argmin(1).tolist()
-
-
 def settings(batches: Callable[[Episode], list[Batch]], **teachers: TeacherFeatures) -> dict:
     model = loading.model(tiny_model(), seed=0)
     return {"model": model, "batches": batches, "teachers": teachers, "autocast": nullcontext}
@@ -79,7 +74,7 @@ def queued(**teachers: TeacherFeatures) -> QueuedFeatures:
     return QueuedFeatures(**settings(no_pass, **teachers), size=8)
 
 
-def test_the_queue_keeps_the_last_samples() -> None:
+def test_the_queue_keeps_the_last_samples():
     """Its rows and the teacher's of the same samples are clustered, without a pass or a graph."""
     names = [f"s{i}" for i in range(20)]
     bert = teacher(names)
@@ -96,16 +91,15 @@ def test_the_queue_keeps_the_last_samples() -> None:
         found = source.features(EPISODE)
         assert found.positions is None
         assert not found.image.requires_grad
-        held = dict(zip(source.sample_ids, zip(found.image, found.text, strict=True), strict=True))
-        assert set(held) == set(names[first - 4 : first + 4])
-        for at, step in ((first - 4, seen[-2]), (first, seen[-1])):
-            for i in range(4):
-                assert torch.equal(held[names[at + i]][0], step.image_projections[i])
-                assert torch.equal(held[names[at + i]][1], step.text_projections[i])
+        assert set(source.sample_ids) == set(names[first - 4 : first + 4])
+        places = [source.sample_ids.index(name) for name in names[first - 4 : first + 4]]
+        for space in ("image", "text"):
+            expected = torch.cat([getattr(step, f"{space}_projections") for step in seen[-2:]])
+            assert torch.equal(getattr(found, space)[places], expected)
         assert torch.equal(found.teachers["bert"], bert.lookup(source.sample_ids))
 
 
-def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> None:
+def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment():
     """By its current projection in its own modality, and by its teacher features if there are."""
     names = list("abcdefgh")
     bert = teacher(names[:5])
@@ -117,11 +111,11 @@ def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment() -> Non
         ("text", now.text_projections),
         ("bert", bert.lookup(names[:5])),
     ):
-        expected = nearest_of(points, spaces[space].centroids)
+        expected = torch.cdist(points, spaces[space].centroids).argmin(1).tolist()
         assert found[space].tolist() == expected + [-1] * (8 - len(expected))
 
 
-def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
+def test_an_extracted_sample_belongs_where_clustering_put_it():
     """By its position, whatever its projection is now."""
     source = ExtractedFeatures(**settings(no_pass))
     spaces = {"image": clusters(3, 4, 0, [2, 0, 1, 1, 0, 2])}
@@ -130,7 +124,7 @@ def test_an_extracted_sample_belongs_where_clustering_put_it() -> None:
     assert source.state_dict() == {}
 
 
-def test_a_repeated_pair_is_extracted_once() -> None:
+def test_a_repeated_pair_is_extracted_once():
     """The same image with another caption is another pair."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 32, 32, generator=generator)
@@ -162,26 +156,20 @@ def test_a_repeated_pair_is_extracted_once() -> None:
         torch.testing.assert_close(getattr(found, name), expected)
 
 
-def test_extraction_through_the_training_transform(tmp_path: Path) -> None:
-    """Each place of an episode has random draws of its own, other than training's and equal every
-    time; the default sees every pair once and as evaluation does."""
+def test_extraction_through_the_training_transform(tmp_path):
+    """Each place of an episode has random draws of its own, equal every time."""
     pq.write_table(tiny_pairs(), tmp_path / "tiny.parquet")
     found = {}
     for transform in ("evaluation", "training"):
         config = tiny_config(str(tmp_path / "tiny.parquet"), out=str(tmp_path / "run"))
-        prototypes = replace(config.prototypes, extract_transform=transform)
-        config = replace(config, prototypes=prototypes)
+        config = with_changes(config, {"prototypes": {"extract_transform": transform}})
         model, samples = loading.model(config.model, seed=0), sources.pairs(config)
         made = run.Run(config, model, samples, folder=tmp_path / "run")
         episode, source = made.episode(0), made.trainer.source
-        first, again = source.features(episode), source.features(episode)
-        assert torch.equal(first.image, again.image)
-        extracted, trained = (
-            next(iter(source.batches(episode))),
-            next(iter(made.loader.batches(episode, 0))),
-        )
-        assert not torch.equal(extracted.image, trained.image)
-        found[transform] = first
+        found[transform] = source.features(episode)
+        assert torch.equal(source.features(episode).image, found[transform].image)
+        trained = next(iter(made.loader.batches(episode, 0)))
+        assert not torch.equal(next(iter(source.batches(episode))).image, trained.image)
     rows = episode.rows.tolist()
     earlier = [rows.index(row) for row in rows]
     repeats = [place for place, row in enumerate(rows) if rows.index(row) < place]

@@ -1,6 +1,5 @@
-"""K-means against a plain restatement, and its promises."""
+"""K-means and the search for the nearest centroid against plain restatements."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from protoclip import kmeans
 from protoclip.prototypes import kmeans as clustering
-from protoclip.prototypes.kmeans import Rows, nearest, refill_empty, segment_mean, spread
+from protoclip.prototypes.nearest import Bfloat16Search, nearest
 
 both_inits = pytest.mark.parametrize("init", ["k-means++", "random"])
 
@@ -21,15 +20,8 @@ def blobs(generator: torch.Generator, n: int = 300, k: int = 6, d: int = 5) -> T
     return centres[torch.arange(n) % k] + torch.randn(n, d, generator=generator)
 
 
-def whole(features: Tensor) -> Rows:
-    order = torch.arange(len(features))
-    return Rows(values=features, order=order, orders=order, shared=False, spherical=False)
-
-
 @pytest.mark.parametrize("chunk", [8, 5_000_000])
-def test_lloyd_equals_scikit_learn_from_the_same_start(
-    chunk: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lloyd_equals_scikit_learn_from_the_same_start(chunk, generator, monkeypatch):
     monkeypatch.setattr("protoclip.prototypes.nearest.CHUNK_ELEMENTS", {"cpu": chunk})
     features = blobs(generator).double()
     ours = kmeans(features, 6, iterations=50, seed=0, init=features[:6])
@@ -40,9 +32,7 @@ def test_lloyd_equals_scikit_learn_from_the_same_start(
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-9)
 
 
-def test_assignments_and_history_belong_to_the_returned_centroids(
-    generator: torch.Generator,
-) -> None:
+def test_assignments_and_history_belong_to_the_returned_centroids(generator):
     """Also when stopped early: the history is what fewer iterations end with, and never rises."""
     features = torch.randn(200, 7, generator=generator, dtype=torch.float64)
     result = kmeans(features, 20, iterations=6, seed=3)
@@ -56,15 +46,10 @@ def test_assignments_and_history_belong_to_the_returned_centroids(
 
 
 @both_inits
-def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(
-    init: str, generator: torch.Generator
-) -> None:
+def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(init, generator):
     features = torch.randn(4200, 32, generator=generator)
 
-    def state() -> list[object]:
-        return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]  # noqa: NPY002
-
-    before = state()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     first, second, other = (
         kmeans(features, 300, iterations=3, restarts=2, seed=seed, init=init) for seed in (5, 5, 6)
     )
@@ -72,30 +57,13 @@ def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(
     assert torch.equal(first.assignments, second.assignments)
     assert first.history == second.history
     assert not torch.equal(first.centroids, other.centroids)
-    assert state() == before
-
-
-def test_restarts_keep_the_best(generator: torch.Generator) -> None:
-    features = torch.randn(300, 5, generator=generator)
-    one = kmeans(features, 6, iterations=20, seed=1)
-    many = kmeans(features, 6, iterations=20, restarts=8, seed=1)
-    assert many.inertia < one.inertia
-
-
-def test_empty_clusters_take_the_farthest_members_of_the_largest() -> None:
-    """Clusters of coinciding members and of one member have nothing to give."""
-    features = torch.tensor([[0.0], [0.0], [0.0], [0.0], [10], [11], [13], [20], [22], [30]])
-    assignments = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
-    centroids = torch.tensor([[0.0], [11.0], [21.5], [31.0], [99.0], [99.0], [99.0]])
-    distances = (features - centroids[assignments]).square().sum(1)
-    counts = torch.bincount(assignments, minlength=7)
-    filled = refill_empty(centroids, counts, whole(features), assignments, distances)
-    assert filled.flatten().tolist() == [0.0, 11.0, 21.5, 31.0, 13.0, 20.0, 99.0]
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert (numpy_state[1] == np.random.get_state()[1]).all()  # noqa: NPY002
 
 
 @both_inits
 @pytest.mark.parametrize("n", [1, 1100])
-def test_as_many_clusters_as_rows(n: int, init: str, generator: torch.Generator) -> None:
+def test_as_many_clusters_as_rows(n, init, generator):
     features = torch.randn(n, 32, generator=generator)
     result = kmeans(features, n, iterations=3, seed=0, init=init)
     assert result.assignments.sort().values.tolist() == list(range(n))
@@ -103,7 +71,7 @@ def test_as_many_clusters_as_rows(n: int, init: str, generator: torch.Generator)
     assert torch.equal(result.centroids[result.assignments], features)
 
 
-def test_kmeans_plus_plus_finds_every_group(generator: torch.Generator) -> None:
+def test_kmeans_plus_plus_finds_every_group(generator):
     """Of groups of unequal size that are far apart, each gives a row; uniform draws miss some."""
     sizes = [2000, 500, 40, 20, 10, 5, 3, 2, 2, 1, 1, 1]
     groups = torch.repeat_interleave(torch.arange(12), torch.tensor(sizes))
@@ -117,20 +85,7 @@ def test_kmeans_plus_plus_finds_every_group(generator: torch.Generator) -> None:
     assert uniform.inertia > 10 * far.inertia
 
 
-def test_kmeans_plus_plus_draws_distinct_rows_and_knows_the_nearest(
-    generator: torch.Generator,
-) -> None:
-    features = torch.randn(500, 6, generator=generator, dtype=torch.float64)
-    centroids, (assignments, distances) = spread(
-        whole(features), 64, generator, lambda centroids: nearest(features, centroids)
-    )
-    assert len(centroids.unique(dim=0)) == 64
-    expected = torch.cdist(features, centroids).square()
-    assert torch.equal(assignments, expected.argmin(1))
-    torch.testing.assert_close(distances, expected.min(1).values, rtol=1e-9, atol=1e-9)
-
-
-def test_spherical_clusters_are_by_cosine(generator: torch.Generator) -> None:
+def test_spherical_clusters_are_by_cosine(generator):
     features = 9 * torch.randn(80, 5, generator=generator, dtype=torch.float64)
     result = kmeans(features, 7, iterations=10, seed=0, spherical=True)
     torch.testing.assert_close(result.centroids.norm(dim=1), torch.ones(7, dtype=torch.float64))
@@ -145,30 +100,24 @@ NAN = torch.full((10, 4), float("nan"))
     [
         ({"num_clusters": 11}, "num_clusters=11.*10 rows"),
         ({"num_clusters": 0}, "num_clusters=0"),
-        ({"restarts": 0}, "restarts=0"),
         ({"iterations": -1}, "iterations=-1"),
         ({"init": torch.zeros(2, 4)}, "init"),
         ({"init": "anywhere"}, "(?s)init.*anywhere"),
         ({"features": NAN}, "non-finite"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
+def test_impossible_settings_are_refused(settings, message):
     arguments = {"features": torch.randn(10, 4), "num_clusters": 3, "iterations": 2, "seed": 0}
     with pytest.raises((ValueError, TypeError), match=message):
         kmeans(**arguments | settings)
 
 
-@torch.inference_mode()
-def inference_copy(features: Tensor) -> Tensor:
-    return features.clone()
-
-
 @pytest.mark.parametrize(
     "given",
-    [Tensor.half, Tensor.bfloat16, inference_copy, lambda x: x.clone().requires_grad_()],
+    [Tensor.half, Tensor.bfloat16, torch.inference_mode(Tensor.clone), Tensor.requires_grad_],
     ids=["float16", "bfloat16", "inference", "with gradient"],
 )
-def test_any_rows_are_clustered_in_float32(given: Callable, generator: torch.Generator) -> None:
+def test_any_rows_are_clustered_in_float32(given, generator):
     rows = given(blobs(generator))
     result = kmeans(rows, 6, iterations=5, seed=0)
     assert result.centroids.dtype == torch.float32
@@ -178,28 +127,53 @@ def test_any_rows_are_clustered_in_float32(given: Callable, generator: torch.Gen
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_clusters_are_the_same_with_and_without_bfloat16(
-    fast: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clusters_are_the_same_with_and_without_bfloat16(fast, generator, monkeypatch):
     monkeypatch.setattr(
         clustering, "bfloat16_pays", lambda rows, *_: fast and rows.dtype.itemsize == 4
     )
-    features = torch.nn.functional.normalize(torch.randn(1500, 24, generator=generator), dim=1)
+    features = unit_rows(generator, 1500)
     result = kmeans(features, 300, iterations=8, seed=0, init=features[:300])
     expected = kmeans(features.double(), 300, iterations=8, seed=0, init=features[:300].double())
     assert result.inertia == pytest.approx(expected.inertia, rel=1e-5)
     assert (result.assignments == expected.assignments).float().mean() > 0.999
 
 
-def test_segments_are_summed_in_the_order_of_their_rows(generator: torch.Generator) -> None:
-    """Bit for bit the float32 sum from the first row on, which makes it deterministic anywhere."""
-    features = torch.randn(2000, 16, generator=generator)[:, ::2]
-    assignments = torch.randint(0, 12, (2000,), generator=generator)
-    assignments[assignments == 7] = 3
-    means, counts = segment_mean(features, assignments, 13)
-    sums = torch.zeros(13, 8)
-    for row, segment in zip(features, assignments.tolist(), strict=True):
-        sums[segment] += row
-    assert counts.tolist() == [assignments.tolist().count(segment) for segment in range(13)]
-    assert torch.equal(means, sums / counts.clamp(min=1).unsqueeze(1))
-    assert means[[7, 12]].abs().sum() == 0
+def unit_rows(generator: torch.Generator, n: int, d: int = 24) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
+
+
+def search_of(features: Tensor) -> Bfloat16Search:
+    return Bfloat16Search(features, features.mean(0))
+
+
+GEOMETRIES = {
+    "directions": lambda g: unit_rows(g, 700),
+    "far from the origin": lambda g: unit_rows(g, 700) + 30,
+    "large": lambda g: 1e12 * torch.randn(700, 24, generator=g),
+    "copies": lambda g: unit_rows(g, 350).repeat(2, 1),
+    "tight groups": lambda g: 10 * unit_rows(g, 7).repeat(100, 1) + 1e-3 * unit_rows(g, 700),
+    "one point": lambda g: unit_rows(g, 1).repeat(700, 1),
+}
+
+
+@pytest.mark.parametrize("num_clusters", [3, 40, 300, 700])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_bfloat16_search_finds_the_nearest(geometry, num_clusters, generator):
+    """In float64 no other centroid is nearer, up to float32's rounding of the difference."""
+    features = GEOMETRIES[geometry](generator)
+    centroids = features[torch.randperm(700, generator=generator)[:num_clusters]]
+    assignments, distances = search_of(features).nearest(centroids)
+    expected = torch.cdist(
+        features.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+    chosen = expected.gather(1, assignments.unsqueeze(1)).squeeze(1)
+    rounding = 1e-6 * expected.max()
+    assert (chosen - expected.min(1).values).max() <= rounding
+    torch.testing.assert_close(distances.double(), chosen, rtol=1e-4, atol=float(rounding))
+
+
+def test_ties_go_to_the_lower_index(generator):
+    features = unit_rows(generator, 600)
+    centroids = features[:290].repeat(2, 1)
+    for search in (search_of(features).nearest, lambda c: nearest(features, c)):
+        assert int(search(centroids)[0].max()) < 290

@@ -1,5 +1,6 @@
 """Frozen models as teachers, and passes over a data set, with models that are made up."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,8 +21,9 @@ from torch import nn
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
 from protoclip.teachers import encode
-from protoclip.teachers.encode import Encoder, embed_teacher, fit_pca, open_encoder, pooled
+from protoclip.teachers.encode import Encoder, embed_teacher, fit_pca, open_encoder
 from protoclip.teachers.store import read_teacher
+from protoclip.testing import run_distributed
 
 CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"]
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a BERT of random weights and a vocabulary of a dozen words."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("models") / "bert"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for c in CAPTIONS for w in c.split()})]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({*" ".join(CAPTIONS).split()})]
     vocabulary = {word: number for number, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary, model_max_length=32).save_pretrained(folder)
     torch.manual_seed(0)
@@ -53,7 +55,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
-def test_padding_does_not_change_a_feature(bert: str, pooling: str) -> None:
+def test_padding_does_not_change_a_feature(bert, pooling):
     """In a batch each caption gets the unit-norm feature that it gets alone in float64."""
     transformers = pytest.importorskip("transformers")
     model = transformers.BertModel.from_pretrained(bert).double().eval()
@@ -72,14 +74,7 @@ def test_padding_does_not_change_a_feature(bert: str, pooling: str) -> None:
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=0)
 
 
-def test_the_mean_leaves_out_padding_that_is_not_finite() -> None:
-    states = torch.tensor([[[1.0], [3.0], [torch.inf]], [[5.0], [torch.nan], [torch.nan]]])
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    found = pooled(type("Outputs", (), {"last_hidden_state": states}), mask, "mean")
-    assert found.tolist() == [[2.0], [5.0]]
-
-
-def test_a_model_without_pooler_is_refused(bert: str, tmp_path: Path) -> None:
+def test_a_model_without_pooler_is_refused(bert, tmp_path):
     """Weights that the files lack would be random. Other poolings do not need them."""
     transformers = pytest.importorskip("transformers")
     model = transformers.BertModel.from_pretrained(bert, add_pooling_layer=False)
@@ -94,7 +89,7 @@ def test_a_model_without_pooler_is_refused(bert: str, tmp_path: Path) -> None:
     assert first.checksum() != second.checksum()
 
 
-def test_timm_models_give_pooled_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_models_give_pooled_features(monkeypatch):
     """With the model's own transform and without its classifier."""
     make = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **more: make(name, num_classes=0))
@@ -104,19 +99,17 @@ def test_timm_models_give_pooled_features(monkeypatch: pytest.MonkeyPatch) -> No
     inputs = transform(Image.fromarray(pixels))
     expected = encoder.module.forward_features(inputs[None]).mean((2, 3))[0]
     assert (encoder.width, encoder.reads) == (512, "image")
-    assert encoder.transform is not None
     found = encoder.encode([encoder.transform(Image.fromarray(pixels))])[0]
     torch.testing.assert_close(found, expected / expected.norm())
 
 
-def test_open_clip_models_give_either_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_clip_models_give_either_tower(monkeypatch):
     """The image tower unless text is asked."""
     towers = named_towers("ViT-S-32-alt").eval()
     monkeypatch.setattr(encode.towers, "named_towers", lambda name, pretrained: towers)
     image = opened("open_clip:ViT-S-32-alt/tag")
     text = opened("open_clip:ViT-S-32-alt/tag", modality="text")
     assert (image.reads, text.reads) == ("image", "text")
-    assert image.transform is not None
     pixels = image.transform(Image.new("RGB", (300, 260), (200, 30, 90)))
     tokens = build_tokenizer("ViT-S-32-alt")(CAPTIONS)
     expected = towers.encode_image(pixels[None], normalize=True)
@@ -137,19 +130,19 @@ def test_open_clip_models_give_either_tower(monkeypatch: pytest.MonkeyPatch) -> 
         ("hf:{folder}", "Unrecognized model"),
     ],
 )
-def test_what_cannot_be_opened_is_named(teacher: str, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_named(teacher, message, tmp_path):
     teacher = teacher.format(folder=tmp_path)
     with pytest.raises(ValueError, match=rf"^[^\n]*'{teacher}' cannot be [^\n]*{message}[^\n]*$"):
         opened(teacher)
 
 
 @pytest.mark.parametrize(("teacher", "modality"), [("hf:x", "image"), ("timm:resnet10t", "text")])
-def test_a_modality_that_the_model_does_not_read(teacher: str, modality: str) -> None:
+def test_a_modality_that_the_model_does_not_read(teacher, modality):
     with pytest.raises(ValueError, match=f"--modality {modality}: {teacher} reads .* only"):
         opened(teacher, modality=modality)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'protoclip\[teachers\]'"):
         opened("minilm")
@@ -216,7 +209,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_each_caption_is_read_once_without_its_image(tmp_path: Path) -> None:
+def test_each_caption_is_read_once_without_its_image(tmp_path):
     """Batches hold captions of similar length. Several captions of a sample count alike."""
     captions = [[word] for word in words(47)]
     captions[5] = ["aaa", "bbbb", "cc"]
@@ -233,7 +226,7 @@ def test_each_caption_is_read_once_without_its_image(tmp_path: Path) -> None:
     assert sorted(content(tmp_path / "t")) == ["facts.json", "features.npy", "index.npy"]
 
 
-def test_bad_samples_have_no_row(tmp_path: Path) -> None:
+def test_bad_samples_have_no_row(tmp_path):
     """They are counted and listed with the reason; a source of nothing else is refused."""
     captions = words(24)
     captions[3] = captions[20] = " "
@@ -249,7 +242,7 @@ def test_bad_samples_have_no_row(tmp_path: Path) -> None:
         run(Letters(), pairs([" "] * 3), tmp_path / "none")
 
 
-def test_a_killed_pass_goes_on_after_its_last_part(tmp_path: Path) -> None:
+def test_a_killed_pass_goes_on_after_its_last_part(tmp_path):
     """After SIGKILL in the third of five parts the first two are not encoded again, and the result
     is, byte for byte, that of a pass that was not interrupted."""
     captions = words(47)
@@ -287,9 +280,7 @@ def test_a_killed_pass_goes_on_after_its_last_part(tmp_path: Path) -> None:
         ({"teacher": "others"}, "teacher letters, not others"),
     ],
 )
-def test_a_folder_of_another_pass_is_kept(
-    changed: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_folder_of_another_pass_is_kept(changed, message, tmp_path):
     """Neither a begun nor a finished pass goes on with something else."""
     with pytest.raises(KeyboardInterrupt):
         run(Letters(at=4), pairs(words(20)), tmp_path / "t")
@@ -299,7 +290,7 @@ def test_a_folder_of_another_pass_is_kept(
         run(Letters(), pairs(words(20)), tmp_path / "t")
 
 
-def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path):
     """A width above the model's, duplicate ids, a folder that holds something else."""
     model, out = Letters(), tmp_path / "t"
     with pytest.raises(ValueError, match=r"--width: 13 is not between 1 and 12, letters's own"):
@@ -317,7 +308,7 @@ def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_features_that_are_not_finite_stop_the_pass(tmp_path: Path) -> None:
+def test_features_that_are_not_finite_stop_the_pass(tmp_path):
     """When they occur, with their number and an example."""
     model = Letters()
     model.encoder.forward = lambda counts: counts / (counts.sum(1, keepdim=True) < 17)
@@ -326,7 +317,7 @@ def test_features_that_are_not_finite_stop_the_pass(tmp_path: Path) -> None:
 
 
 class Stream:
-    """Seven samples over and over, one of them bad, each time in another order."""
+    """Seven samples over and over, one of them bad."""
 
     name = "stream"
 
@@ -336,16 +327,11 @@ class Stream:
 
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
         self.asked.append(first)
-        place = first
-        while True:
+        for place in itertools.count(first):
             turn, within = divmod(place, 7)
-            number = (within * 3 + turn) % 7
-            captions = ("a" * number,)
-            if number == 2:
-                yield BadSample("s/2", "a.tar", "no image")
-            else:
-                yield Sample(sample_id=f"s/{number}", image=b"", captions=captions, where="a.tar")
-            place += 1
+            number = (within * 3 + turn) % 7  # another order each time
+            good = Sample(sample_id=f"s/{number}", image=b"", captions=("a" * number,), where="")
+            yield BadSample("s/2", "a.tar", "no image") if number == 2 else good
 
     def state_dict(self, first: int) -> dict[str, Any]:
         return {"at": first}
@@ -354,7 +340,7 @@ class Stream:
         self.learned.append(state)
 
 
-def test_each_sample_of_a_stream_is_encoded_once(tmp_path: Path) -> None:
+def test_each_sample_of_a_stream_is_encoded_once(tmp_path):
     """Neither repeats nor a restart encode it again."""
     # The first four samples are numbers 0, 3, 6 and the bad one: a batch of three.
     with pytest.raises(KeyboardInterrupt):
@@ -369,7 +355,7 @@ def test_each_sample_of_a_stream_is_encoded_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [3, 8])
-def test_pca_equals_the_svd_of_centred_rows(width: int) -> None:
+def test_pca_equals_the_svd_of_centred_rows(width):
     """Block by block, also if one is empty."""
     generator = np.random.default_rng(0)
     features = generator.normal(size=(90, 8)) @ generator.normal(size=(8, 8)) + 9
@@ -380,3 +366,18 @@ def test_pca_equals_the_svd_of_centred_rows(width: int) -> None:
     np.testing.assert_allclose(ours, theirs * np.sign((ours * theirs).sum(0)), atol=1e-7)
     assert kept == pytest.approx((scale[:width] ** 2).sum() / (scale**2).sum())
     assert (axes[np.arange(width), np.abs(axes).argmax(1)] > 0).all()
+
+
+def make(out: Path, width: int | None) -> dict[str, Any]:
+    captions = words(47)
+    captions[13] = " "  # a bad sample
+    return run(Letters(), pairs(captions), out, part=5, width=width)
+
+
+@pytest.mark.parametrize("width", [None, 3])
+def test_several_ranks_make_the_folder_of_one_process(width, tmp_path):
+    """Byte for byte, with ten parts over two ranks, and the facts on the first."""
+    one = make(tmp_path / "one", width)
+    assert run_distributed(make, 2, tmp_path / "many", width) == [one, {}]
+    assert (one["rows"], one["bad"]) == (46, 1)
+    assert content(tmp_path / "many") == content(tmp_path / "one")

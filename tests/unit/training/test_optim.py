@@ -1,13 +1,15 @@
-"""The optimizer, and the settings that a configuration leaves open."""
+"""Stages, precision, learning rates, and the settings that a configuration leaves open."""
 
+import math
 from dataclasses import replace
 
 import open_clip
 import pytest
+import torch
 
-from protoclip.config import Config, EpisodeConfig, ModelConfig, OptimConfig
+from protoclip.config import Config, EpisodeConfig, LossConfig, ModelConfig, OptimConfig
 from protoclip.models import loading
-from protoclip.testing import tiny_config
+from protoclip.testing import tiny_config, tiny_model
 from protoclip.training import run
 from protoclip.training.optim import (
     optim_settings,
@@ -15,6 +17,16 @@ from protoclip.training.optim import (
     resolved,
     schedule,
     set_learning_rate,
+    warm_up_cosine,
+)
+from protoclip.training.precision import autocast, grad_scaler, resolve
+from protoclip.training.stages import (
+    CONTRASTIVE,
+    LOCKED_IMAGE,
+    PROTOTYPICAL,
+    WARM_UP,
+    enter_stage,
+    stage_of,
 )
 
 
@@ -27,38 +39,29 @@ def named(name: str | None, *, batch: int = 512, steps: int = 1000, **optim: obj
     )
 
 
-def test_small_towers_get_what_suits_the_emoji() -> None:
+def test_small_towers_get_what_suits_the_emoji():
     """The values that the bundled recipes were measured with, at any batch and without a note."""
+    expected = {"learning_rate": 2e-3, "warm_up_steps": 50, "locked_learning_rate": 2e-4}
+    expected |= {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2, "heads_weight_decay": 0.2}
     for batch in (64, 4096):
-        settings, notes = optim_settings(named(None, batch=batch))
-        assert settings == {
-            "learning_rate": 2e-3,
-            "warm_up_steps": 50,
-            "locked_learning_rate": 2e-4,
-            "betas": (0.9, 0.98),
-            "eps": 1e-6,
-            "weight_decay": 0.2,
-            "heads_weight_decay": 0.2,
-        }
-        assert notes == []
+        assert optim_settings(named(None, batch=batch)) == (expected, [])
     lower, _ = optim_settings(named(None, weight_decay=0.1))
     assert lower["heads_weight_decay"] == 0.1
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("names", "expected"),
     [
-        ("EVA02-B-16", ((0.9, 0.98), 1e-6, 0.2)),
-        ("swin_base_patch4_window7_224", ((0.9, 0.98), 1e-6, 0.2)),
-        ("RN50", ((0.9, 0.999), 1e-8, 0.1)),
-        ("convnext_base", ((0.9, 0.999), 1e-8, 0.1)),
+        (["EVA02-B-16", "swin_base_patch4_window7_224"], ((0.9, 0.98), 1e-6, 0.2)),
+        (["RN50", "convnext_base"], ((0.9, 0.999), 1e-8, 0.1)),
     ],
 )
-def test_a_named_model_gets_the_usual_values(name: str, expected: object) -> None:
+def test_a_named_model_gets_the_usual_values(names, expected):
     """They depend on the kind of image tower, as the README says."""
-    settings, _ = optim_settings(named(name))
-    assert (settings["betas"], settings["eps"], settings["weight_decay"]) == expected
-    assert settings["heads_weight_decay"] == 0
+    for name in names:
+        settings, _ = optim_settings(named(name))
+        assert (settings["betas"], settings["eps"], settings["weight_decay"]) == expected
+        assert settings["heads_weight_decay"] == 0
 
 
 @pytest.mark.parametrize(
@@ -70,16 +73,14 @@ def test_a_named_model_gets_the_usual_values(name: str, expected: object) -> Non
         (1000, 4, 5e-4, 1),
     ],
 )
-def test_the_rate_grows_with_the_batch_and_the_warm_up_with_the_run(
-    batch: int, steps: int, rate: float, warm_up: int
-) -> None:
+def test_the_rate_grows_with_the_batch_and_the_warm_up_with_the_run(batch, steps, rate, warm_up):
     settings, _ = optim_settings(named("ViT-B-32", batch=batch, steps=steps))
     assert settings["learning_rate"] == pytest.approx(rate)
     assert settings["locked_learning_rate"] == pytest.approx(rate / 10)
     assert settings["warm_up_steps"] == warm_up
 
 
-def test_what_is_set_counts_and_what_is_not_gets_a_note() -> None:
+def test_what_is_set_counts_and_what_is_not_gets_a_note():
     """Zeros count as set."""
     settings, notes = optim_settings(named("ViT-B-32"))
     assert "optim.learning_rate = 0.0005, from ViT-B-32 at batch 512" in notes
@@ -93,54 +94,34 @@ def test_what_is_set_counts_and_what_is_not_gets_a_note() -> None:
     assert not any("optim.learning_rate" in note for note in notes)
 
 
-@pytest.mark.parametrize("name", [None, "ViT-B-32"])
-def test_a_resolved_configuration_stays_as_it_is(name: str | None) -> None:
-    """Nothing is left to decide, so that the same command goes on with a run."""
-    config, _ = resolved(named(name))
-    assert resolved(config) == (config, [])
-    assert f"learning_rate = {config.optim.learning_rate}" in run.to_toml(config)
-    size = config.model.image.size, config.model.text.context_length
-    assert size == ((40, 16) if name is None else (None, None))
-
-
-def test_weight_decay_spares_gains_biases_and_scales() -> None:
-    """Every parameter is in one group. Heads may have a decay of their own."""
-    config = tiny_config(out="unused")
-    model = loading.model(config.model, seed=0)
-    for heads_decay in (0.2, 0.3):
-        optim = OptimConfig(heads_lr_scale=1.0, heads_weight_decay=heads_decay)
-        groups = optimizer(replace(config, optim=optim), model).param_groups
-        decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-        assert sum(len(group["params"]) for group in groups) == len(decays)
-        for name, parameter in model.named_parameters():
-            is_head = name.startswith(("image_head.", "text_head."))
-            decay = heads_decay if is_head else 0.2
-            assert decays.pop(id(parameter)) == (decay if parameter.ndim >= 2 else 0.0), name
-        assert not decays
-        scalars = [{p.ndim == 0 for p in group["params"]} for group in groups]
-        assert all(len(kinds) == 1 for kinds in scalars)  # FSDP2 needs them apart
-
-
-def test_towers_and_heads_may_have_their_own_learning_rates() -> None:
-    """Temperatures keep the common one."""
-    scales = OptimConfig(image_lr_scale=0.1, text_lr_scale=0.5, heads_lr_scale=0.05)
-    config = replace(tiny_config(out="unused"), optim=scales)
+@pytest.mark.parametrize("heads_decay", [0.2, 0.3])
+def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
+    """Gains, biases and scales have no decay, and temperatures keep the common rate."""
+    scales = {"image_lr_scale": 0.1, "text_lr_scale": 0.5, "heads_lr_scale": 0.05}
+    settings = OptimConfig(**scales, heads_weight_decay=heads_decay)
+    config = replace(tiny_config(out="unused"), optim=settings)
     model = loading.model(config.model, seed=0)
     adamw = optimizer(config, model)
     set_learning_rate(adamw, 2.0)
-    rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
+    groups = {id(p): group for group in adamw.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(groups)
     for name, parameter in model.named_parameters():
-        expected = 2.0
+        rate, decay = 2.0, 0.2
         if name.startswith(("image_head.", "text_head.")):
-            expected = 0.1
+            rate, decay = 0.1, heads_decay
         elif name.startswith("towers.visual."):
-            expected = 0.2
+            rate = 0.2
         elif name.startswith("towers.") and name != "towers.logit_scale":
-            expected = 1.0
-        assert rates[id(parameter)] == pytest.approx(expected), name
+            rate = 1.0
+        group = groups.pop(id(parameter))
+        assert group["lr"] == pytest.approx(rate), name
+        assert group["weight_decay"] == (decay if parameter.ndim >= 2 else 0.0), name
+        # FSDP2 needs scalars apart.
+        assert len({p.ndim == 0 for p in group["params"]}) == 1
+    assert not groups
 
 
-def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero() -> None:
+def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero():
     """It starts low, reaches its own peak and comes down. Else one cosine covers the whole run."""
     config = named(None, steps=100, warm_up_steps=10, locked_learning_rate=5e-4)
     config = replace(config, episodes=replace(config.episodes, locked_image=1))
@@ -155,7 +136,7 @@ def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero() -> None:
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
 
 
-def test_models_of_the_sigmoid_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_the_sigmoid_loss_are_refused(monkeypatch):
     """All of open_clip's, before anything is built; and no other model."""
     monkeypatch.setattr(open_clip, "create_model", None)
     for name in open_clip.list_models():
@@ -164,3 +145,58 @@ def test_models_of_the_sigmoid_loss_are_refused(monkeypatch: pytest.MonkeyPatch)
             continue
         with pytest.raises(ValueError, match=f"^model.name: {name} needs the sigmoid loss"):
             run.train(named(name))
+
+
+def test_the_schedule_is_linear_then_cosine():
+    """Equal to the formula at every step. A short run still reaches its peak and comes down."""
+    for step in range(100):
+        expected = (
+            (step + 1) / 10 if step < 10 else 0.5 + 0.5 * math.cos(math.pi * (step - 10) / 90)
+        )
+        assert warm_up_cosine(step, peak=1.0, warm_up=10, total=100) == pytest.approx(expected)
+    rates = [warm_up_cosine(step, peak=1.0, warm_up=1000, total=10) for step in range(10)]
+    assert max(rates) == 1.0
+    assert rates[-1] < 0.2
+
+
+def test_the_order_of_the_stages():
+    """Warm-up, prototypical, locked image. Without prototypes it is CLIP, with the same lock."""
+    config = Config(episodes=EpisodeConfig(count=4, warm_up=1, locked_image=1))
+    stages = [stage_of(config, index) for index in range(4)]
+    assert stages == [WARM_UP, PROTOTYPICAL, PROTOTYPICAL, LOCKED_IMAGE]
+    clip = replace(config, loss=LossConfig(prototypical=0.0))
+    stages = [stage_of(clip, index) for index in range(4)]
+    assert stages == [CONTRASTIVE] * 3 + [LOCKED_IMAGE]
+
+
+def test_the_locked_stage_fixes_the_image_tower():
+    """Neither weights nor BatchNorm statistics of the image tower move; the text tower trains."""
+    model = loading.model(tiny_model(), seed=0)
+    enter_stage(model, LOCKED_IMAGE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    out = model(torch.randn(4, 3, 32, 32), torch.randint(1, 99, (4, 8)), project=False)
+    (out.image_features * out.text_features).sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad)
+    changed = {
+        name for name, tensor in model.state_dict().items() if (tensor != before[name]).any()
+    }
+    assert changed
+    assert not {name for name in changed if name.startswith(("towers.visual", "image_head"))}
+    assert any(name.startswith("towers.transformer") for name in changed)
+    enter_stage(model, PROTOTYPICAL)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_precision_is_as_asked_and_only_as_asked():
+    """fp32 opens no autocast, bf16 and fp16 do, and only fp16 scales its loss."""
+    cpu, matrix = torch.device("cpu"), torch.randn(4, 4)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        with autocast(name, cpu)():
+            assert (matrix @ matrix).dtype == dtype
+        assert resolve(name, cpu) == name
+        assert grad_scaler(name, cpu).is_enabled() == (name == "fp16")
+    assert resolve("auto", cpu) in ("fp32", "bf16")

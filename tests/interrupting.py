@@ -1,22 +1,30 @@
-"""Interrupted runs, for the tests that go on with them."""
+"""Short runs: interrupted, shared by ranks, and compared by how they end."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from protoclip.config import Config
+from protoclip.data.emoji import emoji_table
 from protoclip.data.loader import Batch
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.distributed import collectives
+from protoclip.evaluation import datasets
+from protoclip.models import loading
 from protoclip.models.loading import find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run
@@ -39,17 +47,23 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_for(train: str, out: Path, **changes: Any) -> Config:
-    """A run of four episodes of four steps."""
-    config = tiny_config(train, out=str(out))
-    run_ = replace(config.run, save_minutes=0.0, **changes.pop("run", {}))
-    config = replace(config, run=run_)
-    for section, values in changes.items():
+def with_changes(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    for section, values in sections.items():
         config = replace(config, **{section: replace(getattr(config, section), **values)})
     return config
 
 
-def end_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def with_out(config: Config, out: str) -> Config:
+    return with_changes(config, {"run": {"out": out}})
+
+
+def config_for(train: str, out: Path, **changes: Any) -> Config:
+    """A run of four episodes of four steps."""
+    config = with_changes(tiny_config(train, out=str(out)), {"run": {"save_minutes": 0.0}})
+    return with_changes(config, changes)
+
+
+def end_of(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """All tensors of the last checkpoint, and the metrics without times."""
     last = find_checkpoint(folder)
     assert last.name == "step-000000016"
@@ -74,22 +88,54 @@ def assert_equal_ends(ours: Path, theirs: Path) -> None:
     assert metrics == expected_metrics
 
 
-def after_step(step: int, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call a function when the run has made this many steps."""
+def relative_difference(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Config
+) -> float:
+    """Distance of all parameters, as a share of the way that they went from the start."""
+    start = loading.model(config.model, seed=config.run.seed).state_dict()
+    names = [n for n in expected if "running_" not in n and "num_batches" not in n]
+
+    def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+        parts = [(one[name] - other[name]).double().norm() for name in names]
+        return float(torch.stack(parts).norm())
+
+    return distance(weights, expected) / distance(expected, start)
+
+
+def after_step(
+    step: int, work: Callable[[Trainer], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Call a function with the trainer when the run has made this many steps."""
     train_step = Trainer.train_step
 
     def and_work(trainer: Trainer, batch: Batch, **more: Any) -> dict[str, float]:
         metrics = train_step(trainer, batch, **more)
         if trainer.step == step:
-            work()
+            work(trainer)
         return metrics
 
     monkeypatch.setattr(Trainer, "train_step", and_work)
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, by: str = "SIGTERM") -> None:
-    """Send a signal to this process when the run has made this many steps."""
-    after_step(step, lambda: os.kill(os.getpid(), getattr(signal, by)), monkeypatch)
+    """Send a signal to the last rank when the run has made this many steps."""
+
+    def stop(_: Trainer) -> None:
+        if collectives.rank() == collectives.world_size() - 1:
+            os.kill(os.getpid(), getattr(signal, by))
+
+    after_step(step, stop, monkeypatch)
+
+
+@cache
+def few_emoji() -> datasets.EvaluationData:
+    """The evaluation data cut to every 25th sample, so that an evaluation takes a second."""
+    tables = {split: emoji_table(split) for split in datasets.SPLITS}
+    parts = {
+        split: ImageTextPairs(table.take(list(range(0, table.num_rows, 25))), name=f"emoji/{split}")
+        for split, table in tables.items()
+    }
+    return datasets.EvaluationData(name="emoji", **parts)
 
 
 def kill_at_random(config: Config, kills: int, generator: random.Random) -> None:
@@ -107,27 +153,11 @@ def kill_at_random(config: Config, kills: int, generator: random.Random) -> None
 
 def in_a_child(config: Config, seconds: float) -> bool:
     """Train in a forked process and kill it after a time; returns whether it ended by then."""
-    child = os.fork()
-    if child == 0:
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            run.train(config, resume="auto")
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return True
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
-
-
-def with_out(config: Config, out: str) -> Config:
-    return replace(config, run=replace(config.run, out=out))
+    child = multiprocessing.get_context("fork").Process(target=run.train, args=(config, "auto"))
+    child.start()
+    child.join(seconds)
+    in_time = child.exitcode is not None
+    assert child.exitcode in (None, 0)
+    child.kill()
+    child.join()
+    return in_time
