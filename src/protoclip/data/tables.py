@@ -6,6 +6,7 @@ row, or drop it without a word, so these are parsed here: lines left out are cou
 
 import bz2
 import csv
+import glob
 import gzip
 import io
 import json
@@ -112,7 +113,9 @@ def open_files(
         with _library() as datasets, faults(paths[0], Exception):
             files = [_local_copy(*each, options) for each in zip(paths, prints, strict=True)]
             cache = str(options.cache / "datasets")
-            data = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=cache)
+            data = datasets.load_dataset(
+                builder, data_files=[*map(glob.escape, files)], split="train", cache_dir=cache
+            )
             source = data.data
     return _pairs(source, options, where=paths[0], key=key, root=root, name=name)
 
@@ -271,8 +274,7 @@ def choose(
     by_name = {name.lower().strip(): name for name in reversed(schema.names)}
     chosen: dict[str, list[str]] = {}
     notes: list[str] = []
-    if repeated := [name for name, count in Counter(schema.names).items() if count > 1]:
-        raise _missing(where, schema, f"more than one column '{repeated[0]}'")
+    repeated = {name for name, count in Counter(schema.names).items() if count > 1}
     for setting, what, usual, given in (
         ("image_column", "images", IMAGE_COLUMNS, [options.image_column]),
         ("caption_column", "captions", CAPTION_COLUMNS, options.caption_column),
@@ -280,6 +282,8 @@ def choose(
     ):
         named = [name for name in given if name]
         present = [by_name[name] for name in usual if name in by_name]
+        if clash := repeated & {*named, *present}:
+            raise _missing(where, schema, f"more than one column '{min(clash)}'")
         fit = [name for name in present if _holds(what, schema.field(name).type)]
         if len(fit) > 1 and not named:
             notes.append(
