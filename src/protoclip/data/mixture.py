@@ -14,10 +14,8 @@ from protoclip.data.index import digest
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import ORDER_STREAM, generator, permute
 
-# A permutation that no pass over the data uses.
-CAPTION_PERMUTATION = 2**62
-# A mixture of streams keeps its shares exactly over this many samples.
-PERIOD = 1000
+CAPTION_PERMUTATION = 2**62  # no pass over the data uses it
+PERIOD = 1000  # a mixture of streams keeps its shares exactly over as many samples
 
 
 def _joined_name(sources: Sequence[Pairs | SampleStream]) -> str:

@@ -24,10 +24,8 @@ from protoclip.progress import Progress
 
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
 JPEG_QUALITY = 95
-# A shard ends once it has this many bytes of content.
-SHARD_BYTES = 1 << 30
-# Samples that threads prepare at a time.
-CHUNK = 256
+SHARD_BYTES = 1 << 30  # a shard ends once it has as much content
+CHUNK = 256  # samples that threads prepare at a time
 # Images that start like this are stored as they are; others become JPEG.
 KEPT = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))
 
@@ -53,9 +51,8 @@ def pack(
     Images whose shorter side has more pixels than `resize` are shrunk to it, as JPEG. Others, and
     all if it is unset, keep their bytes. An interrupted run with the same settings is resumed.
 
-    Raises:
-        ValueError: The folder holds something else, no sample can be stored, or a shard does not
-            hold what was written to it.
+    Raises `ValueError` if the folder holds something else, no sample can be stored, or a shard does
+    not hold what was written to it.
     """
     settings = {
         "form": 1,
@@ -80,11 +77,8 @@ def pack(
             raise ValueError(
                 f"{path}: {whole} of {written} samples are whole; delete it, and retry"
             )
-    return Packed(
-        shards=[shard["name"] for shard in shards],
-        samples=sum(shard["samples"] for shard in shards),
-        skipped=skipped.read_bytes().count(b"\n"),
-    )
+    names, samples = [s["name"] for s in shards], sum(s["samples"] for s in shards)
+    return Packed(shards=names, samples=samples, skipped=skipped.read_bytes().count(b"\n"))
 
 
 def _read_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -96,10 +90,8 @@ def _read_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{out}: holds tar files of another origin; choose another folder")
     for key, value in settings.items():
         if (before := manifest["settings"].get(key)) != value:
-            raise ValueError(
-                f"{out}: was packed with {key} = {before!r}, not {value!r}; keep that, or choose "
-                "another folder"
-            )
+            reason = f"was packed with {key} = {before!r}, not {value!r}"
+            raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
     for number, shard in enumerate(manifest["shards"]):
         path = out / shard["name"]
         if not path.exists() or path.stat().st_size != shard["bytes"]:
@@ -148,7 +140,7 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
 
 
 def _prepare(source: Pairs, start: int, side: int | None) -> Iterator[dict[str, bytes] | BadSample]:
-    """The files of each sample from row `start` on, by extension, in order."""
+    """The files of each sample from row `start` on, by extension."""
     with ThreadPoolExecutor() as pool:
         for first in range(start, len(source), CHUNK):
             rows = range(first, min(first + CHUNK, len(source)))

@@ -46,8 +46,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and wh
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 # Part of the key of every index. Change it when the rows or facts change.
 INDEX_FORM = "tar shards, 2"
-# This many shards or more are indexed by several processes.
-PARALLEL_FROM = 8
+PARALLEL_FROM = 8  # this many shards are indexed by several processes
 # Captions as stored, and the place of the image in the tar (null if there is none).
 FIELDS = {"sample_id": pa.string(), "caption": pa.list_(pa.binary())}
 ROWS = pa.schema({**FIELDS, "offset": pa.int64(), "size": pa.int64()})
@@ -107,12 +106,9 @@ def read_samples(
 ) -> Iterator[ShardSample]:
     """The samples of an uncompressed tar, each made of consecutive files with one key.
 
-    Args:
-        file: At the tar's first byte.
-        stem: Starts the ids; see `shard_stem`.
-        caption_keys: Keys of the `.json` that hold the captions. None: the `.txt`, or without one
-            the first of `CAPTION_KEYS` that is there.
-        stream: Read front to back, images included. If False, images are skipped by seeking.
+    Ids start with `stem`. Captions are in the `.json` under `caption_keys`, or if that is None in
+    the `.txt`, or without one under the first of `CAPTION_KEYS` that is there. A stream is read
+    front to back, images included; otherwise images are skipped by seeking.
 
     Raises `ValueError` if it is not a tar; an error of `file` at the beginning is raised as it is.
     """
@@ -191,9 +187,8 @@ def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
     where files can be listed (not on a web server); a folder, or a URL that ends in `/`, for its
     `*.tar`; or `pipe:COMMAND`, in which braces work too.
 
-    Raises:
-        ValueError: Nothing matches, a local file is missing, a location is not allowed, or two
-            shards would give their samples the same ids.
+    Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, or
+    two shards would give their samples the same ids.
     """
     try:
         names = [pattern] if Path(pattern).exists() else list(braceexpand(pattern))
@@ -242,9 +237,8 @@ def open_shards(
     `.notes` says what is wrong with them. See `expand_shards` and `read_samples`; `name` is what
     messages call the source, and `cache` the folder for indexes (else in the user's cache folder).
 
-    Raises:
-        ValueError: A shard is missing, remote, compressed or not a tar; two samples share an id;
-            there is no sample.
+    Raises `ValueError` if a shard is missing, remote, compressed or not a tar, if two samples share
+    an id, or if there is no sample.
     """
     paths = [str(Path(shard).resolve()) for shard in expand_shards(pattern)]
     with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
@@ -260,7 +254,7 @@ def open_shards(
 def _index_shard(
     shard: tuple[str, str], *, caption_keys: Sequence[str] | None, folder: Path | None
 ) -> ArrowIndex:
-    """The index of one shard, given its path and the key of its index."""
+    """The index of one shard, given its path and key."""
     path, key = shard
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
@@ -323,6 +317,5 @@ def _join_indexes(
                 "(tar --sort=name)"
             )
     facts["notes"] = [f"{n} samples without {what}" for what, n in without.items() if n]
-    if faults:
-        first = f"{len(faults)} of {len(shards)} shards break off, such as {faults[0]}"
-        facts["notes"].append(first)
+    for fault in faults[:1]:
+        facts["notes"] += [f"{len(faults)} of {len(shards)} shards break off, such as {fault}"]

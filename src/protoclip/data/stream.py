@@ -35,10 +35,8 @@ from protoclip.data.shards import (
 Item = Sample | BadSample
 # The number of the first sample, and the samples in the order they were read.
 Block = tuple[int, list[Item]]
-# A block ends when its images have this many bytes. Two blocks are in memory.
-BLOCK_BYTES = 1 << 28
-# A stream ends after this many different shards in a row without a good sample.
-MAX_FAILED = 32
+BLOCK_BYTES = 1 << 28  # a block ends when its images have as many; two blocks are in memory
+MAX_FAILED = 32  # a stream ends after as many different shards in a row without a good sample
 
 
 class ShardStream:
@@ -124,7 +122,7 @@ class ShardStream:
 
     def _blocks(self, start: int, stopped: Event) -> Iterator[Block]:
         block: list[Item] = []
-        held, last_epoch = 0, 0
+        held = last_epoch = 0
         for number, place, item in self._items(*self._blocks_at[start], stopped):
             epoch = (number * self.world_size + self.rank) // len(self.shards)
             # A block also ends with its pass, or a sample could come twice before another came.
@@ -213,11 +211,8 @@ def _checked(found: ShardSample, shard: str, *, repeated: bool) -> Item:
 def _open(shard: str, access: Access) -> Iterator[io.BufferedIOBase]:
     """The uncompressed bytes of a file, a URL or the output of `pipe:COMMAND`."""
     require_allowed(shard, access)
-    opened: Any  # a buffered reader
-    if shard.startswith("pipe:"):
-        opened = io.BufferedReader(_Command(shard.removeprefix("pipe:")), READ_BYTES)
-    else:
-        opened = open_file(shard, access)
+    command = _Command(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else None
+    opened = io.BufferedReader(command, READ_BYTES) if command else open_file(shard, access)
     with opened as file:
         start = file.peek(6)
         reader = next((r for magic, r in COMPRESSED.items() if start.startswith(magic)), None)

@@ -64,14 +64,11 @@ def test_an_episode_larger_than_the_data_needs_replacement() -> None:
     assert len(EpisodeSampler(10, 11, seed=0).episode(0).rows) == 11
 
 
-def test_transform_draws_are_uniform_and_repeatable() -> None:
-    """Draws lie in [0, 1), repeat for equal arguments and change with the episode."""
-    draws = transform_draws(0, 5, 2000, 13)
-    assert torch.equal(draws, transform_draws(0, 5, 2000, 13))
-    assert not torch.equal(draws, transform_draws(0, 6, 2000, 13))
-    assert float(draws.min()) >= 0
-    assert float(draws.max()) < 1
-    assert abs(float(draws.mean()) - 0.5) < 0.01
+def test_transform_draws_repeat_and_change_with_the_episode() -> None:
+    draws = transform_draws(0, 5, 20, 13)
+    assert torch.equal(draws, transform_draws(0, 5, 20, 13))
+    assert not torch.equal(draws, transform_draws(0, 6, 20, 13))
+    assert 0 <= float(draws.min()) < float(draws.max()) < 1
 
 
 @pytest.mark.parametrize("replacement", [True, False])

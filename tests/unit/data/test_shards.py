@@ -207,7 +207,7 @@ def test_a_damaged_header_ends_a_shard(
     assert indexed(path, cache) == good
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"<html>" * 1000])
+@pytest.mark.parametrize("content", [b"", b"<html>" * 1000])
 def test_garbage_is_named(tmp_path: Path, cache: Path, content: bytes) -> None:
     """One line with the file when it is opened; one bad sample in a stream."""
     path = tmp_path / "a.tar"
