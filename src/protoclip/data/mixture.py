@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -13,14 +14,13 @@ from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import ORDER_STREAM, generator, permute
 
-# A permutation that no pass over the data uses.
-CAPTION_PERMUTATION = 2**62
-# A mixture of streams keeps its shares exactly over this many samples.
-PERIOD = 1000
+CAPTION_PERMUTATION = 2**62  # no pass over the data uses it
+PERIOD = 1000  # a mixture of streams keeps its shares exactly over as many samples
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raise `ValueError` if ids `<name>/<id in the source>` of these sources could be equal."""
+def _joined_name(sources: Sequence[Pairs | SampleStream]) -> str:
+    """The name of a mixture; raises if ids `<name>/<id in the source>` could be equal."""
+    names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1 or "/" in name:
             wrong = f"two are named '{name}'" if "/" not in name else f"'{name}' holds a '/'"
@@ -28,6 +28,7 @@ def check_names(names: Sequence[str]) -> None:
                 f"data.sources: {wrong}, but sample ids start with the name; give each source a "
                 "name of its own, without '/', by name = ... in its [[data.sources]]"
             )
+    return " + ".join(names)
 
 
 def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
@@ -38,33 +39,34 @@ def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
     return BadSample(sample_id, item.where, item.reason)
 
 
+@contextmanager
+def _as_row(pairs: Pairs, row: int) -> Iterator[None]:
+    """Bad samples get the id of this row."""
+    try:
+        yield
+    except BadSample as error:
+        raise BadSample(pairs.sample_id(row), error.where, error.reason) from None
+
+
 class MixedPairs:
-    """Sources one after the other: the rows of the second follow those of the first.
+    """Sources one after the other; sample ids are `<name of the source>/<id in the source>`.
 
-    Every sample id is `<name of the source>/<id in the source>`, so ids are unique. The sampler
-    decides how often each source is drawn.
-
-    Raises:
-        ValueError: Two sources of one name, or a name with a `/`.
+    Raises `ValueError` for two sources of one name, or a name with a `/`.
     """
 
     has_ids = True
 
     def __init__(self, sources: Sequence[Pairs]) -> None:
-        check_names([source.name for source in sources])
-        self.sources = list(sources)
-        self.name = " + ".join(source.name for source in sources)
-        self._ends = list(accumulate(len(source) for source in sources))
+        self.name, self.sources = _joined_name(sources), list(sources)
+        self._starts = list(accumulate(map(len, sources), initial=0))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
     def sample(self, row: int) -> Sample:
         source, own = self._find(row)
-        try:
+        with _as_row(self, row):
             return replace(source.sample(own), sample_id=self.sample_id(row))
-        except BadSample as error:
-            raise BadSample(self.sample_id(row), error.where, error.reason) from None
 
     def sample_id(self, row: int) -> str:
         source, own = self._find(row)
@@ -72,10 +74,8 @@ class MixedPairs:
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
         source, own = self._find(row)
-        try:
+        with _as_row(self, row):
             return source.sample_captions(own)
-        except BadSample as error:
-            raise BadSample(self.sample_id(row), error.where, error.reason) from None
 
     def sample_ids(self) -> Iterator[str]:
         for source in self.sources:
@@ -83,44 +83,37 @@ class MixedPairs:
                 yield f"{source.name}/{own}"
 
     def _find(self, row: int) -> tuple[Pairs, int]:
-        number = bisect_right(self._ends, row)
-        return self.sources[number], row - (self._ends[number - 1] if number else 0)
+        number = bisect_right(self._starts, row) - 1
+        return self.sources[number], row - self._starts[number]
 
 
 class MixedStreams:
     """Streams in a seeded order, each with its exact share of every thousand samples.
 
-    Every sample id is `<name of the stream>/<id in the stream>`.
-
-    Raises:
-        ValueError: Two streams of one name, a name with a `/`, or a weight that is too small.
+    Sample ids are as in `MixedPairs`. Raises `ValueError` as that, or if a weight is too small.
     """
 
     def __init__(
         self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
     ) -> None:
-        names = [stream.name for stream in streams]
-        check_names(names)
-        self.streams, self.seed, self.name = list(streams), seed, " + ".join(names)
+        self.name, self.streams, self.seed = _joined_name(streams), list(streams), seed
         bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
         self._shares = np.diff(bounds, prepend=0)
         if not self._shares.all():
             raise ValueError("data.sources: a weight is less than a thousandth of their sum")
-        shares = self._shares.tolist()
+        names, shares = [stream.name for stream in streams], self._shares.tolist()
         self._identity = digest({"names": names, "shares": shares, "seed": seed})
 
     def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
         period, skip = divmod(first, PERIOD)
-        counts = self._counts(first)
-        readers = [s.samples(count) for s, count in zip(self.streams, counts, strict=True)]
+        readers = [stream.samples(count) for stream, count in self._counts(first)]
         while True:
             for source in self._order(period)[skip:]:
                 yield under(self.streams[source].name, next(readers[source]))
             period, skip = period + 1, 0
 
     def state_dict(self, first: int) -> dict[str, Any]:
-        counts = self._counts(first)
-        states = [s.state_dict(count) for s, count in zip(self.streams, counts, strict=True)]
+        states = [stream.state_dict(count) for stream, count in self._counts(first)]
         return {"streams": states, "mixture": self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -136,12 +129,11 @@ class MixedStreams:
         sources = np.repeat(np.arange(len(self.streams)), self._shares)
         return generator(self.seed, ORDER_STREAM, period).permutation(sources)
 
-    def _counts(self, first: int) -> list[int]:
-        """How many of the first samples came from each stream."""
+    def _counts(self, first: int) -> list[tuple[SampleStream, int]]:
+        """The streams, each with how many of the first samples came from it."""
         period, within = divmod(first, PERIOD)
         begun = np.bincount(self._order(period)[:within], minlength=len(self.streams))
-        counts: list[int] = (period * self._shares + begun).tolist()
-        return counts
+        return list(zip(self.streams, (period * self._shares + begun).tolist(), strict=True))
 
 
 class ShuffledCaptions:
@@ -161,7 +153,5 @@ class ShuffledCaptions:
     def sample_captions(self, row: int) -> tuple[str, ...]:
         rows = np.array([row])
         other = permute(rows, len(self), seed=self.seed, number=CAPTION_PERMUTATION)
-        try:
+        with _as_row(self, row):
             return self.pairs.sample_captions(int(other[0]))
-        except BadSample as error:
-            raise BadSample(self.sample_id(row), error.where, error.reason) from None

@@ -23,11 +23,9 @@ from protoclip.files import read_json, replacing, write_atomically
 from protoclip.progress import Progress
 
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
-PACK_FORM, JPEG_QUALITY = 1, 95
-# A shard ends once it has this many bytes of content.
-SHARD_BYTES = 1 << 30
-# Samples that threads prepare at a time.
-CHUNK = 256
+JPEG_QUALITY = 95
+SHARD_BYTES = 1 << 30  # a shard ends once it has as much content
+CHUNK = 256  # samples that threads prepare at a time
 # Images that start like this are stored as they are; others become JPEG.
 KEPT = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))
 
@@ -50,21 +48,16 @@ def pack(
     `.txt`, and a `.json` with its `sample_id`, and with its captions if it has several. Bad samples
     are listed in `skipped.jsonl`. Equal input gives equal bytes.
 
-    Args:
-        source: The pairs.
-        out: The folder. An interrupted run with the same source and settings is resumed.
-        samples_per_shard: A shard ends once it has this many samples, or `SHARD_BYTES`.
-        resize: Shrink images whose shorter side has more pixels than this to it, as JPEG. Other
-            images, and all if unset, keep their bytes.
+    Images whose shorter side has more pixels than `resize` are shrunk to it, as JPEG. Others, and
+    all if it is unset, keep their bytes. An interrupted run with the same settings is resumed.
 
-    Raises:
-        ValueError: The folder holds something else, no sample can be stored, or a shard does not
-            hold what was written to it.
+    Raises `ValueError` if the folder holds something else, no sample can be stored, or a shard does
+    not hold what was written to it.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: {samples_per_shard} is too small; at least 1")
     settings = {
-        "form": PACK_FORM,
+        "form": 2,
         "source": source.name,
         "source_samples": len(source),
         "samples_per_shard": samples_per_shard,
@@ -84,14 +77,10 @@ def pack(
         whole = sum(bool(s.image and s.captions and not s.fault) for s in found)
         if not whole == len(found) == written:
             raise ValueError(
-                f"{path}: holds {whole} samples where {written} were written; delete it and pack "
-                "again"
+                f"{path}: {whole} of {written} samples are whole; delete it, and retry"
             )
-    return Packed(
-        shards=[shard["name"] for shard in shards],
-        samples=sum(shard["samples"] for shard in shards),
-        skipped=skipped.read_bytes().count(b"\n"),
-    )
+    names, samples = [s["name"] for s in shards], sum(s["samples"] for s in shards)
+    return Packed(shards=names, samples=samples, skipped=skipped.read_bytes().count(b"\n"))
 
 
 def _read_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +92,8 @@ def _read_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{out}: holds tar files of another origin; choose another folder")
     for key, value in settings.items():
         if (before := manifest["settings"].get(key)) != value:
-            raise ValueError(
-                f"{out}: was packed with {key} = {before!r}, not {value!r}; keep that, or choose "
-                "another folder"
-            )
+            reason = f"was packed with {key} = {before!r}, not {value!r}"
+            raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
     for number, shard in enumerate(manifest["shards"]):
         path = out / shard["name"]
         if not path.exists() or path.stat().st_size != shard["bytes"]:
@@ -155,7 +142,7 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
 
 
 def _prepare(source: Pairs, start: int, side: int | None) -> Iterator[dict[str, bytes] | BadSample]:
-    """The files of each sample from row `start` on, by extension, in order."""
+    """The files of each sample from row `start` on, by extension."""
     with ThreadPoolExecutor() as pool:
         for first in range(start, len(source), CHUNK):
             rows = range(first, min(first + CHUNK, len(source)))
@@ -181,15 +168,13 @@ def _files(source: Pairs, side: int | None, row: int) -> dict[str, bytes] | BadS
 def _stored(encoded: bytes, side: int | None) -> tuple[str, bytes]:
     """The extension and content of an image, its shorter side at most `side`."""
     kind = next((kind for start, kind in KEPT if encoded.startswith(start)), None)
-    if kind and side is None:
+    shape = () if kind and side is None else dimensions(encoded, max_pixels=MAX_IMAGE_PIXELS)
+    if kind and (side is None or min(shape) <= side):
         return kind, encoded
-    width, height = dimensions(encoded, max_pixels=MAX_IMAGE_PIXELS)
-    shorter = min(width, height)
-    target = min(side or shorter, shorter)
-    if kind and target == shorter:
-        return kind, encoded
+    target = min(side or min(shape), *shape)
     pixels = decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=2 * target)
-    size = (max(1, round(length * target / shorter)) for length in (height, width))
+    width, height = (max(1, round(length * target / min(shape))) for length in shape)
     buffer = io.BytesIO()
-    Image.fromarray(resize_pixels(pixels, *size)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    small = Image.fromarray(resize_pixels(pixels, height, width))
+    small.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "jpg", buffer.getvalue()

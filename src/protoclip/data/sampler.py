@@ -1,7 +1,6 @@
 """Which rows form an episode, and the random draws that go with it.
 
-Everything here is a pure function of the seed and the number of the episode. It does not depend on
-a global generator, on what ran before, or on the number of ranks or workers.
+Everything here is a pure function of the seed and the number of the episode.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
 
+Rows = npt.NDArray[np.int64]
 # Independent sequences of random numbers.
 ROWS_STREAM, TRANSFORM_STREAM, PERMUTATION_STREAM, CAPTION_STREAM, ORDER_STREAM = range(5)
 SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM = 5, 6, 7
@@ -48,18 +48,11 @@ def caption_draws(seed: int, episode: int, size: int) -> npt.NDArray[np.float32]
     return generator(seed, CAPTION_STREAM, episode).random(size, dtype=np.float32)
 
 
-def permute(
-    index: npt.NDArray[np.int64], size: int, *, seed: int, number: int
-) -> npt.NDArray[np.int64]:
-    """Where a pseudo-random permutation of [0, size) sends each index; needs no table.
+def permute(index: Rows, size: int, *, seed: int, number: int) -> Rows:
+    """Where pseudo-random permutation `number` of [0, size) sends each index, without a table.
 
     A four-round Feistel network over the smallest even number of bits that holds `size`, applied
     again until the value falls below `size` (Black and Rogaway, 2002).
-
-    Args:
-        index: Values in [0, size).
-        size: Size of the permuted range.
-        seed, number: Determine the permutation.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -88,16 +81,7 @@ class EpisodeSampler:
     an endless sequence of permutations, so each pass over the data holds every row once. Weights
     give each source its share of an episode: in expectation with replacement, to a row without.
 
-    Args:
-        num_samples: Rows of the source, or of each of several.
-        episode_size: Rows `m` of an episode.
-        seed: Determines all episodes.
-        replacement: Draw with replacement.
-        weights: Relative share of each source. Unset: every row counts the same.
-
-    Raises:
-        ValueError: No sample, no episode size, a weight that is not positive, or an episode larger
-            than the data without replacement and weights.
+    Raises `ValueError` if an episode is larger than the data without replacement and weights.
     """
 
     def __init__(
@@ -109,21 +93,17 @@ class EpisodeSampler:
         replacement: bool = True,
         weights: Sequence[float] | None = None,
     ) -> None:
-        sizes = [num_samples] if isinstance(num_samples, int) else list(num_samples)
-        if min(sizes) < 1 or episode_size < 1:
-            raise ValueError(f"cannot draw episodes of {episode_size} from {num_samples} samples")
-        if weights is not None and (len(weights) != len(sizes) or not min(weights) > 0):
-            raise ValueError(f"weights: {list(weights)} need to be above 0, one for each source")
-        if not replacement and weights is None and episode_size > sum(sizes):
-            raise ValueError(
-                f"episodes.size: {episode_size} is larger than the {sum(sizes)} training samples; "
-                "lower it, or set episodes.replacement = true"
-            )
-        # Without weights, several sources are one long source.
-        self.sizes = np.array(sizes if weights is not None else [sum(sizes)])
+        self.sizes = np.atleast_1d(num_samples)
+        if weights is None:
+            # Several sources are one long source.
+            self.sizes, weights = self.sizes.sum(keepdims=True), [1.0]
+            if not replacement and episode_size > self.sizes[0]:
+                raise ValueError(
+                    f"episodes.size: {episode_size} is larger than the {self.sizes[0]} training "
+                    "samples; lower it, or set episodes.replacement = true"
+                )
         self.first_rows = np.cumsum(self.sizes) - self.sizes
-        shares = np.array([1.0] if weights is None else weights, dtype=np.float64)
-        self.bounds = np.cumsum(shares) / shares.sum()
+        self.bounds = np.cumsum(weights) / np.sum(weights)
         self.episode_size, self.seed, self.replacement = episode_size, seed, replacement
 
     def episode(self, index: int) -> Episode:
@@ -131,44 +111,37 @@ class EpisodeSampler:
         rows = self._with_replacement(index) if self.replacement else self._without(index)
         return Episode(index=index, rows=torch.from_numpy(rows))
 
-    def _with_replacement(self, index: int) -> npt.NDArray[np.int64]:
+    def _with_replacement(self, index: int) -> Rows:
         draws = generator(self.seed, ROWS_STREAM, index)
         if len(self.sizes) == 1:
             return draws.integers(0, self.sizes[0], self.episode_size)
         source = np.searchsorted(self.bounds, draws.random(self.episode_size), side="right")
-        rows: npt.NDArray[np.int64] = self.first_rows[source]
+        rows: Rows = self.first_rows[source]
         return rows + draws.integers(0, self.sizes[source])
 
-    def _without(self, index: int) -> npt.NDArray[np.int64]:
-        ends = np.rint(self.episode_size * self.bounds).astype(np.int64)
-        counts = np.diff(ends, prepend=0)
-        rows = np.empty(self.episode_size, dtype=np.int64)
-        for source, (end, count, size) in enumerate(zip(ends, counts, self.sizes, strict=True)):
-            own = rows[end - count : end]
+    def _without(self, index: int) -> Rows:
+        counts = np.diff(np.rint(self.episode_size * self.bounds).astype(np.int64), prepend=0)
+        parts = []
+        for source, (count, size) in enumerate(zip(counts, self.sizes, strict=True)):
             passes, within = np.divmod(np.arange(index * count, (index + 1) * count), size)
             for number in np.unique(passes):
                 # Every pass of every source has its own permutation.
                 name = int(number) * len(self.sizes) + source
                 now = passes == number
-                own[now] = permute(within[now], int(size), seed=self.seed, number=name)
-            own += self.first_rows[source]
-        if len(self.sizes) > 1:
+                within[now] = permute(within[now], int(size), seed=self.seed, number=name)
+            parts.append(within + self.first_rows[source])
+        rows: Rows = np.concatenate(parts)
+        if len(parts) > 1:
             rows = rows[generator(self.seed, ORDER_STREAM, index).permutation(len(rows))]
         return rows
 
 
 def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], Episode]:
-    """A function from the number of an episode to its samples.
-
-    Raises:
-        ValueError: An episode is larger than the data without replacement.
-    """
+    """A function from the number of an episode to the episode; raises as `EpisodeSampler`."""
     size = config.episodes.size
     if isinstance(samples, SampleStream):
         # Here the rows are positions in the stream.
-        return lambda index: Episode(
-            index=index, rows=torch.arange(index * size, (index + 1) * size)
-        )
+        return lambda index: Episode(index=index, rows=torch.arange(size) + index * size)
     return EpisodeSampler(
         [len(source) for source in getattr(samples, "sources", [samples])],
         size,

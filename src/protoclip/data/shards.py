@@ -1,8 +1,7 @@
 """Tar shards: which files a pattern names, the samples in one, and an index for random access.
 
 The layout is WebDataset's: `000.jpg`, `000.txt` and `000.json` are one sample with the key `000`.
-An index holds each image's byte range, its captions and its id, so an image is read straight from
-the tar. Nothing is ever unpacked to a file, whatever a member's name says.
+Nothing is ever unpacked to a file, whatever a member's name says.
 """
 
 import glob
@@ -49,24 +48,16 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and wh
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 # Part of the key of every index. Change it when the rows or facts change.
 INDEX_FORM = "tar shards, 2"
-# This many shards or more are indexed by several processes.
-PARALLEL_FROM = 8
-ROWS = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("caption", pa.list_(pa.binary())),  # as stored; decoded and checked when it is read
-        ("offset", pa.int64()),  # offset and size are null if there is no image
-        ("size", pa.int64()),
-    ]
-)
+PARALLEL_FROM = 8  # this many shards are indexed by several processes
+# Captions as stored, and the place of the image in the tar (null if there is none).
+FIELDS = {"sample_id": pa.string(), "caption": pa.list_(pa.binary())}
+ROWS = pa.schema({**FIELDS, "offset": pa.int64(), "size": pa.int64()})
 SET_ROWS = ROWS.append(pa.field("shard", pa.dictionary(pa.int32(), pa.string())))
 
 
 class Member(tarfile.TarInfo):
-    """A file in a tar, with its content if that was read.
-
-    `tarfile` takes a damaged header for the end of the tar; this class raises an error instead.
-    """
+    """A file in a tar, with its content if that was read. A damaged header is an error here,
+    where `tarfile` takes it for the end of the tar."""
 
     data: bytes | None = None
 
@@ -117,24 +108,19 @@ def read_samples(
 ) -> Iterator[ShardSample]:
     """The samples of an uncompressed tar, each made of consecutive files with one key.
 
-    Args:
-        file: At the tar's first byte.
-        stem: Starts the ids; see `shard_stem`.
-        caption_keys: Keys of the `.json` that hold the captions. None: the `.txt`, or without one
-            the first of `CAPTION_KEYS` that is there.
-        stream: Read front to back, images included. If False, images are skipped by seeking.
+    Ids start with `stem`. Captions are in the `.json` under `caption_keys`, or if that is None in
+    the `.txt`, or without one under the first of `CAPTION_KEYS` that is there. A stream is read
+    front to back, images included; otherwise images are skipped by seeking.
 
-    Raises:
-        ValueError: The file is not a tar, or its beginning cannot be read.
+    Raises `ValueError` if it is not a tar; an error of `file` at the beginning is raised as it is.
     """
     # Small reads, because an error at the end of a stream takes with it what else was to be read.
     options = {"bufsize": tarfile.BLOCKSIZE, "encoding": "utf-8", "errors": "backslashreplace"}
     mode = "r|" if stream else "r:"
     try:
         tar = tarfile.open(fileobj=file, mode=mode, tarinfo=Member, **options)  # type: ignore[call-overload]  # noqa: SIM115
-    except Exception as error:  # decompressors, commands and remote stores have their own errors
-        not_tar = isinstance(error, tarfile.TarError)
-        raise ValueError("not a tar file" if not_tar else reason_of(error)) from error
+    except tarfile.TarError as error:
+        raise ValueError("not a tar file") from error
     key, files, before, number = "", dict[str, Member](), set[str](), 0
     reading = fault = ""
     try:
@@ -172,47 +158,39 @@ def read_samples(
         yield ShardSample(sample_id=sample_id, captions=[], fault=reason)
 
 
-def _sample_id(stem: str, key: str) -> str:
-    found = f"{stem}/{key}" if key else stem
-    return found.encode("utf-8", "backslashreplace").decode()
+def _sample_id(*parts: str) -> str:
+    return "/".join(filter(None, parts)).encode("utf-8", "backslashreplace").decode()
 
 
 def _sample(
     stem: str, key: str, files: dict[str, Member], caption_keys: Sequence[str] | None
 ) -> ShardSample:
+    content = {kind: file.data or b"" for kind, file in files.items()}
     record: Any = None
-    if "json" in files:
-        with suppress(ValueError, RecursionError):  # a damaged one has no caption
-            record = json.loads(files["json"].data or b"")
+    with suppress(ValueError, RecursionError):  # a damaged one has no caption
+        record = json.loads(content.get("json", b""))
     record = record if isinstance(record, dict) else {}
-    captions = [files["txt"].data or b""] if "txt" in files and caption_keys is None else []
+    captions = [content["txt"]] if "txt" in content and caption_keys is None else []
     keys = caption_keys or [name for name in CAPTION_KEYS if name in record and not captions][:1]
     for value in map(record.get, keys):
         texts = value if isinstance(value, list) else [value]
         captions += [t.encode("utf-8", "surrogatepass") for t in texts if isinstance(t, str)]
     given = record.get("sample_id")
-    images = [file for kind, file in files.items() if kind in IMAGES]
-    return ShardSample(
-        sample_id=_sample_id(given, "")
-        if given and isinstance(given, str)
-        else _sample_id(stem, key),
-        captions=captions,
-        image=next((image for image in images if image.size <= MAX_MEMBER_BYTES), None),
-    )
+    parts = (given,) if given and isinstance(given, str) else (stem, key)
+    images = (file for kind, file in files.items() if kind in IMAGES)
+    image = next((image for image in images if image.size <= MAX_MEMBER_BYTES), None)
+    return ShardSample(sample_id=_sample_id(*parts), captions=captions, image=image)
 
 
 def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
     """The shards that a pattern names, sorted.
 
-    Args:
-        pattern: A path or URL with `{00000..00331}` for a range, `{a,b}` for alternatives, and `*`
-            where files can be listed (not on a web server); a folder, or a URL that ends in `/`,
-            for its `*.tar`; or `pipe:COMMAND`, in which braces work too.
-        access: What the user allows.
+    A pattern is a path or URL with `{00000..00331}` for a range, `{a,b}` for alternatives, and `*`
+    where files can be listed (not on a web server); a folder, or a URL that ends in `/`, for its
+    `*.tar`; or `pipe:COMMAND`, in which braces work too.
 
-    Raises:
-        ValueError: Nothing matches, a local file is missing, a location is not allowed, or two
-            shards would give their samples the same ids.
+    Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, or
+    two shards would give their samples the same ids.
     """
     try:
         names = [pattern] if Path(pattern).exists() else list(braceexpand(pattern))
@@ -233,18 +211,15 @@ def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
 
 
 def _expand(name: str, access: Access) -> list[str]:
-    path = Path(name).expanduser()
     try:
         require_allowed(name, access)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    if is_url(name) and ("*" in name or name.endswith("/")):
-        try:
+        if is_url(name) and ("*" in name or name.endswith("/")):
             return list_urls(f"{name}*.tar" if name.endswith("/") else name, access)
-        except Exception as error:  # every store has its own errors
-            raise ValueError(f"{name}: cannot be listed ({reason_of(error)})") from None
+    except Exception as error:  # every store has its own errors
+        raise ValueError(f"{name}: {reason_of(error)}") from None
     if is_url(name) or name.startswith("pipe:"):
         return [name]
+    path = Path(name).expanduser()
     if path.exists():
         return list(map(str, path.glob("*.tar"))) if path.is_dir() else [str(path)]
     if re.search(r"[*?[]", name):
@@ -261,20 +236,12 @@ def open_shards(
 ) -> ImageTextPairs:
     """Local tar shards as pairs in any order. New and changed shards are indexed first.
 
-    `.index.facts["notes"]` says what is wrong with them, such as shards that break off.
+    `.notes` says what is wrong with them. See `expand_shards` and `read_samples`; `name` is what
+    messages call the source, and `cache` the folder for indexes (else in the user's cache folder).
 
-    Args:
-        pattern: See `expand_shards`.
-        caption_keys: See `read_samples`.
-        name: What messages call the source; the pattern if unset.
-        cache: Folder for indexes; the user's cache folder if unset.
-
-    Raises:
-        ValueError: A shard is missing, remote, compressed or not a tar; two samples share an id;
-            there is no sample.
+    Raises `ValueError` if a shard is missing, remote, compressed or not a tar, if two samples share
+    an id, or if there is no sample.
     """
-    if is_url(pattern) or pattern.startswith("pipe:"):
-        raise ValueError(f"{pattern}: only local shards can be indexed; stream it, or copy it here")
     paths = [str(Path(shard).resolve()) for shard in expand_shards(pattern)]
     with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
         prints = list(pool.map(fingerprint, paths))
@@ -289,7 +256,7 @@ def open_shards(
 def _index_shard(
     shard: tuple[str, str], *, caption_keys: Sequence[str] | None, folder: Path | None
 ) -> ArrowIndex:
-    """The index of one shard, given its path and the key of its index."""
+    """The index of one shard, given its path and key."""
     path, key = shard
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
@@ -298,21 +265,18 @@ def _index_shard(
                 raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
             try:
                 samples = list(read_samples(file, shard_stem(path), caption_keys, stream=False))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+            except Exception as error:
+                raise ValueError(f"{path}: {reason_of(error)}") from None
         facts["fault"] = samples.pop().fault if samples and samples[-1].fault else ""
         facts["without"] = {
             "an image": sum(s.image is None for s in samples),
             "a caption": sum(not any(text.strip() for text in s.captions) for s in samples),
         }
-        columns = [
-            [s.sample_id for s in samples],
-            [s.captions for s in samples],
-            [s.image and s.image.offset_data for s in samples],
-            [s.image and s.image.size for s in samples],
-        ]
-        arrays = [pa.array(c, field.type) for c, field in zip(columns, ROWS, strict=True)]
-        yield pa.RecordBatch.from_arrays(arrays, schema=ROWS)
+        rows = []
+        for s in samples:
+            place = {"offset": s.image.offset_data, "size": s.image.size} if s.image else {}
+            rows.append({"sample_id": s.sample_id, "caption": s.captions, **place})
+        yield pa.RecordBatch.from_pylist(rows, ROWS)
 
     return build_index(key, ROWS, build, folder=folder)
 
@@ -337,25 +301,23 @@ def _join_indexes(
     for number, shard in enumerate(shards.items()):
         index = index_one(shard)
         without.update(index.facts["without"])
-        faults += [f"{shard[0]}: {fault}" for fault in [index.facts["fault"]] if fault]
+        if index.facts["fault"]:
+            faults.append(f"{shard[0]}: {index.facts['fault']}")
         for batch in index.table.to_batches():
             hashes.append(np.fromiter(map(hash, batch["sample_id"].to_pylist()), np.int64))
             rows = pa.array(np.full(len(batch), number, dtype=np.int32))
             column = pa.DictionaryArray.from_arrays(rows, names)
             yield pa.RecordBatch.from_arrays([*batch.columns, column], schema=SET_ROWS)
     values, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    suspects = set(values[counts > 1].tolist())
-    if suspects:
+    if suspects := set(values[counts > 1].tolist()):
         ids = (i for s in shards.items() for i in index_one(s).table["sample_id"].to_pylist())
-        repeated = [i for i, n in Counter(i for i in ids if hash(i) in suspects).items() if n > 1]
-        if repeated:
+        found = Counter(i for i in ids if hash(i) in suspects)
+        if repeated := [sample_id for sample_id, times in found.items() if times > 1]:
             raise ValueError(
                 f"{next(iter(shards))}: {len(repeated)} sample ids come more than once, such as "
                 f"'{repeated[0]}'; keys must differ, and the files of a sample follow each other "
                 "(tar --sort=name)"
             )
     facts["notes"] = [f"{n} samples without {what}" for what, n in without.items() if n]
-    if faults:
-        facts["notes"].append(
-            f"{len(faults)} of {len(shards)} shards break off, such as {faults[0]}"
-        )
+    for fault in faults[:1]:
+        facts["notes"] += [f"{len(faults)} of {len(shards)} shards break off, such as {fault}"]

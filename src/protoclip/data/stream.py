@@ -32,12 +32,11 @@ from protoclip.data.shards import (
     shard_stem,
 )
 
+Item = Sample | BadSample
 # The number of the first sample, and the samples in the order they were read.
-Block = tuple[int, list[Sample | BadSample]]
-# A block ends when its images have this many bytes. Two blocks are in memory.
-BLOCK_BYTES = 1 << 28
-# A stream ends after this many different shards in a row without a good sample.
-MAX_FAILED = 32
+Block = tuple[int, list[Item]]
+BLOCK_BYTES = 1 << 28  # a block ends when its images have as many; two blocks are in memory
+MAX_FAILED = 32  # a stream ends after as many different shards in a row without a good sample
 
 
 class ShardStream:
@@ -45,19 +44,10 @@ class ShardStream:
 
     Each pass over the shards permutes them. The endless sequence of shards is dealt to the ranks in
     turn, so all ranks together see every sample once a pass. Each rank shuffles its samples in
-    blocks.
+    blocks of `shuffle` samples, or fewer if they have more than `BLOCK_BYTES`. `seed` must be the
+    same on all ranks. For the rest see `shards.expand_shards` and `shards.read_samples`.
 
-    Args:
-        pattern: See `shards.expand_shards`.
-        seed: Determines the order; the same on all ranks.
-        rank, world_size: Of this process.
-        shuffle: Samples in a block; fewer if they have more than `BLOCK_BYTES`. 1 keeps the order.
-        caption_keys: See `shards.read_samples`.
-        name: What messages call the source; the pattern if unset.
-        access: What the user allows.
-
-    Raises:
-        ValueError: No shard, two of one name, or one that may not be read.
+    Raises `ValueError` as `expand_shards`.
     """
 
     def __init__(
@@ -79,13 +69,11 @@ class ShardStream:
         # First sample of a block -> which of this rank's shards holds it, and its place there.
         self._blocks_at: dict[int, tuple[int, int]] = {0: (0, 0)}
 
-    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
-        """The stream from sample number `first` on. Bad samples count too.
+    def samples(self, first: int = 0) -> Iterator[Item]:
+        """The stream from sample number `first` on, where bad samples count too.
 
-        Threads read one block ahead. They end when the iterator is closed or dropped.
-
-        Raises:
-            ValueError: On iteration, if no shard can be read.
+        Threads read one block ahead, until the iterator is closed or dropped. Iteration raises
+        `ValueError` if no shard can be read.
         """
         stopped = Event()
         blocks = self._blocks(self._block_before(first), stopped)
@@ -114,8 +102,7 @@ class ShardStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make `samples` quick to start where a state was taken. Other ranks' states are ignored.
 
-        Raises:
-            ValueError: The state belongs to other shards or another order.
+        Raises `ValueError` if the state belongs to other shards or another order.
         """
         if state["stream"] != self._identity():
             raise ValueError(
@@ -134,12 +121,27 @@ class ShardStream:
         return max(start for start in list(self._blocks_at) if start <= first)
 
     def _blocks(self, start: int, stopped: Event) -> Iterator[Block]:
-        number, skip = self._blocks_at[start]
-        block: list[Sample | BadSample] = []
-        held, failed = 0, set[str]()
+        block: list[Item] = []
+        held = last_epoch = 0
+        for number, place, item in self._items(*self._blocks_at[start], stopped):
+            epoch = (number * self.world_size + self.rank) // len(self.shards)
+            # A block also ends with its pass, or a sample could come twice before another came.
+            full = len(block) == self.shuffle or held >= BLOCK_BYTES or epoch != last_epoch
+            if block and full:
+                start += len(block)
+                yield start - len(block), block
+                block, held = [], 0
+            if not block:
+                self._blocks_at[start] = (number, place)
+            block.append(item)
+            held += len(item.image) if isinstance(item, Sample) else 0
+            last_epoch = epoch
+
+    def _items(self, number: int, skip: int, stopped: Event) -> Iterator[tuple[int, int, Item]]:
+        """This rank's shard, place in it, and sample there, from a place in a shard on."""
+        failed = set[str]()
         while True:
-            position = number * self.world_size + self.rank
-            shard, reason = self._shard(position), "it holds no sample"
+            shard, reason = self._shard(number * self.world_size + self.rank), "it holds no sample"
             failed.add(shard)
             for place, item in enumerate(read_shard(shard, self.caption_keys, self.access)):
                 if stopped.is_set():
@@ -148,27 +150,13 @@ class ShardStream:
                     failed.clear()
                 else:
                     reason = item.reason
-                if place < skip:
-                    continue
-                if not block:
-                    self._blocks_at[start] = (number, place)
-                block.append(item)
-                held += len(item.image) if isinstance(item, Sample) else 0
-                if len(block) == self.shuffle or held >= BLOCK_BYTES:
-                    start += len(block)
-                    yield start - len(block), block
-                    block, held = [], 0
+                if place >= skip:
+                    yield number, place, item
             if len(failed) >= min(len(self.shards), MAX_FAILED):
                 raise ValueError(
                     f"{self.name}: {len(failed)} shards in a row without a sample that can be "
                     f"used; the last is {shard}: {reason}"
                 )
-            # A block also ends with its pass, or a sample could come twice before another came.
-            after = position + self.world_size
-            if block and position // len(self.shards) != after // len(self.shards):
-                start += len(block)
-                yield start - len(block), block
-                block, held = [], 0
             number, skip = number + 1, 0
 
     def _shard(self, position: int) -> str:
@@ -195,7 +183,7 @@ def _read_ahead(blocks: Iterator[Block]) -> "Future[Block]":
 
 def read_shard(
     shard: str, caption_keys: Sequence[str] | None, access: Access = NOTHING_MORE
-) -> Iterator[Sample | BadSample]:
+) -> Iterator[Item]:
     """The samples of one shard, in order. A shard that cannot be read ends with a bad sample."""
     stem, seen = shard_stem(shard), set[str]()
     try:
@@ -207,15 +195,15 @@ def read_shard(
         yield BadSample(stem, shard, reason_of(error))
 
 
-def _checked(found: ShardSample, shard: str, *, repeated: bool) -> Sample | BadSample:
+def _checked(found: ShardSample, shard: str, *, repeated: bool) -> Item:
     reason = found.fault or ("the same sample id as one before it in the shard" if repeated else "")
     image = found.image.data if found.image else None
-    try:
-        if image is not None and not reason:
+    if not reason and image is not None:
+        try:
             texts = clean_captions(found.captions)
             return Sample(sample_id=found.sample_id, image=image, captions=texts, where=shard)
-    except ValueError as error:
-        reason = str(error)
+        except ValueError as error:
+            reason = str(error)
     return BadSample(found.sample_id, shard, reason or "no image")
 
 
@@ -223,11 +211,8 @@ def _checked(found: ShardSample, shard: str, *, repeated: bool) -> Sample | BadS
 def _open(shard: str, access: Access) -> Iterator[io.BufferedIOBase]:
     """The uncompressed bytes of a file, a URL or the output of `pipe:COMMAND`."""
     require_allowed(shard, access)
-    opened: Any  # a buffered reader
-    if shard.startswith("pipe:"):
-        opened = io.BufferedReader(_Command(shard.removeprefix("pipe:")), READ_BYTES)
-    else:
-        opened = open_file(shard, access)
+    command = _Command(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else None
+    opened = io.BufferedReader(command, READ_BYTES) if command else open_file(shard, access)
     with opened as file:
         start = file.peek(6)
         reader = next((r for magic, r in COMPRESSED.items() if start.startswith(magic)), None)

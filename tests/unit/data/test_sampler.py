@@ -25,15 +25,15 @@ def test_an_episode_depends_on_seed_and_number_alone(replacement: bool) -> None:
 
 
 @pytest.mark.parametrize(("samples", "size"), [(100, 30), (97, 97), (64, 64), (10, 3), (1, 1)])
-def test_without_replacement_each_turn_holds_every_row_once(samples: int, size: int) -> None:
-    """Cut the stream of episodes into turns of the data: each is a permutation of all rows."""
+def test_without_replacement_each_pass_holds_every_row_once(samples: int, size: int) -> None:
+    """Cut the stream of episodes into passes over the data: each is a permutation of all rows."""
     sampler = EpisodeSampler(samples, size, seed=0, replacement=False)
     stream = torch.cat([sampler.episode(i).rows for i in range(3 * samples // size + 1)])
-    turns = [stream[t * samples : (t + 1) * samples] for t in range(3)]
-    for turn in turns:
-        assert sorted(turn.tolist()) == list(range(samples))
+    passes = [stream[t * samples : (t + 1) * samples] for t in range(3)]
+    for rows in passes:
+        assert sorted(rows.tolist()) == list(range(samples))
     if samples > 10:
-        assert not torch.equal(turns[0], turns[1])
+        assert not torch.equal(passes[0], passes[1])
 
 
 def test_with_replacement_rows_are_uniform() -> None:
@@ -47,15 +47,11 @@ def test_with_replacement_rows_are_uniform() -> None:
 
 
 def test_the_permutation_mixes() -> None:
-    """Neighbours do not stay neighbours, and the rank correlation with the input is near zero."""
+    """Neighbours do not stay neighbours; a hundred billion rows cost no memory."""
     image = permute(np.arange(5000), 5000, seed=1, number=0)
     assert sorted(image.tolist()) == list(range(5000))
     assert (np.abs(np.diff(image)) == 1).mean() < 0.01
     assert abs(np.corrcoef(np.arange(5000), image)[0, 1]) < 0.05
-
-
-def test_a_huge_source_costs_no_memory() -> None:
-    """An episode of a hundred billion rows is drawn as fast as any other."""
     rows = EpisodeSampler(10**11, 1000, seed=0, replacement=False).episode(12345).rows
     assert len(rows.unique()) == 1000
     assert int(rows.max()) < 10**11
@@ -68,11 +64,35 @@ def test_an_episode_larger_than_the_data_needs_replacement() -> None:
     assert len(EpisodeSampler(10, 11, seed=0).episode(0).rows) == 11
 
 
-def test_view_draws_are_uniform_and_repeatable() -> None:
-    """Draws lie in [0, 1), repeat for equal arguments and change with the episode."""
-    draws = transform_draws(0, 5, 2000, 13)
-    assert torch.equal(draws, transform_draws(0, 5, 2000, 13))
-    assert not torch.equal(draws, transform_draws(0, 6, 2000, 13))
-    assert float(draws.min()) >= 0
-    assert float(draws.max()) < 1
-    assert abs(float(draws.mean()) - 0.5) < 0.01
+def test_transform_draws_repeat_and_change_with_the_episode() -> None:
+    draws = transform_draws(0, 5, 20, 13)
+    assert torch.equal(draws, transform_draws(0, 5, 20, 13))
+    assert not torch.equal(draws, transform_draws(0, 6, 20, 13))
+    assert 0 <= float(draws.min()) < float(draws.max()) < 1
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_weights_set_the_shares_of_an_episode(replacement: bool) -> None:
+    """Three to one, whatever the sizes: exactly without replacement, else by expectation."""
+    sampler = EpisodeSampler([50, 4000], 400, seed=2, replacement=replacement, weights=[3.0, 1.0])
+    small = [int((sampler.episode(i).rows < 50).sum()) for i in range(20)]
+    if replacement:
+        assert abs(np.mean(small) - 300) < 5 * np.sqrt(400 * 0.75 * 0.25 / 20)
+    else:
+        assert set(small) == {300}
+
+
+def test_passes_over_weighted_sources_are_even() -> None:
+    """Without replacement each source's draws cover it evenly: every row as often as any other."""
+    sampler = EpisodeSampler([30, 70], 40, seed=2, replacement=False, weights=[1.0, 1.0])
+    rows = np.concatenate([sampler.episode(i).rows.numpy() for i in range(21)])  # 420 of each
+    counts = np.bincount(rows, minlength=100)
+    assert set(counts[:30]) == {14}
+    assert set(counts[30:]) == {6}
+    assert not np.array_equal(np.sort(rows[:40]), rows[:40])
+
+
+def test_sources_without_weights_are_one_long_source() -> None:
+    """The same rows as from one source of their total size."""
+    joined, single = (EpisodeSampler(s, 40, seed=5, replacement=False) for s in ([30, 70], 100))
+    assert torch.equal(joined.episode(3).rows, single.episode(3).rows)

@@ -1,7 +1,6 @@
 """Tar shards: the samples in one, indexed and streamed, and the shards that a pattern names."""
 
 import gzip
-import io
 import json
 import pickle
 import tarfile
@@ -9,48 +8,20 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from tars import facts, numbered, write_tar
 
 from protoclip.data import shards
 from protoclip.data.access import Access
-from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
-from protoclip.data.shards import expand_shards, open_shards, shard_stem, split_name
+from protoclip.data.pairs import BadSample
+from protoclip.data.shards import expand_shards, open_shards, shard_stem
 from protoclip.data.stream import read_shard
-from protoclip.testing import tiny_pairs
 
-IMAGES = tiny_pairs(8).column("image").to_pylist()
-Files = dict[str, bytes] | list[tuple[str, bytes]]
-
-
-def write(path: Path, files: Files, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, **{"mode": "w", **options}) as tar:
-        for name, data in files.items() if isinstance(files, dict) else files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def plain(count: int = 4, first: int = 0) -> dict[str, bytes]:
-    """Samples as img2dataset writes them, with keys that count from `first`."""
-    files: dict[str, bytes] = {}
-    for number in range(first, first + count):
-        files[f"{number:04d}.jpg"] = IMAGES[number % 8] + b"%d" % number
-        files[f"{number:04d}.json"] = json.dumps({"caption": "?", "key": str(number)}).encode()
-        files[f"{number:04d}.txt"] = f"caption {number}".encode()
-    return files
+IMAGE = b"image"
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-def facts(items: list[Sample | BadSample]) -> list[tuple]:
-    return [
-        (s.sample_id, s.image, s.captions) if isinstance(s, Sample) else (s.sample_id, s.reason)
-        for s in items
-    ]
 
 
 def streamed(path: Path, keys: list[str] | None = None) -> list[tuple]:
@@ -76,18 +47,14 @@ def both(path: Path, cache: Path, keys: list[str] | None = None) -> list[tuple]:
 
 
 def test_samples_of_a_shard(tmp_path: Path, cache: Path) -> None:
-    """Ids are shard and key, the caption is the .txt, other files are ignored."""
-    files = plain(2) | {"0001.cls": b"3", "0001.npy": b"\0" * 700, ".0002.jpg": b"x", "no": b""}
-    assert both(write(tmp_path / "00007.tar", files), cache) == [
-        ("00007/0000", IMAGES[0] + b"0", ("caption 0",)),
-        ("00007/0001", IMAGES[1] + b"1", ("caption 1",)),
-    ]
-
-
-@pytest.mark.parametrize("kind", ["jpg", "JPEG", "png", "webp", "gif"])
-def test_images_by_extension(tmp_path: Path, cache: Path, kind: str) -> None:
-    path = write(tmp_path / "a.tar", {f"x.{kind}": IMAGES[0], "x.txt": b"one"})
-    assert both(path, cache) == [("a/x", IMAGES[0], ("one",))]
+    """The key ends at the first dot of the file name; hidden, bare and other files are ignored."""
+    kinds = ("jpg", "JPEG", "png", "webp", "gif")
+    files = {f"./v1.5/{kind}.{kind}": IMAGE for kind in kinds}
+    files |= {f"./v1.5/{kind}.txt": b"c" for kind in kinds}
+    files = dict(sorted(files.items()))
+    files |= {"0.cls": b"3", "0.seg.png": b"x", "._0.jpg": b"x", "no": b"", "a.b/c": b""}
+    expected = [(f"00007/v1.5/{kind}", IMAGE, ("c",)) for kind in sorted(kinds)]
+    assert both(write_tar(tmp_path / "00007.tar", files), cache) == expected
 
 
 @pytest.mark.parametrize(
@@ -105,25 +72,9 @@ def test_where_captions_come_from(
     tmp_path: Path, cache: Path, keys, meta, text: bytes | None, expected
 ) -> None:
     """The .txt before the .json unless keys are named; a list is several captions."""
-    files = {"x.json": json.dumps(meta).encode(), "x.png": IMAGES[0]}
-    path = write(tmp_path / "a.tar", files | ({} if text is None else {"x.txt": text}))
-    assert both(path, cache, keys) == [("a/x", IMAGES[0], expected)]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("000.jpg", ("000", "jpg")),
-        ("./a/000.JPG", ("a/000", "jpg")),
-        ("v1.5/000.seg.png", ("v1.5/000", "seg.png")),
-        ("._000.jpg", ("", "")),
-        ("000", ("", "")),
-        ("a.b/c", ("", "")),
-    ],
-)
-def test_keys_are_those_of_webdataset(name: str, expected: tuple[str, str]) -> None:
-    """The key ends at the first dot of the file name; hidden and bare names are ignored."""
-    assert split_name(name) == expected
+    files = {"x.json": json.dumps(meta).encode(), "x.png": IMAGE}
+    path = write_tar(tmp_path / "a.tar", files | ({} if text is None else {"x.txt": text}))
+    assert both(path, cache, keys) == [("a/x", IMAGE, expected)]
 
 
 @pytest.mark.parametrize(
@@ -142,47 +93,36 @@ def test_ids_start_with_the_stem_of_the_shard(shard: str, stem: str) -> None:
 
 def test_a_sample_id_in_the_json_is_kept(tmp_path: Path, cache: Path) -> None:
     meta = json.dumps({"sample_id": "emoji/😀 a.b", "caption": "x"}).encode()
-    path = write(tmp_path / "a.tar", {"0.webp": IMAGES[0], "0.json": meta})
-    assert both(path, cache) == [("emoji/😀 a.b", IMAGES[0], ("x",))]
+    path = write_tar(tmp_path / "a.tar", {"0.webp": IMAGE, "0.json": meta})
+    assert both(path, cache) == [("emoji/😀 a.b", IMAGE, ("x",))]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_tar_form(tmp_path: Path, cache: Path, form: int) -> None:
-    """Names of 90 and of 240 letters, and names that are not UTF-8."""
-    long = "folder" * 15 + "/" + "k" * (90 if form == tarfile.USTAR_FORMAT else 150)
-    names = ["a" * 90, long] + ([] if form == tarfile.USTAR_FORMAT else ["ключ" * 30])
-    files = {f"{n}.{kind}": d for n in names for kind, d in (("jpg", IMAGES[0]), ("txt", b"c"))}
-    path = write(tmp_path / "s.tar", files, format=form)
-    assert [found[0] for found in both(path, cache)] == [f"s/{name}" for name in names]
-    latin = {"\udce9.jpg": IMAGES[0], "\udce9.txt": b"c"}
-    path = write(tmp_path / "t.tar", latin, format=form)
-    assert [found[0] for found in both(path, cache)] == ["t/\\xe9"]
+def test_names_of_every_form(tmp_path: Path, cache: Path, form: int) -> None:
+    """Long ones, some that are not UTF-8, and some that lead elsewhere, where nothing appears."""
+    names = {"a" * 90: "a" * 90, "\udce9": "\\xe9", "../evil": "../evil"}
+    names[f"{tmp_path}/evil"] = f"{tmp_path}/evil"
+    if form != tarfile.USTAR_FORMAT:
+        names["ключ" * 30] = "ключ" * 30
+    files = [(f"{n}.{kind}", d) for n in names for kind, d in (("jpg", IMAGE), ("txt", b"c"))]
+    path = write_tar(tmp_path / "in" / "s.tar", files, format=form)
+    assert [found[0] for found in both(path, cache)] == [f"s/{name}" for name in names.values()]
+    assert {file.name for file in tmp_path.iterdir()} == {"in", "cache"}
 
 
 def test_links_folders_and_devices_are_ignored(tmp_path: Path, cache: Path) -> None:
     """Nothing that they name is opened, whatever size they claim, and what follows is read."""
-    path = tmp_path / "a.tar"
+    path = write_tar(tmp_path / "a.tar", numbered(1))
+    content = path.read_bytes()
     with tarfile.open(path, "w") as tar:
         for kind in (b"1", b"2", b"3", b"4", b"5", b"6"):
             info = tarfile.TarInfo(f"x{kind.decode()}.jpg")
             info.type, info.linkname, info.size = kind, "/etc/passwd", 0 if kind == b"5" else 7
             tar.addfile(info)
-        for name, data in (("y.jpg", IMAGES[0]), ("y.txt", b"c")):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    assert [found[0] for found in both(path, cache)] == ["a/y"]
-
-
-def test_names_that_lead_elsewhere_are_only_names(tmp_path: Path, cache: Path) -> None:
-    """Absolute and `..` members are read like others, and no file appears anywhere."""
-    names = [str(tmp_path / "evil"), "../evil", "../../evil"]
-    files = [(f"{n}.{k}", d) for n in names for k, d in (("jpg", IMAGES[0]), ("txt", b"c"))]
-    path = write(tmp_path / "inside" / "a.tar", files)
-    before = set(tmp_path.parent.rglob("*"))
-    assert [found[0] for found in both(path, cache)] == [f"a/{name}" for name in names]
-    new = set(tmp_path.parent.rglob("*")) - before
-    assert {p for p in new if cache not in p.parents and p != cache} == set()
+        tar.fileobj.flush()
+        headers = path.read_bytes()
+    path.write_bytes(headers + content)
+    assert [found[0] for found in both(path, cache)] == ["a/001"]
 
 
 @pytest.mark.parametrize(
@@ -205,49 +145,35 @@ def test_incomplete_samples_are_bad_not_missing(
     """They are named with a reason, images that are too large too; the next sample is read."""
     if "no image" in reason:
         monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 200)
-    path = write(tmp_path / "a.tar", files | {"y.jpg": b"1" * 200, "y.txt": b"c"})
+    path = write_tar(tmp_path / "a.tar", files | {"y.jpg": b"1" * 200, "y.txt": b"c"})
     assert both(path, cache) == [("a/x", reason), ("a/y", b"1" * 200, ("c",))]
 
 
 def test_an_index_notes_what_is_missing(tmp_path: Path, cache: Path) -> None:
-    write(tmp_path / "0.tar", plain(2) | {"x.jpg": b"1", "z.txt": b"c"})
-    cut = write(tmp_path / "1.tar", plain(3) | {"y.jpg": b"1"})
-    cut.write_bytes(cut.read_bytes()[: cut.read_bytes().index(b"0001.json") + 520])
+    write_tar(tmp_path / "0.tar", numbered(1, 2) | {"x.jpg": b"1", "z.txt": b"c"})
+    cut = write_tar(tmp_path / "1.tar", numbered(0, 1, 2))
+    cut.write_bytes(cut.read_bytes()[: cut.read_bytes().index(b"001.txt") + 520])
     assert open_shards(str(tmp_path), cache=cache).notes == [
         "1 samples without an image",
         "1 samples without a caption",
-        f"1 of 2 shards break off, such as {cut}: unexpected end of data in 0001.json after 1 "
+        f"1 of 2 shards break off, such as {cut}: unexpected end of data in 001.txt after 1 "
         "samples; the rest of the shard is lost",
     ]
 
 
 def test_every_cut_keeps_what_is_whole(tmp_path: Path, cache: Path) -> None:
     """A shard cut anywhere gives the samples before the cut; a stream adds a bad one."""
-    path = write(tmp_path / "a.tar", plain(4))
+    path = write_tar(tmp_path / "a.tar", numbered(0, 1, 2, 3))
     content, complete, lengths = path.read_bytes(), both(path, cache), set()
-    for end in (512 * block + odd for block in range(1, 25) for odd in (0, 100)):
+    for end in (512 * block + odd for block in range(1, 17) for odd in (0, 100)):
         path.write_bytes(content[:end])
         *good, bad = streamed(path)
-        assert len(bad) == 2
-        assert f"unexpected end of data{bad[1][22:]}" == bad[1]
+        assert bad[1].startswith("unexpected end of data")
         assert bad[1].endswith(f"after {len(good)} samples; the rest of the shard is lost")
         assert good == complete[: len(good)]
         assert not good or indexed(path, cache) == good
         lengths.add(len(good))
     assert lengths == {0, 1, 2, 3, 4}
-
-
-def damaged(tmp_path: Path, offset: int, value: bytes) -> Path:
-    """A shard in which the header of the third sample is changed, and its checksum adapted."""
-    path = write(tmp_path / "a.tar", plain(3))
-    data = bytearray(path.read_bytes())
-    start = data.index(b"0002.jpg")
-    data[start + offset : start + offset + len(value)] = value
-    if offset:
-        data[start + 148 : start + 156] = b" " * 8
-        data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
-    path.write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -267,14 +193,21 @@ def test_a_damaged_header_ends_a_shard(
     tmp_path: Path, cache: Path, offset: int, value: bytes
 ) -> None:
     """What comes before it is kept. Neither memory nor time is spent on sizes without sense."""
-    path = damaged(tmp_path, offset, value)
+    path = write_tar(tmp_path / "a.tar", numbered(0, 1, 2))
+    data = bytearray(path.read_bytes())
+    start = data.index(b"002.jpg")
+    data[start + offset : start + offset + len(value)] = value
+    if offset:  # the checksum fits
+        data[start + 148 : start + 156] = b" " * 8
+        data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    path.write_bytes(data)
     *good, (_, reason) = streamed(path)
-    assert [sample[0] for sample in good] == ["a/0000", "a/0001"]
-    assert reason.startswith(("damaged header after 2", "unexpected end of data in 0002.jpg after"))
+    assert [sample[0] for sample in good] == ["a/000", "a/001"]
+    assert reason.startswith(("damaged header after 2", "unexpected end of data in 002.jpg after"))
     assert indexed(path, cache) == good
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"<html>" * 1000])
+@pytest.mark.parametrize("content", [b"", b"<html>" * 1000])
 def test_garbage_is_named(tmp_path: Path, cache: Path, content: bytes) -> None:
     """One line with the file when it is opened; one bad sample in a stream."""
     path = tmp_path / "a.tar"
@@ -287,8 +220,11 @@ def test_garbage_is_named(tmp_path: Path, cache: Path, content: bytes) -> None:
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
 def test_compressed_shards_are_streamed_only(tmp_path: Path, cache: Path, kind: str) -> None:
     """The same samples as uncompressed. A cut one keeps its beginning."""
-    expected = both(write(tmp_path / "00.tar", plain(6)), cache)
-    path = write(tmp_path / f"00.tar.{kind}", plain(6), mode=f"w:{kind}")
+    plain = write_tar(tmp_path / "00.tar", numbered(*range(6)))
+    expected, content = both(plain, cache), plain.read_bytes()
+    path = write_tar(tmp_path / f"00.tar.{kind}", numbered(*range(6)), mode=f"w:{kind}")
+    if kind == "gz":  # in pieces, as programs write it that compress on several cores
+        path.write_bytes(gzip.compress(content[:3000]) + gzip.compress(content[3000:]))
     assert streamed(path) == expected
     with pytest.raises(ValueError, match="is compressed; stream it, or unpack it"):
         open_shards(str(path), cache=cache)
@@ -296,15 +232,6 @@ def test_compressed_shards_are_streamed_only(tmp_path: Path, cache: Path, kind: 
     *good, bad = streamed(path)
     assert good == expected[: len(good)]
     assert len(bad) == 2
-
-
-def test_compression_in_pieces(tmp_path: Path, cache: Path) -> None:
-    """As programs write it that compress on several cores."""
-    path = write(tmp_path / "0.tar", plain(3))
-    expected, content = both(path, cache), path.read_bytes()
-    path = tmp_path / "0.tar.gz"
-    path.write_bytes(gzip.compress(content[:3000]) + gzip.compress(content[3000:]))
-    assert streamed(path) == expected
 
 
 NAMED = {"jpg": b"1", "json": b'{"sample_id": "i", "text": "c"}'}
@@ -318,9 +245,9 @@ NAMED = {"jpg": b"1", "json": b'{"sample_id": "i", "text": "c"}'}
         [(f"{key}.{kind}", data) for key in "xy" for kind, data in NAMED.items()],
     ],
 )
-def test_repeated_ids_in_a_shard(tmp_path: Path, cache: Path, files: Files) -> None:
+def test_repeated_ids_in_a_shard(tmp_path: Path, cache: Path, files) -> None:
     """An index refuses them with their number; a stream takes the first."""
-    path = write(tmp_path / "a.tar", files)
+    path = write_tar(tmp_path / "a.tar", files)
     with pytest.raises(ValueError, match=r"a\.tar: [12] sample ids come more than once, such as"):
         open_shards(str(path), cache=cache)
     assert any("the same sample id" in str(found[1]) for found in streamed(path))
@@ -328,22 +255,15 @@ def test_repeated_ids_in_a_shard(tmp_path: Path, cache: Path, files: Files) -> N
 
 def test_ids_over_several_shards(tmp_path: Path, cache: Path) -> None:
     """Equal keys do not clash, and ids do not depend on what else is opened; equal ids do clash."""
-    one, two = (write(tmp_path / f"{name}.tar", plain(2)) for name in "ab")
-    whole = indexed(tmp_path, cache)
-    assert whole == both(one, cache) + both(two, cache)
-    assert len({found[0] for found in whole}) == 4
+    one, two = (write_tar(tmp_path / f"{name}.tar", numbered(0, 1)) for name in "ab")
+    assert indexed(tmp_path, cache) == both(one, cache) + both(two, cache)
     for name in "ab":
-        write(tmp_path / "named" / f"{name}.tar", {f"0.{k}": data for k, data in NAMED.items()})
+        write_tar(tmp_path / "named" / f"{name}.tar", {f"0.{k}": data for k, data in NAMED.items()})
     with pytest.raises(ValueError, match="1 sample ids come more than once, such as 'i'"):
         open_shards(str(tmp_path / "named"), cache=cache)
-
-
-def test_shards_of_one_name_are_refused(tmp_path: Path) -> None:
-    """Their samples could share ids."""
-    for folder in "ab":
-        write(tmp_path / folder / "00.tar", plain(1))
-    with pytest.raises(ValueError, match=r"has the file name of .*a/00\.tar"):
-        expand_shards(str(tmp_path / "{a,b}" / "00.tar"))
+    again = write_tar(tmp_path / "other" / "a.tar", numbered(0))
+    with pytest.raises(ValueError, match=r"has the file name of .*a\.tar"):
+        expand_shards(f"{{{one},{again}}}")
 
 
 def test_only_new_and_changed_shards_are_indexed(
@@ -358,50 +278,42 @@ def test_only_new_and_changed_shards_are_indexed(
 
     monkeypatch.setattr(shards, "read_samples", counted)
     for number in range(3):
-        write(tmp_path / f"{number}.tar", plain(3, first=3 * number))
-    pattern = str(tmp_path / "*.tar")
-    assert len(open_shards(pattern, cache=cache)) == 9
-    assert sorted(read) == ["0", "1", "2"]
-    open_shards(pattern, cache=cache)
-    write(tmp_path / "3.tar", plain(2, first=9))
-    assert len(open_shards(pattern, cache=cache)) == 11
-    assert read[3:] == ["3"]
-    write(tmp_path / "1.tar", plain(1, first=50))
-    assert indexed(pattern, cache)[3][2] == ("caption 50",)
-    assert read[4:] == ["1"]
+        write_tar(tmp_path / f"{number}.tar", numbered(number))
+    assert len(indexed(tmp_path, cache)) == len(indexed(tmp_path, cache)) == 3
+    assert read == ["0", "1", "2"]
+    write_tar(tmp_path / "3.tar", numbered(3))
+    write_tar(tmp_path / "1.tar", numbered(50))
+    assert indexed(tmp_path, cache)[1][2] == ("caption 50",)
+    assert read[3:] == ["1", "3"]
 
 
 def test_many_shards_are_indexed_in_parallel(tmp_path: Path, cache: Path) -> None:
     """Rows come in the order of the shards. The pairs go to a worker as a path, with few files."""
-    for number in range(30):
-        write(tmp_path / f"{number:02d}.tar", plain(1, first=number))
+    for number in range(12):
+        write_tar(tmp_path / f"{number:02d}.tar", numbered(number))
     files = Path("/proc/self/fd")
     before = len(list(files.iterdir())) if files.exists() else 0
-    pairs = open_shards(str(tmp_path / "{00..29}.tar"), cache=cache)
-    assert isinstance(pairs, ImageTextPairs)
-    assert [pairs.sample(row).captions for row in range(30)] == [
-        (f"caption {n}",) for n in range(30)
-    ]
+    pairs = open_shards(str(tmp_path / "{00..11}.tar"), cache=cache)
     assert not files.exists() or len(list(files.iterdir())) <= before + 2
+    assert [pairs.caption(row) for row in range(12)] == [f"caption {n}" for n in range(12)]
     assert len(pickle.dumps(pairs)) < 1000
     copy = pickle.loads(pickle.dumps(pairs))
-    assert [copy.sample(row) for row in range(30)] == [pairs.sample(row) for row in range(30)]
-    assert list(copy.sample_ids()) == [f"{n:02d}/{n:04d}" for n in range(30)]
+    assert [copy.sample(row) for row in range(12)] == [pairs.sample(row) for row in range(12)]
 
 
 def test_shards_without_a_sample(tmp_path: Path, cache: Path) -> None:
     """An empty shard beside others is fine; nothing at all is not."""
-    empty = write(tmp_path / "0.tar", {"readme.md": b"nothing"})
+    empty = write_tar(tmp_path / "0.tar", {"readme.md": b"nothing"})
     with pytest.raises(ValueError, match="holds no sample"):
         open_shards(str(empty), cache=cache)
-    write(tmp_path / "1.tar", plain(1))
+    write_tar(tmp_path / "1.tar", numbered(1))
     assert len(open_shards(str(tmp_path), cache=cache)) == 1
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Braces, globs and folders: sorted, each shard once."""
     for name in ("00", "01", "02", "10"):
-        write(tmp_path / f"{name}.tar", {})
+        write_tar(tmp_path / f"{name}.tar", {})
     (tmp_path / "00.json").write_text("{}")
     names = [str(tmp_path / f"{name}.tar") for name in ("00", "01", "02", "10")]
     assert expand_shards(str(tmp_path)) == names
@@ -410,7 +322,7 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert expand_shards(str(tmp_path / "{10,0?,00}.tar")) == names
     monkeypatch.chdir(tmp_path)
     assert expand_shards("{01..02}.tar") == ["01.tar", "02.tar"]
-    write(tmp_path / "odd{1..2}.tar", {})
+    write_tar(tmp_path / "odd{1..2}.tar", {})
     assert expand_shards("odd{1..2}.tar") == ["odd{1..2}.tar"]
 
 
@@ -437,7 +349,7 @@ def test_remote_patterns(bucket: str) -> None:
         ("{folder}", "no tar shard matches"),
         ("{folder}/{{0..2.tar", "the braces do not pair up|no such file"),
         ("s3://nothing/here/*.tar", "no tar shard matches"),
-        ("gs://bucket/*.tar", r"gs://bucket/\*.tar: cannot be listed \(.*gcsfs"),
+        ("gs://bucket/*.tar", r"gs://bucket/\*.tar: .*gcsfs"),
         ("https://host/*.tar", "a web server does not say what it holds; name the files with bra"),
         ("memory://bucket/*.tar", "'memory://' is not read; use a local file or one of https"),
         ("pipe:cat {folder}/none.tar", "--data.allow_commands true"),
@@ -450,9 +362,3 @@ def test_patterns_without_a_match_are_errors(
     with pytest.raises(ValueError, match=message) as error:
         expand_shards(pattern.format(folder=tmp_path))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("pattern", ["https://host/{0..1}.tar", "pipe:cat x.tar"])
-def test_remote_shards_are_not_indexed(cache: Path, pattern: str) -> None:
-    with pytest.raises(ValueError, match="only local shards can be indexed; stream it"):
-        open_shards(pattern, cache=cache)
