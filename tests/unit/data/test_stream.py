@@ -285,11 +285,10 @@ def settle(count: int) -> bool:
 
 
 @pytest.mark.parametrize("end", ["close", "drop"])
-def test_the_thread_ends_with_its_iterator(folder: Path, end: str) -> None:
-    assert settle(0)
+def test_no_thread_outlives_its_iterator(folder: Path, end: str) -> None:
+    """A thread reads one block ahead; which may be over before anybody looks."""
     items = stream(folder).samples()
     next(items)
-    assert settle(1)
     if end == "close":
         items.close()
     else:
