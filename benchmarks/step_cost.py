@@ -5,8 +5,8 @@ alternation, each for one episode of warm-up (not counted) and two counted ones.
 
     python benchmarks/step_cost.py [--repeats 3] [--case demo vit] [--out FILE]
 
-Cases: `demo`, the demonstration's towers; `vit`, a ViT-S/16 at 112 pixels on the same pictures;
-`rn50`, an RN50 at 224 pixels with batch 512, 20,000 prototypes and pictures made on the device, for
+Cases: `demo`, the demonstration's towers; `vit`, a ViT-S/16 at 112 pixels on the same images;
+`rn50`, an RN50 at 224 pixels with batch 512, 20,000 prototypes and images made on the device, for
 GPUs. Without `--case`, `demo` and `vit` on a CPU, all of them on a GPU.
 """
 

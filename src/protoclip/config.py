@@ -159,7 +159,7 @@ class EpisodeConfig:
     size: Count = 4096  # Pairs in an episode.
     count: Count = 35  # Episodes in the run.
     batch_size: BatchSize = 256  # Pairs in a step, of all ranks together.
-    micro_batch_size: BatchSize | None = None  # Pairs in the towers at once (GradCache).
+    micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
     replacement: bool = True  # Draw pairs with replacement.
     warm_up: CountOrZero = 1  # First episodes, with InfoNCE alone.
     locked_image: CountOrZero = 1  # Last episodes, with the image tower locked.
@@ -167,8 +167,8 @@ class EpisodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
-    source: Literal["auto", "extract", "queue"] = "auto"  # Of features to cluster.
-    extract_transform: Literal["evaluation", "training"] = "evaluation"  # How they see images.
+    source: Literal["auto", "extract", "queue"] = "auto"  # Source of what K-means clusters.
+    extract_transform: Literal["evaluation", "training"] = "evaluation"  # Transform of extraction.
     number: Count = 400  # Prototypes per modality.
     init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
     iterations: Count = 6  # K-means iterations.
@@ -214,9 +214,9 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards the model (FSDP2).
-    activation_checkpointing: bool = False  # Recompute activations: less memory.
+    activation_checkpointing: bool = False  # Less memory; not with BatchNorm.
     sync_batch_norm: bool = False  # BatchNorm over all ranks.
-    compile: bool = False  # Compile the towers (torch.compile).
+    compile: bool = False  # torch.compile: minutes at the start.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,13 +61,13 @@ REFUSED = {
     frozenset({("evaluation", "yes"), other})
     for other in [("mixture", "yes"), *(("source", s) for s in FEATURES["source"] if s != "emoji")]
 }
-# Worker processes keep no pictures in memory: this pair runs, in a row of its own, so that it does
+# Worker processes keep no images in memory: this pair runs, in a row of its own, so that it does
 # not stand for a cache in another.
-APART = frozenset({("cache", "ram"), ("workers", 1)})
+SEPARATE = frozenset({("cache", "ram"), ("workers", 1)})
 
 
 def allowed(row: Row) -> bool:
-    return not any(pair <= row.items() for pair in [*REFUSED, APART])
+    return not any(pair <= row.items() for pair in [*REFUSED, SEPARATE])
 
 
 @cache
@@ -86,7 +86,7 @@ def wanted() -> list[frozenset[Choice]]:
 def rows() -> list[Row]:
     """Few runs that hold every pair: each starts from a pair that is missing and adds, feature by
     feature, the choice that brings the most of the others."""
-    found = [PLAIN | dict(APART)]
+    found = [PLAIN | dict(SEPARATE)]
     missing = set(wanted()) - pairs_of(found[0])
     while missing:
         seed = next(pair for pair in wanted() if pair in missing)
@@ -111,7 +111,7 @@ def name(row: Row) -> str:
     return " ".join(unusual)
 
 
-# Data: two sources of every kind, with the same names of samples and other pictures.
+# Data: two sources of every kind, with the same names of samples and other images.
 
 
 @pytest.fixture(scope="session")
@@ -123,10 +123,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (top / source).mkdir()
         lines = ["path,caption,sample_id"]
         for row in table.to_pylist():
-            picture = top / source / f"{row['sample_id']}.png"
-            picture.write_bytes(row["image"])
-            picture.with_suffix(".txt").write_text(row["caption"])
-            lines.append(f"{source}/{picture.name},{row['caption']},{row['sample_id']}")
+            image = top / source / f"{row['sample_id']}.png"
+            image.write_bytes(row["image"])
+            image.with_suffix(".txt").write_text(row["caption"])
+            lines.append(f"{source}/{image.name},{row['caption']},{row['sample_id']}")
         (top / f"{source}.csv").write_text("\n".join(lines) + "\n")
         pack.pack(ImageTextPairs(table, name=source), top / f"{source}-tar", samples_per_shard=8)
     return top
@@ -259,7 +259,7 @@ def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
     """Bit for bit on one process; on two, to a twentieth of the way that the weights went.
 
     Rounding may move a sample that lies between two prototypes, which is worth a hundredth here; a
-    wrong picture, caption, gradient or position is worth half of the way and more.
+    wrong image, caption, gradient or position is worth half of the way and more.
     """
     expected, scores = twin(row, data, tmp_path / "twin")
     config = config_for(row, data, tmp_path / "run")

@@ -1,1 +1,1 @@
-"""Image-text pairs, episodes over them, views and loaders."""
+"""Image-text pairs: sources, episodes, transforms and loading."""

@@ -332,9 +332,9 @@ def _client(private_hosts: bool, process: int) -> httpx.Client:
     if private_hosts:
         return client()
     if {"http", "https", "all"} & urllib.request.getproxies().keys():
-        # The proxy connects, and may itself be private; what it is asked for may not.
+        # A proxy may be private. The hosts that it is asked for may not.
         return client(event_hooks={"request": [lambda request: _addresses(request.url.host)]})
-    # A kept connection would serve other hosts of the same address, whose certificate nobody saw.
+    # Keep no connection: it would serve another host of the same address without its certificate.
     return client(transport=_PublicHosts(limits=httpx.Limits(max_keepalive_connections=0)))
 
 

@@ -95,7 +95,7 @@ def inspect(
 
 
 def drawn(total: int, number: int, seed: int) -> list[int]:
-    """So many different numbers below `total`, in order: one from each of equal parts."""
+    """`number` different row numbers below `total`, one from each of equal parts."""
     bounds = np.arange(number + 1, dtype=np.int64) * total // number
     chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()
     return chosen

@@ -317,7 +317,7 @@ def loader(
     if rest or share < 2:
         raise ValueError(
             f"episodes.batch_size: {config.episodes.batch_size} pairs cannot be shared evenly by "
-            f"{world_size()} processes, two or more each; try {max(2, share) * world_size()}"
+            f"{world_size()} ranks, two or more each; try {max(2, share) * world_size()}"
         )
     small_side = max(COPY_SIDE, math.ceil(transform.size * COPY_MARGIN))
     return EpisodeLoader(

@@ -157,7 +157,7 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
         result = function()
     except Exception as raised:
         error = raised
-    # In nested calls the rank that met the error first reports it again, not those it was told to.
+    # Calls nest. The rank where the error arose reports it, not a rank that only heard of it.
     told = isinstance(error, RaisedOnAnotherRank)
     errors = all_gather_object(None if error is None else (told, rank(), sendable(error)))
     if any(errors):

@@ -42,7 +42,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def spread(model: nn.Module, whole: nn.Module | None) -> None:
-    """Give a sharded model all that rank 0's whole model holds; other ranks pass None."""
+    """Load a sharded model from the whole model of rank 0. Other ranks pass None."""
     load_weights(model, whole.state_dict() if whole is not None else {})
     own = dict(whole.named_buffers()) if whole is not None else {}
     for name, buffer in model.named_buffers():  # some, such as masks, are in no state dict

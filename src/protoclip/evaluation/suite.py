@@ -63,7 +63,7 @@ def evaluate(
     | `zero_shot/acc{1,5}` | an image's concept among the concept names of the split |
     | `zero_shot_subgroup/acc{1,5}` | its class among the class names of the data set |
     | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's distinct captions |
-    | `linear_probe/acc1`, `knn/acc1` | its class, learnt from the image features of `train` |
+    | `linear_probe/acc1`, `knn/acc1` | its class, learned from the image features of `train` |
     | `clustering/{ami,ari}` | K-means of the image features against the classes |
     | `modality_gap/{gap,alignment,uniformity_image,uniformity_text}` | geometry of the pairs |
 

@@ -78,9 +78,9 @@ def join(values: list[Tensor | None]) -> Tensor | None:
 
 
 def split(gradient: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    """Each chunk's part of a gradient; that of a scale goes to the first, the others get zero.
+    """The part of a gradient that belongs to each chunk. A scale's goes to the first chunk.
 
-    So every backward pass reaches the same parameters, as distributed training expects.
+    The other chunks get zero, so that every backward pass reaches the same parameters.
     """
     if gradient.ndim:
         return torch.split(gradient, sizes)

@@ -164,7 +164,7 @@ def kmeans(
 def lloyd(
     rows: "Rows", centroids: Tensor, search: Search, found: Nearest | None, iterations: int
 ) -> KMeans:
-    """Lloyd's iterations. `found`, about what `search(centroids)` returns, saves that search."""
+    """Lloyd's iterations. `found`, if known, replaces the first `search(centroids)`."""
     assignments, distances = found if found and iterations else search(centroids)
     history = [float(rows.sum(distances.double().sum()))]
     for _ in range(iterations):

@@ -123,7 +123,7 @@ class Bfloat16Search:
         return matrix
 
     def error_bounds(self, centroids: Float32[Tensor, "k d"]) -> Float32[Tensor, " n"]:
-        """Most that half a squared distance of each row is off before it is rounded to 16 bits.
+        """For each row, a bound on the error of half its squared distances in bfloat16.
 
         |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|, plus the rounding of half norms and of sums.
         A row's own half norm is off by the same amount in all its distances.

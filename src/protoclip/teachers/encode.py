@@ -198,7 +198,7 @@ def embed_teacher(
     """
     is_stream = isinstance(samples, SampleStream)
     if is_stream and (num_samples is None or world_size() > 1):
-        raise ValueError(f"{samples.name}: a stream needs --num_samples, and one process")
+        raise ValueError(f"{samples.name}: a stream needs --num_samples, and runs on one rank")
     if not is_stream and num_samples is not None:
         raise ValueError(f"--num_samples: {samples.name} is no stream; all of it is encoded")
     ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())

@@ -56,8 +56,8 @@ class JsonLines:
     """Writes one line of JSON for each call, to a file that never holds part of a line.
 
     Lines that cannot be written wait, in order, for the next call. A checkpoint does not hold the
-    lines that wait: a run that goes on from one made meanwhile lacks them. `size` is the number of
-    bytes that are whole lines; what the file holds beyond is cut off.
+    lines that wait: a run that goes on from one made meanwhile lacks them. `size` is the
+    number of bytes that are whole lines; anything after them is cut off.
     """
 
     def __init__(self, path: Path, *, size: int) -> None:
