@@ -29,7 +29,7 @@ from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.files import checksum, read_json, to_json, write_atomically
+from protoclip.files import checksum, file_checksum, read_json, to_json, write_atomically
 from protoclip.models import loading, towers
 from protoclip.progress import Progress
 from protoclip.teachers import store
@@ -113,8 +113,8 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
             model, transform, tokenizer = loading.load(teacher)
         else:
             raise ValueError(
-                "no run folder, and none of hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, or "
-                "timm:MODEL"
+                "no run folder, and none of hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, "
+                "timm:MODEL, or a .npy or .parquet file"
             )
     except ImportError as error:
         raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
@@ -182,7 +182,7 @@ def embed_teacher(
     A sample with several captions gets the mean of their features.
 
     Args:
-        teacher: A frozen model (see `open_encoder`).
+        teacher: A frozen model (see `open_encoder`), or a file of features (see `read_teacher`).
         out: A new folder, or that of an earlier call with the same arguments.
         modality: What the model reads; `auto` takes the image tower of a model with two.
         pooling: How a Hugging Face model's tokens become one feature.
@@ -203,6 +203,8 @@ def embed_teacher(
         raise ValueError(f"--num_samples: {samples.name} is no stream; all of it is encoded")
     ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())
     store.build_index(ids, name=samples.name)  # refuses duplicates
+    if Path(teacher).suffix in store.FILES and not is_stream:
+        return rank0_first(lambda: convert(Path(teacher), samples.name, ids, out, width))
     encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
     if width is not None and not 0 < width <= encoder.width:
         raise ValueError(f"--width: {width} is not between 1 and {encoder.width}, {teacher}'s own")
@@ -341,14 +343,53 @@ def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         write_atomically(out / SKIPPED, "".join(bad))
     if not ids:
         raise ValueError(f"{settings['source']}: no sample could be read; see {out / SKIPPED}")
-    facts, width = {**settings, "bad": len(bad)}, settings["reduced_to"]
-    blocks = (read_part(file)[1] for file in files)
-    if width is not None:
-        mean, axes, facts["variance_kept"] = fit_pca(blocks, width)
-        blocks = ((read_part(file)[1].astype(np.float64) - mean) @ axes.T for file in files)
-    facts = store.write_folder(out, ids, blocks, facts)
+    facts = write(out, ids, lambda: (read_part(file)[1] for file in files), settings, len(bad))
     shutil.rmtree(out / PARTS)
     return facts
+
+
+def convert(
+    file: Path, source: str, ids: Sequence[str], out: Path, width: int | None
+) -> dict[str, Any]:
+    """Make a teacher folder of a file's features of these samples; `bad` counts those without."""
+    own = store.read_teacher(file, sample_ids=ids)
+    own.missing(ids)  # refuses features of other data
+    if width is not None and not 0 < width <= own.width:
+        raise ValueError(f"--width: {width} is not between 1 and {own.width}, {file}'s own")
+    found = own.find(ids)
+    rows = found[found >= 0]
+    settings = {
+        "teacher": str(file),
+        "weights": file_checksum(file),
+        "source": source,
+        "samples": len(ids),
+        "ids": checksum(store.hash_ids(ids).tobytes()),
+        "reduced_to": width,
+    }
+    facts = claim(out, settings)
+    if "rows" in facts:
+        return facts
+    known = [own_id for own_id, row in zip(ids, found, strict=True) if row >= 0]
+    parts = np.array_split(rows, -(-len(rows) // PART_ROWS["text"]))
+    return write(
+        out, known, lambda: (own.features[part] for part in parts), settings, len(ids) - len(rows)
+    )
+
+
+def write(
+    out: Path,
+    ids: Sequence[str],
+    blocks: Callable[[], Iterable[Features]],
+    settings: Mapping[str, Any],
+    bad: int,
+) -> dict[str, Any]:
+    """Write the blocks of features as a teacher folder, after PCA if the settings ask for it."""
+    facts, width = {**settings, "bad": bad}, settings["reduced_to"]
+    if width is None:
+        return store.write_folder(out, ids, blocks(), facts)
+    mean, axes, facts["variance_kept"] = fit_pca(blocks(), width)
+    reduced = ((block.astype(np.float64) - mean) @ axes.T for block in blocks())
+    return store.write_folder(out, ids, reduced, facts)
 
 
 def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features, float]:

@@ -29,6 +29,7 @@ from protoclip.data.sources import entries
 from protoclip.files import read_json, replacing, to_json, write_atomically
 
 FEATURES, INDEX, FACTS = "features.npy", "index.npy", "facts.json"
+FILES = (".npy", ".parquet")  # of a user's own features
 Features = npt.NDArray[np.floating]
 
 
@@ -115,11 +116,12 @@ class TeacherFeatures:
         return torch.from_numpy(found)
 
 
-def read_teacher(path: str | Path) -> TeacherFeatures:
+def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> TeacherFeatures:
     """Open a teacher folder, or a user's file of features.
 
     The file is Parquet with the columns `sample_id` and `features` (lists of numbers), or an array
-    `NAME.npy` `(n, q)` with its sample ids in `NAME.ids.txt`, one a line.
+    `NAME.npy` `(n, q)` with its sample ids in `NAME.ids.txt`, one a line. Without that file the
+    rows are those of `sample_ids`, if given.
 
     Raises:
         ValueError: There is no such teacher, it is damaged, or its features cannot be used.
@@ -132,9 +134,10 @@ def read_teacher(path: str | Path) -> TeacherFeatures:
     try:
         if path.suffix == ".npy":
             features, text = np.load(path, mmap_mode="r"), path.with_suffix(".ids.txt")
-            if not text.is_file():
+            if text.is_file():
+                sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
+            elif sample_ids is None:
                 raise ValueError(f"needs its sample ids, one a line, in {text}")
-            sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
         else:
             sample_ids, features = read_parquet(path)
         if features.ndim != 2 or not features.size or not np.issubdtype(features.dtype, np.number):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -381,3 +382,36 @@ def test_several_ranks_make_the_folder_of_one_process(width, tmp_path):
     assert run_distributed(make, 2, tmp_path / "many", width) == [one, {}]
     assert (one["rows"], one["bad"]) == (46, 1)
     assert content(tmp_path / "many") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize("form", ["npy", "npy with ids", "parquet"])
+def test_features_of_ones_own_become_a_folder(form, tmp_path):
+    """Those of the data's samples, in half precision; PCA of them is exact."""
+    samples = pairs(words(20))
+    ids = list(samples.sample_ids())
+    features = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    file, known = tmp_path / f"own.{form.split()[0]}", ids
+    if form == "parquet":
+        known = ids[:15]
+        rows = [*features[:15].tolist(), [0.0] * 6]
+        pq.write_table(pa.table({"sample_id": [*known, "else"], "features": rows}), file)
+    else:
+        np.save(file, features)
+    if form == "npy with ids":
+        file.with_suffix(".ids.txt").write_text("\n".join(ids) + "\n")
+    made = [
+        embed_teacher(str(file), samples, tmp_path / str(width), width=width, device=CPU)
+        for width in (None, 2)
+    ]
+    assert [(f["rows"], f["bad"], f["width"]) for f in made] == [
+        (len(known), 20 - len(known), 6),
+        (len(known), 20 - len(known), 2),
+    ]
+    found = read_teacher(tmp_path / "None").lookup(ids)
+    np.testing.assert_allclose(found[: len(known)], features[: len(known)], atol=2e-3)
+    assert found[len(known) :].isnan().all()
+    mean, axes, _ = fit_pca([features[: len(known)]], 2)
+    reduced = read_teacher(tmp_path / "2").lookup(known)
+    np.testing.assert_allclose(reduced, (features[: len(known)] - mean) @ axes.T, atol=5e-3)
+    with pytest.raises(ValueError, match=r"--width: 7 is not between 1 and 6"):
+        embed_teacher(str(file), samples, tmp_path / "x", width=7, device=CPU)
