@@ -74,8 +74,10 @@ def samples_of(folder: Path, split: str) -> dict[str, Path]:
 
 
 def number(value: Any) -> float | None:
-    """A number from JSON; None for null, infinity and NaN."""
-    return float(value) if value is not None and math.isfinite(float(value)) else None
+    """A number from JSON; None for null, infinity and NaN. Raises `TypeError` for anything else."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 @np.errstate(over="ignore", invalid="ignore")

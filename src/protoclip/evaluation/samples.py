@@ -66,6 +66,8 @@ class SampleResults:
             table, parts = pq.read_table(path), []
             for kind, names in (("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS)):
                 rows = table.filter(pc.equal(table["kind"], kind)).select(["sample_id", *names])
+                if gaps := [name for name in rows.column_names if rows[name].null_count]:
+                    raise KeyError(f"column {gaps[0]} has gaps")
                 parts.append({name: rows[name].to_numpy() for name in rows.column_names})
         except (pa.ArrowException, KeyError, OSError) as error:
             raise ValueError(
