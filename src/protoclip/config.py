@@ -167,8 +167,8 @@ class EpisodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
-    source: Literal["auto", "extract", "queue"] = "auto"  # Source of what K-means clusters.
-    extract_transform: Literal["evaluation", "training"] = "evaluation"  # Transform of extraction.
+    source: Literal["auto", "extract", "queue"] = "auto"  # Features to cluster.
+    extract_transform: Literal["evaluation", "training"] = "evaluation"  # Its transform.
     number: Count = 400  # Prototypes per modality.
     init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
     iterations: Count = 6  # K-means iterations.
