@@ -153,7 +153,9 @@ def kill_at_random(config: Config, kills: int, generator: random.Random) -> None
 
 def in_a_child(config: Config, seconds: float) -> bool:
     """Train in a forked process and kill it after a time; returns whether it ended by then."""
-    child = multiprocessing.get_context("fork").Process(target=run.train, args=(config, "auto"))
+    child = multiprocessing.get_context("fork").Process(
+        target=run.train, args=(config,), kwargs={"resume": "auto"}
+    )
     child.start()
     child.join(seconds)
     in_time = child.exitcode is not None
