@@ -1,5 +1,6 @@
 """The suite end to end on a tiny data set."""
 
+import copy
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import protoclip
 from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
+from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation import datasets, suite
 from protoclip.evaluation.datasets import EvaluationData, distinct_captions
 from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, TEXT_COLUMNS, SampleResults
@@ -166,6 +168,68 @@ def test_retrieval_is_among_distinct_captions():
     rows = [{"image": b"", "caption": "a", "concept": concept} for concept in ("x", "y", "x")]
     table = ImageTextPairs(pa.Table.from_pylist(rows), name="two")
     assert distinct_captions(table) == (["a", "a"], ["x", "y"], [0, 1, 0])
+
+
+def test_concepts_of_equal_name_are_one_class():
+    """Merged, the oracle's twin names cost one concept; two equal classes would tie and score 0."""
+    table = TINY.test.table
+    same = pa.array(["name 32"] * (2 * STYLES) + table["label"].to_pylist()[2 * STYLES :])
+    renamed = table.set_column(table.column_names.index("label"), "label", same)
+    test = ImageTextPairs(renamed, name="twins/test")
+    twins = EvaluationData(name="twins", train=TINY.train, validation=TINY.validation, test=test)
+    metrics, _ = measure(Oracle(), twins)
+    # Concept 33 shares the name of 32, and the name speaks of 32 and of another class.
+    assert metrics["eval/twins/zero_shot/acc1"] == pytest.approx(15 / 16)
+
+
+class TinyTowers(nn.Module):
+    """The least that can be sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = nn.Linear(6, 4)
+        self.logit_scale = nn.Parameter(torch.tensor(2.7))
+
+    def encode_image(self, images):
+        return self.visual(images.flatten(1))
+
+
+def encode(model, number, broken=None):
+    """Features of the first items, of which one cannot be read."""
+
+    def read(rows):
+        if broken in rows:
+            raise OSError(f"image {broken}: gone")
+        return torch.tensor(rows).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 2)
+
+    items, settings = range(number), {"stage": "items", "batch_size": 2, "device": "cpu"}
+    return suite.encode(model.encode_image, read, items, **settings)
+
+
+def sharded_features(numbers):
+    """Features by a model of which each rank has a shard, and the error for an unreadable image."""
+    torch.manual_seed(0)
+    model = whole = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
+    if collectives.world_size() > 1:
+        model = copy.deepcopy(whole)
+        shard(model, torch.device("cpu"))
+        spread(model, whole if collectives.rank() == 0 else None)
+    found = [encode(model, number) for number in numbers]
+    with pytest.raises((OSError, ValueError)) as error:
+        encode(model, 8, broken=3)
+    return found, str(error.value)
+
+
+def test_every_rank_enters_every_forward_of_a_sharded_model():
+    """Without rows, with fewer batches than ranks, and with a last round that only one rank has.
+    An image that one rank cannot read ends all ranks before the forward."""
+    numbers = [0, 1, 3, 9, 10]
+    ((expected, _),) = run_distributed(sharded_features, 1, numbers)
+    assert [len(rows) for rows in expected] == numbers
+    for found, error in run_distributed(sharded_features, 2, numbers):
+        for rows, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(rows, wanted)
+        assert error == "image 3: gone"
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
