@@ -21,13 +21,22 @@ def unit(*shape: int, seed: int) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True)
 
 
+@pytest.fixture(params=["oneDNN", "plain"])
+def products(request, monkeypatch):
+    """Matrix products by oneDNN's private entry point, then without it."""
+    if request.param == "plain":
+        monkeypatch.setattr(tiles, "onednn_linear", lambda: None)
+    elif tiles.onednn_linear() is None:
+        pytest.skip("this torch has no oneDNN entry point")
+
+
 @pytest.fixture(params=[512, 32], ids=["one tile", "many tiles"])
 def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "ROWS", request.param)
     monkeypatch.setattr(tiles, "CPU_SCORES", request.param**2 * 2)
 
 
-@pytest.mark.usefixtures("tile_size")
+@pytest.mark.usefixtures("products", "tile_size")
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 @pytest.mark.parametrize("temperature", [None, 0.1, 0.01])
 def test_the_prototypical_loss_keeps_its_precision_in_float32(scale, temperature):
@@ -97,27 +106,80 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     assert paired.elements == b * p
 
 
+def plain_info_nce(image, text, scale):
+    logits = scale * image @ text.T
+    return -(logits.log_softmax(0) + logits.log_softmax(1)).diagonal().mean() / 2
+
+
+def weighted(log_sum_exp):
+    """A loss of the log-sum-exps, in which each query has a weight of its own."""
+    return lambda q, k, s: (torch.linspace(-1, 2, len(q)).to(q) * log_sum_exp(s * q, k)).sum()
+
+
+@pytest.mark.usefixtures("products", "tile_size")
+@pytest.mark.parametrize("scale", [5.0, 100.0])
+@pytest.mark.parametrize(
+    ("tiled", "plain"),
+    [
+        (info_nce, plain_info_nce),
+        (weighted(tiles.log_sum_exp), weighted(lambda q, k: (q @ k.T).logsumexp(1))),
+    ],
+    ids=["InfoNCE", "log-sum-exp"],
+)
+def test_tiled_losses_keep_their_precision_in_float32(tiled, plain, scale, monkeypatch):
+    """Value and gradients for rows, columns and scale against float64, flat and peaked."""
+    monkeypatch.setattr(instance, "TILED_ABOVE", 0)
+    text = unit(131, 20, seed=1)
+    image = text + 2 * unit(131, 20, seed=2)
+    image = image / image.norm(dim=1, keepdim=True)
+    inputs = [image, text, torch.tensor(scale, dtype=torch.float64)]
+    single = [value.float().requires_grad_() for value in inputs]
+    double = [value.clone().requires_grad_() for value in inputs]
+    ours, exact = tiled(*single), plain(*double)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+    gradients = zip(
+        torch.autograd.grad(ours, single), torch.autograd.grad(exact, double), strict=True
+    )
+    for mine, right in gradients:
+        # By norm, since components may cancel; the scale's is a sum that may cancel as a whole.
+        assert (mine.double() - right).norm() <= 1e-5 * right.norm() + 1e-7
+
+
+def test_exponentials_are_no_denormals_and_lose_nothing():
+    """However small a share, its exponential is a normal number, and sums stay what they are."""
+    torch.set_flush_denormal(False)
+    exponents = torch.linspace(-300, 0, 10_000)
+    shares = tiles.exponential(exponents.clone())
+    assert exponents.exp()[exponents.exp() > 0].min() < torch.finfo(torch.float32).tiny
+    assert shares.min() > 1e6 * torch.finfo(torch.float32).tiny
+    assert shares.double().sum().item() == pytest.approx(exponents.double().exp().sum().item())
+
+
 @pytest.mark.parametrize("rows", [12, 1100], ids=["plain", "tiled"])
-def test_losses_inside_autocast_are_those_outside(rows):
-    """Forward and backward, in float32."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_inside_autocast_are_those_outside(rows, dtype):
+    """Forward and backward, in float32 for features of float32 and of bfloat16."""
     assert 12**2 < instance.TILED_ABOVE < 1100**2
-    centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).float()
+    centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).to(dtype)
     results = []
     for enabled in (False, True):
-        h = unit(rows, 8, seed=3).float().requires_grad_()
+        h = unit(rows, 8, seed=3).to(dtype).float().requires_grad_()
+        given, other = (h.to(dtype), text) if enabled else (h, text.float())
         s = torch.tensor(50.0, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             index = torch.arange(rows) % 30
             losses = [
-                prototypical_loss(h, centroids, centroids, index, s, 0.1),
-                info_nce(h, text, s),
-                sharded_info_nce(h, text, s),
+                prototypical_loss(given, centroids, centroids, index, s, 0.1),
+                info_nce(given, other, s),
+                sharded_info_nce(given, other, s),
             ]
             sum(losses).backward()
         assert all(loss.dtype == torch.float32 for loss in losses)
         results.append((*losses, s.grad, h.grad))
     for outside, inside in zip(*results, strict=True):
-        assert (inside - outside).norm() < 1e-5 * outside.norm()
+        # Features of bfloat16 have gradients of bfloat16, each of a loss rounded on its own.
+        own = outside is results[0][-1] and dtype == torch.bfloat16
+        assert (inside - outside).norm() < (2**-7 if own else 1e-5) * outside.norm()
 
 
 @pytest.mark.parametrize(
