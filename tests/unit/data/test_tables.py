@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data import tables
+from protoclip.data import access, tables
 from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import TableOptions, open_hub, open_table
@@ -370,7 +370,7 @@ def test_a_hub_that_does_not_answer_is_one_line_within_seconds(
 ) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(tables, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(access, "HUB_SECONDS", 0.1)
     hang = lambda *arguments, **options: time.sleep(30)  # noqa: E731
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", hang)
     start = time.monotonic()
