@@ -45,7 +45,8 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
         context_length=min(tokenizer.model_max_length, max_tokens(config.text_config)),
         masked=kind == MASKED_KIND,
     )
-    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    open_processor: Any = AutoImageProcessor.from_pretrained
+    processor = open_processor(name, trust_remote_code=False)
     pair = TowerPair(HuggingFaceTowers(model.float(), tokenizer.pad_token_id))
     return pair.eval(), image_transform(processor), RememberingTokenizer(reads)
 
@@ -106,26 +107,24 @@ def image_transform(processor: Any) -> ImageTransform:
     """Ours if it gives the same; else what the model's own image processor does."""
     text = processor.to_json_string()
     settings = json.loads(text)
-    mean, std = settings.get("image_mean"), settings.get("image_std")
     side = (settings.get("size") or {}).get("shortest_edge")
     clip = {
-        **{"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True},
-        **{"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}},
-        **{"resample": Image.Resampling.BICUBIC.value, "rescale_factor": 1 / 255},
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": Image.Resampling.BICUBIC.value,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
     }
-    usual = all(settings.get(name) == value for name, value in clip.items())
-    if "data_config" in settings:  # timm's
-        timm = settings["data_config"]
-        _, side, width = timm["input_size"]
-        mean, std = timm["mean"], timm["std"]
-        usual = side == width and timm["crop_pct"] == 1 and timm["interpolation"] == "bicubic"
-        usual = usual and timm["crop_mode"] == "center"
-    if usual:
-        return EvaluationTransform(size=side, mean=tuple(mean), std=tuple(std))
-    patches = type(processor).__name__.startswith("Siglip2")
+    if side and all(settings.get(name) == value for name, value in clip.items()):
+        mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
+        return EvaluationTransform(size=side, mean=mean, std=std)
+    name = type(processor).__name__
     return LibraryTransform(
-        settings=f"{type(processor).__name__}({' '.join(text.split())})",
-        apply=partial(pack_patches if patches else process, processor),
+        settings=f"{name}({' '.join(text.split())})",
+        apply=partial(pack_patches if name.startswith("Siglip2") else process, processor),
     )
 
 

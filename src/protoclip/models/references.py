@@ -5,6 +5,7 @@
 
 import difflib
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -119,8 +120,11 @@ def reference_checkpoint(reference: str, given: str) -> Loaded:
     with library(reference):
         content = torch.load(file, map_location="cpu", weights_only=True)
         content = dict(content.get("state_dict", content))
-    is_timm = "timm_model_name" in towers.named_config(name)["vision_cfg"]
-    built = seeded(towers.named_towers, name, weights="new", quick_gelu=not is_timm)
+    architecture = towers.named_config(name)
+    is_timm = "timm_model_name" in architecture["vision_cfg"]
+    with library(reference, text_repository(architecture)):
+        built = seeded(towers.named_towers, name, weights="new", quick_gelu=not is_timm)
+        tokenizer = towers.build_tokenizer(name)
     weights = {reference_name(key): value for key, value in content.items()}
     model: TowerPair = TowerPair(built)
     if "image_head.0.weight" in weights and "image_head.3.weight" in weights:
@@ -130,12 +134,13 @@ def reference_checkpoint(reference: str, given: str) -> Loaded:
         )
         model = ProtoCLIP(built, projection_head(width, config))
     if wrong := misfits(model, weights):
+        examples = ", ".join(key.removeprefix("towers.") for key in wrong[:4])
         raise ValueError(
             f"{reference}: does not fit {name}: {len(wrong)} tensors are missing, unknown or of "
-            f"another shape, such as {', '.join(wrong[:4])}"
+            f"another shape, such as {examples}"
         )
     model.load_state_dict(weights)
-    return model.eval(), open_clip_transform(built), towers.build_tokenizer(name)
+    return model.eval(), open_clip_transform(built), tokenizer
 
 
 def reference_name(key: str) -> str:
@@ -154,8 +159,8 @@ def hugging_face(reference: str, name: str) -> Loaded:
     elif not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
         raise ValueError(f"{reference}: no such folder")
     with library(reference, "" if local else name):
-        model, transform, tokenizer = seeded(open_model, name)
-    return model, transform, tokenizer
+        loaded: Loaded = seeded(open_model, name)
+    return loaded
 
 
 OPENERS: Mapping[str, Callable[[str, str], Loaded]] = {
@@ -172,6 +177,7 @@ def open_clip_pair(built: nn.Module) -> TowerPair:
 
 
 def open_clip_transform(built: Any) -> ImageTransform:
+    """Ours if it gives the same; else open_clip's own."""
     settings = PreprocessCfg(**built.visual.preprocess_cfg)
     sides = settings.size if isinstance(settings.size, tuple | list) else [settings.size]
     usual = (settings.resize_mode, settings.interpolation) == ("shortest", "bicubic")
@@ -249,7 +255,9 @@ def library(reference: str, repository: str = "") -> Iterator[None]:
             )
         if reference.startswith("hf:"):
             require_safetensors(reference, files)
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, answer is None
+    before = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = answer is None
+    logging.disable(logging.ERROR)  # they log what they raise, and that a new model is untrained
     try:
         yield
     except ImportError as error:
@@ -264,4 +272,4 @@ def library(reference: str, repository: str = "") -> Iterator[None]:
             ) from error
         raise ValueError(f"{reference}: cannot be opened ({line(str(error))})") from error
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, logging.root.manager.disable = before

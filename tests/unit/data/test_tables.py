@@ -349,7 +349,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return datasets.Dataset.from_dict(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **more: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **more: object())
     options = TableOptions(cache=tmp_path)
     pairs = open_hub("hf:owner/name", options)
     assert [pairs.encoded(row) for row in range(3)] == rows["image"]
