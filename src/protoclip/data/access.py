@@ -34,6 +34,7 @@ READ_BYTES, REQUEST_BYTES = 1 << 20, 1 << 24
 # Seconds to wait for a connection, for the next bytes, and for the whole file of one sample; how
 # often a request is made, and the first pause between two tries (each is twice the last).
 CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 10.0, 20.0, 60.0, 3, 0.5
+HUB_SECONDS = 3.0  # to wait for the hub's first answer
 # What stores call the facts that change with a file, in lower case.
 URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"}
 URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
@@ -189,6 +190,23 @@ def within(seconds: float, action: Callable[[], T]) -> T:
     if not wait([done], timeout=seconds).done:
         raise TimeoutError(f"not read within {seconds:g} s")
     return done.result()
+
+
+def hub_answer(question: Callable[..., T]) -> T | Exception | None:
+    """What the Hugging Face hub answers within seconds, its refusal, or None without a network.
+
+    `question` is a method of `HfApi` that takes a timeout.
+    """
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return within(HUB_SECONDS, partial(question, timeout=HUB_SECONDS))
+    except errors.HfHubHTTPError as refusal:
+        return refusal
+    except Exception:  # no network, in one of many ways
+        return None
 
 
 def digest(facts: Mapping[str, Any]) -> str:

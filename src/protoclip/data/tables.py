@@ -31,10 +31,10 @@ from protoclip.data.access import (
     Access,
     digest,
     fingerprint,
+    hub_answer,
     is_url,
     open_file,
     visible,
-    within,
 )
 from protoclip.data.index import build_index, cache_folder
 from protoclip.data.pairs import ImageTextPairs
@@ -56,7 +56,6 @@ COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.op
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
 BATCH_ROWS = 8192
-HUB_SECONDS = 3.0
 # Changes when the same file would be read differently than before.
 FORM = 4
 
@@ -170,20 +169,14 @@ def open_hub(reference: str, options: TableOptions) -> ImageTextPairs:
 
     Raises `ValueError` if there is no such dataset, config or split, no access, or no network.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, constants
 
     name, *given = reference.removeprefix("hf:").split(",")
     settings = dict(part.partition("=")[::2] for part in given)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or not settings.keys() <= {"config", "split"}:
         raise ValueError(f"{reference}: write hf:OWNER/NAME[,config=NAME][,split=SPLIT]")
-    online = not constants.HF_HUB_OFFLINE
-    try:
-        if online:
-            within(HUB_SECONDS, partial(HfApi().dataset_info, name, timeout=HUB_SECONDS))
-    except errors.HfHubHTTPError:
-        pass  # the hub answers; `load_dataset` says what is wrong
-    except Exception:  # no network, in one of many ways
-        online = False
+    # If the hub answers with an error, `load_dataset` says what is wrong.
+    online = hub_answer(partial(HfApi().dataset_info, name)) is not None
     config, split = settings.get("config"), settings.get("split", "train")
     cache = str(options.cache / "datasets")
     try:

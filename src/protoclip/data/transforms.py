@@ -8,14 +8,14 @@ the draws on the CPU: what to do to which image is then known without waiting.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from protoclip.data.decode import Box, crop_image, reduction
@@ -121,6 +121,18 @@ class TrainingTransform:
                 # Writing across memory orders takes twice as long.
                 pixels[rows] = changed.contiguous(memory_format=torch.channels_last)
         return normalise(pixels, self.mean, self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryTransform:
+    """What the model's own library does to an image; `settings` say what that is."""
+
+    settings: str
+    apply: Callable[[Image.Image], Tensor] = field(repr=False, compare=False)
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
+        """One image as the image tower's input, upright by its EXIF orientation."""
+        return self.apply(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 Transform = EvaluationTransform | TrainingTransform

@@ -28,7 +28,7 @@ from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
 from protoclip.evaluation.retrieval import best_relevant_rank, zero_shot_ranks
 from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, TEXT_COLUMNS, SampleResults
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
 
 # Metrics that one stage of `measure` computes as a whole, beside the means over samples.
@@ -48,7 +48,7 @@ def metric_names(data: str) -> list[str]:
 
 
 def evaluate(
-    model: ProtoCLIP,
+    model: TowerPair,
     transform: Transform,
     tokenizer: Tokenizer,
     *,
@@ -94,7 +94,7 @@ def evaluate(
 
 
 def extract(
-    model: ProtoCLIP,
+    model: TowerPair,
     transform: Transform,
     tokenizer: Tokenizer,
     data: EvaluationData,

@@ -1,10 +1,10 @@
-"""Models: built from a configuration, or loaded from a run or checkpoint folder."""
+"""Models: built from a configuration, or loaded from a run or another reference."""
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,10 +24,13 @@ from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
 from protoclip.distributed.parallel import shard, spread
 from protoclip.files import file_checksum, read_json
-from protoclip.models import batch_norm, towers
+from protoclip.models import batch_norm, references, towers
 from protoclip.models.heads import projection_head
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.protoclip import ProtoCLIP, TowerPair
+from protoclip.models.references import Loaded, misfits
 from protoclip.models.towers import Tokenizer
+
+Pair = TypeVar("Pair", bound=TowerPair)
 
 # Files of a checkpoint folder.
 WEIGHTS, MODEL = "model.safetensors", "model.json"
@@ -35,17 +38,32 @@ OPTIMIZER, RESUME, STATE = "optimizer.safetensors", "resume.safetensors", "state
 CHECKSUMS = "checksums.json"
 
 
-def load(path: str | Path) -> tuple[ProtoCLIP, EvaluationTransform, Tokenizer]:
-    """Load a trained model from a run folder or a checkpoint folder.
+def load(reference: str | Path) -> Loaded:
+    """Load a model: one of ours, or one that others trained.
+
+    Args:
+        reference: A run or checkpoint folder; a folder in open_clip's or Hugging Face's format
+            (for open_clip's also `local-dir:FOLDER`); `open_clip:NAME/TAG`, or `open_clip:NAME`
+            for an untrained model; `hf:NAME_OR_FOLDER`; or a checkpoint of the paper's reference
+            code, `reference:FILE,model=NAME`.
 
     Returns:
-        The model in evaluation mode on the CPU, its image transform (a PIL image, turned upright by
-        its EXIF orientation, to `Float[3 h w]`), and its tokenizer (`list[str]` to `Int[b c]`).
+        The model in evaluation mode on the CPU, with `encode_image` and `encode_text`; a
+        `ProtoCLIP` if it has projection heads. Its image transform (a PIL image, turned upright by
+        its EXIF orientation, to `Float[3 h w]`). Its tokenizer (`list[str]` to `Int[b c]`).
 
     Raises:
-        ValueError: There is no checkpoint, or it is damaged.
+        ValueError: There is no such model, it cannot be downloaded, or its files are damaged.
     """
-    folder = find_checkpoint(path)
+    kind, name = references.kind_of(str(reference))
+    if kind in references.OPENERS:
+        return references.OPENERS[kind](str(reference), name)
+    if not Path(reference).exists():
+        raise ValueError(
+            f"{reference}: no such run or checkpoint folder; other models are written "
+            "open_clip:NAME[/TAG], hf:NAME_OR_FOLDER, local-dir:FOLDER or reference:FILE,model=NAME"
+        )
+    folder = find_checkpoint(reference)
     require_intact(folder, MODEL)
     config = model_config(read_json(folder / MODEL), folder)
     loaded = model(config, seed=0)
@@ -115,7 +133,7 @@ def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, lis
     return built, notes
 
 
-def to_device(built: ProtoCLIP, device: torch.device) -> ProtoCLIP:
+def to_device(built: Pair, device: torch.device) -> Pair:
     """Move a model to a device, in channels-last order, which makes convolutions faster."""
     return built.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
@@ -232,12 +250,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint's weights; raises `ValueError` if they are damaged or of another model."""
-    weights, own = read_tensors(folder / WEIGHTS), model.state_dict()
-    wrong = own.keys() ^ weights.keys()
-    wrong |= {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}
-    if wrong:
+    weights = read_tensors(folder / WEIGHTS)
+    if wrong := misfits(model, weights):
         raise ValueError(
             f"{folder}: checkpoint of another architecture: {len(wrong)} tensors are missing, "
-            f"unknown or of another shape, such as {min(wrong)}; make the [model] section match"
+            f"unknown or of another shape, such as {wrong[0]}; make the [model] section match"
         )
     return weights

@@ -1,4 +1,4 @@
-"""The model: two towers, two projection heads, two temperatures."""
+"""The model: two towers, and in ProtoCLIP two projection heads and two temperatures."""
 
 import copy
 import math
@@ -31,20 +31,16 @@ def to_float(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-class ProtoCLIP(nn.Module):
-    """An open_clip tower pair with projection heads (arXiv 2206.10996).
+class TowerPair(nn.Module):
+    """An image tower and a text tower with one joint space.
 
     Args:
-        towers: An open_clip model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
-        head: The projection head; the image's and the text's both start from its weights.
+        towers: A model with `encode_image` and `encode_text`, such as open_clip's.
     """
 
-    def __init__(self, towers: nn.Module, head: nn.Module) -> None:
+    def __init__(self, towers: nn.Module) -> None:
         super().__init__()
         self.towers = towers
-        self.image_head = head
-        self.text_head = copy.deepcopy(head)
-        self.prototype_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
@@ -59,6 +55,21 @@ class ProtoCLIP(nn.Module):
         """Text features in the joint space; of unit norm if `normalize` is set."""
         features = to_float(self.towers.encode_text(tokens))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
+
+
+class ProtoCLIP(TowerPair):
+    """An open_clip tower pair with projection heads (arXiv 2206.10996).
+
+    Args:
+        towers: An open_clip model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
+        head: The projection head; the image's and the text's both start from its weights.
+    """
+
+    def __init__(self, towers: nn.Module, head: nn.Module) -> None:
+        super().__init__(towers)
+        self.image_head = head
+        self.text_head = copy.deepcopy(head)
+        self.prototype_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(
         self, images: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "b c"], project: bool = True

@@ -54,11 +54,13 @@ def named_towers(
     image_size: int | None = None,
     context_length: int | None = None,
     weights: Literal["published", "new", "none"] = "published",
+    quick_gelu: bool = False,
 ) -> nn.Module:
     """An open_clip model; sizes are the model's own unless given.
 
     Weights that are `published` are those of `pretrained`, if given; `new` ones are drawn; with
-    `none` the model is on the meta device. It reads images normalised as `pretrained` needs.
+    `none` the model is on the meta device. It reads images normalised as `pretrained` needs, and
+    has QuickGELU where `pretrained` was trained with it, or `quick_gelu` asks for it.
 
     Raises:
         ValueError: open_clip has no such model or weights, or the image size does not fit.
@@ -81,6 +83,7 @@ def named_towers(
         pretrained=pretrained if published else None,
         pretrained_text=published,
         device="meta" if weights == "none" else "cpu",
+        force_quick_gelu=quick_gelu or bool((preprocessing or {}).get("quick_gelu")),
         force_preprocess_cfg=None if published else preprocessing,
         force_image_size=image_size,
         force_context_length=context_length,

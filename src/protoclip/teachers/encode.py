@@ -27,10 +27,9 @@ from torch import Tensor
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
-from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.files import checksum, file_checksum, read_json, to_json, write_atomically
-from protoclip.models import loading, towers
+from protoclip.models import loading
 from protoclip.progress import Progress
 from protoclip.teachers import store
 from protoclip.teachers.store import Features
@@ -39,6 +38,7 @@ Pooling = Literal["mean", "cls", "pooler"]
 
 MAX_TOKENS = 512  # longer captions are cut, if the model's own limit is not lower
 PART_ROWS = {"text": 8192, "image": 2048}
+PAIRS = ("open_clip", "local-dir", "reference")  # references to models with two towers
 PARTS, SKIPPED = "parts", "skipped.jsonl"
 
 
@@ -82,7 +82,7 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
     """Open a frozen model; `embed_teacher` says what the other arguments mean.
 
     `teacher` is `hf:NAME_OR_FOLDER` (a text model), `minilm` (all-MiniLM-L6-v2 as a package),
-    `open_clip:MODEL/TAG`, `timm:MODEL`, or a run folder.
+    `timm:MODEL`, or what `protoclip.load` takes: `open_clip:MODEL/TAG`, a run folder and others.
 
     Raises:
         ValueError: There is no such model, or it does not read that modality.
@@ -99,27 +99,18 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
             settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
             transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
             return Encoder(model, device, torch.stack, model, transform)
-        if kind == "open_clip" and name:
-            name, _, tag = name.partition("/")
-            if not tag:
-                raise ValueError("name the weights too, as in open_clip:RN50/openai")
-            model, tokenizer = (
-                towers.named_towers(name, pretrained=tag),
-                towers.build_tokenizer(name),
-            )
-            mean, std = towers.image_normalisation(model)
-            transform = EvaluationTransform(size=towers.image_size(model), mean=mean, std=std)
-        elif Path(teacher).is_dir():
-            model, transform, tokenizer = loading.load(teacher)
-        else:
+        if kind == "open_clip" and name and "/" not in name:
+            raise ValueError("name the weights too, as in open_clip:RN50/openai")
+        if not Path(teacher).is_dir() and not (name and kind in PAIRS):
             raise ValueError(
                 "no run folder, and none of hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, "
                 "timm:MODEL, or a .npy or .parquet file"
             )
+        model, transform, tokenizer = loading.load(teacher)
     except ImportError as error:
         raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
     except Exception as error:  # what these libraries raise has no common class
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).removeprefix(f"{teacher}: ").split())[:300]
         raise ValueError(f"--teacher: '{teacher}' cannot be opened: {reason}") from None
     if modality == "text":
         return Encoder(model, device, tokenizer, model.encode_text)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data import tables
+from protoclip.data import access, tables
 from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import TableOptions, open_hub, open_table
@@ -349,7 +349,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return datasets.Dataset.from_dict(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **more: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **more: object())
     options = TableOptions(cache=tmp_path)
     pairs = open_hub("hf:owner/name", options)
     assert [pairs.encoded(row) for row in range(3)] == rows["image"]
@@ -370,7 +370,7 @@ def test_a_hub_that_does_not_answer_is_one_line_within_seconds(
 ) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(tables, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(access, "HUB_SECONDS", 0.1)
     hang = lambda *arguments, **options: time.sleep(30)  # noqa: E731
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", hang)
     start = time.monotonic()

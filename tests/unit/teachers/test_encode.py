@@ -20,6 +20,9 @@ from PIL import Image
 from torch import nn
 
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
+from protoclip.models import loading
+from protoclip.models.protoclip import TowerPair
+from protoclip.models.references import open_clip_transform
 from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
 from protoclip.teachers import encode
 from protoclip.teachers.encode import Encoder, embed_teacher, fit_pca, open_encoder
@@ -107,12 +110,13 @@ def test_timm_models_give_pooled_features(monkeypatch):
 def test_open_clip_models_give_either_tower(monkeypatch):
     """The image tower unless text is asked."""
     towers = named_towers("ViT-S-32-alt").eval()
-    monkeypatch.setattr(encode.towers, "named_towers", lambda name, pretrained: towers)
+    tokenizer, transform = build_tokenizer("ViT-S-32-alt"), open_clip_transform(towers)
+    monkeypatch.setattr(loading, "load", lambda name: (TowerPair(towers), transform, tokenizer))
     image = opened("open_clip:ViT-S-32-alt/tag")
     text = opened("open_clip:ViT-S-32-alt/tag", modality="text")
     assert (image.reads, text.reads) == ("image", "text")
     pixels = image.transform(Image.new("RGB", (300, 260), (200, 30, 90)))
-    tokens = build_tokenizer("ViT-S-32-alt")(CAPTIONS)
+    tokens = tokenizer(CAPTIONS)
     expected = towers.encode_image(pixels[None], normalize=True)
     torch.testing.assert_close(image.encode([pixels]), expected)
     mean, std = image_normalisation(towers)

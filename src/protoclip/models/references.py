@@ -1,0 +1,275 @@
+"""Models that others trained or exported: open_clip's, Hugging Face's, the reference code's.
+
+`protoclip.load` opens them; `OPENERS` lists the kinds of reference.
+"""
+
+import difflib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from jaxtyping import Float, Int
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from protoclip.config import HeadConfig
+from protoclip.data.access import hub_answer
+from protoclip.data.tables import line
+from protoclip.data.transforms import EvaluationTransform, LibraryTransform
+from protoclip.models import towers
+from protoclip.models.heads import projection_head
+from protoclip.models.hugging_face import ImageTransform, open_model
+from protoclip.models.protoclip import ProtoCLIP, TowerPair
+from protoclip.models.towers import Tokenizer
+
+Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
+
+OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG = "open_clip_config.json", "config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# How the reference code names what is not a tower.
+REFERENCE_NAMES = {
+    "image_projection_head.": "image_head.",
+    "text_projection_head.": "text_head.",
+    "logit_scale_proto": "prototype_logit_scale",
+}
+
+
+def kind_of(reference: str) -> tuple[str, str]:
+    """The kind of a reference and what it names; the kind is "run" if it is none of `OPENERS`."""
+    kind, _, name = reference.partition(":")
+    if name and kind in OPENERS:
+        return kind, name
+    for kind, file in (("local-dir", OPEN_CLIP_CONFIG), ("hf", HUGGING_FACE_CONFIG)):
+        if (Path(reference) / file).is_file():
+            return kind, reference
+    return "run", reference
+
+
+class CocaTowers(TowerPair):
+    """CoCa normalises features unless it is told not to."""
+
+    def encode_image(
+        self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        return self.towers.encode_image(images, normalize=normalize)  # type: ignore[operator,no-any-return]
+
+    def encode_text(
+        self, tokens: Int[Tensor, "b c"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        return self.towers.encode_text(tokens, normalize=normalize)  # type: ignore[operator,no-any-return]
+
+
+def open_clip_model(reference: str, name: str) -> Loaded:
+    """`NAME/TAG`, or `NAME` for an untrained model."""
+    name, _, tag = name.partition("/")
+    require_model(reference, name)
+    published = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if tag and not published:
+        known = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(
+            f"{reference}: open_clip has no weights '{tag}' for {name}; it has "
+            f"{', '.join(known) or 'none'}"
+        )
+    repository = published.get("hf_hub", "").rpartition("/")[0]
+    with library(reference, repository or text_repository(towers.named_config(name))):
+        built = seeded(
+            towers.named_towers, name, pretrained=tag or None, weights="published" if tag else "new"
+        )
+        tokenizer = towers.build_tokenizer(name)
+    if not tag:
+        print(f"note: {reference}: untrained, with seed 0; no weights are named", file=sys.stderr)
+    return open_clip_pair(built), open_clip_transform(built), tokenizer
+
+
+def open_clip_folder(reference: str, name: str) -> Loaded:
+    """A folder with a model's configuration and weights, as open_clip's `local-dir:` reads it."""
+    folder = Path(name)
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
+        raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
+    files = [path.name for path in folder.iterdir()]
+    require_safetensors(reference, files, OPEN_CLIP_WEIGHTS)
+    with library(reference):
+        config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    with library(reference, text_repository(config)):
+        built = seeded(open_clip.create_model, f"local-dir:{folder}")
+        tokenizer = towers.build_tokenizer(f"local-dir:{folder}")
+    return open_clip_pair(built), open_clip_transform(built), tokenizer
+
+
+def reference_checkpoint(reference: str, given: str) -> Loaded:
+    """`FILE,model=NAME`: a checkpoint of the paper's reference code, of the open_clip model NAME.
+
+    The code gives QuickGELU to all towers that are not timm's. Without projection heads in the
+    file, as for its CLIP baselines, the model has none.
+    """
+    file, separator, name = given.rpartition(",model=")
+    if not separator:
+        raise ValueError(f"{reference}: name its model too, as in reference:FILE,model=RN50")
+    require_model(reference, name)
+    if not Path(file).is_file():
+        raise ValueError(f"{reference}: no such file")
+    with library(reference):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = dict(content.get("state_dict", content))
+    architecture = towers.named_config(name)
+    is_timm = "timm_model_name" in architecture["vision_cfg"]
+    with library(reference, text_repository(architecture)):
+        built = seeded(towers.named_towers, name, weights="new", quick_gelu=not is_timm)
+        tokenizer = towers.build_tokenizer(name)
+    weights = {reference_name(key): value for key, value in content.items()}
+    model: TowerPair = TowerPair(built)
+    if "image_head.0.weight" in weights and "image_head.3.weight" in weights:
+        hidden, width = weights["image_head.0.weight"].shape
+        config = HeadConfig(
+            hidden_layers=1, hidden_dim=hidden, projection_dim=len(weights["image_head.3.weight"])
+        )
+        model = ProtoCLIP(built, projection_head(width, config))
+    if wrong := misfits(model, weights):
+        examples = ", ".join(key.removeprefix("towers.") for key in wrong[:4])
+        raise ValueError(
+            f"{reference}: does not fit {name}: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, such as {examples}"
+        )
+    model.load_state_dict(weights)
+    return model.eval(), open_clip_transform(built), tokenizer
+
+
+def reference_name(key: str) -> str:
+    """Our name of a tensor that the reference code saved."""
+    key = key.removeprefix("module.")
+    for theirs, ours in REFERENCE_NAMES.items():
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return f"towers.{key}"
+
+
+def hugging_face(reference: str, name: str) -> Loaded:
+    """A model of `transformers`, by its name on the hub or its folder."""
+    if local := Path(name).is_dir():
+        require_safetensors(reference, [path.name for path in Path(name).iterdir()])
+    elif not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+        raise ValueError(f"{reference}: no such folder")
+    with library(reference, "" if local else name):
+        loaded: Loaded = seeded(open_model, name)
+    return loaded
+
+
+OPENERS: Mapping[str, Callable[[str, str], Loaded]] = {
+    "open_clip": open_clip_model,
+    "local-dir": open_clip_folder,
+    "hf": hugging_face,
+    "reference": reference_checkpoint,
+}
+
+
+def open_clip_pair(built: nn.Module) -> TowerPair:
+    is_coca = isinstance(built, open_clip.CoCa)
+    return (CocaTowers if is_coca else TowerPair)(built).eval()
+
+
+def open_clip_transform(built: Any) -> ImageTransform:
+    """Ours if it gives the same; else open_clip's own."""
+    settings = PreprocessCfg(**built.visual.preprocess_cfg)
+    sides = settings.size if isinstance(settings.size, tuple | list) else [settings.size]
+    usual = (settings.resize_mode, settings.interpolation) == ("shortest", "bicubic")
+    if usual and len(set(sides)) == 1:
+        mean, std = towers.image_normalisation(built)
+        return EvaluationTransform(size=sides[0], mean=mean, std=std)
+    apply = image_transform_v2(settings, is_train=False)
+    return LibraryTransform(settings=str(settings), apply=apply)
+
+
+def require_model(reference: str, name: str) -> None:
+    known = {known.lower(): known for known in open_clip.list_models()}
+    if name not in known.values():
+        near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.3)
+        closest = ", ".join(known[one] for one in near) or "none"
+        raise ValueError(f"{reference}: open_clip has no model '{name}'; the closest: {closest}")
+
+
+def require_safetensors(
+    reference: str, files: Collection[str], names: Collection[str] = ()
+) -> None:
+    """Refuse weights that could run code when they are read; `names` are those to look for."""
+    if names and not set(names).isdisjoint(files):
+        return
+    if not names and any(name.endswith(".safetensors") for name in files):
+        return
+    if pickled := sorted(name for name in files if name.endswith(PICKLED)):
+        raise ValueError(
+            f"{reference}: {pickled[0]} is pickled and could run code; convert it to safetensors"
+        )
+    raise ValueError(f"{reference}: no weights here, such as {[*names, 'model.safetensors'][0]}")
+
+
+def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that only the model or only the weights have, or that differ in shape."""
+    own = model.state_dict()
+    wrong = own.keys() ^ weights.keys()
+    wrong |= {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}
+    return sorted(wrong)
+
+
+def seeded(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """What `build` makes with new weights of seed 0; the global random state is not changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return build(*arguments, **settings)
+
+
+def text_repository(config: Mapping[str, Any]) -> str:
+    """Where on the hub the text tower or tokenizer of an open_clip model is; "" if nowhere."""
+    text = config["text_cfg"]
+    return str(text.get("hf_model_name") or text.get("hf_tokenizer_name") or "")
+
+
+@contextmanager
+def library(reference: str, repository: str = "") -> Iterator[None]:
+    """Turn what other libraries raise into one line.
+
+    They reach the hub only for a `repository`, and only if it answers within seconds; else they
+    read what was downloaded before.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    answer = hub_answer(partial(HfApi().model_info, repository)) if repository else None
+    if isinstance(answer, errors.RepositoryNotFoundError):
+        raise ValueError(
+            f"{reference}: the hub has no model '{repository}', or only for those with access; "
+            "check its name, or set HF_TOKEN"
+        )
+    if files := [file.rfilename for file in getattr(answer, "siblings", None) or ()]:
+        is_open_clip = OPEN_CLIP_CONFIG in files and HUGGING_FACE_CONFIG not in files
+        if reference.startswith("hf:") and is_open_clip:
+            raise ValueError(
+                f"{reference}: is open_clip's; download the repository, and load the folder"
+            )
+        if reference.startswith("hf:"):
+            require_safetensors(reference, files)
+    before = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = answer is None
+    logging.disable(logging.ERROR)  # they log what they raise, and that a new model is untrained
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"{reference}: pip install 'protoclip[teachers]' first ({line(str(error))})"
+        ) from error
+    except Exception as error:  # what these libraries raise has no common class
+        if repository and answer is None:
+            raise ValueError(
+                f"{reference}: the hub does not answer, and there is no earlier download; check "
+                "the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            ) from error
+        raise ValueError(f"{reference}: cannot be opened ({line(str(error))})") from error
+    finally:
+        constants.HF_HUB_OFFLINE, logging.root.manager.disable = before

@@ -1,0 +1,409 @@
+"""Models of other libraries: their features are the libraries' own, and what cannot be opened."""
+
+import copy
+import json
+import pickle
+import re
+import string
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import huggingface_hub
+import numpy as np
+import open_clip
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import RepositoryNotFoundError
+from PIL import Image
+from safetensors.torch import save_file
+
+import protoclip
+from protoclip.config import HeadConfig
+from protoclip.data import access
+from protoclip.data.transforms import EvaluationTransform, LibraryTransform
+from protoclip.models.heads import projection_head
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.towers import named_towers
+
+TEXTS = ["a red square", "b", "a photo of two green corners on a very long stripe"]
+PIXELS = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+# Their centre crops begin at whole pixels, also once they are resized.
+IMAGES = [Image.fromarray(PIXELS[:64]), Image.fromarray(PIXELS[:96, :64]), Image.new("RGB", (9, 9))]
+ROUNDING = 0.04  # about 2 of 255 steps, on the scale that models read
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "width": 32, "heads": 2, "layers": 2},
+}
+COCA = {
+    "embed_dim": 16,
+    "vision_cfg": {**TINY["vision_cfg"], "attentional_pool": True, "output_tokens": True},
+    "text_cfg": {**TINY["text_cfg"], "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {**TINY["text_cfg"], "attn_pooler_heads": 2},
+    "custom_text": True,
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> open_clip.CLIP:
+    """open_clip's model `tiny`; its weights `mine` were trained with QuickGELU."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", TINY)
+    model = open_clip.create_model("tiny", force_quick_gelu=True).eval()
+    file = tmp_path / "mine.safetensors"
+    save_file(model.state_dict(), file)
+    tag = {"file": str(file), "quick_gelu": True, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": tag})
+    return model
+
+
+def save_open_clip(folder: Path, config: dict[str, Any] = TINY, **preprocessing: Any) -> Path:
+    folder.mkdir()
+    text = {"model_cfg": config, "preprocess_cfg": preprocessing}
+    (folder / "open_clip_config.json").write_text(json.dumps(text))
+    with torch.random.fork_rng():
+        model = open_clip.create_model(f"local-dir:{folder}")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def assert_same_inside(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same pixels, as far as resizing before the crop does not mix in what is outside."""
+    inside = (..., slice(3, -3), slice(3, -3))
+    torch.testing.assert_close(found[inside], expected[inside], atol=ROUNDING, rtol=0)
+
+
+def assert_same_features(loaded: Any, image_features: Any, text_features: Any) -> None:
+    """Features of `IMAGES` and `TEXTS`; with `normalize` these have unit norm."""
+    model, transform, tokenizer = loaded
+    assert not model.training
+    with torch.no_grad():
+        images, tokens = torch.stack([transform(image) for image in IMAGES]), tokenizer(TEXTS)
+        pairs = (
+            (model.encode_image, images, image_features),
+            (model.encode_text, tokens, text_features),
+        )
+        for encode, inputs, expected in pairs:
+            assert encode(inputs).dtype == torch.float32
+            torch.testing.assert_close(encode(inputs), expected, atol=1e-5, rtol=1e-5)
+            unit = torch.nn.functional.normalize(expected, dim=-1)
+            torch.testing.assert_close(encode(inputs, normalize=True), unit, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(expected, unit)
+
+
+@pytest.mark.parametrize(
+    ("config", "preprocessing", "kind"),
+    [
+        (TINY, {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, EvaluationTransform),
+        (TINY, {"resize_mode": "squash", "interpolation": "bilinear"}, LibraryTransform),
+        (TINY, {"interpolation": "bilinear"}, LibraryTransform),
+        (COCA, {"resize_mode": "longest"}, LibraryTransform),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_an_open_clip_folder(config, preprocessing, kind, prefix, tmp_path):
+    folder = save_open_clip(tmp_path / "model", config, **preprocessing)
+    loaded = protoclip.load(f"{prefix}{folder}")
+    library, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    library.eval()
+    transform = loaded[1]
+    assert isinstance(transform, kind)
+    images = torch.stack([preprocess(image) for image in IMAGES])
+    found = torch.stack([transform(image) for image in IMAGES])
+    if kind is EvaluationTransform:
+        assert_same_inside(found, images)
+        images = found
+    assert torch.equal(found, images)
+    again = pickle.loads(pickle.dumps(transform))
+    assert repr(again) == repr(transform) == repr(protoclip.load(folder)[1])
+    torch.testing.assert_close(again(IMAGES[0]), images[0])
+    with torch.no_grad():
+        tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+        expected_text = library.encode_text(tokens, normalize=False)
+        assert_same_features(loaded, library.encode_image(images, normalize=False), expected_text)
+
+
+def test_an_open_clip_name_is_untrained_and_the_same_each_time(tiny, capsys):
+    state = torch.get_rng_state()
+    first, transform, _ = protoclip.load("open_clip:tiny")
+    note = "note: open_clip:tiny: untrained, with seed 0; no weights are named\n"
+    assert capsys.readouterr().err == note
+    torch.manual_seed(7)
+    second = protoclip.load("open_clip:tiny")[0]
+    assert transform.size == 32
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    torch.set_rng_state(state)
+    protoclip.load("open_clip:tiny")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_published_weights_get_their_own_activation_and_normalisation(tiny, capsys):
+    """open_clip warns that `tiny` has another activation than `mine`, and goes on with it."""
+    loaded = protoclip.load("open_clip:tiny/mine")
+    assert loaded[1] == EvaluationTransform(size=32, mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert capsys.readouterr().err == ""
+    with torch.no_grad():
+        images = torch.stack([loaded[1](image) for image in IMAGES])
+        tokens = open_clip.get_tokenizer("tiny")(TEXTS)
+        assert_same_features(loaded, tiny.encode_image(images), tiny.encode_text(tokens))
+        # Those of a run that began from such weights are loaded into new ones.
+        again = named_towers("tiny", pretrained="mine", weights="new")
+        again.load_state_dict(tiny.state_dict())
+        torch.testing.assert_close(again.encode_text(tokens), tiny.encode_text(tokens))
+
+
+@pytest.mark.parametrize(("heads", "prefix"), [(True, "module."), (False, "")])
+def test_a_checkpoint_of_the_reference_code(heads, prefix, tiny, tmp_path):
+    """With QuickGELU; the projection heads are there if the file has them."""
+    own = ProtoCLIP(tiny, projection_head(16, HeadConfig(hidden_dim=24, projection_dim=8))).eval()
+    weights = dict(tiny.state_dict())
+    if heads:
+        for name in ("image", "text"):
+            head = getattr(own, f"{name}_head")
+            torch.nn.init.normal_(head[0].weight)
+            weights |= {f"{name}_projection_head.{k}": v for k, v in head.state_dict().items()}
+        weights["logit_scale_proto"] = torch.tensor(1.5)
+    file = tmp_path / "epoch_latest.pt"
+    content = {prefix + key: value for key, value in weights.items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": content}, file)
+    loaded = protoclip.load(f"reference:{file},model=tiny")
+    model, transform, tokenizer = loaded
+    with torch.no_grad():
+        images, tokens = torch.stack([transform(image) for image in IMAGES]), tokenizer(TEXTS)
+        assert_same_features(loaded, tiny.encode_image(images), tiny.encode_text(tokens))
+        assert isinstance(model, ProtoCLIP) == heads
+        if heads:
+            expected, found = own(images, tokens), model(images, tokens)
+            torch.testing.assert_close(found.image_projections, expected.image_projections)
+            torch.testing.assert_close(found.text_projections, expected.text_projections)
+            assert found.prototype_logit_scale.log().item() == pytest.approx(1.5)
+    del content[f"{prefix}logit_scale"]
+    torch.save({"state_dict": {**content, f"{prefix}extra.weight": torch.ones(1)}}, file)
+    message = r"does not fit tiny: 2 tensors .* such as extra.weight, logit_scale$"
+    with pytest.raises(ValueError, match=message):
+        protoclip.load(f"reference:{file},model=tiny")
+    torch.save({"state_dict": content, "args": SimpleNamespace()}, file)
+    with pytest.raises(ValueError, match=r"cannot be opened \(.*[Ww]eights.only") as error:
+        protoclip.load(f"reference:{file},model=tiny")
+    assert "\n" not in str(error.value)
+
+
+def clip_tokenizer() -> Any:
+    """One token a letter."""
+    letters = string.ascii_lowercase
+    names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def bert_tokenizer() -> Any:
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
+    names += [f"##{letter}" for letter in string.ascii_lowercase]
+    return transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)})
+
+
+IMAGE = {
+    **{"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+}
+TEXT = {
+    **{"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "max_position_embeddings": 24, "vocab_size": 60},
+    **{"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53},
+}
+SQUARE = {"height": 32, "width": 32}
+
+
+def save_hugging_face(kind: str, folder: Path) -> tuple[Any, Any, Any]:
+    """A tiny model with random weights, its tokenizer and its image processor, also saved."""
+    torch.manual_seed(0)
+    tokenizer: Any = clip_tokenizer()
+    if kind == "clip":
+        config = transformers.CLIPConfig(text_config=TEXT, vision_config=IMAGE, projection_dim=16)
+        model: Any = transformers.CLIPModel(config)
+        processor: Any = transformers.CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size=SQUARE, image_mean=[0.1, 0.2, 0.3]
+        )
+    elif kind == "siglip":
+        text = {**TEXT, "projection_size": 32}
+        model = transformers.SiglipModel(
+            transformers.SiglipConfig(text_config=text, vision_config=IMAGE)
+        )
+        processor = transformers.SiglipImageProcessor(size=SQUARE)
+    elif kind == "siglip2":
+        text, image = {**TEXT, "projection_size": 32}, {**IMAGE, "num_patches": 16}
+        model = transformers.Siglip2Model(
+            transformers.Siglip2Config(text_config=text, vision_config=image)
+        )
+        tokenizer.padding_side = "right"
+        processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    else:
+        # The text towers of dual encoders are models of any kind; these two pool differently.
+        if kind == "dual_clip":
+            text_config: Any = transformers.CLIPTextConfig(**TEXT)
+        else:
+            text_config = transformers.BertConfig(**{**TEXT, "pad_token_id": 0})
+            tokenizer = bert_tokenizer()
+        model = transformers.VisionTextDualEncoderModel(
+            transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+                transformers.ViTConfig(**IMAGE), text_config, projection_dim=16
+            )
+        )
+        processor = transformers.ViTImageProcessor(size=SQUARE)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(folder)
+    # transformers may open a tokenizer as the class that it expects of the model.
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder), processor
+
+
+def features(outputs: Any) -> torch.Tensor:
+    return getattr(outputs, "pooler_output", outputs)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "dual_bert", "dual_clip"])
+def test_a_hugging_face_model(kind, tmp_path):
+    """Features as from its own processor and tokenizer, used as the model was trained."""
+    library, tokenizer, processor = save_hugging_face(kind, tmp_path)
+    loaded = protoclip.load(f"hf:{tmp_path}")
+    images = dict(processor(IMAGES, return_tensors="pt"))
+    if kind == "clip":
+        assert loaded[1].mean == (0.1, 0.2, 0.3)
+        found = torch.stack([loaded[1](image) for image in IMAGES])
+        assert_same_inside(found, images["pixel_values"])
+        images = {"pixel_values": found}
+    again = pickle.loads(pickle.dumps(loaded[1]))
+    torch.testing.assert_close(again(IMAGES[1]), loaded[1](IMAGES[1]))
+    assert repr(again) == repr(loaded[1]) == repr(protoclip.load(tmp_path)[1])
+    assert loaded[2](TEXTS[:1]).shape == (1, 24)
+    settings = {"truncation": True, "max_length": 24, "return_tensors": "pt"}
+    if kind.startswith("siglip"):
+        tokens = {"input_ids": tokenizer(TEXTS, padding="max_length", **settings)["input_ids"]}
+    else:
+        tokens = tokenizer(TEXTS, padding=True, **settings)
+    with torch.no_grad():
+        expected_text = features(library.get_text_features(**tokens))
+        assert_same_features(loaded, features(library.get_image_features(**images)), expected_text)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nothing", "nothing: no such run or checkpoint folder; other models are written open_cl"),
+        ("open_clip:RN5O/openai", "has no model 'RN5O'; the closest: RN50, "),
+        ("open_clip:ViT-B/32", "has no model 'ViT-B'; the closest: ViT-B-32, ViT-B-16"),
+        ("open_clip:RN50/mine", "has no weights 'mine' for RN50; it has openai, yfcc15m, cc12m"),
+        ("reference:x.pt", "name its model too, as in reference:FILE,model=RN50"),
+        ("reference:x.pt,model=RN5", "open_clip has no model 'RN5'; the closest: RN50"),
+        ("reference:x.pt,model=RN50", "no such file"),
+        ("local-dir:{folder}", "no folder with open_clip_config.json"),
+        ("hf:{folder}/x", "no such folder"),
+        ("hf:{folder}", "no weights here, such as model.safetensors"),
+    ],
+)
+def test_what_is_not_there_is_one_line(reference, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        protoclip.load(reference.format(folder=tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def spoil_weights(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_pickled(file: Path) -> None:
+    file.rename(file.with_suffix(".bin"))
+
+
+def spoil_missing(file: Path) -> None:
+    file.unlink()
+
+
+def spoil_config(file: Path) -> None:
+    for config in file.parent.glob("*config.json"):
+        config.write_text(config.read_text()[:-9])
+
+
+def spoil_architecture(file: Path) -> None:
+    config = file.with_name("config.json")
+    if config.exists():
+        config.write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    else:
+        other = copy.deepcopy(TINY)
+        other["embed_dim"] = 8
+        file.with_name("open_clip_config.json").write_text(json.dumps({"model_cfg": other}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "open_clip_says", "hugging_face_says"),
+    [
+        (spoil_weights, "cannot be opened (", "cannot be opened ("),
+        (spoil_pickled, "is pickled and could run code; convert it", "is pickled and could run"),
+        (spoil_missing, "such as open_clip_model.safetensors", "such as model.safetensors"),
+        (spoil_config, "cannot be opened (", "cannot be opened ("),
+        (spoil_architecture, "size mismatch", "BertModel is no CLIP-like model; known are clip"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(spoil, open_clip_says, hugging_face_says, tmp_path):
+    folders = (save_open_clip(tmp_path / "open_clip"), tmp_path / "hf")
+    save_hugging_face("clip", folders[1])
+    for folder, message in zip(folders, (open_clip_says, hugging_face_says), strict=True):
+        spoil(next(folder.glob("*model.safetensors")))
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            protoclip.load(folder)
+        assert str(error.value).startswith(f"{folder}: ")
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_lack_tensors(tmp_path):
+    """transformers would draw them at random."""
+    model, *_ = save_hugging_face("clip", tmp_path)
+    weights = {k: v for k, v in model.state_dict().items() if "projection" not in k}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 2 tensors, such as text_projection\.weight"):
+        protoclip.load(f"hf:{tmp_path}")
+
+
+def refuse(self: Any, name: str, **settings: Any) -> None:
+    raise RepositoryNotFoundError("404", response=MagicMock())
+
+
+def hang(self: Any, name: str, **settings: Any) -> None:
+    time.sleep(30)
+
+
+def pickled(self: Any, name: str, **settings: Any) -> Any:
+    return SimpleNamespace(siblings=[SimpleNamespace(rfilename="pytorch_model.bin")])
+
+
+def of_open_clip(self: Any, name: str, **settings: Any) -> Any:
+    return SimpleNamespace(siblings=[SimpleNamespace(rfilename="open_clip_config.json")])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "message"),
+    [
+        (hang, "hf:nobody/nothing", "the hub does not answer, and there is no earlier download"),
+        (hang, "open_clip:ViT-B-32/openai", "the hub does not answer, and there is no earlier"),
+        (refuse, "hf:nobody/nothing", "the hub has no model 'nobody/nothing', or only for those"),
+        (pickled, "hf:nobody/nothing", "pytorch_model.bin is pickled and could run code"),
+        (of_open_clip, "hf:nobody/nothing", "is open_clip's; download the repository, and load"),
+    ],
+)
+def test_what_the_hub_answers_is_one_line_within_seconds(
+    answer, reference, message, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(access, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        protoclip.load(reference)
+    assert str(error.value).startswith(f"{reference}: ")
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 5
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
