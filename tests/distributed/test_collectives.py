@@ -1,5 +1,7 @@
 """Collectives over several ranks and on one, errors on one rank, and launchers."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -33,39 +35,29 @@ def test_every_rank_has_the_same_sums_and_gathers(world_size):
     assert run_distributed(collect, world_size, rows) == [expected] * world_size
 
 
-def fail() -> None:
-    raise IndexError("no rank")
+def fail(which: str) -> None:
+    """Fail on one rank or on all."""
+    if which in ("all", f"rank {collectives.rank()}"):
+        raise (IndexError if which == "rank 0" else ValueError)(f"rank {collectives.rank()}")
 
 
 def raised(which: str) -> tuple[str, str]:
-    """Class and message of what this rank raises if one or all fail."""
-
-    def inner() -> None:
-        if which == "all" or (collectives.rank() == 1 and which != "rank 0"):
-            raise ValueError(f"rank {collectives.rank()}")
-
-    def outer() -> None:
-        collectives.raise_on_all_ranks(inner)
-
+    """Class and message of what this rank raises."""
+    call = collectives.rank0_first if which == "rank 0" else collectives.raise_on_all_ranks
     try:
-        if which == "rank 0":
-            collectives.rank0_first(fail)
-        collectives.raise_on_all_ranks(outer if which == "nested" else inner)
+        call(partial(fail, which))
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing", ""
 
 
-RANK_1 = [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]
-
-
 @pytest.mark.parametrize(
     ("which", "expected"),
     [
-        ("rank 1", RANK_1),
-        ("nested", RANK_1),
+        ("none", [("nothing", ""), ("nothing", "")]),
+        ("rank 1", [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]),
         ("all", [("ValueError", "rank 0"), ("RaisedOnAnotherRank", "rank 0")]),
-        ("rank 0", [("IndexError", "no rank"), ("RuntimeError", "IndexError: no rank")]),
+        ("rank 0", [("IndexError", "rank 0"), ("RuntimeError", "IndexError: rank 0")]),
     ],
 )
 def test_an_error_on_one_rank_is_raised_on_all(which, expected):

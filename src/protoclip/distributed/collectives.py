@@ -148,7 +148,7 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
 
     The first rank that failed raises its own error. The others raise its message: a user's mistake
     (ValueError, OSError) as RaisedOnAnotherRank, any other as MemoryError or RuntimeError. The
-    function must not wait for other ranks after a step that can fail on one.
+    function must not wait for other ranks after a step that can fail on one, so calls do not nest.
     """
     if world_size() == 1:
         return function()
@@ -157,11 +157,8 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
         result = function()
     except Exception as raised:
         error = raised
-    # Calls nest. The rank where the error arose reports it, not a rank that only heard of it.
-    told = isinstance(error, RaisedOnAnotherRank)
-    errors = all_gather_object(None if error is None else (told, rank(), sendable(error)))
-    if any(errors):
-        _, reporter, (kind, message) = min(filter(None, errors), key=lambda entry: entry[:2])
+    errors = all_gather_object(None if error is None else (rank(), *sendable(error)))
+    for reporter, kind, message in filter(None, errors):
         if error is not None and reporter == rank():
             raise error
         raise kind(message)

@@ -5,12 +5,10 @@ Tensors are safetensors and everything else is JSON, so loading a checkpoint run
 reads, `resume.safetensors` and `state.json` are what a run needs besides to go on.
 """
 
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -25,6 +23,7 @@ from protoclip.models import loading
 from protoclip.models.loading import CHECKSUMS, MODEL, OPTIMIZER, RESUME, STATE, WEIGHTS
 
 FORMAT = 3  # of what a run needs to go on
+UNFINISHED = ".unfinished"  # folder of a checkpoint that is being written
 TENSOR = "$tensor"  # key in `state.json` of an object that stands for the tensor of that name
 # At the end of an episode a checkpoint is due if the last one is older than this many seconds, and
 # than this many times as long as writing it took, so that short episodes do not only save.
@@ -62,29 +61,24 @@ def write_checkpoint(
     folder: Path, tensors: Mapping[str, dict[str, Tensor]], facts: Mapping[str, Any]
 ) -> None:
     """Write safetensors and JSON files, by name, to a folder that appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(UNFINISHED)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
     checksums: dict[str, str] = {}
 
     def write(name: str, data: bytes) -> None:
         checksums[name] = checksum(data)
         write_atomically(temporary / name, data, durable=True)
 
-    try:
-        temporary.mkdir()
-        # One file at a time, so that only one file's bytes are in memory besides the tensors.
-        for name, part in tensors.items():
-            write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
-        for name, content in {**facts, CHECKSUMS: checksums}.items():
-            write(name, (to_json(content, indent=2) + "\n").encode())
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    # One file at a time, so that only one file's bytes are in memory besides the tensors.
+    for name, part in tensors.items():
+        write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
+    for name, content in {**facts, CHECKSUMS: checksums}.items():
+        write(name, (to_json(content, indent=2) + "\n").encode())
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    sync_folder(folder.parent)
 
 
 def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
@@ -149,7 +143,7 @@ class CheckpointWriter:
         self._saved_at = time.monotonic()
         self._written_in = 0.0  # seconds
         self._problem = ""
-        self._pending: tuple[Callable[[], None], Path | None] | None = None
+        self._write: Callable[[], None] = lambda: None
         self._thread: Thread | None = None
 
     def rate(self, step: int, value: float) -> None:
@@ -179,9 +173,9 @@ class CheckpointWriter:
         facts = {MODEL: self.description, STATE: split({"format": FORMAT, **rest}, tensors)}
         files = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"], RESUME: tensors}
         best = self.best and self.folder(self.best[0])
-        self._needed = sum(tensor.nbytes for part in files.values() for tensor in part.values())
-        self._pending = partial(write_checkpoint, self.folder(step), files, facts), best
-        self._thread = Thread(target=self._write, daemon=False)
+        write = partial(write_checkpoint, self.folder(step), files, facts)
+        self._write = partial(self._attempt, write, best)
+        self._thread = Thread(target=self._write)
         self._thread.start()
 
     def folder(self, step: int) -> Path:
@@ -214,21 +208,16 @@ class CheckpointWriter:
                 f"room, then the same command with --resume auto goes on from {start}"
             )
 
-    def _write(self) -> None:
-        assert self._pending is not None
-        write, best = self._pending
+    def _attempt(self, write: Callable[[], None], best: Path | None) -> None:
         step, folder, began = self.saved_step, self.folder(self.saved_step), time.monotonic()
         try:
             write()
         except Exception as error:  # nobody else would hear of it in a thread
-            self.failed_step = step
-            room = f"{self._needed / 1e6:,.0f} MB are needed"
-            with suppress(OSError):
-                room += f", {shutil.disk_usage(self.run).free / 1e6:,.0f} MB are free"
-            self._problem = f"{folder}: not saved ({error}; {room})"
+            shutil.rmtree(folder.with_name(UNFINISHED), ignore_errors=True)
+            self.failed_step, self._problem = step, f"{folder}: not saved ({error})"
             warn(f"{self._problem}; earlier checkpoints are whole")
             return
-        self.failed_step = self._pending = None
+        self.failed_step, self._write = None, lambda: None  # frees the copies
         self._written_in = time.monotonic() - began
         # Later checkpoints are damaged: the run went on from one before them.
         so_far = [found for found in loading.checkpoints(self.run) if found <= folder]

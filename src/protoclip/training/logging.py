@@ -4,7 +4,6 @@ import errno
 import secrets
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -19,9 +18,6 @@ from torch import Tensor
 from protoclip.distributed.collectives import all_reduce, world_size
 from protoclip.files import to_json
 from protoclip.training.guard import Watch
-
-# Lines of metrics.jsonl to keep while they cannot be written; older ones are dropped.
-MOST_WAITING = 10_000
 
 
 @torch.no_grad()
@@ -62,12 +58,12 @@ class JsonLines:
 
     def __init__(self, path: Path, *, size: int) -> None:
         self.path, self.size = path, size
-        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._waiting = b""
         self._warned = False
         self._append()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._waiting.append(to_json(values).encode() + b"\n")
+        self._waiting += to_json(values).encode() + b"\n"
         self._append()
 
     def close(self) -> None:
@@ -79,7 +75,7 @@ class JsonLines:
 
     def _append(self) -> None:
         """Write all lines that wait, or none."""
-        data = b"".join(self._waiting)
+        data = self._waiting
         try:
             # Opened each time, since a handle goes stale when a network file system is away for a
             # while, and some file systems report a failed write only when the file is closed.
@@ -98,7 +94,7 @@ class JsonLines:
             self._warned = True
             return
         self.size += len(data)
-        self._waiting.clear()
+        self._waiting = b""
 
 
 class TensorBoard:

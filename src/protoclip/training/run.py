@@ -36,6 +36,7 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_fi
 from protoclip.evaluation.suite import evaluate, metric_names
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
+from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
 from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
@@ -187,12 +188,15 @@ class Run:
                 prototypical=config.loss.prototypical,
                 teachers={n: t.weight * config.loss.teacher for n, t in teachers.items()},
             ),
-            target_temperatures={
-                name: 0.0 if space.hard_targets else space.target_temperature
-                for name, space in spaces.items()
-            },
-            mask_empty=config.prototypes.mask_empty,
-            back_translation=config.prototypes.back_translation,
+            make_targets=partial(
+                make_targets,
+                target_temperatures={
+                    name: 0.0 if space.hard_targets else space.target_temperature
+                    for name, space in spaces.items()
+                },
+                mask_empty=config.prototypes.mask_empty,
+                back_translation=config.prototypes.back_translation,
+            ),
             optimizer=optimizer,
             schedule=optim.schedule(config),
             scaler=scaler,
@@ -330,34 +334,18 @@ class Run:
 
     def check_arithmetic(self, checkpoint: Path) -> None:
         """Refuse to go on with another device or precision, which would round differently."""
-        for setting, before in read_json(checkpoint / STATE).get("arithmetic", {}).items():
-            if before != self.arithmetic.get(setting, before):
+        before = read_json(checkpoint / STATE).get("arithmetic", self.arithmetic)
+        for setting, now in self.arithmetic.items():
+            if before[setting] != now:
                 raise ValueError(
-                    f"{setting}: this run was computed with {before}, and here it would be "
-                    f"{self.arithmetic[setting]}; go on on a machine like the first, or choose "
-                    "another folder with --run.out"
+                    f"{setting}: this run was computed with {before[setting]}, and here it would "
+                    f"be {now}; go on on a machine like the first, or choose another folder with "
+                    "--run.out"
                 )
 
     def restore(self, checkpoint: Path) -> int:
-        """Go on from a checkpoint; returns the bytes of the metrics that were logged until then.
-
-        Raises:
-            ValueError: The checkpoint does not fit this version or this run.
-        """
-        state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-        try:
-            size = self.load_state_dict(state)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{checkpoint / STATE}: not what this version of protoclip writes ({error!r}); "
-                f"restore it from a copy, or delete {checkpoint} to go on from the one before"
-            ) from error
-        if rank() == 0:
-            print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
-        return size
-
-    def load_state_dict(self, state: dict[str, Any]) -> int:
         """Load what `save` saved; returns the bytes of the metrics that were logged until then."""
+        state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
         self.trainer.load_state_dict(state)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
@@ -367,6 +355,8 @@ class Run:
         elif rank() == 0:  # the number of ranks changed
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
         self.writer.best = state["best"] and tuple(state["best"])
+        if rank() == 0:
+            print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
         return int(state["metrics_bytes"])
 
     def results(self) -> dict[str, Any]:
@@ -472,13 +462,7 @@ def slug(name: str) -> str:
 
 def to_toml(config: Config) -> str:
     """The configuration as TOML, without what is unset and without permissions."""
-
-    def present(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: present(item) for key, item in value.items() if item is not None}
-        return [present(item) for item in value] if isinstance(value, list | tuple) else value
-
-    tree = asdict(config)
+    tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
     for permission in PERMISSIONS:
         del tree["data"][permission]
-    return tomli_w.dumps(present(tree))
+    return tomli_w.dumps(tree)
