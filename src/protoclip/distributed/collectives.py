@@ -147,8 +147,9 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
     """Call a function on every rank. If it raises on one, every rank raises, and none waits.
 
     The first rank that failed raises its own error. The others raise its message: a user's mistake
-    (ValueError, OSError) as RaisedOnAnotherRank, any other as MemoryError or RuntimeError. The
-    function must not wait for other ranks after a step that can fail on one, so calls do not nest.
+    (ValueError, OSError) as RaisedOnAnotherRank, any other as RuntimeError, since its own class may
+    need other arguments. The function must not wait for other ranks after a step that can fail on
+    one, so calls do not nest.
     """
     if world_size() == 1:
         return function()
@@ -157,22 +158,16 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
         result = function()
     except Exception as raised:
         error = raised
-    errors = all_gather_object(None if error is None else (rank(), *sendable(error)))
-    for reporter, kind, message in filter(None, errors):
-        if error is not None and reporter == rank():
-            raise error
-        raise kind(message)
-    return result
-
-
-def sendable(error: Exception) -> tuple[type[Exception], str]:
-    """What other ranks raise: not the error's own class, which may need other arguments."""
+    told: tuple[type[Exception], str] | None = None
     if isinstance(error, ValueError | OSError):
-        return RaisedOnAnotherRank, str(error)
-    if isinstance(error, MemoryError):
-        return MemoryError, str(error)
-    name = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-    return RuntimeError, f"{name}{error}"
+        told = RaisedOnAnotherRank, str(error)
+    elif error is not None:
+        told = RuntimeError, f"{type(error).__name__}: {error}"
+    for other, failed in enumerate(all_gather_object(told)):
+        if failed is not None:
+            kind, message = failed
+            raise error if other == rank() and error is not None else kind(message)
+    return result
 
 
 def rank0_first(function: Callable[[], Result]) -> Result:

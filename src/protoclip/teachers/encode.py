@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import open_clip
 import timm
 import torch
 import torch.nn.functional as F
@@ -122,7 +121,8 @@ def open_clip_model(name: str) -> tuple[Any, EvaluationTransform, towers.Tokeniz
     if not weights:
         raise ValueError("name the weights too, as in open_clip:RN50/openai")
     if Path(weights).is_file():
-        model: Any = open_clip.create_model(name, pretrained=weights)
+        model: Any = towers.named_towers(name, weights="new")
+        model.load_state_dict(timm.models.load_state_dict(weights))
     else:
         model = towers.named_towers(name, pretrained=weights)
     mean, std = towers.image_normalisation(model)
