@@ -3,18 +3,13 @@
 import io
 import json
 import os
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from protoclip.cli import main
-from protoclip.config import Config
+from interrupting import with_changes
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 
@@ -77,16 +72,13 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
         lines.append(f"{name}\tgood0.png\t".encode() + text)
     (folder / "pairs.tsv").write_bytes(b"\n".join(lines) + b"\n")
 
-    config = with_data(
-        tiny_config(str(folder / "pairs.tsv"), out=str(folder / "run")),
-        id_column="id",
-        max_bad_share=0.5,
-        max_image_pixels=10_000,
-        cache_folder=str(folder / "cache"),
-    )
-    # Without replacement, so that two turns over the data meet every sample.
-    episodes = replace(config.episodes, size=160, batch_size=32, count=4, replacement=False)
-    results = run.train(replace(config, episodes=episodes))
+    sections = {
+        "data": {"id_column": "id", "max_bad_share": 0.5, "max_image_pixels": 10_000},
+        # Without replacement, so that two turns over the data meet every sample.
+        "episodes": {"size": 160, "batch_size": 32, "count": 4, "replacement": False},
+    }
+    config = tiny_config(str(folder / "pairs.tsv"), out=str(folder / "run"))
+    results = run.train(with_changes(config, sections))
     skipped = (folder / "run" / "skipped.jsonl").read_text(encoding="utf-8").strip().split("\n")
     records = [json.loads(line) for line in skipped]
     assert len(records) == len({record["sample_id"] for record in records})
@@ -96,10 +88,6 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
 def shapes(number: int) -> tuple[list[bytes], list[str]]:
     table = tiny_pairs(number)
     return table.column("image").to_pylist(), table.column("caption").to_pylist()
-
-
-def with_data(config: Config, **settings: Any) -> Config:
-    return replace(config, data=replace(config.data, **settings))
 
 
 def test_every_bad_sample_is_skipped_and_recorded_and_no_other(
@@ -114,49 +102,3 @@ def test_every_bad_sample_is_skipped_and_recorded_and_no_other(
         assert "\n" not in reason
     assert results["samples_skipped"] == len(reasons)
     assert results["samples_seen"] == 4 * 160
-
-
-def test_too_many_bad_samples_stop_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With the reasons, in one line; what was trained and logged until then stays."""
-    images, captions = shapes(96)
-    spoiled_images = [b"junk" if row % 8 == 0 else image for row, image in enumerate(images)]
-    table = pa.table({"image": pa.array(spoiled_images, pa.binary()), "caption": captions})
-    pq.write_table(table, tmp_path / "pairs.parquet")
-    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
-    config = with_data(config, cache_folder=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"bad, more than data\.max_bad_share \(0\.05\)") as error:
-        run.train(config)
-    assert str(error.value).count("not an image") >= 3
-    assert "\n" not in str(error.value)
-    assert (tmp_path / "run" / "skipped.jsonl").exists()
-
-
-# The options, and what the one line has to say.
-FAULTS = [
-    ("--data.train s3://b/a.tar --data.read indexed", "only local shards"),
-    ("--data.train pairs.parquet --data.read streaming", "only tar shards"),
-    ("--data.train a.tar --data.image_column jpg", "no columns"),
-    ('--data.train a.csv --data.sources [{"path":"b.csv"}]', "leave one of them out"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), FAULTS)
-def test_faults_of_form_stop_at_once(
-    options: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In one line that names the file or setting, with exit code 2 and no run folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(SystemExit) as stop:
-        main(["train", *options.split()])
-    assert stop.value.code == 2
-    written = capsys.readouterr().err.strip().splitlines()
-    assert len(written) == 1, written
-    assert message in written[0]
-    assert not (tmp_path / "runs").exists()

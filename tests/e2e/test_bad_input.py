@@ -41,6 +41,10 @@ def error_of(line: str, capsys: pytest.CaptureFixture[str], *, lines: int = 1) -
         ("--model.image.name resnet10x", "no model 'resnet10x'"),
         ("--model.name RN50 --model.pretrained mine", "no weights 'mine'"),
         ("--run.device quantum", "run.device"),
+        ("--data.train s3://b/a.tar --data.read indexed", "only local shards"),
+        ("--data.train pairs.parquet --data.read streaming", "only tar shards"),
+        ("--data.train a.tar --data.image_column jpg", "no columns"),
+        ('--data.train a.csv --data.sources [{"path":"b.csv"}]', "leave one of them out"),
     ],
 )
 def test_train_refuses(options, message, capsys, tmp_path, monkeypatch):
@@ -119,13 +123,18 @@ def test_checkpoints_of_another_architecture_or_damaged(tmp_path, capsys):
     assert "model.json is not what was written" in error_of(f"evaluate {checkpoint}", capsys)
 
 
-def test_an_error_in_a_worker_process_is_one_line(tmp_path, capsys):
+def test_too_many_bad_samples_stop_the_run(tmp_path, capsys):
+    """With the reasons, in one line, though a worker process wraps its error. What was skipped
+    until then stays recorded."""
     path, recipe = tmp_path / "pairs.parquet", tmp_path / "recipe.toml"
-    broken = pa.array([b"nonsense"] * 64, pa.binary())
-    pq.write_table(tiny_pairs(64).set_column(0, "image", broken), path)
+    images = tiny_pairs(64)["image"].to_pylist()
+    spoiled = [b"nonsense" if row % 8 == 0 else image for row, image in enumerate(images)]
+    table = tiny_pairs(64).set_column(0, "image", pa.array(spoiled, pa.binary()))
+    pq.write_table(table, path)
     recipe.write_text(run.to_toml(tiny_config(str(path), out=str(tmp_path / "run"))))
     with pytest.raises(SystemExit):
         main(["train", "--config", str(recipe), "--data.workers", "2"])
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "samples read are bad, more than data.max_bad_share" in last
-    assert "not an image" in last
+    assert "samples read are bad, more than data.max_bad_share (0.05)" in last
+    assert last.count("not an image") >= 3
+    assert (tmp_path / "run" / "skipped.jsonl").exists()

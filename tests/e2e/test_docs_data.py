@@ -3,11 +3,9 @@
 A block runs unless a `<!-- not run: why -->` stands before it.
 """
 
-import io
 import json
 import re
 import shlex
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip.cli import main
+from protoclip.data import pack
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.testing import tiny_pairs
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = tiny_pairs(NUMBER)
     images, captions = table["image"].to_pylist(), table["caption"].to_pylist()
     pq.write_table(table, root / "pairs.parquet")
-    for name in ("images", "folder", "imagefolder", "shards", "export", "saved"):
+    for name in ("images", "folder", "imagefolder", "export", "saved"):
         (root / name).mkdir()
     tsv, lines = ["filepath\ttitle"], []
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -62,13 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps({"file_name": f"{row}.png", "text": caption}))
     (root / "pairs.tsv").write_text("\n".join(tsv) + "\n", encoding="utf-8")
     (root / "imagefolder" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    for shard in range(3):
-        with tarfile.open(root / "shards" / f"{shard:05}.tar", "w") as tar:
-            for row in range(shard, NUMBER, 3):
-                for kind, content in (("png", images[row]), ("txt", captions[row].encode())):
-                    entry = tarfile.TarInfo(f"{row:09}.{kind}")
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
+    pack.pack(ImageTextPairs(table, name="tiny"), root / "shards", samples_per_shard=NUMBER // 3)
     # As Hugging Face `datasets` stores an image column.
     structs = [{"bytes": image, "path": None} for image in images]
     stored = pa.table({"image": structs, "caption": captions})

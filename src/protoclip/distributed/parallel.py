@@ -14,8 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from protoclip.distributed import collectives
-from protoclip.distributed.collectives import all_reduce, rank, world_size
+from protoclip.distributed.collectives import (
+    all_gather_object,
+    all_reduce,
+    broadcast,
+    rank,
+    world_size,
+)
 
 LAYERS = ("resblocks", "blocks")  # lists of a transformer's layers in open_clip and timm
 FORWARDS = ("encode_image", "encode_text")  # methods that are called besides `forward`
@@ -48,7 +53,7 @@ def spread(model: nn.Module, whole: nn.Module | None) -> None:
     for name, buffer in model.named_buffers():  # some, such as masks, are in no state dict
         if name in own:
             buffer.copy_(own[name])
-        collectives.broadcast(buffer)
+        broadcast(buffer)
 
 
 def distribute(model: nn.Module, *, broadcast_buffers: bool = True) -> nn.Module:
@@ -149,7 +154,7 @@ def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, whole: Mapping[str, Tensor]
 ) -> None:
     """Load what `moments` returned, which only rank 0 needs to hold. Collective."""
-    known: set[str] = set(collectives.all_gather_object([*whole])[0])
+    known: set[str] = set(all_gather_object([*whole])[0])
     state: dict[str, Any] = {}
     for key, value in whole.items():
         name, _, moment = key.rpartition("/")

@@ -69,11 +69,12 @@ class CocaTowers(TowerPair):
 
 
 def open_clip_model(reference: str, name: str) -> Loaded:
-    """`NAME/TAG`, or `NAME` for an untrained model."""
+    """`NAME/TAG`, `NAME/FILE` for weights in a file, or `NAME` for an untrained model."""
     name, _, tag = name.partition("/")
     require_model(reference, name)
-    published = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    if tag and not published:
+    in_file = Path(tag).is_file()
+    published = open_clip.get_pretrained_cfg(name, tag) if tag and not in_file else {}
+    if tag and not published and not in_file:
         known = open_clip.list_pretrained_tags_by_model(name)
         raise ValueError(
             f"{reference}: open_clip has no weights '{tag}' for {name}; it has "
@@ -82,8 +83,13 @@ def open_clip_model(reference: str, name: str) -> Loaded:
     repository = published.get("hf_hub", "").rpartition("/")[0]
     with library(reference, repository or text_repository(towers.named_config(name))):
         built = seeded(
-            towers.named_towers, name, pretrained=tag or None, weights="published" if tag else "new"
+            towers.named_towers,
+            name,
+            pretrained=tag if published else None,
+            weights="published" if published else "new",
         )
+        if in_file:
+            open_clip.load_checkpoint(built, tag)
         tokenizer = towers.build_tokenizer(name)
     if not tag:
         print(f"note: {reference}: untrained, with seed 0; no weights are named", file=sys.stderr)

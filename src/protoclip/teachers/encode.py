@@ -82,7 +82,8 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
     """Open a frozen model; `embed_teacher` says what the other arguments mean.
 
     `teacher` is `hf:NAME_OR_FOLDER` (a text model), `minilm` (all-MiniLM-L6-v2 as a package),
-    `timm:MODEL`, or what `protoclip.load` takes: `open_clip:MODEL/TAG`, a run folder and others.
+    `timm:MODEL[/FILE]` (an image model, its weights in a file if one is named), or what
+    `protoclip.load` takes: `open_clip:MODEL/TAG`, a run folder and others.
 
     Raises:
         ValueError: There is no such model, or it does not read that modality.
@@ -95,10 +96,7 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
         if teacher == "minilm" or (kind == "hf" and name):
             return hugging_face(name, pooling, device)
         if kind == "timm" and name:
-            model: Any = timm.create_model(name, pretrained=True, num_classes=0)
-            settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
-            transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
-            return Encoder(model, device, torch.stack, model, transform)
+            return timm_model(name, device)
         if kind == "open_clip" and name and "/" not in name:
             raise ValueError("name the weights too, as in open_clip:RN50/openai")
         if not Path(teacher).is_dir() and not (name and kind in PAIRS):
@@ -115,6 +113,22 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
     if modality == "text":
         return Encoder(model, device, tokenizer, model.encode_text)
     return Encoder(model, device, torch.stack, model.encode_image, transform)
+
+
+def timm_model(name: str, device: torch.device) -> Encoder:
+    """An image model without its classifier."""
+    before, _, file = name.partition("/")
+    in_file = Path(file).is_file()
+    name = before if in_file else name
+    model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
+    if in_file:
+        # Not strict, since the file may hold a classifier.
+        found = model.load_state_dict(timm.models.load_state_dict(file), strict=False)
+        if found.missing_keys:
+            raise ValueError(f"{file} lacks {found.missing_keys[0]}")
+    settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
+    transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
+    return Encoder(model, device, torch.stack, model, transform)
 
 
 def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
@@ -194,32 +208,41 @@ def embed_teacher(
         raise ValueError(f"--num_samples: {samples.name} is no stream; all of it is encoded")
     ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())
     store.build_index(ids, name=samples.name)  # refuses duplicates
-    if Path(teacher).suffix in store.FILES and not is_stream:
-        return rank0_first(lambda: convert(Path(teacher), samples.name, ids, out, width))
-    encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
-    if width is not None and not 0 < width <= encoder.width:
-        raise ValueError(f"--width: {width} is not between 1 and {encoder.width}, {teacher}'s own")
     settings = {
         "teacher": teacher,
-        "weights": encoder.checksum(),
-        "modality": encoder.reads,
-        "pooling": pooling,
         "source": samples.name,
         "samples": num_samples or len(ids),
         "ids": checksum(store.hash_ids(ids).tobytes()),
-        "part_rows": PART_ROWS[encoder.reads],
         "reduced_to": width,
     }
-    facts = rank0_first(lambda: claim(out, settings))
+    if Path(teacher).suffix in store.FILES and not is_stream:
+        return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
+    encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
+    settings |= {
+        "weights": encoder.checksum(),
+        "modality": encoder.reads,
+        "pooling": pooling,
+        "part_rows": PART_ROWS[encoder.reads],
+    }
+    facts, written = rank0_first(lambda: claim(out, settings, encoder.width))
     if "rows" in facts:
         return facts
-    raise_on_all_ranks(lambda: encode_parts(encoder, samples, out / PARTS, settings, batch_size))
+    raise_on_all_ranks(lambda: encode_parts(encoder, samples, written, out, settings, batch_size))
     # Writing may take longer than ranks can wait for each other.
     return join_parts(out, settings) if rank() == 0 else {}
 
 
-def claim(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of the folder, which these settings own or now get; they have `rows` at the end."""
+def claim(
+    out: Path, settings: Mapping[str, Any], own_width: int
+) -> tuple[dict[str, Any], list[Path]]:
+    """The facts of the folder, which these settings own or now get, and its parts so far.
+
+    The facts have `rows` at the end.
+    """
+    width = settings["reduced_to"]
+    if width is not None and not 0 < width <= own_width:
+        teacher = settings["teacher"]
+        raise ValueError(f"--width: {width} is not between 1 and {own_width}, {teacher}'s own")
     if not (out / store.FACTS).is_file():
         if others := [path.name for path in out.glob("[!.]*")]:
             raise ValueError(f"{out}: holds {others[0]}; choose a new or empty folder with --out")
@@ -229,16 +252,21 @@ def claim(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         if (old := facts.get(key)) != value:
             raise ValueError(f"{out}: was made with {key} {old}, not {value}; choose another --out")
-    return facts
+    if "rows" not in facts:
+        (out / PARTS).mkdir(exist_ok=True)
+    return facts, sorted((out / PARTS).glob("*.npz"))
 
 
 def encode_parts(
-    encoder: Encoder, samples: Any, folder: Path, settings: Mapping[str, Any], batch_size: int
+    encoder: Encoder,
+    samples: Any,
+    written: Sequence[Path],
+    out: Path,
+    settings: Mapping[str, Any],
+    batch_size: int,
 ) -> None:
-    """Write this rank's share of the missing parts."""
+    """Write this rank's share of the parts that are missing."""
     is_stream, size = isinstance(samples, SampleStream), settings["part_rows"]
-    folder.mkdir(exist_ok=True)
-    written = rank0_first(lambda: sorted(folder.glob("*.npz")))
     numbers = range(-(-settings["samples"] // size))
     missing = sorted(set(numbers) - {int(path.stem) for path in written})
     share = missing[rank() :: world_size()]
@@ -263,7 +291,7 @@ def encode_parts(
         note = {"ids": ids, "bad": bad, "position": samples.state_dict(end) if is_stream else None}
         half, content = store.to_half(features, ids, name=settings["teacher"]), io.BytesIO()
         np.savez(content, note=np.array(json.dumps(note)), features=half)
-        write_atomically(folder / f"{number:06d}.npz", content.getvalue(), durable=True)
+        write_atomically(out / PARTS / f"{number:06d}.npz", content.getvalue(), durable=True)
         show((done + 1) * size)
 
 
@@ -325,7 +353,7 @@ def encode_items(
 
 
 def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the parts a teacher folder, after PCA if asked, and remove them."""
+    """Make the parts a teacher folder."""
     files = sorted((out / PARTS).glob("*.npz"))
     notes = [read_part(file)[0] for file in files]
     ids = [own for note in notes for own in note["ids"]]
@@ -334,37 +362,22 @@ def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         write_atomically(out / SKIPPED, "".join(bad))
     if not ids:
         raise ValueError(f"{settings['source']}: no sample could be read; see {out / SKIPPED}")
-    facts = write(out, ids, lambda: (read_part(file)[1] for file in files), settings, len(bad))
-    shutil.rmtree(out / PARTS)
-    return facts
+    return write(out, ids, lambda: (read_part(file)[1] for file in files), settings, len(bad))
 
 
 def convert(
-    file: Path, source: str, ids: Sequence[str], out: Path, width: int | None
+    file: Path, ids: Sequence[str], out: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Make a teacher folder of a file's features of these samples; `bad` counts those without."""
     own = store.read_teacher(file, sample_ids=ids)
-    own.missing(ids)  # refuses features of other data
-    if width is not None and not 0 < width <= own.width:
-        raise ValueError(f"--width: {width} is not between 1 and {own.width}, {file}'s own")
-    found = own.find(ids)
-    rows = found[found >= 0]
-    settings = {
-        "teacher": str(file),
-        "weights": file_checksum(file),
-        "source": source,
-        "samples": len(ids),
-        "ids": checksum(store.hash_ids(ids).tobytes()),
-        "reduced_to": width,
-    }
-    facts = claim(out, settings)
+    bad = own.missing(ids)  # refuses features of other data
+    facts, _ = claim(out, {**settings, "weights": file_checksum(file)}, own.width)
     if "rows" in facts:
         return facts
+    found = own.find(ids)
     known = [own_id for own_id, row in zip(ids, found, strict=True) if row >= 0]
-    parts = np.array_split(rows, -(-len(rows) // PART_ROWS["text"]))
-    return write(
-        out, known, lambda: (own.features[part] for part in parts), settings, len(ids) - len(rows)
-    )
+    parts = np.array_split(found[found >= 0], -(-len(known) // PART_ROWS["text"]))
+    return write(out, known, lambda: (own.features[part] for part in parts), facts, bad)
 
 
 def write(
@@ -374,13 +387,14 @@ def write(
     settings: Mapping[str, Any],
     bad: int,
 ) -> dict[str, Any]:
-    """Write the blocks of features as a teacher folder, after PCA if the settings ask for it."""
-    facts, width = {**settings, "bad": bad}, settings["reduced_to"]
-    if width is None:
-        return store.write_folder(out, ids, blocks(), facts)
-    mean, axes, facts["variance_kept"] = fit_pca(blocks(), width)
-    reduced = ((block.astype(np.float64) - mean) @ axes.T for block in blocks())
-    return store.write_folder(out, ids, reduced, facts)
+    """Make blocks of features a teacher folder, after PCA if asked, and remove its parts."""
+    features, facts, width = blocks(), {**settings, "bad": bad}, settings["reduced_to"]
+    if width is not None:
+        mean, axes, facts["variance_kept"] = fit_pca(features, width)
+        features = ((block.astype(np.float64) - mean) @ axes.T for block in blocks())
+    facts = store.write_folder(out, ids, features, facts)
+    shutil.rmtree(out / PARTS)
+    return facts
 
 
 def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features, float]:

@@ -1,6 +1,5 @@
 """Steps that are not finite are skipped; metrics that end in a bad model get a warning."""
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from protoclip.distributed.collectives import all_reduce
+from protoclip.files import to_json, write_atomically
 
 # Steps in a row that are not finite before the run is given up. Under fp16 each of them halves the
 # loss scale, which is then at a thousandth.
@@ -25,10 +25,6 @@ LEAST_SPREAD, SPREAD_FROM_STEP = 0.01, 200
 # Share of clusters without a sample, and of prototypes that no sample was assigned to.
 MOST_EMPTY, MOST_DEAD = 0.5, 0.75
 QUIET_STEPS = 1000  # before a warning about the same metric is repeated
-
-
-class Diverged(ValueError):
-    """Loss or gradient are not finite any more, and do not recover."""
 
 
 class Guard:
@@ -67,41 +63,36 @@ class Guard:
         """Count the steps that were skipped since the last look.
 
         Raises:
-            Diverged: Ten steps in a row were skipped.
+            ValueError: Ten steps in a row were skipped.
         """
-        if not self._pending:
-            return
-        values = torch.stack([pair for _, pair, _ in self._pending]).tolist()
         pending, self._pending = self._pending, []
+        values = torch.stack([pair for _, pair, _ in pending]).tolist() if pending else []
         for (number, _, sample_ids), (loss, norm) in zip(pending, values, strict=True):
-            self.count(number, loss, norm, sample_ids)
-
-    def count(self, number: int, loss: float, norm: float, sample_ids: Sequence[str]) -> None:
-        """Count one step; raises as `look`."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.in_a_row = 0
-            self._row.clear()
-            return
-        self.skipped += 1
-        self.in_a_row += 1
-        self._row.append((loss, norm))
-        if self.in_a_row >= MOST_SKIPPED:
-            raise Diverged(
-                f"training has diverged: loss or gradient not finite in {self.in_a_row} steps in a "
-                f"row, up to step {number}; lower optim.learning_rate or train in fp32 "
-                f"({self._write_report(number, sample_ids)})"
-            )
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.in_a_row = 0
+                self._row.clear()
+                continue
+            self.skipped += 1
+            self.in_a_row += 1
+            self._row.append((loss, norm))
+            if self.in_a_row >= MOST_SKIPPED:
+                raise ValueError(
+                    f"training has diverged: loss or gradient not finite in {self.in_a_row} steps "
+                    f"in a row, up to step {number}; lower optim.learning_rate or train in fp32 "
+                    f"({self._write_report(number, sample_ids)})"
+                )
 
     def _write_report(self, number: int, sample_ids: Sequence[str]) -> str:
+        losses, norms = zip(*self._row, strict=True)
         content = {
             "step": number,
             # As text, since JSON has no NaN or infinity.
-            "losses": [str(loss) for loss, _ in self._row],
-            "gradient_norms": [str(norm) for _, norm in self._row],
-            "sample_ids": list(sample_ids),
+            "losses": [*map(str, losses)],
+            "gradient_norms": [*map(str, norms)],
+            "sample_ids": sample_ids,
         }
         try:
-            self.report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_atomically(self.report, to_json(content, indent=2) + "\n")
         except OSError as error:
             return f"the samples of the last batch could not be written: {error}"
         return f"the samples of the last batch are in {self.report}"

@@ -36,6 +36,7 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_fi
 from protoclip.evaluation.suite import evaluate, metric_names
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
+from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
 from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
@@ -187,12 +188,15 @@ class Run:
                 prototypical=config.loss.prototypical,
                 teachers={n: t.weight * config.loss.teacher for n, t in teachers.items()},
             ),
-            target_temperatures={
-                name: 0.0 if space.hard_targets else space.target_temperature
-                for name, space in spaces.items()
-            },
-            mask_empty=config.prototypes.mask_empty,
-            back_translation=config.prototypes.back_translation,
+            make_targets=partial(
+                make_targets,
+                target_temperatures={
+                    name: 0.0 if space.hard_targets else space.target_temperature
+                    for name, space in spaces.items()
+                },
+                mask_empty=config.prototypes.mask_empty,
+                back_translation=config.prototypes.back_translation,
+            ),
             optimizer=optimizer,
             schedule=optim.schedule(config),
             scaler=scaler,
@@ -472,13 +476,7 @@ def slug(name: str) -> str:
 
 def to_toml(config: Config) -> str:
     """The configuration as TOML, without what is unset and without permissions."""
-
-    def present(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: present(item) for key, item in value.items() if item is not None}
-        return [present(item) for item in value] if isinstance(value, list | tuple) else value
-
-    tree = asdict(config)
+    tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
     for permission in PERMISSIONS:
         del tree["data"][permission]
-    return tomli_w.dumps(present(tree))
+    return tomli_w.dumps(tree)

