@@ -1,13 +1,26 @@
 """`protoclip data inspect`, `data pack` and `data index`."""
 
+import runpy
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.parsing import Recipes
-from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed, check
+from protoclip.config import (
+    SMALL_CONTEXT_LENGTH,
+    Config,
+    Count,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    Seed,
+    check,
+)
 from protoclip.files import to_json
 from protoclip.progress import duration
 
@@ -31,14 +44,13 @@ class Inspect(Recipes):
 
     def __call__(self) -> None:
         from protoclip.data.inspect import inspect, montage, show
-        from protoclip.models.loading import context_length
-        from protoclip.models.towers import TokenCounter
 
+        count_tokens, context_length = tokens_of(self.model)
         pairs, notes = open_source(replace(self.data, train=self.source), seed=self.seed)
         found = inspect(
             pairs,
-            count_tokens=TokenCounter(self.model.name),
-            context_length=context_length(self.model),
+            count_tokens=count_tokens,
+            context_length=context_length,
             samples=None if self.every else self.samples,
             seed=self.seed,
             workers=self.data.workers or None,
@@ -93,6 +105,31 @@ class Index(Recipes):
         started = time.monotonic()
         pairs = open_indexed(replace(self.data, train=self.source), "index")
         print(f"{len(pairs)} pairs indexed, in {duration(time.monotonic() - started)}")
+
+
+def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int]:
+    """What counts the tokens of captions for a model, and how many of them it reads."""
+    if model.name is None:
+        clip_tokenizer()  # once, and not in each worker process
+        return count_clip_tokens, model.text.context_length or SMALL_CONTEXT_LENGTH
+    from protoclip.models.loading import context_length
+    from protoclip.models.towers import TokenCounter
+
+    return TokenCounter(model.name), context_length(model)
+
+
+def count_clip_tokens(texts: list[str]) -> list[int]:
+    """The tokens of captions for CLIP, before they are cut, start and end included."""
+    return [len(clip_tokenizer().encode(text)) + 2 for text in texts]
+
+
+@cache
+def clip_tokenizer() -> Any:
+    """CLIP's tokenizer, from open_clip's file: the package would import all models (1.6 s)."""
+    package = find_spec("open_clip")
+    assert package is not None
+    file = Path(str(package.origin)).with_name("tokenizer.py")
+    return runpy.run_path(str(file))["SimpleTokenizer"]()
 
 
 def open_source(data: DataConfig, *, seed: int = 0) -> tuple["Pairs | SampleStream", list[str]]:

@@ -13,16 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from torchvision.io import ImageReadMode, decode_jpeg
 
 # Left, top, right, bottom in whole pixels of the upright image.
@@ -35,13 +32,13 @@ Square = UInt8[np.ndarray, "s s 3"]
 # Readers by a file's first bytes. `Image.open` would try forty formats, some of which start other
 # programs, and would apply a limit on pixels of its own.
 READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
-    (b"\xff\xd8", JpegImagePlugin.JpegImageFile),
-    (b"\x89PNG", PngImagePlugin.PngImageFile),
-    (b"RIFF", WebPImagePlugin.WebPImageFile),
-    (b"GIF8", GifImagePlugin.GifImageFile),
-    (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"II*\0", TiffImagePlugin.TiffImageFile),
-    (b"MM\0*", TiffImagePlugin.TiffImageFile),
+    (b"\xff\xd8", JpegImageFile),
+    (b"\x89PNG", PngImageFile),
+    (b"RIFF", WebPImageFile),
+    (b"GIF8", GifImageFile),
+    (b"BM", BmpImageFile),
+    (b"II*\0", TiffImageFile),
+    (b"MM\0*", TiffImageFile),
 )
 EXIF_ORIENTATION = 0x0112
 # Scaled decoding differs from resizing all pixels at once. With twice the pixels needed the two

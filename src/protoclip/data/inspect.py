@@ -10,37 +10,39 @@ import re
 import textwrap
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from protoclip.data.access import visible
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.loader import Item, items_of, read_image
-from protoclip.data.mixture import MixedStreams, under
+from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.stream import ShardStream, read_shard
 from protoclip.progress import Progress
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image", "tokens")
-# The first so many different images and captions can become examples of repeated ones.
-REMEMBERED = 100_000
+# The first so many different images and captions can become examples of repeated ones, and the
+# first so many reasons are counted by themselves.
+REMEMBERED, REASONS = 100_000, 100
 EXAMPLES, NAME_LENGTH = 5, 90
-CHUNK = 64  # rows that a worker looks at together
+CHUNK = 64  # samples that a worker looks at together
 DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
-# Of the montage, in pixels.
+# Of the montage: sides in pixels; samples that are tried for each that is shown.
 SIDE, GAP, FONT_SIZE, LINES = 192, 20, 14, 3
-COLUMNS, ROWS = 6, 4
+COLUMNS, ROWS, TRIES = 6, 4, 10
 CELL = SIDE + 8 + LINES * 19
-# The default font is Latin; PIL finds these on the systems that have them.
+# PIL finds these on the systems that have them.
 FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
-TRIES = 10  # samples that are tried for each that is shown
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def inspect(
@@ -60,8 +62,8 @@ def inspect(
         source: Rows in any order, or a stream of tar shards, which is read once.
         count_tokens: Lengths of captions in tokens, not truncated, start and end included.
         context_length: Tokens that the model reads.
-        samples: How many to read, drawn evenly from the whole (of a stream: from the starts of
-            shards that are drawn evenly); all if unset.
+        samples: How many to read, drawn evenly from the whole (of a stream: at least as many, from
+            the starts of shards that are drawn evenly); all if unset.
         workers: Processes; one for each core if unset. With 1 all is done in this process.
 
     Raises:
@@ -76,20 +78,23 @@ def inspect(
     if workers is None:
         can_ask = hasattr(os, "sched_getaffinity")  # which cores this process may use
         workers = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
-    loader = DataLoader(
-        _Examiner(source, parts, count_tokens, max_pixels),
+    loader: DataLoader[list[_Facts | BadSample]] = DataLoader(
+        parts,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=workers if workers > 1 else 0,
+        collate_fn=partial(_examine, source, count_tokens, max_pixels),
     )
     progress = Progress(f"inspect {source.name}", len(parts))
-    tally = _Tally()
-    for done, found in enumerate(items_of(loader), 1):
-        tally.add(found)
-        progress.update(done, f"{tally.unreadable} unreadable" if tally.unreadable else "")
+
+    def samples_of_parts() -> Iterator[_Facts | BadSample]:
+        for done, found in enumerate(items_of(loader), 1):
+            yield from found
+            progress.update(done)
+
     return {
         "source": source.name,
         "pairs": len(source) if isinstance(source, Pairs) else None,
-        **tally.report(context_length),
+        **_tally(samples_of_parts(), context_length),
         "notes": list(notes),
     }
 
@@ -111,63 +116,52 @@ def _shards(
         raise ValueError(f"{source.name}: has no end; only streams of tar shards can be inspected")
     if samples is None:
         return [(*each, None) for each in shards]
-    most = max(CHUNK, -(-samples // len(shards)))
-    firsts = range(0, samples, most)
-    chosen = drawn(len(shards), len(firsts), seed)
-    pairs = zip(chosen, firsts, strict=True)
-    return [(*shards[number], min(most, samples - first)) for number, first in pairs]
+    number = min(len(shards), -(-samples // CHUNK))
+    most = -(-samples // number)
+    return [(*shards[place], most) for place in drawn(len(shards), number, seed)]
 
 
-class _Facts(NamedTuple):
-    """One sample: the hash of its image, values to count, its captions and their tokens."""
-
-    sample_id: str
-    content: int
-    values: dict[str, int | float | str]
-    captions: tuple[str, ...]
-    tokens: list[int]
+# Values of one sample by name; an image or caption is its hash and how to show it.
+_Facts = dict[str, list[Any]]
 
 
-@dataclass(frozen=True)
-class _Examiner(Dataset[list[_Facts | BadSample]]):
-    """Looks at samples, in worker processes: at the rows or the shard of a part."""
-
-    source: Pairs | SampleStream
-    parts: list[Any]
-    count_tokens: Callable[[list[str]], list[int]]
-    max_pixels: int
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, number: int) -> list[_Facts | BadSample]:
-        part: Iterable[Any] = self.parts[number]
-        if not isinstance(self.source, Pairs):
-            stream, shard, most = self.parts[number]
-            part = islice(read_shard(shard, stream.caption_keys, stream.access), most)
-            if stream is not self.source:
-                part = (under(stream.name, item) for item in part)
-        return [self.examine(item) for item in part]
-
-    def examine(self, item: Item) -> _Facts | BadSample:
+def _examine(
+    source: Pairs | SampleStream,
+    count_tokens: Callable[[list[str]], list[int]],
+    max_pixels: int,
+    part: Any,
+) -> list[_Facts | BadSample]:
+    """Look at the samples of some rows, or of a shard; in worker processes."""
+    items: Iterable[Item] = part
+    if not isinstance(source, Pairs):
+        stream, shard, most = part
+        items = islice(read_shard(shard, stream.caption_keys, stream.access), most)
+    found: list[_Facts | BadSample] = []
+    for item in items:
         try:
-            sample, values = read_image(self.source, item, self.measure)
+            sample, facts = read_image(source, item, partial(_measure, max_pixels))
         except BadSample as error:
-            return error
-        values["captions_per_image"] = len(sample.captions)
-        tokens = self.count_tokens(list(sample.captions))
-        return _Facts(sample.sample_id, _hash(sample.image), values, sample.captions, tokens)
+            found.append(error)
+            continue
+        texts = [text.encode("utf-8", "surrogatepass") for text in sample.captions]
+        facts["image"] = [(_hash(sample.image), sample.sample_id)]
+        facts["caption"] = list(zip(map(_hash, texts), sample.captions, strict=True))
+        facts["captions_per_image"] = [len(texts)]
+        facts["tokens"] = count_tokens(list(sample.captions))
+        found.append(facts)
+    return found
 
-    def measure(self, encoded: bytes) -> dict[str, int | float | str]:
-        width, height = dimensions(encoded, max_pixels=self.max_pixels)
-        decode(encoded, max_pixels=self.max_pixels, at_least=DECODED_SIDE)
-        return {
-            "width": width,
-            "height": height,
-            "shorter_side": min(width, height),
-            "kilobytes": round(len(encoded) / 1000, 1),
-            "formats": str(open_image(encoded, max_pixels=self.max_pixels).format),
-        }
+
+def _measure(max_pixels: int, encoded: bytes) -> _Facts:
+    width, height = dimensions(encoded, max_pixels=max_pixels)
+    decode(encoded, max_pixels=max_pixels, at_least=DECODED_SIDE)
+    return {
+        "width": [width],
+        "height": [height],
+        "shorter_side": [min(width, height)],
+        "kilobytes": [round(len(encoded) / 1000, 1)],
+        "formats": [open_image(encoded, max_pixels=max_pixels).format],
+    }
 
 
 def _hash(content: bytes) -> int:
@@ -175,59 +169,47 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-class _Tally:
-    """What was found so far. Its size is bounded but for the hashes of contents."""
-
-    def __init__(self) -> None:
-        self.read = self.unreadable = 0
-        self.counts: dict[str, Counter[Any]] = defaultdict(Counter)
-        self.hashes = {"image": array("Q"), "caption": array("Q")}
-        self.names: dict[int, str] = {}
-        self.examples: list[str] = []
-
-    def add(self, found: list[_Facts | BadSample]) -> None:
-        self.read += len(found)
-        for each in found:
-            if isinstance(each, BadSample):
-                self.unreadable += 1
-                # Without the numbers and details of this sample.
-                kind = re.sub(r"\d+", "N", re.sub(r" ?\(.*\)", "", each.reason))[:NAME_LENGTH]
-                self.counts["reasons"][kind] += 1
-                self.examples = [*self.examples, str(each)][:EXAMPLES]
-                continue
-            self._remember("image", each.content, each.sample_id)
-            for name, value in each.values.items():
-                self.counts[name][value] += 1
-            for text in each.captions:
-                self._remember("caption", _hash(text.encode("utf-8", "surrogatepass")), text)
-            self.counts["tokens"].update(each.tokens)
-
-    def _remember(self, kind: str, content: int, name: str) -> None:
-        self.hashes[kind].append(content)
-        if content not in self.names and len(self.names) < REMEMBERED:
-            self.names[content] = textwrap.shorten(name, NAME_LENGTH, placeholder="...")
-
-    def report(self, context_length: int) -> dict[str, Any]:
-        counts, tokens = self.counts, self.counts["tokens"]
-        found = {
-            "read": self.read,
-            "unreadable": self.unreadable,
-            "reasons": dict(counts["reasons"].most_common()),
-            "unreadable_examples": self.examples,
-            "formats": dict(counts["formats"].most_common()),
-            "captions": tokens.total(),
-            **{name: percentiles(counts[name]) for name in MEASURED},
-            "context_length": context_length,
-            "captions_cut": sum(n for length, n in tokens.items() if length > context_length),
-        }
-        for kind, hashes in self.hashes.items():
-            values, number = np.unique(np.array(hashes, dtype=np.uint64), return_counts=True)
-            order = np.argsort(-number, kind="stable")[: (number > 1).sum()]
-            ranked = zip(values[order].tolist(), number[order].tolist(), strict=True)
-            known = (f"{n} x {self.names[value]}" for value, n in ranked if value in self.names)
-            found[f"repeated_{kind}_copies"] = len(hashes) - len(values)
-            found[f"repeated_{kind}_examples"] = list(islice(known, EXAMPLES))
-        return found
+def _tally(samples: Iterable[_Facts | BadSample], context_length: int) -> dict[str, Any]:
+    """What samples are, counted. Memory is bounded but for the hashes of contents."""
+    read, unreadable = 0, list[str]()
+    counts: dict[str, Counter[Any]] = defaultdict(Counter)
+    hashes = {"image": array("Q"), "caption": array("Q")}
+    names: dict[int, str] = {}
+    reasons, tokens = counts["reasons"], counts["tokens"]
+    for found in samples:
+        read += 1
+        if isinstance(found, BadSample):
+            unreadable = [*unreadable, str(found)][:EXAMPLES]
+            # Without the numbers and details of this sample.
+            reason = re.sub(r"\d+", "N", re.sub(r" ?\(.*\)", "", found.reason))[:NAME_LENGTH]
+            reasons[reason if reason in reasons or len(reasons) < REASONS else "other"] += 1
+            continue
+        for kind in hashes:
+            for content, name in found.pop(kind):
+                hashes[kind].append(content)
+                if content not in names and len(names) < REMEMBERED:
+                    names[content] = textwrap.shorten(name, NAME_LENGTH, placeholder="...")
+                if content in names:
+                    counts[kind][content] += 1
+        for name, values in found.items():
+            counts[name].update(values)
+    report = {
+        "read": read,
+        "unreadable": reasons.total(),
+        "reasons": dict(reasons.most_common()),
+        "unreadable_examples": unreadable,
+        "formats": dict(counts["formats"].most_common()),
+        "captions": tokens.total(),
+        **{name: percentiles(counts[name]) for name in MEASURED},
+        "context_length": context_length,
+        "captions_cut": sum(n for length, n in tokens.items() if length > context_length),
+    }
+    for kind, each in hashes.items():
+        different = len(np.unique(np.array(each, dtype=np.uint64)))
+        common = counts[kind].most_common(EXAMPLES)
+        report[f"repeated_{kind}_copies"] = len(each) - different
+        report[f"repeated_{kind}_examples"] = [f"{n} x {names[c]}" for c, n in common if n > 1]
+    return report
 
 
 def percentiles(counts: Counter[Any]) -> dict[str, int | float]:
@@ -267,34 +249,48 @@ def montage(
     else:
         items = islice(source.samples(), TRIES * COLUMNS * ROWS)
 
+    def readable() -> Iterator[tuple[Image.Image, str]]:
+        for item in items:
+            with contextlib.suppress(BadSample):
+                sample, image = read_image(source, item, look)
+                yield image, sample.captions[0]
+
     def look(encoded: bytes) -> Image.Image:
         pixels = decode(encoded, max_pixels=max_pixels, at_least=SIDE)
         return ImageOps.pad(Image.fromarray(pixels), (SIDE, SIDE), color="#f1f1f3")
 
-    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, ROWS * (CELL + GAP) + GAP), "white")
-    pen, font, shown = ImageDraw.Draw(sheet), _font(), 0
-    for item in items:
-        try:
-            sample, image = read_image(source, item, look)
-        except BadSample:
-            continue
-        row, column = divmod(shown, COLUMNS)
+    shown = list(islice(readable(), COLUMNS * ROWS))
+    if not shown:
+        raise ValueError(f"{source.name}: none of its samples that were tried can be read")
+    rows = -(-len(shown) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (CELL + GAP) + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (image, caption) in enumerate(shown):
+        row, column = divmod(number, COLUMNS)
         left, top = GAP + column * (SIDE + GAP), GAP + row * (CELL + GAP)
         sheet.paste(image, (left, top))
-        caption = sample.captions[0].encode("utf-8", "replace").decode()[:400]
+        caption = " ".join(caption.encode("utf-8", "replace").decode()[:400].split())
+        font = _font(caption)
         characters = max(1, int(SIDE * len(caption) / max(1, font.getlength(caption))))
         lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")
         pen.text((left, top + SIDE + 8), "\n".join(lines), fill="#1c1c1f", font=font)
-        shown += 1
-        if shown == COLUMNS * ROWS:
-            break
-    if not shown:
-        raise ValueError(f"{source.name}: none of its samples that were tried can be read")
-    return sheet.crop((0, 0, sheet.width, -(-shown // COLUMNS) * (CELL + GAP) + GAP))
+    return sheet
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(caption: str) -> Font:
+    """The first font that lacks the fewest of a caption's characters."""
+
+    def lacks(font: Font) -> int:
+        box = bytes(font.getmask("\U0010ffff"))  # stands for any character that is missing
+        return sum(bytes(font.getmask(character)) == box for character in set(caption))
+
+    return min(_fonts(), key=lacks)
+
+
+@cache
+def _fonts() -> list[Font]:
+    found: list[Font] = []
     for name in FONTS:
         with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, FONT_SIZE)
-    return ImageFont.load_default(FONT_SIZE)
+            found.append(ImageFont.truetype(name, FONT_SIZE))
+    return [*found, ImageFont.load_default(FONT_SIZE)]

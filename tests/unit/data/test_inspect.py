@@ -3,16 +3,15 @@
 import io
 import json
 import tarfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from protoclip.data.emoji import emoji_table
+from protoclip.data import inspect as module
 from protoclip.data.inspect import CELL, GAP, SIDE, drawn, inspect, montage, show
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import ImageTextPairs
@@ -108,19 +107,6 @@ def test_findings_are_shown_as_lines(
     assert "notes a \\x1b[31mred note" in text
 
 
-def test_repeats_of_the_emoji_are_those_a_dictionary_finds() -> None:
-    """And percentiles are those of NumPy's inverted distribution function."""
-    table = emoji_table("test")
-    found = look(ImageTextPairs(table, name="emoji"))
-    several = [n for n in Counter(table["caption"].to_pylist()).values() if n > 1]
-    assert found["repeated_caption_copies"] == sum(several) - len(several)
-    counts = [int(example.split(" x ")[0]) for example in found["repeated_caption_examples"]]
-    assert counts == sorted(several, reverse=True)[: len(counts)]
-    lengths = count_words(table["caption"].to_pylist())
-    for share, value in found["tokens"].items():
-        assert value == np.percentile(lengths, int(share), method="inverted_cdf")
-
-
 def test_processes_find_what_one_finds(mixed: ImageTextPairs) -> None:
     """Two sources in one, some of them bad: the same facts in the same order."""
     source = MixedPairs([ImageTextPairs(tiny_pairs(200), name="tiny"), mixed])
@@ -167,11 +153,36 @@ def test_streamed_shards_are_read_once(
         assert capsys.readouterr().err.count("inspect") == 1
 
 
+def test_the_kinds_of_reasons_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after the first is counted together."""
+    monkeypatch.setattr("protoclip.data.inspect.REASONS", 2)
+    images = pa.array([b"x", b"", b"y", encoded(9, 9), encoded(9, 9)[:-9]], pa.binary())
+    table = pa.table({"image": images, "caption": ["x", "x", "x", "", "x"]})
+    reasons = look(ImageTextPairs(table, name="bad"))["reasons"]
+    assert reasons == {"not an image": 2, "other": 2, "empty file": 1}
+
+
+def test_a_caption_is_drawn_in_the_font_that_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one that does; of fonts that lack something, the one that lacks least."""
+
+    class Font(ImageFont.ImageFont):
+        def __init__(self, known: str) -> None:
+            self.known = known
+
+        def getmask(self, character: str) -> bytes:
+            return character.encode() if character in self.known else b"box"
+
+    latin, both, greek = (Font(known) for known in ("ab ", "abαβ ", "αβγ "))
+    monkeypatch.setattr(module, "_fonts", lambda: [latin, both, greek])
+    captions = {"a b": latin, "α b": both, "γ β": greek, "猫": latin}
+    assert {caption: module._font(caption) for caption in captions} == captions
+
+
 def test_a_montage_shows_pairs_and_leaves_out_bad_ones(
     mixed: ImageTextPairs, shards: ShardStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six good pairs of ten, with captions of any characters; of a stream, the first."""
-    monkeypatch.setattr("protoclip.data.pairs.clean_captions", lambda texts: ("\ud83d 猫 " * 90,))
+    monkeypatch.setattr("protoclip.data.pairs.clean_captions", lambda texts: ("\ud83d\n猫 " * 90,))
     bad = ImageTextPairs(mixed.table.slice(6, 2), name="bad")
     good = ImageTextPairs(mixed.table.slice(0, 8), name="good")
     sheet = montage(good)

@@ -1,0 +1,38 @@
+"""`protoclip data inspect`: what it counts, and what it does not load."""
+
+import subprocess
+import sys
+
+import open_clip
+import pytest
+
+from protoclip.cli.data import tokens_of
+from protoclip.config import ModelConfig, TextTowerConfig
+from protoclip.models.loading import context_length
+
+CAPTIONS = ["a dog", "", "x" * 500, "Ünïcode 猫 👩\u200d🚀 don't  &amp;\n<b> go"]
+
+
+@pytest.mark.parametrize(
+    "model", [ModelConfig(), ModelConfig(text=TextTowerConfig(context_length=32)), "RN50"]
+)
+def test_tokens_are_those_of_open_clip(model: ModelConfig | str) -> None:
+    """For CLIP's tokenizer by itself and for that of a named model; with the model's length."""
+    model = ModelConfig(name=model) if isinstance(model, str) else model
+    count, length = tokens_of(model)
+    tokenizer = open_clip.SimpleTokenizer(context_length=1000)
+    assert count(CAPTIONS) == (tokenizer(CAPTIONS) != 0).sum(1).tolist()
+    assert length == context_length(model)
+
+
+def test_inspect_loads_no_model() -> None:
+    """It need not wait for open_clip and timm."""
+    code = """
+import sys
+from protoclip.cli import main
+main("data inspect emoji --samples 5 --data.workers 1".split())
+print({"open_clip", "timm", "sklearn", "protoclip.models"} & {*sys.modules})
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "tokens " in found.stdout
+    assert found.stdout.splitlines()[-1] == "set()"
