@@ -6,30 +6,26 @@ and nested dataclasses sections (`--section.name value`). The comment behind a f
 
 import ast
 import inspect
-import io
 import json
 import re
 import shutil
 import textwrap
 import tomllib
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from glob import iglob
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
-
-import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from protoclip.config import PERMISSIONS, Config, build, unknown
 
 Command = TypeVar("Command")
 # Settings that may name a file or folder beside the recipe.
 PLACES = {"train", "path", "root", "checkpoint", "features"}
-NOT_GIVEN = "\0"  # stands for an option that the command line does not mention
-REGISTRY = ConstructorRegistry()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,34 +35,49 @@ class Recipes:
     config: list[str] = field(default_factory=list)  # Recipe: settings as TOML. May be repeated.
 
 
+class OptionParser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(re.sub("^argument (.+): expected .*", r"\1: needs a value", message))
+
+
 def parse(kind: type[Command], arguments: list[str]) -> Command:
-    """Later recipes override earlier ones; options override recipes.
+    """Later recipes override earlier ones; options override recipes. Any order of words will do.
 
     Raises:
         ValueError: In one line that names the option, or the recipe and its setting.
     """
     hints, known = get_type_hints(kind), dict(options(kind))
-    words, given = with_values(arguments, known), cast(Any, None)
-    with redirect_stderr(io.StringIO()) as said:
-        try:
-            given, rest = tyro.cli(
-                kind, args=words, registry=REGISTRY, return_unknown_args=True, add_help=False
-            )
-        except SystemExit:
-            found = re.search(r"Missing value for argument '(.+?)'", said.getvalue())
-            raise ValueError(f"{found[1]}: needs a value" if found else said.getvalue()) from None
+    positional = [entry.name for entry in fields(kind) if not entry.kw_only]
+    parser = OptionParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    for name in known.keys() - positional:
+        kinds = {get_origin(known[name]), *map(get_origin, get_args(known[name]))}
+        if list in kinds:  # repeat the option to add more
+            parser.add_argument(f"--{name}", action="append")
+        else:
+            parser.add_argument(f"--{name}", nargs="+" if tuple in kinds else None)
+    found, rest = parser.parse_known_args(spelled_out(arguments, known))
+    words = vars(found)
     for word in rest:
         if word.startswith("-"):
-            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            name = word.partition("=")[0].lstrip("-")
             raise ValueError(unknown(name, [*known]))
-        if "runs" not in given:
-            raise ValueError(f"{word}: unexpected argument")
-        given["runs"].append(word)  # tyro takes one group of them: `compare a --json b` leaves b
+    for name in positional:
+        if rest and get_origin(hints[name]) is list:
+            words[name], rest = rest, []
+        elif rest:
+            words[name], *rest = rest
+    if rest:
+        raise ValueError(f"{rest[0]}: unexpected argument")
     tree: dict[str, Any] = {}
-    for path in given.get("config", []):
+    for path in words.get("config", []):
         recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
         tree = merged(tree, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
-    return build(kind, merged(tree, given))
+    for name, given in words.items():
+        value = value_of(given, known[name])
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        tree = merged(tree, value)
+    return build(kind, tree)
 
 
 def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -79,47 +90,22 @@ def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, hints[name]
 
 
-def with_values(words: list[str], known: Mapping[str, Any]) -> list[str]:
-    """Flags with a value: `--json` as `--json true`, `--run.no-evaluate` as `... false`."""
+def spelled_out(words: list[str], known: Mapping[str, Any]) -> list[str]:
+    """Options with `_` for `-`, and flags with a value: `--json=true`, `--run.evaluate=false`."""
     result = []
     for word, following in pairwise([*words, ""]):
-        name = word.removeprefix("--").replace("-", "_")
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = name[2:].replace("-", "_")
         positive = re.sub(r"(^|\.)no_", r"\1", name)
         if name not in known and known.get(positive) is bool:
-            result += [f"--{positive}", "false"]
-            continue
-        result.append(word)
-        if known.get(name) is bool and following.lower() not in ("true", "false"):
-            result.append("true")
+            name, equals, value = positive, "=", "false"
+        elif known.get(name) is bool and not equals and following.lower() not in ("true", "false"):
+            equals, value = "=", "true"
+        result.append(f"--{name}{equals}{value}")
     return result
-
-
-@REGISTRY.struct_rule
-def as_tree(info: Any) -> StructConstructorSpec | None:
-    """Make tyro give a dict of what the command line mentions, instead of a dataclass."""
-    if not is_dataclass(info.type):
-        return None
-    hints = get_type_hints(info.type)
-
-    def instantiate(**values: Any) -> dict[str, Any]:
-        given = {k: v for k, v in values.items() if v not in ({}, [], NOT_GIVEN)}
-        return {k: value_of(v, hints[k]) for k, v in given.items()}
-
-    specs = []
-    for entry in fields(info.type):
-        hint = hints[entry.name]
-        kinds = {get_origin(hint), *map(get_origin, get_args(hint))}
-        kind: Any = str
-        default: Any = NOT_GIVEN
-        if is_dataclass(hint):
-            kind, default = hint, tyro.MISSING_NONPROP
-        elif list in kinds and entry.kw_only:  # repeat the option to add more
-            kind, default = tyro.conf.UseAppendAction[list[str]], []
-        elif {list, tuple} & kinds:
-            kind, default = list[str], []
-        kind = kind if entry.kw_only else tyro.conf.Positional[kind]  # type: ignore[misc]
-        specs.append(StructFieldSpec(name=entry.name, type=kind, default=default, helptext=None))
-    return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
 
 
 def value_of(words: Any, hint: Any) -> Any:
@@ -141,7 +127,7 @@ def value_of(words: Any, hint: Any) -> Any:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, checked. Relative paths that exist beside it start there."""
+    """The settings of a TOML file, checked."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -162,16 +148,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def located(value: Any, folder: Path, name: str = "") -> Any:
-    """A value of a recipe, with its paths starting at the recipe's folder if they exist there."""
+    """A value of a recipe in this folder, with its paths located.
+
+    A relative path starts at the current folder, or at the recipe's if only that has such a file.
+    """
     if isinstance(value, dict):
         return {key: located(inner, folder, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
-    if name not in PLACES or value == "emoji" or "://" in value:
+    if name not in PLACES or value == "emoji":
         return value
-    fixed, pattern, _ = re.split(r"([*?\[{].*|$)", value, maxsplit=1)
-    place = Path(f"{fixed}_").parent if pattern else Path(value)  # the folder of a pattern
-    return str(folder / value) if (folder / place).exists() else value
+    pattern = re.sub(r"\{.*\}", "*", value)
+    # Path.glob refuses absolute patterns.
+    here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
+    return str(folder / value) if beside and not here else value
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
