@@ -40,14 +40,14 @@ class OptionParser(ArgumentParser):
         raise ValueError(re.sub("^argument (.+): expected .*", r"\1: needs a value", message))
 
 
-def parse(kind: type[Command], arguments: list[str]) -> Command:
+def parse(kind: type[Command], words: list[str]) -> Command:
     """Later recipes override earlier ones; options override recipes. Any order of words will do.
 
     Raises:
         ValueError: In one line that names the option, or the recipe and its setting.
     """
     hints, known = get_type_hints(kind), dict(options(kind))
-    positional = [entry.name for entry in fields(kind) if not entry.kw_only]
+    positional = arguments_of(kind)
     parser = OptionParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
     for name in known.keys() - positional:
         kinds = {get_origin(known[name]), *map(get_origin, get_args(known[name]))}
@@ -55,29 +55,33 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
             parser.add_argument(f"--{name}", action="append")
         else:
             parser.add_argument(f"--{name}", nargs="+" if tuple in kinds else None)
-    found, rest = parser.parse_known_args(spelled_out(arguments, known))
-    words = vars(found)
+    found, rest = parser.parse_known_args(spelled_out(words, known))
+    given = vars(found)
     for word in rest:
         if word.startswith("-"):
             name = word.partition("=")[0].lstrip("-")
             raise ValueError(unknown(name, [*known]))
     for name in positional:
         if rest and get_origin(hints[name]) is list:
-            words[name], rest = rest, []
+            given[name], rest = rest, []
         elif rest:
-            words[name], *rest = rest
+            given[name], *rest = rest
     if rest:
         raise ValueError(f"{rest[0]}: unexpected argument")
     tree: dict[str, Any] = {}
-    for path in words.get("config", []):
+    for path in given.get("config", []):
         recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
         tree = merged(tree, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
-    for name, given in words.items():
-        value = value_of(given, known[name])
+    for name in given:
+        value = value_of(given[name], known[name])
         for part in reversed(name.split(".")):
             value = {part: value}
         tree = merged(tree, value)
     return build(kind, tree)
+
+
+def arguments_of(kind: type[Any]) -> list[str]:
+    return [entry.name for entry in fields(kind) if not entry.kw_only]
 
 
 def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -172,7 +176,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def help_text(command: str, kind: type[Any]) -> str:
     """What `--help` shows of a command."""
-    words = [entry.name.upper() for entry in fields(kind) if not entry.kw_only]
+    words = [name.upper() for name in arguments_of(kind)]
     usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
     note = "In brackets: the default, then other choices. --no-NAME switches a flag off."
     return "\n".join([usage, "", inspect.getdoc(kind) or "", "", note, *section_help(kind)])
