@@ -1,16 +1,16 @@
 """Tiny models, tiny data and a pool of processes, for the tests of this package and of others."""
 
-import atexit
 import ctypes
 import gc
 import io
 import multiprocessing
 import resource
-import tempfile
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,6 @@ from protoclip.config import (
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220)}
 SHAPES = ("square", "stripe", "corner")
 TIMEOUT = 120  # seconds for one call of `run_distributed`
-_pools: dict[int, "_Pool"] = {}
 _resident = 500_000_000  # bytes after the last `return_memory`; importing torch takes about this
 
 
@@ -113,18 +112,52 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
         What the function returned, by rank.
 
     Raises:
-        AssertionError: The function raised on a rank (its traceback is quoted), or took over two
-            minutes.
+        Exception: What the function raised on the first rank where it did.
+        AssertionError: The function took over two minutes.
     """
     if world_size == 1:
         return [function(*arguments)]
-    if world_size not in _pools:
-        _pools[world_size] = _Pool(world_size)
+    ranks, _ = _ranks(world_size)
+    calls = [rank.submit(_call, function, arguments) for rank in ranks]
+    finished, waiting = wait(calls, timeout=TIMEOUT, return_when=FIRST_EXCEPTION)
     try:
-        return _pools[world_size].call(function, arguments)
+        for call in finished:
+            call.result()
+        assert not waiting, f"{len(waiting)} ranks have not answered in {TIMEOUT} s"
     except BaseException:
-        _pools.pop(world_size).close()
+        _ranks.cache_clear()  # the group may be out of step
+        for rank in ranks:
+            rank.shutdown(wait=False, cancel_futures=True)
         raise
+    return [call.result() for call in calls]
+
+
+@cache
+def _ranks(world_size: int) -> tuple[list[ProcessPoolExecutor], TemporaryDirectory[str]]:
+    """The processes of one group, and the folder where they met."""
+    folder, context = TemporaryDirectory(), multiprocessing.get_context("spawn")
+    groups = [(rank, world_size, folder.name) for rank in range(world_size)]
+    return [ProcessPoolExecutor(1, context, _join, group) for group in groups], folder
+
+
+def _join(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    # Fork data workers, as under torchrun: spawning one takes seconds.
+    multiprocessing.set_start_method("fork", force=True)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return function(*arguments)
+    finally:
+        return_memory()
 
 
 def return_memory(after: int = 500_000_000) -> None:
@@ -146,61 +179,3 @@ def resident() -> int:
     """Bytes of memory of this process; 0 if the system does not say."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
-
-
-class _Pool:
-    """The ranks of one group, waiting for functions to call."""
-
-    def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.store = tempfile.TemporaryDirectory()
-        self.pipes, self.processes = [], []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world_size, self.store.name, theirs)
-            )
-            process.start()
-            theirs.close()  # the process ends when this one does
-            self.pipes.append(ours)
-            self.processes.append(process)
-        # Daemons could have no data workers. Others are joined at exit, so they are killed first.
-        atexit.register(self.close)
-
-    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(TIMEOUT), f"rank {rank} has not answered in {TIMEOUT} s"
-            answers.append(pipe.recv())
-        failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text]
-        assert not failures, "\n".join(failures)
-        return [result for _, result in answers]
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-        self.store.cleanup()
-        atexit.unregister(self.close)
-
-
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    # Fork data workers, as under torchrun: spawning one takes seconds.
-    multiprocessing.set_start_method("fork", force=True)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=world_size
-    )
-    while True:
-        try:
-            function, arguments = pipe.recv()
-        except EOFError:  # the caller has ended
-            return
-        try:
-            answer = ("", function(*arguments))
-        except BaseException:
-            answer = (traceback.format_exc(), None)
-        pipe.send(answer)
-        del function, arguments, answer
-        return_memory()

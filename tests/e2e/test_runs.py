@@ -246,19 +246,13 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     assert found["difference"]["kind"] == "bootstrap"
     assert found["difference"]["n"] == len(few_emoji().test)
 
-    finished = Path("demo/protoclip/results.json")
-    text, trained = finished.read_text(), []
+    finished, other = (Path(f"demo/{arm}/results.json") for arm in ("protoclip", "clip"))
+    written = other.stat().st_mtime_ns
     finished.unlink()
-
-    def train(config: Config, **more: object) -> dict[str, Any]:
-        trained.append(config.run.name)
-        finished.write_text(text)
-        return {}
-
-    monkeypatch.setattr(run, "train", train)
     demo.demo(Path("demo"))
-    assert trained == ["ProtoCLIP"]
-    with pytest.raises(ValueError, match="holds another run"):
+    assert finished.is_file()
+    assert other.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"other settings: run.seed .* another folder with --out"):
         demo.demo(Path("demo"), seed=5)
 
 

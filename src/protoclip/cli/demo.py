@@ -56,29 +56,22 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     Finished arms of an earlier call are kept; an interrupted one continues.
 
     Raises:
-        ValueError: The folder holds something else than this demonstration.
+        ValueError: The folder of an arm holds something else.
     """
     from protoclip.evaluation import compare
-    from protoclip.training import optim, run
+    from protoclip.training import run
 
     started, out = time.monotonic(), Path(out)
-    configs = arms(seed=seed, out=str(out))
-    folders = {name: Path(config.run.out or "") for name, config in configs.items()}
-    for name, config in configs.items():
-        if (folder := folders[name]).exists():
-            written = folder / "config.toml"
-            settings = run.to_toml(optim.resolved(config)[0])
-            if not written.is_file() or written.read_text(encoding="utf-8") != settings:
-                raise ValueError(
-                    f"{folder}: holds another run than this demonstration's; remove it, or choose "
-                    "another folder with --out"
-                )
-            if (folder / "results.json").is_file():
-                print(f"{name}: finished earlier, kept ({folder}; remove it to train again)")
-                continue
-        if "stopped" in run.train(config, resume="auto"):
+    results = []
+    for config in arms(seed=seed, out=str(out)).values():
+        try:
+            stopped = "stopped" in run.train(config, resume="auto")
+        except ValueError as error:
+            raise ValueError(str(error).replace("--run.out", "--out")) from error
+        if stopped:
             raise KeyboardInterrupt
-    entries = compare.compare([compare.read_results(folder) for folder in folders.values()])
+        results.append(compare.read_results(str(config.run.out)))
+    entries = compare.compare(results)
     write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
     compare.show(entries)
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")

@@ -102,6 +102,8 @@ def test_what_is_no_number_is_refused(name, wrong):
         ("teachers[1].name", "one", "teachers: 'one' is taken"),
         ("teachers[1].features", None, "teachers: 'two' has no features"),
         ("prototypes.target_temperature", 0.0, "needs to be above 0; for hard targets set"),
+        ("run.evaluate_every", 1, "run.evaluate_every: data.train has no held-out split"),
+        ("run.keep_best", "eval/emoji/knn/acc1", "run.keep_best: needs run.evaluate_every"),
         ("run.evaluate", "yes", "run.evaluate: 'yes' is neither true nor false"),
         ("data.sources", "a.tsv", "data.sources: 'a.tsv' is not a list"),
         ("optim.betas", (0.9,), "optim.betas: (0.9,) is not 2 values"),
@@ -123,15 +125,6 @@ def test_a_tree_of_values_becomes_a_configuration():
         build(Config, {"data": {"trian": "x"}})
     with pytest.raises(ValueError, match=r"^data\.sources\[0\]\.path: is missing"):
         build(Config, {"data": {"sources": [{"weight": 1}]}})
-
-
-def test_evaluation_during_training_needs_something_to_evaluate_on():
-    config = with_value(Config(), "run.evaluate_every", 1)
-    assert check(with_value(config, "run.keep_best", "eval/emoji/knn/acc1")) == []
-    never = refusal(with_value(Config(), "run.keep_best", "eval/emoji/knn/acc1"))
-    assert never.startswith("run.keep_best: needs run.evaluate_every")
-    other = with_value(config, "data.train", "pairs.tsv")
-    assert refusal(other).startswith("run.evaluate_every: data.train has no held-out split")
 
 
 CLIP = {"loss": LossConfig(prototypical=0.0)}
