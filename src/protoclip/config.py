@@ -13,17 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 # Image size in pixels and caption length in tokens of the small towers, unless set.
 SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
@@ -38,29 +28,21 @@ RENAMED = {
     "optim.locked_warm_up_steps": "is gone; the locked-image stage warms up for 2 steps",
 }
 
-
-class Range(NamedTuple):
-    """The limits of a number."""
-
-    least: int | float
-    most: int | float
-
-
 # The least positive float that is not denormal: denormal numbers are flushed to 0.
 ABOVE_0 = sys.float_info.min
 BELOW_1 = math.nextafter(1.0, 0.0)
 # Upper limits catch slips of the finger: no data and no machine of today needs as much.
-Seed = Annotated[int, Range(0, 2**63 - 1)]  # what both torch and NumPy take
-Count = Annotated[int, Range(1, 2**31 - 1)]
-CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
-BatchSize = Annotated[int, Range(2, 2**31 - 1)]
-ImageSize = Annotated[int, Range(2, 2**13)]
-ContextLength = Annotated[int, Range(3, 2**12)]
-Layers = Annotated[int, Range(1, 1000)]
-Width = Annotated[int, Range(1, 2**16)]
-Positive = Annotated[float, Range(ABOVE_0, math.inf)]
-NotNegative = Annotated[float, Range(0, math.inf)]
-Decay = Annotated[float, Range(0, BELOW_1)]
+Seed = Annotated[int, 0, 2**63 - 1]  # what both torch and NumPy take
+Count = Annotated[int, 1, 2**31 - 1]
+CountOrZero = Annotated[int, 0, 2**31 - 1]
+BatchSize = Annotated[int, 2, 2**31 - 1]
+ImageSize = Annotated[int, 2, 2**13]
+ContextLength = Annotated[int, 3, 2**12]
+Layers = Annotated[int, 1, 1000]
+Width = Annotated[int, 1, 2**16]
+Positive = Annotated[float, ABOVE_0, math.inf]
+NotNegative = Annotated[float, 0, math.inf]
+Decay = Annotated[float, 0, BELOW_1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +86,13 @@ class DataConfig:
     read: Literal["auto", "indexed", "streaming"] = "auto"  # How to read shards.
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
     augmentation: Literal["light", "clip"] = "light"  # clip only crops.
-    workers: Annotated[int, Range(0, 4096)] = 0  # Processes that decode images; same results.
+    workers: Annotated[int, 0, 4096] = 0  # Processes that decode images; same results.
     cache: Literal["ram", "disk", "none"] = "ram"  # Keeps decoded images.
-    cache_gb: Annotated[float, Range(ABOVE_0, 1e6)] = 4.0  # Gigabytes of decoded images to keep.
+    cache_gb: Annotated[float, ABOVE_0, 1e6] = 4.0  # Gigabytes of decoded images to keep.
     cache_folder: str | None = None  # Folder of indexes and decoded images.
     small_copies: bool = False  # Crop from copies of 256 pixels: less sharp.
-    max_image_pixels: Annotated[int, Range(1, 2**40)] = 178_956_970  # Skip images with more pixels.
-    max_bad_share: Annotated[float, Range(0, 1)] = 0.05  # Share of bad samples that ends a run.
+    max_image_pixels: Annotated[int, 1, 2**40] = 178_956_970  # Skip images with more pixels.
+    max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of bad samples that ends a run.
     allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_private_hosts: bool = False  # Read from web servers in private networks.
     allow_links: bool = False  # Follow symbolic links that leave data.root.
@@ -139,7 +121,7 @@ class TextTowerConfig:
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     hidden_dim: Width = 1024  # Width of the hidden layers.
-    hidden_layers: Annotated[int, Range(0, 1000)] = 1  # Hidden layers; 0 makes the head linear.
+    hidden_layers: Annotated[int, 0, 1000] = 1  # Hidden layers; 0 makes the head linear.
     projection_dim: Width = 128  # Width of the projections to cluster.
 
 
@@ -241,18 +223,14 @@ class Config:
 
     @property
     def uses_prototypes(self) -> bool:
-        return self.loss.prototypical > 0 or self.uses_teacher
-
-    @property
-    def uses_teacher(self) -> bool:
-        return bool(self.external_teachers)
+        return self.loss.prototypical > 0 or bool(self.external_teachers)
 
     @property
     def prototype_source(self) -> Literal["extract", "queue"]:
         """`prototypes.source`; `auto` is queue with a teacher, else extract, as in the paper."""
         if self.prototypes.source != "auto":
             return self.prototypes.source
-        return "queue" if self.uses_teacher else "extract"
+        return "queue" if self.external_teachers else "extract"
 
     @property
     def external_teachers(self) -> dict[str, TeacherConfig]:
@@ -295,7 +273,7 @@ def read(name: str, value: Any, hint: Any) -> Any:
     """A setting's value, checked against its annotation."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return within(name, read(name, value, inner[0]), inner[1])
+        return within(name, read(name, value, inner[0]), *inner[1:])
     if origin in (Union, UnionType):
         if value is None:
             return None
@@ -325,14 +303,14 @@ def read(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def within(name: str, value: Any, limits: Range) -> Any:
-    if value < limits.least == ABOVE_0:
+def within(name: str, value: Any, least: int | float, most: int | float) -> Any:
+    if value < least == ABOVE_0:
         hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
         raise ValueError(f"{name}: {value} needs to be above 0{hint}")
-    if value < limits.least:
-        raise ValueError(f"{name}: {value} is too small; at least {limits.least}")
-    if value > limits.most:
-        limit = "below 1" if limits.most == BELOW_1 else f"at most {limits.most}"
+    if value < least:
+        raise ValueError(f"{name}: {value} is too small; at least {least}")
+    if value > most:
+        limit = "below 1" if most == BELOW_1 else f"at most {most}"
         raise ValueError(f"{name}: {value} is too large; {limit}")
     return value
 
@@ -357,10 +335,8 @@ def check(config: Config) -> list[str]:
         raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     check_sources(config.data)
     check_teachers(config)
-    if batch_size > size:
-        raise ValueError(f"episodes.batch_size: {batch_size} is larger than episodes.size ({size})")
     if size % batch_size:
-        nearest = size - size % batch_size
+        nearest = max(size - size % batch_size, batch_size)
         raise ValueError(
             f"episodes.size: {size} is no multiple of episodes.batch_size ({batch_size}); "
             f"try {nearest}"
@@ -419,6 +395,7 @@ def without_effect(config: Config) -> list[str]:
     unused = clip and "no loss uses prototypes"
     no_target = no_prototypical and not clip and "loss.prototypical is 0"
     no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
+    no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
     named = model.name is not None and f"model.name is {model.name}"
     reasons = {
         "data.cache_gb": in_workers and "worker processes keep no images in memory",
@@ -432,7 +409,7 @@ def without_effect(config: Config) -> list[str]:
         "optim.heads_weight_decay": unused,
         "teacher.*": no_teacher,
         "teachers.*": no_teacher,
-        "loss.teacher": not config.uses_teacher and loss.teacher > 0 and "no teacher has features",
+        "loss.teacher": no_features,
         "optim.locked_learning_rate": not episodes.locked_image and "episodes.locked_image is 0",
         "model.embed_dim": named,
         "model.image.name": named,

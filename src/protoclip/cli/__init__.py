@@ -42,20 +42,23 @@ def main(arguments: list[str] | None = None) -> None:
     name = places[min(places)] if places else ""
     for part in name.split():
         words.remove(part)
-    if not {"-h", "--help"}.isdisjoint(words):
-        print(help_text(name, COMMANDS[name]) if name else overview())
-        sys.exit(0)
     try:
+        if not {"-h", "--help"}.isdisjoint(words):
+            print(help_text(name, COMMANDS[name]) if name else overview(), flush=True)
+            sys.exit(0)
         if not name:
             said = " ".join(words)
             close = get_close_matches(said, COMMANDS, n=1)
             what = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
             raise ValueError(f"{said or 'no command'}: {what}")
         parse(COMMANDS[name], words)()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("protoclip: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            sys.exit(0)
         fail(error)
 
 
@@ -63,6 +66,17 @@ def overview() -> str:
     rows = {name: (inspect.getdoc(kind) or "").splitlines()[0] for name, kind in COMMANDS.items()}
     hint = "protoclip COMMAND --help lists the options of a command."
     return "\n".join(["usage: protoclip COMMAND [OPTIONS]", "", *aligned(rows), "", hint])
+
+
+def reader_left() -> bool:
+    """Whether nobody reads standard output any more, as after `| head -1`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at its exit, and would report this error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def fail(error: Exception) -> NoReturn:

@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from glob import iglob
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
@@ -40,7 +41,7 @@ class Recipes:
 
 
 def parse(kind: type[Command], arguments: list[str]) -> Command:
-    """Later recipes override earlier ones; options override recipes.
+    """Later recipes override earlier ones; options override recipes. Any order of words will do.
 
     Raises:
         ValueError: In one line that names the option, or the recipe and its setting.
@@ -59,9 +60,14 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
         if word.startswith("-"):
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
             raise ValueError(unknown(name, [*known]))
-        if "runs" not in given:
-            raise ValueError(f"{word}: unexpected argument")
-        given["runs"].append(word)  # tyro takes one group of them: `compare a --json b` leaves b
+    # Arguments are what is left, since tyro wants those of a list side by side.
+    for name in (e.name for e in fields(kind) if not e.kw_only):  # type: ignore[arg-type]
+        if rest and get_origin(hints[name]) is list:
+            given[name], rest = rest, []
+        elif rest:
+            given[name], *rest = rest
+    if rest:
+        raise ValueError(f"{rest[0]}: unexpected argument")
     tree: dict[str, Any] = {}
     for path in given.get("config", []):
         recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
@@ -107,17 +113,18 @@ def as_tree(info: Any) -> StructConstructorSpec | None:
 
     specs = []
     for entry in fields(info.type):
+        if not entry.kw_only:
+            continue
         hint = hints[entry.name]
         kinds = {get_origin(hint), *map(get_origin, get_args(hint))}
         kind: Any = str
         default: Any = NOT_GIVEN
         if is_dataclass(hint):
             kind, default = hint, tyro.MISSING_NONPROP
-        elif list in kinds and entry.kw_only:  # repeat the option to add more
+        elif list in kinds:  # repeat the option to add more
             kind, default = tyro.conf.UseAppendAction[list[str]], []
         elif {list, tuple} & kinds:
             kind, default = list[str], []
-        kind = kind if entry.kw_only else tyro.conf.Positional[kind]  # type: ignore[misc]
         specs.append(StructFieldSpec(name=entry.name, type=kind, default=default, helptext=None))
     return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
 
@@ -141,7 +148,7 @@ def value_of(words: Any, hint: Any) -> Any:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, checked. Relative paths that exist beside it start there."""
+    """The settings of a TOML file, checked."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -162,16 +169,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def located(value: Any, folder: Path, name: str = "") -> Any:
-    """A value of a recipe, with its paths starting at the recipe's folder if they exist there."""
+    """A value of a recipe in this folder, with its paths located.
+
+    A relative path starts at the current folder, or at the recipe's if only that has such a file.
+    """
     if isinstance(value, dict):
         return {key: located(inner, folder, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
-    if name not in PLACES or value == "emoji" or "://" in value:
+    if name not in PLACES or value == "emoji":
         return value
-    fixed, pattern, _ = re.split(r"([*?\[{].*|$)", value, maxsplit=1)
-    place = Path(f"{fixed}_").parent if pattern else Path(value)  # the folder of a pattern
-    return str(folder / value) if (folder / place).exists() else value
+    pattern = re.sub(r"\{.*\}", "*", value)
+    # Path.glob refuses absolute patterns.
+    here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
+    return str(folder / value) if beside and not here else value
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

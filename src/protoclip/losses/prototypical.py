@@ -148,12 +148,12 @@ def make_targets(
                 centroids = back_translate(
                     assignments[known], projections[known], number, shared=positions is not None
                 )
-            every, temperature = (
-                torch.arange(number).to(centroids.device),
-                target_temperatures[teacher],
-            )
             targets[student, teacher] = prepare(
-                centroids, found.centroids, temperature, every, mask_empty=mask_empty
+                centroids,
+                found.centroids,
+                target_temperatures[teacher],
+                torch.arange(number, device=centroids.device),
+                mask_empty=mask_empty,
             )
     return targets
 

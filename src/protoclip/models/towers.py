@@ -105,8 +105,6 @@ def small_towers(config: ModelConfig) -> nn.Module:
         raise ValueError(
             f"model.image.name: timm has no model '{image.name}'; it has {', '.join(near)}, ..."
         )
-    if text.width % text.heads:
-        raise ValueError(f"model.text.heads: {text.heads} heads do not divide width {text.width}")
     size, length = image.size or SMALL_IMAGE_SIZE, text.context_length or SMALL_CONTEXT_LENGTH
     model: nn.Module = open_clip.CLIP(
         config.embed_dim,

@@ -92,29 +92,22 @@ def kmeans(
         num_rows = sum(rows for rows, _ in everyones)
         same = all(other == settings for _, other in everyones)
 
-    given = 0 if positions is None else len(positions)
-    mistakes = [
-        (not same, "positions: ranks differ in their settings or in the width of rows"),
-        (
-            not 1 <= num_clusters <= num_rows,
-            f"{num_clusters=}: must be from 1 to the {num_rows} rows",
-        ),
-        (iterations < 0 or restarts < 1, f"{iterations=}, {restarts=}: need >= 0 and >= 1"),
-        (shared and given != len(features), f"positions: {given} for {len(features)} rows"),
-        (not features.isfinite().all(), "features: non-finite values cannot be clustered"),
-    ]
-    if isinstance(init, Tensor):
-        wrong = restarts != 1 or init.shape != (num_clusters, features.shape[1])
-        mistakes.append(
-            (wrong, "init: needs restarts=1 and shape (num_clusters, features.shape[1])")
-        )
-    elif init not in INITS:
-        mistakes.append((True, f"{init=}: choose one of {', '.join(INITS)}, or give centroids"))
-
     def check() -> None:
-        for wrong, message in mistakes:
-            if wrong:
-                raise ValueError(message)
+        if not same:
+            raise ValueError("positions: ranks differ in their settings or in the width of rows")
+        if not 1 <= num_clusters <= num_rows:
+            raise ValueError(f"{num_clusters=}: must be from 1 to the {num_rows} rows")
+        if iterations < 0 or restarts < 1:
+            raise ValueError(f"{iterations=}, {restarts=}: need >= 0 and >= 1")
+        if positions is not None and len(positions) != len(features):
+            raise ValueError(f"positions: {len(positions)} for {len(features)} rows")
+        if not features.isfinite().all():
+            raise ValueError("features: non-finite values cannot be clustered")
+        shape = (num_clusters, features.shape[1])
+        if isinstance(init, Tensor) and (restarts != 1 or init.shape != shape):
+            raise ValueError(f"init: needs restarts=1 and shape {shape}")
+        if isinstance(init, str) and init not in INITS:
+            raise ValueError(f"{init=}: choose one of {', '.join(INITS)}, or give centroids")
 
     if shared:
         collectives.raise_on_all_ranks(check)
@@ -126,23 +119,23 @@ def kmeans(
         values = F.normalize(values, dim=1)
     if positions is None:
         order = torch.arange(len(values), device=values.device)
-        rows = Rows(values=values, order=order, orders=order, shared=False, spherical=spherical)
+        rows = Rows(values=values, order=order, orders=order, shared=False)
     else:
-        order = positions.to(values.device).argsort()
-        values = values[order]
-        rows = share_of_rows(values, positions.to(values.device)[order].long(), spherical)
-    exact: Search = partial(nearest, values)
+        places = positions.to(values.device).long()
+        order = places.argsort()
+        rows = share_of_rows(values[order], places[order])
+    exact: Search = partial(nearest, rows.values)
     rough = exact
     pays = bfloat16_pays(values, num_clusters, len(rows.orders))
     if shared:  # on every rank or on none
         pays = not collectives.any_rank([not pays])[0]
     if pays:
-        mean = rows.mean()
+        mean = rows.sum(rows.values.sum(0)) / len(rows.orders)
         if len(values):
-            search = Bfloat16Search(values, mean)
+            search = Bfloat16Search(rows.values, mean)
             exact, rough = search.nearest, search.rough
     generator = torch.Generator().manual_seed(seed)
-    best: KMeans | None = None
+    results = []
     for _ in range(restarts):
         found: Nearest | None = None
         if isinstance(init, Tensor):
@@ -152,17 +145,21 @@ def kmeans(
             centroids = rows.select(drawn.to(values.device))
         else:
             centroids, found = spread(rows, num_clusters, generator, rough)
-        result = lloyd(rows, centroids, exact, found, iterations)
-        if best is None or result.inertia < best.inertia:
-            best = result
-    assert best is not None
+        results.append(lloyd(rows, centroids, exact, found, iterations, spherical=spherical))
+    best = min(results, key=lambda result: result.inertia)
     assignments = torch.empty_like(order).index_copy_(0, order, best.assignments)
     device = features.device
     return replace(best, centroids=best.centroids.to(device), assignments=assignments.to(device))
 
 
 def lloyd(
-    rows: "Rows", centroids: Tensor, search: Search, found: Nearest | None, iterations: int
+    rows: "Rows",
+    centroids: Tensor,
+    search: Search,
+    found: Nearest | None,
+    iterations: int,
+    *,
+    spherical: bool,
 ) -> KMeans:
     """Lloyd's iterations. `found`, if known, replaces the first `search(centroids)`."""
     assignments, distances = found if found and iterations else search(centroids)
@@ -170,7 +167,7 @@ def lloyd(
     for _ in range(iterations):
         means, counts = segment_mean(rows.values, assignments, len(centroids), shared=rows.shared)
         means = torch.where((counts > 0).unsqueeze(1), means, centroids)
-        if rows.spherical:
+        if spherical:
             means = F.normalize(means, dim=1)
         centroids = refill_empty(means, counts, rows, assignments, distances)
         previous = assignments
@@ -283,16 +280,10 @@ class Rows:
     order: Int[Tensor, " n"]
     orders: Int[Tensor, " m"]
     shared: bool
-    spherical: bool
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over ranks."""
         return collectives.all_reduce(values) if self.shared else values
-
-    def mean(self) -> Float[Tensor, " d"]:
-        if not self.shared:
-            return self.values.mean(0)
-        return self.sum(self.values.sum(0)) / len(self.orders)
 
     def gather(self, values: Shaped[Tensor, " n"]) -> Shaped[Tensor, " m"]:
         """One value per row: those of all rows, in order."""
@@ -303,8 +294,6 @@ class Rows:
 
     def find(self, numbers: Int[Tensor, " k"]) -> tuple[Int[Tensor, " j"], Int[Tensor, " j"]]:
         """Which of these rows are here: their places in `numbers`, and their local row numbers."""
-        if not self.shared:
-            return torch.arange(len(numbers), device=numbers.device), numbers
         places = torch.full_like(self.orders, -1)
         places[self.order] = torch.arange(len(self.order), device=places.device)
         wanted = places[numbers]
@@ -319,7 +308,7 @@ class Rows:
         return self.sum(found)
 
 
-def share_of_rows(values: Tensor, positions: Int[Tensor, " n"], spherical: bool) -> Rows:
+def share_of_rows(values: Tensor, positions: Int[Tensor, " n"]) -> Rows:
     """The rows at these positions among the rows of all ranks."""
     everyones = collectives.all_gather(positions)
     ascending = everyones.sort().values
@@ -327,4 +316,4 @@ def share_of_rows(values: Tensor, positions: Int[Tensor, " n"], spherical: bool)
     if len(repeated):
         raise ValueError(f"positions: {int(repeated[0])} is there more than once")
     order, orders = (torch.searchsorted(ascending, each) for each in (positions, everyones))
-    return Rows(values=values, order=order, orders=orders, shared=True, spherical=spherical)
+    return Rows(values=values, order=order, orders=orders, shared=True)

@@ -40,18 +40,14 @@ def cluster_spaces(
     clusters = {}
     for space, rows in features.items():
         known = torch.isfinite(rows).all(1)
-        gaps, any_known = not bool(known.all()), bool(known.any())
+        any_known = bool(known.any())
         if positions is not None:
-            gaps, any_known = collectives.any_rank([gaps, any_known])
+            any_known = collectives.any_rank([any_known])[0]
         if not any_known:
             continue
-        if gaps:
-            found = cluster(space, rows[known], None if positions is None else positions[known])
-            assignments = torch.full_like(known, -1, dtype=torch.long)
-            assignments[known] = found.assignments
-        else:
-            found = cluster(space, rows, positions)
-            assignments = found.assignments
+        found = cluster(space, rows[known], None if positions is None else positions[known])
+        assignments = torch.full_like(known, -1, dtype=torch.long)
+        assignments[known] = found.assignments
         if everyones is not None:
             gathered = collectives.all_gather(assignments)
             assignments = torch.empty_like(gathered).index_copy_(0, everyones, gathered)

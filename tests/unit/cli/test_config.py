@@ -90,7 +90,7 @@ def test_what_is_no_number_is_refused(name, wrong):
         ("model.text.heads", 3, "3 does not divide model.text.width"),
         ("prototypes.number", 5000, "prototypes.number: 5000 needs to be between 2 and"),
         ("teachers", [TeacherConfig(features="a", number=5000)], "teacher.number: 5000"),
-        ("episodes.batch_size", 8192, "episodes.batch_size: 8192 is larger than episodes.size"),
+        ("episodes.batch_size", 8192, "is no multiple of episodes.batch_size (8192); try 8192"),
         ("episodes.size", 1000, "try 768"),
         ("episodes.count", 1, "episodes.count: 1 is less than"),
         ("loss", LossConfig(info_nce=0.0, prototypical=0.0, teacher=0.0), "all weights are 0"),

@@ -1,9 +1,12 @@
 """Options as people type them, recipes, and what `--help` costs and shows."""
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +77,45 @@ def test_recipes_are_read_in_order_and_below_options(tmp_path, run, capsys):
     assert "config: no such setting" in capsys.readouterr().err
 
 
-def test_paths_in_a_recipe_start_at_its_folder(tmp_path, monkeypatch):
-    """If they exist there; URLs, commands, the bundled data and other settings stay as they are."""
-    folder = tmp_path / "recipes"
-    (folder / "shards").mkdir(parents=True)
-    (folder / "emoji").touch()
-    recipe = folder / "r.toml"
+def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypatch):
+    """So a run's config.toml means what it meant to the run. What is no path stays as it is."""
+    recipe = tmp_path / "recipes" / "r.toml"
+    for name in ("here/shards/0.tar", "recipes/shards/0.tar", "recipes/more/0.tar"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "recipes" / "emoji").touch()
+    monkeypatch.chdir(tmp_path / "here")
 
-    def trained_on(path: str) -> str:
-        recipe.write_text(f"[data]\ntrain = '{path}'\ncache_folder = 'shards'\n")
-        config: Config = parse(COMMANDS["train"], ["--config", str(recipe)])
-        assert config.data.cache_folder == "shards"
-        return config.data.train
+    def located(path: str) -> str:
+        recipe.write_text(f"[data]\ncache_folder = 'more'\n[[data.sources]]\npath = '{path}'\n")
+        config: Config = parse(COMMANDS["train"], ["--config", "../recipes/r.toml"])
+        assert config.data.cache_folder == "more"
+        return config.data.sources[0].path
 
-    assert trained_on("shards") == f"{folder}/shards"
-    assert trained_on("shards/{000..010}.tar") == f"{folder}/shards/{{000..010}}.tar"
-    for other in ("emoji", "pipe:cat a.tar", "s3://b/*.tar", "hf:a/b", "/a/b", "none/*.tar"):
-        assert trained_on(other) == other
-    recipe.write_text("[teacher]\nfeatures = 'shards'\n[[data.sources]]\npath = 'shards'\n")
-    config: Config = parse(COMMANDS["train"], ["--config", str(recipe)])
-    assert config.teacher.features == config.data.sources[0].path == f"{folder}/shards"
+    for path in ("more", "more/{0..3}.tar", "*.toml"):
+        assert located(path) == f"../recipes/{path}"
+    for path in (".", "shards", "shards/{0..3}.tar", "none/*.tar", "/a/b"):
+        assert located(path) == path
+    for path in ("emoji", "pipe:cat a.tar", "s3://b/*.tar", "hf:a/b"):
+        assert located(path) == path
+
+
+@dataclass(frozen=True)
+class Several:
+    """A command with lists of arguments and of options."""
+
+    paths: list[str]
+    _: KW_ONLY
+    data: list[str] = field(default_factory=list)
+    json: bool = False
+
+
+def test_arguments_and_options_may_mix_in_any_order():
+    for words in permutations(["a", "b", "--data x", "--data=y", "--json"]):
+        found = parse(Several, " ".join(words).split())
+        assert found.paths == [word for word in words if word in ("a", "b")]
+        assert found.data == [word[-1] for word in words if "--data" in word]
+        assert found.json
 
 
 @pytest.mark.parametrize("permission", PERMISSIONS)
@@ -119,6 +141,18 @@ def test_help_fits_the_terminal(command, monkeypatch, capsys):
     assert lines[0].startswith(f"usage: protoclip {command}".rstrip())
     assert len(lines) > 5
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch, capsys):
+    """As of `protoclip --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    sys.stdout.close()
+    assert stop.value.code == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_commands_import_what_they_need():

@@ -158,21 +158,17 @@ def test_accuracy_counts_the_nearest_prototype(mask_empty, right, chunk_elements
     assert found.item() == pytest.approx(right)
 
 
-def embeddings(seed: int) -> Embeddings:
-    return Embeddings(
-        image_features=unit(B, D, seed=seed),
-        text_features=unit(B, D, seed=seed + 1),
-        image_projections=unit(B, P, seed=seed + 2),
-        text_projections=unit(B, P, seed=seed + 3),
-        logit_scale=scale(14.0),
-        prototype_logit_scale=scale(9.0),
-    )
-
-
 @pytest.mark.usefixtures("small_tiles")
 def test_the_objective_is_the_weighted_sum():
     """InfoNCE, both modalities and an external teacher, each with its weight and temperature."""
-    e = embeddings(1)
+    e = Embeddings(
+        image_features=unit(B, D, seed=1),
+        text_features=unit(B, D, seed=2),
+        image_projections=unit(B, P, seed=3),
+        text_projections=unit(B, P, seed=4),
+        logit_scale=scale(14.0),
+        prototype_logit_scale=scale(9.0),
+    )
     temperatures = {"image": 0.2, "text": 0.4, "bert": 0.0}
     pairs = [("image", "text"), ("text", "image"), ("image", "bert"), ("text", "bert")]
     centroids = {

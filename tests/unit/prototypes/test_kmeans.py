@@ -48,7 +48,6 @@ def test_assignments_and_history_belong_to_the_returned_centroids(generator):
 @both_inits
 def test_equal_seeds_give_equal_bits_and_leave_global_state_alone(init, generator):
     features = torch.randn(4200, 32, generator=generator)
-
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     first, second, other = (
         kmeans(features, 300, iterations=3, restarts=2, seed=seed, init=init) for seed in (5, 5, 6)
@@ -142,10 +141,6 @@ def unit_rows(generator: torch.Generator, n: int, d: int = 24) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
 
 
-def search_of(features: Tensor) -> Bfloat16Search:
-    return Bfloat16Search(features, features.mean(0))
-
-
 GEOMETRIES = {
     "directions": lambda g: unit_rows(g, 700),
     "far from the origin": lambda g: unit_rows(g, 700) + 30,
@@ -162,7 +157,7 @@ def test_the_bfloat16_search_finds_the_nearest(geometry, num_clusters, generator
     """In float64 no other centroid is nearer, up to float32's rounding of the difference."""
     features = GEOMETRIES[geometry](generator)
     centroids = features[torch.randperm(700, generator=generator)[:num_clusters]]
-    assignments, distances = search_of(features).nearest(centroids)
+    assignments, distances = Bfloat16Search(features, features.mean(0)).nearest(centroids)
     expected = torch.cdist(
         features.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist"
     ).square()
@@ -175,5 +170,6 @@ def test_the_bfloat16_search_finds_the_nearest(geometry, num_clusters, generator
 def test_ties_go_to_the_lower_index(generator):
     features = unit_rows(generator, 600)
     centroids = features[:290].repeat(2, 1)
-    for search in (search_of(features).nearest, lambda c: nearest(features, c)):
-        assert int(search(centroids)[0].max()) < 290
+    search = Bfloat16Search(features, features.mean(0))
+    for found in (search.nearest(centroids), nearest(features, centroids)):
+        assert int(found[0].max()) < 290
