@@ -304,7 +304,8 @@ def _index_shard(
                 samples = list(read_samples(file, shard_stem(path), caption_keys, stream=False))
             except Exception as error:
                 raise ValueError(f"{path}: {reason_of(error)}") from None
-        facts["fault"] = samples.pop().fault if samples and samples[-1].fault else ""
+        if samples and samples[-1].fault:
+            facts["notes"] = [f"{path}: {samples.pop().fault}"]
         images = [s.image for s in samples]
         columns = {
             "sample_id": [s.sample_id for s in samples],
@@ -334,8 +335,7 @@ def _join_indexes(
     faults: list[str] = []
     for number, shard in enumerate(shards.items()):
         index = index_one(shard)
-        if index.facts["fault"]:
-            faults.append(f"{shard[0]}: {index.facts['fault']}")
+        faults += index.notes
         for batch in index.table.to_batches():
             rows = pa.array(np.full(len(batch), number, dtype=np.int32))
             column = pa.DictionaryArray.from_arrays(rows, names)

@@ -41,7 +41,8 @@ def ids(pairs: ImageTextPairs) -> list[str]:
 
 
 def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
-    """At any depth, in order of the names, each with its own image and all its captions."""
+    """At any depth and behind links, in order of the names, each with its image and captions."""
+    store = write(cache / "store", {"x/1.jpg": b"L", "x/1.txt": "linked", "2.jpg": b"M"})
     write(
         tmp_path,
         {
@@ -58,14 +59,19 @@ def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
             ".hidden/e.txt": "hidden",
             "._a.png": b"no image",
             "readme.md": "no image",
+            "z.txt": "of a linked image",
         },
     )
+    (tmp_path / "linked").symlink_to(store / "x")
+    (tmp_path / "z.jpg").symlink_to(store / "2.jpg")
     pairs = opened(tmp_path, cache)
-    assert ids(pairs) == ["a", "b", "sub/d", "sub/deep er/c"]
-    assert [pairs.encoded(row) for row in range(4)] == [b"A", b"B", b"D", b"C"]
-    assert [pairs.sample_captions(row) for row in range(4)] == [
+    assert ids(pairs) == ["a", "b", "z", "linked/1", "sub/d", "sub/deep er/c"]
+    assert [pairs.encoded(row) for row in range(6)] == [b"A", b"B", b"M", b"L", b"D", b"C"]
+    assert [pairs.sample_captions(row) for row in range(6)] == [
         ("一只猫",),
         ("ein Häuschen",),
+        ("of a linked image",),
+        ("linked",),
         ("from the text",),
         ("one", "two"),
     ]
@@ -254,16 +260,3 @@ def test_a_structural_fault_is_named_in_one_line(tmp_path: Path, cache: Path, fa
         opened(tmp_path / "data", cache)
     assert str(error.value).startswith(str(tmp_path / "data"))
     assert "\n" not in str(error.value)
-
-
-def test_links_are_followed(tmp_path: Path, cache: Path) -> None:
-    """To folders and to files elsewhere."""
-    write(tmp_path / "store", {"x/1.jpg": b"A", "x/1.txt": "a", "2.jpg": b"B"})
-    data = write(tmp_path / "data", {"b.txt": "b"})
-    (data / "linked").symlink_to(tmp_path / "store" / "x")
-    (data / "b.jpg").symlink_to(tmp_path / "store" / "2.jpg")
-    pairs = opened(data, cache)
-    assert [(pairs.sample_id(row), pairs.encoded(row)) for row in (0, 1)] == [
-        ("b", b"B"),
-        ("linked/1", b"A"),
-    ]
