@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from protoclip.config import DataConfig
 from protoclip.data.sampler import EpisodeSampler
-from protoclip.data.tables import TableOptions, open_table
+from protoclip.data.tables import open_table
 
 SMALL_ROWS, EPISODE_ROWS, READ_ROWS, REPEATS = 10_000, 200_000, 20_000, 5
 WORDS = ("a", "the", "of", "two", "small", "wooden", "grey", "dog", "bicycle", "über", "猫", "زهرة")
@@ -56,7 +57,7 @@ def measure(task: str, path: str, cache: str) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     found: dict[str, Any] = {"before": memory()}
     start = time.perf_counter()
-    pairs = open_table(path, TableOptions(cache=Path(cache)))
+    pairs = open_table(DataConfig(train=path, cache_folder=cache))
     found["open"] = time.perf_counter() - start
     if task == "read":
         size = min(EPISODE_ROWS, len(pairs))

@@ -16,7 +16,7 @@ class EmbedTeacher(Recipes):
     After an interruption the same command continues.
     """
 
-    teacher: str  # hf:NAME, minilm, open_clip:MODEL/TAG_OR_FILE, timm:MODEL[/FILE], run or file.
+    teacher: str  # hf:NAME, minilm, open_clip:MODEL/TAG, timm:MODEL, run or file.
     out: str  # Folder of the features, for teacher.features.
     modality: Literal["auto", "text", "image"] = "auto"  # auto prefers images.
     pooling: Literal["mean", "cls", "pooler"] = "mean"  # From tokens to one feature.

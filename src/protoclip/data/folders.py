@@ -6,35 +6,33 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from protoclip.data.access import NOTHING_MORE, Access, digest, read_file
-from protoclip.data.index import build_index
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.config import DataConfig
+from protoclip.data.access import NOTHING_MORE, digest, read_file
+from protoclip.data.index import ROWS, batches, build_index, index_folder
+from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
-    BATCH_ROWS,
-    CAPTION_COLUMNS,
     LeftOut,
-    TableOptions,
+    caption_columns,
+    captions_in,
     fault_of,
     line,
     open_files,
-    open_saved,
+    pairs_of,
+    unused,
 )
+from protoclip.files import read_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SCHEMA = pa.schema(
-    [("sample_id", pa.string()), ("path", pa.string()), ("caption", pa.list_(pa.binary()))]
-)
 
 
-def open_folder(path: str, options: TableOptions) -> ImageTextPairs:
-    """Open a local folder of pairs. It is the first of these that fits:
+def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
+    """Open the local folder `data.train`. It is the first of these that fits:
 
     * what `datasets` saved (`save_to_disk`), or one split of it;
     * images with a `metadata.jsonl`, `.csv` or `.parquet`, whose `file_name` names them;
@@ -43,29 +41,27 @@ def open_folder(path: str, options: TableOptions) -> ImageTextPairs:
 
     Raises `ValueError` if it is none of these, holds several splits, or a damaged table.
     """
-    folder = Path(path)
-    name = options.name or folder.resolve().name
-    folder, files = tables(folder)
-    if files and (folder / "state.json").is_file():
-        return open_saved(folder, files, options, name=name)
-    if files and files[0].name in METADATA:
-        options = replace(options, image_column=options.image_column or "file_name")
-    if files:
-        return open_files([str(file) for file in files], options, root=str(folder), name=name)
-    return open_images(folder, options, name=name)
+    name = name or Path(data.train).resolve().name
+    folder, files = tables(Path(data.train))
+    if not files:
+        return open_images(folder, data, name=name)
+    if files[0].name in METADATA:
+        data = replace(data, image_column=data.image_column or "file_name")
+    saved = (folder / "state.json").is_file()
+    return open_files([*map(str, files)], data, name=name, root=str(folder), saved=saved)
 
 
 def tables(folder: Path) -> tuple[Path, list[Path]]:
     """The files of the table that a folder holds, if any, and their folder."""
     several = "{}: has several splits ({}); name one, as in {}"
     if (folder / "dataset_dict.json").is_file():
-        splits = _read_json(folder / "dataset_dict.json").get("splits") or ["train"]
+        splits = read_json(folder / "dataset_dict.json").get("splits") or ["train"]
         if len(splits) > 1:
             names = ", ".join(map(str, splits))
             raise ValueError(several.format(folder, names, folder / str(splits[0])))
         folder = _inside(folder, splits[0])
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        files = _read_json(folder / "state.json").get("_data_files") or []
+        files = read_json(folder / "state.json").get("_data_files") or []
         return folder, [_inside(folder, dict(file).get("filename")) for file in files]
     for metadata in METADATA:
         if (folder / metadata).is_file():
@@ -87,60 +83,35 @@ def _inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(read_file(str(path), NOTHING_MORE)))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({line(str(error))})") from None
-
-
-def open_images(folder: Path, options: TableOptions, *, name: str) -> ImageTextPairs:
+def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them."""
-    left_out, keys = LeftOut(str(folder)), options.caption_column
+    left_out, keys = LeftOut(str(folder)), caption_columns(data)
     found = list(_walk(folder, left_out))
     stems = Counter(_split(image)[0] for image, _ in found)
     names = {image for image, _ in found}
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[tuple[str, list[bytes], str]]:
         for image, caption in found:
             if texts := _captions(folder, image, caption, keys, left_out):
                 # Two images that differ only in their suffix keep it.
                 stem = _split(image)[0]
-                sample_id = image if stems[stem] > 1 or stem in names else stem
-                yield {"sample_id": sample_id, "path": image, "caption": texts}
+                yield image, texts, image if stems[stem] > 1 or stem in names else stem
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        made = rows()
-        while held := list(islice(made, BATCH_ROWS)):
-            yield pa.RecordBatch.from_pylist(held, schema=SCHEMA)
-        facts["notes"] = left_out.notes
+        yield from batches(rows(), ROWS)
+        facts["left_out"] = left_out.notes
 
     # The index changes with a caption, but not with the content of an image.
-    known = [(image, caption, _status(folder, caption)) for image, caption in found]
+    known = [(image, file, file and file_status(str(folder / file))) for image, file in found]
     key = digest({"folder": str(folder.resolve()), "known": known, "keys": keys})
-    index = build_index(key, SCHEMA, build, folder=options.cache)
-    if not index.table.num_rows:
-        reasons = "; ".join(index.facts["notes"])
-        raise ValueError(
-            f"{reasons or f'{folder}: holds no images'}; no pair is left: put a caption beside "
-            f"each image (a.jpg: a.txt or a.json), or all in {METADATA[0]} or .csv"
-        )
-    given = options.unused()
-    return ImageTextPairs(
-        index,
-        name=name,
-        root=str(folder),
-        access=Access(links=True),  # the user named the folder; no table names what is in it
-        notes=[f"{folder}: a folder of images does not use {given}"] if given else [],
-    )
-
-
-def _status(folder: Path, caption: str | None) -> tuple[int, int] | None:
-    try:
-        status = (folder / caption).stat() if caption else None
-    except OSError:
-        return None
-    return (status.st_size, status.st_mtime_ns) if status else None
+    where, place = str(folder), index_folder(data.cache_folder)
+    way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
+    index = build_index(key, build, folder=place, where=where, way_out=way_out)
+    # The user named the folder; no table names what is in it.
+    own = replace(data, root=None, allow_links=True)
+    pairs = pairs_of(index, own, key=key, where=where, name=name, root=where)
+    pairs.notes += unused(data)
+    return pairs
 
 
 def _walk(top: Path, left_out: LeftOut) -> Iterator[tuple[str, str | None]]:
@@ -191,12 +162,7 @@ def _captions(
     except (OSError, ValueError, RecursionError):
         left_out.add("images whose caption file cannot be read", image)
         return []
-    record = record if isinstance(record, dict) else {}
-    present = {key.lower(): key for key in reversed(record)}
-    usual = [present[key] for key in CAPTION_COLUMNS if key in present][:1]
-    values = [record.get(key) for key in keys or usual]
-    found = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
-    texts = [text for text in found if isinstance(text, str) and text.strip()]
+    texts = [text for text in captions_in(record, keys) if text.strip()]
     if not texts:
         left_out.add("images whose .json has no caption", image)
-    return [text.encode("utf-8", "surrogatepass") for text in texts]
+    return texts

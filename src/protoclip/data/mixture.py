@@ -1,24 +1,24 @@
 """Several sources as one, and a source with its captions shuffled."""
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from protoclip.data.access import digest
-from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
+from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
 from protoclip.data.sampler import ORDER_STREAM, generator, permute
 
 CAPTION_PERMUTATION = 2**62  # no pass over the data uses it
 PERIOD = 1000  # a mixture of streams keeps its shares exactly over as many samples
 
 
-def _joined_name(sources: Sequence[Pairs | SampleStream]) -> str:
+def _joined_name(sources: Sequence[ImageTextPairs | SampleStream]) -> str:
     """The name of a mixture; raises if ids `<name>/<id in the source>` could be equal."""
     names = [source.name for source in sources]
     for name in names:
@@ -39,25 +39,16 @@ def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
     return BadSample(sample_id, item.where, item.reason)
 
 
-@contextmanager
-def _as_row(pairs: Pairs, row: int) -> Iterator[None]:
-    """Bad samples get the id of this row."""
-    try:
-        yield
-    except BadSample as error:
-        raise BadSample(pairs.sample_id(row), error.where, error.reason) from None
-
-
 class MixedPairs:
     """Sources one after the other; sample ids are `<name of the source>/<id in the source>`.
 
     Raises `ValueError` for two sources of one name, or a name with a `/`.
     """
 
-    has_ids = True
-
-    def __init__(self, sources: Sequence[Pairs]) -> None:
-        self.name, self.sources = _joined_name(sources), list(sources)
+    def __init__(self, sources: Sequence[ImageTextPairs]) -> None:
+        self.name = _joined_name(sources)
+        self.sources = [source.in_mixture() for source in sources]
+        self.notes = [note for source in sources for note in source.notes]
         self._starts = list(accumulate(map(len, sources), initial=0))
 
     def __len__(self) -> int:
@@ -65,24 +56,20 @@ class MixedPairs:
 
     def sample(self, row: int) -> Sample:
         source, own = self._find(row)
-        with _as_row(self, row):
-            return replace(source.sample(own), sample_id=self.sample_id(row))
+        return source.sample(own)
 
     def sample_id(self, row: int) -> str:
         source, own = self._find(row)
-        return f"{source.name}/{source.sample_id(own) if source.has_ids else own}"
+        return source.sample_id(own)
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
         source, own = self._find(row)
-        with _as_row(self, row):
-            return source.sample_captions(own)
+        return source.sample_captions(own)
 
     def sample_ids(self) -> Iterator[str]:
-        for source in self.sources:
-            for own in source.sample_ids() if source.has_ids else range(len(source)):
-                yield f"{source.name}/{own}"
+        return chain.from_iterable(source.sample_ids() for source in self.sources)
 
-    def _find(self, row: int) -> tuple[Pairs, int]:
+    def _find(self, row: int) -> tuple[ImageTextPairs, int]:
         number = bisect_right(self._starts, row) - 1
         return self.sources[number], row - self._starts[number]
 
@@ -136,22 +123,20 @@ class MixedStreams:
         return list(zip(self.streams, (period * self._shares + begun).tolist(), strict=True))
 
 
-class ShuffledCaptions:
-    """Each image with the captions of another: a control from which nothing can be learned."""
+@dataclass(frozen=True)
+class _OtherRow:
+    """A seeded permutation of `size` rows."""
 
-    def __init__(self, pairs: Pairs, *, seed: int) -> None:
-        self.pairs, self.seed = pairs, seed
-        self.name, self.has_ids = pairs.name, pairs.has_ids
-        self.sample_id, self.sample_ids = pairs.sample_id, pairs.sample_ids
+    seed: int
+    size: int
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def sample(self, row: int) -> Sample:
-        return replace(self.pairs.sample(row), captions=self.sample_captions(row))
-
-    def sample_captions(self, row: int) -> tuple[str, ...]:
+    def __call__(self, row: int) -> int:
         rows = np.array([row])
-        other = permute(rows, len(self), seed=self.seed, number=CAPTION_PERMUTATION)
-        with _as_row(self, row):
-            return self.pairs.sample_captions(int(other[0]))
+        return int(permute(rows, self.size, seed=self.seed, number=CAPTION_PERMUTATION)[0])
+
+
+def shuffle_captions(pairs: ImageTextPairs, *, seed: int) -> ImageTextPairs:
+    """Each image with the captions of another: a control from which nothing can be learned."""
+    shuffled = copy.copy(pairs)
+    shuffled.caption_row = _OtherRow(seed, len(pairs))
+    return shuffled

@@ -4,19 +4,25 @@ A row gives a `Sample`, or raises `BadSample` if only this row cannot be used; t
 it and reports it. A fault of the whole source is a `ValueError` when the source is opened.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from protoclip.data.access import (
     NOTHING_MORE,
     Access,
     in_table,
+    is_url,
     join,
     read_file,
     read_range,
@@ -24,7 +30,6 @@ from protoclip.data.access import (
     visible,
 )
 from protoclip.data.decode import decode
-from protoclip.data.index import ArrowIndex
 
 MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 
@@ -54,14 +59,11 @@ class Sample:
 class Pairs(Protocol):
     """A source of pairs that can be read in any order.
 
-    `sample` and `sample_captions` raise `BadSample`. Samples without ids of their own (`has_ids`)
-    are called `<name>/<row>`.
+    `sample` and `sample_captions` raise `BadSample`.
     """
 
     @property
     def name(self) -> str: ...
-    @property
-    def has_ids(self) -> bool: ...
     def __len__(self) -> int: ...
     def sample(self, row: int) -> Sample: ...
     def sample_id(self, row: int) -> str: ...
@@ -94,14 +96,17 @@ class ImageTextPairs:
         root: Folder or URL that relative paths start from, and that all paths must lie below.
         access: What the user allows.
         image_column: Encoded images, paths or URLs, or structs of `bytes` and `path`; unset, it is
-            `image`, `path` or `shard`. With columns `offset` and `size`, these bytes of a file.
+            `image` or `path`. With columns `offset` and `size`, these bytes of a file.
         caption_columns: Texts (strings or UTF-8 bytes) or lists of texts.
         id_column: Unique ids; a sample is called `<name>/<row>` if there is no such column.
-        key: Identifies the content, for caches.
+        table_key: Identifies the content of the table, which otherwise is read for `key`.
         notes: What the user should know, such as which lines were left out.
 
     Raises `ValueError` if a column is missing, or there is no row.
     """
+
+    prefix = ""  # ids of the table's own begin with it
+    caption_row: Callable[[int], int] | None = None  # the row that has the captions of a row
 
     def __init__(
         self,
@@ -113,20 +118,17 @@ class ImageTextPairs:
         image_column: str | None = None,
         caption_columns: Sequence[str] = ("caption",),
         id_column: str | None = "sample_id",
-        key: str = "",
+        table_key: str = "",
         notes: Sequence[str] = (),
     ) -> None:
         self.name, self.root, self.access = name, root, access
-        index = table if isinstance(table, ArrowIndex) else None
-        self.key = index.path.stem if index else key
-        self.notes = [*(index.facts.get("notes", ()) if index else ()), *notes]
-        self._source = table
+        self.table_key, self.notes, self._source = table_key, list(notes), table
         self._open()
-        usual = next((c for c in ("image", "path", "shard") if c in self._arrays), "image")
+        usual = "path" if "path" in self._arrays and "image" not in self._arrays else "image"
         self.image_column = image_column or usual
         self.caption_columns = tuple(caption_columns)
         self.id_column = id_column if id_column in self._arrays else None
-        self.has_ids = self.id_column is not None
+        self._ranges = {"offset", "size"} <= self._arrays.keys()
         for column in (self.image_column, *self.caption_columns):
             self._require(column)
         if self.table.num_rows == 0:
@@ -139,11 +141,40 @@ class ImageTextPairs:
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("table", "_arrays")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("table", "_arrays", "key")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+    def in_mixture(self) -> "ImageTextPairs":
+        """The same pairs; their ids begin with the name of this source."""
+        mixed = copy.copy(self)
+        mixed.prefix = f"{self.name}/"
+        return mixed
+
+    @cached_property
+    def key(self) -> str:
+        """Changes with the pairs, for caches of what is made of them.
+
+        It depends on the table, on the columns in use, and on size and time of every local image
+        file, which takes a few seconds for a million files. What is behind URLs is taken to stay.
+        """
+        columns = (self.image_column, self.id_column, *self.caption_columns)
+        facts = (self.table_key, columns, self.root, self.caption_row)
+        found = hashlib.blake2b(repr(facts).encode(), digest_size=16)
+        for batch in self.table.to_batches() if not self.table_key else ():
+            found.update(batch.serialize())
+        images = self._arrays[self.image_column]
+        if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
+            images = pc.struct_field(images, "path")
+        if self._ranges or "string" not in str(images.type):
+            return found.hexdigest()
+        for chunk in images.iterchunks():
+            for name in chunk.to_pylist():
+                if name and not is_url(path := join(self.root, name)):
+                    found.update(file_status(path).encode())
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -151,14 +182,14 @@ class ImageTextPairs:
     def sample_id(self, row: int) -> str:
         if self.id_column is None:
             return f"{self.name}/{row}"
-        return str(self._value(self.id_column, row))
+        return f"{self.prefix}{self._value(self.id_column, row)}"
 
     def sample_ids(self) -> Iterator[str]:
         if self.id_column is None:
             yield from (f"{self.name}/{row}" for row in range(len(self)))
             return
         for chunk in self._arrays[self.id_column].iterchunks():
-            yield from map(str, chunk.to_pylist())
+            yield from (f"{self.prefix}{own}" for own in chunk.to_pylist())
 
     def caption(self, row: int) -> str:
         """The first caption; raises `BadSample`."""
@@ -168,7 +199,7 @@ class ImageTextPairs:
         """The captions without empty ones; raises `BadSample` if none is left."""
         texts: list[Any] = []
         for column in self.caption_columns:
-            found = self._value(column, row)
+            found = self._value(column, self.caption_row(row) if self.caption_row else row)
             texts += found if isinstance(found, list) else [found]
         try:
             return clean_captions(texts)
@@ -180,11 +211,10 @@ class ImageTextPairs:
         found = self._image(row)
         if isinstance(found, bytes):
             return found
-        ranges = "offset" in self._arrays and "size" in self._arrays
-        if found is None or (ranges and self._value("offset", row) is None):
+        if found is None or (self._ranges and self._value("offset", row) is None):
             raise self._bad(row, "no image")
         try:
-            if ranges:
+            if self._ranges:
                 place = join(self.root, found)
                 return read_range(place, self._value("offset", row), self._value("size", row))
             return read_file(in_table(self.root, found, self.access), self.access)
@@ -238,6 +268,15 @@ class ImageTextPairs:
 
     def _bad(self, row: int, reason: str) -> BadSample:
         return BadSample(self.sample_id(row), self.where(row), reason)
+
+
+def file_status(path: str) -> str:
+    """Size and time of a file; nothing if there is none."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 (of millions)
+    except (OSError, ValueError):
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} "
 
 
 def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:

@@ -1,18 +1,18 @@
 """What `data.train` and `data.sources` name: a table, a folder, tar shards, a dataset of the hub,
 or the bundled emoji; one of them, or a mixture."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from protoclip.config import Config, DataConfig, SourceConfig
-from protoclip.data.access import Access, is_url, require_allowed
+from protoclip.data.access import is_url, require_allowed
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
-from protoclip.data.index import cache_folder
-from protoclip.data.mixture import MixedPairs, MixedStreams, ShuffledCaptions
+from protoclip.data.mixture import MixedPairs, MixedStreams, shuffle_captions
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.shards import open_shards
 from protoclip.data.stream import ShardStream
-from protoclip.data.tables import TableOptions, open_hub, open_table
+from protoclip.data.tables import access_of, caption_columns, open_hub, open_table, unused
 from protoclip.distributed.collectives import rank, world_size
 
 
@@ -23,12 +23,12 @@ def pairs(config: Config) -> Pairs | SampleStream:
     """
     data, seed = config.data, config.run.seed
     found = [_opened(data, entry, seed=seed) for entry in entries(data)]
-    indexed: list[Pairs] = [source for source in found if isinstance(source, Pairs)]
-    streams = [source for source in found if isinstance(source, SampleStream)]
+    indexed = [source for source in found if isinstance(source, ImageTextPairs)]
+    streams = [source for source in found if isinstance(source, ShardStream)]
     if data.shuffle_captions:
         if streams:
             raise ValueError("data.shuffle_captions: a stream cannot be read in any order")
-        indexed = [ShuffledCaptions(source, seed=seed) for source in indexed]
+        indexed = [shuffle_captions(source, seed=seed) for source in indexed]
     if len(found) == 1:
         return streams[0] if streams else indexed[0]
     if not streams:
@@ -51,11 +51,7 @@ def entries(data: DataConfig) -> list[SourceConfig]:
 
 def notes(samples: Pairs | SampleStream) -> list[str]:
     """What was noticed when the samples were opened, such as lines that were left out."""
-    if isinstance(samples, MixedPairs):
-        return [note for source in samples.sources for note in notes(source)]
-    if isinstance(samples, ShuffledCaptions):
-        return notes(samples.pairs)
-    return list(samples.notes) if isinstance(samples, ImageTextPairs) else []
+    return list(getattr(samples, "notes", ()))
 
 
 def _is_shards(path: str) -> bool:
@@ -65,55 +61,45 @@ def _is_shards(path: str) -> bool:
     return not is_url(path) and Path(path).is_dir() and any(Path(path).glob("*.tar"))
 
 
-def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> ImageTextPairs | SampleStream:
+def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> ImageTextPairs | ShardStream:
     """One source; what its entry leaves unset is taken from `data`."""
-    path = entry.path
+    path, mixed = entry.path, len(data.sources) > 1
+    settings = ("image_column", "caption_column", "id_column", "root")
+    own = {each: value for each in settings if (value := getattr(entry, each))}
+    data = replace(data, train=path, sources=[], **own)
     # In a mixture tar shards are named after their folder, as other sources are.
-    here = len(data.sources) > 1 and Path(path).exists()
-    captions = entry.caption_column or data.caption_column or []
-    options = TableOptions(
-        image_column=entry.image_column or data.image_column,
-        caption_column=[captions] if isinstance(captions, str) else captions,
-        id_column=entry.id_column or data.id_column,
-        root=entry.root or data.root,
-        name=entry.name or (Path(path).resolve().name if here else None),
-        cache=Path(data.cache_folder or cache_folder()) / "index",
-        access=Access(
-            commands=data.allow_commands,
-            private_hosts=data.allow_private_hosts,
-            links=data.allow_links,
-        ),
-    )
+    name = entry.name or (Path(path).resolve().name if mixed and Path(path).exists() else None)
     if path == "emoji":
-        return ImageTextPairs(emoji_table("train"), name=options.name or "emoji")
-    for setting, location in (("data.root: ", options.root), ("", path)):
+        return ImageTextPairs(emoji_table("train"), name=name or "emoji")
+    for setting, location in (("data.root: ", data.root or ""), ("", path)):
         try:
-            require_allowed(location or "", options.access)
+            require_allowed(location, access_of(data))
         except ValueError as error:
             raise ValueError(f"{setting}{location}: {error}") from None
-    local = not (is_url(path) or path.startswith("pipe:"))
+    local, streaming = not (is_url(path) or path.startswith("pipe:")), data.read == "streaming"
     if not _is_shards(path):
-        if data.read == "streaming":
+        if streaming:
             raise ValueError(f'{path}: only tar shards can be streamed; set data.read = "auto"')
         if path.startswith("hf:") and local:
-            return open_hub(path, options)
-        return (open_folder if local and Path(path).is_dir() else open_table)(path, options)
-    if given := options.unused():
-        raise ValueError(f"{path}: tar shards have no columns; leave out {given}")
+            return open_hub(data, name=name)
+        return (open_folder if local and Path(path).is_dir() else open_table)(data, name=name)
     if data.read == "indexed" and not local:
         raise ValueError(
             f'{path}: only local shards can be indexed; set data.read = "streaming", or copy them'
         )
-    keys = options.caption_column or None
-    if local and data.read != "streaming":
-        return open_shards(path, caption_keys=keys, name=options.name, cache=options.cache)
-    return ShardStream(
-        path,
-        caption_keys=keys,
-        seed=seed,
-        rank=rank(),
-        world_size=world_size(),
-        shuffle=data.shuffle_buffer,
-        name=options.name,
-        access=options.access,
-    )
+    shards: ImageTextPairs | ShardStream
+    if local and not streaming:
+        shards = open_shards(data, name=name)
+    else:
+        shards = ShardStream(
+            path,
+            caption_keys=caption_columns(data) or None,
+            seed=seed,
+            rank=rank(),
+            world_size=world_size(),
+            shuffle=data.shuffle_buffer,
+            name=name,
+            access=access_of(data),
+        )
+    shards.notes += unused(data)
+    return shards

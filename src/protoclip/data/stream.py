@@ -63,7 +63,7 @@ class ShardStream:
         access: Access = NOTHING_MORE,
     ) -> None:
         self.shards = expand_shards(pattern, access)
-        self.name = name or pattern
+        self.name, self.notes = name or pattern, list[str]()
         self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
         self.caption_keys, self.access = caption_keys and list(caption_keys), access
         # First sample of a block -> which of this rank's shards holds it, and its place there.

@@ -14,10 +14,9 @@ import lzma
 import re
 import shutil
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
@@ -26,8 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from protoclip.config import DataConfig
 from protoclip.data.access import (
-    NOTHING_MORE,
     Access,
     digest,
     fingerprint,
@@ -36,7 +35,7 @@ from protoclip.data.access import (
     open_file,
     visible,
 )
-from protoclip.data.index import build_index, cache_folder
+from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import replacing
 
@@ -55,154 +54,171 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
-BATCH_ROWS = 8192
-# Changes when the same file would be read differently than before.
-FORM = 4
+FORM = 5  # Changes when the same file would be read differently than before.
+Cell = str | list[str] | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableOptions:
-    """How to open a table, as in `DataConfig`; what is unset is detected.
+def open_table(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
+    """Open `data.train`: a file, a URL, or files that match a local pattern (`train-*.parquet`).
 
-    `name` is what messages and sample ids call the source; `cache` holds what is derived from it.
+    `name` is what messages and sample ids call the pairs. Raises `ValueError` if a file is missing
+    or damaged, a column is missing or holds something else, ids repeat, or no row is left.
     """
-
-    image_column: str | None = None
-    caption_column: Sequence[str] = ()
-    id_column: str | None = None
-    root: str | None = None
-    name: str | None = None
-    cache: Path = field(default_factory=lambda: cache_folder() / "index")
-    access: Access = NOTHING_MORE
-
-    def unused(self) -> str:
-        """The settings that only a table has a use for, as far as they are given."""
-        settings = ("image_column", "id_column", "root")
-        return ", ".join(setting for setting in settings if getattr(self, setting))
-
-
-def open_table(path: str, options: TableOptions) -> ImageTextPairs:
-    """Open a file, a URL, or the files that a local pattern such as `train-*.parquet` matches.
-
-    Raises `ValueError` if a file is missing or damaged, a column is missing or holds something
-    else, ids repeat, or no row is left.
-    """
+    path = data.train
     folder, _, file = path.partition("?")[0].rpartition("/")
     if is_url(path):
-        return open_files([path], options, root=folder, name=file)
+        return open_files([path], data, name=name or file, root=folder)
     place = Path(path)
     paths = sorted(map(str, place.parent.glob(place.name))) if "*" in path else [path]
     if not paths:
         raise ValueError(f"{path}: no such file")
-    return open_files(paths, options, root=str(place.parent), name=place.name)
+    return open_files(paths, data, name=name or place.name, root=str(place.parent))
 
 
 def open_files(
-    paths: Sequence[str], options: TableOptions, *, root: str, name: str
+    paths: Sequence[str], data: DataConfig, *, name: str, root: str, saved: bool = False
 ) -> ImageTextPairs:
-    """Open files of one form as one table; `root` and `name` are used if the options have none."""
-    prints = [fingerprint(path, options.access) for path in paths]
-    builder = _builder(paths[0])
-    used = (options.image_column, options.caption_column, options.id_column)
-    key = digest({"form": FORM, "files": prints, "columns": used})
-    if builder == "text":
-        build = partial(_text_batches, paths, options)
-        source: Any = build_index(key, None, build, folder=options.cache)
-    else:
-        with _library() as datasets, faults(paths[0], Exception):
-            files = [_local_copy(*each, options) for each in zip(paths, prints, strict=True)]
-            cache = str(options.cache / "datasets")
-            data = datasets.load_dataset(
-                builder, data_files=[*map(glob.escape, files)], split="train", cache_dir=cache
-            )
-            source = data.data
-    return _pairs(source, options, where=paths[0], key=key, root=root, name=name)
+    """Open files of one form as one table, or those that `Dataset.save_to_disk` wrote to `root`.
 
-
-def _builder(path: str) -> str:
-    """`text`, or the name of the builder in `datasets` that reads a file with this suffix."""
-    *_, suffix, last = ("", "", *_suffixes(path))
-    if (suffix if last in COMPRESSED else last) in TEXT_SUFFIXES:
-        return "text"
+    Relative paths in the table start at `data.root`, else at `root`.
+    """
+    where, folder = paths[0], index_folder(data.cache_folder)
+    prints = [fingerprint(path, access_of(data)) for path in paths]
+    columns = (data.image_column, caption_columns(data), data.id_column)
+    key = digest({"form": FORM, "files": prints, "columns": columns})
+    *_, before, last = ("", "", *_suffixes(where))
+    if not saved and (before if last in COMPRESSED else last) in TEXT_SUFFIXES:
+        build, way_out = partial(_text_batches, paths, data), "check the separator and the quotes"
+        index = build_index(key, build, folder=folder, where=where, way_out=way_out)
+        return pairs_of(index, data, key=key, where=where, name=name, root=root)
     with _library() as datasets:
         builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(last, ("folder",))[0]
-    if builder.endswith("folder") or builder == "webdataset":
-        raise ValueError(
-            f"{path}: not a table that can be read; use {', '.join(TEXT_SUFFIXES)} (also "
-            f"compressed: {', '.join(COMPRESSED)}), .parquet, .arrow, .json"
-        )
-    return str(builder)
+        if not saved and (builder.endswith("folder") or builder == "webdataset"):
+            raise ValueError(
+                f"{where}: not a table that can be read; use {', '.join(TEXT_SUFFIXES)} (also "
+                f"compressed: {', '.join(COMPRESSED)}), .parquet, .arrow, .json"
+            )
+        with faults(where, Exception):
+            if saved:
+                loaded = datasets.load_from_disk(root)
+            else:
+                files = [_local_copy(*each, data) for each in zip(paths, prints, strict=True)]
+                cache, files = str(folder / "datasets"), [*map(glob.escape, files)]
+                loaded = datasets.load_dataset(
+                    builder, data_files=files, split="train", cache_dir=cache
+                )
+    return pairs_of(loaded.data, data, key=key, where=where, name=name, root=root)
 
 
-def _suffixes(path: str) -> list[str]:
-    file = PurePath(path.partition("?")[0] if is_url(path) else path)
-    return [suffix.lower() for suffix in file.suffixes]
-
-
-def _pairs(
-    source: Any, options: TableOptions, *, where: str, key: str, root: str, name: str
-) -> ImageTextPairs:
-    """The pairs of a memory-mapped table, once its ids are known to be unique."""
-    chosen, notes = choose(where, source.table.schema, options)
-    id_column = next(iter(chosen["id_column"]), None)
-    checked = options.cache / f"{key}.unique"
-    if id_column and not checked.exists():
-        with faults(where, UnicodeDecodeError):
-            _require_unique(source.table.column(id_column), id_column, where)
-        checked.parent.mkdir(parents=True, exist_ok=True)
-        checked.touch()
-    return ImageTextPairs(
-        source,
-        name=options.name or name,
-        root=options.root or root,
-        access=options.access,
-        image_column=chosen["image_column"][0],
-        caption_columns=chosen["caption_column"],
-        id_column=id_column,
-        key=key,
-        notes=notes,
-    )
-
-
-def open_hub(reference: str, options: TableOptions) -> ImageTextPairs:
+def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """Open `hf:OWNER/NAME[,config=NAME][,split=SPLIT]`, of the hub or from an earlier download.
 
     Raises `ValueError` if there is no such dataset, config or split, no access, or no network.
     """
     from huggingface_hub import HfApi, constants
 
-    name, *given = reference.removeprefix("hf:").split(",")
-    settings = dict(part.partition("=")[::2] for part in given)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or not settings.keys() <= {"config", "split"}:
-        raise ValueError(f"{reference}: write hf:OWNER/NAME[,config=NAME][,split=SPLIT]")
+    where, folder = data.train, index_folder(data.cache_folder)
+    form = re.compile(r"hf:(\w[\w.-]*/(\w[\w.-]*))((?:,(?:config|split)=[^,]*)*)")
+    if (found := form.fullmatch(where)) is None:
+        raise ValueError(f"{where}: write hf:OWNER/NAME[,config=NAME][,split=SPLIT]")
+    given = dict(part.split("=", 1) for part in found[3].split(",")[1:])
     # If the hub answers with an error, `load_dataset` says what is wrong.
-    online = hub_answer(partial(HfApi().dataset_info, name)) is not None
-    config, split = settings.get("config"), settings.get("split", "train")
-    cache = str(options.cache / "datasets")
+    online = hub_answer(partial(HfApi().dataset_info, found[1])) is not None
+    options = {"split": given.get("split", "train"), "cache_dir": str(folder / "datasets")}
     try:
-        with _library(offline=not online) as datasets, faults(reference, Exception):
-            data = datasets.load_dataset(name, config, split=split, cache_dir=cache)
+        with _library(offline=not online) as datasets, faults(where, Exception):
+            loaded = datasets.load_dataset(found[1], given.get("config"), **options)
     except ValueError as error:
         if online:
             raise
         raise ValueError(
-            f"{reference}: the hub does not answer, and there is no earlier download in "
-            f"{options.cache}; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            f"{where}: the hub does not answer, and there is no earlier download in {folder}; "
+            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
-    key = digest({"hub": data._fingerprint, "id": options.id_column})
-    root, name = constants.HF_HUB_CACHE, name.split("/")[1]
-    return _pairs(data.data, options, where=reference, key=key, root=root, name=name)
+    key, root = digest({"hub": loaded._fingerprint, "id": data.id_column}), constants.HF_HUB_CACHE
+    return pairs_of(loaded.data, data, key=key, where=where, name=name or found[2], root=root)
 
 
-def open_saved(
-    folder: Path, files: Sequence[Path], options: TableOptions, *, name: str
+def pairs_of(
+    source: Any,
+    data: DataConfig,
+    *,
+    key: str,
+    where: str,
+    name: str,
+    root: str,
+    way_out: str = "make ids unique, or set id_column to another",
 ) -> ImageTextPairs:
-    """Open what `Dataset.save_to_disk` wrote, where it lies."""
-    key = digest({"saved": [fingerprint(str(file)) for file in files], "id": options.id_column})
-    where = str(folder)
-    with _library() as datasets, faults(where, Exception):
-        data = datasets.load_from_disk(where)
-    return _pairs(data.data, options, where=where, key=key, root=where, name=name)
+    """The pairs in an index, or in the columns of another memory-mapped table that fit.
+
+    Raises `ValueError` if ids repeat, or a column is missing. `key` identifies the content.
+    """
+    columns: dict[str, Any] = {}
+    if isinstance(source, ArrowIndex):
+        notes = source.notes
+    else:
+        columns, notes = choose(where, source.table.schema, data)
+    pairs = ImageTextPairs(
+        source,
+        name=name,
+        root=data.root or root,
+        access=access_of(data),
+        table_key=key,
+        notes=notes,
+        **columns,
+    )
+    checked = index_folder(data.cache_folder) / f"{key}.unique"
+    if pairs.id_column and not checked.exists():
+        with faults(where, UnicodeDecodeError):
+            _require_unique(pairs.table.column(pairs.id_column), where, way_out)
+        checked.parent.mkdir(parents=True, exist_ok=True)
+        checked.touch()
+    return pairs
+
+
+def _require_unique(ids: pa.ChunkedArray, where: str, way_out: str) -> None:
+    """Eight bytes an id tell which may repeat; only those are compared."""
+
+    def texts() -> Iterator[str]:
+        values = chain.from_iterable(chunk.to_pylist() for chunk in ids.iterchunks())
+        for row, value in enumerate(values):
+            if value is None or value == "":
+                raise ValueError(f"{where}: row {row} has no id; {way_out}")
+            yield str(value)
+
+    hashes = np.fromiter((hash(text) for text in texts()), np.int64, len(ids))
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    found = Counter(text for text in texts() if hash(text) in suspects) if suspects else {}
+    if repeated := [text for text, count in found.items() if count > 1]:
+        raise ValueError(
+            f"{where}: {len(repeated)} sample ids come more than once, such as "
+            f"'{line(repeated[0], 60)}'; {way_out}"
+        )
+
+
+def access_of(data: DataConfig) -> Access:
+    """What the user allows."""
+    hosts, links = data.allow_private_hosts, data.allow_links
+    return Access(commands=data.allow_commands, private_hosts=hosts, links=links)
+
+
+def caption_columns(data: DataConfig) -> list[str]:
+    """The columns or keys of captions that the user named."""
+    named = data.caption_column or []
+    return [named] if isinstance(named, str) else named
+
+
+def unused(data: DataConfig) -> list[str]:
+    """A note of the settings that only a table has a use for, if some are given."""
+    settings = ("image_column", "id_column", "root")
+    given = ", ".join(setting for setting in settings if getattr(data, setting))
+    return [f"{data.train}: has no columns, and does not use {given}"] if given else []
+
+
+def _suffixes(path: str) -> list[str]:
+    file = PurePath(path.partition("?")[0] if is_url(path) else path)
+    return [suffix.lower() for suffix in file.suffixes]
 
 
 @contextmanager
@@ -222,79 +238,59 @@ def _library(*, offline: bool = True) -> Iterator[Any]:
         datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = before
 
 
-def _local_copy(path: str, print_: str, options: TableOptions) -> str:
+def _local_copy(path: str, print_: str, data: DataConfig) -> str:
     """A local path as it is; of a URL, a copy in the cache."""
     if not is_url(path):
         return path
-    copy = options.cache / f"{print_}{_suffixes(path)[-1]}"
+    copy = index_folder(data.cache_folder) / f"{print_}{_suffixes(path)[-1]}"
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            open_file(path, options.access) as source,
-            replacing(copy) as scratch,
-            scratch.open("wb") as target,
-        ):
+        opened = open_file(path, access_of(data))
+        with opened as source, replacing(copy) as scratch, scratch.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     return str(copy)
 
 
-def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:
-    """Eight bytes an id tell which may repeat; only those are compared."""
-    way_out = "set id_column to another"
+def choose(where: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, Any], list[str]]:
+    """The columns that settings name, or that have a usual name and type; and notes.
 
-    def texts() -> Iterator[str]:
-        values = chain.from_iterable(chunk.to_pylist() for chunk in ids.iterchunks())
-        for row, value in enumerate(values):
-            if value is None or value == "":
-                raise ValueError(f"{where}: row {row} has no id in '{column}'; {way_out}")
-            yield str(value)
-
-    hashes = np.fromiter((hash(text) for text in texts()), np.int64, len(ids))
-    unique, counts = np.unique(hashes, return_counts=True)
-    suspects = set(unique[counts > 1].tolist())
-    found = Counter(text for text in texts() if hash(text) in suspects) if suspects else {}
-    if repeated := [text for text, count in found.items() if count > 1]:
-        raise ValueError(
-            f"{where}: {len(repeated)} ids in '{column}' come more than once, such as "
-            f"'{line(repeated[0], 60)}'; make ids unique, or {way_out}"
-        )
-
-
-def choose(
-    where: str, schema: pa.Schema, options: TableOptions
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The columns that each setting names, or that have a usual name and type; and notes."""
+    They are called as in `ImageTextPairs`. Raises `ValueError` if a table has no such column.
+    """
     by_name = {name.lower().strip(): name for name in reversed(schema.names)}
-    chosen: dict[str, list[str]] = {}
+    repeated = {name for name in schema.names if schema.names.count(name) > 1}
+    chosen: list[list[str]] = []
     notes: list[str] = []
-    repeated = {name for name, count in Counter(schema.names).items() if count > 1}
-    for setting, what, usual, given in (
-        ("image_column", "images", IMAGE_COLUMNS, [options.image_column]),
-        ("caption_column", "captions", CAPTION_COLUMNS, options.caption_column),
-        ("id_column", "ids", ID_COLUMNS, [options.id_column]),
+    for setting, what, usual, named in (
+        ("image_column", "images", IMAGE_COLUMNS, [data.image_column]),
+        ("caption_column", "captions", CAPTION_COLUMNS, caption_columns(data)),
+        ("id_column", "ids", ID_COLUMNS, [data.id_column]),
     ):
-        named = [name for name in given if name]
         present = [by_name[name] for name in usual if name in by_name]
-        if clash := repeated & {*named, *present}:
-            raise _missing(where, schema, f"more than one column '{min(clash)}'")
+        used = [name for name in named if name]
+        if clash := repeated & {*used, *present}:
+            raise _missing(where, schema.names, f"more than one column '{min(clash)}'")
         fit = [name for name in present if _holds(what, schema.field(name).type)]
-        if len(fit) > 1 and not named:
+        if len(fit) > 1 and not used:
             notes.append(
                 f"{where}: {what} are taken from column '{fit[0]}', not from '{fit[1]}'; "
                 f"{setting} names another"
             )
-        chosen[setting] = named or fit[:1]
-        if not chosen[setting] and what != "ids":
-            raise _missing(where, schema, f"no column with {what}; set {setting} to one, or add it")
-        for column in chosen[setting]:
+        chosen.append(used or fit[:1])
+        if not chosen[-1] and what != "ids":
+            lack = f"no column with {what}; set {setting} to one, or add it"
+            raise _missing(where, schema.names, lack)
+        for column in chosen[-1]:
             if column not in schema.names:
-                raise _missing(where, schema, f"no column '{column}'")
+                raise _missing(where, schema.names, f"no column '{column}'")
             if not _holds(what, type_ := schema.field(column).type):
                 raise ValueError(
                     f"{where}: column '{column}' holds {line(str(type_), 60)}, not {what}; set "
                     f"{setting} to another"
                 )
-    return chosen, notes
+    images, captions, ids = chosen
+    id_column = ids[0] if ids else None
+    found = {"image_column": images[0], "caption_columns": captions, "id_column": id_column}
+    return found, notes
 
 
 def _holds(what: str, type_: pa.DataType) -> bool:
@@ -311,9 +307,9 @@ def _holds(what: str, type_: pa.DataType) -> bool:
     return str(type_) in ("string", "large_string", "string_view", "null")
 
 
-def _missing(where: str, schema: pa.Schema, what: str) -> ValueError:
-    names = ", ".join(f"'{name}'" for name in schema.names)
-    return ValueError(f"{where}: {what}; it has {line(names, 300) or 'none'}")
+def _missing(where: str, names: Sequence[str], what: str) -> ValueError:
+    present = ", ".join(f"'{name}'" for name in names)
+    return ValueError(f"{where}: {what}; it has {line(present, 300) or 'none'}")
 
 
 def line(text: str, limit: int = 200) -> str:
@@ -330,9 +326,8 @@ def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except kinds as error:
-        raise ValueError(
-            f"{path}: cannot be read ({line(str(error.__cause__ or error))})"
-        ) from error
+        reason = line(str(error.__cause__ or error))
+        raise ValueError(f"{path}: cannot be read ({reason})") from error
 
 
 class LeftOut:
@@ -340,56 +335,69 @@ class LeftOut:
 
     def __init__(self, path: str) -> None:
         self.path, self.counts = path, Counter[str]()
-        self.first: dict[str, list[tuple[int, str]]] = {}
+        self.examples: dict[str, str] = {}
+        self.lines: dict[str, list[str]] = defaultdict(list)
 
     def add(self, what: str, example: str, number: int = 0) -> None:
         self.counts[what] += 1
-        if self.counts[what] <= 5:
-            self.first.setdefault(what, []).append((number, line(example, 60)))
+        self.examples.setdefault(what, f"'{line(example, 60)}'")
+        if number and self.counts[what] <= 6:
+            self.lines[what].append(str(number) if self.counts[what] < 6 else "...")
 
     @property
     def notes(self) -> list[str]:
-        found = []
-        for what, first in self.first.items():
-            lines = ", ".join(str(number) for number, _ in first if number)
-            more = ", ..." if self.counts[what] > 5 else ""
-            place = f"line {lines}{more}: " if lines else ""
-            found.append(
-                f"{self.path}: left out {self.counts[what]} {what} ({place}'{first[0][1]}')"
-            )
-        return found
+        places = {what: f"line {', '.join(lines)}: " for what, lines in self.lines.items()}
+        return [
+            f"{self.path}: left out {self.counts[what]} {what} ({places.get(what, '')}{example})"
+            for what, example in self.examples.items()
+        ]
+
+
+def captions_in(record: Any, keys: Sequence[str] = ()) -> list[bytes]:
+    """The texts of a JSON object under these keys, or else under the likeliest usual one."""
+    record = record if isinstance(record, dict) else {}
+    present = {key.lower(): key for key in reversed(record)}
+    usual = [present[key] for key in CAPTION_COLUMNS if key in present][:1]
+    found: list[bytes] = []
+    for value in map(record.get, keys or usual):
+        texts = value if isinstance(value, list) else [value]
+        found += [text.encode("utf-8", "surrogatepass") for text in texts if isinstance(text, str)]
+    return found
 
 
 def _text_batches(
-    paths: Sequence[str], options: TableOptions, facts: dict[str, Any]
+    paths: Sequence[str], data: DataConfig, facts: dict[str, Any]
 ) -> Iterator[pa.RecordBatch]:
     """The used columns of CSV, TSV and JSON Lines files, in batches."""
-    total, schema = 0, None
-    notes: list[str] = []
-    faulty: list[str] = []
+    facts["left_out"] = []
+    columns: dict[str, Any] = {}
     for path in paths:
         left_out = LeftOut(path)
         unreadable = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
-        with faults(path, *unreadable), _lines(path, options.access) as lines:
+        with faults(path, *unreadable), _lines(path, access_of(data)) as lines:
             read = _read_json if {".jsonl", ".ndjson"} & {*_suffixes(path)} else _read_csv
-            found, rows = read(path, lines, left_out)
-            if schema is None:
-                chosen, notes = choose(path, found, options)
-                schema = pa.schema(map(found.field, dict.fromkeys(chain(*chosen.values()))))
-            for name in schema.names:
-                if name not in found.names:
-                    raise _missing(path, found, f"no column '{name}', which {paths[0]} has")
-            places = [found.names.index(name) for name in schema.names]
-            while held := list(islice(rows, BATCH_ROWS)):
-                cells = list(zip(*held, strict=True))
-                arrays = [pa.array(cells[p], f.type) for p, f in zip(places, schema, strict=True)]
-                total += len(held)
-                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-        faulty += left_out.notes
-    if not total:
-        left = f"{faulty[0]}; no row is left: check the separator and the quotes" if faulty else ""
-        raise ValueError(left or f"{paths[0]}: holds no sample")
-    facts["notes"] = notes + faulty
+            names, rows = read(path, lines, left_out)
+            if not columns:
+                schema = pa.schema([(name, pa.string()) for name in names])
+                columns, facts["notes"] = choose(path, schema, data)
+            captions, id_column = columns["caption_columns"], columns["id_column"]
+            single = [columns["image_column"], *([id_column] if id_column else [])]
+            for name in [*single, *captions]:
+                if name not in names:
+                    raise _missing(path, names, f"no column '{name}', which {paths[0]} has")
+            places = [*map(names.index, single)], [*map(names.index, captions)]
+            used = (_row(cells, *places) for cells in rows)
+            yield from batches(used, ROWS if id_column else ROWS.remove(2))
+        facts["left_out"] += left_out.notes
+
+
+def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
+    """Image, captions, and id if there is one."""
+    texts: list[Any] = []
+    for cell in (cells[place] for place in captions):
+        texts += cell if isinstance(cell, list) else [cell]
+    image, *ids = (cells[p] if isinstance(cells[p], str) else None for p in single)
+    return [image, texts, *ids]
 
 
 @contextmanager
@@ -416,7 +424,7 @@ def fault_of(text: str) -> str:
 
 def _read_csv(
     path: str, lines: Iterator[str], left_out: LeftOut
-) -> tuple[pa.Schema, Iterator[list[str]]]:
+) -> tuple[list[str], Iterator[list[Cell]]]:
     """The header and the rows of a CSV or TSV file; the separator is the one in the header."""
     number, header = next((found for found in enumerate(lines, 1) if found[1].strip()), (0, ""))
     usual = "\t" if ".tsv" in _suffixes(path) else ","
@@ -424,64 +432,52 @@ def _read_csv(
     names = next(csv.reader([header], delimiter=separator), [])
     if fault_of(header):
         raise ValueError(f"{path}: its header is not UTF-8 text; save it as UTF-8")
-    schema = pa.schema([(name, pa.string()) for name in names])
-    return schema, _csv_rows(lines, number + 1, separator, len(names), left_out)
+    return names, _csv_rows(lines, number + 1, separator, len(names), left_out)
 
 
 def _csv_rows(
     lines: Iterator[str], number: int, separator: str, width: int, left_out: LeftOut
-) -> Iterator[list[str]]:
+) -> Iterator[list[Any]]:
     """The good rows. `number` is that of the first line."""
     ahead: deque[str] = deque()
-    while ahead or (ahead := deque(islice(lines, 1))):
-        row, used = ahead[0].rstrip("\r\n").split(separator), 1
+    while text := ahead.popleft() if ahead else next(lines, ""):
+        row, more = text.rstrip("\r\n").split(separator), 0
         what = "lines with another number of fields than the header"
-        if '"' in ahead[0]:
-            ahead.extend(islice(lines, MAX_QUOTED_LINES - len(ahead)))
-            row, used = _quoted_row(ahead, separator, width)
+        if '"' in text:
+            ahead.extend(islice(lines, MAX_QUOTED_LINES - 1 - len(ahead)))
+            row, more = _quoted_row([text, *ahead], separator, width)
             what = what if row else "lines with an open quote"
-        text = "".join(ahead.popleft() for _ in range(used))
+        text += "".join(ahead.popleft() for _ in range(more))
         fault = fault_of(text)
         if len(row) == width and not fault:
             yield row
         elif text.strip():
             left_out.add(fault or what, text, number)
-        number += used
+        number += 1 + more
 
 
-def _quoted_row(lines: deque[str], separator: str, width: int) -> tuple[list[str], int]:
-    """The fields of the row that begins there (none: a quote is left open) and its lines."""
+def _quoted_row(lines: list[str], separator: str, width: int) -> tuple[list[str], int]:
+    """The fields of the first row (none: a quote is left open), and how many more lines it has."""
     readers = [csv.reader(lines, delimiter=separator, strict=True)]
     if lines[0].count('"') % 2 == 0:
         # Text after a closing quote, as in `"Seven" (1995)`, is kept.
-        readers.append(csv.reader([lines[0]], delimiter=separator))
+        readers.append(csv.reader(lines[:1], delimiter=separator))
     for reader in readers:
         with suppress(csv.Error):
             row = next(reader)
             if len(row) == width or reader.line_num == 1:
-                return row, reader.line_num
-    return [], 1
+                return row, reader.line_num - 1
+    return [], 0
 
 
 def _read_json(
     path: str, lines: Iterator[str], left_out: LeftOut
-) -> tuple[pa.Schema, Iterator[list[Any]]]:
-    """The columns of a JSON Lines file, by its first records, and its rows."""
+) -> tuple[list[str], Iterator[list[Cell]]]:
+    """The names in the first records of a JSON Lines file, and the values that all have there."""
     records = _json_records(lines, left_out)
     head = list(islice(records, 1000))
-    cells = list(chain.from_iterable(record.items() for record in head))
-    lists = {name: False for name, _ in cells}
-    lists |= {name: True for name, value in cells if isinstance(value, list)}
-
-    def cell(value: str | list[str] | None, is_list: bool) -> str | list[str] | None:
-        if is_list and isinstance(value, str):
-            return [value]
-        return value if isinstance(value, list) == is_list else None
-
-    rows = ([cell(r.get(n), is_list) for n, is_list in lists.items()] for r in chain(head, records))
-    text = pa.string()
-    schema = pa.schema([(name, pa.list_(text) if lists[name] else text) for name in lists])
-    return schema, rows
+    names = list(dict.fromkeys(chain.from_iterable(head)))
+    return names, ([record.get(name) for name in names] for record in chain(head, records))
 
 
 def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str, str | list[str]]]:
@@ -501,7 +497,7 @@ def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str,
             yield used
 
 
-def _json_texts(value: Any) -> str | list[str] | None:
+def _json_texts(value: Any) -> Cell:
     if isinstance(value, list):
         return [text for text in map(_json_texts, value) if isinstance(text, str)]
     is_text = isinstance(value, (str, int)) and not isinstance(value, bool)

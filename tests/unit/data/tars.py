@@ -5,7 +5,9 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from protoclip.data.pairs import BadSample, Sample
+from protoclip.config import DataConfig
+from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
+from protoclip.data.shards import open_shards
 
 
 def write_tar(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]], **options) -> Path:
@@ -25,6 +27,14 @@ def numbered(*numbers: int) -> dict[str, bytes]:
         files[f"{number:03d}.jpg"] = b"image %031d" % number
         files[f"{number:03d}.txt"] = b"caption %d" % number
     return files
+
+
+def index(pattern: Path | str, cache: Path, keys: list[str] | None = None) -> ImageTextPairs:
+    """The pairs in shards."""
+    cache_folder = str(cache)
+    return open_shards(
+        DataConfig(train=str(pattern), cache_folder=cache_folder, caption_column=keys)
+    )
 
 
 def facts(items: Iterable[Sample | BadSample]) -> list[tuple]:

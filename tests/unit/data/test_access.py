@@ -29,7 +29,7 @@ from protoclip.data.access import (
     visible,
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.tables import TableOptions, open_table
+from protoclip.data.tables import open_table
 
 # What a cell may hold, and what its row's reason says. None of these may reach anything.
 CELLS = {
@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def table(place: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageTextPairs:
     cache = tmp_path_factory.mktemp("cache")
-    return open_table(str(place / "pairs.tsv"), TableOptions(cache=cache))
+    return open_table(DataConfig(train=str(place / "pairs.tsv"), cache_folder=str(cache)))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -95,8 +95,8 @@ def test_a_cell_that_leads_astray_costs_its_row(table: ImageTextPairs, cell: str
     if cell == "closed.jpg" and os.geteuid() == 0:
         pytest.skip("root may read everything")
     if cell == "zero.jpg":
-        columns = {"image_column": "filepath", "id_column": "key", "access": Access(links=True)}
-        table = ImageTextPairs(table.table, name="x", root=table.root, **columns)
+        linking = Access(links=True)
+        table = ImageTextPairs(table.table, name="x", root=table.root, access=linking)
     row = list(table.sample_ids()).index(cell)
     started = time.monotonic()
     with pytest.raises(BadSample, match=CELLS[cell]) as error:

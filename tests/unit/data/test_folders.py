@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from protoclip.config import DataConfig
 from protoclip.data import folders
 from protoclip.data.folders import open_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.tables import TableOptions
 
 
 def write(folder: Path, files: dict[str, Any]) -> Path:
@@ -33,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(path: Path | str, cache: Path, **options: Any) -> ImageTextPairs:
-    return open_folder(str(path), TableOptions(cache=cache, **options))
+    return open_folder(DataConfig(train=str(path), cache_folder=str(cache), **options))
 
 
 def ids(pairs: ImageTextPairs) -> list[str]:
@@ -41,7 +41,8 @@ def ids(pairs: ImageTextPairs) -> list[str]:
 
 
 def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
-    """At any depth, in order of the names, each with its own image and all its captions."""
+    """At any depth and behind links, in order of the names, each with its image and captions."""
+    store = write(cache / "store", {"x/1.jpg": b"L", "x/1.txt": "linked", "2.jpg": b"M"})
     write(
         tmp_path,
         {
@@ -58,14 +59,19 @@ def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
             ".hidden/e.txt": "hidden",
             "._a.png": b"no image",
             "readme.md": "no image",
+            "z.txt": "of a linked image",
         },
     )
+    (tmp_path / "linked").symlink_to(store / "x")
+    (tmp_path / "z.jpg").symlink_to(store / "2.jpg")
     pairs = opened(tmp_path, cache)
-    assert ids(pairs) == ["a", "b", "sub/d", "sub/deep er/c"]
-    assert [pairs.encoded(row) for row in range(4)] == [b"A", b"B", b"D", b"C"]
-    assert [pairs.sample_captions(row) for row in range(4)] == [
+    assert ids(pairs) == ["a", "b", "z", "linked/1", "sub/d", "sub/deep er/c"]
+    assert [pairs.encoded(row) for row in range(6)] == [b"A", b"B", b"M", b"L", b"D", b"C"]
+    assert [pairs.sample_captions(row) for row in range(6)] == [
         ("一只猫",),
         ("ein Häuschen",),
+        ("of a linked image",),
+        ("linked",),
         ("from the text",),
         ("one", "two"),
     ]
@@ -82,9 +88,11 @@ def test_ids_are_unique(tmp_path: Path, cache: Path) -> None:
     assert ids(pairs) == ["a.jpg", "a.jpg.png", "a.png", "b", "a/a", "a/b"]
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path, cache: Path) -> None:
+def test_what_is_left_out_is_counted(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Images without a caption, or with one that cannot be read; links that lead nowhere or in a
-    circle; names that are not UTF-8. The rest is read."""
+    circle; names that are not UTF-8; folders that cannot be read. The rest is read."""
     write(
         tmp_path,
         {
@@ -98,8 +106,17 @@ def test_what_is_left_out_is_counted(tmp_path: Path, cache: Path) -> None:
             "other.json": {"label": "no caption"},
             "sub/e.jpg": b"E",
             "sub/e.txt": "fine too",
+            "closed/f.jpg": b"F",
         },
     )
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(folders.os, "scandir", refuse)
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
     (tmp_path / "itself").symlink_to(tmp_path / "itself")
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
@@ -109,6 +126,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, cache: Path) -> None:
     assert ids(pairs) == ["good", "sub/e"]
     counted = [note.removeprefix(f"{tmp_path}: left out ").split(" (")[0] for note in pairs.notes]
     assert sorted(counted) == [
+        "1 folders that cannot be read",
         "1 images whose .json has no caption",
         "1 images whose caption file cannot be read",
         "1 names that are not UTF-8",
@@ -116,25 +134,6 @@ def test_what_is_left_out_is_counted(tmp_path: Path, cache: Path) -> None:
         "3 images without a caption",
     ]
     assert f"{tmp_path}: left out 3 images without a caption ('alone1.jpg')" in pairs.notes
-
-
-def test_a_folder_that_cannot_be_read_is_counted(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The others are read."""
-    write(tmp_path, {"a.jpg": b"A", "a.txt": "a", "closed/b.jpg": b"B", "closed/b.txt": "b"})
-    scandir = os.scandir
-
-    def refuse(path: Path) -> Iterator[os.DirEntry[str]]:
-        if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(folders.os, "scandir", refuse)
-    pairs = opened(tmp_path, cache)
-    assert ids(pairs) == ["a"]
-    (note,) = pairs.notes
-    assert f"{tmp_path}: left out 1 folders that cannot be read (" in note
 
 
 def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, cache: Path) -> None:
@@ -155,14 +154,14 @@ def test_keys_of_json_captions_are_chosen(tmp_path: Path, cache: Path) -> None:
     assert opened(path, cache).sample_captions(0) == ("usual",)
     pairs = opened(path, cache, caption_column=["short", "long"], id_column="x")
     assert pairs.sample_captions(0) == ("s", "l", "ll")
-    assert pairs.notes == [f"{path}: a folder of images does not use id_column"]
+    assert pairs.notes == [f"{path}: has no columns, and does not use id_column"]
 
 
 def test_a_folder_that_changed_is_read_again(tmp_path: Path, cache: Path) -> None:
     """When a pair or a caption changes; the images themselves are not in the index."""
-    keys = [opened(write(tmp_path, {"a.jpg": b"A", "a.txt": "a"}), cache).key]
+    keys = [opened(write(tmp_path, {"a.jpg": b"A", "a.txt": "a"}), cache).table_key]
     for change in ({"a.jpg": b"B"}, {"a.txt": "other"}, {"b.jpg": b"B"}, {"c/d.jpg": b"D"}):
-        keys.append(opened(write(tmp_path, change), cache).key)
+        keys.append(opened(write(tmp_path, change), cache).table_key)
     assert keys[0] == keys[1]
     assert len(set(keys)) == 4
 
@@ -212,22 +211,6 @@ def test_a_dataset_of_several_splits(tmp_path: Path, cache: Path) -> None:
     assert opened(tmp_path / "one", cache).caption(0) == "only"
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"state.json": {"_data_files": [{"filename": "../a.arrow"}]}}, "names '../a.arrow'"),
-        ({"dataset_dict.json": {"splits": ["../other"]}}, "names '../other'"),
-        ({"dataset_dict.json": {"splits": [".."]}}, "names '..'"),
-    ],
-)
-def test_a_saved_dataset_holds_its_own_files(
-    tmp_path: Path, cache: Path, files: dict[str, Any], message: str
-) -> None:
-    """Others are not opened on its word."""
-    with pytest.raises(ValueError, match=message):
-        opened(write(tmp_path, {"dataset_info.json": {}, **files}), cache)
-
-
 def test_a_folder_of_parquet_files(tmp_path: Path, cache: Path) -> None:
     """One after the other by name; files of several splits are not mixed."""
     for n in range(12):
@@ -241,7 +224,7 @@ def test_a_folder_of_parquet_files(tmp_path: Path, cache: Path) -> None:
 
 
 FAULTS = {
-    "empty": ({}, "holds no images; no pair is left: put a caption beside each image"),
+    "empty": ({}, "holds no sample; no pair is left: put a caption beside each image"),
     "no captions": (
         {"a.jpg": b"A", "b.jpg": b"B"},
         r"2 images without a caption \('a.jpg'\)",
@@ -251,11 +234,18 @@ FAULTS = {
         r"metadata\.csv: no column 'file_name'; it has 'name', 'text'",
     ),
     "metadata that are none": ({"metadata.jsonl": "\0\1"}, "no column .file_name."),
-    "broken state": ({"state.json": "{", "dataset_info.json": {}}, "state.json: cannot be read"),
+    "broken state": ({"state.json": "{", "dataset_info.json": {}}, "state.json: damaged"),
     "shard missing": (
         {"state.json": {"_data_files": [{"filename": "data.arrow"}]}, "dataset_info.json": {}},
         "data.arrow: no such file",
     ),
+    # A saved dataset holds its own files; others are not opened on its word.
+    "shard elsewhere": (
+        {"state.json": {"_data_files": [{"filename": "../a.arrow"}]}, "dataset_info.json": {}},
+        "names '../a.arrow'",
+    ),
+    "split elsewhere": ({"dataset_dict.json": {"splits": ["../other"]}}, "names '../other'"),
+    "split above": ({"dataset_dict.json": {"splits": [".."]}}, "names '..'"),
     "Parquet that is none": ({"a.parquet": "text"}, r"a.parquet: cannot be read .*Parquet"),
 }
 
@@ -270,16 +260,3 @@ def test_a_structural_fault_is_named_in_one_line(tmp_path: Path, cache: Path, fa
         opened(tmp_path / "data", cache)
     assert str(error.value).startswith(str(tmp_path / "data"))
     assert "\n" not in str(error.value)
-
-
-def test_links_are_followed(tmp_path: Path, cache: Path) -> None:
-    """To folders and to files elsewhere."""
-    write(tmp_path / "store", {"x/1.jpg": b"A", "x/1.txt": "a", "2.jpg": b"B"})
-    data = write(tmp_path / "data", {"b.txt": "b"})
-    (data / "linked").symlink_to(tmp_path / "store" / "x")
-    (data / "b.jpg").symlink_to(tmp_path / "store" / "2.jpg")
-    pairs = opened(data, cache)
-    assert [(pairs.sample_id(row), pairs.encoded(row)) for row in (0, 1)] == [
-        ("b", b"B"),
-        ("linked/1", b"A"),
-    ]

@@ -2,10 +2,7 @@
 
 import io
 import json
-import tarfile
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 
 from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.loader import EpisodeLoader
-from protoclip.data.pairs import BadSample, Pairs
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.teachers import store
@@ -42,58 +40,39 @@ def image(source: int, number: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_folder(folder: Path, images: list[bytes], captions: list[str]) -> Path:
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        (folder / f"{number:04}.png").write_bytes(image)
-        (folder / f"{number:04}.txt").write_text(caption)
+def write(kind: str, folder: Path, source: int) -> Path:
+    """The samples of a source, with the ids that the other source has too."""
+    names = [f"{number:04}" for number in range(NUMBER)]
+    captions = [f"{source} {number}" for number in range(NUMBER)]
+    images = [image(source, number) for number in range(NUMBER)]
+    table = pa.table({"image": images, "caption": captions, "sample_id": names})
+    if kind in ("shards", "stream"):  # as img2dataset writes them
+        files: list[tuple[str, bytes]] = []
+        for name, content, text in zip(names, images, captions, strict=True):
+            facts = json.dumps({"key": name, "caption": text}).encode()
+            files += [(f"{name}.png", content), (f"{name}.txt", text.encode())]
+            files += [(f"{name}.json", facts)]
+        write_tar(folder / "00000.tar", files)
+    elif kind == "folder":
+        for name, content, text in zip(names, images, captions, strict=True):
+            (folder / f"{name}.png").write_bytes(content)
+            (folder / f"{name}.txt").write_text(text)
+    elif kind == "saved":
+        datasets.Dataset(table).save_to_disk(folder)
+    else:
+        columns = table.drop(["sample_id"]) if kind == "rows" else table
+        pq.write_table(columns, folder / "pairs.parquet")
+        return folder / "pairs.parquet"
     return folder
 
 
-def table(images: list[bytes], captions: list[str]) -> pa.Table:
-    names = [f"{number:04}" for number in range(len(images))]
-    return pa.table({"image": images, "caption": captions, "sample_id": names})
-
-
-def write_table(
-    folder: Path, images: list[bytes], captions: list[str], *, ids: bool = True
-) -> Path:
-    columns = table(images, captions)
-    pq.write_table(columns if ids else columns.drop(["sample_id"]), folder / "pairs.parquet")
-    return folder / "pairs.parquet"
-
-
-def write_saved(folder: Path, images: list[bytes], captions: list[str]) -> Path:
-    datasets.Dataset(table(images, captions)).save_to_disk(folder)
-    return folder
-
-
-def write_shards(folder: Path, images: list[bytes], captions: list[str]) -> Path:
-    """As img2dataset writes them: each set begins with `00000.tar` and its first key."""
-    with tarfile.open(folder / "00000.tar", "w") as shard:
-        for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            facts = json.dumps({"key": f"{number:09}", "caption": caption}).encode()
-            for kind, content in {"png": image, "txt": caption.encode(), "json": facts}.items():
-                entry = tarfile.TarInfo(f"{number:09}.{kind}")
-                entry.size = len(content)
-                shard.addfile(entry, io.BytesIO(content))
-    return folder
-
-
-WRITERS: dict[str, Callable[[Path, list[bytes], list[str]], Path]] = {
-    "folder": write_folder,
-    "table": write_table,
-    "rows": partial(write_table, ids=False),
-    "saved": write_saved,
-    "shards": write_shards,
-    "stream": write_shards,
-}
+KINDS = ("folder", "table", "rows", "saved", "shards", "stream")
 # The samples' own ids: of a source in a mixture they follow its name.
-OWN = {"rows": "{}", "shards": "00000/{:09}", "stream": "00000/{:09}"}
+OWN = {"rows": "{}", "shards": "00000/{:04}", "stream": "00000/{:04}"}
 MIXTURES = [
-    *((kind, kind) for kind in WRITERS),
+    *((kind, kind) for kind in KINDS),
     *(("folder", "table"), ("table", "saved"), ("shards", "rows")),
 ]
-kinds_of_mixture = pytest.mark.parametrize("kinds", MIXTURES, ids="+".join)
 
 
 def mixture(kinds: tuple[str, str], root: Path, **data: object) -> Config:
@@ -102,11 +81,7 @@ def mixture(kinds: tuple[str, str], root: Path, **data: object) -> Config:
     for source, kind in enumerate(kinds):
         folder = root / NAMES[source]
         folder.mkdir()
-        path = WRITERS[kind](
-            folder,
-            [image(source, number) for number in range(NUMBER)],
-            [f"{source} {number}" for number in range(NUMBER)],
-        )
+        path = write(kind, folder, source)
         weight = 1.0 if "stream" in kinds else None
         entries.append(SourceConfig(path=str(path), name=NAMES[source], weight=weight))
     settings = {"cache_folder": str(root / "cache"), "shuffle_buffer": 4, **data}
@@ -137,19 +112,22 @@ def seen_colours(images: torch.Tensor) -> list[tuple[int, ...]]:
     return [tuple(pixel) for pixel in (images.mean((2, 3)) * 255).round().int().tolist()]
 
 
-def check_batches(kinds: tuple[str, str], config: Config) -> None:
+@pytest.mark.parametrize("kinds", MIXTURES, ids="+".join)
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+def test_a_mixture_serves_the_right_image(
+    kinds: tuple[str, str], cache: str, tmp_path: Path
+) -> None:
     """Image, caption, id and teacher features belong together, with the cache cold and warm.
 
     An episode of that size shows every sample once.
     """
+    workers = 2 if kinds[0] == kinds[1] and cache == "disk" else 0
+    config = mixture(kinds, tmp_path, cache=cache, workers=workers)
     own = [OWN.get(kind, "{:04}") for kind in kinds]
     samples = [(source, number) for source in range(2) for number in range(NUMBER)]
     ids = [f"{NAMES[s]}/{own[s].format(n)}" for s, n in samples]
-    teacher = TeacherFeatures.in_memory(
-        name="teacher",
-        sample_ids=ids,
-        features=np.array(samples, dtype=np.float32),
-    )
+    features = np.array(samples, dtype=np.float32)
+    teacher = TeacherFeatures.in_memory(name="teacher", sample_ids=ids, features=features)
     loader = loader_of(config)
     if isinstance(loader.pairs, Pairs):
         assert list(loader.pairs.sample_ids()) == ids
@@ -160,7 +138,8 @@ def check_batches(kinds: tuple[str, str], config: Config) -> None:
         for batch in loader.batches(episode):
             said = [(int(source), int(number)) for source, number in batch.text]
             met += said
-            assert seen_colours(batch.image) == [colour(*each) for each in said]
+            colours = (batch.image.mean((2, 3)) * 255).round().int().tolist()
+            assert colours == [list(colour(*each)) for each in said]
             assert batch.sample_id == [f"{NAMES[s]}/{own[s].format(n)}" for s, n in said]
             assert torch.equal(teacher.lookup(batch.sample_id), batch.text.float())
         if "stream" not in kinds:  # these are drawn by weight
@@ -168,13 +147,23 @@ def check_batches(kinds: tuple[str, str], config: Config) -> None:
         assert {source for source, _ in met} == {0, 1}
 
 
-@kinds_of_mixture
-@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
-def test_a_mixture_serves_the_right_image(
-    kinds: tuple[str, str], cache: str, tmp_path: Path
-) -> None:
-    workers = 2 if kinds[0] == kinds[1] and cache == "disk" else 0
-    check_batches(kinds, mixture(kinds, tmp_path, cache=cache, workers=workers))
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_a_key_changes_with_the_content(kind: str, tmp_path: Path) -> None:
+    """Of images and captions, wherever they are; and with the way that both are paired."""
+
+    def key(source: int, **settings: object) -> str:
+        if settings == {}:
+            write(kind, tmp_path / "data", source)
+        found = tmp_path / "data" / ("pairs.parquet" if kind in ("table", "rows") else "")
+        data = DataConfig(train=str(found), cache_folder=str(tmp_path), **settings)  # type: ignore[arg-type]
+        samples = sources.pairs(Config(data=data))
+        assert isinstance(samples, ImageTextPairs)
+        return samples.key
+
+    (tmp_path / "data").mkdir()
+    keys = [key(0), key(0, shuffle_captions=True)]
+    assert keys[1] == key(0, shuffle_captions=True)
+    assert len({*keys, key(1), key(1, shuffle_captions=True)}) == 4
 
 
 def test_equal_bad_samples_of_two_sources_are_two(tmp_path: Path) -> None:
@@ -198,7 +187,7 @@ def test_names_are_taken_from_the_path_or_asked_for(tmp_path: Path) -> None:
         assert isinstance(samples, Pairs)
         return [samples.sample_id(0), samples.sample_id(NUMBER)]
 
-    assert opened(a, b) == ["a/00000/000000000", "b/00000/000000000"]
+    assert opened(a, b) == ["a/00000/0000", "b/00000/0000"]
     for wrong, message in (
         (replace(a, path=f"{a.path}/00000.tar", name="a"), "two are named 'a', .* name = "),
         (replace(b, path=f"{b.path}/*.tar"), r"'.*/\*\.tar' holds a '/', .* name = "),

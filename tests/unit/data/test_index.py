@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from protoclip.data.index import build_index
+from protoclip.data.index import ArrowIndex, build_index
 
 ROWS = {"caption": [f"caption {n}" for n in range(1000)], "path": ["x" * 100] * 1000}
 
@@ -25,6 +25,10 @@ def never(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
     yield
 
 
+def opened(build: Any, folder: Path) -> ArrowIndex:
+    return build_index("key", build, folder=folder, where="there", way_out="add some")
+
+
 def build_slowly(folder: Path, barrier: Any, answers: Any) -> None:
     def slowly(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         with (folder / "builders").open("a") as log:
@@ -33,7 +37,7 @@ def build_slowly(folder: Path, barrier: Any, answers: Any) -> None:
         yield from build(facts)
 
     barrier.wait()
-    found = build_index("key", None, slowly, folder=folder)
+    found = opened(slowly, folder)
     answers.put((found.path.stat().st_ino, found.table.to_pydict(), found.facts))
 
 
@@ -52,7 +56,7 @@ def test_of_four_processes_at_once_one_builds(tmp_path: Path) -> None:
     assert found[0][1:] == (ROWS, {"notes": ["as told"]})
     assert len((tmp_path / "builders").read_text().split()) == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".arrow", ".json", ".lock"}
-    assert build_index("key", None, never, folder=tmp_path).table.to_pydict() == ROWS
+    assert opened(never, tmp_path).table.to_pydict() == ROWS
 
 
 @pytest.mark.parametrize("error", [KeyError("broken"), KeyboardInterrupt("stop")])
@@ -64,19 +68,19 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: BaseException)
         raise error
 
     with pytest.raises(type(error)):
-        build_index("key", None, fail, folder=tmp_path)
+        opened(fail, tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_half_an_index_is_built_again(tmp_path: Path, kept: int) -> None:
     """What a crash of the machine may leave."""
-    path = build_index("key", None, build, folder=tmp_path).path
+    path = opened(build, tmp_path).path
     path.write_bytes(path.read_bytes()[:kept])
-    assert build_index("key", None, build, folder=tmp_path).table.to_pydict() == ROWS
+    assert opened(build, tmp_path).table.to_pydict() == ROWS
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"file/cache: cannot be written .* set PROTOCLIP_CACHE"):
-        build_index("key", None, build, folder=tmp_path / "file" / "cache")
+        opened(build, tmp_path / "file" / "cache")

@@ -10,12 +10,11 @@ import pyarrow as pa
 import pytest
 import webdataset
 from PIL import Image
-from tars import facts
+from tars import facts, index
 
 from protoclip.data import pack as packing
 from protoclip.data.pack import JPEG_QUALITY, Packed, pack
 from protoclip.data.pairs import ImageTextPairs, Pairs, Sample
-from protoclip.data.shards import open_shards
 from protoclip.data.stream import read_shard
 from protoclip.testing import tiny_pairs
 
@@ -67,7 +66,7 @@ def test_what_is_packed_reads_back(tmp_path: Path) -> None:
     packed = pack(source(), out, samples_per_shard=10)
     assert packed == Packed(shards=["00000.tar", "00001.tar", "00002.tar"], samples=23, skipped=0)
     expected, before = facts(samples(source())), content(out)
-    assert facts(samples(open_shards(str(out), cache=tmp_path / "cache"))) == expected
+    assert facts(samples(index(out, tmp_path / "cache"))) == expected
     found = list(webdataset.WebDataset(str(out / "{00000..00002}.tar"), shardshuffle=False))
     ids = [json.loads(files["json"])["sample_id"] for files in found]
     texts = [(i, f["png"], (f["txt"].decode(),)) for i, f in zip(ids, found, strict=True)]
@@ -91,7 +90,7 @@ def test_any_id_and_several_captions_are_kept(tmp_path: Path) -> None:
         assert {(member.mode, member.mtime, member.uname) for member in tar} == {(0o644, 0, "")}
         names = "0.jpg 0.json 0.txt 1.json 1.png 2.json 2.txt 2.webp 3.gif 3.json 3.txt"
         assert tar.getnames() == [f"00000000{name}" for name in names.split()]
-    found = open_shards(str(tmp_path / "out"), cache=tmp_path / "cache")
+    found = index(tmp_path / "out", tmp_path / "cache")
     assert facts(samples(found)) == facts(samples(items))
 
 

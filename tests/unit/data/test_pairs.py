@@ -14,14 +14,6 @@ def table(captions: pa.Array, **columns: list[object]) -> pa.Table:
     return pa.table({"image": images, "caption": captions, **columns})
 
 
-def test_samples_without_ids_are_named_by_source_and_row() -> None:
-    """And by their id where there is one."""
-    plain = ImageTextPairs(table(pa.array(["x", "y"])), name="a")
-    assert list(plain.sample_ids()) == ["a/0", "a/1"] == [plain.sample(r).sample_id for r in (0, 1)]
-    named = ImageTextPairs(table(pa.array(["x", "y"]), sample_id=["p", "q"]), name="a")
-    assert list(named.sample_ids()) == ["p", "q"] == [named.sample(r).sample_id for r in (0, 1)]
-
-
 @pytest.mark.parametrize(
     ("captions", "reason"),
     [
@@ -54,7 +46,7 @@ def test_images_are_found_below_the_root(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match="no such file"):
         files.sample(2)
     ranges = pa.table(
-        {"shard": ["many.bin"] * 2, "offset": [2, 8], "size": [6, 6], "caption": captions[:2]}
+        {"path": ["many.bin"] * 2, "offset": [2, 8], "size": [6, 6], "caption": captions[:2]}
     )
     shards = ImageTextPairs(ranges, name="a", root=str(tmp_path))
     assert shards.sample(0).image == b"second"

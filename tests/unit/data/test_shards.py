@@ -8,12 +8,12 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from tars import facts, numbered, write_tar
+from tars import facts, index, numbered, write_tar
 
 from protoclip.data import shards
 from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample
-from protoclip.data.shards import expand_shards, open_shards, shard_stem
+from protoclip.data.shards import expand_shards, shard_stem
 from protoclip.data.stream import read_shard
 
 IMAGE = b"image"
@@ -30,7 +30,7 @@ def streamed(path: Path, keys: list[str] | None = None) -> list[tuple]:
 
 def indexed(pattern: Path | str, cache: Path, keys: list[str] | None = None) -> list[tuple]:
     """All rows; a bad one as what it raises."""
-    pairs, found = open_shards(str(pattern), cache=cache, caption_keys=keys), []
+    pairs, found = index(pattern, cache, keys), []
     for row in range(len(pairs)):
         try:
             found.append(pairs.sample(row))
@@ -63,18 +63,19 @@ def test_samples_of_a_shard(tmp_path: Path, cache: Path) -> None:
         (None, {"caption": "a"}, b"t", ("t",)),
         (None, {"caption": "a"}, None, ("a",)),
         (None, {"title": "b", "text": "c"}, None, ("b",)),
-        (None, {"captions": ["d", " ", "e "]}, None, ("d", "e")),
+        (None, {"Captions": ["d", " ", "e "]}, None, ("d", "e")),
         (["alt"], {"caption": "a", "alt": "f"}, b"t", ("f",)),
         (["alt", "caption"], {"caption": "a", "alt": ["f", 1, None]}, b"t", ("f", "a")),
+        (None, {"sample_id": "emoji/😀 a.b"}, b"t", ("t",)),
     ],
 )
-def test_where_captions_come_from(
+def test_what_a_sample_takes_from_its_json(
     tmp_path: Path, cache: Path, keys, meta, text: bytes | None, expected
 ) -> None:
-    """The .txt before the .json unless keys are named; a list is several captions."""
+    """Its id, and captions if there is no .txt or keys are named; a list is several captions."""
     files = {"x.json": json.dumps(meta).encode(), "x.png": IMAGE}
     path = write_tar(tmp_path / "a.tar", files | ({} if text is None else {"x.txt": text}))
-    assert both(path, cache, keys) == [("a/x", IMAGE, expected)]
+    assert both(path, cache, keys) == [(meta.get("sample_id", "a/x"), IMAGE, expected)]
 
 
 @pytest.mark.parametrize(
@@ -89,12 +90,6 @@ def test_where_captions_come_from(
 def test_ids_start_with_the_stem_of_the_shard(shard: str, stem: str) -> None:
     """Copying or unpacking a shard keeps its ids."""
     assert shard_stem(shard) == stem
-
-
-def test_a_sample_id_in_the_json_is_kept(tmp_path: Path, cache: Path) -> None:
-    meta = json.dumps({"sample_id": "emoji/😀 a.b", "caption": "x"}).encode()
-    path = write_tar(tmp_path / "a.tar", {"0.webp": IMAGE, "0.json": meta})
-    assert both(path, cache) == [("emoji/😀 a.b", IMAGE, ("x",))]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -149,13 +144,11 @@ def test_incomplete_samples_are_bad_not_missing(
     assert both(path, cache) == [("a/x", reason), ("a/y", b"1" * 200, ("c",))]
 
 
-def test_an_index_notes_what_is_missing(tmp_path: Path, cache: Path) -> None:
-    write_tar(tmp_path / "0.tar", numbered(1, 2) | {"x.jpg": b"1", "z.txt": b"c"})
+def test_an_index_notes_what_is_lost(tmp_path: Path, cache: Path) -> None:
+    write_tar(tmp_path / "0.tar", numbered(1, 2))
     cut = write_tar(tmp_path / "1.tar", numbered(0, 1, 2))
     cut.write_bytes(cut.read_bytes()[: cut.read_bytes().index(b"001.txt") + 520])
-    assert open_shards(str(tmp_path), cache=cache).notes == [
-        "1 samples without an image",
-        "1 samples without a caption",
+    assert index(tmp_path, cache).notes == [
         f"1 of 2 shards break off, such as {cut}: unexpected end of data in 001.txt after 1 "
         "samples; the rest of the shard is lost",
     ]
@@ -213,7 +206,7 @@ def test_garbage_is_named(tmp_path: Path, cache: Path, content: bytes) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"^\S+/a\.tar: not a tar file$"):
-        open_shards(str(path), cache=cache)
+        index(path, cache)
     assert streamed(path) == [("a", "not a tar file")]
 
 
@@ -227,7 +220,7 @@ def test_compressed_shards_are_streamed_only(tmp_path: Path, cache: Path, kind: 
         path.write_bytes(gzip.compress(content[:3000]) + gzip.compress(content[3000:]))
     assert streamed(path) == expected
     with pytest.raises(ValueError, match="is compressed; stream it, or unpack it"):
-        open_shards(str(path), cache=cache)
+        index(path, cache)
     path.write_bytes(path.read_bytes()[:-100])
     *good, bad = streamed(path)
     assert good == expected[: len(good)]
@@ -249,7 +242,7 @@ def test_repeated_ids_in_a_shard(tmp_path: Path, cache: Path, files) -> None:
     """An index refuses them with their number; a stream takes the first."""
     path = write_tar(tmp_path / "a.tar", files)
     with pytest.raises(ValueError, match=r"a\.tar: [12] sample ids come more than once, such as"):
-        open_shards(str(path), cache=cache)
+        index(path, cache)
     assert any("the same sample id" in str(found[1]) for found in streamed(path))
 
 
@@ -260,7 +253,7 @@ def test_ids_over_several_shards(tmp_path: Path, cache: Path) -> None:
     for name in "ab":
         write_tar(tmp_path / "named" / f"{name}.tar", {f"0.{k}": data for k, data in NAMED.items()})
     with pytest.raises(ValueError, match="1 sample ids come more than once, such as 'i'"):
-        open_shards(str(tmp_path / "named"), cache=cache)
+        index(tmp_path / "named", cache)
     again = write_tar(tmp_path / "other" / "a.tar", numbered(0))
     with pytest.raises(ValueError, match=r"has the file name of .*a\.tar"):
         expand_shards(f"{{{one},{again}}}")
@@ -293,7 +286,7 @@ def test_many_shards_are_indexed_in_parallel(tmp_path: Path, cache: Path) -> Non
         write_tar(tmp_path / f"{number:02d}.tar", numbered(number))
     files = Path("/proc/self/fd")
     before = len(list(files.iterdir())) if files.exists() else 0
-    pairs = open_shards(str(tmp_path / "{00..11}.tar"), cache=cache)
+    pairs = index(tmp_path / "{00..11}.tar", cache)
     assert not files.exists() or len(list(files.iterdir())) <= before + 2
     assert [pairs.caption(row) for row in range(12)] == [f"caption {n}" for n in range(12)]
     assert len(pickle.dumps(pairs)) < 1000
@@ -305,9 +298,9 @@ def test_shards_without_a_sample(tmp_path: Path, cache: Path) -> None:
     """An empty shard beside others is fine; nothing at all is not."""
     empty = write_tar(tmp_path / "0.tar", {"readme.md": b"nothing"})
     with pytest.raises(ValueError, match="holds no sample"):
-        open_shards(str(empty), cache=cache)
+        index(empty, cache)
     write_tar(tmp_path / "1.tar", numbered(1))
-    assert len(open_shards(str(tmp_path), cache=cache)) == 1
+    assert len(index(tmp_path, cache)) == 1
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from protoclip.config import DataConfig
 from protoclip.data import access, tables
-from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.tables import TableOptions, open_hub, open_table
+from protoclip.data.tables import open_hub, open_table
 
 CAPTIONS = [
     *("a red square", "ein Häuschen am Fluß", "一只猫, 两只狗", "собака у моста", "बिल्ली", "NULL"),
@@ -75,6 +75,11 @@ FORMATS = {
 REMOTE = ("pairs.csv", "pairs.jsonl.gz", "pairs.parquet", "file.arrow")
 
 
+def table_at(path: Path | str, folder: Path, **options: Any) -> ImageTextPairs:
+    """The table with that path; the cache is in the folder."""
+    return open_table(DataConfig(train=str(path), cache_folder=str(folder / "cache"), **options))
+
+
 @pytest.mark.parametrize(
     ("file", "place"),
     [*((f, "folder") for f in FORMATS), *((f, p) for f in REMOTE for p in ("server", "bucket"))],
@@ -90,8 +95,7 @@ def test_every_format_gives_the_same_rows(
     elif place == "bucket":
         folder = bucket
         fsspec.filesystem("s3").pipe(f"{folder}/{file}", FORMATS[file]())
-    options = TableOptions(cache=tmp_path / "cache", access=Access(private_hosts=True))
-    pairs = open_table(f"{folder}/{file}", options)
+    pairs = table_at(f"{folder}/{file}", tmp_path, allow_private_hosts=True)
     sent = pickle.dumps(pairs)
     assert len(sent) < 2500
     for found in (pairs, pickle.loads(sent)):
@@ -105,7 +109,7 @@ def opened(tmp_path: Path, content: bytes | pa.Table, file: str = "", **options:
     file = file or ("pairs.parquet" if isinstance(content, pa.Table) else "pairs.csv")
     data = parquet(content) if isinstance(content, pa.Table) else content
     (tmp_path / file).write_bytes(data)
-    return open_table(str(tmp_path / file), TableOptions(cache=tmp_path / "cache", **options))
+    return table_at(tmp_path / file, tmp_path, **options)
 
 
 def captions(pairs: ImageTextPairs) -> list[tuple[str, ...]]:
@@ -138,24 +142,17 @@ def test_images_in_the_table_and_in_files(
 
 
 def test_lists_of_captions(tmp_path: Path) -> None:
+    """All are kept, without the empty ones; in JSON a single text too, and no other type."""
     several = pa.array([["a", "b"], ["c", None]], pa.large_list(pa.large_string()))
     pairs = opened(tmp_path, pa.table({"path": ["x", "y"], "captions": several, "uid": [7, 8]}))
     assert captions(pairs) == [("a", "b"), ("c",)]
     assert list(pairs.sample_ids()) == ["7", "8"]
-
-
-def test_lists_of_captions_in_json_lines(tmp_path: Path) -> None:
-    """A list, or now and then a single text; another type counts as none."""
     rows = [{"path": "x", "captions": c} for c in (["a", "ü"], "c", 3.5, None)]
     pairs = opened(tmp_path, "\n".join(map(json.dumps, rows)).encode(), "pairs.jsonl")
     assert [pairs.sample_captions(row) for row in (0, 1)] == [("a", "ü"), ("c",)]
     for row in (2, 3):
         with pytest.raises(BadSample, match="empty caption"):
             pairs.sample_captions(row)
-
-
-def test_several_caption_columns(tmp_path: Path) -> None:
-    """All are kept, in the order of the setting, without the empty ones."""
     content = pa.table({"path": ["x", "y", "z"], "en": ["a", "b", "c"], "de": ["ä", "", "č"]})
     text = b"path,en,de\nx,a,\xc3\xa4\ny,b,\nz,c,\xc4\x8d\n"
     for pairs in (opened(tmp_path, c, caption_column=["de", "en"]) for c in (content, text)):
@@ -258,26 +255,24 @@ def test_a_table_is_read_again_when_it_changes(
     write("one")
     with monkeypatch.context() as patch:
         patch.delattr(tables, "_read_csv")
-        patch.delattr(tables, "_require_unique")
-        options = TableOptions(cache=tmp_path / "cache")
-        assert open_table(str(tmp_path / f"pairs.{kind}"), options).caption(0) == "one"
+        patch.setattr(Path, "touch", None)
+        assert table_at(tmp_path / f"pairs.{kind}", tmp_path).caption(0) == "one"
     assert write("two").caption(0) == "two"
 
 
 def test_a_pattern_opens_files_as_one(tmp_path: Path) -> None:
     """In order of their names, with ids that are unique over all."""
-    options = TableOptions(cache=tmp_path / "cache")
     for n in (10, 2, 1):
         (tmp_path / f"part-{n:05}.csv").write_text(f"path,caption,key\n{n},c{n},k{n}\n")
         part = pa.table({"path": [f"{n}"], "caption": [f"c{n}"], "key": [f"k{n}"]})
         pq.write_table(part, tmp_path / f"part-{n:05}-of-00003.parquet")
     for kind in ("csv", "parquet"):
-        pairs = open_table(str(tmp_path / f"part-*.{kind}"), options)
+        pairs = table_at(tmp_path / f"part-*.{kind}", tmp_path)
         assert list(pairs.sample_ids()) == ["k1", "k2", "k10"]
         assert captions(pairs) == [("c1",), ("c2",), ("c10",)]
     (tmp_path / "part-00020.csv").write_text("path,key\nx,k4\n")
     with pytest.raises(ValueError, match=r"part-00020\.csv: no column 'caption', which .*00001"):
-        open_table(str(tmp_path / "part-*.csv"), options)
+        table_at(tmp_path / "part-*.csv", tmp_path)
 
 
 def many(count: int) -> bytes:
@@ -313,10 +308,15 @@ FAULTS = {
     "caption type": ("a.parquet", PARQUET, {"caption_column": ["label"]}, "'label' holds double"),
     "image type": ("a.parquet", PARQUET, {"image_column": "tags"}, "'tags' holds list"),
     "id type": ("a.parquet", PARQUET, {"id_column": "label"}, "'label' holds double, not"),
-    "all ragged": ("a.csv", b"path,caption\nx,a,b\ny,c,d\n", {}, "out 2 lines .*no row is left"),
+    "all ragged": ("a.csv", b"path,caption\nx,a,b\ny,c,d\n", {}, "out 2 lines .*no pair is left"),
     "endless row": ("a.csv", b"path,caption\nx," + b"ab " * 900_000, {}, "more than a megabyte"),
-    "repeated ids": ("a.csv", GOOD + b"z,c,2\nw,d,2\n", {}, "1 ids in 'key' .* such as '2'"),
-    "missing id": ("a.csv", GOOD + b"z,c,\n", {}, "row 2 has no id in 'key'"),
+    "repeated ids": ("a.csv", GOOD + b"z,c,2\nw,d,2\n", {}, "1 sample ids .* such as '2'"),
+    "missing id": (
+        "a.csv",
+        GOOD + b"z,c,\n",
+        {},
+        "row 2 has no id; make ids unique, or set id_column",
+    ),
 }
 
 
@@ -329,7 +329,7 @@ def test_a_structural_fault_is_one_line(tmp_path: Path, bucket: str, fault: str)
         (tmp_path / file).write_bytes(content)
     for _ in range(2):  # nothing that was cached hides it
         with pytest.raises(ValueError, match=message) as error:
-            open_table(path, TableOptions(cache=tmp_path / "cache", **settings))
+            table_at(path, tmp_path, **settings)
         assert str(error.value).startswith(path)
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < len(path) + 400
@@ -350,19 +350,22 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **more: object())
-    options = TableOptions(cache=tmp_path)
-    pairs = open_hub("hf:owner/name", options)
+
+    def hub(reference: str) -> ImageTextPairs:
+        return open_hub(DataConfig(train=reference, cache_folder=str(tmp_path)))
+
+    pairs = hub("hf:owner/name")
     assert [pairs.encoded(row) for row in range(3)] == rows["image"]
     assert captions(pairs) == [("a",), ("b",), ("c",)]
     assert pairs.sample_id(1) == "name/1"
-    open_hub("hf:owner/name,config=full,split=test[:10%]", options)
+    hub("hf:owner/name,config=full,split=test[:10%]")
     assert asked == [("owner/name", None, "train"), ("owner/name", "full", "test[:10%]")]
     with pytest.raises(ValueError, match=r"hf:owner/name,split=dev: cannot .*Unknown split") as e:
-        open_hub("hf:owner/name,split=dev", options)
+        hub("hf:owner/name,split=dev")
     assert "\n" not in str(e.value)
     for wrong in ("hf:name", "hf:owner/name,train", "hf:../name", "hf:owner/name,revision=x"):
         with pytest.raises(ValueError, match="write hf:OWNER/NAME"):
-            open_hub(wrong, options)
+            hub(wrong)
 
 
 def test_a_hub_that_does_not_answer_is_one_line_within_seconds(
@@ -375,6 +378,6 @@ def test_a_hub_that_does_not_answer_is_one_line_within_seconds(
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", hang)
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"hf:owner/name: the hub does not answer, .*network") as e:
-        open_hub("hf:owner/name", TableOptions(cache=tmp_path))
+        open_hub(DataConfig(train="hf:owner/name", cache_folder=str(tmp_path)))
     assert time.monotonic() - start < 5
     assert "\n" not in str(e.value)
