@@ -22,7 +22,7 @@ def pairs(config: Config) -> Pairs | SampleStream:
     Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
     data, seed = config.data, config.run.seed
-    found = [_opened(data, entry, seed=seed) for entry in entries(data)]
+    found = [open_source(data, entry, seed=seed) for entry in entries(data)]
     indexed: list[Pairs] = [source for source in found if isinstance(source, Pairs)]
     streams = [source for source in found if isinstance(source, SampleStream)]
     if data.shuffle_captions:
@@ -65,8 +65,22 @@ def _is_shards(path: str) -> bool:
     return not is_url(path) and Path(path).is_dir() and any(Path(path).glob("*.tar"))
 
 
-def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> ImageTextPairs | SampleStream:
-    """One source; what its entry leaves unset is taken from `data`."""
+def access_of(data: DataConfig) -> Access:
+    """What the settings `data.allow_*` allow."""
+    return Access(
+        commands=data.allow_commands,
+        private_hosts=data.allow_private_hosts,
+        links=data.allow_links,
+    )
+
+
+def open_source(
+    data: DataConfig, entry: SourceConfig, *, seed: int = 0, class_column: str | None = None
+) -> ImageTextPairs | SampleStream:
+    """One source; what its entry leaves unset is taken from `data`.
+
+    With a `class_column`, the source is a table that has this column, and need not have captions.
+    """
     path = entry.path
     # In a mixture tar shards are named after their folder, as other sources are.
     here = len(data.sources) > 1 and Path(path).exists()
@@ -78,11 +92,8 @@ def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> ImageTextPai
         root=entry.root or data.root,
         name=entry.name or (Path(path).resolve().name if here else None),
         cache=Path(data.cache_folder or cache_folder()) / "index",
-        access=Access(
-            commands=data.allow_commands,
-            private_hosts=data.allow_private_hosts,
-            links=data.allow_links,
-        ),
+        access=access_of(data),
+        class_column=class_column,
     )
     if path == "emoji":
         return ImageTextPairs(emoji_table("train"), name=options.name or "emoji")

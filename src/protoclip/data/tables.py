@@ -66,6 +66,7 @@ class TableOptions:
     """How to open a table, as in `DataConfig`; what is unset is detected.
 
     `name` is what messages and sample ids call the source; `cache` holds what is derived from it.
+    With a `class_column`, which evaluation reads, there need not be captions.
     """
 
     image_column: str | None = None
@@ -75,10 +76,11 @@ class TableOptions:
     name: str | None = None
     cache: Path = field(default_factory=lambda: cache_folder() / "index")
     access: Access = NOTHING_MORE
+    class_column: str | None = None
 
     def unused(self) -> str:
         """The settings that only a table has a use for, as far as they are given."""
-        settings = ("image_column", "id_column", "root")
+        settings = ("image_column", "id_column", "root", "class_column")
         return ", ".join(setting for setting in settings if getattr(self, setting))
 
 
@@ -104,7 +106,8 @@ def open_files(
     """Open files of one form as one table; `root` and `name` are used if the options have none."""
     prints = [fingerprint(path, options.access) for path in paths]
     builder = _builder(paths[0])
-    used = (options.image_column, options.caption_column, options.id_column)
+    used = [options.image_column, options.caption_column, options.id_column]
+    used += [options.class_column] if options.class_column else []
     key = digest({"form": FORM, "files": prints, "columns": used})
     if builder == "text":
         build = partial(_text_batches, paths, options)
@@ -274,11 +277,13 @@ def choose(
     by_name = {name.lower().strip(): name for name in reversed(schema.names)}
     chosen: dict[str, list[str]] = {}
     notes: list[str] = []
+    optional = {"ids", "classes"} | ({"captions"} if options.class_column else set())
     repeated = {name for name, count in Counter(schema.names).items() if count > 1}
     for setting, what, usual, given in (
         ("image_column", "images", IMAGE_COLUMNS, [options.image_column]),
         ("caption_column", "captions", CAPTION_COLUMNS, options.caption_column),
         ("id_column", "ids", ID_COLUMNS, [options.id_column]),
+        ("class_column", "classes", (), [options.class_column]),
     ):
         named = [name for name in given if name]
         present = [by_name[name] for name in usual if name in by_name]
@@ -291,7 +296,7 @@ def choose(
                 f"{setting} names another"
             )
         chosen[setting] = named or fit[:1]
-        if not chosen[setting] and what != "ids":
+        if not chosen[setting] and what not in optional:
             raise _missing(where, schema, f"no column with {what}; set {setting} to one, or add it")
         for column in chosen[setting]:
             if column not in schema.names:
@@ -305,15 +310,15 @@ def choose(
 
 
 def _holds(what: str, type_: pa.DataType) -> bool:
-    """Whether a column of that type can hold images, captions or ids."""
+    """Whether a column of that type can hold images, captions, ids or classes."""
     if what == "images" and pa.types.is_struct(type_):
         return any(type_.field(n).name in ("bytes", "path") for n in range(type_.num_fields))
-    if what == "ids" and pa.types.is_integer(type_):
+    if what in ("ids", "classes") and pa.types.is_integer(type_):
         return True
     is_list = what == "captions" and "list" in str(type_).partition("<")[0]
     if is_list or pa.types.is_dictionary(type_):
         type_ = type_.value_type
-    if what != "ids" and "binary" in str(type_):
+    if what not in ("ids", "classes") and "binary" in str(type_):
         return True
     return str(type_) in ("string", "large_string", "string_view", "null")
 
