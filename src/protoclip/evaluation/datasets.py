@@ -48,13 +48,17 @@ CLOOB = "https://github.com/ml-jku/cloob#downstream-tasks"
 #: Where data sets are to be had. Keys are in lower case without signs; docs/evaluation.md has more.
 WHERE = {
     **{
-        name: f"{HUB}{name}" for name in ("stl10", "country211", "gtsrb", "imagenetv2", "objectnet")
+        name: f"{HUB}{name}" for name in ("country211", "gtsrb", "imagenetv2", "objectnet", "stl10")
     },
     **{name: f"{HUB}vtab-{name}" for name in ("cifar10", "cifar100", "flowers")},
     **{f"imagenet{letter}": f"{HUB}imagenet-{letter}" for letter in "aor"},
-    **{"imagenet": f"{HUB}imagenet1k", "imagenetsketch": f"{HUB}imagenet_sketch"},
-    **{"stanfordcars": f"{HUB}cars", "birdsnap": CLOOB, "ucf101": CLOOB},
-    **{"coco": f"{HUB}mscoco_captions", "flickr30k": f"{HUB}flickr30k"},
+    "imagenet": f"{HUB}imagenet1k",
+    "imagenetsketch": f"{HUB}imagenet_sketch",
+    "stanfordcars": f"{HUB}cars",
+    "birdsnap": CLOOB,
+    "ucf101": CLOOB,
+    "coco": f"{HUB}mscoco_captions",
+    "flickr30k": f"{HUB}flickr30k",
 }
 
 
@@ -141,10 +145,10 @@ def emoji() -> EvaluationData:
     for split in SPLITS:
         key = digest({"file": file, "split": split})
         pairs[split] = ImageTextPairs(emoji_table(split), name=f"emoji/{split}", key=key)
-    return concept_data("emoji", pairs)
+    return of_pairs("emoji", pairs)
 
 
-def concept_data(name: str, pairs: Mapping[str, ImageTextPairs]) -> EvaluationData:
+def of_pairs(name: str, pairs: Mapping[str, ImageTextPairs]) -> EvaluationData:
     """A data set of concepts, given the pairs of each split.
 
     Columns of the pairs: `concept`, whose images share their captions; `label`, the concept's
@@ -178,14 +182,13 @@ def open_data(
 ) -> EvaluationData:
     """Open the data set that a reference names. Only the given split is read at once.
 
-    | reference | what |
-    |---|---|
-    | `emoji` | the bundled emoji |
-    | a table, folder of pairs, local shards, `hf:OWNER/NAME` | captions, as `data.train` reads them; with a `class_column` of a table, classes |
-    | a folder `train\\|val\\|test/CLASS/*.jpg`, or `CLASS/*.jpg` | classes |
-    | `wds:FOLDER_OR_URL` | CLIP_benchmark's layout: classes, several of them an image, or captions |
-    | `torchvision:NAME` | classes; `root` is torchvision's |
-    | `karpathy:FILE.json` | captions of COCO or Flickr30k; images lie below `root` |
+    * `emoji`: the bundled emoji.
+    * A table, a folder of pairs, local tar shards or `hf:OWNER/NAME`, read as `data.train` is:
+      captions. With a `class_column` of a table, classes, and captions if there are any.
+    * A folder with `train|val|test/CLASS/*.jpg`, or with `CLASS/*.jpg`: classes.
+    * `wds:FOLDER_OR_URL`, in CLIP_benchmark's layout: classes, one or more an image; or captions.
+    * `torchvision:NAME`: classes.
+    * `karpathy:FILE.json`: captions of COCO or Flickr30k.
 
     One source of pairs is the split that is asked for. Where ImageNet is read from folders or by
     torchvision, its validation images, which everyone measures, are the `test` split.
@@ -199,13 +202,12 @@ def open_data(
     Raises:
         ValueError: The reference or a file is missing or damaged, or the split is missing, empty
             or has fewer than two classes; in one line.
-    """  # noqa: E501
+    """
     if split not in SPLITS:
         raise ValueError(f"split: '{split}' is none of {', '.join(SPLITS)}")
     settings = replace(config or DataConfig(), sources=[], read="auto")
     settings = replace(settings, root=root or settings.root)
     kind, _, place = reference.partition(":")
-    folders = {} if is_url(reference) else readers.class_folders(Path(reference))
     if reference == "emoji":
         data = emoji()
     elif kind == "wds":
@@ -214,7 +216,7 @@ def open_data(
         data = _open_torchvision(place, settings.root, split)
     elif kind == "karpathy":
         data = _open_captions(place, settings.root, split)
-    elif folders and class_column is None:
+    elif class_column is None and (folders := readers.class_folders(Path(reference))):
         data = _open_class_folders(Path(reference), folders, split)
     elif kind in ("hf", "pipe") or is_url(reference) or _exists(reference):
         data = _open_pairs(reference, settings, split, class_column)
@@ -313,7 +315,7 @@ def _open_pairs(
         images = Subset(images=pairs, rows=rows)
     labels, classes = None, list[str]()
     if class_column is not None:
-        labels, classes = _classes(pairs, class_column, rows)
+        labels, classes = _classes(pairs, class_column, images, rows)
     only = Split(images=images, labels=labels, captions=captions)
     templates = DEFAULT_TEMPLATES if classes else ("{c}",)
     return EvaluationData(
@@ -338,45 +340,45 @@ def _captions(pairs: ImageTextPairs) -> tuple[list[int], list[tuple[str, ...]]]:
             continue
         captions.setdefault(file, []).extend(found)
         first.setdefault(file, row)
-    return list(first.values()), [tuple(dict.fromkeys(captions[file])) for file in first]
+    return list(first.values()), [tuple(captions[file]) for file in first]
 
 
 def _classes(
-    pairs: ImageTextPairs, column: str, rows: Sequence[int]
+    pairs: ImageTextPairs, column: str, images: Images, rows: Sequence[int]
 ) -> tuple[Int[Tensor, " n"], list[str]]:
-    """The class of each row, and the names: those of a `ClassLabel`, or the distinct values."""
+    """The classes of images, which are these rows of the pairs; and the names of all classes.
+
+    Numbers of a `ClassLabel` have their names in the table. Other values are their own names.
+    """
     values = pairs.column(column)[np.asarray(rows)]
-    for row, value in zip(rows, values, strict=True):
-        if value is None or value == "":
-            raise ValueError(
-                f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class in column '{column}'"
-            )
     facts = json.loads((pairs.table.schema.metadata or {}).get(b"huggingface", b"{}"))
     names = facts.get("info", {}).get("features", {}).get(column, {}).get("names")
-    if names and all(isinstance(value, int) for value in values):
-        numbers = readers.parse_each(pairs, values, readers.class_number, len(names))
+    if names:
+        numbers = readers.parse_each(images, values, readers.class_number, len(names))
         return torch.tensor(numbers), list(names)
-    distinct = sorted(set(values))
-    return positions(values, distinct), [str(value) for value in distinct]
+    for row, value in enumerate(values):
+        if value is None or value == "":
+            raise ValueError(
+                f"{pairs.name}: sample '{images.sample_id(row)}' has no class in column '{column}'"
+            )
+    texts = [str(value) for value in sorted(set(values))]
+    return positions(map(str, values), texts), texts
 
 
 def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
     present = {name for place in splits.values() for name in readers.classes_in(place)}
-    numbered = all(name.isdigit() for name in present)
-    classes = sorted(present, key=int) if numbered else sorted(present)
+    classes = sorted(present, key=int if all(map(str.isdecimal, present)) else None)
     own = _beside(folder, readers.CLASS_NAMES)
-    imagenet = None if own else _imagenet_names(classes)
     if own and len(_names(own)) != len(classes):
         raise ValueError(
             f"{folder / readers.CLASS_NAMES}: names {len(_names(own))} classes, but there are "
             f"{len(classes)} folders"
         )
+    imagenet = None if own else _imagenet_names(classes)
     synsets = dict(line.partition(" ")[::2] for line in _names(_beside(folder, SYNSETS)))
     names = imagenet or [synsets.get(c, c).split(",")[0].replace("_", " ") for c in classes]
     if imagenet and "test" not in splits and "validation" in splits:
-        splits = {"test": splits["validation"]} | {
-            split: place for split, place in splits.items() if split != "validation"
-        }
+        splits["test"] = splits.pop("validation")
     templates = list(DEFAULT_TEMPLATES)
     if text := _beside(folder, readers.TEMPLATES):
         templates = _templates(text, str(folder / readers.TEMPLATES))
@@ -454,7 +456,9 @@ def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
         for folder in folders
         if f"{folder}/{readers.NUM_SHARDS}" in shards.texts
     }
-    plain = re.sub(r"/(tree|raw|blob|resolve)/.*", "", place.rstrip("/")).rpartition("/")[2]
+    plain = Path(place).resolve().name
+    if is_url(place):
+        plain = re.sub(r"/(tree|raw|blob|resolve)/.*", "", place.rstrip("/")).rpartition("/")[2]
     return EvaluationData(
         name=plain.removeprefix("wds_"),
         splits=LazySplits(openers, first=split, of=place),
@@ -495,8 +499,9 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
     names = getattr(samples("test"), "classes", getattr(samples("test"), "categories", None))
     if names is None:  # the sets without names are of digits
         names = [str(digit) for digit in range(10)]
-    # ImageNet has synonyms, the first of which is the usual one.
-    names = [str(each if isinstance(each, str) else each[0]).replace("_", " ") for each in names]
+    # ImageNet has synonyms, the first of which is the usual one; MNIST writes "7 - seven".
+    names = [str(each if isinstance(each, str) else each[0]) for each in names]
+    names = [re.sub(r"^(\d) - .*", r"\1", each).replace("_", " ") for each in names]
 
     def read(split: str) -> Split:
         images = TorchvisionImages(samples(split), name=f"{name.lower()}/{split}")

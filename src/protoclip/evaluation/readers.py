@@ -51,12 +51,8 @@ DATASET_TYPE, NUM_SHARDS = "dataset_type.txt", "nshards.txt"
 BESIDE_IMAGE = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 TAR_IMAGES = ("webp", "png", "jpg", "jpeg")
 MAX_BESIDE_BYTES = 1 << 20
-ROWS = pa.schema(
-    [
-        *(("sample_id", pa.string()), ("shard", pa.string()), ("offset", pa.int64())),
-        *(("size", pa.int64()), ("content", pa.binary())),
-    ]
-)
+PLACE = {"shard": pa.string(), "offset": pa.int64(), "size": pa.int64()}
+ROWS = pa.schema({"sample_id": pa.string(), **PLACE, "content": pa.binary()})
 # Part of the key of an index. Change it when the rows change.
 INDEX_FORM = "evaluation shards, 1"
 HUB_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(?:/(?:tree|raw|blob)/(.+))?")
@@ -80,14 +76,12 @@ class ShardFolder:
         if found := HUB_PAGE.fullmatch(place.rstrip("/")):
             place = f"{found[1]}/resolve/{found[2] or 'main'}"
         place = place.rstrip("/")
+        if not is_url(place) and not Path(place).is_dir():
+            raise ValueError(f"{place}: no such folder")
         cache = cache / digest({"url": place})
         folders = [folder for names in SPLIT_FOLDERS.values() for folder in names]
-        names = [
-            CLASS_NAMES,
-            TEMPLATES,
-            DATASET_TYPE,
-            *(f"{name}/{NUM_SHARDS}" for name in folders),
-        ]
+        names = [CLASS_NAMES, TEMPLATES, DATASET_TYPE]
+        names += [f"{folder}/{NUM_SHARDS}" for folder in folders]
         known = cache / "layout.json"
         if is_url(place) and known.is_file():
             texts = json.loads(known.read_text("utf-8"))
@@ -213,7 +207,7 @@ def parse_each(
     for row, content in enumerate(contents):
         try:
             found.append(parse(content, num_classes))
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, MemoryError) as error:
             where = f"{images.name}: sample '{images.sample_id(row)}'"
             raise ValueError(f"{where}: {reason_of(error)}") from None
     return found
@@ -223,8 +217,8 @@ def class_number(content: Any, num_classes: int) -> int:
     """The content of a `.cls` file, or a number."""
     try:
         number = int(content)
-    except ValueError:
-        raise ValueError(f"{content[:20]!r} is not a class number") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"{str(content)[:20]} is not a class number") from None
     if not 0 <= number < num_classes:
         raise ValueError(f"class {number}, but the class names go from 0 to {num_classes - 1}")
     return number
@@ -248,47 +242,54 @@ def class_folders(folder: Path) -> dict[str, Path]:
 
     A folder of classes without splits is a `test` split.
     """
+    if not folder.is_dir() or _holds_table(folder):
+        return {}
     found: dict[str, Path] = {}
     for split, names in SPLIT_FOLDERS.items():
-        places = [folder / name for name in names if _has_classes(folder / name)]
-        if places:
-            found[split] = places[0]
+        for name in names:
+            if split not in found and _has_classes(folder / name):
+                found[split] = folder / name
     return found or ({"test": folder} if _has_classes(folder) else {})
+
+
+def _holds_table(folder: Path) -> bool:
+    tables = ("metadata.*", "*.parquet", "*.tar", "state.json")
+    return any(path for table in tables for path in folder.glob(table))
 
 
 def _has_classes(folder: Path) -> bool:
     """Whether subfolders hold images that have no captions beside them, and no table lists."""
-    tables = ("metadata.*", "*.parquet", "*.tar", "state.json")
-    if not folder.is_dir() or any(path for table in tables for path in folder.glob(table)):
+    if not folder.is_dir() or _holds_table(folder):
         return False
-    image = next(
-        (image for name in classes_in(folder)[:1] for image in _images(folder / name)), None
-    )
-    return image is not None and not any(image.with_suffix(s).exists() for s in (".txt", ".json"))
+    for name in classes_in(folder)[:1]:
+        files = list((folder / name).iterdir())
+        texts = {path.stem for path in files if path.suffix in (".txt", ".json")}
+        return not any(path.stem in texts for path in files if _is_image(path))
+    return False
 
 
 def classes_in(folder: Path) -> list[str]:
-    """The names of the subfolders that hold an image."""
+    """The names of the subfolders that hold an image, sorted."""
     folders = [path for path in folder.iterdir() if path.is_dir()]
-    return sorted(path.name for path in folders if next(_images(path), None))
+    return sorted(path.name for path in folders if any(map(_is_image, path.iterdir())))
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            yield path
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def read_class_folder(
     folder: Path, classes: Sequence[str], *, name: str
 ) -> tuple[ImageTextPairs, Int[Tensor, " n"]]:
     """The images of a split, in the order of classes and names, and their class numbers."""
-    number = {name: index for index, name in enumerate(classes)}
-    present = [name for name in classes if (folder / name).is_dir()]
-    files = [path for each in present for path in sorted(_images(folder / each))]
-    names = [path.relative_to(folder).as_posix() for path in files]
-    labels = torch.tensor([number[each.partition("/")[0]] for each in names])
-    return image_files(names, root=str(folder), name=name), labels
+    names: list[str] = []
+    labels: list[int] = []
+    for number, class_ in enumerate(classes):
+        place = folder / class_
+        files = sorted(filter(_is_image, place.iterdir())) if place.is_dir() else []
+        names += [f"{class_}/{path.name}" for path in files]
+        labels += [number] * len(files)
+    return image_files(names, root=str(folder), name=name), torch.tensor(labels)
 
 
 def image_files(names: Sequence[str], *, root: str, name: str) -> ImageTextPairs:

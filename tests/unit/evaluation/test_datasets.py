@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import datasets as hugging_face
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample
-from protoclip.evaluation.datasets import Images, emoji, open_data, read_templates
+from protoclip.evaluation.datasets import WHERE, Images, emoji, open_data, read_templates
 
 # The images of every split below, by the red of their pixels, with class and captions.
 REDS, NAMES, CLASSES = (10, 20, 30), ["cat", "big dog"], [1, 0, 1]
@@ -265,7 +266,7 @@ def test_class_names_of_folders(classes, files, names, tmp_path):
 def test_the_thousand_folders_of_imagenet(tmp_path):
     for number in range(1000):
         write(tmp_path / str(number) / "a.png", b"")
-    assert list(open_data(str(tmp_path)).class_names) == open_clip.IMAGENET_CLASSNAMES
+    assert tuple(open_data(str(tmp_path)).class_names) == open_clip.IMAGENET_CLASSNAMES
 
 
 def test_torchvision_sets(tmp_path):
@@ -361,7 +362,12 @@ BAD = [
     (lambda _: {"reference": "cifar10"}, r"^cifar10: no such file, .*clip-benchmark/wds_vtab-cif"),
     (lambda _: {"reference": "tfds:mnist"}, r"^tfds:mnist: no such file, and no reference to a"),
     (lambda t: {"reference": f"{t}/photos"}, r"photos: no such file"),
-    (lambda t: {"reference": f"wds:{t}/wds_gtsrb"}, r"no split in .*; gtsrb is to be had from wds"),
+    (
+        lambda t: {"reference": f"wds:{t}/wds_gtsrb"},
+        r"no such folder; gtsrb is to be had from wds:",
+    ),
+    (lambda t: {"reference": f"wds:{t}"}, r"no split in CLIP_benchmark's layout, such as test/nsh"),
+    (lambda t: {"reference": "emoji", "split": "dev"}, r"split: 'dev' is none of train, validatio"),
     (lambda t: wds_with(t, splits=("train",)), r"has no split 'test', only train$"),
     (lambda t: wds_with(t, **{"test/nshards": "many"}), r"nshards.txt: holds 'many', not a numb"),
     (lambda t: wds_with(t, without=["classnames.txt"]), r"has no class names; write them into cl"),
@@ -387,7 +393,7 @@ BAD = [
     (lambda t: tar_with(t, {}), r"test: holds no sample$"),
     (lambda t: folder_of(t, "train/a/1.png", "train/b/2.png"), r"no split 'test', only train$"),
     (lambda t: folder_of(t, A), r"has fewer than two classes \(a\)$"),
-    (lambda t: folder_of(t, "train/a/1.png", "train/b/1.png", "test/c.txt"), r"no split 'test', o"),
+    (lambda t: folder_of(t, "train/a/1.png", "train/b/1.png", "test/c.txt"), r"no split 'test'"),
     (lambda t: folder_of(t, A, B, "classnames.txt"), r"utf-8|names 1 classes"),
     (lambda t: table_with(t), r"no column with captions; set caption_column to one"),
     (lambda t: table_with(t, caption=[None, "", " "]), r"no image has a caption$"),
@@ -396,6 +402,14 @@ BAD = [
     (lambda t: table_with(t, "k", k=[0.5, 1.0, 2]), r"'k' holds double, not classes; set class_c"),
     (lambda t: table_with(t, "k", k=["a"] * 3), r"has fewer than two classes \(a\)$"),
     (lambda t: table_with(t, image=[1, 2, 3], caption=list("abc")), r"no column with images; set"),
+    (
+        lambda t: {"reference": str(write_wds(t) / "test"), "class_column": "k"},
+        r"tar shards have no columns; leave out class_column$",
+    ),
+    (
+        lambda _: {"reference": "https://example.com/{0..3}.tar"},
+        r"tar: evaluation reads in any order; copy the shards, or",
+    ),
     (lambda t: json_with(t, "[]"), r"c.json: is neither Karpathy's JSON .* nor COCO's captions"),
     (lambda t: json_with(t, '{"images": [{"filename": "a"}]}'), r"COCO's captions \(no 'split'\)$"),
     (lambda t: json_with(t, "{"), r"c.json: is neither Karpathy's JSON"),
@@ -405,9 +419,15 @@ BAD = [
     (lambda t: {"reference": "torchvision:CIFAR10"}, r"CIFAR10: root is not set; root is the fold"),
     (
         lambda t: {"reference": "torchvision:CIFAR10", "root": str(t)},
-        r"its test split is not in .*Dataset not found.*CIFAR10\(.*; cifar10 is to be had from wds:",
+        r"its test split is not in .*not found.*CIFAR10\(.*; cifar10 is to be had from wds:https:",
     ),
 ]
+
+
+def test_the_documentation_says_where_data_sets_are_to_be_had():
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
+    page = page.replace("HUB/", "https://huggingface.co/datasets/clip-benchmark/")
+    assert [place for place in WHERE.values() if place not in page] == []
 
 
 @pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])

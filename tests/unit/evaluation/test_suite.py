@@ -19,7 +19,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation import datasets, suite
-from protoclip.evaluation.datasets import concept_data, distinct_captions
+from protoclip.evaluation.datasets import distinct_captions, of_pairs
 from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, TEXT_COLUMNS, SampleResults
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed, tiny_config
@@ -53,7 +53,7 @@ def pairs(split):
     return ImageTextPairs(pa.Table.from_pylist(rows), name=f"tiny/{split}")
 
 
-TINY = concept_data("tiny", {split: pairs(split) for split in CONCEPTS})
+TINY = of_pairs("tiny", {split: pairs(split) for split in CONCEPTS})
 
 
 def image_transform(image):
@@ -176,7 +176,7 @@ def test_concepts_of_equal_name_are_one_class():
     same = pa.array(["name 32"] * (2 * STYLES) + table["label"].to_pylist()[2 * STYLES :])
     renamed = table.set_column(table.column_names.index("label"), "label", same)
     test = ImageTextPairs(renamed, name="twins/test")
-    twins = concept_data("twins", {split: TINY.split(split) for split in CONCEPTS} | {"test": test})
+    twins = of_pairs("twins", {split: TINY.split(split) for split in CONCEPTS} | {"test": test})
     metrics, _ = measure(Oracle(), twins)
     # Concept 33 shares the name of 32, and the name speaks of 32 and of another class.
     assert metrics["eval/twins/zero_shot/acc1"] == pytest.approx(15 / 16)
