@@ -225,9 +225,8 @@ def open_data(
             f"{reference}: no such file, and no reference to a data set ({KINDS}){where(reference)}"
         )
     if data.splits[split].labels is not None and len(data.class_names) < 2:
-        raise ValueError(
-            f"{reference}: has fewer than two classes ({', '.join(data.class_names) or 'no names'})"
-        )
+        shown = visible(", ".join(data.class_names)[:60]) or "no names"
+        raise ValueError(f"{reference}: has fewer than two classes ({shown})")
     return data
 
 
@@ -392,9 +391,7 @@ def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Ev
 
     return EvaluationData(
         name=name,
-        splits=LazySplits(
-            {split: partial(read, split) for split in splits}, first=first, of=str(folder)
-        ),
+        splits=LazySplits(read, splits, first=first, of=str(folder)),
         class_names=_names(own) if own else names,
         templates=templates,
     )
@@ -429,7 +426,8 @@ def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
     kind = shards.texts.get(readers.DATASET_TYPE, "classification").strip().lower()
     if kind not in readers.BESIDE_IMAGE:
         known = ", ".join(readers.BESIDE_IMAGE)
-        raise ValueError(f"{place}/{readers.DATASET_TYPE}: '{kind[:30]}' is none of {known}")
+        shown = visible(kind[:30])
+        raise ValueError(f"{place}/{readers.DATASET_TYPE}: '{shown}' is none of {known}")
     names, templates = _names(shards.texts.get(readers.CLASS_NAMES, "")), ["{c}"]
     if kind != "retrieval":
         if not names:
@@ -439,8 +437,8 @@ def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
         text = shards.texts.get(readers.TEMPLATES, "\n".join(DEFAULT_TEMPLATES))
         templates = _templates(text, f"{place}/{readers.TEMPLATES}")
 
-    def read(folder: str) -> Split:
-        pairs, contents = shards.read_split(folder, readers.BESIDE_IMAGE[kind])
+    def read(split: str) -> Split:
+        pairs, contents = shards.read_split(split, readers.BESIDE_IMAGE[kind])
         parse_each = partial(readers.parse_each, pairs, contents)
         if kind == "retrieval":
             return Split(images=pairs, captions=parse_each(readers.captions))
@@ -450,18 +448,12 @@ def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
         numbers = parse_each(readers.class_number, len(names))
         return Split(images=pairs, labels=torch.tensor(numbers, dtype=torch.long))
 
-    openers = {
-        name: partial(read, folder)
-        for name, folders in readers.SPLIT_FOLDERS.items()
-        for folder in folders
-        if f"{folder}/{readers.NUM_SHARDS}" in shards.texts
-    }
     plain = Path(place).resolve().name
     if is_url(place):
         plain = re.sub(r"/(tree|raw|blob|resolve)/.*", "", place.rstrip("/")).rpartition("/")[2]
     return EvaluationData(
         name=plain.removeprefix("wds_"),
-        splits=LazySplits(openers, first=split, of=place),
+        splits=LazySplits(read, shards.folders, first=split, of=place),
         class_names=names if kind != "retrieval" else (),
         templates=templates,
     )
@@ -510,9 +502,7 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
 
     return EvaluationData(
         name=name.lower(),
-        splits=LazySplits(
-            {each: partial(read, each) for each in of_torchvision}, first=split, of=reference
-        ),
+        splits=LazySplits(read, of_torchvision, first=split, of=reference),
         class_names=names,
         templates=read_templates("openai") if name == "ImageNet" else DEFAULT_TEMPLATES,
     )
@@ -535,5 +525,4 @@ def _open_captions(file: str, root: str | None, split: str) -> EvaluationData:
         images = readers.image_files(files, root=folder, name=f"{name}/{split}")
         return Split(images=images, captions=list(captions[split].values()))
 
-    openers = {each: partial(read, each) for each in captions}
-    return EvaluationData(name=name, splits=LazySplits(openers, first=split, of=file))
+    return EvaluationData(name=name, splits=LazySplits(read, captions, first=split, of=file))

@@ -29,6 +29,7 @@ from protoclip.data.access import (
     open_local,
     read_file,
     reason_of,
+    visible,
 )
 from protoclip.data.decode import rgb
 from protoclip.data.folders import IMAGE_SUFFIXES
@@ -97,8 +98,19 @@ class ShardFolder:
             write_atomically(known, json.dumps(texts))
         return cls(place=place, texts=texts, access=access, cache=cache)
 
-    def read_split(self, folder: str, extension: str) -> tuple[ImageTextPairs, list[bytes]]:
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folder of each split."""
+        return {
+            split: name
+            for split, names in SPLIT_FOLDERS.items()
+            for name in reversed(names)
+            if f"{name}/{NUM_SHARDS}" in self.texts
+        }
+
+    def read_split(self, split: str, extension: str) -> tuple[ImageTextPairs, list[bytes]]:
         """The images of a split, and the content of the file beside each."""
+        folder = self.folders[split]
         index = index_shards(self._shards(folder), extension, folder=self.cache.parent / "index")
         pairs = ImageTextPairs(index, name=f"{self.place}/{folder}", caption_columns=())
         return pairs, index.table.column("content").to_pylist()
@@ -106,9 +118,8 @@ class ShardFolder:
     def _shards(self, folder: str) -> list[Path]:
         number = self.texts[f"{folder}/{NUM_SHARDS}"].strip()
         if not re.fullmatch(r"0*[1-9]\d{0,5}", number):
-            raise ValueError(
-                f"{self.place}/{folder}/{NUM_SHARDS}: holds '{number[:20]}', not a number of tars"
-            )
+            place = f"{self.place}/{folder}/{NUM_SHARDS}"
+            raise ValueError(f"{place}: holds '{visible(number[:20])}', not a number of tars")
         places = [f"{self.place}/{folder}/{shard}.tar" for shard in range(int(number))]
         if not is_url(self.place):
             return [Path(place) for place in places]
@@ -168,9 +179,10 @@ def _read_shard(path: Path, extension: str) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     last = ""
     try:
-        with open_local(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        options: Any = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
+        with open_local(path) as file, tarfile.open(fileobj=file, **options) as tar:
             for member in tar:
-                last = member.name
+                last = visible(member.name)
                 key, kind = split_name(member.name)
                 if not member.isreg() or kind not in (*TAR_IMAGES, extension):
                     continue
@@ -188,6 +200,7 @@ def _read_shard(path: Path, extension: str) -> list[dict[str, Any]]:
         after = f" after {last}" if last else ""
         raise ValueError(f"{path}: {reason_of(error)}{after}") from None
     for key, row in rows.items():
+        key = visible(key)
         if "offset" not in row:
             raise ValueError(f"{path}: sample '{key}' has no image ({', '.join(TAR_IMAGES)})")
         if "content" not in row:
@@ -209,7 +222,7 @@ def parse_each(
             found.append(parse(content, num_classes))
         except (ValueError, EOFError, MemoryError) as error:
             where = f"{images.name}: sample '{images.sample_id(row)}'"
-            raise ValueError(f"{where}: {reason_of(error)}") from None
+            raise ValueError(visible(f"{where}: {reason_of(error)}")) from None
     return found
 
 
@@ -261,11 +274,10 @@ def _has_classes(folder: Path) -> bool:
     """Whether subfolders hold images that have no captions beside them, and no table lists."""
     if not folder.is_dir() or _holds_table(folder):
         return False
-    for name in classes_in(folder)[:1]:
-        files = list((folder / name).iterdir())
-        texts = {path.stem for path in files if path.suffix in (".txt", ".json")}
-        return not any(path.stem in texts for path in files if _is_image(path))
-    return False
+    classes = classes_in(folder)
+    files = list((folder / classes[0]).iterdir()) if classes else []
+    texts = {path.stem for path in files if path.suffix in (".txt", ".json")}
+    return bool(classes) and texts.isdisjoint(path.stem for path in files if _is_image(path))
 
 
 def classes_in(folder: Path) -> list[str]:
@@ -417,24 +429,28 @@ class LazySplits(Mapping[str, Any]):
     Raises `ValueError` if the `first` one, which is opened at once, is missing or empty.
     """
 
-    def __init__(self, openers: Mapping[str, Callable[[], Any]], *, first: str, of: str) -> None:
-        if first not in openers:
-            present = ", ".join(sorted(openers)) or "none"
+    def __init__(
+        self, read: Callable[[str], Any], names: Iterable[str], *, first: str, of: str
+    ) -> None:
+        self._read, self._names, self._opened = read, sorted(names), dict[str, Any]()
+        if first not in self._names:
+            present = ", ".join(self._names) or "none"
             raise ValueError(f"{of}: has no split '{first}', only {present}")
-        self._openers, self._opened = dict(openers), {first: openers[first]()}
         if len(self[first].images) == 0:
             raise ValueError(f"{of}: its split '{first}' is empty")
 
     def __getitem__(self, split: str) -> Any:
+        if split not in self._names:
+            raise KeyError(split)
         if split not in self._opened:
-            self._opened[split] = self._openers[split]()
+            self._opened[split] = self._read(split)
         return self._opened[split]
 
     def __contains__(self, split: object) -> bool:
-        return split in self._openers
+        return split in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self._opened, **self._openers})
+        return iter(dict.fromkeys([*self._opened, *self._names]))  # the opened ones first
 
     def __len__(self) -> int:
-        return len(self._openers)
+        return len(self._names)
