@@ -135,7 +135,7 @@ def few_emoji() -> datasets.EvaluationData:
         split: ImageTextPairs(table.take(list(range(0, table.num_rows, 25))), name=f"emoji/{split}")
         for split, table in tables.items()
     }
-    return datasets.EvaluationData(name="emoji", **parts)
+    return datasets.of_pairs("emoji", parts)
 
 
 def kill_at_random(config: Config, kills: int, generator: random.Random) -> None:

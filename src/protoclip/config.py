@@ -82,6 +82,7 @@ class DataConfig:
     image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; else detected.
+    class_column: str | None = None  # Column of classes, which evaluation uses.
     root: str | None = None  # Folder that holds all images of a table.
     read: Literal["auto", "indexed", "streaming"] = "auto"  # How to read shards.
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.

@@ -99,6 +99,7 @@ class ImageTextPairs:
             `image` or `path`. With columns `offset` and `size`, these bytes of a file.
         caption_columns: Texts (strings or UTF-8 bytes) or lists of texts.
         id_column: Unique ids; a sample is called `<name>/<row>` if there is no such column.
+        class_column: Classes, if the pairs have them.
         table_key: Identifies the content of the table, which otherwise is read for `key`.
         notes: What the user should know, such as which lines were left out.
 
@@ -118,6 +119,7 @@ class ImageTextPairs:
         image_column: str | None = None,
         caption_columns: Sequence[str] = ("caption",),
         id_column: str | None = "sample_id",
+        class_column: str | None = None,
         table_key: str = "",
         notes: Sequence[str] = (),
     ) -> None:
@@ -128,6 +130,7 @@ class ImageTextPairs:
         self.image_column = image_column or usual
         self.caption_columns = tuple(caption_columns)
         self.id_column = id_column if id_column in self._arrays else None
+        self.class_column = class_column
         self._ranges = {"offset", "size"} <= self._arrays.keys()
         for column in (self.image_column, *self.caption_columns):
             self._require(column)

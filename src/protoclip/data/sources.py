@@ -22,7 +22,7 @@ def pairs(config: Config) -> Pairs | SampleStream:
     Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
     data, seed = config.data, config.run.seed
-    found = [_opened(data, entry, seed=seed) for entry in entries(data)]
+    found = [open_source(data, entry, seed=seed) for entry in entries(data)]
     indexed = [source for source in found if isinstance(source, ImageTextPairs)]
     streams = [source for source in found if isinstance(source, ShardStream)]
     if data.shuffle_captions:
@@ -61,7 +61,9 @@ def _is_shards(path: str) -> bool:
     return not is_url(path) and Path(path).is_dir() and any(Path(path).glob("*.tar"))
 
 
-def _opened(data: DataConfig, entry: SourceConfig, *, seed: int) -> ImageTextPairs | ShardStream:
+def open_source(
+    data: DataConfig, entry: SourceConfig, *, seed: int = 0
+) -> ImageTextPairs | ShardStream:
     """One source; what its entry leaves unset is taken from `data`."""
     path, mixed = entry.path, len(data.sources) > 1
     settings = ("image_column", "caption_column", "id_column", "root")

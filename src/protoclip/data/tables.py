@@ -61,8 +61,9 @@ Cell = str | list[str] | None
 def open_table(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """Open `data.train`: a file, a URL, or files that match a local pattern (`train-*.parquet`).
 
-    `name` is what messages and sample ids call the pairs. Raises `ValueError` if a file is missing
-    or damaged, a column is missing or holds something else, ids repeat, or no row is left.
+    `name` is what messages and sample ids call the pairs. With `data.class_column` there need not
+    be captions. Raises `ValueError` if a file is missing or damaged, a column is missing or holds
+    something else, ids repeat, or no row is left.
     """
     path = data.train
     folder, _, file = path.partition("?")[0].rpartition("/")
@@ -84,7 +85,8 @@ def open_files(
     """
     where, folder = paths[0], index_folder(data.cache_folder)
     prints = [fingerprint(path, access_of(data)) for path in paths]
-    columns = (data.image_column, caption_columns(data), data.id_column)
+    columns = [data.image_column, caption_columns(data), data.id_column]
+    columns += [data.class_column] if data.class_column else []
     key = digest({"form": FORM, "files": prints, "columns": columns})
     *_, before, last = ("", "", *_suffixes(where))
     if not saved and (before if last in COMPRESSED else last) in TEXT_SUFFIXES:
@@ -155,7 +157,9 @@ def pairs_of(
     """
     columns: dict[str, Any] = {}
     if isinstance(source, ArrowIndex):
-        notes = source.notes
+        notes, present = source.notes, source.table.column_names
+        columns["caption_columns"] = ["caption"] if "caption" in present else []
+        columns["class_column"] = "class" if "class" in present else None
     else:
         columns, notes = choose(where, source.table.schema, data)
     pairs = ImageTextPairs(
@@ -211,7 +215,7 @@ def caption_columns(data: DataConfig) -> list[str]:
 
 def unused(data: DataConfig) -> list[str]:
     """A note of the settings that only a table has a use for, if some are given."""
-    settings = ("image_column", "id_column", "root")
+    settings = ("image_column", "id_column", "root", "class_column")
     given = ", ".join(setting for setting in settings if getattr(data, setting))
     return [f"{data.train}: has no columns, and does not use {given}"] if given else []
 
@@ -260,10 +264,12 @@ def choose(where: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
     repeated = {name for name in schema.names if schema.names.count(name) > 1}
     chosen: list[list[str]] = []
     notes: list[str] = []
+    optional = {"ids", "classes"} | ({"captions"} if data.class_column else set())
     for setting, what, usual, named in (
         ("image_column", "images", IMAGE_COLUMNS, [data.image_column]),
         ("caption_column", "captions", CAPTION_COLUMNS, caption_columns(data)),
         ("id_column", "ids", ID_COLUMNS, [data.id_column]),
+        ("class_column", "classes", (), [data.class_column]),
     ):
         present = [by_name[name] for name in usual if name in by_name]
         used = [name for name in named if name]
@@ -276,7 +282,7 @@ def choose(where: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
                 f"{setting} names another"
             )
         chosen.append(used or fit[:1])
-        if not chosen[-1] and what != "ids":
+        if not chosen[-1] and what not in optional:
             lack = f"no column with {what}; set {setting} to one, or add it"
             raise _missing(where, schema.names, lack)
         for column in chosen[-1]:
@@ -287,22 +293,23 @@ def choose(where: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
                     f"{where}: column '{column}' holds {line(str(type_), 60)}, not {what}; set "
                     f"{setting} to another"
                 )
-    images, captions, ids = chosen
-    id_column = ids[0] if ids else None
-    found = {"image_column": images[0], "caption_columns": captions, "id_column": id_column}
+    images, captions, ids, classes = chosen
+    found: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
+    found["id_column"] = ids[0] if ids else None
+    found["class_column"] = classes[0] if classes else None
     return found, notes
 
 
 def _holds(what: str, type_: pa.DataType) -> bool:
-    """Whether a column of that type can hold images, captions or ids."""
+    """Whether a column of that type can hold images, captions, ids or classes."""
     if what == "images" and pa.types.is_struct(type_):
         return any(type_.field(n).name in ("bytes", "path") for n in range(type_.num_fields))
-    if what == "ids" and pa.types.is_integer(type_):
+    if what in ("ids", "classes") and pa.types.is_integer(type_):
         return True
     is_list = what == "captions" and "list" in str(type_).partition("<")[0]
     if is_list or pa.types.is_dictionary(type_):
         type_ = type_.value_type
-    if what != "ids" and "binary" in str(type_):
+    if what not in ("ids", "classes") and "binary" in str(type_):
         return True
     return str(type_) in ("string", "large_string", "string_view", "null")
 
@@ -380,24 +387,26 @@ def _text_batches(
             if not columns:
                 schema = pa.schema([(name, pa.string()) for name in names])
                 columns, facts["notes"] = choose(path, schema, data)
-            captions, id_column = columns["caption_columns"], columns["id_column"]
-            single = [columns["image_column"], *([id_column] if id_column else [])]
-            for name in [*single, *captions]:
+            captions = columns["caption_columns"]
+            single = {"image": columns["image_column"], "sample_id": columns["id_column"]}
+            single = {k: v for k, v in (single | {"class": columns["class_column"]}).items() if v}
+            for name in [*single.values(), *captions]:
                 if name not in names:
                     raise _missing(path, names, f"no column '{name}', which {paths[0]} has")
-            places = [*map(names.index, single)], [*map(names.index, captions)]
-            used = (_row(cells, *places) for cells in rows)
-            yield from batches(used, ROWS if id_column else ROWS.remove(2))
+            form = [ROWS.field("image"), ROWS.field("caption")]
+            form = form[: 2 if captions else 1] + [(name, pa.string()) for name in [*single][1:]]
+            places = [*map(names.index, single.values())], [*map(names.index, captions)]
+            yield from batches((_row(cells, *places) for cells in rows), pa.schema(form))
         facts["left_out"] += left_out.notes
 
 
 def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
-    """Image, captions, and id if there is one."""
+    """Image, captions if there are columns of them, and the other single cells."""
     texts: list[Any] = []
     for cell in (cells[place] for place in captions):
         texts += cell if isinstance(cell, list) else [cell]
-    image, *ids = (cells[p] if isinstance(cells[p], str) else None for p in single)
-    return [image, texts, *ids]
+    image, *others = (cells[p] if isinstance(cells[p], str) else None for p in single)
+    return [image, texts, *others] if captions else [image, *others]
 
 
 @contextmanager

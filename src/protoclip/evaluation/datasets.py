@@ -1,50 +1,131 @@
-"""Data sets that models are evaluated on."""
+"""Data sets that models are evaluated on, and the references that name them."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+import pyarrow as pa
 import torch
-from jaxtyping import Int
+import torchvision
+from jaxtyping import Bool, Int
+from PIL import Image
 from torch import Tensor
 
-from protoclip.data.emoji import emoji_table
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.config import DataConfig, SourceConfig
+from protoclip.data.access import digest, fingerprint, is_url, join, reason_of, visible
+from protoclip.data.emoji import emoji_path, emoji_table
+from protoclip.data.index import cache_folder
+from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.sources import open_source
+from protoclip.data.tables import access_of
+from protoclip.evaluation import readers
+from protoclip.evaluation.readers import LazySplits, ShardFolder, Subset, TorchvisionImages
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
+KINDS = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "
+KINDS += "wds:FOLDER_OR_URL, torchvision:NAME, karpathy:FILE.json"
+DEFAULT_TEMPLATES = ("a photo of a {c}.",)
+SYNSETS = "LOC_synset_mapping.txt"  # as Kaggle ships it with ImageNet
+WNID = re.compile(r"n\d{8}")
+#: torchvision's classification sets with usual class names, and how it calls their splits.
+TORCHVISION = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST"), "train test"),
+    **dict.fromkeys(("Food101", "StanfordCars", "STL10", "SVHN", "USPS"), "train test"),
+    **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "RenderedSST2"), "train val test"),
+    "Country211": "train valid test",
+    "OxfordIIITPet": "trainval test",
+    **dict.fromkeys(("ImageNet", "Imagenette"), "train val"),
+    **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SUN397"), ""),  # not split
+}
+SPLIT_ALIASES = {"": "test", "trainval": "train", "val": "validation", "valid": "validation"}
+HUB = "wds:https://huggingface.co/datasets/clip-benchmark/wds_"
+CLOOB = "https://github.com/ml-jku/cloob#downstream-tasks"
+#: Where data sets are to be had. Keys are in lower case without signs; docs/evaluation.md has more.
+WHERE = {
+    **{
+        name: f"{HUB}{name}" for name in ("country211", "gtsrb", "imagenetv2", "objectnet", "stl10")
+    },
+    **{name: f"{HUB}vtab-{name}" for name in ("cifar10", "cifar100", "flowers")},
+    **{f"imagenet{letter}": f"{HUB}imagenet-{letter}" for letter in "aor"},
+    "imagenet": f"{HUB}imagenet1k",
+    "imagenetsketch": f"{HUB}imagenet_sketch",
+    "stanfordcars": f"{HUB}cars",
+    "birdsnap": CLOOB,
+    "ucf101": CLOOB,
+    "coco": f"{HUB}mscoco_captions",
+    "flickr30k": f"{HUB}flickr30k",
+}
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images in a fixed order. `image` is upright and RGB, or raises `BadSample`.
+
+    `key` identifies the content, for caches of features; if it is empty, nothing is cached.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    def __len__(self) -> int: ...
+    def sample_id(self, row: int) -> str: ...
+    def image(self, row: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The images of one split, and what is known of each."""
+
+    images: Images
+    #: Class numbers; of multilabel data, which classes are present.
+    labels: Int[Tensor, " n"] | Bool[Tensor, "n k"] | None = None
+    #: One or more of each image.
+    captions: Sequence[tuple[str, ...]] | None = None
+    #: Images of one group share their captions. Unset, each image is its own group.
+    groups: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationData:
-    """One data set in three splits.
+    """One data set. Its splits are some of `train`, `validation` and `test`."""
 
-    Columns: `concept`, which relates images and captions in retrieval; `label`, the concept's name,
-    which zero-shot classification chooses; and `subgroup`, a coarser class that all splits share,
-    for the linear probe, kNN and clustering.
-    """
+    name: str  # as in records, such as "cifar10"
+    splits: Mapping[str, Split]
+    class_names: Sequence[str] = ()  # by class number
+    templates: Sequence[str] = ("{c}",)  # prompts; "{c}" stands for the class name
+    language: str = "en"
+    #: Split -> a name for every image. Only the emoji have them, beside the classes.
+    image_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    #: What the user should know, such as samples that were left out.
+    notes: Sequence[str] = ()
 
-    name: str
-    train: ImageTextPairs
-    validation: ImageTextPairs
-    test: ImageTextPairs
+    # Below: what the suite used before the splits above.
 
     def split(self, name: str) -> ImageTextPairs:
-        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        pairs = self.splits[name].images
+        assert isinstance(pairs, ImageTextPairs)
+        return pairs
 
     def classes(self) -> list[str]:
-        """The distinct classes over all splits, sorted."""
-        return sorted({value for split in SPLITS for value in self.split(split).column("subgroup")})
+        return list(self.class_names)
 
     def labels(self, split: str) -> Int[Tensor, " n"]:
-        """The class of each pair of a split, as a position in `classes()`."""
-        return positions(self.split(split).column("subgroup"), self.classes())
+        labels = self.splits[split].labels
+        assert labels is not None
+        return labels
 
 
 def positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
     """Where each value stands in a list of distinct ones."""
     position = {value: index for index, value in enumerate(among)}
-    return torch.tensor([position[value] for value in values])
+    return torch.tensor([position[value] for value in values], dtype=torch.long)
 
 
 def distinct_captions(pairs: ImageTextPairs) -> tuple[list[str], list[str], list[int]]:
@@ -60,5 +141,392 @@ def distinct_captions(pairs: ImageTextPairs) -> tuple[list[str], list[str], list
 @cache
 def emoji() -> EvaluationData:
     """The bundled emoji, drawn in seven styles and split by concept family."""
-    splits = {split: ImageTextPairs(emoji_table(split), name=f"emoji/{split}") for split in SPLITS}
-    return EvaluationData(name="emoji", **splits)
+    file = fingerprint(str(emoji_path()))
+    pairs: dict[str, ImageTextPairs] = {}
+    for split in SPLITS:
+        key = digest({"file": file, "split": split})
+        pairs[split] = ImageTextPairs(emoji_table(split), name=f"emoji/{split}", table_key=key)
+    return of_pairs("emoji", pairs)
+
+
+def of_pairs(name: str, pairs: Mapping[str, ImageTextPairs]) -> EvaluationData:
+    """A data set of concepts, given the pairs of each split.
+
+    Columns of the pairs: `concept`, whose images share their captions; `label`, the concept's
+    name; and `subgroup`, a coarser class that all splits share.
+    """
+    classes = sorted({value for split in pairs.values() for value in split.column("subgroup")})
+    splits: dict[str, Split] = {}
+    for split, images in pairs.items():
+        concepts = images.column("concept")
+        splits[split] = Split(
+            images=images,
+            labels=positions(images.column("subgroup"), classes),
+            captions=[images.sample_captions(row) for row in range(len(images))],
+            groups=positions(concepts, sorted(set(concepts))).tolist(),
+        )
+    return EvaluationData(
+        name=name,
+        splits=splits,
+        class_names=[value.replace("-", " ") for value in classes],
+        image_names={split: list(images.column("label")) for split, images in pairs.items()},
+    )
+
+
+def open_data(
+    reference: str,
+    *,
+    root: str | None = None,
+    class_column: str | None = None,
+    split: str = "test",
+    config: DataConfig | None = None,
+) -> EvaluationData:
+    """Open the data set that a reference names. Only the given split is read at once.
+
+    * `emoji`: the bundled emoji.
+    * A table, a folder of pairs, local tar shards or `hf:OWNER/NAME`, read as `data.train` is:
+      captions. With a `class_column` of a table, classes, and captions if there are any.
+    * A folder with `train|val|test/CLASS/*.jpg`, or with `CLASS/*.jpg`: classes.
+    * `wds:FOLDER_OR_URL`, in CLIP_benchmark's layout: classes, one or more an image; or captions.
+    * `torchvision:NAME`: classes.
+    * `karpathy:FILE.json`: captions of COCO or Flickr30k.
+
+    One source of pairs is the split that is asked for. Where ImageNet is read from folders or by
+    torchvision, its validation images, which everyone measures, are the `test` split.
+
+    Args:
+        root: Where the images of tables, of `karpathy:` and of `torchvision:` lie.
+        class_column: Column of a table with classes: texts or whole numbers.
+        split: The split to be measured: `test`, `validation` or `train`.
+        config: Columns, permissions and the cache folder of the data.
+
+    Raises:
+        ValueError: The reference or a file is missing or damaged, or the split is missing, empty
+            or has fewer than two classes; in one line.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: '{split}' is none of {', '.join(SPLITS)}")
+    settings = replace(config or DataConfig(), sources=[], read="auto")
+    settings = replace(settings, root=root or settings.root)
+    kind, _, place = reference.partition(":")
+    if reference == "emoji":
+        data = emoji()
+    elif kind == "wds":
+        data = _open_wds(place, settings, split)
+    elif kind == "torchvision":
+        data = _open_torchvision(place, settings.root, split)
+    elif kind == "karpathy":
+        data = _open_captions(place, settings.root, split)
+    elif class_column is None and (folders := readers.class_folders(Path(reference))):
+        data = _open_class_folders(Path(reference), folders, split)
+    elif kind in ("hf", "pipe") or is_url(reference) or _exists(reference):
+        data = _open_pairs(reference, settings, split, class_column)
+    else:
+        raise ValueError(
+            f"{reference}: no such file, and no reference to a data set ({KINDS}){where(reference)}"
+        )
+    if data.splits[split].labels is not None and len(data.class_names) < 2:
+        shown = visible(", ".join(data.class_names)[:60]) or "no names"
+        raise ValueError(f"{reference}: has fewer than two classes ({shown})")
+    return data
+
+
+def where(reference: str) -> str:
+    """Where a known data set is to be had, to be put behind a message; or nothing."""
+    last = reference.rstrip("/").rpartition("/")[2].rpartition(":")[2].lower()
+    plain = re.sub(r"[^a-z0-9]", "", last)
+    found = max((name for name in WHERE if name in plain), key=len, default="")
+    return f"; {found} is to be had from {WHERE[found]}" if found else ""
+
+
+def read_templates(reference: str) -> list[str]:
+    """Prompts in which "{c}" stands for the class name.
+
+    Args:
+        reference: `openai` (the 80 of ImageNet), `simple` (seven of these), or a text file with a
+            prompt a line, where "{}" stands for the class name too.
+
+    Raises:
+        ValueError: The file cannot be read, is empty, or a line has no place for the class.
+    """
+    if reference in ("openai", "simple"):
+        import open_clip
+
+        known = {
+            "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
+            "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+        }
+        return [template("{c}") for template in known[reference]]
+    try:
+        text = Path(reference).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{reference}: no file of prompts ({reason_of(error)}); give openai, simple or a file"
+        ) from None
+    return _templates(text, reference)
+
+
+def _templates(text: str, where: str) -> list[str]:
+    found = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{where}: holds no prompt")
+    for template in found:
+        if "{c}" not in template:
+            raise ValueError(
+                f"{where}: '{visible(template[:60])}' has no place for the class; write {{c}} there"
+            )
+    return found
+
+
+def _names(text: str) -> list[str]:
+    return [line.strip() for line in text.rstrip().splitlines()]
+
+
+def _exists(path: str) -> bool:
+    return "*" in path or "{" in path or Path(path).expanduser().exists()
+
+
+def _open_pairs(
+    reference: str, config: DataConfig, split: str, class_column: str | None
+) -> EvaluationData:
+    """Captions, classes or both, of one source of pairs."""
+    path = reference
+    if reference.startswith("hf:") and ",split=" not in reference:
+        path = f"{reference},split={split}"
+    config = replace(config, class_column=class_column or config.class_column)
+    pairs = open_source(config, SourceConfig(path=path))
+    if not isinstance(pairs, ImageTextPairs):
+        raise ValueError(
+            f"{reference}: evaluation reads in any order; copy the shards, or name the folder of "
+            "CLIP_benchmark's layout that they lie in with wds:"
+        )
+    if class_column is not None and pairs.class_column is None:
+        raise ValueError(f"{reference}: is no table and has no columns; leave out class_column")
+    name = re.sub(r"[^\w-]+", "-", Path(pairs.name.rstrip("/")).stem).strip("-")
+    notes = list(pairs.notes)
+    images: Any = pairs
+    rows, captions = list(range(len(pairs))), None
+    if pairs.caption_columns:
+        rows, captions = _captions(pairs)
+        if not rows:
+            raise ValueError(f"{reference}: no image has a caption")
+    if len(rows) < len(pairs):
+        notes.append(
+            f"{reference}: {len(pairs)} rows are {len(rows)} images with captions; rows without a "
+            "caption are left out, and rows with the same image are one"
+        )
+        images = Subset(images=pairs, rows=rows)
+    labels, classes = None, list[str]()
+    if pairs.class_column is not None:
+        labels, classes = _classes(pairs, pairs.class_column, images, rows)
+    only = Split(images=images, labels=labels, captions=captions)
+    templates = DEFAULT_TEMPLATES if classes else ("{c}",)
+    return EvaluationData(
+        name=name, splits={split: only}, class_names=classes, templates=templates, notes=notes
+    )
+
+
+def _captions(pairs: ImageTextPairs) -> tuple[list[int], list[tuple[str, ...]]]:
+    """The first row of each image that has captions, and the captions of all its rows."""
+    files: Iterable[Any] = range(len(pairs))
+    type_ = pairs.table.schema.field(pairs.image_column).type
+    if "offset" not in pairs.table.column_names and (
+        pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    ):
+        files = pairs.column(pairs.image_column)
+    first: dict[Any, int] = {}
+    captions: dict[Any, list[str]] = {}
+    for row, file in enumerate(files):
+        try:
+            found = pairs.sample_captions(row)
+        except BadSample:
+            continue
+        captions.setdefault(file, []).extend(found)
+        first.setdefault(file, row)
+    return list(first.values()), [tuple(captions[file]) for file in first]
+
+
+def _classes(
+    pairs: ImageTextPairs, column: str, images: Images, rows: Sequence[int]
+) -> tuple[Int[Tensor, " n"], list[str]]:
+    """The classes of images, which are these rows of the pairs; and the names of all classes.
+
+    Numbers of a `ClassLabel` have their names in the table. Other values are their own names.
+    """
+    values = pairs.column(column)[np.asarray(rows)]
+    facts = json.loads((pairs.table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = facts.get("info", {}).get("features", {}).get(column, {}).get("names")
+    if names:
+        numbers = readers.parse_each(images, values, readers.class_number, len(names))
+        return torch.tensor(numbers), list(names)
+    for row, value in enumerate(values):
+        if value is None or value == "":
+            raise ValueError(
+                f"{pairs.name}: sample '{images.sample_id(row)}' has no class in column '{column}'"
+            )
+    texts = [str(value) for value in sorted(set(values))]
+    return positions(map(str, values), texts), texts
+
+
+def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
+    present = {name for place in splits.values() for name in readers.classes_in(place)}
+    classes = sorted(present, key=int if all(map(str.isdecimal, present)) else None)
+    own = _beside(folder, readers.CLASS_NAMES)
+    if own and len(_names(own)) != len(classes):
+        raise ValueError(
+            f"{folder / readers.CLASS_NAMES}: names {len(_names(own))} classes, but there are "
+            f"{len(classes)} folders"
+        )
+    imagenet = None if own else _imagenet_names(classes)
+    synsets = dict(line.partition(" ")[::2] for line in _names(_beside(folder, SYNSETS)))
+    names = imagenet or [synsets.get(c, c).split(",")[0].replace("_", " ") for c in classes]
+    if imagenet and "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    templates = list(DEFAULT_TEMPLATES)
+    if text := _beside(folder, readers.TEMPLATES):
+        templates = _templates(text, str(folder / readers.TEMPLATES))
+    elif imagenet:
+        templates = read_templates("openai")
+    name = folder.resolve().name
+
+    def read(split: str) -> Split:
+        images, labels = readers.read_class_folder(splits[split], classes, name=f"{name}/{split}")
+        return Split(images=images, labels=labels)
+
+    return EvaluationData(
+        name=name,
+        splits=LazySplits(read, splits, first=first, of=str(folder)),
+        class_names=_names(own) if own else names,
+        templates=templates,
+    )
+
+
+def _beside(folder: Path, name: str) -> str:
+    path = folder / name
+    return path.read_text("utf-8") if path.is_file() else ""
+
+
+def _imagenet_names(classes: Sequence[str]) -> list[str] | None:
+    """The names that CLIP uses, if the classes are some of ImageNet's, or its thousand numbers."""
+    is_numbers = list(classes) == [str(number) for number in range(1000)]
+    if not is_numbers and not all(map(WNID.fullmatch, classes)):
+        return None
+    import open_clip
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info: Any = ImageNetInfo("imagenet-1k")
+    names = dict(zip(info.label_names(), open_clip.IMAGENET_CLASSNAMES, strict=True))
+    if is_numbers:
+        return list(names.values())
+    return [names[wnid] for wnid in classes] if set(classes) <= names.keys() else None
+
+
+def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
+    cache = Path(config.cache_folder or cache_folder()) / "evaluation"
+    try:
+        shards = ShardFolder.open(place, access=access_of(config), cache=cache)
+    except ValueError as error:
+        raise ValueError(f"{error}{where(place)}") from None
+    kind = shards.texts.get(readers.DATASET_TYPE, "classification").strip().lower()
+    if kind not in readers.BESIDE_IMAGE:
+        known = ", ".join(readers.BESIDE_IMAGE)
+        shown = visible(kind[:30])
+        raise ValueError(f"{place}/{readers.DATASET_TYPE}: '{shown}' is none of {known}")
+    names, templates = _names(shards.texts.get(readers.CLASS_NAMES, "")), ["{c}"]
+    if kind != "retrieval":
+        if not names:
+            raise ValueError(
+                f"{place}: has no class names; write them into {readers.CLASS_NAMES}, one a line"
+            )
+        text = shards.texts.get(readers.TEMPLATES, "\n".join(DEFAULT_TEMPLATES))
+        templates = _templates(text, f"{place}/{readers.TEMPLATES}")
+
+    def read(split: str) -> Split:
+        pairs, contents = shards.read_split(split, readers.BESIDE_IMAGE[kind])
+        parse_each = partial(readers.parse_each, pairs, contents)
+        if kind == "retrieval":
+            return Split(images=pairs, captions=parse_each(readers.captions))
+        if kind == "multilabel":
+            present = np.stack(parse_each(readers.present_classes, len(names)))
+            return Split(images=pairs, labels=torch.from_numpy(present))
+        numbers = parse_each(readers.class_number, len(names))
+        return Split(images=pairs, labels=torch.tensor(numbers, dtype=torch.long))
+
+    plain = Path(place).resolve().name
+    if is_url(place):
+        plain = re.sub(r"/(tree|raw|blob|resolve)/.*", "", place.rstrip("/")).rpartition("/")[2]
+    return EvaluationData(
+        name=plain.removeprefix("wds_"),
+        splits=LazySplits(read, shards.folders, first=split, of=place),
+        class_names=names if kind != "retrieval" else (),
+        templates=templates,
+    )
+
+
+def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData:
+    reference = f"torchvision:{name}"
+    if name not in TORCHVISION:
+        raise ValueError(
+            f"{reference}: not a known classification set; known are {', '.join(TORCHVISION)}"
+            f"{where(name)}"
+        )
+    if root is None or not Path(root).is_dir():
+        place = f"{root}: no such folder" if root else "root is not set"
+        raise ValueError(f"{reference}: {place}; root is the folder that torchvision keeps it in")
+
+    of_torchvision = {SPLIT_ALIASES.get(each, each): each for each in TORCHVISION[name].split(" ")}
+    if "test" not in of_torchvision:  # all there is, or what everyone measures on
+        of_torchvision["test"] = of_torchvision.pop("validation", "")
+
+    @cache
+    def samples(split: str) -> Any:
+        make, value = getattr(torchvision.datasets, name), of_torchvision[split]
+        settings: dict[str, Any] = {"split": value} if value else {}
+        if "train" in inspect.signature(make).parameters:
+            settings = {"train": value == "train"}
+        try:
+            return make(root, **settings)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f"{reference}: its {split} split is not in {root} ({reason_of(error)}); "
+                f"torchvision.datasets.{name}({root!r}, download=True) may fetch it{where(name)}"
+            ) from None
+
+    names = getattr(samples("test"), "classes", getattr(samples("test"), "categories", None))
+    if names is None:  # the sets without names are of digits
+        names = [str(digit) for digit in range(10)]
+    # ImageNet has synonyms, the first of which is the usual one; MNIST writes "7 - seven".
+    names = [str(each if isinstance(each, str) else each[0]) for each in names]
+    names = [re.sub(r"^(\d) - .*", r"\1", each).replace("_", " ") for each in names]
+
+    def read(split: str) -> Split:
+        images = TorchvisionImages(samples(split), name=f"{name.lower()}/{split}")
+        numbers = readers.parse_each(images, images.labels(), readers.class_number, len(names))
+        return Split(images=images, labels=torch.tensor(numbers, dtype=torch.long))
+
+    return EvaluationData(
+        name=name.lower(),
+        splits=LazySplits(read, of_torchvision, first=split, of=reference),
+        class_names=names,
+        templates=read_templates("openai") if name == "ImageNet" else DEFAULT_TEMPLATES,
+    )
+
+
+def _open_captions(file: str, root: str | None, split: str) -> EvaluationData:
+    try:
+        name, captions = readers.read_captions_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}{where(file)}") from None
+    folder = root or str(Path(file).parent)
+
+    def read(split: str) -> Split:
+        files = list(captions[split])
+        if files and not Path(join(folder, files[0])).is_file():
+            raise ValueError(
+                f"{join(folder, files[0])}: no such image; set root to the folder that the paths "
+                f"in {file} start from"
+            )
+        images = readers.image_files(files, root=folder, name=f"{name}/{split}")
+        return Split(images=images, captions=list(captions[split].values()))
+
+    return EvaluationData(name=name, splits=LazySplits(read, captions, first=split, of=file))

@@ -19,7 +19,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation import datasets, suite
-from protoclip.evaluation.datasets import EvaluationData, distinct_captions
+from protoclip.evaluation.datasets import distinct_captions, of_pairs
 from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, TEXT_COLUMNS, SampleResults
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed, tiny_config
@@ -53,7 +53,7 @@ def pairs(split):
     return ImageTextPairs(pa.Table.from_pylist(rows), name=f"tiny/{split}")
 
 
-TINY = EvaluationData(name="tiny", **{split: pairs(split) for split in CONCEPTS})
+TINY = of_pairs("tiny", {split: pairs(split) for split in CONCEPTS})
 
 
 def image_transform(image):
@@ -134,7 +134,7 @@ def test_a_model_that_knows_everything_has_full_marks(split):
 
 def test_metrics_follow_from_the_results_of_samples():
     metrics, samples = measure(Guesser(), TINY)
-    assert list(samples.images["sample_id"]) == list(TINY.test.sample_ids())
+    assert list(samples.images["sample_id"]) == list(TINY.split("test").sample_ids())
     assert len(set(samples.texts["sample_id"])) == 32
     assert samples.texts["sample_id"][0] == "c32: name 32 plain"
     assert samples.images.keys() == {"sample_id", *IMAGE_COLUMNS}
@@ -160,7 +160,7 @@ def test_every_module_gets_its_mode_back():
 
 def test_retrieval_is_among_distinct_captions():
     """Images of a concept share candidates; equal captions of two concepts are two candidates."""
-    captions, concepts, of_row = distinct_captions(TINY.test)
+    captions, concepts, of_row = distinct_captions(TINY.split("test"))
     assert captions[:3] == ["name 32 plain", "name 32 rich", "name 33 plain"]
     assert concepts[:3] == ["c32", "c32", "c33"]
     assert of_row[:6] == [0, 1, 1, 2, 3, 3]
@@ -172,11 +172,11 @@ def test_retrieval_is_among_distinct_captions():
 
 def test_concepts_of_equal_name_are_one_class():
     """Merged, the oracle's twin names cost one concept; two equal classes would tie and score 0."""
-    table = TINY.test.table
+    table = TINY.split("test").table
     same = pa.array(["name 32"] * (2 * STYLES) + table["label"].to_pylist()[2 * STYLES :])
     renamed = table.set_column(table.column_names.index("label"), "label", same)
     test = ImageTextPairs(renamed, name="twins/test")
-    twins = EvaluationData(name="twins", train=TINY.train, validation=TINY.validation, test=test)
+    twins = of_pairs("twins", {split: TINY.split(split) for split in CONCEPTS} | {"test": test})
     metrics, _ = measure(Oracle(), twins)
     # Concept 33 shares the name of 32, and the name speaks of 32 and of another class.
     assert metrics["eval/twins/zero_shot/acc1"] == pytest.approx(15 / 16)

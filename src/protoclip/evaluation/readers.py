@@ -1,0 +1,457 @@
+"""Readers of evaluation data where it lies: tars in CLIP_benchmark's layout, folders of classes,
+caption files of COCO and Flickr30k, and torchvision's data sets."""
+
+import hashlib
+import io
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from filelock import FileLock
+from jaxtyping import Bool, Int
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from protoclip.data.access import (
+    Access,
+    digest,
+    fingerprint,
+    is_url,
+    open_file,
+    open_local,
+    read_file,
+    reason_of,
+    visible,
+)
+from protoclip.data.decode import rgb
+from protoclip.data.folders import IMAGE_SUFFIXES
+from protoclip.data.index import ArrowIndex, build_index
+from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
+from protoclip.data.shards import split_name
+from protoclip.files import replacing, write_atomically
+from protoclip.progress import Progress
+
+T = TypeVar("T")
+#: What the folder of a split may be called.
+SPLIT_FOLDERS = {
+    "test": ("test",),
+    "validation": ("validation", "val", "valid"),
+    "train": ("train",),
+}
+CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+DATASET_TYPE, NUM_SHARDS = "dataset_type.txt", "nshards.txt"
+#: By the type of the data, the file beside an image that says what is in it.
+BESIDE_IMAGE = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+TAR_IMAGES = ("webp", "png", "jpg", "jpeg")
+MAX_BESIDE_BYTES = 1 << 20
+PLACE = {"image": pa.string(), "offset": pa.int64(), "size": pa.int64()}
+ROWS = pa.schema({"sample_id": pa.string(), **PLACE, "content": pa.binary()})
+# Part of the key of an index. Change it when the rows change.
+INDEX_FORM = "evaluation shards, 1"
+HUB_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(?:/(?:tree|raw|blob)/(.+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFolder:
+    """A folder or URL in CLIP_benchmark's layout, with the text files that describe it.
+
+    Remote files are copied to `cache` once, the shards of a split when it is first read.
+    """
+
+    place: str
+    texts: Mapping[str, str]  # by path below the folder; only those that exist
+    access: Access
+    cache: Path
+
+    @classmethod
+    def open(cls, place: str, *, access: Access, cache: Path) -> "ShardFolder":
+        """Read the describing files; raises `ValueError` if none tells of a split."""
+        if found := HUB_PAGE.fullmatch(place.rstrip("/")):
+            place = f"{found[1]}/resolve/{found[2] or 'main'}"
+        place = place.rstrip("/")
+        if not is_url(place) and not Path(place).is_dir():
+            raise ValueError(f"{place}: no such folder")
+        cache = cache / digest({"url": place})
+        folders = [folder for names in SPLIT_FOLDERS.values() for folder in names]
+        names = [CLASS_NAMES, TEMPLATES, DATASET_TYPE]
+        names += [f"{folder}/{NUM_SHARDS}" for folder in folders]
+        known = cache / "layout.json"
+        if is_url(place) and known.is_file():
+            texts = json.loads(known.read_text("utf-8"))
+        else:
+            texts = {name: text for name in names if (text := _text(f"{place}/{name}", access))}
+        if not any(name.endswith(NUM_SHARDS) for name in texts):
+            raise ValueError(
+                f"{place}: no split in CLIP_benchmark's layout, such as test/{NUM_SHARDS} with "
+                "test/0.tar"
+            )
+        if is_url(place):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(known, json.dumps(texts))
+        return cls(place=place, texts=texts, access=access, cache=cache)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folder of each split."""
+        return {
+            split: name
+            for split, names in SPLIT_FOLDERS.items()
+            for name in reversed(names)
+            if f"{name}/{NUM_SHARDS}" in self.texts
+        }
+
+    def read_split(self, split: str, extension: str) -> tuple[ImageTextPairs, list[bytes]]:
+        """The images of a split, and the content of the file beside each."""
+        folder = self.folders[split]
+        index = index_shards(self._shards(folder), extension, folder=self.cache.parent / "index")
+        name, key = f"{self.place}/{folder}", index.path.stem
+        pairs = ImageTextPairs(index, name=name, caption_columns=(), table_key=key)
+        return pairs, index.table.column("content").to_pylist()
+
+    def _shards(self, folder: str) -> list[Path]:
+        number = self.texts[f"{folder}/{NUM_SHARDS}"].strip()
+        if not re.fullmatch(r"0*[1-9]\d{0,5}", number):
+            place = f"{self.place}/{folder}/{NUM_SHARDS}"
+            raise ValueError(f"{place}: holds '{visible(number[:20])}', not a number of tars")
+        places = [f"{self.place}/{folder}/{shard}.tar" for shard in range(int(number))]
+        if not is_url(self.place):
+            return [Path(place) for place in places]
+        copies = [self.cache / folder / f"{shard}.tar" for shard in range(len(places))]
+        progress = Progress(f"Downloading {self.place}/{folder}", len(copies))
+        for done, (place, copy) in enumerate(zip(places, copies, strict=True), 1):
+            _download(place, copy, self.access)
+            progress.update(done)
+        return copies
+
+
+def _text(place: str, access: Access) -> str:
+    """The content of a text file; empty if there is none."""
+    try:
+        return read_file(place, access).decode()
+    except FileNotFoundError:
+        return ""
+    except Exception as error:  # the clients of stores have exceptions of their own
+        raise ValueError(f"{place}: {reason_of(error)}") from None
+
+
+def _download(url: str, copy: Path, access: Access) -> None:
+    if copy.exists():
+        return
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{copy}.lock"):
+            if copy.exists():
+                return
+            with (
+                open_file(url, access) as source,
+                replacing(copy) as scratch,
+                scratch.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 1 << 20)
+    except Exception as error:
+        raise ValueError(f"{url}: {reason_of(error)}") from None
+
+
+def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> ArrowIndex:
+    """An index of images in uncompressed tars: where each lies, and the file beside it.
+
+    Raises `ValueError` if a tar is missing or damaged, or an image or the file beside it is.
+    """
+    prints = [fingerprint(str(path)) for path in paths]
+    key = digest({"form": INDEX_FORM, "extension": extension, "shards": prints})
+
+    def build(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        for path in paths:
+            yield pa.RecordBatch.from_pylist(_read_shard(path, extension), ROWS)
+
+    where = str(paths[0].parent)
+    return build_index(key, build, folder=folder, where=where, way_out="")
+
+
+def _read_shard(path: Path, extension: str) -> list[dict[str, Any]]:
+    """The rows of one tar. Nothing is unpacked to a file."""
+    rows: dict[str, dict[str, Any]] = {}
+    last = ""
+    try:
+        options: Any = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
+        with open_local(path) as file, tarfile.open(fileobj=file, **options) as tar:
+            for member in tar:
+                last = visible(member.name)
+                key, kind = split_name(member.name)
+                if not member.isreg() or kind not in (*TAR_IMAGES, extension):
+                    continue
+                row = rows.setdefault(key, {"sample_id": f"{path.stem}/{key}", "image": str(path)})
+                if kind in TAR_IMAGES:
+                    row |= {"offset": member.offset_data, "size": member.size}
+                elif member.size <= MAX_BESIDE_BYTES and (content := tar.extractfile(member)):
+                    row["content"] = content.read()
+            # `tarfile` takes a damaged header for the end, which is a block of zeros.
+            file.seek(tar.offset)
+            block = file.read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE or any(block):
+                raise tarfile.ReadError("the tar breaks off")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        after = f" after {last}" if last else ""
+        raise ValueError(f"{path}: {reason_of(error)}{after}") from None
+    for key, row in rows.items():
+        key = visible(key)
+        if "offset" not in row:
+            raise ValueError(f"{path}: sample '{key}' has no image ({', '.join(TAR_IMAGES)})")
+        if "content" not in row:
+            types = ", ".join(f"{name}: .{kind}" for name, kind in BESIDE_IMAGE.items())
+            raise ValueError(
+                f"{path}: sample '{key}' has no .{extension}; {DATASET_TYPE} says which file lies "
+                f"beside an image ({types})"
+            )
+    return list(rows.values())
+
+
+def parse_each(
+    images: Any, contents: Iterable[Any], parse: Callable[[Any, int], T], num_classes: int = 0
+) -> list[T]:
+    """What is known of each image; raises `ValueError`, which names a sample that is wrong."""
+    found: list[T] = []
+    for row, content in enumerate(contents):
+        try:
+            found.append(parse(content, num_classes))
+        except (ValueError, EOFError, MemoryError) as error:
+            where = f"{images.name}: sample '{images.sample_id(row)}'"
+            raise ValueError(visible(f"{where}: {reason_of(error)}")) from None
+    return found
+
+
+def class_number(content: Any, num_classes: int) -> int:
+    """The content of a `.cls` file, or a number."""
+    try:
+        number = int(content)
+    except (ValueError, TypeError):
+        raise ValueError(f"{str(content)[:20]} is not a class number") from None
+    if not 0 <= number < num_classes:
+        raise ValueError(f"class {number}, but the class names go from 0 to {num_classes - 1}")
+    return number
+
+
+def present_classes(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:
+    """The content of an `.npy` file."""
+    vector = np.load(io.BytesIO(content), allow_pickle=False)
+    if vector.shape != (num_classes,):
+        raise ValueError(f"shape {vector.shape} in its .npy, but {num_classes} class names")
+    return np.asarray(vector > 0)
+
+
+def captions(content: bytes, _: int) -> tuple[str, ...]:
+    """The content of a `.txt` file."""
+    return clean_captions(content.decode().splitlines())
+
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each split, if classes are folders of images in it; else nothing.
+
+    A folder of classes without splits is a `test` split.
+    """
+    if not folder.is_dir() or _holds_table(folder):
+        return {}
+    found: dict[str, Path] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        for name in names:
+            if split not in found and _has_classes(folder / name):
+                found[split] = folder / name
+    return found or ({"test": folder} if _has_classes(folder) else {})
+
+
+def _holds_table(folder: Path) -> bool:
+    tables = ("metadata.*", "*.parquet", "*.tar", "state.json")
+    return any(path for table in tables for path in folder.glob(table))
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether subfolders hold images that have no captions beside them, and no table lists."""
+    if not folder.is_dir() or _holds_table(folder):
+        return False
+    classes = classes_in(folder)
+    files = list((folder / classes[0]).iterdir()) if classes else []
+    texts = {path.stem for path in files if path.suffix in (".txt", ".json")}
+    return bool(classes) and texts.isdisjoint(path.stem for path in files if _is_image(path))
+
+
+def classes_in(folder: Path) -> list[str]:
+    """The names of the subfolders that hold an image, sorted."""
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    return sorted(path.name for path in folders if any(map(_is_image, path.iterdir())))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def read_class_folder(
+    folder: Path, classes: Sequence[str], *, name: str
+) -> tuple[ImageTextPairs, Int[Tensor, " n"]]:
+    """The images of a split, in the order of classes and names, and their class numbers."""
+    names: list[str] = []
+    labels: list[int] = []
+    for number, class_ in enumerate(classes):
+        place = folder / class_
+        files = sorted(filter(_is_image, place.iterdir())) if place.is_dir() else []
+        names += [f"{class_}/{path.name}" for path in files]
+        labels += [number] * len(files)
+    return image_files(names, root=str(folder), name=name), torch.tensor(labels)
+
+
+def image_files(names: Sequence[str], *, root: str, name: str) -> ImageTextPairs:
+    """Images in files below a folder, without captions."""
+    return ImageTextPairs(
+        pa.table({"sample_id": list(names), "path": list(names)}),
+        name=name,
+        root=root,
+        access=Access(links=True),  # the user named the folder, and what is in it
+        caption_columns=(),
+    )
+
+
+def files_key(paths: Iterator[Path]) -> str:
+    """Identifies the content of files by their paths, sizes and times."""
+
+    def facts(path: Path) -> tuple[str, int, int]:
+        try:
+            status = path.stat()
+        except OSError:
+            return str(path), -1, -1
+        return str(path), status.st_size, status.st_mtime_ns
+
+    return digest({"files": [facts(path) for path in paths]})
+
+
+def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, ...]]]]:
+    """The name of a data set, and by split and image file its captions.
+
+    Reads Karpathy's files (`dataset_coco.json`, `dataset_flickr30k.json`), whose `restval` counts
+    as `train`, and COCO's own (`captions_val2017.json`), which is one `test` split.
+
+    Raises `ValueError` if the file is neither.
+    """
+    name = Path(file).stem.removeprefix("dataset_")
+    splits: dict[str, dict[str, tuple[str, ...]]] = {}
+    try:
+        with open_local(file) as opened:
+            content = json.load(opened)
+        if "annotations" in content:
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            captions: dict[str, list[str]] = {}
+            for entry in content["annotations"]:
+                captions.setdefault(files[entry["image_id"]], []).append(entry["caption"])
+            return name, {"test": {image: clean_captions(captions[image]) for image in captions}}
+        for image in content["images"]:
+            split = {"restval": "train", "val": "validation"}.get(image["split"], image["split"])
+            path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+            texts = clean_captions(sentence["raw"] for sentence in image["sentences"])
+            splits.setdefault(split, {})[path] = texts
+    except OSError as error:
+        raise ValueError(f"{file}: {reason_of(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        missing = f"no {error}" if isinstance(error, KeyError) else reason_of(error)
+        raise ValueError(
+            f"{file}: is neither Karpathy's JSON (images, each with filename, split and sentences) "
+            f"nor COCO's captions ({missing})"
+        ) from None
+    return str(content.get("dataset") or name), splits
+
+
+class TorchvisionImages:
+    """The images of a torchvision data set, whose samples are pairs of a PIL image and a class."""
+
+    def __init__(self, samples: Any, *, name: str) -> None:
+        self.samples, self.name = samples, name
+        self.key = _torchvision_key(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample_id(self, row: int) -> str:
+        return f"{self.name}/{row}"
+
+    def image(self, row: int) -> Image.Image:
+        """The image, upright and as RGB; raises `BadSample`."""
+        try:
+            return Image.fromarray(rgb(ImageOps.exif_transpose(self.samples[row][0])))
+        except Exception as error:  # damaged files make readers raise anything
+            raise BadSample(self.sample_id(row), self.name, reason_of(error)) from error
+
+    def labels(self) -> Iterable[Any]:
+        """The class numbers, without reading the images where the data set lists them."""
+        for attribute in ("targets", "labels", "_labels", "y"):
+            if (found := getattr(self.samples, attribute, None)) is not None:
+                return np.asarray(found)
+        return (sample[1] for sample in getattr(self.samples, "_samples", self.samples))
+
+
+def _torchvision_key(samples: Any) -> str:
+    """Identifies the content: a digest of the pixels in memory, or the facts of the files."""
+    pixels = getattr(samples, "data", None)
+    if isinstance(pixels, (np.ndarray, Tensor)):
+        content = np.ascontiguousarray(np.asarray(pixels))
+        return hashlib.blake2b(content.tobytes(), digest_size=16).hexdigest()
+    for attribute in ("_image_files", "_images", "_samples", "samples"):
+        listed = getattr(samples, attribute, None)
+        files = [each[0] if isinstance(each, tuple) else each for each in listed or ()]
+        if files and all(isinstance(file, (str, Path)) for file in files):
+            return files_key(map(Path, files))
+    return ""  # unknown: nothing is cached
+
+
+class Subset:
+    """Some rows of other images."""
+
+    def __init__(self, images: ImageTextPairs, rows: Sequence[int]) -> None:
+        self.images, self.rows, self.name = images, rows, images.name
+        self.key = digest({"of": images.key, "rows": rows}) if images.key else ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample_id(self, row: int) -> str:
+        return self.images.sample_id(self.rows[row])
+
+    def image(self, row: int) -> Image.Image:
+        return self.images.image(self.rows[row])
+
+
+class LazySplits(Mapping[str, Any]):
+    """Splits that are opened when they are first asked for: `train` may be large or remote.
+
+    Raises `ValueError` if the `first` one, which is opened at once, is missing or empty.
+    """
+
+    def __init__(
+        self, read: Callable[[str], Any], names: Iterable[str], *, first: str, of: str
+    ) -> None:
+        self._read, self._names, self._opened = read, sorted(names), dict[str, Any]()
+        if first not in self._names:
+            present = ", ".join(self._names) or "none"
+            raise ValueError(f"{of}: has no split '{first}', only {present}")
+        if len(self[first].images) == 0:
+            raise ValueError(f"{of}: its split '{first}' is empty")
+
+    def __getitem__(self, split: str) -> Any:
+        if split not in self._names:
+            raise KeyError(split)
+        if split not in self._opened:
+            self._opened[split] = self._read(split)
+        return self._opened[split]
+
+    def __contains__(self, split: object) -> bool:
+        return split in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._opened, *self._names]))  # the opened ones first
+
+    def __len__(self) -> int:
+        return len(self._names)
