@@ -59,9 +59,11 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
         if word.startswith("-"):
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
             raise ValueError(unknown(name, [*known]))
-        if "runs" not in given:
+        several = {"runs", "models"} & given.keys()
+        if not several:
             raise ValueError(f"{word}: unexpected argument")
-        given["runs"].append(word)  # tyro takes one group of them: `compare a --json b` leaves b
+        # tyro takes one group of them: `compare a --json b` leaves b
+        given[several.pop()].append(word)
     tree: dict[str, Any] = {}
     for path in given.get("config", []):
         recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
