@@ -249,12 +249,12 @@ class Reader(Dataset[Batch]):
             raise BadSample(images.sample_id(row), images.name, str(error)) from error
 
     def blank(self) -> Tensor:
-        """A batch of one white image."""
+        """A batch of one black image."""
         if self.from_bytes:
             assert isinstance(self.transform, EvaluationTransform)
             size = self.transform.size
-            return torch.full((1, size, size, 3), 255, dtype=torch.uint8)
-        return self.transform(Image.new("RGB", (224, 224), "white")).unsqueeze(0)
+            return torch.zeros(1, size, size, 3, dtype=torch.uint8)
+        return self.transform(Image.new("RGB", (224, 224))).unsqueeze(0)
 
 
 def encode(
