@@ -145,7 +145,7 @@ class Encoder:
 
         def compute() -> Encoded:
             forward = partial(self.model.encode_text, normalize=False)
-            blank = partial(self.tokenizer, [""])
+            blank = partial(self.tokenizer, texts[:1])
             return self.encode(forward, batches(), blank, len(texts), stage)
 
         return self._kept("text", checksum(json.dumps(texts).encode()), compute).features
@@ -242,7 +242,7 @@ class Reader(Dataset[Batch]):
             box = partial(transform.box, draws=np.zeros(0, np.float32))
             encoded = images.encoded(row)  # type: ignore[attr-defined]
             pixels = decode_crop(encoded, box, transform.size, max_pixels=MAX_IMAGE_PIXELS)
-            return torch.from_numpy(pixels)
+            return torch.from_numpy(np.require(pixels, requirements="W"))
         except BadSample:
             raise
         except (ValueError, OSError) as error:
