@@ -1,5 +1,6 @@
 """`protoclip evaluate`."""
 
+import sys
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,16 +11,16 @@ from protoclip.files import to_json
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge models on data: zero-shot, retrieval, probes, clustering, geometry.
+    """Judge models on data, with 95% intervals.
 
-    Each accuracy has a 95% interval. docs/evaluation.md explains data, tasks
-    and records.
+    Tasks: zero_shot, retrieval, linear_probe, knn, clustering and geometry.
+    docs/evaluation.md has the data, the tasks and what is printed.
     """
 
     models: list[str]  # Runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
     _: KW_ONLY
     data: list[str] = field(default_factory=list)  # What to judge on, else emoji. May be repeated.
-    tasks: tuple[str, ...] | None = None  # zero_shot retrieval linear_probe knn clustering geometry
+    tasks: tuple[str, ...] | None = None  # Of those above; unset, all that data can serve.
     split: Literal["test", "validation", "train"] = "test"  # Choose models on validation.
     class_column: str | None = None  # Column of a table that holds the class.
     root: str | None = None  # Folder of the images, for data that need one.
@@ -81,6 +82,8 @@ class Evaluate:
                     for reference in self.data or ["emoji"]
                 ]
             )
+            for note in (note for of in data for note in of.notes if collectives.rank() == 0):
+                print(f"note: {note}", file=sys.stderr)
             suite.chosen_tasks(data, self.split, self.tasks)  # before models are loaded
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             found = {reference: records.with_means(judge(reference)) for reference in references}

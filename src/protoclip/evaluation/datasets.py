@@ -51,6 +51,7 @@ class EvaluationData:
     templates: Sequence[str] = ("{c}",)
     language: str = "en"
     image_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
@@ -62,7 +63,7 @@ def positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
 @cache
 def emoji() -> EvaluationData:
     """The bundled emoji, drawn in seven styles and split by concept family."""
-    pairs = {
+    pairs: dict[str, ImageTextPairs] = {
         split: ImageTextPairs(
             emoji_table(split), name=f"emoji/{split}", key=checksum(f"emoji/{split}".encode())
         )

@@ -57,7 +57,7 @@ def best_linear_probe(
         probes = fit_linear_probes(train_features, train_labels)
         return max(probes, key=lambda probe: probe.accuracy(validation_features, validation_labels))
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(seed))
-    held_out, rest = order.split([len(order) // 5, len(order) - len(order) // 5])
+    held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
     probes = fit_linear_probes(train_features[rest], train_labels[rest])
     right = [probe.accuracy(train_features[held_out], train_labels[held_out]) for probe in probes]
     strengths = REGULARISATIONS[: right.index(max(right)) + 1]

@@ -116,7 +116,7 @@ class SampleResults:
         return cls(images=parts[0], texts=parts[1])
 
 
-def drawn(ids: npt.NDArray[Any], *, draws: int, seed: int, kind: int) -> list[Rows]:
+def drawn(ids: npt.NDArray[Any], *, draws: int = DRAWS, seed: int, kind: int) -> list[Rows]:
     """Rows drawn with replacement, as many as there are, `draws` times.
 
     Draw `i` holds the same samples, by id, for every model with the same ids and seed, so that two
@@ -147,7 +147,8 @@ def resampled(results: SampleResults, *, draws: int = DRAWS, seed: int = 0) -> d
         by_class = [metric for metric in metrics if MEANS[metric].by is not None]
         values = {metric: results.values(metric) for metric in metrics}
         table = np.stack([values[metric] for metric in plain], axis=1) if plain else None
-        classes = {m: np.unique(columns[MEANS[m].by], return_inverse=True)[1] for m in by_class}
+        class_of = {metric: columns[str(MEANS[metric].by)] for metric in by_class}
+        classes = {m: np.unique(of, return_inverse=True)[1] for m, of in class_of.items()}
         means: dict[str, list[Any]] = {metric: [] for metric in metrics}
         for count in counted(rows):
             if table is not None:

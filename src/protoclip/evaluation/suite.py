@@ -17,12 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from protoclip.distributed.collectives import (
-    all_gather_object,
-    raise_on_all_ranks,
-    rank,
-    world_size,
-)
+from protoclip.distributed import collectives
+from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.datasets import EvaluationData, positions
@@ -32,7 +28,6 @@ from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
 from protoclip.evaluation.retrieval import best_relevant_rank
 from protoclip.evaluation.samples import (
-    DRAWS,
     IMAGE_COLUMNS,
     TEXT_COLUMNS,
     Draws,
@@ -57,11 +52,8 @@ GEOMETRY = (
     *("gap", "alignment", "uniformity_image", "uniformity_text"),
     *("effective_rank_image", "effective_rank_text"),
 )
-MEAN_RECALLS = {
-    "retrieval/text_to_image_mean": ("text_to_image",),
-    "retrieval/image_to_text_mean": ("image_to_text",),
-    "retrieval/mean": ("text_to_image", "image_to_text"),
-}
+RECALLS = [f"retrieval/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+PROBE = ("acc1", "acc5", "mean_per_class_recall")
 # The tasks: their names in records and, for each metric there, our own name. Where CLIP_benchmark
 # has a name, it is that one.
 TASKS: dict[str, tuple[str, dict[str, str]]] = {
@@ -79,17 +71,12 @@ TASKS: dict[str, tuple[str, dict[str, str]]] = {
         {
             **{f"image_retrieval_recall@{k}": f"retrieval/text_to_image@{k}" for k in (1, 5, 10)},
             **{f"text_retrieval_recall@{k}": f"retrieval/image_to_text@{k}" for k in (1, 5, 10)},
-            "image_retrieval_mean_recall": "retrieval/text_to_image_mean",
-            "text_retrieval_mean_recall": "retrieval/image_to_text_mean",
-            "mean_recall": "retrieval/mean",
+            "mean_recall": "retrieval/mean_recall",
         },
     ),
     "linear_probe": (
         "linear_probe",
-        {
-            f"lp_{name}": f"linear_probe/{name}"
-            for name in ("acc1", "acc5", "mean_per_class_recall")
-        },
+        {f"lp_{name}": f"linear_probe/{name}" for name in PROBE},
     ),
     "knn": ("knn", {"acc1": "knn/acc1"}),
     "clustering": ("clustering", {name: f"clustering/{name}" for name in ("ami", "ari")}),
@@ -97,7 +84,7 @@ TASKS: dict[str, tuple[str, dict[str, str]]] = {
 }
 # What `protocol="paper"` changes, by task, as records say it.
 PAPER = {
-    "retrieval": "paper: mean_recall is the mean of recall@1, 5 and 10",
+    "retrieval": "paper: mean_recall is the mean of recall@1, 5 and 10 both ways",
     "linear_probe": "paper: unnormalised features (but the strength is never chosen on test)",
     "clustering": "paper: K-means of normalised test features, k = classes, best of 5 restarts",
 }
@@ -105,8 +92,7 @@ PAPER = {
 RUN_METRICS = (
     *(f"zero_shot/acc{k}" for k in (1, 5)),
     *(f"zero_shot_subgroup/acc{k}" for k in (1, 5)),
-    *(f"retrieval/image_to_text@{k}" for k in (1, 5, 10)),
-    *(f"retrieval/text_to_image@{k}" for k in (1, 5, 10)),
+    *RECALLS,
     *("linear_probe/acc1", "knn/acc1", "clustering/ami", "clustering/ari"),
     *(f"modality_gap/{name}" for name in GEOMETRY[:4]),
 )
@@ -237,12 +223,12 @@ def results(
         if samples_to is not None and rank() == 0:
             write_samples(measured.samples, samples_to / f"{of.name}-{split}.parquet")
         draws, part = measured.draws(), features.parts[split]
+        # The best five of fewer classes say nothing.
+        few = "acc5" if 0 < number_of_classes(of, split) < 5 else "none"
         for task in of_tasks:
             name, names = TASKS[task]
-            metrics = {key: own for key, own in names.items() if own in measured.metrics}
-            for key, own in names.items():
-                if own in measured.few:  # the best five of fewer say nothing
-                    metrics.pop(key, None)
+            known = {key: own for key, own in names.items() if own in measured.metrics}
+            metrics = {key: own for key, own in known.items() if not key.endswith(few)}
             of_task = {key: draws[own] for key, own in metrics.items() if own in draws}
             record: dict[str, Any] = {
                 "dataset": of.name,
@@ -297,11 +283,7 @@ def evaluate_run(
         transform, tokenizer: A PIL image to `(3, h, w)`; captions to tokens `(b, c)`.
         split: `test`, with the linear probe's strength chosen on `validation`; or `validation` for
             tuning, where the probe is optimistic.
-        show: Show progress.
         samples_to: Folder for the results of each sample; only a warning if it cannot be written.
-
-    Raises:
-        ValueError: The model's features are not finite; on every rank.
     """
     data = data or datasets.emoji()
     (tasks,) = chosen_tasks([data], split, None)
@@ -341,8 +323,8 @@ def chosen_tasks(
         if tasks and all(reasons):
             raise ValueError(f"{names}: {task} needs {reasons[0]}; choose other data or --tasks")
     if all(all(reasons) for reasons in lacking.values()):
-        reasons = "; ".join(f"{task} needs {found[0]}" for task, found in lacking.items())
-        raise ValueError(f"{names}: can serve no task ({reasons})")
+        why = "; ".join(f"{task} needs {reasons[0]}" for task, reasons in lacking.items())
+        raise ValueError(f"{names}: can serve no task ({why})")
     return [[task for task in lacking if not lacking[task][number]] for number in range(len(data))]
 
 
@@ -371,10 +353,18 @@ def lacks(data: EvaluationData, split: str, task: str) -> str:
     if labels.ndim == 2:
         return "one class an image, and these are multilabel data"
     if task == "clustering":
-        return "" if len(torch.unique(labels)) > 1 else "images of two classes or more"
+        return "" if len(set(labels.tolist())) > 1 else "images of two classes or more"
     if train is None or train.labels is None or split == "train":
         return "a labelled train split beside the one that is measured"
-    return "" if len(torch.unique(train.labels)) > 1 else "a train split of two classes or more"
+    return "" if len(set(train.labels.tolist())) > 1 else "a train split of two classes or more"
+
+
+def number_of_classes(data: EvaluationData, split: str) -> int:
+    """Of the classes, or of the emoji's concepts, that an image is told from; 0 without labels."""
+    labels = data.splits[split].labels
+    if split in data.image_names:
+        return len(set(data.image_names[split]))
+    return 0 if labels is None else len(data.class_names) or len(set(labels.tolist()))
 
 
 def check_labels(data: EvaluationData, split: str) -> None:
@@ -443,10 +433,10 @@ def extract(
     """The features that the tasks need; images and texts that no task needs are not encoded."""
     wanted = [split]
     if {"linear_probe", "knn"} & {*tasks}:
+        wanted = ["train", split]
         validation = data.splits.get("validation")
-        labelled = validation is not None and validation.labels is not None
-        chooses = "linear_probe" in tasks and labelled and len(validation.images)
-        wanted = ["train", *(["validation"] if chooses else []), split]
+        if "linear_probe" in tasks and validation and len(validation.images):
+            wanted = ["train", "validation", split] if validation.labels is not None else wanted
     parts = {}
     for name in dict.fromkeys(wanted):
         stage = f"{data.name} images: {name}"
@@ -461,7 +451,7 @@ def extract(
 
     def classifier(names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
         encoded = encoder.texts(prompts(names, templates), stage=stage)
-        return zero_shot_classifier(encoded.unflatten(0, (len(names), len(templates))))
+        return zero_shot_classifier(encoded.view(len(names), len(templates), -1))
 
     if "zero_shot" in tasks:
         if part.names is not None:
@@ -542,20 +532,18 @@ class Measured:
     metrics: dict[str, float]
     samples: SampleResults
     scores: tuple[Tensor, Tensor] | None  # of multilabel data: scores and presence `(n, k)`
-    few: set[str]  # metrics of the best five, where there are fewer classes
 
     def draws(self, *, seed: int = 0) -> dict[str, Draws]:
         """Metrics on test sets drawn with replacement; for those in `metrics` that allow it."""
-        found = resampled(self.samples, draws=DRAWS, seed=seed)
+        found = resampled(self.samples, seed=seed)
         if self.scores is not None:
-            rows = drawn(self.samples.images["sample_id"], draws=DRAWS, seed=seed, kind=0)
+            rows = drawn(self.samples.images["sample_id"], seed=seed, kind=0)
             scores, present = (of.numpy() for of in self.scores)
             values = average_precisions(scores.astype(np.float64), present, list(counted(rows)))
             found["zero_shot/mean_average_precision"] = values.mean(axis=1)
-        for name, ways in MEAN_RECALLS.items():
-            if name in self.metrics:
-                parts = [found[f"retrieval/{way}@{k}"] for way in ways for k in (1, 5, 10)]
-                found[name] = cast(Draws, np.mean(parts, axis=0))
+        if "retrieval/mean_recall" in self.metrics:
+            recalls = np.stack([found[name] for name in RECALLS])
+            found["retrieval/mean_recall"] = recalls.mean(axis=0)
         return {name: values for name, values in found.items() if name in self.metrics}
 
 
@@ -577,7 +565,7 @@ def measure(
     ]
 
     def measure_share() -> dict[str, Any]:
-        own = stages[rank() :: world_size()]
+        own = stages[rank() :: collectives.world_size()]
         progress = Progress(f"evaluate: {data.name} metrics", len(own))
         share: dict[str, Any] = {}
         for done, stage in enumerate(own, 1):
@@ -587,7 +575,7 @@ def measure(
         return share
 
     found: dict[str, Any] = {}
-    for share in all_gather_object(raise_on_all_ranks(measure_share)):
+    for share in collectives.all_gather_object(raise_on_all_ranks(measure_share)):
         found |= share
     part = features.parts[split]
 
@@ -601,21 +589,10 @@ def measure(
         texts=columns(part.captions.ids if has_texts and part.captions else [], TEXT_COLUMNS),
     )
     metrics = {name: samples.mean(name) for name in samples.means()}
-    metrics |= {name: value for name, value in found.items() if isinstance(value, float)}
+    metrics |= {name: found[name] for name in sorted(found) if isinstance(found[name], float)}
     if paper and "retrieval" in tasks:
-        for name, ways in MEAN_RECALLS.items():
-            values = [metrics[f"retrieval/{way}@{k}"] for way in ways for k in (1, 5, 10)]
-            metrics[name] = float(np.mean(values))
-    texts, train = features.texts, features.parts.get("train")
-    candidates = {
-        "zero_shot/acc5": len(texts.get("names", texts.get("classes", ()))),
-        "zero_shot_subgroup/acc5": len(texts.get("classes", ())),
-        "linear_probe/acc5": 0
-        if train is None or train.labels is None
-        else len(train.labels.unique()),
-    }
-    few = {metric for metric, number in candidates.items() if number < 5}
-    return Measured(metrics=metrics, samples=samples, scores=found.get("scores"), few=few)
+        metrics["retrieval/mean_recall"] = float(np.mean([metrics[name] for name in RECALLS]))
+    return Measured(metrics=metrics, samples=samples, scores=found.get("scores"))
 
 
 def stages_of(
@@ -655,8 +632,8 @@ def stages_of(
     def probe() -> dict[str, Any]:
         assert labels is not None
         known = [parts["train"], *([parts["validation"]] if "validation" in parts else [])]
-        given = [of for p in known for of in (p.features if paper else p.unit, p.labels)]
-        found = best_linear_probe(*given)
+        given = [(p.features if paper else p.unit, p.labels) for p in known]
+        found = best_linear_probe(*cast(list[Tensor], [of for pair in given for of in pair]))
         measured = part.features if paper else images
         return {
             "class": labels,
