@@ -162,7 +162,7 @@ def evaluate(
         Records in CLIP_benchmark's schema: `dataset model pretrained task metrics language`. They
         also have `split`, `samples`, `bad_share` (the share of images that cannot be used),
         `intervals` (95%, by metric, from 1,000 bootstrap draws of the samples) and, where it
-        applies, `templates` (their number) and `protocol`.
+        applies, `templates` and `protocol`.
 
     Raises:
         ValueError: No data set can serve a task, data are faulty, or features are not finite.
@@ -243,7 +243,7 @@ def results(
                 "intervals": {key: interval(values) for key, values in of_task.items()},
             }
             if task == "zero_shot":
-                record["templates"] = len(templates or of.templates)
+                record["templates"] = list(templates or of.templates)
             if paper and task in PAPER:
                 record["protocol"] = PAPER[task]
             found.append(Result(record=record, draws=of_task, ids=part.ids))
@@ -334,7 +334,7 @@ def lacks(data: EvaluationData, split: str, task: str) -> str:
     Raises:
         ValueError: A label is not the number of a class.
     """
-    part, train = data.splits[split], data.splits.get("train")
+    part = data.splits[split]
     labels = part.labels
     if task in ("retrieval", "geometry"):
         for row, captions in enumerate(part.captions or ()):
@@ -354,6 +354,7 @@ def lacks(data: EvaluationData, split: str, task: str) -> str:
         return "one class an image, and these are multilabel data"
     if task == "clustering":
         return "" if len(set(labels.tolist())) > 1 else "images of two classes or more"
+    train = data.splits.get("train")  # opens it, which may take long
     if train is None or train.labels is None or split == "train":
         return "a labelled train split beside the one that is measured"
     return "" if len(set(train.labels.tolist())) > 1 else "a train split of two classes or more"

@@ -22,7 +22,7 @@ from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets, suite
-from protoclip.evaluation.datasets import EvaluationData, Split, positions
+from protoclip.evaluation.datasets import EvaluationData, Split, of_pairs
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.samples import IMAGE_COLUMNS, TEXT_COLUMNS, SampleResults
 from protoclip.models.protoclip import ProtoCLIP
@@ -57,27 +57,8 @@ def pairs(split):
     return ImageTextPairs(pa.Table.from_pylist(rows), name=f"tiny/{split}")
 
 
-def emoji_like(name, parts):
-    """Data that are described as the emoji are."""
-    splits = {
-        split: Split(
-            images=part,
-            labels=positions(part.column("subgroup"), sorted(CLASSES)),
-            captions=[(part.caption(row),) for row in range(len(part))],
-            groups=[int(concept[1:]) for concept in part.column("concept")],
-        )
-        for split, part in parts.items()
-    }
-    return EvaluationData(
-        name=name,
-        splits=splits,
-        class_names=[of_class.replace("-", " ") for of_class in sorted(CLASSES)],
-        image_names={split: list(part.column("label")) for split, part in parts.items()},
-    )
-
-
 PAIRS = {split: pairs(split) for split in CONCEPTS}
-TINY = emoji_like("tiny", PAIRS)
+TINY = of_pairs("tiny", PAIRS)
 
 
 def image_transform(image):
@@ -214,7 +195,7 @@ def test_concepts_of_equal_name_are_one_class():
     same = pa.array(["name 32"] * (2 * STYLES) + table["label"].to_pylist()[2 * STYLES :])
     renamed = table.set_column(table.column_names.index("label"), "label", same)
     test = ImageTextPairs(renamed, name="twins/test")
-    twins = emoji_like("twins", {**PAIRS, "test": test})
+    twins = of_pairs("twins", {**PAIRS, "test": test})
     metrics, _ = measure(Oracle(), twins)
     # Concept 33 shares the name of 32, and the name speaks of 32 and of another class.
     assert metrics["eval/twins/zero_shot/acc1"] == pytest.approx(15 / 16)
@@ -342,7 +323,7 @@ def test_perfect_features_score_one_in_every_task():
                 assert record["intervals"][metric] == pytest.approx([1.0, 1.0]), metric
             seen |= record["metrics"].keys()
     assert seen == {*ACCURACIES} - {"mean_average_precision"}
-    assert records["zeroshot_classification"]["templates"] == 2
+    assert records["zeroshot_classification"]["templates"] == ["a class {c}", "some class {c}"]
     assert "unnormalised" in records["linear_probe"]["protocol"]
     assert "protocol" not in records["knn"]
 
