@@ -22,6 +22,7 @@ from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.evaluation import datasets, suite
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.models import loading
 
@@ -38,8 +39,9 @@ def emoji(run: Path | None) -> tuple[Tensor, Tensor]:
         loaded = model, loading.evaluation_transform(model), loading.tokenizer(config)
     else:
         loaded = loading.load(run)
-    features = suite.extract(*loaded, data, split="test")["train"]
-    return features, torch.unique(data.labels("train"), return_inverse=True)[1]
+    encoder = Encoder(model=loaded[0], transform=loaded[1], tokenizer=loaded[2])
+    part = suite.extract(encoder, data, ["linear_probe"], split="test").parts["train"]
+    return part.unit, torch.unique(part.labels, return_inverse=True)[1]
 
 
 def made_up(rows: int, width: int, classes: int) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, by: str = "SIGTERM") 
 def few_emoji() -> datasets.EvaluationData:
     """The evaluation data cut to every 25th sample, so that an evaluation takes a second."""
     tables = {split: emoji_table(split) for split in datasets.SPLITS}
-    parts = {
+    parts: dict[str, ImageTextPairs] = {
         split: ImageTextPairs(table.take(list(range(0, table.num_rows, 25))), name=f"emoji/{split}")
         for split, table in tables.items()
     }

@@ -15,6 +15,7 @@ import sys
 import torch
 
 from protoclip.evaluation import compare, datasets, suite
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.models import loading
 from protoclip.progress import Progress
@@ -26,11 +27,11 @@ def accuracies(folder: str) -> dict[str, list[float]]:
     """Percent right by split and strength."""
     data = datasets.emoji()
     model, transform, tokenizer = loading.load(folder)
-    features = suite.extract(model, transform, tokenizer, data, split="test")
-    labels = {split: data.labels(split) for split in SPLITS}
-    probes = fit_linear_probes(features["train"], labels["train"])
+    encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer)
+    parts = suite.extract(encoder, data, ["linear_probe"], split="test").parts
+    probes = fit_linear_probes(parts["train"].unit, parts["train"].labels)
     return {
-        split: [100 * probe.accuracy(features[split], labels[split]) for probe in probes]
+        split: [100 * probe.accuracy(parts[split].unit, parts[split].labels) for probe in probes]
         for split in SPLITS[1:]
     }
 

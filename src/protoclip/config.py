@@ -285,8 +285,9 @@ def read(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(inner)}")
         return value
     if origin in (list, tuple):
-        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(inner)):
-            count = f"{len(inner)} values" if origin is tuple else "a list"
+        fixed = origin is tuple and inner[-1] is not Ellipsis
+        if not isinstance(value, list | tuple) or (fixed and len(value) != len(inner)):
+            count = f"{len(inner)} values" if fixed else "a list"
             raise ValueError(f"{name}: {value!r} is not {count}")
         return origin(read(f"{name}[{i}]", item, inner[0]) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):

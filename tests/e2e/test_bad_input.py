@@ -100,7 +100,7 @@ def test_other_commands_name_what_is_missing(tmp_path, capsys):
         f"compare {tmp_path}/none": "no such run folder",
         f"compare {tmp_path}": "not the results of a run",
         "compare": "runs: is missing",
-        "evaluate": "path: is missing",
+        "evaluate": "models: is missing",
         "embed-teacher --out here": "teacher: is missing",
         "unknown": "unknown: choose one of train, evaluate",
         "trian": "trian: did you mean train?",

@@ -8,7 +8,7 @@ import protoclip
 from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import datasets
-from protoclip.evaluation.retrieval import zero_shot_ranks
+from protoclip.evaluation.zero_shot import zero_shot_ranks
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 

@@ -1,51 +1,111 @@
 """`protoclip evaluate`."""
 
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+import sys
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from protoclip.config import Count
 from protoclip.files import to_json
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run or checkpoint on the emoji's held-out concepts."""
+    """Judge models on data, with 95% intervals.
 
-    path: str  # A run folder or a checkpoint folder.
+    Tasks: zero_shot, retrieval, linear_probe, knn, clustering and geometry.
+    docs/evaluation.md has the data, the tasks and what is printed.
+    """
+
+    models: list[str]  # Runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
     _: KW_ONLY
-    split: Literal["test", "validation"] = "test"  # Choose models on validation.
-    json: bool = False  # Print the metrics as JSON.
+    data: list[str] = field(default_factory=list)  # What to judge on, else emoji. May be repeated.
+    tasks: tuple[str, ...] | None = None  # Of those above; unset, all that data can serve.
+    split: Literal["test", "validation", "train"] = "test"  # Choose models on validation.
+    class_column: str | None = None  # Column of a table that holds the class.
+    root: str | None = None  # Folder of the images, for data that need one.
+    templates: str | None = None  # Prompts: openai, simple, or a file with {c} for the class.
+    protocol: Literal["paper"] | None = None  # The reference code's choices: paper.
+    compare_to: str | None = None  # Model to which differences are shown.
+    out: str | None = None  # Folder for one JSON file a record.
+    json: bool = False  # Print the records as JSON.
+    cache: bool = True  # Keep features, so that another task is quick.
+    batch_size: Count = 256  # Images or texts encoded at once.
+    workers: int | None = None  # Processes that read images; unset, one a core.
 
     def __call__(self) -> None:
         import torch
 
+        from protoclip.data.index import cache_folder
         from protoclip.distributed import collectives
-        from protoclip.evaluation.suite import evaluate
+        from protoclip.evaluation import datasets, records, suite
+        from protoclip.evaluation.features import Encoder
         from protoclip.models import loading
 
         torch.set_flush_denormal(True)
-        device, folder = collectives.device("auto"), Path(self.path)
-        # `compare` reads the results by sample. An unfinished run would keep outdated ones.
-        finished = (folder / "results.json").is_file()
-        with collectives.process_group(device):
+        device = collectives.device("auto")
+
+        def judge(reference: str) -> list[suite.Result]:
             model, transform, tokenizer = collectives.raise_on_all_ranks(
-                lambda: loading.load(self.path)
+                lambda: loading.load(reference)
             )
-            metrics = evaluate(
-                loading.to_device(model, device),
-                transform,
-                tokenizer,
+            encoder = Encoder(
+                model=loading.to_device(model, device),
+                transform=transform,
+                tokenizer=tokenizer,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                cache=cache_folder() / "features" if self.cache else None,
+                show=True,
+            )
+            name, pretrained = names_of(reference)
+            # `compare` reads the results by sample. An unfinished run would keep outdated ones.
+            finished = (Path(reference) / "results.json").is_file()
+            return suite.results(
+                encoder,
+                data,
+                self.tasks,
                 split=self.split,
-                samples_to=folder / "results" if finished else None,
+                templates=self.templates,
+                protocol=self.protocol,
+                model_name=name,
+                pretrained=pretrained,
+                samples_to=Path(reference) / "results" if finished else None,
             )
-        if collectives.launched()[0] == 0:
-            print_results({"metrics": metrics}, json=self.json)
+
+        with collectives.process_group(device):
+            data = collectives.raise_on_all_ranks(
+                lambda: [
+                    datasets.open_data(
+                        reference, root=self.root, class_column=self.class_column, split=self.split
+                    )
+                    for reference in self.data or ["emoji"]
+                ]
+            )
+            for note in (note for of in data for note in of.notes if collectives.rank() == 0):
+                print(f"note: {note}", file=sys.stderr)
+            suite.chosen_tasks(data, self.split, self.tasks)  # before models are loaded
+            references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
+            found = {reference: records.with_means(judge(reference)) for reference in references}
+        if collectives.launched()[0] > 0:
+            return
+        if self.compare_to is not None:
+            first = found[self.compare_to]
+            for reference in found:
+                if reference != self.compare_to:
+                    found[reference] = records.with_differences(found[reference], first)
+        all_records = [result.record for of_model in found.values() for result in of_model]
+        if self.out is not None:
+            records.write_records([r for r in all_records if "datasets" not in r], Path(self.out))
+        if self.json:
+            print(to_json(all_records, indent=2))
+        else:
+            records.show(list(found.values()))
 
 
-def print_results(results: Mapping[str, Any], *, json: bool) -> None:
-    if json:
-        print(to_json(results, indent=2))
-        return
-    for name, value in results["metrics"].items():
-        print(f"{name:<45} {value:.4f}")
+def names_of(reference: str) -> tuple[str, str]:
+    """What records call a model: its name, and the tag of its weights if it has one."""
+    if reference.startswith("open_clip:"):
+        name, _, tag = reference.removeprefix("open_clip:").partition("/")
+        return name, tag or "none"
+    return reference, "none"

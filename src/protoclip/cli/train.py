@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from protoclip.cli.evaluate import print_results
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Config
+from protoclip.files import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,11 @@ class Train(Config, Recipes):
         results = run.train(config, resume=self.resume)
         if collectives.launched()[0] > 0:
             return
-        print_results(results, json=self.json)
+        if self.json:
+            print(to_json(results, indent=2))
+        else:
+            for name, value in results["metrics"].items():
+                print(f"{name:<45} {value:.4f}")
         if "stopped" in results:
             print(
                 f"{results['stopped']}: stopped after step {results['steps']}; the same command "

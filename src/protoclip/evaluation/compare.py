@@ -15,12 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.stats import t
 
-from protoclip.evaluation.samples import Draws, SampleResults, resampled
+from protoclip.evaluation.samples import DRAWS, Draws, SampleResults, interval, resampled
 
 # Rows of the table that are percentages, by the end of the metric's name.
 LABELS = {
-    "zero_shot/acc1": "zero-shot, unseen concepts, acc1",
-    "zero_shot/acc5": "zero-shot, unseen concepts, acc5",
+    **{f"zero_shot/acc{k}": f"zero-shot, acc{k}" for k in (1, 5)},
     "zero_shot_subgroup/acc1": "zero-shot, subgroups, acc1",
     "zero_shot_subgroup/acc5": "zero-shot, subgroups, acc5",
     **{f"retrieval/image_to_text@{k}": f"image-to-text recall@{k}" for k in (1, 5, 10)},
@@ -30,13 +29,12 @@ LABELS = {
     "clustering/ami": "K-means AMI",
     "clustering/ari": "K-means ARI",
 }
+EMOJI_LABELS = {f"zero_shot/acc{k}": f"zero-shot, unseen concepts, acc{k}" for k in (1, 5)}
 SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if it leaves out 0."
 INTERVALS = {
     "seeds": "Several seeds: paired by seed, Student's t.",
     "bootstrap": "One seed: bootstrap over test samples; it does not cover other seeds.",
 }
-DRAWS = 1000  # of the bootstrap
-
 Run = Mapping[str, Any]
 
 
@@ -149,9 +147,9 @@ def difference(
     seeds = [seed for seed in two if seed in one]
     gains = [float(two[seed] - one[seed]) for seed in seeds]
     mean = np.mean(gains or [float(np.mean(list(two.values())) - np.mean(list(one.values())))])
-    interval, kind, n = None, None, len(seeds)
+    ends, kind, n = None, None, len(seeds)
     if n > 1:
-        interval, kind = t_interval(gains), "seeds"
+        ends, kind = list(t_interval(gains)), "seeds"
     elif n == 1 and key.count("/") > 1:
         _, data, metric = key.split("/", 2)
         files = [run[seeds[0]].get("samples", {}).get(data) for run in (first, second)]
@@ -159,10 +157,9 @@ def difference(
             (samples, draws), (others, other_draws) = map(resample, files)
             ids, other_ids = (sorted(of.rows(metric)["sample_id"]) for of in (samples, others))
             if metric in draws and ids == other_ids:
-                low, high = np.quantile(other_draws[metric] - draws[metric], [0.025, 0.975])
-                interval, kind, n = (float(low), float(high)), "bootstrap", len(ids)
-    beyond = interval is not None and not interval[0] <= 0 <= interval[1]
-    ends = None if interval is None else list(interval)
+                ends = interval(other_draws[metric] - draws[metric])
+                kind, n = "bootstrap", len(ids)
+    beyond = ends is not None and not ends[0] <= 0 <= ends[1]
     return {"mean": float(mean), "interval": ends, "n": n, "kind": kind, "beyond": beyond}
 
 
@@ -182,11 +179,15 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     table.caption, table.caption_justify = " ".join(lines) or None, "left"
     for entry in entries:
         count = len(entry["seeds"])
-        name = "".join(letter if letter.isprintable() else "?" for letter in entry["name"])
+        name = printable(entry["name"])
         table.add_column(f"{escape(name)}\n{count} seed{'s' if count > 1 else ''}", justify="right")
-    for key in dict.fromkeys(key for entry in entries for key in entry["metrics"]):
-        metric = key.removeprefix("eval/").partition("/")[2]
-        label = LABELS.get(metric, metric.replace("modality_gap/", "").replace("_", " "))
+    keys = list(dict.fromkeys(key for entry in entries for key in entry["metrics"]))
+    several = len({key.removeprefix("eval/").partition("/")[0] for key in keys}) > 1
+    for key in keys:
+        data, _, metric = key.removeprefix("eval/").partition("/")
+        labels = LABELS | (EMOJI_LABELS if data == "emoji" else {})
+        label = labels.get(metric, metric.replace("modality_gap/", "").replace("_", " "))
+        label = printable(f"{data}: {label}" if several else label)
         scale, digits = (100.0, 1) if metric in LABELS else (1.0, 3)
         found = [entry["metrics"].get(key) for entry in entries]
         table.add_row(escape(label), *(escape(cell(v, scale=scale, digits=digits)) for v in found))
@@ -197,23 +198,36 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     ratios = [f" ({s / seconds[0]:.2f})" if s is not None and seconds[0] else "" for s in seconds]
     shown = ["-" if s is None else f"{s:,.0f}{r}" for s, r in zip(seconds, ratios, strict=True)]
     table.add_row("training, seconds (ratio)", *shown)
+    print_table(table, columns=len(entries))
+
+
+def printable(name: str) -> str:
+    """A name that any terminal can show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def print_table(table: Table, *, columns: int) -> None:
+    """Print a table, outside a terminal as wide as its columns need."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=40 + 30 * len(entries))  # as wide as it needs to be
+        console = Console(width=60 + 30 * columns)
     console.print(table)
 
 
 def cell(value: Mapping[str, Any] | None, *, scale: float, digits: int) -> str:
-    """Mean and spread; on a second line the difference, such as `+3.4 [+2.8, +4.0]*`."""
+    """Mean, and spread or interval; on a second line the difference, as `+3.4 [+2.8, +4.0]*`."""
     if value is None:
         return "-"
     text = f"{value['mean'] * scale:.{digits}f}"
+    if value.get("interval") is not None:
+        low, high = (f"{end * scale:.{digits}f}" for end in value["interval"])
+        text += f" [{low}, {high}]"
     if "spread" in value:
         text += f" ± {value['spread'] * scale:.{digits}f}"
     if "difference" in value:
-        mean, interval, beyond = (value["difference"][k] for k in ("mean", "interval", "beyond"))
+        mean, ends, beyond = (value["difference"][k] for k in ("mean", "interval", "beyond"))
         text += f"\n{mean * scale:+.{digits}f}"
-        if interval is not None:
-            low, high = (f"{end * scale:+.{digits}f}" for end in interval)
+        if ends is not None:
+            low, high = (f"{end * scale:+.{digits}f}" for end in ends)
             text += f" [{low}, {high}]" + "*" * beyond
     return text

@@ -106,36 +106,11 @@ class EvaluationData:
     #: What the user should know, such as samples that were left out.
     notes: Sequence[str] = ()
 
-    # Below: what the suite used before the splits above.
-
-    def split(self, name: str) -> ImageTextPairs:
-        pairs = self.splits[name].images
-        assert isinstance(pairs, ImageTextPairs)
-        return pairs
-
-    def classes(self) -> list[str]:
-        return list(self.class_names)
-
-    def labels(self, split: str) -> Int[Tensor, " n"]:
-        labels = self.splits[split].labels
-        assert labels is not None
-        return labels
-
 
 def positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
     """Where each value stands in a list of distinct ones."""
     position = {value: index for index, value in enumerate(among)}
     return torch.tensor([position[value] for value in values], dtype=torch.long)
-
-
-def distinct_captions(pairs: ImageTextPairs) -> tuple[list[str], list[str], list[int]]:
-    """The distinct captions of each concept, their concepts, and the caption number of each row."""
-    number: dict[tuple[str, str], int] = {}
-    of_row = [
-        number.setdefault((pairs.caption(row), concept), len(number))
-        for row, concept in enumerate(pairs.column("concept"))
-    ]
-    return [caption for caption, _ in number], [concept for _, concept in number], of_row
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Ranks among candidates, from which recall at k and zero-shot accuracy are counted."""
+"""Retrieval: ranks among candidates, and recall at k, with any number of captions an image."""
 
 import torch
 from jaxtyping import Float, Int
@@ -37,11 +37,6 @@ def best_relevant_rank(
     return torch.cat(ranks)
 
 
-def zero_shot_ranks(
-    images: Float[Tensor, "n d"], classes: Float[Tensor, "k d"], labels: Int[Tensor, " n"]
-) -> Int[Tensor, " n"]:
-    """How many wrong classes are at least as similar to each image as its own (Radford et al. 2021)
-
-    Classes are the encoded names of classes; ranks are in [0, k).
-    """
-    return best_relevant_rank(images, classes, labels, torch.arange(len(classes)))
+def recall_at(ranks: Int[Tensor, " n"], k: int) -> float:
+    """Share of queries that find a relevant candidate among their `k` most similar ones."""
+    return float((ranks < k).double().mean())

@@ -1,211 +1,571 @@
-"""The evaluation suite: every metric of one model on one data set."""
+"""Judge any model on any data: every task of one model on one or more data sets.
+
+The file reads in the order of a reader's questions: what can be asked (`evaluate`), which tasks the
+data can serve, which features they need, what is measured, and how it is written down.
+"""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from PIL import Image
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from protoclip.distributed.collectives import (
-    all_gather,
-    all_gather_object,
-    raise_on_all_ranks,
-    rank,
-    world_size,
-)
+from protoclip.distributed import collectives
+from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.clustering import clustering
-from protoclip.evaluation.datasets import EvaluationData, distinct_captions, positions
-from protoclip.evaluation.geometry import modality_gap
+from protoclip.evaluation.datasets import EvaluationData, positions
+from protoclip.evaluation.features import Bad, Encoder, Model, Tokenizer, Transform
+from protoclip.evaluation.geometry import effective_rank, modality_gap
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
-from protoclip.evaluation.retrieval import best_relevant_rank, zero_shot_ranks
-from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, TEXT_COLUMNS, SampleResults
-from protoclip.models.protoclip import TowerPair
+from protoclip.evaluation.retrieval import best_relevant_rank
+from protoclip.evaluation.samples import (
+    IMAGE_COLUMNS,
+    TEXT_COLUMNS,
+    Draws,
+    SampleResults,
+    counted,
+    drawn,
+    interval,
+    resampled,
+)
+from protoclip.evaluation.zero_shot import (
+    average_precisions,
+    mean_average_precision,
+    prompts,
+    zero_shot_classifier,
+    zero_shot_ranks,
+)
 from protoclip.progress import Progress
 
-# Metrics that one stage of `measure` computes as a whole, beside the means over samples.
-SCORES = {
-    "clustering": ("ami", "ari"),
-    "modality_gap": ("gap", "alignment", "uniformity_image", "uniformity_text"),
+Data = str | EvaluationData
+GEOMETRY = (
+    *("gap", "alignment", "uniformity_image", "uniformity_text"),
+    *("effective_rank_image", "effective_rank_text"),
+)
+RECALLS = [f"retrieval/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+PROBE = ("acc1", "acc5", "mean_per_class_recall")
+# The tasks: their names in records and, for each metric there, our own name. Where CLIP_benchmark
+# has a name, it is that one.
+TASKS: dict[str, tuple[str, dict[str, str]]] = {
+    "zero_shot": (
+        "zeroshot_classification",
+        {
+            **{f"acc{k}": f"zero_shot/acc{k}" for k in (1, 5)},
+            "mean_per_class_recall": "zero_shot/mean_per_class_recall",
+            **{f"subgroup_acc{k}": f"zero_shot_subgroup/acc{k}" for k in (1, 5)},
+            "mean_average_precision": "zero_shot/mean_average_precision",
+        },
+    ),
+    "retrieval": (
+        "zeroshot_retrieval",
+        {
+            **{f"image_retrieval_recall@{k}": f"retrieval/text_to_image@{k}" for k in (1, 5, 10)},
+            **{f"text_retrieval_recall@{k}": f"retrieval/image_to_text@{k}" for k in (1, 5, 10)},
+            "mean_recall": "retrieval/mean_recall",
+        },
+    ),
+    "linear_probe": (
+        "linear_probe",
+        {f"lp_{name}": f"linear_probe/{name}" for name in PROBE},
+    ),
+    "knn": ("knn", {"acc1": "knn/acc1"}),
+    "clustering": ("clustering", {name: f"clustering/{name}" for name in ("ami", "ari")}),
+    "geometry": ("geometry", {name: f"modality_gap/{name}" for name in GEOMETRY}),
 }
+# What `protocol="paper"` changes, by task, as records say it.
+PAPER = {
+    "retrieval": "paper: mean_recall is the mean of recall@1, 5 and 10 both ways",
+    "linear_probe": "paper: unnormalised features (but the strength is never chosen on test)",
+    "clustering": "paper: K-means of normalised test features, k = classes, best of 5 restarts",
+}
+# The metrics of a run's own evaluation, in their order.
+RUN_METRICS = (
+    *(f"zero_shot/acc{k}" for k in (1, 5)),
+    *(f"zero_shot_subgroup/acc{k}" for k in (1, 5)),
+    *RECALLS,
+    *("linear_probe/acc1", "knn/acc1", "clustering/ami", "clustering/ari"),
+    *(f"modality_gap/{name}" for name in GEOMETRY[:4]),
+)
 
-Transform = Callable[[Image.Image], Tensor]
-Tokenizer = Callable[[list[str]], Tensor]
 
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One task of one model on one data set.
 
-def metric_names(data: str) -> list[str]:
-    """The keys of `evaluate` on a data set of that name, in their order."""
-    scores = [f"{stage}/{name}" for stage, names in SCORES.items() for name in names]
-    return [f"eval/{data}/{metric}" for metric in (*MEANS, *scores)]
+    Attributes:
+        record: As `evaluate` returns it.
+        draws: Of each metric that has an interval, its values on the bootstrap's draws, `(draws,)`.
+        ids: The measured samples. Draw `i` of two results with equal ids holds the same samples.
+    """
+
+    record: dict[str, Any]
+    draws: Mapping[str, Draws] = field(repr=False)
+    ids: Sequence[str] = field(repr=False)
 
 
 def evaluate(
-    model: TowerPair,
+    model: Model,
+    image_transform: Transform,
+    tokenizer: Tokenizer,
+    data: Data | Sequence[Data],
+    tasks: Sequence[str] | None = None,
+    *,
+    split: str = "test",
+    templates: str | Sequence[str] | None = None,
+    protocol: str | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+    cache: Path | None = None,
+    model_name: str = "model",
+    pretrained: str = "none",
+    show: bool = False,
+) -> list[dict[str, Any]]:
+    """Judge a model on data: one record for each data set and task.
+
+    | task | metrics in the record |
+    |---|---|
+    | `zero_shot` | `acc1 acc5 mean_per_class_recall`; multilabel: `mean_average_precision` |
+    | `retrieval` | `image_retrieval_recall@k text_retrieval_recall@k`, k = 1, 5, 10 |
+    | `linear_probe` | `lp_acc1 lp_acc5 lp_mean_per_class_recall` |
+    | `knn` | `acc1` by the 20 nearest images of `train` |
+    | `clustering` | `ami ari` of K-means against the classes |
+    | `geometry` | `gap alignment uniformity_{image,text} effective_rank_{image,text}` |
+
+    Accuracies are fractions from 0 to 1. All ranks call this with the same arguments, share the
+    work, and return the same bits that one process would.
+
+    Args:
+        model: A module with `encode_image` and `encode_text`, on the device where it shall run.
+        image_transform, tokenizer: A PIL image to `(3, h, w)`; texts to tokens `(b, c)`.
+        data: Data sets, or references to them as `datasets.open_data` takes.
+        tasks: Unset, all that the data can serve.
+        split: The split that is measured.
+        templates: Prompts in place of the data's own: `openai`, `simple`, a text file, or a list.
+        protocol: `paper` takes the reference code's choices; `PAPER` says which.
+        batch_size: Images or texts encoded at once.
+        workers: Processes that read images; unset, one a core if there are many images.
+        cache: Folder in which features are kept; unset, none are.
+        model_name, pretrained: What records call the model.
+        show: Show progress.
+
+    Returns:
+        Records in CLIP_benchmark's schema: `dataset model pretrained task metrics language`. They
+        also have `split`, `samples`, `bad_share` (the share of images that cannot be used),
+        `intervals` (95%, by metric, from 1,000 bootstrap draws of the samples) and, where it
+        applies, `templates` and `protocol`.
+
+    Raises:
+        ValueError: No data set can serve a task, data are faulty, or features are not finite.
+    """
+    encoder = Encoder(
+        model=model,
+        transform=image_transform,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        workers=workers,
+        cache=cache,
+        show=show,
+    )
+    given = [data] if isinstance(data, str | EvaluationData) else data
+    opened = raise_on_all_ranks(
+        lambda: [datasets.open_data(of, split=split) if isinstance(of, str) else of for of in given]
+    )
+    found = results(
+        encoder,
+        opened,
+        tasks,
+        split=split,
+        templates=templates,
+        protocol=protocol,
+        model_name=model_name,
+        pretrained=pretrained,
+    )
+    return [result.record for result in found]
+
+
+def results(
+    encoder: Encoder,
+    data: Sequence[EvaluationData],
+    tasks: Sequence[str] | None = None,
+    *,
+    split: str = "test",
+    templates: str | Sequence[str] | None = None,
+    protocol: str | None = None,
+    model_name: str = "model",
+    pretrained: str = "none",
+    samples_to: Path | None = None,
+) -> list[Result]:
+    """`evaluate`, with the bootstrap's draws, by which two models can be compared.
+
+    `samples_to` is the folder for the results of each sample.
+    """
+    if protocol not in (None, "paper"):
+        raise ValueError(f"protocol: no protocol '{protocol}'; choose paper, or leave it out")
+    chosen = chosen_tasks(data, split, tasks)
+    if isinstance(templates, str):
+        templates = datasets.read_templates(templates)
+    paper, found = protocol == "paper", []
+    for of, of_tasks in zip(data, chosen, strict=True):
+        if not of_tasks:
+            continue
+        features = extract(encoder, of, of_tasks, split=split, templates=templates)
+        measured = measure(features, of, of_tasks, split=split, paper=paper, show=encoder.show)
+        if samples_to is not None and rank() == 0:
+            write_samples(measured.samples, samples_to / f"{of.name}-{split}.parquet")
+        draws, part = measured.draws(), features.parts[split]
+        # The best five of fewer classes say nothing.
+        few = "acc5" if 0 < number_of_classes(of, split) < 5 else "none"
+        for task in of_tasks:
+            name, names = TASKS[task]
+            known = {key: own for key, own in names.items() if own in measured.metrics}
+            metrics = {key: own for key, own in known.items() if not key.endswith(few)}
+            of_task = {key: draws[own] for key, own in metrics.items() if own in draws}
+            record: dict[str, Any] = {
+                "dataset": of.name,
+                "model": model_name,
+                "pretrained": pretrained,
+                "task": name,
+                "metrics": {key: measured.metrics[own] for key, own in metrics.items()},
+                "language": of.language,
+                "split": split,
+                "samples": len(part.ids),
+                "bad_share": len(part.bad) / (len(part.ids) + len(part.bad)),
+                "intervals": {key: interval(values) for key, values in of_task.items()},
+            }
+            if task == "zero_shot":
+                record["templates"] = list(templates or of.templates)
+            if paper and task in PAPER:
+                record["protocol"] = PAPER[task]
+            found.append(Result(record=record, draws=of_task, ids=part.ids))
+    return found
+
+
+def metric_names(data: str) -> list[str]:
+    """The keys of a run's evaluation on a data set of that name, in their order."""
+    return [f"eval/{data}/{metric}" for metric in RUN_METRICS]
+
+
+def evaluate_run(
+    model: Model,
     transform: Transform,
     tokenizer: Tokenizer,
     *,
     split: Literal["validation", "test"],
+    data: EvaluationData | None = None,
     show: bool = True,
     samples_to: Path | None = None,
 ) -> dict[str, float]:
-    """Measure a model on the bundled data's held-out concepts.
+    """A run's own evaluation, on the bundled emoji if no other data are given.
 
-    | key after `eval/emoji/` | what |
+    | key after `eval/<data>/` | what |
     |---|---|
-    | `zero_shot/acc{1,5}` | an image's concept among the concept names of the split |
-    | `zero_shot_subgroup/acc{1,5}` | its class among the class names of the data set |
-    | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's distinct captions |
+    | `zero_shot/acc{1,5}` | an image's class, or of emoji the concept, among all names |
+    | `zero_shot_subgroup/acc{1,5}` | of emoji, its class among the class names |
+    | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's captions |
     | `linear_probe/acc1`, `knn/acc1` | its class, learned from the image features of `train` |
     | `clustering/{ami,ari}` | K-means of the image features against the classes |
     | `modality_gap/{gap,alignment,uniformity_image,uniformity_text}` | geometry of the pairs |
 
-    Prompts are the bare names. Accuracies are fractions from 0 to 1. All ranks call this with the
-    same arguments, share the work, and return the same bits that one process would.
+    Keys that the data cannot serve are left out. Accuracies are fractions from 0 to 1.
 
     Args:
         model: Runs on its own device, in evaluation mode; each module's mode is restored.
         transform, tokenizer: A PIL image to `(3, h, w)`; captions to tokens `(b, c)`.
         split: `test`, with the linear probe's strength chosen on `validation`; or `validation` for
             tuning, where the probe is optimistic.
-        show: Show progress.
         samples_to: Folder for the results of each sample; only a warning if it cannot be written.
+    """
+    data = data or datasets.emoji()
+    (tasks,) = chosen_tasks([data], split, None)
+    encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0, show=show)
+    features = extract(encoder, data, tasks, split=split)
+    measured = measure(features, data, tasks, split=split, show=show)
+    if samples_to is not None and rank() == 0:
+        write_samples(measured.samples, samples_to / f"{data.name}-{split}.parquet")
+    found = measured.metrics
+    return {f"eval/{data.name}/{name}": found[name] for name in RUN_METRICS if name in found}
+
+
+# Which tasks can the data serve?
+
+
+def chosen_tasks(
+    data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | None
+) -> list[list[str]]:
+    """The tasks of each data set: those asked for that it can serve; without a wish, all such.
 
     Raises:
-        ValueError: The model's features are not finite; on every rank.
+        ValueError: There is no such task or split, or no data set can serve a task.
     """
-    data = datasets.emoji()
-    features = extract(model, transform, tokenizer, data, split=split, show=show)
-    metrics, samples = measure(features, data, split=split, show=show)
-    if samples_to is not None and rank() == 0:
-        path = samples_to / f"{data.name}-{split}.parquet"
-        try:
-            samples.write(path)
-        except OSError as error:
-            print(f"warning: {path}: not written ({error})", file=sys.stderr)
-    return metrics
+    for task in tasks or ():
+        if task not in TASKS:
+            close = get_close_matches(task, TASKS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose of {', '.join(TASKS)}"
+            raise ValueError(f"tasks: no task '{task}'; {hint}")
+    for of in data:
+        if split not in of.splits:
+            raise ValueError(f"{of.name}: no split '{split}'; it has {', '.join(of.splits)}")
+        if not len(of.splits[split].images):
+            raise ValueError(f"{of.name}: its split '{split}' holds no image")
+    lacking = {task: [lacks(of, split, task) for of in data] for task in tasks or TASKS}
+    names = ", ".join(of.name for of in data)
+    for task, reasons in lacking.items():
+        if tasks and all(reasons):
+            raise ValueError(f"{names}: {task} needs {reasons[0]}; choose other data or --tasks")
+    if all(all(reasons) for reasons in lacking.values()):
+        why = "; ".join(f"{task} needs {reasons[0]}" for task, reasons in lacking.items())
+        raise ValueError(f"{names}: can serve no task ({why})")
+    return [[task for task in lacking if not lacking[task][number]] for number in range(len(data))]
+
+
+def lacks(data: EvaluationData, split: str, task: str) -> str:
+    """What a task needs and the data do not have; empty if they have everything.
+
+    Raises:
+        ValueError: A label is not the number of a class.
+    """
+    part = data.splits[split]
+    labels = part.labels
+    if task in ("retrieval", "geometry"):
+        for row, captions in enumerate(part.captions or ()):
+            if not captions:
+                raise ValueError(
+                    f"{data.name}: sample '{part.images.sample_id(row)}' has no caption"
+                )
+        return "" if part.captions is not None else "captions"
+    if task == "zero_shot" and split in data.image_names:
+        return ""
+    if labels is None:
+        return "labels"
+    if task == "zero_shot":
+        check_labels(data, split)
+        return "" if data.class_names else "class names"
+    if labels.ndim == 2:
+        return "one class an image, and these are multilabel data"
+    if task == "clustering":
+        return "" if len(set(labels.tolist())) > 1 else "images of two classes or more"
+    train = data.splits.get("train")  # opens it, which may take long
+    if train is None or train.labels is None or split == "train":
+        return "a labelled train split beside the one that is measured"
+    return "" if len(set(train.labels.tolist())) > 1 else "a train split of two classes or more"
+
+
+def number_of_classes(data: EvaluationData, split: str) -> int:
+    """Of the classes, or of the emoji's concepts, that an image is told from; 0 without labels."""
+    labels = data.splits[split].labels
+    if split in data.image_names:
+        return len(set(data.image_names[split]))
+    return 0 if labels is None else len(data.class_names) or len(set(labels.tolist()))
+
+
+def check_labels(data: EvaluationData, split: str) -> None:
+    labels, count = data.splits[split].labels, len(data.class_names)
+    if labels is None or not count:
+        return
+    if labels.ndim == 2 and labels.shape[1] != count:
+        raise ValueError(
+            f"{data.name}: {count} class names for {labels.shape[1]} columns of labels"
+        )
+    if labels.ndim == 1 and bool((wrong := (labels < 0) | (labels >= count)).any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{data.name}: sample '{data.splits[split].images.sample_id(row)}' has class "
+            f"{int(labels[row])}, but there are names for classes 0 to {count - 1}"
+        )
+
+
+# Which features do they need?
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """Texts to retrieve, the group of each, and which image and text are a pair."""
+
+    texts: list[str]
+    ids: list[str]
+    groups: Int[Tensor, " t"]
+    image_of_pair: Int[Tensor, " p"]
+    text_of_pair: Int[Tensor, " p"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The images of a split that can be used: features of any norm, and what is known of each."""
+
+    features: Float[Tensor, "n d"]
+    ids: Sequence[str]
+    bad: Sequence[Bad]
+    labels: Tensor | None
+    groups: Int[Tensor, " n"]
+    captions: Captions | None
+    names: Sequence[str] | None
+
+    @property
+    def unit(self) -> Float[Tensor, "n d"]:
+        return F.normalize(self.features, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What `measure` needs: images by split; `captions`, and classifiers of `names`, `classes`."""
+
+    parts: Mapping[str, Part]
+    texts: Mapping[str, Float[Tensor, "_ d"]]
 
 
 def extract(
-    model: TowerPair,
-    transform: Transform,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     data: EvaluationData,
+    tasks: Sequence[str],
     *,
     split: str,
-    batch_size: int = 256,
-    show: bool = False,
-) -> dict[str, Float[Tensor, "_ d"]]:
-    """The unit-norm features that `measure` needs, on the CPU: images by split (`train`,
-    `validation` and the measured one), and the texts `captions`, `names` and `classes`.
-    """
-    device = next(model.parameters()).device
-    encode_all = partial(encode, batch_size=batch_size, device=device, show=show)
+    templates: Sequence[str] | None = None,
+) -> Features:
+    """The features that the tasks need; images and texts that no task needs are not encoded."""
+    wanted = [split]
+    if {"linear_probe", "knn"} & {*tasks}:
+        wanted = ["train", split]
+        validation = data.splits.get("validation")
+        if "linear_probe" in tasks and validation and len(validation.images):
+            wanted = ["train", "validation", split] if validation.labels is not None else wanted
+    parts = {}
+    for name in dict.fromkeys(wanted):
+        stage = f"{data.name} images: {name}"
+        found = encoder.images(data.splits[name].images, stage=stage)
+        parts[name] = part_of(data, name, found.features, found.bad)
+        if rank() == 0:
+            say_bad(stage, found.bad, len(data.splits[name].images))
+    texts = {}
+    part, stage = parts[split], f"{data.name} texts"
+    if part.captions is not None and {"retrieval", "geometry"} & {*tasks}:
+        texts["captions"] = F.normalize(encoder.texts(part.captions.texts, stage=stage), dim=1)
 
-    def encode_images(part: str) -> Float[Tensor, "n d"]:
-        pairs = data.split(part)
-        forward = partial(model.encode_image, normalize=True)
-        return encode_all(
-            forward,
-            lambda rows: torch.stack([transform(pairs.image(row)) for row in rows]),
-            range(len(pairs)),
-            stage=f"{data.name} images: {part}",
-        )
+    def classifier(names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
+        encoded = encoder.texts(prompts(names, templates), stage=stage)
+        return zero_shot_classifier(encoded.view(len(names), len(templates), -1))
 
-    def encode_texts(texts: list[str]) -> Float[Tensor, "n d"]:
-        forward = partial(model.encode_text, normalize=True)
-        return encode_all(forward, tokenizer, texts, stage=f"{data.name} texts")
-
-    names = sorted(set(data.split(split).column("label")))
-    classes = [name.replace("-", " ") for name in data.classes()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return {
-            **{part: encode_images(part) for part in dict.fromkeys(("train", "validation", split))},
-            "captions": encode_texts(distinct_captions(data.split(split))[0]),
-            "names": F.normalize(encode_texts(names), dim=1),
-            "classes": F.normalize(encode_texts(classes), dim=1),
-        }
-    finally:
-        # One by one: a locked tower stays in evaluation mode inside a model that trains.
-        for module, training in modes:
-            module.training = training
+    if "zero_shot" in tasks:
+        if part.names is not None:
+            texts["names"] = classifier(sorted(set(part.names)), templates or ["{c}"])
+        if part.labels is not None and data.class_names:
+            texts["classes"] = classifier(data.class_names, templates or data.templates)
+    return Features(parts=parts, texts=texts)
 
 
-def encode(
-    forward: Callable[[Tensor], Tensor],
-    inputs: Callable[[Any], Tensor],
-    items: Sequence[Any],
-    *,
-    stage: str,
-    batch_size: int,
-    device: torch.device | str,
-    show: bool = False,
-) -> Float[Tensor, "n d"]:
-    """Features of all items in float32 on the CPU; the ranks take turns at the batches.
+def part_of(
+    data: EvaluationData, split: str, features: Float[Tensor, "n d"], bad: Sequence[Bad]
+) -> Part:
+    """A split without its bad rows."""
+    given, left_out = data.splits[split], {row for row, _ in bad}
+    rows = [row for row in range(len(given.images)) if row not in left_out]
+    ids = [given.images.sample_id(row) for row in rows]
+    groups = rows if given.groups is None else [given.groups[row] for row in rows]
+    names = data.image_names.get(split)
+    captions = None
+    if given.captions is not None:
+        of_rows = [given.captions[row] for row in rows]
+        captions = captions_of(of_rows, ids, groups, shared=given.groups is not None)
+    return Part(
+        features=features,
+        ids=ids,
+        bad=bad,
+        labels=None if given.labels is None else given.labels[torch.tensor(rows)],
+        groups=torch.tensor(groups),
+        captions=captions,
+        names=None if names is None else [names[row] for row in rows],
+    )
 
-    A batch has the same rows, and so its features the same bits, for any number of ranks. A sharded
-    forward is collective, so a rank without a batch of its own encodes the first item and drops it.
-    """
-    progress = Progress(f"evaluate: {stage}", len(items)) if show and rank() == 0 else None
-    starts = range(0, len(items), batch_size)
-    rows: list[Tensor] = []
-    for done in range(0, len(starts), world_size()):
-        own = starts[done + rank() : done + rank() + 1]
-        batch = items[own[0] : own[0] + batch_size] if own else items[:1]
-        ready = raise_on_all_ranks(partial(inputs, batch)).to(device)
-        with torch.inference_mode():
-            features = raise_on_all_ranks(partial(forward, ready)).float()
-        rows.append(all_gather(features if own else features[:0]).cpu())
-        if progress:
-            progress.update(min((done + world_size()) * batch_size, len(items)))
-    encoded = torch.cat(rows or [torch.zeros(0, 0)])
-    if not bool(torch.isfinite(encoded).all()):  # the same bits on every rank
-        raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
-    return encoded
+
+def captions_of(
+    captions: Sequence[Sequence[str]], ids: Sequence[str], groups: Sequence[int], *, shared: bool
+) -> Captions:
+    """The texts of retrieval: all captions, or of images that share theirs, each group's once."""
+    number: dict[Any, int] = {}
+    texts: list[str] = []
+    text_ids: list[str] = []
+    text_groups: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    for image, of_image in enumerate(captions):
+        for place, text in enumerate(of_image):
+            key = (groups[image], text) if shared else (image, place)
+            if key not in number:
+                number[key] = len(texts)
+                texts.append(text)
+                text_ids.append(f"{ids[image]}: {text}")
+                text_groups.append(groups[image])
+            pairs.append((image, number[key]))
+    image_of_pair, text_of_pair = torch.tensor(pairs).T
+    return Captions(
+        texts=texts,
+        ids=text_ids,
+        groups=torch.tensor(text_groups),
+        image_of_pair=image_of_pair,
+        text_of_pair=text_of_pair,
+    )
+
+
+def say_bad(stage: str, bad: Sequence[Bad], number: int) -> None:
+    """Name the first ten images that cannot be used."""
+    if bad:
+        share = f"{len(bad)} of {number} images cannot be used and are left out"
+        print(f"warning: {stage}: {share}:", file=sys.stderr)
+    for _, why in bad[:10]:
+        print(f"  {why}", file=sys.stderr)
+
+
+# What is measured?
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Metrics by our own names, and what each sample contributes to them."""
+
+    metrics: dict[str, float]
+    samples: SampleResults
+    scores: tuple[Tensor, Tensor] | None  # of multilabel data: scores and presence `(n, k)`
+
+    def draws(self, *, seed: int = 0) -> dict[str, Draws]:
+        """Metrics on test sets drawn with replacement; for those in `metrics` that allow it."""
+        found = resampled(self.samples, seed=seed)
+        if self.scores is not None:
+            rows = drawn(self.samples.images["sample_id"], seed=seed, kind=0)
+            scores, present = (of.numpy() for of in self.scores)
+            values = average_precisions(scores.astype(np.float64), present, list(counted(rows)))
+            found["zero_shot/mean_average_precision"] = values.mean(axis=1)
+        if "retrieval/mean_recall" in self.metrics:
+            recalls = np.stack([found[name] for name in RECALLS])
+            found["retrieval/mean_recall"] = recalls.mean(axis=0)
+        return {name: values for name, values in found.items() if name in self.metrics}
 
 
 def measure(
-    features: Mapping[str, Float[Tensor, "_ d"]],
+    features: Features,
     data: EvaluationData,
+    tasks: Sequence[str],
     *,
     split: str,
+    paper: bool = False,
     show: bool = False,
-) -> tuple[dict[str, float], SampleResults]:
-    """The metrics of `evaluate`, and the results of each sample. The ranks share the stages."""
-    pairs = data.split(split)
-    images, train, validation = (features[part] for part in (split, "train", "validation"))
-    texts = features["captions"]
-    labels, train_labels = data.labels(split), data.labels("train")
-    names, concepts = (pairs.column(column) for column in ("label", "concept"))
-    own_name = positions(names, sorted(set(names)))
-    captions, caption_concepts, caption_of_row = distinct_captions(pairs)
-    groups = positions(concepts, sorted(set(concepts)))
-    caption_groups = positions(caption_concepts, sorted(set(concepts)))
-    to_fit = train, train_labels, validation, data.labels("validation")
-    stages: list[Callable[[], dict[str, Any]]] = [
-        lambda: {"zero_shot_rank": zero_shot_ranks(images, features["names"], own_name)},
-        lambda: {"zero_shot_subgroup_rank": zero_shot_ranks(images, features["classes"], labels)},
-        lambda: {
-            "image_to_text_rank": best_relevant_rank(images, texts, groups, caption_groups),
-            "text_to_image_rank": best_relevant_rank(texts, images, caption_groups, groups),
-        },
-        lambda: {"linear_probe_correct": best_linear_probe(*to_fit).predict(images) == labels},
-        lambda: {"knn_correct": knn_predict(train, train_labels, images) == labels},
-        lambda: {"class": labels, **clustering(images, labels)},
-        lambda: dict[str, Any](modality_gap(images, texts[torch.tensor(caption_of_row)])),
+) -> Measured:
+    """The metrics of the tasks, and the results of each sample. The ranks share the stages."""
+    stages = [
+        stage
+        for task, of_task in stages_of(features, split, paper=paper).items()
+        for stage in of_task
+        if task in tasks
     ]
 
     def measure_share() -> dict[str, Any]:
-        own = stages[rank() :: world_size()]
+        own = stages[rank() :: collectives.world_size()]
         progress = Progress(f"evaluate: {data.name} metrics", len(own))
         share: dict[str, Any] = {}
         for done, stage in enumerate(own, 1):
@@ -215,17 +575,110 @@ def measure(
         return share
 
     found: dict[str, Any] = {}
-    for share in all_gather_object(raise_on_all_ranks(measure_share)):
+    for share in collectives.all_gather_object(raise_on_all_ranks(measure_share)):
         found |= share
-    text_ids = [f"{of}: {text}" for text, of in zip(captions, caption_concepts, strict=True)]
+    part = features.parts[split]
 
-    def columns(ids: Iterable[str], names: Sequence[str]) -> dict[str, Any]:
-        found_ids = {"sample_id": np.array([*ids], dtype=object)}
-        return found_ids | {name: found[name].numpy() for name in names}
+    def columns(ids: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+        own = {name: found[name].numpy() for name in names if name in found}
+        return {"sample_id": np.array(ids, dtype=object), **own}
 
+    has_texts = part.captions is not None and "text_to_image_rank" in found
     samples = SampleResults(
-        images=columns(pairs.sample_ids(), IMAGE_COLUMNS), texts=columns(text_ids, TEXT_COLUMNS)
+        images=columns(part.ids, IMAGE_COLUMNS),
+        texts=columns(part.captions.ids if has_texts and part.captions else [], TEXT_COLUMNS),
     )
-    values = [float(samples.values(metric).mean()) for metric in MEANS]
-    values += [found[name] for names in SCORES.values() for name in names]
-    return dict(zip(metric_names(data.name), values, strict=True)), samples
+    metrics = {name: samples.mean(name) for name in samples.means()}
+    metrics |= {name: found[name] for name in sorted(found) if isinstance(found[name], float)}
+    if paper and "retrieval" in tasks:
+        metrics["retrieval/mean_recall"] = float(np.mean([metrics[name] for name in RECALLS]))
+    return Measured(metrics=metrics, samples=samples, scores=found.get("scores"))
+
+
+def stages_of(
+    features: Features, split: str, *, paper: bool
+) -> dict[str, list[Callable[[], dict[str, Any]]]]:
+    """What each task computes, in stages that ranks share: columns of samples, and numbers."""
+    part, parts, texts = features.parts[split], features.parts, features.texts
+    images, labels, captions = part.unit, part.labels, part.captions
+
+    def names() -> dict[str, Any]:
+        assert part.names is not None
+        own = positions(part.names, sorted(set(part.names)))
+        return {
+            "zero_shot_rank": zero_shot_ranks(images, texts["names"], own),
+            "zero_shot_class": own,
+        }
+
+    def classes() -> dict[str, Any]:
+        assert labels is not None
+        if labels.ndim == 2:
+            scores = images @ texts["classes"].T
+            precision = mean_average_precision(scores, labels)
+            return {"scores": (scores, labels), "zero_shot/mean_average_precision": precision}
+        ranks = zero_shot_ranks(images, texts["classes"], labels)
+        if part.names is not None:
+            return {"zero_shot_subgroup_rank": ranks}
+        return {"zero_shot_rank": ranks, "zero_shot_class": labels}
+
+    def retrieval() -> dict[str, Any]:
+        assert captions is not None
+        found, groups = texts["captions"], captions.groups
+        return {
+            "image_to_text_rank": best_relevant_rank(images, found, part.groups, groups),
+            "text_to_image_rank": best_relevant_rank(found, images, groups, part.groups),
+        }
+
+    def probe() -> dict[str, Any]:
+        assert labels is not None
+        known = [parts["train"], *([parts["validation"]] if "validation" in parts else [])]
+        given = [(p.features if paper else p.unit, p.labels) for p in known]
+        found = best_linear_probe(*cast(list[Tensor], [of for pair in given for of in pair]))
+        measured = part.features if paper else images
+        return {
+            "class": labels,
+            "linear_probe_correct": found.predict(measured) == labels,
+            "linear_probe_rank": found.ranks(measured, labels),
+        }
+
+    def neighbours() -> dict[str, Any]:
+        train = parts["train"]
+        assert train.labels is not None
+        return {"knn_correct": knn_predict(train.unit, train.labels, images) == labels}
+
+    def clusters() -> dict[str, Any]:
+        assert labels is not None
+        found = clustering(images, labels, restarts=5 if paper else 10)
+        return {
+            "class": labels,
+            "cluster": found["cluster"],
+            **{f"clustering/{name}": found[name] for name in ("ami", "ari")},
+        }
+
+    def geometry() -> dict[str, Any]:
+        assert captions is not None
+        paired = texts["captions"][captions.text_of_pair]
+        found = modality_gap(images, paired, captions.image_of_pair)
+        found["effective_rank_image"] = effective_rank(images)
+        found["effective_rank_text"] = effective_rank(texts["captions"])
+        return {f"modality_gap/{name}": value for name, value in found.items()}
+
+    return {
+        "zero_shot": [names] * ("names" in texts) + [classes] * ("classes" in texts),
+        "retrieval": [retrieval],
+        "linear_probe": [probe],
+        "knn": [neighbours],
+        "clustering": [clusters],
+        "geometry": [geometry],
+    }
+
+
+# How is it written down?
+
+
+def write_samples(samples: SampleResults, path: Path) -> None:
+    """Keep the results of samples; only a warning if they cannot be written."""
+    try:
+        samples.write(path)
+    except OSError as error:
+        print(f"warning: {path}: not written ({error})", file=sys.stderr)

@@ -33,7 +33,7 @@ from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.evaluation.suite import evaluate, metric_names
+from protoclip.evaluation.suite import evaluate_run, metric_names
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
@@ -303,7 +303,7 @@ class Run:
         """Metrics on a held-out split of the data."""
         transform = loading.evaluation_transform(self.model)
         tokenizer = loading.tokenizer(self.config.model)
-        return evaluate(self.model, transform, tokenizer, split=split, **more)
+        return evaluate_run(self.model, transform, tokenizer, split=split, **more)
 
     def save_if_due(self) -> bool:
         """Save if it is time by rank 0's clock or the run ends; returns whether to stop."""

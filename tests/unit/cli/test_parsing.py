@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     [
         ("compare a b --json", {"runs": ["a", "b"], "json": True}),
         ("compare a --json=false", {"runs": ["a"], "json": False}),
-        ("evaluate --split=validation a", {"path": "a", "split": "validation"}),
+        ("evaluate --split=validation a", {"models": ["a"], "split": "validation"}),
         ("data inspect --every true --montage none a", {"source": "a", "montage": None}),
         ("train --run.no-evaluate", {"run.evaluate": False}),
         ("train --run.evaluate false --json", {"run.evaluate": False, "json": True}),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
     generator = np.random.default_rng(seed)
 
     def column(name: str, number: int):
+        if name.endswith("class"):
+            return generator.integers(12, size=number)
         if name.endswith("correct"):
             return generator.random(number) < 0.4 + skill / 2
         return (generator.integers(12, size=number) * (1 - skill)).astype(np.int64)
@@ -48,15 +51,31 @@ def test_the_bootstrap_draws_the_same_samples_for_every_model():
             expected = score(one.images["class"][rows], one.images["cluster"][rows])
             assert value == pytest.approx(expected, rel=1e-9, abs=1e-12)
         np.testing.assert_allclose(other[name], drawn[name])
-    for metric, (column, k) in MEANS.items():
+    for metric, mean in MEANS.items():
         rows = one.texts if "text_to_image" in metric else one.images
         order = np.argsort(rows["sample_id"])
         generator = np.random.default_rng([4, int(rows is one.texts)])
         for value in drawn[metric]:
-            picked = rows[column][order[generator.integers(len(order), size=len(order))]]
-            right = sum(bool(entry) if k is None else bool(entry < k) for entry in picked)
-            assert value == pytest.approx(right / len(order))
+            picked = order[generator.integers(len(order), size=len(order))]
+            column = rows[mean.column][picked]
+            right = column if mean.k is None else column < mean.k
+            classes = rows[mean.by][picked] if mean.by else np.zeros(len(order))
+            shares = [right[classes == name].mean() for name in np.unique(classes)]
+            assert value == pytest.approx(np.mean(shares))
         np.testing.assert_allclose(other[metric], drawn[metric])
+
+
+def test_results_of_any_tasks_are_kept(tmp_path):
+    """Without texts, or with some columns; what is there can be resampled."""
+    whole, path = results(0), tmp_path / "own-test.parquet"
+    names = ("sample_id", "knn_correct", "image_to_text_rank")
+    SampleResults(images={name: whole.images[name] for name in names}).write(path)
+    read = SampleResults.read(path)
+    assert (*read.images,) == ("sample_id", "image_to_text_rank", "knn_correct")
+    assert read.means() == [*(f"retrieval/image_to_text@{k}" for k in (1, 5, 10)), "knn/acc1"]
+    found = resampled(read, draws=5)
+    assert [*found] == read.means()
+    np.testing.assert_array_equal(found["knn/acc1"], resampled(whole, draws=5)["knn/acc1"])
 
 
 def test_damaged_results_of_samples_are_refused(tmp_path):
@@ -140,6 +159,17 @@ def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys):
         assert "a[b]?" in shown
         assert "\x1b]" not in shown
         assert json.loads(to_json(entries))[1]["name"] == "b"
+
+
+def test_data_sets_are_told_apart(tmp_path, capsys):
+    """By name, as soon as there are two."""
+    path = made(tmp_path / "a", "a", 0, 0.5) / "results.json"
+    compare.show(compared(path.parent))
+    assert "emoji: " not in capsys.readouterr().out
+    more = '"eval/own/knn/acc1": 0.25, "eval/emoji/knn'
+    path.write_text(path.read_text().replace('"eval/emoji/knn', more))
+    compare.show(compared(path.parent))
+    assert re.search(r"own: kNN .*25.0 [^\0]*emoji: kNN .*50.0", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("odd", ['"many"', "[1]", "1" + "0" * 400])

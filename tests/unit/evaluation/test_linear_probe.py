@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from protoclip.evaluation import linear_probe, retrieval
@@ -83,6 +84,32 @@ def test_the_strength_is_chosen_on_validation():
         assert torch.equal(best_linear_probe(*train, *other).weights, best.weights)
 
 
+def test_without_validation_a_fifth_of_train_chooses(monkeypatch):
+    """By a seed; then all rows are fitted at the chosen strength."""
+    rows, labels = blobs(200, 5, 16, 0, noise=2.5)
+    fits = []
+    fit = linear_probe.fit_linear_probes
+    monkeypatch.setattr(
+        linear_probe, "fit_linear_probes", lambda *of: fits.append(len(of[1])) or fit(*of)
+    )
+    found = best_linear_probe(rows, labels, seed=1)
+    assert fits == [160, 200]
+    whole = fit(rows, labels)
+    assert any(torch.equal(found.weights, probe.weights) for probe in whole)
+    assert torch.equal(best_linear_probe(rows, labels, seed=1).weights, found.weights)
+
+
+def test_ranks_of_the_probe_are_those_of_its_logits():
+    """Rank 0 is right; the best five are scikit-learn's."""
+    rows, labels = blobs(300, 9, 8, 0, noise=2.0)
+    (probe,) = fit_linear_probes(rows, labels, (1e-3,))
+    logits = rows.double() @ probe.weights.T + probe.bias
+    ranks = probe.ranks(rows, labels)
+    assert torch.equal(ranks == 0, probe.predict(rows) == labels)
+    expected = top_k_accuracy_score(labels, logits, k=5)
+    assert float((ranks < 5).double().mean()) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("absent", [2, 5, 7])
 def test_a_class_absent_from_training_is_never_right(absent):
     """Neither by the probe nor among neighbours."""
@@ -91,6 +118,7 @@ def test_a_class_absent_from_training_is_never_right(absent):
     expected = seen.tolist()
     probe = best_linear_probe(rows[seen], labels[seen], rows, labels)
     assert (probe.predict(rows) == labels).tolist() == expected
+    assert (probe.ranks(rows, labels) == 0).tolist() == expected
     assert (knn_predict(rows[seen], labels[seen], rows, k=2) == labels).tolist() == expected
 
 

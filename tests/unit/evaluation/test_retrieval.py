@@ -1,13 +1,15 @@
 """Ranks among candidates, clustering agreement, modality gap, alignment and uniformity."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.clustering import clustering
-from protoclip.evaluation.geometry import modality_gap
-from protoclip.evaluation.retrieval import best_relevant_rank, zero_shot_ranks
+from protoclip.evaluation.geometry import effective_rank, modality_gap
+from protoclip.evaluation.retrieval import best_relevant_rank
+from protoclip.evaluation.zero_shot import zero_shot_ranks
 
 
 def unit_rows(count, dim, seed):
@@ -77,6 +79,26 @@ def test_the_modality_gap_equals_a_slow_restatement(chunk, monkeypatch):
         "uniformity_image": pytest.approx(slow_uniformity(images), abs=1e-6),
         "uniformity_text": pytest.approx(slow_uniformity(texts), abs=1e-6),
     }
+
+
+def test_several_captions_an_image_are_several_pairs():
+    """Texts are compared with their own image, and images count once."""
+    images, texts, own = unit_rows(4, 5, 0), unit_rows(7, 5, 1), torch.tensor([0, 0, 1, 2, 3, 3, 3])
+    found = modality_gap(images, texts, own)
+    squares = [float((images[i] - text).square().sum()) for i, text in zip(own, texts, strict=True)]
+    assert found["alignment"] == pytest.approx(sum(squares) / 7)
+    assert found["gap"] == pytest.approx(float((images.mean(0) - texts.mean(0)).norm()))
+    assert found["uniformity_image"] == pytest.approx(slow_uniformity(images), abs=1e-6)
+
+
+def test_the_effective_rank_counts_directions():
+    """Of equal ones all, of one alone 1; else by the entropy of NumPy's singular values."""
+    assert effective_rank(torch.eye(5).repeat(3, 1)) == pytest.approx(5.0)
+    assert effective_rank(torch.ones(4, 6)) == pytest.approx(1.0, abs=1e-5)
+    rows = unit_rows(30, 6, 0) * torch.tensor([5.0, 3.0, 1.0, 1.0, 0.1, 0.1])
+    shares = np.linalg.svd(rows.numpy(), compute_uv=False)
+    shares /= shares.sum()
+    assert effective_rank(rows) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def test_clusters_that_are_the_classes_score_one():

@@ -1,26 +1,30 @@
-"""The suite end to end on a tiny data set."""
+"""The suite end to end: on data like the emoji, and on images that are one colour."""
 
-import copy
 import io
 import json
 import math
 from unittest.mock import Mock
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from solid import CLASSES as NUMBER
+from solid import Guessing, Knowing, Solid, solid_data
+from solid import tokenizer as number_tokenizer
+from solid import transform as number_transform
 from torch import nn
 
 import protoclip
 from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
-from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation import datasets, suite
-from protoclip.evaluation.datasets import distinct_captions, of_pairs
-from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, TEXT_COLUMNS, SampleResults
+from protoclip.evaluation.datasets import EvaluationData, Split, of_pairs
+from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.samples import IMAGE_COLUMNS, TEXT_COLUMNS, SampleResults
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
@@ -53,12 +57,14 @@ def pairs(split):
     return ImageTextPairs(pa.Table.from_pylist(rows), name=f"tiny/{split}")
 
 
-TINY = of_pairs("tiny", {split: pairs(split) for split in CONCEPTS})
+PAIRS = {split: pairs(split) for split in CONCEPTS}
+TINY = of_pairs("tiny", PAIRS)
 
 
 def image_transform(image):
-    channels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return channels.view(4, 4, 3).permute(2, 0, 1) // torch.tensor([5, 100, 1]).view(3, 1, 1)
+    red, green, blue = image.getpixel((0, 0))
+    pixel = torch.tensor([red // 5, green // 100, blue], dtype=torch.uint8)
+    return pixel.view(3, 1, 1).expand(3, 4, 4)
 
 
 def tokenizer(texts):
@@ -112,10 +118,22 @@ class Guesser(ProtoCLIP):
         return F.normalize(self.table[1, tokens[:, 0], tokens[:, 1]])
 
 
+def extract(model, data, split, batch_size=256):
+    encoder = Encoder(
+        model=model,
+        transform=image_transform,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        workers=0,
+    )
+    return suite.extract(encoder, data, list(suite.TASKS), split=split)
+
+
 def measure(model, data, split="test", batch_size=256):
-    given = model, image_transform, tokenizer, data
-    features = suite.extract(*given, split=split, batch_size=batch_size)
-    return suite.measure(features, data, split=split)
+    """The metrics of a run's evaluation, and the results of samples."""
+    features = extract(model, data, split, batch_size)
+    found = suite.measure(features, data, list(suite.TASKS), split=split)
+    return {f"eval/{data.name}/{m}": found.metrics[m] for m in suite.RUN_METRICS}, found.samples
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -125,7 +143,8 @@ def test_a_model_that_knows_everything_has_full_marks(split):
     assert list(metrics) == suite.metric_names("tiny")
     assert len(metrics) == 18
     assert {type(value) for value in metrics.values()} == {float}
-    assert {metrics[f"eval/tiny/{metric}"] for metric in MEANS} == {1.0}
+    ones = suite.RUN_METRICS[:14]
+    assert [metrics[f"eval/tiny/{metric}"] for metric in ones] == pytest.approx([1.0] * 14)
     # Captions say what images say, so the modalities coincide.
     assert metrics["eval/tiny/modality_gap/gap"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["eval/tiny/modality_gap/alignment"] == pytest.approx(0.0, abs=1e-6)
@@ -134,12 +153,12 @@ def test_a_model_that_knows_everything_has_full_marks(split):
 
 def test_metrics_follow_from_the_results_of_samples():
     metrics, samples = measure(Guesser(), TINY)
-    assert list(samples.images["sample_id"]) == list(TINY.split("test").sample_ids())
+    assert list(samples.images["sample_id"]) == list(PAIRS["test"].sample_ids())
     assert len(set(samples.texts["sample_id"])) == 32
-    assert samples.texts["sample_id"][0] == "c32: name 32 plain"
+    assert samples.texts["sample_id"][0] == "tiny/test/0: name 32 plain"
     assert samples.images.keys() == {"sample_id", *IMAGE_COLUMNS}
     assert samples.texts.keys() == {"sample_id", *TEXT_COLUMNS}
-    for metric in MEANS:
+    for metric in suite.RUN_METRICS[:12]:
         assert samples.values(metric).mean() == metrics[f"eval/tiny/{metric}"], metric
 
 
@@ -159,77 +178,27 @@ def test_every_module_gets_its_mode_back():
 
 
 def test_retrieval_is_among_distinct_captions():
-    """Images of a concept share candidates; equal captions of two concepts are two candidates."""
-    captions, concepts, of_row = distinct_captions(TINY.split("test"))
-    assert captions[:3] == ["name 32 plain", "name 32 rich", "name 33 plain"]
-    assert concepts[:3] == ["c32", "c32", "c33"]
-    assert of_row[:6] == [0, 1, 1, 2, 3, 3]
-    assert len(captions) == 32
-    rows = [{"image": b"", "caption": "a", "concept": concept} for concept in ("x", "y", "x")]
-    table = ImageTextPairs(pa.Table.from_pylist(rows), name="two")
-    assert distinct_captions(table) == (["a", "a"], ["x", "y"], [0, 1, 0])
+    """Images of a group share candidates; equal captions of two groups are two candidates."""
+    found = suite.captions_of([["a"], ["a"], ["a", "b"]], ["x", "y", "z"], [5, 7, 5], shared=True)
+    assert found.texts == ["a", "a", "b"]
+    assert found.ids == ["x: a", "y: a", "z: b"]
+    assert found.groups.tolist() == [5, 7, 5]
+    pairs = zip(found.image_of_pair.tolist(), found.text_of_pair.tolist(), strict=True)
+    assert [*pairs] == [(0, 0), (1, 1), (2, 0), (2, 2)]
+    alone = suite.captions_of([["a", "a"], ["a"]], ["x", "y"], [0, 1], shared=False)
+    assert (alone.texts, alone.groups.tolist()) == (["a", "a", "a"], [0, 0, 1])
 
 
 def test_concepts_of_equal_name_are_one_class():
     """Merged, the oracle's twin names cost one concept; two equal classes would tie and score 0."""
-    table = TINY.split("test").table
+    table = PAIRS["test"].table
     same = pa.array(["name 32"] * (2 * STYLES) + table["label"].to_pylist()[2 * STYLES :])
     renamed = table.set_column(table.column_names.index("label"), "label", same)
     test = ImageTextPairs(renamed, name="twins/test")
-    twins = of_pairs("twins", {split: TINY.split(split) for split in CONCEPTS} | {"test": test})
+    twins = of_pairs("twins", {**PAIRS, "test": test})
     metrics, _ = measure(Oracle(), twins)
     # Concept 33 shares the name of 32, and the name speaks of 32 and of another class.
     assert metrics["eval/twins/zero_shot/acc1"] == pytest.approx(15 / 16)
-
-
-class TinyTowers(nn.Module):
-    """The least that can be sharded."""
-
-    def __init__(self):
-        super().__init__()
-        self.visual = nn.Linear(6, 4)
-        self.logit_scale = nn.Parameter(torch.tensor(2.7))
-
-    def encode_image(self, images):
-        return self.visual(images.flatten(1))
-
-
-def encode(model, number, broken=None):
-    """Features of the first items, of which one cannot be read."""
-
-    def read(rows):
-        if broken in rows:
-            raise OSError(f"image {broken}: gone")
-        return torch.tensor(rows).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 2)
-
-    items, settings = range(number), {"stage": "items", "batch_size": 2, "device": "cpu"}
-    return suite.encode(model.encode_image, read, items, **settings)
-
-
-def sharded_features(numbers):
-    """Features by a model of which each rank has a shard, and the error for an unreadable image."""
-    torch.manual_seed(0)
-    model = whole = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
-    if collectives.world_size() > 1:
-        model = copy.deepcopy(whole)
-        shard(model, torch.device("cpu"))
-        spread(model, whole if collectives.rank() == 0 else None)
-    found = [encode(model, number) for number in numbers]
-    with pytest.raises((OSError, ValueError)) as error:
-        encode(model, 8, broken=3)
-    return found, str(error.value)
-
-
-def test_every_rank_enters_every_forward_of_a_sharded_model():
-    """Without rows, with fewer batches than ranks, and with a last round that only one rank has.
-    An image that one rank cannot read ends all ranks before the forward."""
-    numbers = [0, 1, 3, 9, 10]
-    ((expected, _),) = run_distributed(sharded_features, 1, numbers)
-    assert [len(rows) for rows in expected] == numbers
-    for found, error in run_distributed(sharded_features, 2, numbers):
-        for rows, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(rows, wanted)
-        assert error == "image 3: gone"
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -237,6 +206,7 @@ def test_the_probe_never_chooses_on_test(split, monkeypatch):
     """The strength is chosen on validation for both splits."""
     best = Mock()
     best.return_value.predict = Mock(side_effect=lambda rows: torch.zeros(len(rows)).long())
+    best.return_value.ranks = Mock(side_effect=lambda rows, labels: torch.zeros(len(rows)).long())
     monkeypatch.setattr(suite, "best_linear_probe", best)
     metrics, _ = measure(Oracle(), TINY, split)
     assert metrics["eval/tiny/linear_probe/acc1"] == 0.25
@@ -250,14 +220,14 @@ def test_evaluate_writes_the_results_of_samples(tmp_path, monkeypatch, capsys):
     """On the bundled data; a folder that cannot be written costs a warning."""
     monkeypatch.setattr(datasets, "emoji", lambda: TINY)
     given = (Guesser(), image_transform, tokenizer)
-    metrics = suite.evaluate(*given, split="validation", samples_to=tmp_path / "results")
+    metrics = suite.evaluate_run(*given, split="validation", samples_to=tmp_path / "results")
     expected, samples = measure(Guesser(), TINY, "validation")
     assert metrics == expected
     assert "evaluate: tiny metrics: 100%" in capsys.readouterr().err
     read = SampleResults.read(tmp_path / "results" / "tiny-validation.parquet")
     assert list(read.texts["sample_id"]) == list(samples.texts["sample_id"])
     (tmp_path / "file").write_text("")
-    again = suite.evaluate(*given, split="validation", show=False, samples_to=tmp_path / "file")
+    again = suite.evaluate_run(*given, split="validation", show=False, samples_to=tmp_path / "file")
     assert again == expected
     (line,) = capsys.readouterr().err.splitlines()
     assert "tiny-validation.parquet: not written" in line
@@ -268,10 +238,11 @@ def shared(broken):
     model, found = Guesser(), ()
     if broken:  # a sample of the last batch of training images, which one rank alone sees
         model.table.data[0, 23, 2] = math.nan
-    given = model, image_transform, tokenizer, TINY
     try:
-        features = suite.extract(*given, split="test", batch_size=8)
-        found = features, suite.measure(features, TINY, split="test")[0]
+        features = extract(model, TINY, "test", batch_size=8)
+        measured = suite.measure(features, TINY, list(suite.TASKS), split="test")
+        rows = {name: part.features for name, part in features.parts.items()}
+        found = rows | dict(features.texts), measured.metrics
         message = ""
     except ValueError as error:
         message = str(error)
@@ -316,10 +287,235 @@ def test_a_run_of_two_ranks_evaluates_as_one_process_does(strategy, tmp_path, mo
     """During training, which goes on after it, and at the end, as its checkpoint scores alone."""
     first, second = run_distributed(trained, 2, strategy, str(tmp_path / "run"))
     monkeypatch.setattr(datasets, "emoji", lambda: TINY)
-    alone = suite.evaluate(*protoclip.load(tmp_path / "run"), split="test", show=False)
+    alone = suite.evaluate_run(*protoclip.load(tmp_path / "run"), split="test", show=False)
     assert len(alone) == 18
     assert first == second
     # Filters in another order in memory change the last digits.
     assert first == pytest.approx(alone, abs=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert sum(any(name.startswith("eval/") for name in line) for line in lines) == 2
+
+
+TASKS = list(suite.TASKS)
+ACCURACIES = [m for task in TASKS[:5] for m in suite.TASKS[task][1] if "subgroup" not in m]
+
+
+def judge(model, data, tasks=None, **more):
+    given = model, number_transform, number_tokenizer, data
+    found = protoclip.evaluate(*given, tasks, **{"workers": 0, "model_name": "m", **more})
+    return {record["task"]: record for record in found}
+
+
+def test_perfect_features_score_one_in_every_task():
+    """With intervals that end there, in records as CLIP_benchmark writes them."""
+    records = judge(Knowing(), solid_data(), protocol="paper")
+    assert list(records) == [suite.TASKS[task][0] for task in TASKS]
+    seen = set()
+    for task, record in records.items():
+        assert [*record][:6] == ["dataset", "model", "pretrained", "task", "metrics", "language"]
+        assert (record["dataset"], record["model"], record["pretrained"]) == ("solid", "m", "none")
+        assert (record["samples"], record["bad_share"], record["split"]) == (18, 0.0, "test")
+        json.dumps(record)
+        if task != "geometry":
+            assert record["intervals"].keys() == record["metrics"].keys()
+            for metric, value in record["metrics"].items():
+                assert value == pytest.approx(1.0), metric
+                assert record["intervals"][metric] == pytest.approx([1.0, 1.0]), metric
+            seen |= record["metrics"].keys()
+    assert seen == {*ACCURACIES} - {"mean_average_precision"}
+    assert records["zeroshot_classification"]["templates"] == ["a class {c}", "some class {c}"]
+    assert "unnormalised" in records["linear_probe"]["protocol"]
+    assert "protocol" not in records["knn"]
+
+
+def test_shuffled_labels_give_chance():
+    """In every task that learns from labels or is scored by them."""
+    data = solid_data()
+    generator = torch.Generator().manual_seed(0)
+    many = list(range(NUMBER * 10)) * 8
+    splits = {
+        split: Split(
+            images=Solid(split, many),
+            labels=torch.randint(NUMBER, (len(many),), generator=generator),
+        )
+        for split in data.splits
+    }
+    shuffled = EvaluationData(name="x", splits=splits, class_names=data.class_names)
+    records = judge(Knowing(), shuffled)
+    assert list(records) == ["zeroshot_classification", "linear_probe", "knn", "clustering"]
+    chance = pytest.approx(1 / NUMBER, abs=0.07)
+    metrics = {k: v for of_task in records.values() for k, v in of_task["metrics"].items()}
+    for name in ("acc1", "mean_per_class_recall", "lp_acc1", "lp_mean_per_class_recall"):
+        assert metrics[name] == chance, name
+    assert metrics["ami"] == pytest.approx(0.0, abs=0.03)
+    assert metrics["ari"] == pytest.approx(0.0, abs=0.03)
+
+
+def test_multilabel_data_are_scored_by_mean_average_precision():
+    """And by nothing that needs one class an image."""
+    data = solid_data()
+    numbers = data.splits["test"].images.numbers
+    present = F.one_hot(torch.tensor(numbers) // 10, NUMBER).bool()
+    test = Split(images=Solid("x", numbers), labels=present)
+    multilabel = EvaluationData(name="x", splits={"test": test}, class_names=data.class_names)
+    (record,) = judge(Knowing(), multilabel).values()
+    assert record["metrics"] == {"mean_average_precision": pytest.approx(1.0)}
+    (record,) = judge(Guessing(), multilabel).values()
+    low, high = record["intervals"]["mean_average_precision"]
+    assert low < record["metrics"]["mean_average_precision"] < high < 0.9
+
+
+def slow_recall(queries, candidates, query_groups, candidate_groups, k):
+    """Whether each query finds one of its group among its k nearest, in the mean."""
+    found = []
+    for query, group in zip(F.normalize(queries, dim=1), query_groups, strict=True):
+        order = (F.normalize(candidates, dim=1) @ query).argsort(descending=True)[:k]
+        found.append(any(candidate_groups[row] == group for row in order.tolist()))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_recall_with_several_captions_an_image(grouped):
+    """Against a loop; images of one group share their captions, of which equal ones count once."""
+    numbers = [*range(15), *range(15)] if grouped else [*range(30)]
+    groups = [number // 2 for number in numbers] if grouped else numbers
+    captions = [
+        (f"number {g + 30}", f"a {n}", f"a {g + 60}")[: n % 3 + 1]
+        for n, g in zip(numbers, groups, strict=True)
+    ]
+    split = Split(images=Solid("x", numbers), captions=captions, groups=groups if grouped else None)
+    model, data = Guessing(), EvaluationData(name="x", splits={"test": split})
+    metrics = judge(model, data, ["retrieval"])["zeroshot_retrieval"]["metrics"]
+    texts = [(group, text) for group, of in zip(groups, captions, strict=True) for text in of]
+    texts = list(dict.fromkeys(texts)) if grouped else texts
+    images = model.table.detach()[numbers]
+    rows = number_tokenizer([text for _, text in texts])[:, 0]
+    texts_rows, text_groups = model.text_table.detach()[rows], [group for group, _ in texts]
+    for k in (1, 5, 10):
+        expected = slow_recall(images, texts_rows, groups, text_groups, k)
+        assert metrics[f"text_retrieval_recall@{k}"] == pytest.approx(expected)
+        expected = slow_recall(texts_rows, images, text_groups, groups, k)
+        assert metrics[f"image_retrieval_recall@{k}"] == pytest.approx(expected)
+
+
+def test_bad_images_are_left_out_named_and_counted(capsys):
+    """The metrics are those of the others, with their labels and captions."""
+    bad, data = (0, 5, 17), solid_data()
+    record = judge(Guessing(), solid_data(bad=bad))
+    assert {of_task["bad_share"] for of_task in record.values()} == {3 / 18}
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0].endswith("images: test: 3 of 18 images cannot be used and are left out:")
+    assert shown[1] == "  sample 'test/7' (test): broken"
+    whole = data.splits["test"]
+    rows = [row for row in range(18) if row not in bad]
+    numbers = [whole.images.numbers[row] for row in rows]
+    rest = Split(
+        images=Solid("test", numbers),
+        labels=whole.labels[rows],
+        captions=[whole.captions[row] for row in rows],
+    )
+    good = EvaluationData(
+        name="solid",
+        splits={**data.splits, "test": rest},
+        class_names=data.class_names,
+        templates=data.templates,
+    )
+    expected = judge(Guessing(), good)
+    for task, of_task in record.items():
+        assert of_task["metrics"] == expected[task]["metrics"]
+        assert of_task["intervals"] == expected[task]["intervals"]
+
+
+def on_a_rank():
+    return judge(Guessing(), solid_data(bad=(0, 1, 2, 3)), batch_size=4)
+
+
+def test_every_rank_returns_the_records_of_one_process():
+    expected = on_a_rank()
+    assert run_distributed(on_a_rank, 2) == [expected, expected]
+
+
+def test_a_second_task_does_not_encode_again(tmp_path):
+    """And gives what it gives without kept features."""
+    first = judge(Guessing(), solid_data(), ["knn", "retrieval", "zero_shot"], cache=tmp_path)
+    model = Guessing()
+    second = judge(model, solid_data(), ["clustering", "geometry", "knn"], cache=tmp_path)
+    assert model.calls == {"image": 1, "text": 1}  # to know the model again
+    assert second["knn"] == first["knn"]
+    assert second == judge(Guessing(), solid_data(), ["clustering", "geometry", "knn"])
+
+
+def test_without_validation_the_strength_is_chosen_on_train(monkeypatch):
+    """Never on test: other test images change nothing about the fit."""
+    data, given = solid_data(), []
+    best = suite.best_linear_probe
+    monkeypatch.setattr(suite, "best_linear_probe", lambda *of: given.append(of) or best(*of))
+    splits = {name: data.splits[name] for name in ("train", "test")}
+    record = judge(Knowing(), EvaluationData(name="x", splits=splits), ["linear_probe"])
+    assert record["linear_probe"]["metrics"]["lp_acc1"] == 1.0
+    ((rows, labels),) = given
+    assert torch.equal(labels, data.splits["train"].labels)
+    assert len(rows) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        (None, ["zeroshot_classification", "clustering"]),
+        (["clustering"], ["clustering"]),
+        (["zero_shot", "clustering"], ["zeroshot_classification", "clustering"]),
+    ],
+)
+def test_tasks_that_data_cannot_serve_are_left_out(tasks, expected):
+    """Of two data sets, one has captions and one has labels; neither has a train split."""
+    whole = solid_data().splits["test"]
+    labelled = EvaluationData(
+        name="a",
+        splits={"test": Split(images=whole.images, labels=whole.labels)},
+        class_names=solid_data().class_names,
+    )
+    captioned = EvaluationData(
+        name="b", splits={"test": Split(images=whole.images, captions=whole.captions)}
+    )
+    given = Guessing(), number_transform, number_tokenizer, [labelled, captioned], tasks
+    records = protoclip.evaluate(*given, workers=0)
+    assert [r["task"] for r in records if r["dataset"] == "a"] == expected
+    of_captions = [] if tasks else ["zeroshot_retrieval", "geometry"]
+    assert [r["task"] for r in records if r["dataset"] == "b"] == of_captions
+
+
+def faulty(**changes):
+    """Data of one split, with some fields changed."""
+    whole = solid_data().splits["test"]
+    of_split = {"images": whole.images, "labels": whole.labels, "captions": whole.captions}
+    names = changes.pop("class_names", solid_data().class_names)
+    return EvaluationData(
+        name="x", splits={"test": Split(**{**of_split, **changes})}, class_names=names
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ({}, {"tasks": ["zero_shots"]}, "tasks: no task 'zero_shots'; did you mean zero_shot?"),
+        ({}, {"tasks": ["x"]}, "tasks: no task 'x'; choose of zero_shot, retrieval"),
+        ({}, {"split": "validation"}, "x: no split 'validation'; it has test"),
+        ({}, {"protocol": "papers"}, "protocol: no protocol 'papers'"),
+        ({}, {"templates": ["a photo"]}, "templates: 'a photo' has no place for the class"),
+        ({}, {"tasks": ["knn"]}, "x: knn needs a labelled train split"),
+        ({"captions": None}, {"tasks": ["retrieval"]}, "x: retrieval needs captions"),
+        ({"labels": None}, {"tasks": ["clustering"]}, "x: clustering needs labels"),
+        ({"class_names": ()}, {"tasks": ["zero_shot"]}, "x: zero_shot needs class names"),
+        ({"labels": None, "captions": None}, {}, "x: can serve no task (zero_shot needs labels"),
+        ({"labels": torch.arange(18)}, {}, "x: sample 'test/27' has class 6, but there are names"),
+        ({"labels": torch.ones(18).long()}, {"tasks": ["clustering"]}, "images of two classes"),
+        ({"labels": torch.ones(18, 2).bool()}, {}, "x: 6 class names for 2 columns of labels"),
+        ({"captions": [("a",)] * 17 + [()]}, {}, "x: sample 'test/59' has no caption"),
+        ({"images": Solid("none", [])}, {}, "x: its split 'test' holds no image"),
+    ],
+)
+def test_what_cannot_be_judged_is_one_line(data, options, message):
+    with pytest.raises(ValueError, match=r".*") as error:
+        judge(Guessing(), faulty(**data), **options)
+    assert str(error.value).startswith(message) or message in str(error.value)
+    assert "\n" not in str(error.value)

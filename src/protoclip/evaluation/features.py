@@ -1,0 +1,338 @@
+"""Features of a data set's images and texts: read, encoded by all ranks, and kept on disk."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from protoclip.data.decode import decode_crop
+from protoclip.data.loader import items_of
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.distributed.collectives import (
+    all_gather,
+    all_gather_object,
+    any_rank,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
+from protoclip.evaluation.datasets import Images
+from protoclip.files import checksum, file_checksum, replacing, to_json, write_atomically
+from protoclip.progress import Progress
+
+FEW_IMAGES = 300  # are read faster than worker processes start
+
+Transform = Callable[[Image.Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
+Bad = tuple[int, str]  # the row of an image that cannot be used, and why
+Batch = tuple[Tensor, list[Bad]]
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What the suite needs of a model: a module with two encoders into one space."""
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor: ...
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def eval(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Features of the good rows, of any norm, in float32 on the CPU; and the bad rows."""
+
+    features: Float[Tensor, "n d"]
+    bad: Sequence[Bad] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A model with its transforms, which encodes images and texts on the model's device.
+
+    All ranks call it with the same arguments and get the same bits, for any number of them.
+
+    Attributes:
+        batch_size: Images or texts encoded at once.
+        workers: Processes that read images; unset, one a core if there are many images.
+        cache: Folder in which features are kept; `None` for none.
+        show: Show progress.
+    """
+
+    model: Model
+    transform: Transform
+    tokenizer: Tokenizer
+    batch_size: int = 256
+    workers: int | None = None
+    cache: Path | None = None
+    show: bool = False
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(iter(self.model.parameters())).device
+
+    @cached_property
+    def key(self) -> str:
+        """Identifies the model and its transforms by content.
+
+        Weights alone do not: activations and numbers of heads have none. So the features of an
+        image and a text count too, to four digits, since the last ones depend on the hardware.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in self.model.state_dict().items():
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(content.numpy())
+        # Functions and objects without a text of their own show where in memory they lie.
+        digest.update(re.sub(r" at 0x[0-9a-f]+", "", f"{self.model!r} {self.transform!r}").encode())
+        ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
+        with evaluation_mode(self.model), torch.inference_mode():
+            image = self.transform(Image.fromarray(ramp)).unsqueeze(0).to(self.device)
+            text = self.tokenizer(["a photo of a red dog"]).to(self.device)
+            for found in (self.model.encode_image(image), self.model.encode_text(text)):
+                digest.update(f"{float(found.float().norm()):.4g}".encode())
+        return digest.hexdigest()
+
+    def images(self, images: Images, *, stage: str) -> Encoded:
+        """Features of all images that can be used.
+
+        Raises:
+            ValueError: No image can be used, or features are not finite; on every rank.
+        """
+        transform = self.transform
+        reader = Reader(images, transform)
+
+        def forward(batch: Tensor) -> Tensor:
+            if reader.from_bytes:
+                assert isinstance(transform, EvaluationTransform)
+                batch = transform.finish(batch, torch.zeros(len(batch), 0))
+            return self.model.encode_image(batch, normalize=False)
+
+        def compute() -> Encoded:
+            batches = self._read(reader, len(images))
+            return self.encode(forward, batches, reader.blank, len(images), stage)
+
+        found = self._kept("image", images.key, compute)
+        if not len(found.features):
+            reason = f", such as {found.bad[0][1]}" if found.bad else ""
+            raise ValueError(f"{stage}: no image can be used{reason}")
+        return found
+
+    def texts(self, texts: Sequence[str], *, stage: str) -> Float[Tensor, "n d"]:
+        """Features of texts."""
+        texts = list(texts)
+
+        def batches() -> Iterator[Batch]:
+            for rows in self._shares(len(texts)):
+                yield self.tokenizer(texts[rows.start : rows.stop]), []
+
+        def compute() -> Encoded:
+            forward = partial(self.model.encode_text, normalize=False)
+            blank = partial(self.tokenizer, texts[:1])
+            return self.encode(forward, batches(), blank, len(texts), stage)
+
+        return self._kept("text", checksum(json.dumps(texts).encode()), compute).features
+
+    def encode(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        batches: Iterator[Batch],
+        blank: Callable[[], Tensor],
+        number: int,
+        stage: str,
+    ) -> Encoded:
+        with evaluation_mode(self.model):
+            return encode(
+                forward,
+                batches,
+                blank,
+                number=number,
+                batch_size=self.batch_size,
+                device=self.device,
+                stage=stage,
+                show=self.show,
+            )
+
+    def _shares(self, number: int) -> list[range]:
+        """The rows of this rank's batches."""
+        starts = range(0, number, self.batch_size)[rank() :: world_size()]
+        return [range(start, min(start + self.batch_size, number)) for start in starts]
+
+    def _read(self, reader: "Reader", number: int) -> Iterator[Batch]:
+        """This rank's batches of images."""
+        workers = self.workers
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+            workers = max(1, cores // world_size()) if number > FEW_IMAGES else 0
+        shares = self._shares(number)
+        loader = DataLoader(
+            reader,
+            sampler=shares,
+            batch_size=None,
+            num_workers=min(workers, len(shares)),
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+        return items_of(loader)
+
+    def _kept(self, kind: str, content: str, compute: Callable[[], Encoded]) -> Encoded:
+        """Features from the cache, or computed and kept there."""
+        if self.cache is None or not content:
+            return compute()
+        key = checksum(f"{self.key} {kind} {content}".encode())
+        path = self.cache / f"{key}.npy"
+        found = read_kept(path)
+        (missing,) = any_rank([found is None])
+        if found is not None and not missing:
+            return found
+        found = compute()
+        if rank() == 0:
+            try:
+                keep(path, found)
+            except OSError as error:
+                print(f"warning: features are not kept ({error})", file=sys.stderr)
+        return found
+
+
+class Reader(Dataset[Batch]):
+    """Images as the model's input, by ranges of rows.
+
+    With our own transform and images that give their encoded bytes, only the crop is decoded, and
+    `finish` is left to the device of the model.
+    """
+
+    def __init__(self, images: Images, transform: Transform) -> None:
+        self.images, self.transform = images, transform
+        self.from_bytes = isinstance(transform, EvaluationTransform) and hasattr(images, "encoded")
+
+    def __getitem__(self, rows: range) -> Batch:
+        good: list[Tensor] = []
+        bad: list[Bad] = []
+        for row in rows:
+            try:
+                good.append(self.read(row))
+            except BadSample as error:
+                bad.append((row, str(error)))
+        return torch.stack(good) if good else torch.zeros(0), bad
+
+    def read(self, row: int) -> Tensor:
+        """One image; raises `BadSample`."""
+        transform, images = self.transform, self.images
+        try:
+            if not self.from_bytes:
+                return transform(images.image(row))
+            assert isinstance(transform, EvaluationTransform)
+            box = partial(transform.box, draws=np.zeros(0, np.float32))
+            encoded = images.encoded(row)  # type: ignore[attr-defined]
+            pixels = decode_crop(encoded, box, transform.size, max_pixels=MAX_IMAGE_PIXELS)
+            return torch.from_numpy(np.require(pixels, requirements="W"))
+        except BadSample:
+            raise
+        except (ValueError, OSError) as error:
+            raise BadSample(images.sample_id(row), images.name, str(error)) from error
+
+    def blank(self) -> Tensor:
+        """A batch of one black image."""
+        if self.from_bytes:
+            assert isinstance(self.transform, EvaluationTransform)
+            size = self.transform.size
+            return torch.zeros(1, size, size, 3, dtype=torch.uint8)
+        return self.transform(Image.new("RGB", (224, 224))).unsqueeze(0)
+
+
+def encode(
+    forward: Callable[[Tensor], Tensor],
+    batches: Iterator[Batch],
+    blank: Callable[[], Tensor],
+    *,
+    number: int,
+    batch_size: int,
+    device: torch.device | str,
+    stage: str,
+    show: bool = False,
+) -> Encoded:
+    """Features of `number` rows; the ranks take turns at the batches.
+
+    A batch has the same rows, and so its features the same bits, for any number of ranks. A sharded
+    forward is collective, so a rank without good rows of its own encodes a blank one and drops it.
+
+    Args:
+        forward: A batch of inputs to features.
+        batches: This rank's batches, of `batch_size` rows without the bad ones.
+        blank: A batch of one row that stands in.
+    """
+    progress = Progress(f"evaluate: {stage}", number) if show and rank() == 0 else None
+    features: list[Tensor] = []
+    bad: list[Bad] = []
+
+    def read(first: int) -> tuple[Tensor, int]:
+        """This rank's input, and how many of its rows count."""
+        ready, found = next(batches) if first < number else (torch.zeros(0), [])
+        bad.extend((row, why) for row, why in found)
+        return (ready, len(ready)) if len(ready) else (blank(), 0)
+
+    stride = batch_size * world_size()
+    for first in range(0, number, stride):
+        ready, good = raise_on_all_ranks(partial(read, first + rank() * batch_size))
+        with torch.inference_mode():
+            sent = ready.to(device, non_blocking=True)
+            rows = raise_on_all_ranks(partial(forward, sent)).float()
+        features.append(all_gather(rows[:good]).cpu())
+        if progress:
+            progress.update(min(first + stride, number))
+    encoded = torch.cat(features or [torch.zeros(0, 0)])
+    if not bool(torch.isfinite(encoded).all()):  # the same bits on every rank
+        raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
+    everyones = [entry for of_rank in all_gather_object(bad) for entry in of_rank]
+    return Encoded(features=encoded, bad=sorted(everyones))
+
+
+@contextmanager
+def evaluation_mode(model: Model) -> Iterator[None]:
+    """Evaluation mode, after which every module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # One by one: a locked tower stays in evaluation mode inside a model that trains.
+        for module, training in modes:
+            module.training = training
+
+
+def keep(path: Path, encoded: Encoded) -> None:
+    """Write features, and beside them what is bad and the checksum of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch, scratch.open("wb") as file:
+        np.save(file, encoded.features.numpy())
+    facts = {"checksum": file_checksum(path), "bad": encoded.bad}
+    write_atomically(path.with_suffix(".json"), to_json(facts))
+
+
+def read_kept(path: Path) -> Encoded | None:
+    """Features that `keep` wrote, mapped into memory; None if they are missing or damaged."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if facts["checksum"] != file_checksum(path):
+            return None
+        features = torch.from_numpy(np.load(path, mmap_mode="c"))
+        return Encoded(features=features, bad=[(int(row), str(why)) for row, why in facts["bad"]])
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None

@@ -1,0 +1,151 @@
+"""Records of evaluated models: means over data sets, differences, the table and the files."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from protoclip.evaluation import compare
+from protoclip.evaluation.samples import interval
+from protoclip.evaluation.suite import Result
+from protoclip.files import to_json, write_atomically
+
+CAPTION = {
+    "intervals": "In brackets: 95% intervals by bootstrap over samples.",
+    "differences": "Second line: paired difference to {}, * if its interval leaves out 0.",
+}
+
+
+def with_means(results: Sequence[Result]) -> list[Result]:
+    """The results of one model; and for metrics of several data sets, their mean over those."""
+    having: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        for metric in result.record["metrics"]:
+            having.setdefault((result.record["task"], metric), []).append(result)
+    # One record for the metrics of a task that the same data sets have.
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (task, metric), found in having.items():
+        if len(found) > 1:
+            names = tuple(result.record["dataset"] for result in found)
+            groups.setdefault((task, names), []).append(metric)
+    means = []
+    for (task, names), metrics in groups.items():
+        members = having[task, metrics[0]]
+        values = {m: float(np.mean([r.record["metrics"][m] for r in members])) for m in metrics}
+        draws = {
+            metric: np.mean([r.draws[metric] for r in members], axis=0)
+            for metric in metrics
+            if all(metric in r.draws for r in members)
+        }
+        first = members[0].record
+        record = {
+            "dataset": f"mean of {len(names)}",
+            "model": first["model"],
+            "pretrained": first["pretrained"],
+            "task": task,
+            "metrics": values,
+            "language": first["language"],
+            "split": first["split"],
+            "datasets": list(names),
+            "intervals": {metric: interval(of_metric) for metric, of_metric in draws.items()},
+        }
+        ids = [sample for member in members for sample in member.ids]
+        means.append(Result(record=record, draws=draws, ids=ids))
+    return [*results, *means]
+
+
+def with_differences(results: Sequence[Result], reference: Sequence[Result]) -> list[Result]:
+    """The results of a model with its paired differences to a reference, by metric: `mean`, its 95%
+    `interval` if both have the same samples, and whether that leaves out 0 (`beyond`).
+    """
+    known = {place(result): result for result in reference}
+    found = []
+    for result in results:
+        other, record = known.get(place(result)), dict(result.record)
+        if other is not None:
+            record["compared_to"] = other.record["model"]
+            record["differences"] = {
+                metric: difference(metric, other, result)
+                for metric in record["metrics"]
+                if metric in other.record["metrics"]
+            }
+        found.append(Result(record=record, draws=result.draws, ids=result.ids))
+    return found
+
+
+def place(result: Result) -> tuple[Any, ...]:
+    record = result.record
+    return record["task"], record["dataset"], *record.get("datasets", ())
+
+
+def difference(metric: str, first: Result, second: Result) -> dict[str, Any]:
+    ends = None
+    if metric in first.draws and metric in second.draws and [*first.ids] == [*second.ids]:
+        ends = interval(second.draws[metric] - first.draws[metric])
+    return {
+        "mean": second.record["metrics"][metric] - first.record["metrics"][metric],
+        "interval": ends,
+        "beyond": ends is not None and not ends[0] <= 0 <= ends[1],
+    }
+
+
+def write_records(records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """One file a record, named as CLIP_benchmark names its own; `clip_benchmark build` takes them.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: set[str] = set()
+    for record in records:
+        words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
+        words += [record["split"]] if record["split"] != "test" else []
+        words += ["paper"] if "protocol" in record else []
+        stem = name = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
+        while name in written:  # two models of one name
+            name = f"{stem}-{len(written)}"
+        written.add(name)
+        write_atomically(folder / f"{name}.json", to_json(record) + "\n")
+
+
+def show(models: Sequence[Sequence[Result]]) -> None:
+    """Print a table: one column a model, one row a metric of a task of a data set."""
+    table = Table("data", "task", "metric", title="Percent, but for geometry")
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for number, results in enumerate(models):
+        for record in (result.record for result in results):
+            scale, digits = (1.0, 3) if record["task"] == "geometry" else (100.0, 1)
+            for metric, value in record["metrics"].items():
+                given: dict[str, Any] = {"mean": value}
+                given["interval"] = record["intervals"].get(metric)
+                if metric in record.get("differences", {}):
+                    given["difference"] = record["differences"][metric]
+                cells = rows.setdefault((record["dataset"], record["task"], metric), [])
+                cells += ["-"] * (number - len(cells))
+                cells.append(compare.cell(given, scale=scale, digits=digits))
+    for results in models:
+        record = results[0].record
+        name = " ".join([record["model"], *([record["pretrained"]] if named(record) else [])])
+        table.add_column(escape(compare.printable(name)), justify="right")
+    before: tuple[str, ...] = ()
+    for (data, task, metric), cells in rows.items():
+        if before and before != (data, task):
+            table.add_section()
+        shown = ("", "") if before == (data, task) else (data, task)
+        before = data, task
+        filled = cells + ["-"] * (len(models) - len(cells))
+        table.add_row(*map(escape, (*map(compare.printable, shown), metric, *filled)))
+    table.caption, table.caption_justify = CAPTION["intervals"], "left"
+    compared = [r.record["compared_to"] for of in models for r in of if "compared_to" in r.record]
+    if compared:
+        differences = CAPTION["differences"].format(escape(compare.printable(compared[0])))
+        table.caption += f" {differences}"
+    compare.print_table(table, columns=len(models))
+
+
+def named(record: dict[str, Any]) -> bool:
+    return bool(record["pretrained"] not in ("", "none"))

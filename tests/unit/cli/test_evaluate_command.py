@@ -1,0 +1,90 @@
+"""`protoclip evaluate` with models and data that are made up."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from protoclip.cli import main
+from protoclip.cli.evaluate import names_of
+from protoclip.evaluation import datasets
+from protoclip.models import loading
+
+sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
+from solid import Guessing, Knowing, solid_data, tokenizer, transform
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Models `knowing` and `guessing`, and any data set; returns what was opened."""
+    opened = []
+    models = {"knowing": Knowing, "open_clip:guessing/tag": Guessing}
+
+    def open_data(reference, **settings):
+        opened.append((reference, settings))
+        return solid_data(reference)
+
+    monkeypatch.setattr(loading, "load", lambda name: (models[name](), transform, tokenizer))
+    monkeypatch.setattr(loading, "to_device", lambda model, device: model.to(device))
+    monkeypatch.setattr(datasets, "open_data", open_data)
+    return opened
+
+
+def test_several_models_on_several_data_sets(made_up, tmp_path, capsys):
+    """Records as JSON and as files, with the mean and the differences to a model."""
+    words = "evaluate knowing open_clip:guessing/tag --data a --data b --tasks knn zero_shot"
+    words += f" --compare-to open_clip:guessing/tag --json --no-cache --root here --out {tmp_path}"
+    main(words.split())
+    records = json.loads(capsys.readouterr().out)
+    settings = {"root": "here", "class_column": None, "split": "test"}
+    assert made_up == [("a", settings), ("b", settings)]
+    places = [(record["model"], record["dataset"], record["task"]) for record in records]
+    tasks = ("knn", "zeroshot_classification")
+    names = ("guessing", "knowing")
+    sets = ("a", "b", "mean of 2")
+    assert places == [(name, data, task) for name in names for data in sets for task in tasks]
+    assert {record["pretrained"] for record in records[:6]} == {"tag"}
+    for record, other in zip(records[6:], records[:6], strict=True):
+        gain = record["metrics"]["acc1"] - other["metrics"]["acc1"]
+        assert record["differences"]["acc1"]["mean"] == pytest.approx(gain)
+        assert record["differences"]["acc1"]["beyond"]
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_the_table_is_the_default_and_emoji_are_the_default_data(made_up, capsys):
+    main(["evaluate", "--templates", "simple", "knowing", "--workers", "0"])
+    shown = capsys.readouterr().out
+    assert made_up[0][0] == "emoji"
+    assert "lp_mean_per_class_recall" in shown
+    assert "100.0 [100.0, 100.0]" in shown
+
+
+def test_features_are_kept_in_the_cache_folder(made_up, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    main(["evaluate", "knowing", "--tasks", "knn", "--json"])
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("knowing --tasks knns", "tasks: no task 'knns'; did you mean knn?"),
+        ("knowing --templates none.txt", "none.txt: no file of prompts"),
+        ("knowing --protocol reference", "protocol: 'reference' is not one of paper"),
+        ("knowing --split dev", "split: 'dev' is not one of"),
+        ("", "models: is missing"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, made_up, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", *words.split()])
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"protoclip: error: {message}")
+
+
+def test_what_records_call_a_model():
+    assert names_of("open_clip:ViT-B-32/laion400m_e32") == ("ViT-B-32", "laion400m_e32")
+    assert names_of("open_clip:RN50") == ("RN50", "none")
+    assert names_of("runs/mine-0") == ("runs/mine-0", "none")

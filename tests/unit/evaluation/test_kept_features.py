@@ -1,0 +1,189 @@
+"""Features: bad images, ranks, worker processes, and what is kept on disk."""
+
+import copy
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from solid import Guessing, Knowing, Solid, tokenizer, transform
+from torch import nn
+
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.distributed import collectives
+from protoclip.distributed.parallel import shard, spread
+from protoclip.evaluation.features import Encoder, Reader, encode
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.testing import run_distributed
+
+NUMBERS = list(range(23))
+
+
+def encoder(model=None, **settings):
+    given = {"transform": transform, "tokenizer": tokenizer, "batch_size": 4, "workers": 0}
+    return Encoder(model=model or Guessing(), **{**given, **settings})
+
+
+def encoded(bad, workers=0):
+    own = encoder(workers=workers)
+    found = own.images(Solid("x", NUMBERS, bad), stage="x")
+    return found.features, found.bad, own.texts([f"number {n}" for n in NUMBERS], stage="y")
+
+
+@pytest.mark.parametrize("bad", [(), (0, 5, 22), (4, 5, 6, 7), tuple(range(1, 23))])
+def test_bad_images_are_left_out_and_ranks_agree(bad):
+    """Wherever they are: in some batches, the whole of one, or all but one image."""
+    good = torch.tensor([n for n in NUMBERS if n not in bad])
+    for ranks in (1, 2):
+        for found, left_out, texts in run_distributed(encoded, ranks, bad):
+            assert torch.equal(found, Guessing().table[good])
+            assert torch.equal(texts, Guessing().text_table[: len(NUMBERS)])
+            assert [row for row, _ in left_out] == list(bad)
+            assert all(why == f"sample 'x/{row}' (x): broken" for row, why in left_out)
+
+
+def test_worker_processes_change_nothing():
+    alone, (rows, _, _) = encoded((3,)), encoded((3,), workers=2)
+    assert torch.equal(rows, alone[0])
+
+
+def test_no_usable_image_is_one_line():
+    with pytest.raises(ValueError, match=r"^x: no image can be used, such as .* broken$"):
+        encoder().images(Solid("x", [1, 2], bad=(0, 1)), stage="x")
+
+
+@pytest.mark.parametrize("size", [(40, 64), (64, 40), (33, 47)])
+def test_decoding_from_bytes_equals_the_transform(size):
+    """To the last bit, for files that are not decoded at a fraction of their size."""
+    own = EvaluationTransform(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    files = []
+    for seed in range(6):
+        pixels = np.random.default_rng(seed).integers(256, size=(*size, 3)).astype(np.uint8)
+        files.append(io.BytesIO())
+        Image.fromarray(pixels).save(files[-1], ["PNG", "WebP", "JPEG"][seed % 3])
+    rows = [{"image": file.getvalue(), "caption": "a"} for file in files]
+    pairs = ImageTextPairs(pa.Table.from_pylist(rows), name="x")
+    reader = Reader(pairs, own)
+    assert reader.from_bytes
+    batch, bad = reader[range(6)]
+    expected = torch.stack([own(pairs.image(row)) for row in range(6)])
+    assert torch.equal(own.finish(batch, torch.zeros(6, 0)), expected)
+    assert bad == []
+
+
+class TinyTowers(nn.Module):
+    """The least that can be sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = nn.Linear(6, 4)
+        self.logit_scale = nn.Parameter(torch.tensor(2.7))
+
+    def encode_image(self, images):
+        return self.visual(images.flatten(1))
+
+
+def encode_numbers(model, number, broken=None):
+    """Features of the first items, of which one cannot be read."""
+
+    def read(rows):
+        if broken in rows:
+            raise OSError(f"image {broken}: gone")
+        return torch.tensor(rows).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 2)
+
+    firsts = range(0, number, 2)[collectives.rank() :: collectives.world_size()]
+    batches = ((read(range(first, min(first + 2, number))), []) for first in firsts)
+    settings = {"number": number, "batch_size": 2, "device": "cpu", "stage": "items"}
+    blank = lambda: torch.zeros(1, 3, 1, 2)  # noqa: E731
+    return encode(model.encode_image, batches, blank, **settings).features
+
+
+def sharded_features(numbers):
+    """Features by a model of which each rank has a shard, and the error for an unreadable image."""
+    torch.manual_seed(0)
+    model = whole = ProtoCLIP(TinyTowers(), nn.Linear(4, 4))
+    if collectives.world_size() > 1:
+        model = copy.deepcopy(whole)
+        shard(model, torch.device("cpu"))
+        spread(model, whole if collectives.rank() == 0 else None)
+    found = [encode_numbers(model, number) for number in numbers]
+    with pytest.raises((OSError, ValueError)) as error:
+        encode_numbers(model, 8, broken=3)
+    return found, str(error.value)
+
+
+def test_every_rank_enters_every_forward_of_a_sharded_model():
+    """Without rows, with fewer batches than ranks, and with a last round that only one rank has.
+    An error on one rank ends all ranks before the forward."""
+    numbers = [0, 1, 3, 9, 10]
+    ((expected, _),) = run_distributed(sharded_features, 1, numbers)
+    assert [len(rows) for rows in expected] == numbers
+    for found, error in run_distributed(sharded_features, 2, numbers):
+        for rows, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(rows, wanted)
+        assert error == "image 3: gone"
+
+
+def test_features_are_computed_once_and_kept(tmp_path):
+    """With what is bad; as long as model, images and texts are the same."""
+    images, texts = Solid("x", NUMBERS, bad=(2,)), ["number 1"]
+    first = encoder(Knowing(), cache=tmp_path)
+    rows, text = first.images(images, stage="x"), first.texts(texts, stage="x")
+    again = encoder(Knowing(), cache=tmp_path)
+    found = again.images(images, stage="x")
+    assert torch.equal(found.features, rows.features)
+    assert found.bad == list(rows.bad)
+    assert torch.equal(again.texts(texts, stage="x"), text)
+    assert again.model.calls == {"image": 1, "text": 1}  # of the key alone
+    again.images(Solid("x", NUMBERS), stage="x")
+    again.texts(["number 2"], stage="x")
+    assert again.model.calls == {"image": 1 + 6, "text": 2}
+    images.key = ""
+    again.images(images, stage="x")
+    assert again.model.calls["image"] == 1 + 6 + 6
+    assert len(list(tmp_path.glob("*.npy"))) == 4
+
+
+@pytest.mark.parametrize("damage", ["features", "facts", "shorter", "unlisted"])
+def test_damaged_features_are_computed_anew(damage, tmp_path):
+    images = Solid("x", NUMBERS)
+    expected = encoder(cache=tmp_path).images(images, stage="x").features
+    (path,) = tmp_path.glob("*.npy")
+    whole = path.read_bytes()
+    if damage == "features":
+        path.write_bytes(whole[:-4] + b"\0\0\0\0")
+    elif damage == "shorter":
+        path.write_bytes(whole[:50])
+    elif damage == "facts":
+        path.with_suffix(".json").write_text("{")
+    else:
+        path.with_suffix(".json").unlink()
+    for _ in range(2):
+        own = encoder(Guessing(), cache=tmp_path)
+        assert torch.equal(own.images(images, stage="x").features, expected)
+    assert own.model.calls["image"] == 1
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    found = encoder(cache=tmp_path / "file").images(Solid("x", NUMBERS), stage="x")
+    assert len(found.features) == len(NUMBERS)
+    assert "features are not kept" in capsys.readouterr().err
+
+
+def test_the_key_is_the_content():
+    """Weights, activations, the transform; not the object."""
+    plain = encoder().key
+    assert encoder().key == plain
+
+    def darker(image):
+        return transform(image) // 2
+
+    wider = Guessing()
+    wider.activation = nn.GELU()
+    others = [encoder(Guessing(1)), encoder(transform=darker), encoder(wider)]
+    assert len({plain, *(other.key for other in others)}) == 4

@@ -1,0 +1,111 @@
+"""Records: means over data sets, paired differences, files and the table."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from solid import Guessing, solid_data, tokenizer, transform
+
+from protoclip.evaluation import records
+from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.suite import Result, results
+
+
+def judged(name: str, model, data=None, **options) -> list[Result]:
+    encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
+    return results(encoder, data or [solid_data("a")], model_name=name, **options)
+
+
+def made(dataset: str, metrics: dict[str, float], seed: int, task: str = "knn") -> Result:
+    """A result whose draws lie about its metrics."""
+    generator = np.random.default_rng(seed)
+    record = {"dataset": dataset, "model": "m", "pretrained": "none", "task": task}
+    record |= {"metrics": metrics, "language": "en", "split": "test", "intervals": {}}
+    draws = {metric: value + generator.normal(size=1000) for metric, value in metrics.items()}
+    return Result(record=record, draws=draws, ids=[dataset])
+
+
+def test_the_mean_over_data_sets_is_by_metric():
+    """Of those that have it; a metric of one data set has no mean. Its draws are means of draws."""
+    one, two = made("a", {"x": 0.2, "y": 0.5}, 0), made("b", {"x": 0.4, "y": 0.7}, 1)
+    three = made("c", {"x": 0.9, "z": 1.0}, 2)
+    found = records.with_means([one, two, three, made("c", {"x": 0.0}, 3, task="other")])
+    means = [result.record for result in found[4:]]
+    assert [record["dataset"] for record in means] == ["mean of 3", "mean of 2"]
+    assert [record["datasets"] for record in means] == [["a", "b", "c"], ["a", "b"]]
+    assert means[0]["metrics"] == {"x": pytest.approx(0.5)}
+    assert means[1]["metrics"] == {"y": pytest.approx(0.6)}
+    draws = (one.draws["y"] + two.draws["y"]) / 2
+    assert means[1]["intervals"]["y"] == pytest.approx([*np.quantile(draws, [0.025, 0.975])])
+
+
+def test_differences_are_paired_by_sample():
+    """In each data set and in the mean; other samples give no interval."""
+    data = [solid_data("a"), solid_data("b", bad=(3,))]
+    first, second = (
+        records.with_means(judged(str(seed), Guessing(seed), data, tasks=["knn", "zero_shot"]))
+        for seed in (0, 1)
+    )
+    found = records.with_differences(second, first)
+    assert len(found) == 6
+    for result, other in zip(found, first, strict=True):
+        record = result.record
+        assert record["compared_to"] == "0"
+        assert record["differences"].keys() == record["metrics"].keys()
+        for metric, of_metric in record["differences"].items():
+            gain = record["metrics"][metric] - other.record["metrics"][metric]
+            draws = result.draws[metric] - other.draws[metric]
+            assert of_metric["mean"] == pytest.approx(gain)
+            assert of_metric["interval"] == pytest.approx([*np.quantile(draws, [0.025, 0.975])])
+    same = records.with_differences(first, first)[0].record["differences"]["acc1"]
+    assert same == {"mean": 0.0, "interval": [0.0, 0.0], "beyond": False}
+    (alone,) = judged("2", Guessing(), [solid_data("a", bad=(1,))], tasks=["knn"])
+    apart = records.with_differences([alone], first)[0].record["differences"]["acc1"]
+    assert (apart["interval"], apart["beyond"]) == (None, False)
+
+
+def as_clip_benchmark_builds(files):
+    """The rows of its table: metrics beside the other entries of a record."""
+    rows = [json.loads(path.read_text()) for path in files]
+    return [
+        {**row["metrics"], **row, "name": row["model"] + " " + row["pretrained"]} for row in rows
+    ]
+
+
+def test_files_are_those_of_clip_benchmark(tmp_path):
+    """One a record, with its names of tasks and metrics; none writes over another."""
+    found = judged("runs/x", Guessing(), tasks=["zero_shot", "retrieval"])
+    written = [result.record for result in found]
+    records.write_records([*written, written[0]], tmp_path / "new" / "out")
+    files = sorted((tmp_path / "new" / "out").iterdir())
+    assert [file.name for file in files] == [
+        "a_none_runs_x_en_zeroshot_classification-2.json",
+        "a_none_runs_x_en_zeroshot_classification.json",
+        "a_none_runs_x_en_zeroshot_retrieval.json",
+    ]
+    assert [json.loads(file.read_text()) for file in files[1:]] == written
+    rows = as_clip_benchmark_builds(files)
+    names = {name for row in rows for name in row}
+    with (tmp_path / "table.csv").open("w") as file:
+        writer = csv.DictWriter(file, fieldnames=sorted(names))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert {"acc1", "acc5", "mean_per_class_recall", "image_retrieval_recall@5"} <= names
+
+
+def test_the_table_has_a_column_for_each_model(capsys):
+    """A row for each metric; what a model lacks is a dash; differences on a second line."""
+    first = judged("one[b]", Guessing(0), tasks=["knn"])
+    second = judged("two", Guessing(1), tasks=["geometry", "knn"], pretrained="tag")
+    records.show([first, records.with_differences(second, first)])
+    shown = capsys.readouterr().out
+    knn = next(line for line in shown.splitlines() if "knn" in line)
+    value = first[0].record["metrics"]["acc1"] * 100
+    low, high = (end * 100 for end in first[0].record["intervals"]["acc1"])
+    assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in knn
+    gap = next(line for line in shown.splitlines() if "gap" in line)
+    assert gap.count(" - ") == 1
+    assert "one[b]" in shown
+    assert "two tag" in shown
+    assert "paired difference to one[b]" in " ".join(shown.split())

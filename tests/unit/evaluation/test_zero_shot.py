@@ -1,0 +1,73 @@
+"""Prompts, classifiers and metrics of zero-shot classification."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
+
+from protoclip.evaluation import zero_shot
+from protoclip.evaluation.zero_shot import (
+    average_precisions,
+    mean_average_precision,
+    mean_per_class_recall,
+    prompts,
+    zero_shot_classifier,
+    zero_shot_ranks,
+)
+
+
+def test_a_classifier_is_the_mean_of_unit_prompts(generator):
+    """Against a loop; classes and templates of any number."""
+    features = torch.randn(3, 4, 5, generator=generator)
+    found = zero_shot_classifier(features)
+    for row, of_class in zip(found, features, strict=True):
+        mean = sum(prompt / prompt.norm() for prompt in of_class) / 4
+        torch.testing.assert_close(row, mean / mean.norm())
+
+
+def test_accuracies_equal_scikit_learn(generator):
+    """acc1, acc5 and mean per-class recall; some classes have no image."""
+    images, classes = (torch.randn(n, 6, generator=generator) for n in (200, 12))
+    labels = torch.randint(9, (200,), generator=generator)
+    scores = images @ classes.T
+    ranks = zero_shot_ranks(images, classes, labels)
+    for k in (1, 5):
+        expected = top_k_accuracy_score(labels, scores, k=k, labels=range(12))
+        assert zero_shot.accuracy(ranks, k) == pytest.approx(expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes that are predicted and have no image
+        expected = balanced_accuracy_score(labels, scores.argmax(1))
+    assert mean_per_class_recall(ranks < 1, labels) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_average_precision_equals_scikit_learn(levels):
+    """With equal scores, with a class that no image has, and with images that count repeatedly."""
+    generator = np.random.default_rng(0)
+    scores = generator.integers(levels, size=(80, 5)).astype(np.float64)
+    present = generator.random((80, 5)) < 0.3
+    present[:, 2] = False
+    counts = generator.integers(0, 4, size=(3, 80))
+
+    def expected(rows):
+        columns = zip(present[rows].T, scores[rows].T, strict=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [average_precision_score(*column) for column in columns]
+
+    found = average_precisions(scores, present, list(counts))
+    for row, count in zip(found, counts, strict=True):
+        np.testing.assert_allclose(row, expected(np.repeat(np.arange(80), count)))
+    mean = mean_average_precision(torch.tensor(scores), torch.tensor(present))
+    assert mean == pytest.approx(np.mean(expected(np.arange(80))))
+
+
+def test_a_template_is_filled_with_every_class_and_has_a_place_for_it():
+    filled = prompts(["cat", "{dog}"], ["a {c}", "{c} {x}"])
+    assert filled == ["a cat", "cat {x}", "a {dog}", "{dog} {x}"]
+    with pytest.raises(
+        ValueError, match=r"'a photo' has no place for the class; write \{c\} there$"
+    ):
+        prompts(["cat"], ["a {c}", "a photo"])
