@@ -43,7 +43,6 @@ def error_of(line: str, capsys: pytest.CaptureFixture[str], *, lines: int = 1) -
         ("--run.device quantum", "run.device"),
         ("--data.train s3://b/a.tar --data.read indexed", "only local shards"),
         ("--data.train pairs.parquet --data.read streaming", "only tar shards"),
-        ("--data.train a.tar --data.image_column jpg", "no columns"),
         ('--data.train a.csv --data.sources [{"path":"b.csv"}]', "leave one of them out"),
     ],
 )

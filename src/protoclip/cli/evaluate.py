@@ -59,8 +59,10 @@ class Evaluate:
                 show=True,
             )
             name, pretrained = names_of(reference)
-            # `compare` reads the results by sample. An unfinished run would keep outdated ones.
-            finished = (Path(reference) / "results.json").is_file()
+            # `compare` reads the results by sample. An unfinished run would keep outdated ones, and
+            # those of some tasks or of other settings would replace the run's own.
+            usual = self.tasks is None and self.templates is None and self.protocol is None
+            finished = usual and (Path(reference) / "results.json").is_file()
             return suite.results(
                 encoder,
                 data,

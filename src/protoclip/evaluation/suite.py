@@ -539,7 +539,7 @@ class Measured:
         if self.scores is not None:
             rows = drawn(self.samples.images["sample_id"], seed=seed, kind=0)
             scores, present = (of.numpy() for of in self.scores)
-            values = average_precisions(scores.astype(np.float64), present, list(counted(rows)))
+            values = average_precisions(scores.astype(np.float64), present, counted(rows))
             found["zero_shot/mean_average_precision"] = values.mean(axis=1)
         if "retrieval/mean_recall" in self.metrics:
             recalls = np.stack([found[name] for name in RECALLS])

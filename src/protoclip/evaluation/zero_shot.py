@@ -1,6 +1,6 @@
 """Zero-shot classification: images against the encoded names of classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ def mean_per_class_recall(correct: Bool[Tensor, " n"], labels: Int[Tensor, " n"]
 def average_precisions(
     scores: Float[np.ndarray, "n k"],
     present: Bool[np.ndarray, "n k"],
-    counts: Sequence[npt.NDArray[np.integer]] | None = None,
+    counts: Iterable[npt.NDArray[np.int64]] | None = None,
 ) -> Float[np.ndarray, "r k"]:
     """The average precision of each class, for one or more weightings of the images.
 

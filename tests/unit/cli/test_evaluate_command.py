@@ -60,6 +60,16 @@ def test_the_table_is_the_default_and_emoji_are_the_default_data(made_up, capsys
     assert "100.0 [100.0, 100.0]" in shown
 
 
+@pytest.mark.parametrize("more", [[], ["--tasks", "knn"], ["--templates", "simple"]])
+def test_the_samples_of_a_finished_run_are_kept(more, made_up, tmp_path, monkeypatch, capsys):
+    """Unless only some tasks were run, or with other prompts."""
+    (tmp_path / "results.json").write_text("{}")
+    monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
+    main(["evaluate", str(tmp_path), "--data", "a", *more])
+    capsys.readouterr()
+    assert (tmp_path / "results" / "a-test.parquet").is_file() == (not more)
+
+
 def test_features_are_kept_in_the_cache_folder(made_up, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     main(["evaluate", "knowing", "--tasks", "knn", "--json"])

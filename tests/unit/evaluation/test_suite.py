@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from solid import CLASSES as NUMBER
-from solid import Guessing, Knowing, Solid, solid_data
+from solid import Guessing, Knowing, Solid, part, solid_data
 from solid import tokenizer as number_tokenizer
 from solid import transform as number_transform
 from torch import nn
@@ -326,6 +326,15 @@ def test_perfect_features_score_one_in_every_task():
     assert records["zeroshot_classification"]["templates"] == ["a class {c}", "some class {c}"]
     assert "unnormalised" in records["linear_probe"]["protocol"]
     assert "protocol" not in records["knn"]
+
+
+def test_the_best_five_of_fewer_classes_are_left_out():
+    numbers = [number for number in range(40) if number % 10 > 4]
+    splits = {name: part(name, numbers) for name in ("train", "test")}
+    few = EvaluationData(name="x", splits=splits, class_names=["0", "1", "2", "3"])
+    records = judge(Knowing(), few, ["zero_shot", "linear_probe"])
+    assert [*records["zeroshot_classification"]["metrics"]] == ["acc1", "mean_per_class_recall"]
+    assert [*records["linear_probe"]["metrics"]] == ["lp_acc1", "lp_mean_per_class_recall"]
 
 
 def test_shuffled_labels_give_chance():
