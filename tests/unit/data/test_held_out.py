@@ -1,0 +1,97 @@
+"""Held-out pairs: nothing of them is left in training."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from protoclip.data.held_out import Subset, held_out_rows
+from protoclip.data.mixture import MixedPairs
+from protoclip.data.pairs import ImageTextPairs
+
+
+def source(number: int, name: str, *, captions: int, images: int, seed: int = 0) -> ImageTextPairs:
+    """Rows with one or two of so many captions, and one of so many images; ids of their own."""
+    draw = np.random.default_rng(seed)
+    table = pa.table(
+        {
+            "sample_id": [f"{name}{row}" for row in range(number)],
+            "image": [b"image %d" % draw.integers(images) for _ in range(number)],
+            "caption": [
+                [f" a {draw.integers(captions)}" for _ in range(draw.integers(1, 3))]
+                for _ in range(number)
+            ],
+        }
+    )
+    return ImageTextPairs(table, name=name, key=f"{name} {number} {captions} {images}")
+
+
+def contents(pairs: Subset) -> tuple[set[str], set[bytes]]:
+    samples = [pairs.sample(row) for row in range(len(pairs))]
+    return {text for s in samples for text in s.captions}, {s.image for s in samples}
+
+
+@pytest.mark.parametrize(
+    ("captions", "images"), [(100_000, 100_000), (4000, 100_000), (100_000, 4000), (4000, 4000)]
+)
+def test_no_caption_and_no_image_is_on_both_sides(
+    captions: int, images: int, tmp_path: Path
+) -> None:
+    pairs = source(3000, "web", captions=captions, images=images)
+    rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
+    held, rest = (Subset(pairs, rows, keep=keep) for keep in ("held_out", "rest"))
+    assert 0 < len(held) <= 300
+    assert len(held) > 200 or captions < 5000 or images < 5000
+    assert {*held.sample_ids()} | {*rest.sample_ids()} == {*pairs.sample_ids()}
+    assert len(held) + len(rest) == 3000
+    for one, other in zip(contents(held), contents(rest), strict=True):
+        assert not one & other
+
+
+def test_captions_that_many_pairs_share_are_not_held_out(tmp_path: Path) -> None:
+    pairs = source(3000, "web", captions=5, images=100_000)
+    assert len(held_out_rows([pairs], share=0.1, folder=tmp_path)) == 0
+
+
+def test_the_choice_is_kept_and_hardly_changes_when_pairs_are_added(tmp_path: Path) -> None:
+    pairs = source(2000, "web", captions=10**9, images=10**9)
+    rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
+    assert np.array_equal(rows, held_out_rows([pairs], share=0.1, folder=tmp_path / "other"))
+    longer = source(2100, "web", captions=10**9, images=10**9)
+    again = held_out_rows([longer], share=0.1, folder=tmp_path)
+    assert len(np.intersect1d(rows, again)) > 0.9 * len(rows)
+    (kept,) = (file for file in tmp_path.glob("*.npy") if len(np.load(file)) == len(rows))
+    np.save(kept, rows[:7])
+    assert len(held_out_rows([pairs], share=0.1, folder=tmp_path)) == 7
+
+
+def test_at_most_so_many_are_held_out(tmp_path: Path) -> None:
+    pairs = source(2000, "web", captions=10**9, images=10**9)
+    assert len(held_out_rows([pairs], share=0.5, most=30, folder=tmp_path)) == 30
+
+
+def test_equal_files_and_equal_urls_stay_together(tmp_path: Path) -> None:
+    for row in range(40):
+        (tmp_path / f"{row}.jpg").write_bytes(b"%04d" % (row // 2))
+    names = [f"{row}.jpg" for row in range(40)]
+    names += [f"https://example.org/{row // 2}" for row in range(40)]
+    table = pa.table({"image": names, "caption": [str(row) for row in range(80)]})
+    pairs = ImageTextPairs(table, name="files", root=str(tmp_path), id_column=None, key="files")
+    rows = held_out_rows([pairs], share=0.5, folder=tmp_path)
+    assert len(rows) > 4
+    assert set(rows.tolist()) == {row ^ 1 for row in rows.tolist()}
+
+
+def test_a_subset_of_a_mixture_keeps_ids_and_order(tmp_path: Path) -> None:
+    one = source(500, "a", captions=10**9, images=10**9)
+    two = source(300, "b", captions=10**9, images=10**9, seed=1)
+    mixed = MixedPairs([one, two])
+    rows = held_out_rows([one, two], share=0.2, folder=tmp_path)
+    held, rest = (Subset(mixed, rows, keep=keep) for keep in ("held_out", "rest"))
+    ids = [*mixed.sample_ids()]
+    assert [*held.sample_ids()] == [ids[row] for row in rows]
+    assert [*rest.sample_ids()] == [i for row, i in enumerate(ids) if row not in set(rows.tolist())]
+    first = sum(rows < 500)
+    assert [len(part) for part in held.sources] == [first, len(rows) - first]
+    assert [len(part) for part in rest.sources] == [500 - first, 300 - len(rows) + first]
