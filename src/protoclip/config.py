@@ -79,6 +79,7 @@ class SourceConfig:
 class DataConfig:
     train: str = "emoji"  # Table, hf:OWNER/NAME, shards or folder.
     sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
+    validation: float | str | None = None  # Held-out pairs: a share or a source; else 0.02.
     image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; else detected.
@@ -100,8 +101,8 @@ class DataConfig:
     shuffle_captions: bool = False  # Pair images with wrong captions, as a control.
 
     @property
-    def has_held_out_splits(self) -> bool:
-        """Whether there is something to evaluate on, which only the bundled data has."""
+    def is_emoji(self) -> bool:
+        """Whether this is the bundled data, which has held-out splits of its own."""
         return self.train == "emoji" and not self.sources
 
 
@@ -278,8 +279,9 @@ def read(name: str, value: Any, hint: Any) -> Any:
     if origin in (Union, UnionType):
         if value is None:
             return None
-        kinds = [kind for kind in inner if kind is not NoneType]  # of two, a list comes first
-        return read(name, value, kinds[0 if isinstance(value, list) else -1])
+        kinds = [kind for kind in inner if kind is not NoneType]
+        fits = float if type(value) in (int, float) else type(value)
+        return read(name, value, next((k for k in kinds if fits in (k, get_origin(k))), kinds[-1]))
     if origin is Literal:
         if value not in inner:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(inner)}")
@@ -329,8 +331,15 @@ def check(config: Config) -> list[str]:
     stages = episodes.warm_up + episodes.locked_image
     if text.width % text.heads:
         raise ValueError(f"model.text.heads: {text.heads} does not divide model.text.width")
-    if run.evaluate_every and not config.data.has_held_out_splits:
-        raise ValueError("run.evaluate_every: data.train has no held-out split; set it to 0")
+    share = config.data.validation
+    if isinstance(share, float) and not 0 <= share < 1:
+        raise ValueError(
+            f"data.validation: {share} is no share of the pairs; give one below 1, or a source"
+        )
+    if isinstance(share, float) and config.data.is_emoji:
+        raise ValueError("data.validation: the emoji have held-out splits; leave it out")
+    if run.evaluate_every and share == 0:
+        raise ValueError("run.evaluate_every: data.validation is 0, so no pairs are held out")
     if run.keep_best is not None and not run.evaluate_every:
         raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
     if config.model.pretrained and not config.model.name:

@@ -140,7 +140,7 @@ def value_of(words: Any, hint: Any) -> Any:
         return words
     if words.lower() in ("none", "null") and NoneType in inner:
         return None
-    if str not in inner or words.startswith("["):
+    if str not in inner or float in inner or words.startswith("["):
         for reader in (json.loads, ast.literal_eval, float):
             with suppress(ValueError, SyntaxError):
                 return reader(words)

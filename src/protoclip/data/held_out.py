@@ -35,40 +35,31 @@ SPARE = 1.25  # pairs that are looked at for each that is wanted, since some sha
 FORM = 1
 
 
-class Subset:
-    """Some rows of a source, in its order and with its sample ids: the held-out ones, or the rest.
+class Rest:
+    """The pairs of a source or mixture without those held out, in the same order, with their ids.
 
-    Args:
-        pairs: The whole source, or a mixture.
-        held_out: Sorted row numbers.
-        keep: Which part this is: "held_out" or "rest".
+    `held_out` are sorted row numbers.
     """
 
-    def __init__(self, pairs: Pairs, held_out: Rows, *, keep: str) -> None:
-        assert keep in ("held_out", "rest")
-        self.pairs, self.held_out, self.keep = pairs, held_out, keep
-        self.name, self.has_ids = pairs.name, pairs.has_ids
+    def __init__(self, pairs: Pairs, held_out: Rows) -> None:
+        self.pairs, self.held_out, self.name = pairs, held_out, pairs.name
         # Row `r` of the rest stands behind as many held-out rows as these numbers are at most `r`.
         self._before = held_out - np.arange(len(held_out))
 
     @property
     def sources(self) -> list[range]:
-        """The lengths of the parts of a mixture, as the sampler asks for them."""
+        """What is left of each part of a mixture, by its length: the sampler asks for that."""
         lengths = [len(source) for source in getattr(self.pairs, "sources", [self.pairs])]
         ends = np.cumsum([0, *lengths])
         held = np.diff(np.searchsorted(self.held_out, ends))
-        kept = held if self.keep == "held_out" else np.diff(ends) - held
-        return [range(number) for number in kept.tolist()]
+        return [range(number) for number in (np.diff(ends) - held).tolist()]
 
     def row(self, row: int) -> int:
         """The number that a row has in the whole source."""
-        if self.keep == "held_out":
-            return int(self.held_out[row])
         return row + int(np.searchsorted(self._before, row, side="right"))
 
     def __len__(self) -> int:
-        held = len(self.held_out)
-        return held if self.keep == "held_out" else len(self.pairs) - held
+        return len(self.pairs) - len(self.held_out)
 
     def sample(self, row: int) -> Sample:
         return self.pairs.sample(self.row(row))
@@ -80,7 +71,9 @@ class Subset:
         return self.pairs.sample_captions(self.row(row))
 
     def sample_ids(self) -> Iterator[str]:
-        return (self.sample_id(row) for row in range(len(self)))
+        held_out = set(self.held_out.tolist())
+        ids = enumerate(self.pairs.sample_ids())
+        return (sample_id for row, sample_id in ids if row not in held_out)
 
 
 def held_out_rows(

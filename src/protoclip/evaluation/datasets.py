@@ -25,7 +25,13 @@ from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.sources import open_source
 from protoclip.data.tables import access_of
 from protoclip.evaluation import readers
-from protoclip.evaluation.readers import LazySplits, ShardFolder, Subset, TorchvisionImages
+from protoclip.evaluation.readers import (
+    LazySplits,
+    ShardFolder,
+    Subset,
+    TorchvisionImages,
+    class_number,
+)
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
 KINDS = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "
@@ -282,7 +288,7 @@ def _open_pairs(
     images: Any = pairs
     rows, captions = list(range(len(pairs))), None
     if pairs.caption_columns:
-        rows, captions = _captions(pairs)
+        rows, captions = captions_of_rows(pairs, rows)
         if not rows:
             raise ValueError(f"{reference}: no image has a caption")
     if len(rows) < len(pairs):
@@ -293,7 +299,9 @@ def _open_pairs(
         images = Subset(images=pairs, rows=rows)
     labels, classes = None, list[str]()
     if pairs.class_column is not None:
-        labels, classes = _classes(pairs, pairs.class_column, images, rows)
+        texts = classes_of_rows(pairs, rows)
+        classes = class_labels(pairs) or in_order(texts)
+        labels = positions(texts, classes)
     only = Split(images=images, labels=labels, captions=captions)
     templates = DEFAULT_TEMPLATES if classes else ("{c}",)
     return EvaluationData(
@@ -301,51 +309,61 @@ def _open_pairs(
     )
 
 
-def _captions(pairs: ImageTextPairs) -> tuple[list[int], list[tuple[str, ...]]]:
+def captions_of_rows(
+    pairs: ImageTextPairs, rows: Iterable[int]
+) -> tuple[list[int], list[tuple[str, ...]]]:
     """The first row of each image that has captions, and the captions of all its rows."""
-    files: Iterable[Any] = range(len(pairs))
-    type_ = pairs.table.schema.field(pairs.image_column).type
-    if "offset" not in pairs.table.column_names and (
-        pa.types.is_string(type_) or pa.types.is_large_string(type_)
-    ):
-        files = pairs.column(pairs.image_column)
+    type_ = str(pairs.table.schema.field(pairs.image_column).type)
+    in_files = "offset" not in pairs.table.column_names and type_.endswith("string")
     first: dict[Any, int] = {}
     captions: dict[Any, list[str]] = {}
-    for row, file in enumerate(files):
+    for row in rows:
+        image = pairs.where(row) if in_files else row
         try:
             found = pairs.sample_captions(row)
         except BadSample:
             continue
-        captions.setdefault(file, []).extend(found)
-        first.setdefault(file, row)
-    return list(first.values()), [tuple(captions[file]) for file in first]
+        captions.setdefault(image, []).extend(found)
+        first.setdefault(image, row)
+    return list(first.values()), [tuple(captions[image]) for image in first]
 
 
-def _classes(
-    pairs: ImageTextPairs, column: str, images: Images, rows: Sequence[int]
-) -> tuple[Int[Tensor, " n"], list[str]]:
-    """The classes of images, which are these rows of the pairs; and the names of all classes.
+def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
+    """The class of each of these rows, by name.
 
     Numbers of a `ClassLabel` have their names in the table. Other values are their own names.
+
+    Raises:
+        ValueError: A row has no class, or a number without a name.
     """
-    values = pairs.column(column)[np.asarray(rows)]
-    facts = json.loads((pairs.table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = facts.get("info", {}).get("features", {}).get(column, {}).get("names")
-    if names:
-        numbers = readers.parse_each(images, values, readers.class_number, len(names))
-        return torch.tensor(numbers), list(names)
-    for row, value in enumerate(values):
+    column = str(pairs.class_column)
+    values = pairs.table.column(column).take(pa.array(rows, pa.int64())).to_pylist()
+    if names := class_labels(pairs):
+        images = Subset(images=pairs, rows=rows)
+        return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]
+    for row, value in zip(rows, values, strict=True):
         if value is None or value == "":
             raise ValueError(
-                f"{pairs.name}: sample '{images.sample_id(row)}' has no class in column '{column}'"
+                f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class in column '{column}'"
             )
-    texts = [str(value) for value in sorted(set(values))]
-    return positions(map(str, values), texts), texts
+    return list(map(str, values))
+
+
+def class_labels(pairs: ImageTextPairs) -> list[str]:
+    """The names of a column of `ClassLabel`s, by number; empty for other columns."""
+    facts = json.loads((pairs.table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = facts.get("info", {}).get("features", {})
+    return list(features.get(pairs.class_column, {}).get("names") or ())
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The distinct names, sorted; numbers by their value."""
+    distinct = set(names)
+    return sorted(distinct, key=int if all(map(str.isdecimal, distinct)) else None)
 
 
 def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
-    present = {name for place in splits.values() for name in readers.classes_in(place)}
-    classes = sorted(present, key=int if all(map(str.isdecimal, present)) else None)
+    classes = in_order(name for place in splits.values() for name in readers.classes_in(place))
     own = _beside(folder, readers.CLASS_NAMES)
     if own and len(_names(own)) != len(classes):
         raise ValueError(

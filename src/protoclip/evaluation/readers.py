@@ -423,6 +423,9 @@ class Subset:
     def image(self, row: int) -> Image.Image:
         return self.images.image(self.rows[row])
 
+    def encoded(self, row: int) -> bytes:
+        return self.images.encoded(self.rows[row])
+
 
 class LazySplits(Mapping[str, Any]):
     """Splits that are opened when they are first asked for: `train` may be large or remote.

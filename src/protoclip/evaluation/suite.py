@@ -249,9 +249,13 @@ def results(
     return found
 
 
-def metric_names(data: str) -> list[str]:
-    """The keys of a run's evaluation on a data set of that name, in their order."""
-    return [f"eval/{data}/{metric}" for metric in RUN_METRICS]
+def metric_names(data: EvaluationData, split: str = "validation") -> list[str]:
+    """The keys of a run's evaluation on a data set, in their order."""
+    (tasks,) = chosen_tasks([data], split, None)
+    known = {own for task in tasks for own in TASKS[task][1].values()}
+    if split not in data.image_names:
+        known -= {f"zero_shot_subgroup/acc{k}" for k in (1, 5)}
+    return [f"eval/{data.name}/{metric}" for metric in RUN_METRICS if metric in known]
 
 
 def evaluate_run(

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -79,10 +79,6 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
         OSError: The last checkpoint could not be written, for a minute.
     """
     notes = check(config)
-    best, known = config.run.keep_best, metric_names("emoji")
-    if best is not None and best not in known:
-        close = ", ".join(difflib.get_close_matches(best, known, n=3, cutoff=0.0))
-        raise ValueError(f"run.keep_best: no metric {best!r}; the closest are {close}")
     config, decided = optim.resolved(config)
     device = collectives.device(config.run.device)
     with collectives.process_group(device):
@@ -99,8 +95,8 @@ def train_together(
         return results
     samples = raise_on_all_ranks(lambda: sources.pairs(config))
     model, said = loading.training_model(config, device)
-    run = raise_on_all_ranks(lambda: Run(config, model, samples, folder=folder))
-    notes += said + run.notes
+    run = raise_on_all_ranks(lambda: Run(config, model, samples, held_out, folder=folder))
+    notes += divided + said + run.notes
     count, size, batch = config.episodes.count, config.episodes.size, config.episodes.batch_size
     amount = f"{count:,} episodes of {size:,} pairs in batches of {batch:,}"
     if isinstance(samples, Pairs):
@@ -151,9 +147,15 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, model: ProtoCLIP, samples: Pairs | SampleStream, *, folder: Path
+        self,
+        config: Config,
+        model: ProtoCLIP,
+        samples: Pairs | SampleStream,
+        held_out: Sequence[EvaluationData],
+        *,
+        folder: Path,
     ) -> None:
-        self.config, self.folder, self.model = config, folder, model
+        self.config, self.folder, self.model, self.held_out = config, folder, model, held_out
         self.log: MetricsLog | None = None
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
         self.notes: list[str] = []
@@ -212,10 +214,9 @@ class Run:
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,
         )
-        self.evaluates = config.run.evaluate and config.data.has_held_out_splits
         self.notes += sources.notes(samples)
-        if config.run.evaluate and not self.evaluates:
-            self.notes.append("no evaluation at the end, since data.train has no held-out split")
+        if config.run.evaluate and not held_out:
+            self.notes.append("no evaluation at the end, since no pairs are held out")
         if world_size() > 1:
             self.notes.append(
                 f"{world_size()} ranks, each with {self.loader.batch_size} pairs of every batch; "
@@ -300,10 +301,16 @@ class Run:
             self.log.write(self.trainer.step, episode, metrics)
 
     def evaluate(self, split: Literal["validation", "test"], **more: Any) -> dict[str, float]:
-        """Metrics on a held-out split of the data."""
+        """Metrics on what is held out. Only the emoji have a test split."""
         transform = loading.evaluation_transform(self.model)
         tokenizer = loading.tokenizer(self.config.model)
-        return evaluate_run(self.model, transform, tokenizer, split=split, **more)
+        metrics = {}
+        for data in self.held_out:
+            own = split if split in data.splits else "validation"
+            metrics |= evaluate_run(
+                self.model, transform, tokenizer, data=data, split=own, **more
+            )
+        return metrics
 
     def save_if_due(self) -> bool:
         """Save if it is time by rank 0's clock or the run ends; returns whether to stop."""
@@ -388,13 +395,21 @@ class Run:
             "environment": environment(self.loader.device),
             "metrics": {},
         }
-        if self.evaluates:
+        if config.run.evaluate:
             results["metrics"] = self.evaluate("test", samples_to=self.folder / "results")
         if best is not None and self.writer.folder(best[0]).is_dir():
             results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
         if rank() == 0:
             write_atomically(self.folder / "results.json", to_json(results, indent=2) + "\n")
         return results
+
+
+def check_keep_best(metric: str | None, held_out: Sequence[EvaluationData]) -> None:
+    """Refuse a metric that no evaluation of this run gives."""
+    known = [name for data in held_out for name in metric_names(data)]
+    if metric is not None and metric not in known:
+        close = ", ".join(difflib.get_close_matches(metric, known, n=3, cutoff=0.0)) or "none"
+        raise ValueError(f"run.keep_best: no metric {metric!r}; the closest are {close}")
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Held-out pairs: nothing of them is left in training."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from protoclip.data.held_out import Subset, held_out_rows
+from protoclip.data.held_out import Rest, held_out_rows
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import ImageTextPairs
 
@@ -24,11 +25,11 @@ def source(number: int, name: str, *, captions: int, images: int, seed: int = 0)
             ],
         }
     )
-    return ImageTextPairs(table, name=name, key=f"{name} {number} {captions} {images}")
+    return ImageTextPairs(table, name=name)
 
 
-def contents(pairs: Subset) -> tuple[set[str], set[bytes]]:
-    samples = [pairs.sample(row) for row in range(len(pairs))]
+def contents(pairs: ImageTextPairs | Rest, rows: Iterable[int]) -> tuple[set[str], set[bytes]]:
+    samples = [pairs.sample(row) for row in rows]
     return {text for s in samples for text in s.captions}, {s.image for s in samples}
 
 
@@ -40,12 +41,12 @@ def test_no_caption_and_no_image_is_on_both_sides(
 ) -> None:
     pairs = source(3000, "web", captions=captions, images=images)
     rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
-    held, rest = (Subset(pairs, rows, keep=keep) for keep in ("held_out", "rest"))
-    assert 0 < len(held) <= 300
-    assert len(held) > 200 or captions < 5000 or images < 5000
-    assert {*held.sample_ids()} | {*rest.sample_ids()} == {*pairs.sample_ids()}
-    assert len(held) + len(rest) == 3000
-    for one, other in zip(contents(held), contents(rest), strict=True):
+    rest = Rest(pairs, rows)
+    assert 0 < len(rows) <= 300
+    assert len(rows) > 200 or captions < 5000 or images < 5000
+    assert len(rows) + len(rest) == 3000
+    seen = contents(rest, range(len(rest)))
+    for one, other in zip(contents(pairs, rows.tolist()), seen, strict=True):
         assert not one & other
 
 
@@ -77,21 +78,20 @@ def test_equal_files_and_equal_urls_stay_together(tmp_path: Path) -> None:
     names = [f"{row}.jpg" for row in range(40)]
     names += [f"https://example.org/{row // 2}" for row in range(40)]
     table = pa.table({"image": names, "caption": [str(row) for row in range(80)]})
-    pairs = ImageTextPairs(table, name="files", root=str(tmp_path), id_column=None, key="files")
+    pairs = ImageTextPairs(table, name="files", root=str(tmp_path), id_column=None)
     rows = held_out_rows([pairs], share=0.5, folder=tmp_path)
     assert len(rows) > 4
     assert set(rows.tolist()) == {row ^ 1 for row in rows.tolist()}
 
 
-def test_a_subset_of_a_mixture_keeps_ids_and_order(tmp_path: Path) -> None:
+def test_the_rest_of_a_mixture_keeps_ids_and_order(tmp_path: Path) -> None:
     one = source(500, "a", captions=10**9, images=10**9)
     two = source(300, "b", captions=10**9, images=10**9, seed=1)
     mixed = MixedPairs([one, two])
     rows = held_out_rows([one, two], share=0.2, folder=tmp_path)
-    held, rest = (Subset(mixed, rows, keep=keep) for keep in ("held_out", "rest"))
-    ids = [*mixed.sample_ids()]
-    assert [*held.sample_ids()] == [ids[row] for row in rows]
-    assert [*rest.sample_ids()] == [i for row, i in enumerate(ids) if row not in set(rows.tolist())]
+    rest, left = Rest(mixed, rows), set(rows.tolist())
+    ids = [sample_id for row, sample_id in enumerate(mixed.sample_ids()) if row not in left]
+    assert [*rest.sample_ids()] == [rest.sample_id(row) for row in range(len(rest))] == ids
+    assert [rest.sample(row).sample_id for row in range(len(rest))] == ids
     first = sum(rows < 500)
-    assert [len(part) for part in held.sources] == [first, len(rows) - first]
     assert [len(part) for part in rest.sources] == [500 - first, 300 - len(rows) + first]

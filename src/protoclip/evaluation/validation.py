@@ -1,0 +1,193 @@
+"""What a run is judged by: the emoji's own splits, or pairs that were held out of its data."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from protoclip.config import Config
+from protoclip.data import sources
+from protoclip.data.access import digest
+from protoclip.data.held_out import SHARE, Rest, held_out_rows
+from protoclip.data.index import index_folder
+from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+from protoclip.evaluation.datasets import (
+    DEFAULT_TEMPLATES,
+    EvaluationData,
+    Split,
+    captions_of_rows,
+    classes_of_rows,
+    emoji,
+    in_order,
+    positions,
+)
+from protoclip.evaluation.readers import Subset
+
+NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
+LEAST = 10  # pairs; fewer are not held out unless the user asks for it
+MOST_LEARNED = 5000  # training pairs from which kNN and the linear probe learn
+
+Rows = npt.NDArray[np.int64]
+
+
+class Judged(NamedTuple):
+    """The pairs to train on, the data sets to judge the run by, and notes for the user."""
+
+    training: Pairs | SampleStream
+    data: list[EvaluationData]
+    notes: list[str]
+
+
+def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
+    """Divide the samples of a run into those to train on and those to judge it by.
+
+    A mixture is judged by each of its sources, and by all together.
+
+    Raises:
+        ValueError: No pairs are left to judge by, where the settings ask for some.
+    """
+    data, notes = config.data, list[str]()
+    if data.is_emoji and data.validation is None:
+        return Judged(samples, [emoji()], notes)
+    whole = plain_sources(samples)
+    if isinstance(data.validation, str):
+        other = replace(data, train=data.validation, sources=[], shuffle_captions=False)
+        given = sources.pairs(replace(config, data=other))
+        if not isinstance(given, Pairs):
+            raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
+        parts = [(source, np.arange(len(source))) for source in plain_sources(given)]
+        return Judged(samples, data_sets(parts, learned(whole, np.array([], np.int64))), notes)
+    share = SHARE if data.validation is None else data.validation
+    if share == 0:
+        return Judged(samples, [], notes)
+    asked = data.validation is not None or config.run.evaluate_every > 0
+    if not isinstance(samples, Pairs):
+        reason = "data.validation: a stream is not held out; name a source to judge the run by"
+        return nothing(samples, reason, asked=asked)
+    rows = held_out_rows(whole, share=share, folder=index_folder(data.cache_folder))
+    if len(rows) < (2 if asked else LEAST):
+        reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, "
+        reason += "since there are few or many share a caption; give a larger share or a source"
+        return nothing(samples, reason, asked=asked)
+    notes.append(
+        f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by; "
+        "data.validation sets a share, another source, or 0 for none"
+    )
+    starts = np.cumsum([0, *map(len, whole)])
+    parts = [
+        (source, rows[(rows >= start) & (rows < start + len(source))] - start)
+        for source, start in zip(whole, starts, strict=False)
+    ]
+    return Judged(Rest(samples, rows), data_sets(parts, learned(whole, rows)), notes)
+
+
+def nothing(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judged:
+    if asked:
+        raise ValueError(reason)
+    return Judged(samples, [], [reason])
+
+
+def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
+    """The sources of pairs, each with its own captions, also where training shuffles them."""
+    found = []
+    for source in getattr(samples, "sources", [samples]):
+        if isinstance(source, ImageTextPairs):
+            found.append(copy.copy(source))
+            found[-1].caption_row = None
+    return found
+
+
+def learned(whole: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
+    """Rows with classes, drawn evenly from what is not held out, for kNN and the linear probe."""
+    parts, start = [], 0
+    total = sum(map(len, whole)) - len(held_out)
+    for source in whole:
+        rows = np.setdiff1d(np.arange(start, start + len(source)), held_out) - start
+        number = -(-MOST_LEARNED * len(rows) // max(1, total))
+        parts.append((source, rows[:: max(1, -(-len(rows) // max(1, number)))]))
+        start += len(source)
+    return parts
+
+
+def data_sets(
+    held_out: Sequence[tuple[ImageTextPairs, Rows]],
+    training: Sequence[tuple[ImageTextPairs, Rows]],
+) -> list[EvaluationData]:
+    """All held-out pairs as one data set, and those of each source, if there are several."""
+    parts = [(source, rows) for source, rows in held_out if len(rows)]
+    with_classes = [part for part in (*parts, *training) if part[0].class_column is not None]
+    present = [classes_of_rows(source, rows.tolist()) for source, rows in with_classes]
+    names = in_order(chain.from_iterable(present))
+
+    def data_set(name: str, of: Sequence[tuple[ImageTextPairs, Rows]]) -> EvaluationData:
+        known = [source.name for source, _ in of]
+        splits = {NAME: joined(of, names)}
+        has_classes = splits[NAME].labels is not None
+        fitting = [part for part in training if part[0].class_column is not None]
+        if len(known) == 1 and len(training) > 1:
+            fitting = [part for part in fitting if part[0].name == known[0]]
+        if has_classes and fitting:
+            splits["train"] = joined(fitting, names)
+        return EvaluationData(
+            name=name,
+            splits=splits,
+            class_names=names if has_classes else (),
+            templates=DEFAULT_TEMPLATES if has_classes else ("{c}",),
+        )
+
+    found = [data_set(NAME, parts)]
+    if len(held_out) > 1:
+        found += [data_set(f"{NAME}-{part[0].name}", [part]) for part in parts if len(part[1]) > 1]
+    return found
+
+
+def joined(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -> Split:
+    """Rows of several sources as one split; it has classes if all of them have."""
+    images: list[Subset] = []
+    captions: list[tuple[str, ...]] = []
+    labels = []
+    for source, given in parts:
+        rows, texts = captions_of_rows(source, given.tolist())
+        images.append(Subset(images=source, rows=rows))
+        captions += texts
+        if source.class_column is not None and len(names) > 1:
+            labels.append(positions(classes_of_rows(source, rows), names))
+    return Split(
+        images=images[0] if len(images) == 1 else Joined(images),
+        captions=captions,
+        labels=torch.cat(labels) if len(labels) == len(parts) else None,
+    )
+
+
+class Joined:
+    """Images of several sources, one source after the other."""
+
+    def __init__(self, parts: Sequence[Subset]) -> None:
+        self.parts, self.name = parts, " + ".join(part.name for part in parts)
+        self.key = digest({"parts": [part.key for part in parts]})
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, row: int) -> tuple[Subset, int]:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return self.parts[number], row - int(self._ends[number]) + len(self.parts[number])
+
+    def sample_id(self, row: int) -> str:
+        part, own = self._find(row)
+        return part.sample_id(own)
+
+    def image(self, row: int) -> Image.Image:
+        part, own = self._find(row)
+        return part.image(own)
+
+    def encoded(self, row: int) -> bytes:
+        part, own = self._find(row)
+        return part.encoded(own)
