@@ -17,13 +17,13 @@ from protoclip.data.access import digest
 from protoclip.data.held_out import SHARE, Rest, held_out_rows
 from protoclip.data.index import index_folder
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import (
     DEFAULT_TEMPLATES,
     EvaluationData,
     Split,
     captions_of_rows,
     classes_of_rows,
-    emoji,
     in_order,
     positions,
 )
@@ -54,7 +54,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     """
     data, notes = config.data, list[str]()
     if data.is_emoji and data.validation is None:
-        return Judged(samples, [emoji()], notes)
+        return Judged(samples, [datasets.emoji()], notes)
     whole = plain_sources(samples)
     if isinstance(data.validation, str):
         other = replace(data, train=data.validation, sources=[], shuffle_captions=False)

@@ -33,7 +33,9 @@ from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run, metric_names
+from protoclip.evaluation.validation import judged
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
@@ -94,6 +96,8 @@ def train_together(
     if results is not None:
         return results
     samples = raise_on_all_ranks(lambda: sources.pairs(config))
+    samples, held_out, divided = rank0_first(lambda: judged(config, samples))
+    check_keep_best(config.run.keep_best, held_out)
     model, said = loading.training_model(config, device)
     run = raise_on_all_ranks(lambda: Run(config, model, samples, held_out, folder=folder))
     notes += divided + said + run.notes
@@ -304,12 +308,10 @@ class Run:
         """Metrics on what is held out. Only the emoji have a test split."""
         transform = loading.evaluation_transform(self.model)
         tokenizer = loading.tokenizer(self.config.model)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for data in self.held_out:
             own = split if split in data.splits else "validation"
-            metrics |= evaluate_run(
-                self.model, transform, tokenizer, data=data, split=own, **more
-            )
+            metrics |= evaluate_run(self.model, transform, tokenizer, data=data, split=own, **more)
         return metrics
 
     def save_if_due(self) -> bool:
