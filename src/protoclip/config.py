@@ -43,6 +43,7 @@ Width = Annotated[int, 1, 2**16]
 Positive = Annotated[float, ABOVE_0, math.inf]
 NotNegative = Annotated[float, 0, math.inf]
 Decay = Annotated[float, 0, BELOW_1]
+Share = Annotated[float, 0, BELOW_1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class SourceConfig:
 class DataConfig:
     train: str = "emoji"  # Table, hf:OWNER/NAME, shards or folder.
     sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
-    validation: float | str | None = None  # Held-out pairs: a share or a source; else 0.02.
+    validation: Share | str | None = None  # Held-out pairs: a share or a source; else 0.02.
     image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; else detected.
@@ -280,8 +281,11 @@ def read(name: str, value: Any, hint: Any) -> Any:
         if value is None:
             return None
         kinds = [kind for kind in inner if kind is not NoneType]
-        fits = float if type(value) in (int, float) else type(value)
-        return read(name, value, next((k for k in kinds if fits in (k, get_origin(k))), kinds[-1]))
+        fits = float if type(value) is int else type(value)
+        plain = [
+            get_args(k)[0] if get_origin(k) is Annotated else get_origin(k) or k for k in kinds
+        ]
+        return read(name, value, kinds[plain.index(fits) if fits in plain else -1])
     if origin is Literal:
         if value not in inner:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(inner)}")
@@ -305,6 +309,11 @@ def read(name: str, value: Any, hint: Any) -> Any:
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}: {value} is not finite")
     return value
+
+
+def type_of(hint: Any) -> tuple[Any, ...]:
+    """A type, and what it is a form of: `list[str]` of a list, a number with limits of a number."""
+    return hint, get_args(hint)[0] if get_origin(hint) is Annotated else get_origin(hint)
 
 
 def within(name: str, value: Any, least: int | float, most: int | float) -> Any:
@@ -332,10 +341,6 @@ def check(config: Config) -> list[str]:
     if text.width % text.heads:
         raise ValueError(f"model.text.heads: {text.heads} does not divide model.text.width")
     share = config.data.validation
-    if isinstance(share, float) and not 0 <= share < 1:
-        raise ValueError(
-            f"data.validation: {share} is no share of the pairs; give one below 1, or a source"
-        )
     if isinstance(share, float) and config.data.is_emoji:
         raise ValueError("data.validation: the emoji have held-out splits; leave it out")
     if run.evaluate_every and share == 0:

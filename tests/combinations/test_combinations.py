@@ -1,7 +1,7 @@
 """Features meet: every pair of them that can be switched on together runs, and ends as it should.
 
 `FEATURES` names what can be chosen, the plain choice first. Each row of `rows()` is one small run;
-together the rows hold every pair of choices, but for those in `REFUSED`, which end in one line.
+together the rows hold every pair of choices.
 
 A run has to end with the weights of its plain twin: the same data, teacher, prototypes and stages,
 in one process, without cache, workers or interruption. On one process they are equal bit for bit.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 import interrupting
 from interrupting import few_emoji, relative_difference, with_changes
-from protoclip.config import Config, SourceConfig, check
+from protoclip.config import Config, SourceConfig
 from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.evaluation import datasets
@@ -56,29 +56,23 @@ WORDS = list("abcdefghijklmno")
 Row = dict[str, Any]
 Choice = tuple[str, Any]
 
-# Pairs of choices that make no sense: only the emoji have a split to evaluate on.
-REFUSED = {
-    frozenset({("evaluation", "yes"), other})
-    for other in [("mixture", "yes"), *(("source", s) for s in FEATURES["source"] if s != "emoji")]
-}
 # Worker processes keep no images in memory: this pair runs, in a row of its own, so that it does
 # not stand for a cache in another.
 SEPARATE = frozenset({("cache", "ram"), ("workers", 1)})
 
 
 def allowed(row: Row) -> bool:
-    return not any(pair <= row.items() for pair in [*REFUSED, SEPARATE])
+    return not row.items() >= SEPARATE
 
 
 @cache
 def wanted() -> list[frozenset[Choice]]:
-    """Every pair of choices of two features that is not refused."""
+    """Every pair of choices of two features."""
     return [
-        pair
+        frozenset({(one, first), (other, second)})
         for (one, firsts), (other, seconds) in itertools.combinations(FEATURES.items(), 2)
         for first in firsts
         for second in seconds
-        if (pair := frozenset({(one, first), (other, second)})) not in REFUSED
     ]
 
 
@@ -153,6 +147,16 @@ def source_paths(kind: str, data: Path) -> tuple[str, str]:
     return str(data / f"a{ending}"), str(data / f"b{ending}")
 
 
+def validation(row: Row, data: Path) -> float | str | None:
+    """What a run is judged by: a quarter of its pairs, or another source for those that have no
+    end or are many. The emoji have splits of their own."""
+    if row["source"] == "emoji" and row["mixture"] == "no":
+        return None
+    if row["evaluation"] == "no":
+        return 0.0
+    return str(data / "b.parquet") if row["source"] in ("stream", "emoji") else 0.25
+
+
 def config_for(row: Row, data: Path, out: Path) -> Config:
     base = tiny_config(out=str(out))
     one, other = source_paths(row["source"], data)
@@ -167,6 +171,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             **({"sources": mixed} if row["mixture"] == "yes" else {"train": one}),
             "read": "streaming" if row["source"] == "stream" else "auto",
             "shuffle_buffer": 20,
+            "validation": validation(row, data),
             "cache": row["cache"],
             "cache_folder": str(data / "cache"),
             "workers": row["workers"],
@@ -276,21 +281,14 @@ def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
             assert metrics == scores
         else:
             assert relative_difference(weights, expected, config) < 0.05
-            assert metrics == pytest.approx(scores, abs=0.1)
+            assert metrics.keys() == scores.keys()
+            # Rounding turns recalls of ten pairs by a tenth.
+            close = [key for key in scores if "eval/emoji" in key or "modality_gap" in key]
+            for key in close:
+                assert metrics[key] == pytest.approx(scores[key], abs=0.1)
     assert bool(scores) == (row["evaluation"] == "yes")
 
 
-def test_every_pair_is_run_or_refused():
-    """The rows hold all pairs of choices but those that are refused, and none of these."""
+def test_every_pair_is_run():
     run = set().union(*(pairs_of(row) for row in rows()))
     assert set(wanted()) <= run
-    assert not run & REFUSED
-
-
-@pytest.mark.parametrize(
-    "pair", sorted(REFUSED, key=sorted), ids=lambda pair: name(dict(sorted(pair)))
-)
-def test_what_cannot_be_together_is_refused_in_one_line(pair, data, tmp_path):
-    row = PLAIN | dict(pair)
-    with pytest.raises(ValueError, match=r"^[^\n]*run\.evaluate_every[^\n]*$"):
-        check(config_for(row, data, tmp_path / "run"))

@@ -61,7 +61,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
     return {
         **{"name": results["name"], "seed": results["seed"], **counts, "folder": str(path.parent)},
         "metrics": {key: value for key, value in metrics.items() if value is not None},
-        "samples": samples_of(path.parent, "test"),
+        "samples": samples_of(path.parent, "validation") | samples_of(path.parent, "test"),
     }
 
 

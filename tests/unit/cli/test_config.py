@@ -133,7 +133,11 @@ def test_evaluation_during_training_needs_something_to_evaluate_on():
     never = refusal(with_value(Config(), "run.keep_best", "eval/emoji/knn/acc1"))
     assert never.startswith("run.keep_best: needs run.evaluate_every")
     other = with_value(config, "data.train", "pairs.tsv")
-    assert refusal(other).startswith("run.evaluate_every: data.train has no held-out split")
+    assert check(other) == []
+    nothing = with_value(other, "data.validation", 0.0)
+    assert refusal(nothing).startswith("run.evaluate_every: data.validation is 0")
+    emoji = with_value(config, "data.validation", 0.1)
+    assert refusal(emoji).startswith("data.validation: the emoji have held-out splits")
 
 
 CLIP = {"loss": LossConfig(prototypical=0.0)}

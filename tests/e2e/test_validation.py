@@ -1,0 +1,118 @@
+"""A run on one's own pairs is judged by pairs that were held out of them."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from interrupting import assert_equal_ends, stop_after, with_changes
+from protoclip.cli import main
+from protoclip.config import Config
+from protoclip.evaluation.compare import read_results
+from protoclip.testing import tiny_config
+from protoclip.training.run import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tables of 200 pairs whose images and captions all differ, with their colour as class."""
+    top = tmp_path_factory.mktemp("own")
+    for number, name in enumerate("ab"):
+        draw = np.random.default_rng(number)
+        columns: dict[str, list[object]] = {"image": [], "caption": [], "kind": []}
+        for row in range(200):
+            colour = ("red", "green", "blue")[row % 3]
+            pixels = draw.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+            pixels[..., row % 3] += 150
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            columns["image"].append(buffer.getvalue())
+            columns["caption"].append(f"{colour} {row} {name}")
+            columns["kind"].append(colour)
+        pq.write_table(pa.table(columns), top / f"{name}.parquet")
+    return top
+
+
+def config_for(folder: Path, out: Path, **data: object) -> Config:
+    sections = {
+        "run": {"evaluate_every": 2, "save_minutes": 0.0},
+        "data": {"validation": 0.1, "cache_folder": str(folder / "cache"), **data},
+    }
+    return with_changes(tiny_config(str(folder / "a.parquet"), out=str(out)), sections)
+
+
+def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
+    """Twenty pairs are held out; with a class column all tasks are there. The best checkpoint is
+    kept, `compare` pairs two runs by sample, and a run that was stopped ends the same."""
+    best = {"run": {"keep_best": "eval/validation/retrieval/image_to_text@5"}}
+    config = with_changes(config_for(folder, tmp_path / "one", class_column="kind"), best)
+    metrics = train(config)["metrics"]
+    said = capsys.readouterr().err
+    assert "20 of 200 pairs are held out to judge the run by; data.validation" in said
+    assert "training on 180 pairs" in said
+    tasks = {key.removeprefix("eval/validation/").split("/")[0] for key in metrics}
+    assert tasks == {
+        *("zero_shot", "retrieval", "linear_probe", "knn", "clustering", "modality_gap")
+    }
+    assert all(np.isfinite(value) for value in metrics.values())
+    results = read_results(tmp_path / "one")
+    assert results["metrics"] == metrics
+    assert pq.read_table(results["samples"]["validation"]).num_rows == 40
+    lines = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").open()]
+    assert sum("eval/validation/knn/acc1" in line for line in lines) == 2
+    assert "best_checkpoint" in json.loads((tmp_path / "one/results.json").read_text())
+
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(7, patch)
+        again = with_changes(config, {"run": {"out": str(tmp_path / "two")}})
+        assert train(again)["stopped"] == "SIGTERM"
+    assert train(again, resume="auto")["metrics"] == metrics
+    assert_equal_ends(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_mixture_says_its_numbers_by_source_and_together(folder, tmp_path):
+    sources = [{"path": str(folder / f"{name}.parquet"), "name": name} for name in "ab"]
+    tree = {"run": {"out": str(tmp_path / "mixed")}, "data": {"sources": sources}}
+    config = with_changes(
+        config_for(folder, tmp_path / "mixed", train="emoji"),
+        {"data": {"sources": Config.from_dict(tree).data.sources}},
+    )
+    metrics = train(config)["metrics"]
+    of_data = {key.split("/")[1] for key in metrics}
+    assert of_data == {"validation", "validation-a", "validation-b"}
+
+
+def test_another_source_judges_a_run(folder, tmp_path, capsys):
+    """Here all pairs are trained on."""
+    config = config_for(folder, tmp_path / "run", validation=str(folder / "b.parquet"))
+    metrics = train(with_changes(config, {"run": {"evaluate_every": 0}}))["metrics"]
+    assert {key.split("/")[1] for key in metrics} == {"validation"}
+    assert "training on 200 pairs" in capsys.readouterr().err
+    samples = read_results(tmp_path / "run")["samples"]["validation"]
+    assert pq.read_table(samples).num_rows == 400
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data.validation 1.5", "data.validation: 1.5 is too large; below 1"),
+        ("--data.validation 0.001", "data.validation: 0 of 200 pairs could be held out"),
+        ("--data.validation none.csv", "none.csv: no such file"),
+        ("--data.validation 0 --run.evaluate_every 1", "run.evaluate_every: data.validation is 0"),
+        ("--data.class_column colour", "no column 'colour'"),
+        ("--run.evaluate_every 1 --run.keep_best eval/validation/knn/acc1", "run.keep_best: no m"),
+    ],
+)
+def test_what_cannot_judge_a_run_is_refused(options, message, folder, tmp_path, capsys):
+    """In one line, before anything is written."""
+    words = ["train", "--data.train", str(folder / "a.parquet"), "--run.out", str(tmp_path / "r")]
+    with pytest.raises(SystemExit):
+        main([*words, *options.split()])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
+    assert not (tmp_path / "r").exists()
