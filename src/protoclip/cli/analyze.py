@@ -31,7 +31,7 @@ class Analyze:
         import torch
 
         from protoclip.distributed import collectives
-        from protoclip.evaluation.grouping import HINT, analyze
+        from protoclip.evaluation.analysis import HINT, analyze
 
         torch.set_flush_denormal(True)
         device = collectives.device("auto")
@@ -89,7 +89,7 @@ def draw(
 ) -> None:
     """Write the figures, and say where everything was written."""
     try:
-        from protoclip.evaluation.grouping_figure import run_figure, runs_figure
+        from protoclip.evaluation.analysis_figure import run_figure, runs_figure
     except ImportError:
         note("no figures: they need matplotlib; pip install 'protoclip[figures]'")
         return

@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.evaluation import datasets, grouping, retrieval
+from protoclip.evaluation import analysis, datasets, grouping, retrieval
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import to_toml, train
@@ -143,7 +143,7 @@ def test_analysis_of_a_run(runs, monkeypatch):
     table = tiny_pairs(80, seed=2)
     emoji = EvaluationData(name="emoji", **dict.fromkeys(datasets.SPLITS, labelled(table)))
     monkeypatch.setattr(datasets, "emoji", lambda: emoji)
-    found = grouping.analyze(runs / "proto", data="emoji", device=torch.device("cpu"))
+    found = analysis.analyze(runs / "proto", data="emoji", device=torch.device("cpu"))
     assert {name: found[name] for name in ("name", "pairs", "groups", "skipped")} == {
         "name": "tiny",
         "pairs": 80,
@@ -168,7 +168,7 @@ def test_features_are_those_of_the_checkpoint(runs):
 
     table = tiny_pairs(20, seed=2)
     pairs = labelled(table)
-    held_out = grouping.HeldOut(
+    held_out = analysis.HeldOut(
         name="tiny",
         images=[pairs.encoded(row) for row in range(20)],
         captions=[pairs.caption(row) for row in range(20)],
@@ -177,7 +177,7 @@ def test_features_are_those_of_the_checkpoint(runs):
     )
     cpu = torch.device("cpu")
     first, last = (
-        grouping.embed(path, held_out, project=False, device=cpu)["features"]
+        analysis.embed(path, held_out, project=False, device=cpu)["features"]
         for path in sorted((runs / "proto" / "checkpoints").iterdir())[::2]
     )
     model, transform, tokenizer = protoclip.load(runs / "proto")
@@ -205,7 +205,7 @@ def test_the_command_writes_files_and_figures(runs, tmp_path, capsys):
 
 
 def test_without_matplotlib_the_numbers_are_there(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "protoclip.evaluation.grouping_figure", None)
+    monkeypatch.setitem(sys.modules, "protoclip.evaluation.analysis_figure", None)
     data = str(runs / "held_out.parquet")
     main(["analyze", str(runs / "clip"), "--data", data, "--out", str(tmp_path)])
     shown = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Figures of `grouping.analyze`: one run, and several runs laid over each other.
+"""Figures of `analysis.analyze`: one run, and several runs laid over each other.
 
 Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart. Only
 this module imports matplotlib, which is an optional dependency.
