@@ -95,8 +95,8 @@ def analyze(
                 seed=config.run.seed,
             )
         for modality, centroids in prototypes(checkpoint).items():
-            rows = spaces["projections"][f"{modality}s"]
-            sizes = group_sizes(nearest(rows, centroids)[0], len(centroids))
+            projections = spaces["projections"][f"{modality}s"]
+            sizes = group_sizes(nearest(projections, centroids)[0], len(centroids))
             named = {f"prototypes/{name}/{modality}": size for name, size in sizes.items()}
             entry["projections"].update(named)
         entries.append(entry)
