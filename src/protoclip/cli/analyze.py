@@ -117,7 +117,7 @@ def show(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
                 columns.append({**own_prototypes(earlier, space), **last[space]})
                 heading = f"{escape(label)}\n{space}, step {last['step']}"
                 table.add_column(heading, justify="right")
-    for measure in dict.fromkeys(key for values in columns for key in values):
+    for measure in sorted({key for values in columns for key in values}):
         digits = ".4g" if measure.startswith(("groups/", "prototypes/")) else ".3f"
         found_values = [values.get(measure) for values in columns]
         table.add_row(measure, *("-" if v is None else format(v, digits) for v in found_values))

@@ -102,7 +102,7 @@ def test_modalities_agree_if_they_group_alike(together):
         )
         assert share == pytest.approx(1 if together else chance, abs=0.05)
         assert found[f"groups/smallest/{modality}"] == 50
-        assert grouping.agreement(groups[modality], groups[modality]) == pytest.approx(1)
+        assert groups[modality].shape == (grouping.CLUSTERINGS, 300)
     assert found["recall@10/image_to_text"] < 0.2
     assert "stability/image" not in found
 
