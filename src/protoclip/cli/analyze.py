@@ -31,11 +31,14 @@ class Analyze:
         import torch
 
         from protoclip.distributed import collectives
-        from protoclip.evaluation.analysis import HINT, analyze
+        from protoclip.evaluation.analysis import HINT, analyze, open_run
 
         torch.set_flush_denormal(True)
         device = collectives.device("auto")
         folders = [Path(run) for run in self.runs]
+        for folder in folders:  # before minutes of work on the first one
+            open_run(folder)
+        stems = self.stems(folders)
         found = [
             analyze(
                 folder,
@@ -53,7 +56,6 @@ class Analyze:
                 note(f"{analysis['data']}: {analysis['skipped']} pairs could not be read")
         if len({(analysis["data"], analysis["groups"]) for analysis in found}) > 1:
             note("the runs differ in data or in the number of groups; see --data and --groups")
-        stems = self.stems(folders)
         for stem, analysis in zip(stems, found, strict=True):
             write_atomically(Path(f"{stem}.json"), to_json(analysis, indent=2) + "\n")
         labels = names(found)

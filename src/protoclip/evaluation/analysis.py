@@ -67,10 +67,7 @@ def analyze(
         ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
             too few.
     """
-    config = run_config(run)
-    checkpoints = loading.checkpoints(run)
-    if not checkpoints:
-        raise ValueError(f"{run}: no checkpoint to analyse; {HINT}")
+    config, checkpoints = open_run(run)
     pairs = held_out(run, config, data, samples)
     if len(pairs.images) < 2 * PAIRS_PER_GROUP:
         least = 2 * PAIRS_PER_GROUP
@@ -113,15 +110,23 @@ def analyze(
     }
 
 
-def run_config(run: Path) -> Config:
-    """The settings of a run."""
+def open_run(run: Path) -> tuple[Config, list[Path]]:
+    """The settings of a run and its checkpoints, oldest first.
+
+    Raises:
+        ValueError: This is no run, or it has no checkpoint.
+    """
     path = run / "config.toml"
     if not path.is_file():
         raise ValueError(f"{run}: not a run folder, which has a config.toml")
     try:
-        return Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        config = Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    checkpoints = loading.checkpoints(run)
+    if not checkpoints:
+        raise ValueError(f"{run}: no checkpoint to analyse; {HINT}")
+    return config, checkpoints
 
 
 def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldOut:
