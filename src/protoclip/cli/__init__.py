@@ -7,6 +7,7 @@ import time
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from protoclip.cli.analyze import Analyze
 from protoclip.cli.compare import Compare
 from protoclip.cli.data import Index, Inspect, Pack
 from protoclip.cli.demo import Demo
@@ -19,6 +20,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "evaluate": Evaluate,
     "compare": Compare,
+    "analyze": Analyze,
     "demo": Demo,
     "embed-teacher": EmbedTeacher,
     "data inspect": Inspect,

@@ -1,0 +1,143 @@
+"""`protoclip analyze`."""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+from protoclip.config import Count
+from protoclip.files import to_json, write_atomically
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Show how runs group images and texts, over their checkpoints.
+
+    Writes analysis.json and analysis.png for each run, and for several runs
+    a figure that lays them over each other.
+    """
+
+    runs: list[str]  # Run folders.
+    _: KW_ONLY
+    out: str | None = None  # Folder for the files; else each run's own.
+    data: str | None = None  # Held-out pairs, as data.train; else the run's own.
+    samples: Count = 5000  # Most pairs to use, drawn evenly.
+    groups: Count | None = None  # Groups of each modality; else as many as prototypes.
+    json: bool = False  # Print the analyses as JSON.
+
+    def __call__(self) -> None:
+        import torch
+
+        from protoclip.distributed import collectives
+        from protoclip.evaluation.analysis import HINT, analyze, open_run
+
+        torch.set_flush_denormal(True)
+        device = collectives.device("auto")
+        folders = [Path(run) for run in self.runs]
+        for folder in folders:  # before minutes of work on the first one
+            open_run(folder)
+        stems = self.stems(folders)
+        found = [
+            analyze(
+                folder,
+                data=self.data,
+                samples=self.samples,
+                num_groups=self.groups,
+                device=device,
+            )
+            for folder in folders
+        ]
+        for analysis in found:
+            if len(analysis["checkpoints"]) == 1:
+                note(f"{analysis['folder']}: a single checkpoint, so no curves; {HINT}")
+            if analysis["skipped"]:
+                note(f"{analysis['data']}: {analysis['skipped']} pairs could not be read")
+        if len({(analysis["data"], analysis["groups"]) for analysis in found}) > 1:
+            note("the runs differ in data or in the number of groups; see --data and --groups")
+        for stem, analysis in zip(stems, found, strict=True):
+            write_atomically(Path(f"{stem}.json"), to_json(analysis, indent=2) + "\n")
+        labels = names(found)
+        if self.json:
+            print(to_json(found, indent=2))
+        else:
+            show(found, labels)
+        together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
+        draw(found, labels, stems, together)
+
+    def stems(self, folders: Sequence[Path]) -> list[Path]:
+        """Where each run's files go, without their suffixes."""
+        if self.out is None:
+            return [folder / "analysis" for folder in folders]
+        out, given = Path(self.out), Counter[str]()
+        out.mkdir(parents=True, exist_ok=True)
+        stems = []
+        for folder in folders:
+            name = folder.resolve().name
+            given[name] += 1
+            stems.append(out / (name if given[name] == 1 else f"{name}-{given[name]}"))
+        return stems
+
+
+def names(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The runs' names, with their folders where names are alike."""
+    counts = Counter(analysis["name"] for analysis in found)
+    return [a["name"] if counts[a["name"]] == 1 else f"{a['name']} ({a['folder']})" for a in found]
+
+
+def draw(
+    found: Sequence[Mapping[str, Any]], labels: Sequence[str], stems: Sequence[Path], together: Path
+) -> None:
+    """Write the figures, and say where everything was written."""
+    try:
+        from protoclip.evaluation.analysis_figure import run_figure, runs_figure
+    except ImportError:
+        note("no figures: they need matplotlib; pip install 'protoclip[figures]'")
+        return
+    for stem, analysis in zip(stems, found, strict=True):
+        run_figure(analysis).savefig(f"{stem}.png")
+        print(f"written to {stem}.json and {stem}.png", file=sys.stderr)
+    if len(found) > 1:
+        runs_figure(found, labels).savefig(together)
+        print(f"written to {together}", file=sys.stderr)
+
+
+def show(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+    """Print a table of the last checkpoints: one row a measure, one column a run and space."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("measure", title="Last checkpoint, held-out pairs")
+    table.caption_justify = "left"
+    columns: list[Mapping[str, float]] = []
+    for analysis, label in zip(found, labels, strict=True):
+        *earlier, last = analysis["checkpoints"]
+        for space in ("features", "projections"):
+            if space in last:
+                columns.append({**own_prototypes(earlier, space), **last[space]})
+                heading = f"{escape(label)}\n{space}, step {last['step']}"
+                table.add_column(heading, justify="right")
+    for measure in sorted({key for values in columns for key in values}):
+        digits = ".4g" if measure.startswith(("groups/", "prototypes/")) else ".3f"
+        found_values = [values.get(measure) for values in columns]
+        table.add_row(measure, *("-" if v is None else format(v, digits) for v in found_values))
+    if any(measure.startswith("prototypes/") for values in columns for measure in values):
+        table.caption = "prototypes/...: of the last checkpoint that has some"
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=40 + 32 * len(columns))  # as wide as it needs to be
+    console.print(table)
+
+
+def own_prototypes(checkpoints: Sequence[Mapping[str, Any]], space: str) -> dict[str, float]:
+    """The newest sizes of the run's own prototypes; the locked-image stage has none."""
+    found: dict[str, float] = {}
+    for values in (entry[space] for entry in checkpoints):
+        found.update({name: values[name] for name in values if name.startswith("prototypes/")})
+    return found
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,204 @@
+"""The grouping of a run's representations over its checkpoints: what `protoclip analyze` does."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from protoclip.config import Config, DataConfig
+from protoclip.data import sources
+from protoclip.data.decode import decode
+from protoclip.data.inspect import drawn
+from protoclip.data.loader import read_sample
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs
+from protoclip.evaluation import datasets
+from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
+from protoclip.models import loading
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.progress import Progress
+from protoclip.prototypes.nearest import nearest
+
+PAIRS_PER_GROUP = 5  # at least, in the mean
+BATCH_SIZE = 256
+HINT = "train with --run.save_steps N --run.keep_checkpoints 100"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Pairs to analyse, and the class of each where the data has classes."""
+
+    name: str
+    images: Sequence[bytes]  # Encoded.
+    captions: Sequence[str]
+    classes: Int[Tensor, " n"] | None
+    skipped: int  # Samples that could not be read.
+
+
+def analyze(
+    run: Path,
+    *,
+    data: str | None = None,
+    samples: int = 5000,
+    num_groups: int | None = None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Measure every checkpoint of a run on held-out pairs.
+
+    Features always; projections too if the run trains its heads. `prototypes/...` are the sizes of
+    the run's own prototypes, where a checkpoint has some: how many held-out samples are nearest to
+    each. `measure` describes the other values.
+
+    Args:
+        run: A run folder.
+        data: As `data.train`; unset or "emoji", the validation split of the bundled data.
+        samples: Pairs to use at most, drawn evenly; of a stream the first ones.
+        num_groups: Groups of each modality; else the run's number of prototypes, but at least five
+            pairs to a group.
+
+    Raises:
+        ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
+            too few.
+    """
+    config, checkpoints = open_run(run)
+    pairs = held_out(run, config, data, samples)
+    if len(pairs.images) < 2 * PAIRS_PER_GROUP:
+        least = 2 * PAIRS_PER_GROUP
+        raise ValueError(f"{pairs.name}: {len(pairs.images)} pairs are too few; needs {least}")
+    most = len(pairs.images) // PAIRS_PER_GROUP
+    number = num_groups or min(config.prototypes.number, most)
+    if not 2 <= number <= most:
+        raise ValueError(f"{number} groups: choose from 2 to {most} with --groups")
+    entries, before = [], dict[str, Assignments]()
+    progress = Progress(f"analyze {config.run.name}", len(checkpoints))
+    for done, checkpoint in enumerate(checkpoints, 1):
+        step = int(checkpoint.name.removeprefix("step-"))
+        entry: dict[str, Any] = {"step": step, "samples": step * config.episodes.batch_size}
+        spaces = embed(checkpoint, pairs, project=config.uses_prototypes, device=device)
+        for space, rows in spaces.items():
+            entry[space], before[space] = measure(
+                **rows,
+                num_groups=number,
+                captions=pairs.captions,
+                classes=pairs.classes,
+                previous=before.get(space),
+                seed=config.run.seed,
+            )
+        for modality, centroids in prototypes(checkpoint).items():
+            projections = spaces["projections"][f"{modality}s"]
+            sizes = group_sizes(nearest(projections, centroids)[0], len(centroids))
+            named = {f"prototypes/{name}/{modality}": size for name, size in sizes.items()}
+            entry["projections"].update(named)
+        entries.append(entry)
+        progress.update(done)
+    return {
+        "name": config.run.name,
+        "seed": config.run.seed,
+        "folder": str(run),
+        "data": pairs.name,
+        "pairs": len(pairs.images),
+        "skipped": pairs.skipped,
+        "groups": number,
+        "checkpoints": entries,
+    }
+
+
+def open_run(run: Path) -> tuple[Config, list[Path]]:
+    """The settings of a run and its checkpoints, oldest first.
+
+    Raises:
+        ValueError: This is no run, or it has no checkpoint.
+    """
+    path = run / "config.toml"
+    if not path.is_file():
+        raise ValueError(f"{run}: not a run folder, which has a config.toml")
+    try:
+        config = Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    checkpoints = loading.checkpoints(run)
+    if not checkpoints:
+        raise ValueError(f"{run}: no checkpoint to analyse; {HINT}")
+    return config, checkpoints
+
+
+def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldOut:
+    """Pairs that the run has not trained on, as `analyze` describes them."""
+    source: Any
+    classes: Tensor | None = None
+    if data in (None, "emoji"):
+        if data is None and not config.data.has_held_out_splits:
+            raise ValueError(f"{run}: data.train has no held-out split; name pairs with --data")
+        emoji = datasets.emoji()
+        source, classes = emoji.validation, emoji.labels("validation")
+    else:
+        source = sources.pairs(Config(data=DataConfig(train=data)))
+    if isinstance(source, Pairs):
+        items: Any = drawn(len(source), min(samples, len(source)), seed=0)
+    else:
+        items = islice(source.samples(), samples)
+    known: set[str] = set()
+    images, captions, rows, skipped = [], [], [], 0
+    for item in items:
+        try:
+            sample = read_sample(source, item)
+            decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
+        except ValueError:  # BadSample too
+            skipped += 1
+            continue
+        if sample.sample_id not in known:  # a stream starts again at its end
+            known.add(sample.sample_id)
+            images.append(sample.image)
+            captions.append(sample.captions[0])
+            rows.append(item)
+    return HeldOut(
+        name=source.name,
+        images=images,
+        captions=captions,
+        classes=None if classes is None else classes[rows],
+        skipped=skipped,
+    )
+
+
+@torch.inference_mode()
+def embed(
+    checkpoint: Path, pairs: HeldOut, *, project: bool, device: torch.device
+) -> dict[str, dict[str, Float[Tensor, "n _"]]]:
+    """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
+    model: ProtoCLIP
+    model, transform, tokenizer = loading.load(checkpoint)
+    model = loading.to_device(model, device).eval()
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(pairs.images), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        decoded = (decode(image, max_pixels=MAX_IMAGE_PIXELS) for image in pairs.images[batch])
+        inputs = torch.stack([transform(Image.fromarray(pixels)) for pixels in decoded])
+        tokens = tokenizer(list(pairs.captions[batch]))
+        for name, rows in vars(model(inputs.to(device), tokens.to(device), project)).items():
+            if rows is not None and rows.ndim == 2:
+                parts.setdefault(name, []).append(rows.float().cpu())
+    joined = {name: torch.cat(rows) for name, rows in parts.items()}
+    if not all(rows.isfinite().all() for rows in joined.values()):
+        raise ValueError(f"{checkpoint}: the model's features are not finite; it has diverged")
+    return {
+        space: {"images": joined[f"image_{space}"], "texts": joined[f"text_{space}"]}
+        for space in ("features", "projections")
+        if f"image_{space}" in joined
+    }
+
+
+def prototypes(checkpoint: Path) -> Mapping[str, Float[Tensor, "k p"]]:
+    """The run's prototypes of each modality at a checkpoint; none in the warm-up, and in CLIP."""
+    if not (checkpoint / loading.RESUME).is_file():
+        return {}
+    with safe_open(checkpoint / loading.RESUME, "pt") as file:
+        names = {modality: f"clusters/{modality}/centroids" for modality in MODALITIES}
+        present = set(file.keys())
+        return {m: file.get_tensor(name).float() for m, name in names.items() if name in present}

@@ -1,0 +1,143 @@
+"""How images and texts are grouped: pure functions of the two modalities' representations.
+
+The paper starts from the grouping that InfoNCE causes (arXiv 2206.10996): it aligns the image and
+the text of a pair, and groups similar images only by way of their texts, and similar texts by way
+of their images.
+"""
+
+from collections.abc import Sequence
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from sklearn.metrics import adjusted_mutual_info_score
+from torch import Tensor
+
+from protoclip.evaluation import retrieval
+from protoclip.evaluation.geometry import modality_gap
+from protoclip.prototypes.kmeans import kmeans
+
+MODALITIES = ("image", "text")
+NEIGHBOURS = 10
+ITERATIONS = 20  # of K-means
+# Another seed of K-means moves the agreement of the modalities by one or two points, so it is
+# the mean over this many clusterings.
+CLUSTERINGS = 5
+
+Assignments = dict[str, Int[Tensor, "s n"]]  # of each clustering
+
+
+def agreement(one: Int[Tensor, " n"], other: Int[Tensor, " n"]) -> float:
+    """Adjusted mutual information of two groupings: 1 if they are equal, 0 by chance.
+
+    Vinh et al. 2010, arithmetic mean.
+    """
+    return float(adjusted_mutual_info_score(one.numpy(), other.numpy()))
+
+
+def neighbours_in_group(
+    features: Float[Tensor, "n d"], groups: Int[Tensor, " n"], *, neighbours: int = NEIGHBOURS
+) -> float:
+    """Share of each row's nearest other rows, by cosine, that are in the row's group; in [0, 1].
+
+    With the texts' groups and the images' features: how often do the texts of an image and of its
+    neighbour fall into one group?
+    """
+    rows, shares = F.normalize(features.float(), dim=1), []
+    size = max(1, retrieval.CHUNK // len(rows))
+    for start in range(0, len(rows), size):
+        similarity = rows[start : start + size] @ rows.T
+        similarity.diagonal(offset=start).fill_(float("-inf"))  # a row is not its own neighbour
+        found = similarity.topk(min(neighbours, len(rows) - 1)).indices
+        shares.append((groups[found] == groups[start : start + size, None]).float().mean(dim=1))
+    return float(torch.cat(shares).mean())
+
+
+def same_group_by_chance(groups: Int[Tensor, " n"]) -> float:
+    """Probability that two different rows are in one group: `neighbours_in_group` by chance."""
+    sizes = torch.bincount(groups).double()
+    return float((sizes * (sizes - 1)).sum() / (len(groups) * (len(groups) - 1)))
+
+
+def spread(features: Float[Tensor, "n d"]) -> float:
+    """Variance of unit-norm rows, 1 - |mean|^2: 0 if all are one point, near 1 if all around."""
+    return 1 - float(features.double().mean(dim=0).square().sum())
+
+
+def effective_rank(features: Float[Tensor, "n d"]) -> float:
+    """Exponential of the entropy of the normalised singular values, in [1, min(n, d)].
+
+    The number of directions that the rows use (Roy and Vetterli 2007). Rows are not centred.
+    """
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def group_sizes(groups: Int[Tensor, " n"], number: int) -> dict[str, float]:
+    """Sizes of `number` groups, and how many of these are `dead`, that is without a member."""
+    sizes = torch.bincount(groups, minlength=number).double()
+    return {
+        "number": float(number),
+        "dead": float((sizes == 0).sum()),
+        "smallest": float(sizes.min()),
+        "median": float(sizes.quantile(0.5)),
+        "largest": float(sizes.max()),
+    }
+
+
+def measure(
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "n d"],
+    *,
+    num_groups: int,
+    captions: Sequence[str],
+    classes: Int[Tensor, " n"] | None = None,
+    previous: Assignments | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], Assignments]:
+    """Group each modality by K-means; measure the groups and the space they lie in.
+
+    Args:
+        images, texts: Unit-norm rows of pairs.
+        num_groups: Groups of each modality.
+        captions: Pairs of equal captions are each other's matches in `recall@10`.
+        classes: Adds `classes/...`, the agreement of the groups with them.
+        previous: Groups of an earlier checkpoint; adds `stability/...`, the agreement with them.
+
+    Returns:
+        Measures by name, as docs/grouping.md lists them: of groups the mean over five clusterings.
+        And the group of each row, by modality and clustering.
+    """
+    spaces, partner = {"image": images, "text": texts}, {"image": "text", "text": "image"}
+    seeds = range(seed, seed + CLUSTERINGS)
+    groups = {
+        modality: torch.stack(
+            [kmeans(rows, num_groups, iterations=ITERATIONS, seed=s).assignments for s in seeds]
+        )
+        for modality, rows in spaces.items()
+    }
+    found = {"agreement": mean(map(agreement, groups["image"], groups["text"]))}
+
+    number = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+    same = torch.tensor([number[caption] for caption in captions])
+    for modality, other in partner.items():
+        rows, own, partners = spaces[modality], groups[modality], groups[other]
+        values = {
+            "neighbours": mean(neighbours_in_group(rows, of) for of in partners),
+            "neighbours_by_chance": mean(map(same_group_by_chance, partners)),
+            "effective_rank": effective_rank(rows),
+            "spread": spread(rows),
+        }
+        if classes is not None:
+            values["classes"] = mean(agreement(of, classes) for of in own)
+        if previous is not None:
+            values["stability"] = mean(map(agreement, own, previous[modality]))
+        sizes = [group_sizes(of, num_groups) for of in own]
+        values |= {f"groups/{name}": mean(of[name] for of in sizes) for name in sizes[0]}
+        found |= {f"{name}/{modality}": value for name, value in values.items()}
+        ranks = retrieval.best_relevant_rank(rows, spaces[other], same, same)
+        found[f"recall@10/{modality}_to_{other}"] = float((ranks < 10).double().mean())
+    found |= modality_gap(images, texts)
+    return found, groups

@@ -1,0 +1,238 @@
+"""Measures of grouping against slow restatements, and `protoclip analyze` on a tiny run."""
+
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import adjusted_mutual_info_score
+
+from interrupting import with_changes
+from protoclip.cli import main
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.evaluation import analysis, datasets, grouping, retrieval
+from protoclip.evaluation.datasets import EvaluationData
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training.run import to_toml, train
+
+BOTH = ("image", "text")
+
+
+def unit(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)))
+
+
+def blocks(groups: torch.Tensor, seed: int) -> torch.Tensor:
+    """Unit-norm rows that lie together if they are in one group."""
+    centres = unit(int(groups.max()) + 1, 32, seed)
+    return F.normalize(centres[groups] + 0.01 * unit(len(groups), 32, seed + 1))
+
+
+def test_effective_rank_is_the_entropy_of_singular_values():
+    assert grouping.effective_rank(torch.eye(6)) == pytest.approx(6)
+    assert grouping.effective_rank(torch.ones(5, 4)) == pytest.approx(1)
+    rows = unit(30, 8)
+    values = np.linalg.svd(rows.double().numpy(), compute_uv=False)
+    entropy = -sum(v / sum(values) * math.log(v / sum(values)) for v in values)
+    assert grouping.effective_rank(rows) == pytest.approx(math.exp(entropy))
+
+
+def test_spread_is_0_for_one_point_and_1_for_opposite_ones():
+    assert grouping.spread(unit(1, 8).repeat(5, 1)) == pytest.approx(0, abs=1e-6)
+    assert grouping.spread(torch.cat([unit(4, 8), -unit(4, 8)])) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 4_000_000])
+def test_neighbours_in_group_against_a_loop(chunk, monkeypatch):
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+    rows, groups = unit(40, 6), torch.arange(40) % 3
+    shares = []
+    for row in range(40):
+        order = sorted(range(40), key=lambda other: -float(rows[row] @ rows[other]))
+        nearest = [other for other in order if other != row][:4]
+        shares.append(np.mean([groups[other] == groups[row] for other in nearest]))
+    found = grouping.neighbours_in_group(rows, groups, neighbours=4)
+    assert found == pytest.approx(np.mean(shares))
+
+
+def test_chance_is_the_share_of_pairs_in_one_group():
+    groups = torch.tensor([0, 0, 0, 1, 1, 3])
+    same = [groups[i] == groups[j] for i in range(6) for j in range(6) if i != j]
+    assert grouping.same_group_by_chance(groups) == pytest.approx(np.mean(same))
+    # Neighbours in a space that knows nothing of the groups do no better.
+    groups = torch.arange(900) % 3
+    found = grouping.neighbours_in_group(unit(900, 16), groups)
+    assert found == pytest.approx(grouping.same_group_by_chance(groups), abs=0.03)
+
+
+def test_group_sizes_count_dead_groups():
+    found = grouping.group_sizes(torch.tensor([0, 0, 0, 2]), 4)
+    assert found == {"number": 4, "dead": 2, "smallest": 0, "median": 0.5, "largest": 3}
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_modalities_agree_if_they_group_alike(together):
+    """Both modalities are in six clear groups: the same ones, or others that know nothing of them.
+
+    Six far groups in each of two unrelated spaces are no alignment, so recall stays at chance.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image_groups = torch.arange(300) % 6
+    shuffled = image_groups[torch.randperm(300, generator=generator)]
+    text_groups = image_groups if together else shuffled
+    found, groups = grouping.measure(
+        blocks(image_groups, 1),
+        blocks(text_groups, 5),
+        num_groups=6,
+        captions=[str(row) for row in range(300)],
+        classes=image_groups,
+    )
+    assert found["classes/image"] == pytest.approx(1)
+    expected = adjusted_mutual_info_score(image_groups.numpy(), text_groups.numpy())
+    assert found["agreement"] == pytest.approx(expected, abs=1e-9)
+    assert found["classes/text"] == pytest.approx(expected, abs=1e-9)
+    for modality in BOTH:
+        share, chance = (
+            found[f"{name}/{modality}"] for name in ("neighbours", "neighbours_by_chance")
+        )
+        assert share == pytest.approx(1 if together else chance, abs=0.05)
+        assert found[f"groups/smallest/{modality}"] == 50
+        assert groups[modality].shape == (grouping.CLUSTERINGS, 300)
+    assert found["recall@10/image_to_text"] < 0.2
+    assert "stability/image" not in found
+
+
+def test_equal_captions_match_each_other():
+    texts = unit(6, 8).repeat_interleave(20, dim=0)
+    images = F.normalize(texts + 0.1 * unit(120, 8, seed=1))
+    settings = {"num_groups": 4, "seed": 0}
+    found, _ = grouping.measure(
+        images, texts, captions=[str(row // 20) for row in range(120)], **settings
+    )
+    assert found["recall@10/image_to_text"] == 1
+
+
+def labelled(table) -> ImageTextPairs:
+    """With the captions as classes."""
+    return ImageTextPairs(table.append_column("subgroup", table["caption"]), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with three checkpoints, the last one called a CLIP run, and held-out pairs."""
+    folder = tmp_path_factory.mktemp("analyze")
+    pq.write_table(tiny_pairs(seed=1), folder / "train.parquet")
+    pq.write_table(tiny_pairs(80, seed=2), folder / "held_out.parquet")
+    config = tiny_config(str(folder / "train.parquet"), out=str(folder / "proto"))
+    often = {"run": {"save_steps": 4, "keep_checkpoints": 9}, "episodes": {"count": 3}}
+    train(with_changes(config, often))
+    old = shutil.ignore_patterns("step-000000004", "step-000000008")
+    shutil.copytree(folder / "proto", folder / "clip", ignore=old)
+    clip = with_changes(config, {"run": {"name": "CLIP"}, "loss": {"prototypical": 0.0}})
+    (folder / "clip" / "config.toml").write_text(to_toml(clip))
+    return folder
+
+
+def test_analysis_of_a_run(runs, monkeypatch):
+    """Every checkpoint is measured, and the run's own prototypes where it has some."""
+    table = tiny_pairs(80, seed=2)
+    emoji = EvaluationData(name="emoji", **dict.fromkeys(datasets.SPLITS, labelled(table)))
+    monkeypatch.setattr(datasets, "emoji", lambda: emoji)
+    found = analysis.analyze(runs / "proto", data="emoji", device=torch.device("cpu"))
+    assert {name: found[name] for name in ("name", "pairs", "groups", "skipped")} == {
+        "name": "tiny",
+        "pairs": 80,
+        "groups": 8,
+        "skipped": 0,
+    }
+    assert [entry["step"] for entry in found["checkpoints"]] == [4, 8, 12]
+    assert [entry["samples"] for entry in found["checkpoints"]] == [64, 128, 192]
+    for number, entry in enumerate(found["checkpoints"]):
+        assert entry.keys() == {"step", "samples", "features", "projections"}
+        for values in (entry["features"], entry["projections"]):
+            assert all(math.isfinite(value) for value in values.values())
+            assert ("stability/image" in values) == (number > 0)
+            assert {"classes/image", "alignment", "gap"} <= values.keys()
+        own = {name for name in entry["projections"] if name.startswith("prototypes/")}
+        assert len(own) == (10 if number == 1 else 0)  # of the prototypical stage
+
+
+def test_features_are_those_of_the_checkpoint(runs):
+    """Of another checkpoint they differ; of the same one they are the model's own outputs."""
+    import protoclip
+
+    table = tiny_pairs(20, seed=2)
+    pairs = labelled(table)
+    held_out = analysis.HeldOut(
+        name="tiny",
+        images=[pairs.encoded(row) for row in range(20)],
+        captions=[pairs.caption(row) for row in range(20)],
+        classes=None,
+        skipped=0,
+    )
+    cpu = torch.device("cpu")
+    first, last = (
+        analysis.embed(path, held_out, project=False, device=cpu)["features"]
+        for path in sorted((runs / "proto" / "checkpoints").iterdir())[::2]
+    )
+    model, transform, tokenizer = protoclip.load(runs / "proto")
+    with torch.inference_mode():
+        texts = model.encode_text(tokenizer(held_out.captions), normalize=True)
+        images = model.encode_image(
+            torch.stack([transform(pairs.image(row)) for row in range(20)]), normalize=True
+        )
+    torch.testing.assert_close(last["texts"], texts, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(last["images"], images, atol=1e-5, rtol=1e-4)
+    assert (first["texts"] - texts).abs().max() > 1e-3
+
+
+def test_the_command_writes_files_and_figures(runs, tmp_path, capsys):
+    folders, data = [str(runs / "proto"), str(runs / "clip")], str(runs / "held_out.parquet")
+    main(["analyze", *folders, "--data", data, "--out", str(tmp_path), "--json"])
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert [analysis["name"] for analysis in found] == ["tiny", "CLIP"]
+    assert json.loads((tmp_path / "clip.json").read_text()) == found[1]
+    assert "projections" not in found[1]["checkpoints"][0]  # CLIP's heads are not trained
+    assert f"{runs / 'clip'}: a single checkpoint" in shown.err
+    for name in ("proto", "clip", "analysis_of_runs"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_numbers_are_there(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "protoclip.evaluation.analysis_figure", None)
+    data = str(runs / "held_out.parquet")
+    main(["analyze", str(runs / "clip"), "--data", data, "--out", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert "agreement" in shown.out
+    assert "pip install 'protoclip[figures]'" in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ("config.toml", "", "not a run folder, which has a config.toml"),
+        ("checkpoints", "", "no checkpoint to analyse; train with --run.save_steps"),
+        ("", "", "no held-out split; name pairs with --data"),
+        ("", "--data {runs}/held_out.parquet --samples 9", "9 pairs are too few; needs 10"),
+        ("", "--data {runs}/held_out.parquet --groups 1", "1 groups: choose from 2 to 16"),
+        ("", "--data {runs}/held_out.parquet --groups 17", "17 groups: choose from 2 to 16"),
+        ("", "--data {runs}/nowhere.parquet", "nowhere.parquet"),
+    ],
+)
+def test_errors_are_one_line(change, arguments, message, runs, tmp_path, capsys):
+    """`change` is what the run folder lacks."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "clip", run, ignore=shutil.ignore_patterns(change))
+    with pytest.raises(SystemExit) as ended:
+        main(["analyze", str(run), *arguments.format(runs=runs).split()])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
