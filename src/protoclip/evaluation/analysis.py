@@ -18,9 +18,11 @@ from protoclip.data import sources
 from protoclip.data.decode import decode
 from protoclip.data.inspect import drawn
 from protoclip.data.loader import read_sample
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs, Sample
 from protoclip.evaluation import datasets
+from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
+from protoclip.evaluation.validation import judged
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -58,7 +60,8 @@ def analyze(
 
     Args:
         run: A run folder.
-        data: As `data.train`; unset or "emoji", the validation split of the bundled data.
+        data: As `data.train`; unset, what the run is judged by: its held-out pairs, or the
+            validation split of the emoji.
         samples: Pairs to use at most, drawn evenly; of a stream the first ones.
         num_groups: Groups of each modality; else the run's number of prototypes, but at least five
             pairs to a group.
@@ -131,21 +134,18 @@ def open_run(run: Path) -> tuple[Config, list[Path]]:
 
 def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldOut:
     """Pairs that the run has not trained on, as `analyze` describes them."""
-    source: Any
-    classes: Tensor | None = None
-    if data in (None, "emoji"):
-        if data is None and not config.data.has_held_out_splits:
-            raise ValueError(f"{run}: data.train has no held-out split; name pairs with --data")
-        emoji = datasets.emoji()
-        source, classes = emoji.validation, emoji.labels("validation")
-    else:
-        source = sources.pairs(Config(data=DataConfig(train=data)))
+    if data is None or data == "emoji":
+        judged_by = [datasets.emoji()] if data else judged(config, sources.pairs(config)).data
+        if not judged_by:
+            raise ValueError(f"{run}: no pairs are held out; name some with --data")
+        return of_split(judged_by[0], samples)
+    source = sources.pairs(Config(data=DataConfig(train=data)))
     if isinstance(source, Pairs):
         items: Any = drawn(len(source), min(samples, len(source)), seed=0)
     else:
         items = islice(source.samples(), samples)
-    known: set[str] = set()
-    images, captions, rows, skipped = [], [], [], 0
+    known: dict[str, Sample] = {}  # a stream starts again at its end
+    skipped = 0
     for item in items:
         try:
             sample = read_sample(source, item)
@@ -153,17 +153,36 @@ def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldO
         except ValueError:  # BadSample too
             skipped += 1
             continue
-        if sample.sample_id not in known:  # a stream starts again at its end
-            known.add(sample.sample_id)
-            images.append(sample.image)
-            captions.append(sample.captions[0])
-            rows.append(item)
+        known.setdefault(sample.sample_id, sample)
     return HeldOut(
         name=source.name,
-        images=images,
-        captions=captions,
-        classes=None if classes is None else classes[rows],
+        images=[sample.image for sample in known.values()],
+        captions=[sample.captions[0] for sample in known.values()],
+        classes=None,
         skipped=skipped,
+    )
+
+
+def of_split(data: EvaluationData, samples: int) -> HeldOut:
+    """Pairs of what a run is judged by on the way, drawn evenly."""
+    split = data.splits["validation"]
+    given: Any = split.images  # a run's own data always have encoded images and captions
+    assert split.captions is not None
+    images, rows = [], []
+    drawn_rows = drawn(len(given), min(samples, len(given)), seed=0)
+    for row in drawn_rows:
+        try:
+            images.append(given.encoded(row))
+            decode(images[-1], max_pixels=MAX_IMAGE_PIXELS)
+            rows.append(row)
+        except ValueError:  # BadSample too
+            del images[len(rows) :]
+    return HeldOut(
+        name=data.name,
+        images=images,
+        captions=[split.captions[row][0] for row in rows],
+        classes=None if split.labels is None else split.labels[rows],
+        skipped=len(drawn_rows) - len(rows),
     )
 
 
@@ -172,9 +191,9 @@ def embed(
     checkpoint: Path, pairs: HeldOut, *, project: bool, device: torch.device
 ) -> dict[str, dict[str, Float[Tensor, "n _"]]]:
     """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
-    model: ProtoCLIP
-    model, transform, tokenizer = loading.load(checkpoint)
-    model = loading.to_device(model, device).eval()
+    loaded, transform, tokenizer = loading.load(checkpoint)
+    assert isinstance(loaded, ProtoCLIP)
+    model = loading.to_device(loaded, device).eval()
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(pairs.images), BATCH_SIZE):
         batch = slice(start, start + BATCH_SIZE)

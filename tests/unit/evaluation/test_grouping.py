@@ -16,7 +16,7 @@ from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import analysis, datasets, grouping, retrieval
-from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import to_toml, train
 
@@ -117,11 +117,6 @@ def test_equal_captions_match_each_other():
     assert found["recall@10/image_to_text"] == 1
 
 
-def labelled(table) -> ImageTextPairs:
-    """With the captions as classes."""
-    return ImageTextPairs(table.append_column("subgroup", table["caption"]), name="tiny")
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run with three checkpoints, the last one called a CLIP run, and held-out pairs."""
@@ -140,8 +135,12 @@ def runs(tmp_path_factory):
 
 def test_analysis_of_a_run(runs, monkeypatch):
     """Every checkpoint is measured, and the run's own prototypes where it has some."""
-    table = tiny_pairs(80, seed=2)
-    emoji = EvaluationData(name="emoji", **dict.fromkeys(datasets.SPLITS, labelled(table)))
+    pairs = ImageTextPairs(tiny_pairs(80, seed=2), name="tiny")
+    captions = [pairs.sample_captions(row) for row in range(80)]
+    names = sorted({texts[0] for texts in captions})
+    labels = datasets.positions((texts[0] for texts in captions), names)
+    split = Split(images=pairs, captions=captions, labels=labels)
+    emoji = EvaluationData(name="emoji", splits={"validation": split}, class_names=names)
     monkeypatch.setattr(datasets, "emoji", lambda: emoji)
     found = analysis.analyze(runs / "proto", data="emoji", device=torch.device("cpu"))
     assert {name: found[name] for name in ("name", "pairs", "groups", "skipped")} == {
@@ -167,7 +166,7 @@ def test_features_are_those_of_the_checkpoint(runs):
     import protoclip
 
     table = tiny_pairs(20, seed=2)
-    pairs = labelled(table)
+    pairs = ImageTextPairs(table, name="tiny")
     held_out = analysis.HeldOut(
         name="tiny",
         images=[pairs.encoded(row) for row in range(20)],
@@ -219,7 +218,7 @@ def test_without_matplotlib_the_numbers_are_there(runs, tmp_path, capsys, monkey
     [
         ("config.toml", "", "not a run folder, which has a config.toml"),
         ("checkpoints", "", "no checkpoint to analyse; train with --run.save_steps"),
-        ("", "", "no held-out split; name pairs with --data"),
+        ("", "", "no pairs are held out; name some with --data"),
         ("", "--data {runs}/held_out.parquet --samples 9", "9 pairs are too few; needs 10"),
         ("", "--data {runs}/held_out.parquet --groups 1", "1 groups: choose from 2 to 16"),
         ("", "--data {runs}/held_out.parquet --groups 17", "17 groups: choose from 2 to 16"),
