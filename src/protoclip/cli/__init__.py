@@ -12,6 +12,7 @@ from protoclip.cli.data import Index, Inspect, Pack
 from protoclip.cli.demo import Demo
 from protoclip.cli.embed_teacher import EmbedTeacher
 from protoclip.cli.evaluate import Evaluate
+from protoclip.cli.export import Export
 from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.train import Train
 
@@ -19,6 +20,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "evaluate": Evaluate,
     "compare": Compare,
+    "export": Export,
     "demo": Demo,
     "embed-teacher": EmbedTeacher,
     "data inspect": Inspect,

@@ -1,0 +1,1 @@
+"""Models as folders that other libraries load; see `protoclip.export`."""
