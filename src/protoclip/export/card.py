@@ -86,8 +86,10 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         for name in ("image_head", "text_head"):
             head = getattr(source.model, name).state_dict()
             tensors |= {f"{name}.{key}": value for key, value in head.items()}
-    save_file({key: value.contiguous() for key, value in tensors.items()},
-              folder / f"{PROTOTYPES}.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        folder / f"{PROTOTYPES}.safetensors",
+    )
     facts = {
         "about": "K-means of one episode's projections: h = normalize(head(features))",
         "spaces": {
@@ -167,7 +169,9 @@ def write_card(
     lines += [f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()]
     located = f'folder = "{Path(facts["folder"]).name}"'
     if hub_name is not None:
-        located = f'import huggingface_hub\nfolder = huggingface_hub.snapshot_download("{hub_name}")'
+        located = (
+            f'import huggingface_hub\nfolder = huggingface_hub.snapshot_download("{hub_name}")'
+        )
     commands = [text for name, text in LOADING.items() if name in differences]
     lines += ["", "```python", located, *commands, "```"]
     lines += ["", "## Data and settings", ""]
@@ -183,7 +187,10 @@ def write_card(
             ends = found["interval"]
             interval = "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
             lines.append(f"| `{name}` | {found['value']:.4f} | {interval} |")
-        lines += ["", "Intervals are from a bootstrap over test samples; they leave out other seeds."]
+        lines += [
+            "",
+            "Intervals are from a bootstrap over test samples; they leave out other seeds.",
+        ]
     else:
         lines.append("None: there are no results of this checkpoint.")
     lines += ["", "## Prototypes", ""]

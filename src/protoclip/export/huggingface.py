@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,13 +25,21 @@ from protoclip.export.source import (
 from protoclip.export.timm import has_linear_projection, trunk_arguments
 from protoclip.models.hugging_face import HuggingFaceTowers, pooled
 
-# open_clip's names of the parts of a block, and Hugging Face's.
-BLOCK = {
-    "attn.out_proj": "self_attn.out_proj",
+# open_clip's names and Hugging Face's (`pre_layrnorm` is spelt so).
+NAMES = {
+    "transformer.resblocks.": "encoder.layers.",
+    "attn.": "self_attn.",
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "ln_final": "final_layer_norm",
+    "conv1": "embeddings.patch_embedding",
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding": "embeddings.token_embedding",
 }
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 RESAMPLE = {
@@ -90,101 +99,72 @@ def build(source: Source) -> Any:
     from transformers import CLIPConfig, CLIPModel, VisionTextDualEncoderModel
     from transformers import VisionTextDualEncoderConfig as DualConfig
 
-    config, towers = source.open_clip_config, source.towers
-    text_settings, text_weights, text_projection = text_model(source)
-    scale = float(towers.logit_scale)
-    if is_plain_vit(towers.visual):
-        settings, weights, projection = vision_model(towers.visual)
-        model: Any = CLIPModel(
-            CLIPConfig(
-                vision_config=settings,
-                text_config=text_settings,
-                projection_dim=int(config["embed_dim"]),
-                logit_scale_init_value=scale,
-            )
-        )
-    elif has_linear_projection(towers.visual, config["vision_cfg"]):
-        settings, weights = timm_wrapper(source)
-        projection = towers.visual.head.proj.weight
-        model = VisionTextDualEncoderModel(
-            DualConfig(
-                vision_config=settings,
-                text_config={"model_type": "clip_text_model", **text_settings},
-                projection_dim=int(config["embed_dim"]),
-                logit_scale_init_value=scale,
-            )
-        )
+    config, visual = source.open_clip_config, source.towers.visual
+    shared: dict[str, Any] = {
+        "projection_dim": int(config["embed_dim"]),
+        "logit_scale_init_value": float(source.towers.logit_scale),
+    }
+    if is_plain_vit(visual):
+        settings = {
+            **transformer_settings(visual.transformer, visual.ln_post),
+            "image_size": visual.image_size[0],
+            "patch_size": visual.patch_size[0],
+        }
+        shared |= {"vision_config": settings, "text_config": text_settings(source)}
+        model: Any = CLIPModel(CLIPConfig(**shared))
+        weights, projection = renamed(visual), visual.proj.T
+    elif has_linear_projection(visual, config["vision_cfg"]):
+        name, arguments = trunk_arguments(source)
+        settings = {"model_type": "timm_wrapper", "architecture": name, "model_args": arguments}
+        shared["vision_config"] = {**settings, "hidden_size": visual.trunk.num_features}
+        shared["text_config"] = {"model_type": "clip_text_model", **text_settings(source)}
+        model = VisionTextDualEncoderModel(DualConfig(**shared))
+        weights = {f"timm_model.{name}": value for name, value in visual.trunk.state_dict().items()}
+        projection = visual.head.proj.weight
     else:
-        kind = type(towers.visual).__name__
+        kind = type(visual).__name__
         raise Unavailable(f"no model of transformers has its image tower ({kind}) and projection")
-    for part, values in ((model.vision_model, weights), (model.text_model, text_weights)):
-        # transformers 4 has one more module inside.
-        inner = getattr(part, "vision_model", getattr(part, "text_model", part))
-        inner.load_state_dict(values)
+    text = getattr(source.towers, "text", source.towers)
+    # transformers 4 has one more module inside these.
+    getattr(model.vision_model, "vision_model", model.vision_model).load_state_dict(weights)
+    getattr(model.text_model, "text_model", model.text_model).load_state_dict(renamed(text))
     with torch.no_grad():
         model.visual_projection.weight.copy_(projection)
-        model.text_projection.weight.copy_(text_projection)
-        model.logit_scale.copy_(towers.logit_scale)
+        model.text_projection.weight.copy_(matrix(text.text_projection).T)
+        model.logit_scale.copy_(source.towers.logit_scale)
     return model.eval()
 
 
-def text_model(source: Source) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-    """Settings and weights of a `CLIPTextModel`, and the projection."""
-    towers = source.towers
-    text = getattr(towers, "text", towers)
-    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
-    projection = getattr(text, "text_projection", None)
-    matrix = projection.weight.T if isinstance(projection, nn.Linear) else projection
+def text_settings(source: Source) -> dict[str, Any]:
+    """Settings of the `CLIPTextModel` that a text tower is; raises `Unavailable` if it is none."""
+    text, tokenizer = getattr(source.towers, "text", source.towers), source.text_tokenizer
     if (
-        pool != "argmax"
+        getattr(text, "pool_type", getattr(text, "text_pool_type", None)) != "argmax"
         or text.attn_mask is None
-        or not isinstance(matrix, Tensor)
-        or getattr(projection, "bias", None) is not None
+        or matrix(text.text_projection) is None
         or getattr(text, "cls_emb", None) is not None
-        or getattr(towers, "logit_bias", None) is not None
+        or getattr(source.towers, "logit_bias", None) is not None
         or not plain_blocks(text.transformer)
     ):
         raise Unavailable("no model of transformers has its text tower")
-    tokenizer = source.text_tokenizer
-    number, width = text.token_embedding.weight.shape
+    number = len(text.token_embedding.weight)
     if len(getattr(tokenizer, "encoder", ())) != number:
         raise Unavailable("its tokenizer is not CLIP's")
-    settings = {
+    return {
         **transformer_settings(text.transformer, text.ln_final),
         "vocab_size": number,
         "max_position_embeddings": len(text.positional_embedding),
-        "projection_dim": matrix.shape[1],
         "bos_token_id": tokenizer.sot_token_id,
         "eos_token_id": tokenizer.eot_token_id,
         "pad_token_id": tokenizer.eot_token_id,
     }
-    weights = {
-        "embeddings.token_embedding.weight": text.token_embedding.weight,
-        "embeddings.position_embedding.weight": text.positional_embedding,
-        **block_weights(text.transformer),
-        **{f"final_layer_norm.{k}": v for k, v in text.ln_final.state_dict().items()},
-    }
-    return settings, weights, matrix.T
 
 
-def vision_model(visual: Any) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-    """Settings and weights of a `CLIPVisionModel`, and the projection."""
-    settings = {
-        **transformer_settings(visual.transformer, visual.ln_post),
-        "image_size": visual.image_size[0],
-        "patch_size": visual.patch_size[0],
-        "projection_dim": visual.proj.shape[1],
-    }
-    weights = {
-        "embeddings.class_embedding": visual.class_embedding,
-        "embeddings.patch_embedding.weight": visual.conv1.weight,
-        "embeddings.position_embedding.weight": visual.positional_embedding,
-        # The missing letter is Hugging Face's.
-        **{f"pre_layrnorm.{k}": v for k, v in visual.ln_pre.state_dict().items()},
-        **block_weights(visual.transformer),
-        **{f"post_layernorm.{k}": v for k, v in visual.ln_post.state_dict().items()},
-    }
-    return settings, weights, visual.proj.T
+def matrix(projection: Any) -> Any:
+    """The matrix of a projection, `(width, d)`; None if it is more than that."""
+    if isinstance(projection, nn.Linear):
+        return projection.weight.T if projection.bias is None else None
+    return projection
 
 
 def transformer_settings(transformer: Any, norm: Any) -> dict[str, Any]:
@@ -199,32 +179,20 @@ def transformer_settings(transformer: Any, norm: Any) -> dict[str, Any]:
     }
 
 
-def block_weights(transformer: Any) -> dict[str, Tensor]:
-    """The weights of a transformer's blocks by Hugging Face's names."""
+def renamed(tower: nn.Module) -> dict[str, Tensor]:
+    """The weights of a tower by Hugging Face's names; queries, keys and values are apart there."""
     found: dict[str, Tensor] = {}
-    for number, block in enumerate(transformer.resblocks):
-        prefix, own = f"encoder.layers.{number}.", block.state_dict()
-        for kind in ("weight", "bias"):
-            queries, keys, values = own[f"attn.in_proj_{kind}"].chunk(3)
-            found[f"{prefix}self_attn.q_proj.{kind}"] = queries
-            found[f"{prefix}self_attn.k_proj.{kind}"] = keys
-            found[f"{prefix}self_attn.v_proj.{kind}"] = values
-            for theirs, name in BLOCK.items():
-                found[f"{prefix}{name}.{kind}"] = own[f"{theirs}.{kind}"]
+    for key, value in tower.state_dict().items():
+        if not key.startswith(tuple(NAMES)):  # the projection, and what is not of this tower
+            continue
+        for theirs, name in NAMES.items():
+            key = key.replace(theirs, name)
+        if "in_proj_" not in key:
+            found[key] = value
+            continue
+        for name, part in zip(("q_proj.", "k_proj.", "v_proj."), value.chunk(3), strict=True):
+            found[key.replace("in_proj_", name)] = part
     return found
-
-
-def timm_wrapper(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of a `TimmWrapperModel`."""
-    name, arguments = trunk_arguments(source)
-    trunk = source.towers.visual.trunk
-    settings = {
-        "model_type": "timm_wrapper",
-        "architecture": name,
-        "model_args": arguments,
-        "hidden_size": trunk.num_features,
-    }
-    return settings, {f"timm_model.{k}": v for k, v in trunk.state_dict().items()}
 
 
 def clip_tokenizer(source: Source) -> Any:
@@ -232,18 +200,12 @@ def clip_tokenizer(source: Source) -> Any:
     from transformers import CLIPTokenizer
 
     tokenizer = source.text_tokenizer
-    if getattr(tokenizer, "clean_fn", None) is not open_clip_lower():
+    if getattr(tokenizer, "clean_fn", None) is not get_clean_fn("lower"):
         raise Unavailable("its tokenizer does not clean captions as CLIP's")
     vocabulary = {SPECIAL.get(token, token): number for token, number in tokenizer.encoder.items()}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
     build: Any = CLIPTokenizer
     return build(vocab=vocabulary, merges=merges, model_max_length=source.context_length)
-
-
-def open_clip_lower() -> Any:
-    from open_clip.tokenizer import get_clean_fn
-
-    return get_clean_fn("lower")
 
 
 def image_processor(source: Source) -> Any:
@@ -266,7 +228,7 @@ def image_processor(source: Source) -> Any:
 
 
 def write_processor(model: Any, tokenizer: Any, processor: Any, folder: Path) -> None:
-    """`processor_config.json` for transformers 5, `preprocessor_config.json` for transformers.js."""
+    """`processor_config.json`, and `preprocessor_config.json`, which transformers.js reads."""
     import transformers
 
     kinds: Mapping[str, Any] = {

@@ -29,21 +29,14 @@ class TextGraph(nn.Module):
         super().__init__()
         self.towers = towers
 
-    def forward(self, input_ids: Int[Tensor, "b c"]) -> Float[Tensor, "b d"]:
-        return self.towers.encode_text(input_ids)  # type: ignore[no-any-return]
-
-
-class MaskedTextGraph(nn.Module):
-    """A text tower that must not read padding."""
-
-    def __init__(self, towers: HuggingFaceTowers) -> None:
-        super().__init__()
-        self.model = towers.model
-
     def forward(
-        self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"]
+        self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
     ) -> Float[Tensor, "b d"]:
-        return pooled(self.model.get_text_features(input_ids, attention_mask=attention_mask))
+        """With a mask for a text tower that must not read padding."""
+        if attention_mask is None:
+            return self.towers.encode_text(input_ids)  # type: ignore[no-any-return]
+        model = self.towers.model
+        return pooled(model.get_text_features(input_ids, attention_mask=attention_mask))
 
 
 def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
@@ -54,20 +47,19 @@ def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
     Raises:
         Unavailable: The model reads images that do not fit into one tensor of pixels.
     """
-    (folder / FOLDER).mkdir()
     towers, length = source.towers, source.context_length
     kind = towers.model.config.model_type if isinstance(towers, HuggingFaceTowers) else ""
     if kind == "siglip2":
         raise Unavailable("it reads images as patches, in a number of its own for each")
     size = source.image_size
     tokens = torch.ones(2, length, dtype=torch.long)
-    text: nn.Module = TextGraph(towers)
     inputs = {"input_ids": tokens}
     if kind == MASKED_KIND:
-        text, inputs = MaskedTextGraph(towers), {**inputs, "attention_mask": torch.ones_like(tokens)}
+        inputs["attention_mask"] = torch.ones_like(tokens)
     images = {"pixel_values": torch.zeros(2, 3, size, size)}
+    (folder / FOLDER).mkdir()
     save(ImageGraph(towers), images, "image_embeds", folder / FOLDER / "vision_model.onnx", opset)
-    save(text, inputs, "text_embeds", folder / FOLDER / "text_model.onnx", opset)
+    save(TextGraph(towers), inputs, "text_embeds", folder / FOLDER / "text_model.onnx", opset)
     return f"opset {opset}"
 
 
@@ -87,7 +79,9 @@ def save(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, 
     )
 
 
-def features(folder: Path, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "m c"]) -> Features:
+def features(
+    folder: Path, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "m c"]
+) -> Features:
     """What ONNX Runtime computes from the folder; padding has token -1 where it is masked."""
     import onnxruntime
 

@@ -1,6 +1,7 @@
 """A folder that open_clip reads as `local-dir:FOLDER`, and as `hf-hub:NAME` once it is uploaded."""
 
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -20,7 +21,7 @@ def write(source: Source, folder: Path) -> str:
         Unavailable: open_clip cannot build the model from a configuration.
     """
     config, built = source.open_clip_config, source.towers
-    trunk = getattr(built.visual, "trunk", None)
+    trunk: Any = getattr(built.visual, "trunk", None)
     if hasattr(trunk, "set_input_size"):
         # open_clip hands no image size to timm.
         usual, size = trunk.default_cfg["input_size"][-1], source.image_size

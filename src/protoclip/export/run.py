@@ -67,7 +67,7 @@ def export(
     """
     folder = Path(folder)
     check(folder, formats, opset, push_to_hub)
-    source = open_source(str(reference))
+    source = open_source(str(reference), license=license)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -104,7 +104,8 @@ def check(folder: Path, formats: Sequence[str], opset: int, name: str | None) ->
 
 def write(source: Source, folder: Path, formats: Sequence[str], *, opset: int) -> dict[str, Any]:
     """Write each format; returns what they are, and why others are left out."""
-    writers = {**FORMATS, "onnx": partial(onnx.write, opset=opset)}
+    graphs: Callable[[Source, Path], str] = partial(onnx.write, opset=opset)
+    writers = {**FORMATS, "onnx": graphs}
     written: dict[str, str] = {}
     left_out: dict[str, str] = {}
     for name in dict.fromkeys(formats):
@@ -168,9 +169,7 @@ def check_features(
     return differences
 
 
-def own_features(
-    folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
-) -> Features:
+def own_features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
     model, _, tokenizer = loading.load(folder)
     return Features(image=model.encode_image(images), text=model.encode_text(tokenizer(captions)))
 

@@ -3,9 +3,10 @@
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Source:
 
     Attributes:
         config: open_clip's description of the towers; None if they are of `transformers`.
+        license: Of the weights, as the hub writes it.
     """
 
     reference: str
@@ -39,6 +41,7 @@ class Source:
     transform: ImageTransform
     tokenizer: Tokenizer
     config: Mapping[str, Any] | None
+    license: str
 
     @property
     def towers(self) -> Any:
@@ -91,13 +94,14 @@ class Features:
     text: Float[Tensor, "m d"] | None = None
 
 
-def open_source(reference: str) -> Source:
+def open_source(reference: str, *, license: str = "unknown") -> Source:
     """Load the model to export; raises as `protoclip.load`."""
     model, transform, tokenizer = loading.load(reference)
-    config, built = architecture(reference), model.towers
+    config = architecture(reference)
+    built: Any = model.towers
     if config is not None:
         config = deepcopy(config)
-        size = built.visual.image_size  # type: ignore[union-attr]
+        size = built.visual.image_size
         config["vision_cfg"]["image_size"] = size if isinstance(size, int) else list(size)
         config["text_cfg"]["context_length"] = int(tokenizer(["a"]).shape[1])
         config["quick_gelu"] = has_quick_gelu(built)
@@ -105,7 +109,12 @@ def open_source(reference: str) -> Source:
             config["vision_cfg"]["timm_model_pretrained"] = False
         config["custom_text"] = not isinstance(built, open_clip.CLIP)
     return Source(
-        reference=reference, model=model, transform=transform, tokenizer=tokenizer, config=config
+        reference=reference,
+        model=model,
+        transform=transform,
+        tokenizer=tokenizer,
+        config=config,
+        license=license,
     )
 
 
@@ -173,7 +182,7 @@ def quiet() -> Iterator[None]:
     constants.HF_HUB_OFFLINE = True
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

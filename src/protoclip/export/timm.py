@@ -53,8 +53,10 @@ def write(source: Source, folder: Path) -> str:
     else:
         raise Unavailable(f"timm has no {type(visual).__name__}")
     given, side = source.preprocessing, source.image_size
+    # timm's own entries are about the weights that it publishes.
     data = {
-        "input_size": [3, side, side],
+        **{"tag": "", "origin_url": "", "license": source.license},
+        **{"input_size": [3, side, side], "test_input_size": [3, side, side], "test_crop_pct": 1.0},
         "mean": list(given["mean"]),
         "std": list(given["std"]),
         "interpolation": given["interpolation"],
@@ -99,7 +101,10 @@ def trunk_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     vision, trunk = source.open_clip_config["vision_cfg"], source.towers.visual.trunk
     name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
     base: dict[str, Any] = {"global_pool": pool} if pool else {}
-    if hasattr(trunk, "set_input_size") and source.image_size != trunk.default_cfg["input_size"][-1]:
+    if (
+        hasattr(trunk, "set_input_size")
+        and source.image_size != trunk.default_cfg["input_size"][-1]
+    ):
         base["img_size"] = source.image_size
     # With another pooling, timm's transformers move their last normalisation behind it unless
     # they are told not to; open_clip sets the pooling of a model that is built.
@@ -143,8 +148,8 @@ def native_arguments(source: Source) -> tuple[str, dict[str, Any]]:
         if stages not in RESNETS:
             raise Unavailable(f"timm has no CLIP ResNet of {stages} blocks")
         name = RESNETS[stages]
-        usual = timm.get_pretrained_cfg(name).input_size[-1]
-        return name, {} if side == usual else {"img_size": side}
+        usual: Any = timm.get_pretrained_cfg(name)
+        return name, {} if side == usual.input_size[-1] else {"img_size": side}
     block = visual.transformer.resblocks[0]
     kind = "clip_quickgelu" if has_quick_gelu(visual) else "clip"
     return f"vit_base_patch32_{kind}_224", {
