@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -145,7 +146,7 @@ def write_card(
         f"tags: [clip, protoclip{''.join(f', {name}' for name in known[1:])}]",
         "---",
         "",
-        f"# {settings.get('run', {}).get('name') or source.reference}",
+        f"# {settings.get('run', {}).get('name') or Path(facts['folder']).name}",
         "",
         f"An image tower and a text tower with one joint space, exported from "
         f"`{source.reference}` by protoclip {protoclip.__version__}.",
@@ -177,7 +178,7 @@ def write_card(
     lines += ["", "## Data and settings", ""]
     if settings:
         shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
-        lines += ["```json", to_json(shown, indent=2), "```"]
+        lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
     else:
         lines.append("Not known: the model does not come from a run folder.")
     lines += ["", "## Metrics", ""]

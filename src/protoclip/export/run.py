@@ -5,10 +5,12 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -27,6 +29,8 @@ FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
     "timm": timm.write,
     "onnx": onnx.write,
 }
+# What a format needs beside the package itself.
+NEEDS = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
 TOLERANCE = 1e-4  # largest difference of features, relative to their mean norm
 SAMPLES = 16  # images and captions that every format is checked on
 
@@ -96,10 +100,18 @@ def check(folder: Path, formats: Sequence[str], opset: int, name: str | None) ->
     for kind in formats:
         if kind not in FORMATS:
             raise ValueError(f"formats: no format '{kind}'; choose of {', '.join(FORMATS)}")
+        for package in NEEDS.get(kind, []):
+            if find_spec(package) is None:
+                raise ValueError(
+                    f"formats: {kind} needs {package}; pip install 'protoclip[export]', or choose "
+                    "other formats"
+                )
     if opset < onnx.LEAST_OPSET:
         raise ValueError(f"opset: {opset} is too old; {onnx.LEAST_OPSET} or later")
     if name is not None and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
         raise ValueError(f"push_to_hub: '{name}' is no name on the hub, such as me/model")
+    if name is not None and huggingface_hub.get_token() is None:
+        raise ValueError(f"push_to_hub: {name}: no token for the hub; set HF_TOKEN")
 
 
 def write(source: Source, folder: Path, formats: Sequence[str], *, opset: int) -> dict[str, Any]:
@@ -114,10 +126,6 @@ def write(source: Source, folder: Path, formats: Sequence[str], *, opset: int) -
                 written[name] = writers[name](source, folder)
         except Unavailable as reason:
             left_out[name] = str(reason)
-        except ImportError as error:
-            raise ValueError(
-                f"formats: {name} needs pip install 'protoclip[export]' ({line(str(error))})"
-            ) from error
         except Exception as error:  # what these libraries raise has no common class
             raise ValueError(
                 f"{source.reference}: cannot be exported as {name} ({line(str(error))})"
@@ -192,9 +200,7 @@ def difference(found: Tensor | None, expected: Tensor) -> float | None:
 
 def upload(folder: Path, name: str) -> str:
     """Upload a folder to the Hugging Face hub, and return its address there."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     kept = f"{folder} is written"
     who = hub_answer(lambda timeout: api.whoami())
     if who is None:

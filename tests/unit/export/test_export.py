@@ -39,6 +39,7 @@ TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2, "vocab_size"
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
+RESNET50 = {"image_size": 96, "layers": [3, 4, 6, 3], "width": 64, "patch_size": None}
 TIMM = {"timm_model_name": "test_vit", "image_size": 160}
 SIGLIP = {
     "embed_dim": 64,
@@ -53,6 +54,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "clip-other-text": {**CLIP, "custom_text": True, "text_cfg": {**TEXT, "embed_cls": True}},
     "clip-squash": CLIP,
     "resnet": {**CLIP, "vision_cfg": RESNET},
+    "resnet50": {**CLIP, "vision_cfg": RESNET50},
     "timm": {**CLIP, "vision_cfg": TIMM},
     "timm-mlp": {**CLIP, "vision_cfg": {**TIMM, "timm_proj": "mlp"}},
     "sig": SIGLIP,
@@ -87,6 +89,10 @@ MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
             "hf": "no model of transformers has its image tower (ModifiedResNet) and projection",
             "timm": "timm has no CLIP ResNet of (1, 1, 1, 1) blocks",
         },
+    ),
+    "resnet50": (
+        {"open_clip": "CLIP", "timm": "resnet50_clip"},
+        {"hf": "no model of transformers has its image tower (ModifiedResNet) and projection"},
     ),
     "timm": ({"open_clip": "CLIP", "hf": "VisionTextDualEncoderModel", "timm": "test_vit"}, {}),
     "timm-mlp": (
@@ -361,11 +367,16 @@ def test_a_library_that_computes_something_else_leaves_nothing(
         ("{model} {out} --formats ,", "formats: none; choose of open_clip, hf, timm, onnx"),
         ("{model} {out} --formats onnx --opset 11", "opset: 11 is too old; 18 or later"),
         ("{model} {out} --push-to-hub a/b/c", "push_to_hub: 'a/b/c' is no name on the hub"),
+        (
+            "{model} {out} --formats timm",
+            "formats: timm needs no_such_package; pip install 'protoc",
+        ),
         ("nothing {out}", "nothing: no such run or checkpoint folder"),
         ("open_clip:resnet {out} --formats hf", "not as hf: no model of transformers has its"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, reference, capsys, tmp_path):
+def test_bad_input_is_one_line(arguments, message, reference, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(run.NEEDS, "timm", ["no_such_package"])
     places = {"model": reference("run"), "here": tmp_path, "out": tmp_path / "out"}
     with pytest.raises(SystemExit) as ended:
         main(["export", *(word.format(**places) for word in arguments.split())])
@@ -406,7 +417,7 @@ def test_the_card_of_a_run(tmp_path):
     protoclip.export(made, tmp_path / "out", ["timm"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\n# My model\n" in card
-    assert '"train": "pairs.tsv"' in card
+    assert 'train = "pairs.tsv"' in card
     row = re.search(r"zero_shot/acc5` \| (0\.\d{4}) \| (0\.\d{4}) to (0\.\d{4}) \|", card)
     value, low, high = map(float, row.groups())
     assert value == pytest.approx(accuracy, abs=1e-4)

@@ -73,17 +73,8 @@ def use_hub(serve, monkeypatch):
         address = "http://127.0.0.1:9" if handler is None else serve(handler)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.HfApi, "__init__", hub_at(address))
         monkeypatch.setattr(access, "HUB_SECONDS", 5.0)
         monkeypatch.setenv("HF_TOKEN", "hf_none")
-
-    before = huggingface_hub.HfApi.__init__
-
-    def hub_at(address: str) -> Any:
-        def start(self: Any, *arguments: Any, **settings: Any) -> None:
-            before(self, *arguments, **{"endpoint": address, "token": "hf_none", **settings})
-
-        return start
 
     return use
 
@@ -117,6 +108,13 @@ def test_the_hub_gets_every_file(use_hub, model, tmp_path):
     found = Hub.repositories["me/model"]
     assert found == {name: path.read_bytes() for name, path in files.items()}
     assert b'snapshot_download("me/model")' in found["README.md"]
+
+
+def test_without_a_token_nothing_is_exported(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="me/model: no token for the hub; set HF_TOKEN"):
+        protoclip.export(model, tmp_path / "out", push_to_hub="me/model")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
