@@ -8,12 +8,13 @@ from protoclip.files import to_json
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model as a folder that open_clip, transformers, timm or ONNX Runtime loads.
+    """Write a model as a folder that other libraries load.
 
-    Each library loads what was written, and must compute the same features.
+    They are open_clip, transformers, timm and ONNX Runtime. Each loads what was
+    written, and must compute the same features.
     """
 
-    model: str  # A run, checkpoint, folder, open_clip:NAME/TAG, hf:NAME or reference:FILE,model=.
+    model: str  # A run, or whatever else protoclip.load opens.
     folder: str  # A folder that does not exist.
     _: KW_ONLY
     formats: str = "open_clip,hf"  # Of open_clip, hf, timm and onnx, with commas.

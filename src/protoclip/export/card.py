@@ -72,7 +72,11 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         return "no checkpoint of a run"
     stored = loading.read_tensors(checkpoint / RESUME)
     prefix, suffix = "clusters/", "/centroids"
-    spaces = [key[len(prefix) : -len(suffix)] for key in stored if key.endswith(suffix)]
+    spaces = [
+        key[len(prefix) : -len(suffix)]
+        for key in stored
+        if key.startswith(prefix) and key.endswith(suffix)
+    ]
     if not spaces:
         return "the checkpoint holds none: it was saved between two episodes"
     tensors: dict[str, Tensor] = {}
@@ -151,8 +155,8 @@ def write_card(
         f"An image tower and a text tower with one joint space, exported from "
         f"`{source.reference}` by protoclip {protoclip.__version__}.",
         "",
-        f"Images are {source.preprocessing['size']} pixels high and wide, captions up to "
-        f"{source.context_length} tokens long.",
+        f"Images become tensors of shape {source.image_shape}, and captions "
+        f"{source.context_length} tokens.",
         "",
         "## Load",
         "",

@@ -23,7 +23,7 @@ from protoclip.export.source import (
     plain_blocks,
 )
 from protoclip.export.timm import has_linear_projection, trunk_arguments
-from protoclip.models.hugging_face import HuggingFaceTowers, pooled
+from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers, pooled
 
 # open_clip's names and Hugging Face's (`pre_layrnorm` is spelt so).
 NAMES = {
@@ -72,12 +72,11 @@ def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
     model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    if not model.config.model_type.startswith("vision-text"):
-        del tokens["attention_mask"]
-    inputs = {"pixel_values": images}
+    if model.config.model_type != MASKED_KIND:
+        tokens.pop("attention_mask", None)
     with torch.inference_mode():
         return Features(
-            image=pooled(model.get_image_features(**inputs)),
+            image=HuggingFaceTowers(model, pad_token=0).encode_image(images),
             text=pooled(model.get_text_features(**tokens)),
         )
 

@@ -30,8 +30,8 @@ def write(source: Source, folder: Path) -> str:
                 f"it builds {config['vision_cfg']['timm_model_name']} for images of {usual} "
                 f"pixels alone, and this model reads {size}"
             )
-    preprocessing = {key: value for key, value in source.preprocessing.items() if key != "size"}
-    text = to_json({"model_cfg": dict(config), "preprocess_cfg": preprocessing}, indent=2)
+    settings = {"model_cfg": dict(config), "preprocess_cfg": source.preprocessing}
+    text = to_json(settings, indent=2)
     (folder / OPEN_CLIP_CONFIG).write_text(text + "\n", encoding="utf-8")
     weights = {name: tensor.contiguous() for name, tensor in built.state_dict().items()}
     save_file(weights, folder / OPEN_CLIP_WEIGHTS[0])

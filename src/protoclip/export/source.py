@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 from jaxtyping import Float
 from open_clip.transformer import QuickGELU
+from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform
@@ -65,25 +66,29 @@ class Source:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How images are prepared, in open_clip's words; `size` is in pixels."""
+        """How images are prepared by open_clip's towers, in open_clip's words."""
         if isinstance(self.transform, EvaluationTransform):
             return {
-                "size": self.transform.size,
                 "mean": list(self.transform.mean),
                 "std": list(self.transform.std),
                 "interpolation": "bicubic",
                 "resize_mode": "shortest",
             }
-        return dict(self.towers.visual.preprocess_cfg)
+        names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        return {name: self.towers.visual.preprocess_cfg[name] for name in names}
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of an image as the model reads it."""
+        return tuple(self.transform(Image.new("RGB", (64, 48))).shape)
 
     @property
     def image_size(self) -> int:
         """Height and width of an image; raises `Unavailable` if they differ."""
-        size: int | Sequence[int] = self.preprocessing["size"]
-        sides = [size] if isinstance(size, int) else size
-        if len(set(sides)) > 1:
-            raise Unavailable(f"its images are {sides[1]} x {sides[0]} pixels, and not square")
-        return int(sides[0])
+        _, height, width = self.image_shape
+        if height != width:
+            raise Unavailable(f"its images are {width} x {height} pixels, and not square")
+        return height
 
 
 @dataclass(frozen=True, kw_only=True)
