@@ -251,6 +251,32 @@ def test_each_library_prepares_images_and_captions_alike(kind, reference, tmp_pa
     assert theirs.logit_scale.item() == pytest.approx(library.logit_scale.item())
 
 
+@pytest.mark.parametrize(
+    ("preprocessing", "why_not"),
+    [
+        ({"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3]}, ""),
+        ({"resize_mode": "squash"}, ""),
+        ({"resize_mode": "longest"}, "no image processor resizes images as it does (longest, bi"),
+    ],
+)
+def test_other_ways_to_prepare_images(preprocessing, why_not, reference, tmp_path):
+    protoclip.export(reference("clip"), tmp_path / "clip", ["open_clip"])
+    file = tmp_path / "clip" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["preprocess_cfg"] |= preprocessing
+    file.write_text(json.dumps(config))
+    facts = protoclip.export(tmp_path / "clip", tmp_path / "out")
+    assert facts["left_out"].get("hf", "").startswith(why_not)
+    picture = PICTURES[0].resize((64, 40))
+    _, transform, _ = protoclip.load(tmp_path / "clip")
+    assert repr(protoclip.load(tmp_path / "out")[1]) == repr(transform)
+    if not why_not:
+        assert not facts["left_out"]
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+        pixels = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(pixels, transform(picture), atol=0.05, rtol=0)
+
+
 def test_sentence_transformers_loads_the_folder(reference, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     protoclip.export(reference("clip"), tmp_path / "out", ["hf"])
