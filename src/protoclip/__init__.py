@@ -11,6 +11,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from protoclip.config import Config as Config
     from protoclip.evaluation.suite import evaluate as evaluate
+    from protoclip.export.run import export as export
     from protoclip.losses.info_nce import info_nce as info_nce
     from protoclip.losses.objective import objective as objective
     from protoclip.losses.prototypical import Target as Target
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "config": ["Config"],
     "evaluation.suite": ["evaluate"],
+    "export.run": ["export"],
     "losses.info_nce": ["info_nce"],
     "losses.objective": ["objective"],
     "losses.prototypical": ["Target", "prototypical_loss"],

@@ -1,0 +1,48 @@
+"""`protoclip export`."""
+
+import sys
+from dataclasses import KW_ONLY, dataclass
+
+from protoclip.files import to_json
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model as a folder that other libraries load.
+
+    They are open_clip, transformers, timm and ONNX Runtime. Each loads what was
+    written, and must compute the same features.
+    """
+
+    model: str  # A run, or whatever else protoclip.load opens.
+    folder: str  # A folder that does not exist.
+    _: KW_ONLY
+    formats: str = "open_clip,hf"  # Of open_clip, hf, timm and onnx, with commas.
+    opset: int = 18  # Of the ONNX graphs.
+    license: str = "unknown"  # Licence for the model card, such as mit.
+    push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.
+    json: bool = False  # Print what was written as JSON.
+
+    def __call__(self) -> None:
+        from protoclip.export.run import export
+
+        facts = export(
+            self.model,
+            self.folder,
+            [name.strip() for name in self.formats.split(",") if name.strip()],
+            opset=self.opset,
+            license=self.license,
+            push_to_hub=self.push_to_hub,
+        )
+        if self.json:
+            print(to_json(facts, indent=2))
+            return
+        print(f"{'format':<12}{'image':>10}{'text':>10}  largest difference of features")
+        for name, found in facts["differences"].items():
+            values = [f"{'-' if found[m] is None else format(found[m], '.1e'):>10}" for m in found]
+            print(f"{name:<12}{''.join(values)}  {facts['formats'].get(name, 'protoclip.load')}")
+        for name, reason in facts["left_out"].items():
+            print(f"note: not as {name}: {reason}", file=sys.stderr)
+        if facts["prototypes"]:
+            print(f"note: no prototypes: {facts['prototypes']}", file=sys.stderr)
+        print(facts.get("url", facts["folder"]))

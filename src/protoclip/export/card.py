@@ -1,0 +1,203 @@
+"""What goes along with the weights: the model card, and the prototypes of a run."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import protoclip
+from protoclip.evaluation.samples import DRAWS, SampleResults, read_results, resampled
+from protoclip.export.source import Source
+from protoclip.files import to_json, write_atomically
+from protoclip.models import loading, references
+from protoclip.models.loading import RESUME
+from protoclip.models.protoclip import ProtoCLIP
+
+CARD, PROTOTYPES = "README.md", "prototypes"
+# Sections of a run's settings that the card shows.
+SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "loss", "optim")
+LOADING = {
+    "open_clip": """
+import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")""",
+    "hf": """
+from transformers import AutoModel, AutoProcessor
+model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+# Captions: processor(text=captions, padding="max_length", truncation=True, return_tensors="pt")""",
+    "timm": """
+import timm  # the image tower alone; its output are the image features
+image_tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True)""",
+    "onnx": """
+import onnxruntime  # all captions of a batch are padded to the length above
+image_tower = onnxruntime.InferenceSession(f"{folder}/onnx/vision_model.onnx")
+text_tower = onnxruntime.InferenceSession(f"{folder}/onnx/text_model.onnx")""",
+    "protoclip": """
+import protoclip
+model, image_transform, tokenizer = protoclip.load(folder)""",
+}
+
+
+def checkpoint_of(reference: str) -> Path | None:
+    """The checkpoint folder that a reference names, if it is one of a run."""
+    is_run = references.kind_of(reference)[0] == "run"
+    return loading.find_checkpoint(reference) if is_run else None
+
+
+def run_of(checkpoint: Path | None) -> Path | None:
+    """The run folder that a checkpoint is in."""
+    run = checkpoint and checkpoint.resolve().parent.parent
+    return run if run and (run / "config.toml").is_file() else None
+
+
+def write_prototypes(source: Source, folder: Path) -> str | None:
+    """Write the prototypes of the episode that a checkpoint was saved in.
+
+    `prototypes.safetensors` holds for image, text and each teacher `SPACE.centroids` `(k, p)` and
+    `SPACE.sizes` `(k,)`, the number of members; and `image_head.*` and `text_head.*`, the heads
+    that turn features into the space of the centroids. `prototypes.json` says the same in words.
+
+    Returns:
+        Why there are none; None if they are written.
+    """
+    checkpoint = checkpoint_of(source.reference)
+    if checkpoint is None or not (checkpoint / RESUME).is_file():
+        return "no checkpoint of a run"
+    stored = loading.read_tensors(checkpoint / RESUME)
+    prefix, suffix = "clusters/", "/centroids"
+    spaces = [
+        key[len(prefix) : -len(suffix)]
+        for key in stored
+        if key.startswith(prefix) and key.endswith(suffix)
+    ]
+    if not spaces:
+        return "the checkpoint holds none: it was saved between two episodes"
+    tensors: dict[str, Tensor] = {}
+    for space in spaces:
+        centroids = stored[f"{prefix}{space}{suffix}"]
+        assignments = stored[f"{prefix}{space}/assignments"]
+        tensors[f"{space}.centroids"] = centroids
+        tensors[f"{space}.sizes"] = torch.bincount(
+            assignments[assignments >= 0], minlength=len(centroids)
+        )
+    if isinstance(source.model, ProtoCLIP):
+        for name in ("image_head", "text_head"):
+            head = getattr(source.model, name).state_dict()
+            tensors |= {f"{name}.{key}": value for key, value in head.items()}
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        folder / f"{PROTOTYPES}.safetensors",
+    )
+    facts = {
+        "about": "K-means of one episode's projections: h = normalize(head(features))",
+        "spaces": {
+            space: {
+                "number": len(tensors[f"{space}.centroids"]),
+                "width": tensors[f"{space}.centroids"].shape[1],
+                "sizes": tensors[f"{space}.sizes"].tolist(),
+            }
+            for space in spaces
+        },
+        "heads": str(getattr(source.model, "image_head", None)),
+    }
+    write_atomically(folder / f"{PROTOTYPES}.json", to_json(facts, indent=2) + "\n")
+    return None
+
+
+def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str, Any]]:
+    """Metrics of a finished run with their 95% intervals, if they are of this checkpoint."""
+    if run is None or checkpoint is None or not (run / "results.json").is_file():
+        return {}
+    if checkpoint.resolve() != loading.checkpoints(run.resolve())[-1]:
+        return {}
+    results = read_results(run)
+    draws = {
+        f"eval/{data}/{metric}": values
+        for data, path in results["samples"].items()
+        for metric, values in resampled(SampleResults.read(path), draws=DRAWS).items()
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in results["metrics"].items():
+        interval = None
+        if name in draws:
+            interval = [float(end) for end in np.quantile(draws[name], [0.025, 0.975])]
+        found[name] = {"value": value, "interval": interval}
+    return found
+
+
+def write_card(
+    source: Source, folder: Path, facts: Mapping[str, Any], *, hub_name: str | None
+) -> None:
+    """Write the model card; `facts` are what `export` returns."""
+    checkpoint = checkpoint_of(source.reference)
+    run = run_of(checkpoint)
+    settings = tomllib.loads((run / "config.toml").read_text("utf-8")) if run else {}
+    differences = facts["differences"]
+    library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
+    known = [library[name] for name in facts["formats"] if name in library]
+    lines = [
+        "---",
+        f"license: {facts['license']}",
+        f"library_name: {(known or ['onnx'])[0]}",
+        "pipeline_tag: zero-shot-image-classification",
+        f"tags: [clip, protoclip{''.join(f', {name}' for name in known[1:])}]",
+        "---",
+        "",
+        f"# {settings.get('run', {}).get('name') or Path(facts['folder']).name}",
+        "",
+        f"An image tower and a text tower with one joint space, exported from "
+        f"`{source.reference}` by protoclip {protoclip.__version__}.",
+        "",
+        f"Images become tensors of shape {source.image_shape}, and captions "
+        f"{source.context_length} tokens.",
+        "",
+        "## Load",
+        "",
+        "Features were compared with those of the original model, on images and captions of the",
+        "emoji data. The largest difference is relative to the mean norm of the features.",
+        "",
+        "| format | what it is | image features | text features |",
+        "|---|---|---|---|",
+    ]
+    for name, kind in {**facts["formats"], "protoclip": "`protoclip.load`"}.items():
+        found = differences.get(name)
+        if found is not None:
+            cells = (("-" if found[m] is None else f"{found[m]:.1e}") for m in ("image", "text"))
+            lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+    lines += [f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()]
+    located = f'folder = "{Path(facts["folder"]).name}"'
+    if hub_name is not None:
+        located = (
+            f'import huggingface_hub\nfolder = huggingface_hub.snapshot_download("{hub_name}")'
+        )
+    commands = [text for name, text in LOADING.items() if name in differences]
+    lines += ["", "```python", located, *commands, "```"]
+    lines += ["", "## Data and settings", ""]
+    if settings:
+        shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
+        lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
+    else:
+        lines.append("Not known: the model does not come from a run folder.")
+    lines += ["", "## Metrics", ""]
+    if metrics := metrics_of(run, checkpoint):
+        lines += ["| metric | value | 95% interval |", "|---|---|---|"]
+        for name, found in metrics.items():
+            ends = found["interval"]
+            interval = "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+            lines.append(f"| `{name}` | {found['value']:.4f} | {interval} |")
+        lines += [
+            "",
+            "Intervals are from a bootstrap over test samples; they leave out other seeds.",
+        ]
+    else:
+        lines.append("None: there are no results of this checkpoint.")
+    lines += ["", "## Prototypes", ""]
+    missing = facts["prototypes"]
+    lines.append(f"None: {missing}." if missing else "`prototypes.safetensors`, `prototypes.json`.")
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")

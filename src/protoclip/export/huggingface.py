@@ -1,0 +1,239 @@
+"""A folder for `transformers`, with the files that transformers.js and sentence-transformers read.
+
+A model that has the architecture of OpenAI's CLIP becomes a `CLIPModel`. A timm tower becomes a
+`VisionTextDualEncoderModel`, with the same text model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from open_clip.tokenizer import get_clean_fn
+from PIL import Image
+from torch import Tensor, nn
+
+from protoclip.export.source import (
+    Features,
+    Source,
+    Unavailable,
+    has_quick_gelu,
+    is_plain_vit,
+    plain_blocks,
+)
+from protoclip.export.timm import has_linear_projection, trunk_arguments
+from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers, pooled
+
+# open_clip's names and Hugging Face's (`pre_layrnorm` is spelt so).
+NAMES = {
+    "transformer.resblocks.": "encoder.layers.",
+    "attn.": "self_attn.",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "ln_final": "final_layer_norm",
+    "conv1": "embeddings.patch_embedding",
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding": "embeddings.token_embedding",
+}
+SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC.value,
+    "bilinear": Image.Resampling.BILINEAR.value,
+}
+
+
+def write(source: Source, folder: Path) -> str:
+    """Write model, tokenizer and image processor; returns the model's class.
+
+    Raises:
+        Unavailable: No model of `transformers` computes the same.
+    """
+    if isinstance(source.towers, HuggingFaceTowers):
+        model, tokenizer, processor = opened(source)
+    else:
+        model = build(source)
+        tokenizer, processor = clip_tokenizer(source), image_processor(source)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_processor(model, tokenizer, processor, folder)
+    return type(model).__name__
+
+
+def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+    """What `transformers` computes from the folder."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    if model.config.model_type != MASKED_KIND:
+        tokens.pop("attention_mask", None)
+    with torch.inference_mode():
+        return Features(
+            image=HuggingFaceTowers(model, pad_token=0).encode_image(images),
+            text=pooled(model.get_text_features(**tokens)),
+        )
+
+
+def opened(source: Source) -> tuple[Any, Any, Any]:
+    """The parts of a model that is Hugging Face's already."""
+    from transformers import AutoImageProcessor
+
+    open_processor: Any = AutoImageProcessor.from_pretrained
+    place = source.reference.removeprefix("hf:")
+    processor = open_processor(place, trust_remote_code=False)
+    tokenizer = source.text_tokenizer
+    tokenizer.tokenizer.model_max_length = tokenizer.context_length
+    return source.towers.model, tokenizer.tokenizer, processor
+
+
+def build(source: Source) -> Any:
+    """A model of `transformers` with the weights of open_clip's towers."""
+    from transformers import CLIPConfig, CLIPModel, VisionTextDualEncoderModel
+    from transformers import VisionTextDualEncoderConfig as DualConfig
+
+    config, visual = source.open_clip_config, source.towers.visual
+    shared: dict[str, Any] = {
+        "projection_dim": int(config["embed_dim"]),
+        "logit_scale_init_value": float(source.towers.logit_scale),
+    }
+    if is_plain_vit(visual):
+        settings = {
+            **transformer_settings(visual.transformer, visual.ln_post),
+            "image_size": visual.image_size[0],
+            "patch_size": visual.patch_size[0],
+        }
+        shared |= {"vision_config": settings, "text_config": text_settings(source)}
+        model: Any = CLIPModel(CLIPConfig(**shared))
+        weights, projection = renamed(visual), visual.proj.T
+    elif has_linear_projection(visual, config["vision_cfg"]):
+        name, arguments = trunk_arguments(source)
+        settings = {"model_type": "timm_wrapper", "architecture": name, "model_args": arguments}
+        shared["vision_config"] = {**settings, "hidden_size": visual.trunk.num_features}
+        shared["text_config"] = {"model_type": "clip_text_model", **text_settings(source)}
+        model = VisionTextDualEncoderModel(DualConfig(**shared))
+        weights = {f"timm_model.{name}": value for name, value in visual.trunk.state_dict().items()}
+        projection = visual.head.proj.weight
+    else:
+        kind = type(visual).__name__
+        raise Unavailable(f"no model of transformers has its image tower ({kind}) and projection")
+    text = getattr(source.towers, "text", source.towers)
+    # transformers 4 has one more module inside these.
+    getattr(model.vision_model, "vision_model", model.vision_model).load_state_dict(weights)
+    getattr(model.text_model, "text_model", model.text_model).load_state_dict(renamed(text))
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(projection)
+        model.text_projection.weight.copy_(matrix(text.text_projection).T)
+        model.logit_scale.copy_(source.towers.logit_scale)
+    return model.eval()
+
+
+def text_settings(source: Source) -> dict[str, Any]:
+    """Settings of the `CLIPTextModel` that a text tower is; raises `Unavailable` if it is none."""
+    text, tokenizer = getattr(source.towers, "text", source.towers), source.text_tokenizer
+    if (
+        getattr(text, "pool_type", getattr(text, "text_pool_type", None)) != "argmax"
+        or text.attn_mask is None
+        or matrix(text.text_projection) is None
+        or getattr(text, "cls_emb", None) is not None
+        or getattr(source.towers, "logit_bias", None) is not None
+        or not plain_blocks(text.transformer)
+    ):
+        raise Unavailable("no model of transformers has its text tower")
+    number = len(text.token_embedding.weight)
+    if len(getattr(tokenizer, "encoder", ())) != number:
+        raise Unavailable("its tokenizer is not CLIP's")
+    return {
+        **transformer_settings(text.transformer, text.ln_final),
+        "vocab_size": number,
+        "max_position_embeddings": len(text.positional_embedding),
+        "bos_token_id": tokenizer.sot_token_id,
+        "eos_token_id": tokenizer.eot_token_id,
+        "pad_token_id": tokenizer.eot_token_id,
+    }
+
+
+def matrix(projection: Any) -> Any:
+    """The matrix of a projection, `(width, d)`; None if it is more than that."""
+    if isinstance(projection, nn.Linear):
+        return projection.weight.T if projection.bias is None else None
+    return projection
+
+
+def transformer_settings(transformer: Any, norm: Any) -> dict[str, Any]:
+    block = transformer.resblocks[0]
+    return {
+        "hidden_size": block.attn.embed_dim,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": "quick_gelu" if has_quick_gelu(transformer) else "gelu",
+        "layer_norm_eps": norm.eps,
+    }
+
+
+def renamed(tower: nn.Module) -> dict[str, Tensor]:
+    """The weights of a tower by Hugging Face's names; queries, keys and values are apart there."""
+    found: dict[str, Tensor] = {}
+    for key, value in tower.state_dict().items():
+        if not key.startswith(tuple(NAMES)):  # the projection, and what is not of this tower
+            continue
+        for theirs, name in NAMES.items():
+            key = key.replace(theirs, name)
+        if "in_proj_" not in key:
+            found[key] = value
+            continue
+        for name, part in zip(("q_proj.", "k_proj.", "v_proj."), value.chunk(3), strict=True):
+            found[key.replace("in_proj_", name)] = part
+    return found
+
+
+def clip_tokenizer(source: Source) -> Any:
+    """open_clip's tokenizer under Hugging Face's names of the special tokens."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = source.text_tokenizer
+    if getattr(tokenizer, "clean_fn", None) is not get_clean_fn("lower"):
+        raise Unavailable("its tokenizer does not clean captions as CLIP's")
+    vocabulary = {SPECIAL.get(token, token): number for token, number in tokenizer.encoder.items()}
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
+    build: Any = CLIPTokenizer
+    return build(vocab=vocabulary, merges=merges, model_max_length=source.context_length)
+
+
+def image_processor(source: Source) -> Any:
+    from transformers import CLIPImageProcessor
+
+    given, side = source.preprocessing, source.image_size
+    mode, interpolation = given["resize_mode"], given["interpolation"]
+    if mode not in ("shortest", "squash") or interpolation not in RESAMPLE:
+        raise Unavailable(f"no image processor resizes images as it does ({mode}, {interpolation})")
+    square = {"height": side, "width": side}
+    build: Any = CLIPImageProcessor
+    return build(
+        size={"shortest_edge": side} if mode == "shortest" else square,
+        crop_size=square,
+        do_center_crop=mode == "shortest",
+        resample=RESAMPLE[interpolation],
+        image_mean=list(given["mean"]),
+        image_std=list(given["std"]),
+    )
+
+
+def write_processor(model: Any, tokenizer: Any, processor: Any, folder: Path) -> None:
+    """`processor_config.json`, and `preprocessor_config.json`, which transformers.js reads."""
+    import transformers
+
+    kinds: Mapping[str, Any] = {
+        "CLIPModel": transformers.CLIPProcessor,
+        "VisionTextDualEncoderModel": transformers.VisionTextDualEncoderProcessor,
+    }
+    if (kind := kinds.get(type(model).__name__)) is not None:
+        kind(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)

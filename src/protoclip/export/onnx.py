@@ -1,0 +1,100 @@
+"""Image and text tower as ONNX graphs, with the names that transformers.js expects."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from protoclip.export.source import Features, Source, Unavailable
+from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers, pooled
+
+FOLDER = "onnx"
+LEAST_OPSET = 18  # the oldest that torch exports to
+LARGEST = 1_900_000_000  # bytes of weights that fit into one file
+
+
+class ImageGraph(nn.Module):
+    def __init__(self, towers: Any) -> None:
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return self.towers.encode_image(pixel_values)  # type: ignore[no-any-return]
+
+
+class TextGraph(nn.Module):
+    def __init__(self, towers: Any) -> None:
+        super().__init__()
+        self.towers = towers
+
+    def forward(
+        self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """With a mask for a text tower that must not read padding."""
+        if attention_mask is None:
+            return self.towers.encode_text(input_ids)  # type: ignore[no-any-return]
+        model = self.towers.model
+        return pooled(model.get_text_features(input_ids, attention_mask=attention_mask))
+
+
+def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
+    """Write `vision_model.onnx` and `text_model.onnx`; returns the opset.
+
+    The batch has any size; images and captions have the model's own.
+
+    Raises:
+        Unavailable: The model reads images that do not fit into one tensor of pixels.
+    """
+    towers, length = source.towers, source.context_length
+    kind = towers.model.config.model_type if isinstance(towers, HuggingFaceTowers) else ""
+    if kind == "siglip2":
+        raise Unavailable("it reads images as patches, in a number of its own for each")
+    size = source.image_size
+    tokens = torch.ones(2, length, dtype=torch.long)
+    inputs = {"input_ids": tokens}
+    if kind == MASKED_KIND:
+        inputs["attention_mask"] = torch.ones_like(tokens)
+    images = {"pixel_values": torch.zeros(2, 3, size, size)}
+    (folder / FOLDER).mkdir()
+    save(ImageGraph(towers), images, "image_embeds", folder / FOLDER / "vision_model.onnx", opset)
+    save(TextGraph(towers), inputs, "text_embeds", folder / FOLDER / "text_model.onnx", opset)
+    return f"opset {opset}"
+
+
+def save(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, opset: int) -> None:
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        module.eval(),
+        tuple(inputs.values()),
+        str(path),
+        input_names=list(inputs),
+        output_names=[output],
+        dynamic_shapes={name: {0: batch} for name in inputs},
+        opset_version=opset,
+        external_data=sum(value.nbytes for value in module.state_dict().values()) > LARGEST,
+        dynamo=True,
+        verbose=False,
+    )
+
+
+def features(
+    folder: Path, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "m c"]
+) -> Features:
+    """What ONNX Runtime computes from the folder; padding has token -1 where it is masked."""
+    import onnxruntime
+
+    def run(name: str, inputs: dict[str, Tensor]) -> Tensor:
+        place = str(folder / FOLDER / name)
+        session = onnxruntime.InferenceSession(place, providers=["CPUExecutionProvider"])
+        known = [entry.name for entry in session.get_inputs()]
+        arrays = {key: inputs[key].numpy() for key in known}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    mask = tokens >= 0
+    text = {"input_ids": tokens.clamp(min=0), "attention_mask": mask.long()}
+    return Features(
+        image=run("vision_model.onnx", {"pixel_values": images.contiguous()}),
+        text=run("text_model.onnx", text),
+    )

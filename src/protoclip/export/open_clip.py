@@ -1,0 +1,53 @@
+"""A folder that open_clip reads as `local-dir:FOLDER`, and as `hf-hub:NAME` once it is uploaded."""
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from protoclip.export.source import Features, Source, Unavailable
+from protoclip.files import to_json
+from protoclip.models.references import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+
+
+def write(source: Source, folder: Path) -> str:
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`; returns the model's class.
+
+    Raises:
+        Unavailable: open_clip cannot build the model from a configuration.
+    """
+    config, built = source.open_clip_config, source.towers
+    trunk: Any = getattr(built.visual, "trunk", None)
+    if hasattr(trunk, "set_input_size"):
+        # open_clip hands no image size to timm.
+        usual, size = trunk.default_cfg["input_size"][-1], source.image_size
+        if size != usual:
+            raise Unavailable(
+                f"it builds {config['vision_cfg']['timm_model_name']} for images of {usual} "
+                f"pixels alone, and this model reads {size}"
+            )
+    settings = {"model_cfg": dict(config), "preprocess_cfg": source.preprocessing}
+    text = to_json(settings, indent=2)
+    (folder / OPEN_CLIP_CONFIG).write_text(text + "\n", encoding="utf-8")
+    weights = {name: tensor.contiguous() for name, tensor in built.state_dict().items()}
+    save_file(weights, folder / OPEN_CLIP_WEIGHTS[0])
+    if config["text_cfg"].get("hf_tokenizer_name"):
+        # open_clip then looks for the tokenizer in the folder.
+        source.text_tokenizer.tokenizer.save_pretrained(folder)
+    return type(built).__name__
+
+
+def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+    """What open_clip computes from the folder."""
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model.eval()
+    with torch.inference_mode():
+        return Features(
+            image=model.encode_image(images, normalize=False),
+            text=model.encode_text(tokenizer(captions), normalize=False),
+        )

@@ -1,0 +1,213 @@
+"""Export a model: write a folder, load it back with every library, and upload it if asked to."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from protoclip.data.access import hub_answer
+from protoclip.data.emoji import emoji_table
+from protoclip.data.tables import line
+from protoclip.export import card, huggingface, onnx, open_clip, timm
+from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
+from protoclip.models import loading
+
+FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
+    "open_clip": open_clip.write,
+    "hf": huggingface.write,
+    "timm": timm.write,
+    "onnx": onnx.write,
+}
+# What a format needs beside the package itself.
+NEEDS = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
+TOLERANCE = 1e-4  # largest difference of features, relative to their mean norm
+SAMPLES = 16  # images and captions that every format is checked on
+
+
+def export(
+    reference: str | Path,
+    folder: str | Path,
+    formats: Sequence[str] = ("open_clip", "hf"),
+    *,
+    opset: int = onnx.LEAST_OPSET,
+    license: str = "unknown",
+    push_to_hub: str | None = None,
+) -> dict[str, Any]:
+    """Write a model as a folder that other libraries load.
+
+    The folder appears only when each library has loaded it and computed the same features of real
+    images and captions as the model. It loads by `protoclip.load` too. A format that the model
+    cannot have is left out.
+
+    Args:
+        reference: As for `protoclip.load`.
+        folder: A folder that does not exist.
+        formats: Of "open_clip"; "hf", for transformers, transformers.js and
+            sentence-transformers; "timm", the image tower alone; and "onnx".
+        opset: Of the ONNX graphs, 18 or later.
+        license: For the model card, as the hub writes it, such as "mit".
+        push_to_hub: Name on the Hugging Face hub to upload the folder to, such as "me/model".
+
+    Returns:
+        `folder`; `formats`, what was written by format; `differences`, the largest difference of
+        `image` and `text` features by format, relative to their mean norm; `left_out`, the reason
+        by format; `prototypes`, why there are none, or None; `license`; `url`, if it was uploaded.
+
+    Raises:
+        ValueError: The reference, the folder or a format is wrong, the model can have none of the
+            formats, or a library computes something else. There is no folder then. Also if
+            uploading fails; the folder stays then.
+    """
+    folder = Path(folder)
+    check(folder, formats, opset, push_to_hub)
+    source = open_source(str(reference), license=license)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        facts = write(source, temporary, formats, opset=opset)
+        facts = {"folder": str(folder), **facts, "license": license}
+        facts["differences"] = check_features(source, temporary, list(facts["formats"]))
+        facts["prototypes"] = card.write_prototypes(source, temporary)
+        card.write_card(source, temporary, facts, hub_name=push_to_hub)
+        if folder.exists():
+            raise ValueError(f"{folder}: exists by now; choose another folder")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if push_to_hub is not None:
+        facts["url"] = upload(folder, push_to_hub)
+    return facts
+
+
+def check(folder: Path, formats: Sequence[str], opset: int, name: str | None) -> None:
+    """Refuse wrong arguments, before anything is loaded."""
+    if folder.exists():
+        raise ValueError(f"{folder}: exists; choose another folder, or remove it")
+    if not formats:
+        raise ValueError(f"formats: none; choose of {', '.join(FORMATS)}")
+    for kind in formats:
+        if kind not in FORMATS:
+            raise ValueError(f"formats: no format '{kind}'; choose of {', '.join(FORMATS)}")
+        for package in NEEDS.get(kind, []):
+            if find_spec(package) is None:
+                raise ValueError(
+                    f"formats: {kind} needs {package}; pip install 'protoclip[export]', or choose "
+                    "other formats"
+                )
+    if opset < onnx.LEAST_OPSET:
+        raise ValueError(f"opset: {opset} is too old; {onnx.LEAST_OPSET} or later")
+    if name is not None and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+        raise ValueError(f"push_to_hub: '{name}' is no name on the hub, such as me/model")
+    if name is not None and huggingface_hub.get_token() is None:
+        raise ValueError(f"push_to_hub: {name}: no token for the hub; set HF_TOKEN")
+
+
+def write(source: Source, folder: Path, formats: Sequence[str], *, opset: int) -> dict[str, Any]:
+    """Write each format; returns what they are, and why others are left out."""
+    graphs: Callable[[Source, Path], str] = partial(onnx.write, opset=opset)
+    writers = {**FORMATS, "onnx": graphs}
+    written: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for name in dict.fromkeys(formats):
+        try:
+            with quiet():
+                written[name] = writers[name](source, folder)
+        except Unavailable as reason:
+            left_out[name] = str(reason)
+        except Exception as error:  # what these libraries raise has no common class
+            raise ValueError(
+                f"{source.reference}: cannot be exported as {name} ({line(str(error))})"
+            ) from error
+    if not written:
+        reasons = "; ".join(f"not as {name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"{source.reference}: {reasons}; choose other formats")
+    return {"formats": written, "left_out": left_out}
+
+
+@torch.inference_mode()
+def check_features(
+    source: Source, folder: Path, formats: list[str]
+) -> dict[str, dict[str, float | None]]:
+    """The largest differences of features by format; raises `ValueError` if one is too large."""
+    images, captions = samples(source)
+    tokens = source.tokenizer(captions)
+    expected = Features(
+        image=source.model.encode_image(images), text=source.model.encode_text(tokens)
+    )
+    readers: dict[str, Callable[[], Features]] = {
+        "open_clip": lambda: open_clip.features(folder, images, captions),
+        "hf": lambda: huggingface.features(folder, images, captions),
+        "timm": lambda: timm.features(folder, images, captions),
+        "onnx": lambda: onnx.features(folder, images, tokens),
+        "protoclip": lambda: own_features(folder, images, captions),
+    }
+    own = ["protoclip"] * bool({"open_clip", "hf"} & set(formats))
+    differences: dict[str, dict[str, float | None]] = {}
+    for name in [*formats, *own]:
+        try:
+            with quiet():
+                found = readers[name]()
+        except Exception as error:
+            raise ValueError(
+                f"{source.reference}: not exported: {name} cannot load what was written "
+                f"({line(str(error))})"
+            ) from error
+        differences[name] = {
+            modality: difference(getattr(found, modality), getattr(expected, modality))
+            for modality in ("image", "text")
+        }
+        for modality, value in differences[name].items():
+            if value is not None and not value < TOLERANCE:
+                raise ValueError(
+                    f"{source.reference}: not exported: the {modality} features of {name} differ "
+                    f"by {value:.1e}, more than {TOLERANCE}; choose other formats"
+                )
+    return differences
+
+
+def own_features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+    model, _, tokenizer = loading.load(folder)
+    return Features(image=model.encode_image(images), text=model.encode_text(tokenizer(captions)))
+
+
+def samples(source: Source) -> tuple[Tensor, list[str]]:
+    """Images as the model reads them, and captions; one is longer than any context."""
+    table = emoji_table("test").slice(0, SAMPLES)
+    pictures = [Image.open(BytesIO(data)) for data in table["image"].to_pylist()]
+    captions: list[str] = table["caption"].to_pylist()
+    images = torch.stack([source.transform(picture) for picture in pictures])
+    return images, [*captions, ", ".join(captions), "It's A TEST: 2 cats & 3 dogs!"]
+
+
+def difference(found: Tensor | None, expected: Tensor) -> float | None:
+    """The largest difference, relative to the mean norm of the features; None without any."""
+    if found is None:
+        return None
+    return float((found.float() - expected).abs().max() / expected.norm(dim=1).mean())
+
+
+def upload(folder: Path, name: str) -> str:
+    """Upload a folder to the Hugging Face hub, and return its address there."""
+    api = huggingface_hub.HfApi()
+    kept = f"{folder} is written"
+    who = hub_answer(lambda timeout: api.whoami())
+    if who is None:
+        raise ValueError(f"{name}: the hub does not answer; {kept}; check the network, HF_ENDPOINT")
+    try:
+        address = api.create_repo(name, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=address.repo_id)
+    except Exception as error:
+        raise ValueError(f"{name}: not uploaded ({line(str(error))}); {kept}") from error
+    return str(address)

@@ -1,0 +1,194 @@
+"""The model that is exported, and what every format asks of it."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from jaxtyping import Float
+from open_clip.transformer import QuickGELU
+from PIL import Image
+from torch import Tensor, nn
+
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.files import read_json
+from protoclip.models import loading, references, towers
+from protoclip.models.hugging_face import ImageTransform
+from protoclip.models.protoclip import TowerPair
+from protoclip.models.towers import Tokenizer
+
+
+class Unavailable(ValueError):
+    """A model cannot have a format; says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model to export, in evaluation mode on the CPU.
+
+    Attributes:
+        config: open_clip's description of the towers; None if they are of `transformers`.
+        license: Of the weights, as the hub writes it.
+    """
+
+    reference: str
+    model: TowerPair
+    transform: ImageTransform
+    tokenizer: Tokenizer
+    config: Mapping[str, Any] | None
+    license: str
+
+    @property
+    def towers(self) -> Any:
+        return self.model.towers
+
+    @property
+    def open_clip_config(self) -> Mapping[str, Any]:
+        """`config`; raises `Unavailable` if there is none."""
+        if self.config is None:
+            raise Unavailable("its towers are Hugging Face's, which this format cannot describe")
+        return self.config
+
+    @property
+    def text_tokenizer(self) -> Any:
+        """The tokenizer of the library that made it."""
+        return getattr(self.tokenizer, "tokenizer", self.tokenizer)
+
+    @property
+    def context_length(self) -> int:
+        return int(self.tokenizer(["a"]).shape[1])
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are prepared by open_clip's towers, in open_clip's words."""
+        if isinstance(self.transform, EvaluationTransform):
+            return {
+                "mean": list(self.transform.mean),
+                "std": list(self.transform.std),
+                "interpolation": "bicubic",
+                "resize_mode": "shortest",
+            }
+        names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        return {name: self.towers.visual.preprocess_cfg[name] for name in names}
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of an image as the model reads it."""
+        return tuple(self.transform(Image.new("RGB", (64, 48))).shape)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of an image; raises `Unavailable` if they differ."""
+        _, height, width = self.image_shape
+        if height != width:
+            raise Unavailable(f"its images are {width} x {height} pixels, and not square")
+        return height
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What a library computes of the samples that a format is checked on."""
+
+    image: Float[Tensor, "n d"] | None = None
+    text: Float[Tensor, "m d"] | None = None
+
+
+def open_source(reference: str, *, license: str = "unknown") -> Source:
+    """Load the model to export; raises as `protoclip.load`."""
+    model, transform, tokenizer = loading.load(reference)
+    config = architecture(reference)
+    built: Any = model.towers
+    if config is not None:
+        config = deepcopy(config)
+        size = built.visual.image_size
+        config["vision_cfg"]["image_size"] = size if isinstance(size, int) else list(size)
+        config["text_cfg"]["context_length"] = int(tokenizer(["a"]).shape[1])
+        config["quick_gelu"] = has_quick_gelu(built)
+        if "timm_model_name" in config["vision_cfg"]:
+            config["vision_cfg"]["timm_model_pretrained"] = False
+        config["custom_text"] = not isinstance(built, open_clip.CLIP)
+    return Source(
+        reference=reference,
+        model=model,
+        transform=transform,
+        tokenizer=tokenizer,
+        config=config,
+        license=license,
+    )
+
+
+def architecture(reference: str) -> dict[str, Any] | None:
+    """open_clip's configuration of a model; None for a model of `transformers`."""
+    kind, name = references.kind_of(reference)
+    if kind == "hf":
+        return None
+    if kind == "open_clip":
+        return towers.named_config(name.partition("/")[0])
+    if kind == "reference":
+        return towers.named_config(name.rpartition(",model=")[2])
+    if kind == "local-dir":
+        config: dict[str, Any] = read_json(Path(name) / references.OPEN_CLIP_CONFIG)["model_cfg"]
+        return config
+    folder = loading.find_checkpoint(reference)
+    model = loading.model_config(read_json(folder / loading.MODEL), folder)
+    if model.name is not None:
+        return towers.named_config(model.name)
+    sizes = asdict(model.text)
+    return {
+        "embed_dim": model.embed_dim,
+        "vision_cfg": {
+            "timm_model_name": model.image.name,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+        },
+        "text_cfg": {name: sizes[name] for name in ("width", "heads", "layers")},
+    }
+
+
+def has_quick_gelu(module: nn.Module) -> bool:
+    return any(isinstance(part, QuickGELU) for part in module.modules())
+
+
+def plain_blocks(transformer: Any) -> bool:
+    """Whether a transformer of open_clip has CLIP's own blocks, which other libraries have too."""
+    return all(
+        type(block) is open_clip.transformer.ResidualAttentionBlock
+        and isinstance(block.ls_1, nn.Identity)
+        and type(block.mlp.gelu) in (nn.GELU, QuickGELU)
+        for block in transformer.resblocks
+    )
+
+
+def is_plain_vit(visual: nn.Module) -> bool:
+    """Whether an image tower is CLIP's vision transformer."""
+    return (
+        isinstance(visual, open_clip.transformer.VisionTransformer)
+        and plain_blocks(visual.transformer)
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+        and not visual.final_ln_after_pool
+        and not isinstance(visual.ln_pre, nn.Identity)
+        and visual.patch_size[0] == visual.patch_size[1]
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Use other libraries without the hub, and without what they log, warn of and count."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = True
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE, logging.root.manager.disable = before

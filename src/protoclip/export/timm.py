@@ -1,0 +1,166 @@
+"""The image tower alone, in the folder `timm`: `timm.create_model("local-dir:FOLDER/timm")`.
+
+Its output are the image features: where timm's model has no layer for it, the projection into the
+joint space becomes its classifier.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from timm.models import byobnet, save_for_hf, vision_transformer
+from torch import Tensor, nn
+
+from protoclip.export.source import Features, Source, Unavailable, has_quick_gelu, is_plain_vit
+from protoclip.models.references import misfits
+
+FOLDER = "timm"
+# timm's names of CLIP's ResNets, by the blocks of their stages.
+RESNETS = {
+    (3, 4, 6, 3): "resnet50_clip",
+    (3, 4, 23, 3): "resnet101_clip",
+    (4, 6, 10, 6): "resnet50x4_clip",
+    (6, 8, 18, 8): "resnet50x16_clip",
+    (3, 15, 36, 10): "resnet50x64_clip",
+}
+
+
+def write(source: Source, folder: Path) -> str:
+    """Write `config.json` and `model.safetensors`; returns timm's name of the model.
+
+    Raises:
+        Unavailable: timm has no such model.
+    """
+    config, visual = source.open_clip_config, source.towers.visual
+    if isinstance(visual, TimmModel):
+        name, arguments = trunk_arguments(source)
+        model = with_projection(source, name, arguments)
+    elif isinstance(visual, ModifiedResNet) or is_plain_vit(visual):
+        name, arguments = native_arguments(source)
+        model = built(name, {**arguments, "num_classes": int(config["embed_dim"])})
+        convert: Any = byobnet if isinstance(visual, ModifiedResNet) else vision_transformer
+        weights = {f"visual.{key}": value for key, value in visual.state_dict().items()}
+        weights = convert.checkpoint_filter_fn(weights, model)
+        if wrong := misfits(model, weights):
+            raise Unavailable(f"it is not timm's {name}, by {len(wrong)} tensors as {wrong[0]}")
+        model.load_state_dict(weights)
+    else:
+        raise Unavailable(f"timm has no {type(visual).__name__}")
+    given, side = source.preprocessing, source.image_size
+    # timm's own entries are about the weights that it publishes.
+    data = {
+        **{"tag": "", "origin_url": "", "license": source.license},
+        **{"input_size": [3, side, side], "test_input_size": [3, side, side], "test_crop_pct": 1.0},
+        "mean": list(given["mean"]),
+        "std": list(given["std"]),
+        "interpolation": given["interpolation"],
+        "crop_pct": 1.0,
+        "crop_mode": "squash" if given["resize_mode"] == "squash" else "center",
+    }
+    save_for_hf(
+        model.eval(),
+        str(folder / FOLDER),
+        model_config={"pretrained_cfg": data},
+        model_args=arguments,
+        safe_serialization=True,
+    )
+    (folder / FOLDER / "README.md").unlink(missing_ok=True)
+    return name
+
+
+def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+    """What timm computes from the folder; there is no text tower."""
+    model: Any = timm.create_model(f"local-dir:{folder / FOLDER}", pretrained=True).eval()
+    with torch.inference_mode():
+        return Features(image=model(images))
+
+
+def has_linear_projection(visual: nn.Module, vision: Mapping[str, Any]) -> bool:
+    """Whether an image tower is timm's, with a projection without bias behind it."""
+    projection = getattr(getattr(visual, "head", None), "proj", None)
+    return (
+        isinstance(visual, TimmModel)
+        and vision.get("timm_pool", "avg") not in ("abs_attn", "rot_attn")
+        and isinstance(projection, nn.Linear)
+        and projection.bias is None
+    )
+
+
+def trunk_arguments(source: Source) -> tuple[str, dict[str, Any]]:
+    """The name and arguments by which timm builds the trunk of an image tower.
+
+    Raises:
+        Unavailable: No arguments do: open_clip changed the model after it was built.
+    """
+    vision, trunk = source.open_clip_config["vision_cfg"], source.towers.visual.trunk
+    name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
+    base: dict[str, Any] = {"global_pool": pool} if pool else {}
+    if (
+        hasattr(trunk, "set_input_size")
+        and source.image_size != trunk.default_cfg["input_size"][-1]
+    ):
+        base["img_size"] = source.image_size
+    # With another pooling, timm's transformers move their last normalisation behind it unless
+    # they are told not to; open_clip sets the pooling of a model that is built.
+    for more in ({}, {"fc_norm": False}):
+        arguments = {**base, **more}
+        try:
+            model = built(name, {**arguments, "num_classes": trunk.num_classes})
+        except TypeError:
+            continue
+        if not misfits(model, trunk.state_dict()):
+            return name, arguments
+    raise Unavailable(f"timm does not build {name} as open_clip changed it")
+
+
+def with_projection(source: Source, name: str, arguments: Mapping[str, Any]) -> Any:
+    """The trunk with the projection as its classifier."""
+    visual = source.towers.visual
+    if not len(visual.head):
+        return visual.trunk
+    projection = getattr(visual.head, "proj", None)
+    if not isinstance(projection, nn.Linear):
+        raise Unavailable("its projection is no linear layer")
+    model = built(name, {**arguments, "num_classes": projection.out_features})
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise Unavailable(f"timm's {name} has no linear classifier to take the projection")
+    model.load_state_dict(visual.trunk.state_dict(), strict=False)
+    with torch.no_grad():
+        classifier.weight.copy_(projection.weight)
+        classifier.bias.zero_()
+        if projection.bias is not None:
+            classifier.bias.copy_(projection.bias)
+    return model
+
+
+def native_arguments(source: Source) -> tuple[str, dict[str, Any]]:
+    """timm's name and arguments of an image tower that is open_clip's own."""
+    visual, side = source.towers.visual, source.image_size
+    if isinstance(visual, ModifiedResNet):
+        stages = tuple(len(getattr(visual, f"layer{number}")) for number in (1, 2, 3, 4))
+        if stages not in RESNETS:
+            raise Unavailable(f"timm has no CLIP ResNet of {stages} blocks")
+        name = RESNETS[stages]
+        usual: Any = timm.get_pretrained_cfg(name)
+        return name, {} if side == usual.input_size[-1] else {"img_size": side}
+    block = visual.transformer.resblocks[0]
+    kind = "clip_quickgelu" if has_quick_gelu(visual) else "clip"
+    return f"vit_base_patch32_{kind}_224", {
+        "img_size": side,
+        "patch_size": visual.patch_size[0],
+        "embed_dim": block.attn.embed_dim,
+        "depth": len(visual.transformer.resblocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.c_fc.out_features / block.attn.embed_dim,
+    }
+
+
+def built(name: str, arguments: Mapping[str, Any]) -> Any:
+    return timm.create_model(name, pretrained=False, **copy.deepcopy(dict(arguments)))

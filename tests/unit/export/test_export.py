@@ -1,0 +1,483 @@
+"""Exported folders: each library computes what the model does, from the folder alone."""
+
+import gzip
+import json
+import re
+import string
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+
+import protoclip
+from protoclip.cli import main
+from protoclip.config import ImageTowerConfig, ModelConfig
+from protoclip.evaluation.samples import IMAGE_COLUMNS, SampleResults
+from protoclip.export import huggingface, run
+from protoclip.export.card import write_prototypes
+from protoclip.export.source import open_source
+from protoclip.files import to_json
+from protoclip.models import loading
+from protoclip.models.references import PICKLED
+from protoclip.testing import tiny_model
+from protoclip.training.checkpoint import split, write_checkpoint
+
+TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]
+PIXELS = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+PICTURES = [Image.fromarray(PIXELS).resize((64, 64)), Image.new("RGB", (48, 48), "gold")]
+ALL = ("open_clip", "hf", "timm")
+SIZES = {
+    **{"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1},
+    "num_attention_heads": 2,
+}
+VISION = {**SIZES, "image_size": 32, "patch_size": 8}
+MERGES = 90  # of CLIP's 48,894, which take a second to read; the named models have no more
+TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2, "vocab_size": 514 + MERGES}
+VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
+RESNET50 = {"image_size": 96, "layers": [3, 4, 6, 3], "width": 64, "patch_size": None}
+TIMM = {"timm_model_name": "test_vit", "image_size": 160}
+SIGLIP = {
+    "embed_dim": 64,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {**TIMM, "timm_pool": "avg", "timm_proj": "none"},
+    "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+}
+NAMED: dict[str, dict[str, Any]] = {
+    "clip": CLIP,
+    "clip-quickgelu": {**CLIP, "quick_gelu": True},
+    "clip-other-text": {**CLIP, "custom_text": True, "text_cfg": {**TEXT, "embed_cls": True}},
+    "resnet": {**CLIP, "vision_cfg": RESNET},
+    "resnet50": {**CLIP, "vision_cfg": RESNET50},
+    "timm": {**CLIP, "vision_cfg": TIMM},
+    "timm-mlp": {**CLIP, "vision_cfg": {**TIMM, "timm_proj": "mlp"}},
+    "sig": SIGLIP,
+    "hf-text": {
+        **CLIP,
+        "vision_cfg": TIMM,
+        "text_cfg": {"hf_proj_type": "linear", "context_length": 12},
+    },
+}
+# Formats that a model has, and why it has no others.
+MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "run": ({"open_clip": "CLIP", "hf": "VisionTextDualEncoderModel", "timm": "resnet10t"}, {}),
+    "run-vit": (
+        {"hf": "VisionTextDualEncoderModel", "timm": "test_vit"},
+        {"open_clip": "it builds test_vit for images of 160 pixels alone, and this model reads 32"},
+    ),
+    "clip": (
+        {"open_clip": "CLIP", "hf": "CLIPModel", "timm": "vit_base_patch32_clip_224"},
+        {},
+    ),
+    "clip-quickgelu": (
+        {"open_clip": "CLIP", "hf": "CLIPModel", "timm": "vit_base_patch32_clip_quickgelu_224"},
+        {},
+    ),
+    "clip-other-text": (
+        {"open_clip": "CustomTextCLIP", "timm": "vit_base_patch32_clip_224"},
+        {"hf": "no model of transformers has its text tower"},
+    ),
+    "resnet": (
+        {"open_clip": "CLIP"},
+        {
+            "hf": "no model of transformers has its image tower (ModifiedResNet) and projection",
+            "timm": "timm has no CLIP ResNet of (1, 1, 1, 1) blocks",
+        },
+    ),
+    "resnet50": (
+        {"open_clip": "CLIP", "timm": "resnet50_clip"},
+        {"hf": "no model of transformers has its image tower (ModifiedResNet) and projection"},
+    ),
+    "timm": ({"open_clip": "CLIP", "hf": "VisionTextDualEncoderModel", "timm": "test_vit"}, {}),
+    "timm-mlp": (
+        {"open_clip": "CLIP"},
+        {
+            "hf": "no model of transformers has its image tower (TimmModel) and projection",
+            "timm": "its projection is no linear layer",
+        },
+    ),
+    "sig": (
+        {"open_clip": "CustomTextCLIP", "timm": "test_vit"},
+        {"hf": "no model of transformers has its image tower (TimmModel) and projection"},
+    ),
+    "hf-text": (
+        {"open_clip": "CustomTextCLIP", "timm": "test_vit"},
+        {"hf": "no model of transformers has its text tower"},
+    ),
+}
+
+
+def save_run(folder: Path, config: ModelConfig, **state: Any) -> Path:
+    """A run with one checkpoint; returns its folder."""
+    tensors: dict[str, torch.Tensor] = {}
+    facts = {"model.json": {"model": asdict(config)}, "state.json": split(state, tensors)}
+    weights = loading.model(config, seed=1).state_dict()
+    write_checkpoint(
+        folder / "checkpoints" / "step-000000004",
+        {"model.safetensors": weights, "resume.safetensors": tensors},
+        facts,
+    )
+    return folder
+
+
+def save_bert(folder: Path) -> Path:
+    """A tiny BERT with its tokenizer, one token a letter."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
+    names += [f"##{letter}" for letter in string.ascii_lowercase]
+    transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)}).save_pretrained(
+        folder
+    )
+    sizes = {**SIZES, "vocab_size": 60, "max_position_embeddings": 24}
+    config = transformers.BertConfig(**sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes a tiny model of a kind, and returns its reference."""
+    base = tmp_path_factory.mktemp("models")
+    build = open_clip.SimpleTokenizer.__init__
+    with gzip.open(build.__defaults__[0]) as file:
+        lines = file.read().split(b"\n")[: MERGES + 1]
+    with gzip.open(base / "merges.gz", "w") as file:
+        file.write(b"\n".join(lines))
+    for name, config in NAMED.items():
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
+
+    def make(kind: str) -> str:
+        if kind == "run":
+            return str(save_run(base / kind, tiny_model()))
+        if kind == "run-vit":
+            image = ImageTowerConfig(name="test_vit", size=32)
+            return str(save_run(base / kind, replace(tiny_model(), image=image)))
+        monkeypatch.setattr(build, "__defaults__", (base / "merges.gz", *build.__defaults__[1:]))
+        if kind == "hf-text":
+            bert = str(save_bert(base / "bert"))
+            text = {**NAMED[kind]["text_cfg"], "hf_model_name": bert, "hf_tokenizer_name": bert}
+            config = {**NAMED[kind], "text_cfg": text}
+            monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, kind, config)
+        return f"open_clip:{kind}"
+
+    return make
+
+
+def expected(reference: str, normalize: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of `PICTURES` and `TEXTS`."""
+    model, transform, tokenizer = protoclip.load(reference)
+    images = torch.stack([transform(picture) for picture in PICTURES])
+    with torch.no_grad():
+        return (
+            model.encode_image(images, normalize=normalize),
+            model.encode_text(tokenizer(TEXTS), normalize=normalize),
+        )
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
+    scale = wanted.norm(dim=1).mean()
+    torch.testing.assert_close(found / scale, wanted / scale, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("kind", MATRIX)
+def test_a_model_has_the_formats_that_compute_the_same(kind, reference, tmp_path):
+    """Each library was asked for the features; `protoclip.load` is asked here."""
+    formats, reasons = MATRIX[kind]
+    model, folder = reference(kind), tmp_path / "out"
+    facts = protoclip.export(model, folder, ALL)
+    assert facts["formats"] == formats
+    assert facts["left_out"] == reasons
+    assert facts["differences"].keys() == {*formats, "protoclip"}
+    for name, found in facts["differences"].items():
+        assert found["image"] < 1e-5
+        assert (found["text"] is None) == (name == "timm")
+        assert name == "timm" or found["text"] < 1e-5
+    for found, wanted in zip(expected(str(folder)), expected(model), strict=True):
+        assert_close(found, wanted)
+    files = sorted(path.name for path in folder.rglob("*.safetensors"))
+    names = {"open_clip": "open_clip_model.safetensors"}
+    assert files == sorted(names.get(name, "model.safetensors") for name in formats)
+    assert not [path for path in folder.rglob("*") if path.suffix in PICKLED]
+
+
+@pytest.mark.parametrize("kind", ["run-vit", "clip"])
+def test_an_exported_folder_comes_out_again(kind, reference, tmp_path):
+    """With the same weights, bit for bit."""
+    protoclip.export(reference(kind), tmp_path / "first")
+    facts = protoclip.export(tmp_path / "first", tmp_path / "second")
+    names = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
+    for name in facts["formats"]:
+        first, second = (load_file(tmp_path / of / names[name]) for of in ("first", "second"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("kind", ["run", "clip-quickgelu"])
+def test_each_library_prepares_images_and_captions_alike(kind, reference, tmp_path):
+    """Their resizing rounds otherwise, by a few of 255 steps."""
+    model, folder = reference(kind), tmp_path / "out"
+    protoclip.export(model, folder, ALL)
+    image, text = expected(model)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    inputs = processor(
+        text=TEXTS, images=PICTURES, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    library, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True).eval()
+    settings = timm.data.resolve_model_data_config(tower)
+    prepare = timm.data.create_transform(**settings, is_training=False)
+    with torch.no_grad():
+        outputs = theirs(**inputs)
+        unit = torch.nn.functional.normalize
+        assert_close(unit(outputs.image_embeds), unit(image), 0.01)
+        assert_close(unit(outputs.text_embeds), unit(text))
+        library.eval()
+        pixels = torch.stack([preprocess(picture) for picture in PICTURES])
+        assert_close(library.encode_image(pixels), image, 0.01)
+        assert_close(library.encode_text(tokens), text)
+        pixels = torch.stack([prepare(picture) for picture in PICTURES])
+        assert_close(tower(pixels), image, 0.01)
+    assert theirs.logit_scale.item() == pytest.approx(library.logit_scale.item())
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "why_not"),
+    [
+        ({"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3]}, ""),
+        ({"resize_mode": "squash"}, ""),
+        ({"resize_mode": "longest"}, "no image processor resizes images as it does (longest, bi"),
+    ],
+)
+def test_other_ways_to_prepare_images(preprocessing, why_not, reference, tmp_path):
+    protoclip.export(reference("clip"), tmp_path / "clip", ["open_clip"])
+    file = tmp_path / "clip" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["preprocess_cfg"] |= preprocessing
+    file.write_text(json.dumps(config))
+    facts = protoclip.export(tmp_path / "clip", tmp_path / "out")
+    assert facts["left_out"].get("hf", "").startswith(why_not)
+    picture = PICTURES[0].resize((64, 40))
+    _, transform, _ = protoclip.load(tmp_path / "clip")
+    assert repr(protoclip.load(tmp_path / "out")[1]) == repr(transform)
+    if not why_not:
+        assert not facts["left_out"]
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+        pixels = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(pixels, transform(picture), atol=0.05, rtol=0)
+
+
+def test_sentence_transformers_loads_the_folder(reference, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    protoclip.export(reference("clip"), tmp_path / "out", ["hf"])
+    model = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    image, text = expected("open_clip:clip")
+    assert_close(torch.from_numpy(model.encode(TEXTS)), text)
+    assert_close(torch.from_numpy(model.encode(PICTURES)), image, 0.01)
+
+
+def test_what_transformers_js_reads(reference, tmp_path):
+    """Names of files, inputs and outputs; batches of any size; the tokenizer's own padding."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder = tmp_path / "out"
+    facts = protoclip.export(reference("run"), folder, ["hf", "onnx"])
+    assert facts["formats"]["onnx"] == "opset 18"
+    assert max(facts["differences"]["onnx"].values()) < 1e-5
+    image, text = expected(reference("run"))
+    sessions = {
+        name: onnxruntime.InferenceSession(folder / "onnx" / f"{name}_model.onnx")
+        for name in ("vision", "text")
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    _, transform, _ = protoclip.load(folder)
+    for count in (1, 2):
+        pixels = torch.stack([transform(picture) for picture in PICTURES[:count]])
+        (found,) = sessions["vision"].run(["image_embeds"], {"pixel_values": pixels.numpy()})
+        assert_close(torch.from_numpy(found), image[:count])
+        tokens = tokenizer(
+            TEXTS[:count], padding="max_length", truncation=True, return_tensors="np"
+        )
+        (found,) = sessions["text"].run(["text_embeds"], {"input_ids": tokens["input_ids"]})
+        assert_close(torch.from_numpy(found), text[:count])
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert settings["image_processor_type"] == "CLIPImageProcessor"
+    assert settings["size"] == {"shortest_edge": 32}
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    assert ids == {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    assert tokenizer.model_max_length == 8
+
+
+def save_dual_encoder(folder: Path) -> None:
+    """ViT and BERT."""
+    text = transformers.AutoConfig.from_pretrained(save_bert(folder))
+    build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
+    config = build(transformers.ViTConfig(**VISION), text, projection_dim=16)
+    transformers.VisionTextDualEncoderModel(config).save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(
+        folder
+    )
+
+
+def save_siglip(folder: Path) -> None:
+    text = {**SIZES, "max_position_embeddings": 24, "vocab_size": 60, "projection_size": 32}
+    save_bert(folder)
+    config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
+    transformers.SiglipModel(config).save_pretrained(folder)
+    transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("save", "formats"), [(save_siglip, ["hf"]), (save_dual_encoder, ["hf", "onnx"])]
+)
+def test_a_hugging_face_model_comes_out_again(save, formats, tmp_path):
+    """ONNX has a mask where the text tower must not read padding."""
+    save(tmp_path / "in")
+    facts = protoclip.export(f"hf:{tmp_path / 'in'}", tmp_path / "out", formats)
+    assert [*facts["differences"]] == [*formats, "protoclip"]
+    for found in facts["differences"].values():
+        assert max(found.values()) < 1e-5
+    with pytest.raises(ValueError, match="not as open_clip: its towers are Hugging Face's"):
+        protoclip.export(f"hf:{tmp_path / 'in'}", tmp_path / "other", ["open_clip"])
+
+
+def spoil_features(source: Any, folder: Path) -> str:
+    with torch.no_grad():
+        source.towers.visual.proj.mul_(1.001)
+    try:
+        return huggingface.write(source, folder)
+    finally:
+        with torch.no_grad():
+            source.towers.visual.proj.div_(1.001)
+
+
+def spoil_files(source: Any, folder: Path) -> str:
+    kind = huggingface.write(source, folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    return kind
+
+
+def fail(source: Any, folder: Path) -> str:
+    (folder / "half.json").write_text("{}")
+    raise RuntimeError("no room\nleft")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (spoil_features, r"not exported: the image features of hf differ by \d\.\de-04, more than"),
+        (spoil_files, "not exported: hf cannot load what was written"),
+        (fail, r"cannot be exported as hf \(no room left\)"),
+    ],
+)
+def test_a_library_that_computes_something_else_leaves_nothing(
+    write, message, reference, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(run.FORMATS, "hf", write)
+    with pytest.raises(ValueError, match=message) as error:
+        protoclip.export(reference("clip"), tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("{model} {here}", "{here}: exists; choose another folder, or remove it"),
+        ("{model} {out} --formats coreml", "formats: no format 'coreml'; choose of open_clip, hf,"),
+        ("{model} {out} --formats ,", "formats: none; choose of open_clip, hf, timm, onnx"),
+        ("{model} {out} --formats onnx --opset 11", "opset: 11 is too old; 18 or later"),
+        ("{model} {out} --push-to-hub a/b/c", "push_to_hub: 'a/b/c' is no name on the hub"),
+        (
+            "{model} {out} --formats timm",
+            "formats: timm needs no_such_package; pip install 'protoc",
+        ),
+        ("nothing {out}", "nothing: no such run or checkpoint folder"),
+        ("open_clip:resnet {out} --formats hf", "not as hf: no model of transformers has its"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, reference, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(run.NEEDS, "timm", ["no_such_package"])
+    places = {"model": reference("run"), "here": tmp_path, "out": tmp_path / "out"}
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *(word.format(**places) for word in arguments.split())])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message.format(**places) in said[-1]
+    assert said[-1].startswith("protoclip: error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_prints_the_differences(reference, capsys, tmp_path):
+    out = tmp_path / "out"
+    main(["export", reference("resnet"), str(out), "--license", "mit"])
+    said = capsys.readouterr()
+    rows = [line.split() for line in said.out.splitlines()]
+    assert rows[1:] == [
+        ["open_clip", "0.0e+00", "0.0e+00", "CLIP"],
+        ["protoclip", "0.0e+00", "0.0e+00", "protoclip.load"],
+        [str(out)],
+    ]
+    assert "note: not as hf: no model of transformers has its image tower" in said.err
+    assert "license: mit\n" in (out / "README.md").read_text()
+
+
+def test_the_card_of_a_run(tmp_path):
+    """With settings, metrics with intervals, and commands that load the folder."""
+    made, generator = save_run(tmp_path / "run", tiny_model()), np.random.default_rng(0)
+    (made / "config.toml").write_text('[run]\nname = "My model"\n[data]\ntrain = "pairs.tsv"\n')
+    images: dict[str, Any] = {name: generator.integers(0, 9, 200) for name in IMAGE_COLUMNS}
+    ids = np.array([f"{number:03}" for number in range(200)])
+    texts = {"sample_id": ids, "text_to_image_rank": images["image_to_text_rank"]}
+    samples = SampleResults(images={"sample_id": ids, **images}, texts=texts)
+    samples.write(made / "results" / "emoji-test.parquet")
+    accuracy = float(samples.values("zero_shot/acc5").mean())
+    metrics = {"eval/emoji/zero_shot/acc5": accuracy, "eval/emoji/modality_gap/gap": 0.5}
+    counts = {"name": "My model", "seed": 0, "samples_seen": 1, "train_seconds": 1.0}
+    (made / "results.json").write_text(to_json({**counts, "metrics": metrics}))
+    protoclip.export(made, tmp_path / "out", ["timm"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# My model\n" in card
+    assert 'train = "pairs.tsv"' in card
+    row = re.search(r"zero_shot/acc5` \| (0\.\d{4}) \| (0\.\d{4}) to (0\.\d{4}) \|", card)
+    value, low, high = map(float, row.groups())
+    assert value == pytest.approx(accuracy, abs=1e-4)
+    error = (accuracy * (1 - accuracy) / 200) ** 0.5
+    assert low == pytest.approx(accuracy - 1.96 * error, abs=0.3 * error)
+    assert high == pytest.approx(accuracy + 1.96 * error, abs=0.3 * error)
+    assert "| `eval/emoji/modality_gap/gap` | 0.5000 | - |" in card
+    commands = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    names: dict[str, Any] = {}
+    exec(commands.replace('folder = "out"', f"folder = {str(tmp_path / 'out')!r}"), names)
+    assert names["image_tower"].num_classes == 16
+
+
+def test_prototypes_go_along(tmp_path):
+    """Those of the episode that the checkpoint was saved in; with the heads, and their sizes."""
+    centroids = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    clusters = {"image": {"centroids": centroids, "assignments": torch.tensor([2, 0, 2, -1])}}
+    made = save_run(tmp_path / "run", tiny_model(), clusters=clusters)
+    source = open_source(str(made))
+    assert write_prototypes(source, tmp_path) is None
+    found = load_file(tmp_path / "prototypes.safetensors")
+    assert torch.equal(found["image.centroids"], centroids)
+    assert found["image.sizes"].tolist() == [1, 0, 2]
+    head = source.model.image_head.state_dict()
+    assert all(torch.equal(found[f"image_head.{key}"], value) for key, value in head.items())
+    facts = json.loads((tmp_path / "prototypes.json").read_text())
+    assert facts["spaces"] == {"image": {"number": 3, "width": 8, "sizes": [1, 0, 2]}}
+    finished = open_source(str(save_run(tmp_path / "finished", tiny_model(), clusters={})))
+    (tmp_path / "empty").mkdir()
+    assert "between two episodes" in write_prototypes(finished, tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())

@@ -1,0 +1,133 @@
+"""Uploading an exported folder to a hub, which here is a web server of this process."""
+
+import base64
+import http.server
+import json
+import re
+from typing import Any, ClassVar
+
+import huggingface_hub
+import open_clip
+import pytest
+
+import protoclip
+from protoclip.data import access
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the hub's API that an upload needs; all files are small ones."""
+
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
+    refuses = False
+
+    def do_GET(self) -> None:
+        known = self.path == "/api/whoami-v2"
+        self.answer({"name": "me", "type": "user", "orgs": []} if known else {}, 200)
+
+    def do_POST(self) -> None:
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.refuses:
+            self.answer({"error": "You have no\nwrite access"}, 403)
+        elif self.path == "/api/repos/create":
+            name = f"me/{json.loads(sent)['name']}"
+            self.repositories[name] = {}
+            self.answer({"url": f"http://{self.headers['Host']}/{name}"}, 200)
+        elif self.path == "/api/validate-yaml":
+            self.answer({"warnings": [], "errors": []}, 200)
+        elif "/preupload/" in self.path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(sent)["files"]
+            ]
+            self.answer({"files": files}, 200)
+        else:
+            name = re.match("/api/models/(.+)/commit/main", self.path)[1]
+            for line in map(json.loads, sent.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.repositories[name][line["value"]["path"]] = content
+            url = f"http://{self.headers['Host']}/{name}/commit/0"
+            self.answer({"commitUrl": url, "commitOid": "0", "success": True}, 200)
+
+    def answer(self, content: dict[str, Any], code: int) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+class Refusing(Hub):
+    refuses = True
+
+
+@pytest.fixture
+def use_hub(serve, monkeypatch):
+    """Makes a server, or what stands for none, the hub."""
+
+    def use(handler: Any) -> None:
+        address = "http://127.0.0.1:9" if handler is None else serve(handler)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(access, "HUB_SECONDS", 5.0)
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
+
+    return use
+
+
+@pytest.fixture
+def model(tmp_path_factory, monkeypatch):
+    monkeypatch.setitem(
+        open_clip.factory._MODEL_CONFIGS,
+        "tiny",
+        {
+            "embed_dim": 16,
+            "vision_cfg": {
+                "image_size": 32,
+                "layers": 1,
+                "width": 32,
+                "head_width": 16,
+                "patch_size": 8,
+            },
+            "text_cfg": {"context_length": 8, "width": 16, "heads": 2, "layers": 1},
+        },
+    )
+    return "open_clip:tiny"
+
+
+def test_the_hub_gets_every_file(use_hub, model, tmp_path):
+    use_hub(Hub)
+    folder = tmp_path / "out"
+    facts = protoclip.export(model, folder, push_to_hub="me/model")
+    assert facts["url"].endswith("/me/model")
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    found = Hub.repositories["me/model"]
+    assert found == {name: path.read_bytes() for name, path in files.items()}
+    assert b'snapshot_download("me/model")' in found["README.md"]
+
+
+def test_without_a_token_nothing_is_exported(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="me/model: no token for the hub; set HF_TOKEN"):
+        protoclip.export(model, tmp_path / "out", push_to_hub="me/model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("hub", "message"),
+    [
+        (None, "me/model: the hub does not answer; {folder} is written; check the network"),
+        (Refusing, "me/model: not uploaded ("),
+    ],
+)
+def test_a_hub_that_takes_nothing_is_one_line(hub, message, use_hub, model, tmp_path):
+    use_hub(hub)
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match=re.escape(message.format(folder=folder))) as error:
+        protoclip.export(model, folder, ["open_clip"], push_to_hub="me/model")
+    assert "\n" not in str(error.value)
+    assert (folder / "open_clip_model.safetensors").is_file()
