@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import protoclip
-from protoclip.evaluation.samples import DRAWS, SampleResults, read_results, resampled
+from protoclip.evaluation.compare import read_results
+from protoclip.evaluation.samples import DRAWS, SampleResults, resampled
 from protoclip.export.source import Source
 from protoclip.files import to_json, write_atomically
 from protoclip.models import loading, references
