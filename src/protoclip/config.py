@@ -282,10 +282,7 @@ def read(name: str, value: Any, hint: Any) -> Any:
             return None
         kinds = [kind for kind in inner if kind is not NoneType]
         fits = float if type(value) is int else type(value)
-        plain = [
-            get_args(k)[0] if get_origin(k) is Annotated else get_origin(k) or k for k in kinds
-        ]
-        return read(name, value, kinds[plain.index(fits) if fits in plain else -1])
+        return read(name, value, next((k for k in kinds if fits in type_of(k)), kinds[-1]))
     if origin is Literal:
         if value not in inner:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(inner)}")

@@ -182,7 +182,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     """Besides the newest. One that could not be written is not the best."""
     values = iter([0.5, 0.4, 0.3, 0.2] * 2)
     metric = "eval/emoji/knn/acc1"
-    monkeypatch.setattr(run, "evaluate", lambda *given, **more: {metric: next(values)})
+    monkeypatch.setattr(run, "evaluate_run", lambda *given, **more: {metric: next(values)})
     keep = {"evaluate_every": 1, "keep_best": metric, "keep_checkpoints": 1, "evaluate": False}
     results = run.train(config_for("emoji", tmp_path / "run", run=keep))
     names = [found.name for found in checkpoints(tmp_path / "run")]

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import KW_ONLY, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -75,7 +76,7 @@ class Evaluate:
                 samples_to=Path(reference) / "results" if finished else None,
             )
 
-        with collectives.process_group(device):
+        with collectives.process_group(device, timeout=timedelta(hours=12)):
             data = collectives.raise_on_all_ranks(
                 lambda: [
                     datasets.open_data(
@@ -86,7 +87,8 @@ class Evaluate:
             )
             for note in (note for of in data for note in of.notes if collectives.rank() == 0):
                 print(f"note: {note}", file=sys.stderr)
-            suite.chosen_tasks(data, self.split, self.tasks)  # before models are loaded
+            # Before models are loaded.
+            collectives.raise_on_all_ranks(lambda: suite.chosen_tasks(data, self.split, self.tasks))
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             found = {reference: records.with_means(judge(reference)) for reference in references}
         if collectives.launched()[0] > 0:

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock
 from scipy.sparse import bmat, coo_array, hstack
 from scipy.sparse.csgraph import connected_components
 
@@ -27,9 +29,10 @@ Rows = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 SHARE, MOST = 0.02, 5000  # held out unless the user says otherwise: this share, at most so many
-# Pairs that share a caption or an image are too many to hold out if they are more than this share
-# of what is wanted.
+# A group of pairs that share a caption is not held out if it is larger than this share of what is
+# wanted.
 LARGEST = 0.25
+CHUNK = 1024  # images that threads compare at a time
 SPARE = 1.25  # pairs that are looked at for each that is wanted, since some share an image
 # Part of the name of every file of rows. Change it when the choice changes.
 FORM = 1
@@ -43,7 +46,8 @@ class Rest:
 
     def __init__(self, pairs: Pairs, held_out: Rows) -> None:
         self.pairs, self.held_out, self.name = pairs, held_out, pairs.name
-        # Row `r` of the rest stands behind as many held-out rows as these numbers are at most `r`.
+        self.notes = list(getattr(pairs, "notes", ()))
+        # Row `r` of the rest is row `r` plus the count of these numbers that are at most `r`.
         self._before = held_out - np.arange(len(held_out))
 
     @property
@@ -93,9 +97,16 @@ def held_out_rows(
     wanted = min(most, round(share * total))
     known = {"form": FORM, "share": share, "most": most, "sources": [s.key for s in sources]}
     path = folder / f"{digest(known)}.npy"
-    if path.is_file():
-        rows: Rows = np.load(path)
-        return rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # one process chooses, the others wait for it
+        if not path.is_file():
+            rows = _choose(sources, total, wanted)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, rows)
+        return np.load(path)  # type: ignore[no-any-return]
+
+
+def _choose(sources: Sequence[ImageTextPairs], total: int, wanted: int) -> Rows:
     hashes = np.fromiter(map(_hash, _ids(sources)), np.uint64, total)
     groups = _groups(sources, total)
     chosen = _lowest(hashes, groups, round(wanted * SPARE), largest=max(1, round(wanted * LARGEST)))
@@ -103,10 +114,7 @@ def held_out_rows(
     together = _components([groups[chosen], images])
     own = ~np.isin(together, together[elsewhere])
     kept = _lowest(hashes[chosen[own]], together[own], wanted, largest=wanted)
-    rows = np.sort(chosen[own][kept])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, rows)
+    rows: Rows = np.sort(chosen[own][kept])
     return rows
 
 
@@ -155,14 +163,13 @@ def _components(keys: Sequence[Rows], *, rows: Rows | None = None, total: int = 
 
 
 def _texts(source: ImageTextPairs) -> Iterator[tuple[int, Iterator[tuple[int, str]]]]:
-    """The captions, and the URLs of images, in pieces: the first row, and (row in it, text)."""
-    columns = list(source.caption_columns)
-    in_shards = {"offset", "size"} <= set(source.table.column_names)
-    if not in_shards and str(source.table.column(source.image_column).type).endswith("string"):
-        columns.append(source.image_column)
-    for name in columns:
+    """The captions and names of images, in pieces: the first row, and (row in it, text)."""
+    columns = [source.table.column(name) for name in source.caption_columns]
+    if (names := image_names(source)) is not None:
+        columns.append(names)
+    for column in columns:
         start = 0
-        for chunk in source.table.column(name).iterchunks():
+        for chunk in column.iterchunks():
             yield start, _present(chunk.to_pylist())
             start += len(chunk)
 
@@ -202,6 +209,8 @@ def _images(sources: Sequence[ImageTextPairs], chosen: Rows) -> tuple[Rows, npt.
 
     def content(row: int) -> int:
         number = int(np.searchsorted(starts, row, side="right")) - 1
+        if sizes[row] < 0:  # behind a URL; `_groups` knows equal ones
+            return -1 - row
         try:
             encoded = sources[number].encoded(row - int(starts[number]))
         except BadSample:
@@ -211,37 +220,50 @@ def _images(sources: Sequence[ImageTextPairs], chosen: Rows) -> tuple[Rows, npt.
     found = np.empty(len(rows), np.int64)
     progress = Progress("comparing images with the held-out ones", len(rows))
     with ThreadPoolExecutor() as pool:
-        for done, value in enumerate(pool.map(content, rows.tolist())):
-            found[done] = value
-            progress.update(done + 1)
+        for first in range(0, len(rows), CHUNK):
+            part = rows[first : first + CHUNK]
+            found[first : first + CHUNK] = list(pool.map(content, part.tolist()))
+            progress.update(first + len(part))
     images, others = np.split(found, [len(chosen)])
     return images, np.isin(images, others)
 
 
-def image_sizes(source: ImageTextPairs) -> npt.NDArray[np.int64]:
-    """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
-    table, column = source.table, source.image_column
-    if {"offset", "size"} <= set(table.column_names):
-        return _numbers(table.column("size"))
-    values = table.column(column)
+def image_names(source: ImageTextPairs) -> pa.ChunkedArray | None:
+    """The file or URL of each image, null where the table holds the image itself; None if it holds
+    all, or they are in shards."""
+    values = source.table.column(source.image_column)
+    if "offset" in source.table.column_names:
+        return None
     if pa.types.is_struct(values.type):
-        names = [values.type.field(i).name for i in range(values.type.num_fields)]
-        part = "bytes" if "bytes" in names else "path"
-        values = pc.struct_field(values, part)
+        parts = [values.type.field(i).name for i in range(values.type.num_fields)]
+        names = pc.struct_field(values, "path") if "path" in parts else None
+        if names is None or "bytes" not in parts:
+            return names
+        in_files = pc.is_null(pc.struct_field(values, "bytes"))
+        return pc.if_else(in_files, names, pa.scalar(None, names.type))
+    return values if "string" in str(values.type) else None
+
+
+def image_sizes(source: ImageTextPairs) -> Rows:
+    """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
+    table = source.table
+    if "size" in table.column_names and "offset" in table.column_names:
+        return _numbers(table.column("size"))
+    sizes = np.full(len(source), -1, np.int64)
+    values = table.column(source.image_column)
+    if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
+        values = pc.struct_field(values, "bytes")
     if "binary" in str(values.type):
-        return _numbers(pc.binary_length(values))
-
-    def size(name: str | None) -> int:
-        place = join(source.root, name) if name else ""
-        try:
-            return -1 if not name or is_url(place) else os.stat(place).st_size  # noqa: PTH116
-        except OSError:
-            return -1
-
-    paths = (name for chunk in values.iterchunks() for name in chunk.to_pylist())
-    return np.fromiter(map(size, paths), np.int64, len(source))
+        sizes = _numbers(pc.binary_length(values))
+    if (names := image_names(source)) is not None:
+        texts = (name for chunk in names.iterchunks() for name in chunk.to_pylist())
+        for row, name in enumerate(texts):
+            if name and not is_url(place := join(source.root, name)):
+                with suppress(OSError):
+                    sizes[row] = os.stat(place).st_size  # noqa: PTH116 (of millions)
+    return sizes
 
 
-def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    numbers: npt.NDArray[np.int64] = pc.fill_null(column, -1).to_numpy().astype(np.int64)
+def _numbers(column: pa.ChunkedArray) -> Rows:
+    numbers: Rows = pc.fill_null(column, -1).to_numpy().astype(np.int64)
     return numbers

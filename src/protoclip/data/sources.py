@@ -23,6 +23,9 @@ def pairs(config: Config) -> Pairs | SampleStream:
     """
     data, seed = config.data, config.run.seed
     found = [open_source(data, entry, seed=seed) for entry in entries(data)]
+    for source in found:
+        if isinstance(source, ImageTextPairs) and not source.caption_columns:
+            raise ValueError(f"{source.name}: no column with captions; set caption_column to one")
     indexed = [source for source in found if isinstance(source, ImageTextPairs)]
     streams = [source for source in found if isinstance(source, ShardStream)]
     if data.shuffle_captions:

@@ -37,8 +37,11 @@ def launched() -> tuple[int, int, int]:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the ranks that were launched together: NCCL between GPUs, gloo between CPUs."""
+def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
+    """Join the ranks that were launched together: NCCL between GPUs, gloo between CPUs.
+
+    `timeout` is how long a rank waits for the others, which may be busy with a share of work.
+    """
     global _hosts
     rank_, size, _ = launched()
     if size == 1:
@@ -52,10 +55,10 @@ def process_group(device: torch.device) -> Iterator[None]:
         "nccl" if on_gpu else "gloo",
         rank=rank_,
         world_size=size,
-        timeout=TIMEOUT,
+        timeout=timeout,
         device_id=device if on_gpu else None,
     )
-    _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None
+    _hosts = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
     yield
     # Not after an error: other ranks may be gone, and this would wait for them.
     dist.destroy_process_group()

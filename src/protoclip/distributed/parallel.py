@@ -73,6 +73,16 @@ def distribute(model: nn.Module, *, broadcast_buffers: bool = True) -> nn.Module
         )
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of the whole parameters that FSDP keeps after a forward pass without a backward pass.
+
+    Until then the model shows these copies as its parameters, so freezing them does nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     """Makes a context that accumulates local gradients; a later backward pass averages them."""
     if isinstance(module, DistributedDataParallel):

@@ -20,6 +20,7 @@ from torch import Tensor
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.access import digest, fingerprint, is_url, join, reason_of, visible
 from protoclip.data.emoji import emoji_path, emoji_table
+from protoclip.data.held_out import image_names
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.sources import open_source
@@ -198,7 +199,7 @@ def open_data(
         data = _open_torchvision(place, settings.root, split)
     elif kind == "karpathy":
         data = _open_captions(place, settings.root, split)
-    elif class_column is None and (folders := readers.class_folders(Path(reference))):
+    elif folders := readers.class_folders(Path(reference)):
         data = _open_class_folders(Path(reference), folders, split)
     elif kind in ("hf", "pipe") or is_url(reference) or _exists(reference):
         data = _open_pairs(reference, settings, split, class_column)
@@ -313,12 +314,11 @@ def captions_of_rows(
     pairs: ImageTextPairs, rows: Iterable[int]
 ) -> tuple[list[int], list[tuple[str, ...]]]:
     """The first row of each image that has captions, and the captions of all its rows."""
-    type_ = str(pairs.table.schema.field(pairs.image_column).type)
-    in_files = "offset" not in pairs.table.column_names and type_.endswith("string")
+    names = image_names(pairs)
     first: dict[Any, int] = {}
     captions: dict[Any, list[str]] = {}
     for row in rows:
-        image = pairs.where(row) if in_files else row
+        image = (names[row].as_py() if names is not None else None) or row
         try:
             found = pairs.sample_captions(row)
         except BadSample:
@@ -372,7 +372,9 @@ def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Ev
         )
     imagenet = None if own else _imagenet_names(classes)
     synsets = dict(line.partition(" ")[::2] for line in _names(_beside(folder, SYNSETS)))
-    names = imagenet or [synsets.get(c, c).split(",")[0].replace("_", " ") for c in classes]
+    # A synset has several names; the first one is the usual one.
+    known = {wnid: names.partition(",")[0] for wnid, names in synsets.items()}
+    names = imagenet or [known.get(c, c).replace("_", " ") for c in classes]
     if imagenet and "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     templates = list(DEFAULT_TEMPLATES)

@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -352,8 +353,9 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
         for image in content["images"]:
             split = {"restval": "train", "val": "validation"}.get(image["split"], image["split"])
             path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-            texts = clean_captions(sentence["raw"] for sentence in image["sentences"])
-            splits.setdefault(split, {})[path] = texts
+            with suppress(ValueError):  # an image without a caption cannot be retrieved
+                texts = clean_captions(sentence["raw"] for sentence in image["sentences"])
+                splits.setdefault(split, {})[path] = texts
     except OSError as error:
         raise ValueError(f"{file}: {reason_of(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from protoclip.evaluation import compare
-from protoclip.evaluation.samples import interval
+from protoclip.evaluation.samples import interval, intervals
 from protoclip.evaluation.suite import Result
 from protoclip.files import to_json, write_atomically
 
@@ -51,7 +51,7 @@ def with_means(results: Sequence[Result]) -> list[Result]:
             "language": first["language"],
             "split": first["split"],
             "datasets": list(names),
-            "intervals": {metric: interval(of_metric) for metric, of_metric in draws.items()},
+            "intervals": intervals(task, draws),
         }
         ids = [sample for member in members for sample in member.ids]
         means.append(Result(record=record, draws=draws, ids=ids))

@@ -164,6 +164,17 @@ def resampled(results: SampleResults, *, draws: int = DRAWS, seed: int = 0) -> d
     return found
 
 
+def intervals(task: str, draws: Mapping[str, Draws]) -> dict[str, list[float]]:
+    """The 95% interval of each metric of a task.
+
+    AMI and ARI have none: the copies in a draw lie in one cluster, which raises both. Differences
+    of two models are not affected, since both have the same copies.
+    """
+    if task == "clustering":
+        return {}
+    return {metric: interval(values) for metric, values in draws.items()}
+
+
 def interval(draws: Draws) -> list[float]:
     """The 95% interval: the quantiles 2.5% and 97.5% of the draws."""
     return [float(end) for end in np.quantile(draws, [0.025, 0.975])]

@@ -5,9 +5,11 @@ data can serve, which features they need, what is measured, and how it is writte
 """
 
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,7 +36,7 @@ from protoclip.evaluation.samples import (
     SampleResults,
     counted,
     drawn,
-    interval,
+    intervals,
     resampled,
 )
 from protoclip.evaluation.zero_shot import (
@@ -210,9 +212,14 @@ def results(
     """
     if protocol not in (None, "paper"):
         raise ValueError(f"protocol: no protocol '{protocol}'; choose paper, or leave it out")
-    chosen = chosen_tasks(data, split, tasks)
+    called = [of.name for of in data]
+    if repeated := [name for name in called if called.count(name) > 1]:
+        raise ValueError(f"data: two data sets are called '{repeated[0]}'; rename one's file")
+    # Opens, perhaps downloads, the train splits that tasks need.
+    chosen = raise_on_all_ranks(lambda: chosen_tasks(data, split, tasks))
     if isinstance(templates, str):
-        templates = datasets.read_templates(templates)
+        read = datasets.read_templates
+        templates = raise_on_all_ranks(partial(read, templates))
     paper, found = protocol == "paper", []
     for of, of_tasks in zip(data, chosen, strict=True):
         if not of_tasks:
@@ -221,7 +228,9 @@ def results(
         measured = measure(features, of, of_tasks, split=split, paper=paper, show=encoder.show)
         if samples_to is not None and rank() == 0:
             write_samples(measured.samples, samples_to / f"{of.name}-{split}.parquet")
-        draws, part = measured.draws(), features.parts[split]
+        # Data sets of equal size do not share their draws.
+        seed = zlib.crc32(of.name.encode())
+        draws, part = measured.draws(seed=seed), features.parts[split]
         # The best five of fewer classes say nothing.
         few = "acc5" if 0 < number_of_classes(of, split) < 5 else "none"
         for task in of_tasks:
@@ -239,7 +248,7 @@ def results(
                 "split": split,
                 "samples": len(part.ids),
                 "bad_share": len(part.bad) / (len(part.ids) + len(part.bad)),
-                "intervals": {key: interval(values) for key, values in of_task.items()},
+                "intervals": intervals(task, of_task),
             }
             if task == "zero_shot":
                 record["templates"] = list(templates or of.templates)
@@ -265,6 +274,7 @@ def evaluate_run(
     *,
     split: Literal["validation", "test"],
     data: EvaluationData | None = None,
+    workers: int = 0,
     show: bool = True,
     samples_to: Path | None = None,
 ) -> dict[str, float]:
@@ -284,13 +294,16 @@ def evaluate_run(
     Args:
         model: Runs on its own device, in evaluation mode; each module's mode is restored.
         transform, tokenizer: A PIL image to `(3, h, w)`; captions to tokens `(b, c)`.
-        split: `test`, with the linear probe's strength chosen on `validation`; or `validation` for
-            tuning, where the probe is optimistic.
+        split: What is measured. The linear probe's strength is chosen on `validation`; if that is
+            measured, or missing, on a fifth of `train`.
+        workers: Processes that read images; the same metrics with any number.
         samples_to: Folder for the results of each sample; only a warning if it cannot be written.
     """
     data = data or datasets.emoji()
-    (tasks,) = chosen_tasks([data], split, None)
-    encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0, show=show)
+    (tasks,) = raise_on_all_ranks(lambda: chosen_tasks([data], split, None))
+    encoder = Encoder(
+        model=model, transform=transform, tokenizer=tokenizer, workers=workers, show=show
+    )
     features = extract(encoder, data, tasks, split=split)
     measured = measure(features, data, tasks, split=split, show=show)
     if samples_to is not None and rank() == 0:
@@ -439,7 +452,7 @@ def extract(
     if {"linear_probe", "knn"} & {*tasks}:
         wanted = ["train", split]
         validation = data.splits.get("validation")
-        if "linear_probe" in tasks and validation and len(validation.images):
+        if "linear_probe" in tasks and split != "validation" and validation:
             wanted = ["train", "validation", split] if validation.labels is not None else wanted
     parts = {}
     for name in dict.fromkeys(wanted):
@@ -544,7 +557,7 @@ class Measured:
             rows = drawn(self.samples.images["sample_id"], seed=seed, kind=0)
             scores, present = (of.numpy() for of in self.scores)
             values = average_precisions(scores.astype(np.float64), present, counted(rows))
-            found["zero_shot/mean_average_precision"] = values.mean(axis=1)
+            found["zero_shot/mean_average_precision"] = np.nanmean(values, axis=1)
         if "retrieval/mean_recall" in self.metrics:
             recalls = np.stack([found[name] for name in RECALLS])
             found["retrieval/mean_recall"] = recalls.mean(axis=0)

@@ -16,6 +16,7 @@ from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.held_out import SHARE, Rest, held_out_rows
 from protoclip.data.index import index_folder
+from protoclip.data.inspect import drawn
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import (
@@ -56,8 +57,12 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if data.is_emoji and data.validation is None:
         return Judged(samples, [datasets.emoji()], notes)
     whole = plain_sources(samples)
+    if data.validation == "emoji":
+        return Judged(samples, [datasets.emoji()], notes)
     if isinstance(data.validation, str):
-        other = replace(data, train=data.validation, sources=[], shuffle_captions=False)
+        other = replace(
+            data, train=data.validation, sources=[], read="auto", shuffle_captions=False
+        )
         given = sources.pairs(replace(config, data=other))
         if not isinstance(given, Pairs):
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
@@ -109,8 +114,8 @@ def learned(whole: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[Image
     total = sum(map(len, whole)) - len(held_out)
     for source in whole:
         rows = np.setdiff1d(np.arange(start, start + len(source)), held_out) - start
-        number = -(-MOST_LEARNED * len(rows) // max(1, total))
-        parts.append((source, rows[:: max(1, -(-len(rows) // max(1, number)))]))
+        number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))
+        parts.append((source, rows[drawn(len(rows), number, seed=0)] if number else rows))
         start += len(source)
     return parts
 
@@ -130,8 +135,8 @@ def data_sets(
         splits = {NAME: joined(of, names)}
         has_classes = splits[NAME].labels is not None
         fitting = [part for part in training if part[0].class_column is not None]
-        if len(known) == 1 and len(training) > 1:
-            fitting = [part for part in fitting if part[0].name == known[0]]
+        if own := [part for part in fitting if [part[0].name] == known]:
+            fitting = own
         if has_classes and fitting:
             splits["train"] = joined(fitting, names)
         return EvaluationData(
@@ -143,7 +148,9 @@ def data_sets(
 
     found = [data_set(NAME, parts)]
     if len(held_out) > 1:
-        found += [data_set(f"{NAME}-{part[0].name}", [part]) for part in parts if len(part[1]) > 1]
+        # Numbers of few pairs say nothing.
+        large = [part for part in parts if len(part[1]) >= LEAST]
+        found += [data_set(f"{NAME}-{part[0].name}", [part]) for part in large]
     return found
 
 

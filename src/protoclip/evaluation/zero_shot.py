@@ -64,7 +64,8 @@ def average_precisions(
     """The average precision of each class, for one or more weightings of the images.
 
     Average precision is the sum over thresholds of the precision there times the recall gained, as
-    in scikit-learn. It is 0 for a class that no image has.
+    in scikit-learn. It is 0 for a class that no image has, and NaN for one that only images have
+    that do not count.
 
     Args:
         scores: How well each image fits each class.
@@ -86,7 +87,9 @@ def average_precisions(
         found_so_far, seen_so_far = hits.cumsum(axis=0), weights.cumsum(axis=0)
         precision = found_so_far / np.maximum(seen_so_far, 1)
         precision = np.take_along_axis(precision, last, axis=0)
-        found.append((hits * precision).sum(axis=0) / np.maximum(found_so_far[-1], 1))
+        value = (hits * precision).sum(axis=0) / np.maximum(found_so_far[-1], 1)
+        absent = (found_so_far[-1] == 0) & relevant.any(axis=0)
+        found.append(np.where(absent, np.nan, value))
     return np.stack(found)
 
 

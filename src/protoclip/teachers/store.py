@@ -222,9 +222,9 @@ def teachers(
     Raises:
         ValueError: There is no such teacher, or it has features of none of the samples.
     """
-    prefixes = [""]
-    if isinstance(samples, MixedPairs):  # its ids begin with the source's name
-        sources = zip(samples.sources, entries(config.data), strict=True)
+    prefixes, whole = [""], getattr(samples, "pairs", samples)  # with what is held out
+    if isinstance(whole, MixedPairs):  # its ids begin with the source's name
+        sources = zip(whole.sources, entries(config.data), strict=True)
         prefixes = [f"{source.name}/" for source, entry in sources if entry.path == "emoji"]
     found = {}
     for name, teacher in config.external_teachers.items():

@@ -96,7 +96,7 @@ def train_together(
     if results is not None:
         return results
     samples = raise_on_all_ranks(lambda: sources.pairs(config))
-    samples, held_out, divided = rank0_first(lambda: judged(config, samples))
+    samples, held_out, divided = raise_on_all_ranks(lambda: judged(config, samples))
     check_keep_best(config.run.keep_best, held_out)
     model, said = loading.training_model(config, device)
     run = raise_on_all_ranks(lambda: Run(config, model, samples, held_out, folder=folder))
@@ -309,9 +309,12 @@ class Run:
         transform = loading.evaluation_transform(self.model)
         tokenizer = loading.tokenizer(self.config.model)
         metrics: dict[str, float] = {}
+        workers = self.config.data.workers
         for data in self.held_out:
             own = split if split in data.splits else "validation"
-            metrics |= evaluate_run(self.model, transform, tokenizer, data=data, split=own, **more)
+            metrics |= evaluate_run(
+                self.model, transform, tokenizer, data=data, split=own, workers=workers, **more
+            )
         return metrics
 
     def save_if_due(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from protoclip.config import Config
+from protoclip.distributed import parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ def enter_stage(model: nn.Module, stage: Stage) -> None:
 
     Every pattern must match something, so that a renamed tower cannot train by mistake.
     """
+    parallel.reshard(model)
     matched: set[str] = set()
     for name, parameter in model.named_parameters():
         hits = {pattern for pattern in stage.frozen if re.match(pattern, name)}
