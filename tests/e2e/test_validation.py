@@ -2,6 +2,8 @@
 
 import io
 import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,14 @@ from PIL import Image
 
 from interrupting import assert_equal_ends, stop_after, with_changes
 from protoclip.cli import main
-from protoclip.config import Config
+from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data import sources
+from protoclip.data.pack import pack
+from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.evaluation.compare import read_results
-from protoclip.testing import tiny_config
+from protoclip.evaluation.validation import judged
+from protoclip.teachers.store import teachers
+from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 
 
@@ -116,3 +123,34 @@ def test_what_cannot_judge_a_run_is_refused(options, message, folder, tmp_path, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert not (tmp_path / "r").exists()
+
+
+def ids_of_a_rank(path: str) -> list[str]:
+    """What a rank is dealt of a stream, after pairs to judge by were set apart."""
+    train, other = path.split()
+    data = DataConfig(train=train, read="streaming", validation=other, shuffle_buffer=8)
+    config = Config(data=data)
+    stream = judged(config, sources.pairs(config)).training
+    assert not isinstance(stream, Pairs)
+    return [item.sample_id for item in islice(stream.samples(), 40)]
+
+
+def test_each_rank_keeps_its_own_part_of_a_stream(folder, tmp_path):
+    pairs = ImageTextPairs(pq.read_table(folder / "a.parquet"), name="a", id_column=None)
+    pack(pairs, tmp_path / "shards", samples_per_shard=40)
+    paths = f"{tmp_path / 'shards'} {folder / 'b.parquet'}"
+    one, other = run_distributed(ids_of_a_rank, 2, paths)
+    assert not set(one) & set(other)
+
+
+def test_a_mixture_with_the_emojis_teacher_holds_pairs_out(folder, tmp_path):
+    """The teacher knows the emoji by the name that they have in the mixture."""
+    mixed = [SourceConfig(path="emoji"), SourceConfig(path=str(folder / "a.parquet"))]
+    config = config_for(folder, tmp_path / "run", train="emoji", sources=mixed, validation=0.02)
+    samples = judged(config, sources.pairs(config)).training
+    notes: list[str] = []
+    teacher = replace(config.teacher, features="emoji")
+    teachers(replace(config, teacher=teacher), samples, notes.append)
+    (note,) = notes
+    missing = int(note.split("no features of ")[1].split()[0])
+    assert missing <= 200  # those of the table
