@@ -56,7 +56,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     data, notes = config.data, list[str]()
     if data.is_emoji and data.validation is None:
         return Judged(samples, [datasets.emoji()], notes)
-    whole = plain_sources(samples)
+    own = plain_sources(samples)
     if data.validation == "emoji":
         return Judged(samples, [datasets.emoji()], notes)
     if isinstance(data.validation, str):
@@ -67,7 +67,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         if not isinstance(given, Pairs):
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
         parts = [(source, np.arange(len(source))) for source in plain_sources(given)]
-        return Judged(samples, data_sets(parts, learned(whole, np.array([], np.int64))), notes)
+        return Judged(samples, data_sets(parts, learned(own, np.array([], np.int64))), notes)
     share = SHARE if data.validation is None else data.validation
     if share == 0:
         return Judged(samples, [], notes)
@@ -75,7 +75,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if not isinstance(samples, Pairs):
         reason = "data.validation: a stream is not held out; name a source to judge the run by"
         return nothing(samples, reason, asked=asked)
-    rows = held_out_rows(whole, share=share, folder=index_folder(data.cache_folder))
+    rows = held_out_rows(own, share=share, folder=index_folder(data.cache_folder))
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, "
         reason += "since there are few or many share a caption; give a larger share or a source"
@@ -84,12 +84,12 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by; "
         "data.validation sets a share, another source, or 0 for none"
     )
-    starts = np.cumsum([0, *map(len, whole)])
+    starts = np.cumsum([0, *map(len, own)])
     parts = [
         (source, rows[(rows >= start) & (rows < start + len(source))] - start)
-        for source, start in zip(whole, starts, strict=False)
+        for source, start in zip(own, starts, strict=False)
     ]
-    return Judged(Rest(samples, rows), data_sets(parts, learned(whole, rows)), notes)
+    return Judged(Rest(samples, rows), data_sets(parts, learned(own, rows)), notes)
 
 
 def nothing(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judged:
@@ -108,11 +108,11 @@ def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
     return found
 
 
-def learned(whole: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
+def learned(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
     """Rows with classes, drawn evenly from what is not held out, for kNN and the linear probe."""
     parts, start = [], 0
-    total = sum(map(len, whole)) - len(held_out)
-    for source in whole:
+    total = sum(map(len, of)) - len(held_out)
+    for source in of:
         rows = np.setdiff1d(np.arange(start, start + len(source)), held_out) - start
         number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))
         parts.append((source, rows[drawn(len(rows), number, seed=0)] if number else rows))
@@ -135,8 +135,8 @@ def data_sets(
         splits = {NAME: joined(of, names)}
         has_classes = splits[NAME].labels is not None
         fitting = [part for part in training if part[0].class_column is not None]
-        if own := [part for part in fitting if [part[0].name] == known]:
-            fitting = own
+        if same := [part for part in fitting if [part[0].name] == known]:
+            fitting = same
         if has_classes and fitting:
             splits["train"] = joined(fitting, names)
         return EvaluationData(

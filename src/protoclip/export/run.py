@@ -185,9 +185,9 @@ def own_features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[
 def samples(source: Source) -> tuple[Tensor, list[str]]:
     """Images as the model reads them, and captions; one is longer than any context."""
     table = emoji_table("test").slice(0, SAMPLES)
-    pictures = [Image.open(BytesIO(data)) for data in table["image"].to_pylist()]
+    opened = [Image.open(BytesIO(data)) for data in table["image"].to_pylist()]
     captions: list[str] = table["caption"].to_pylist()
-    images = torch.stack([source.transform(picture) for picture in pictures])
+    images = torch.stack([source.transform(image) for image in opened])
     return images, [*captions, ", ".join(captions), "It's A TEST: 2 cats & 3 dogs!"]
 
 
