@@ -27,7 +27,7 @@ def test_weights_are_a_function_of_the_seed(monkeypatch):
 
 
 def test_heads_start_equal_and_scales_stay_in_range():
-    """Image and text heads begin with the same weights; both scales are clamped to [1, 100]."""
+    """Image and text heads begin with the same weights; both scales are clamped to [1, 100] but that of sigmoid."""
     model = loading.model(tiny_model(), seed=0)
     for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -37,6 +37,9 @@ def test_heads_start_equal_and_scales_stay_in_range():
             parameter.detach().fill_(given)
             model.clamp_scales()
             assert parameter.exp().item() == pytest.approx(clamped, rel=1e-5)
+    model.towers.logit_scale.detach().fill_(5.0)
+    model.clamp_scales(sigmoid=True)
+    assert model.towers.logit_scale.item() == 5.0
 
 
 def test_embeddings_have_unit_norm_and_encoders_agree():
