@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interrupting import relative_difference, stop_after, with_changes, with_out
-from protoclip.config import Config, ImageTowerConfig, ParallelConfig
+from protoclip.config import Config, HeadConfig, ImageTowerConfig, ParallelConfig
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, no_sync, reach_everything
 from protoclip.losses.grad_cache import forward_in_chunks
@@ -126,7 +126,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "queue": {"prototypes": {"source": "queue"}},
     # It synchronises BatchNorm without being asked.
     "FSDP2": {"parallel": {"strategy": "fsdp", "sync_batch_norm": False}},
-    "sigmoid, FSDP2": {"loss": {"instance": "sigmoid"}, "parallel": {"strategy": "fsdp"}},
+    "sigmoid, FSDP2": {
+        "loss": {"instance": "sigmoid"},
+        "parallel": {"strategy": "fsdp"},
+        # Without a ReLU rounding stays small.
+        "model": {
+            "image": ImageTowerConfig(name="test_vit", size=32),
+            "heads": HeadConfig(hidden_layers=0, projection_dim=8),
+        },
+    },
     "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
 }
 

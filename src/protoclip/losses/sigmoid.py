@@ -79,7 +79,8 @@ class SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, texts: Tensor, bias: Tensor, ranks: int) -> Tensor:
-        losses, slopes = images.new_zeros(2, len(images))
+        losses = images.new_zeros(len(images))
+        slopes = torch.zeros_like(losses)
         to_images = torch.zeros_like(images)
         visitors = torch.stack([texts, torch.zeros_like(texts)])
         with tiles.without_autocast(images):
