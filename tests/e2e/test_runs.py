@@ -103,7 +103,9 @@ SIGLIP = {
 
 
 @pytest.mark.parametrize("way", ["small towers", "SigLIP"])
-def test_the_sigmoid_loss_trains_beside_prototypes(way, tiny_parquet, tmp_path, monkeypatch):
+def test_the_sigmoid_loss_trains_beside_prototypes(
+    way, tiny_parquet, tmp_path, monkeypatch, capsys
+):
     """It takes the place of InfoNCE where a setting or the model asks for it, and learns its scale
     and bias. The next run from these weights goes on with them, without being told."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-sig", SIGLIP)
@@ -111,6 +113,9 @@ def test_the_sigmoid_loss_trains_beside_prototypes(way, tiny_parquet, tmp_path, 
     given = {"loss": {"instance": "sigmoid"}} if small else {"model": {"name": "tiny-sig"}}
     given["optim"] = {"learning_rate": 2e-3, "warm_up_steps": 2}
     run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "run", count=4, **given))
+    shown = capsys.readouterr().err
+    assert ("note: loss.instance = sigmoid: the logits start with scale 10" in shown) == small
+    assert ("note: loss.instance = sigmoid, since the model has a logit bias" in shown) != small
     assert 'instance = "sigmoid"\n' in (tmp_path / "run" / "config.toml").read_text()
     lines = metrics_of(tmp_path / "run", "train/loss/sigmoid")
     assert not metrics_of(tmp_path / "run", "train/loss/info_nce")

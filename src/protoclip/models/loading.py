@@ -140,10 +140,12 @@ def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, lis
         else:
             assert whole is not None
             built = to_device(whole, device)
-        for made in (whole, built):
-            if sigmoid and made is not None:
+        notes = []
+        if sigmoid and not has_logit_bias(config.model):
+            for made in filter(None, (whole, built)):
                 made.add_logit_bias()
-        return built, whole, parallelise(config, built)
+            notes = ["loss.instance = sigmoid: the logits start with scale 10 and bias -10"]
+        return built, whole, notes + parallelise(config, built)
 
     built, whole, notes = raise_on_all_ranks(build)
     if sharded:
