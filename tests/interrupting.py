@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "prototypes": {"extract_transform": "training"},
     },
     "micro-batches": {"episodes": {"micro_batch_size": 8}},
+    "sigmoid": {"loss": {"instance": "sigmoid"}, "episodes": {"micro_batch_size": 8}},
     "stream": {
         "data": {"read": "streaming", "shuffle_buffer": 20},
         "prototypes": {"source": "queue"},
@@ -92,7 +93,7 @@ def relative_difference(
     weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Config
 ) -> float:
     """Distance of all parameters, as a share of the way that they went from the start."""
-    start = loading.model(config.model, seed=config.run.seed).state_dict()
+    start = loading.training_model(config, torch.device("cpu"))[0].state_dict()
     names = [n for n in expected if "running_" not in n and "num_batches" not in n]
 
     def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

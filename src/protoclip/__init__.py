@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from protoclip.losses.objective import objective as objective
     from protoclip.losses.prototypical import Target as Target
     from protoclip.losses.prototypical import prototypical_loss as prototypical_loss
+    from protoclip.losses.sigmoid import sigmoid_loss as sigmoid_loss
     from protoclip.models.loading import load as load
     from protoclip.models.protoclip import Embeddings as Embeddings
     from protoclip.models.protoclip import ProtoCLIP as ProtoCLIP
@@ -31,6 +32,7 @@ _MODULES = {
     "losses.info_nce": ["info_nce"],
     "losses.objective": ["objective"],
     "losses.prototypical": ["Target", "prototypical_loss"],
+    "losses.sigmoid": ["sigmoid_loss"],
     "models.loading": ["load"],
     "models.protoclip": ["Embeddings", "ProtoCLIP"],
     "prototypes.kmeans": ["KMeans", "kmeans"],

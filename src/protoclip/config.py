@@ -176,7 +176,8 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    info_nce: NotNegative = 1.0  # Weight of InfoNCE.
+    instance: Literal["auto", "info_nce", "sigmoid"] = "auto"  # auto: sigmoid for SigLIP models.
+    info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
 
@@ -423,6 +424,7 @@ def without_effect(config: Config) -> list[str]:
         "teacher.*": no_teacher,
         "teachers.*": no_teacher,
         "loss.teacher": no_features,
+        "loss.instance": loss.info_nce == 0 and "loss.info_nce is 0",
         "optim.locked_learning_rate": not episodes.locked_image and "episodes.locked_image is 0",
         "model.embed_dim": named,
         "model.image.name": named,

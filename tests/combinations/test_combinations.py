@@ -39,6 +39,7 @@ FEATURES = {
     "cache": ("none", "ram", "disk"),
     "workers": (0, 1),
     "teacher": ("no", "yes"),
+    "loss": ("info_nce", "sigmoid"),
     "prototypes": ("extract", "queue"),
     "ranks": ("one", "ddp", "fsdp"),
     "accumulation": ("no", "yes"),
@@ -182,6 +183,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             "micro_batch_size": 4 if row["accumulation"] == "yes" else None,
             "locked_image": int(row["locked"] == "yes"),
         },
+        "loss": {"instance": row["loss"]},
         "prototypes": {"source": row["prototypes"], "number": 6},
         # A large epsilon keeps what rounding does to small gradients small.
         "optim": {"eps": 1e-2, "warm_up_steps": 0},

@@ -16,12 +16,16 @@ def collect(rank_rows: list[int]) -> dict[str, object]:
         "max": collectives.all_reduce(torch.tensor([rank]), "max").tolist(),
         "any": collectives.any_rank([rank == 1, False]),
         "objects": collectives.all_gather_object({"rank": rank}),
+        "passed on": collectives.all_gather_object(
+            collectives.pass_on(torch.full((2, 3), float(rank)).T)[0].tolist()
+        ),
     }
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_rank_has_the_same_sums_and_gathers(world_size):
-    """Numbers of rows may differ between ranks and be zero. One rank needs no group."""
+    """Numbers of rows may differ between ranks and be zero. One rank needs no group. What is passed
+    on comes from the rank before."""
     rows = [3, 0, 1, 2][:world_size]
     expected = {
         "gathered": [float(rank) for rank, count in enumerate(rows) for _ in range(count)],
@@ -29,6 +33,7 @@ def test_every_rank_has_the_same_sums_and_gathers(world_size):
         "max": [world_size - 1],
         "any": [world_size > 1, False],
         "objects": [{"rank": rank} for rank in range(world_size)],
+        "passed on": [[float((rank - 1) % world_size)] * 2 for rank in range(world_size)],
     }
     assert run_distributed(collect, world_size, rows) == [expected] * world_size
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interrupting import relative_difference, stop_after, with_changes, with_out
-from protoclip.config import Config, ImageTowerConfig, ParallelConfig
+from protoclip.config import Config, HeadConfig, ImageTowerConfig, ParallelConfig
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, no_sync, reach_everything
 from protoclip.losses.grad_cache import forward_in_chunks
@@ -32,6 +32,8 @@ def gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss, gradients and BatchNorm statistics of a batch whose rows the ranks share."""
     model = loading.model(tiny_model(), seed=0).double()
+    if "sigmoid" in terms:
+        model.add_logit_bias()
     if collectives.world_size() > 1:
         batch_norm.synchronise(model)
     enter_stage(model, PROTOTYPICAL)
@@ -47,7 +49,7 @@ def gradients(
     own = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
     targets = {}
     for term in terms:
-        if term != "info_nce":
+        if "_from_" in term:
             student, _, teacher = term.partition("_from_")
             centroids = torch.randn(2, PROTOTYPES, WIDTH, generator=generator).double()
             centroids[0, 2] = 0  # an empty cluster, whose rows the mean leaves out
@@ -70,7 +72,11 @@ def gradients(
         embeddings,
         targets or None,
         dict(zip(("image", "text", "teacher"), assigned[:, own], strict=True)),
-        weights=LossWeights(info_nce=float("info_nce" in terms), teachers={"teacher": 2.0}),
+        weights=LossWeights(
+            info_nce=float("info_nce" in terms),
+            sigmoid=float("sigmoid" in terms),
+            teachers={"teacher": 2.0},
+        ),
     )
     total = torch.stack(list(losses.values())).sum()
     (total + reach_everything(embeddings)).backward()
@@ -82,6 +88,7 @@ def gradients(
 
 TERMS = {
     "InfoNCE": ("info_nce",),
+    "sigmoid": ("sigmoid",),
     "prototypical": ("image_from_text", "text_from_image"),
     "teacher": ("image_from_teacher", "text_from_teacher"),
 }
@@ -119,6 +126,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "queue": {"prototypes": {"source": "queue"}},
     # It synchronises BatchNorm without being asked.
     "FSDP2": {"parallel": {"strategy": "fsdp", "sync_batch_norm": False}},
+    "sigmoid, FSDP2": {
+        "loss": {"instance": "sigmoid"},
+        "parallel": {"strategy": "fsdp"},
+        # Without a ReLU rounding stays small.
+        "model": {
+            "image": ImageTowerConfig(name="test_vit", size=32),
+            "heads": HeadConfig(hidden_layers=0, projection_dim=8),
+        },
+    },
     "teacher": {"teacher": {"features": "emoji"}, "prototypes": {"source": "queue"}},
 }
 

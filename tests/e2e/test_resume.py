@@ -76,6 +76,18 @@ def test_other_settings_do_not_go_on(whole, stopped):
     assert_equal_ends(folder, whole("queue"))
 
 
+def test_a_run_of_an_earlier_version_goes_on(whole, stopped):
+    """Its config.toml does not name the loss, which was InfoNCE."""
+    path = Path(str(stopped.run.out)) / "config.toml"
+    settings = path.read_text()
+    assert settings.count('instance = "info_nce"\n') == 1
+    path.write_text(settings.replace('instance = "info_nce"\n', ""))
+    with pytest.raises(ValueError, match=r"loss\.instance \(info_nce before, sigmoid now\)"):
+        run.train(with_changes(stopped, {"loss": {"instance": "sigmoid"}}), resume="auto")
+    assert run.train(stopped, resume="auto")["steps"] == 16
+    assert_equal_ends(Path(str(stopped.run.out)), whole("queue"))
+
+
 def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):
     """Asked to go on, it returns its results and trains nothing."""
     before = (tiny_run / "results.json").read_text()

@@ -1,6 +1,7 @@
 """Runs from beginning to end, by the functions and commands that users call."""
 
 import json
+import math
 import re
 import tomllib
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +87,53 @@ def test_a_clip_run_learns_and_says_what_it_does(tiny_parquet, tmp_path, capsys)
     shown = capsys.readouterr().err
     assert "training on 96 pairs: 12 episodes of 64 pairs in batches of 16, 8 passes" in shown
     assert f"loss {losses[-1]:.4g})" in shown.splitlines()[-1]
+
+
+# A model shaped as open_clip's SigLIP.
+TIMM = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "avg", "timm_proj": "none"}
+TEXT = {"context_length": 8, "width": 16, "heads": 2, "layers": 1}
+SIGLIP = {
+    "embed_dim": 64,
+    "init_logit_scale": 2.5,
+    "init_logit_bias": -9.5,
+    "custom_text": True,
+    "vision_cfg": TIMM,
+    "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+}
+
+
+@pytest.mark.parametrize("way", ["small towers", "SigLIP"])
+def test_the_sigmoid_loss_trains_beside_prototypes(
+    way, tiny_parquet, tmp_path, monkeypatch, capsys
+):
+    """It takes the place of InfoNCE where a setting or the model asks for it, and learns its scale
+    and bias. The next run from these weights goes on with them, without being told."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-sig", SIGLIP)
+    small = way == "small towers"
+    given = {"loss": {"instance": "sigmoid"}} if small else {"model": {"name": "tiny-sig"}}
+    given["optim"] = {"learning_rate": 2e-3, "warm_up_steps": 2}
+    run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "run", count=4, **given))
+    shown = capsys.readouterr().err
+    assert ("note: loss.instance = sigmoid: the logits start with scale 10" in shown) == small
+    assert ("note: loss.instance = sigmoid, since the model has a logit bias" in shown) != small
+    assert 'instance = "sigmoid"\n' in (tmp_path / "run" / "config.toml").read_text()
+    lines = metrics_of(tmp_path / "run", "train/loss/sigmoid")
+    assert not metrics_of(tmp_path / "run", "train/loss/info_nce")
+    assert len(lines) == 16
+    assert lines[0]["train/logit_bias"] == (-10 if small else -9.5)
+    assert lines[0]["train/logit_scale"] == pytest.approx(10 if small else math.exp(2.5))
+    losses = [line["train/loss/sigmoid"] for line in lines]
+    assert np.mean(losses[-2:]) < 0.8 * losses[0]
+    for line in lines[4:]:
+        names = ("sigmoid", "prototypical/image_from_text", "prototypical/text_from_image")
+        one, *two = (line[f"train/loss/{name}"] for name in names)
+        assert line["train/loss/total"] == pytest.approx(one + sum(two) / 2, rel=1e-5)
+    trained, _, _ = protoclip.load(tmp_path / "run")
+    assert trained.towers.logit_bias.item() not in (-10, -9.5)
+    given = {"model": {**given.get("model", {}), "checkpoint": str(tmp_path / "run")}}
+    run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1, **given))
+    first = metrics_of(tmp_path / "next", "train/loss/sigmoid")[0]
+    assert first["train/logit_bias"] == trained.towers.logit_bias.item()
 
 
 def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_run, tiny_parquet, tmp_path):

@@ -124,6 +124,19 @@ def all_gather_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d
     return gathered
 
 
+def pass_on(values: Tensor) -> Tensor:
+    """The values of the rank before, while this rank's go to the one after it. No gradient."""
+    if world_size() == 1:
+        return values
+    received = torch.empty_like(values, memory_format=torch.contiguous_format)
+    after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    sends = dist.P2POp(dist.isend, values.detach().contiguous(), after)
+    receives = dist.P2POp(dist.irecv, received, before)
+    for request in dist.batch_isend_irecv([sends, receives]):
+        request.wait()
+    return received
+
+
 def all_gather_object(value: Any) -> list[Any]:
     """A small object of each rank, in the order of ranks."""
     if world_size() == 1:

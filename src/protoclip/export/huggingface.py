@@ -142,10 +142,11 @@ def text_settings(source: Source) -> dict[str, Any]:
         or text.attn_mask is None
         or matrix(text.text_projection) is None
         or getattr(text, "cls_emb", None) is not None
-        or getattr(source.towers, "logit_bias", None) is not None
         or not plain_blocks(text.transformer)
     ):
         raise Unavailable("no model of transformers has its text tower")
+    if getattr(source.towers, "logit_bias", None) is not None:
+        raise Unavailable("no model of transformers with such towers has a logit bias")
     number = len(text.token_embedding.weight)
     if len(getattr(tokenizer, "encoder", ())) != number:
         raise Unavailable("its tokenizer is not CLIP's")

@@ -110,6 +110,8 @@ def open_source(reference: str, *, license: str = "unknown") -> Source:
         config["vision_cfg"]["image_size"] = size if isinstance(size, int) else list(size)
         config["text_cfg"]["context_length"] = int(tokenizer(["a"]).shape[1])
         config["quick_gelu"] = has_quick_gelu(built)
+        if (bias := getattr(built, "logit_bias", None)) is not None:
+            config.setdefault("init_logit_bias", float(bias.detach()))
         if "timm_model_name" in config["vision_cfg"]:
             config["vision_cfg"]["timm_model_pretrained"] = False
         config["custom_text"] = not isinstance(built, open_clip.CLIP)

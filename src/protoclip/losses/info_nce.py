@@ -1,6 +1,5 @@
 """InfoNCE, the contrastive loss between pairs. For large batches it is computed tile by tile."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ class TiledInfoNCE(torch.autograd.Function):
         rows = images.new_full((len(images),), float("-inf"))
         columns = rows.clone()
         with tiles.without_autocast(images):
-            for i, j in blocks(images):
+            for i, j in tiles.blocks(images):
                 tile = tiles.scores(images[i], texts[j])
                 rows[i] = rows[i].logaddexp(tiles.log_sum(tile, dim=1))
                 columns[j] = columns[j].logaddexp(tiles.log_sum(tile, dim=0))
@@ -96,7 +95,7 @@ class TiledInfoNCE(torch.autograd.Function):
         images, texts, rows, columns = ctx.saved_tensors
         to_images, to_texts = -2 * texts, -2 * images
         with tiles.without_autocast(images):
-            for i, j in blocks(images):
+            for i, j in tiles.blocks(images):
                 tile = tiles.scores(images[i], texts[j])
                 shares = tiles.exponential(tile - rows[i].unsqueeze(1))
                 shares += tiles.exponential(tile.sub_(columns[j]))
@@ -104,11 +103,3 @@ class TiledInfoNCE(torch.autograd.Function):
                 to_texts[j] += tiles.scores(shares.T, images[i].T)
         scale = gradient / (2 * len(images))
         return to_images.mul_(scale), to_texts.mul_(scale)
-
-
-def blocks(features: Float[Tensor, "b _"]) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of each tile of the logits."""
-    height, width = tiles.shape(features)
-    for top in range(0, len(features), height):
-        for left in range(0, len(features), width):
-            yield slice(top, top + height), slice(left, left + width)

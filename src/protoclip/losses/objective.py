@@ -9,6 +9,7 @@ from torch import Tensor
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.info_nce import info_nce, sharded_info_nce
 from protoclip.losses.prototypical import Target
+from protoclip.losses.sigmoid import sharded_sigmoid_loss, sigmoid_loss
 from protoclip.models.protoclip import Embeddings
 
 
@@ -17,6 +18,7 @@ class LossWeights:
     """Weight of each loss. A loss of weight 0 is not computed."""
 
     info_nce: float = 1.0
+    sigmoid: float = 0.0
     prototypical: float = 1.0
     teachers: Mapping[str, float] = field(default_factory=dict)
 
@@ -35,7 +37,7 @@ def objective(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted losses by name, whose sum is minimised, and a report of them, unweighted.
 
-    L = w_i InfoNCE + w_p (L_image<-text + L_text<-image) / 2
+    L = w_i InfoNCE + w_s sigmoid loss + w_p (L_image<-text + L_text<-image) / 2
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
 
     With several ranks each value is of the local rows. The means of values and gradients over ranks
@@ -50,7 +52,7 @@ def objective(
 
     Args:
         embeddings: The model's output for a batch.
-        targets: Targets by `(student, teacher)`; `None` for InfoNCE alone.
+        targets: Targets by `(student, teacher)`; `None` without prototypes.
         assignments: Prototype of each row by teacher. A row with -1 has no part in that loss.
         weights: Weight of each loss.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
@@ -58,11 +60,18 @@ def objective(
     """
     losses: dict[str, Tensor] = {}
     report: dict[str, Tensor] = {"train/logit_scale": embeddings.logit_scale.detach()}
+    pairs = (embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
     if weights.info_nce:
-        loss_of = info_nce if world_size() == 1 else sharded_info_nce
-        loss = loss_of(embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
+        loss = (info_nce if world_size() == 1 else sharded_info_nce)(*pairs)
         losses["info_nce"] = weights.info_nce * loss
         report["train/loss/info_nce"] = loss.detach()
+    if weights.sigmoid:
+        assert embeddings.logit_bias is not None, "add_logit_bias comes first"
+        loss_of = sigmoid_loss if world_size() == 1 else sharded_sigmoid_loss
+        loss = loss_of(*pairs, embeddings.logit_bias)
+        losses["sigmoid"] = weights.sigmoid * loss
+        report["train/loss/sigmoid"] = loss.detach()
+        report["train/logit_bias"] = embeddings.logit_bias.detach()
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}
     for (student, teacher), target in (targets or {}).items():
         if not weights.of(teacher):

@@ -4,7 +4,7 @@ A running maximum and sum join the tiles, as in FlashAttention (Dao et al. 2022)
 exact to rounding in any floating dtype, and takes the time of its matrix products.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, reduce
 from typing import Any
 
@@ -25,6 +25,14 @@ def shape(rows: Float[Tensor, "b _"]) -> tuple[int, int]:
     height = min(ROWS, max(1, len(rows)))
     scores = CPU_SCORES if rows.device.type == "cpu" else GPU_SCORES
     return height, max(1, scores // height)
+
+
+def blocks(features: Float[Tensor, "b _"]) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of each tile of a batch's logits."""
+    height, width = shape(features)
+    for top in range(0, len(features), height):
+        for left in range(0, len(features), width):
+            yield slice(top, top + height), slice(left, left + width)
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -105,15 +105,31 @@ def architecture(config: ModelConfig, *, weights: Literal["published", "new", "n
                 context_length=config.text.context_length,
                 weights=weights,
             )
-        return ProtoCLIP(built, projection_head(embed_dim, config.heads))
+        model = ProtoCLIP(built, projection_head(embed_dim, config.heads))
+        if has_logit_bias(config):
+            model.add_logit_bias()
+        return model
+
+
+def has_logit_bias(config: ModelConfig) -> bool:
+    """Whether the model has the bias of the sigmoid loss, by its name or its checkpoint."""
+    if config.checkpoint is None:
+        return config.name is not None and towers.has_logit_bias(config.name)
+    path = find_checkpoint(config.checkpoint) / WEIGHTS
+    try:
+        with safe_open(path, "pt") as weights:
+            return "towers.logit_bias" in weights.keys()  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
 
 
 def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, list[str]]:
     """The model that a run trains, parallel as `[parallel]` says, and notes for the user.
 
     Collective. With FSDP only rank 0 holds the whole model, on its CPU, until every rank has its
-    shard.
+    shard. The sigmoid loss gets the logit bias that it needs.
     """
+    sigmoid = config.loss.instance == "sigmoid" and config.loss.info_nce > 0
     sharded = config.parallel.strategy == "fsdp" and world_size() > 1
 
     def build() -> tuple[ProtoCLIP, ProtoCLIP | None, list[str]]:
@@ -124,7 +140,12 @@ def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, lis
         else:
             assert whole is not None
             built = to_device(whole, device)
-        return built, whole, parallelise(config, built)
+        notes = []
+        if sigmoid and not has_logit_bias(config.model):
+            for made in filter(None, (whole, built)):
+                made.add_logit_bias()
+            notes = ["loss.instance = sigmoid: the logits start with scale 10 and bias -10"]
+        return built, whole, notes + parallelise(config, built)
 
     built, whole, notes = raise_on_all_ranks(build)
     if sharded:

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 class Embeddings:
     """The model's output for a batch of pairs.
 
-    Features and projections have unit norm; scales are inverse temperatures in [1, 100].
-    Projections are `None` if the forward pass was called with `project=False`.
+    Features and projections have unit norm; scales are inverse temperatures.
+    Projections are `None` if the forward pass was called with `project=False`. Only models of the
+    sigmoid loss have a `logit_bias`.
     """
 
     image_features: Float[Tensor, "b d"]
@@ -24,6 +26,7 @@ class Embeddings:
     text_projections: Float[Tensor, "b p"] | None
     logit_scale: Float[Tensor, ""]
     prototype_logit_scale: Float[Tensor, ""]
+    logit_bias: Float[Tensor, ""] | None = None
 
 
 def to_float(values: Tensor) -> Tensor:
@@ -71,6 +74,17 @@ class ProtoCLIP(TowerPair):
         self.text_head = copy.deepcopy(head)
         self.prototype_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    def add_logit_bias(self) -> None:
+        """Prepare towers without a logit bias for the sigmoid loss; others stay as they are.
+
+        The scale becomes 10 and the bias -10, with which that loss starts (arXiv 2303.15343).
+        """
+        towers: Any = self.towers
+        if getattr(towers, "logit_bias", None) is None:
+            towers.logit_bias = nn.Parameter(torch.full_like(towers.logit_scale.detach(), -10.0))
+            with torch.no_grad():
+                towers.logit_scale.fill_(math.log(10))
+
     def forward(
         self, images: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "b c"], project: bool = True
     ) -> Embeddings:
@@ -79,6 +93,7 @@ class ProtoCLIP(TowerPair):
         The heads read the towers' outputs before normalisation, as in the reference.
         """
         image, text = self.encode_image(images), self.encode_text(tokens)
+        logit_bias: Tensor | None = getattr(self.towers, "logit_bias", None)
 
         def projections(head: nn.Module, features: Tensor) -> Tensor | None:
             return F.normalize(to_float(head(features)), dim=-1) if project else None
@@ -91,10 +106,16 @@ class ProtoCLIP(TowerPair):
             text_projections=projections(self.text_head, text),
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
+            # A copy, which has no gradient where gradients are off; a parameter always has.
+            logit_bias=None if logit_bias is None else logit_bias.clone(),
         )
 
     @torch.no_grad()
-    def clamp_scales(self) -> None:
-        """Keep both inverse temperatures in [1, 100]; called after each optimizer step."""
-        self.towers.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator]
+    def clamp_scales(self, *, sigmoid: bool = False) -> None:
+        """Keep both inverse temperatures in [1, 100]; called after each optimizer step.
+
+        With the sigmoid loss the first one is free, as in its paper: published ones exceed 100.
+        """
+        if not sigmoid:
+            self.towers.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator]
         self.prototype_logit_scale.clamp_(0, math.log(100))

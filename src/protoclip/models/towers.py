@@ -39,12 +39,9 @@ def tower_kind(name: str) -> Literal["transformer", "convolutional"]:
     return "transformer" if transformer else "convolutional"
 
 
-def refuse_sigmoid(name: str) -> None:
-    """Refuse models whose logits have a bias, which only the sigmoid loss trains."""
-    if "init_logit_bias" in named_config(name):
-        raise ValueError(
-            f"model.name: {name} needs the sigmoid loss of SigLIP; choose a CLIP model, as RN50"
-        )
+def has_logit_bias(name: str) -> bool:
+    """Whether the logits of an open_clip model have the bias of the sigmoid loss."""
+    return named_config(name).get("init_logit_bias") is not None
 
 
 def named_towers(

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from protoclip.config import SMALL_CONTEXT_LENGTH, SMALL_IMAGE_SIZE, Config
-from protoclip.models.towers import refuse_sigmoid, tower_kind
+from protoclip.models import loading
+from protoclip.models.towers import tower_kind
 
 LOCKED_WARM_UP = 2  # steps
 
@@ -64,17 +65,22 @@ def resolved(config: Config) -> tuple[Config, list[str]]:
     """The configuration with every default that depends on the model decided, and notes on these.
 
     Raises:
-        ValueError: There is no such model, or it cannot be trained here.
+        ValueError: There is no such model or checkpoint.
     """
-    if config.model.name is not None:
-        refuse_sigmoid(config.model.name)
     settings, notes = optim_settings(config)
     model, image, text = config.model, config.model.image, config.model.text
+    loss = config.loss
+    if loss.instance == "auto":
+        sigmoid = loading.has_logit_bias(model)
+        loss = replace(loss, instance="sigmoid" if sigmoid else "info_nce")
+        if sigmoid:
+            notes.append("loss.instance = sigmoid, since the model has a logit bias")
     if model.name is None:
         image = replace(image, size=image.size or SMALL_IMAGE_SIZE)
         text = replace(text, context_length=text.context_length or SMALL_CONTEXT_LENGTH)
         model = replace(model, image=image, text=text)
-    return replace(config, model=model, optim=replace(config.optim, **settings)), notes
+    optim = replace(config.optim, **settings)
+    return replace(config, model=model, loss=loss, optim=optim), notes
 
 
 def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float:
@@ -123,7 +129,7 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     own: dict[str, tuple[float, float]] = {}
     if (image, text) != (1.0, 1.0):
         # open_clip's image tower is `visual`; its text tower may be several modules.
-        scales = {"towers.visual.": image, "towers.logit_scale": 1.0, "towers.": text}
+        scales = {"towers.visual.": image, "towers.logit_": 1.0, "towers.": text}
         own = {prefix: (scale, common[1]) for prefix, scale in scales.items()}
     if heads != common:
         own |= {"image_head.": heads, "text_head.": heads}

@@ -183,6 +183,7 @@ class Run:
         teachers = config.external_teachers
         spaces: dict[str, PrototypeConfig | TeacherConfig] = {**teachers}
         spaces |= {"image": config.prototypes, "text": config.prototypes}
+        sigmoid = config.loss.instance == "sigmoid"
         optimizer, scaler = optim.optimizer(config, model), grad_scaler(precision, device)
         self.trainer = Trainer(
             model=model,
@@ -190,7 +191,8 @@ class Run:
             source=self.feature_source(samples, autocast(precision, device)),
             cluster=self.cluster,
             weights=LossWeights(
-                info_nce=config.loss.info_nce,
+                info_nce=0.0 if sigmoid else config.loss.info_nce,
+                sigmoid=config.loss.info_nce if sigmoid else 0.0,
                 prototypical=config.loss.prototypical,
                 teachers={n: t.weight * config.loss.teacher for n, t in teachers.items()},
             ),
@@ -467,6 +469,7 @@ def check_folder(
 def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
     before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    before.setdefault("loss.instance", "info_nce")  # the only one of earlier versions
     now = flat(tomllib.loads(config))
     differ = [
         f"{key} ({before.get(key, 'unset')} before, {now.get(key, 'unset')} now)"

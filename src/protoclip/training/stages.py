@@ -26,7 +26,7 @@ class Stage:
 
 
 HEADS = r"image_head\.|text_head\.|prototype_logit_scale"
-CONTRASTIVE = Stage(name="InfoNCE", frozen=(HEADS,))
+CONTRASTIVE = Stage(name="contrastive", frozen=(HEADS,))
 WARM_UP = Stage(name="warm-up", frozen=(HEADS,), projects=True)
 PROTOTYPICAL = Stage(name="prototypical", needs_prototypes=True, projects=True)
 LOCKED_IMAGE = Stage(

@@ -143,7 +143,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = parallel.clip_gradients(self.model, self.clip_norm)
         self.guard.step(self.step + 1, total, norm, batch.sample_id)
-        self.model.clamp_scales()
+        self.model.clamp_scales(sigmoid=self.weights.sigmoid > 0)
         self.source.observe(batch, embeddings)
         self.step, self.batch = self.step + 1, self.batch + 1
         self.samples_seen += len(batch.position) * world_size()

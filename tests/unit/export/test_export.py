@@ -71,6 +71,10 @@ NAMED: dict[str, dict[str, Any]] = {
 # Formats that a model has, and why it has no others.
 MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "run": ({"open_clip": "CLIP", "hf": "VisionTextDualEncoderModel", "timm": "resnet10t"}, {}),
+    "run-sigmoid": (
+        {"open_clip": "CLIP", "timm": "resnet10t"},
+        {"hf": "no model of transformers with such towers has a logit bias"},
+    ),
     "run-vit": (
         {"hf": "VisionTextDualEncoderModel", "timm": "test_vit"},
         {"open_clip": "it builds test_vit for images of 160 pixels alone, and this model reads 32"},
@@ -117,14 +121,16 @@ MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 
 
-def save_run(folder: Path, config: ModelConfig, **state: Any) -> Path:
+def save_run(folder: Path, config: ModelConfig, *, sigmoid: bool = False, **state: Any) -> Path:
     """A run with one checkpoint; returns its folder."""
     tensors: dict[str, torch.Tensor] = {}
     facts = {"model.json": {"model": asdict(config)}, "state.json": split(state, tensors)}
-    weights = loading.model(config, seed=1).state_dict()
+    model = loading.model(config, seed=1)
+    if sigmoid:
+        model.add_logit_bias()
     write_checkpoint(
         folder / "checkpoints" / "step-000000004",
-        {"model.safetensors": weights, "resume.safetensors": tensors},
+        {"model.safetensors": model.state_dict(), "resume.safetensors": tensors},
         facts,
     )
     return folder
@@ -156,8 +162,8 @@ def reference(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
 
     def make(kind: str) -> str:
-        if kind == "run":
-            return str(save_run(base / kind, tiny_model()))
+        if kind in ("run", "run-sigmoid"):
+            return str(save_run(base / kind, tiny_model(), sigmoid=kind == "run-sigmoid"))
         if kind == "run-vit":
             image = ImageTowerConfig(name="test_vit", size=32)
             return str(save_run(base / kind, replace(tiny_model(), image=image)))

@@ -27,6 +27,7 @@ class Model(nn.Module):
         self.image_head, self.text_head = nn.Linear(5, 3), nn.Linear(5, 3)
         self.scale = nn.Parameter(torch.tensor(2.0))
         self.prototype_scale = nn.Parameter(torch.tensor(1.5))
+        self.bias = nn.Parameter(torch.tensor(-3.0))
         self.project = project
         self.double()
 
@@ -41,6 +42,7 @@ class Model(nn.Module):
             text_projections=projections[1],
             logit_scale=self.scale.exp(),
             prototype_logit_scale=self.prototype_scale.exp(),
+            logit_bias=self.bias.clone(),
         )
 
 
@@ -53,7 +55,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def total(embeddings: Embeddings) -> Tensor:
-    """InfoNCE, and the prototypical losses if there are projections."""
+    """InfoNCE, the sigmoid loss, and the prototypical losses if there are projections."""
     targets = None
     if embeddings.image_projections is not None:
         generator = torch.Generator().manual_seed(2)
@@ -61,7 +63,7 @@ def total(embeddings: Embeddings) -> Tensor:
         target = Target(classes=classes, class_index=torch.arange(K), lookup=lookup)
         targets = {("image", "text"): target, ("text", "image"): target}
     assignments = {space: torch.arange(B) % K for space in ("image", "text")}
-    losses, _ = objective(embeddings, targets, assignments, weights=LossWeights())
+    losses, _ = objective(embeddings, targets, assignments, weights=LossWeights(sigmoid=2.0))
     return torch.stack(list(losses.values())).sum()
 
 

@@ -6,12 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip import Embeddings, KMeans, Target, info_nce, objective, prototypical_loss
+from protoclip import (
+    Embeddings,
+    KMeans,
+    Target,
+    info_nce,
+    objective,
+    prototypical_loss,
+    sigmoid_loss,
+)
 from protoclip.distributed import collectives
 from protoclip.losses import info_nce as instance
 from protoclip.losses import prototypical, tiles
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
+from protoclip.losses.sigmoid import sharded_sigmoid_loss
 from protoclip.testing import run_distributed
 
 B, D, P, Q, K = 7, 5, 6, 4, 9
@@ -31,6 +40,16 @@ def slow_info_nce(image: Tensor, text: Tensor, s: Tensor) -> Tensor:
     terms = (s * image @ text.T).exp()
     shares = terms / terms.sum(1, keepdim=True), terms / terms.sum(0)
     return -sum(share.diagonal().log().mean() for share in shares) / 2
+
+
+def slow_sigmoid(image: Tensor, text: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+    """-log of the probability that each logit gives to the truth, one by one."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, x in enumerate(image):
+        for j, y in enumerate(text):
+            z = 1 if i == j else -1
+            total = total - torch.log(1 / (1 + torch.exp(-z * (s * x @ y + bias))))
+    return total / len(image)
 
 
 def slow_prototypical(
@@ -112,6 +131,39 @@ def test_info_nce_is_the_papers_formula(world_size, tiled_above):
             torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
+def shared_sigmoid(rows: Tensor, s: Tensor, bias: Tensor, tile: int) -> list[Tensor]:
+    """Means over ranks of the loss and of the gradients of features, scale and bias."""
+    world_size = collectives.world_size()
+    own = rows.chunk(world_size, 1)[collectives.rank()]
+    leaves = [value.clone().requires_grad_() for value in (*own, s, bias)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "ROWS", tile)
+        patch.setattr(tiles, "CPU_SCORES", 2 * tile)
+        # A factor reaches the gradients, as that of a loss scaler does.
+        loss = 3 * sharded_sigmoid_loss(*leaves)
+        loss.backward()
+    image, text, temperature, shift = (leaf.grad for leaf in leaves)
+    sums = [collectives.all_reduce(loss.detach()), collectives.all_gather(image)]
+    sums += [collectives.all_gather(text), collectives.all_reduce(temperature)]
+    sums += [collectives.all_reduce(shift)]
+    return [value / world_size for value in sums]
+
+
+@pytest.mark.parametrize("tile", [3, 100], ids=["tiles of 3 x 2", "one tile"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_sigmoid_loss_is_its_papers_formula(world_size, tile):
+    """On any number of ranks, with the gradients of features, temperature and bias."""
+    leaves = image, text, s, bias = unit(20, D, seed=1), unit(20, D, seed=2), scale(14), scale(-6)
+    slow = slow_sigmoid(*leaves)
+    assert sigmoid_loss(*leaves).item() == pytest.approx(slow.item(), rel=1e-9)
+    expected = [3 * slow.detach(), *torch.autograd.grad(3 * slow, leaves)]
+    rows = torch.stack([image, text]).detach()
+    arguments = rows, s.detach(), bias.detach(), tile
+    for found in run_distributed(shared_sigmoid, world_size, *arguments):
+        for ours, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("mask_empty", [True, False])
 @pytest.mark.parametrize("temperature", [None, -1.0, 0.3, 0.05])
@@ -160,7 +212,7 @@ def test_accuracy_counts_the_nearest_prototype(mask_empty, right, chunk_elements
 
 @pytest.mark.usefixtures("small_tiles")
 def test_the_objective_is_the_weighted_sum():
-    """InfoNCE, both modalities and an external teacher, each with its weight and temperature."""
+    """InfoNCE, the sigmoid loss, both modalities and an external teacher, each with its weight."""
     e = Embeddings(
         image_features=unit(B, D, seed=1),
         text_features=unit(B, D, seed=2),
@@ -168,6 +220,7 @@ def test_the_objective_is_the_weighted_sum():
         text_projections=unit(B, P, seed=4),
         logit_scale=scale(14.0),
         prototype_logit_scale=scale(9.0),
+        logit_bias=scale(-6.0),
     )
     temperatures = {"image": 0.2, "text": 0.4, "bert": 0.0}
     pairs = [("image", "text"), ("text", "image"), ("image", "bert"), ("text", "bert")]
@@ -178,7 +231,8 @@ def test_the_objective_is_the_weighted_sum():
     assignments = {
         teacher: [(3 * i + n) % K for i in range(B)] for n, teacher in enumerate(temperatures)
     }
-    expected = 0.5 * slow_info_nce(e.image_features, e.text_features, e.logit_scale)
+    pairs = e.image_features, e.text_features, e.logit_scale
+    expected = 0.5 * slow_info_nce(*pairs) + 0.7 * slow_sigmoid(*pairs, e.logit_bias)
     for (student, teacher), (own, other) in centroids.items():
         expected = expected + {"bert": 3.0}.get(teacher, 2.0) / 2 * slow_prototypical(
             getattr(e, f"{student}_projections"),
@@ -189,7 +243,7 @@ def test_the_objective_is_the_weighted_sum():
             temperatures[teacher] or None,
             list(range(K)),
         )
-    weights = LossWeights(info_nce=0.5, prototypical=2.0, teachers={"bert": 3.0})
+    weights = LossWeights(info_nce=0.5, sigmoid=0.7, prototypical=2.0, teachers={"bert": 3.0})
     index = {teacher: torch.tensor(own) for teacher, own in assignments.items()}
     losses, report = objective(e, targets, index, weights=weights)
     total = torch.stack(list(losses.values())).sum()

@@ -1,4 +1,4 @@
-"""Tiled softmaxes: exact, small in memory, and independent of private entry points."""
+"""Tiled losses: exact, small in memory, and independent of private entry points."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from protoclip import KMeans, info_nce, prototypical_loss
+from protoclip import KMeans, info_nce, prototypical_loss, sigmoid_loss
 from protoclip.losses import info_nce as instance
 from protoclip.losses import tiles
 from protoclip.losses.info_nce import sharded_info_nce
@@ -111,11 +111,19 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     with Largest() as paired:
         info_nce(h, text, s).backward()
     assert paired.elements == b * p
+    with Largest() as classified:
+        sigmoid_loss(h, text, s, -10.0).backward()
+    assert classified.elements == 2 * b * p  # texts and their gradient, in one tensor
 
 
 def plain_info_nce(image, text, scale):
     logits = scale * image @ text.T
     return -(logits.log_softmax(0) + logits.log_softmax(1)).diagonal().mean() / 2
+
+
+def plain_sigmoid(image, text, scale):
+    truth = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    return -(truth * (scale * image @ text.T - 13)).sigmoid().log().sum() / len(image)
 
 
 def weighted(log_sum_exp):
@@ -129,9 +137,10 @@ def weighted(log_sum_exp):
     ("tiled", "plain"),
     [
         (info_nce, plain_info_nce),
+        (lambda image, text, scale: sigmoid_loss(image, text, scale, -13.0), plain_sigmoid),
         (weighted(tiles.log_sum_exp), weighted(lambda q, k: (q @ k.T).logsumexp(1))),
     ],
-    ids=["InfoNCE", "log-sum-exp"],
+    ids=["InfoNCE", "sigmoid", "log-sum-exp"],
 )
 def test_tiled_losses_keep_their_precision_in_float32(tiled, plain, scale, monkeypatch):
     """Value and gradients for rows, columns and scale against float64, flat and peaked."""
@@ -169,6 +178,7 @@ def test_losses_inside_autocast_are_those_outside(rows, dtype):
                 prototypical_loss(given, centroids, centroids, index, s, 0.1),
                 info_nce(given, other, s),
                 sharded_info_nce(given, other, s),
+                sigmoid_loss(given, other, s, -10.0),
             ]
             sum(losses).backward()
         assert all(loss.dtype == torch.float32 for loss in losses)

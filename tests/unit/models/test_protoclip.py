@@ -12,6 +12,7 @@ from protoclip.models import loading
 from protoclip.models.loading import model_config
 from protoclip.models.towers import image_normalisation, named_towers
 from protoclip.testing import tiny_config, tiny_model
+from protoclip.training.checkpoint import write_checkpoint
 
 
 def test_weights_are_a_function_of_the_seed(monkeypatch):
@@ -27,7 +28,7 @@ def test_weights_are_a_function_of_the_seed(monkeypatch):
 
 
 def test_heads_start_equal_and_scales_stay_in_range():
-    """Image and text heads begin with the same weights; both scales are clamped to [1, 100]."""
+    """Heads begin with the same weights. The scale of the sigmoid loss alone has no limits."""
     model = loading.model(tiny_model(), seed=0)
     for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -37,6 +38,33 @@ def test_heads_start_equal_and_scales_stay_in_range():
             parameter.detach().fill_(given)
             model.clamp_scales()
             assert parameter.exp().item() == pytest.approx(clamped, rel=1e-5)
+    model.towers.logit_scale.detach().fill_(5.0)
+    model.clamp_scales(sigmoid=True)
+    assert model.towers.logit_scale.item() == 5.0
+
+
+def test_only_a_model_of_the_sigmoid_loss_has_a_logit_bias(tmp_path):
+    """It starts with scale 10 and bias -10, and comes back from a checkpoint with what it learned.
+    One that has a bias keeps what it has."""
+    config = tiny_model()
+    model = loading.model(config, seed=0)
+    plain = model.state_dict()
+    assert model(torch.zeros(2, 3, 32, 32), torch.ones(2, 8, dtype=torch.long)).logit_bias is None
+    model.add_logit_bias()
+    assert model.state_dict().keys() - plain.keys() == {"towers.logit_bias"}
+    assert model.towers.logit_scale.exp().item() == pytest.approx(10)
+    assert model.towers.logit_bias.item() == -10
+    for parameter in (model.towers.logit_bias, model.towers.logit_scale):
+        parameter.detach().fill_(4.0)
+    model.add_logit_bias()
+    facts = {"model.json": {"model": asdict(config)}}
+    write_checkpoint(tmp_path / "saved", {"model.safetensors": model.state_dict()}, facts)
+    loaded, _, _ = loading.load(tmp_path / "saved")
+    assert loaded.towers.logit_bias.item() == loaded.towers.logit_scale.item() == 4.0
+    assert loading.has_logit_bias(replace(config, checkpoint=str(tmp_path / "saved")))
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+        loading.has_logit_bias(replace(config, checkpoint=str(tmp_path / "saved")))
 
 
 def test_embeddings_have_unit_norm_and_encoders_agree():

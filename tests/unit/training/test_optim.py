@@ -10,7 +10,6 @@ import torch
 from protoclip.config import Config, EpisodeConfig, LossConfig, ModelConfig, OptimConfig
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model
-from protoclip.training import run
 from protoclip.training.optim import (
     optim_settings,
     optimizer,
@@ -101,6 +100,7 @@ def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
     settings = OptimConfig(**scales, heads_weight_decay=heads_decay)
     config = replace(tiny_config(out="unused"), optim=settings)
     model = loading.model(config.model, seed=0)
+    model.add_logit_bias()
     adamw = optimizer(config, model)
     set_learning_rate(adamw, 2.0)
     groups = {id(p): group for group in adamw.param_groups for p in group["params"]}
@@ -111,7 +111,7 @@ def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
             rate, decay = 0.1, heads_decay
         elif name.startswith("towers.visual."):
             rate = 0.2
-        elif name.startswith("towers.") and name != "towers.logit_scale":
+        elif name.startswith("towers.") and not name.startswith("towers.logit_"):
             rate = 1.0
         group = groups.pop(id(parameter))
         assert group["lr"] == pytest.approx(rate), name
@@ -136,15 +136,17 @@ def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero():
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
 
 
-def test_models_of_the_sigmoid_loss_are_refused(monkeypatch):
-    """All of open_clip's, before anything is built; and no other model."""
-    monkeypatch.setattr(open_clip, "create_model", None)
-    for name in open_clip.list_models():
-        if "siglip" not in name.lower():
-            resolved(named(name))
-            continue
-        with pytest.raises(ValueError, match=f"^model.name: {name} needs the sigmoid loss"):
-            run.train(named(name))
+def test_models_with_a_logit_bias_get_the_sigmoid_loss():
+    """All of open_clip's, and no other model, unless a setting says so."""
+    for name in (None, *open_clip.list_models()):
+        sigmoid = name is not None and "siglip" in name.lower()
+        config, notes = resolved(named(name))
+        assert config.loss.instance == ("sigmoid" if sigmoid else "info_nce"), name
+        assert any("loss.instance = sigmoid" in note for note in notes) == sigmoid
+    for instance in ("info_nce", "sigmoid"):
+        for name in ("RN50", "ViT-B-16-SigLIP"):
+            config = replace(named(name), loss=LossConfig(instance=instance))
+            assert resolved(config)[0].loss == config.loss
 
 
 def test_the_schedule_is_linear_then_cosine():
