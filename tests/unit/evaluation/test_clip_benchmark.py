@@ -4,7 +4,6 @@ CLIP_benchmark needs an older NumPy than the package may have; without it, these
 """
 
 import io
-import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from tiny_open_clip import save_tiny_open_clip
 
 import protoclip
 
@@ -25,23 +24,11 @@ retrieval: Any = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval"
 COUNT = 48
 NAMES = ["red fox", "cup", "tall house", "tram", "sea", "violin", "old map"]
 TEMPLATES = ["a photo of a {c}.", "{c}", "a drawing of the {c}, from above."]
-MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 2},
-}
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    config = json.dumps({"model_cfg": MODEL, "preprocess_cfg": {}})
-    (folder / "open_clip_config.json").write_text(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        weights = open_clip.create_model(f"local-dir:{folder}").state_dict()
-    save_file(weights, folder / "open_clip_model.safetensors")
-    return folder
+    return save_tiny_open_clip(tmp_path_factory.mktemp("model"))
 
 
 def image(number: int) -> tuple[str, bytes]:
