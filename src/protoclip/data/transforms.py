@@ -53,6 +53,7 @@ class EvaluationTransform:
         """One image as the image tower's input, upright by its EXIF orientation."""
         draws = torch.zeros(1, 0)
         pixels = crop_image(image, lambda w, h: self.box(w, h, draws[0].numpy()), self.size)
+        pixels = np.require(pixels, requirements="W")  # of this very size, it is the image's own
         return self.finish(torch.from_numpy(pixels)[None], draws)[0]
 
 
