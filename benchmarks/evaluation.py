@@ -87,10 +87,12 @@ def photographs(place: Path) -> Iterator[Sample]:
 
 
 def photo_like(scratch: Path, classes: int, count: int) -> Iterator[Sample]:
+    files = []
+    for number in range(min(count, 64)):
+        write_photo(scratch / "photo.jpg", number, 512)
+        files.append((scratch / "photo.jpg").read_bytes())
     for number in range(count):
-        path = scratch / "photo.jpg"
-        write_photo(path, number % 64, 512)
-        yield "jpg", path.read_bytes(), str(number % classes).encode()
+        yield "jpg", files[number % len(files)], str(number % classes).encode()
 
 
 def write_data(folder: Path, place: Path, samples: Iterator[Sample]) -> int:
@@ -189,6 +191,13 @@ def main() -> None:
         "--images", type=int, default=1000, help="for the tiny tower; ViT-B-32 gets an eighth"
     )
     given = parser.parse_args()
+    receive, send = multiprocessing.Pipe(duplex=False)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=retrieval, args=(send,))
+    process.start()
+    seconds, peak, before = receive.recv()
+    process.join()
+    print(f"retrieval: {seconds:.1f} s, {peak / 1e9:.2f} GB", file=sys.stderr)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -228,12 +237,6 @@ def main() -> None:
                             )
                 rows += table_rows(f"{model_name} | {kind}, {number}", rates, found)
                 print(*rows[-len(arms) :], sep="\n", file=sys.stderr)
-    receive, send = multiprocessing.Pipe(duplex=False)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=retrieval, args=(send,))
-    process.start()
-    seconds, peak, before = receive.recv()
-    process.join()
     facts = environment(torch.device("cpu"))
     versions = ", ".join(
         f"{package} {version(package)}"
