@@ -249,7 +249,7 @@ def main() -> None:
         f"{given.images}`, {datetime.date.today().isoformat()}; {facts['device']}, "
         f"{os.cpu_count()} cores, torch {facts['torch']}, {versions}. Images a second of a whole "
         f"zero-shot evaluation: median [least, most] of {given.repeats} rounds, in turn. Processor "
-        "time is that of the process and its workers; other programs hardly lengthen it.",
+        "time is that of the process and its workers; other programs lengthen it less than wall time.",
         "",
         "| image tower | images | by | a second | ratio | a second of processor time | ratio "
         "| metrics apart |",
