@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, functional
 
 from protoclip.data.decode import Box, crop_image, reduction
 
@@ -52,7 +53,44 @@ class EvaluationTransform:
         """One image as the image tower's input, upright by its EXIF orientation."""
         draws = torch.zeros(1, 0)
         pixels = crop_image(image, lambda w, h: self.box(w, h, draws[0].numpy()), self.size)
+        pixels = np.require(pixels, requirements="W")  # of this very size, it is the image's own
         return self.finish(torch.from_numpy(pixels)[None], draws)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PillowTransform:
+    """What open_clip evaluates with, to the bit: Pillow resizes the whole image before the crop.
+
+    `EvaluationTransform` is faster. Its pixels differ by rounding, and by the border where the crop
+    begins between two pixels, so that close decisions can change.
+    """
+
+    size: int
+    mean: Channels
+    std: Channels
+
+    def pixels(self, image: Image.Image) -> UInt8[Tensor, "s s 3"]:
+        """The centre of an upright RGB image."""
+        resized = functional.resize(image, [self.size], InterpolationMode.BICUBIC)
+        return torch.from_numpy(np.array(functional.center_crop(resized, [self.size])))
+
+    def finish(self, images: Bytes, draws: Draws) -> Images:
+        """The image tower's input, channels last in memory."""
+        return _in_chunks(images, lambda part: self._finish(images[part]))
+
+    def _finish(self, images: Bytes) -> Images:
+        """In the order of torchvision's operations, on rows long enough for vector instructions."""
+        batch, height, width, _ = images.shape
+        mean = torch.tensor(self.mean, device=images.device).repeat(width)
+        std = torch.tensor(self.std, device=images.device).repeat(width)
+        rows = images.reshape(batch * height, width * 3).float()
+        rows.div_(255).sub_(mean).div_(std)
+        return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
+        """One image as the image tower's input, upright by its EXIF orientation."""
+        pixels = self.pixels(ImageOps.exif_transpose(image).convert("RGB"))
+        return self.finish(pixels[None], torch.zeros(1, 0))[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from protoclip.data.decode import decode_crop
 from protoclip.data.loader import items_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
-from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed.collectives import (
     all_gather,
     all_gather_object,
@@ -117,14 +117,10 @@ class Encoder:
         Raises:
             ValueError: No image can be used, or features are not finite; on every rank.
         """
-        transform = self.transform
-        reader = Reader(images, transform)
+        reader = Reader(images, self.transform)
 
         def forward(batch: Tensor) -> Tensor:
-            if reader.from_bytes:
-                assert isinstance(transform, EvaluationTransform)
-                batch = transform.finish(batch, torch.zeros(len(batch), 0))
-            return self.model.encode_image(batch, normalize=False)
+            return self.model.encode_image(reader.finish(batch), normalize=False)
 
         def compute() -> Encoded:
             batches = self._read(reader, len(images))
@@ -213,15 +209,16 @@ class Encoder:
 
 
 class Reader(Dataset[Batch]):
-    """Images as the model's input, by ranges of rows.
+    """Images by ranges of rows, as the model's input or one step before.
 
-    With our own transform and images that give their encoded bytes, only the crop is decoded, and
-    `finish` is left to the device of the model.
+    Our own transforms finish on the device of the model, so that workers send bytes, not floats. Of
+    images that give their encoded bytes, `EvaluationTransform` needs the crop alone.
     """
 
     def __init__(self, images: Images, transform: Transform) -> None:
         self.images, self.transform = images, transform
-        self.from_bytes = isinstance(transform, EvaluationTransform) and hasattr(images, "encoded")
+        crops = isinstance(transform, EvaluationTransform) and hasattr(images, "encoded")
+        self.as_bytes = crops or isinstance(transform, PillowTransform)
 
     def __getitem__(self, rows: range) -> Batch:
         good: list[Tensor] = []
@@ -237,7 +234,9 @@ class Reader(Dataset[Batch]):
         """One image; raises `BadSample`."""
         transform, images = self.transform, self.images
         try:
-            if not self.from_bytes:
+            if isinstance(transform, PillowTransform):
+                return transform.pixels(images.image(row))
+            if not self.as_bytes:
                 return transform(images.image(row))
             assert isinstance(transform, EvaluationTransform)
             box = partial(transform.box, draws=np.zeros(0, np.float32))
@@ -249,10 +248,17 @@ class Reader(Dataset[Batch]):
         except (ValueError, OSError) as error:
             raise BadSample(images.sample_id(row), images.name, str(error)) from error
 
+    def finish(self, batch: Tensor) -> Tensor:
+        """The model's input, of what `read` gave."""
+        if not self.as_bytes:
+            return batch
+        assert isinstance(self.transform, EvaluationTransform | PillowTransform)
+        return self.transform.finish(batch, torch.zeros(len(batch), 0))
+
     def blank(self) -> Tensor:
         """A batch of one black image."""
-        if self.from_bytes:
-            assert isinstance(self.transform, EvaluationTransform)
+        if self.as_bytes:
+            assert isinstance(self.transform, EvaluationTransform | PillowTransform)
             size = self.transform.size
             return torch.zeros(1, size, size, 3, dtype=torch.uint8)
         return self.transform(Image.new("RGB", (224, 224))).unsqueeze(0)

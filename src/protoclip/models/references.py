@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from protoclip.config import HeadConfig
 from protoclip.data.access import hub_answer
 from protoclip.data.tables import line
-from protoclip.data.transforms import EvaluationTransform, LibraryTransform
+from protoclip.data.transforms import LibraryTransform, PillowTransform
 from protoclip.models import towers
 from protoclip.models.heads import projection_head
 from protoclip.models.hugging_face import ImageTransform, open_model
@@ -183,13 +183,13 @@ def open_clip_pair(built: nn.Module) -> TowerPair:
 
 
 def open_clip_transform(built: Any) -> ImageTransform:
-    """Ours if it gives the same; else open_clip's own."""
+    """What open_clip does to an image, so that its numbers come back; the usual case is ours."""
     settings = PreprocessCfg(**built.visual.preprocess_cfg)
     sides = settings.size if isinstance(settings.size, tuple | list) else [settings.size]
     usual = (settings.resize_mode, settings.interpolation) == ("shortest", "bicubic")
     if usual and len(set(sides)) == 1:
         mean, std = towers.image_normalisation(built)
-        return EvaluationTransform(size=sides[0], mean=mean, std=std)
+        return PillowTransform(size=sides[0], mean=mean, std=std)
     apply = image_transform_v2(settings, is_train=False)
     return LibraryTransform(settings=str(settings), apply=apply)
 

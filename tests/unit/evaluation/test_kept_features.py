@@ -12,7 +12,7 @@ from solid import Guessing, Knowing, Solid, tokenizer, transform
 from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation.features import Encoder, Reader, encode
@@ -55,10 +55,11 @@ def test_no_usable_image_is_one_line():
         encoder().images(Solid("x", [1, 2], bad=(0, 1)), stage="x")
 
 
+@pytest.mark.parametrize("kind", [EvaluationTransform, PillowTransform])
 @pytest.mark.parametrize("size", [(40, 64), (64, 40), (33, 47)])
-def test_decoding_from_bytes_equals_the_transform(size):
+def test_decoding_from_bytes_equals_the_transform(size, kind):
     """To the last bit, for files that are not decoded at a fraction of their size."""
-    own = EvaluationTransform(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    own = kind(size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
     files = []
     for seed in range(6):
         pixels = np.random.default_rng(seed).integers(256, size=(*size, 3)).astype(np.uint8)
@@ -67,10 +68,11 @@ def test_decoding_from_bytes_equals_the_transform(size):
     rows = [{"image": file.getvalue(), "caption": "a"} for file in files]
     pairs = ImageTextPairs(pa.Table.from_pylist(rows), name="x")
     reader = Reader(pairs, own)
-    assert reader.from_bytes
     batch, bad = reader[range(6)]
     expected = torch.stack([own(pairs.image(row)) for row in range(6)])
-    assert torch.equal(own.finish(batch, torch.zeros(6, 0)), expected)
+    assert batch.dtype == torch.uint8
+    assert torch.equal(reader.finish(batch), expected)
+    assert torch.equal(reader.finish(reader.blank()), own(Image.new("RGB", (32, 32)))[None])
     assert bad == []
 
 

@@ -1,0 +1,125 @@
+"""Models in mteb's image-text tasks (MIEB): `pip install 'protoclip[mteb]'`.
+
+mteb asks an encoder for four things, by name alone: `encode`, `similarity`, `similarity_pairwise`
+and `mteb_model_meta`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from protoclip.data.decode import rgb
+from protoclip.evaluation.features import Encoder
+from protoclip.models import loading
+
+Vectors = Tensor | npt.NDArray[Any]
+#: What mteb's batches may hold and a model of images and texts cannot read.
+UNREADABLE = ("audio", "video")
+
+
+class MtebModel:
+    """Any model that `protoclip.load` takes, for `mteb.evaluate(MtebModel(REFERENCE), tasks)`.
+
+    mteb has one prompt a class, no ensemble, and its own linear probe: its numbers are not to be
+    compared with those of CLIP's papers, or of `protoclip evaluate`.
+
+    Args:
+        reference: As `protoclip.load` takes it.
+        device: Where the model runs; unset, on the GPU if there is one.
+
+    Raises:
+        ValueError: There is no such model, or its files are damaged.
+    """
+
+    def __init__(self, reference: str | Path, *, device: str | None = None) -> None:
+        self.reference = str(reference)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, self.transform, self.tokenizer = loading.load(reference)
+        self.model = model.to(self.device).eval()
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **settings: Any,
+    ) -> Float[Tensor, "n d"]:
+        """Features of any norm, on the CPU.
+
+        Of an image with a text it is the sum of both, as of the CLIP models that mteb has.
+
+        Args:
+            inputs: Batches with a list of PIL images as `image`, of texts as `text`, or both.
+            task_metadata, hf_split, hf_subset, prompt_type, settings: What mteb says of the task.
+                The model needs none of it.
+
+        Raises:
+            ValueError: A batch has neither, or holds sound or video.
+        """
+        return torch.cat([self._encode(batch) for batch in inputs])
+
+    def similarity(self, embeddings1: Vectors, embeddings2: Vectors) -> Float[Tensor, "n m"]:
+        """Cosines of all rows with all rows."""
+        return unit(embeddings1) @ unit(embeddings2).T
+
+    def similarity_pairwise(
+        self, embeddings1: Vectors, embeddings2: Vectors
+    ) -> Float[Tensor, " n"]:
+        """Cosines of rows with rows."""
+        return (unit(embeddings1) * unit(embeddings2)).sum(dim=-1)
+
+    @property
+    def mteb_model_meta(self) -> Any:
+        """Names the model by its reference, and its revision by a digest of weights and transform.
+
+        So mteb never takes the kept results of other weights for this model's.
+        """
+        from mteb.models import ModelMeta
+
+        encoder = Encoder(model=self.model, transform=self.transform, tokenizer=self.tokenizer)
+        name = re.sub(r"[^\w.-]+", "-", self.reference).strip("-.")
+        facts = {
+            "name": f"protoclip/{name}",
+            "revision": encoder.key,
+            "modalities": ["image", "text"],
+            "n_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "framework": ["PyTorch"],
+            "similarity_fn_name": "cosine",
+        }
+        return ModelMeta.create_empty(overwrites=facts)
+
+    @torch.inference_mode()
+    def _encode(self, batch: Mapping[str, Any]) -> Float[Tensor, "b d"]:
+        if unreadable := [kind for kind in UNREADABLE if kind in batch]:
+            raise ValueError(f"{self.reference}: cannot read {unreadable[0]}, only image and text")
+        features = []
+        if "image" in batch:
+            images = torch.stack([self.transform(opaque(image)) for image in batch["image"]])
+            features.append(self.model.encode_image(images.to(self.device)))
+        if "text" in batch:
+            tokens = self.tokenizer(list(batch["text"]))
+            features.append(self.model.encode_text(tokens.to(self.device)))
+        if not features:
+            raise ValueError(f"{self.reference}: a batch has neither image nor text")
+        return torch.stack(features).sum(dim=0).float().cpu()
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """An image in any of Pillow's modes as RGB, on white where it is transparent."""
+    return image if image.mode == "RGB" else Image.fromarray(rgb(image))
+
+
+def unit(vectors: Vectors) -> Float[Tensor, "*n d"]:
+    return F.normalize(torch.as_tensor(np.asarray(vectors)).float(), dim=-1)

@@ -1,0 +1,121 @@
+"""mteb runs a task on any model of ours; skipped where mteb is not installed."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_open_clip import save_tiny_open_clip
+
+import protoclip
+from protoclip.evaluation.datasets import EvaluationData, Split
+from protoclip.evaluation.mteb import MtebModel
+
+mteb: Any = pytest.importorskip("mteb")
+abstasks: Any = pytest.importorskip("mteb.abstasks")
+
+NAMES = ["fox", "cup", "house", "tram"]
+PROMPT = "a photo of a {c}."
+COUNT = 24
+LABELS = [number % len(NAMES) for number in range(COUNT)]
+
+
+class Noise:
+    """Images of other soft colours each."""
+
+    name, key = "noise", ""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def sample_id(self, row: int) -> str:
+        return str(row)
+
+    def image(self, row: int) -> Image.Image:
+        colours = np.random.default_rng(row).integers(256, size=(3, 3, 3)).astype(np.uint8)
+        return Image.fromarray(colours).resize((40 + row, 50), Image.Resampling.BILINEAR)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_open_clip(tmp_path_factory.mktemp("model"))
+
+
+def zero_shot_task() -> Any:
+    """A task as those of MIEB, with data of its own instead of a download."""
+
+    class NoiseZeroShot(abstasks.AbsTaskZeroShotClassification):
+        metadata = mteb.TaskMetadata(
+            name="NoiseZeroShot",
+            description="Soft colours.",
+            dataset={"path": "none", "revision": "1"},
+            type="ZeroShotClassification",
+            category="i2t",
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="accuracy",
+            modalities=["text", "image"],
+        )
+
+        def load_data(self, *args: Any, **settings: Any) -> None:
+            images = [Noise().image(row) for row in range(COUNT)]
+            columns = {"image": images, "label": LABELS}
+            self.dataset = datasets.DatasetDict(test=datasets.Dataset.from_dict(columns))
+            self.data_loaded = True
+
+        def get_candidate_labels(self) -> list[str]:
+            return [PROMPT.format(c=name) for name in NAMES]
+
+    return NoiseZeroShot()
+
+
+def test_a_task_gives_the_suites_own_number(folder):
+    """One prompt a class is all that mteb has, so that here both measure the same."""
+    model = MtebModel(folder, device="cpu")
+    assert isinstance(model, mteb.models.EncoderProtocol)
+    result = mteb.evaluate(model, [zero_shot_task()], cache=None, show_progress_bar=False)
+    (scores,) = result.task_results[0].scores["test"]
+    split = Split(images=Noise(), labels=torch.tensor(LABELS))
+    data = EvaluationData(
+        name="noise", splits={"test": split}, class_names=NAMES, templates=[PROMPT]
+    )
+    (record,) = protoclip.evaluate(*protoclip.load(folder), data, ["zero_shot"])
+    assert 0 < scores["accuracy"] < 1
+    assert scores["accuracy"] == pytest.approx(record["metrics"]["acc1"])
+
+
+def encode(model: MtebModel, *batches: dict[str, Any]) -> torch.Tensor:
+    return model.encode(batches, task_metadata=None, hf_split="test", hf_subset="default")
+
+
+def test_images_texts_and_both(folder):
+    model = MtebModel(folder, device="cpu")
+    images, texts = [Noise().image(0), Noise().image(1).convert("L")], ["a cup", "two foxes"]
+    of_images, of_texts = encode(model, {"image": images}), encode(model, {"text": texts})
+    both = encode(
+        model, {"image": images[:1], "text": texts[:1]}, {"image": images[1:], "text": texts[1:]}
+    )
+    torch.testing.assert_close(both, of_images + of_texts)
+    cosines = torch.nn.functional.cosine_similarity(of_images[:, None], of_texts[None], dim=2)
+    torch.testing.assert_close(model.similarity(of_images, of_texts.numpy()), cosines)
+    torch.testing.assert_close(model.similarity_pairwise(of_images, of_texts), cosines.diag())
+
+
+def test_its_name_and_revision(folder):
+    meta = MtebModel(folder, device="cpu").mteb_model_meta
+    assert meta.name.startswith("protoclip/")
+    assert meta.name.count("/") == 1
+    assert meta.revision == MtebModel(folder, device="cpu").mteb_model_meta.revision
+    assert meta.n_parameters == sum(p.numel() for p in protoclip.load(folder)[0].parameters())
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [({"audio": [1]}, "cannot read audio, only image and text"), ({"id": [1]}, "neither image")],
+)
+def test_what_it_cannot_read_is_one_line(batch, message, folder):
+    with pytest.raises(ValueError, match=message):
+        encode(MtebModel(folder, device="cpu"), batch)
