@@ -25,6 +25,7 @@ RENAMED = {
     "prototypes.start": 'is prototypes.init now, with "k-means++" for "spread"',
     "prototypes.unit_norm": "is gone; prototypes keep the norm that K-means gives them",
     "prototypes.queue_size": "is gone; the queue holds episodes.size samples",
+    "model.checkpoint": "is model.start now, which also takes models of others",
     "optim.locked_warm_up_steps": "is gone; the locked-image stage warms up for 2 steps",
 }
 
@@ -110,12 +111,14 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
     name: str = "resnet10t"  # A timm model name.
-    size: ImageSize | None = None  # Input pixels; else 40, or the named model's.
+    weights: str | None = None  # Of timm: published, or a file.
+    size: ImageSize | None = None  # Input pixels; else 40, or the weights' own.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    context_length: ContextLength | None = None  # Tokens; else 16, or the named model's.
+    name: str | None = None  # Hugging Face text model; else small.
+    context_length: ContextLength | None = None  # Tokens; else 16, or the weights' own.
     width: Width = 128  # Width of the transformer.
     heads: Width = 2  # Attention heads; they divide the width.
     layers: Layers = 2  # Transformer layers.
@@ -132,7 +135,7 @@ class HeadConfig:
 class ModelConfig:
     name: str | None = None  # An open_clip model such as RN50; else small towers.
     pretrained: str | None = None  # Tag of open_clip's weights for model.name.
-    checkpoint: str | None = None  # Run or checkpoint folder to start from.
+    start: str | None = None  # Run, or other model, to start from.
     embed_dim: Width = 256  # Joint feature width of the small towers.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
@@ -347,6 +350,7 @@ def check(config: Config) -> list[str]:
         raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
     if config.model.pretrained and not config.model.name:
         raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
+    check_halves(config.model)
     check_sources(config.data)
     check_teachers(config)
     if size % batch_size:
@@ -375,6 +379,14 @@ def check(config: Config) -> list[str]:
             "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
         )
     return without_effect(config)
+
+
+def check_halves(model: ModelConfig) -> None:
+    """Refuse weights of single towers beside those of a whole model."""
+    halves = {"model.image.weights": model.image.weights, "model.text.name": model.text.name}
+    for setting, value in halves.items():
+        if value is not None and model.name is not None:
+            raise ValueError(f"{setting}: does not go with model.name; leave one of them out")
 
 
 def check_sources(data: DataConfig) -> None:
@@ -411,6 +423,7 @@ def without_effect(config: Config) -> list[str]:
     no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
     no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
     named = model.name is not None and f"model.name is {model.name}"
+    text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
     reasons = {
         "data.cache_gb": in_workers and "worker processes keep no images in memory",
         "prototypes.*": clip and "loss.prototypical is 0",
@@ -428,9 +441,9 @@ def without_effect(config: Config) -> list[str]:
         "optim.locked_learning_rate": not episodes.locked_image and "episodes.locked_image is 0",
         "model.embed_dim": named,
         "model.image.name": named,
-        "model.text.width": named,
-        "model.text.heads": named,
-        "model.text.layers": named,
+        "model.text.width": text_named,
+        "model.text.heads": text_named,
+        "model.text.layers": text_named,
     }
 
     def is_set(name: str) -> bool:

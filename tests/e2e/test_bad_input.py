@@ -36,7 +36,7 @@ def error_of(line: str, capsys: pytest.CaptureFixture[str], *, lines: int = 1) -
         ),
         ("--data.train missing.parquet", "missing.parquet: no such file"),
         ("--teacher.features missing.parquet", "missing.parquet: no such file"),
-        ("--model.checkpoint missing", "missing: no such run or checkpoint"),
+        ("--model.start missing", "missing: no such run or checkpoint"),
         ("--model.name RN51", "no model 'RN51'"),
         ("--model.image.name resnet10x", "no model 'resnet10x'"),
         ("--model.name RN50 --model.pretrained mine", "no weights 'mine'"),
@@ -114,8 +114,9 @@ def test_checkpoints_of_another_architecture_or_damaged(tmp_path, capsys):
     """Weights load entirely or not at all, and the reason is said."""
     pq.write_table(tiny_pairs(64), tmp_path / "pairs.parquet")
     run.train(tiny_config(f"{tmp_path}/pairs.parquet", out=f"{tmp_path}/run"))
-    fresh = f"train --model.checkpoint {tmp_path}/run --run.out {tmp_path}/next"
-    assert "checkpoint of another architecture" in error_of(fresh, capsys)
+    fresh = f"train --model.start {tmp_path}/run --run.out {tmp_path}/next"
+    message = error_of(f"{fresh} --model.embed_dim 64", capsys)
+    assert "model.embed_dim: 64 does not go with model.start = " in message
     assert not (tmp_path / "next").exists()
     checkpoint = find_checkpoint(tmp_path / "run")
     (checkpoint / "model.json").write_text("{}")

@@ -206,8 +206,8 @@ def test_an_open_clip_model_trains_and_loads_by_name(tiny_parquet, tmp_path, cap
 
 
 def test_a_checkpoint_is_where_the_next_run_starts(tiny_run, tiny_parquet, tmp_path):
-    """`model.checkpoint` starts from the saved weights."""
-    given = {"model": {"checkpoint": str(tiny_run)}, "optim": {"learning_rate": 1e-12}}
+    """`model.start` starts from the saved weights."""
+    given = {"model": {"start": str(tiny_run)}, "optim": {"learning_rate": 1e-12}}
     run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1, **given))
     old = load_file(find_checkpoint(tiny_run) / "model.safetensors")
     new = load_file(find_checkpoint(tmp_path / "next") / "model.safetensors")

@@ -109,13 +109,14 @@ class Index(Recipes):
 
 def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int]:
     """What counts the tokens of captions for a model, and how many of them it reads."""
-    if model.name is None:
+    if model.name is None and model.start is None and model.text.name is None:
         clip_tokenizer()  # once, and not in each worker process
         return count_clip_tokens, model.text.context_length or SMALL_CONTEXT_LENGTH
-    from protoclip.models.loading import context_length
+    from protoclip.models.loading import context_length, followed, tokenizer
     from protoclip.models.towers import TokenCounter
 
-    return TokenCounter(model.name), context_length(model)
+    model, _ = followed(model)
+    return TokenCounter(tokenizer(model)), context_length(model)
 
 
 def count_clip_tokens(texts: list[str]) -> list[int]:

@@ -139,9 +139,16 @@ def architecture(reference: str) -> dict[str, Any] | None:
         return config
     folder = loading.find_checkpoint(reference)
     model = loading.model_config(read_json(folder / loading.MODEL), folder)
+    if (description := loading.described(model)) is not None:
+        return dict(description["model_cfg"])
     if model.name is not None:
         return towers.named_config(model.name)
     sizes = asdict(model.text)
+    text = {name: sizes[name] for name in ("width", "heads", "layers")}
+    if model.text.name is not None:
+        source = str(loading.text_source(model))
+        names = {"hf_model_name": source, "hf_tokenizer_name": source}
+        text = {**names, "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
     return {
         "embed_dim": model.embed_dim,
         "vision_cfg": {
@@ -149,7 +156,7 @@ def architecture(reference: str) -> dict[str, Any] | None:
             "timm_pool": "avg",
             "timm_proj": "linear",
         },
-        "text_cfg": {name: sizes[name] for name in ("width", "heads", "layers")},
+        "text_cfg": text,
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.towers import RememberingTokenizer, Tokenizer
+from protoclip.models.towers import RememberingTokenizer, Tokenizer, max_tokens
 
 ImageTransform = Callable[[Image.Image], Tensor]
 
@@ -49,13 +49,6 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     processor = open_processor(name, trust_remote_code=False)
     pair = TowerPair(HuggingFaceTowers(model.float(), tokenizer.pad_token_id))
     return pair.eval(), image_transform(processor), RememberingTokenizer(reads)
-
-
-def max_tokens(config: Any) -> int:
-    """The most tokens that a text model of `transformers` reads."""
-    # RoBERTa counts positions from the padding token's number on.
-    first = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-    return int(config.max_position_embeddings) - first
 
 
 class HuggingFaceTowers(nn.Module):

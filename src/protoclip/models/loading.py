@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import protoclip
 from protoclip.config import (
-    SMALL_CONTEXT_LENGTH,
     Config,
     HeadConfig,
     ImageTowerConfig,
@@ -24,7 +25,7 @@ from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
 from protoclip.distributed.parallel import shard, spread
 from protoclip.files import file_checksum, read_json
-from protoclip.models import batch_norm, references, towers
+from protoclip.models import batch_norm, conversion, halves, references, start, towers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.references import Loaded, misfits
@@ -63,47 +64,199 @@ def load(reference: str | Path) -> Loaded:
             f"{reference}: no such run or checkpoint folder; other models are written "
             "open_clip:NAME[/TAG], hf:NAME_OR_FOLDER, local-dir:FOLDER or reference:FILE,model=NAME"
         )
-    folder = find_checkpoint(reference)
-    require_intact(folder, MODEL)
-    config = model_config(read_json(folder / MODEL), folder)
+    config = saved_config(str(reference))
     loaded = model(config, seed=0)
     return loaded.eval(), evaluation_transform(loaded), tokenizer(config)
 
 
-def model(config: ModelConfig, *, seed: int) -> ProtoCLIP:
-    """The model with new weights, or with those of `config.checkpoint`.
+def followed(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """The `[model]` section with what follows from `model.start`, and notes for the user.
 
-    New weights depend on the seed alone; the global random state is not changed.
+    Settings that are at their default follow; sizes may be given, and heads if the start has none.
 
     Raises:
-        ValueError: There is no such model, or the checkpoint is damaged or of another model.
+        ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
     """
-    if config.checkpoint is not None:
-        folder = find_checkpoint(config.checkpoint)
-        require_intact(folder, WEIGHTS)
+    if config.start is None:
+        return config, []
+    kind, name = references.kind_of(config.start)
+    has_heads = False
+    notes: list[str] = []
+    if kind == "run":
+        theirs, has_heads = saved_config(config.start), True
+    elif kind == "open_clip":
+        theirs, notes = open_clip_start(config.start, name)
+    elif kind == "reference":
+        name, weights = references.reference_weights(config.start, name)
+        heads = references.reference_heads(weights)
+        has_heads = heads is not None
+        theirs = ModelConfig(name=name, heads=heads or config.heads)
+    else:
+        theirs = ModelConfig()
+        if kind == "local-dir" and not (Path(name) / towers.OPEN_CLIP_CONFIG).is_file():
+            raise ValueError(
+                f"model.start: {config.start}: no folder with {towers.OPEN_CLIP_CONFIG}"
+            )
+    found = start.merged(config, theirs, has_heads=has_heads)
+    if kind == "open_clip" and not Path(name.partition("/")[2]).is_file():
+        found = replace(found, start=None)  # its name and tag say it all
+    if (description := described(found)) is not None:
+        start.refuse_untrainable(config.start, description)
+        notes += start.resizing_notes(config.start, description)
+    return found, notes
+
+
+def open_clip_start(reference: str, name: str) -> tuple[ModelConfig, list[str]]:
+    """The settings of `open_clip:NAME[/TAG]`, whose tag may be a file, and notes for the user."""
+    name, _, tag = name.partition("/")
+    if Path(tag).is_file():
+        references.require_model(reference, name)
+        return ModelConfig(name=name), []
+    references.published_weights(reference, name, tag)
+    notes = [] if tag else [f"model.start: {reference}: untrained; no weights are named"]
+    return ModelConfig(name=name, pretrained=tag or None), notes
+
+
+def described(config: ModelConfig) -> dict[str, Any] | None:
+    """The towers as an `open_clip_config.json` describes them; None if `config` says it all."""
+    if config.start is None:
+        return None
+    kind, name = references.kind_of(config.start)
+    if kind == "run":
+        found: dict[str, Any] | None
+        found = read_json(find_checkpoint(config.start) / MODEL).get("open_clip")
+        return found
+    if kind == "local-dir":
+        found = read_json(Path(name) / towers.OPEN_CLIP_CONFIG)
+        return found
+    if kind == "hf":
+        return conversion.description(config.start, name)
+    if kind == "reference":
+        return references.reference_description(name.rpartition(",model=")[2])
+    return None
+
+
+def text_source(config: ModelConfig) -> Path | None:
+    """The folder of a start's checkpoint with the files of its Hugging Face text tower, if any."""
+    if config.start is None or references.kind_of(config.start)[0] != "run":
+        return None
+    folder = find_checkpoint(config.start) / halves.TEXT_FILES
+    return folder if folder.is_dir() else None
+
+
+def text_library(
+    config: ModelConfig, description: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """Reads a described text tower and tokenizer from the hub, if they are of Hugging Face."""
+    repository = references.text_repository(description["model_cfg"])
+    if not repository or text_source(config) is not None:
+        return nullcontext()
+    return references.library(f"model.start: {config.start}", repository)
+
+
+def tower_kind(config: ModelConfig) -> Literal["transformer", "convolutional"] | None:
+    """The kind of the image tower; None for small towers that start untrained."""
+    description = described(config)
+    if description is not None:
+        return towers.tower_kind(description["model_cfg"]["vision_cfg"])
+    if config.name is not None:
+        return towers.tower_kind(towers.named_config(config.name)["vision_cfg"])
+    if config.image.weights is None and config.text.name is None:
+        return None
+    return towers.tower_kind({"timm_model_name": config.image.name})
+
+
+def model(config: ModelConfig, *, seed: int, notes: list[str] | None = None) -> ProtoCLIP:
+    """The model with new weights, or with those that a `followed` configuration names.
+
+    New weights depend on the seed alone; the global random state is not changed. Adds a note on
+    what was interpolated because the configuration has other sizes than the weights.
+
+    Raises:
+        ValueError: There is no such model, or its weights are damaged or of another model.
+    """
+    is_run = config.start is not None and references.kind_of(config.start)[0] == "run"
+    if is_run:
+        require_intact(find_checkpoint(str(config.start)), WEIGHTS)
+    resized = is_resized(config)
+    published = config.start is None and not resized
     with torch.random.fork_rng(devices=[]):
         # Seed the CPU's generator only: `torch.manual_seed` would seed every GPU too.
         torch.default_generator.manual_seed(seed)
-        if config.checkpoint is None:
-            return architecture(config, weights="published")
-        built = architecture(config, weights="new")
+        built = architecture(config, weights="published" if published else "new")
+        if published:
+            return built
+        if is_run and not resized:
+            folder = find_checkpoint(str(config.start))
+            built.load_state_dict(read_weights(folder, built))
+            return built
+        source = start_model(config)
+    said = start.adopt(built, source, name=config.start or f"{config.name}/{config.pretrained}")
+    if notes is not None:
+        notes += said
+    return built
+
+
+def is_resized(config: ModelConfig) -> bool:
+    """Whether the configuration has other sizes than the weights that it names."""
+    given = (config.image.size, config.text.context_length)
+    if config.start is not None and references.kind_of(config.start)[0] == "run":
+        own = saved_config(config.start)
+        return given != (own.image.size, own.text.context_length)
+    if config.pretrained is None:
+        return False
+    architecture = towers.named_config(str(config.name))
+    image_size = architecture["vision_cfg"].get("image_size", 224)
+    context_length = architecture["text_cfg"].get("context_length", 77)
+    return given[0] not in (None, image_size) or given[1] not in (None, context_length)
+
+
+def start_model(config: ModelConfig) -> TowerPair:
+    """The model that a configuration starts from, at its own sizes."""
+    if config.start is None:
+        assert config.name is not None and config.pretrained is not None  # noqa: PT018
+        return TowerPair(towers.named_towers(config.name, pretrained=config.pretrained))
+    kind, name = references.kind_of(config.start)
+    if kind != "run":
+        loaded = references.OPENERS[kind](config.start, name)
+        return conversion.converted(config.start, name, loaded) if kind == "hf" else loaded[0]
+    folder = find_checkpoint(config.start)
+    built = architecture(saved_config(config.start), weights="new")
     built.load_state_dict(read_weights(folder, built))
     return built
 
 
-def architecture(config: ModelConfig, *, weights: Literal["published", "new", "none"]) -> ProtoCLIP:
+def architecture(config: ModelConfig, *, weights: towers.Weights) -> ProtoCLIP:
     """The model with weights from torch's global generator; with "none" on the meta device."""
+    sizes: dict[str, Any] = {
+        "image_size": config.image.size,
+        "context_length": config.text.context_length,
+    }
+    files, description = text_source(config), described(config)
     with torch.device("meta") if weights == "none" else nullcontext():
-        if config.name is None:
-            built, embed_dim = towers.small_towers(config), config.embed_dim
+        if description is not None:
+            assert weights != "published"
+            embed_dim = int(description["model_cfg"]["embed_dim"])
+            with text_library(config, description):
+                built = towers.described_towers(
+                    description, weights=weights, text_files=files, **sizes
+                )
+        elif config.name is None:
+            embed_dim, name = config.embed_dim, config.text.name
+            source = str(files or halves.text_source(name))
+            reads: AbstractContextManager[None] = nullcontext()
+            if name is not None:
+                length = towers.small_sizes(config)[1]
+                halves.check_text(name, source, context_length=length)
+                reads = halves.hub(name, source)
+            with reads:
+                built = towers.small_towers(config, text_source=source)
+            if weights == "published":
+                halves.load_weights(built, config, text_source=source)
         else:
             embed_dim = int(towers.named_config(config.name)["embed_dim"])
             built = towers.named_towers(
-                config.name,
-                pretrained=config.pretrained,
-                image_size=config.image.size,
-                context_length=config.text.context_length,
-                weights=weights,
+                config.name, pretrained=config.pretrained, weights=weights, **sizes
             )
         model = ProtoCLIP(built, projection_head(embed_dim, config.heads))
         if has_logit_bias(config):
@@ -112,10 +265,12 @@ def architecture(config: ModelConfig, *, weights: Literal["published", "new", "n
 
 
 def has_logit_bias(config: ModelConfig) -> bool:
-    """Whether the model has the bias of the sigmoid loss, by its name or its checkpoint."""
-    if config.checkpoint is None:
+    """Whether the model has the bias of the sigmoid loss, by its name or its start."""
+    if config.start is None:
         return config.name is not None and towers.has_logit_bias(config.name)
-    path = find_checkpoint(config.checkpoint) / WEIGHTS
+    if references.kind_of(config.start)[0] != "run":
+        return False  # `start.refuse_untrainable` leaves no other
+    path = find_checkpoint(config.start) / WEIGHTS
     try:
         with safe_open(path, "pt") as weights:
             return "towers.logit_bias" in weights.keys()  # noqa: SIM118
@@ -133,19 +288,21 @@ def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, lis
     sharded = config.parallel.strategy == "fsdp" and world_size() > 1
 
     def build() -> tuple[ProtoCLIP, ProtoCLIP | None, list[str]]:
-        whole = None if sharded and rank() else model(config.model, seed=config.run.seed)
+        said: list[str] = []
+        whole = None
+        if not sharded or rank() == 0:
+            whole = model(config.model, seed=config.run.seed, notes=said)
         if sharded:
             with torch.random.fork_rng(devices=[]):
                 built = architecture(config.model, weights="none")
         else:
             assert whole is not None
             built = to_device(whole, device)
-        notes = []
         if sigmoid and not has_logit_bias(config.model):
             for made in filter(None, (whole, built)):
                 made.add_logit_bias()
-            notes = ["loss.instance = sigmoid: the logits start with scale 10 and bias -10"]
-        return built, whole, notes + parallelise(config, built)
+            said.append("loss.instance = sigmoid: the logits start with scale 10 and bias -10")
+        return built, whole, said + parallelise(config, built)
 
     built, whole, notes = raise_on_all_ranks(build)
     if sharded:
@@ -185,9 +342,21 @@ def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
 
 
 def tokenizer(config: ModelConfig) -> Tokenizer:
-    length = config.text.context_length
-    if config.name is None and length is None:
-        length = SMALL_CONTEXT_LENGTH
+    length, description = config.text.context_length, described(config)
+    files = text_source(config)
+    if description is not None:
+        kind, name = references.kind_of(str(config.start))
+        # An open_clip folder holds its own tokenizer.
+        source = name if kind == "local-dir" else None if files is None else str(files)
+        with text_library(config, description):
+            return towers.described_tokenizer(
+                description["model_cfg"]["text_cfg"], context_length=length, source=source
+            )
+    if config.name is None:
+        length = towers.small_sizes(config)[1]
+    if config.text.name is not None:
+        source = str(files or halves.text_source(config.text.name))
+        return towers.described_tokenizer({"hf_tokenizer_name": source}, context_length=length)
     return towers.build_tokenizer(config.name, context_length=length)
 
 
@@ -233,11 +402,36 @@ def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
     try:
         kinds = {"image": ImageTowerConfig, "text": TextTowerConfig, "heads": HeadConfig}
         sections = {name: kind(**description["model"][name]) for name, kind in kinds.items()}
-        return ModelConfig(**{**description["model"], **sections, "checkpoint": str(folder)})
+        settings = {**description["model"], **sections, "start": str(folder)}
+        settings.pop("checkpoint", None)  # what earlier versions called `start`
+        return ModelConfig(**settings)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: model.json was written by another version of protoclip ({error})"
         ) from error
+
+
+def description(config: ModelConfig) -> dict[str, Any]:
+    """What `model.json` holds: all that builds the model again, but for its weights."""
+    content = {"protoclip": protoclip.__version__, "model": asdict(config)}
+    if (towers_of := described(config)) is not None:
+        content["open_clip"] = towers_of
+    return content
+
+
+def text_files(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer) -> dict[str, bytes]:
+    """The files of a Hugging Face text tower and tokenizer that a checkpoint holds, by name."""
+    if config.text.name is None and described(config) is None:
+        return {}
+    return halves.text_files(built.towers, reads)
+
+
+def saved_config(reference: str) -> ModelConfig:
+    """The `[model]` section of a run or checkpoint folder; raises `ValueError` if it is damaged."""
+    folder = find_checkpoint(reference)
+    text = [f"{halves.TEXT_FILES}/{path.name}" for path in (folder / halves.TEXT_FILES).glob("*")]
+    require_intact(folder, MODEL, *sorted(text))
+    return model_config(read_json(folder / MODEL), folder)
 
 
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
@@ -274,7 +468,7 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     weights = read_tensors(folder / WEIGHTS)
     if wrong := misfits(model, weights):
         raise ValueError(
-            f"{folder}: checkpoint of another architecture: {len(wrong)} tensors are missing, "
-            f"unknown or of another shape, such as {wrong[0]}; make the [model] section match"
+            f"{folder}: checkpoint of another architecture: {references.examples_of(wrong)}; make "
+            "the [model] section match"
         )
     return weights

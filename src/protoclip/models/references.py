@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import open_clip
 import torch
 from jaxtyping import Float, Int
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from protoclip.config import HeadConfig
@@ -32,7 +33,7 @@ from protoclip.models.towers import Tokenizer
 
 Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
 
-OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG = "open_clip_config.json", "config.json"
+OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG = towers.OPEN_CLIP_CONFIG, "config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # How the reference code names what is not a tower.
@@ -71,15 +72,8 @@ class CocaTowers(TowerPair):
 def open_clip_model(reference: str, name: str) -> Loaded:
     """`NAME/TAG`, `NAME/FILE` for weights in a file, or `NAME` for an untrained model."""
     name, _, tag = name.partition("/")
-    require_model(reference, name)
     in_file = Path(tag).is_file()
-    published = open_clip.get_pretrained_cfg(name, tag) if tag and not in_file else {}
-    if tag and not published and not in_file:
-        known = open_clip.list_pretrained_tags_by_model(name)
-        raise ValueError(
-            f"{reference}: open_clip has no weights '{tag}' for {name}; it has "
-            f"{', '.join(known) or 'none'}"
-        )
+    published = published_weights(reference, name, "" if in_file else tag)
     repository = published.get("hf_hub", "").rpartition("/")[0]
     with library(reference, repository or text_repository(towers.named_config(name))):
         built = seeded(
@@ -96,6 +90,19 @@ def open_clip_model(reference: str, name: str) -> Loaded:
     return open_clip_pair(built), open_clip_transform(built), tokenizer
 
 
+def published_weights(reference: str, name: str, tag: str) -> dict[str, Any]:
+    """What open_clip knows of its weights `tag`; empty without a tag."""
+    require_model(reference, name)
+    published: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if tag and not published:
+        known = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(
+            f"{reference}: open_clip has no weights '{tag}' for {name}; it has "
+            f"{', '.join(known) or 'none'}"
+        )
+    return published
+
+
 def open_clip_folder(reference: str, name: str) -> Loaded:
     """A folder with a model's configuration and weights, as open_clip's `local-dir:` reads it."""
     folder = Path(name)
@@ -105,6 +112,10 @@ def open_clip_folder(reference: str, name: str) -> Loaded:
     require_safetensors(reference, files, OPEN_CLIP_WEIGHTS)
     with library(reference):
         config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    with library(reference, text_repository(config)):
+        wrong = misshapen(folder)
+    if wrong:  # open_clip would list every tensor
+        raise ValueError(f"{reference}: does not fit {OPEN_CLIP_CONFIG}: {examples_of(wrong)}")
     with library(reference, text_repository(config)):
         built = seeded(open_clip.create_model, f"local-dir:{folder}")
         tokenizer = towers.build_tokenizer(f"local-dir:{folder}")
@@ -117,6 +128,22 @@ def reference_checkpoint(reference: str, given: str) -> Loaded:
     The code gives QuickGELU to all towers that are not timm's. Without projection heads in the
     file, as for its CLIP baselines, the model has none.
     """
+    name, weights = reference_weights(reference, given)
+    description = reference_description(name)
+    with library(reference, text_repository(description["model_cfg"])):
+        built = seeded(towers.described_towers, description)
+        tokenizer = towers.build_tokenizer(name)
+    model: TowerPair = TowerPair(built)
+    if (heads := reference_heads(weights)) is not None:
+        model = ProtoCLIP(built, projection_head(weights["image_head.0.weight"].shape[1], heads))
+    if wrong := misfits(model, weights):
+        raise ValueError(f"{reference}: does not fit {name}: {examples_of(wrong)}")
+    model.load_state_dict(weights)
+    return model.eval(), open_clip_transform(built), tokenizer
+
+
+def reference_weights(reference: str, given: str) -> tuple[str, dict[str, Tensor]]:
+    """The model's name and the weights, by our names, of `FILE,model=NAME`."""
     file, separator, name = given.rpartition(",model=")
     if not separator:
         raise ValueError(f"{reference}: name its model too, as in reference:FILE,model=RN50")
@@ -126,27 +153,23 @@ def reference_checkpoint(reference: str, given: str) -> Loaded:
     with library(reference):
         content = torch.load(file, map_location="cpu", weights_only=True)
         content = dict(content.get("state_dict", content))
-    architecture = towers.named_config(name)
-    is_timm = "timm_model_name" in architecture["vision_cfg"]
-    with library(reference, text_repository(architecture)):
-        built = seeded(towers.named_towers, name, weights="new", quick_gelu=not is_timm)
-        tokenizer = towers.build_tokenizer(name)
-    weights = {reference_name(key): value for key, value in content.items()}
-    model: TowerPair = TowerPair(built)
-    if "image_head.0.weight" in weights and "image_head.3.weight" in weights:
-        hidden, width = weights["image_head.0.weight"].shape
-        config = HeadConfig(
-            hidden_layers=1, hidden_dim=hidden, projection_dim=len(weights["image_head.3.weight"])
-        )
-        model = ProtoCLIP(built, projection_head(width, config))
-    if wrong := misfits(model, weights):
-        examples = ", ".join(key.removeprefix("towers.") for key in wrong[:4])
-        raise ValueError(
-            f"{reference}: does not fit {name}: {len(wrong)} tensors are missing, unknown or of "
-            f"another shape, such as {examples}"
-        )
-    model.load_state_dict(weights)
-    return model.eval(), open_clip_transform(built), tokenizer
+    return name, {reference_name(key): value for key, value in content.items()}
+
+
+def reference_description(name: str) -> dict[str, Any]:
+    """An open_clip model as the reference code builds it, as in an `open_clip_config.json`."""
+    config = towers.named_config(name)
+    if "timm_model_name" not in config["vision_cfg"]:
+        config["quick_gelu"] = True
+    return {"model_cfg": config, "preprocess_cfg": {}}
+
+
+def reference_heads(weights: Mapping[str, Tensor]) -> HeadConfig | None:
+    """The projection heads in a checkpoint of the reference code, if there are any."""
+    first, last = weights.get("image_head.0.weight"), weights.get("image_head.3.weight")
+    if first is None or last is None:
+        return None
+    return HeadConfig(hidden_layers=1, hidden_dim=len(first), projection_dim=len(last))
 
 
 def reference_name(key: str) -> str:
@@ -217,6 +240,27 @@ def require_safetensors(
     raise ValueError(f"{reference}: no weights here, such as {[*names, 'model.safetensors'][0]}")
 
 
+def misshapen(folder: Path) -> list[str]:
+    """The tensors of an open_clip folder that are of another shape than its model's.
+
+    Names that the model does not have may be of an older version, which open_clip still reads.
+    """
+    file = next(folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file())
+    description = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        own = towers.described_towers(description, weights="none").state_dict()
+    with safe_open(file, "pt") as stored:
+        shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    wrong = [name for name in shapes.keys() & own.keys() if [*own[name].shape] != shapes[name]]
+    return sorted(name for name in wrong if "positional_embedding" not in name)
+
+
+def examples_of(wrong: Sequence[str]) -> str:
+    """The first five of the tensors that do not fit a model, in words."""
+    names = ", ".join(name.removeprefix("towers.") for name in wrong[:5])
+    return f"{len(wrong)} tensors are missing, unknown or of another shape, such as {names}"
+
+
 def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """The tensors that only the model or only the weights have, or that differ in shape."""
     own = model.state_dict()
@@ -235,7 +279,8 @@ def seeded(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
 def text_repository(config: Mapping[str, Any]) -> str:
     """Where on the hub the text tower or tokenizer of an open_clip model is; "" if nowhere."""
     text = config["text_cfg"]
-    return str(text.get("hf_model_name") or text.get("hf_tokenizer_name") or "")
+    name = str(text.get("hf_model_name") or text.get("hf_tokenizer_name") or "")
+    return "" if Path(name).is_absolute() else name
 
 
 @contextmanager

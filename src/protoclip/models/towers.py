@@ -1,18 +1,40 @@
 """Image and text towers and their tokenizers, built by open_clip and timm."""
 
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import open_clip
 import timm
 import torch
 from jaxtyping import Int
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import (
+    CLIPTextCfg,
+    CLIPVisionCfg,
+    resize_pos_embed,
+    resize_text_pos_embed,
+    set_model_preprocess_cfg,
+)
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
+from open_clip.transform import PreprocessCfg
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from protoclip.config import SMALL_CONTEXT_LENGTH, SMALL_IMAGE_SIZE, ModelConfig
 
 Tokenizer = Callable[[list[str]], Tensor]
+Weights = Literal["published", "new", "none"]  # "none" is for towers on the meta device
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# Tokens that a Hugging Face text tower reads, unless set.
+NAMED_CONTEXT_LENGTH = 77
 
 # Parts of the names of timm's transformers among open_clip's image towers.
 TIMM_TRANSFORMERS = ("vit", "eva", "swin")
@@ -29,9 +51,8 @@ def named_config(name: str) -> dict[str, Any]:
     return config
 
 
-def tower_kind(name: str) -> Literal["transformer", "convolutional"]:
-    """The kind of image tower of an open_clip model."""
-    vision = named_config(name)["vision_cfg"]
+def tower_kind(vision: Mapping[str, Any]) -> Literal["transformer", "convolutional"]:
+    """The kind of an image tower, by open_clip's `vision_cfg`."""
     if "timm_model_name" not in vision:
         transformer = isinstance(vision["layers"], int)
     else:
@@ -50,7 +71,7 @@ def named_towers(
     pretrained: str | None = None,
     image_size: int | None = None,
     context_length: int | None = None,
-    weights: Literal["published", "new", "none"] = "published",
+    weights: Weights = "published",
     quick_gelu: bool = False,
 ) -> nn.Module:
     """An open_clip model; sizes are the model's own unless given.
@@ -62,11 +83,7 @@ def named_towers(
     Raises:
         ValueError: open_clip has no such model or weights, or the image size does not fit.
     """
-    vision = named_config(name)["vision_cfg"]
-    if image_size is not None:
-        # open_clip's ResNets halve the image five times before they attend to what is left.
-        stride = 32 if isinstance(vision.get("layers"), list) else 1
-        require_multiple(image_size, vision.get("patch_size") or stride, name)
+    require_fitting_size(image_size, named_config(name)["vision_cfg"], name)
     preprocessing = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
     if pretrained and not preprocessing:
         known = open_clip.list_pretrained_tags_by_model(name)
@@ -90,28 +107,131 @@ def named_towers(
     return model
 
 
-def small_towers(config: ModelConfig) -> nn.Module:
-    """A timm image model, projected to the joint width, and a small text transformer.
+def require_fitting_size(size: int | None, vision: Mapping[str, Any], name: str) -> None:
+    """Refuse an image size that the patches of an open_clip image tower do not divide."""
+    if size is not None:
+        # open_clip's ResNets halve the image five times before they attend to what is left.
+        stride = 32 if isinstance(vision.get("layers"), list) else 1
+        require_multiple(size, vision.get("patch_size") or stride, name)
+
+
+def described_towers(
+    description: Mapping[str, Any],
+    *,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    weights: Literal["new", "none"] = "new",
+    text_files: Path | None = None,
+) -> nn.Module:
+    """Towers without trained weights, from the content of an `open_clip_config.json`.
+
+    Sizes are the description's own unless given. `text_files` is a folder with the configuration
+    of a Hugging Face text tower, which is otherwise looked up by its name.
+    """
+    description = deepcopy(dict(description))
+    text = description["model_cfg"]["text_cfg"]
+    if text.get("hf_model_name") and text_files is not None:
+        text["hf_model_name"] = str(text_files)
+    require_fitting_size(image_size, description["model_cfg"]["vision_cfg"], "this model")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns that there are no weights
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        stack.callback(logging.disable, before)
+        (Path(folder) / OPEN_CLIP_CONFIG).write_text(json.dumps(description), encoding="utf-8")
+        model: nn.Module = open_clip.create_model(
+            f"local-dir:{folder}",
+            load_weights=False,
+            pretrained_text=False,
+            device="meta" if weights == "none" else "cpu",
+            force_image_size=image_size,
+            force_context_length=context_length,
+        )
+    if image_size is not None and hasattr(model.visual, "trunk"):
+        set_input_size(model.visual.trunk, image_size, "this model")
+    return model
+
+
+def small_towers(config: ModelConfig, *, text_source: str = "") -> nn.Module:
+    """A timm image model, projected to the joint width, and a text transformer, all untrained.
+
+    The text transformer is a small one, or a Hugging Face model, whose configuration is read from
+    `text_source`, a folder or name. Where the image tower is to have timm's weights, it reads
+    images normalised as these need.
 
     Raises:
         ValueError: timm has no such model, or the sizes do not fit.
     """
     image, text = config.image, config.text
-    if image.name not in timm.list_models():
-        near = timm.list_models(f"{image.name[:6]}*")[:3] or timm.list_models()[:3]
-        raise ValueError(
-            f"model.image.name: timm has no model '{image.name}'; it has {', '.join(near)}, ..."
-        )
-    size, length = image.size or SMALL_IMAGE_SIZE, text.context_length or SMALL_CONTEXT_LENGTH
-    model: nn.Module = open_clip.CLIP(
-        config.embed_dim,
-        CLIPVisionCfg(
-            timm_model_name=image.name, timm_pool="avg", timm_proj="linear", image_size=size
-        ),
-        CLIPTextCfg(context_length=length, width=text.width, heads=text.heads, layers=text.layers),
+    require_image_name(image.name)
+    size, length = small_sizes(config)
+    vision = CLIPVisionCfg(
+        timm_model_name=image.name, timm_pool="avg", timm_proj="linear", image_size=size
     )
+    if text.name is None:
+        own = CLIPTextCfg(
+            context_length=length, width=text.width, heads=text.heads, layers=text.layers
+        )
+        model: nn.Module = open_clip.CLIP(config.embed_dim, vision, own)
+    else:
+        own = CLIPTextCfg(
+            context_length=length,
+            hf_model_name=text_source,
+            hf_model_pretrained=False,
+            hf_proj_type="linear",
+            hf_pooler_type="mean_pooler",
+        )
+        model = open_clip.CustomTextCLIP(config.embed_dim, vision, own).float()
+    if image.weights is not None:
+        known = timm_settings(image.name)
+        usual = asdict(PreprocessCfg(size=size, mean=known.mean, std=known.std))
+        set_model_preprocess_cfg(model, usual)
     set_input_size(model.visual.trunk, size, image.name)  # type: ignore[union-attr]
     return model
+
+
+def small_sizes(config: ModelConfig) -> tuple[int, int]:
+    """Image size in pixels and context length in tokens of `small_towers`."""
+    size, length = SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH
+    if config.image.weights is not None:
+        size = timm_settings(config.image.name).input_size[-1]
+    if config.text.name is not None:
+        length = NAMED_CONTEXT_LENGTH
+    return config.image.size or size, config.text.context_length or length
+
+
+def require_image_name(name: str) -> None:
+    """Refuse what is no timm model, with or without the tag of its weights."""
+    if name not in timm.list_models() and name not in timm.list_pretrained():
+        near = timm.list_models(f"{name[:6]}*")[:3] or timm.list_models()[:3]
+        raise ValueError(
+            f"model.image.name: timm has no model '{name}'; it has {', '.join(near)}, ..."
+        )
+
+
+def timm_settings(name: str) -> PretrainedCfg:
+    """What timm knows of the weights of a model: their images, and where they are."""
+    require_image_name(name)
+    return timm.get_pretrained_cfg(name) or PretrainedCfg()
+
+
+def interpolate(weights: dict[str, Tensor], model: Any) -> None:
+    """Bring open_clip's position embeddings to the sizes of a model, in place.
+
+    Those of timm's towers are timm's to bring: `set_input_size`.
+    """
+    resize_pos_embed(weights, model)
+    resize_text_pos_embed(weights, model)
+    pool, name = getattr(model.visual, "attnpool", None), "visual.attnpool.positional_embedding"
+    if pool is not None and name in weights:
+        side = round((len(pool.positional_embedding) - 1) ** 0.5)
+        weights[name] = resample_abs_pos_embed(weights[name][None], [side, side])[0]
+
+
+def max_tokens(config: Any) -> int:
+    """The most tokens that a text model of `transformers` reads."""
+    # RoBERTa counts positions from the padding token's number on.
+    first = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    return int(config.max_position_embeddings) - first
 
 
 def set_input_size(trunk: Any, size: int, name: str) -> None:
@@ -170,11 +290,33 @@ def build_tokenizer(name: str | None, *, context_length: int | None = None) -> T
     return RememberingTokenizer(open_clip.get_tokenizer(name, context_length=context_length))
 
 
+def described_tokenizer(
+    text: Mapping[str, Any], *, context_length: int | None, source: str | None = None
+) -> Tokenizer:
+    """The tokenizer of an open_clip model, by its `text_cfg`.
+
+    A Hugging Face tokenizer is read from `source`, if given, and otherwise by its name.
+    """
+    length = context_length or text.get("context_length") or DEFAULT_CONTEXT_LENGTH
+    settings = text.get("tokenizer_kwargs") or {}
+    if not text.get("hf_tokenizer_name"):
+        tokenizer: Tokenizer = open_clip.SimpleTokenizer(context_length=length, **settings)
+    else:
+        tokenizer = HFTokenizer(
+            source or text["hf_tokenizer_name"],
+            context_length=length,
+            tokenizer_mode=text.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **settings,
+        )
+    return RememberingTokenizer(tokenizer)
+
+
 class TokenCounter:
     """Counts the tokens of captions before they are cut, start and end included."""
 
-    def __init__(self, name: str | None) -> None:
-        self.tokenizer = open_clip.get_tokenizer(name) if name else open_clip.SimpleTokenizer()
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
 
     def __call__(self, texts: list[str]) -> list[int]:
         if hasattr(self.tokenizer, "encode"):

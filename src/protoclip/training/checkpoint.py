@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from protoclip.distributed.collectives import rank
 from protoclip.files import checksum, read_json, sync_folder, to_json, write_atomically
 from protoclip.models import loading
+from protoclip.models.halves import TEXT_FILES
 from protoclip.models.loading import CHECKSUMS, MODEL, OPTIMIZER, RESUME, STATE, WEIGHTS
 
 FORMAT = 3  # of what a run needs to go on
@@ -59,9 +60,15 @@ def joined(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Mapping[str, dict[str, Tensor]], facts: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, dict[str, Tensor]],
+    facts: Mapping[str, Any],
+    text_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write safetensors and JSON files, by name, to a folder that appears whole or not at all."""
+    """Write safetensors and JSON files, by name, to a folder that appears whole or not at all.
+
+    `text_files` are written as they are, to a folder of their own.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -73,6 +80,10 @@ def write_checkpoint(
 
     try:
         temporary.mkdir()
+        if text_files:
+            (temporary / TEXT_FILES).mkdir()
+        for name, data in (text_files or {}).items():
+            write(f"{TEXT_FILES}/{name}", data)
         # One file at a time, so that only one file's bytes are in memory besides the tensors.
         for name, part in tensors.items():
             write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
@@ -96,7 +107,7 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     if facts.get("format") != FORMAT:
         raise ValueError(
             f"{folder / STATE}: not written by this version of protoclip, which cannot go on from "
-            "it; start a new run from its weights with --model.checkpoint, in another folder"
+            "it; start a new run from its weights with --model.start, in another folder"
         )
     stored = loading.read_tensors(folder / RESUME)
     tensors = {name: tensor.to(device) for name, tensor in stored.items()}
@@ -129,7 +140,8 @@ class CheckpointWriter:
     """Decides when to write a checkpoint of a run, writes it in a thread, and removes old ones.
 
     If one cannot be written there is a warning, and training goes on; only `finish` insists. It
-    keeps the newest `keep` checkpoints and the best. `description` is what builds the model again.
+    keeps the newest `keep` checkpoints and the best. `description` is what builds the model again,
+    with `text_files` for a Hugging Face text tower or tokenizer.
     """
 
     def __init__(
@@ -137,11 +149,12 @@ class CheckpointWriter:
         run: Path,
         *,
         description: Mapping[str, Any],
+        text_files: Mapping[str, bytes] | None = None,
         every_steps: int,
         every_minutes: float,
         keep: int,
     ) -> None:
-        self.run, self.description = run, description
+        self.run, self.description, self.text_files = run, description, text_files
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
         self.saved_step = -1  # of the last checkpoint that was begun
         self.failed_step: int | None = None  # the same, if it could not be written
@@ -180,7 +193,10 @@ class CheckpointWriter:
         files = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"], RESUME: tensors}
         best = self.best and self.folder(self.best[0])
         self._needed = sum(tensor.nbytes for part in files.values() for tensor in part.values())
-        self._pending = partial(write_checkpoint, self.folder(step), files, facts), best
+        self._pending = (
+            partial(write_checkpoint, self.folder(step), files, facts, self.text_files),
+            best,
+        )
         self._thread = Thread(target=self._write, daemon=False)
         self._thread.start()
 

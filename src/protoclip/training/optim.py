@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from protoclip.config import SMALL_CONTEXT_LENGTH, SMALL_IMAGE_SIZE, Config
-from protoclip.models import loading
-from protoclip.models.towers import tower_kind
+from protoclip.config import Config
+from protoclip.models.loading import described, followed, has_logit_bias, tower_kind
+from protoclip.models.towers import small_sizes
 
 LOCKED_WARM_UP = 2  # steps
 
@@ -18,8 +18,9 @@ LOCKED_WARM_UP = 2  # steps
 def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
     """The settings of `[optim]` whose defaults depend on the model, and a note on each decision.
 
-    The small towers get values that suit the bundled emoji. A named open_clip model gets values
-    between the recipes known for such models; as batch, peak rate, warm-up of all steps, decay:
+    Small towers that start untrained get values that suit the bundled emoji. Other models get
+    values between the recipes known for such models; as batch, peak rate, warm-up of all steps,
+    decay:
 
     - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
     - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
@@ -27,8 +28,9 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
     - the reference ProtoCLIP, RN50: 512, 5e-4, 15,625 of 156,250, 0.5 (on one GPU 64, 5e-5, 2,000
       of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
     """
-    name, episodes, given = config.model.name, config.episodes, config.optim
-    if name is None:
+    episodes, given = config.episodes, config.optim
+    kind = tower_kind(config.model)
+    if kind is None:
         decay = 0.2 if given.weight_decay is None else given.weight_decay
         settings: dict[str, Any] = {
             "learning_rate": 2e-3,
@@ -40,7 +42,7 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
             "heads_weight_decay": decay,
         }
     else:
-        is_transformer, batch = tower_kind(name) == "transformer", episodes.batch_size
+        is_transformer, batch = kind == "transformer", episodes.batch_size
         steps = episodes.count * (episodes.size // batch)
         rate = 5e-4 * min(1.0, batch / 512)
         settings = {
@@ -53,10 +55,12 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
             "heads_weight_decay": 0.0,
         }
     notes = []
+    model = config.model
+    name = model.name or model.start or model.image.name
     for setting, value in settings.items():
         if getattr(given, setting) is not None:
             settings[setting] = getattr(given, setting)
-        elif name is not None:
+        elif kind is not None:
             notes.append(f"optim.{setting} = {value}, from {name} at batch {episodes.batch_size}")
     return settings, notes
 
@@ -67,20 +71,21 @@ def resolved(config: Config) -> tuple[Config, list[str]]:
     Raises:
         ValueError: There is no such model or checkpoint.
     """
-    settings, notes = optim_settings(config)
-    model, image, text = config.model, config.model.image, config.model.text
+    model, notes = followed(config.model)
+    config = replace(config, model=model)
+    settings, decided = optim_settings(config)
     loss = config.loss
     if loss.instance == "auto":
-        sigmoid = loading.has_logit_bias(model)
+        sigmoid = has_logit_bias(model)
         loss = replace(loss, instance="sigmoid" if sigmoid else "info_nce")
         if sigmoid:
-            notes.append("loss.instance = sigmoid, since the model has a logit bias")
-    if model.name is None:
-        image = replace(image, size=image.size or SMALL_IMAGE_SIZE)
-        text = replace(text, context_length=text.context_length or SMALL_CONTEXT_LENGTH)
+            decided.append("loss.instance = sigmoid, since the model has a logit bias")
+    if model.name is None and described(model) is None:
+        size, length = small_sizes(model)
+        image, text = replace(model.image, size=size), replace(model.text, context_length=length)
         model = replace(model, image=image, text=text)
     optim = replace(config.optim, **settings)
-    return replace(config, model=model, loss=loss, optim=optim), notes
+    return replace(config, model=model, loss=loss, optim=optim), notes + decided
 
 
 def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float:

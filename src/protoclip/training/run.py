@@ -215,7 +215,8 @@ class Run:
         )
         self.writer = CheckpointWriter(
             folder,
-            description={"protoclip": protoclip.__version__, "model": asdict(config.model)},
+            description=loading.description(config.model),
+            text_files=loading.text_files(config.model, model, self.loader.tokenizer),
             every_steps=config.run.save_steps,
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,
@@ -470,6 +471,8 @@ def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
     before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     before.setdefault("loss.instance", "info_nce")  # the only one of earlier versions
+    if "model.checkpoint" in before:  # what version 0.2 called it
+        before["model.start"] = before.pop("model.checkpoint")
     now = flat(tomllib.loads(config))
     differ = [
         f"{key} ({before.get(key, 'unset')} before, {now.get(key, 'unset')} now)"

@@ -97,7 +97,7 @@ def test_images_are_normalised_as_published_weights_want_it():
     assert image_normalisation(towers) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     saved = asdict(replace(tiny_model(), name="ViT-L-14", pretrained="laion2b_s32b_b82k"))
     loaded = model_config({"model": saved}, Path("run"))
-    assert (loaded.pretrained, loaded.checkpoint) == ("laion2b_s32b_b82k", "run")
+    assert (loaded.pretrained, loaded.start) == ("laion2b_s32b_b82k", "run")
 
 
 def gradients(config: Config) -> tuple[dict[str, Tensor], int]:

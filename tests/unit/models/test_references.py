@@ -343,7 +343,11 @@ def spoil_architecture(file: Path) -> None:
         (spoil_pickled, "is pickled and could run code; convert it", "is pickled and could run"),
         (spoil_missing, "such as open_clip_model.safetensors", "such as model.safetensors"),
         (spoil_config, "cannot be opened (", "cannot be opened ("),
-        (spoil_architecture, "size mismatch", "BertModel is no CLIP-like model; known are clip"),
+        (
+            spoil_architecture,
+            "such as text_projection, vis",
+            "BertModel is no CLIP-like model; known are clip",
+        ),
     ],
 )
 def test_a_damaged_folder_is_one_line(spoil, open_clip_says, hugging_face_says, tmp_path):

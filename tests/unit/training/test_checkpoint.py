@@ -101,6 +101,5 @@ def test_a_flipped_bit_is_noticed_wherever_weights_are_loaded(name, tmp_path):
     named = "" if name == "checksums.json" else name
     with pytest.raises(ValueError, match=rf"(?=.*damaged)(?=.*{named})^[^\n]*$"):
         protoclip.load(folder)
-    if name != "model.json":  # which `model.checkpoint` does not read
-        with pytest.raises(ValueError, match="damaged"):
-            loading.model(replace(tiny_model(), checkpoint=str(folder)), seed=0)
+    with pytest.raises(ValueError, match="damaged"):
+        loading.model(replace(tiny_model(), start=str(folder)), seed=0)

@@ -1,0 +1,141 @@
+"""A `CLIPModel` of `transformers` as the same model of open_clip, whose towers can be trained."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.models import towers
+from protoclip.models.hugging_face import HuggingFaceTowers, image_transform
+from protoclip.models.protoclip import TowerPair
+from protoclip.models.references import Loaded, library
+
+# Hugging Face's names of what is in a transformer, and open_clip's (`pre_layrnorm` is spelt so).
+NAMES = {
+    "encoder.layers.": "transformer.resblocks.",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding": "token_embedding",
+}
+ACTIVATIONS = ("gelu", "quick_gelu")
+# Captions on which the tokenizers must agree.
+CAPTIONS = ("a photo of a cat", "It's A TEST: 2 cats & 3 dogs!", "naïve café, 日本 🙂")
+
+
+@cache  # a run asks several times, and each asks the hub
+def description(reference: str, name: str) -> dict[str, Any]:
+    """A `CLIPModel` as an `open_clip_config.json` describes it, by its folder or hub name.
+
+    Raises:
+        ValueError: There is no such model, or open_clip has none that computes the same.
+    """
+    from transformers import AutoConfig, AutoImageProcessor
+
+    open_processor: Any = AutoImageProcessor.from_pretrained
+    with library(f"model.start: {reference}", "" if Path(name).is_dir() else name):
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type == "clip":
+            processor = open_processor(name, trust_remote_code=False)
+    if config.model_type != "clip":
+        raise ValueError(
+            f"model.start: {reference}: of the models of transformers only CLIPModel can be "
+            f"trained here, and this is of kind {config.model_type}"
+        )
+    image, text = config.vision_config, config.text_config
+    if image.hidden_act != text.hidden_act or image.hidden_act not in ACTIVATIONS:
+        acts = f"{image.hidden_act} and {text.hidden_act}"
+        raise ValueError(f"model.start: {reference}: open_clip has no towers with {acts}")
+    ours = isinstance(image_transform(processor), EvaluationTransform)
+    return {
+        "model_cfg": {
+            "embed_dim": config.projection_dim,
+            "quick_gelu": image.hidden_act == "quick_gelu",
+            "vision_cfg": {
+                "image_size": image.image_size,
+                "patch_size": image.patch_size,
+                "width": image.hidden_size,
+                "layers": image.num_hidden_layers,
+                "head_width": image.hidden_size // image.num_attention_heads,
+                "mlp_ratio": image.intermediate_size / image.hidden_size,
+                "norm_kwargs": {"eps": image.layer_norm_eps},
+            },
+            "text_cfg": {
+                "context_length": text.max_position_embeddings,
+                "vocab_size": text.vocab_size,
+                "width": text.hidden_size,
+                "heads": text.num_attention_heads,
+                "layers": text.num_hidden_layers,
+                "mlp_ratio": text.intermediate_size / text.hidden_size,
+                "norm_kwargs": {"eps": text.layer_norm_eps},
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(processor.image_mean),
+            "std": list(processor.image_std),
+            "resize_mode": "shortest" if ours else "squash",
+        },
+    }
+
+
+def converted(reference: str, name: str, loaded: Loaded) -> TowerPair:
+    """The same model of open_clip; raises `ValueError` if its tokenizer is not CLIP's."""
+    pair, _, tokenizer = loaded
+    towers_of = pair.towers
+    assert isinstance(towers_of, HuggingFaceTowers)
+    check_tokenizer(reference, tokenizer, eos=towers_of.model.config.text_config.eos_token_id)
+    built = towers.described_towers(description(reference, name))
+    model = towers_of.model
+    weights = {f"visual.{key}": value for key, value in renamed(model.vision_model).items()}
+    weights |= renamed(model.text_model)
+    weights["visual.proj"] = model.visual_projection.weight.T
+    weights["text_projection"] = model.text_projection.weight.T
+    weights["logit_scale"] = model.logit_scale
+    built.load_state_dict(weights)
+    return TowerPair(built)
+
+
+def renamed(tower: Any) -> dict[str, Tensor]:
+    """The weights of a tower by open_clip's names; queries, keys and values are one there."""
+    # transformers 4 has one more module inside these.
+    tower = getattr(tower, "vision_model", getattr(tower, "text_model", tower))
+    state: dict[str, Tensor] = tower.state_dict()
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = key
+        for theirs, ours in NAMES.items():
+            name = name.replace(theirs, ours)
+        if "position_ids" in key or "k_proj" in key or "v_proj" in key:
+            continue  # the first is no weight; the others go along with the queries
+        if "q_proj" in key:
+            parts = [state[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
+            value = torch.cat(parts)
+        found[name] = value
+    return found
+
+
+def check_tokenizer(reference: str, tokenizer: Any, *, eos: int) -> None:
+    """Refuse a tokenizer that reads captions otherwise than open_clip's; padding may differ."""
+    ours = open_clip.SimpleTokenizer()
+    # transformers writes 2 for the end of old models, and takes the largest token then.
+    same = eos in (2, ours.eot_token_id)
+    for caption in CAPTIONS:
+        tokens = tokenizer([caption])[0].tolist()
+        expected = ours([caption], context_length=len(tokens))[0].tolist()
+        length = expected.index(ours.eot_token_id) + 1
+        same = same and tokens[:length] == expected[:length]
+    if not same:
+        raise ValueError(f"model.start: {reference}: its tokenizer is not CLIP's")

