@@ -130,7 +130,7 @@ def test_the_sigmoid_loss_trains_beside_prototypes(
         assert line["train/loss/total"] == pytest.approx(one + sum(two) / 2, rel=1e-5)
     trained, _, _ = protoclip.load(tmp_path / "run")
     assert trained.towers.logit_bias.item() not in (-10, -9.5)
-    given = {"model": {**given.get("model", {}), "checkpoint": str(tmp_path / "run")}}
+    given = {"model": {**given.get("model", {}), "start": str(tmp_path / "run")}}
     run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1, **given))
     first = metrics_of(tmp_path / "next", "train/loss/sigmoid")[0]
     assert first["train/logit_bias"] == trained.towers.logit_bias.item()

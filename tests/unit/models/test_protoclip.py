@@ -61,10 +61,10 @@ def test_only_a_model_of_the_sigmoid_loss_has_a_logit_bias(tmp_path):
     write_checkpoint(tmp_path / "saved", {"model.safetensors": model.state_dict()}, facts)
     loaded, _, _ = loading.load(tmp_path / "saved")
     assert loaded.towers.logit_bias.item() == loaded.towers.logit_scale.item() == 4.0
-    assert loading.has_logit_bias(replace(config, checkpoint=str(tmp_path / "saved")))
+    assert loading.has_logit_bias(replace(config, start=str(tmp_path / "saved")))
     (tmp_path / "saved" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
-        loading.has_logit_bias(replace(config, checkpoint=str(tmp_path / "saved")))
+        loading.has_logit_bias(replace(config, start=str(tmp_path / "saved")))
 
 
 def test_embeddings_have_unit_norm_and_encoders_agree():
