@@ -50,7 +50,7 @@ def train() -> None:
     neighbour: list[subprocess.Popen[bytes]] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(config, model, sources.pairs(config), folder=Path(folder))
+            run = Run(config, model, sources.pairs(config), [], folder=Path(folder))
             for index in range(config.episodes.count):
                 run.trainer.start_episode(run.episode(index))
                 for batch in run.loader.batches(run.episode(index)):

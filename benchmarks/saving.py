@@ -74,7 +74,7 @@ def one_checkpoint(model_name: str | None) -> tuple[float, float, float]:
         if model_name is not None:
             config = replace(config, model=ModelConfig(name=model_name))
         model = loading.model(config.model, seed=0)
-        built = run.Run(config, model, sources.pairs(config), folder=Path(folder))
+        built = run.Run(config, model, sources.pairs(config), [], folder=Path(folder))
         built.open_log(0)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

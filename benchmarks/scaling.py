@@ -54,7 +54,7 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
     with collectives.process_group(device), tempfile.TemporaryDirectory() as folder:
         model = loading.to_device(loading.model(config.model, seed=0), device)
         loading.parallelise(config, model)
-        built = run.Run(config, model, sources.pairs(config), folder=Path(folder))
+        built = run.Run(config, model, sources.pairs(config), [], folder=Path(folder))
         for index in range(2 if profiled else config.episodes.count):
             if profiler is not None and index == 1:
                 profiler.start()

@@ -114,7 +114,7 @@ def episode_seconds(
     model = loading.to_device(loading.model(config.model, seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        built = run.Run(config, model, samples, folder=Path(folder))
+        built = run.Run(config, model, samples, [], folder=Path(folder))
         trainer, batches = built.trainer, built.loader.batches
         if case == "rn50":
             batches = synthetic(config, device)

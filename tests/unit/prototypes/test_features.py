@@ -164,7 +164,7 @@ def test_extraction_through_the_training_transform(tmp_path):
         config = tiny_config(str(tmp_path / "tiny.parquet"), out=str(tmp_path / "run"))
         config = with_changes(config, {"prototypes": {"extract_transform": transform}})
         model, samples = loading.model(config.model, seed=0), sources.pairs(config)
-        made = run.Run(config, model, samples, folder=tmp_path / "run")
+        made = run.Run(config, model, samples, [], folder=tmp_path / "run")
         episode, source = made.episode(0), made.trainer.source
         found[transform] = source.features(episode)
         assert torch.equal(source.features(episode).image, found[transform].image)
