@@ -398,7 +398,10 @@ def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Ev
 
 def _beside(folder: Path, name: str) -> str:
     path = folder / name
-    return path.read_text("utf-8") if path.is_file() else ""
+    try:
+        return path.read_text("utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 ({reason_of(error)})") from None
 
 
 def _imagenet_names(classes: Sequence[str]) -> list[str] | None:

@@ -453,3 +453,12 @@ def test_bad_templates_are_refused(content, message, tmp_path):
         write(path, content)
     with pytest.raises(ValueError, match=message):
         read_templates(str(path))
+
+
+def test_class_names_that_are_not_utf_8_are_named(tmp_path):
+    for number in range(2):
+        (tmp_path / "test" / f"{number}").mkdir(parents=True)
+        (tmp_path / "test" / f"{number}" / "a.png").write_bytes(b"x")
+    (tmp_path / "classnames.txt").write_bytes("Bär\nIgel\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classnames\.txt: cannot be read as UTF-8 \(.*\)$"):
+        open_data(str(tmp_path))
