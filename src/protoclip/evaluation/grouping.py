@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from protoclip.evaluation import retrieval
-from protoclip.evaluation.geometry import modality_gap
+from protoclip.evaluation.geometry import effective_rank, modality_gap
 from protoclip.prototypes.kmeans import kmeans
 
 MODALITIES = ("image", "text")
@@ -63,16 +63,6 @@ def same_group_by_chance(groups: Int[Tensor, " n"]) -> float:
 def spread(features: Float[Tensor, "n d"]) -> float:
     """Variance of unit-norm rows, 1 - |mean|^2: 0 if all are one point, near 1 if all around."""
     return 1 - float(features.double().mean(dim=0).square().sum())
-
-
-def effective_rank(features: Float[Tensor, "n d"]) -> float:
-    """Exponential of the entropy of the normalised singular values, in [1, min(n, d)].
-
-    The number of directions that the rows use (Roy and Vetterli 2007). Rows are not centred.
-    """
-    values = torch.linalg.svdvals(features.double())
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
 
 
 def group_sizes(groups: Int[Tensor, " n"], number: int) -> dict[str, float]:

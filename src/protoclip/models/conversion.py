@@ -12,7 +12,7 @@ from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import towers
 from protoclip.models.hugging_face import HuggingFaceTowers, image_transform
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.references import Loaded, library
+from protoclip.models.references import Loaded, readable_errors
 
 # Hugging Face's names of what is in a transformer, and open_clip's (`pre_layrnorm` is spelt so).
 NAMES = {
@@ -45,7 +45,7 @@ def description(reference: str, name: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoImageProcessor
 
     open_processor: Any = AutoImageProcessor.from_pretrained
-    with library(f"model.start: {reference}", "" if Path(name).is_dir() else name):
+    with readable_errors(f"model.start: {reference}", "" if Path(name).is_dir() else name):
         config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type == "clip":
             processor = open_processor(name, trust_remote_code=False)

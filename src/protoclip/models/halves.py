@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
 from protoclip.models import towers
-from protoclip.models.references import examples_of, library, misfits, require_safetensors
+from protoclip.models.references import examples_of, misfits, readable_errors, require_safetensors
 
 # The kinds of Hugging Face text model that open_clip can hold.
 TEXT_KINDS = ("bert", "roberta", "xlm-roberta")
@@ -44,13 +44,13 @@ def image_weights(name: str, weights: str, size: int) -> dict[str, Tensor]:
     if weights == PUBLISHED:
         if not published.has_weights:
             raise ValueError(f"{reference}: timm has no weights for {name}; name a file")
-        with library(reference, published.hf_hub_id or ""):
+        with readable_errors(reference, published.hf_hub_id or ""):
             model = timm.create_model(name, pretrained=True)
     elif not Path(weights).is_file():
         raise ValueError(f"{reference}: no such file; weights are '{PUBLISHED}' or a file")
     else:
         model = timm.create_model(name)
-        with library(reference):
+        with readable_errors(reference):
             found = load_state_dict(weights, weights_only=True)
         classifier = classifier_names(model)
         own = {key for key in model.state_dict() if key.startswith(classifier)}
@@ -111,7 +111,7 @@ def check_text(name: str, source: str, *, context_length: int) -> None:
 
 def hub(name: str, source: str) -> AbstractContextManager[None]:
     """Reads a text model from its folder or the hub; what fails is a line."""
-    return library(f"model.text.name: {name}", "" if Path(source).is_dir() else source)
+    return readable_errors(f"model.text.name: {name}", "" if Path(source).is_dir() else source)
 
 
 def text_weights(name: str, source: str) -> dict[str, Tensor]:

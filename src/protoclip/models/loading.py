@@ -151,7 +151,7 @@ def text_library(
     repository = references.text_repository(description["model_cfg"])
     if not repository or text_source(config) is not None:
         return nullcontext()
-    return references.library(f"model.start: {config.start}", repository)
+    return references.readable_errors(f"model.start: {config.start}", repository)
 
 
 def tower_kind(config: ModelConfig) -> Literal["transformer", "convolutional"] | None:

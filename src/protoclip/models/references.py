@@ -75,7 +75,7 @@ def open_clip_model(reference: str, name: str) -> Loaded:
     in_file = Path(tag).is_file()
     published = published_weights(reference, name, "" if in_file else tag)
     repository = published.get("hf_hub", "").rpartition("/")[0]
-    with library(reference, repository or text_repository(towers.named_config(name))):
+    with readable_errors(reference, repository or text_repository(towers.named_config(name))):
         built = seeded(
             towers.named_towers,
             name,
@@ -110,13 +110,13 @@ def open_clip_folder(reference: str, name: str) -> Loaded:
         raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
     files = [path.name for path in folder.iterdir()]
     require_safetensors(reference, files, OPEN_CLIP_WEIGHTS)
-    with library(reference):
+    with readable_errors(reference):
         config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
-    with library(reference, text_repository(config)):
+    with readable_errors(reference, text_repository(config)):
         wrong = misshapen(folder)
     if wrong:  # open_clip would list every tensor
         raise ValueError(f"{reference}: does not fit {OPEN_CLIP_CONFIG}: {examples_of(wrong)}")
-    with library(reference, text_repository(config)):
+    with readable_errors(reference, text_repository(config)):
         built = seeded(open_clip.create_model, f"local-dir:{folder}")
         tokenizer = towers.build_tokenizer(f"local-dir:{folder}")
     return open_clip_pair(built), open_clip_transform(built), tokenizer
@@ -130,7 +130,7 @@ def reference_checkpoint(reference: str, given: str) -> Loaded:
     """
     name, weights = reference_weights(reference, given)
     description = reference_description(name)
-    with library(reference, text_repository(description["model_cfg"])):
+    with readable_errors(reference, text_repository(description["model_cfg"])):
         built = seeded(towers.described_towers, description)
         tokenizer = towers.build_tokenizer(name)
     model: TowerPair = TowerPair(built)
@@ -150,7 +150,7 @@ def reference_weights(reference: str, given: str) -> tuple[str, dict[str, Tensor
     require_model(reference, name)
     if not Path(file).is_file():
         raise ValueError(f"{reference}: no such file")
-    with library(reference):
+    with readable_errors(reference):
         content = torch.load(file, map_location="cpu", weights_only=True)
         content = dict(content.get("state_dict", content))
     return name, {reference_name(key): value for key, value in content.items()}
@@ -187,7 +187,7 @@ def hugging_face(reference: str, name: str) -> Loaded:
         require_safetensors(reference, [path.name for path in Path(name).iterdir()])
     elif not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
         raise ValueError(f"{reference}: no such folder")
-    with library(reference, "" if local else name):
+    with readable_errors(reference, "" if local else name):
         loaded: Loaded = seeded(open_model, name)
     return loaded
 
@@ -284,7 +284,7 @@ def text_repository(config: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def library(reference: str, repository: str = "") -> Iterator[None]:
+def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
     """Turn what other libraries raise into one line.
 
     They reach the hub only for a `repository`, and only if it answers within seconds; else they
