@@ -10,18 +10,18 @@ of a card's peak comes from, and what it leaves out.
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip.cli.parsing import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive, check
 from protoclip.models import loading, towers
-from protoclip.models.protoclip import ProtoCLIP
 from protoclip.training.optim import resolved
 from protoclip.training.stages import LOCKED_IMAGE, stage_of
 
@@ -54,30 +54,24 @@ class Forward:
 def forward_flops(config: ModelConfig) -> Forward:
     """Count the towers' FLOPs on the meta device, at the recipe's sizes. Needs no weights."""
     model = loading.architecture(config, weights="none")
-    assert isinstance(model, ProtoCLIP)
-    size, length = towers.image_size(model.towers), model.towers.context_length
+    pair: Any = model.towers
+    size, length = towers.image_size(pair), int(pair.context_length)
     if config.name is None and config.start is None:
         size, length = towers.small_sizes(config)
-    samples, found = 2, []  # BatchNorm needs more than one
+    samples = 2  # BatchNorm needs more than one
+
+    def counted(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:
+        with FlopCounterMode(display=False) as counter:
+            return part(inputs), counter.get_total_flops() / samples
+
     # Text towers of transformers skip what needs values only if their tensors are fake.
     with torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True):
-        images = torch.empty(samples, 3, size, size)
+        features, image = counted(model.encode_image, torch.empty(samples, 3, size, size))
         tokens = torch.ones(samples, length, dtype=torch.long)
-        for part in (
-            lambda: model.encode_image(images),
-            lambda: model.encode_text(tokens),
-            lambda: model(images, tokens),
-        ):
-            with FlopCounterMode(display=False) as counter:
-                part()
-            found.append(counter.get_total_flops() / samples)
-    image, text, whole = found
-    return Forward(
-        image=image,
-        text=text,
-        heads=whole - image - text,
-        parameters=sum(p.numel() for p in model.towers.parameters()),
-    )
+        _, text = counted(model.encode_text, tokens)
+        _, head = counted(model.image_head, features)
+    parameters = sum(p.numel() for p in pair.parameters())
+    return Forward(image=image, text=text, heads=2 * head, parameters=parameters)
 
 
 def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
