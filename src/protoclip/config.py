@@ -61,6 +61,9 @@ class RunConfig:
     keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
     wandb: Literal["off", "offline", "online"] = "off"  # Also log to Weights & Biases.
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
+    guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
+    stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
+    patience: Count = 3  # Evaluations without a better value that stop_by waits for.
     evaluate: bool = True  # Evaluate on the test split at the end.
 
 
@@ -137,6 +140,9 @@ class ModelConfig:
     pretrained: str | None = None  # Tag of open_clip's weights for model.name.
     start: str | None = None  # Run, or other model, to start from.
     embed_dim: Width = 256  # Joint feature width of the small towers.
+    # fine-tuning
+    frozen_batch_norm: bool = False  # Keep the towers' BatchNorm statistics as they are.
+    lora: Annotated[int, 1, 2**16] | None = None  # Rank of LoRA; unset, all weights train.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
@@ -183,6 +189,8 @@ class LossConfig:
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
+    # fine-tuning
+    keep: NotNegative = 0.0  # Weight of distillation from the frozen start.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +199,8 @@ class OptimConfig:
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
     heads_lr_scale: Positive = 0.01  # Factor to the rate of the heads.
+    # fine-tuning
+    layer_decay: Annotated[float, ABOVE_0, 1] = 1.0  # Factor to the rate, by layer from the output.
     warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
     locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.
     betas: tuple[Decay, Decay] | None = None  # Of AdamW, such as 0.9 0.98; else from the model.
@@ -344,10 +354,12 @@ def check(config: Config) -> list[str]:
     share = config.data.validation
     if isinstance(share, float) and config.data.is_emoji:
         raise ValueError("data.validation: the emoji have held-out splits; leave it out")
-    if run.evaluate_every and share == 0:
+    if run.evaluate_every and share == 0 and not run.guard:
         raise ValueError("run.evaluate_every: data.validation is 0, so no pairs are held out")
     if run.keep_best is not None and not run.evaluate_every:
         raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
+    if run.stop_by is not None and not run.evaluate_every:
+        raise ValueError("run.stop_by: needs run.evaluate_every; set it, or leave this out")
     if config.model.pretrained and not config.model.name:
         raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     check_halves(config.model)
@@ -425,6 +437,7 @@ def without_effect(config: Config) -> list[str]:
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
     reasons = {
+        "run.patience": config.run.stop_by is None and "run.stop_by is not set",
         "data.cache_gb": in_workers and "worker processes keep no images in memory",
         "prototypes.*": clip and "loss.prototypical is 0",
         "prototypes.number": no_target,
