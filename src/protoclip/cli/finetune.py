@@ -82,7 +82,6 @@ def show_sweep(record: Mapping[str, Any]) -> None:
         return
     names = data_sets(points)
     table = Table("alpha", title="Between start (0) and end (1), percent")
-    table.caption, table.caption_justify = f"* chosen. {record['rule'].capitalize()}.", "left"
     for name in (*names, "mean"):
         table.add_column(escape(printable(name)), justify="right")
     for point in points:
@@ -90,6 +89,7 @@ def show_sweep(record: Mapping[str, Any]) -> None:
         values = [*(point["scores"][name] for name in names), point["mean"]]
         table.add_row(f"{point['alpha']:g}{mark}", *(f"{100 * value:.1f}" for value in values))
     print_table(table, columns=len(names))
+    print(f"* chosen; {record['rule']}")
 
 
 def show_metrics(results: Mapping[str, Any]) -> None:

@@ -38,12 +38,12 @@ class EarlyStop:
 
     @property
     def reason(self) -> str:
-        best = (
-            "never finite" if self.best is None else f"{self.best:.4f} after step {self.best_step}"
-        )
+        best = "it was never finite"
+        if self.best is not None:
+            best = f"its best value is {self.best:.4f}, of step {self.best_step}"
         return (
-            f"stopped early after step {self.step}: {self.metric} was best ({best}) "
-            f"{self.waited} evaluations ago"
+            f"stopped early after step {self.step}: no better {self.metric} in {self.waited} "
+            f"evaluations; {best}"
         )
 
     def state_dict(self) -> dict[str, Any]:
