@@ -41,10 +41,12 @@ ImageSize = Annotated[int, 2, 2**13]
 ContextLength = Annotated[int, 3, 2**12]
 Layers = Annotated[int, 1, 1000]
 Width = Annotated[int, 1, 2**16]
+Rank = Annotated[int, 1, 2**12]
 Positive = Annotated[float, ABOVE_0, math.inf]
 NotNegative = Annotated[float, 0, math.inf]
 Decay = Annotated[float, 0, BELOW_1]
 Share = Annotated[float, 0, BELOW_1]
+LayerDecay = Annotated[float, ABOVE_0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +141,10 @@ class ModelConfig:
     name: str | None = None  # An open_clip model such as RN50; else small towers.
     pretrained: str | None = None  # Tag of open_clip's weights for model.name.
     start: str | None = None  # Run, or other model, to start from.
+    locked: list[Literal["image", "text"]] = field(default_factory=list)  # Towers left as they are.
+    lora: Rank | None = None  # Train LoRA adapters of this rank; towers frozen.
+    frozen_batch_norm: bool = False  # BatchNorm statistics of the towers stay.
     embed_dim: Width = 256  # Joint feature width of the small towers.
-    # fine-tuning
-    frozen_batch_norm: bool = False  # Keep the towers' BatchNorm statistics as they are.
-    lora: Annotated[int, 1, 2**16] | None = None  # Rank of LoRA; unset, all weights train.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
@@ -189,8 +191,8 @@ class LossConfig:
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
-    # fine-tuning
-    keep: NotNegative = 0.0  # Weight of distillation from the frozen start.
+    keep: NotNegative = 0.0  # Weight of the distillation from the frozen start.
+    keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +201,7 @@ class OptimConfig:
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
     heads_lr_scale: Positive = 0.01  # Factor to the rate of the heads.
-    # fine-tuning
-    layer_decay: Annotated[float, ABOVE_0, 1] = 1.0  # Factor to the rate, by layer from the output.
+    layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further from the output.
     warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
     locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.
     betas: tuple[Decay, Decay] | None = None  # Of AdamW, such as 0.9 0.98; else from the model.

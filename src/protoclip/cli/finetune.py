@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from protoclip.cli.parsing import Recipes, merged
-from protoclip.config import Config, NotNegative
+from protoclip.config import Config, NotNegative, Rank
 from protoclip.files import read_json, to_json
 
 
@@ -22,7 +22,7 @@ class Finetune(Config, Recipes):
     start: str | None = None  # Model to start from: a run, open_clip:NAME/TAG, hf:NAME, a folder.
     _: KW_ONLY
     guard: list[str] = field(default_factory=list)  # General data to watch. May be repeated.
-    lora: Annotated[int, 1, 2**16] | None = None  # Rank of LoRA; unset, all weights train.
+    lora: Rank | None = None  # Rank of LoRA adapters; unset, all weights train.
     keep: NotNegative | None = None  # Weight of distillation from the start, as loss.keep.
     alpha: Annotated[float, 0, 1] | None = None  # From 0, the start, to 1, the end; else the best.
     resume: Literal["never", "auto"] = "never"  # auto continues the run in the folder.

@@ -12,8 +12,8 @@ from protoclip.models.references import examples_of, misfits
 
 # Settings that a start does not decide: weights are brought to other sizes.
 SIZES = ("image.size", "text.context_length")
-# Settings of how a model is trained, which are those of each run.
-TRAINING = ("frozen_batch_norm", "lora")
+# Settings of how a run trains, whatever it starts from.
+OWN = ("locked", "lora", "frozen_batch_norm")
 
 
 def merged(given: ModelConfig, theirs: ModelConfig, *, has_heads: bool) -> ModelConfig:
@@ -24,7 +24,7 @@ def merged(given: ModelConfig, theirs: ModelConfig, *, has_heads: bool) -> Model
     """
     usual, follow = flat(ModelConfig()), flat(theirs)
     for name, value in flat(given).items():
-        free = name in ("start", *SIZES, *TRAINING) or (name.startswith("heads.") and not has_heads)
+        free = name in ("start", *SIZES, *OWN) or (name.startswith("heads.") and not has_heads)
         if not free and value not in (usual[name], follow[name]):
             raise ValueError(
                 f"model.{name}: {value} does not go with model.start = {given.start}, which has "
@@ -33,12 +33,12 @@ def merged(given: ModelConfig, theirs: ModelConfig, *, has_heads: bool) -> Model
     return replace(
         theirs,
         start=given.start,
-        **{name: getattr(given, name) for name in TRAINING},
         image=replace(theirs.image, size=given.image.size or theirs.image.size),
         text=replace(
             theirs.text, context_length=given.text.context_length or theirs.text.context_length
         ),
         heads=theirs.heads if has_heads else given.heads,
+        **{name: getattr(given, name) for name in OWN},
     )
 
 

@@ -115,7 +115,8 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     decide("run.name", "finetuned")
     evaluate_every = decide("run.evaluate_every", 1)
     decide("model.frozen_batch_norm", True)
-    batch, size, count = episodes(settings, training_rows(config, evaluate_every))
+    rows = training_rows(config, evaluate_every)
+    batch, size, count = episodes(settings, rows)
     decide("episodes.locked_image", 0)
     if config.model.lora is None:
         decide("optim.learning_rate", 1e-5)
@@ -129,7 +130,8 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
         decide("prototypes.number", number)
     features = None
     if config.loss.teacher > 0 and not config.teachers:
-        features = decide("teacher.features", "start")
+        # A stream has no end, so its captions cannot all be embedded before the run.
+        features = decide("teacher.features", "start" if rows is not None else None)
         if features is not None:
             decide("teacher.number", number)
     if config.loss.prototypical > 0 or features is not None or config.external_teachers:
