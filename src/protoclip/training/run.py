@@ -572,7 +572,7 @@ def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
     before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     before.setdefault("loss.instance", "info_nce")  # the only one of earlier versions
-    before = flat(tomllib.loads(to_toml(Config()))) | before  # which lack later settings
+    before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
     if "model.checkpoint" in before:  # what version 0.2 called it
         before["model.start"] = before.pop("model.checkpoint")
     now = flat(tomllib.loads(config))
