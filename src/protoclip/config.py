@@ -15,6 +15,7 @@ from functools import reduce
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+START = "start"  # `teacher.features` of the frozen start
 # Image size in pixels and caption length in tokens of the small towers, unless set.
 SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
@@ -149,6 +150,11 @@ class ModelConfig:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
 
+    @property
+    def projections_are_new(self) -> bool:
+        """Whether the towers' projections into the joint space are new, as those of two halves."""
+        return self.start is None and self.name is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
@@ -178,7 +184,7 @@ class PrototypeConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
-    features: str | None = None  # Folder of embed-teacher, or a file; or emoji.
+    features: str | None = None  # Folder of embed-teacher, or a file; or emoji, start.
     weight: NotNegative = 1.0  # Factor to loss.teacher.
     number: Count = 400  # Prototypes of the teacher's space.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
@@ -242,6 +248,11 @@ class Config:
     @property
     def uses_prototypes(self) -> bool:
         return self.loss.prototypical > 0 or bool(self.external_teachers)
+
+    @property
+    def uses_start(self) -> bool:
+        """Whether a frozen copy of the start is needed: to keep its features, or as a teacher."""
+        return self.loss.keep > 0 or START in {t.features for t in self.external_teachers.values()}
 
     @property
     def prototype_source(self) -> Literal["extract", "queue"]:
@@ -364,6 +375,7 @@ def check(config: Config) -> list[str]:
     if config.model.pretrained and not config.model.name:
         raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     check_halves(config.model)
+    check_fine_tuning(config)
     check_sources(config.data)
     check_teachers(config)
     if size % batch_size:
@@ -402,6 +414,22 @@ def check_halves(model: ModelConfig) -> None:
             raise ValueError(f"{setting}: does not go with model.name; leave one of them out")
 
 
+def check_fine_tuning(config: Config) -> None:
+    """Refuse what leaves nothing to train, or needs a start where there is none."""
+    model, both_locked = config.model, {*config.model.locked} == {"image", "text"}
+    if both_locked and not model.projections_are_new:
+        raise ValueError("model.locked: with both towers locked nothing is left to train")
+    if model.lora is not None and both_locked:
+        raise ValueError("model.lora: both towers are locked (model.locked); leave one of them out")
+    if model.lora is not None and config.parallel.strategy == "fsdp":
+        raise ValueError("model.lora: does not go with parallel.strategy = fsdp; choose ddp")
+    if model.lora is not None and config.parallel.compile:
+        raise ValueError("model.lora: does not go with parallel.compile; leave one of them out")
+    if config.uses_start and model.start is None and model.pretrained is None:
+        setting = "loss.keep" if config.loss.keep else f"teacher.features = {START}"
+        raise ValueError(f"{setting}: needs model.start, the model to keep to; set it")
+
+
 def check_sources(data: DataConfig) -> None:
     if data.sources and data.train != DataConfig().train:
         raise ValueError("data.sources: takes the place of data.train; leave one of them out")
@@ -435,6 +463,7 @@ def without_effect(config: Config) -> list[str]:
     no_target = no_prototypical and not clip and "loss.prototypical is 0"
     no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
     no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
+    locked = [] if model.projections_are_new else model.locked
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
     reasons = {
@@ -451,8 +480,11 @@ def without_effect(config: Config) -> list[str]:
         "teacher.*": no_teacher,
         "teachers.*": no_teacher,
         "loss.teacher": no_features,
+        "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
         "loss.instance": loss.info_nce == 0 and "loss.info_nce is 0",
         "optim.locked_learning_rate": not episodes.locked_image and "episodes.locked_image is 0",
+        "optim.image_lr_scale": "image" in locked and "the image tower is locked",
+        "optim.text_lr_scale": "text" in locked and "the text tower is locked",
         "model.embed_dim": named,
         "model.image.name": named,
         "model.text.width": text_named,

@@ -51,7 +51,7 @@ class ExtractedFeatures:
 
     model: ProtoCLIP
     batches: Callable[[Episode], Iterable[Batch]]
-    teachers: Mapping[str, TeacherFeatures]
+    teachers: dict[str, TeacherFeatures]
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
 

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import protoclip
-from protoclip.config import PERMISSIONS, Config, PrototypeConfig, TeacherConfig, check
+from protoclip.config import PERMISSIONS, START, Config, PrototypeConfig, TeacherConfig, check
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.loader import SkipLog
@@ -46,6 +46,7 @@ from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
+from protoclip.teachers.encode import embed_start
 from protoclip.training import optim
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
 from protoclip.training.early_stop import EarlyStop
@@ -164,6 +165,7 @@ def train_together(
             return checkpoint
 
         checkpoint = rank0_first(claim)
+        run.embed_start(samples)
         stack.enter_context(stop_on_signals(run))
         # Dropout and the like draw from the global generator, so the seed sets it too.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -233,6 +235,7 @@ class Run:
         spaces |= {"image": config.prototypes, "text": config.prototypes}
         sigmoid = config.loss.instance == "sigmoid"
         optimizer, scaler = optim.optimizer(config, model), grad_scaler(precision, device)
+        self.start = loading.frozen_start(config, device) if config.uses_start else None
         self.trainer = Trainer(
             model=model,
             stage=partial(stage_of, config),
@@ -243,7 +246,10 @@ class Run:
                 sigmoid=config.loss.info_nce if sigmoid else 0.0,
                 prototypical=config.loss.prototypical,
                 teachers={n: t.weight * config.loss.teacher for n, t in teachers.items()},
+                keep=config.loss.keep,
+                keep_by=config.loss.keep_by,
             ),
+            start=self.start if config.loss.keep else None,
             make_targets=partial(
                 make_targets,
                 target_temperatures={
@@ -295,6 +301,21 @@ class Run:
         if config.prototype_source == "queue":
             return QueuedFeatures(size=config.episodes.size, **settings)
         return ExtractedFeatures(**settings)
+
+    def embed_start(self, samples: Pairs | SampleStream) -> None:
+        """Let the frozen start embed all captions, once a run, if it is an external teacher."""
+        names = [n for n, t in self.config.external_teachers.items() if t.features == START]
+        if names:
+            assert self.start is not None
+            assert isinstance(samples, Pairs)  # `store.teachers` refuses streams
+            features = embed_start(
+                self.start,
+                self.loader.tokenizer,
+                samples,
+                self.folder / "start_features",
+                autocast=self.trainer.autocast,
+            )
+            self.trainer.source.teachers |= dict.fromkeys(names, features)
 
     def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
         """K-means with the settings of a space."""
