@@ -32,7 +32,6 @@ from protoclip.training.wise_ft import ALPHAS, interpolated
 
 GUARD = "eval/general/zero_shot/acc1"
 CONSTANT = "eval/general/zero_shot/acc5"  # 1 of three classes, so it never improves
-NO_TEACHER = "--teacher.features none"
 
 
 def write_pairs(path: Path, number: int, *, seed: int) -> None:
@@ -77,7 +76,6 @@ def settings(top: Path, out: Path, **sections: dict[str, Any]) -> dict[str, Any]
         "data": {"train": f"{top}/own.parquet", "validation": 0.2},
         "model": {"start": f"{top}/start"},
         "episodes": {"size": 32, "batch_size": 16, "count": 2},
-        "teacher": {"features": None},
         "optim": {"learning_rate": 1e-2},
     }
     return {name: {**tree.get(name, {}), **sections.get(name, {})} for name in tree | sections}
@@ -87,7 +85,7 @@ def words(top: Path, out: Path) -> list[str]:
     """The same on the command line."""
     given = f"""finetune {top}/start --guard {top}/general.parquet,class_column=kind --run.out {out}
         --run.device cpu --run.precision fp32 --data.train {top}/own.parquet --data.validation 0.2
-        --episodes.size 32 --episodes.batch_size 16 --episodes.count 2 --teacher.features none
+        --episodes.size 32 --episodes.batch_size 16 --episodes.count 2
         --optim.learning_rate 1e-2"""
     return given.split()
 
@@ -127,6 +125,7 @@ def test_from_the_command_line(top, finished, tmp_path, capsys):
     main(words(top, out))
     printed = capsys.readouterr()
     assert "note: for fine-tuning: optim.layer_decay = 0.7, optim.warm_up_steps = 1" in printed.err
+    assert "teacher.features = start" in printed.err
     record, results = read(out / "wise_ft.json"), read(out / "results.json")
     assert [point["alpha"] for point in record["points"]] == [*ALPHAS]
     assert list(record["points"][0]["scores"]) == ["validation", "general"]
@@ -211,6 +210,21 @@ def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
     (entry,) = json.loads(capsys.readouterr().out)
     assert GUARD in entry["metrics"]
     assert "general" in read_results(copied)["samples"]
+
+
+def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
+    """The run's model is a plain one, between the start and the merged end."""
+    given = settings(top, tmp_path / "run", model={"lora": 2}, run={"guard": []})
+    finetune(given, alpha=0.5)
+    start, end = weights(top / "start"), weights(tmp_path / "run/checkpoints/step-000000004")
+    expected, found = interpolated(start, end, 0.5), weights(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    loaded = protoclip.load(tmp_path / "run")[0].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in found.items())
+    moved = [name for name in found if not torch.equal(found[name], start[name])]
+    assert any("towers.visual" in name for name in moved)
 
 
 def interrupt_sweep(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
@@ -352,7 +366,7 @@ def test_ranks_sweep_one_model(strategy, top, tmp_path):
             "run.guard: {top}/no.csv: no su",
         ),
         (
-            f"finetune {{start}} --data.train {{own}} --data.validation 0 --run.evaluate_every 0 {NO_TEACHER}",
+            "finetune {start} --data.train {own} --data.validation 0 --run.evaluate_every 0",
             "alpha: nothing judges the models between start and end",
         ),
         (

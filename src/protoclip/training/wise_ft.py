@@ -17,7 +17,7 @@ from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation.suite import RECALLS
 from protoclip.files import read_json, to_json, write_atomically
-from protoclip.models import loading
+from protoclip.models import loading, lora
 from protoclip.progress import Progress
 from protoclip.training.checkpoint import write_model
 from protoclip.training.run import Run
@@ -30,7 +30,7 @@ RULE = (
 )
 # LoRA adds the product of two matrices. Only the second one, which starts at 0, moves along the
 # line, so that the product does.
-FIXED = "lora_A"
+FIXED = ".lora_A."
 
 Point = dict[str, Any]  # `alpha`, `scores` by data set, their `mean`, and all `metrics`
 
@@ -139,7 +139,8 @@ class WiseFT:
             "best_alpha": by_rule,
             "points": points,
         }
-        raise_on_all_ranks(lambda: self._write(run, alpha, record))
+        weights, _ = lora.merged(run.model, parallel.weights(run.model))
+        raise_on_all_ranks(lambda: self._write(run, weights, record))
         run.more_results = {
             "alpha": alpha,
             "best_alpha": by_rule,
@@ -185,14 +186,13 @@ class WiseFT:
         weights = interpolated(self._start, self._end, alpha) if rank() == 0 else {}
         parallel.load_weights(run.model, weights)
 
-    def _write(self, run: Run, alpha: float, record: Mapping[str, Any]) -> None:
+    def _write(self, run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         if rank() != 0:
             return
         (run.folder / "results.json").unlink(missing_ok=True)  # those of another alpha
         write_atomically(run.folder / FILE, to_json(record, indent=2) + "\n")
         draw(record, run.folder / FIGURE)
-        weights = interpolated(self._start, self._end, alpha)
-        description = {**run.writer.description, "alpha": alpha}
+        description = {**run.writer.description, "alpha": record["alpha"]}
         write_model(run.folder, weights, description, run.writer.text_files)
 
 

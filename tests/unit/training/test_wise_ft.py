@@ -17,7 +17,7 @@ from protoclip.training.wise_ft import ALPHAS, best, interpolated, scores
 @pytest.fixture
 def ends(generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     def drawn() -> dict[str, Tensor]:
-        found = {name: torch.randn(3, 4, generator=generator) for name in ("weight", "lora_A.x")}
+        found = {name: torch.randn(3, 4, generator=generator) for name in ("weight", "w.lora_A.x")}
         found |= {"running_mean": torch.randn(4, generator=generator), "scale": torch.tensor(2.0)}
         return found
 
@@ -45,10 +45,12 @@ def test_the_update_of_lora_is_interpolated(generator):
     """The base and the first matrix stay; the second one starts at 0."""
     first = torch.randn(2, 6, generator=generator)
     second = torch.randn(4, 2, generator=generator)
-    start = {"lora_A.w": first, "lora_B.w": torch.zeros(4, 2)}
-    end = {"lora_A.w": first + 1, "lora_B.w": second}
+    start = {"w.lora_A.x": first, "w.lora_B.x": torch.zeros(4, 2)}
+    end = {"w.lora_A.x": first + 1, "w.lora_B.x": second}
     found = interpolated(start, end, 0.3)
-    torch.testing.assert_close(found["lora_B.w"] @ found["lora_A.w"], 0.3 * (second @ (first + 1)))
+    torch.testing.assert_close(
+        found["w.lora_B.x"] @ found["w.lora_A.x"], 0.3 * (second @ (first + 1))
+    )
 
 
 def test_each_data_set_has_one_score():
