@@ -15,6 +15,7 @@ from functools import reduce
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+START = "start"  # `teacher.features` of the frozen start
 # Image size in pixels and caption length in tokens of the small towers, unless set.
 SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
@@ -41,10 +42,12 @@ ImageSize = Annotated[int, 2, 2**13]
 ContextLength = Annotated[int, 3, 2**12]
 Layers = Annotated[int, 1, 1000]
 Width = Annotated[int, 1, 2**16]
+Rank = Annotated[int, 1, 2**12]
 Positive = Annotated[float, ABOVE_0, math.inf]
 NotNegative = Annotated[float, 0, math.inf]
 Decay = Annotated[float, 0, BELOW_1]
 Share = Annotated[float, 0, BELOW_1]
+LayerDecay = Annotated[float, ABOVE_0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,9 @@ class RunConfig:
     keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
     wandb: Literal["off", "offline", "online"] = "off"  # Also log to Weights & Biases.
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
+    guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
+    stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
+    patience: Count = 3  # Evaluations without a better value that stop_by waits for.
     evaluate: bool = True  # Evaluate on the test split at the end.
 
 
@@ -74,6 +80,7 @@ class SourceConfig:
     image_column: str | None = None  # As data.image_column.
     caption_column: list[str] | str | None = None  # As data.caption_column.
     id_column: str | None = None  # As data.id_column.
+    class_column: str | None = None  # As data.class_column.
     root: str | None = None  # As data.root.
 
 
@@ -136,10 +143,18 @@ class ModelConfig:
     name: str | None = None  # An open_clip model such as RN50; else small towers.
     pretrained: str | None = None  # Tag of open_clip's weights for model.name.
     start: str | None = None  # Run, or other model, to start from.
+    locked: list[Literal["image", "text"]] = field(default_factory=list)  # Towers left as they are.
+    lora: Rank | None = None  # Train LoRA adapters of this rank; towers frozen.
+    frozen_batch_norm: bool = False  # BatchNorm statistics of the towers stay.
     embed_dim: Width = 256  # Joint feature width of the small towers.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
+
+    @property
+    def projections_are_new(self) -> bool:
+        """Whether the towers' projections into the joint space are new, as those of two halves."""
+        return self.start is None and self.name is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +185,7 @@ class PrototypeConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
-    features: str | None = None  # Folder of embed-teacher, or a file; or emoji.
+    features: str | None = None  # Folder of embed-teacher, or a file; or emoji, start.
     weight: NotNegative = 1.0  # Factor to loss.teacher.
     number: Count = 400  # Prototypes of the teacher's space.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
@@ -183,6 +198,8 @@ class LossConfig:
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
+    keep: NotNegative = 0.0  # Weight of the distillation from the frozen start.
+    keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +208,7 @@ class OptimConfig:
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
     heads_lr_scale: Positive = 0.01  # Factor to the rate of the heads.
+    layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further from the output.
     warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
     locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.
     betas: tuple[Decay, Decay] | None = None  # Of AdamW, such as 0.9 0.98; else from the model.
@@ -231,6 +249,11 @@ class Config:
     @property
     def uses_prototypes(self) -> bool:
         return self.loss.prototypical > 0 or bool(self.external_teachers)
+
+    @property
+    def uses_start(self) -> bool:
+        """Whether a frozen copy of the start is needed: to keep its features, or as a teacher."""
+        return self.loss.keep > 0 or START in {t.features for t in self.external_teachers.values()}
 
     @property
     def prototype_source(self) -> Literal["extract", "queue"]:
@@ -344,13 +367,16 @@ def check(config: Config) -> list[str]:
     share = config.data.validation
     if isinstance(share, float) and config.data.is_emoji:
         raise ValueError("data.validation: the emoji have held-out splits; leave it out")
-    if run.evaluate_every and share == 0:
+    if run.evaluate_every and share == 0 and not run.guard:
         raise ValueError("run.evaluate_every: data.validation is 0, so no pairs are held out")
     if run.keep_best is not None and not run.evaluate_every:
         raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
+    if run.stop_by is not None and not run.evaluate_every:
+        raise ValueError("run.stop_by: needs run.evaluate_every; set it, or leave this out")
     if config.model.pretrained and not config.model.name:
         raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     check_halves(config.model)
+    check_fine_tuning(config)
     check_sources(config.data)
     check_teachers(config)
     if size % batch_size:
@@ -389,6 +415,22 @@ def check_halves(model: ModelConfig) -> None:
             raise ValueError(f"{setting}: does not go with model.name; leave one of them out")
 
 
+def check_fine_tuning(config: Config) -> None:
+    """Refuse what leaves nothing to train, or needs a start where there is none."""
+    model, both_locked = config.model, {*config.model.locked} == {"image", "text"}
+    if both_locked and not model.projections_are_new:
+        raise ValueError("model.locked: with both towers locked nothing is left to train")
+    if model.lora is not None and both_locked:
+        raise ValueError("model.lora: both towers are locked (model.locked); leave one of them out")
+    if model.lora is not None and config.parallel.strategy == "fsdp":
+        raise ValueError("model.lora: does not go with parallel.strategy = fsdp; choose ddp")
+    if model.lora is not None and config.parallel.compile:
+        raise ValueError("model.lora: does not go with parallel.compile; leave one of them out")
+    if config.uses_start and model.start is None and model.pretrained is None:
+        setting = "loss.keep" if config.loss.keep else f"teacher.features = {START}"
+        raise ValueError(f"{setting}: needs model.start, the model to keep to; set it")
+
+
 def check_sources(data: DataConfig) -> None:
     if data.sources and data.train != DataConfig().train:
         raise ValueError("data.sources: takes the place of data.train; leave one of them out")
@@ -422,9 +464,11 @@ def without_effect(config: Config) -> list[str]:
     no_target = no_prototypical and not clip and "loss.prototypical is 0"
     no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
     no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
+    locked = [] if model.projections_are_new else model.locked
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
     reasons = {
+        "run.patience": config.run.stop_by is None and "run.stop_by is not set",
         "data.cache_gb": in_workers and "worker processes keep no images in memory",
         "prototypes.*": clip and "loss.prototypical is 0",
         "prototypes.number": no_target,
@@ -437,8 +481,11 @@ def without_effect(config: Config) -> list[str]:
         "teacher.*": no_teacher,
         "teachers.*": no_teacher,
         "loss.teacher": no_features,
+        "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
         "loss.instance": loss.info_nce == 0 and "loss.info_nce is 0",
         "optim.locked_learning_rate": not episodes.locked_image and "episodes.locked_image is 0",
+        "optim.image_lr_scale": "image" in locked and "the image tower is locked",
+        "optim.text_lr_scale": "text" in locked and "the text tower is locked",
         "model.embed_dim": named,
         "model.image.name": named,
         "model.text.width": text_named,

@@ -298,7 +298,8 @@ def encode(
     stride = batch_size * world_size()
     for first in range(0, number, stride):
         ready, good = raise_on_all_ranks(partial(read, first + rank() * batch_size))
-        with torch.inference_mode():
+        # Not in inference mode, whose tensors FSDP would keep as buffers and could not train with.
+        with torch.no_grad():
             sent = ready.to(device, non_blocking=True)
             rows = raise_on_all_ranks(partial(forward, sent)).float()
         features.append(all_gather(rows[:good]).cpu())

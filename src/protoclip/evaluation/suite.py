@@ -83,6 +83,8 @@ TASKS: dict[str, tuple[str, dict[str, str]]] = {
     "clustering": ("clustering", {name: f"clustering/{name}" for name in ("ami", "ari")}),
     "geometry": ("geometry", {name: f"modality_gap/{name}" for name in GEOMETRY}),
 }
+# Tasks that are cheap enough to be done often: they encode no training images and fit nothing.
+QUICK = ("zero_shot", "retrieval")
 # What `protocol="paper"` changes, by task, as records say it.
 PAPER = {
     "retrieval": "paper: mean_recall is the mean of recall@1, 5 and 10 both ways",
@@ -93,6 +95,7 @@ PAPER = {
 RUN_METRICS = (
     *(f"zero_shot/acc{k}" for k in (1, 5)),
     *(f"zero_shot_subgroup/acc{k}" for k in (1, 5)),
+    "zero_shot/mean_average_precision",
     *RECALLS,
     *("linear_probe/acc1", "knn/acc1", "clustering/ami", "clustering/ari"),
     *(f"modality_gap/{name}" for name in GEOMETRY[:4]),
@@ -258,12 +261,33 @@ def results(
     return found
 
 
-def metric_names(data: EvaluationData, split: str = "validation") -> list[str]:
+def quick_tasks(data: EvaluationData, split: str) -> list[str]:
+    """The tasks of `QUICK` that the data can serve; raises `ValueError` if they can serve none."""
+    reasons = {task: lacks(data, split, task) for task in QUICK}
+    if all(reasons.values()):
+        why = "; ".join(f"{task} needs {reason}" for task, reason in reasons.items())
+        raise ValueError(f"{data.name}: can serve no quick task ({why})")
+    return [task for task in QUICK if not reasons[task]]
+
+
+def run_tasks(data: EvaluationData, split: str, *, quick: bool) -> list[str]:
+    """The tasks of a run's evaluation on a data set."""
+    return quick_tasks(data, split) if quick else chosen_tasks([data], split, None)[0]
+
+
+def metric_names(
+    data: EvaluationData, split: str = "validation", *, quick: bool = False
+) -> list[str]:
     """The keys of a run's evaluation on a data set, in their order."""
-    (tasks,) = chosen_tasks([data], split, None)
+    tasks = run_tasks(data, split, quick=quick)
     known = {own for task in tasks for own in TASKS[task][1].values()}
     if split not in data.image_names:
         known -= {f"zero_shot_subgroup/acc{k}" for k in (1, 5)}
+    labels = data.splits[split].labels
+    if labels is not None and labels.ndim == 2:
+        known -= {f"zero_shot/acc{k}" for k in (1, 5)}
+    else:
+        known -= {"zero_shot/mean_average_precision"}
     return [f"eval/{data.name}/{metric}" for metric in RUN_METRICS if metric in known]
 
 
@@ -275,6 +299,7 @@ def evaluate_run(
     split: Literal["validation", "test"],
     data: EvaluationData | None = None,
     workers: int = 0,
+    quick: bool = False,
     show: bool = True,
     samples_to: Path | None = None,
 ) -> dict[str, float]:
@@ -284,6 +309,7 @@ def evaluate_run(
     |---|---|
     | `zero_shot/acc{1,5}` | an image's class, or of emoji the concept, among all names |
     | `zero_shot_subgroup/acc{1,5}` | of emoji, its class among the class names |
+    | `zero_shot/mean_average_precision` | of images with several classes |
     | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's captions |
     | `linear_probe/acc1`, `knn/acc1` | its class, learned from the image features of `train` |
     | `clustering/{ami,ari}` | K-means of the image features against the classes |
@@ -297,10 +323,11 @@ def evaluate_run(
         split: What is measured. The linear probe's strength is chosen on `validation`; if that is
             measured, or missing, on a fifth of `train`.
         workers: Processes that read images; the same metrics with any number.
+        quick: Zero-shot and retrieval alone, which encode no image but those measured.
         samples_to: Folder for the results of each sample; only a warning if it cannot be written.
     """
     data = data or datasets.emoji()
-    (tasks,) = raise_on_all_ranks(lambda: chosen_tasks([data], split, None))
+    tasks = raise_on_all_ranks(lambda: run_tasks(data, split, quick=quick))
     encoder = Encoder(
         model=model, transform=transform, tokenizer=tokenizer, workers=workers, show=show
     )

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxtyping import Int
 from torch import Tensor
 
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.info_nce import info_nce, sharded_info_nce
+from protoclip.losses.keep import StartFeatures, keep
 from protoclip.losses.prototypical import Target
 from protoclip.losses.sigmoid import sharded_sigmoid_loss, sigmoid_loss
 from protoclip.models.protoclip import Embeddings
@@ -21,6 +23,8 @@ class LossWeights:
     sigmoid: float = 0.0
     prototypical: float = 1.0
     teachers: Mapping[str, float] = field(default_factory=dict)
+    keep: float = 0.0
+    keep_by: Literal["relations", "features"] = "relations"
 
     def of(self, teacher: str) -> float:
         """Weight of one teacher's prototypes: `image`, `text`, or the name of an external one."""
@@ -33,12 +37,14 @@ def objective(
     assignments: Mapping[str, Int[Tensor, " b"]],
     *,
     weights: LossWeights,
+    start: StartFeatures | None = None,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted losses by name, whose sum is minimised, and a report of them, unweighted.
 
     L = w_i InfoNCE + w_s sigmoid loss + w_p (L_image<-text + L_text<-image) / 2
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
+      + w_k (distance from the frozen start)
 
     With several ranks each value is of the local rows. The means of values and gradients over ranks
     are those of the whole batch.
@@ -55,6 +61,7 @@ def objective(
         targets: Targets by `(student, teacher)`; `None` without prototypes.
         assignments: Prototype of each row by teacher. A row with -1 has no part in that loss.
         weights: Weight of each loss.
+        start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
     """
@@ -72,6 +79,11 @@ def objective(
         losses["sigmoid"] = weights.sigmoid * loss
         report["train/loss/sigmoid"] = loss.detach()
         report["train/logit_bias"] = embeddings.logit_bias.detach()
+    if weights.keep:
+        assert start is not None, "a weight needs the start's features"
+        loss = keep(embeddings.image_features, embeddings.text_features, start, by=weights.keep_by)
+        losses["keep"] = weights.keep * loss
+        report["train/loss/keep"] = loss.detach()
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}
     for (student, teacher), target in (targets or {}).items():
         if not weights.of(teacher):

@@ -25,7 +25,7 @@ from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
 from protoclip.distributed.parallel import shard, spread
 from protoclip.files import file_checksum, read_json
-from protoclip.models import batch_norm, conversion, halves, references, start, towers
+from protoclip.models import batch_norm, conversion, halves, lora, references, start, towers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.references import Loaded, misfits
@@ -298,6 +298,15 @@ def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, lis
         else:
             assert whole is not None
             built = to_device(whole, device)
+        if config.model.lora is not None:
+            said += lora.add_adapters(
+                built,
+                config.model.lora,
+                tokens=tokenizer(config.model)(["a"]),
+                locked=config.model.locked,
+                new_projections=config.model.projections_are_new,
+                seed=config.run.seed,
+            )
         if sigmoid and not has_logit_bias(config.model):
             for made in filter(None, (whole, built)):
                 made.add_logit_bias()
@@ -309,6 +318,15 @@ def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, lis
         shard(built, device)
         spread(built, whole)
     return built, notes
+
+
+def frozen_start(config: Config, device: torch.device) -> TowerPair:
+    """The towers as they are before a run's first step, at the run's sizes, which stay so.
+
+    In evaluation mode and without gradients. Every rank holds them whole.
+    """
+    towers_of = model(config.model, seed=config.run.seed).towers
+    return to_device(TowerPair(towers_of).eval().requires_grad_(False), device)
 
 
 def to_device(built: Pair, device: torch.device) -> Pair:
@@ -387,7 +405,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The newest checkpoint of a run folder, or the checkpoint folder itself."""
+    """The folder of a model: the given one, or the newest checkpoint of a run.
+
+    A run has a model in its own folder if fine-tuning chose one that is no checkpoint.
+    """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such run or checkpoint folder")
@@ -464,7 +485,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint's weights; raises `ValueError` if they are damaged or of another model."""
+    """A checkpoint's weights; raises `ValueError` if they are damaged or of another model.
+
+    They are those of a plain model, also if `model` has adapters.
+    """
     weights = read_tensors(folder / WEIGHTS)
     if wrong := misfits(model, weights):
         raise ValueError(

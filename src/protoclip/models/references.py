@@ -28,6 +28,7 @@ from protoclip.data.transforms import LibraryTransform, PillowTransform
 from protoclip.models import towers
 from protoclip.models.heads import projection_head
 from protoclip.models.hugging_face import ImageTransform, open_model
+from protoclip.models.lora import without_adapters
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.towers import Tokenizer
 
@@ -263,7 +264,7 @@ def examples_of(wrong: Sequence[str]) -> str:
 
 def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """The tensors that only the model or only the weights have, or that differ in shape."""
-    own = model.state_dict()
+    own = without_adapters(model.state_dict())
     wrong = own.keys() ^ weights.keys()
     wrong |= {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}
     return sorted(wrong)

@@ -12,6 +12,8 @@ from protoclip.models.references import examples_of, misfits
 
 # Settings that a start does not decide: weights are brought to other sizes.
 SIZES = ("image.size", "text.context_length")
+# Settings of how a run trains, whatever it starts from.
+OWN = ("locked", "lora", "frozen_batch_norm")
 
 
 def merged(given: ModelConfig, theirs: ModelConfig, *, has_heads: bool) -> ModelConfig:
@@ -22,7 +24,7 @@ def merged(given: ModelConfig, theirs: ModelConfig, *, has_heads: bool) -> Model
     """
     usual, follow = flat(ModelConfig()), flat(theirs)
     for name, value in flat(given).items():
-        free = name in ("start", *SIZES) or (name.startswith("heads.") and not has_heads)
+        free = name in ("start", *SIZES, *OWN) or (name.startswith("heads.") and not has_heads)
         if not free and value not in (usual[name], follow[name]):
             raise ValueError(
                 f"model.{name}: {value} does not go with model.start = {given.start}, which has "
@@ -36,6 +38,7 @@ def merged(given: ModelConfig, theirs: ModelConfig, *, has_heads: bool) -> Model
             theirs.text, context_length=given.text.context_length or theirs.text.context_length
         ),
         heads=theirs.heads if has_heads else given.heads,
+        **{name: getattr(given, name) for name in OWN},
     )
 
 

@@ -51,11 +51,11 @@ class ExtractedFeatures:
 
     model: ProtoCLIP
     batches: Callable[[Episode], Iterable[Batch]]
-    teachers: Mapping[str, TeacherFeatures]
+    teachers: dict[str, TeacherFeatures]
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors FSDP could not train with afterwards
     def features(self, episode: Episode) -> EpisodeFeatures:
         """Features of the episode's samples.
 

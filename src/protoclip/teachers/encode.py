@@ -24,15 +24,17 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from protoclip.config import START
 from protoclip.data.decode import decode
-from protoclip.data.loader import Item, read_sample
+from protoclip.data.loader import Item, Tokenizer, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.files import checksum, file_checksum, read_json, to_json, write_atomically
 from protoclip.models import loading
+from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
 from protoclip.teachers import store
-from protoclip.teachers.store import Features
+from protoclip.teachers.store import Features, TeacherFeatures
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -224,12 +226,58 @@ def embed_teacher(
         "pooling": pooling,
         "part_rows": PART_ROWS[encoder.reads],
     }
+    facts = encode_missing(encoder, samples, out, settings, batch_size)
+    # Writing may take longer than ranks can wait for each other.
+    return facts or (join_parts(out, settings) if rank() == 0 else {})
+
+
+def embed_start(
+    start: TowerPair, tokenizer: Tokenizer, samples: Pairs, out: Path, *, autocast: Any
+) -> TeacherFeatures:
+    """Text features of the model that a run starts from, for all its samples; or those in `out`.
+
+    All ranks call it. What an earlier call left unfinished is finished.
+
+    Args:
+        start: The frozen towers, on their device.
+        out: The teacher folder to make.
+        autocast: Makes the context of forward passes.
+
+    Raises:
+        ValueError: The folder has features of another model or of other samples.
+    """
+
+    def forward(tokens: Tensor) -> Tensor:
+        with autocast():
+            return start.encode_text(tokens)
+
+    ids = list(samples.sample_ids())
+    device = next(start.parameters()).device
+    encoder = Encoder(start, device, tokenizer, forward)
+    settings = {
+        "teacher": START,
+        "source": samples.name,
+        "samples": len(ids),
+        "ids": checksum(store.hash_ids(ids).tobytes()),
+        "reduced_to": None,
+        "weights": encoder.checksum(),
+        "modality": "text",
+        "part_rows": PART_ROWS["text"],
+    }
+    if not encode_missing(encoder, samples, out, settings, batch_size=256):
+        rank0_first(lambda: join_parts(out, settings))
+    return raise_on_all_ranks(lambda: store.open_folder(out))
+
+
+def encode_missing(
+    encoder: Encoder, samples: Any, out: Path, settings: Mapping[str, Any], batch_size: int
+) -> dict[str, Any]:
+    """The facts of a finished folder; otherwise none, once the ranks wrote all its parts."""
     facts, written = rank0_first(lambda: claim(out, settings, encoder.width))
     if "rows" in facts:
         return facts
     raise_on_all_ranks(lambda: encode_parts(encoder, samples, written, out, settings, batch_size))
-    # Writing may take longer than ranks can wait for each other.
-    return join_parts(out, settings) if rank() == 0 else {}
+    return {}
 
 
 def claim(

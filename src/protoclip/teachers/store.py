@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip.config import Config
+from protoclip.config import START, Config
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import Pairs, SampleStream
@@ -217,7 +217,9 @@ def write_folder(
 def teachers(
     config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
 ) -> dict[str, TeacherFeatures]:
-    """The external teachers by name; notes how many samples a teacher has no features of.
+    """The external teachers by name, without the frozen start, which is not embedded yet.
+
+    Notes how many samples a teacher has no features of.
 
     Raises:
         ValueError: There is no such teacher, or it has features of none of the samples.
@@ -229,6 +231,13 @@ def teachers(
     found = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
+        if teacher.features == START:  # `encode.embed_start` makes these, when the run begins
+            if not isinstance(samples, Pairs):
+                raise ValueError(
+                    f"teacher.features: {START} needs pairs that can be read in any order, not a "
+                    "stream; set data.read = indexed, or leave it out"
+                )
+            continue
         if teacher.features == "emoji":
             plain, features = read_parquet(emoji_teacher_path())
             ids = [prefix + own for prefix in prefixes or [""] for own in plain]

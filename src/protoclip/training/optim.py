@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from protoclip.config import Config
@@ -13,6 +14,13 @@ from protoclip.models.loading import described, followed, has_logit_bias, tower_
 from protoclip.models.towers import small_sizes
 
 LOCKED_WARM_UP = 2  # steps
+# The layers of open_clip's own towers and of Hugging Face's text towers: embeddings (or the stem),
+# then the numbered blocks (or stages). What matches neither is behind the last block.
+LAYERS = {
+    "stem": r"conv\d|bn\d|class_embedding|positional_embedding|ln_pre|token_embedding|cls_emb|"
+    r"transformer\.embeddings",
+    "blocks": r"(?:transformer\.resblocks|transformer\.encoder\.layer|layer)\.?(\d+)",
+}
 
 
 def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -124,7 +132,9 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     """Fused AdamW. Weight decay applies to matrices and filters, not to gains, biases, scales.
 
     Towers and heads have parameter groups of their own where the configuration gives them a
-    learning-rate scale or a weight decay.
+    learning-rate scale or a weight decay, and layers with `layer_decay` (see `layer_distances`):
+    the further from the output, the lower the rate, as in fine-tuning by ELECTRA (arXiv 2003.10555)
+    and BEiT (arXiv 2106.08254).
     """
     settings, _ = optim_settings(config)
     image, text = config.optim.image_lr_scale, config.optim.text_lr_scale
@@ -138,16 +148,56 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
         own = {prefix: (scale, common[1]) for prefix, scale in scales.items()}
     if heads != common:
         own |= {"image_head.": heads, "text_head.": heads}
+    layer_decay = config.optim.layer_decay
+    distance = layer_distances(model) if layer_decay < 1 else {}
     groups, remaining = [], dict(model.named_parameters())
     for prefix, (scale, weight_decay) in {**own, "": common}.items():
-        named = [remaining.pop(name) for name in [*remaining] if name.startswith(prefix)]
+        named = {name: remaining.pop(name) for name in [*remaining] if name.startswith(prefix)}
         # FSDP2 does not shard scalars, so they get their own group.
         for dimensions, decay in ((2, weight_decay), (1, 0.0), (0, 0.0)):
-            parameters = [p for p in named if min(p.ndim, 2) == dimensions]
-            if parameters:
-                groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
+            layers: dict[int, list[nn.Parameter]] = {}
+            for name, parameter in named.items():
+                if min(parameter.ndim, 2) == dimensions:
+                    layers.setdefault(distance.get(name, 0), []).append(parameter)
+            for layer, parameters in sorted(layers.items()):
+                own_scale = scale * layer_decay**layer
+                groups.append({"params": parameters, "weight_decay": decay, "scale": own_scale})
     rate, betas, eps = settings["learning_rate"], settings["betas"], settings["eps"]
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
+
+
+def layer_distances(model: Any) -> dict[str, int]:
+    """How many layers each parameter of the towers is away from its tower's output, by name.
+
+    A layer is a block of a transformer or a stage of a convolutional tower, as timm groups them;
+    embeddings are one more. What is behind the last block, such as the projection, is at 0.
+
+    Raises:
+        ValueError: timm does not say which layers an image tower has.
+    """
+    towers = model.towers
+    trunk = getattr(towers.visual, "trunk", None)
+    behind = [*getattr(towers.visual, "head", nn.Identity()).parameters()]
+    parts: list[tuple[str, nn.Module, Any, int]] = [("", towers, LAYERS, 0)]
+    if hasattr(towers, "text"):
+        parts = [("text.", towers.text, LAYERS, 0)]
+    if trunk is None:
+        parts.append(("visual.", towers.visual, LAYERS, 0))
+    elif not hasattr(trunk, "group_matcher"):
+        raise ValueError(
+            f"optim.layer_decay: timm knows no layers of {type(trunk).__name__}; set it to 1"
+        )
+    else:
+        matcher = trunk.group_matcher(coarse=True)
+        parts.append(("visual.trunk.", trunk, matcher, 1 if behind else 0))
+    found: dict[str, int] = {}
+    for prefix, part, matcher, beyond in parts:
+        numbers = group_parameters(part, matcher, reverse=True)
+        last = max(numbers.values()) + beyond
+        for name, number in numbers.items():
+            if prefix or not name.startswith(("visual.", "logit_")):
+                found[f"towers.{prefix}{name}"] = last - number
+    return found
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -14,10 +14,11 @@ from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.losses.grad_cache import forward_in_chunks, random_state
+from protoclip.losses.keep import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import Target
-from protoclip.models import batch_norm
-from protoclip.models.protoclip import Embeddings, ProtoCLIP
+from protoclip.models import batch_norm, lora
+from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import cluster_spaces
@@ -41,6 +42,7 @@ class Trainer:
         source: Gives the features to cluster, and the prototypes that samples belong to.
         cluster: K-means of one space, `(space, rows, positions of the rows) -> KMeans`.
         make_targets: `losses.prototypical.make_targets` with its settings.
+        start: The frozen towers that the model started from, where a loss keeps it close to them.
         micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
         episode, batch, step: Episodes finished, batches of the next one, and optimizer steps.
         samples_seen, seconds: Pairs trained on by all ranks, and wall clock without evaluation.
@@ -61,6 +63,7 @@ class Trainer:
     autocast: Autocast
     clip_norm: float
     micro_batch_size: int | None
+    start: TowerPair | None = None
     episode: int = 0
     batch: int = 0
     step: int = 0
@@ -84,7 +87,7 @@ class Trainer:
         if stage.needs_prototypes and not self.targets:
             metrics = self._prepare(episode)
         enter_stage(self.model, stage)
-        if stage is not self._stage:
+        if stage != self._stage:
             own = batch_norm.has_own_statistics(self.model)
             self._module = parallel.distribute(self.model, broadcast_buffers=own)
             self._stage = stage
@@ -132,7 +135,12 @@ class Trainer:
         for space, found in assignments.items():
             self.reached[space].index_fill_(0, found + 1, 1.0)
         losses, report = objective(
-            embeddings, self.targets or None, assignments, weights=self.weights, detailed=detailed
+            embeddings,
+            self.targets or None,
+            assignments,
+            weights=self.weights,
+            start=self._start_features(batch),
+            detailed=detailed,
         )
         total = torch.stack(list(losses.values())).sum()
         if world_size() > 1:
@@ -180,6 +188,22 @@ class Trainer:
         no_sync = parallel.no_sync(self._module)
         return forward_in_chunks(chunks, buffers=self.model.buffers(), no_sync=no_sync)
 
+    @torch.no_grad()
+    def _start_features(self, batch: Batch) -> StartFeatures | None:
+        """What the frozen start makes of a batch, in micro-batches as the model."""
+        if self.start is None:
+            return None
+        size, features = self.micro_batch_size or len(batch.position), []
+        encoders = (self.start.encode_image, batch.image), (self.start.encode_text, batch.text)
+        for encode, inputs in encoders:
+            parts = []
+            for part in torch.split(inputs, size):
+                with self.autocast():
+                    parts.append(encode(part, normalize=True))
+            features.append(torch.cat(parts))
+        scale = self.start.towers.get_parameter("logit_scale").exp()
+        return StartFeatures(image=features[0], text=features[1], logit_scale=scale)
+
     def end_episode(self) -> dict[str, float]:
         """Count the episode as finished and let go of its prototypes."""
         self.guard.look()
@@ -204,8 +228,10 @@ class Trainer:
         """All that a run needs to go on, as nested dicts of tensors and JSON values.
 
         `model` and `optimizer` are whole copies on the CPU of rank 0, and empty on other ranks.
+        `model` is the plain one: LoRA is merged into it, and `adapters` are what it takes to go on.
         """
         self.guard.look()
+        plain, adapters = lora.merged(self.model, parallel.weights(self.model))
         return {
             **{name: getattr(self, name) for name in PROGRESS},
             "scaler": self.scaler.state_dict(),
@@ -216,7 +242,8 @@ class Trainer:
             # In order, since the sum of the losses depends on it.
             "targets": [[*key, vars(target)] for key, target in self.targets.items()],
             "reached": {space: all_reduce(marks, "max") for space, marks in self.reached.items()},
-            "model": parallel.weights(self.model),
+            "adapters": adapters,
+            "model": plain,
             "optimizer": parallel.moments(self.model, self.optimizer),
         }
 
@@ -225,7 +252,8 @@ class Trainer:
 
         With another number of ranks than before, random states start from the seed again.
         """
-        parallel.load_weights(self.model, state["model"])
+        whole = lora.unmerged(self.model, state["model"], state.get("adapters", {}))
+        parallel.load_weights(self.model, whole)
         parallel.load_moments(self.model, self.optimizer, state["optimizer"])
         for name in PROGRESS:
             setattr(self, name, state[name])

@@ -1,0 +1,154 @@
+"""LoRA: which layers get adapters, that all of them train, and that they merge into weights."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from protoclip.models import loading, lora
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.testing import tiny_model
+from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited
+
+OWN = {
+    "ViT": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    # Its pooling reads the weights of linear layers, and calls none of them.
+    "ResNet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+}
+TEXT = {"context_length": 8, "width": 32, "heads": 2, "layers": 1}
+TOKENS = torch.randint(1, 9, (3, 8), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+# What the note says of each image tower.
+TOWERS = {
+    "ViT": "4 linear and 2 fused attention",
+    "ResNet": "19 convolutional",
+    "test_vit": "24 linear",
+    "test_vit2": "32 linear",
+    "test_resnet": "15 convolutional",
+    "test_convnext": "8 linear",
+    "test_efficientnet": "15 convolutional",
+    # Of its fused queries, keys and values it reads the weight alone.
+    "eva02_tiny_patch14_224": "36 linear",
+}
+
+
+def halves(folder: Path, image: str = "test_vit") -> ModelConfig:
+    """A timm image tower and a BERT, both with random weights in files."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)}).save_pretrained(
+        folder / "bert"
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.BertConfig(**sizes, num_attention_heads=2, vocab_size=len(names))
+    transformers.BertModel(config).save_pretrained(folder / "bert")
+    save_file(timm.create_model(image).state_dict(), folder / "weights.safetensors")
+    return replace(
+        tiny_model(),
+        image=ImageTowerConfig(name=image, weights=f"{folder}/weights.safetensors", size=32),
+        text=TextTowerConfig(name=f"{folder}/bert", context_length=8),
+    )
+
+
+def config_of(name: str, patch: pytest.MonkeyPatch) -> ModelConfig:
+    if name in OWN:
+        config = {"embed_dim": 16, "vision_cfg": OWN[name], "text_cfg": TEXT}
+        patch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+        return replace(tiny_model(), name="tiny", image=ImageTowerConfig(), text=TextTowerConfig())
+    size = 28 if name.startswith("eva") else 32
+    return replace(tiny_model(), image=ImageTowerConfig(name=name, size=size))
+
+
+def with_adapters(model: ProtoCLIP, **settings: Any) -> str:
+    usual: dict[str, Any] = {"tokens": TOKENS[:1], "seed": 3}
+    (note,) = lora.add_adapters(model, 4, **{**usual, **settings})
+    return note
+
+
+def features(model: ProtoCLIP) -> tuple[Tensor, Tensor]:
+    size = model.towers.visual.image_size
+    size = size if isinstance(size, int) else size[0]
+    images = torch.nn.functional.interpolate(IMAGES, size=(size, size))
+    return model.encode_image(images), model.encode_text(TOKENS)
+
+
+@pytest.mark.parametrize("name", [*TOWERS, "BERT"])
+def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
+    """At first they change no bit. All of them train, nothing else of the towers does but scales,
+    and merged into the plain model they compute what they computed beside it."""
+    if name == "BERT":
+        config = halves(tmp_path)
+        expected = "6 linear layers of the text tower"
+    else:
+        config = config_of(name, monkeypatch)
+        expected = f"{TOWERS[name]} layers of the image tower"
+    model, plain = (loading.model(config, seed=0) for _ in range(2))
+    before = [part.clone() for part in features(model.eval())]
+    state = torch.get_rng_state()
+    note = with_adapters(model, new_projections=config.projections_are_new)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert expected in note
+    assert all(map(torch.equal, features(model), before))
+    base = {k: v.clone() for k, v in model.state_dict().items() if lora.ADDED not in k}
+    enter_stage(model, limited(PROTOTYPICAL, replace(config, lora=4)))
+    model.eval()  # BatchNorm statistics stay
+    for parameter_name, parameter in model.named_parameters():
+        if ".lora_B." in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for part in features(model):
+        part.square().sum().backward()
+    trained = {n for n, p in model.towers.named_parameters() if p.requires_grad}
+    assert trained == {
+        n
+        for n, _ in model.towers.named_parameters()
+        if lora.ADDED in n
+        or n.startswith("logit_scale")
+        or (config.projections_are_new and n.startswith(("visual.head.", "text.proj.")))
+    }
+    idle = {n for n, p in model.towers.named_parameters() if n in trained and p.grad is None}
+    assert idle == {"logit_scale"}
+    with torch.inference_mode():
+        features(model)  # as extraction and evaluation do
+    weights = model.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in base.items())
+    merged, rest = lora.merged(model, weights)
+    plain.load_state_dict(merged)
+    for found, given, first in zip(features(plain.eval()), features(model), before, strict=True):
+        torch.testing.assert_close(found, given, atol=1e-5, rtol=1e-4)
+        assert not torch.equal(given, first)
+    again = lora.unmerged(model, merged, rest)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[key], value) for key, value in weights.items())
+
+
+def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
+    config = halves(tmp_path)
+    model = loading.model(config, seed=0)
+    note = with_adapters(model, locked=["image"], new_projections=True)
+    assert "image tower" not in note
+    adapted = [name for name, _ in lora.adapted(model)]
+    assert len(adapted) == 6
+    assert not [name for name in adapted if "visual" in name or name.endswith("text.proj")]
+    model = loading.model(config, seed=0)
+    with_adapters(model)
+    assert {"towers.visual.head.proj", "towers.text.proj"} <= {n for n, _ in lora.adapted(model)}
+
+
+def test_what_cannot_have_adapters_is_a_line(monkeypatch):
+    model = loading.model(tiny_model(), seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "kind_of", lambda layer: None)
+        with pytest.raises(ValueError, match=r"^model.lora: peft can adapt no layer of the image"):
+            with_adapters(model)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"^model.lora: pip install 'protoclip\[finetune\]' first"):
+        with_adapters(model)
