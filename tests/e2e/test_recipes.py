@@ -110,8 +110,6 @@ def commands(recipe: str) -> list[list[str]]:
 def configuration(recipe: str, *changes: str) -> Config:
     """What the last command of a head trains, with other options behind it."""
     command, *words = commands(recipe)[-1]
-    if command not in COMMANDS:  # `finetune START` is `train --model.start START`
-        command, words = "train", ["--model.start", *words]
     found = parse(COMMANDS[command], [*words, *changes])
     return Config(**{entry.name: getattr(found, entry.name) for entry in fields(Config)})
 
