@@ -11,7 +11,7 @@ All are judged on the test split by zero-shot and kNN, as the run ends (alpha 1)
 weights that WiSE-FT chose on validation. Differences are means over seeds, paired by sample and
 seed, with 95% bootstrap intervals; samples are drawn anew, seeds are not.
 
-    python benchmarks/studies/finetune.py PHOTOS --out FOLDER [--seeds 3] [--passes 5]
+    python benchmarks/studies/finetune.py PHOTOS --out FOLDER [--seeds 3] [--passes 3]
 
 PHOTOS holds `grocery` and `clothing` in CLIP_benchmark's layout. What is finished is not done
 again. Extra settings after `--` go to all fine-tuning runs.
@@ -42,7 +42,7 @@ from protoclip.models import loading
 from protoclip.models.loading import checkpoints
 
 SETS = ("grocery", "clothing")
-BATCH = 128
+BATCH, START_PASSES = 128, 5  # of the start
 ARMS = {
     "InfoNCE": "--loss.prototypical 0 --loss.teacher 0",
     "image-text prototypes": "--loss.teacher 0",
@@ -97,22 +97,22 @@ def run(words: str, folder: Path) -> Path:
     return folder
 
 
-def data_words(out: Path, table: str, passes: int, *, whole: bool = False) -> str:
-    """The data of a run: episodes of one pass, in whole batches."""
+def data_words(out: Path, table: str) -> str:
+    """The data of a run, with the pairs that judge it on the way."""
     train, validation = out / f"{table}.csv", out / f"{table.replace('train', 'validation')}.csv"
-    pairs = len(train.read_text().splitlines()) - 1
-    size = pairs // BATCH * BATCH
     return (
         f"--data.train {train} --data.validation {validation} --data.class_column class "
-        f"--data.cache_folder {out / 'cache'} --episodes.batch_size {BATCH} "
-        f"--episodes.size {size} --episodes.count {passes} --episodes.replacement false"
+        f"--data.cache_folder {out / 'cache'}"
     )
 
 
 def start_of(out: Path, guard: str, passes: int) -> Path:
     """The halves, aligned on a set."""
-    tower = out / "tower.safetensors"
-    words = f"train {data_words(out, f'{guard}-train', passes)} --run.name start"
+    tower, table = out / "tower.safetensors", f"{guard}-train"
+    pairs = len((out / f"{table}.csv").read_text().splitlines()) - 1
+    words = f"train {data_words(out, table)} --run.name start"
+    words += f" --episodes.batch_size {BATCH} --episodes.size {pairs // BATCH * BATCH}"
+    words += f" --episodes.count {passes} --episodes.replacement false"
     words += f" --model.image.name tf_efficientnet_lite0 --model.image.weights {tower}"
     words += " --model.image.size 80 --model.text.name minilm --model.text.context_length 16"
     words += " --model.embed_dim 256 --loss.prototypical 0 --episodes.locked_image 0"
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     given = parser.parse_args(own)
     torch.set_flush_denormal(True)
@@ -194,7 +194,7 @@ def main() -> None:
         ("grocery", "clothing", "-half"),
         ("clothing", "grocery", ""),
     ):
-        start = start_of(given.out, guard, given.passes)
+        start = start_of(given.out, guard, START_PASSES)
         tested = sets[target]
         if part:
             tested = without_classes(tested, range(1, len(tested.class_names), 2))
@@ -206,7 +206,8 @@ def main() -> None:
             for seed in range(given.seeds):
                 folder = given.out / f"{target}{part}-{list(ARMS).index(arm)}-{seed}"
                 table = f"{target}-train{part}"
-                words = f"finetune {start} {data_words(given.out, table, given.passes)}"
+                words = f"finetune {start} {data_words(given.out, table)}"
+                words += f" --episodes.count {given.passes} --run.no-evaluate"
                 words += (
                     f" --guard wds:{given.photos / guard} --run.seed {seed} {ARMS[arm]} {extra}"
                 )
