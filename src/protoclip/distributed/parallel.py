@@ -157,6 +157,7 @@ def from_rank0(*, strict: bool = True) -> states.StateDictOptions:
 
 def load_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Load whole weights, which only rank 0 needs to hold. Collective."""
+    reshard(model)
     states.set_model_state_dict(model, dict(whole), options=from_rank0())
 
 
