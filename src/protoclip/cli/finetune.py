@@ -81,7 +81,7 @@ def show_sweep(record: Mapping[str, Any]) -> None:
     if not points:
         return
     names = data_sets(points)
-    table = Table("alpha", title="Between start (0) and end (1), percent")
+    table = Table("alpha", title="From start (0) to end (1), percent")
     for name in (*names, "mean"):
         table.add_column(escape(printable(name)), justify="right")
     for point in points:
