@@ -83,6 +83,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def without_gradients(model: object) -> AbstractContextManager[object]:
+    """Computes without gradients.
+
+    Not in inference mode if the model is sharded: FSDP keeps tensors of the first forward pass, and
+    could not train with them.
+    """
+    return torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode()
+
+
 def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     """Makes a context that accumulates local gradients; a later backward pass averages them."""
     if isinstance(module, DistributedDataParallel):
