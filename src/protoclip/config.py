@@ -66,7 +66,7 @@ class RunConfig:
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
     guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
     stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
-    patience: Count = 3  # Evaluations without a better value that stop_by waits for.
+    patience: Count = 3  # Evaluations without a gain that stop_by waits for.
     evaluate: bool = True  # Evaluate on the test split at the end.
 
 
@@ -198,7 +198,7 @@ class LossConfig:
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
-    keep: NotNegative = 0.0  # Weight of the distillation from the frozen start.
+    keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
 
 
@@ -208,7 +208,7 @@ class OptimConfig:
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
     heads_lr_scale: Positive = 0.01  # Factor to the rate of the heads.
-    layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further from the output.
+    layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
     warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
     locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.
     betas: tuple[Decay, Decay] | None = None  # Of AdamW, such as 0.9 0.98; else from the model.

@@ -81,7 +81,7 @@ def show_sweep(record: Mapping[str, Any]) -> None:
     if not points:
         return
     names = data_sets(points)
-    table = Table("alpha", title="Between start (0) and end (1), percent")
+    table = Table("alpha", title="From start (0) to end (1), percent")
     for name in (*names, "mean"):
         table.add_column(escape(printable(name)), justify="right")
     for point in points:
@@ -96,6 +96,6 @@ def show_metrics(results: Mapping[str, Any]) -> None:
     """Print the metrics of the start and of the chosen weights."""
     before = results["start_metrics"]
     if results["metrics"]:
-        print(f"{'metric':<45} {'start':>9} {'alpha ' + format(results['alpha'], 'g'):>9}")
+        print(f"{'metric':<45} {'start':>10} {'alpha ' + format(results['alpha'], 'g'):>10}")
     for name, value in results["metrics"].items():
-        print(f"{name:<45} {before[name]:>9.4f} {value:>9.4f}")
+        print(f"{name:<45} {before[name]:>10.4f} {value:>10.4f}")

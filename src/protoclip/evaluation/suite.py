@@ -95,11 +95,11 @@ PAPER = {
 RUN_METRICS = (
     *(f"zero_shot/acc{k}" for k in (1, 5)),
     *(f"zero_shot_subgroup/acc{k}" for k in (1, 5)),
-    "zero_shot/mean_average_precision",
     *RECALLS,
     *("linear_probe/acc1", "knn/acc1", "clustering/ami", "clustering/ari"),
     *(f"modality_gap/{name}" for name in GEOMETRY[:4]),
 )
+MULTILABEL = "zero_shot/mean_average_precision"  # in place of the accuracies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,11 +284,10 @@ def metric_names(
     if split not in data.image_names:
         known -= {f"zero_shot_subgroup/acc{k}" for k in (1, 5)}
     labels = data.splits[split].labels
-    if labels is not None and labels.ndim == 2:
-        known -= {f"zero_shot/acc{k}" for k in (1, 5)}
-    else:
-        known -= {"zero_shot/mean_average_precision"}
-    return [f"eval/{data.name}/{metric}" for metric in RUN_METRICS if metric in known]
+    several = labels is not None and labels.ndim == 2
+    known -= {f"zero_shot/acc{k}" for k in (1, 5)} if several else {MULTILABEL}
+    names = [name for name in (*RUN_METRICS, MULTILABEL) if name in known]
+    return [f"eval/{data.name}/{name}" for name in names]
 
 
 def evaluate_run(
@@ -336,7 +335,8 @@ def evaluate_run(
     if samples_to is not None and rank() == 0:
         write_samples(measured.samples, samples_to / f"{data.name}-{split}.parquet")
     found = measured.metrics
-    return {f"eval/{data.name}/{name}": found[name] for name in RUN_METRICS if name in found}
+    names = [name for name in (*RUN_METRICS, MULTILABEL) if name in found]
+    return {f"eval/{data.name}/{name}": found[name] for name in names}
 
 
 # Which tasks can the data serve?

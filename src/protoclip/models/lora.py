@@ -85,6 +85,7 @@ def add_adapters(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(**settings), model.towers)
+    model.requires_grad_(True)  # peft decides what trains; here stages do
     added = [p for name, p in model.towers.named_parameters() if ADDED in name]
     return [
         f"model.lora = {rank}: adapters for {', and for '.join(parts)}; "

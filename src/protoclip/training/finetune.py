@@ -1,12 +1,14 @@
 """Fine-tuning: `train` with other defaults, then WiSE-FT. What `protoclip finetune` does."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 from protoclip.config import Config, ModelConfig, check
 from protoclip.data import sources
-from protoclip.data.pairs import Pairs
+from protoclip.data.inspect import drawn
+from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import judged
 from protoclip.models import loading, references
@@ -115,7 +117,8 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     decide("run.name", "finetuned")
     evaluate_every = decide("run.evaluate_every", 1)
     decide("model.frozen_batch_norm", True)
-    rows = training_rows(config, evaluate_every)
+    samples = training_samples(config, evaluate_every)
+    rows = len(samples) if isinstance(samples, Pairs) else None
     batch, size, count = episodes(settings, rows)
     decide("episodes.locked_image", 0)
     if config.model.lora is None:
@@ -126,6 +129,8 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     decide("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     decide("optim.weight_decay", 0.1)
     number = min(MOST_PROTOTYPES, max(FEWEST_PROTOTYPES, size // PAIRS_A_PROTOTYPE), size)
+    if isinstance(samples, Pairs):  # no more than captions, which may name few classes
+        number = max(2, min(number, different_captions(samples, size)))
     if config.loss.prototypical > 0:
         decide("prototypes.number", number)
     features = None
@@ -168,11 +173,19 @@ def episodes(settings: Defaults, rows: int | None) -> tuple[int, int, int]:
     return batch, size, decide("episodes.count", max(1, passes))
 
 
-def training_rows(config: Config, evaluate_every: int) -> int | None:
-    """Number of pairs that are not held out; None for a stream."""
+def training_samples(config: Config, evaluate_every: int) -> Pairs | SampleStream:
+    """The samples that are not held out."""
     config = replace(config, run=replace(config.run, evaluate_every=evaluate_every))
-    samples = judged(config, sources.pairs(config)).training
-    return len(samples) if isinstance(samples, Pairs) else None
+    return judged(config, sources.pairs(config)).training
+
+
+def different_captions(samples: Pairs, size: int) -> int:
+    """How many first captions differ among the pairs of an episode, drawn evenly."""
+    found = set()
+    for row in drawn(len(samples), min(len(samples), size), seed=0):
+        with suppress(BadSample):
+            found.add(samples.sample_captions(row)[0])
+    return len(found)
 
 
 def has_heads(model: ModelConfig) -> bool:

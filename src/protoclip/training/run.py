@@ -155,6 +155,8 @@ def train_together(
                     f"{folder}: another process is running in this folder; wait for it, or choose "
                     "another with --run.out"
                 ) from None
+            if results is None:
+                (folder / loading.MODEL).unlink(missing_ok=True)  # of an ending that was cut short
             checkpoint = newest_intact(folder, notes) if begun else None
             if checkpoint is not None:
                 run.check_arithmetic(checkpoint)

@@ -1,4 +1,4 @@
-"""LoRA: which layers get adapters, that all of them train, and that they merge into weights."""
+"""LoRA: which layers get adapters, that all of them train, and that they merge."""
 
 import sys
 from dataclasses import replace

@@ -10,13 +10,33 @@ from protoclip.training import finetune
 from protoclip.training.finetune import finetune_settings
 
 
+class Numbered:
+    """Pairs of which `different` captions differ."""
+
+    name = "numbered"
+
+    def __init__(self, number: int, different: int) -> None:
+        self.number, self.different = number, different
+
+    def __len__(self) -> int:
+        return self.number
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        return (f"caption {row % self.different}",)
+
+    def sample(self, row: int) -> Any: ...
+    def sample_id(self, row: int) -> Any: ...
+    def sample_ids(self) -> Any: ...
+
+
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the number of training pairs, and makes every start one that can be trained."""
     monkeypatch.setattr(finetune.loading, "followed", lambda model: (model, []))
 
-    def put(number: int | None) -> None:
-        monkeypatch.setattr(finetune, "training_rows", lambda config, every: number)
+    def put(number: int | None, different: int = 10**9) -> None:
+        samples = object() if number is None else Numbered(number, different)
+        monkeypatch.setattr(finetune, "training_samples", lambda config, every: samples)
 
     put(40_000)
     return put
@@ -104,10 +124,15 @@ def test_defaults_follow_what_is_given(given, expected, rows):
     assert found == {"rate": 1e-5, "decay": 0.7} | expected
 
 
-@pytest.mark.parametrize(("number", "prototypes"), [(4, 4), (50, 8), (900_000, 19_968)])
-def test_prototypes_are_a_tenth_of_an_episode(number, prototypes, rows):
-    rows(number)
-    assert settings().prototypes.number == prototypes
+@pytest.mark.parametrize(
+    ("number", "different", "prototypes"),
+    [(4, 4, 4), (50, 50, 8), (900_000, 900_000, 19_968), (40_000, 81, 81), (40_000, 1, 2)],
+)
+def test_prototypes_are_a_tenth_of_an_episode(number, different, prototypes, rows):
+    """But no more than there are captions."""
+    rows(number, different)
+    config = settings()
+    assert config.prototypes.number == config.teacher.number == prototypes
 
 
 def test_without_a_start_or_a_length(rows, tmp_path: Path):

@@ -1,0 +1,358 @@
+"""Settings of fine-tuning: what trains and how fast, and runs that stay close to their start."""
+
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tomli_w
+import torch
+import transformers
+
+import protoclip
+from interrupting import assert_equal_ends, config_for, end_of, stop_after, with_changes
+from protoclip.config import (
+    Config,
+    ImageTowerConfig,
+    ModelConfig,
+    OptimConfig,
+    SourceConfig,
+    check,
+)
+from protoclip.data import pack, sources
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.models import loading
+from protoclip.teachers import encode
+from protoclip.testing import tiny_config, tiny_model, tiny_pairs
+from protoclip.training.optim import layer_distances, optimizer
+from protoclip.training.run import check_settings, flat, to_toml, train
+from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited, stage_of
+
+VIT = replace(tiny_model(), image=ImageTowerConfig(name="test_vit", size=32))
+BATCH = torch.randn(4, 3, 32, 32), torch.randint(1, 99, (4, 8))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pairs with one or two captions."""
+    table = tiny_pairs(64)
+    captions = [[text, f"{text} again"][: 1 + row % 2] for row, text in enumerate(column(table))]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    pq.write_table(table.set_column(1, "caption", pa.array(captions)), path)
+    return str(path)
+
+
+def column(table: pa.Table) -> list[str]:
+    texts: list[str] = table["caption"].to_pylist()
+    return texts
+
+
+@pytest.fixture(scope="module")
+def starts(pairs: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModelConfig], str]:
+    """The run to start from, of a model that has been trained for a few steps."""
+    folder = tmp_path_factory.mktemp("starts")
+
+    def start(model: ModelConfig) -> str:
+        out = folder / model.image.name
+        if not out.exists():
+            config = tiny_config(pairs, out=str(out))
+            short = {"episodes": {"size": 32, "count": 1, "warm_up": 1, "locked_image": 0}}
+            train(with_changes(replace(config, model=model), {"run": {"evaluate": False}, **short}))
+        return str(out)
+
+    return start
+
+
+# Learning rates.
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (
+            tiny_model(),
+            {
+                "towers.visual.head.proj.weight": 0,
+                "towers.visual.trunk.layer4.0.conv1.weight": 1,
+                "towers.visual.trunk.layer1.0.bn1.bias": 4,
+                "towers.visual.trunk.conv1.0.weight": 5,
+                "towers.text_projection": 0,
+                "towers.ln_final.weight": 0,
+                "towers.transformer.resblocks.0.attn.in_proj_weight": 1,
+                "towers.token_embedding.weight": 2,
+                "towers.logit_scale": 0,
+            },
+        ),
+        (
+            ModelConfig(name="ViT-S-32"),
+            {
+                "towers.visual.proj": 0,
+                "towers.visual.transformer.resblocks.11.ln_1.weight": 1,
+                "towers.visual.transformer.resblocks.0.ln_1.weight": 12,
+                "towers.visual.class_embedding": 13,
+                "towers.visual.conv1.weight": 13,
+                "towers.positional_embedding": 13,
+            },
+        ),
+        (
+            ModelConfig(name="RN50"),
+            {"towers.visual.attnpool.c_proj.weight": 0, "towers.visual.bn3.weight": 5},
+        ),
+        (
+            ModelConfig(name="ViT-B-32-SigLIP2-256"),
+            {
+                "towers.visual.trunk.attn_pool.q.weight": 0,
+                "towers.visual.trunk.blocks.11.norm1.weight": 1,
+                "towers.visual.trunk.pos_embed": 13,
+                "towers.text.transformer.resblocks.11.ln_1.weight": 1,
+                "towers.text.text_projection.weight": 0,
+            },
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", None) or "small",
+)
+def test_layers_are_as_far_from_the_output_as_expected(model, expected):
+    built = loading.architecture(model, weights="none")
+    found = layer_distances(built)
+    names = {name for name, _ in built.named_parameters()}
+    assert found.keys() <= names
+    assert {name: found.get(name, 0) for name in expected} == expected
+
+
+def test_hugging_face_text_towers_have_layers_too():
+    """By the names of its parameters, as BERT has them."""
+    config = transformers.BertConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1
+    )
+    built = loading.architecture(tiny_model(), weights="new")
+    built.towers.text = open_clip.hf_model.HFTextEncoder("", 16, config, "mean_pooler", "linear")
+    found = layer_distances(built)
+    assert found["towers.text.proj.weight"] == 0
+    assert found["towers.text.transformer.encoder.layer.1.output.dense.weight"] == 1
+    assert found["towers.text.transformer.embeddings.word_embeddings.weight"] == 3
+
+
+def test_layer_decay_lowers_the_rate_of_early_layers():
+    """By a power of its distance, besides the scales of towers and heads."""
+    config = replace(
+        tiny_config(out="unused"),
+        optim=OptimConfig(layer_decay=0.5, image_lr_scale=0.1, heads_lr_scale=0.3),
+    )
+    model = loading.model(config.model, seed=0)
+    groups = {id(p): g for g in optimizer(config, model).param_groups for p in g["params"]}
+    scales = {name: groups[id(p)]["scale"] for name, p in model.named_parameters()}
+    assert scales["towers.visual.head.proj.weight"] == pytest.approx(0.1)
+    assert scales["towers.visual.trunk.layer1.0.conv1.weight"] == pytest.approx(0.1 / 16)
+    assert scales["towers.token_embedding.weight"] == pytest.approx(1 / 4)
+    assert scales["towers.logit_scale"] == 1
+    assert scales["image_head.0.weight"] == pytest.approx(0.3)
+
+
+# What trains.
+
+
+def test_frozen_batch_norm_keeps_statistics_and_trains_the_rest():
+    """Of the towers alone: the heads are new, and need statistics of their own."""
+    model = loading.model(tiny_model(), seed=0)
+    enter_stage(model, limited(PROTOTYPICAL, replace(tiny_model(), frozen_batch_norm=True)))
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    out = model(*BATCH)
+    (out.image_projections.sum() + out.text_projections.sum()).backward()
+    moved = {name for name, value in model.named_buffers() if not torch.equal(value, before[name])}
+    assert moved
+    assert {name.partition(".")[0] for name in moved} == {"image_head", "text_head"}
+    assert model.towers.visual.trunk.bn1.weight.grad is not None
+
+
+TRAINED = {
+    # Without a start both projections are new.
+    ("image", "halves"): {"visual.head.", "logit_scale", "text"},
+    ("text", "halves"): {"visual", "logit_scale"},
+    ("image", "run"): {"logit_scale", "text"},
+    ("text", "run"): {"visual", "logit_scale"},
+}
+
+
+@pytest.mark.parametrize(("tower", "start"), TRAINED)
+def test_a_locked_tower_stays_as_it_is(tower, start):
+    """In every stage, with its BatchNorm statistics; logit scales and new projections train."""
+    settings = replace(tiny_model(), locked=[tower], start="a run" if start == "run" else None)
+    config = replace(tiny_config(out="unused"), model=settings)
+    model = loading.model(tiny_model(), seed=0)
+    for episode in range(4):
+        stage = stage_of(config, episode)
+        enter_stage(model, stage)
+        before = {name: value.clone() for name, value in model.towers.named_buffers()}
+        model(*BATCH)
+        moved = [n for n, v in model.towers.named_buffers() if not torch.equal(v, before[n])]
+        assert bool(moved) == (tower == "text" and episode < 3)
+        if episode == 3:
+            continue  # the locked-image stage
+        trained = {name for name, p in model.towers.named_parameters() if p.requires_grad}
+        names = {n for n, _ in model.towers.named_parameters()}
+        parts = TRAINED[tower, start]
+        assert trained == {
+            name
+            for name in names
+            if name.startswith(tuple(parts - {"text"}))
+            or ("text" in parts and not name.startswith(("visual", "logit")))
+        }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"lora": 0}}, "model.lora: 0 is too small; at least 1"),
+        ({"model": {"lora": 2, "locked": ["image", "text"]}}, "model.lora: both towers are locked"),
+        (
+            {"model": {"start": "run", "locked": ["text", "image"]}},
+            "model.locked: with both towers locked nothing is left to train",
+        ),
+        ({"loss": {"keep": 1.0}}, "loss.keep: needs model.start"),
+        ({"teacher": {"features": "start"}}, "teacher.features = start: needs model.start"),
+        (
+            {"model": {"lora": 2}, "parallel": {"strategy": "fsdp"}},
+            "model.lora: does not go with parallel.strategy = fsdp",
+        ),
+        (
+            {"model": {"lora": 2}, "parallel": {"compile": True}},
+            "model.lora: does not go with parallel.compile",
+        ),
+        ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay: 1.5 is too large; at most 1"),
+        ({"optim": {"layer_decay": 0.0}}, "optim.layer_decay: 0.0 needs to be above 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_a_line(changes, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        check(with_changes(tiny_config(out="unused"), changes))
+    assert str(error.value).startswith(message)
+    with pytest.raises(ValueError, match="'heads' is not one of image, text"):
+        Config.from_dict({"model": {"locked": ["heads"]}})
+
+
+def test_a_start_cannot_embed_a_stream(pairs, starts, tmp_path):
+    changes = {
+        "data": {"read": "streaming", "validation": 0.0},
+        "model": {"start": starts(tiny_model())},
+        "teacher": {"features": "start"},
+        "run": {"evaluate": False},
+    }
+    pack.pack(ImageTextPairs(pq.read_table(pairs), name="pairs"), tmp_path / "tar")
+    config = replace(tiny_config(str(tmp_path / "tar"), out=str(tmp_path / "run")))
+    with pytest.raises(ValueError, match=r"^teacher.features: start needs pairs that can be read"):
+        train(with_changes(config, changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_an_earlier_version_lacks_are_at_their_default(tmp_path):
+    config = tiny_config(out="unused")
+    before = flat_out(config)
+    (tmp_path / "config.toml").write_text(before)
+    check_settings(tmp_path, to_toml(config))
+    with pytest.raises(ValueError, match=r"loss.keep \(0.0 before, 1.0 now\)"):
+        check_settings(tmp_path, to_toml(with_changes(config, {"loss": {"keep": 1.0}})))
+
+
+def flat_out(config: Config) -> str:
+    """`config.toml` without the settings of fine-tuning."""
+    tree = tomllib.loads(to_toml(config))
+    for section, names in {
+        "model": ("locked", "frozen_batch_norm"),
+        "loss": ("keep", "keep_by"),
+        "optim": ("layer_decay",),
+    }.items():
+        for name in names:
+            del tree[section][name]
+    assert "model.locked" in flat(tomllib.loads(to_toml(config)))
+    return tomli_w.dumps(tree)
+
+
+# Runs.
+
+WAYS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
+    "LoRA, micro-batches": (
+        VIT,
+        {
+            "model": {"lora": 2},
+            "loss": {"keep": 1.0},
+            "episodes": {"micro_batch_size": 8},
+            "optim": {"layer_decay": 0.7},
+            "teacher": {"features": "start", "number": 4},
+        },
+    ),
+    "LoRA, sigmoid": (
+        tiny_model(),
+        {"model": {"lora": 2, "frozen_batch_norm": True}, "loss": {"instance": "sigmoid"}},
+    ),
+    "locked": (
+        tiny_model(),
+        {"model": {"locked": ["text"]}, "loss": {"keep": 2.0, "keep_by": "features"}},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_to_the_bit_and_loads_without_peft(way, pairs, starts, tmp_path, monkeypatch):
+    """Interrupted within a prototypical episode. Its weights are those of a plain model."""
+    model, changes = WAYS[way]
+
+    def config(name: str) -> Config:
+        made = replace(config_for(pairs, tmp_path / name), model=ModelConfig(start=starts(model)))
+        made = with_changes(made, {"run": {"evaluate": False}, "data": {"validation": 0.0}})
+        return with_changes(made, changes)
+
+    train(config("whole"))
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        assert train(config("parts"))["steps"] == 6
+    train(config("parts"), resume="auto")
+    assert_equal_ends(tmp_path / "parts", tmp_path / "whole")
+    first = loading.model(loading.followed(ModelConfig(start=starts(model)))[0], seed=0)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    last, _, _ = protoclip.load(tmp_path / "whole")
+    assert last.state_dict().keys() - {"towers.logit_bias"} == first.state_dict().keys()
+    _, metrics = end_of(tmp_path / "whole")
+    kept = [line["train/loss/keep"] for line in metrics if "train/loss/keep" in line]
+    if "keep" in changes.get("loss", {}):
+        assert len(kept) == 16
+        assert max(kept) > 1e-6
+    if model is VIT:  # without BatchNorm the first features are the start's
+        assert kept[0] < 1e-5
+    # A run that starts from this one decides for itself what trains.
+    followed, _ = loading.followed(ModelConfig(start=str(tmp_path / "whole"), lora=3))
+    assert (followed.lora, followed.locked, followed.frozen_batch_norm) == (3, [], False)
+
+
+def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path):
+    """A sample's feature is the mean over its captions, by its id in the mixture."""
+    mixed = [SourceConfig(path=pairs, name=name) for name in ("a", "b")]
+    config = with_changes(
+        tiny_config(out="unused"), {"data": {"sources": mixed, "validation": 0.0}}
+    )
+    model = ModelConfig(start=starts(tiny_model()))
+    config = replace(config, model=loading.followed(model)[0])
+    samples, tokenizer = sources.pairs(config), loading.tokenizer(config.model)
+    start = loading.frozen_start(config, torch.device("cpu"))
+    given = start, tokenizer, samples, tmp_path / "features"
+    found = encode.embed_start(*given, autocast=torch.no_grad)
+    ids = ["b/tiny/1", "a/tiny/0", "b/tiny/3"]
+    rows = [ImageTextPairs(pq.read_table(pairs), name="one").sample_captions(r) for r in (1, 0, 3)]
+    assert [len(captions) for captions in rows] == [2, 1, 2]
+    for row, captions in zip(found.lookup(ids), rows, strict=True):
+        expected = start.encode_text(tokenizer([*captions]), normalize=True).mean(0)
+        expected = torch.nn.functional.normalize(expected, dim=0)
+        torch.testing.assert_close(row, expected, atol=2e-3, rtol=0)  # half precision
+    before = (tmp_path / "features" / "features.npy").stat().st_mtime_ns
+    encode.embed_start(*given, autocast=torch.no_grad)
+    assert (tmp_path / "features" / "features.npy").stat().st_mtime_ns == before
+    with torch.no_grad():
+        start.towers.text_projection.mul_(2)
+    with pytest.raises(ValueError, match="was made with weights"):
+        encode.embed_start(*given, autocast=torch.no_grad)
