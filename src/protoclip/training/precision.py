@@ -16,7 +16,8 @@ def resolve(name: Literal["auto"] | Precision, device: torch.device) -> Precisio
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # Older cards only imitate bf16, slower than fp32.
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     # A private function, which another version of torch may lack.
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if device.type == "cpu" and native() else "fp32"

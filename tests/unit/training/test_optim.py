@@ -202,3 +202,8 @@ def test_precision_is_as_asked_and_only_as_asked():
         assert resolve(name, cpu) == name
         assert grad_scaler(name, cpu).is_enabled() == (name == "fp16")
     assert resolve("auto", cpu) in ("fp32", "bf16")
+
+
+def test_cards_that_imitate_bf16_train_in_fp16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda imitated=True: imitated)
+    assert resolve("auto", torch.device("cuda")) == "fp16"

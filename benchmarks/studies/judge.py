@@ -1,0 +1,207 @@
+"""What a trained model is worth: on held-out pairs of its own data, and by transfer.
+
+Every metric is an array of 1,001 numbers: its value, then its values on bootstrap draws of the
+samples. Draw `i` holds the same samples for every model, so means and differences of metrics are
+means and differences of arrays.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from protoclip.config import Config
+from protoclip.data import sources
+from protoclip.data.access import digest
+from protoclip.evaluation import datasets, suite
+from protoclip.evaluation.datasets import EvaluationData, Split
+from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.knn import knn_predict
+from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
+from protoclip.evaluation.readers import Subset
+from protoclip.evaluation.samples import DRAWS
+from protoclip.evaluation.validation import judged
+from protoclip.files import replacing
+from protoclip.models import loading
+from protoclip.teachers.store import hash_ids
+
+Metrics = dict[str, npt.NDArray[np.float64]]
+
+HELD_OUT = "held-out"  # what the pairs that were held out of pretraining are called
+FOLDS = 5
+# What a transfer set is for; the others are for held-out pairs.
+TRANSFER = ("linear_probe", "knn", "clustering")
+# The numbers that decide, each the mean over data sets.
+LINEAR, KNN, AMI, RETRIEVAL, ZERO_SHOT, ALL = (
+    *("transfer linear probe", "transfer kNN", "transfer AMI"),
+    *("held-out retrieval", "zero-shot", "mean of these"),
+)
+DECIDING = (LINEAR, KNN, AMI, RETRIEVAL, ZERO_SHOT, ALL)
+
+
+def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> Metrics:
+    """The metrics of a finished run on the `validation` or `test` split of everything.
+
+    Each data set's metrics are kept in the run's folder, so that they are measured once.
+
+    Args:
+        transfer: References as `datasets.open_data` takes them; `emoji` is judged by folds.
+        split: `validation` is for choices, `test` for what was chosen.
+    """
+    encoders: list[Encoder] = []
+
+    def encoder() -> Encoder:
+        if not encoders:
+            model, transform, tokenizer = loading.load(folder)
+            encoders.append(Encoder(model=model, transform=transform, tokenizer=tokenizer))
+        return encoders[0]
+
+    def on_held_out() -> Metrics:
+        return measured(encoder(), held_out(config, split), ("retrieval", "zero_shot"), split)
+
+    def on_transfer(reference: str) -> Metrics:
+        if reference == "emoji":
+            return on_concepts(encoder(), datasets.emoji(), split)
+        tasks = (*TRANSFER, "zero_shot")
+        return measured(encoder(), datasets.open_data(reference, split=split), tasks, split)
+
+    found = kept(folder / "judged" / f"{split}-{HELD_OUT}.npz", on_held_out)
+    by_data = {HELD_OUT: found}
+    for reference in transfer:
+        name = digest({"reference": reference})[:8]
+        path = folder / "judged" / f"{split}-transfer-{name}.npz"
+        by_data[reference.rstrip("/").rpartition("/")[2]] = kept(
+            path, lambda reference=reference: on_transfer(reference)
+        )
+    return deciding(by_data) | {
+        f"{data}: {metric}": values
+        for data, metrics in by_data.items()
+        for metric, values in metrics.items()
+    }
+
+
+def kept(path: Path, compute: Callable[[], Metrics]) -> Metrics:
+    """Metrics from a file, or computed and kept there."""
+    if path.is_file():
+        with np.load(path) as found:
+            return dict(found)
+    metrics = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **metrics)  # type: ignore[arg-type]
+    return metrics
+
+
+def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
+    """The numbers that decide. Zero-shot is that of the held-out pairs, if these have names."""
+    transfer = [metrics for data, metrics in by_data.items() if data != HELD_OUT]
+    own = by_data[HELD_OUT]
+
+    def mean(of: Sequence[Metrics], *metrics: str) -> Metrics:
+        found = [values[metric] for values in of for metric in metrics if metric in values]
+        return {"mean": np.mean(found, axis=0)} if found else {}
+
+    named = [own] if "zero_shot/acc1" in own else transfer
+    parts = {
+        LINEAR: mean(transfer, "linear_probe/acc1"),
+        KNN: mean(transfer, "knn/acc1"),
+        AMI: mean(transfer, "clustering/ami"),
+        RETRIEVAL: mean([own], *suite.RECALLS),
+        ZERO_SHOT: mean(named, "zero_shot/acc1"),
+    }
+    found = {name: part["mean"] for name, part in parts.items() if part}
+    return {**found, ALL: np.mean([*found.values()], axis=0)}
+
+
+def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Metrics:
+    """The metrics of those tasks that the data can serve."""
+    (chosen,) = suite.chosen_tasks([data], split, None)
+    own = [task for task in tasks if task in chosen]
+    features = suite.extract(encoder, data, own, split=split)
+    found = suite.measure(features, data, own, split=split)
+    draws = found.draws(seed=zlib.crc32(data.name.encode()))
+    shown = [name for name in suite.RUN_METRICS if name in draws]
+    return {name: np.concatenate([[found.metrics[name]], draws[name]]) for name in shown}
+
+
+def held_out(config: Config, split: str) -> EvaluationData:
+    """The pairs that a run did not train on: half of them for choices, half for the test.
+
+    The emoji have splits of their own.
+    """
+    if config.data.is_emoji:
+        return datasets.emoji()
+    data = judged(config, sources.pairs(config)).data[0]
+    whole = data.splits["validation"]
+    images = whole.images
+    assert isinstance(images, Subset)  # a study has one source
+    assert whole.captions is not None
+    ids = [images.sample_id(row) for row in range(len(images))]
+    half = hash_ids(ids) % 2 == (split == "test")
+    rows = [row for row, own in enumerate(half.tolist()) if own]
+    own = Split(
+        images=Subset(images=images.images, rows=[images.rows[row] for row in rows]),
+        captions=[whole.captions[row] for row in rows],
+    )
+    return EvaluationData(name=HELD_OUT, splits={split: own})
+
+
+def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Metrics:
+    """Classes of the emoji, learned from some of a split's concepts and tested on the others.
+
+    Pretraining has seen none of them. Draws are of whole concepts, since the drawings of one are
+    alike; those of AMI are of single images.
+    """
+    features = suite.extract(encoder, data, ["clustering"], split=split)
+    part = features.parts[split]
+    assert part.labels is not None
+    right = by_folds(part.unit, part.labels, part.groups)
+    clusters = suite.measure(features, data, ["clustering"], split=split)
+    draws = clusters.draws(seed=zlib.crc32(data.name.encode()))["clustering/ami"]
+    ami = np.concatenate([[clusters.metrics["clustering/ami"]], draws])
+    return {**grouped_means(right, part.groups), "clustering/ami": ami}
+
+
+def by_folds(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]
+) -> dict[str, Bool[Tensor, " n"]]:
+    """Whether linear probe and kNN are right on each row, fitted on four fifths of other groups.
+
+    The probe's strength is the best on the next fifth, after a fit to the remaining three.
+    """
+    _, group = torch.unique(groups, return_inverse=True)
+    order = torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(0))
+    fold = (order % FOLDS)[group]
+    linear = torch.zeros(len(labels), dtype=torch.bool)
+    neighbours = linear.clone()
+    for number in range(FOLDS):
+        tested, choosing = fold == number, fold == (number + 1) % FOLDS
+        fitted = ~tested & ~choosing
+        probes = fit_linear_probes(features[fitted], labels[fitted])
+        scores = [probe.accuracy(features[choosing], labels[choosing]) for probe in probes]
+        strengths = REGULARISATIONS[: scores.index(max(scores)) + 1]
+        probe = fit_linear_probes(features[~tested], labels[~tested], strengths)[-1]
+        linear[tested] = probe.predict(features[tested]) == labels[tested]
+        found = knn_predict(features[~tested], labels[~tested], features[tested])
+        neighbours[tested] = found == labels[tested]
+    return {"linear_probe/acc1": linear, "knn/acc1": neighbours}
+
+
+def grouped_means(
+    values: Mapping[str, Bool[Tensor, " n"]], groups: Int[Tensor, " n"], *, seed: int = 0
+) -> Metrics:
+    """Means of values, and on draws of whole groups with replacement."""
+    _, group = np.unique(groups.numpy(), return_inverse=True)
+    sizes = np.bincount(group)
+    number = len(sizes)
+    draws = np.random.default_rng(seed).multinomial(number, [1 / number] * number, size=DRAWS)
+    counts = np.concatenate([np.ones((1, number)), draws])
+    return {
+        name: counts @ np.bincount(group, of.numpy()) / (counts @ sizes)
+        for name, of in values.items()
+    }

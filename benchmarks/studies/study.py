@@ -1,0 +1,584 @@
+"""Train arms over data sets and seeds, judge them by transfer, and print one table a data set.
+
+    python benchmarks/studies/study.py benchmarks/studies/FILE.toml [--seeds 0 1 2] [--jobs 2]
+        [--captions FILE --root FOLDER --teacher FOLDER] [--transfer emoji wds:FOLDER ...] [--test]
+
+A study is a TOML file: a question, and arms, which are changes to the defaults as a recipe makes
+them. Arms of one group are settings tried for the same thing; unset, an arm is its own group.
+
+    question = "..."
+    reference = "CLIP"              # the group that all others are compared with
+    [[arms]]
+    name = "CLIP, rate 1e-3"
+    group = "CLIP"
+    loss.prototypical = 0.0
+    optim.learning_rate = 1e-3
+
+More keys of an arm: `schedule`, a factor to the number of episodes; `start`, the arm whose weights
+it starts from; `rotate` and `shift`, which take the start's text features away from the images'
+(see `displaced`). `teacher.features = "own"` is the teacher of the data set at hand.
+
+Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
+the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
+
+Choices are made on validation. `--test` measures one arm of each group, the best on validation in
+the mean over data sets, seeds and metrics, and nothing else. It refuses a study whose arms changed
+after its test split was opened, and each table says how many settings were tried.
+
+Runs are kept in `--out` by their settings, go on if they were interrupted, and are not repeated.
+Differences are paired by seed, with 95% intervals that cover seeds (Student's t) and samples
+(bootstrap) together; with one seed they cover samples only.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from judge import ALL, DECIDING, Metrics, judge
+
+from protoclip.cli.parsing import merged
+from protoclip.config import Config, check
+from protoclip.data import sources
+from protoclip.data.access import digest
+from protoclip.data.pairs import Pairs
+from protoclip.evaluation.compare import t_interval
+from protoclip.files import read_json, to_json, write_atomically
+from protoclip.models import loading
+from protoclip.models.loading import MODEL, WEIGHTS
+from protoclip.progress import Progress, duration
+from protoclip.training import optim, run
+from protoclip.training.checkpoint import write_checkpoint
+
+PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
+OWN = ("name", "group", "schedule", "start", "rotate", "shift")  # keys that are no settings
+NORMAL = 1.96  # half the width of a 95% interval, in standard deviations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train. `start`, `rotate` and `shift` are about the weights to start from."""
+
+    name: str
+    group: str
+    settings: Mapping[str, Any]
+    schedule: float = 1.0
+    start: str | None = None
+    rotate: bool = False
+    shift: float = 0.0
+
+    @property
+    def displaces(self) -> bool:
+        return self.rotate or self.shift > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    name: str
+    question: str
+    reference: str
+    arms: Mapping[str, Arm]
+
+    @property
+    def groups(self) -> dict[str, list[Arm]]:
+        found: dict[str, list[Arm]] = {}
+        for arm in self.arms.values():
+            found.setdefault(arm.group, []).append(arm)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """A data set to pretrain on: settings that all arms share, and its teacher's features."""
+
+    name: str
+    settings: Mapping[str, Any]
+    teacher: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One run to train and judge."""
+
+    study: Study
+    data: Pretraining
+    arm: Arm
+    seed: int
+    out: Path
+    transfer: tuple[str, ...]
+    split: str = "validation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A run: its metrics, and the seconds that training took."""
+
+    task: Task
+    metrics: Metrics
+    seconds: float
+
+
+def read_study(path: Path) -> Study:
+    """A study file, checked but for the settings of its arms."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        arms = {}
+        for entry in tree["arms"]:
+            own = {key: entry[key] for key in OWN if key in entry}
+            settings = {key: value for key, value in entry.items() if key not in OWN}
+            arm = Arm(**{"group": entry["name"], **own}, settings=settings)
+            if arm.name in arms:
+                raise ValueError(f"two arms are called '{arm.name}'")
+            arms[arm.name] = arm
+        study = Study(
+            name=path.stem, question=tree["question"], reference=tree["reference"], arms=arms
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a study ({error}); --help shows one") from error
+    if study.reference not in study.groups:
+        raise ValueError(f"{path}: reference: no group '{study.reference}'")
+    for arm in arms.values():
+        if arm.start is not None and (arm.start not in arms or arms[arm.start].start):
+            raise ValueError(f"{path}: {arm.name}: start: name an arm that has no start itself")
+    return study
+
+
+def photographs(captions: str, *, root: str | None, teacher: str | None) -> Pretraining:
+    """Captioned photographs that the user names, with the settings that suit them."""
+    settings = tomllib.loads(PHOTOGRAPHS.read_text(encoding="utf-8"))
+    given = {"train": captions, **({"root": root} if root else {})}
+    return Pretraining(
+        name="photographs", settings=merged(settings, {"data": given}), teacher=teacher
+    )
+
+
+def config_of(task: Task) -> Config:
+    """The configuration of a run, without the folder and the weights that it starts from."""
+    arm, data = task.arm, task.data
+    tree = merged(data.settings, arm.settings)
+    teacher = tree.get("teacher", {})
+    if teacher.get("features") == "own":
+        if data.teacher is None:
+            raise ValueError(
+                f"{arm.name}: the {data.name} have no teacher; name its features with --teacher"
+            )
+        tree = merged(tree, {"teacher": {"features": data.teacher}})
+    tree = merged(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
+    try:
+        config = Config.from_dict(tree)
+        episodes = replace(
+            config.episodes, count=max(1, round(arm.schedule * config.episodes.count))
+        )
+        config = replace(config, episodes=episodes)
+        check(config)
+    except ValueError as error:
+        raise ValueError(f"{task.study.name}: {arm.name}: {error}") from error
+    return config
+
+
+def folder_of(task: Task) -> Path:
+    """Runs of equal settings share a folder, whatever study and arm they are of."""
+    config = config_of(task)
+    nameless = replace(config, run=replace(config.run, name="", seed=0))
+    known: dict[str, Any] = {"config": run.to_toml(nameless), "shift": task.arm.shift}
+    known["rotate"] = task.arm.rotate
+    if task.arm.start is not None:
+        known["start"] = str(folder_of(replace(task, arm=task.study.arms[task.arm.start])))
+    return task.out / "runs" / f"{digest(known)[:12]}-{task.seed}"
+
+
+def carry_out(task: Task) -> Judged:
+    """Train unless that was done, then judge unless that was done."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    folder = folder_of(task)
+    with log_to(folder.with_suffix(".log")):
+        results = train(task)
+        metrics = judge(folder, config_of(task), task.transfer, task.split)
+    return Judged(task=task, metrics=metrics, seconds=results["train_seconds"])
+
+
+def train(task: Task) -> dict[str, Any]:
+    """The results of a run, which is trained if it was not, or not to its end."""
+    config, folder, arm = config_of(task), folder_of(task), task.arm
+    if (folder / "results.json").is_file():
+        return dict(read_json(folder / "results.json"))
+    model, before = config.model, None
+    if arm.start is not None:
+        first = replace(task, arm=task.study.arms[arm.start])
+        train(first)
+        before = folder_of(first)
+    if arm.start is not None or arm.displaces:
+        start = folder.with_suffix(".start")
+        if not (start / MODEL).is_file():
+            displaced(config, before, start, rotate=arm.rotate, shift=arm.shift)
+        model = replace(model, start=str(start))
+    own = replace(config, model=model, run=replace(config.run, out=str(folder)))
+    results = run.train(own, resume="auto")
+    if "stopped" in results:
+        raise KeyboardInterrupt
+    return results
+
+
+def displaced(
+    config: Config, before: Path | None, folder: Path, *, rotate: bool, shift: float
+) -> None:
+    """Write a start whose text features lie elsewhere: a modality gap as large as one likes.
+
+    Text features are turned by a random rotation of the joint space, then moved by a random
+    vector, `shift` times as long as they are in the mean. Both go into the last weights of the
+    text tower, so that the model stays what it is. The start is a run, or untrained.
+    """
+    seed = config.run.seed
+    resolved = optim.resolved(config)[0].model
+    model = loading.load(before)[0] if before is not None else loading.model(resolved, seed=seed)
+    towers: Any = model.towers
+    if not isinstance(getattr(towers, "text_projection", None), torch.Tensor):
+        raise ValueError(f"{config.run.name}: rotate and shift need the small text tower")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        width, joint = towers.text_projection.shape
+        if rotate:
+            turn = torch.linalg.qr(torch.randn(joint, joint, generator=generator))[0]
+            towers.text_projection.copy_(towers.text_projection @ turn)
+        if shift:
+            samples = sources.pairs(config)
+            assert isinstance(samples, Pairs)
+            rows = range(min(256, len(samples)))
+            tokens = loading.tokenizer(resolved)([samples.sample_captions(row)[0] for row in rows])
+            length = model.eval().encode_text(tokens).norm(dim=1).mean()
+            # The bias before the projection moves features within the space that these fill.
+            way = torch.randn(width, generator=generator)
+            way *= shift * length / (way @ towers.text_projection).norm()
+            towers.ln_final.bias.add_(way)
+    description = loading.description(resolved)
+    write_checkpoint(folder, {WEIGHTS: dict(model.state_dict())}, {MODEL: description})
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append what is said on stderr to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file, redirect_stderr(file):
+        yield
+
+
+def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Judged]:
+    """All tasks, some at a time; those that others start from come first."""
+    progress, done = Progress(label, len(tasks)), dict[int, Judged]()
+    starts = {task.arm.start for task in tasks}
+    waves = [
+        [number for number, task in enumerate(tasks) if (task.arm.name in starts) == first]
+        for first in (True, False)
+    ]
+
+    def note(number: int, found: Judged) -> None:
+        done[number] = found
+        progress.update(len(done), found.task.arm.name)
+
+    if jobs == 1:
+        for number in (number for wave in waves for number in wave):
+            note(number, carry_out(tasks[number]))
+        return [done[number] for number in range(len(tasks))]
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for wave in waves:
+            found = pool.map(carry_out, [tasks[number] for number in wave])
+            for number, each in zip(wave, found, strict=True):
+                note(number, each)
+    return [done[number] for number in range(len(tasks))]
+
+
+# From runs to tables.
+
+
+def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric: str) -> Any:
+    """How much higher a metric of the first runs is, by seed; its interval as the file's head says.
+
+    `None` if they share no seed.
+    """
+    seeds = [seed for seed in found if seed in other]
+    if not seeds:
+        return None
+    gaps = np.stack([found[s].metrics[metric] - other[s].metrics[metric] for s in seeds])
+    mean = float(gaps[:, 0].mean())
+    of_samples = NORMAL * float(gaps[:, 1:].mean(axis=0).std(ddof=1))
+    of_seeds = 0.0
+    if len(seeds) > 1:
+        low, high = t_interval(gaps[:, 0].tolist())
+        of_seeds = (high - low) / 2
+    half = math.hypot(of_seeds, of_samples)
+    return {
+        "mean": mean,
+        "interval": [mean - half, mean + half],
+        "half_width": {"seeds": of_seeds, "samples": of_samples},
+        "by_seed": dict(zip(seeds, gaps[:, 0].tolist(), strict=True)),
+        "beyond": abs(mean) > half,
+    }
+
+
+def by_arm(runs: Sequence[Judged]) -> dict[str, dict[int, Judged]]:
+    found: dict[str, dict[int, Judged]] = {}
+    for each in runs:
+        found.setdefault(each.task.arm.name, {})[each.task.seed] = each
+    return found
+
+
+def winners(study: Study, runs: Sequence[Judged]) -> dict[str, str]:
+    """Of each group the arm with the best mean over data sets, seeds and metrics on validation."""
+    assert all(each.task.split == "validation" for each in runs), "choices are made on validation"
+    scores: dict[str, list[float]] = {}
+    for each in runs:
+        scores.setdefault(each.task.arm.name, []).append(float(each.metrics[ALL][0]))
+    means = {name: float(np.mean(of)) for name, of in scores.items()}
+    return {
+        group: max((arm.name for arm in arms), key=means.__getitem__)
+        for group, arms in study.groups.items()
+    }
+
+
+def entries(study: Study, runs: Sequence[Judged], chosen: Mapping[str, str]) -> list[Any]:
+    """The arms of one data set, with their metrics and differences to the reference."""
+    arms = by_arm(runs)
+    reference = arms[chosen[study.reference]]
+    base = np.mean([each.seconds for each in reference.values()])
+    found = []
+    for name, members in arms.items():
+        metrics = {}
+        for metric in next(iter(members.values())).metrics:
+            values = [float(each.metrics[metric][0]) for each in members.values()]
+            metrics[metric] = {
+                "mean": float(np.mean(values)),
+                "by_seed": dict(zip(members, values, strict=True)),
+            }
+            if members is not reference:
+                metrics[metric]["difference"] = difference(members, reference, metric)
+        seconds = float(np.mean([each.seconds for each in members.values()]))
+        arm = study.arms[name]
+        found.append(
+            {
+                "name": name,
+                "group": arm.group,
+                "chosen": chosen[arm.group] == name,
+                "settings": dict(arm.settings),
+                "metrics": metrics,
+                "train_seconds": seconds,
+                "time": seconds / base,
+            }
+        )
+    return found
+
+
+def reached(study: Study, found: Sequence[Any], chosen: Mapping[str, str]) -> list[str]:
+    """At which share of the reference's wall clock a group's schedules reach its quality."""
+    goals = next(entry for entry in found if entry["name"] == chosen[study.reference])["metrics"]
+    lines = []
+    for group, arms in study.groups.items():
+        names = [arm.name for arm in arms]
+        points = sorted((e for e in found if e["name"] in names), key=lambda e: e["time"])
+        if group == study.reference or len({arm.schedule for arm in arms}) < 2 or len(points) < 2:
+            continue
+        for metric in [name for name in DECIDING if name in goals]:
+            goal = goals[metric]["mean"]
+            curve = [(point["time"], point["metrics"][metric]["mean"]) for point in points]
+            share = "not reached"
+            if curve[0][1] >= goal:
+                share = f"at most {curve[0][0]:.2f}"
+            for (x0, y0), (x1, y1) in pairwise(curve):
+                if y0 < goal <= y1:
+                    share = f"{x0 + (x1 - x0) * (goal - y0) / (y1 - y0):.2f}"
+                    break
+            lines.append(f"- {group} reaches {study.reference}'s {metric} at: {share}")
+    if not lines:
+        return []
+    return ["Share of the reference's wall clock, by lines between schedules:", "", *lines, ""]
+
+
+def cell(value: Mapping[str, Any] | None) -> str:
+    """Percent, and below it the difference with its interval; a star where that leaves out 0."""
+    if value is None:
+        return "-"
+    text = f"{100 * value['mean']:.1f}"
+    if (gap := value.get("difference")) is not None:
+        low, high = (f"{100 * end:+.1f}" for end in gap["interval"])
+        text += f"<br>{100 * gap['mean']:+.1f} [{low}, {high}]" + "*" * gap["beyond"]
+    return text
+
+
+def table(study: Study, found: Sequence[Any], metrics: Sequence[str]) -> list[str]:
+    """One row an arm."""
+    lines = ["| arm | " + " | ".join(metrics) + " | time |", "|---" * (len(metrics) + 2) + "|"]
+    for entry in found:
+        several = len(study.groups[entry["group"]]) > 1
+        best = f" (best of {entry['group']})" if entry["chosen"] and several else ""
+        cells = [cell(entry["metrics"].get(metric)) for metric in metrics]
+        lines.append(f"| {entry['name']}{best} | {' | '.join(cells)} | {entry['time']:.2f} |")
+    return [*lines, ""]
+
+
+def single(found: Sequence[Any], metrics: Sequence[str]) -> list[str]:
+    """One row a metric."""
+    names = [entry["name"] for entry in found]
+    lines = ["| metric | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for metric in metrics:
+        cells = [cell(entry["metrics"].get(metric)) for entry in found]
+        lines.append(f"| {metric} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def report(
+    study: Study, runs: Sequence[Judged], chosen: Mapping[str, str], *, command: str, opened: int
+) -> tuple[str, dict[str, Any]]:
+    """The tables in Markdown, and all that is known as JSON."""
+    split = runs[0].task.split
+    tried = {group: len(arms) for group, arms in study.groups.items()}
+    seeds = sorted({each.task.seed for each in runs})
+    facts = run.environment(torch.device("cpu"))
+    counts = ", ".join(f"{group} {number}" for group, number in tried.items())
+    lines = [
+        f"# {study.name}: {study.question}",
+        "",
+        f"`{command}`, {datetime.date.today().isoformat()}; {facts['device']}, "
+        f"torch {facts['torch']}, protoclip {facts['protoclip']}.",
+        "",
+        f"Split: {split}; seeds {seeds}. Settings tried, by group: {counts}. "
+        + (f"The test split was opened {opened} time(s). " if split == "test" else "")
+        + f"Percent; below, the difference to {chosen[study.reference]} with its 95% interval over "
+        + ("seeds and samples" if len(seeds) > 1 else "samples (one seed)")
+        + "; * where it leaves out 0. Time is the wall clock of training over the reference's.",
+        "",
+    ]
+    known: dict[str, Any] = {}
+    for name in dict.fromkeys(each.task.data.name for each in runs):
+        own = [each for each in runs if each.task.data.name == name]
+        found = known[name] = entries(study, own, chosen)
+        deciding = [metric for metric in DECIDING if metric in found[0]["metrics"]]
+        others = [metric for metric in found[0]["metrics"] if metric not in DECIDING]
+        lines += [f"## Pretrained on {name}", "", *table(study, found, deciding)]
+        lines += reached(study, found, chosen)
+        lines += ["### Single metrics", "", *single(found, others)]
+    content = {
+        "study": study.name,
+        "question": study.question,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "environment": facts,
+        "split": split,
+        "seeds": seeds,
+        "transfer": list(runs[0].task.transfer),
+        "settings_tried": tried,
+        "chosen_on_validation": dict(chosen),
+        "test_opened": opened,
+        "pretraining": known,
+    }
+    return "\n".join(lines), content
+
+
+def open_test(study: Study, data: Sequence[Pretraining], out: Path) -> int:
+    """Note that the test split is looked at; returns how often it was, this time included.
+
+    Raises:
+        ValueError: It was opened before for other arms.
+    """
+    path = out / "test-opened.jsonl"
+    arms = digest({name: repr(arm) for name, arm in study.arms.items()})
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    own = [entry for entry in map(json.loads, before) if entry["study"] == study.name]
+    for entry in own:
+        if entry["arms"] != arms:
+            raise ValueError(
+                f"{study.name}: its test split was opened on {entry['date']} for other arms, so it "
+                "cannot judge a new choice; choose on validation, and confirm on other data"
+            )
+    today = datetime.date.today().isoformat()
+    names = [each.name for each in data]
+    entry = {"study": study.name, "date": today, "arms": arms, "pretraining": names}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_json(entry) + "\n")
+    return len(own) + 1
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, help="a TOML file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--captions", help="photographs to pretrain on, as data.train takes them")
+    parser.add_argument("--root", help="folder of the photographs, as data.root")
+    parser.add_argument("--teacher", help="features of their captions, as teacher.features")
+    parser.add_argument("--without-emoji", action="store_true", help="do not pretrain on emoji")
+    parser.add_argument("--transfer", nargs="+", default=["emoji"], help="emoji, or wds:FOLDER")
+    parser.add_argument("--test", action="store_true", help="then measure what was chosen on test")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
+    given = parser.parse_args(words)
+    try:
+        study_of(given, " ".join(sys.argv[1:] if words is None else words))
+    except ValueError as error:
+        raise SystemExit(f"study.py: error: {error}") from error
+
+
+def study_of(given: argparse.Namespace, words: str) -> None:
+    """What `main` was asked to do."""
+    study = read_study(given.study)
+    data = [] if given.without_emoji else [Pretraining(name="emoji", settings={}, teacher="emoji")]
+    if given.captions:
+        data.append(photographs(given.captions, root=given.root, teacher=given.teacher))
+    if not data:
+        raise ValueError("--without-emoji: nothing is left to pretrain on; name --captions")
+    tasks = [
+        Task(
+            study=study,
+            data=each,
+            arm=arm,
+            seed=seed,
+            out=given.out,
+            transfer=tuple(given.transfer),
+        )
+        for seed in given.seeds
+        for each in data
+        for arm in study.arms.values()
+    ]
+    for task in tasks:
+        config_of(task)  # refuse mistakes before anything is trained
+    given.out.mkdir(parents=True, exist_ok=True)
+    command = f"python benchmarks/studies/study.py {words}"
+    runs = carry_out_all(tasks, given.jobs, f"study: {study.name}")
+    chosen, opened = winners(study, runs), 0
+    write(given.out, study, runs, chosen, command=command, opened=opened)
+    if given.test:
+        opened = open_test(study, data, given.out)
+        best = [replace(t, split="test") for t in tasks if t.arm.name in chosen.values()]
+        tested = carry_out_all(best, given.jobs, f"study: {study.name}, test")
+        write(given.out, study, tested, chosen, command=command, opened=opened)
+    spent = sum({str(folder_of(each.task)): each.seconds for each in runs}.values())
+    print(f"Training took {duration(spent)} on one thread a run.", file=sys.stderr)
+
+
+def write(
+    out: Path, study: Study, runs: Sequence[Judged], chosen: Mapping[str, str], **more: Any
+) -> None:
+    """Print the tables, and keep them beside the runs."""
+    text, content = report(study, runs, chosen, **more)
+    print(text)
+    name = f"{study.name}-{runs[0].task.split}"
+    write_atomically(out / f"{name}.md", text)
+    write_atomically(out / f"{name}.json", to_json(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

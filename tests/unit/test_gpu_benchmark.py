@@ -1,0 +1,81 @@
+"""The benchmark for GPUs, in its small form on a CPU."""
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("precision", "resume", "rn50")]
+FAST = ["losses", "kmeans", "translation", "gradcache", "loading", "clustering", "decode"]
+
+
+# Not `compile`: the shape checks of the tests would be compiled too.
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_every_part_passes_on_a_cpu(gpu, name):
+    rows = list(gpu.PARTS[name].rows(gpu.Machine(device=torch.device("cpu"))))
+    assert rows
+    failed = [row for row in rows if isinstance(row, gpu.Check) and not row.passed]
+    assert not failed
+
+
+def test_parts_that_fail_hang_or_raise_leave_the_others_alone(gpu, monkeypatch, tmp_path):
+    """Each keeps the rows it had, and says how it ended; the status tells."""
+    fine = gpu.Check(what="fine", difference=0.0, bound=0.0)
+
+    def wrong(machine):
+        yield fine
+        yield gpu.Check(what="wrong", difference=float("nan"), bound=1.0)
+
+    def hangs(machine):
+        yield gpu.Figure(what="before it hangs", value="1")
+        time.sleep(60)
+
+    def raises(machine):
+        yield fine
+        raise RuntimeError("one line\nand another")
+
+    def good(machine):
+        yield gpu.Figure(what="the last one", value="2")
+
+    parts = {"wrong": wrong, "hangs": hangs, "raises": raises, "good": good}
+    budgets = {"hangs": 0.3}
+    monkeypatch.setattr(
+        gpu,
+        "PARTS",
+        {
+            name: gpu.Part(title=name, budget=budgets.get(name, 30), rows=rows)
+            for name, rows in parts.items()
+        },
+    )
+    out = tmp_path / "gpu.md"
+    assert gpu.main(["--out", str(out)]) == 1
+    text = out.read_text()
+    assert "3 checks: 2 pass, 1 fail." in text
+    assert "| wrong | nan | 1 | **FAIL** |" in text
+    assert "before it hangs" in text
+    assert "hangs (cut after 0 s); raises (failed: RuntimeError: one line)." in text
+    assert "| the last one | 2 |" in text
+    assert gpu.main(["--only", "good", "--out", str(out)]) == 0
+    assert gpu.main(["--only", "good", "--minutes", "0", "--out", str(out)]) == 0
+
+
+def test_an_unknown_part_is_refused(gpu, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "loses"])
+    assert "no part 'loses'" in capsys.readouterr().err

@@ -1,0 +1,272 @@
+"""The harness of `benchmarks/studies`: what it trains, how it judges, and how it compares."""
+
+import io
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from protoclip.data.emoji import emoji_table
+from protoclip.models import loading
+from protoclip.training import optim
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "studies"
+sys.path.insert(0, str(FOLDER))
+
+import judge  # noqa: E402
+import study as studies  # noqa: E402
+
+TINY = """
+question = "Does it run?"
+reference = "CLIP"
+
+[[arms]]
+name = "CLIP"
+loss.prototypical = 0.0
+
+[[arms]]
+name = "few"
+group = "prototypes"
+prototypes.number = 4
+
+[[arms]]
+name = "gap"
+group = "prototypes"
+start = "CLIP"
+schedule = 0.5
+rotate = true
+shift = 2.0
+prototypes.number = 4
+"""
+SIZES = """
+episodes = {size = 32, batch_size = 16, count = 4}
+model = {embed_dim = 16, image.size = 32, text = {width = 16, layers = 1}, heads.hidden_dim = 32}
+"""
+
+
+def pretraining(settings=None):
+    return studies.Pretraining(name="emoji", settings=settings or {}, teacher="emoji")
+
+
+def task_of(study, arm, out, *, data=None, seed=0, split="validation"):
+    return studies.Task(
+        study=study,
+        data=data or pretraining(),
+        arm=study.arms[arm],
+        seed=seed,
+        out=out,
+        transfer=("emoji",),
+        split=split,
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.replace("[[arms]]\n", "[[arms]]" + SIZES))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_study_that_is_there_can_be_trained(path, tmp_path):
+    """Its arms are valid on both kinds of data, and no two train the same."""
+    if path == studies.PHOTOGRAPHS:
+        return
+    study = studies.read_study(path)
+    photographs = studies.photographs("captions.tsv", root="images", teacher="features")
+    for data in (pretraining(), photographs):
+        tasks = [task_of(study, name, tmp_path, data=data) for name in study.arms]
+        assert len({studies.folder_of(task) for task in tasks}) == len(tasks)
+        assert all(studies.config_of(task).model.image.size in (None, 64) for task in tasks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("reference", "answer"), r"not a study \('reference'\)"),
+        (('reference = "CLIP"', 'reference = "other"'), "no group 'other'"),
+        (('name = "few"', 'name = "CLIP"'), "two arms are called 'CLIP'"),
+        (('start = "CLIP"', 'start = "gap"'), "name an arm that has no start itself"),
+        (("prototypes.number = 4", "prototypes.number = 4000"), "few: prototypes.number: 4000"),
+        (("prototypes.number", 'teacher.features = "own"\nprototypes.number'), "few: the emoji"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(tiny, tmp_path, change, message):
+    tiny.write_text(tiny.read_text().replace(*change))
+    with pytest.raises(ValueError, match=message):  # noqa: PT012
+        study = studies.read_study(tiny)
+        data = replace(pretraining(), teacher=None)
+        for name in study.arms:
+            studies.config_of(task_of(study, name, tmp_path, data=data))
+
+
+@pytest.mark.parametrize("way", ["rotate", "shift", "both"])
+def test_a_displaced_start_moves_all_text_features_alike(tiny, tmp_path, way):
+    """Distances among texts stay, their mean moves by twice their length, images stay."""
+    config = studies.config_of(task_of(studies.read_study(tiny), "CLIP", tmp_path))
+    given = {"rotate": way != "shift", "shift": 0.0 if way == "rotate" else 2.0}
+    studies.displaced(config, None, tmp_path / "start", **given)
+    model = optim.resolved(config)[0].model
+    before = loading.model(model, seed=0).eval()
+    after, _, tokenizer = loading.load(tmp_path / "start")
+    tokens = tokenizer(emoji_table("train")["caption"][:256].to_pylist())
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        old, new = before.encode_text(tokens), after.encode_text(tokens)
+        assert torch.equal(before.encode_image(images), after.encode_image(images))
+    apart = [torch.cdist(of.double(), of.double()) for of in (old, new)]
+    assert torch.allclose(*apart, atol=1e-4)
+    assert (old - new).norm(dim=1).min() > 0.5 * old.norm(dim=1).mean()
+    if way == "shift":
+        moved = (new - old).mean(0).norm() / old.norm(dim=1).mean()
+        assert moved == pytest.approx(2.0, rel=1e-3)
+
+
+def test_folds_share_no_group():
+    """What only a group's own rows tell is not learned; what classes have in common is."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(30).repeat_interleave(4)
+    labels = (torch.arange(30) % 2).repeat_interleave(4)
+    of_group = torch.randn(30, 16, generator=generator)[groups]
+    of_class = of_group + 9.0 * F.one_hot(labels, 16)
+    alone = judge.by_folds(of_group, labels, groups)
+    common = judge.by_folds(of_class, labels, groups)
+    for name in ("linear_probe/acc1", "knn/acc1"):
+        assert alone[name].float().mean() < 0.7
+        assert bool(common[name].all())
+
+
+def test_draws_of_groups_spread_as_groups_do():
+    """Five equal rows a group: the standard error is that of the groups, not of the rows."""
+    right = torch.arange(100) % 2 == 0
+    found = judge.grouped_means(
+        {"a": right.repeat_interleave(5)}, torch.arange(100).repeat_interleave(5)
+    )
+    assert found["a"][0] == 0.5
+    assert found["a"].shape == (1001,)
+    assert found["a"][1:].std() == pytest.approx(math.sqrt(0.25 / 100), rel=0.1)
+
+
+def test_held_out_pairs_are_halved(tmp_path):
+    """The halves for choices and for the test share no pair, and training has none of them."""
+    draw, images = np.random.default_rng(0), []
+    for _ in range(60):
+        buffer = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(buffer, format="PNG")
+        images.append(buffer.getvalue())
+    columns = {
+        "image": pa.array(images, pa.binary()),
+        "caption": [f"number {row}" for row in range(60)],
+        "sample_id": [f"tiny/{row}" for row in range(60)],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    data = studies.photographs(str(tmp_path / "pairs.parquet"), root=None, teacher=None)
+    study = studies.Study(
+        name="a",
+        question="",
+        reference="CLIP",
+        arms={"CLIP": studies.Arm(name="CLIP", group="CLIP", settings={})},
+    )
+    config = studies.config_of(task_of(study, "CLIP", tmp_path, data=data))
+    parts = [judge.held_out(config, split).splits[split] for split in ("validation", "test")]
+    ids = [{part.images.sample_id(row) for row in range(len(part.images))} for part in parts]
+    assert len(ids[0]) + len(ids[1]) == 12
+    assert not ids[0] & ids[1]
+    assert all(ids)
+    for part in parts:
+        row_of = {part.images.sample_id(row): row for row in range(len(part.images))}
+        assert all(part.captions[row] == (f"number {own[5:]}",) for own, row in row_of.items())
+
+
+def judged(study, arm, values, *, seed=0, split="validation", spread=0.0):
+    draws = spread * np.random.default_rng(seed).standard_normal(1000)
+    metrics = {judge.ALL: np.concatenate([[values], values + draws])}
+    task = task_of(study, arm, Path(), seed=seed, split=split)
+    return studies.Judged(task=task, metrics=metrics, seconds=1.0)
+
+
+def test_differences_cover_seeds_and_samples(tiny):
+    """Of one seed, samples only; of two, the t interval and the samples' add up as squares."""
+    study = studies.read_study(tiny)
+    one = {0: judged(study, "CLIP", 0.1), 1: judged(study, "CLIP", 0.2, seed=1)}
+    other = {0: judged(study, "few", 0.4, spread=0.01), 1: judged(study, "few", 0.7, seed=1)}
+    found = studies.difference({0: other[0]}, one, judge.ALL)
+    sd = float((other[0].metrics[judge.ALL] - one[0].metrics[judge.ALL])[1:].std(ddof=1))
+    assert found["mean"] == pytest.approx(0.3)
+    assert found["half_width"] == {"seeds": 0.0, "samples": pytest.approx(1.96 * sd)}
+    found = studies.difference(other, one, judge.ALL)
+    seeds = 12.706 * 0.1  # Student's t of one degree of freedom, standard error of 0.3 and 0.5
+    assert found["mean"] == pytest.approx(0.4)
+    assert found["half_width"]["seeds"] == pytest.approx(seeds, rel=1e-3)
+    half = math.hypot(seeds, 1.96 * sd / 2)
+    assert found["interval"] == pytest.approx([0.4 - half, 0.4 + half], rel=1e-3)
+    assert not found["beyond"]
+    assert studies.difference({0: one[0]}, {1: one[1]}, judge.ALL) is None
+
+
+def test_arms_are_chosen_on_validation(tiny):
+    """The best of each group in the mean over seeds; results on test are no ground for a choice."""
+    study = studies.read_study(tiny)
+    runs = [
+        judged(study, arm, value, seed=seed)
+        for arm, values in {"CLIP": (0.1, 0.1), "few": (0.2, 0.3), "gap": (0.4, 0.0)}.items()
+        for seed, value in enumerate(values)
+    ]
+    assert studies.winners(study, runs) == {"CLIP": "CLIP", "prototypes": "few"}
+    with pytest.raises(AssertionError, match="validation"):
+        studies.winners(study, [judged(study, "few", 0.1, split="test")])
+
+
+def test_the_test_split_is_opened_for_one_list_of_arms(tiny, tmp_path):
+    """Each opening counts; after other arms were tried it judges nothing any more."""
+    study = studies.read_study(tiny)
+    assert studies.open_test(study, [pretraining()], tmp_path) == 1
+    assert studies.open_test(study, [pretraining()], tmp_path) == 2
+    tiny.write_text(tiny.read_text().replace("prototypes.number = 4", "prototypes.number = 5"))
+    with pytest.raises(ValueError, match=r"opened on .* for other arms"):
+        studies.open_test(studies.read_study(tiny), [pretraining()], tmp_path)
+
+
+def test_the_wall_clock_at_which_a_quality_is_reached_lies_between_schedules(tiny):
+    study = studies.read_study(tiny)
+
+    def entry(name, value, time):
+        return {"name": name, "time": time, "metrics": {judge.ALL: {"mean": value}}}
+
+    found = [entry("CLIP", 0.5, 1.0), entry("few", 0.6, 1.0), entry("gap", 0.4, 0.5)]
+    lines = studies.reached(study, found, {"CLIP": "CLIP", "prototypes": "few"})
+    assert f"- prototypes reaches CLIP's {judge.ALL} at: 0.75" in lines
+
+
+@pytest.mark.slow
+def test_a_study_from_its_file_to_its_tables(tiny, tmp_path, capsys):
+    """Validation for all arms, test for the chosen ones; a second call repeats nothing."""
+    out = tmp_path / "out"
+    words = [str(tiny), "--out", str(out), "--jobs", "1", "--test"]
+    studies.main(words)
+    known = json.loads((out / "tiny-test.json").read_text())
+    names = [entry["name"] for entry in known["pretraining"]["emoji"]]
+    chosen = known["chosen_on_validation"]
+    assert names == [name for name in ("CLIP", "few", "gap") if name in chosen.values()]
+    assert known["settings_tried"] == {"CLIP": 1, "prototypes": 2}
+    assert known["test_opened"] == 1
+    assert set(judge.DECIDING) < set(known["pretraining"]["emoji"][0]["metrics"])
+    # A start that is not chosen is not looked at on test.
+    tested = {path.parent.parent.name for path in out.glob("runs/*/judged/test-*")}
+    assert len(tested) == 2
+    files = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()}
+    capsys.readouterr()
+    studies.main(words)
+    assert "opened 2 time(s)" in capsys.readouterr().out
+    assert files == {
+        path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()
+    }
