@@ -79,6 +79,8 @@ def export(
         facts = write(source, temporary, formats, opset=opset)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
+        # The folder's own name, once every library has read it.
+        open_clip.point_to(temporary, push_to_hub or str(folder.absolute()))
         facts["prototypes"] = card.write_prototypes(source, temporary)
         card.write_card(source, temporary, facts, hub_name=push_to_hub)
         if folder.exists():
