@@ -438,7 +438,7 @@ def test_the_card_of_a_run(tmp_path):
 
 
 def test_prototypes_go_along(tmp_path):
-    """Those of the episode that the checkpoint was saved in; with the heads, and their sizes."""
+    """With the heads, and the number of members."""
     centroids = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     clusters = {"image": {"centroids": centroids, "assignments": torch.tensor([2, 0, 2, -1])}}
     made = save_run(tmp_path / "run", tiny_model(), clusters=clusters)
@@ -453,5 +453,5 @@ def test_prototypes_go_along(tmp_path):
     assert facts["spaces"] == {"image": {"number": 3, "width": 8, "sizes": [1, 0, 2]}}
     finished = open_source(str(save_run(tmp_path / "finished", tiny_model(), clusters={})))
     (tmp_path / "empty").mkdir()
-    assert "between two episodes" in write_prototypes(finished, tmp_path / "empty")
+    assert write_prototypes(finished, tmp_path / "empty") == "the checkpoint holds none"
     assert not list((tmp_path / "empty").iterdir())

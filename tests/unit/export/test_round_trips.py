@@ -108,6 +108,7 @@ KINDS: dict[str, tuple[Callable[[Path, str], str], list[str]]] = {
     "SiglipModel": (lambda folder, _: f"hf:{save_siglip(folder)}", ["hf"]),
     "dual encoder": (lambda folder, _: f"hf:{save_dual_encoder(folder)}", ["hf"]),
 }
+SPACES, PARTS = ("image", "text"), ("centroids", "assignments")
 SIGMOID = ("SigLIP-shaped", "SiglipModel")
 
 
@@ -189,6 +190,12 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
     )
     assert whole.keys() == parts.keys()
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    states = [
+        load_file(find_checkpoint(tmp_path / out) / "resume.safetensors")
+        for out in ("whole", "parts")
+    ]
+    names = [f"clusters/{space}/{part}" for space in SPACES for part in PARTS]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in names)
     # The checkpoint itself starts a run, with its heads.
     again = loading.model(
         resolved(Config(model=ModelConfig(start=str(tmp_path / "parts"))))[0].model, seed=1
@@ -259,3 +266,51 @@ def test_a_dual_encoder_with_the_sigmoid_loss(pairs, tmp_path):
     assert protoclip.load(tmp_path / "run")[0].towers.logit_bias < 0
     with pytest.raises(ValueError, match="not as hf: no model of transformers with such towers"):
         protoclip.export(tmp_path / "run", tmp_path / "out", ["hf"])
+
+
+def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
+    """Those of its last episode that had any, with the nearest captions of its data."""
+    data = tmp_path / "pairs.parquet"
+    shutil.copy(pairs, data)
+    finished = training(str(data), tmp_path / "finished", tiny_model())
+    run.train(finished)
+    # Two steps into the prototypical episode, and then stopped.
+    stop_after(4, monkeypatch)
+    run.train(replace(finished, run=replace(finished.run, out=str(tmp_path / "within"))))
+    monkeypatch.undo()
+    found, within = (
+        load_file(find_checkpoint(tmp_path / out) / "resume.safetensors")
+        for out in ("finished", "within")
+    )
+    for space in SPACES:
+        name = f"clusters/{space}/centroids"
+        assert torch.equal(found[name], within[name])
+
+    facts = protoclip.export(tmp_path / "finished", tmp_path / "out", ["open_clip"])
+    assert (facts["prototypes"], facts["captions"]) == (None, None)
+    written = load_file(tmp_path / "out" / "prototypes.safetensors")
+    spaces = json.loads((tmp_path / "out" / "prototypes.json").read_text())["spaces"]
+    assert "nearest_captions" not in spaces["image"]
+    model, _, tokenizer = protoclip.load(tmp_path / "finished")
+    captions = list(dict.fromkeys(pq.read_table(data)["caption"].to_pylist()))
+    with torch.no_grad():
+        projections = model.text_head(model.encode_text(tokenizer(captions))).double()
+    projections /= projections.norm(dim=1, keepdim=True)
+    for centroid, names in zip(
+        written["text.centroids"].double(), spaces["text"]["nearest_captions"], strict=True
+    ):
+        distances = (projections - centroid).norm(dim=1)
+        ranked = [captions[number] for number in distances.argsort().tolist()]
+        assert names == ranked[:5]
+
+    data.unlink()
+    facts = protoclip.export(tmp_path / "finished", tmp_path / "without", ["open_clip"])
+    assert facts["prototypes"] is None
+    assert "the run's data cannot be opened (" in facts["captions"]
+    text = (tmp_path / "finished" / "config.toml").read_text()
+    for path in ("hf:someone/pairs", "https://example.org/pairs.tsv", "pipe:cat pairs.tar"):
+        (tmp_path / "finished" / "config.toml").write_text(text.replace(str(data), path))
+        facts = protoclip.export(tmp_path / "finished", tmp_path / path[:2], ["open_clip"])
+        assert facts["captions"] == (
+            f"the run's data cannot be opened ({path} is not on this machine)"
+        )
