@@ -266,7 +266,7 @@ def accuracies(exported: Path, folder: Path, command: Path) -> str:
     if done.returncode:
         return f"no: {done.stderr.strip().splitlines()[-1][:80]}"
     theirs = json.loads((folder / "result.json").read_text())["metrics"]["acc1"]
-    records = protoclip.evaluate(*protoclip.load(exported), str(data), ["zero_shot"])
+    records = protoclip.evaluate(*protoclip.load(exported), f"wds:{data}", ["zero_shot"])
     ours = records[0]["metrics"]["acc1"]
     return f"{theirs:.4f}, ours {ours:.4f}"
 

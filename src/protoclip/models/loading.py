@@ -169,9 +169,10 @@ def text_library(
         name = references.kind_of(str(config.start))[1]
         repository = "" if Path(name).is_dir() else name
     else:
+        text = description["model_cfg"]["text_cfg"]
+        if not (text.get("hf_model_name") or text.get("hf_tokenizer_name")):
+            return nullcontext()
         repository = references.text_repository(description["model_cfg"])
-    if not repository:
-        return nullcontext()
     return references.readable_errors(f"model.start: {config.start}", repository)
 
 

@@ -349,6 +349,10 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
                 f"{reference}: the hub does not answer, and there is no earlier download; check "
                 "the network, HF_ENDPOINT and HF_HUB_OFFLINE"
             ) from error
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{reference}: brings code of its own, which never runs here; choose another model"
+            ) from error
         raise ValueError(f"{reference}: cannot be opened ({line(str(error))})") from error
     finally:
         constants.HF_HUB_OFFLINE, logging.root.manager.disable = before
