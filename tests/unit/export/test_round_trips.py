@@ -135,6 +135,12 @@ def test_out_in_on_and_out(kind, pairs, tmp_path):
     for path in tmp_path.iterdir():
         if path.name != "first":
             shutil.rmtree(path)
+    if "open_clip" in formats:
+        library = open_clip.create_model(f"local-dir:{tmp_path / 'first'}").eval()
+        tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'first'}")(TEXTS)
+        with torch.no_grad():
+            found = [library.encode_image(pixels), library.encode_text(tokens)]
+        assert all(map(torch.equal, found, expected))
     (tmp_path / "first").rename(tmp_path / "moved")
     loaded = protoclip.load(tmp_path / "moved")
     assert all(map(torch.equal, features(loaded, pixels), expected))
