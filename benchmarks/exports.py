@@ -186,7 +186,7 @@ def measure(folder: Path, make: Callable[[Path], str], given: Any) -> dict[str, 
         try:
             reader = sentence_transformers.SentenceTransformer(str(exported), device="cpu")
             found = torch.from_numpy(reader.encode(captions))
-            row["sentence-transformers"] = f"{relative(found, text):.0e}"
+            row["sentence-transformers"] = largest({"text": relative(found, text)})
         except Exception as error:  # the reason belongs into the table
             row["sentence-transformers"] = f"no: {str(error).splitlines()[0][:80]}"
     if {"hf", "onnx"} <= has.keys():
