@@ -17,6 +17,7 @@ from protoclip.config import Config, HeadConfig, ImageTowerConfig, ModelConfig, 
 from protoclip.models.loading import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
+from tiny_hugging_face import NO_DROPOUT, save_dual_encoder, save_siglip
 
 HEADS = HeadConfig(hidden_dim=32, projection_dim=8)
 
@@ -51,12 +52,22 @@ def open_clip_folder(folder: Path) -> ModelConfig:
     return ModelConfig(start=str(folder), image=ImageTowerConfig(size=32), heads=HEADS)
 
 
+def siglip(folder: Path) -> ModelConfig:
+    """Towers that stay models of `transformers`, with the sigmoid loss."""
+    return ModelConfig(start=f"hf:{save_siglip(folder / 'siglip')}", heads=HEADS)
+
+
+def dual_encoder(folder: Path) -> ModelConfig:
+    start = save_dual_encoder(folder / "dual", **NO_DROPOUT)
+    return ModelConfig(start=f"hf:{start}", heads=HEADS)
+
+
 def weights_after(config: Config, ranks: int) -> dict[str, Tensor]:
     run_distributed(train, ranks, config)
     return read_tensors(find_checkpoint(str(config.run.out)) / "model.safetensors")
 
 
-@pytest.mark.parametrize("start", [pretrained_halves, open_clip_folder])
+@pytest.mark.parametrize("start", [pretrained_halves, open_clip_folder, siglip, dual_encoder])
 def test_ranks_train_what_one_process_trains(start, tmp_path):
     torch.manual_seed(0)
     base = replace(tiny_config(out="unused"), model=start(tmp_path))

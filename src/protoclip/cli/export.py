@@ -45,4 +45,6 @@ class Export:
             print(f"note: not as {name}: {reason}", file=sys.stderr)
         if facts["prototypes"]:
             print(f"note: no prototypes: {facts['prototypes']}", file=sys.stderr)
+        if facts["captions"]:
+            print(f"note: no captions of prototypes: {facts['captions']}", file=sys.stderr)
         print(facts.get("url", facts["folder"]))

@@ -1,26 +1,36 @@
 """What goes along with the weights: the model card, and the prototypes of a run."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tomli_w
 import torch
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
 import protoclip
+from protoclip.config import Config
+from protoclip.data import sources
+from protoclip.data.access import is_url
+from protoclip.data.pairs import BadSample, Pairs
+from protoclip.data.tables import line
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.samples import DRAWS, SampleResults, resampled
 from protoclip.export.source import Source
-from protoclip.files import to_json, write_atomically
+from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading, references
 from protoclip.models.loading import RESUME
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.progress import Progress
 
 CARD, PROTOTYPES = "README.md", "prototypes"
+# Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
+PAIRS, BATCH, NEAREST = 20_000, 256, 5
 # Sections of a run's settings that the card shows.
 SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "loss", "optim")
 LOADING = {
@@ -61,7 +71,7 @@ def run_of(checkpoint: Path | None) -> Path | None:
 
 
 def write_prototypes(source: Source, folder: Path) -> str | None:
-    """Write the prototypes of the episode that a checkpoint was saved in.
+    """Write the prototypes of the episode that a checkpoint was saved in, or of the last with any.
 
     `prototypes.safetensors` holds for image, text and each teacher `SPACE.centroids` `(k, p)` and
     `SPACE.sizes` `(k,)`, the number of members; and `image_head.*` and `text_head.*`, the heads
@@ -81,7 +91,7 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         if key.startswith(prefix) and key.endswith(suffix)
     ]
     if not spaces:
-        return "the checkpoint holds none: it was saved between two episodes"
+        return "the checkpoint holds none"
     tensors: dict[str, Tensor] = {}
     for space in spaces:
         centroids = stored[f"{prefix}{space}{suffix}"]
@@ -112,6 +122,67 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
     }
     write_atomically(folder / f"{PROTOTYPES}.json", to_json(facts, indent=2) + "\n")
     return None
+
+
+def add_captions(source: Source, folder: Path) -> str | None:
+    """Add the captions nearest to each text prototype to `prototypes.json`, by the model itself.
+
+    They are found among those of at most `PAIRS` of the run's pairs, evenly spread.
+
+    Returns:
+        Why there are none; None if they are written, or if there are no text prototypes.
+    """
+    path = folder / f"{PROTOTYPES}.json"
+    facts = read_json(path) if path.is_file() else {"spaces": {}}
+    if "text" not in facts["spaces"] or not isinstance(source.model, ProtoCLIP):
+        return None
+    run = run_of(checkpoint_of(source.reference))
+    if run is None:
+        return "the checkpoint is not in the folder of its run"
+    try:
+        captions = captions_of(run)
+    except (ValueError, OSError) as error:
+        return f"the run's data cannot be opened ({line(str(error))})"
+    if not captions:
+        return "the run's data has none"
+    centroids = loading.read_tensors(folder / f"{PROTOTYPES}.safetensors")["text.centroids"]
+    found = nearest(source, captions, centroids)
+    facts["spaces"]["text"]["nearest_captions"] = found
+    write_atomically(path, to_json(facts, indent=2) + "\n")
+    return None
+
+
+def captions_of(run: Path) -> list[str]:
+    """Captions of a run's pairs; raises `ValueError` if they are out of reach."""
+    config = Config.from_dict(tomllib.loads((run / "config.toml").read_text("utf-8")))
+    for entry in sources.entries(config.data):
+        if is_url(entry.path) or entry.path.startswith(("hf:", "pipe:")):
+            raise ValueError(f"{entry.path} is not on this machine")
+    pairs = sources.pairs(config)
+    if not isinstance(pairs, Pairs):
+        raise ValueError("a stream has no order to draw from")
+    found: dict[str, None] = {}
+    for row in np.unique(np.linspace(0, len(pairs) - 1, PAIRS).astype(int)):
+        with suppress(BadSample):
+            found |= dict.fromkeys(pairs.sample_captions(int(row)))
+    return list(found)
+
+
+@torch.inference_mode()
+def nearest(
+    source: Source, captions: Sequence[str], centroids: Float[Tensor, "k p"]
+) -> list[list[str]]:
+    """The captions nearest to each centroid, the nearest first."""
+    progress = Progress("captions of prototypes", len(captions))
+    projections = []
+    for first in range(0, len(captions), BATCH):
+        tokens = source.tokenizer(list(captions[first : first + BATCH]))
+        projected = source.model.text_head(source.model.encode_text(tokens))  # type: ignore[operator]
+        projections.append(torch.nn.functional.normalize(projected, dim=1))
+        progress.update(min(first + BATCH, len(captions)))
+    # All have unit norm, so the largest product is the smallest distance.
+    order = (centroids @ torch.cat(projections).T).topk(min(NEAREST, len(captions))).indices
+    return [[captions[number] for number in row] for row in order.tolist()]
 
 
 def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str, Any]]:

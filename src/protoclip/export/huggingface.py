@@ -1,7 +1,8 @@
 """A folder for `transformers`, with the files that transformers.js and sentence-transformers read.
 
 A model that has the architecture of OpenAI's CLIP becomes a `CLIPModel`. A timm tower becomes a
-`VisionTextDualEncoderModel`, with the same text model.
+`VisionTextDualEncoderModel`, with the same text model. What was a model of `transformers` and was
+trained as one stays of its class.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from protoclip.export.source import (
     plain_blocks,
 )
 from protoclip.export.timm import has_linear_projection, trunk_arguments
+from protoclip.models import references
 from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers, pooled
 
 # open_clip's names and Hugging Face's (`pre_layrnorm` is spelt so).
@@ -76,21 +78,27 @@ def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
         tokens.pop("attention_mask", None)
     with torch.inference_mode():
         return Features(
-            image=HuggingFaceTowers(model, pad_token=0).encode_image(images),
+            image=HuggingFaceTowers(model).encode_image(images),
             text=pooled(model.get_text_features(**tokens)),
         )
 
 
 def opened(source: Source) -> tuple[Any, Any, Any]:
-    """The parts of a model that is Hugging Face's already."""
+    """The parts of a model that is Hugging Face's already; a run of one crops images as runs do."""
     from transformers import AutoImageProcessor
 
-    open_processor: Any = AutoImageProcessor.from_pretrained
-    place = source.reference.removeprefix("hf:")
-    processor = open_processor(place, trust_remote_code=False)
+    model = source.towers.library_model()
+    if hasattr(source.towers, "logit_bias") and not hasattr(model, "logit_bias"):
+        raise Unavailable("no model of transformers with such towers has a logit bias")
+    kind, place = references.kind_of(source.reference)
+    if kind == "run":
+        processor = image_processor(source)
+    else:
+        open_processor: Any = AutoImageProcessor.from_pretrained
+        processor = open_processor(place, trust_remote_code=False)
     tokenizer = source.text_tokenizer
     tokenizer.tokenizer.model_max_length = tokenizer.context_length
-    return source.towers.model, tokenizer.tokenizer, processor
+    return model, tokenizer.tokenizer, processor
 
 
 def build(source: Source) -> Any:

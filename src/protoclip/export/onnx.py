@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from protoclip.export.source import Features, Source, Unavailable
-from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers, pooled
+from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers
 
 FOLDER = "onnx"
 LEAST_OPSET = 18  # the oldest that torch exports to
@@ -35,8 +35,9 @@ class TextGraph(nn.Module):
         """With a mask for a text tower that must not read padding."""
         if attention_mask is None:
             return self.towers.encode_text(input_ids)  # type: ignore[no-any-return]
-        model = self.towers.model
-        return pooled(model.get_text_features(input_ids, attention_mask=attention_mask))
+        return self.towers.text(  # type: ignore[no-any-return]
+            input_ids=input_ids, attention_mask=attention_mask
+        )
 
 
 def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
@@ -48,7 +49,7 @@ def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
         Unavailable: The model reads images that do not fit into one tensor of pixels.
     """
     towers, length = source.towers, source.context_length
-    kind = towers.model.config.model_type if isinstance(towers, HuggingFaceTowers) else ""
+    kind = towers.kind if isinstance(towers, HuggingFaceTowers) else ""
     if kind == "siglip2":
         raise Unavailable("it reads images as patches, in a number of its own for each")
     size = source.image_size

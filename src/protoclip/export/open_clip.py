@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from protoclip.export.source import Features, Source, Unavailable
-from protoclip.files import to_json
+from protoclip.files import read_json, to_json
 from protoclip.models.references import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 
 
@@ -38,7 +38,26 @@ def write(source: Source, folder: Path) -> str:
     if config["text_cfg"].get("hf_tokenizer_name"):
         # open_clip then looks for the tokenizer in the folder.
         source.text_tokenizer.tokenizer.save_pretrained(folder)
+    if config["text_cfg"].get("hf_model_name"):
+        built.text.config.save_pretrained(folder)
+        point_to(folder, str(folder.absolute()))
     return type(built).__name__
+
+
+def point_to(folder: Path, place: str) -> None:
+    """Let a Hugging Face text tower that has no name on the hub be looked up at `place`.
+
+    open_clip reads its configuration from there, which is the folder's own path or hub name.
+    """
+    path = folder / OPEN_CLIP_CONFIG
+    if not path.is_file():
+        return
+    settings = read_json(path)
+    text = settings["model_cfg"]["text_cfg"]
+    names = [name for name in ("hf_model_name", "hf_tokenizer_name") if text.get(name)]
+    if any(Path(text[name]).is_absolute() or Path(text[name]).exists() for name in names):
+        text |= dict.fromkeys(names, place)
+        path.write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:

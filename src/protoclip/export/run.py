@@ -62,7 +62,8 @@ def export(
     Returns:
         `folder`; `formats`, what was written by format; `differences`, the largest difference of
         `image` and `text` features by format, relative to their mean norm; `left_out`, the reason
-        by format; `prototypes`, why there are none, or None; `license`; `url`, if it was uploaded.
+        by format; `prototypes` and `captions`, why there are no prototypes or no captions
+        nearest to them, or None; `license`; `url`, if it was uploaded.
 
     Raises:
         ValueError: The reference, the folder or a format is wrong, the model can have none of the
@@ -79,7 +80,10 @@ def export(
         facts = write(source, temporary, formats, opset=opset)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
+        # The folder's own name, once every library has read it.
+        open_clip.point_to(temporary, push_to_hub or str(folder.absolute()))
         facts["prototypes"] = card.write_prototypes(source, temporary)
+        facts["captions"] = card.add_captions(source, temporary)
         card.write_card(source, temporary, facts, hub_name=push_to_hub)
         if folder.exists():
             raise ValueError(f"{folder}: exists by now; choose another folder")

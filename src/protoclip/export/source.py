@@ -140,7 +140,8 @@ def architecture(reference: str) -> dict[str, Any] | None:
     folder = loading.find_checkpoint(reference)
     model = loading.model_config(read_json(folder / loading.MODEL), folder)
     if (description := loading.described(model)) is not None:
-        return dict(description["model_cfg"])
+        found: dict[str, Any] | None = description.get("model_cfg")
+        return found
     if model.name is not None:
         return towers.named_config(model.name)
     sizes = asdict(model.text)

@@ -1,4 +1,4 @@
-"""A `CLIPModel` of `transformers` as the same model of open_clip, whose towers can be trained."""
+"""Models of `transformers` to start from: a `CLIPModel` becomes the same model of open_clip."""
 
 from functools import cache
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.models import towers
+from protoclip.models import hugging_face, towers
 from protoclip.models.hugging_face import HuggingFaceTowers, image_transform
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.references import Loaded, readable_errors
@@ -37,7 +37,10 @@ CAPTIONS = ("a photo of a cat", "It's A TEST: 2 cats & 3 dogs!", "naïve café, 
 
 @cache  # a run asks several times, and each asks the hub
 def description(reference: str, name: str) -> dict[str, Any]:
-    """A `CLIPModel` as an `open_clip_config.json` describes it, by its folder or hub name.
+    """What builds a model again, by its folder or hub name.
+
+    A `CLIPModel` is described as in an `open_clip_config.json`, and trained as a model of
+    open_clip. Others stay models of `transformers`.
 
     Raises:
         ValueError: There is no such model, or open_clip has none that computes the same.
@@ -49,11 +52,14 @@ def description(reference: str, name: str) -> dict[str, Any]:
         config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type == "clip":
             processor = open_processor(name, trust_remote_code=False)
-    if config.model_type != "clip":
+    if config.model_type not in ("clip", *hugging_face.TRAINABLE):
         raise ValueError(
-            f"model.start: {reference}: of the models of transformers only CLIPModel can be "
-            f"trained here, and this is of kind {config.model_type}"
+            f"model.start: {reference}: models of kind {config.model_type} cannot be trained here; "
+            f"of transformers, {', '.join(('clip', *hugging_face.TRAINABLE))} can"
         )
+    if config.model_type != "clip":
+        with readable_errors(f"model.start: {reference}", "" if Path(name).is_dir() else name):
+            return hugging_face.description(name)
     image, text = config.vision_config, config.text_config
     if image.hidden_act != text.hidden_act or image.hidden_act not in ACTIVATIONS:
         acts = f"{image.hidden_act} and {text.hidden_act}"
@@ -91,13 +97,19 @@ def description(reference: str, name: str) -> dict[str, Any]:
 
 
 def converted(reference: str, name: str, loaded: Loaded) -> TowerPair:
-    """The same model of open_clip; raises `ValueError` if its tokenizer is not CLIP's."""
+    """A `CLIPModel` as the same model of open_clip; others as they are.
+
+    Raises:
+        ValueError: The tokenizer of a `CLIPModel` is not CLIP's.
+    """
     pair, _, tokenizer = loaded
     towers_of = pair.towers
     assert isinstance(towers_of, HuggingFaceTowers)
-    check_tokenizer(reference, tokenizer, eos=towers_of.model.config.text_config.eos_token_id)
+    if towers_of.kind != "clip":
+        return pair
+    check_tokenizer(reference, tokenizer, eos=towers_of.config.text_config.eos_token_id)
     built = towers.described_towers(description(reference, name))
-    model = towers_of.model
+    model = towers_of.library_model()
     weights = {f"visual.{key}": value for key, value in renamed(model.vision_model).items()}
     weights |= renamed(model.text_model)
     weights["visual.proj"] = model.visual_projection.weight.T

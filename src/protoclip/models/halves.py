@@ -139,7 +139,8 @@ def text_files(built: Any, tokenizer: Any) -> dict[str, bytes]:
         return {}
     with TemporaryDirectory() as folder:
         saves(folder)
-        config = getattr(getattr(built, "text", None), "config", None)
+        # That of the whole model, if both towers are Hugging Face's.
+        config = getattr(built, "config", getattr(getattr(built, "text", None), "config", None))
         if config is not None:
             config.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

@@ -1,19 +1,27 @@
 """CLIP, SigLIP and dual encoders of Hugging Face `transformers`, as tower pairs."""
 
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from PIL import Image
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.towers import RememberingTokenizer, Tokenizer, max_tokens
+from protoclip.models.towers import (
+    RememberingTokenizer,
+    Tokenizer,
+    max_tokens,
+    require_multiple,
+    tower_kind,
+)
 
 ImageTransform = Callable[[Image.Image], Tensor]
 
@@ -22,11 +30,15 @@ KINDS = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
 # Those whose text tower must not read padding. CLIP's tokens never read later ones, and SigLIP was
 # trained to read padding.
 MASKED_KIND, PADDING = "vision-text-dual-encoder", -1
+# Those that are trained as models of `transformers`. SigLIP 2 with images of any shape is not: its
+# images are not cropped to squares. Where they are squares, SigLIP 2 is of the kind "siglip" too.
+TRAINABLE = ("siglip", MASKED_KIND)
+POSITIONS = "embeddings.position_embedding.weight"  # of SigLIP's towers
 
 
 def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     """Open a repository of the hub or a folder; reads safetensors only, and runs no code of it."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = config.model_type
@@ -38,38 +50,231 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     )
     if lacking := sorted(found["missing_keys"]):
         raise ValueError(f"its weights lack {len(lacking)} tensors, such as {lacking[0]}")
-    tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    reads = PaddedTokenizer(
-        tokenizer,
-        context_length=min(tokenizer.model_max_length, max_tokens(config.text_config)),
-        masked=kind == MASKED_KIND,
-    )
     open_processor: Any = AutoImageProcessor.from_pretrained
     processor = open_processor(name, trust_remote_code=False)
-    pair = TowerPair(HuggingFaceTowers(model.float(), tokenizer.pad_token_id))
-    return pair.eval(), image_transform(processor), RememberingTokenizer(reads)
+    transform, built = image_transform(processor), HuggingFaceTowers(model.float())
+    built.visual.prepare(preprocessing(processor, transform))
+    return TowerPair(built).eval(), transform, open_tokenizer(name, config)
+
+
+def open_tokenizer(name: str, config: Any, *, context_length: int | None = None) -> Tokenizer:
+    """The tokenizer of a model, by its folder or name; it pads to the model's own length."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    length = min(tokenizer.model_max_length, max_tokens(config.text_config))
+    reads = PaddedTokenizer(
+        tokenizer,
+        context_length=context_length or length,
+        masked=config.model_type == MASKED_KIND,
+    )
+    return RememberingTokenizer(reads)
+
+
+class ImageTower(nn.Module):
+    """The image side of a model: `model`, and `projection` where there is one.
+
+    `image_size`, `image_mean` and `image_std` say what images a run trains it on, as those of
+    open_clip's towers do.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.vision_model
+        self.projection = getattr(model, "visual_projection", nn.Identity())
+        self.image_size: int | None = None
+        self.image_mean: tuple[float, ...] | None = None
+        self.image_std: tuple[float, ...] | None = None
+
+    def prepare(self, images: Mapping[str, Any]) -> None:
+        """Remember what `preprocessing` returned."""
+        self.image_size = images["size"]
+        self.image_mean, self.image_std = tuple(images["mean"]), tuple(images["std"])
+
+    def forward(self, **inputs: Tensor) -> Float[Tensor, "b d"]:
+        return self.projection(pooled(self.model(**inputs)))  # type: ignore[no-any-return]
+
+
+class TextTower(nn.Module):
+    """The text side of a model: `model`, and `projection` where there is one."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.text_model
+        self.projection = getattr(model, "text_projection", nn.Identity())
+
+    def forward(self, **inputs: Tensor) -> Float[Tensor, "b d"]:
+        return self.projection(pooled(self.model(**inputs)))  # type: ignore[no-any-return]
 
 
 class HuggingFaceTowers(nn.Module):
-    """A model of `transformers` as a tower pair; where it masks padding, padding has token -1."""
+    """A model of `transformers` as a tower pair, whose parts have the names of open_clip's.
 
-    def __init__(self, model: Any, pad_token: int) -> None:
+    Where the text tower must not read padding, padding has token -1.
+    """
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.pad_token = model, pad_token
+        self.config = model.config
+        self.visual, self.text = ImageTower(model), TextTower(model)
+        # Some models hold these as vectors of one number.
+        self.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(()))
+        if hasattr(model, "logit_bias"):
+            self.logit_bias = nn.Parameter(model.logit_bias.detach().reshape(()))
+
+    @property
+    def kind(self) -> str:
+        return str(self.config.model_type)
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        inputs = unpack_patches(images) if self.model.config.model_type == "siglip2" else {}
-        return pooled(self.model.get_image_features(**{"pixel_values": images, **inputs}))
+        packed = self.kind == "siglip2"
+        inputs = unpack_patches(images) if packed else {"pixel_values": images}
+        return self.visual(**inputs)  # type: ignore[no-any-return]
 
     def encode_text(self, tokens: Int[Tensor, "b c"]) -> Float[Tensor, "b d"]:
-        if self.model.config.model_type != MASKED_KIND:
-            return pooled(self.model.get_text_features(input_ids=tokens))
+        if self.kind != MASKED_KIND:
+            return self.text(input_ids=tokens)  # type: ignore[no-any-return]
         mask = tokens != PADDING
         # Columns of padding alone cost time and change nothing.
         used = mask.any(0)
-        ids = tokens.masked_fill(~mask, self.pad_token)[:, used]
-        return pooled(self.model.get_text_features(ids, attention_mask=mask[:, used].long()))
+        padding = getattr(self.config.text_config, "pad_token_id", None) or 0
+        ids = tokens.masked_fill(~mask, padding)[:, used]
+        return self.text(  # type: ignore[no-any-return]
+            input_ids=ids, attention_mask=mask[:, used].long()
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations, as open_clip's towers can; raises `ValueError` if one cannot."""
+        assert enable, "nothing turns it off"
+        for tower in (self.visual.model, self.text.model):
+            if not tower.supports_gradient_checkpointing:
+                raise ValueError(f"{type(tower).__name__} cannot recompute activations")
+            # transformers 6 knows it by its new name alone.
+            new = getattr(tower, "activation_checkpointing_enable", None)
+            (new or tower.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def library_model(self) -> Any:
+        """The model of `transformers` with these weights, which it shares with the towers."""
+        with torch.device("meta"):
+            model = untrained(self.config)
+        model.vision_model, model.text_model = self.visual.model, self.text.model
+        if hasattr(model, "visual_projection"):
+            model.visual_projection = self.visual.projection
+            model.text_projection = self.text.projection
+        for name in ("logit_scale", "logit_bias"):
+            if hasattr(model, name):
+                value = getattr(self, name).detach().reshape(getattr(model, name).shape)
+                setattr(model, name, nn.Parameter(value))
+        return model.eval()
+
+
+@cache  # a run asks several times, and each asks the hub
+def description(name: str) -> dict[str, Any]:
+    """What builds the towers again without their weights, from a folder or name; JSON values.
+
+    Raises:
+        ValueError: Its images are not squares.
+    """
+    from transformers import AutoConfig, AutoImageProcessor
+
+    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    open_processor: Any = AutoImageProcessor.from_pretrained
+    processor = open_processor(name, trust_remote_code=False)
+    images = preprocessing(processor, image_transform(processor))
+    if images["size"] is None:
+        raise ValueError("its images are not square, and training crops squares")
+    # JSON, since checkpoints hold it.
+    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {"transformers": settings, "preprocess_cfg": images}
+
+
+def described_towers(
+    description: Mapping[str, Any],
+    *,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> HuggingFaceTowers:
+    """Towers without trained weights; sizes are the description's own unless given.
+
+    Raises:
+        ValueError: The towers cannot have these sizes.
+    """
+    config, images = library_config(description), dict(description["preprocess_cfg"])
+    text, vision = config.text_config, config.vision_config
+    if image_size not in (None, images["size"]):
+        if config.model_type == MASKED_KIND:
+            raise ValueError(
+                f"model.image.size: {image_size} cannot be had; the images of this model have "
+                f"{images['size']} pixels"
+            )
+        require_multiple(image_size, vision.patch_size, "this model")
+        vision.image_size = images["size"] = image_size
+    if context_length is not None:
+        if config.model_type != MASKED_KIND:  # whose positions are not the caption's alone
+            text.max_position_embeddings = context_length
+        elif context_length > (most := max_tokens(text)):
+            raise ValueError(
+                f"model.text.context_length: {context_length} is too large; this model reads at "
+                f"most {most}"
+            )
+    built = HuggingFaceTowers(untrained(config).float())
+    built.visual.prepare(images)
+    return built
+
+
+def described_tokenizer(
+    description: Mapping[str, Any], name: str, *, context_length: int | None
+) -> Tokenizer:
+    """The tokenizer that goes with `description`, from the folder or name that has its files."""
+    return open_tokenizer(name, library_config(description), context_length=context_length)
+
+
+def described_kind(description: Mapping[str, Any]) -> Any:
+    """Whether the image tower is a transformer or convolutional."""
+    vision = library_config(description).vision_config
+    if vision.model_type == "timm_wrapper":
+        return tower_kind({"timm_model_name": vision.architecture})
+    return "transformer" if hasattr(vision, "num_attention_heads") else "convolutional"
+
+
+def width(towers: HuggingFaceTowers) -> int:
+    """Width of the joint space."""
+    config = towers.config
+    if hasattr(towers.text.projection, "out_features"):
+        return int(config.projection_dim)
+    return int(getattr(config.text_config, "projection_size", config.text_config.hidden_size))
+
+
+def untrained(config: Any) -> Any:
+    """A model of `transformers` with new weights."""
+    from transformers import AutoModel
+
+    build: Any = AutoModel.from_config
+    return build(config, trust_remote_code=False)
+
+
+def library_config(description: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    settings = dict(description["transformers"])
+    return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+
+
+def interpolate(weights: dict[str, Tensor], towers: HuggingFaceTowers) -> None:
+    """Bring SigLIP's position embeddings to the sizes of its towers, in place.
+
+    Those of images are on a grid, and bicubic; those of captions are linear.
+    """
+    own = towers.state_dict()
+    image, text = f"visual.model.{POSITIONS}", f"text.model.{POSITIONS}"
+    if image in own and len(own[image]) != len(weights[image]):
+        side = round(len(own[image]) ** 0.5)
+        grid = resample_abs_pos_embed(weights[image][None], [side, side], num_prefix_tokens=0)
+        weights[image] = grid[0]
+    if text in own and len(own[text]) != len(weights[text]):
+        line = weights[text].T[None]
+        weights[text] = F.interpolate(line, len(own[text]), mode="linear")[0].T
 
 
 def pooled(outputs: Any) -> Tensor:
@@ -95,6 +300,10 @@ class PaddedTokenizer:
         tokens: Tensor = batch["input_ids"]
         return tokens.masked_fill(batch["attention_mask"] == 0, PADDING) if self.masked else tokens
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files that `open_tokenizer` reads."""
+        self.tokenizer.save_pretrained(folder)
+
 
 def image_transform(processor: Any) -> ImageTransform:
     """Ours if it gives the same; else what the model's own image processor does."""
@@ -119,6 +328,17 @@ def image_transform(processor: Any) -> ImageTransform:
         settings=f"{name}({' '.join(text.split())})",
         apply=partial(pack_patches if name.startswith("Siglip2") else process, processor),
     )
+
+
+def preprocessing(processor: Any, transform: ImageTransform) -> dict[str, Any]:
+    """How images become tensors, in open_clip's words; `size` is None if they are not square."""
+    _, *sides = transform(Image.new("RGB", (64, 48))).shape
+    return {
+        "size": sides[0] if len(set(sides)) == 1 else None,
+        "mean": list(getattr(processor, "image_mean", None) or (0.0, 0.0, 0.0)),
+        "std": list(getattr(processor, "image_std", None) or (1.0, 1.0, 1.0)),
+        "resize_mode": "shortest" if isinstance(transform, EvaluationTransform) else "squash",
+    }
 
 
 def process(processor: Any, image: Image.Image) -> Float[Tensor, "3 h w"]:

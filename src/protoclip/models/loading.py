@@ -25,7 +25,16 @@ from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
 from protoclip.distributed.parallel import shard, spread
 from protoclip.files import file_checksum, read_json
-from protoclip.models import batch_norm, conversion, halves, lora, references, start, towers
+from protoclip.models import (
+    batch_norm,
+    conversion,
+    halves,
+    hugging_face,
+    lora,
+    references,
+    start,
+    towers,
+)
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.references import Loaded, misfits
@@ -118,13 +127,17 @@ def open_clip_start(reference: str, name: str) -> tuple[ModelConfig, list[str]]:
 
 
 def described(config: ModelConfig) -> dict[str, Any] | None:
-    """The towers as an `open_clip_config.json` describes them; None if `config` says it all."""
+    """The towers as an `open_clip_config.json` describes them; None if `config` says it all.
+
+    Towers of `transformers` are described by `transformers` instead of `model_cfg`.
+    """
     if config.start is None:
         return None
     kind, name = references.kind_of(config.start)
     if kind == "run":
         found: dict[str, Any] | None
-        found = read_json(find_checkpoint(config.start) / MODEL).get("open_clip")
+        saved = read_json(find_checkpoint(config.start) / MODEL)
+        found = saved.get("open_clip", saved.get("hugging_face"))
         return found
     if kind == "local-dir":
         found = read_json(Path(name) / towers.OPEN_CLIP_CONFIG)
@@ -137,8 +150,11 @@ def described(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def text_source(config: ModelConfig) -> Path | None:
-    """The folder of a start's checkpoint with the files of its Hugging Face text tower, if any."""
-    if config.start is None or references.kind_of(config.start)[0] != "run":
+    """The folder with the files of a start's Hugging Face text tower, if it has one."""
+    kind, name = references.kind_of(config.start or "")
+    if kind == "local-dir":
+        return references.own_text_files(Path(name))
+    if config.start is None or kind != "run":
         return None
     folder = find_checkpoint(config.start) / halves.TEXT_FILES
     return folder if folder.is_dir() else None
@@ -148,15 +164,25 @@ def text_library(
     config: ModelConfig, description: Mapping[str, Any]
 ) -> AbstractContextManager[None]:
     """Reads a described text tower and tokenizer from the hub, if they are of Hugging Face."""
-    repository = references.text_repository(description["model_cfg"])
-    if not repository or text_source(config) is not None:
+    if text_source(config) is not None:
         return nullcontext()
+    if "transformers" in description:
+        name = references.kind_of(str(config.start))[1]
+        repository = "" if Path(name).is_dir() else name
+    else:
+        text = description["model_cfg"]["text_cfg"]
+        if not (text.get("hf_model_name") or text.get("hf_tokenizer_name")):
+            return nullcontext()
+        repository = references.text_repository(description["model_cfg"])
     return references.readable_errors(f"model.start: {config.start}", repository)
 
 
 def tower_kind(config: ModelConfig) -> Literal["transformer", "convolutional"] | None:
     """The kind of the image tower; None for small towers that start untrained."""
     description = described(config)
+    if description is not None and "transformers" in description:
+        kind: Literal["transformer", "convolutional"] = hugging_face.described_kind(description)
+        return kind
     if description is not None:
         return towers.tower_kind(description["model_cfg"]["vision_cfg"])
     if config.name is not None:
@@ -234,7 +260,11 @@ def architecture(config: ModelConfig, *, weights: towers.Weights) -> ProtoCLIP:
     }
     files, description = text_source(config), described(config)
     with torch.device("meta") if weights == "none" else nullcontext():
-        if description is not None:
+        built: nn.Module
+        if description is not None and "transformers" in description:
+            built = hugging_face.described_towers(description, **sizes)
+            embed_dim = hugging_face.width(built)
+        elif description is not None:
             assert weights != "published"
             embed_dim = int(description["model_cfg"]["embed_dim"])
             with text_library(config, description):
@@ -269,7 +299,12 @@ def has_logit_bias(config: ModelConfig) -> bool:
     if config.start is None:
         return config.name is not None and towers.has_logit_bias(config.name)
     if references.kind_of(config.start)[0] != "run":
-        return False  # `start.refuse_untrainable` leaves no other
+        found = described(config)
+        if found is None:  # `open_clip:NAME/FILE`
+            return config.name is not None and towers.has_logit_bias(config.name)
+        if "transformers" in found:
+            return bool(found["transformers"]["model_type"] == "siglip")
+        return found["model_cfg"].get("init_logit_bias") is not None
     path = find_checkpoint(config.start) / WEIGHTS
     try:
         with safe_open(path, "pt") as weights:
@@ -348,7 +383,7 @@ def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
     if parallel.activation_checkpointing:
         try:
             built.towers.set_grad_checkpointing(True)  # type: ignore[operator]
-        except (AttributeError, AssertionError) as error:
+        except (AttributeError, AssertionError, ValueError) as error:
             raise ValueError(
                 "parallel.activation_checkpointing: these towers cannot do it; set it to false"
             ) from error
@@ -362,6 +397,10 @@ def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
 def tokenizer(config: ModelConfig) -> Tokenizer:
     length, description = config.text.context_length, described(config)
     files = text_source(config)
+    if description is not None and "transformers" in description:
+        name = str(files or references.kind_of(str(config.start))[1])
+        with text_library(config, description):
+            return hugging_face.described_tokenizer(description, name, context_length=length)
     if description is not None:
         kind, name = references.kind_of(str(config.start))
         # An open_clip folder holds its own tokenizer.
@@ -436,7 +475,7 @@ def description(config: ModelConfig) -> dict[str, Any]:
     """What `model.json` holds: all that builds the model again, but for its weights."""
     content = {"protoclip": protoclip.__version__, "model": asdict(config)}
     if (towers_of := described(config)) is not None:
-        content["open_clip"] = towers_of
+        content["hugging_face" if "transformers" in towers_of else "open_clip"] = towers_of
     return content
 
 

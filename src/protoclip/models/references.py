@@ -17,6 +17,7 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float, Int
+from open_clip import hf_configs
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
 
 OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG = towers.OPEN_CLIP_CONFIG, "config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+HF_TEXT_KINDS = tuple(hf_configs.arch_dict)  # the text models that open_clip can hold
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # How the reference code names what is not a tower.
 REFERENCE_NAMES = {
@@ -113,12 +115,19 @@ def open_clip_folder(reference: str, name: str) -> Loaded:
     require_safetensors(reference, files, OPEN_CLIP_WEIGHTS)
     with readable_errors(reference):
         config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
-    with readable_errors(reference, text_repository(config)):
+    text_files = own_text_files(folder)
+    repository = "" if text_files else text_repository(config)
+    with readable_errors(reference, repository):
         wrong = misshapen(folder)
     if wrong:  # open_clip would list every tensor
         raise ValueError(f"{reference}: does not fit {OPEN_CLIP_CONFIG}: {examples_of(wrong)}")
-    with readable_errors(reference, text_repository(config)):
-        built = seeded(open_clip.create_model, f"local-dir:{folder}")
+    with readable_errors(reference, repository):
+        if text_files is None:
+            built = seeded(open_clip.create_model, f"local-dir:{folder}")
+        else:
+            description = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+            built = seeded(towers.described_towers, description, text_files=text_files)
+            open_clip.load_checkpoint(built, str(open_clip_weights(folder)))
         tokenizer = towers.build_tokenizer(f"local-dir:{folder}")
     return open_clip_pair(built), open_clip_transform(built), tokenizer
 
@@ -241,15 +250,34 @@ def require_safetensors(
     raise ValueError(f"{reference}: no weights here, such as {[*names, 'model.safetensors'][0]}")
 
 
+def open_clip_weights(folder: Path) -> Path:
+    return next(folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file())
+
+
+def own_text_files(folder: Path) -> Path | None:
+    """An open_clip folder itself, if it has the configuration of its Hugging Face text tower.
+
+    Then `hf_model_name` may name a place that is gone, as in a folder that was moved.
+    """
+    try:
+        own = json.loads((folder / HUGGING_FACE_CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+        has = config["text_cfg"].get("hf_model_name") and own["model_type"] in HF_TEXT_KINDS
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return folder if has else None
+
+
 def misshapen(folder: Path) -> list[str]:
     """The tensors of an open_clip folder that are of another shape than its model's.
 
     Names that the model does not have may be of an older version, which open_clip still reads.
     """
-    file = next(folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file())
+    file = open_clip_weights(folder)
     description = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
     with torch.device("meta"):
-        own = towers.described_towers(description, weights="none").state_dict()
+        files = own_text_files(folder)
+        own = towers.described_towers(description, weights="none", text_files=files).state_dict()
     with safe_open(file, "pt") as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     wrong = [name for name in shapes.keys() & own.keys() if [*own[name].shape] != shapes[name]]
@@ -321,6 +349,10 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
             raise ValueError(
                 f"{reference}: the hub does not answer, and there is no earlier download; check "
                 "the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{reference}: brings code of its own, which never runs here; choose another model"
             ) from error
         raise ValueError(f"{reference}: cannot be opened ({line(str(error))})") from error
     finally:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from protoclip.config import ModelConfig
-from protoclip.models import towers
+from protoclip.models import hugging_face, towers
+from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.references import examples_of, misfits
 
@@ -73,7 +74,10 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
         if trunk is not None:
             towers.set_input_size(trunk, size, name)
     weights = source.towers.state_dict()
-    towers.interpolate(weights, built.towers)
+    if isinstance(built.towers, HuggingFaceTowers):
+        hugging_face.interpolate(weights, built.towers)
+    else:
+        towers.interpolate(weights, built.towers)
     found = {**source.state_dict(), **{f"towers.{key}": value for key, value in weights.items()}}
     if not isinstance(source, ProtoCLIP):
         found |= {key: value for key, value in expected.items() if not key.startswith("towers.")}
@@ -96,14 +100,9 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
 
 
 def refuse_untrainable(name: str, description: Mapping[str, Any]) -> None:
-    """Refuse towers that need another loss or have parts that no loss here trains."""
-    config = description["model_cfg"]
-    if "multimodal_cfg" in config:
+    """Refuse towers that have parts that no loss here trains."""
+    if "multimodal_cfg" in description.get("model_cfg", {}):
         raise ValueError(f"model.start: {name} is a CoCa, whose decoder cannot be trained here")
-    if config.get("init_logit_bias") is not None:
-        raise ValueError(
-            f"model.start: {name} needs the sigmoid loss of SigLIP; choose a CLIP model"
-        )
 
 
 def resizing_notes(name: str, description: Mapping[str, Any]) -> list[str]:

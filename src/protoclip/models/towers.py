@@ -134,6 +134,8 @@ def described_towers(
     text = description["model_cfg"]["text_cfg"]
     if text.get("hf_model_name") and text_files is not None:
         text["hf_model_name"] = str(text_files)
+    if text.get("hf_model_name"):
+        refuse_code(text["hf_model_name"])
     require_fitting_size(image_size, description["model_cfg"]["vision_cfg"], "this model")
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # open_clip warns that there are no weights
@@ -151,6 +153,13 @@ def described_towers(
     if image_size is not None and hasattr(model.visual, "trunk"):
         set_input_size(model.visual.trunk, image_size, "this model")
     return model
+
+
+def refuse_code(name: str) -> None:
+    """Raise for a Hugging Face text model with code, which open_clip offers to run."""
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def small_towers(config: ModelConfig, *, text_source: str = "") -> nn.Module:

@@ -46,6 +46,7 @@ class Trainer:
         micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
         episode, batch, step: Episodes finished, batches of the next one, and optimizer steps.
         samples_seen, seconds: Pairs trained on by all ranks, and wall clock without evaluation.
+        clusters: Of the episode under way, or else of the last one that had prototypes.
         reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
             first entry is for samples without an assignment (-1).
     """
@@ -98,6 +99,7 @@ class Trainer:
 
     def _prepare(self, episode: Episode) -> dict[str, float]:
         """Features, clusters and back-translated targets of an episode."""
+        self.clusters = {}
         features = self.source.features(episode)
         seconds = {"extract": self._tick()}
         spaces = dict(features.teachers)
@@ -130,7 +132,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         embeddings, finish_backward = self._forward(batch)
         assignments = {}
-        if self.clusters:
+        if self.targets:
             assignments = self.source.assign(batch, embeddings, self.clusters)
         for space, found in assignments.items():
             self.reached[space].index_fill_(0, found + 1, 1.0)
@@ -205,7 +207,10 @@ class Trainer:
         return StartFeatures(image=features[0], text=features[1], logit_scale=scale)
 
     def end_episode(self) -> dict[str, float]:
-        """Count the episode as finished and let go of its prototypes."""
+        """Count the episode as finished, and let go of its targets.
+
+        Its clusters stay until others are made, so the last checkpoint of a run holds the last.
+        """
         self.guard.look()
         batch_norm.agree_on_statistics(self.model)
         self._tick()
@@ -214,7 +219,7 @@ class Trainer:
             dead = 1 - float(all_reduce(marks, "max")[1:].mean())
             metrics[f"train/prototypes/dead/{space}"] = dead
         self.episode, self.batch = self.episode + 1, 0
-        self.clusters, self.targets, self.reached = {}, {}, {}
+        self.targets, self.reached = {}, {}
         return metrics
 
     def _tick(self) -> float:

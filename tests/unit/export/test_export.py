@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import string
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,12 @@ from protoclip.models import loading
 from protoclip.models.references import PICKLED
 from protoclip.testing import tiny_model
 from protoclip.training.checkpoint import split, write_checkpoint
+from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 
 TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
 IMAGES = [Image.fromarray(PIXELS).resize((64, 64)), Image.new("RGB", (48, 48), "gold")]
 ALL = ("open_clip", "hf", "timm")
-SIZES = {
-    **{"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1},
-    "num_attention_heads": 2,
-}
-VISION = {**SIZES, "image_size": 32, "patch_size": 8}
 MERGES = 90  # of CLIP's 48,894, which take a second to read; the named models have no more
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2, "vocab_size": 514 + MERGES}
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
@@ -133,19 +128,6 @@ def save_run(folder: Path, config: ModelConfig, *, sigmoid: bool = False, **stat
         {"model.safetensors": model.state_dict(), "resume.safetensors": tensors},
         facts,
     )
-    return folder
-
-
-def save_bert(folder: Path) -> Path:
-    """A tiny BERT with its tokenizer, one token a letter."""
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
-    names += [f"##{letter}" for letter in string.ascii_lowercase]
-    transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)}).save_pretrained(
-        folder
-    )
-    sizes = {**SIZES, "vocab_size": 60, "max_position_embeddings": 24}
-    config = transformers.BertConfig(**sizes)
-    transformers.BertModel(config).save_pretrained(folder)
     return folder
 
 
@@ -330,26 +312,6 @@ def test_what_transformers_js_reads(reference, tmp_path):
     assert tokenizer.model_max_length == 8
 
 
-def save_dual_encoder(folder: Path) -> None:
-    """ViT and BERT."""
-    text = transformers.AutoConfig.from_pretrained(save_bert(folder))
-    build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
-    config = build(transformers.ViTConfig(**VISION), text, projection_dim=16)
-    transformers.VisionTextDualEncoderModel(config).save_pretrained(folder)
-    square = {"height": 32, "width": 32}
-    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(
-        folder
-    )
-
-
-def save_siglip(folder: Path) -> None:
-    text = {**SIZES, "max_position_embeddings": 24, "vocab_size": 60, "projection_size": 32}
-    save_bert(folder)
-    config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
-    transformers.SiglipModel(config).save_pretrained(folder)
-    transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("save", "formats"), [(save_siglip, ["hf"]), (save_dual_encoder, ["hf", "onnx"])]
 )
@@ -476,7 +438,7 @@ def test_the_card_of_a_run(tmp_path):
 
 
 def test_prototypes_go_along(tmp_path):
-    """Those of the episode that the checkpoint was saved in; with the heads, and their sizes."""
+    """With the heads, and the number of members."""
     centroids = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     clusters = {"image": {"centroids": centroids, "assignments": torch.tensor([2, 0, 2, -1])}}
     made = save_run(tmp_path / "run", tiny_model(), clusters=clusters)
@@ -491,5 +453,5 @@ def test_prototypes_go_along(tmp_path):
     assert facts["spaces"] == {"image": {"number": 3, "width": 8, "sizes": [1, 0, 2]}}
     finished = open_source(str(save_run(tmp_path / "finished", tiny_model(), clusters={})))
     (tmp_path / "empty").mkdir()
-    assert "between two episodes" in write_prototypes(finished, tmp_path / "empty")
+    assert write_prototypes(finished, tmp_path / "empty") == "the checkpoint holds none"
     assert not list((tmp_path / "empty").iterdir())

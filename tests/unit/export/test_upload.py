@@ -12,6 +12,7 @@ import pytest
 
 import protoclip
 from protoclip.data import access
+from tiny_hugging_face import save_bert
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -108,6 +109,25 @@ def test_the_hub_gets_every_file(use_hub, model, tmp_path):
     found = Hub.repositories["me/model"]
     assert found == {name: path.read_bytes() for name, path in files.items()}
     assert b'snapshot_download("me/model")' in found["README.md"]
+
+
+def test_a_text_tower_is_looked_up_where_the_folder_is_uploaded(use_hub, monkeypatch, tmp_path):
+    """Its files are among those that the hub gets."""
+    use_hub(Hub)
+    bert = str(save_bert(tmp_path / "bert"))
+    names = {"hf_model_name": bert, "hf_tokenizer_name": bert}
+    text = {**names, "context_length": 12, "hf_proj_type": "linear"}
+    vision = {"timm_model_name": "resnet10t", "image_size": 32}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "with-bert", config)
+    protoclip.export(
+        "open_clip:with-bert", tmp_path / "out", ["open_clip"], push_to_hub="me/with-bert"
+    )
+    found = Hub.repositories["me/with-bert"]
+    described = json.loads(found["open_clip_config.json"])["model_cfg"]["text_cfg"]
+    assert {described[name] for name in names} == {"me/with-bert"}
+    assert json.loads(found["config.json"])["model_type"] == "bert"
+    assert "tokenizer.json" in found
 
 
 def test_without_a_token_nothing_is_exported(model, monkeypatch, tmp_path):

@@ -408,7 +408,11 @@ def error(given: ModelConfig) -> str:
         ("none", {}, "none: no such run or checkpoint folder"),
         ("hf:none/at-all", {}, "model.start: hf:none/at-all: the hub does not answer"),
         ("hf:{}/words", {}, "its tokenizer is not CLIP's"),
-        ("hf:{}/bert", {}, "only CLIPModel can be trained here, and this is of kind bert"),
+        (
+            "hf:{}/bert",
+            {},
+            "models of kind bert cannot be trained here; of transformers, clip, siglip, vision-",
+        ),
         ("local-dir:none", {}, "local-dir:none: no folder with open_clip_config.json"),
         ("open_clip:tinny", {}, "open_clip has no model 'tinny'; the closest: "),
         ("open_clip:tiny/none", {}, "open_clip has no weights 'none' for tiny; it has mine"),
@@ -423,7 +427,6 @@ def error(given: ModelConfig) -> str:
         ("{}/other", {}, "of another shape, such as visual.class_embedding, visual.conv1.weight, "),
         ("{}/pickled", {}, "open_clip_pytorch_model.bin is pickled and could run code"),
         ("{}/coca", {}, "is a CoCa, whose decoder cannot be trained here"),
-        ("{}/siglip", {}, "needs the sigmoid loss of SigLIP"),
     ],
 )
 def test_a_start_that_cannot_be(start, more, message, tiny, offline):
@@ -432,10 +435,9 @@ def test_a_start_that_cannot_be(start, more, message, tiny, offline):
     (other / "open_clip_config.json").write_text(json.dumps({"model_cfg": wider}))
     pickled = shutil.copytree(tiny / "folder", tiny / "pickled")
     (pickled / "open_clip_model.safetensors").rename(pickled / "open_clip_pytorch_model.bin")
-    for name, part in (("coca", {"multimodal_cfg": TEXT}), ("siglip", {"init_logit_bias": -10})):
-        folder = shutil.copytree(tiny / "folder", tiny / name)
-        text = json.dumps({"model_cfg": {**TINY, **part}})
-        (folder / "open_clip_config.json").write_text(text)
+    coca = shutil.copytree(tiny / "folder", tiny / "coca")
+    text = json.dumps({"model_cfg": {**TINY, "multimodal_cfg": TEXT}})
+    (coca / "open_clip_config.json").write_text(text)
     save_bert(tiny / "bert")
     words = tiny / "words"
     if start == "hf:{}/words":

@@ -1,0 +1,50 @@
+"""Tiny models of `transformers` with random weights, as folders."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+SIZES = {
+    **{"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1},
+    "num_attention_heads": 2,
+}
+VISION = {**SIZES, "image_size": 32, "patch_size": 8}
+# Ranks draw other random numbers than one process.
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def save_bert(folder: Path, **more: Any) -> Path:
+    """A tiny BERT with its tokenizer, one token a letter."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
+    names += [f"##{letter}" for letter in string.ascii_lowercase]
+    transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)}).save_pretrained(
+        folder
+    )
+    sizes = {**SIZES, "vocab_size": 60, "max_position_embeddings": 24}
+    config = transformers.BertConfig(**sizes, **more)
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_dual_encoder(folder: Path, **more: Any) -> Path:
+    """ViT and BERT."""
+    text = transformers.AutoConfig.from_pretrained(save_bert(folder, **more))
+    build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
+    config = build(transformers.ViTConfig(**VISION, **more), text, projection_dim=16)
+    transformers.VisionTextDualEncoderModel(config).save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def save_siglip(folder: Path) -> Path:
+    text = {**SIZES, "max_position_embeddings": 24, "vocab_size": 60, "projection_size": 32}
+    save_bert(folder)
+    config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
+    transformers.SiglipModel(config).save_pretrained(folder)
+    transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder

@@ -1,0 +1,322 @@
+"""Out and in again: an exported folder starts a run, which trains on and is exported again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import protoclip
+from interrupting import stop_after
+from protoclip.config import (
+    Config,
+    EpisodeConfig,
+    HeadConfig,
+    ImageTowerConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TextTowerConfig,
+)
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.models import loading
+from protoclip.models.loading import find_checkpoint
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.testing import tiny_config, tiny_model, tiny_pairs
+from protoclip.training import run
+from protoclip.training.optim import resolved
+from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
+
+HEADS = HeadConfig(hidden_dim=32, projection_dim=8)
+VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
+TIMM = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "avg"}
+CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
+SIGLIP = {
+    "embed_dim": 64,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {**TIMM, "timm_proj": "none"},
+    "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+}
+TEXTS = ["a red square", "a photo of two green corners on a very long blue stripe"]
+PIXELS = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+IMAGES = [Image.fromarray(PIXELS), Image.new("RGB", (40, 40), "gold")]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    pq.write_table(tiny_pairs(32), file)
+    return str(file)
+
+
+def training(train: str, out: Path, model: ModelConfig, **changes: Any) -> Config:
+    """A run of a warm-up, a prototypical and a locked episode, each of two steps."""
+    config = tiny_config(train, out=str(out))
+    return replace(
+        config,
+        run=replace(config.run, evaluate=False),
+        data=replace(config.data, validation=0.0),
+        model=model,
+        episodes=EpisodeConfig(size=16, count=3, batch_size=8, warm_up=1, locked_image=1),
+        optim=OptimConfig(learning_rate=1e-3),
+        **changes,
+    )
+
+
+def save_open_clip(folder: Path, config: dict[str, Any]) -> str:
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    model = open_clip.create_model(f"local-dir:{folder}")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return str(folder)
+
+
+def small_run(folder: Path, train: str) -> str:
+    run.train(training(train, folder, tiny_model()))
+    return str(folder)
+
+
+def with_text_tower(folder: Path, train: str) -> str:
+    """A run of two halves, whose text tower is a BERT."""
+    given = ModelConfig(
+        embed_dim=16,
+        image=ImageTowerConfig(name="resnet10t", size=32),
+        text=TextTowerConfig(name=str(save_bert(folder.with_name("bert"))), context_length=20),
+        heads=HEADS,
+    )
+    run.train(training(train, folder, given))
+    return str(folder)
+
+
+KINDS: dict[str, tuple[Callable[[Path, str], str], list[str]]] = {
+    "small timm pair": (small_run, ["open_clip", "hf"]),
+    "CLIP": (lambda folder, _: save_open_clip(folder, CLIP), ["open_clip", "hf"]),
+    "SigLIP-shaped": (lambda folder, _: save_open_clip(folder, SIGLIP), ["open_clip"]),
+    "HF text tower": (with_text_tower, ["open_clip"]),
+    "SiglipModel": (lambda folder, _: f"hf:{save_siglip(folder)}", ["hf"]),
+    "dual encoder": (lambda folder, _: f"hf:{save_dual_encoder(folder)}", ["hf"]),
+}
+SPACES, PARTS = ("image", "text"), ("centroids", "assignments")
+SIGMOID = ("SigLIP-shaped", "SiglipModel")
+
+
+def features(loaded: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
+    model, _, tokenizer = loaded
+    with torch.no_grad():
+        return [model.encode_image(pixels), model.encode_text(tokenizer(TEXTS))]
+
+
+def pixels_of(loaded: Any) -> torch.Tensor:
+    return torch.stack([loaded[1](image) for image in IMAGES])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_out_in_on_and_out(kind, pairs, tmp_path):
+    """Exact where nothing was trained. The folder stands alone, and the trained model comes out in
+    the same formats and classes."""
+    make, formats = KINDS[kind]
+    source = make(tmp_path / "source", pairs)
+    original = protoclip.load(source)
+    pixels = pixels_of(original)
+    expected = features(original, pixels)
+    first = protoclip.export(source, tmp_path / "first", formats)
+    for path in tmp_path.iterdir():
+        if path.name != "first":
+            shutil.rmtree(path)
+    if "open_clip" in formats:
+        library = open_clip.create_model(f"local-dir:{tmp_path / 'first'}").eval()
+        tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'first'}")(TEXTS)
+        with torch.no_grad():
+            found = [library.encode_image(pixels), library.encode_text(tokens)]
+        assert all(map(torch.equal, found, expected))
+    (tmp_path / "first").rename(tmp_path / "moved")
+    loaded = protoclip.load(tmp_path / "moved")
+    assert all(map(torch.equal, features(loaded, pixels), expected))
+
+    given = ModelConfig(start=str(tmp_path / "moved"), heads=HEADS)
+    config, notes = resolved(training(pairs, tmp_path / "run", given))
+    assert config.loss.instance == ("sigmoid" if kind in SIGMOID else "info_nce")
+    if kind == "SiglipModel":
+        assert any("resizes images by 'squash'" in note for note in notes)
+    built = loading.model(config.model, seed=0).eval()
+    reads = loading.tokenizer(config.model)
+    assert all(map(torch.equal, features((built, None, reads), pixels), expected))
+    run.train(training(pairs, tmp_path / "run", given))
+    shutil.rmtree(tmp_path / "moved")
+    trained = protoclip.load(tmp_path / "run")
+    assert isinstance(trained[0], ProtoCLIP)
+    assert isinstance(trained[1], EvaluationTransform)
+    after = features(trained, pixels)
+    for now, before in zip(after, expected, strict=True):
+        assert (now - before).abs().max() > 1e-4
+
+    second = protoclip.export(tmp_path / "run", tmp_path / "second", formats)
+    assert second["formats"] == first["formats"]
+    again = features(protoclip.load(tmp_path / "second"), pixels)
+    for found, wanted in zip(again, after, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    if "hf" in formats:
+        library = transformers.AutoModel.from_pretrained(tmp_path / "second")
+        assert type(library).__name__ == first["formats"]["hf"]
+        scale = trained[0].towers.logit_scale.detach()
+        assert torch.equal(library.logit_scale.detach().reshape(()), scale)
+
+
+@pytest.mark.parametrize("save", [save_siglip, save_dual_encoder])
+def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path, monkeypatch):
+    """With prototypes, micro-batches and activations that are computed again."""
+    given = ModelConfig(start=f"hf:{save(tmp_path / 'start')}", heads=HEADS)
+
+    def config(out: str) -> Config:
+        usual = training(
+            pairs, tmp_path / out, given, parallel=ParallelConfig(activation_checkpointing=True)
+        )
+        return replace(usual, episodes=replace(usual.episodes, micro_batch_size=4))
+
+    run.train(config("whole"))
+    stop_after(3, monkeypatch)
+    assert run.train(config("parts"))["stopped"] == "SIGTERM"
+    monkeypatch.undo()
+    assert "stopped" not in run.train(config("parts"), resume="auto")
+    whole, parts = (
+        load_file(find_checkpoint(tmp_path / out) / "model.safetensors")
+        for out in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    states = [
+        load_file(find_checkpoint(tmp_path / out) / "resume.safetensors")
+        for out in ("whole", "parts")
+    ]
+    names = [f"clusters/{space}/{part}" for space in SPACES for part in PARTS]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in names)
+    # The checkpoint itself starts a run, with its heads.
+    again = loading.model(
+        resolved(Config(model=ModelConfig(start=str(tmp_path / "parts"))))[0].model, seed=1
+    )
+    assert all(torch.equal(value, whole[key]) for key, value in again.state_dict().items())
+
+
+def test_siglip_at_other_sizes(tmp_path):
+    """Position embeddings are interpolated, those of images on their grid."""
+    start = f"hf:{save_siglip(tmp_path / 'start')}"
+    given = ModelConfig(
+        start=start,
+        image=ImageTowerConfig(size=64),
+        text=TextTowerConfig(context_length=12),
+        heads=HEADS,
+    )
+    notes: list[str] = []
+    config = resolved(Config(model=given))[0].model
+    built = loading.model(config, seed=0, notes=notes).eval()
+    name = f"position embeddings of {start} interpolated, from"
+    assert notes == [
+        f"model.image.size: {name} 32 to 64 pixels",
+        f"model.text.context_length: {name} 24 to 12 tokens",
+    ]
+    own = protoclip.load(start)[0].state_dict()
+    found = built.state_dict()
+    key = "towers.{}.model.embeddings.position_embedding.weight"
+    grid, wide = (
+        weights[key.format("visual")].reshape(side, side, 32)
+        for weights, side in ((own, 4), (found, 8))
+    )
+    # The mean of four neighbours is near the embedding that they came from.
+    means = wide.reshape(4, 2, 4, 2, 32).mean((1, 3))
+    assert (means - grid).abs().mean() < (means.transpose(0, 1) - grid).abs().mean() / 2
+    assert len(found[key.format("text")]) == 12
+    assert built.encode_image(torch.zeros(2, 3, 64, 64)).shape == (2, 32)
+    assert loading.tokenizer(config)(TEXTS).shape == (2, 12)
+
+
+@pytest.mark.parametrize(
+    ("save", "given", "message"),
+    [
+        (save_siglip, {"image": ImageTowerConfig(size=33)}, "model.image.size: 33 is no multiple"),
+        (
+            save_dual_encoder,
+            {"image": ImageTowerConfig(size=64)},
+            "model.image.size: 64 cannot be had; the images of this model have 32 pixels",
+        ),
+        (
+            save_dual_encoder,
+            {"text": TextTowerConfig(context_length=25)},
+            "model.text.context_length: 25 is too large; this model reads at most 24",
+        ),
+        (save_siglip, {"embed_dim": 8}, "model.embed_dim: 8 does not go with model.start"),
+    ],
+)
+def test_sizes_that_cannot_be(save, given, message, tmp_path):
+    start = f"hf:{save(tmp_path / 'start')}"
+    with pytest.raises(ValueError, match=message):
+        loading.model(resolved(Config(model=ModelConfig(start=start, **given)))[0].model, seed=0)
+
+
+def test_a_dual_encoder_with_the_sigmoid_loss(pairs, tmp_path):
+    """It trains; no model of transformers holds its bias, so it does not come out as one."""
+    given = ModelConfig(start=f"hf:{save_dual_encoder(tmp_path / 'start')}", heads=HEADS)
+    config = training(pairs, tmp_path / "run", given)
+    run.train(replace(config, loss=replace(config.loss, instance="sigmoid")))
+    assert protoclip.load(tmp_path / "run")[0].towers.logit_bias < 0
+    with pytest.raises(ValueError, match="not as hf: no model of transformers with such towers"):
+        protoclip.export(tmp_path / "run", tmp_path / "out", ["hf"])
+
+
+def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
+    """Those of its last episode that had any, with the nearest captions of its data."""
+    data = tmp_path / "pairs.parquet"
+    shutil.copy(pairs, data)
+    finished = training(str(data), tmp_path / "finished", tiny_model())
+    run.train(finished)
+    # Two steps into the prototypical episode, and then stopped.
+    stop_after(4, monkeypatch)
+    run.train(replace(finished, run=replace(finished.run, out=str(tmp_path / "within"))))
+    monkeypatch.undo()
+    found, within = (
+        load_file(find_checkpoint(tmp_path / out) / "resume.safetensors")
+        for out in ("finished", "within")
+    )
+    for space in SPACES:
+        name = f"clusters/{space}/centroids"
+        assert torch.equal(found[name], within[name])
+
+    facts = protoclip.export(tmp_path / "finished", tmp_path / "out", ["open_clip"])
+    assert (facts["prototypes"], facts["captions"]) == (None, None)
+    written = load_file(tmp_path / "out" / "prototypes.safetensors")
+    spaces = json.loads((tmp_path / "out" / "prototypes.json").read_text())["spaces"]
+    assert "nearest_captions" not in spaces["image"]
+    model, _, tokenizer = protoclip.load(tmp_path / "finished")
+    captions = list(dict.fromkeys(pq.read_table(data)["caption"].to_pylist()))
+    with torch.no_grad():
+        projections = model.text_head(model.encode_text(tokenizer(captions))).double()
+    projections /= projections.norm(dim=1, keepdim=True)
+    for centroid, names in zip(
+        written["text.centroids"].double(), spaces["text"]["nearest_captions"], strict=True
+    ):
+        distances = (projections - centroid).norm(dim=1)
+        ranked = [captions[number] for number in distances.argsort().tolist()]
+        assert names == ranked[:5]
+
+    data.unlink()
+    facts = protoclip.export(tmp_path / "finished", tmp_path / "without", ["open_clip"])
+    assert facts["prototypes"] is None
+    assert "the run's data cannot be opened (" in facts["captions"]
+    text = (tmp_path / "finished" / "config.toml").read_text()
+    for path in ("hf:someone/pairs", "https://example.org/pairs.tsv", "pipe:cat pairs.tar"):
+        (tmp_path / "finished" / "config.toml").write_text(text.replace(str(data), path))
+        facts = protoclip.export(tmp_path / "finished", tmp_path / path[:2], ["open_clip"])
+        assert facts["captions"] == (
+            f"the run's data cannot be opened ({path} is not on this machine)"
+        )

@@ -1,0 +1,170 @@
+"""Nothing that a model brings along runs, whatever command opens it; what is wrong is a line."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import protoclip
+from protoclip.cli import main
+from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
+
+VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
+CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
+
+
+class Hostile:
+    """Unpickling it makes the file `ran`."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.ran,))
+
+
+def save_pickle(file: Path) -> None:
+    file.write_bytes(pickle.dumps({"state_dict": Hostile(file.with_name("ran"))}, protocol=2))
+
+
+def add_code(folder: Path, *names: str) -> Path:
+    """Let the JSON files of a folder ask for classes of a module beside, which makes `ran`."""
+    ran = folder.parent / "ran"
+    (folder / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n"
+    )
+    kinds = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor")
+    for name in names:
+        file = folder / name
+        settings = json.loads(file.read_text()) if file.exists() else {}
+        settings["auto_map"] = dict.fromkeys(kinds, "evil.Evil")
+        file.write_text(json.dumps(settings))
+    return folder
+
+
+def save_open_clip(folder: Path, config: dict[str, Any] = CLIP) -> Path:
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    model = open_clip.create_model(f"local-dir:{folder}")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def with_code_and_pickles(save: Callable[[Path], Path], folder: Path) -> str:
+    """A good model, beside which lie code and pickled weights."""
+    add_code(
+        save(folder / "model"), "config.json", "tokenizer_config.json", "preprocessor_config.json"
+    )
+    save_pickle(folder / "model" / "pytorch_model.bin")
+    return str(folder / "model")
+
+
+@pytest.mark.parametrize("save", [save_siglip, save_dual_encoder])
+def test_a_good_model_with_code_beside_it_opens_without_the_code(save, tmp_path):
+    start = with_code_and_pickles(save, tmp_path)
+    protoclip.load(start)
+    protoclip.export(start, tmp_path / "out", ["hf"])
+    with pytest.raises(SystemExit):
+        main(["train", "--model.start", start, "--data.train", "none.tsv"])
+    assert not list(tmp_path.rglob("ran"))
+    assert not [*(tmp_path / "out").rglob("*.py"), *(tmp_path / "out").rglob("*.bin")]
+
+
+def of_unknown_kind(folder: Path) -> str:
+    model = save_siglip(folder / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "model_type": "evil"}))
+    return str(add_code(model, "config.json"))
+
+
+def with_text_tower(folder: Path) -> str:
+    """Its text tower is elsewhere, of a kind that brings its own code."""
+    bert = save_bert(folder / "bert")
+    text = {"context_length": 12, "hf_model_name": str(bert), "hf_proj_type": "linear"}
+    model = save_open_clip(folder / "model", {**CLIP, "text_cfg": text})
+    (bert / "config.json").write_text(json.dumps({"model_type": "evil"}))
+    add_code(bert, "config.json")
+    return str(model)
+
+
+def pickled_hugging_face(folder: Path) -> str:
+    model = save_siglip(folder / "model")
+    (model / "model.safetensors").unlink()
+    save_pickle(model / "pytorch_model.bin")
+    return str(model)
+
+
+def pickled_open_clip(folder: Path) -> str:
+    model = save_open_clip(folder / "model")
+    (model / "open_clip_model.safetensors").unlink()
+    save_pickle(model / "open_clip_pytorch_model.bin")
+    return str(model)
+
+
+def reference_code(folder: Path) -> str:
+    save_pickle(folder / "epoch.pt")
+    return f"reference:{folder / 'epoch.pt'},model=RN50"
+
+
+def of_other_shapes(folder: Path) -> str:
+    model = save_open_clip(folder / "model")
+    file = model / "open_clip_model.safetensors"
+    weights = load_file(file)
+    for name in sorted(weights)[:7]:
+        weights[name] = torch.ones(*weights[name].shape, 2)
+    save_file(weights, file)
+    return str(model)
+
+
+WRONG: dict[Callable[[Path], str], str] = {
+    of_unknown_kind: "brings code of its own, which never runs here; choose another model",
+    with_text_tower: "brings code of its own, which never runs here; choose another model",
+    pickled_hugging_face: "pytorch_model.bin is pickled and could run code; convert it to safetens",
+    pickled_open_clip: "open_clip_pytorch_model.bin is pickled and could run code; convert it to",
+    reference_code: "cannot be opened (Weights only load failed",
+    of_other_shapes: "does not fit open_clip_config.json: 6 tensors are missing, unknown or of",
+}
+
+
+@pytest.mark.parametrize("command", ["export {} {}/out", "train --model.start {} --run.out {}/out"])
+@pytest.mark.parametrize("make", WRONG)
+def test_what_cannot_be_opened_is_one_line(make, command, tmp_path, capsys):
+    """No code runs, and nothing is left."""
+    reference = make(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(command.format(reference, tmp_path).split())
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("protoclip: error: ")
+    assert WRONG[make] in said[-1]
+    if make is of_other_shapes:
+        assert said[-1].count(", ") >= 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_weights_of_a_half_that_are_a_pickle(tmp_path, capsys):
+    save_pickle(tmp_path / "image.pt")
+    options = f"--model.image.name test_vit --model.image.weights {tmp_path}/image.pt"
+    with pytest.raises(SystemExit):
+        main(f"train {options} --run.out {tmp_path}/out".split())
+    assert "image.pt: cannot be opened (" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.pt"]
+
+
+def test_the_pickle_is_hostile(tmp_path):
+    """Read as a pickle, it runs; so the tests above can fail."""
+    save_pickle(tmp_path / "a.bin")
+    pickle.loads((tmp_path / "a.bin").read_bytes())
+    assert (tmp_path / "ran").exists()
+    shutil.rmtree(tmp_path)
