@@ -64,6 +64,9 @@ class RunConfig:
     keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
     wandb: Literal["off", "offline", "online"] = "off"  # Also log to Weights & Biases.
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
+    guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
+    stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
+    patience: Count = 3  # Evaluations without a gain that stop_by waits for.
     evaluate: bool = True  # Evaluate on the test split at the end.
 
 
@@ -77,6 +80,7 @@ class SourceConfig:
     image_column: str | None = None  # As data.image_column.
     caption_column: list[str] | str | None = None  # As data.caption_column.
     id_column: str | None = None  # As data.id_column.
+    class_column: str | None = None  # As data.class_column.
     root: str | None = None  # As data.root.
 
 
@@ -194,7 +198,7 @@ class LossConfig:
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
-    keep: NotNegative = 0.0  # Weight of the distillation from the frozen start.
+    keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
 
 
@@ -204,7 +208,7 @@ class OptimConfig:
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
     heads_lr_scale: Positive = 0.01  # Factor to the rate of the heads.
-    layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further from the output.
+    layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
     warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
     locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.
     betas: tuple[Decay, Decay] | None = None  # Of AdamW, such as 0.9 0.98; else from the model.
@@ -363,10 +367,12 @@ def check(config: Config) -> list[str]:
     share = config.data.validation
     if isinstance(share, float) and config.data.is_emoji:
         raise ValueError("data.validation: the emoji have held-out splits; leave it out")
-    if run.evaluate_every and share == 0:
+    if run.evaluate_every and share == 0 and not run.guard:
         raise ValueError("run.evaluate_every: data.validation is 0, so no pairs are held out")
     if run.keep_best is not None and not run.evaluate_every:
         raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
+    if run.stop_by is not None and not run.evaluate_every:
+        raise ValueError("run.stop_by: needs run.evaluate_every; set it, or leave this out")
     if config.model.pretrained and not config.model.name:
         raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     check_halves(config.model)
@@ -462,6 +468,7 @@ def without_effect(config: Config) -> list[str]:
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
     reasons = {
+        "run.patience": config.run.stop_by is None and "run.stop_by is not set",
         "data.cache_gb": in_workers and "worker processes keep no images in memory",
         "prototypes.*": clip and "loss.prototypical is 0",
         "prototypes.number": no_target,

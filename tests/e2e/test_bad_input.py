@@ -101,7 +101,7 @@ def test_other_commands_name_what_is_missing(tmp_path, capsys):
         "compare": "runs: is missing",
         "evaluate": "models: is missing",
         "embed-teacher --out here": "teacher: is missing",
-        "unknown": "unknown: choose one of train, evaluate",
+        "unknown": "unknown: choose one of train, finetune",
         "trian": "trian: did you mean train?",
         "": "no command: choose one of",
     }.items():

@@ -14,11 +14,13 @@ from protoclip.cli.demo import Demo
 from protoclip.cli.embed_teacher import EmbedTeacher
 from protoclip.cli.evaluate import Evaluate
 from protoclip.cli.export import Export
+from protoclip.cli.finetune import Finetune
 from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.train import Train
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
+    "finetune": Finetune,
     "evaluate": Evaluate,
     "compare": Compare,
     "analyze": Analyze,

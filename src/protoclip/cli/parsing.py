@@ -19,7 +19,7 @@ from glob import iglob
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
@@ -28,7 +28,7 @@ from protoclip.config import PERMISSIONS, Config, build, unknown
 
 Command = TypeVar("Command")
 # Settings that may name a file or folder beside the recipe.
-PLACES = {"train", "path", "root", "checkpoint", "features"}
+PLACES = {"train", "path", "root", "start", "features", "guard"}
 NOT_GIVEN = "\0"  # stands for an option that the command line does not mention
 REGISTRY = ConstructorRegistry()
 
@@ -38,6 +38,9 @@ class Recipes:
     """A command whose sections may come from recipes."""
 
     config: list[str] = field(default_factory=list)  # Recipe: settings as TOML. May be repeated.
+
+    # What recipes and the command line set, as they say it; the rest has defaults.
+    given: ClassVar[Mapping[str, Any]] = {}
 
 
 def parse(kind: type[Command], arguments: list[str]) -> Command:
@@ -72,7 +75,11 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     for path in given.get("config", []):
         recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
         tree = merged(tree, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
-    return build(kind, merged(tree, given))
+    tree = merged(tree, given)
+    command = build(kind, tree)
+    if isinstance(command, Recipes):
+        object.__setattr__(command, "given", tree)  # commands are frozen
+    return command
 
 
 def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -83,6 +83,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def without_gradients(model: object) -> AbstractContextManager[object]:
+    """Computes without gradients.
+
+    Not in inference mode if the model is sharded: FSDP keeps tensors of the first forward pass, and
+    could not train with them.
+    """
+    return torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode()
+
+
 def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     """Makes a context that accumulates local gradients; a later backward pass averages them."""
     if isinstance(module, DistributedDataParallel):
@@ -157,6 +166,7 @@ def from_rank0(*, strict: bool = True) -> states.StateDictOptions:
 
 def load_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Load whole weights, which only rank 0 needs to hold. Collective."""
+    reshard(model)
     states.set_model_state_dict(model, dict(whole), options=from_rank0())
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from protoclip.data.decode import decode_crop
 from protoclip.data.loader import items_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
+from protoclip.distributed import parallel
 from protoclip.distributed.collectives import (
     all_gather,
     all_gather_object,
@@ -165,6 +166,7 @@ class Encoder:
                 device=self.device,
                 stage=stage,
                 show=self.show,
+                without_gradients=partial(parallel.without_gradients, self.model),
             )
 
     def _shares(self, number: int) -> list[range]:
@@ -274,6 +276,7 @@ def encode(
     device: torch.device | str,
     stage: str,
     show: bool = False,
+    without_gradients: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
 ) -> Encoded:
     """Features of `number` rows; the ranks take turns at the batches.
 
@@ -298,7 +301,7 @@ def encode(
     stride = batch_size * world_size()
     for first in range(0, number, stride):
         ready, good = raise_on_all_ranks(partial(read, first + rank() * batch_size))
-        with torch.inference_mode():
+        with without_gradients():
             sent = ready.to(device, non_blocking=True)
             rows = raise_on_all_ranks(partial(forward, sent)).float()
         features.append(all_gather(rows[:good]).cpu())

@@ -83,6 +83,8 @@ TASKS: dict[str, tuple[str, dict[str, str]]] = {
     "clustering": ("clustering", {name: f"clustering/{name}" for name in ("ami", "ari")}),
     "geometry": ("geometry", {name: f"modality_gap/{name}" for name in GEOMETRY}),
 }
+# Tasks that are cheap enough to be done often: they encode no training images and fit nothing.
+QUICK = ("zero_shot", "retrieval")
 # What `protocol="paper"` changes, by task, as records say it.
 PAPER = {
     "retrieval": "paper: mean_recall is the mean of recall@1, 5 and 10 both ways",
@@ -97,6 +99,7 @@ RUN_METRICS = (
     *("linear_probe/acc1", "knn/acc1", "clustering/ami", "clustering/ari"),
     *(f"modality_gap/{name}" for name in GEOMETRY[:4]),
 )
+MULTILABEL = "zero_shot/mean_average_precision"  # in place of the accuracies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,13 +261,33 @@ def results(
     return found
 
 
-def metric_names(data: EvaluationData, split: str = "validation") -> list[str]:
+def quick_tasks(data: EvaluationData, split: str) -> list[str]:
+    """The tasks of `QUICK` that the data can serve; raises `ValueError` if they can serve none."""
+    reasons = {task: lacks(data, split, task) for task in QUICK}
+    if all(reasons.values()):
+        why = "; ".join(f"{task} needs {reason}" for task, reason in reasons.items())
+        raise ValueError(f"{data.name}: can serve no quick task ({why})")
+    return [task for task in QUICK if not reasons[task]]
+
+
+def run_tasks(data: EvaluationData, split: str, *, quick: bool) -> list[str]:
+    """The tasks of a run's evaluation on a data set."""
+    return quick_tasks(data, split) if quick else chosen_tasks([data], split, None)[0]
+
+
+def metric_names(
+    data: EvaluationData, split: str = "validation", *, quick: bool = False
+) -> list[str]:
     """The keys of a run's evaluation on a data set, in their order."""
-    (tasks,) = chosen_tasks([data], split, None)
+    tasks = run_tasks(data, split, quick=quick)
     known = {own for task in tasks for own in TASKS[task][1].values()}
     if split not in data.image_names:
         known -= {f"zero_shot_subgroup/acc{k}" for k in (1, 5)}
-    return [f"eval/{data.name}/{metric}" for metric in RUN_METRICS if metric in known]
+    labels = data.splits[split].labels
+    several = labels is not None and labels.ndim == 2
+    known -= {f"zero_shot/acc{k}" for k in (1, 5)} if several else {MULTILABEL}
+    names = [name for name in (*RUN_METRICS, MULTILABEL) if name in known]
+    return [f"eval/{data.name}/{name}" for name in names]
 
 
 def evaluate_run(
@@ -275,6 +298,7 @@ def evaluate_run(
     split: Literal["validation", "test"],
     data: EvaluationData | None = None,
     workers: int = 0,
+    quick: bool = False,
     show: bool = True,
     samples_to: Path | None = None,
 ) -> dict[str, float]:
@@ -284,6 +308,7 @@ def evaluate_run(
     |---|---|
     | `zero_shot/acc{1,5}` | an image's class, or of emoji the concept, among all names |
     | `zero_shot_subgroup/acc{1,5}` | of emoji, its class among the class names |
+    | `zero_shot/mean_average_precision` | of images with several classes |
     | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's captions |
     | `linear_probe/acc1`, `knn/acc1` | its class, learned from the image features of `train` |
     | `clustering/{ami,ari}` | K-means of the image features against the classes |
@@ -297,10 +322,11 @@ def evaluate_run(
         split: What is measured. The linear probe's strength is chosen on `validation`; if that is
             measured, or missing, on a fifth of `train`.
         workers: Processes that read images; the same metrics with any number.
+        quick: Zero-shot and retrieval alone, which encode no image but those measured.
         samples_to: Folder for the results of each sample; only a warning if it cannot be written.
     """
     data = data or datasets.emoji()
-    (tasks,) = raise_on_all_ranks(lambda: chosen_tasks([data], split, None))
+    tasks = raise_on_all_ranks(lambda: run_tasks(data, split, quick=quick))
     encoder = Encoder(
         model=model, transform=transform, tokenizer=tokenizer, workers=workers, show=show
     )
@@ -309,7 +335,8 @@ def evaluate_run(
     if samples_to is not None and rank() == 0:
         write_samples(measured.samples, samples_to / f"{data.name}-{split}.parquet")
     found = measured.metrics
-    return {f"eval/{data.name}/{name}": found[name] for name in RUN_METRICS if name in found}
+    names = [name for name in (*RUN_METRICS, MULTILABEL) if name in found]
+    return {f"eval/{data.name}/{name}": found[name] for name in names}
 
 
 # Which tasks can the data serve?

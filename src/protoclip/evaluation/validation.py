@@ -1,6 +1,7 @@
 """What a run is judged by: the emoji's own splits, or pairs that were held out of its data."""
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from protoclip.config import Config
+from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.held_out import SHARE, Rest, held_out_rows
@@ -29,9 +30,12 @@ from protoclip.evaluation.datasets import (
     positions,
 )
 from protoclip.evaluation.readers import Subset
+from protoclip.evaluation.suite import quick_tasks
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
+# Settings of `data` that name columns of a table, or the folder of its images.
+COLUMNS = ("image_column", "caption_column", "id_column", "class_column", "root")
 MOST_LEARNED = 5000  # training pairs from which kNN and the linear probe learn
 
 Rows = npt.NDArray[np.int64]
@@ -71,7 +75,8 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     share = SHARE if data.validation is None else data.validation
     if share == 0:
         return Judged(samples, [], notes)
-    asked = data.validation is not None or config.run.evaluate_every > 0
+    evaluates = config.run.evaluate_every > 0 and not config.run.guard
+    asked = data.validation is not None or evaluates
     if not isinstance(samples, Pairs):
         reason = "data.validation: a stream is not held out; name a source to judge the run by"
         return nothing(samples, reason, asked=asked)
@@ -90,6 +95,39 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         for source, start in zip(own, starts, strict=False)
     ]
     return Judged(Rest(samples, rows), data_sets(parts, learned(own, rows)), notes)
+
+
+def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[EvaluationData]:
+    """The data sets of `run.guard`.
+
+    On the way their validation split is measured, if they have one, and at the end the test split.
+
+    A reference is one of `datasets.open_data`. Behind it may stand `,class_column=NAME`, a column
+    of a table, and `,root=FOLDER`.
+
+    Raises:
+        ValueError: There is no such data set, it can serve no quick task, or its name is taken.
+    """
+    # The columns of the training data say nothing about other tables.
+    usual = DataConfig()
+    own = {name: getattr(usual, name) for name in COLUMNS}
+    settings, found = replace(config.data, **own), list[EvaluationData]()
+    for reference in config.run.guard:
+        place, *options = re.split(r",(?=class_column=|root=)", reference)
+        given = dict(option.split("=", 1) for option in options)
+        try:
+            data = datasets.open_data(place, config=settings, **given)
+            for split in {"test", NAME} & data.splits.keys():
+                quick_tasks(data, split)
+        except ValueError as error:
+            raise ValueError(f"run.guard: {error}") from error
+        if data.name in [other.name for other in (*held_out, *found)]:
+            raise ValueError(
+                f"run.guard: {place}: two data sets of this run are called '{data.name}'; rename "
+                "one, or leave it out"
+            )
+        found.append(data)
+    return found
 
 
 def nothing(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judged:

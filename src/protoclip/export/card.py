@@ -53,8 +53,11 @@ def checkpoint_of(reference: str) -> Path | None:
 
 def run_of(checkpoint: Path | None) -> Path | None:
     """The run folder that a checkpoint is in."""
-    run = checkpoint and checkpoint.resolve().parent.parent
-    return run if run and (run / "config.toml").is_file() else None
+    if checkpoint is None:
+        return None
+    found = checkpoint.resolve()
+    folders = (found, found.parent.parent)  # the run may have a model in its own folder
+    return next((run for run in folders if (run / "config.toml").is_file()), None)
 
 
 def write_prototypes(source: Source, folder: Path) -> str | None:
@@ -115,7 +118,7 @@ def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str,
     """Metrics of a finished run with their 95% intervals, if they are of this checkpoint."""
     if run is None or checkpoint is None or not (run / "results.json").is_file():
         return {}
-    if checkpoint.resolve() != loading.checkpoints(run.resolve())[-1]:
+    if checkpoint.resolve() != loading.find_checkpoint(run.resolve()):
         return {}
     results = read_results(run)
     draws = {

@@ -405,7 +405,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The newest checkpoint of a run folder, or the checkpoint folder itself."""
+    """The folder of a model: the given one, or the newest checkpoint of a run.
+
+    A run has a model in its own folder if fine-tuning chose one that is no checkpoint.
+    """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such run or checkpoint folder")

@@ -55,7 +55,7 @@ class ExtractedFeatures:
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not in inference mode: see `parallel.without_gradients`
     def features(self, episode: Episode) -> EpisodeFeatures:
         """Features of the episode's samples.
 

@@ -1,8 +1,9 @@
 """Checkpoints: folders that appear whole or not at all, with a checksum of every file.
 
 Tensors are safetensors and everything else is JSON, so loading a checkpoint runs no code from it.
-`model.safetensors` and `model.json` are the model; `optimizer.safetensors`, which only rank 0
-reads, `resume.safetensors` and `state.json` are what a run needs besides to go on.
+`model.safetensors` and `model.json` are the model, which a run may have in its own folder too.
+`optimizer.safetensors`, which only rank 0 reads, `resume.safetensors` and `state.json` are what a
+run needs besides to go on.
 """
 
 import os
@@ -10,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -20,7 +21,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from protoclip.distributed.collectives import rank
-from protoclip.files import checksum, read_json, sync_folder, to_json, write_atomically
+from protoclip.files import (
+    checksum,
+    read_json,
+    replacing,
+    sync_folder,
+    to_json,
+    write_atomically,
+)
 from protoclip.models import loading
 from protoclip.models.halves import TEXT_FILES
 from protoclip.models.loading import CHECKSUMS, MODEL, OPTIMIZER, RESUME, STATE, WEIGHTS
@@ -96,6 +104,34 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_model(
+    run: Path,
+    weights: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    text_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Make a model the run's own: in the run folder, where it comes before the checkpoints.
+
+    It replaces an earlier one. If this ends half-way, there is none, and the newest checkpoint
+    counts.
+    """
+    files = {f"{TEXT_FILES}/{name}": data for name, data in (text_files or {}).items()}
+    files[WEIGHTS] = save({name: tensor.contiguous() for name, tensor in weights.items()})
+    files[MODEL] = (to_json(description, indent=2) + "\n").encode()
+    checksums = {name: checksum(data) for name, data in files.items()}
+    files[CHECKSUMS] = (to_json(checksums, indent=2) + "\n").encode()
+    if text_files:
+        (run / TEXT_FILES).mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        # Files take their places in the reverse order: `MODEL`, without which there is no model,
+        # comes last, and goes first.
+        for name in sorted(files, key=lambda name: name != MODEL):
+            temporary = stack.enter_context(replacing(run / name))
+            write_atomically(temporary, files[name], durable=True)
+        (run / MODEL).unlink(missing_ok=True)
+    sync_folder(run)
 
 
 def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import tomli_w
 import torch
@@ -35,7 +35,7 @@ from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run, metric_names
-from protoclip.evaluation.validation import judged
+from protoclip.evaluation.validation import guards, judged
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
@@ -49,6 +49,7 @@ from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
 from protoclip.training import optim
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
+from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import Guard
 from protoclip.training.logging import MetricsLog
 from protoclip.training.precision import Autocast, autocast, grad_scaler, resolve
@@ -88,19 +89,55 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
         return train_together(config, device, resume=resume == "auto", notes=notes + decided)
 
 
+@runtime_checkable
+class Ending(Protocol):
+    """What is done with a trained model before the results are written."""
+
+    def is_done(self, folder: Path, results: Mapping[str, Any]) -> bool:
+        """Whether the results in a run folder are already those of this ending."""
+
+    def begin(self, run: "Run") -> None:
+        """Look at the run before its first step, or its first one after an interruption."""
+
+    def finish(self, run: "Run") -> None:
+        """Change the trained model; sets `run.ending` to None unless a signal stops it."""
+
+
 def train_together(
-    config: Config, device: torch.device, *, resume: bool, notes: list[str]
+    config: Config,
+    device: torch.device,
+    *,
+    resume: bool,
+    notes: list[str],
+    ending: Ending | None = None,
 ) -> dict[str, Any]:
     """`train` on each rank of a process group, or in the only process."""
     folder = Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
-    begun, results = rank0_first(lambda: check_folder(folder, config, resume=resume))
-    if results is not None:
+
+    def look() -> tuple[bool, dict[str, Any] | None, bool]:
+        begun, results = check_folder(folder, config, resume=resume)
+        done = results is not None and (ending is None or ending.is_done(folder, results))
+        if results is not None and not done and not loading.checkpoints(folder):
+            raise ValueError(
+                f"{folder}: holds no checkpoint of its end any more; choose another folder with "
+                "--run.out"
+            )
+        return begun, results, done
+
+    begun, results, done = rank0_first(look)
+    if results is not None and done:
         return results
     samples = raise_on_all_ranks(lambda: sources.pairs(config))
     samples, held_out, divided = raise_on_all_ranks(lambda: judged(config, samples))
-    check_keep_best(config.run.keep_best, held_out)
+    watched = raise_on_all_ranks(lambda: guards(config, held_out))
+    raise_on_all_ranks(lambda: check_metrics(config, held_out, watched))
     model, said = loading.training_model(config, device)
-    run = raise_on_all_ranks(lambda: Run(config, model, samples, held_out, folder=folder))
+    run = raise_on_all_ranks(
+        lambda: Run(config, model, samples, held_out, guards=watched, folder=folder)
+    )
+    if ending is not None:
+        run.ending = ending
+        ending.begin(run)
     notes += divided + said + run.notes
     count, size, batch = config.episodes.count, config.episodes.size, config.episodes.batch_size
     amount = f"{count:,} episodes of {size:,} pairs in batches of {batch:,}"
@@ -118,6 +155,8 @@ def train_together(
                     f"{folder}: another process is running in this folder; wait for it, or choose "
                     "another with --run.out"
                 ) from None
+            if results is None:
+                (folder / loading.MODEL).unlink(missing_ok=True)  # of an ending that was cut short
             checkpoint = newest_intact(folder, notes) if begun else None
             if checkpoint is not None:
                 run.check_arithmetic(checkpoint)
@@ -138,6 +177,8 @@ def train_together(
         try:
             run.train_episodes()
             raise_on_all_ranks(run.writer.finish)
+            if ending is not None and run.is_finished and not run.asked_to_stop():
+                ending.finish(run)
         finally:
             run.writer.wait()
             if run.log is not None:
@@ -159,12 +200,21 @@ class Run:
         samples: Pairs | SampleStream,
         held_out: Sequence[EvaluationData],
         *,
+        guards: Sequence[EvaluationData] = (),
         folder: Path,
     ) -> None:
         self.config, self.folder, self.model, self.held_out = config, folder, model, held_out
+        self.guards = guards
         self.log: MetricsLog | None = None
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
+        self.early_stop: EarlyStop | None = None
+        if config.run.stop_by is not None:
+            self.early_stop = EarlyStop(metric=config.run.stop_by, patience=config.run.patience)
+        self.ending: Ending | None = None  # what is still to be done before the results
+        self.more_results: dict[str, Any] = {}  # what it adds to them
         self.notes: list[str] = []
+        for data in guards:
+            self.notes += data.notes
         device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
         precision = resolve(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}
@@ -228,7 +278,7 @@ class Run:
             keep=config.run.keep_checkpoints,
         )
         self.notes += sources.notes(samples)
-        if config.run.evaluate and not held_out:
+        if config.run.evaluate and not held_out and not guards:
             self.notes.append("no evaluation at the end, since no pairs are held out")
         if world_size() > 1:
             self.notes.append(
@@ -288,9 +338,13 @@ class Run:
     def train_episodes(self) -> None:
         """The episodes that remain (paper, "online episodic training"), until a signal stops it."""
         trainer, config = self.trainer, self.config
+        if trainer.step == 0 and (self.guards or self.early_stop):
+            self.judge()
         steps = config.episodes.count * (config.episodes.size // config.episodes.batch_size)
         progress, loss = Progress(f"train {config.run.name}", steps), ""
         for index in range(trainer.episode, config.episodes.count):
+            if self.early_stop is not None and self.early_stop.is_due:
+                return
             episode = self.episode(index)
             self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
             for batch in self.loader.batches(episode, trainer.batch):
@@ -309,12 +363,27 @@ class Run:
                     return
             self.write(index, trainer.end_episode())
             if config.run.evaluate_every and trainer.episode % config.run.evaluate_every == 0:
-                metrics = self.evaluate("validation", show=False)
-                self.write(trainer.episode, metrics)
-                if config.run.keep_best is not None:
-                    self.writer.rate(trainer.step, metrics[config.run.keep_best])
+                self.judge()
             if self.save_if_due():
                 return
+
+    def judge(self) -> None:
+        """Evaluate on the way: which checkpoint is the best, and whether the run ends here."""
+        step, keep_best, early_stop = self.trainer.step, self.config.run.keep_best, self.early_stop
+        metrics = self.evaluate("validation", show=False)
+        self.write(self.trainer.episode, metrics)
+        if keep_best is not None and step > 0:  # before the first step there is no checkpoint
+            self.writer.rate(step, metrics[keep_best])
+        if early_stop is not None:
+            early_stop.observe(step, metrics[early_stop.metric])
+            if early_stop.is_due and rank() == 0:
+                print(early_stop.reason, file=sys.stderr)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all episodes are trained, or the last evaluation ended the run."""
+        early = self.early_stop is not None and self.early_stop.is_due
+        return early or self.trainer.episode == self.config.episodes.count
 
     def open_log(self, size: int) -> None:
         """On rank 0, log metrics after the first `size` bytes of the file."""
@@ -328,23 +397,46 @@ class Run:
         if self.log is not None:
             self.log.write(self.trainer.step, episode, metrics)
 
-    def evaluate(self, split: Literal["validation", "test"], **more: Any) -> dict[str, float]:
-        """Metrics on what is held out. Only the emoji have a test split."""
+    def evaluate(
+        self, split: Literal["validation", "test"], *, quick: bool = False, **more: Any
+    ) -> dict[str, float]:
+        """Metrics on what is held out, and on each guard: on the split, if they have it.
+
+        Held-out pairs but the emoji have no test split, and not all guards have a validation split.
+        `quick` is for a comparison of models: zero-shot and retrieval, and of a mixture all sources
+        together.
+        """
         transform = loading.evaluation_transform(self.model)
         tokenizer = loading.tokenizer(self.config.model)
         metrics: dict[str, float] = {}
-        workers = self.config.data.workers
-        for data in self.held_out:
-            own = split if split in data.splits else "validation"
-            metrics |= evaluate_run(
-                self.model, transform, tokenizer, data=data, split=own, workers=workers, **more
+        more["workers"] = self.config.data.workers
+
+        def measure(
+            data: EvaluationData, split: Literal["validation", "test"], *, quick: bool
+        ) -> dict[str, float]:
+            model = self.model
+            return evaluate_run(
+                model, transform, tokenizer, data=data, split=split, quick=quick, **more
             )
+
+        for data in self.held_out[:1] if quick else self.held_out:
+            own = split if split in data.splits else "validation"
+            metrics |= measure(data, own, quick=quick)
+        for data in self.guards:
+            metrics |= measure(data, split if split in data.splits else "test", quick=True)
         return metrics
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal asks any rank to stop. Collective."""
+        (stop,) = collectives.any_rank([self.stopped_by is not None])
+        if stop:
+            self.stopped_by = next(filter(None, collectives.all_gather_object(self.stopped_by)))
+        return stop
 
     def save_if_due(self) -> bool:
         """Save if it is time by rank 0's clock or the run ends; returns whether to stop."""
         trainer, writer = self.trainer, self.writer
-        finished = trainer.episode == self.config.episodes.count
+        finished = self.is_finished
         due = rank() == 0 and writer.due(trainer.step, episode_end=trainer.batch == 0)
         unsaved = rank() == 0 and writer.saved_step != trainer.step
         stop, due, unsaved = collectives.any_rank([self.stopped_by is not None, due, unsaved])
@@ -364,6 +456,7 @@ class Run:
             "skips": collectives.all_gather_object([self.skips.read, self.skips.skipped]),
             "arithmetic": self.arithmetic,
             "best": self.writer.best,
+            "early_stop": self.early_stop and self.early_stop.state_dict(),
         }
         if self.log is not None:
             self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
@@ -407,13 +500,15 @@ class Run:
         elif rank() == 0:  # the number of ranks changed
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
         self.writer.best = state["best"] and tuple(state["best"])
+        if self.early_stop is not None:
+            self.early_stop.load_state_dict(state["early_stop"])
         return int(state["metrics_bytes"])
 
     def results(self) -> dict[str, Any]:
         """Evaluate, write and return the results; or where a run stands that a signal stopped."""
         config, trainer, best = self.config, self.trainer, self.writer.best
         results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
-        if self.stopped_by is not None and trainer.episode < config.episodes.count:
+        if self.stopped_by is not None and (not self.is_finished or self.ending is not None):
             return {**results, "stopped": self.stopped_by, "metrics": {}}
         results |= {
             "seed": config.run.seed,
@@ -426,6 +521,10 @@ class Run:
         }
         if config.run.evaluate:
             results["metrics"] = self.evaluate("test", samples_to=self.folder / "results")
+        results |= self.more_results
+        if self.early_stop is not None and self.early_stop.is_due:
+            facts = self.early_stop.state_dict()
+            results["early_stop"] = {**facts, "reason": self.early_stop.reason}
         if best is not None and self.writer.folder(best[0]).is_dir():
             results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
         if rank() == 0:
@@ -433,12 +532,19 @@ class Run:
         return results
 
 
-def check_keep_best(metric: str | None, held_out: Sequence[EvaluationData]) -> None:
-    """Refuse a metric that no evaluation of this run gives."""
+def check_metrics(
+    config: Config, held_out: Sequence[EvaluationData], guards: Sequence[EvaluationData]
+) -> None:
+    """Refuse the name of a metric that no evaluation of this run gives."""
     known = [name for data in held_out for name in metric_names(data)]
-    if metric is not None and metric not in known:
-        close = ", ".join(difflib.get_close_matches(metric, known, n=3, cutoff=0.0)) or "none"
-        raise ValueError(f"run.keep_best: no metric {metric!r}; the closest are {close}")
+    for data in guards:
+        split = "validation" if "validation" in data.splits else "test"
+        known += metric_names(data, split, quick=True)
+    for setting in ("keep_best", "stop_by"):
+        metric = getattr(config.run, setting)
+        if metric is not None and metric not in known:
+            close = ", ".join(difflib.get_close_matches(metric, known, n=3, cutoff=0.0)) or "none"
+            raise ValueError(f"run.{setting}: no metric {metric!r}; the closest are {close}")
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -1,0 +1,197 @@
+"""Fine-tuning: `train` with other defaults, then WiSE-FT. What `protoclip finetune` does."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Literal
+
+from protoclip.config import Config, ModelConfig, check
+from protoclip.data import sources
+from protoclip.data.inspect import drawn
+from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.distributed import collectives
+from protoclip.evaluation.validation import judged
+from protoclip.models import loading, references
+from protoclip.training import optim
+from protoclip.training.run import train_together
+from protoclip.training.wise_ft import WiseFT
+
+PASSES = 5  # over the data
+LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
+LEAST_STEPS = 32  # in a pass over the data, if batches can be small enough
+PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES, MOST_PROTOTYPES = 10, 8, 20_000
+
+
+def finetune(
+    settings: Mapping[str, Any],
+    *,
+    alpha: float | None = None,
+    resume: Literal["never", "auto"] = "never",
+) -> dict[str, Any]:
+    """Adapt a model to pairs, and choose weights between it and the end by WiSE-FT.
+
+    Args:
+        settings: Those of `Config` as a recipe holds them, such as `{"model": {"start":
+            "runs/small"}, "data": {"train": "pairs.tsv"}}`. `finetune_settings` decides the rest.
+        alpha: The weights to choose, from 0 (the start) to 1 (the end); unset, the best ones by the
+            rule of `wise_ft.RULE`.
+        resume: As for `train`. On a finished run another `alpha` costs no training.
+
+    Returns:
+        The content of `results.json`: as `train` returns, with metrics of the chosen weights,
+        `alpha`, `best_alpha` and `start_metrics`.
+
+    Raises:
+        ValueError: As for `train`; or there is no start, or nothing to judge the weights by.
+    """
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
+    config, notes = finetune_settings(settings)
+    notes += check(config)
+    config, decided = optim.resolved(config)
+    device = collectives.device(config.run.device)
+    with collectives.process_group(device):
+        return train_together(
+            config, device, resume=resume == "auto", notes=notes + decided, ending=WiseFT(alpha)
+        )
+
+
+class Defaults:
+    """The settings of a run that are left out, with the values that fine-tuning gives them.
+
+    `given` are settings as a recipe holds them; `config` holds the same, checked.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given, self.config = given, Config.from_dict(given)
+        self.decided: dict[str, dict[str, Any]] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether a setting is given."""
+        section, key = name.split(".")
+        return key in self.given.get(section, {})
+
+    def decide(self, name: str, value: Any) -> Any:
+        """The value of a setting: what is given, else this one."""
+        section, key = name.split(".")
+        if self.has(name):
+            return getattr(getattr(self.config, section), key)
+        self.decided.setdefault(section, {})[key] = value
+        return value
+
+    def filled(self) -> Config:
+        own = {
+            name: {**values, **self.given.get(name, {})} for name, values in self.decided.items()
+        }
+        return Config.from_dict({**self.given, **own})
+
+    def notes(self) -> list[str]:
+        return [
+            f"for fine-tuning: {', '.join(f'{section}.{key} = {v}' for key, v in values.items())}"
+            for section, values in self.decided.items()
+        ]
+
+
+def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The settings of a fine-tuning run, and a note on each section with those that were left out.
+
+    Learning rate, decay, warm-up and the largest batch are those of FLYP (arXiv 2212.00638), which
+    fine-tunes CLIP by its own loss too. LoRA moves few weights, and learns at ten times the rate.
+    The rate falls by 0.7 from layer to layer, as is usual for pretrained transformers and ConvNeXt
+    (arXiv 2201.03545, 2212.06138). A pass over the data is an episode, if it is not too large.
+
+    Args:
+        given: Settings as a recipe holds them.
+
+    Raises:
+        ValueError: There is no start, it cannot be trained, or the data are wrong.
+    """
+    settings = Defaults(given)
+    config, decide = settings.config, settings.decide
+    if config.model.start is None:
+        raise ValueError(
+            "model.start: fine-tuning needs a model to start from, such as a run folder or "
+            "open_clip:NAME/TAG"
+        )
+    loading.followed(config.model)
+    decide("run.name", "finetuned")
+    evaluate_every = decide("run.evaluate_every", 1)
+    decide("model.frozen_batch_norm", True)
+    samples = training_samples(config, evaluate_every)
+    rows = len(samples) if isinstance(samples, Pairs) else None
+    batch, size, count = episodes(settings, rows)
+    decide("episodes.locked_image", 0)
+    if config.model.lora is None:
+        decide("optim.learning_rate", 1e-5)
+        decide("optim.layer_decay", 0.7)
+    else:
+        decide("optim.learning_rate", 1e-4)
+    decide("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
+    decide("optim.weight_decay", 0.1)
+    number = min(MOST_PROTOTYPES, max(FEWEST_PROTOTYPES, size // PAIRS_A_PROTOTYPE), size)
+    if isinstance(samples, Pairs):  # no more than captions, which may name few classes
+        number = max(2, min(number, different_captions(samples, size)))
+    if config.loss.prototypical > 0:
+        decide("prototypes.number", number)
+    features = None
+    if config.loss.teacher > 0 and not config.teachers:
+        # A stream has no end, so its captions cannot all be embedded before the run.
+        features = decide("teacher.features", "start" if rows is not None else None)
+        if features is not None:
+            decide("teacher.number", number)
+    if config.loss.prototypical > 0 or features is not None or config.external_teachers:
+        if features == "start":
+            decide("episodes.warm_up", 0)  # its features are good from the beginning
+        if not has_heads(config.model):
+            decide("optim.heads_lr_scale", 1.0)
+    return settings.filled(), settings.notes()
+
+
+def episodes(settings: Defaults, rows: int | None) -> tuple[int, int, int]:
+    """Pairs in a batch and in an episode, and episodes: some passes over so many rows."""
+    decide, given = settings.decide, settings.config.episodes
+    if rows is None and not (settings.has("episodes.size") and settings.has("episodes.count")):
+        raise ValueError(
+            "episodes.size: a stream has no length; give episodes.size and episodes.count"
+        )
+    if settings.has("episodes.size"):
+        wanted = given.size
+    else:
+        assert rows is not None
+        wanted = min(LARGEST_EPISODE, rows)
+    batch = SMALLEST_BATCH
+    while batch < LARGEST_BATCH and wanted // (2 * batch) >= LEAST_STEPS:
+        batch *= 2
+    batch = min(batch, wanted)
+    while settings.has("episodes.size") and wanted % batch and batch > 2:
+        batch //= 2
+    batch = decide("episodes.batch_size", max(2, batch))
+    size = decide("episodes.size", max(batch, wanted // batch * batch))
+    if rows is not None and size <= rows:
+        decide("episodes.replacement", False)
+    passes = 1 if rows is None else round(PASSES * rows / size)
+    return batch, size, decide("episodes.count", max(1, passes))
+
+
+def training_samples(config: Config, evaluate_every: int) -> Pairs | SampleStream:
+    """The samples that are not held out."""
+    config = replace(config, run=replace(config.run, evaluate_every=evaluate_every))
+    return judged(config, sources.pairs(config)).training
+
+
+def different_captions(samples: Pairs, size: int) -> int:
+    """How many first captions differ among the pairs of an episode, drawn evenly."""
+    found = set()
+    for row in drawn(len(samples), min(len(samples), size), seed=0):
+        with suppress(BadSample):
+            found.add(samples.sample_captions(row)[0])
+    return len(found)
+
+
+def has_heads(model: ModelConfig) -> bool:
+    """Whether a start has projection heads, as runs have."""
+    kind, name = references.kind_of(str(model.start))
+    if kind == "reference":
+        weights = references.reference_weights(str(model.start), name)[1]
+        return references.reference_heads(weights) is not None
+    return kind == "run"

@@ -1,0 +1,214 @@
+"""WiSE-FT: models between a start and what fine-tuning made of it (arXiv 2109.01903).
+
+Fine-tuning gains on its own data and loses on others. The weights on the line between both ends
+often keep most of the gain at little of the loss; `WiseFT` looks for the best ones.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protoclip.distributed import parallel
+from protoclip.distributed.collectives import raise_on_all_ranks, rank
+from protoclip.evaluation.suite import RECALLS
+from protoclip.files import read_json, to_json, write_atomically
+from protoclip.models import loading, lora
+from protoclip.progress import Progress
+from protoclip.training.checkpoint import write_model
+from protoclip.training.run import Run
+
+FILE, FIGURE = "wise_ft.json", "wise_ft.png"
+ALPHAS = tuple(tenth / 10 for tenth in range(11))
+RULE = (
+    "the best alpha has the largest mean over data sets of zero-shot accuracy, or of mean recall "
+    "where a data set has no classes; of equal ones it is the smallest"
+)
+# LoRA adds the product of two matrices. Only the second one, which starts at 0, moves along the
+# line, so that the product does.
+FIXED = ".lora_A."
+
+Point = dict[str, Any]  # `alpha`, `scores` by data set, their `mean`, and all `metrics`
+
+
+def interpolated(
+    start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """Weights `(1 - alpha) start + alpha end`, statistics of BatchNorm included.
+
+    Exactly `start` at 0 and `end` at 1. Whole numbers, such as counts of batches, are those of
+    `end`.
+
+    Args:
+        start, end: State dicts of one model, on the CPU.
+        alpha: In [0, 1].
+    """
+    assert start.keys() == end.keys()
+    return {
+        name: torch.lerp(start[name], value, alpha)
+        if value.is_floating_point() and FIXED not in name
+        else value
+        for name, value in end.items()
+    }
+
+
+def scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the rule looks at, by data set: a fraction from 0 to 1.
+
+    The zero-shot accuracy (of images with several classes the mean average precision) or, of a data
+    set without classes, the mean of recall@1, 5 and 10 both ways.
+
+    Args:
+        metrics: By `eval/<data set>/<task>/<metric>`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        _, data, metric = name.split("/", 2)
+        found.setdefault(data, {})[metric] = value
+    return {data: score(own) for data, own in found.items()}
+
+
+def score(metrics: Mapping[str, float]) -> float:
+    for name in ("zero_shot/acc1", "zero_shot/mean_average_precision"):
+        if name in metrics:
+            return metrics[name]
+    return float(np.mean([metrics[name] for name in RECALLS]))
+
+
+def best(points: Sequence[Point]) -> float | None:
+    """The alpha of `RULE` among those of the sweep; None if nothing was measured."""
+    usual = [point for point in points if point["alpha"] in ALPHAS]
+    if not usual:
+        return None
+    return float(min(usual, key=lambda point: (-point["mean"], point["alpha"]))["alpha"])
+
+
+class WiseFT:
+    """The ending of a fine-tuning run: a sweep over alpha, and the best weights as its model.
+
+    `wise_ft.json` holds the points of the sweep, and is written when it is complete. Then the
+    chosen weights are written to the run folder itself, and `results.json`, last, has their
+    metrics beside those of the start.
+
+    Args:
+        alpha: The weights to choose, in [0, 1]; unset, the best ones by `RULE`.
+    """
+
+    def __init__(self, alpha: float | None = None) -> None:
+        self.alpha = alpha
+        self._start: Mapping[str, Tensor] = {}
+        self._end: Mapping[str, Tensor] = {}
+
+    def is_done(self, folder: Path, results: Mapping[str, Any]) -> bool:
+        wanted = results.get("best_alpha") if self.alpha is None else self.alpha
+        if wanted is None or results.get("alpha") != wanted:
+            return False
+        model = folder / loading.MODEL
+        return model.is_file() and read_json(model).get("alpha") == wanted
+
+    def begin(self, run: Run) -> None:
+        """Keep a copy of the weights before the first step, on rank 0."""
+        if self.alpha is None and not run.held_out and not run.guards:
+            raise ValueError(
+                "alpha: nothing judges the models between start and end; hold out pairs "
+                "(data.validation), name a guard, or give an alpha"
+            )
+        self._start = parallel.weights(run.model)
+
+    def finish(self, run: Run) -> None:
+        self._end = parallel.weights(run.model)
+        points = self._sweep(run)
+        if points is None:  # a signal stopped it
+            return
+        by_rule = best(points)
+        alpha = by_rule if self.alpha is None else self.alpha
+        assert alpha is not None
+        start_metrics = {}
+        if run.config.run.evaluate:
+            self._load(run, 0.0)
+            start_metrics = run.evaluate("test")
+        self._load(run, alpha)
+        record = {
+            "rule": RULE,
+            "steps": run.trainer.step,
+            "alpha": alpha,
+            "best_alpha": by_rule,
+            "points": points,
+        }
+        weights, _ = lora.merged(run.model, parallel.weights(run.model))
+        raise_on_all_ranks(lambda: self._write(run, weights, record))
+        run.more_results = {
+            "alpha": alpha,
+            "best_alpha": by_rule,
+            "start_metrics": start_metrics,
+        }
+        run.ending = None
+
+    def _sweep(self, run: Run) -> list[Point] | None:
+        """Judge each alpha; those of an earlier sweep of this run are known."""
+        known = {point["alpha"]: point for point in self._known(run)}
+        if not run.held_out and not run.guards:
+            return []
+        wanted = sorted({*ALPHAS, *known, *([] if self.alpha is None else [self.alpha])})
+        missing = [alpha for alpha in wanted if alpha not in known]
+        progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
+        for done, alpha in enumerate(missing):
+            if run.asked_to_stop():
+                return None
+            if rank() == 0:
+                progress.update(done, f"alpha {alpha:g}")
+            self._load(run, alpha)
+            metrics = run.evaluate("validation", quick=True, show=False)
+            own = scores(metrics)
+            mean = float(np.mean([*own.values()]))
+            known[alpha] = {"alpha": alpha, "scores": own, "mean": mean, "metrics": metrics}
+        if rank() == 0 and missing:
+            progress.update(len(missing))
+        return [known[alpha] for alpha in wanted]
+
+    def _known(self, run: Run) -> list[Point]:
+        """The points of a complete sweep of this run, on each rank."""
+
+        def read() -> list[Point]:
+            path = run.folder / FILE
+            record = read_json(path) if path.is_file() else {}
+            of_this = record.get("steps") == run.trainer.step
+            return list(record["points"]) if of_this else []
+
+        return raise_on_all_ranks(read)
+
+    def _load(self, run: Run, alpha: float) -> None:
+        """Make weights between the ends those of the run's model. Collective."""
+        weights = interpolated(self._start, self._end, alpha) if rank() == 0 else {}
+        parallel.load_weights(run.model, weights)
+
+    def _write(self, run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        if rank() != 0:
+            return
+        (run.folder / "results.json").unlink(missing_ok=True)  # those of another alpha
+        write_atomically(run.folder / FILE, to_json(record, indent=2) + "\n")
+        draw(record, run.folder / FIGURE)
+        description = {**run.writer.description, "alpha": record["alpha"]}
+        write_model(run.folder, weights, description, run.writer.text_files)
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Draw the sweep, if there is one and matplotlib is there."""
+    if not record["points"]:
+        return
+    try:
+        from protoclip.training.wise_ft_figure import figure
+    except ImportError:
+        install = "pip install 'protoclip[figures]'"
+        print(f"note: no {path.name}: it needs matplotlib; {install}", file=sys.stderr)
+        return
+    figure(record).savefig(path)
+
+
+def data_sets(points: Iterable[Point]) -> list[str]:
+    """The data sets that judged the points."""
+    return list(dict.fromkeys(name for point in points for name in point["scores"]))

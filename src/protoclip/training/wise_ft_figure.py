@@ -1,0 +1,34 @@
+"""The figure of a WiSE-FT sweep. Only this module of training imports matplotlib, an extra."""
+
+from collections.abc import Mapping
+from itertools import cycle
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from protoclip.evaluation.analysis_figure import COLOURS
+
+
+def figure(record: Mapping[str, Any]) -> Figure:
+    """The score of each data set over alpha, their mean, and the alpha that was chosen.
+
+    Args:
+        record: As in `wise_ft.json`.
+    """
+    points, alpha = record["points"], record["alpha"]
+    places = [point["alpha"] for point in points]
+    drawn = Figure(figsize=(6.0, 4.0), dpi=130, layout="constrained")
+    axes = drawn.add_subplot()
+    *colours, black = COLOURS
+    for data, colour in zip(points[0]["scores"], cycle(colours), strict=False):
+        values = [100 * point["scores"][data] for point in points]
+        axes.plot(places, values, color=colour, marker="o", markersize=3, label=data)
+    means = [100 * point["mean"] for point in points]
+    axes.plot(places, means, color=black, linestyle="--", label="mean")
+    axes.axvline(alpha, color="#888888", linewidth=1, label=f"chosen: {alpha:g}")
+    axes.set_xlabel("alpha: 0 is the start, 1 the end of fine-tuning")
+    axes.set_ylabel("zero-shot accuracy or mean recall, percent")
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    return drawn

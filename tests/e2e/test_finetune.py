@@ -1,0 +1,435 @@
+"""Fine-tuning: guard, early stop, WiSE-FT, and what the run's model is then."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import protoclip
+from interrupting import stop_after, with_changes
+from protoclip.cli import main
+from protoclip.config import Config
+from protoclip.evaluation import datasets
+from protoclip.evaluation.compare import read_results
+from protoclip.evaluation.datasets import EvaluationData
+from protoclip.models import loading
+from protoclip.models.loading import find_checkpoint, read_tensors
+from protoclip.testing import run_distributed, tiny_config
+from protoclip.training.finetune import finetune
+from protoclip.training.run import Run, train
+from protoclip.training.wise_ft import ALPHAS, interpolated
+
+GUARD = "eval/general/zero_shot/acc1"
+CONSTANT = "eval/general/zero_shot/acc5"  # 1 of three classes, so it never improves
+
+
+def write_pairs(path: Path, number: int, *, seed: int) -> None:
+    """Noisy images of three colours, each with a caption of its own, and the colour as class."""
+    draw = np.random.default_rng(seed)
+    columns: dict[str, list[Any]] = {"image": [], "caption": [], "kind": []}
+    for row in range(number):
+        pixels = draw.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+        pixels[..., row % 3] += 150
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        colour = ("red", "green", "blue")[row % 3]
+        columns["image"].append(buffer.getvalue())
+        columns["caption"].append(f"{colour} {row}")
+        columns["kind"].append(colour)
+    images = pa.array(columns.pop("image"), pa.binary())
+    pq.write_table(pa.table({"image": images, **columns}), path)
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs to train on, a guard with classes, and a run to start from."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_pairs(folder / "own.parquet", 80, seed=0)
+    write_pairs(folder / "general.parquet", 24, seed=1)
+    short = {
+        "run": {"evaluate": False},
+        "data": {"validation": 0.0},
+        "episodes": {"count": 1, "size": 32, "warm_up": 0, "locked_image": 0},
+    }
+    train(with_changes(tiny_config(f"{folder}/own.parquet", out=f"{folder}/start"), short))
+    return folder
+
+
+def settings(top: Path, out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Two episodes of two steps, at a rate that changes the model."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {
+            **{"out": str(out), "device": "cpu", "precision": "fp32"},
+            "guard": [f"{top}/general.parquet,class_column=kind"],
+        },
+        "data": {"train": f"{top}/own.parquet", "validation": 0.2},
+        "model": {"start": f"{top}/start"},
+        "episodes": {"size": 32, "batch_size": 16, "count": 2},
+        "optim": {"learning_rate": 1e-2},
+    }
+    return {name: {**tree.get(name, {}), **sections.get(name, {})} for name in tree | sections}
+
+
+def words(top: Path, out: Path) -> list[str]:
+    """The same on the command line."""
+    given = f"""finetune {top}/start --guard {top}/general.parquet,class_column=kind --run.out {out}
+        --run.device cpu --run.precision fp32 --data.train {top}/own.parquet --data.validation 0.2
+        --episodes.size 32 --episodes.batch_size 16 --episodes.count 2
+        --optim.learning_rate 1e-2"""
+    return given.split()
+
+
+@pytest.fixture(scope="module")
+def finished(top: Path) -> Path:
+    finetune(settings(top, top / "finished"))
+    return top / "finished"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(find_checkpoint(folder) / loading.WEIGHTS)
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without times."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [
+        {key: value for key, value in json.loads(line).items() if "second" not in key}
+        for line in text.splitlines()
+    ]
+
+
+def test_from_the_command_line(top, finished, tmp_path, capsys):
+    """The sweep, its table and files; another alpha on the finished run; a run of Python's call."""
+    out = tmp_path / "run"
+    main(words(top, out))
+    printed = capsys.readouterr()
+    assert "note: for fine-tuning: optim.layer_decay = 0.7, optim.warm_up_steps = 1" in printed.err
+    assert "teacher.features = start" in printed.err
+    record, results = read(out / "wise_ft.json"), read(out / "results.json")
+    assert [point["alpha"] for point in record["points"]] == [*ALPHAS]
+    assert list(record["points"][0]["scores"]) == ["validation", "general"]
+    best = max(record["points"], key=lambda point: (point["mean"], -point["alpha"]))["alpha"]
+    assert record["alpha"] == record["best_alpha"] == results["alpha"] == best
+    assert f"{best:g}*" in printed.out
+    assert record["rule"] in printed.out
+    assert f"written to {out}" in printed.out
+    assert results["start_metrics"].keys() == results["metrics"].keys() >= {GUARD}
+    assert (out / "wise_ft.png").is_file()
+    assert all(torch.equal(weights(out)[name], w) for name, w in weights(finished).items())
+    before = (out / "wise_ft.json").stat().st_mtime_ns
+
+    main([*words(top, out), "--resume", "auto"])  # nothing is left to do
+    assert (out / "wise_ft.json").stat().st_mtime_ns == before
+    capsys.readouterr()
+    main([*words(top, out), "--resume", "auto", "--alpha", "0.25", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["alpha"], shown["best_alpha"]) == (0.25, best)
+    assert [point["alpha"] for point in shown["wise_ft"]["points"]] == [
+        0,
+        0.1,
+        0.2,
+        0.25,
+        *ALPHAS[3:],
+    ]
+    assert [p for p in shown["wise_ft"]["points"] if p["alpha"] != 0.25] == record["points"]
+    start, end = weights(top / "start"), weights(out / "checkpoints" / "step-000000004")
+    expected = interpolated(start, end, 0.25)
+    assert all(torch.equal(weights(out)[name], value) for name, value in expected.items())
+    assert read(out / "model.json")["alpha"] == read(out / "results.json")["alpha"] == 0.25
+    assert lines(out) == lines(finished)
+
+
+def test_the_sweep_measures_the_models_between_the_ends(top, finished):
+    """Its ends are the start and the last evaluation of training, and the results those of the
+    chosen weights, as `protoclip.evaluate` measures them."""
+    points = {
+        point["alpha"]: point["metrics"] for point in read(finished / "wise_ft.json")["points"]
+    }
+    evaluated = [line for line in lines(finished) if GUARD in line]
+    assert [line["step"] for line in evaluated] == [0, 2, 4]
+    for line, alpha in ((evaluated[0], 0.0), (evaluated[-1], 1.0)):
+        assert {name: line[name] for name in points[alpha]} == points[alpha]
+    results = read(finished / "results.json")
+    model, transform, tokenizer = protoclip.load(finished)
+    data = datasets.open_data(f"{top}/general.parquet", class_column="kind")
+    (zero_shot,) = protoclip.evaluate(model, transform, tokenizer, data, ["zero_shot"])
+    assert zero_shot["metrics"]["acc1"] == results["metrics"][GUARD]
+    assert results["start_metrics"][GUARD] == points[0.0][GUARD]
+
+
+def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
+    """`load`, `evaluate`, `export`, a run that starts from it; `analyze` reads the checkpoints."""
+    finetune(settings(top, copied), alpha=0.5, resume="auto")
+    chosen = weights(copied)
+    assert not torch.equal(
+        chosen["towers.logit_scale"],
+        weights(copied / "checkpoints" / "step-000000004")["towers.logit_scale"],
+    )
+    loaded = protoclip.load(copied)[0].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in chosen.items())
+    exported = tmp_path / "exported"
+    protoclip.export(copied, exported, ["open_clip"])
+    card = (exported / "README.md").read_text()
+    assert f"`{GUARD}`" in card  # the metrics of the run are those of this model
+    scale = protoclip.load(exported)[0].state_dict()["towers.logit_scale"]
+    assert torch.equal(scale, chosen["towers.logit_scale"])
+    config = tiny_config(f"{top}/own.parquet", out=str(tmp_path / "next"))
+    config = with_changes(config, {"model": {"start": str(copied)}})
+    first = loading.model(loading.followed(config.model)[0], seed=0).state_dict()
+    assert all(torch.equal(first[name], value) for name, value in chosen.items())
+    capsys.readouterr()
+    main(f"evaluate {copied} --data {top}/own.parquet --tasks retrieval --no-cache --json".split())
+    (record,) = json.loads(capsys.readouterr().out)
+    expected = protoclip.evaluate(*protoclip.load(copied), f"{top}/own.parquet", ["retrieval"])
+    assert record["metrics"] == expected[0]["metrics"]
+    main(["analyze", str(copied), "--json", "--out", str(tmp_path)])
+    (analysis,) = json.loads(capsys.readouterr().out)
+    assert [entry["step"] for entry in analysis["checkpoints"]] == [4]
+    main(["compare", str(copied), str(copied), "--json"])
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert GUARD in entry["metrics"]
+    assert "general" in read_results(copied)["samples"]
+
+
+def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
+    """The run's model is a plain one, between the start and the merged end."""
+    given = settings(top, tmp_path / "run", model={"lora": 2}, run={"guard": []})
+    finetune(given, alpha=0.5)
+    start, end = weights(top / "start"), weights(tmp_path / "run/checkpoints/step-000000004")
+    expected, found = interpolated(start, end, 0.5), weights(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    loaded = protoclip.load(tmp_path / "run")[0].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in found.items())
+    moved = [name for name in found if not torch.equal(found[name], start[name])]
+    assert any("towers.visual" in name for name in moved)
+
+
+def interrupt_sweep(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
+    """Do something when the sweep judges its fourth alpha."""
+    evaluate, calls = Run.evaluate, []
+
+    def and_work(run: Run, *given: Any, **more: Any) -> dict[str, float]:
+        if more.get("quick"):
+            calls.append(run)
+            if len(calls) == 4:
+                work()
+        return evaluate(run, *given, **more)
+
+    monkeypatch.setattr(Run, "evaluate", and_work)
+
+
+@pytest.mark.parametrize("way", ["signal", "error"])
+def test_an_interrupted_sweep_is_repeated(way, top, finished, tmp_path, monkeypatch):
+    """It leaves nothing of its own, and ends as if it had not been interrupted."""
+    out = tmp_path / "run"
+
+    def work() -> None:
+        if way == "error":
+            raise MemoryError
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        interrupt_sweep(patch, work)
+        if way == "error":
+            with pytest.raises(MemoryError):
+                finetune(settings(top, out))
+        else:
+            assert finetune(settings(top, out))["stopped"] == "SIGTERM"
+    left = {path.name for path in out.iterdir()}
+    assert not left & {"wise_ft.json", "wise_ft.png", "model.json", "results.json"}
+    assert find_checkpoint(out).name == "step-000000004"
+    results = finetune(settings(top, out), resume="auto")
+    assert read(out / "wise_ft.json") == read(finished / "wise_ft.json")
+    assert results["metrics"] == read(finished / "results.json")["metrics"]
+    assert lines(out) == lines(finished)
+
+
+def test_results_that_could_not_be_written_are_made_again(top, copied, monkeypatch):
+    """Between another model and its results the run has none of the old ones; the sweep is kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "results", lambda run: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(OSError, match="full"):
+            finetune(settings(top, copied), alpha=0.5, resume="auto")
+    assert not (copied / "results.json").exists()
+    with monkeypatch.context() as patch:
+        interrupt_sweep(patch, lambda: pytest.fail("judged again"))
+        assert finetune(settings(top, copied), alpha=0.5, resume="auto")["alpha"] == 0.5
+
+
+def guarded(top: Path, out: Path) -> Config:
+    """A run of four episodes by a metric that does not improve."""
+    sections = {
+        "run": {
+            **{"guard": [f"{top}/general.parquet,class_column=kind"], "evaluate_every": 1},
+            **{"stop_by": CONSTANT, "patience": 2, "keep_best": CONSTANT},
+        },
+        "data": {"validation": 0.2},
+        "episodes": {"size": 32},
+    }
+    return with_changes(tiny_config(f"{top}/own.parquet", out=str(out)), sections)
+
+
+@pytest.fixture(scope="module")
+def stopped_early(top: Path) -> Path:
+    train(guarded(top, top / "early"))
+    return top / "early"
+
+
+def test_a_run_stops_early_by_its_guard(stopped_early):
+    """It ends as a finished one: two evaluations after that of the start, with results."""
+    results = read(stopped_early / "results.json")
+    evaluated = [line for line in lines(stopped_early) if GUARD in line]
+    assert [(line["step"], line["episode"]) for line in evaluated] == [(0, 0), (2, 1), (4, 2)]
+    assert results["steps"] == 4
+    assert results["early_stop"]["reason"] == (
+        f"stopped early after step 4: no better {CONSTANT} in 2 evaluations; its best value is "
+        "1.0000, of step 0"
+    )
+    assert results["metrics"][GUARD] == evaluated[-1][GUARD]
+    assert results["best_checkpoint"] == "checkpoints/step-000000002"
+    assert read_results(stopped_early)["metrics"][GUARD] == evaluated[-1][GUARD]
+    assert "eval/general/linear_probe/acc1" not in evaluated[0]
+
+
+def test_what_chooses_is_not_what_is_reported(top, tmp_path, monkeypatch):
+    """A guard with a validation split is judged on that one until the results are written."""
+    folder = tmp_path / "guard"
+    for split in ("validation", "test"):
+        for number, colour in enumerate(("red", "green")):
+            (folder / split / colour).mkdir(parents=True)
+            Image.new("RGB", (32, 32), colour).save(folder / split / colour / f"{number}.png")
+    measured = []
+
+    def evaluate_run(*_: Any, data: EvaluationData, split: str, **__: Any) -> dict[str, float]:
+        measured.append((data.name, split))
+        return {f"eval/{data.name}/zero_shot/acc1": 0.5}
+
+    monkeypatch.setattr("protoclip.training.run.evaluate_run", evaluate_run)
+    finetune(settings(top, tmp_path / "run", run={"guard": [str(folder)]}))
+    splits = [split for name, split in measured if name == "guard"]
+    assert splits == ["validation"] * (3 + 11) + ["test"] * 2  # the start's and the chosen one's
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_early_stopping_is_exact_after_an_interruption(
+    step, top, stopped_early, tmp_path, monkeypatch
+):
+    config = guarded(top, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        assert train(config)["stopped"] == "SIGTERM"
+    results = train(config, resume="auto")
+    assert results["early_stop"] == read(stopped_early / "results.json")["early_stop"]
+    assert lines(tmp_path / "run") == lines(stopped_early)
+    assert train(config, resume="auto") == results
+
+
+def on_a_rank(given: dict[str, Any], alpha: float | None) -> dict[str, Any]:
+    results = finetune(given, alpha=alpha, resume="auto")
+    return {name: value for name, value in results.items() if name != "train_seconds"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_sweep_one_model(strategy, top, tmp_path):
+    """All ranks return one result, whose weights lie between start and end; and another alpha."""
+    given = settings(top, tmp_path / "run", parallel={"strategy": strategy})
+    given["run"] |= {"stop_by": CONSTANT, "patience": 1}
+    one, other = run_distributed(on_a_rank, 2, given, None)
+    assert one == other
+    assert (one["steps"], one["early_stop"]["best_step"]) == (2, 0)
+    assert one["alpha"] == one["best_alpha"]
+    one, other = run_distributed(on_a_rank, 2, given, 0.5)
+    assert one == other
+    start, end = weights(top / "start"), weights(sorted(tmp_path.glob("run/checkpoints/*"))[-1])
+    expected = interpolated(start, end, 0.5)
+    assert all(torch.equal(weights(tmp_path / "run")[name], w) for name, w in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("finetune --data.train {own}", "model.start: fine-tuning needs a model to start from"),
+        ("finetune {top}/none --data.train {own}", "{top}/none: no such run"),
+        ("finetune hf:{top} --data.train {own}", "hf:{top}: "),
+        ("finetune {start} --alpha 1.5", "alpha: 1.5 is too large; at most 1"),
+        (
+            "finetune {start} --alpha -0.1",
+            "alpha: -0.1 is too small; at least 0",
+        ),
+        ("finetune {start} --lora 0", "lora: 0 is too small; at least 1"),
+        (
+            "finetune {start} --data.train {own} --guard {top}/no.csv",
+            "run.guard: {top}/no.csv: no su",
+        ),
+        (
+            "finetune {start} --data.train {own} --data.validation 0 --run.evaluate_every 0",
+            "alpha: nothing judges the models between start and end",
+        ),
+        (
+            "finetune {start} --data.train {own} --data.validation {own} --guard {clash}",
+            "run.guard: {clash}: two data sets of this run are called 'validation'",
+        ),
+        ("train --run.guard emoji", "two data sets of this run are called 'emoji'"),
+        ("train --data.train {own} --run.guard emoji --run.guard emoji", "are called 'emoji'"),
+        ("train --data.train {own} --run.guard {general},class_column=no", "no column 'no'"),
+        ("train --run.stop_by eval/emoji/knn/acc1", "run.stop_by: needs run.evaluate_every"),
+        (
+            "train --run.evaluate_every 1 --run.stop_by eval/emoji/acc1",
+            "run.stop_by: no metric 'eval/emoji/acc1'; the closest are eval/emoji/knn/acc1",
+        ),
+    ],
+)
+def test_wrong_settings_are_named_in_one_line(options, message, top, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clash = shutil.copy(top / "own.parquet", top / "validation.parquet")
+    own, general, start = (top / name for name in ("own.parquet", "general.parquet", "start"))
+    places = {"top": top, "own": own, "general": general, "start": start, "clash": clash}
+    line = options.format(**places)
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.format(**places) in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_there_is_no_figure(top, copied, capsys, monkeypatch):
+    (copied / "wise_ft.png").unlink()
+    monkeypatch.setitem(sys.modules, "protoclip.training.wise_ft_figure", None)
+    finetune(settings(top, copied), alpha=0.7, resume="auto")
+    assert "no wise_ft.png: it needs matplotlib" in capsys.readouterr().err
+    assert read(copied / "model.json")["alpha"] == 0.7
+    assert not (copied / "wise_ft.png").exists()
+
+
+def test_the_help_explains_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    text = capsys.readouterr().out
+    assert "usage: protoclip finetune START [OPTIONS]" in text
+    assert all(f"--{option} " in text for option in ("guard", "lora", "keep", "alpha", "resume"))

@@ -1,0 +1,41 @@
+"""Early stopping: when it ends a run, what it says, and that it goes on where it was."""
+
+import math
+
+import pytest
+
+from protoclip.training.early_stop import EarlyStop
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "stops_at", "best"),
+    [
+        ([0.5, 0.4, 0.3], 2, 2, (0.5, 0)),
+        ([0.5, 0.4, 0.6, 0.5, 0.6], 2, 4, (0.6, 2)),  # an equal value is no better one
+        ([0.1, 0.2, 0.3, 0.4], 1, None, (0.4, 3)),
+        ([0.5, math.nan, 0.6, math.inf], 1, 1, (0.5, 0)),
+        ([math.nan, math.nan], 2, 1, (None, 0)),
+    ],
+)
+def test_it_stops_after_some_evaluations_without_a_better_value(values, patience, stops_at, best):
+    stop = EarlyStop(metric="eval/a/knn/acc1", patience=patience)
+    stopped_at = None
+    for step, value in enumerate(values):
+        stop.observe(step, value)
+        if stop.is_due:
+            stopped_at = step
+            break
+        again = EarlyStop(metric="eval/a/knn/acc1", patience=patience)
+        again.load_state_dict(stop.state_dict())
+        stop = again
+    assert (stopped_at, stop.best, stop.best_step) == (stops_at, *best)
+
+
+def test_the_reason_names_step_metric_and_best_value():
+    stop = EarlyStop(metric="eval/a/knn/acc1", patience=2)
+    for step, value in ((0, 0.25), (8, 0.125), (16, 0.25)):
+        stop.observe(step, value)
+    assert stop.reason == (
+        "stopped early after step 16: no better eval/a/knn/acc1 in 2 evaluations; its best value "
+        "is 0.2500, of step 0"
+    )

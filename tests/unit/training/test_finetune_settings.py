@@ -1,0 +1,143 @@
+"""What fine-tuning decides about settings that are left out, and that none is taken away."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protoclip.config import Config
+from protoclip.training import finetune
+from protoclip.training.finetune import finetune_settings
+
+
+class Numbered:
+    """Pairs of which `different` captions differ."""
+
+    name = "numbered"
+
+    def __init__(self, number: int, different: int) -> None:
+        self.number, self.different = number, different
+
+    def __len__(self) -> int:
+        return self.number
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        return (f"caption {row % self.different}",)
+
+    def sample(self, row: int) -> Any: ...
+    def sample_id(self, row: int) -> Any: ...
+    def sample_ids(self) -> Any: ...
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets the number of training pairs, and makes every start one that can be trained."""
+    monkeypatch.setattr(finetune.loading, "followed", lambda model: (model, []))
+
+    def put(number: int | None, different: int = 10**9) -> None:
+        samples = object() if number is None else Numbered(number, different)
+        monkeypatch.setattr(finetune, "training_samples", lambda config, every: samples)
+
+    put(40_000)
+    return put
+
+
+def settings(**sections: dict[str, Any]) -> Config:
+    model = {"start": "open_clip:RN50/openai", **sections.pop("model", {})}
+    return finetune_settings({"model": model, **sections})[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "given", "expected"),
+    [  # batch, episode and episodes
+        (40_000, {}, (512, 39_936, 5)),
+        (1_000_000, {}, (512, 199_680, 25)),
+        (5_000, {}, (128, 4_992, 5)),
+        (300, {}, (16, 288, 5)),
+        (7, {}, (7, 7, 5)),
+        (40_000, {"size": 1_000}, (8, 1_000, 200)),
+        (40_000, {"batch_size": 100}, (100, 40_000, 5)),
+        (300, {"size": 640, "count": 2}, (16, 640, 2)),
+        (None, {"size": 64_000, "count": 3}, (512, 64_000, 3)),
+    ],
+)
+def test_episodes_are_passes_over_the_data(number, given, expected, rows):
+    rows(number)
+    found = settings(episodes=given).episodes
+    assert (found.batch_size, found.size, found.count) == expected
+    assert found.replacement is (number is None or found.size > number)
+
+
+def test_what_is_given_stays(rows):
+    """Also where it is the value that `train` would take."""
+    given: dict[str, Any] = {
+        "run": {"name": "mine", "evaluate_every": 2},
+        "model": {"frozen_batch_norm": False},
+        "optim": {"layer_decay": 1.0, "heads_lr_scale": 0.01, "learning_rate": 1e-3},
+        "episodes": {"warm_up": 1, "locked_image": 1, "replacement": True},
+        "prototypes": {"number": 400},
+        "teacher": {"features": None},
+    }
+    config = settings(**given)
+    for section, values in given.items():
+        for name, value in values.items():
+            assert getattr(getattr(config, section), name) == value, name
+    assert (config.optim.weight_decay, config.optim.warm_up_steps) == (0.1, 19)
+
+
+def test_defaults_and_their_notes(rows):
+    config, notes = finetune_settings({"model": {"start": "open_clip:RN50/openai"}})
+    assert (config.run.name, config.run.evaluate_every) == ("finetuned", 1)
+    assert config.model.frozen_batch_norm
+    optim = config.optim
+    assert (optim.learning_rate, optim.layer_decay, optim.weight_decay) == (1e-5, 0.7, 0.1)
+    assert (optim.warm_up_steps, optim.heads_lr_scale) == (19, 1.0)
+    assert (config.episodes.warm_up, config.episodes.locked_image) == (0, 0)
+    assert config.teacher.features == "start"
+    assert config.prototypes.number == config.teacher.number == 3_993
+    assert notes[0] == "for fine-tuning: run.name = finetuned, run.evaluate_every = 1"
+    assert [note.split(": ")[1].split(".")[0] for note in notes] == [
+        *("run", "model", "episodes", "optim", "prototypes", "teacher")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"loss": {"prototypical": 0.0, "teacher": 0.0}}, {"warm_up": 1, "heads": 0.01}),
+        ({"teacher": {"features": None}}, {"warm_up": 1, "heads": 1.0}),
+        ({"teacher": {"features": "emoji"}}, {"warm_up": 1, "heads": 1.0}),
+        ({"teachers": [{"name": "a", "features": "a"}]}, {"warm_up": 1, "heads": 1.0}),
+        ({"model": {"start": "runs/small"}}, {"warm_up": 0, "heads": 0.01}),  # has heads
+        ({"model": {"lora": 4}}, {"warm_up": 0, "heads": 1.0, "rate": 1e-4, "decay": 1.0}),
+    ],
+)
+def test_defaults_follow_what_is_given(given, expected, rows):
+    """No setting is decided that has no effect."""
+    config = settings(**given)
+    found = {
+        "warm_up": config.episodes.warm_up,
+        "heads": config.optim.heads_lr_scale,
+        "rate": config.optim.learning_rate,
+        "decay": config.optim.layer_decay,
+    }
+    assert found == {"rate": 1e-5, "decay": 0.7} | expected
+
+
+@pytest.mark.parametrize(
+    ("number", "different", "prototypes"),
+    [(4, 4, 4), (50, 50, 8), (900_000, 900_000, 19_968), (40_000, 81, 81), (40_000, 1, 2)],
+)
+def test_prototypes_are_a_tenth_of_an_episode(number, different, prototypes, rows):
+    """But no more than there are captions."""
+    rows(number, different)
+    config = settings()
+    assert config.prototypes.number == config.teacher.number == prototypes
+
+
+def test_without_a_start_or_a_length(rows, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^model\.start: fine-tuning needs a model to start"):
+        finetune_settings({"data": {"train": str(tmp_path)}})
+    rows(None)
+    with pytest.raises(ValueError, match=r"^episodes\.size: a stream has no length; give"):
+        settings(episodes={"size": 64})

@@ -1,0 +1,128 @@
+"""WiSE-FT: weights between two ends, which of them is best, and how they become a run's model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from protoclip.evaluation.suite import RECALLS
+from protoclip.models.loading import MODEL, damage, find_checkpoint
+from protoclip.training import checkpoint
+from protoclip.training.checkpoint import write_model
+from protoclip.training.wise_ft import ALPHAS, best, interpolated, scores
+
+
+@pytest.fixture
+def ends(generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def drawn() -> dict[str, Tensor]:
+        found = {name: torch.randn(3, 4, generator=generator) for name in ("weight", "w.lora_A.x")}
+        found |= {"running_mean": torch.randn(4, generator=generator), "scale": torch.tensor(2.0)}
+        return found
+
+    start, end = drawn(), drawn()
+    end["frozen"] = start["frozen"] = torch.randn(5, generator=generator)
+    start["batches"], end["batches"] = torch.tensor(3), torch.tensor(9)
+    return start, end
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_weights_and_statistics_are_interpolated(alpha, ends):
+    """As in float64. What did not change is the same at every alpha, and both ends are exact."""
+    start, end = ends
+    found = interpolated(start, end, alpha)
+    for name in ("weight", "running_mean", "scale"):
+        expected = (1 - alpha) * start[name].double() + alpha * end[name].double()
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
+        if alpha in (0, 1):
+            assert torch.equal(found[name], (start, end)[int(alpha)][name])
+    assert torch.equal(found["frozen"], start["frozen"])
+    assert found["batches"] == 9
+
+
+def test_the_update_of_lora_is_interpolated(generator):
+    """The base and the first matrix stay; the second one starts at 0."""
+    first = torch.randn(2, 6, generator=generator)
+    second = torch.randn(4, 2, generator=generator)
+    start = {"w.lora_A.x": first, "w.lora_B.x": torch.zeros(4, 2)}
+    end = {"w.lora_A.x": first + 1, "w.lora_B.x": second}
+    found = interpolated(start, end, 0.3)
+    torch.testing.assert_close(
+        found["w.lora_B.x"] @ found["w.lora_A.x"], 0.3 * (second @ (first + 1))
+    )
+
+
+def test_each_data_set_has_one_score():
+    """Zero-shot where there are classes, else the mean of the six recalls."""
+    recalls = {f"eval/pairs/{name}": 0.1 * place for place, name in enumerate(RECALLS)}
+    metrics = {
+        **recalls,
+        "eval/classes/zero_shot/acc1": 0.7,
+        "eval/classes/retrieval/image_to_text@1": 0.2,
+        "eval/tags/zero_shot/mean_average_precision": 0.4,
+    }
+    assert scores(metrics) == {"pairs": pytest.approx(0.25), "classes": 0.7, "tags": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ({0.0: 0.5, 0.5: 0.7, 1.0: 0.6}, 0.5),
+        ({0.0: 0.5, 0.3: 0.7, 0.4: 0.7, 1.0: 0.7}, 0.3),  # of equal ones the smallest
+        ({0.0: 0.5, 1.0: 0.4}, 0.0),
+        ({0.0: 0.5, 0.25: 0.9, 1.0: 0.4}, 0.0),  # asked for, and not of the sweep
+        ({}, None),
+    ],
+)
+def test_the_best_alpha(means, expected):
+    assert best([{"alpha": alpha, "mean": mean} for alpha, mean in means.items()]) == expected
+
+
+def model(value: float) -> dict[str, Tensor]:
+    return {"weight": torch.full((2,), value)}
+
+
+def test_the_model_of_a_run_comes_before_its_checkpoints(tmp_path):
+    older = tmp_path / "checkpoints" / "step-000000001"
+    checkpoint.write_checkpoint(older, {"model.safetensors": model(0)}, {MODEL: {}})
+    assert find_checkpoint(tmp_path) == older
+    for value in (1.0, 2.0):
+        write_model(tmp_path, model(value), {"alpha": value}, {"config.json": b"{}"})
+        assert find_checkpoint(tmp_path) == tmp_path
+        assert json.loads((tmp_path / MODEL).read_text()) == {"alpha": value}
+        names = [MODEL, "model.safetensors", "text/config.json"]
+        assert damage(tmp_path, names) is None
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checksums.json"])
+def test_a_model_is_replaced_as_a_whole(name, tmp_path, monkeypatch):
+    """If a file cannot be written, the earlier model stays. If the process ends between two of
+    them, there is none, and the newest checkpoint counts."""
+    older = tmp_path / "checkpoints" / "step-000000001"
+    checkpoint.write_checkpoint(older, {"model.safetensors": model(0)}, {MODEL: {}})
+    write_model(tmp_path, model(1), {"alpha": 1.0})
+    write, rename = checkpoint.write_atomically, Path.replace
+
+    def fail(path: Path, *given, **more) -> None:
+        if name in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_model(tmp_path, model(2), {"alpha": 2.0})
+    assert json.loads((tmp_path / MODEL).read_text()) == {"alpha": 1.0}
+    assert damage(tmp_path, [MODEL, "model.safetensors"]) is None
+
+    def end_here(path: Path, target: Path) -> Path:
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", end_here)
+    with pytest.raises(KeyboardInterrupt):
+        write_model(tmp_path, model(2), {"alpha": 2.0})
+    assert find_checkpoint(tmp_path) == older
