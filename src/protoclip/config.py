@@ -80,6 +80,7 @@ class SourceConfig:
     image_column: str | None = None  # As data.image_column.
     caption_column: list[str] | str | None = None  # As data.caption_column.
     id_column: str | None = None  # As data.id_column.
+    class_column: str | None = None  # As data.class_column.
     root: str | None = None  # As data.root.
 
 

@@ -23,6 +23,7 @@ from protoclip.cli import main
 from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.compare import read_results
+from protoclip.evaluation.datasets import EvaluationData
 from protoclip.models import loading
 from protoclip.models.loading import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
@@ -312,6 +313,25 @@ def test_a_run_stops_early_by_its_guard(stopped_early):
     assert results["best_checkpoint"] == "checkpoints/step-000000002"
     assert read_results(stopped_early)["metrics"][GUARD] == evaluated[-1][GUARD]
     assert "eval/general/linear_probe/acc1" not in evaluated[0]
+
+
+def test_what_chooses_is_not_what_is_reported(top, tmp_path, monkeypatch):
+    """A guard with a validation split is judged on that one until the results are written."""
+    folder = tmp_path / "guard"
+    for split in ("validation", "test"):
+        for number, colour in enumerate(("red", "green")):
+            (folder / split / colour).mkdir(parents=True)
+            Image.new("RGB", (32, 32), colour).save(folder / split / colour / f"{number}.png")
+    measured = []
+
+    def evaluate_run(*_: Any, data: EvaluationData, split: str, **__: Any) -> dict[str, float]:
+        measured.append((data.name, split))
+        return {f"eval/{data.name}/zero_shot/acc1": 0.5}
+
+    monkeypatch.setattr("protoclip.training.run.evaluate_run", evaluate_run)
+    finetune(settings(top, tmp_path / "run", run={"guard": [str(folder)]}))
+    splits = [split for name, split in measured if name == "guard"]
+    assert splits == ["validation"] * (3 + 11) + ["test"] * 2  # the start's and the chosen one's
 
 
 @pytest.mark.parametrize("step", [1, 3])

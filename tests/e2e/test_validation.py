@@ -83,7 +83,9 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
 
 
 def test_a_mixture_says_its_numbers_by_source_and_together(folder, tmp_path):
+    """Classes of one source alone give that one its tasks with classes."""
     sources = [{"path": str(folder / f"{name}.parquet"), "name": name} for name in "ab"]
+    sources[0]["class_column"] = "kind"
     tree = {"run": {"out": str(tmp_path / "mixed")}, "data": {"sources": sources}}
     config = with_changes(
         config_for(folder, tmp_path / "mixed", train="emoji"),
@@ -92,6 +94,7 @@ def test_a_mixture_says_its_numbers_by_source_and_together(folder, tmp_path):
     metrics = train(config)["metrics"]
     of_data = {key.split("/")[1] for key in metrics}
     assert of_data == {"validation", "validation-a", "validation-b"}
+    assert [key for key in metrics if "knn" in key] == ["eval/validation-a/knn/acc1"]
 
 
 def test_another_source_judges_a_run(folder, tmp_path, capsys):

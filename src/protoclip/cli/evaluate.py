@@ -1,7 +1,7 @@
 """`protoclip evaluate`."""
 
 import sys
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -33,11 +33,13 @@ class Evaluate:
     cache: bool = True  # Keep features, so that another task is quick.
     batch_size: Count = 256  # Images or texts encoded at once.
     workers: int | None = None  # Processes that read images; unset, one a core.
+    fast_resize: bool = False  # Quicker for open_clip's models; pixels differ by rounding.
 
     def __call__(self) -> None:
         import torch
 
         from protoclip.data.index import cache_folder
+        from protoclip.data.transforms import PillowTransform
         from protoclip.distributed import collectives
         from protoclip.evaluation import datasets, records, suite
         from protoclip.evaluation.features import Encoder
@@ -50,6 +52,8 @@ class Evaluate:
             model, transform, tokenizer = collectives.raise_on_all_ranks(
                 lambda: loading.load(reference)
             )
+            if self.fast_resize and isinstance(transform, PillowTransform):
+                transform = replace(transform, fast=True)
             encoder = Encoder(
                 model=loading.to_device(model, device),
                 transform=transform,

@@ -69,7 +69,7 @@ def open_source(
 ) -> ImageTextPairs | ShardStream:
     """One source; what its entry leaves unset is taken from `data`."""
     path, mixed = entry.path, len(data.sources) > 1
-    settings = ("image_column", "caption_column", "id_column", "root")
+    settings = ("image_column", "caption_column", "id_column", "class_column", "root")
     own = {each: value for each in settings if (value := getattr(entry, each))}
     data = replace(data, train=path, sources=[], **own)
     # In a mixture tar shards are named after their folder, as other sources are.

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
-from protoclip.data.decode import Box, crop_image, reduction
+from protoclip.data.decode import Box, crop_image, reduction, resize
 
 Channels = tuple[float, float, float]
 Bytes = UInt8[Tensor, "b h w 3"]
@@ -61,18 +61,25 @@ class EvaluationTransform:
 class PillowTransform:
     """What open_clip evaluates with, to the bit: Pillow resizes the whole image before the crop.
 
-    `EvaluationTransform` is faster. Its pixels differ by rounding, and by the border where the crop
-    begins between two pixels, so that close decisions can change.
+    With `fast`, PyTorch resizes it in a third of the time. Of photographs, some values then differ
+    by 1 or 2 of 255 levels, so that very close decisions can change.
     """
 
     size: int
     mean: Channels
     std: Channels
+    fast: bool = False
 
     def pixels(self, image: Image.Image) -> UInt8[Tensor, "s s 3"]:
         """The centre of an upright RGB image."""
-        resized = functional.resize(image, [self.size], InterpolationMode.BICUBIC)
-        return torch.from_numpy(np.array(functional.center_crop(resized, [self.size])))
+        if not self.fast:
+            resized = functional.resize(image, [self.size], InterpolationMode.BICUBIC)
+            return torch.from_numpy(np.array(functional.center_crop(resized, [self.size])))
+        # Of the same sizes and at the same place as torchvision's.
+        height, width = (self.size * side // min(image.size) for side in image.size[::-1])
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        centre = resize(np.asarray(image), height, width)[top:, left:][: self.size, : self.size]
+        return torch.from_numpy(np.array(centre))
 
     def finish(self, images: Bytes, draws: Draws) -> Images:
         """The image tower's input, channels last in memory."""

@@ -98,7 +98,9 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
 
 
 def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[EvaluationData]:
-    """The data sets of `run.guard`, of which the test split is measured.
+    """The data sets of `run.guard`.
+
+    On the way their validation split is measured, if they have one, and at the end the test split.
 
     A reference is one of `datasets.open_data`. Behind it may stand `,class_column=NAME`, a column
     of a table, and `,root=FOLDER`.
@@ -115,7 +117,8 @@ def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Evaluatio
         given = dict(option.split("=", 1) for option in options)
         try:
             data = datasets.open_data(place, config=settings, **given)
-            quick_tasks(data, "test")
+            for split in {"test", NAME} & data.splits.keys():
+                quick_tasks(data, split)
         except ValueError as error:
             raise ValueError(f"run.guard: {error}") from error
         if data.name in [other.name for other in (*held_out, *found)]:

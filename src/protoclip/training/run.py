@@ -400,10 +400,11 @@ class Run:
     def evaluate(
         self, split: Literal["validation", "test"], *, quick: bool = False, **more: Any
     ) -> dict[str, float]:
-        """Metrics on what is held out, and on the test split of each guard.
+        """Metrics on what is held out, and on each guard: on the split, if they have it.
 
-        Of what is held out, only the emoji have a test split. `quick` is for a comparison of
-        models: zero-shot and retrieval, and of a mixture all sources together.
+        Held-out pairs but the emoji have no test split, and not all guards have a validation split.
+        `quick` is for a comparison of models: zero-shot and retrieval, and of a mixture all sources
+        together.
         """
         transform = loading.evaluation_transform(self.model)
         tokenizer = loading.tokenizer(self.config.model)
@@ -422,7 +423,7 @@ class Run:
             own = split if split in data.splits else "validation"
             metrics |= measure(data, own, quick=quick)
         for data in self.guards:
-            metrics |= measure(data, "test", quick=True)
+            metrics |= measure(data, split if split in data.splits else "test", quick=True)
         return metrics
 
     def asked_to_stop(self) -> bool:
@@ -536,7 +537,9 @@ def check_metrics(
 ) -> None:
     """Refuse the name of a metric that no evaluation of this run gives."""
     known = [name for data in held_out for name in metric_names(data)]
-    known += [name for data in guards for name in metric_names(data, "test", quick=True)]
+    for data in guards:
+        split = "validation" if "validation" in data.splits else "test"
+        known += metric_names(data, split, quick=True)
     for setting in ("keep_best", "stop_by"):
         metric = getattr(config.run, setting)
         if metric is not None and metric not in known:

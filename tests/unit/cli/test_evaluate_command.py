@@ -8,7 +8,8 @@ import pytest
 
 from protoclip.cli import main
 from protoclip.cli.evaluate import names_of
-from protoclip.evaluation import datasets
+from protoclip.data.transforms import PillowTransform
+from protoclip.evaluation import datasets, suite
 from protoclip.models import loading
 
 sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
@@ -50,6 +51,15 @@ def test_several_models_on_several_data_sets(made_up, tmp_path, capsys):
         assert record["differences"]["acc1"]["mean"] == pytest.approx(gain)
         assert record["differences"]["acc1"]["beyond"]
     assert len(list(tmp_path.iterdir())) == 8
+
+
+@pytest.mark.parametrize("words", [[], ["--fast-resize"]])
+def test_the_fast_resize_reaches_the_images(words, made_up, monkeypatch, capsys):
+    exact, used = PillowTransform(size=8, mean=(0.5,) * 3, std=(0.5,) * 3), []
+    monkeypatch.setattr(loading, "load", lambda name: (Knowing(), exact, tokenizer))
+    monkeypatch.setattr(suite, "results", lambda encoder, *_, **__: used.append(encoder) or [])
+    main(["evaluate", "knowing", "--json", *words])
+    assert [encoder.transform.fast for encoder in used] == [bool(words)]
 
 
 def test_the_table_is_the_default_and_emoji_are_the_default_data(made_up, capsys):

@@ -3,6 +3,7 @@
 import colorsys
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image, ImageFilter
 from protoclip.data.decode import reduction
 from protoclip.data.transforms import (
     EvaluationTransform,
+    PillowTransform,
     TrainingTransform,
     clip_transform,
     colour_jitter,
@@ -42,6 +44,18 @@ def test_evaluation_is_resize_and_centre_crop() -> None:
     square = image.crop((5, 0, 35, 30)).resize((16, 16), Image.Resampling.BICUBIC)
     ours = EvaluationTransform(size=16, mean=MEAN, std=STD)(image).permute(1, 2, 0).numpy()
     assert np.abs((ours * STD + MEAN) * 255 - np.asarray(square).astype(float)).max() < 1.01
+
+
+@pytest.mark.parametrize("side", [24, 32, 96])
+@pytest.mark.parametrize("shape", [(48, 48), (51, 80), (83, 40)])
+def test_the_fast_resize_differs_by_rounding(shape: tuple[int, int], side: int) -> None:
+    """The same crop: a crop that is off by one pixel would differ by far more."""
+    exact = PillowTransform(size=side, mean=(0.5,) * 3, std=(0.5,) * 3)
+    noise = np.random.default_rng(0).integers(50, 200, size=(*shape, 3)).astype(np.uint8)
+    image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1))
+    apart = exact.pixels(image).int() - replace(exact, fast=True).pixels(image).int()
+    assert apart.abs().max() <= 2
+    assert apart.abs().float().mean() < 0.3
 
 
 def test_crops_have_the_areas_ratios_and_places_that_are_drawn() -> None:

@@ -1,0 +1,170 @@
+"""What a recipe costs: FLOPs of its towers, hours on a card, processor cores that decode.
+
+    python scripts/recipe_cost.py recipes/cc3m_rn50.toml --cards 8 --pairs 2905954
+
+Any setting of `protoclip train` may follow, such as `--model.name ViT-B-32`. This is a model of
+cost, not a measurement: docs/scaling.md, "What a recipe takes", has its formula, where its share
+of a card's peak comes from, and what it leaves out.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from protoclip.cli.parsing import Recipes, parse
+from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive, check
+from protoclip.models import loading, towers
+from protoclip.training.optim import resolved
+from protoclip.training.stages import LOCKED_IMAGE, stage_of
+
+# TFLOP/s of 16-bit matrix products that are summed in 32 bits, without sparsity, by NVIDIA.
+PEAK = {"A100": 312.0, "H100": 989.0, "RTX-4090": 165.0, "RTX-2080-Ti": 54.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(Config, Recipes):
+    """A recipe, and what it runs on."""
+
+    card: Literal["A100", "H100", "RTX-4090", "RTX-2080-Ti"] = "A100"  # The kind of card.
+    cards: Count = 1  # Cards that share the work.
+    share: Annotated[float, ABOVE_0, 1] = 0.12  # Share of the card's peak that is reached.
+    pairs: Count | None = None  # Pairs of the data, which a teacher reads once.
+    teacher_parameters: Positive = 303e6  # Of the teacher without its embeddings; RoBERTa-large.
+    images_per_core: Positive = 1000.0  # Images that a core decodes in a second.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """FLOPs of one forward pass of one sample, and the parameters of both towers."""
+
+    image: float
+    text: float
+    heads: float  # both
+    parameters: int
+
+
+def forward_flops(config: ModelConfig) -> Forward:
+    """Count the towers' FLOPs on the meta device, at the recipe's sizes. Needs no weights."""
+    model = loading.architecture(config, weights="none")
+    pair: Any = model.towers
+    size, length = towers.image_size(pair), int(pair.context_length)
+    if config.name is None and config.start is None:
+        size, length = towers.small_sizes(config)
+    samples = 2  # BatchNorm needs more than one
+
+    def counted(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:
+        with FlopCounterMode(display=False) as counter:
+            return part(inputs), counter.get_total_flops() / samples
+
+    # Text towers of transformers skip what needs values only if their tensors are fake.
+    with torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True):
+        features, image = counted(model.encode_image, torch.empty(samples, 3, size, size))
+        tokens = torch.ones(samples, length, dtype=torch.long)
+        _, text = counted(model.encode_text, tokens)
+        _, head = counted(model.image_head, features)
+    parameters = sum(p.numel() for p in pair.parameters())
+    return Forward(image=image, text=text, heads=2 * head, parameters=parameters)
+
+
+def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
+    """FLOPs of a whole run by what they are spent on.
+
+    Training takes three forward passes: one, and a backward pass of twice its FLOPs. GradCache and
+    activation checkpointing each repeat the forward pass. The locked-image stage makes no backward
+    pass through the image tower.
+    """
+    episodes, parallel, prototypes = cost.episodes, cost.parallel, cost.prototypes
+    batch, part = episodes.batch_size // cost.cards, episodes.micro_batch_size
+    forwards = 1 + parallel.activation_checkpointing + (part is not None and part < batch)
+    stages = [stage_of(cost, index) for index in range(episodes.count)]
+    training = extraction = clustering = 0.0
+    spaces = [prototypes.number] * (2 if cost.loss.prototypical else 0)
+    spaces += [teacher.number for teacher in cost.external_teachers.values()]
+    for stage in stages:
+        backward_image = 0 if stage == LOCKED_IMAGE else 2 * forward.image
+        training += forwards * (forward.image + forward.text) + backward_image + 2 * forward.text
+        training += 3 * forward.heads if stage.projects else 0
+        if stage.needs_prototypes:
+            if cost.prototype_source == "extract":
+                extraction += forward.image + forward.text + forward.heads
+            rounds = prototypes.iterations * prototypes.restarts
+            clustering += 2 * sum(spaces) * cost.model.heads.projection_dim * rounds
+    teacher = 0.0
+    if cost.external_teachers and cost.pairs:
+        teacher = 2 * cost.teacher_parameters * cost.pairs * context_length(cost.model)
+    return {
+        "training": training * episodes.size,
+        "extraction": extraction * episodes.size,
+        "K-means": clustering * episodes.size,
+        "teacher": teacher,
+    }
+
+
+def context_length(config: ModelConfig) -> int:
+    """Tokens of a caption, at most."""
+    return config.text.context_length or towers.NAMED_CONTEXT_LENGTH
+
+
+def hours(cost: Cost, flops: float) -> float:
+    return flops / (PEAK[cost.card] * 1e12 * cost.share * cost.cards) / 3600
+
+
+def images_decoded(cost: Cost) -> int:
+    """Images that the run decodes: of each batch, and of each extraction pass."""
+    episodes = cost.episodes
+    passes = episodes.count
+    if cost.prototype_source == "extract":
+        passes += sum(stage_of(cost, i).needs_prototypes for i in range(episodes.count))
+    return passes * episodes.size
+
+
+def read(words: Sequence[str]) -> Cost:
+    """The recipe and options of a command line, with the defaults that depend on the model."""
+    if not words or words[0].startswith("-"):
+        raise ValueError("name a recipe, such as recipes/cc3m_rn50.toml")
+    cost = parse(Cost, ["--config", *words])
+    given = Config(**{entry.name: getattr(cost, entry.name) for entry in fields(Config)})
+    check(given)
+    decided, _ = resolved(given)
+    return replace(cost, **vars(decided))
+
+
+def report(words: Sequence[str]) -> list[str]:
+    """The lines that the command prints."""
+    cost = read(words)
+    forward, episodes = forward_flops(cost.model), cost.episodes
+    flops = run_flops(cost, forward)
+    total = sum(flops.values())
+    seen = episodes.count * episodes.size
+    taken = hours(cost, total)
+    rate = images_decoded(cost) / (hours(cost, total - flops["teacher"]) * 3600)
+    rows = {
+        "parameters": f"{forward.parameters / 1e6:.1f} million in the towers",
+        "forward pass": f"{forward.image / 1e9:.1f} GFLOP an image, {forward.text / 1e9:.1f} a "
+        f"caption, {forward.heads / 1e9:.3f} in the heads",
+        "pairs": f"{seen:,} in {episodes.count:,} episodes"
+        + (f", {seen / cost.pairs:.1f} passes over {cost.pairs:,}" if cost.pairs else ""),
+        "FLOPs a pair": f"{total / seen / 1e9:.1f} G, all included",
+        **{name: f"{part / total:.1%} of {total:.2e} FLOPs" for name, part in flops.items()},
+        "hours": f"{taken:.1f} on {cost.cards} {cost.card} at {cost.share:.0%} of "
+        f"{PEAK[cost.card]:.0f} TFLOP/s",
+        "cores": f"{math.ceil(rate / cost.images_per_core)} to decode {rate:,.0f} images/s, at "
+        f"{cost.images_per_core:,.0f} a core",
+    }
+    return [f"{name:<13} {text}" for name, text in rows.items()]
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # open_clip warns that there are no weights
+    try:
+        print("\n".join(report(sys.argv[1:])))
+    except ValueError as error:
+        sys.exit(f"recipe_cost.py: error: {error}")

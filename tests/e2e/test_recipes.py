@@ -1,0 +1,291 @@
+"""Every recipe parses, builds its towers at full size, costs what its head says, and trains."""
+
+import importlib.util
+import json
+import logging
+import re
+import shlex
+import string
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import transformers
+from safetensors.torch import save_file
+
+from protoclip.cli import COMMANDS, main
+from protoclip.cli.parsing import parse
+from protoclip.config import Config, ModelConfig, check
+from protoclip.testing import tiny_pairs
+from protoclip.training import trainer
+from protoclip.training.stages import stage_of
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+# Those that have been run, so that docs/LOG.md has their time and numbers.
+MEASURED = [name for name in RECIPES if name.startswith("emoji_")]
+ESTIMATED = [name for name in RECIPES if name not in MEASURED]
+
+# Sizes that train a step in milliseconds.
+TINY = {
+    "run.device": "cpu",
+    "run.precision": "fp32",
+    "run.log_every": 1,
+    "run.evaluate": False,
+    "run.evaluate_every": 0,
+    "data.workers": 0,
+    "data.validation": 0,
+    "episodes.size": 16,
+    "episodes.count": 3,
+    "episodes.batch_size": 16,
+    "prototypes.number": 4,
+    "teacher.number": 4,
+}
+TINY_HEADS = {"model.heads.hidden_dim": 32, "model.heads.projection_dim": 8}
+TINY_TEXT = {"context_length": 8, "width": 16, "heads": 2, "layers": 1}
+TINY_TOWERS = {"model.name": None, "model.embed_dim": 16, **TINY_HEADS, "model.image.size": 32}
+TINY_TOWERS |= {f"model.text.{name}": value for name, value in TINY_TEXT.items()}
+RESNET, VIT = {"model.image.name": "resnet10t"}, {"model.image.name": "test_vit"}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands name recipes from there."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def cost() -> Iterator[Any]:
+    """scripts/recipe_cost.py."""
+    path = ROOT / "scripts" / "recipe_cost.py"
+    spec = importlib.util.spec_from_file_location("recipe_cost", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "recipe_cost", module)
+        spec.loader.exec_module(module)
+        counted, known = module.forward_flops, {}  # recipes share towers
+
+        def forward_flops(config: ModelConfig) -> Any:
+            key = repr(config)
+            known[key] = known.get(key) or counted(config)
+            return known[key]
+
+        patch.setattr(module, "forward_flops", forward_flops)
+        logging.disable(logging.WARNING)  # open_clip warns that there are no weights
+        yield module
+        logging.disable(logging.NOTSET)
+
+
+def head(recipe: str) -> dict[str, str]:
+    """The entries of the comment that opens a recipe, such as `command`; lines are joined."""
+    lines = (ROOT / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8").splitlines()
+    found = {"title": ""}
+    for line in lines[: lines.index(next(text for text in lines if not text.startswith("#")))]:
+        if match := re.match(r"# (\w+): +(.*)", line):
+            found[match[1]] = match[2]
+        else:
+            newest = [*found][-1]
+            found[newest] = f"{found[newest].removesuffix(chr(92))} {line[1:].strip()}".strip()
+    return found
+
+
+def commands(recipe: str) -> list[list[str]]:
+    """The words behind `protoclip` of each command that a head names."""
+    words = shlex.split(head(recipe)["command"])
+    starts = [place for place, word in enumerate(words) if word == "protoclip"]
+    ends = [*starts[1:], len(words)]
+    found = [words[first + 1 : last] for first, last in zip(starts, ends, strict=True)]
+    return [part[: part.index("torchrun")] if "torchrun" in part else part for part in found]
+
+
+def configuration(recipe: str, *changes: str) -> Config:
+    """What the last command of a head trains, with other options behind it."""
+    command, *words = commands(recipe)[-1]
+    found = parse(COMMANDS[command], [*words, *changes])
+    return Config(**{entry.name: getattr(found, entry.name) for entry in fields(Config)})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_head_says_what_to_type_and_what_to_expect(recipe):
+    """Every command parses, and no setting is without effect."""
+    entries = head(recipe)
+    assert {"command", "hardware", "expected"} <= entries.keys()
+    assert ("Not run here." in entries["title"]) == (recipe in ESTIMATED)
+    for command, *words in commands(recipe)[:-1]:
+        parse(COMMANDS[command], words)
+    assert f"recipes/{recipe}.toml" in commands(recipe)[-1]
+    assert check(configuration(recipe)) == []
+    changes = re.findall(r'(--[\w.]+) ("[^"]+"|[\w.]+)', entries.get("baseline", ""))
+    assert ("baseline" in entries) == bool(changes)
+    baseline = configuration(recipe, *(word.strip('"') for pair in changes for word in pair))
+    check(baseline)
+    assert not changes or not baseline.uses_prototypes
+
+
+@pytest.mark.parametrize("recipe", ESTIMATED)
+def test_the_towers_build_and_the_hours_are_those_of_the_model_of_cost(recipe, cost):
+    """The towers are built at full size, on the meta device."""
+    hours, _, command = head(recipe)["time"].partition(
+        " hours by a model of cost (docs/scaling.md): python scripts/recipe_cost.py "
+    )
+    lines = cost.report(shlex.split(command))
+    (said,) = (line.split()[1] for line in lines if line.startswith("hours "))
+    assert said == hours
+    table = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"\| \[{recipe}\].*", table)
+    assert f"| {hours} h on " in row
+
+
+# Millions of parameters, and billions of FLOPs of an image and a text, by open_clip's
+# docs/model_profile.csv.
+PUBLISHED = {
+    "cc3m_rn50": (102.01, 12.22, 5.96),
+    "yfcc15m_vitb16": (149.62, 35.13, 5.96),
+    "finetune_vitb32": (151.28, 8.82, 5.96),
+    "finetune_siglip": (203.16, 35.42, 11.02),
+}
+
+
+@pytest.mark.parametrize("recipe", [*PUBLISHED])
+def test_parameters_and_flops_are_those_that_open_clip_publishes(recipe, cost):
+    words = head(recipe)["time"].partition("recipe_cost.py ")[2]
+    forward = cost.forward_flops(cost.read(shlex.split(words)).model)
+    found = (forward.parameters / 1e6, forward.image / 1e9, forward.text / 1e9)
+    assert found == pytest.approx(PUBLISHED[recipe], rel=0.003)
+
+
+def test_what_the_flops_of_a_run_are_made_of(cost):
+    """Two prototypical episodes of four, by hand, then what each setting adds."""
+
+    def flops(**changes: Any) -> dict[str, float]:
+        settings = {"size": 100, "count": 4, "batch_size": 20, **changes.pop("episodes", {})}
+        tree = {
+            "episodes": settings,
+            "prototypes": {"number": 10, "iterations": 6, "restarts": 2},
+            "model": {"heads": {"projection_dim": 5}},
+            **changes,
+        }
+        config = Config.from_dict(tree)
+        given = {entry.name: getattr(config, entry.name) for entry in fields(Config)}
+        forward = cost.Forward(image=7.0, text=3.0, heads=1.0, parameters=0)
+        return cost.run_flops(cost.Cost(**given, pairs=1000, teacher_parameters=50.0), forward)
+
+    usual = {
+        "training": 100 * (3 * (3 * 10 + 3) + 7 + 3 * 3),
+        "extraction": 100 * 2 * 11,
+        "K-means": 2 * (2 * 100 * 10 * 5 * 6 * 2) * 2,
+        "teacher": 0,
+    }
+    assert flops() == usual
+    more = 100 * 4 * 10
+    for changes in (
+        {"episodes": {"micro_batch_size": 10}},
+        {"parallel": {"activation_checkpointing": True}},
+    ):
+        assert flops(**changes) == {**usual, "training": usual["training"] + more}
+    assert flops(episodes={"micro_batch_size": 20}) == usual
+    with_teacher = flops(teacher={"features": "emoji", "number": 10})
+    assert with_teacher["extraction"] == 0
+    assert with_teacher["K-means"] == 1.5 * usual["K-means"]
+    assert with_teacher["teacher"] == 2 * 50 * 1000 * 77
+    assert flops(loss={"prototypical": 0.0})["K-means"] == 0
+
+
+def test_a_card_that_is_not_known_is_a_line(cost):
+    with pytest.raises(ValueError, match="card: 'abacus' is not one of A100"):
+        cost.report(["recipes/cc3m_rn50.toml", "--card", "abacus"])
+    with pytest.raises(ValueError, match="name a recipe"):
+        cost.report(["--cards", "8"])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 48 pairs, and features of a teacher for them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    table = tiny_pairs(48)
+    pq.write_table(table, folder / "pairs.parquet")
+    features = np.random.default_rng(0).normal(size=(48, 6)).astype(np.float32)
+    teacher = {"sample_id": table["sample_id"], "features": pa.array(list(features))}
+    pq.write_table(pa.table(teacher), folder / "teacher.parquet")
+    return folder
+
+
+def train(pairs: Path, settings: dict[str, Any], out: Path) -> list[str]:
+    """Train by the command line; returns the names of the stages that were entered."""
+    visited: list[str] = []
+
+    def enter(model: Any, stage: Any) -> None:
+        visited.append(stage.name)
+        original(model, stage)
+
+    original = trainer.enter_stage
+    words = ["train"]
+    for name, value in settings.items():
+        words += [f"--{name}", str(value)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "enter_stage", enter)
+        main([*words, "--data.train", str(pairs / "pairs.parquet"), "--run.out", str(out)])
+    return visited
+
+
+def save_bert(folder: Path) -> Path:
+    """A tiny text model with its tokenizer, one token a letter."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
+    tokenizer = transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.BertConfig(**sizes, num_attention_heads=2, vocab_size=len(names))
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def starts(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By recipe, settings for weights of this machine in place of those to download."""
+    folder = tmp_path_factory.mktemp("starts")
+    once = {**TINY, **TINY_TOWERS, **VIT, "episodes.count": 1, "episodes.warm_up": 0}
+    once |= {"episodes.locked_image": 0, "loss.prototypical": 0}
+    for instance in ("info_nce", "sigmoid"):
+        train(pairs, {**once, "loss.instance": instance}, folder / instance)
+    save_file(timm.create_model("test_vit").state_dict(), folder / "test_vit.safetensors")
+    halves = {"model.image.weights": folder / "test_vit.safetensors", "model.image.size": 32}
+    halves |= {"model.text.name": save_bert(folder / "bert")}
+    return {
+        "finetune_vitb32": {"model.start": str(folder / "info_nce")},
+        "finetune_siglip": {"model.start": str(folder / "sigmoid")},
+        "dual_encoder": {**VIT, **halves, **TINY_HEADS},
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_three_steps_visit_every_stage(recipe, pairs, starts, tmp_path):
+    """With all that the recipe sets but its sizes, and towers of its kind."""
+    config = configuration(recipe)
+    transformer = config.model.name is not None and config.model.name.startswith("ViT")
+    towers = {**TINY_TOWERS, **(VIT if transformer else RESNET)}
+    settings = {"config": ROOT / "recipes" / f"{recipe}.toml", **TINY}
+    settings |= starts.get(recipe, towers)
+    for name in ("warm_up", "locked_image"):
+        settings[f"episodes.{name}"] = min(getattr(config.episodes, name), 1)
+    if config.episodes.micro_batch_size is not None:
+        settings["episodes.micro_batch_size"] = 8
+    if config.teacher.features is not None:
+        settings["teacher.features"] = pairs / "teacher.parquet"
+    visited = train(pairs, settings, tmp_path / "run")
+    expected = [stage_of(config, index).name for index in range(config.episodes.count)]
+    assert len(visited) == 3
+    assert [*dict.fromkeys(visited)] == [*dict.fromkeys(expected)]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [line for line in map(json.loads, lines) if "train/loss/total" in line]
+    losses = [line["train/loss/total"] for line in metrics]
+    assert len(losses) == 3
+    assert np.isfinite(losses).all()
