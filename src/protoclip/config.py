@@ -185,7 +185,7 @@ class PrototypeConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
-    features: str | None = None  # Folder of embed-teacher, or a file; or emoji, start.
+    features: str | None = None  # Folder of embed-teacher, file, emoji or start.
     weight: NotNegative = 1.0  # Factor to loss.teacher.
     number: Count = 400  # Prototypes of the teacher's space.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
