@@ -10,16 +10,18 @@ from timm.models import group_parameters
 from torch import nn
 
 from protoclip.config import Config
+from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.loading import described, followed, has_logit_bias, tower_kind
 from protoclip.models.towers import small_sizes
 
 LOCKED_WARM_UP = 2  # steps
-# The layers of open_clip's own towers and of Hugging Face's text towers: embeddings (or the stem),
-# then the numbered blocks (or stages). What matches neither is behind the last block.
+# The layers of open_clip's own towers and of Hugging Face's: embeddings (or the stem), then the
+# numbered blocks (or stages). What matches neither is behind the last block.
 LAYERS = {
     "stem": r"conv\d|bn\d|class_embedding|positional_embedding|ln_pre|token_embedding|cls_emb|"
-    r"transformer\.embeddings",
-    "blocks": r"(?:transformer\.resblocks|transformer\.encoder\.layer|layer)\.?(\d+)",
+    r"(?:transformer|model)\.embeddings",
+    "blocks": r"(?:transformer\.resblocks|(?:transformer|model)(?:\.encoder)?\.layers?|layer)"
+    r"\.?(\d+)",
 }
 
 
@@ -176,8 +178,11 @@ def layer_distances(model: Any) -> dict[str, int]:
         ValueError: timm does not say which layers an image tower has.
     """
     towers = model.towers
-    trunk = getattr(towers.visual, "trunk", None)
+    trunk, place = getattr(towers.visual, "trunk", None), "visual.trunk."
     behind = [*getattr(towers.visual, "head", nn.Identity()).parameters()]
+    if isinstance(towers, HuggingFaceTowers):
+        trunk, place = getattr(towers.visual.model, "timm_model", None), "visual.model.timm_model."
+        behind = [*towers.visual.projection.parameters()]
     parts: list[tuple[str, nn.Module, Any, int]] = [("", towers, LAYERS, 0)]
     if hasattr(towers, "text"):
         parts = [("text.", towers.text, LAYERS, 0)]
@@ -189,7 +194,7 @@ def layer_distances(model: Any) -> dict[str, int]:
         )
     else:
         matcher = trunk.group_matcher(coarse=True)
-        parts.append(("visual.trunk.", trunk, matcher, 1 if behind else 0))
+        parts.append((place, trunk, matcher, 1 if behind else 0))
     found: dict[str, int] = {}
     for prefix, part, matcher, beyond in parts:
         numbers = group_parameters(part, matcher, reverse=True)

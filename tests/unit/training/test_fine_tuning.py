@@ -4,6 +4,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -32,6 +33,9 @@ from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training.optim import layer_distances, optimizer
 from protoclip.training.run import check_settings, flat, to_toml, train
 from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited, stage_of
+
+sys.path.append(str(Path(__file__).parents[2]))
+from tiny_hugging_face import save_dual_encoder, save_siglip
 
 VIT = replace(tiny_model(), image=ImageTowerConfig(name="test_vit", size=32))
 BATCH = torch.randn(4, 3, 32, 32), torch.randint(1, 99, (4, 8))
@@ -135,6 +139,20 @@ def test_hugging_face_text_towers_have_layers_too():
     assert found["towers.text.proj.weight"] == 0
     assert found["towers.text.transformer.encoder.layer.1.output.dense.weight"] == 1
     assert found["towers.text.transformer.embeddings.word_embeddings.weight"] == 3
+
+
+@pytest.mark.parametrize("save", [save_siglip, save_dual_encoder])
+def test_towers_of_transformers_have_layers_too(save, tmp_path):
+    """Embeddings, one block, and what is behind it, of both towers."""
+    save(tmp_path)
+    built = loading.architecture(ModelConfig(start=f"hf:{tmp_path}"), weights="none")
+    found = layer_distances(built)
+    for tower in ("visual", "text"):
+        names = {n: k for n, k in found.items() if n.startswith(f"towers.{tower}.")}
+        assert {k for n, k in names.items() if "embeddings." in n} == {2}
+        assert {k for n, k in names.items() if ".0." in n and ".layer" in n} == {1}
+        assert {k for n, k in names.items() if ".projection.weight" in n} <= {0, 2}
+        assert set(names.values()) == {0, 1, 2}
 
 
 def test_layer_decay_lowers_the_rate_of_early_layers():
