@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import protoclip
@@ -174,6 +174,7 @@ def render(values: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
+        undefined=StrictUndefined,
         finalize=printable,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -202,8 +203,8 @@ def printable(value: Any) -> Any:
 
 def clipped(text: Any, length: int = LONGEST) -> str:
     """At most so many characters of a text."""
-    text = str(text)
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+    whole = str(text)
+    return whole if len(whole) <= length else whole[: length - 1].rstrip() + "…"
 
 
 def number(value: float) -> str:
