@@ -11,8 +11,8 @@ from interrupting import with_changes
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 
-# A script, an image that would load, a mark that turns text, a bell, an emoji of joined parts.
-HOSTILE = "<script>alert(1)</script><img src='http://evil.test/x'>\u202eturned\x07 👩\u200d🚀"
+# An emoji of joined parts, a script, an image that would load, a mark that turns text, a bell.
+HOSTILE = "👩\u200d🚀 <script>alert(1)</script><img src='//e.test/x'>\u202eturn\x07"
 
 
 def hostile_pairs(path: Path, number: int = 60) -> Path:

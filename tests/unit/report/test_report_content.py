@@ -96,9 +96,8 @@ def test_texts_are_never_markup(runs, tmp_path):
     assert images
     assert all(of["src"].startswith("data:image/webp;base64,") and of["alt"] for of in images)
     whole = " ".join(page.sections.values())
-    assert "<script>alert(1)</script><img src='http://evil.test/x'>turned" in whole
+    assert "👩\u200d🚀 <script>alert(1)</script><img src='//e.test/x'>turn" in whole
     assert "<script>alert(2)</script>x" in whole
-    assert "👩\u200d🚀" in whole
     assert not re.search("[\u202e\x07]", (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "<img src=x>" in page.sections["data"]
 
@@ -121,9 +120,7 @@ def test_runs_that_are_not_whole_get_sentences(runs, tmp_path):
     assert "stopped is not shown on examples: it has no checkpoint." in said
     assert "old is not shown on examples: another version of protoclip wrote this run" in said
     assert re.search(r"gone is not shown on examples: \S*none.parquet: ", said)
-    assert "Not finished, so without results: stopped." in " ".join(
-        page.sections["results"].split()
-    )
+    assert "Not finished, so without results: stopped ." in page.sections["results"]
     assert "not finished: step 6 of 6" in page.sections["runs"]
     assert page.sections["curves"].count("Total loss") == 1
     assert "No model could be shown on examples" in page.sections["maps"]

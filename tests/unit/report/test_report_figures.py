@@ -39,7 +39,7 @@ def test_ids_are_of_one_figure_and_nothing_is_fetched():
         used = re.findall(r'(?:href="|url\()#([\w-]+)', svg)
         assert used
         assert {*used} <= {*re.findall(r' id="([^"]*)"', svg)}
-        assert not re.findall(r'(?:href|src)="(?!#)|url\((?!#)|<script|<metadata', svg)
+        assert not re.findall(r'(?:href|src)="(?!#)|url\((?!#)|<script|<style|<metadata', svg)
         assert svg.startswith('<svg aria-hidden="true"')
         assert "width" not in svg[: svg.index(">")]
 
