@@ -405,9 +405,11 @@ def show_models(
     seed: int,
     device: torch.device | None,
 ) -> list[Shown]:
-    """Run the first run of each name on example pairs."""
-    first = {run.name: place for place, run in reversed(list(enumerate(runs)))}
-    places = sorted(first.values())
+    """Run the first run of each name that has a checkpoint on example pairs."""
+    by_name: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        by_name.setdefault(run.name, []).append(place)
+    places = [min(of, key=lambda place: not runs[place].checkpoints) for of in by_name.values()]
     progress = Progress("report", len(places))
 
     @functools.cache
@@ -418,45 +420,43 @@ def show_models(
     configs: list[Config] = []
     known: dict[str, int] = {}  # runs on the same data share their examples
     uris: dict[tuple[int, int], str] = {}
-    for done, place in enumerate(places, 1):
+    for done, place in enumerate(places):
         run, label = runs[place], names[place]
-        progress.update(done - 1, label)
+        progress.update(done, printable(label))
         if run.config is None:
             shown.append(Shown(label=label, problem=run.problem))
-        elif done > 1 and time.monotonic() - started > 60 * minutes:
+            continue
+        if done and time.monotonic() - started > 60 * minutes:
             reason = f"left out after {minutes:g} minutes; --minutes allows more"
             shown.append(Shown(label=label, problem=reason))
-        else:
-            number = known.setdefault(repr(run.config.data), len(configs))
-            if number == len(configs):
-                configs.append(run.config)
-            try:
-                examples = examples_of(number)
-                found = looks.look(
-                    examples,
-                    run.config,
-                    run.checkpoints,
-                    seed=seed,
-                    device=device or torch.device("cpu"),
-                )
-            except (ValueError, OSError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                shown.append(Shown(label=label, problem=clipped(reason, 400)))
-                continue
-
-            def uri(row: int, number: int = number, examples: Examples = examples) -> str:
-                if (number, row) not in uris:
-                    content = looks.thumbnail(examples.pairs.images[row])
-                    encoded = base64.b64encode(content).decode()
-                    uris[number, row] = f"data:image/webp;base64,{encoded}"
-                return uris[number, row]
-
-            shown.append(
-                Shown(
-                    label=label, examples=examples, look=found, images=uri, maps=maps(found, label)
-                )
+            continue
+        number = known.setdefault(repr(run.config.data), len(configs))
+        if number == len(configs):
+            configs.append(run.config)
+        try:
+            examples = examples_of(number)
+            found = looks.look(
+                examples,
+                run.config,
+                run.checkpoints,
+                seed=seed,
+                device=device or torch.device("cpu"),
             )
-        progress.update(done)
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            shown.append(Shown(label=label, problem=clipped(reason, 400)))
+            continue
+
+        def uri(row: int, number: int = number, examples: Examples = examples) -> str:
+            if (number, row) not in uris:
+                content = looks.thumbnail(examples.pairs.images[row])
+                encoded = base64.b64encode(content).decode()
+                uris[number, row] = f"data:image/webp;base64,{encoded}"
+            return uris[number, row]
+
+        drawn = maps(found, label)
+        shown.append(Shown(label=label, examples=examples, look=found, images=uri, maps=drawn))
+    progress.update(len(places))
     return shown
 
 

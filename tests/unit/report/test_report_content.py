@@ -158,7 +158,7 @@ def test_the_analysis_is_taken_where_it_has_seen_the_newest_checkpoint(runs, tmp
         assert "Image and text groups agree (AMI)" in page.sections["curves"]
 
 
-def test_seeds_share_a_colour_and_one_of_them_is_shown(runs, tmp_path):
+def test_of_several_seeds_the_first_with_a_checkpoint_is_shown(runs, tmp_path):
     shutil.copytree(runs / "proto", tmp_path / "second")
     for file, old, new in (
         ("config.toml", "seed = 0", "seed = 1"),
@@ -166,10 +166,13 @@ def test_seeds_share_a_colour_and_one_of_them_is_shown(runs, tmp_path):
     ):
         text = (tmp_path / "second" / file).read_text()
         (tmp_path / "second" / file).write_text(text.replace(old, new))
-    page = page_of(tmp_path, runs / "clip", runs / "proto", tmp_path / "second")
+    shutil.rmtree(tmp_path / "second" / "checkpoints")
+    page = page_of(tmp_path, runs / "clip", tmp_path / "second", runs / "proto")
     assert "proto, seed 1" in page.sections["runs"]
     assert "2 seeds" in page.sections["results"]
     assert page.sections["maps"].count("After step 6") == 2
+    assert "proto, seed 0" in page.sections["maps"]
+    assert "not shown" not in page.sections["grouping"]
     assert "Seeds of one model look alike." in page.sections["curves"]
 
 
