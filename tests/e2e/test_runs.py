@@ -261,8 +261,8 @@ def test_the_reference_is_one_recipe_away(seen):
 
 
 def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys):
-    """Three arms, one table, results.json, a report; `evaluate` repeats a run's metrics, and `compare` shows
-    differences. A second call trains what is not finished, and no other seed."""
+    """Three arms, one table, results.json, a report; `evaluate` repeats a run's metrics, and
+    `compare` shows differences. A second call trains what is not finished, and no other seed."""
     original, small = demo.arms, tiny_config(out="")
 
     def arms(*, seed: int, out: str) -> dict[str, Config]:
