@@ -105,8 +105,9 @@ def basis(difference: Mapping[str, Any], ends: Interval | None) -> str:
     """The interval of a difference, and over what it is paired."""
     if ends is None:
         return "(no interval: the runs share no seed, or have no results by sample)"
-    digits = 1 if all(round(100 * end, 1) for end in ends) else 2  # "+0.0" would say nothing
-    low, high = (f"{100 * end:+.{digits}f}" for end in ends)
+    near = any(abs(end) < 0.0005 for end in ends)
+    digits = 2 if near and difference["beyond"] else 1  # "+0.0" is not beyond 0
+    low, high = (f"{round(100 * end, digits) + 0.0:+.{digits}f}" for end in ends)
     over = f"{difference['n']} seeds" if difference["kind"] == "seeds" else "test samples"
     count = f"{difference['n']:,} " if difference["kind"] != "seeds" else ""
     return f"[{low}, {high}], paired over {count}{over}"
