@@ -75,7 +75,7 @@ clean: ## Remove .venv, caches and builds
 
 .venv/runtime: .venv/home pyproject.toml
 	@echo "Installing protoclip into .venv ($(NOTE))"
-	@$(PIP_INSTALL) --editable .
+	@$(PIP_INSTALL) --editable '.[report]'
 	@touch $@
 
 .venv/dev: .venv/home pyproject.toml

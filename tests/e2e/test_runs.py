@@ -261,8 +261,8 @@ def test_the_reference_is_one_recipe_away(seen):
 
 
 def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys):
-    """Three arms, one table, results.json; `evaluate` repeats a run's metrics, and `compare` shows
-    differences. A second call trains what is not finished, and no other seed."""
+    """Three arms, one table, results.json, a report; `evaluate` repeats a run's metrics, and
+    `compare` shows differences. A second call trains what is not finished, and no other seed."""
     original, small = demo.arms, tiny_config(out="")
 
     def arms(*, seed: int, out: str) -> dict[str, Config]:
@@ -280,7 +280,9 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]
     assert len({entry["samples_seen"]["mean"] for entry in entries}) == 1
     assert json.loads(Path("demo/results.json").read_text()) == json.loads(to_json(entries))
-    assert re.search(r"linear probe[^\0]*kNN[^\0]*samples seen", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"linear probe[^\0]*kNN[^\0]*samples seen[^\0]*demo/report.html", said)
+    assert "ProtoCLIP + teacher" in Path("demo/report.html").read_text(encoding="utf-8")
 
     main(["evaluate", "demo/clip", "--json"])
     records = {record["task"]: record for record in json.loads(capsys.readouterr().out)}

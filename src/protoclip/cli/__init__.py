@@ -16,6 +16,7 @@ from protoclip.cli.evaluate import Evaluate
 from protoclip.cli.export import Export
 from protoclip.cli.finetune import Finetune
 from protoclip.cli.parsing import aligned, help_text, parse
+from protoclip.cli.report import Report
 from protoclip.cli.train import Train
 
 COMMANDS: dict[str, type[Any]] = {
@@ -24,6 +25,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "analyze": Analyze,
+    "report": Report,
     "export": Export,
     "demo": Demo,
     "embed-teacher": EmbedTeacher,

@@ -1,6 +1,8 @@
 """`protoclip demo`: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side."""
 
+import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from protoclip.progress import duration
 
 # Fourteen passes take twelve minutes on two slow cores, and are enough to tell the arms apart.
 EPISODES = 24
+EXAMPLES = 600  # pairs in the report, which takes ten seconds so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,26 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
     compare.show(entries)
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
+    report = write_report(folders.values(), out / "report.html")
     print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
+    if report:
+        print(f"  {out}/report.html           the runs to look at, in a browser")
     print(f"  {out}/results.json          this table")
     print(f"  {out}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
     print(f"  tensorboard --logdir {out}  curves")
     return entries
+
+
+def write_report(folders: Iterable[Path], path: Path) -> bool:
+    """Write the report of the arms; whether it could be."""
+    from protoclip.cli.report import require
+
+    try:
+        require()
+    except ValueError as error:
+        print(f"note: no report.html: {error}", file=sys.stderr)
+        return False
+    from protoclip.report import page
+
+    page.write_report(list(folders), path, samples=EXAMPLES)
+    return True

@@ -1,7 +1,7 @@
 """The grouping of a run's representations over its checkpoints: what `protoclip analyze` does."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from protoclip.data import sources
 from protoclip.data.decode import decode
 from protoclip.data.inspect import drawn
 from protoclip.data.loader import read_sample
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs, Sample
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs, Sample, SampleStream
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
@@ -30,6 +30,8 @@ from protoclip.prototypes.nearest import nearest
 
 PAIRS_PER_GROUP = 5  # at least, in the mean
 BATCH_SIZE = 256
+# Unit-norm rows, by space (features, projections) and by `images` or `texts`.
+Spaces = dict[str, dict[str, Float[Tensor, "n _"]]]
 HINT = "train with --run.save_steps N --run.keep_checkpoints 100"
 
 
@@ -42,6 +44,7 @@ class HeldOut:
     captions: Sequence[str]
     classes: Int[Tensor, " n"] | None
     skipped: int  # Samples that could not be read.
+    groups: Sequence[int] | None = None  # Pairs of one group fit each other, where data say so.
 
 
 def analyze(
@@ -139,7 +142,11 @@ def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldO
         if not judged_by:
             raise ValueError(f"{run}: no pairs are held out; name some with --data")
         return of_split(judged_by[0], samples)
-    source = sources.pairs(Config(data=DataConfig(train=data)))
+    return of_source(sources.pairs(Config(data=DataConfig(train=data))), samples)
+
+
+def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
+    """Pairs of a source, drawn evenly; of a stream the first ones."""
     if isinstance(source, Pairs):
         items: Any = drawn(len(source), min(samples, len(source)), seed=0)
     else:
@@ -183,17 +190,32 @@ def of_split(data: EvaluationData, samples: int) -> HeldOut:
         captions=[split.captions[row][0] for row in rows],
         classes=None if split.labels is None else split.labels[rows],
         skipped=len(drawn_rows) - len(rows),
+        groups=None if split.groups is None else [split.groups[row] for row in rows],
     )
 
 
-@torch.inference_mode()
-def embed(
-    checkpoint: Path, pairs: HeldOut, *, project: bool, device: torch.device
-) -> dict[str, dict[str, Float[Tensor, "n _"]]]:
-    """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
+def embed(checkpoint: Path, pairs: HeldOut, *, project: bool, device: torch.device) -> Spaces:
+    """What the model of a checkpoint makes of pairs, as `embed_with`."""
     loaded, transform, tokenizer = loading.load(checkpoint)
     assert isinstance(loaded, ProtoCLIP)
-    model = loading.to_device(loaded, device).eval()
+    try:
+        return embed_with(loaded, transform, tokenizer, pairs, project=project, device=device)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+
+
+@torch.inference_mode()
+def embed_with(
+    model: ProtoCLIP,
+    transform: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    pairs: HeldOut,
+    *,
+    project: bool,
+    device: torch.device,
+) -> Spaces:
+    """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
+    model = loading.to_device(model, device).eval()
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(pairs.images), BATCH_SIZE):
         batch = slice(start, start + BATCH_SIZE)
@@ -205,7 +227,7 @@ def embed(
                 parts.setdefault(name, []).append(rows.float().cpu())
     joined = {name: torch.cat(rows) for name, rows in parts.items()}
     if not all(rows.isfinite().all() for rows in joined.values()):
-        raise ValueError(f"{checkpoint}: the model's features are not finite; it has diverged")
+        raise ValueError("the model's features are not finite; it has diverged")
     return {
         space: {"images": joined[f"image_{space}"], "texts": joined[f"text_{space}"]}
         for space in ("features", "projections")

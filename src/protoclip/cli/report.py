@@ -1,0 +1,48 @@
+"""`protoclip report`."""
+
+import sys
+from dataclasses import KW_ONLY, dataclass
+from importlib.util import find_spec
+
+from protoclip.config import Count, Positive, Seed
+
+NEEDED = ("jinja2", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a report of runs: one HTML file to read and to send.
+
+    Runs may be unfinished. The first one's name is what others are compared to.
+    """
+
+    runs: list[str]  # Run folders.
+    _: KW_ONLY
+    out: str = "report.html"  # The file to write.
+    samples: Count = 1000  # Most example pairs, on which models are shown.
+    minutes: Positive = 10.0  # After this long no further model is run on examples.
+    seed: Seed = 0  # Draws the examples.
+
+    def __call__(self) -> None:
+        require()
+        import torch
+
+        from protoclip.distributed import collectives
+        from protoclip.report.page import write_report
+
+        torch.set_flush_denormal(True)
+        path = write_report(
+            self.runs,
+            self.out,
+            samples=self.samples,
+            minutes=self.minutes,
+            seed=self.seed,
+            device=collectives.device("auto"),
+        )
+        print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
+
+
+def require() -> None:
+    """Raise a `ValueError` that says what to install, if the report's libraries are missing."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ValueError(f"report: needs {' and '.join(missing)}; pip install 'protoclip[report]'")

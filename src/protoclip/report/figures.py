@@ -1,0 +1,140 @@
+"""Figures as SVG whose colours follow the page: matplotlib draws, and the page's CSS colours.
+
+matplotlib draws with stand-in colours, which become CSS variables. So one figure suits light, dark
+and paper, and needs no script. Names and captions are never drawn: they stay text of the page.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter
+
+from protoclip.report.looks import Map
+from protoclip.report.runs import Curve
+
+COLOURS = 8  # of models, in report.css
+DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)))
+MOST_POINTS = 300  # of a curve; more are averaged in equal parts
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "protoclip",
+    "font.size": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.4,
+    "path.simplify_threshold": 0.5,
+}
+# Stand-ins for the page's colours.
+INK, GRID, IMAGE, TEXT = "#abc0f0", "#abc0f1", "#abc0f2", "#abc0f3"
+VARIABLES = {INK: "--quiet", GRID: "--line", IMAGE: "--image", TEXT: "--text"}
+_numbers = count()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A curve of a run; `model` numbers the model, which sets colour and dashes."""
+
+    model: int
+    curve: Curve
+
+
+def line_chart(series: Sequence[Series]) -> Markup:
+    """Curves over samples seen, over each other. Seeds of one model look alike."""
+    with mpl.rc_context(STYLE):
+        figure, axes = blank(3.5, 2.0)
+        for of in series:
+            x, y = thinned(of.curve)
+            dashes = DASHES[of.model // COLOURS % len(DASHES)]
+            mark = "o" if len(x) < 3 else None
+            axes.plot(x, y, color=stand_in(of.model), ls=dashes, marker=mark, ms=3)
+        axes.margins(x=0.02)
+        axes.locator_params(nbins=5)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if not any(of.curve[1].any() for of in series):  # nothing but zeros
+            axes.set_ylim(0, 1)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
+        return svg(figure)
+
+
+def map_chart(drawn: Map, *, limit: float) -> Markup:
+    """Images as dots and texts as crosses; equal `limit` makes two maps comparable."""
+    with mpl.rc_context(STYLE):
+        figure, axes = blank(3.5, 3.2)
+        for places, mark, colour in ((drawn.images, "o", IMAGE), (drawn.texts, "x", TEXT)):
+            axes.plot(*places.T, mark, color=colour, ms=2.6, mew=0.6, mfc="none")
+        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        axes.locator_params(nbins=5)
+        axes.set_xlabel("first component")
+        axes.set_ylabel("second component")
+        return svg(figure)
+
+
+def blank(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.tick_params(colors=INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+    return figure, axes
+
+
+def thinned(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """A curve of at most `MOST_POINTS` points, each the mean of its part."""
+    if len(curve[0]) <= MOST_POINTS:
+        return curve
+    x, y = (
+        np.array([part.mean() for part in np.array_split(values, MOST_POINTS)]) for values in curve
+    )
+    return x, y
+
+
+def stand_in(model: int) -> str:
+    return f"#abc0{model % COLOURS:02x}"
+
+
+def svg(figure: Figure) -> Markup:
+    """The figure as the inside of a page: no size of its own, ids of its own, the page's colours.
+
+    The page wraps it and describes it, so it is hidden from screen readers.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # matplotlib's style sheet would style the whole page; report.css has its two rules.
+    for part in ("metadata", "style"):
+        text = re.sub(rf"<{part}\b.*?</{part}>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    used = set(re.findall(r"#([\w-]+)[\")]", text))
+    prefix = f"f{next(_numbers)}-"
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'href="#', f'href="#{prefix}', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    text = re.sub(r"#abc0(0[0-7])", lambda m: f"var(--model-{int(m[1])})", text)
+    # "none" keeps fonts as text; the page's own font suits it better than matplotlib's.
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    return Markup(text)  # (matplotlib's own, with numbers and our words only)

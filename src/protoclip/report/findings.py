@@ -1,0 +1,186 @@
+"""Which model is better on what, by how much: sentences, and the table of all metrics."""
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from protoclip.evaluation import compare
+from protoclip.evaluation.samples import MEANS, SampleResults, interval, resampled
+
+# The measures of the sentences, by the end of their names, and how a sentence names them.
+HEADLINES = {
+    "zero_shot/acc1": "zero-shot classification",
+    "retrieval/image_to_text@1": "finding the caption of an image",
+    "retrieval/text_to_image@1": "finding an image for a caption",
+    "linear_probe/acc1": "the linear probe",
+    "knn/acc1": "nearest-neighbour classification",
+    "clustering/ami": "grouping images by class (AMI)",
+}
+Results = Mapping[str, Any]  # as `compare.read_results` returns them
+Entry = Mapping[str, Any]  # as `compare.compare` returns them
+Interval = Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One sentence: `model` is `verdict` `rest`."""
+
+    verdict: Literal["better", "open"]
+    model: str
+    rest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A metric of a model, as text; each part may be empty."""
+
+    value: str
+    interval: str = ""
+    difference: str = ""
+    best: bool = False
+    beyond: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    metric: str
+    data: str
+    cells: Sequence[Cell]
+
+
+def findings(entries: Sequence[Entry]) -> list[Finding]:
+    """One sentence a headline measure: the best model against the first one.
+
+    If the first one is the best, against the one that comes next.
+    """
+    found: list[Finding] = []
+    if len(entries) < 2:
+        return found
+    first = entries[0]
+    for key in first["metrics"]:
+        data, metric = parts(key)
+        known = [entry for entry in entries if key in entry["metrics"]]
+        if metric not in HEADLINES or len(known) < 2 or "-" in data:  # parts of a mixture
+            continue
+        ranked = sorted(known, key=lambda entry: -entry["metrics"][key]["mean"])
+        best = ranked[0]
+        other = ranked[1] if best is first else first
+        difference = (other if best is first else best)["metrics"][key]["difference"]
+        mean, ends = abs(difference["mean"]), difference["interval"]
+        if ends is not None and best is first:
+            ends = [-ends[1], -ends[0]]
+        better = bool(difference["beyond"]) and ends is not None and ends[0] > 0
+        one, two = (f"{100 * entry['metrics'][key]['mean']:.1f}" for entry in (best, other))
+        on = HEADLINES[metric] + (f" ({data})" if data != "emoji" else "")
+        numbers = f"{one} against {two} percent, {mean * 100:+.1f} points {basis(difference, ends)}"
+        says = f"is better than {other['name']} on {on}: {numbers}."
+        if not better:
+            says = f"and {other['name']} cannot be told apart on {on}: {numbers}."
+        verdict: Literal["better", "open"] = "better" if better else "open"
+        found.append(Finding(verdict=verdict, model=best["name"], rest=minus(says)))
+    return found
+
+
+def parts(key: str) -> tuple[str, str]:
+    """The data set and the metric of `eval/emoji/knn/acc1`."""
+    data, _, metric = key.removeprefix("eval/").partition("/")
+    return data, metric
+
+
+def sentence_case(label: str) -> str:
+    """With a capital, but for `kNN`."""
+    return label if label[1:2].isupper() else label[:1].upper() + label[1:]
+
+
+def minus(text: str) -> str:
+    """A text with minus signs before its numbers, where Python writes hyphens."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "\u2212", text)
+
+
+def basis(difference: Mapping[str, Any], ends: Interval | None) -> str:
+    """The interval of a difference, and over what it is paired."""
+    if ends is None:
+        return "(no interval: the runs share no seed, or have no results by sample)"
+    near = any(abs(end) < 0.0005 for end in ends)
+    digits = 2 if near and difference["beyond"] else 1  # "+0.0" is not beyond 0
+    low, high = (f"{round(100 * end, digits) + 0.0:+.{digits}f}" for end in ends)
+    over = f"{difference['n']} seeds" if difference["kind"] == "seeds" else "test samples"
+    count = f"{difference['n']:,} " if difference["kind"] != "seeds" else ""
+    return f"[{low}, {high}], paired over {count}{over}"
+
+
+def table(entries: Sequence[Entry], results: Sequence[Results]) -> list[Row]:
+    """All metrics of all models. A model of one seed has intervals over the test samples."""
+    by_name: dict[str, list[Results]] = {}
+    for entry in entries:
+        by_name[entry["name"]] = [
+            run
+            for run in results
+            if entry["name"] in (run["name"], f"{run['name']} ({run['folder']})")
+        ]
+    of_samples = {
+        name: intervals(runs[0]) if len(runs) == 1 else {} for name, runs in by_name.items()
+    }
+    keys = dict.fromkeys(key for entry in entries for key in entry["metrics"])
+    rows = []
+    for key in keys:
+        data, metric = parts(key)
+        given = [entry["metrics"].get(key) for entry in entries]
+        percent = metric in compare.LABELS
+        top = max(value["mean"] for value in given if value is not None)
+        cells = []
+        for entry, value in zip(entries, given, strict=True):
+            ends = of_samples[entry["name"]].get(key)
+            best = percent and len(entries) > 1 and value is not None and value["mean"] == top
+            cells.append(cell(value, ends, percent=percent, best=best))
+        named = compare.LABELS | (compare.EMOJI_LABELS if data == "emoji" else {})
+        label = named.get(metric, metric.replace("modality_gap/", "").replace("_", " "))
+        rows.append(Row(metric=sentence_case(label), data=data, cells=cells))
+    return rows
+
+
+def intervals(run: Results) -> dict[str, list[float]]:
+    """The 95% interval of each metric that is a mean over samples, as `evaluate` shows it."""
+    found: dict[str, list[float]] = {}
+    for data, file in run["samples"].items():
+        samples = SampleResults.read(file)
+        # AMI and ARI have no interval, and their draws take long.
+        images = {name: column for name, column in samples.images.items() if name != "cluster"}
+        means = SampleResults(images=images, texts=samples.texts)
+        draws = resampled(means, seed=zlib.crc32(data.encode()))
+        found |= {f"eval/{data}/{name}": interval(draws[name]) for name in draws if name in MEANS}
+    return found
+
+
+def cell(
+    value: Mapping[str, Any] | None, ends: Interval | None, *, percent: bool, best: bool
+) -> Cell:
+    """A metric as text: in percent with one digit, or as it is with three."""
+    if value is None:
+        return Cell(value="–")
+    scale, digits = (100.0, 1) if percent else (1.0, 3)
+
+    def text(number: float, sign: str = "") -> str:
+        return minus(f"{np.round(number * scale, digits) + 0.0:{sign}.{digits}f}")
+
+    around = f"[{text(ends[0])}, {text(ends[1])}]" if ends is not None else ""
+    if "spread" in value:
+        around = f"± {text(value['spread'])}"
+    difference, beyond = "", False
+    if "difference" in value:
+        given = value["difference"]
+        difference, beyond = text(given["mean"], "+"), bool(given["beyond"])
+        if given["interval"] is not None:
+            low, high = (text(end, "+") for end in given["interval"])
+            difference += f" [{low}, {high}]"
+    return Cell(
+        value=text(value["mean"]),
+        interval=around,
+        difference=difference,
+        best=best,
+        beyond=beyond,
+    )

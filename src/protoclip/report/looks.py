@@ -1,0 +1,489 @@
+"""What a model makes of example pairs: prototypes, retrieval, confusions and maps."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from PIL import Image
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from protoclip.config import Config
+from protoclip.data import sources
+from protoclip.data.decode import decode
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs
+from protoclip.evaluation.analysis import (
+    BATCH_SIZE,
+    PAIRS_PER_GROUP,
+    HeldOut,
+    embed,
+    embed_with,
+    of_source,
+    of_split,
+)
+from protoclip.evaluation.geometry import modality_gap
+from protoclip.evaluation.grouping import MODALITIES, measure
+from protoclip.evaluation.validation import judged
+from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
+from protoclip.models import loading
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.prototypes.kmeans import kmeans
+from protoclip.prototypes.targets import back_translate
+
+PAIRS_PER_PROTOTYPE = 20  # in the gallery, in the mean
+FEWEST_MEMBERS = 5  # of a prototype that counts as tight or mixed
+ITERATIONS = 20  # of K-means
+PICKS = 2  # prototypes of each kind
+NEAREST_IMAGES, NEAREST_CAPTIONS = 6, 4
+QUERIES, ANSWERS = 3, 4  # right ones and wrong ones each way, and what is shown of each answer
+MOST_PROMPTS = 4000  # that a zero-shot classifier is made of
+CONFUSED = 8  # classes in the table of confusions
+ON_MAP = 300  # pairs
+THUMBNAIL = 96  # pixels
+KINDS = ("largest", "tightest", "most mixed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Pairs to show a model on; `class_names` and `templates` if the data have classes."""
+
+    pairs: HeldOut
+    held_out: bool
+    class_names: Sequence[str] = ()
+    templates: Sequence[str] = ("{c}",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image of the examples, by row, and the caption that it came with."""
+
+    row: int
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prototype:
+    """A prototype with what lies nearest to it in both modalities.
+
+    Attributes:
+        kind: One of `KINDS`.
+        size: Pairs whose image (or text) is nearest to it.
+        tightness: Mean cosine of its members to it.
+        together: Largest share of its pairs that share a prototype in the other modality.
+    """
+
+    kind: str
+    size: int
+    tightness: float
+    together: float
+    images: Sequence[Picture]
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A query and the nearest answers, best first; `rank` counts from 1.
+
+    The query of image-to-text is `image`, and its answers are captions.
+    """
+
+    image: Picture | None
+    caption: str
+    rank: int
+    images: Sequence[tuple[Picture, bool]] = ()
+    captions: Sequence[tuple[str, bool]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Right and wrong answers of one direction, and the share of right ones."""
+
+    right: Sequence[Answer]
+    wrong: Sequence[Answer]
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusions:
+    """The classes that are confused most: shares of the images of each row's class."""
+
+    pairs: Sequence[tuple[str, str, int, int]]  # class, taken for, how often, of how many
+    classes: Sequence[str]
+    sizes: Sequence[int]  # images of each
+    shares: Sequence[Sequence[float]]
+    accuracy: float
+    templates: int  # prompts of each class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Both modalities in two dimensions, `gap` as in `modality_gap`."""
+
+    title: str
+    images: Float[np.ndarray, "n 2"]
+    texts: Float[np.ndarray, "n 2"]
+    explained: float  # share of the variance
+    gap: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What the newest checkpoint of a run makes of the examples."""
+
+    step: int
+    space: str  # that the prototypes are of: projections, or features
+    number: int  # of prototypes a modality
+    prototypes: Mapping[str, Sequence[Prototype]]  # by modality
+    retrieval: Mapping[str, Retrieval]  # by direction
+    confusions: Confusions | None
+    maps: Sequence[Map]
+    grouping: Mapping[str, Mapping[str, float]]  # by space
+
+
+def find_examples(config: Config, samples: int) -> Examples:
+    """Pairs that the run has not trained on; training pairs if none are held out.
+
+    Raises:
+        ValueError: The data are gone or cannot be read, or there are too few of them.
+    """
+    try:
+        training, data, _ = judged(config, sources.pairs(config))
+        if data:
+            pairs = of_split(data[0], samples)
+            names = data[0].class_names if pairs.classes is not None else ()
+            found = Examples(
+                pairs=pairs, held_out=True, class_names=names, templates=data[0].templates
+            )
+        else:
+            given = min(samples, len(training)) if isinstance(training, Pairs) else samples
+            found = Examples(pairs=of_source(training, given), held_out=False)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"the data cannot be read ({error})") from error
+    if not found.pairs.images:
+        raise ValueError(f"{found.pairs.name}: none of the images can be read")
+    if len(found.pairs.images) < 2 * PAIRS_PER_GROUP:
+        raise ValueError(f"{len(found.pairs.images)} pairs are too few to show anything")
+    return found
+
+
+def look(
+    examples: Examples,
+    config: Config,
+    checkpoints: Sequence[Path],
+    *,
+    seed: int,
+    device: torch.device,
+) -> Look:
+    """Embed the examples with the newest checkpoint, and show what lies where.
+
+    Raises:
+        ValueError: There is no checkpoint, it is damaged, or the model has diverged.
+    """
+    if not checkpoints:
+        raise ValueError("it has no checkpoint")
+    newest, pairs = loading.find_checkpoint(checkpoints[-1]), examples.pairs
+    model, transform, tokenizer = loading.load(newest)
+    assert isinstance(model, ProtoCLIP)
+    project = config.uses_prototypes
+    spaces = embed_with(model, transform, tokenizer, pairs, project=project, device=device)
+    space = "projections" if "projections" in spaces else "features"
+    count = len(pairs.images)
+    number = max(2, min(config.prototypes.number, count // PAIRS_PER_PROTOTYPE))
+    num_groups = max(2, min(config.prototypes.number, count // PAIRS_PER_GROUP))
+    classes = pairs.classes
+    if classes is not None and classes.ndim != 1:  # several classes an image
+        classes = None
+    grouping = {
+        name: measure(
+            rows["images"],
+            rows["texts"],
+            num_groups=num_groups,
+            captions=pairs.captions,
+            classes=classes,
+            seed=seed,
+        )[0]
+        for name, rows in spaces.items()
+    }
+    features = spaces["features"]
+    drawn = np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP])
+    title = f"After step {step_of(newest):,}"
+    maps = [map_of(features, rows=torch.from_numpy(drawn), title=title)]
+    before = first_model(config, checkpoints, pairs, rows=drawn, device=device)
+    return Look(
+        step=step_of(newest),
+        space=space,
+        number=number,
+        prototypes=gallery(**spaces[space], number=number, captions=pairs.captions, seed=seed),
+        retrieval=retrieval_examples(
+            **features, captions=pairs.captions, groups=groups_of(pairs), seed=seed
+        ),
+        confusions=confusions(model, tokenizer, examples, features["images"], device=device),
+        maps=[*before, *maps],
+        grouping=grouping,
+    )
+
+
+def groups_of(pairs: HeldOut) -> list[int]:
+    """Which pairs fit each other: those of one group of the data, or of equal captions."""
+    if pairs.groups is not None:
+        return list(pairs.groups)
+    number = {caption: place for place, caption in enumerate(dict.fromkeys(pairs.captions))}
+    return [number[caption] for caption in pairs.captions]
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def first_model(
+    config: Config,
+    checkpoints: Sequence[Path],
+    pairs: HeldOut,
+    *,
+    rows: Int[np.ndarray, " m"],
+    device: torch.device,
+) -> list[Map]:
+    """The map before training, with the weights that the run's seed gave; else of an early step."""
+    chosen = HeldOut(
+        name=pairs.name,
+        images=[pairs.images[row] for row in rows],
+        captions=[pairs.captions[row] for row in rows],
+        classes=None,
+        skipped=0,
+    )
+    every = torch.arange(len(rows))
+    try:
+        model = loading.model(config.model, seed=config.run.seed).eval()
+        transform, tokenizer = loading.evaluation_transform(model), loading.tokenizer(config.model)
+        spaces = embed_with(model, transform, tokenizer, chosen, project=False, device=device)
+        return [map_of(spaces["features"], rows=every, title="Before training")]
+    except (ValueError, OSError):  # what it started from is gone
+        if len(checkpoints) < 2:
+            return []
+    spaces = embed(checkpoints[0], chosen, project=False, device=device)
+    title = f"After step {step_of(checkpoints[0]):,}"
+    return [map_of(spaces["features"], rows=every, title=title)]
+
+
+def map_of(
+    features: Mapping[str, Float[Tensor, "n d"]], *, rows: Int[Tensor, " m"], title: str
+) -> Map:
+    """The two directions in which images and texts together vary most (PCA)."""
+    images, texts = features["images"][rows], features["texts"][rows]
+    pca = PCA(n_components=2, random_state=0)
+    places = pca.fit_transform(torch.cat([images, texts]).double().numpy())
+    if places[: len(images), 0].mean() > 0:  # the sign of a component is free: images to the left
+        places[:, 0] *= -1
+    return Map(
+        title=title,
+        images=places[: len(images)],
+        texts=places[len(images) :],
+        explained=float(np.nan_to_num(pca.explained_variance_ratio_.sum())),
+        gap=modality_gap(images, texts)["gap"],
+    )
+
+
+def gallery(
+    images: Float[Tensor, "n p"],
+    texts: Float[Tensor, "n p"],
+    *,
+    number: int,
+    captions: Sequence[str],
+    seed: int,
+) -> dict[str, list[Prototype]]:
+    """Prototypes of each modality by K-means: the largest, the tightest, and the most mixed.
+
+    The other modality's side of a prototype is the mean over its pairs, as in back-translation.
+    """
+    spaces, gallery = {"image": images, "text": texts}, dict[str, list[Prototype]]()
+    found = {
+        m: kmeans(rows, number, iterations=ITERATIONS, seed=seed) for m, rows in spaces.items()
+    }
+    for modality, other in zip(MODALITIES, reversed(MODALITIES), strict=True):
+        own, partner = found[modality].assignments, found[other].assignments
+        sides = {
+            modality: found[modality].centroids,
+            other: back_translate(own, spaces[other], number),
+        }
+        near = {m: spaces[m] @ F.normalize(sides[m], dim=1).T for m in MODALITIES}
+        sizes, tightness, together = describe(own, partner, near[modality])
+        gallery[modality] = [
+            Prototype(
+                kind=kind,
+                size=int(sizes[place]),
+                tightness=float(tightness[place]),
+                together=float(together[place]),
+                images=[
+                    Picture(row=row, caption=captions[row])
+                    for row in best_first(near["image"][:, place])[:NEAREST_IMAGES]
+                ],
+                captions=different(captions, best_first(near["text"][:, place]))[:NEAREST_CAPTIONS],
+            )
+            for kind, place in chosen(sizes, tightness, together)
+        ]
+    return gallery
+
+
+def describe(
+    own: Int[Tensor, " n"], partner: Int[Tensor, " n"], near: Float[Tensor, "n k"]
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """Size, tightness and `together` of each prototype; 0 for an empty one."""
+    number = near.shape[1]
+    shared = torch.bincount(own * number + partner, minlength=number * number).view(number, number)
+    sizes = shared.sum(dim=1).float()
+    cosines = near.gather(1, own[:, None])[:, 0]
+    summed = torch.zeros(number).index_add_(0, own, cosines)
+    return sizes, summed / sizes.clamp(min=1), shared.amax(dim=1) / sizes.clamp(min=1)
+
+
+def chosen(
+    sizes: Float[Tensor, " k"], tightness: Float[Tensor, " k"], together: Float[Tensor, " k"]
+) -> list[tuple[str, int]]:
+    """The prototypes to show, each with its kind; none is shown twice."""
+    enough = sizes >= min(FEWEST_MEMBERS, float(sizes.max()))
+    never = torch.tensor(float("-inf"))
+    scores = {
+        "largest": sizes,
+        "tightest": torch.where(enough, tightness, never),
+        "most mixed": torch.where(enough, -together, never),
+    }
+    found: dict[int, str] = {}
+    for kind in KINDS:
+        left = [
+            place
+            for place in best_first(scores[kind])
+            if place not in found
+            and float(scores[kind][place]) > float("-inf")
+            and sizes[place] > 0
+        ]
+        found |= dict.fromkeys(left[:PICKS], kind)
+    return [(kind, place) for place, kind in found.items()]
+
+
+def best_first(scores: Float[Tensor, " n"]) -> list[int]:
+    order: list[int] = scores.argsort(descending=True, stable=True).tolist()
+    return order
+
+
+def different(captions: Sequence[str], rows: Sequence[int]) -> list[str]:
+    """The captions of rows in their order, each text once."""
+    return list(dict.fromkeys(captions[row] for row in rows))
+
+
+def retrieval_examples(
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "n d"],
+    *,
+    captions: Sequence[str],
+    groups: Sequence[int],
+    seed: int,
+) -> dict[str, Retrieval]:
+    """The first right and the first wrong answers of each direction, in an order by `seed` alone.
+
+    Every image is a query, and every different caption. An answer is right if it is of the query's
+    group. So two models are asked the same questions in the same order.
+    """
+    first = {caption: row for row, caption in reversed(list(enumerate(captions)))}
+    texts_rows = sorted(first.values())
+    similarity = images @ texts[texts_rows].T
+    group = torch.tensor(groups)
+    own = group[:, None] == group[texts_rows]
+    found = {}
+    for way, scores, right in (
+        ("image to text", similarity, own),
+        ("text to image", similarity.T, own.T),
+    ):
+        best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
+        # Equal similarities count against the model, as in the recalls.
+        ranks = ((scores >= best) & ~right).sum(dim=1) + 1
+        order = np.random.default_rng(seed).permutation(len(scores)).tolist()
+        answers = [(row, int(ranks[row])) for row in order]
+
+        def answer(
+            row: int, rank: int, way: str = way, scores: Tensor = scores, right: Tensor = right
+        ) -> Answer:
+            top = best_first(scores[row])[:ANSWERS]
+            marks = [bool(right[row, place]) for place in top]
+            if way == "image to text":
+                given = [captions[texts_rows[place]] for place in top]
+                query = Picture(row=row, caption=captions[row])
+                answers = list(zip(given, marks, strict=True))
+                return Answer(image=query, caption=captions[row], rank=rank, captions=answers)
+            shown = [Picture(row=place, caption=captions[place]) for place in top]
+            return Answer(
+                image=None,
+                caption=captions[texts_rows[row]],
+                rank=rank,
+                images=list(zip(shown, marks, strict=True)),
+            )
+
+        found[way] = Retrieval(
+            right=[answer(*of) for of in answers if of[1] == 1][:QUERIES],
+            wrong=[answer(*of) for of in answers if of[1] > 1][:QUERIES],
+            share=float((ranks == 1).double().mean()),
+        )
+    return found
+
+
+@torch.inference_mode()
+def confusions(
+    model: ProtoCLIP,
+    tokenizer: Callable[[list[str]], Tensor],
+    examples: Examples,
+    images: Float[Tensor, "n d"],
+    *,
+    device: torch.device,
+) -> Confusions | None:
+    """Zero-shot classification of the examples; None if they do not have one class each."""
+    classes, names = examples.pairs.classes, list(examples.class_names)
+    if classes is None or classes.ndim != 1 or len(names) < 2:
+        return None
+    templates = list(examples.templates)[: max(1, MOST_PROMPTS // len(names))]
+    texts = prompts(names, templates)
+    parts = [
+        model.encode_text(tokenizer(texts[start : start + BATCH_SIZE]).to(device)).float().cpu()
+        for start in range(0, len(texts), BATCH_SIZE)
+    ]
+    classifier = zero_shot_classifier(torch.cat(parts).view(len(names), len(templates), -1))
+    return confused(classes, (images @ classifier.T).argmax(dim=1), names, len(templates))
+
+
+def confused(
+    classes: Int[Tensor, " n"], taken_for: Int[Tensor, " n"], names: Sequence[str], templates: int
+) -> Confusions:
+    """The most frequent confusions, and how all classes in them are taken for each other."""
+    counts = torch.zeros(len(names), len(names), dtype=torch.long)
+    counts.index_put_((classes, taken_for), torch.tensor(1), accumulate=True)
+    wrong = counts.clone().fill_diagonal_(0)
+    order = best_first(wrong.flatten().float())
+    pairs = [divmod(place, len(names)) for place in order if wrong.flatten()[place] > 0]
+    most: list[int] = []
+    for place in (place for pair in pairs for place in pair):
+        if place not in most and len(most) < CONFUSED:
+            most.append(place)
+    sizes = counts.sum(dim=1)
+    return Confusions(
+        pairs=[
+            (names[one], names[other], int(wrong[one, other]), int(sizes[one]))
+            for one, other in pairs[:CONFUSED]
+        ],
+        classes=[names[place] for place in most],
+        sizes=sizes[most].tolist(),
+        shares=(counts[most][:, most] / sizes[most, None].clamp(min=1)).tolist(),
+        accuracy=float((classes == taken_for).double().mean()),
+        templates=templates,
+    )
+
+
+def thumbnail(encoded: bytes) -> bytes:
+    """A small WebP of an image, for the page."""
+    image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=THUMBNAIL))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=80)
+    return buffer.getvalue()

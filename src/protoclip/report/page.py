@@ -1,0 +1,525 @@
+"""The page: gathers what the other modules find, and renders `report.html.j2`."""
+
+import base64
+import functools
+import os
+import shlex
+import time
+import tomllib
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+import protoclip
+from protoclip.config import Config
+from protoclip.evaluation import compare
+from protoclip.files import write_atomically
+from protoclip.progress import Progress, duration
+from protoclip.report import findings, looks
+from protoclip.report.figures import COLOURS, DASHES, Series, line_chart, map_chart
+from protoclip.report.looks import Confusions, Examples, Look
+from protoclip.report.runs import Curve, RunFolder, labels, read_run
+from protoclip.training import optim
+from protoclip.training.run import flat, to_toml
+
+HERE = Path(__file__).parent
+LONGEST = 160  # characters of a caption, a name or a setting
+FEW = 10  # bad samples that are named
+# Marks that turn the direction of the text around them.
+TURNING = {*map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))}
+
+# The charts: heading, then title and metric. `*` takes every metric that begins so, and its title
+# goes on with the rest of the name.
+CHARTS: dict[str, dict[str, str]] = {
+    "Losses": {
+        "train/loss/total": "Total loss",
+        "train/loss/info_nce": "InfoNCE loss",
+        "train/loss/sigmoid": "Sigmoid loss",
+        "train/loss/prototypical/*": "Prototypical loss",
+    },
+    "Prototypes": {
+        "train/prototypes/accuracy/*": "Accuracy of prototypes",
+        "train/prototypes/dead/*": "Dead prototypes, share",
+        "train/prototypes/empty/*": "Empty prototypes, share",
+    },
+    "The joint space": {
+        "temperature": "Temperature of pairs",
+        "prototype_temperature": "Temperature of prototypes",
+        "train/modality_gap": "Modality gap",
+        "train/spread/*": "Spread",
+        "features/effective_rank/*": "Effective rank of features",
+    },
+    "Optimisation": {
+        "train/learning_rate": "Learning rate",
+        "train/gradient_norm": "Gradient norm",
+        "train/samples_per_second": "Samples a second",
+    },
+    "Validation": {
+        f"eval/*/{metric}": findings.sentence_case(compare.LABELS[metric])
+        for metric in findings.HEADLINES
+    },
+    "Grouping over the checkpoints": {
+        "features/agreement": "Image and text groups agree (AMI)",
+        "features/classes/*": "Groups match the classes (AMI)",
+        "features/neighbours/*": "Neighbours in one group",
+        "features/recall@10/*": "Recall@10",
+    },
+}
+TIMES = ("data", "train", "extract", "cluster", "back_translate")
+GROUPING = {
+    "agreement": "Image groups agree with text groups (AMI)",
+    "classes/image": "Image groups match the classes (AMI)",
+    "classes/text": "Text groups match the classes (AMI)",
+    "neighbours/image": "Nearest images whose texts share a group",
+    "neighbours_by_chance/image": "… by chance",
+    "neighbours/text": "Nearest texts whose images share a group",
+    "neighbours_by_chance/text": "… by chance",
+    "effective_rank/image": "Effective rank of images",
+    "effective_rank/text": "Effective rank of texts",
+    "spread/image": "Spread of images",
+    "spread/text": "Spread of texts",
+    "gap": "Modality gap",
+    "recall@10/image_to_text": "Recall@10, image to text",
+    "recall@10/text_to_image": "Recall@10, text to image",
+}
+# Settings that say where and not how a run was made.
+PLACES = ("run.out", "run.name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Legend:
+    """A model in the charts."""
+
+    name: str
+    colour: int
+    dash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    title: str
+    description: str  # for those who do not see it
+    svg: Markup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A run's look at examples, or the reason why there is none."""
+
+    label: str
+    examples: Examples | None = None
+    look: Look | None = None
+    problem: str = ""
+    images: Callable[[int], str] = str  # row to data URI
+    maps: Sequence[Chart] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """A column of the table of grouping."""
+
+    label: str
+    source: str
+    values: Mapping[str, float]
+
+
+def write_report(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    samples: int = 1000,
+    minutes: float = 10.0,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> Path:
+    """Write the report of runs to one HTML file, which needs nothing else and asks for nothing.
+
+    Args:
+        folders: Run folders, finished or not. The first one's name is what others are compared to.
+        out: The file to write, in a folder that exists.
+        samples: Example pairs at most, that models are shown on.
+        minutes: After this long no further model is run on examples; the page says so.
+        seed: Draws the examples.
+
+    Raises:
+        ValueError: A folder is no run, or `out` cannot be written there.
+        OSError: The file cannot be written.
+    """
+    out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"--out: {out} is a folder; name a file, such as {out / 'report.html'}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: no folder {out.parent}; make it first")
+    if not folders:
+        raise ValueError("runs: none given; name one run folder or more")
+    runs = list({os.path.realpath(folder): read_run(folder) for folder in folders}.values())
+    content = render(
+        context(runs, samples=samples, minutes=minutes, seed=seed, device=device)
+        | {"command": shlex.join(["protoclip", "report", *map(str, folders), "--out", str(out)])}
+    )
+    write_atomically(out, content)
+    return out
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """The page. Every value passes `printable`, and is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clip"] = clipped
+    environment.globals |= {"named_rows": named_rows, "number": number}
+    style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
+    page: str = environment.get_template("report.html.j2").render(style=style, **values)
+    return page
+
+
+def printable(value: Any) -> Any:
+    """Text without control characters, marks that turn the text's direction, and half characters.
+
+    Joiners stay, since many scripts and emoji need them.
+    """
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    kept = (
+        " " if letter in "\n\t" else letter
+        for letter in value
+        if letter in "\n\t" or (letter not in TURNING and unicodedata.category(letter) != "Cc")
+    )
+    return "".join(kept).encode("utf-8", "replace").decode("utf-8")
+
+
+def clipped(text: Any, length: int = LONGEST) -> str:
+    """At most so many characters of a text."""
+    whole = str(text)
+    return whole if len(whole) <= length else whole[: length - 1].rstrip() + "…"
+
+
+def number(value: float) -> str:
+    """Three decimals, or one of larger numbers."""
+    return findings.minus(f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}")
+
+
+def named_rows(found: Confusions) -> list[tuple[str, int, list[float]]]:
+    """The rows of the table of confusions: class, images, shares; the last one is what is left."""
+    rows = zip(found.classes, found.sizes, found.shares, strict=True)
+    return [
+        (name, size, [*shares, max(0.0, 1 - sum(shares)) if size else 0.0])
+        for name, size, shares in rows
+    ]
+
+
+def context(
+    runs: Sequence[RunFolder],
+    *,
+    samples: int,
+    minutes: float,
+    seed: int,
+    device: torch.device | None,
+) -> dict[str, Any]:
+    """All values of the page."""
+    names = [clipped(label) for label in labels(runs)]
+    models = list(dict.fromkeys(run.name for run in runs))
+    results = [run.results for run in runs if run.results is not None]
+    entries = [entry for entry in compare.compare(results) if entry["metrics"]]
+    shown = show_models(runs, names, samples=samples, minutes=minutes, seed=seed, device=device)
+    said = findings.findings(entries)
+    return {
+        "title": " · ".join(map(clipped, models[:4])) + (" · …" if len(models) > 4 else ""),
+        "version": protoclip.__version__,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "runs": [run_facts(run, name) for run, name in zip(runs, names, strict=True)],
+        "unfinished": [n for run, n in zip(runs, names, strict=True) if run.results is None],
+        "findings": said,
+        "better": [finding for finding in said if finding.verdict == "better"],
+        "entries": entries,
+        "table": findings.table(entries, results),
+        "several_data": len({findings.parts(k)[0] for e in entries for k in e["metrics"]}) > 1,
+        "differences": compared_by(entries),
+        "legend": [legend(number, name) for number, name in enumerate(models)],
+        "charts": charts(runs, names, models),
+        "times": times(runs, names),
+        "grouping": (columns := grouping(runs, names, shown)),
+        "measures": {
+            key: label
+            for key, label in GROUPING.items()
+            if any(key in column.values for column in columns)
+        },
+        "shown": shown,
+        "constants": looks,
+        "seed": seed,
+        **settings(runs),
+        "names": names,
+        "skipped": [
+            (name, len(run.skipped), run.skipped[:FEW])
+            for run, name in zip(runs, names, strict=True)
+            if run.skipped
+        ],
+        "environments": [(name, run.environment) for run, name in zip(runs, names, strict=True)],
+        "commands": commands(runs),
+    }
+
+
+def run_facts(run: RunFolder, label: str) -> dict[str, str]:
+    """A row of the table of runs."""
+    seen = run.environment.get("samples_seen", run.last_step * run.batch_size)
+    spent = run.environment.get("train_seconds") or sum(seconds(run).values())
+    finished = f"finished, {run.last_step:,} steps"
+    state = finished if run.results else f"not finished: step {run.last_step:,} of {run.steps:,}"
+    return {
+        "label": label,
+        "state": state,
+        "seen": f"{int(seen):,}",
+        "time": duration(float(spent)),
+        "data": str(run.settings.get("data.train", "")),
+        "folder": str(run.folder),
+    }
+
+
+def compared_by(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the differences of the table were made."""
+    kinds = {
+        value["difference"]["kind"]
+        for entry in entries
+        for value in entry["metrics"].values()
+        if "difference" in value
+    }
+    return [text for kind, text in compare.INTERVALS.items() if kind in kinds]
+
+
+# Charts
+
+
+def legend(number: int, name: str) -> Legend:
+    dash = DASHES[number // COLOURS % len(DASHES)]
+    marks = "" if isinstance(dash, str) else " ".join(f"{2 * part:g}" for part in dash[1])
+    return Legend(name=clipped(name), colour=number % COLOURS, dash=marks)
+
+
+def charts(
+    runs: Sequence[RunFolder], names: Sequence[str], models: Sequence[str]
+) -> dict[str, list[Chart]]:
+    """The charts under each heading; those that no run has anything for are left out."""
+    curves = [all_curves(run) for run in runs]
+    known = list(dict.fromkeys(name for of in curves for name in of))
+    found: dict[str, list[Chart]] = {}
+    for heading, patterns in CHARTS.items():
+        for pattern, title in patterns.items():
+            before, star, after = pattern.partition("*")
+            fitting = [
+                name
+                for name in known
+                if name.startswith(before) and name.endswith(after)
+                if (len(name) > len(before + after) if star else name == pattern)
+            ]
+            for name in fitting:
+                rest = name[len(before) : len(name) - len(after)].replace("_", " ")
+                full = f"{title}, {rest}" if len(fitting) > 1 else title
+                chart = chart_of(name, clipped(full), runs, curves, names, models)
+                found.setdefault(heading, []).append(chart)
+    return found
+
+
+def chart_of(
+    metric: str,
+    title: str,
+    runs: Sequence[RunFolder],
+    curves: Sequence[Mapping[str, Curve]],
+    names: Sequence[str],
+    models: Sequence[str],
+) -> Chart:
+    series, ends = [], []
+    for run, of, name in zip(runs, curves, names, strict=True):
+        if metric in of:
+            steps, values = of[metric]
+            curve = (steps * run.batch_size, values)
+            series.append(Series(model=models.index(run.name), curve=curve))
+            ends.append(f"{name}: {values[0]:.3g} to {values[-1]:.3g}")
+    return Chart(
+        title=title,
+        description=f"{title} over samples seen, from the first value to the last. "
+        + "; ".join(ends),
+        svg=line_chart(series),
+    )
+
+
+def all_curves(run: RunFolder) -> dict[str, Curve]:
+    """The logged curves, temperatures from logit scales, and measures of several checkpoints."""
+    found = dict(run.curves)
+    for scale, name in (
+        ("train/logit_scale", "temperature"),
+        ("train/prototype_logit_scale", "prototype_temperature"),
+    ):
+        if scale in found:
+            steps, values = found[scale]
+            found[name] = (steps, 1 / np.maximum(values, 1e-12))
+    checkpoints = run.analysis["checkpoints"] if run.analysis else []
+    if len(checkpoints) > 1:
+        steps = np.array([entry["step"] for entry in checkpoints], np.float64)
+        for key in checkpoints[-1]["features"]:
+            measured = [entry["features"].get(key) for entry in checkpoints]
+            known = np.array([value is not None for value in measured])
+            given = np.array([value for value in measured if value is not None], np.float64)
+            found[f"features/{key}"] = (steps[known], given)
+    return found
+
+
+def seconds(run: RunFolder) -> dict[str, float]:
+    """Where the time of a run went, in seconds, by part."""
+    named = {part: run.curves.get(f"train/seconds/{part}") for part in TIMES}
+    return {part: float(curve[1].sum()) for part, curve in named.items() if curve is not None}
+
+
+def times(runs: Sequence[RunFolder], names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row a run: seconds, and the share of all."""
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        spent = seconds(run)
+        if total := sum(spent.values()):
+            parts = [(p, spent.get(p, 0.0), spent.get(p, 0.0) / total) for p in TIMES]
+            rows.append({"label": name, "total": total, "parts": parts})
+    return rows
+
+
+# Models on examples
+
+
+def show_models(
+    runs: Sequence[RunFolder],
+    names: Sequence[str],
+    *,
+    samples: int,
+    minutes: float,
+    seed: int,
+    device: torch.device | None,
+) -> list[Shown]:
+    """Run the first run of each name that has a checkpoint on example pairs."""
+    by_name: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        by_name.setdefault(run.name, []).append(place)
+    places = [min(of, key=lambda place: not runs[place].checkpoints) for of in by_name.values()]
+    progress = Progress("report", len(places))
+
+    @functools.cache
+    def examples_of(number: int) -> Examples:
+        return looks.find_examples(configs[number], samples)
+
+    started, shown = time.monotonic(), []
+    configs: list[Config] = []
+    known: dict[str, int] = {}  # runs on the same data share their examples
+    uris: dict[tuple[int, int], str] = {}
+    for done, place in enumerate(places):
+        run, label = runs[place], names[place]
+        progress.update(done, printable(label))
+        if run.config is None:
+            shown.append(Shown(label=label, problem=run.problem))
+            continue
+        if done and time.monotonic() - started > 60 * minutes:
+            reason = f"left out after {minutes:g} minutes; --minutes allows more"
+            shown.append(Shown(label=label, problem=reason))
+            continue
+        number = known.setdefault(repr(run.config.data), len(configs))
+        if number == len(configs):
+            configs.append(run.config)
+        try:
+            examples = examples_of(number)
+            found = looks.look(
+                examples,
+                run.config,
+                run.checkpoints,
+                seed=seed,
+                device=device or torch.device("cpu"),
+            )
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            shown.append(Shown(label=label, problem=clipped(reason, 400)))
+            continue
+
+        def uri(row: int, number: int = number, examples: Examples = examples) -> str:
+            if (number, row) not in uris:
+                content = looks.thumbnail(examples.pairs.images[row])
+                encoded = base64.b64encode(content).decode()
+                uris[number, row] = f"data:image/webp;base64,{encoded}"
+            return uris[number, row]
+
+        drawn = maps(found, label)
+        shown.append(Shown(label=label, examples=examples, look=found, images=uri, maps=drawn))
+    progress.update(len(places))
+    return shown
+
+
+def maps(look: Look, label: str) -> list[Chart]:
+    limit = max(float(abs(points).max()) for m in look.maps for points in (m.images, m.texts))
+    return [
+        Chart(
+            title=f"{of.title}: gap {of.gap:.2f}, {100 * of.explained:.0f}% of the variance",
+            description=f"{label}, {of.title.lower()}: {len(of.images)} images and their texts in "
+            f"two dimensions. The means of the modalities are {of.gap:.2f} apart.",
+            svg=map_chart(of, limit=1.05 * limit),
+        )
+        for of in look.maps
+    ]
+
+
+def grouping(
+    runs: Sequence[RunFolder], names: Sequence[str], shown: Sequence[Shown]
+) -> list[Grouping]:
+    """From `protoclip analyze` where it has seen the newest checkpoint, else from the examples."""
+    looked = {of.label: of for of in shown}
+    columns = []
+    for run, name in zip(runs, names, strict=True):
+        of = looked.get(name)
+        newest = run.checkpoints[-1].name if run.checkpoints else ""
+        last = run.analysis["checkpoints"][-1] if run.analysis else {}
+        spaces: Mapping[str, Mapping[str, float]] = {}
+        source = ""
+        if run.analysis and (not newest or newest == f"step-{last['step']:09}"):
+            spaces = {space: last[space] for space in ("features", "projections") if space in last}
+            source = f"protoclip analyze, {run.analysis['pairs']:,} pairs of {run.analysis['data']}"
+        elif of is not None and of.look is not None and of.examples is not None:
+            spaces = of.look.grouping
+            pairs = of.examples.pairs
+            source = f"step {of.look.step:,}, {len(pairs.images):,} pairs of {pairs.name}"
+        columns += [
+            Grouping(label=f"{name}, {space}", source=source, values=values)
+            for space, values in spaces.items()
+        ]
+    return columns
+
+
+# Settings and commands
+
+
+def settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Settings that differ between the runs, and those that all share but are no defaults."""
+    defaults = flat(tomllib.loads(to_toml(optim.resolved(Config())[0])))
+    keys = sorted({key for run in runs for key in run.settings} - set(PLACES))
+    values = {key: [run.settings.get(key) for run in runs] for key in keys}
+    differ = {key: of for key, of in values.items() if any(value != of[0] for value in of)}
+    shared = {
+        key: (of[0], defaults.get(key))
+        for key, of in values.items()
+        if key not in differ and of[0] != defaults.get(key)
+    }
+    return {"differ": differ, "shared": shared}
+
+
+def commands(runs: Sequence[RunFolder]) -> list[str]:
+    again = [
+        f"protoclip train --config {shlex.quote(str(run.folder / 'config.toml'))} --run.out FOLDER"
+        for run in runs
+    ]
+    folders = shlex.join(str(run.folder) for run in runs)
+    return [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"]

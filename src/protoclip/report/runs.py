@@ -1,0 +1,168 @@
+"""What a run folder holds, as far as it holds it: a report is also made of interrupted runs."""
+
+import json
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protoclip.config import Config
+from protoclip.evaluation.compare import read_results
+from protoclip.models import loading
+from protoclip.training.run import flat
+
+Numbers = npt.NDArray[np.float64]
+# A metric over the run: steps, and its value at each.
+Curve = tuple[Numbers, Numbers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """A run, finished or not.
+
+    `config` is None if another version of the package wrote it; then `problem` says so. `results`
+    is None for a run that has not finished. `analysis` is what `protoclip analyze` wrote there.
+    """
+
+    folder: Path
+    name: str
+    seed: int
+    settings: Mapping[str, Any]  # by dotted name
+    config: Config | None
+    problem: str
+    curves: Mapping[str, Curve]
+    results: Mapping[str, Any] | None
+    environment: Mapping[str, Any]
+    skipped: Sequence[Mapping[str, Any]]
+    analysis: Mapping[str, Any] | None
+    checkpoints: Sequence[Path]
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.settings.get("episodes.batch_size", 1))
+
+    @property
+    def steps(self) -> int:
+        """Steps that the run was to make."""
+        size, count = (int(self.settings.get(f"episodes.{key}", 0)) for key in ("size", "count"))
+        return count * (size // max(1, self.batch_size))
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is logged."""
+        return int(max((steps[-1] for steps, _ in self.curves.values()), default=0))
+
+
+def read_run(path: str | Path) -> RunFolder:
+    """Read a run folder.
+
+    Raises:
+        ValueError: This is no run folder, or its files are damaged.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such run folder")
+    written = folder / "config.toml"
+    if not written.is_file():
+        holds = folder.is_dir() and any(folder.glob("*/config.toml"))
+        hint = f"it holds runs: name them, as {folder}/*" if holds else "a run has a config.toml"
+        raise ValueError(f"{folder}: not a run folder; {hint}")
+    try:
+        tree = tomllib.loads(written.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{written}: damaged ({error})") from error
+    config, problem = None, ""
+    try:
+        config = Config.from_dict(tree)
+    except ValueError as error:
+        problem = f"another version of protoclip wrote this run ({error})"
+    settings = flat(tree)
+    finished = (folder / "results.json").is_file()
+    return RunFolder(
+        folder=folder,
+        name=str(settings.get("run.name", folder.name)),
+        seed=int(settings.get("run.seed", 0)),
+        settings=settings,
+        config=config,
+        problem=problem,
+        curves=read_curves(folder / "metrics.jsonl"),
+        results=read_results(folder) if finished else None,
+        environment=read_environment(folder / "results.json"),
+        skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
+        analysis=read_analysis(folder / "analysis.json"),
+        checkpoints=loading.checkpoints(folder),
+    )
+
+
+def labels(runs: Sequence[RunFolder]) -> list[str]:
+    """What to call each run: its name, its seed where the name repeats, and else its folder."""
+    names = Counter(run.name for run in runs)
+    seeds = Counter((run.name, run.seed) for run in runs)
+
+    def label(run: RunFolder) -> str:
+        if seeds[run.name, run.seed] > 1:
+            return f"{run.name} ({run.folder})"
+        return run.name if names[run.name] == 1 else f"{run.name}, seed {run.seed}"
+
+    return [label(run) for run in runs]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without lines that are damaged."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.split("\n"):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """The finite values of each metric in `metrics.jsonl`, by name."""
+    found: dict[str, dict[float, float]] = {}
+    for line in lines(path):
+        step: Any = line.get("step")
+        if not is_number(step):
+            continue
+        for name, value in line.items():
+            if "/" in name and is_number(value):
+                found.setdefault(name, {})[step] = value
+    return {
+        name: (np.array(sorted(of), np.float64), np.array([of[s] for s in sorted(of)], np.float64))
+        for name, of in found.items()
+    }
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return known and abs(value) < 1e300 and math.isfinite(value)
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Hardware and versions, and how the run ended, from `results.json`; empty without it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        keys = ("precision", "train_seconds", "samples_seen", "samples_skipped")
+        return {**found.get("environment", {}), **{k: found[k] for k in keys if k in found}}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def read_analysis(path: Path) -> dict[str, Any] | None:
+    """What `protoclip analyze` wrote; None if it did not, or the file is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return dict(found) if found["checkpoints"][-1]["features"] and found["data"] else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,137 @@
+"""The report in a real browser: from a file, without network, in every width and colour."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protoclip.report.page import write_report
+from reported import hostile_pairs, trained
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+pytestmark = pytest.mark.skipif(not Path(CHROMIUM).is_file(), reason="needs chromium")
+
+# Contrast of every text with what is behind it (WCAG 2.2), as [ratio, needed, text].
+CONTRASTS = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (rgb) => rgb.slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = (element) => {
+    const layers = [];
+    for (let at = element; at; at = at.parentElement) {
+      const colour = rgba(getComputedStyle(at).backgroundColor);
+      layers.push(colour);
+      if (colour[3] === 255) break;
+    }
+    return layers.reverse().reduce((under, over) =>
+      over.slice(0, 3).map((v, i) => v * over[3] / 255 + under[i] * (1 - over[3] / 255)));
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const text = walker.currentNode.data.trim(), element = walker.currentNode.parentElement;
+    if (!text) continue;
+    const style = getComputedStyle(element);
+    const ink = rgba(element.closest("svg") ? style.fill : style.color);
+    const [low, high] = [light(ink), light(behind(element))].sort((a, b) => a - b);
+    found.push([(high + .05) / (low + .05), 4.5, text.slice(0, 40)]);
+  }
+  return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    data = hostile_pairs(folder / "pairs.parquet")
+    trained(folder / "proto", data, run={"name": "<script>alert(2)</script>\u202ename"})
+    trained(folder / "clip", data, loss={"prototypical": 0.0})
+    shutil.copytree(folder / "proto", folder / "stopped")
+    (folder / "stopped" / "results.json").unlink()
+    runs = [folder / name for name in ("clip", "proto", "stopped")]
+    return write_report(runs, folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_page_opens_from_a_file_and_asks_for_nothing(width, scheme, browser, page_file):
+    """No request, no error, no script; images with texts; no sideways scrolling; AA contrast."""
+    asked: list[str] = []
+    said: list[str] = []
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+    )
+    page = context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+    page.goto(page_file.as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [page_file.as_uri()]
+    assert said == []
+    assert page.locator("script").count() == 0
+    images = page.eval_on_selector_all(
+        "img", "all => all.map((one) => [one.alt.trim().length > 0, one.naturalWidth > 0])"
+    )
+    assert images
+    assert all(has_text and is_shown for has_text, is_shown in images)
+    drawn = page.eval_on_selector_all(
+        ".chart", "all => all.map((one) => one.querySelectorAll('path').length)"
+    )
+    assert len(drawn) > 10
+    assert all(drawn)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    low = [found for found in page.evaluate(CONTRASTS) if found[0] < found[1]]
+    assert low == []
+    # A caption shows as it was written, and changes nothing else.
+    assert "<script>alert(1)</script>" in page.locator("#prototypes").inner_text()
+    assert page.locator("main > section").count() == 11
+    context.close()
+
+
+def test_the_page_works_by_keyboard(browser, page_file):
+    """The first stop skips to the results; tables that scroll can be reached."""
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(page_file.as_uri())
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the results"
+    assert page.locator(".skip").bounding_box()["x"] >= 0
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "results"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Table of metrics"
+    scrolling = page.evaluate(
+        "[...document.querySelectorAll('*')].filter((one) => one.scrollWidth > one.clientWidth + 1"
+        " && ['auto', 'scroll'].includes(getComputedStyle(one).overflowX) && one.tabIndex < 0)"
+        ".length"
+    )
+    assert scrolling == 0
+    page.close()
+
+
+def test_the_page_prints_light_and_whole(browser, page_file):
+    page = browser.new_page(viewport={"width": 794, "height": 1100}, color_scheme="dark")
+    page.goto(page_file.as_uri())
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    assert not page.locator("nav").is_visible()
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()

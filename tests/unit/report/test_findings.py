@@ -1,0 +1,100 @@
+"""The sentences and the table say what `compare` has found."""
+
+import re
+import zlib
+
+import numpy as np
+import pytest
+
+from protoclip.evaluation import compare
+from protoclip.evaluation.samples import SampleResults, interval, resampled
+from protoclip.report.findings import findings, intervals, minus, sentence_case, table
+
+KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
+
+
+def run(tmp_path, name: str, share: float, *, seed: int = 0, gap: float = 0.5):
+    """Results of a run that classifies this share of 400 images right, from a place of its own."""
+    file = tmp_path / f"{name}-{seed}.parquet"
+    ids = np.array([f"{row}" for row in range(400)], object)
+    right = np.roll(np.arange(400) < 400 * share, 130 * "ABC".index(name))
+    SampleResults(images={"sample_id": ids, "knn_correct": right}).write(file)
+    return {
+        **{"name": name, "seed": seed, "folder": str(tmp_path / f"{name}-{seed}")},
+        **{"samples_seen": 1.0, "train_seconds": 1.0, "samples": {"emoji": file}},
+        "metrics": {KNN: share, GAP: gap},
+    }
+
+
+@pytest.mark.parametrize(
+    ("shares", "verdict", "sentence"),
+    [
+        ({"A": 0.5, "B": 0.75}, "better", "B is better than A on .*: 75.0 against 50.0 percent, "),
+        ({"A": 0.75, "B": 0.5}, "better", "A is better than B on .*: 75.0 against 50.0 percent, "),
+        ({"A": 0.5, "B": 0.51}, "open", "B and A cannot be told apart on .*: 51.0 against 50.0 "),
+        ({"A": 0.51, "B": 0.5}, "open", "A and B cannot be told apart on .*: 51.0 against 50.0 "),
+        ({"A": 0.9, "B": 0.3, "C": 0.6}, "better", "A is better than C on .*: 90.0 against 60.0 "),
+        ({"A": 0.3, "B": 0.9, "C": 0.6}, "better", "B is better than A on .*: 90.0 against 30.0 "),
+    ],
+)
+def test_the_best_model_is_held_against_the_first_or_the_next(shares, verdict, sentence, tmp_path):
+    """With the interval of the difference in this direction."""
+    runs = {name: run(tmp_path, name, share) for name, share in shares.items()}
+    (found,) = findings(compare.compare(list(runs.values())))
+    said = f"{found.model} {found.rest}"
+    assert found.verdict == verdict
+    assert re.match(sentence, said)
+    best, other = said[0], re.findall(r"\b[ABC]\b", said)[1]
+    draws = [resampled(SampleResults.read(runs[n]["samples"]["emoji"])) for n in (best, other)]
+    low, high = (100 * end for end in interval(draws[0]["knn/acc1"] - draws[1]["knn/acc1"]))
+    gain = 100 * (shares[best] - shares[other])
+    numbers = f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}], paired over 400 test samples."
+    assert said.endswith(minus(numbers))
+
+
+def test_several_seeds_are_paired_by_seed(tmp_path):
+    seeds = [run(tmp_path, "A", 0.5 + seed / 100, seed=seed) for seed in range(3)]
+    seeds += [run(tmp_path, "B", 0.6 + seed / 100, seed=seed) for seed in range(3)]
+    (found,) = findings(compare.compare(seeds))
+    assert found.rest.endswith(
+        "61.0 against 51.0 percent, +10.0 points [+10.0, +10.0], paired over 3 seeds."
+    )
+
+
+def test_without_a_paired_interval_nothing_is_better(tmp_path):
+    entries = compare.compare([run(tmp_path, "A", 0.5), run(tmp_path, "B", 0.9, seed=1)])
+    (found,) = findings(entries)
+    assert found.verdict == "open"
+    assert "(no interval: the runs share no seed" in found.rest
+
+
+def test_one_model_or_none_gives_no_sentence(tmp_path):
+    assert findings([]) == findings(compare.compare([run(tmp_path, "A", 0.5)])) == []
+
+
+def test_the_table_has_values_intervals_and_differences(tmp_path):
+    """Of one seed the interval over test samples, as `evaluate` shows it; of several the spread."""
+    one = run(tmp_path, "A", 0.5)
+    two = [run(tmp_path, "B", 0.75, seed=seed, gap=0.25) for seed in (0, 1)]
+    knn, gap = table(compare.compare([one, *two]), [one, *two])
+    samples = SampleResults.read(one["samples"]["emoji"])
+    draws = resampled(samples, seed=zlib.crc32(b"emoji"))
+    low, high = (100 * end for end in interval(draws["knn/acc1"]))
+    first, second = knn.cells
+    assert (knn.metric, gap.metric, knn.data) == ("kNN", "Gap", "emoji")
+    assert (first.value, first.interval) == ("50.0", f"[{low:.1f}, {high:.1f}]")
+    assert (first.difference, first.best, second.best) == ("", False, True)
+    assert (second.value, second.interval, second.beyond) == ("75.0", "± 0.0", True)
+    assert second.difference.startswith("+25.0 [")
+    assert [cell.value for cell in gap.cells] == ["0.500", "0.250"]
+    assert (gap.cells[1].difference, gap.cells[1].best) == ("\u22120.250", False)
+
+
+def test_intervals_need_no_clusters(tmp_path):
+    found = intervals(run(tmp_path, "A", 0.5))
+    assert [*found] == [KNN]
+
+
+def test_words():
+    assert minus("-1.0 [-2, +3] recall-5") == "\u22121.0 [\u22122, +3] recall-5"
+    assert [*map(sentence_case, ("kNN", "linear probe", "a"))] == ["kNN", "Linear probe", "A"]

@@ -1,0 +1,132 @@
+"""What examples show: prototypes, retrieval, confusions and maps of made-up features."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from protoclip.config import Config, DataConfig
+from protoclip.report import looks
+from protoclip.report.looks import (
+    confused,
+    find_examples,
+    gallery,
+    map_of,
+    retrieval_examples,
+    thumbnail,
+)
+
+
+def clumps(sizes, *, spread=0.0, seed=0):
+    """Unit-norm rows around one direction each: the first clump has `sizes[0]` rows, and so on."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    rows = torch.eye(8)[which] + spread * torch.randn(len(which), 8, generator=generator)
+    return F.normalize(rows, dim=1), which
+
+
+def test_the_gallery_shows_the_largest_the_tightest_and_the_most_mixed(monkeypatch):
+    """Images lie in four clumps, of which one is loose, and one has its texts everywhere."""
+    monkeypatch.setattr(looks, "PICKS", 1)
+    images, which = clumps([12, 9, 8, 7])
+    generator = torch.Generator().manual_seed(1)
+    loose = torch.where((which != 1)[:, None], 0.15, 0.0)
+    images = F.normalize(images + loose * torch.randn(36, 8, generator=generator), dim=1)
+    texts = torch.eye(8)[torch.where(which == 3, torch.arange(36) % 4, which)]
+    captions = [f"clump {number} row {row}" for row, number in enumerate(which.tolist())]
+    found = gallery(images, texts, number=4, captions=captions, seed=0)
+    largest, tightest, mixed = found["image"]
+    assert [of.kind for of in found["image"]] == ["largest", "tightest", "most mixed"]
+    assert [of.size for of in found["image"]] == [12, 9, 7]
+    assert tightest.tightness == pytest.approx(1)
+    assert largest.tightness < 0.99
+    assert (largest.together, mixed.together) == (1, pytest.approx(2 / 7))
+    for prototype, number in ((largest, 0), (tightest, 1)):
+        assert {captions[picture.row][:7] for picture in prototype.images} == {f"clump {number}"}
+        assert {picture.caption[:7] for picture in prototype.images} == {f"clump {number}"}
+    # Texts of clump 0 are those of its own rows, and a quarter of the mixed ones.
+    assert {caption.split()[1] for caption in largest.captions} <= {"0", "3"}
+    assert len(largest.images) == looks.NEAREST_IMAGES
+    assert len(set(largest.captions)) == looks.NEAREST_CAPTIONS
+
+
+def test_no_prototype_is_shown_twice_and_small_ones_are_not_tight():
+    images, _ = clumps([9, 8, 7, 2], spread=0.02)
+    found = gallery(images, images, number=4, captions=["a"] * 26, seed=0)
+    for prototypes in found.values():
+        assert len(prototypes) <= 4
+        assert all(of.size >= 5 for of in prototypes if of.kind != "largest")
+        assert [of.size for of in prototypes].count(9) == 1
+
+
+def test_retrieval_examples_are_right_or_wrong_by_group():
+    """Rows 0 and 1 are one group, and each other's right answers; row 3's text is misplaced."""
+    images = torch.eye(8)[:5]
+    texts = images[[1, 0, 2, 4, 3]]
+    found = retrieval_examples(
+        images, texts, captions=["a", "b", "c", "d", "e"], groups=[0, 0, 1, 2, 3], seed=0
+    )
+    to_text = found["image to text"]
+    assert to_text.share == pytest.approx(0.6)
+    assert sorted(of.image.row for of in to_text.right) == [0, 1, 2]
+    assert sorted(of.image.row for of in to_text.wrong) == [3, 4]
+    by_row = {of.image.row: of for of in (*to_text.right, *to_text.wrong)}
+    assert by_row[0].captions[0] == ("b", True)
+    assert by_row[3].captions[0] == ("e", False)
+    assert by_row[3].rank == 5  # equal similarities count against the model
+    to_image = {of.caption: of for of in found["text to image"].right}
+    assert sorted(to_image) == ["a", "b", "c"]
+    picture, right = to_image["a"].images[0]
+    assert (picture.row, picture.caption, right) == (1, "b", True)
+
+
+def test_all_models_are_asked_in_the_same_order():
+    generator = torch.Generator().manual_seed(0)
+    captions = [f"{row}" for row in range(40)]
+    asked = []
+    for _ in range(2):
+        images, texts = F.normalize(torch.randn(2, 40, 8, generator=generator), dim=2)
+        found = retrieval_examples(images, texts, captions=captions, groups=[*range(40)], seed=3)
+        asked.append([of.image.row for of in found["image to text"].wrong])
+    order = np.random.default_rng(3).permutation(40).tolist()
+    for rows in asked:
+        assert rows == sorted(rows, key=order.index)
+        assert len(rows) == looks.QUERIES
+
+
+def test_confusions_are_the_most_frequent_ones_with_the_shares_of_their_classes():
+    classes = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+    taken_for = torch.tensor([0, 1, 1, 1, 1, 1, 1, 3, 2, 2])
+    found = confused(classes, taken_for, ["a", "b", "c", "d"], 1)
+    assert found.pairs == [("a", "b", 3, 4), ("b", "d", 1, 4)]
+    assert (found.classes, found.sizes) == (["a", "b", "d"], [4, 4, 0])
+    assert found.shares == [[0.25, 0.75, 0], [0, 0.75, 0.25], [0, 0, 0]]
+    assert found.accuracy == pytest.approx(0.6)
+    assert confused(classes, classes, ["a", "b", "c", "d"], 1).pairs == []
+
+
+def test_the_map_shows_images_on_the_left_and_the_gap():
+    images, _ = clumps([20], spread=0.02)
+    texts = F.normalize(images.roll(3, dims=1), dim=1)
+    for features in ({"images": images, "texts": texts}, {"images": texts, "texts": images}):
+        found = map_of(features, rows=torch.arange(20), title="")
+        assert (found.images[:, 0] < 0).all()
+        assert (found.texts[:, 0] > 0).all()
+        assert found.gap == pytest.approx(2**0.5, abs=0.02)
+        assert found.explained > 0.9
+
+
+def test_missing_data_is_an_error_in_one_line(tmp_path):
+    for train in (str(tmp_path / "gone.parquet"), "pipe:cat x.tar"):
+        with pytest.raises(ValueError, match=r"^[^\n]*$"):
+            find_examples(Config(data=DataConfig(train=train)), 10)
+
+
+def test_thumbnails_are_small_webp():
+    buffer = io.BytesIO()
+    Image.new("RGB", (800, 400), "red").save(buffer, format="JPEG")
+    shown = Image.open(io.BytesIO(thumbnail(buffer.getvalue())))
+    assert (shown.format, shown.size) == ("WEBP", (96, 48))

@@ -1,0 +1,207 @@
+"""The whole page: runs of any kind and state, and texts that are never markup."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from protoclip.cli import main
+from protoclip.report.page import clipped, printable, write_report
+from reported import hostile_pairs, trained
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A ProtoCLIP run and a CLIP run of own data with hostile texts."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = hostile_pairs(folder / "pairs.parquet")
+    trained(folder / "proto", data)
+    trained(folder / "clip", data, loss={"prototypical": 0.0})
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of each section."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.sections: dict[str, str] = {}
+        self._section = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "section":
+            self._section = dict(attrs)["id"]
+
+    def handle_data(self, data):
+        words = f"{self.sections.get(self._section, '')} {data}"
+        self.sections[self._section] = " ".join(words.split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def two(runs, tmp_path_factory) -> Page:
+    """The page of both."""
+    return page_of(tmp_path_factory.mktemp("page"), runs / "clip", runs / "proto")
+
+
+def page_of(tmp_path, *folders, **more) -> Page:
+    return Page(write_report(folders, tmp_path / "report.html", **more))
+
+
+def test_a_report_of_two_models_has_every_section(two):
+    sections = two.sections
+    assert re.search(r"(?:clip|proto) (?:and|is better than) (?:clip|proto)", sections["results"])
+    assert re.search(r"Image-to-text recall@1 [\d.]+ \[[\d.]+, [\d.]+\]", sections["results"])
+    assert "finished, 6 steps" in sections["runs"]
+    for chart in ("Total loss", "InfoNCE loss", "Accuracy of prototypes", "Temperature of pairs"):
+        assert chart in sections["curves"]
+    for chart in ("Modality gap", "Spread, image", "Dead prototypes", "Learning rate"):
+        assert chart in sections["curves"]
+    assert "Where the time went" in sections["curves"]
+    assert "proto, projections" in sections["grouping"]
+    assert "clip, projections" not in sections["grouping"]
+    assert sections["maps"].count("Before training: gap") == 2
+    assert sections["maps"].count("After step 6: gap") == 2
+    assert "of the features, since this run trains no projections" in sections["prototypes"]
+    assert "of the projections; step 6" in sections["prototypes"]
+    assert "Image to text" in sections["retrieval"]
+    assert "among 3 classes" in sections["confusions"]
+    assert "loss.prototypical 0.0 1.0" in sections["settings"]
+    assert "No run left out a sample." in sections["data"]
+    assert "protoclip compare" in sections["environment"]
+
+
+def test_texts_are_never_markup(runs, tmp_path):
+    """Captions, classes and names show as they are, without what turns or breaks the text."""
+    folder = tmp_path / "hostile"
+    shutil.copytree(runs / "proto", folder)
+    for file, written in (("config.toml", 'name = "proto"'), ("results.json", '"name": "proto"')):
+        text, name = (folder / file).read_text(), "<script>alert(2)</script>\\u202Ex"
+        assert written in text
+        (folder / file).write_text(text.replace(written, written.replace("proto", name), 1))
+    bad = {"sample_id": "<b>", "where": "</td>", "reason": "<img src=x>"}
+    (folder / "skipped.jsonl").write_text(json.dumps(bad))
+    page = page_of(tmp_path, folder, runs / "clip")
+    assert page.count("script") == 0
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert images
+    assert all(of["src"].startswith("data:image/webp;base64,") and of["alt"] for of in images)
+    whole = " ".join(page.sections.values())
+    assert "👩\u200d🚀 <script>alert(1)</script><img src='//e.test/x'>turn" in whole
+    assert "<script>alert(2)</script>x" in whole
+    assert not re.search("[\u202e\x07]", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "<img src=x>" in page.sections["data"]
+
+
+def test_runs_that_are_not_whole_get_sentences(runs, tmp_path):
+    """Interrupted, without a checkpoint, of another version, and with its data gone."""
+    for name in ("stopped", "old", "gone"):
+        shutil.copytree(runs / "proto", tmp_path / name)
+        text = (tmp_path / name / "config.toml").read_text()
+        text = text.replace('name = "proto"', f'name = "{name}"', 1)
+        (tmp_path / name / "config.toml").write_text(text)
+    (tmp_path / "stopped" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints")
+    old = (tmp_path / "old" / "config.toml").read_text()
+    (tmp_path / "old" / "config.toml").write_text(old.replace("log_every =", "log_each ="))
+    gone = (tmp_path / "gone" / "config.toml").read_text()
+    (tmp_path / "gone" / "config.toml").write_text(gone.replace("pairs.parquet", "none.parquet"))
+    page = page_of(tmp_path, *(tmp_path / name for name in ("stopped", "old", "gone")))
+    said = page.sections["grouping"]
+    assert "stopped is not shown on examples: it has no checkpoint." in said
+    assert "old is not shown on examples: another version of protoclip wrote this run" in said
+    assert re.search(r"gone is not shown on examples: \S*none.parquet: ", said)
+    assert "Not finished, so without results: stopped ." in page.sections["results"]
+    assert "not finished: step 6 of 6" in page.sections["runs"]
+    assert page.sections["curves"].count("Total loss") == 1
+    assert "No model could be shown on examples" in page.sections["maps"]
+
+
+def test_a_run_that_has_just_begun_has_a_page(runs, tmp_path):
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    shutil.copy(runs / "proto" / "config.toml", folder)
+    page = page_of(tmp_path, folder)
+    assert "None of these runs has results" in page.sections["results"]
+    assert "No run has logged metrics." in page.sections["curves"]
+
+
+def test_time_is_limited_and_the_page_says_so(runs, tmp_path):
+    """The first model is always shown."""
+    page = page_of(tmp_path, runs / "proto", runs / "clip", minutes=1e-9)
+    assert (
+        "clip is not shown on examples: left out after 1e-09 minutes" in page.sections["grouping"]
+    )
+    assert page.sections["maps"].count("After step 6") == 1
+
+
+def test_the_analysis_is_taken_where_it_has_seen_the_newest_checkpoint(runs, tmp_path):
+    folder = tmp_path / "proto"
+    shutil.copytree(runs / "proto", folder)
+    entry = {"samples": 16, "features": {"agreement": 0.123}}
+    written = {"data": "mine", "pairs": 77, "checkpoints": [{"step": 1, **entry}]}
+    for step, taken in ((6, True), (5, False)):
+        written["checkpoints"][1:] = [{"step": step, **entry}]
+        (folder / "analysis.json").write_text(json.dumps(written))
+        page = page_of(tmp_path, folder)
+        assert ("protoclip analyze, 77 pairs of mine" in page.sections["grouping"]) == taken
+        assert ("0.123" in page.sections["grouping"]) == taken
+        assert "Image and text groups agree (AMI)" in page.sections["curves"]
+
+
+def test_of_several_seeds_the_first_with_a_checkpoint_is_shown(runs, tmp_path):
+    shutil.copytree(runs / "proto", tmp_path / "second")
+    for file, old, new in (
+        ("config.toml", "seed = 0", "seed = 1"),
+        ("results.json", '"seed": 0', '"seed": 1'),
+    ):
+        text = (tmp_path / "second" / file).read_text()
+        (tmp_path / "second" / file).write_text(text.replace(old, new))
+    shutil.rmtree(tmp_path / "second" / "checkpoints")
+    page = page_of(tmp_path, runs / "clip", tmp_path / "second", runs / "proto")
+    assert "proto, seed 1" in page.sections["runs"]
+    assert "2 seeds" in page.sections["results"]
+    assert page.sections["maps"].count("After step 6") == 2
+    assert "proto, seed 0" in page.sections["maps"]
+    assert "not shown" not in page.sections["grouping"]
+    assert "Seeds of one model look alike." in page.sections["curves"]
+
+
+def test_the_page_is_made_for_everyone(two):
+    """Language, landmarks, captions and scopes of tables, descriptions of figures, one heading."""
+    page = two
+    assert ("html", {"lang": "en"}) in page.tags
+    assert [page.count(tag) for tag in ("main", "nav", "header", "footer", "h1")] == [1] * 5
+    assert page.count("table") == page.count("caption") >= 8
+    assert all(of.get("scope") in ("col", "row") for tag, of in page.tags if tag == "th")
+    described = [of for tag, of in page.tags if of.get("role") in ("img", "region")]
+    assert described
+    assert all(of["aria-label"] for of in described)
+    assert all(of.get("aria-hidden") == "true" for tag, of in page.tags if tag == "svg")
+    links = [of["href"][1:] for tag, of in page.tags if tag == "a"]
+    assert links[0] == "results"
+    assert {*links} == {of["id"] for tag, of in page.tags if tag == "section"}
+
+
+def test_the_command_says_where_the_page_is_and_repeats_itself(runs, two, capsys):
+    """Equal runs give equal pages, but for the numbers of figures, unique in a process."""
+    before = two.path.read_text(encoding="utf-8")
+    main(["report", *(str(runs / name) for name in ("clip", "proto")), "--out", str(two.path)])
+    assert f"written to {two.path} (" in capsys.readouterr().err
+    now = two.path.read_text(encoding="utf-8")
+    assert re.sub(r"\bf\d+-", "f-", now) == re.sub(r"\bf\d+-", "f-", before)
+
+
+def test_values_are_clean():
+    assert printable("a\nb\tc\x00\x1b[31m\u202e\u2066\ud800") == "a b c[31m?"
+    assert clipped("x" * 1_000_000) == "x" * 159 + "…"
+    assert clipped(None) == "None"

@@ -1,0 +1,57 @@
+"""Figures are SVG that fits into a page: its colours, no ids of others, no request."""
+
+import re
+
+import numpy as np
+
+from protoclip.report.figures import MOST_POINTS, Series, line_chart, map_chart, thinned
+from protoclip.report.looks import Map
+
+
+def curve(number):
+    return np.arange(number, dtype=np.float64), np.sin(np.arange(number, dtype=np.float64))
+
+
+def figures():
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(2, 30, 2))
+    drawn = Map(title="", images=points[0], texts=points[1], explained=0.5, gap=1.0)
+    many = [Series(model=model, curve=curve(9)) for model in range(20)]
+    return [line_chart(many), line_chart(many[:1]), map_chart(drawn, limit=3.0)]
+
+
+def test_colours_are_the_pages():
+    for svg in figures():
+        assert "#abc0" not in svg
+        assert "var(--quiet)" in svg
+    lines, _, points = figures()
+    assert {f"var(--model-{number})" for number in range(8)} <= {
+        *re.findall(r"var\([\w-]+\)", lines)
+    }
+    assert {"var(--image)", "var(--text)"} <= {*re.findall(r"var\([\w-]+\)", points)}
+
+
+def test_ids_are_of_one_figure_and_nothing_is_fetched():
+    found = figures()
+    ids = [name for svg in found for name in re.findall(r' id="([^"]*)"', svg)]
+    assert len(ids) == len(set(ids))
+    for svg in found:
+        used = re.findall(r'(?:href="|url\()#([\w-]+)', svg)
+        assert used
+        assert {*used} <= {*re.findall(r' id="([^"]*)"', svg)}
+        assert not re.findall(r'(?:href|src)="(?!#)|url\((?!#)|<script|<style|<metadata', svg)
+        assert svg.startswith('<svg aria-hidden="true"')
+        assert "width" not in svg[: svg.index(">")]
+
+
+def test_long_curves_are_thinned_to_means():
+    short = curve(MOST_POINTS)
+    assert thinned(short) is short
+    x, y = thinned(curve(10 * MOST_POINTS))
+    assert len(x) == len(y) == MOST_POINTS
+    np.testing.assert_allclose(y[0], np.sin(np.arange(10)).mean())
+
+
+def test_nothing_but_zeros_has_an_axis():
+    zeros = (np.arange(3, dtype=np.float64), np.zeros(3))
+    assert ">−0.0" not in line_chart([Series(model=0, curve=zeros)])

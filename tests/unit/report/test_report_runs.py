@@ -1,0 +1,111 @@
+"""What is read from run folders, whole or not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from protoclip.cli import main
+from protoclip.report.runs import labels, read_run
+from protoclip.testing import tiny_config
+from protoclip.training.run import to_toml
+
+
+def begun(folder, **settings):
+    """A run folder as it is right after its start."""
+    folder.mkdir()
+    text = to_toml(tiny_config(out=str(folder)))
+    for old, new in settings.items():
+        text = text.replace(f"{old} = ", f"{old} = {new} # ", 1)
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+def test_a_run_that_has_just_begun_has_its_settings_and_nothing_else(tmp_path):
+    run = read_run(begun(tmp_path / "run"))
+    assert (run.name, run.seed, run.steps, run.last_step) == ("tiny", 0, 16, 0)
+    assert (run.results, run.analysis, run.curves, run.skipped) == (None, None, {}, [])
+    assert (run.problem, run.environment, list(run.checkpoints)) == ("", {}, [])
+
+
+def test_curves_are_the_finite_values_of_whole_lines(tmp_path):
+    """A repeated step counts once, with its last value."""
+    folder = begun(tmp_path / "run")
+    values = [(1, 3.0), (2, None), (2, float("inf")), (3, 1.0), (3, 2.0), (4, True), (5, "x")]
+    written = [json.dumps({"step": step, "episode": 0, "train/a": value}) for step, value in values]
+    damaged = ["[1]", '{"step": "x", "train/a": 1}', "[" * 100_000, '{"step": 6, "train/a"']
+    (folder / "metrics.jsonl").write_text("\n".join([*written, *damaged]))
+    run = read_run(folder)
+    steps, found = run.curves["train/a"]
+    np.testing.assert_array_equal(steps, [1, 3])
+    np.testing.assert_array_equal(found, [3, 2])
+    assert run.last_step == 3
+
+
+def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path):
+    run = read_run(begun(tmp_path / "run", log_every="1\nshuffled = 3"))
+    assert run.config is None
+    assert (
+        "another version of protoclip wrote this run (run.shuffled: no such setting" in run.problem
+    )
+    assert run.settings["episodes.batch_size"] == 16
+
+
+def test_damaged_files_beside_the_settings_are_left_out(tmp_path):
+    folder = begun(tmp_path / "run")
+    (folder / "skipped.jsonl").write_text('{"sample_id": "a"}\n{"sam')
+    (folder / "analysis.json").write_text('{"checkpoints": []}')
+    run = read_run(folder)
+    assert ([line["sample_id"] for line in run.skipped], run.analysis) == (["a"], None)
+
+
+def test_labels_tell_runs_apart(tmp_path):
+    one, two, three, four = (tmp_path / name for name in "abcd")
+    begun(one)
+    begun(two, seed=1)
+    begun(three, seed=1)
+    begun(four, name='"other"')
+    found = labels([read_run(folder) for folder in (one, two, three, four)])
+    assert found == ["tiny, seed 0", f"tiny ({two})", f"tiny ({three})", "other"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "runs: is missing; give one"),
+        (["gone"], "gone: no such run folder"),
+        (["run", "gone"], "gone: no such run folder"),
+        (["empty"], "empty: not a run folder; a run has a config.toml"),
+        (["run/config.toml"], "run/config.toml: not a run folder; a run has a config.toml"),
+        (["."], ".: not a run folder; it holds runs: name them, as ./*"),
+        (["damaged"], "damaged/config.toml: damaged (Expected"),
+        (["results"], "results/results.json: not the results of a run"),
+        (["run", "--out", "gone/report.html"], "--out: no folder gone; make it first"),
+        (["run", "--out", "empty"], "--out: empty is a folder; name a file, such as"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    begun(tmp_path / "run")
+    (begun(tmp_path / "results") / "results.json").write_text("[]")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.toml").write_text("a b")
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *arguments])
+    said = capsys.readouterr().err
+    assert (ended.value.code, said.count("\n")) == (2, 1)
+    assert said.startswith(f"protoclip: error: {message}")
+    assert not [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.tmp")]
+
+
+def test_missing_libraries_are_named(monkeypatch, capsys):
+    monkeypatch.setattr("protoclip.cli.report.NEEDED", ("jinja2", "no_such_library"))
+    with pytest.raises(SystemExit):
+        main(["report", "run"])
+    said = capsys.readouterr().err
+    assert said == (
+        "protoclip: error: report: needs no_such_library; pip install 'protoclip[report]'\n"
+    )
