@@ -168,7 +168,7 @@ def open_explorer(
         atlas = make_atlas(
             made[0],
             heads=heads,
-            scale=USUAL_SCALE if scale is None else min(100.0, float(scale.exp())),
+            scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,
             own=own_prototypes(reference) if heads else {},

@@ -125,7 +125,8 @@ def map_json(site: "Site") -> dict[str, Any]:
     ):
         mapper = LinearColorMapper(palette=list(palette), low=0, high=high, name=name)
         # A mapper reaches the page with a glyph that uses it.
-        glyph = plot.scatter([], [], fill_color=field("fill", mapper))
+        nothing = ColumnDataSource({"x": [], "y": [], "fill": []})
+        glyph = plot.scatter("x", "y", source=nothing, fill_color=field("fill", mapper))
         glyph.visible = False
     return {"plot": json_item(plot), "ways": ways, "ids": ids}
 

@@ -227,7 +227,7 @@ class Guard:
             return PlainTextResponse("Too large.", 413)
         given = request.query_params.get("token")
         if given is not None and self.is_token(given):
-            answer = RedirectResponse(scope["path"], 303)
+            answer = RedirectResponse("/", 303)  # and to no other place
             answer.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
             return answer
         if not self.is_token(request.cookies.get(self.cookie, "")):

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from worded import explorers
+from worded import distinct_pairs, explorers
 
 from protoclip.cli import main
 from protoclip.config import DataConfig
@@ -21,7 +21,6 @@ from protoclip.explore.explorer import Explorer
 from protoclip.explore.render import Pages, ids_as, shown
 from protoclip.explore.server import MAX_BODY_BYTES, listen, server, url_of
 from protoclip.explore.static import write_static, write_table
-from protoclip.testing import tiny_pairs
 
 HOSTILE = {
     2: "<script>document.title='x'</script> <img src=x onerror=alert(1)> a red square",
@@ -35,7 +34,7 @@ TOKEN = "the-token"
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Explorer]:
     """Two models over 60 pairs with hostile captions and ids."""
-    rows = tiny_pairs(60).to_pylist()
+    rows = distinct_pairs(60)
     for row, caption in HOSTILE.items():
         rows[row]["caption"] = caption
     rows[6]["sample_id"] = '<b>id</b>,"quoted"/../\u202ex'
@@ -93,6 +92,7 @@ def test_captions_and_ids_are_text(path: str, port: int) -> None:
     """No page holds an element that is not its own, and none is long for a long caption."""
     text = ask(port, path)[2].decode()
     own = re.sub(r'<script src="\.\./assets/[\w.]+" defer></script>', "", text)
+    own = re.sub(r'data-id="[^"<>]*"', "", own)  # exact, for the selection; nobody sees it
     for markup in (
         "<script",
         "<img src=x",
@@ -102,9 +102,9 @@ def test_captions_and_ids_are_text(path: str, port: int) -> None:
         "\u202e",
         "\u2066",
         "\x1b",
-        "49",
     ):
-        assert markup not in own or (markup == "49" and "{{ 7*7 }}" not in own)
+        assert markup not in own
+    assert "a 49 green square" not in own
     assert len(text) < 300_000
 
 
@@ -172,9 +172,9 @@ def test_the_token_in_the_address_becomes_a_cookie(port: int) -> None:
     assert (status, headers["location"]) == (303, "/")
     assert "HttpOnly" in headers["set-cookie"]
     assert "SameSite=lax" in headers["set-cookie"]
-    # A path that begins with two slashes is no address of another host.
-    status, headers, _ = ask(port, f"//evil.example/?token={TOKEN}", Cookie="")
-    assert not headers.get("location", "").startswith("//")
+    # A path that begins with two slashes would be an address of another host.
+    _, headers, _ = ask(port, f"//evil.example/?token={TOKEN}", Cookie="")
+    assert headers["location"] == "/"
 
 
 @pytest.mark.parametrize(
@@ -260,12 +260,10 @@ def test_raw_nonsense_does_not_end_the_server(port: int) -> None:
 
 
 def test_a_port_that_is_taken_is_one_line(port: int) -> None:
-    with pytest.raises(
-        ValueError,
-        match=rf"^--port: cannot listen on 127.0.0.1 port {port} \(Address already in use\); choose another$",
-    ):
+    taken = rf"port {port} \(Address already in use\); choose another$"
+    with pytest.raises(ValueError, match=rf"^--port: cannot listen on 127.0.0.1 {taken}"):
         listen("127.0.0.1", port)
-    with pytest.raises(ValueError, match="--port: cannot listen on no.such.host.invalid"):
+    with pytest.raises(ValueError, match=r"--port: cannot listen on no.such.host.invalid"):
         listen("no.such.host.invalid", 0)
 
 
@@ -313,7 +311,7 @@ def test_pages_as_files(two: list[Explorer], tmp_path: Path) -> None:
         text = page.read_text(encoding="utf-8")
         assert "search.html" not in text
         assert "pair-" not in text
-        for link in re.findall(r'(?:href|src|data-source|url)="?=?([^"]+)"', text):
+        for link in re.findall(r' (?:href|src|data-source)="([^"]+)"', text):
             if not link.startswith(("data:", "#", "?")):
                 assert (page.parent / link).exists(), (page, link)
     found = json.loads((tmp_path / "out" / "1" / "map.json").read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """A model that was not trained: its features are the words of captions, also those of images."""
 
 import contextlib
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,24 @@ from torch import Tensor, nn
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.pairs import Pairs
+from protoclip.data.pairs import BadSample, Pairs
 from protoclip.explore.explorer import Explorer, open_explorer
 from protoclip.explore.pairs import explored
 from protoclip.models import loading
+from protoclip.models.protoclip import TowerPair
+from protoclip.testing import tiny_pairs
+
+
+def distinct_pairs(number: int) -> list[dict[str, Any]]:
+    """Pairs of which no two images are equal."""
+    rows: list[dict[str, Any]] = tiny_pairs(number).to_pylist()
+    for place, row in enumerate(rows):
+        image = Image.open(io.BytesIO(row["image"])).convert("RGB")
+        image.putpixel((23, 23), (place, 0, 0))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        row["image"] = buffer.getvalue()
+    return rows
 
 
 def words(text: str) -> list[str]:
@@ -35,22 +50,29 @@ class Small:
         return "Small()"
 
 
-class WordModel(nn.Module):
+class WordModel(TowerPair):
     """Knows the images of some pairs, and gives them the words of their captions."""
 
     def __init__(self, pairs: Pairs, *, swapped: dict[int, int] | None = None) -> None:
-        super().__init__()
+        super().__init__(nn.Identity())
         given = swapped or {}
-        texts = [pairs.sample_captions(row)[0] for row in range(len(pairs))]
+        texts = []
+        for row in range(len(pairs)):
+            try:
+                texts.append(pairs.sample_captions(row)[0])
+            except BadSample:
+                texts.append("")
         self.place = {
             w: n for n, w in enumerate(sorted({w for text in texts for w in words(text)}))
         }
         self.weights = nn.Parameter(torch.eye(len(self.place)))
         self.transform = Small()
+        # Models with other swaps have other weights, as the cache of features expects.
+        self.register_buffer("swapped", torch.tensor(sorted(given.items())).flatten())
         self.known: dict[bytes, Tensor] = {}
         for row in range(len(pairs)):
-            with contextlib.suppress(ValueError):
-                image = pairs.image(row)  # type: ignore[attr-defined]
+            with contextlib.suppress(ValueError, OSError):
+                image = Image.open(io.BytesIO(pairs.sample(row).image))
                 tokens = self.tokenizer([texts[given.get(row, row)]])[0]
                 self.known[self.transform(image).byte().numpy().tobytes()] = tokens
 

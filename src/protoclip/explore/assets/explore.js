@@ -113,6 +113,12 @@ async function drawMap(place) {
     const ids = new Set(source.selected.indices.map((index) => found.ids[index]));
     for (const id of found.ids) pick(id, ids.has(id));
     store();
+    const tapped = document.getElementById("tapped");
+    if (tapped) {
+      const [index, more] = source.selected.indices;
+      tapped.hidden = index === undefined || more !== undefined;
+      tapped.firstElementChild.href = `pair-${source.data.position[index]}.html`;
+    }
   }
 
   onMap = () => {
