@@ -94,10 +94,12 @@ class Explore:
             image = " --image image" if rows <= 20_000 else ""
             print(f"embedding-atlas {self.atlas} --x x --y y --text text{image}")
         if listening is not None:
-            token = secrets.token_urlsafe(16)
+            pages, token = Pages(explorers), secrets.token_urlsafe(16)
+            for number in range(1, len(explorers) + 1):
+                _ = pages.site(number).map  # so that the first screen is there at once
             print(f"open {url_of(listening, self.host, token)}", flush=True)
             print("Ctrl-C ends it", file=sys.stderr)
-            serving = server(Pages(explorers), host=self.host, token=token)
+            serving = server(pages, host=self.host, token=token)
             serving.run(sockets=[listening])
 
     def pairs(self) -> "ExploredPairs":

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # With more rows than this an index pays, if faiss is installed.
-EXACT_ROWS = 300_000
+EXACT_ROWS = 2_000_000
 CHUNK_ELEMENTS = 20_000_000  # similarities that are held at a time
 TRAINING_ROWS, PROBES = 100_000, 32  # of the index
 

@@ -205,6 +205,7 @@ class Site:
         out = len(self.pairs) - len(atlas)
         return self.page("index.html", "Map", atlas=atlas, empty=empty, left_out=out)
 
+    @cached_property
     def map(self) -> str:
         """The map, as JSON: what Bokeh draws, and the ways to colour it."""
         # Bokeh takes half a second to import.

@@ -74,7 +74,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         return site(request).index(), "html"
 
     def map_(request: Request) -> Made:
-        return site(request).map(), "json"
+        return site(request).map, "json"
 
     def prototype_list(request: Request) -> Made:
         return site(request).prototype_list(modality(request)), "html"

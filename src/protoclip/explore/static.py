@@ -70,7 +70,7 @@ def contents(pages: Pages, rows: set[int]) -> Iterator[tuple[str, str | bytes]]:
 
 def site_contents(site: Site, *, compared: bool) -> Iterator[tuple[str, str]]:
     yield "index.html", site.index()
-    yield "map.json", site.map()
+    yield "map.json", site.map
     yield "odd-distance.html", site.odd("distance")
     yield "odd-loss.html", site.odd("loss")
     yield "duplicates.html", site.duplicates()
