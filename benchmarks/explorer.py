@@ -35,7 +35,7 @@ from protoclip.explore.atlas import Features, keep, make_atlas, read_kept
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.explore.render import Pages
-from protoclip.explore.server import listen, server
+from protoclip.explore.server import cookie_name, listen, server
 from protoclip.testing import resident
 
 WIDTH, CENTRES, QUESTIONS = 256, 500, 10
@@ -155,7 +155,7 @@ def measure(number: int) -> dict[str, Any]:
 
 def ask(port: int, path: str) -> bytes:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    connection.request("GET", path, headers={"Cookie": "protoclip-explore=t"})
+    connection.request("GET", path, headers={"Cookie": f"{cookie_name('t')}=t"})
     answer = connection.getresponse()
     body = answer.read()
     assert answer.status == 200, (path, answer.status)

@@ -97,6 +97,7 @@ class Explore:
             pages, token = Pages(explorers), secrets.token_urlsafe(16)
             for number in range(1, len(explorers) + 1):
                 _ = pages.site(number).map  # so that the first screen is there at once
+                explorers[number - 1].prepare()
             print(f"open {url_of(listening, self.host, token)}", flush=True)
             print("Ctrl-C ends it", file=sys.stderr)
             serving = server(pages, host=self.host, token=token)

@@ -2,10 +2,11 @@
 
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -73,6 +74,15 @@ class Explorer:
         """The features of a modality, to be searched."""
         with self._lock:
             return self._spaces[modality]
+
+    def prepare(self) -> None:
+        """Open the features in a thread, so that the first question need not wait."""
+
+        def run() -> None:
+            with suppress(ValueError, OSError):  # the first question says what is wrong
+                self.space("image")
+
+        Thread(target=run, name="protoclip-features", daemon=True).start()
 
     def row(self, position: int) -> int:
         """The row in the data of a pair in the atlas."""

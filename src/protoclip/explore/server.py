@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protoclip.explore.render import LARGE_SIDE, THUMBNAIL_SIDE, Pages, Site, assets, ids_as
+from protoclip.files import checksum
 
 MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
 MAX_PAGE = 1_000_000
@@ -173,11 +174,18 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
 
 def respond(body: str | bytes, kind: str) -> Response:
     """A body of that kind. Images and assets may be kept by the browser."""
+    if isinstance(body, str):
+        body = body.encode("utf-8", "replace")  # names of files may hold halves of characters
     if kind == "html":
         return Response(body, media_type="text/html; charset=utf-8")
     keeps = kind in ("webp", "css", "js")
     headers = {"cache-control": "private, max-age=600" if keeps else "no-store"}
     return Response(body, media_type=TYPES.get(kind, f"image/{kind}"), headers=headers)
+
+
+def cookie_name(token: str) -> str:
+    """A name of its own for each server, since browsers share cookies between ports."""
+    return f"protoclip-{checksum(token.encode())[:8]}"
 
 
 class Guard:
@@ -190,7 +198,7 @@ class Guard:
 
     def __init__(self, inner: ASGIApp, *, host: str, token: str) -> None:
         self.inner, self.token = inner, token
-        self.cookie = "protoclip-explore"
+        self.cookie = cookie_name(token)
         self.hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
         if host not in self.hosts or host in ("0.0.0.0", "::"):
             self.hosts |= {socket.gethostname().lower(), socket.getfqdn().lower()}

@@ -39,7 +39,9 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
         for name, content in contents(pages, rows):
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, str):
+                content = content.encode("utf-8", "replace")
+            path.write_bytes(content)
             number += name.endswith(".html")
         progress = Progress("images", len(rows))
         (temporary / "images").mkdir()

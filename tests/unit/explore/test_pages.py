@@ -13,14 +13,18 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from worded import distinct_pairs, explorers
+from worded import WordModel, distinct_pairs, explorers, loaded
 
 from protoclip.cli import main
-from protoclip.config import DataConfig
+from protoclip.cli.explore import Explore
+from protoclip.config import Config, DataConfig
+from protoclip.data import sources
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.render import Pages, ids_as, shown
-from protoclip.explore.server import MAX_BODY_BYTES, listen, server, url_of
+from protoclip.explore.server import MAX_BODY_BYTES, cookie_name, listen, server, url_of
 from protoclip.explore.static import write_static, write_table
+from protoclip.testing import tiny_config
+from protoclip.training.run import to_toml
 
 HOSTILE = {
     2: "<script>document.title='x'</script> <img src=x onerror=alert(1)> a red square",
@@ -58,7 +62,7 @@ def ask(
     port: int, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """A request that brings the token; header names have `_` for `-`."""
-    given = {"Cookie": f"protoclip-explore={TOKEN}"}
+    given = {"Cookie": f"{cookie_name(TOKEN)}={TOKEN}"}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request(method, path, body, {name: value for name, value in given.items() if value})
@@ -164,7 +168,7 @@ def test_without_the_token_nothing_is_served(port: int) -> None:
         status, _, body = ask(port, path, Cookie="")
         assert status == 403
         assert body == b"Open the address that protoclip explore printed."
-    assert ask(port, "/", Cookie="protoclip-explore=other")[0] == 403
+    assert ask(port, "/", Cookie=f"{cookie_name(TOKEN)}=other")[0] == 403
 
 
 def test_the_token_in_the_address_becomes_a_cookie(port: int) -> None:
@@ -223,7 +227,7 @@ def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
             "POST",
             "/1/search-image",
             chunks,
-            {"Cookie": f"protoclip-explore={TOKEN}"},
+            {"Cookie": f"{cookie_name(TOKEN)}={TOKEN}"},
             encode_chunked=True,
         )
         assert connection.getresponse().status in (400, 413)
@@ -368,6 +372,35 @@ def test_mistakes_are_one_line(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("protoclip: error: ")
     assert error in last
+
+
+def test_the_command_writes_pages_and_a_table(
+    two: list[Explorer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source,) = two[0].pairs.sources
+    pq.write_table(source.table, tmp_path / "pairs.parquet")
+    (tmp_path / "ids.csv").write_text("sample_id\n" + "\n".join(f"tiny/{n}" for n in range(30)))
+    samples = sources.pairs(Config(data=DataConfig(train=str(tmp_path / "pairs.parquet"))))
+    with loaded(WordModel(samples)) as (name,):
+        words = ["explore", name, "--data", str(tmp_path / "pairs.parquet")]
+        words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4"]
+        main([*words, "--static", str(tmp_path / "out"), "--atlas", str(tmp_path / "a.parquet")])
+    said = capsys.readouterr()
+    assert f"embedding-atlas {tmp_path / 'a.parquet'} --x x --y y" in said.out
+    assert "note: data.without: 31 of 60 samples are used" in said.err
+    assert pq.read_metadata(tmp_path / "a.parquet").num_rows == 62
+    assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
+
+
+def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
+    config = tiny_config("own.parquet", out=str(tmp_path / "run"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
+    for folder in (tmp_path / "run", checkpoint):
+        assert Explore(models=[str(folder)]).settings() == config.data
+        other = Explore(models=[str(folder)], data="x.tsv", root="y").settings()
+        assert other == DataConfig(train="x.tsv", root="y")
 
 
 def test_quotes_in_addresses(port: int) -> None:
