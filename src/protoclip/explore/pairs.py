@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
@@ -86,10 +87,17 @@ class ExploredPairs:
 
     def classes(self, rows: Rows) -> list[str]:
         """The class of each of some rows; empty where it has none."""
-        found = []
-        for row in rows.tolist():
-            source, own = self.find(row)
-            found.append(class_of(source, own))
+        found = [""] * len(rows)
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        for number, source in enumerate(self.sources):
+            if source.class_column is None:
+                continue
+            places = np.flatnonzero(numbers == number)
+            own = pa.array(rows[places] - self.starts[number])
+            values = source.kept(source.table.column(source.class_column)).take(own).to_pylist()
+            names = class_labels(source)
+            for place, value in zip(places.tolist(), values, strict=True):
+                found[place] = class_name(value, names)
         return found
 
     @property
@@ -97,12 +105,8 @@ class ExploredPairs:
         return any(source.class_column for source in self.sources)
 
 
-def class_of(source: ImageTextPairs, row: int) -> str:
-    if source.class_column is None:
-        return ""
-    column = source.table.column(source.class_column)
-    value = column[row if source.rows is None else int(source.rows[row])].as_py()
-    names = class_labels(source)
+def class_name(value: Any, names: Sequence[str]) -> str:
+    """A class by its name; `names` are those of numbers."""
     if names and isinstance(value, int) and 0 <= value < len(names):
         return names[value]
     return "" if value is None else str(value)

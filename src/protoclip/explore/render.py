@@ -29,7 +29,6 @@ from protoclip.explore.atlas import (
     MODALITIES,
     Moved,
     Prototype,
-    contingency,
     moved,
     prototypes,
 )
@@ -39,6 +38,7 @@ from protoclip.explore.pairs import ExploredPairs
 CAPTION_LENGTH, MAP_CAPTION_LENGTH, ID_LENGTH = 300, 120, 120
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
 PAGE_SIZE = 60  # pairs on a page
+FLOWS = 40  # movements between groups that are listed
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
 CATEGORIES = 20  # colours; later categories share the last one
 # Colours that can be told apart on light and dark ground.
@@ -284,16 +284,16 @@ class Site:
         first, second = (explorer.atlas for explorer in self.pages.explorers)
         before = first.prototype(modality)[found.pairs[:, 0]]
         after = second.prototype(modality)[found.pairs[:, 1]]
-        table = contingency(before, after, max(first.number, second.number))
-        order = np.argsort(-table.data, kind="stable")[:40]
+        number = max(first.number, second.number)
+        ways, inverse, counts = np.unique(
+            before.astype(np.int64) * number + after, return_inverse=True, return_counts=True
+        )
         flows = [
-            (int(table.data[each]), int(table.coords[0][each]), int(table.coords[1][each]))
-            for each in order
+            (int(counts[each]), int(ways[each] // number), int(ways[each] % number))
+            for each in np.argsort(-counts, kind="stable")[:FLOWS]
         ]
         # Pairs of the largest movements come first.
-        sizes = {(one, other): count for count, one, other in flows}
-        weight = [sizes.get(key, 0) for key in zip(before.tolist(), after.tolist(), strict=True)]
-        part, pages = paged(np.argsort(-np.array(weight, np.int64), kind="stable"), page)
+        part, pages = paged(np.argsort(-counts[inverse], kind="stable"), page)
         column = self.number - 1
         cards = [
             self.card(

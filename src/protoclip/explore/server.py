@@ -20,6 +20,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.render import LARGE_SIDE, THUMBNAIL_SIDE, Pages, Site, assets, ids_as
 from protoclip.files import checksum
 
@@ -42,7 +43,6 @@ Made = tuple[str | bytes, str]  # a body, and its type
 
 def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
     """The application that answers requests for pages, behind `Guard`."""
-    kinds = "image", "text"
 
     def site(request: Request) -> Site:
         number = request.path_params["site"]
@@ -51,7 +51,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         return pages.site(number)
 
     def modality(request: Request) -> Literal["image", "text"]:
-        if (found := request.path_params["modality"]) not in kinds:
+        if (found := request.path_params["modality"]) not in MODALITIES:
             raise HTTPException(404)
         return cast(Literal["image", "text"], found)
 
@@ -86,10 +86,10 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
 
     def ids(request: Request) -> Made:
         of, kind, number = prototype_of(request)
-        form = "json" if request.path_params["form"] == "json" else "csv"
-        if request.path_params["form"] not in ("json", "csv"):
+        form = request.path_params["form"]
+        if form not in ("csv", "json"):
             raise HTTPException(404)
-        return ids_as(of.ids(kind, number), form), form  # type: ignore[arg-type]
+        return ids_as(of.ids(kind, number), form), form
 
     def odd(request: Request) -> Made:
         if (by := request.path_params["by"]) not in ("distance", "loss"):
