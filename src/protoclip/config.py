@@ -94,6 +94,8 @@ class DataConfig:
     id_column: str | None = None  # Column of sample ids; else detected.
     class_column: str | None = None  # Column of classes, which evaluation uses.
     root: str | None = None  # Folder that holds all images of a table.
+    only: str | None = None  # CSV or JSON file: use the samples with these ids.
+    without: str | None = None  # CSV or JSON file: leave these ids out.
     read: Literal["auto", "indexed", "streaming"] = "auto"  # How to read shards.
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
     augmentation: Literal["light", "clip"] = "light"  # clip only crops.

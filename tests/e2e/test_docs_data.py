@@ -51,6 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = tiny_pairs(NUMBER)
     images, captions = table["image"].to_pylist(), table["caption"].to_pylist()
     pq.write_table(table, root / "pairs.parquet")
+    (root / "mislabelled.csv").write_text("sample_id\npairs.tsv/3\n", encoding="utf-8")
     for name in ("images", "folder", "imagefolder", "export", "saved"):
         (root / name).mkdir()
     tsv, lines = ["filepath\ttitle"], []

@@ -13,6 +13,7 @@ from protoclip.cli.data import Index, Inspect, Pack
 from protoclip.cli.demo import Demo
 from protoclip.cli.embed_teacher import EmbedTeacher
 from protoclip.cli.evaluate import Evaluate
+from protoclip.cli.explore import Explore
 from protoclip.cli.export import Export
 from protoclip.cli.finetune import Finetune
 from protoclip.cli.parsing import aligned, help_text, parse
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[Any]] = {
     "compare": Compare,
     "analyze": Analyze,
     "report": Report,
+    "explore": Explore,
     "export": Export,
     "demo": Demo,
     "embed-teacher": EmbedTeacher,

@@ -28,7 +28,7 @@ from protoclip.config import PERMISSIONS, Config, build, unknown
 
 Command = TypeVar("Command")
 # Settings that may name a file or folder beside the recipe.
-PLACES = {"train", "path", "root", "start", "features", "guard"}
+PLACES = {"train", "path", "root", "start", "features", "guard", "only", "without"}
 NOT_GIVEN = "\0"  # stands for an option that the command line does not mention
 REGISTRY = ConstructorRegistry()
 

@@ -164,7 +164,7 @@ def _components(keys: Sequence[Rows], *, rows: Rows | None = None, total: int = 
 
 def _texts(source: ImageTextPairs) -> Iterator[tuple[int, Iterator[tuple[int, str]]]]:
     """The captions and names of images, in pieces: the first row, and (row in it, text)."""
-    columns = [source.table.column(name) for name in source.caption_columns]
+    columns = [source.kept(source.table.column(name)) for name in source.caption_columns]
     if (names := image_names(source)) is not None:
         columns.append(names)
     for column in columns:
@@ -238,23 +238,23 @@ def image_names(source: ImageTextPairs) -> pa.ChunkedArray | None:
         parts = [values.type.field(i).name for i in range(values.type.num_fields)]
         names = pc.struct_field(values, "path") if "path" in parts else None
         if names is None or "bytes" not in parts:
-            return names
+            return names if names is None else source.kept(names)
         in_files = pc.is_null(pc.struct_field(values, "bytes"))
-        return pc.if_else(in_files, names, pa.scalar(None, names.type))
-    return values if "string" in str(values.type) else None
+        return source.kept(pc.if_else(in_files, names, pa.scalar(None, names.type)))
+    return source.kept(values) if "string" in str(values.type) else None
 
 
 def image_sizes(source: ImageTextPairs) -> Rows:
     """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
     table = source.table
     if "size" in table.column_names and "offset" in table.column_names:
-        return _numbers(table.column("size"))
+        return _numbers(source.kept(table.column("size")))
     sizes = np.full(len(source), -1, np.int64)
     values = table.column(source.image_column)
     if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
         values = pc.struct_field(values, "bytes")
     if "binary" in str(values.type):
-        sizes = _numbers(pc.binary_length(values))
+        sizes = _numbers(source.kept(pc.binary_length(values)))
     if (names := image_names(source)) is not None:
         texts = (name for chunk in names.iterchunks() for name in chunk.to_pylist())
         for row, name in enumerate(texts):

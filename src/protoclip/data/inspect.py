@@ -24,7 +24,7 @@ from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.loader import Item, items_of, read_image
 from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
-from protoclip.data.stream import ShardStream, read_shard
+from protoclip.data.stream import ShardStream
 from protoclip.progress import Progress
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -135,7 +135,7 @@ def _examine(
     items: Iterable[Item] = part
     if not isinstance(source, Pairs):
         stream, shard, most = part
-        items = islice(read_shard(shard, stream.caption_keys, stream.access), most)
+        items = islice(stream.read(shard), most)
     found: list[_Facts | BadSample] = []
     for item in items:
         try:

@@ -84,6 +84,7 @@ class MixedStreams:
         self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
     ) -> None:
         self.name, self.streams, self.seed = _joined_name(streams), list(streams), seed
+        self.notes = [note for stream in streams for note in getattr(stream, "notes", ())]
         bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
         self._shares = np.diff(bounds, prepend=0)
         if not self._shares.all():

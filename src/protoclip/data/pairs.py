@@ -107,6 +107,7 @@ class ImageTextPairs:
     """
 
     prefix = ""  # ids of the table's own begin with it
+    rows: npt.NDArray[np.int64] | None = None  # of the table, ascending; unset, all are pairs
     caption_row: Callable[[int], int] | None = None  # the row that has the captions of a row
 
     def __init__(
@@ -156,6 +157,13 @@ class ImageTextPairs:
         mixed.prefix = f"{self.name}/"
         return mixed
 
+    def subset(self, rows: npt.NDArray[np.int64]) -> "ImageTextPairs":
+        """Some of these pairs, in the same order and with the same ids; `rows` ascend."""
+        some = copy.copy(self)
+        some.__dict__.pop("key", None)
+        some.rows = rows if self.rows is None else self.rows[rows]
+        return some
+
     @cached_property
     def key(self) -> str:
         """Changes with the pairs, for caches of what is made of them.
@@ -168,30 +176,43 @@ class ImageTextPairs:
         found = hashlib.blake2b(repr(facts).encode(), digest_size=16)
         for batch in self.table.to_batches() if not self.table_key else ():
             found.update(batch.serialize())
+        if self.rows is not None:
+            found.update(self.rows.tobytes())
         images = self._arrays[self.image_column]
         if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
             images = pc.struct_field(images, "path")
         if self._ranges or "string" not in str(images.type):
             return found.hexdigest()
-        for chunk in images.iterchunks():
+        for chunk in self.kept(images).iterchunks():
             for name in chunk.to_pylist():
                 if name and not is_url(path := join(self.root, name)):
                     found.update(file_status(path).encode())
         return found.hexdigest()
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return int(self.table.num_rows) if self.rows is None else len(self.rows)
+
+    def kept(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Of a value for each row of the table, those of the rows that are pairs."""
+        if self.rows is None:
+            return column
+        pieces, start = [], 0
+        for chunk in column.iterchunks():
+            first, end = np.searchsorted(self.rows, [start, start + len(chunk)])
+            pieces.append(chunk.take(pa.array(self.rows[first:end] - start)))
+            start += len(chunk)
+        return pa.chunked_array(pieces, column.type)
 
     def sample_id(self, row: int) -> str:
         if self.id_column is None:
-            return f"{self.name}/{row}"
+            return f"{self.name}/{self._place(row)}"
         return f"{self.prefix}{self._value(self.id_column, row)}"
 
     def sample_ids(self) -> Iterator[str]:
         if self.id_column is None:
-            yield from (f"{self.name}/{row}" for row in range(len(self)))
+            yield from (f"{self.name}/{self._place(row)}" for row in range(len(self)))
             return
-        for chunk in self._arrays[self.id_column].iterchunks():
+        for chunk in self.kept(self._arrays[self.id_column]).iterchunks():
             yield from (f"{self.prefix}{own}" for own in chunk.to_pylist())
 
     def caption(self, row: int) -> str:
@@ -252,15 +273,19 @@ class ImageTextPairs:
     def column(self, name: str) -> npt.NDArray[np.object_]:
         """Any column, such as `label`, as an array of length `len(self)`."""
         self._require(name)
-        return np.asarray(self._arrays[name].to_pylist(), dtype=object)
+        return np.asarray(self.kept(self._arrays[name]).to_pylist(), dtype=object)
 
     def _require(self, column: str) -> None:
         if column not in self._arrays:
             present = ", ".join(self.table.column_names)
             raise ValueError(f"{self.name}: no column '{column}'; it has {present}")
 
+    def _place(self, row: int) -> int:
+        """The row of the table."""
+        return row if self.rows is None else int(self.rows[row])
+
     def _value(self, column: str, row: int) -> Any:
-        return self._arrays[column][row].as_py()
+        return self._arrays[column][self._place(row)].as_py()
 
     def _image(self, row: int) -> bytes | str | None:
         """The encoded image itself, or the name of its file."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.access import is_url, require_allowed
+from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
 from protoclip.data.mixture import MixedPairs, MixedStreams, shuffle_captions
@@ -22,12 +23,26 @@ def pairs(config: Config) -> Pairs | SampleStream:
     Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
     data, seed = config.data, config.run.seed
+    chosen = read_chosen(data)
     found = [open_source(data, entry, seed=seed) for entry in entries(data)]
     for source in found:
         if isinstance(source, ImageTextPairs) and not source.caption_columns:
             raise ValueError(f"{source.name}: no column with captions; set caption_column to one")
     indexed = [source for source in found if isinstance(source, ImageTextPairs)]
     streams = [source for source in found if isinstance(source, ShardStream)]
+    if chosen is not None and not streams:
+        indexed = chosen.apply(indexed)
+        for source, entry in zip(indexed, entries(data), strict=True):
+            if entry.weight is not None and not len(source):
+                raise ValueError(
+                    f"{chosen.settings}: no sample is left of '{source.name}', which has a "
+                    "weight; take it out of data.sources"
+                )
+    for stream in streams if chosen is not None else ():
+        stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(found) > 1 else ""
+        stream.notes.append(
+            f"{stream.name}: is filtered as it is read, so ids of no sample are not counted"
+        )
     if data.shuffle_captions:
         if streams:
             raise ValueError("data.shuffle_captions: a stream cannot be read in any order")

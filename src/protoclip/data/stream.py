@@ -22,6 +22,7 @@ from protoclip.data.access import (
     reason_of,
     require_allowed,
 )
+from protoclip.data.chosen import Chosen, Keeps
 from protoclip.data.pairs import BadSample, Sample, clean_captions
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.shards import (
@@ -61,11 +62,14 @@ class ShardStream:
         caption_keys: Sequence[str] | None = None,
         name: str | None = None,
         access: Access = NOTHING_MORE,
+        chosen: Chosen | None = None,
     ) -> None:
         self.shards = expand_shards(pattern, access)
         self.name, self.notes = name or pattern, list[str]()
         self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
         self.caption_keys, self.access = caption_keys and list(caption_keys), access
+        self.chosen = chosen
+        self.prefix = ""  # with which `chosen` knows ids, in a mixture
         # First sample of a block -> which of this rank's shards holds it, and its place there.
         self._blocks_at: dict[int, tuple[int, int]] = {0: (0, 0)}
 
@@ -115,7 +119,15 @@ class ShardStream:
     def _identity(self) -> str:
         stems = [shard_stem(shard) for shard in self.shards]
         order = {"seed": self.seed, "shuffle": self.shuffle, "block_bytes": BLOCK_BYTES}
-        return digest({"shards": stems, "captions": self.caption_keys, **order})
+        chosen = self.chosen.keys if self.chosen else {}
+        return digest({"shards": stems, "captions": self.caption_keys, **order, **chosen})
+
+    def read(self, shard: str) -> Iterator[Item]:
+        """The chosen samples of one shard, in order."""
+        return read_shard(shard, self.caption_keys, self.access, self.keeps)
+
+    def keeps(self, sample_id: str) -> bool:
+        return self.chosen is None or self.chosen.keeps(self.prefix + sample_id)
 
     def _block_before(self, first: int) -> int:
         return max(start for start in list(self._blocks_at) if start <= first)
@@ -140,10 +152,14 @@ class ShardStream:
     def _items(self, number: int, skip: int, stopped: Event) -> Iterator[tuple[int, int, Item]]:
         """This rank's shard, place in it, and sample there, from a place in a shard on."""
         failed = set[str]()
+        # Any number of shards may hold none of the few samples that are chosen.
+        most, reason = min(len(self.shards), MAX_FAILED), "it holds no sample"
+        if self.chosen is not None:
+            most, reason = len(self.shards), f"no sample is left by {self.chosen.settings}"
         while True:
-            shard, reason = self._shard(number * self.world_size + self.rank), "it holds no sample"
+            shard = self._shard(number * self.world_size + self.rank)
             failed.add(shard)
-            for place, item in enumerate(read_shard(shard, self.caption_keys, self.access)):
+            for place, item in enumerate(self.read(shard)):
                 if stopped.is_set():
                     return
                 if isinstance(item, Sample):
@@ -152,7 +168,7 @@ class ShardStream:
                     reason = item.reason
                 if place >= skip:
                     yield number, place, item
-            if len(failed) >= min(len(self.shards), MAX_FAILED):
+            if len(failed) >= most:
                 raise ValueError(
                     f"{self.name}: {len(failed)} shards in a row without a sample that can be "
                     f"used; the last is {shard}: {reason}"
@@ -182,14 +198,21 @@ def _read_ahead(blocks: Iterator[Block]) -> "Future[Block]":
 
 
 def read_shard(
-    shard: str, caption_keys: Sequence[str] | None, access: Access = NOTHING_MORE
+    shard: str,
+    caption_keys: Sequence[str] | None,
+    access: Access = NOTHING_MORE,
+    keeps: Keeps = lambda sample_id: True,
 ) -> Iterator[Item]:
-    """The samples of one shard, in order. A shard that cannot be read ends with a bad sample."""
+    """The samples of one shard, in order. A shard that cannot be read ends with a bad sample.
+
+    Samples that `keeps` refuses are passed over, but not the break of a shard.
+    """
     stem, seen = shard_stem(shard), set[str]()
     try:
         with _open(shard, access) as file:
             for found in read_samples(file, stem, caption_keys, stream=True):
-                yield _checked(found, shard, repeated=found.sample_id in seen)
+                if found.fault or keeps(found.sample_id):
+                    yield _checked(found, shard, repeated=found.sample_id in seen)
                 seen.add(found.sample_id)
     except Exception as error:  # file systems, commands and decompressors have their own errors
         yield BadSample(stem, shard, reason_of(error))

@@ -65,7 +65,13 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         return Judged(samples, [datasets.emoji()], notes)
     if isinstance(data.validation, str):
         other = replace(
-            data, train=data.validation, sources=[], read="auto", shuffle_captions=False
+            data,
+            train=data.validation,
+            sources=[],
+            read="auto",
+            shuffle_captions=False,
+            only=None,  # the lists have ids of the training data
+            without=None,
         )
         given = sources.pairs(replace(config, data=other))
         if not isinstance(given, Pairs):

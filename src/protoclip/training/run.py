@@ -28,6 +28,7 @@ import protoclip
 from protoclip.config import PERMISSIONS, START, Config, PrototypeConfig, TeacherConfig, check
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
+from protoclip.data.chosen import read_chosen
 from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM
@@ -160,6 +161,7 @@ def train_together(
             checkpoint = newest_intact(folder, notes) if begun else None
             if checkpoint is not None:
                 run.check_arithmetic(checkpoint)
+                run.check_chosen(checkpoint)
             write_atomically(folder / "config.toml", to_toml(config))
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
@@ -218,6 +220,8 @@ class Run:
         device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
         precision = resolve(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}
+        chosen = read_chosen(config.data)
+        self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
         self.skips = SkipLog(
             folder / f"skipped{number}.jsonl",
             max_share=config.data.max_bad_share,
@@ -455,6 +459,7 @@ class Run:
             "loader": collectives.all_gather_object(position),
             "skips": collectives.all_gather_object([self.skips.read, self.skips.skipped]),
             "arithmetic": self.arithmetic,
+            "chosen": self.chosen,
             "best": self.writer.best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
         }
@@ -469,6 +474,17 @@ class Run:
                     f"{setting}: this run was computed with {before}, and here it would be "
                     f"{self.arithmetic[setting]}; go on on a machine like the first, or choose "
                     "another folder with --run.out"
+                )
+
+    def check_chosen(self, checkpoint: Path) -> None:
+        """Refuse to go on with other lists of sample ids, which would mean other data."""
+        before = read_json(checkpoint / STATE).get("chosen", {})
+        for setting, key in self.chosen.items():
+            if before.get(setting) != key:
+                path = getattr(self.config.data, setting.removeprefix("data."))
+                raise ValueError(
+                    f"{setting}: the ids in {path} have changed since the run began; restore them, "
+                    "or choose another folder with --run.out"
                 )
 
     def restore(self, checkpoint: Path) -> int:

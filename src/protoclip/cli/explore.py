@@ -1,0 +1,134 @@
+"""`protoclip explore`."""
+
+import sys
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from protoclip.config import Config, Count, DataConfig, RunConfig, check
+
+if TYPE_CHECKING:
+    from protoclip.explore.pairs import ExploredPairs
+
+
+@dataclass(frozen=True)
+class Explore:
+    """Look at what a model, or two, makes of pairs, in a browser.
+
+    A map, prototypes, odd pairs, near-duplicates, and search by text and
+    image. docs/explore.md says how to clean data with it.
+    """
+
+    models: list[str]  # One or two: runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
+    _: KW_ONLY
+    data: str | None = None  # Pairs, as data.train; else what the first run was trained on.
+    class_column: str | None = None  # Column of a table that holds the class.
+    root: str | None = None  # Folder that holds all images of a table.
+    only: str | None = None  # As data.only.
+    without: str | None = None  # As data.without.
+    map: Literal["pca", "umap"] = "pca"  # How the map is made.
+    groups: Count | None = None  # Prototypes of each modality; else a tenth of the pairs.
+    port: Annotated[int, 0, 65535] = 8000  # Port; 0 for any that is free.
+    host: str = "127.0.0.1"  # Address to serve on; others can reach all but this one.
+    static: str | None = None  # Write read-only pages to this new folder, and do not serve.
+    atlas: str | None = None  # Write embedding-atlas's table to this file, and do not serve.
+    batch_size: Count = 256  # Images or texts encoded at once.
+    workers: int | None = None  # Processes that read images; unset, one a core.
+    cache: bool = True  # Keep features and the map, so that the next start is quick.
+
+    def __call__(self) -> None:
+        if not 1 <= len(self.models) <= 2:
+            raise ValueError(f"{len(self.models)} models: give one or two")
+        if self.atlas is not None and len(self.models) > 1:
+            raise ValueError("--atlas: takes one model")
+        try:
+            import bokeh  # noqa: F401
+            import starlette  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"explore needs a package that is missing ({error}); pip install "
+                "'protoclip[explore]'"
+            ) from None
+        import secrets
+
+        import torch
+
+        from protoclip.distributed import collectives
+        from protoclip.explore.explorer import open_explorer
+        from protoclip.explore.render import Pages
+        from protoclip.explore.server import listen, server, url_of
+        from protoclip.explore.static import write_static, write_table
+
+        torch.set_flush_denormal(True)
+        if (
+            self.static is not None
+            and Path(self.static).is_dir()
+            and any(Path(self.static).iterdir())
+        ):
+            raise ValueError(f"{self.static}: is not empty; choose a new folder with --static")
+        serves = self.static is None and self.atlas is None
+        # Before minutes of work.
+        listening = listen(self.host, self.port) if serves else None
+        pairs = self.pairs()
+        explorers = [
+            open_explorer(
+                model,
+                pairs,
+                device=collectives.device("auto"),
+                layout=self.map,
+                number=self.groups,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                cache=self.cache,
+                show=lambda stage: print(f"computing: {stage}", file=sys.stderr),
+            )
+            for model in self.models
+        ]
+        if self.static is not None:
+            number = write_static(explorers, Path(self.static))
+            print(f"{number} pages written to {self.static}", file=sys.stderr)
+        if self.atlas is not None:
+            rows = write_table(explorers[0], Path(self.atlas))
+            print(f"{rows:,} rows written to {self.atlas}; look at them with", file=sys.stderr)
+            image = " --image image" if rows <= 20_000 else ""
+            print(f"embedding-atlas {self.atlas} --x x --y y --text text{image}")
+        if listening is not None:
+            pages, token = Pages(explorers), secrets.token_urlsafe(16)
+            for number in range(1, len(explorers) + 1):
+                _ = pages.site(number).map  # so that the first screen is there at once
+                explorers[number - 1].prepare()
+            print(f"open {url_of(listening, self.host, token)}", flush=True)
+            print("Ctrl-C ends it", file=sys.stderr)
+            serving = server(pages, host=self.host, token=token)
+            serving.run(sockets=[listening])
+
+    def pairs(self) -> "ExploredPairs":
+        """The pairs to look at. Prints what was noticed about them."""
+        from protoclip.cli.data import print_notes
+        from protoclip.data import sources
+        from protoclip.explore.pairs import explored
+
+        config = Config(data=self.settings(), run=RunConfig())
+        check(config)
+        samples = sources.pairs(config)
+        print_notes(sources.notes(samples))
+        return explored(samples, class_column=self.class_column)
+
+    def settings(self) -> DataConfig:
+        """What the options say; of data that is not named, what the first run's settings say."""
+        from protoclip.explore.explorer import run_config
+
+        options = {"only": self.only, "without": self.without, "root": self.root}
+        given: dict[str, Any] = {k: value for k, value in options.items() if value is not None}
+        if self.data is not None:
+            # A table's class column need not be named like one, and may be missing in a mixture.
+            named = DataConfig(train=self.data, class_column=self.class_column)
+            return replace(named, **given)
+        config = run_config(self.models[0]) if Path(self.models[0]).exists() else None
+        if config is None:
+            raise ValueError(
+                f"{self.models[0]}: is no run that says which data it was trained on; name some "
+                "with --data"
+            )
+        return replace(config.data, shuffle_captions=False, **given)

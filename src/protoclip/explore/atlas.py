@@ -1,0 +1,399 @@
+"""How a model places and groups pairs: the map, prototypes, and how far pairs agree.
+
+Everything is computed once and kept in the cache, so that the next start shows it at once.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from torch import Tensor
+
+from protoclip.data.inspect import drawn
+from protoclip.explore.neighbours import Neighbours, near_duplicates
+from protoclip.files import checksum, file_checksum, replacing, to_json, write_atomically
+from protoclip.prototypes.kmeans import kmeans
+from protoclip.prototypes.nearest import nearest
+
+Layout = Literal["pca", "umap"]
+Array = npt.NDArray[Any]
+MODALITIES: tuple[Literal["image", "text"], ...] = ("image", "text")
+
+# Part of the name of every file. Change it when what is kept changes.
+FORM = 1
+MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
+PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
+FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
+OTHERS = 1024  # pairs that each pair's loss is computed against
+# Images are near-duplicates from this cosine on; of more images only some are compared without an
+# index.
+LEAST_SIMILAR, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 500, 20_000
+CHUNK = 4096
+USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of pairs, of any norm; `rows` of the pairs that could be read."""
+
+    rows: Int[Tensor, " n"]
+    image: Float[Tensor, "n d"]
+    text: Float[Tensor, "n d"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Atlas:
+    """What is known of each pair `(n,)`, in NumPy arrays, so that it is kept and opened quickly.
+
+    Attributes:
+        rows: The pairs, as rows of the data.
+        drawn: Which of these are drawn on the map `(m,)`.
+        image_place, text_place: Where on the map each lies `(n, 2)`.
+        image_prototype, text_prototype: Its prototype in its own modality.
+        image_similarity, text_similarity: Cosine to the prototype's centroid.
+        distance: One minus the cosine of image and text, in [0, 2].
+        loss: InfoNCE of the pair among others, in nats.
+        duplicates: Pairs of near-duplicate images `(p, 2)`; `duplicate_similarity` is their cosine.
+        space: What was clustered, `projections` or `features`.
+        compared: Images among which near-duplicates were looked for.
+        own: For each modality, how many prototypes the run itself has, and how many of them are
+            dead, which means nearest to no pair.
+    """
+
+    rows: Array
+    drawn: Array
+    image_place: Array
+    text_place: Array
+    image_prototype: Array
+    text_prototype: Array
+    image_similarity: Array
+    text_similarity: Array
+    distance: Array
+    loss: Array
+    duplicates: Array
+    duplicate_similarity: Array
+    number: int
+    space: str
+    layout: str
+    compared: int
+    own: Mapping[str, Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prototype(self, modality: str) -> Array:
+        found: Array = getattr(self, f"{modality}_prototype")
+        return found
+
+    def similarity(self, modality: str) -> Array:
+        found: Array = getattr(self, f"{modality}_similarity")
+        return found
+
+    def place(self, modality: str) -> Array:
+        found: Array = getattr(self, f"{modality}_place")
+        return found
+
+
+def num_prototypes(pairs: int) -> int:
+    """A tenth of the pairs, from 2 to 1,000."""
+    return min(max(2, min(pairs // PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES)), pairs)
+
+
+@torch.inference_mode()
+def make_atlas(
+    features: Features,
+    *,
+    heads: dict[str, Callable[[Tensor], Tensor]] | None,
+    scale: float = USUAL_SCALE,
+    layout: Layout = "pca",
+    number: int | None = None,
+    own: Mapping[str, Float[Tensor, "k p"]] | None = None,
+    seed: int = 0,
+    show: Callable[[str], None] = lambda stage: None,
+) -> Atlas:
+    """Place and group pairs.
+
+    Args:
+        heads: Projection heads by modality, whose outputs are clustered; without, features are.
+        scale: Inverse temperature of the loss.
+        number: Prototypes of each modality; see `num_prototypes`.
+        own: Prototypes of the run's own, by modality, of which the dead are counted.
+
+    Raises:
+        ValueError: Fewer than two pairs, or UMAP is not installed.
+    """
+    pairs = len(features.rows)
+    if pairs < 2:
+        raise ValueError(f"{pairs} pair can be read; exploring needs two or more")
+    number = number or num_prototypes(pairs)
+    shown = torch.tensor(drawn(pairs, min(pairs, MAP_PAIRS), seed))
+    show("prototypes")
+    found: dict[str, Array] = {}
+    dead: dict[str, list[int]] = {}
+    for modality in MODALITIES:
+        rows = getattr(features, modality)
+        head = None if heads is None else heads[modality]
+        assigned, similarity = group(rows, head, number=number, seed=seed)
+        found[f"{modality}_prototype"] = assigned.int().numpy()
+        found[f"{modality}_similarity"] = similarity.numpy()
+        if own and modality in own:
+            used = [nearest(part, own[modality])[0] for part in inside(rows, head)]
+            dead[modality] = [
+                len(own[modality]),
+                len(own[modality]) - len(torch.unique(torch.cat(used))),
+            ]
+    show("map")
+    image_place, text_place = places(features, shown, layout=layout, seed=seed)
+    show("agreement of pairs")
+    distance, loss = disagreement(features, scale=scale, seed=seed)
+    show("near-duplicates")
+    pairs_of, values, compared = duplicates(features.image, seed=seed)
+    return Atlas(
+        rows=features.rows.numpy(),
+        drawn=shown.numpy(),
+        image_place=image_place,
+        text_place=text_place,
+        distance=distance.numpy(),
+        loss=loss.numpy(),
+        duplicates=pairs_of.numpy(),
+        duplicate_similarity=values.numpy(),
+        number=number,
+        space="features" if heads is None else "projections",
+        layout=layout,
+        compared=compared,
+        own=dead,
+        **found,
+    )
+
+
+def unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    return F.normalize(rows.float(), dim=1)
+
+
+def inside(
+    rows: Float[Tensor, "n d"], head: Callable[[Tensor], Tensor] | None
+) -> Iterator[Float[Tensor, "b p"]]:
+    """Unit-norm rows of the space that is clustered, some thousands at a time."""
+    for part in torch.split(rows, CHUNK):
+        yield unit(part if head is None else head(part.float()))
+
+
+@torch.inference_mode()
+def group(
+    rows: Float[Tensor, "n d"],
+    head: Callable[[Tensor], Tensor] | None,
+    *,
+    number: int,
+    seed: int,
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """The prototype of each row, and the cosine to its centroid."""
+
+    fitted = torch.tensor(drawn(len(rows), min(len(rows), FITTED_ROWS), seed))
+    sample = torch.cat(list(inside(rows[fitted], head)))
+    centroids = kmeans(sample, number, iterations=ITERATIONS, seed=seed).centroids
+    assigned, similarity = [], []
+    for part in inside(rows, head):
+        own = nearest(part, centroids)[0]
+        assigned.append(own)
+        similarity.append((part * unit(centroids)[own]).sum(1))
+    return torch.cat(assigned), torch.cat(similarity)
+
+
+def places(
+    features: Features, shown: Int[Tensor, " m"], *, layout: Layout, seed: int
+) -> tuple[Array, Array]:
+    """Where images and texts lie on one map of both, fitted to the pairs that are shown."""
+    fitted = torch.cat([unit(features.image[shown]), unit(features.text[shown])]).numpy()
+    if layout == "umap":
+        try:
+            import umap
+        except ImportError:
+            raise ValueError(
+                "--map: umap needs umap-learn; pip install 'protoclip[explore]'"
+            ) from None
+        reducer = umap.UMAP(metric="cosine", random_state=seed, n_jobs=1)
+        # It needs more points than neighbours.
+        reducer.n_neighbors = min(15, max(2, len(fitted) - 1))
+        on_map = reducer.fit_transform(fitted)
+        if len(shown) == len(features.rows):
+            return np.split(on_map.astype(np.float32), 2)[0], np.split(on_map, 2)[1]
+    else:
+        from sklearn.decomposition import PCA
+
+        reducer = PCA(
+            2, svd_solver="randomized" if fitted.shape[1] > 50 else "full", random_state=0
+        )
+        reducer.fit(fitted)
+
+    def placed(rows: Tensor) -> Array:
+        parts = [reducer.transform(unit(part).numpy()) for part in torch.split(rows, CHUNK)]
+        return np.concatenate(parts).astype(np.float32)
+
+    return placed(features.image), placed(features.text)
+
+
+def disagreement(
+    features: Features, *, scale: float, seed: int
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Of each pair, one minus the cosine of image and text; and its InfoNCE among other pairs.
+
+    The loss is the mean of both directions, against at most 1,024 pairs that are drawn evenly.
+    """
+    pairs = len(features.rows)
+    others = torch.tensor(drawn(pairs, min(pairs, OTHERS), seed))
+    sets = {"image": unit(features.image[others]), "text": unit(features.text[others])}
+    distance, loss = [], []
+    for rows in torch.split(torch.arange(pairs), CHUNK):
+        image, text = unit(features.image[rows]), unit(features.text[rows])
+        own = (image * text).sum(1)
+        is_own = others.unsqueeze(0) == rows.unsqueeze(1)
+        both = []
+        for mine, theirs in ((image, sets["text"]), (text, sets["image"])):
+            logits = (scale * mine @ theirs.T).masked_fill(is_own, float("-inf"))
+            joined = torch.cat([logits, scale * own.unsqueeze(1)], dim=1)
+            both.append(joined.logsumexp(1) - scale * own)
+        distance.append(1 - own)
+        loss.append((both[0] + both[1]) / 2)
+    return torch.cat(distance), torch.cat(loss)
+
+
+def duplicates(
+    images: Float[Tensor, "n d"], *, seed: int
+) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"], int]:
+    """Near-duplicate images, their cosines, and among how many images they were looked for."""
+    chosen = torch.tensor(drawn(len(images), min(len(images), COMPARED_ROWS), seed))
+    neighbours = Neighbours(images[chosen])
+    pairs, values = near_duplicates(neighbours, least=LEAST_SIMILAR, most=MOST_DUPLICATES)
+    return chosen[pairs], values, len(chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prototype:
+    """One group of a modality.
+
+    Attributes:
+        tightness: Mean cosine of its members to its centroid.
+        agreement: Share of its members whose partners are together in one prototype of the other
+            modality, `partner`.
+    """
+
+    number: int
+    modality: str
+    size: int
+    tightness: float
+    agreement: float
+    partner: int
+
+
+def prototypes(atlas: Atlas, modality: Literal["image", "text"]) -> list[Prototype]:
+    """The prototypes of a modality by number, empty ones included."""
+    own = atlas.prototype(modality)
+    other = atlas.prototype("text" if modality == "image" else "image")
+    sizes = np.bincount(own, minlength=atlas.number)
+    sums = np.bincount(own, atlas.similarity(modality), minlength=atlas.number)
+    together = contingency(own, other, atlas.number).tocsr()
+    found = []
+    for number in range(atlas.number):
+        row = together[[number]].toarray()[0]
+        partner, size = int(row.argmax()), int(sizes[number])
+        found.append(
+            Prototype(
+                number=number,
+                modality=modality,
+                size=size,
+                tightness=float(sums[number] / size) if size else 0.0,
+                agreement=float(row[partner] / size) if size else 0.0,
+                partner=partner,
+            )
+        )
+    return found
+
+
+def contingency(one: Array, other: Array, number: int) -> coo_array:
+    """How many pairs are in each two groups."""
+    ones = np.ones(len(one), np.int64)
+    return coo_array((ones, (one, other)), (number, number)).tocsr().tocoo()
+
+
+def members(atlas: Atlas, modality: str, number: int) -> Array:
+    """The members of a prototype, those nearest to its centroid first."""
+    found = np.flatnonzero(atlas.prototype(modality) == number)
+    order: Array = found[np.argsort(-atlas.similarity(modality)[found], kind="stable")]
+    return order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What one model groups differently from another, in one modality.
+
+    Groups of both are matched one to one so that the most pairs stay.
+
+    Attributes:
+        pairs: Positions in the two atlases of the pairs that moved, `(p, 2)`.
+        match: The second model's group for each group of the first.
+        common: Pairs in both atlases.
+    """
+
+    pairs: Array
+    match: Array
+    common: int
+
+
+def moved(first: Atlas, second: Atlas, modality: str) -> Moved:
+    """The pairs that two models on the same data put into groups that do not match."""
+    _, one, other = np.intersect1d(first.rows, second.rows, assume_unique=True, return_indices=True)
+    number = max(first.number, second.number)
+    before, after = first.prototype(modality)[one], second.prototype(modality)[other]
+    together = contingency(before, after, number).toarray()
+    rows, columns = linear_sum_assignment(together, maximize=True)
+    match = np.empty(number, np.int64)
+    match[rows] = columns
+    changed = match[before] != after
+    return Moved(
+        pairs=np.stack([one[changed], other[changed]], axis=1), match=match, common=len(one)
+    )
+
+
+def keep(path: Path, atlas: Atlas) -> None:
+    """Write an atlas, and beside it its numbers and the checksum of the file."""
+    values = {entry.name: getattr(atlas, entry.name) for entry in fields(atlas)}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    facts = {name: value for name, value in values.items() if name not in arrays}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    facts["checksum"] = file_checksum(path)
+    write_atomically(path.with_suffix(".json"), to_json(facts))
+
+
+def read_kept(path: Path) -> Atlas | None:
+    """An atlas that `keep` wrote; None if it is missing or damaged."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if facts.pop("checksum") != file_checksum(path):
+            return None
+        with np.load(path) as arrays:
+            return Atlas(**arrays, **facts)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError):
+        return None
+
+
+def path_of(folder: Path, *parts: object) -> Path:
+    """Where the atlas is kept that is made of these."""
+    return folder / f"{checksum(json.dumps([FORM, *map(str, parts)]).encode())}.npz"
+
+
+def subset(features: Features, rows: Int[Tensor, " m"]) -> Features:
+    """The features of some pairs."""
+    return replace(
+        features, rows=features.rows[rows], image=features.image[rows], text=features.text[rows]
+    )

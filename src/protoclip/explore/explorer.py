@@ -1,0 +1,248 @@
+"""A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from protoclip.config import Config
+from protoclip.data.decode import decode
+from protoclip.data.index import cache_folder
+from protoclip.data.pairs import MAX_IMAGE_PIXELS
+from protoclip.evaluation import analysis
+from protoclip.evaluation.features import Encoder, evaluation_mode
+from protoclip.explore.atlas import (
+    MODALITIES,
+    USUAL_SCALE,
+    Atlas,
+    Features,
+    Layout,
+    keep,
+    make_atlas,
+    path_of,
+    read_kept,
+)
+from protoclip.explore.neighbours import Neighbours
+from protoclip.explore.pairs import ExploredPairs
+from protoclip.models import loading
+from protoclip.models.protoclip import ProtoCLIP, to_float
+from protoclip.models.references import kind_of
+
+MAX_QUERY = 1000  # characters of a text that is searched for
+
+# A pair's position in the atlas, and its cosine to what was asked.
+Near = list[tuple[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The images and the captions nearest to a query."""
+
+    images: Near
+    texts: Near
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explorer:
+    """One model over pairs. Features are opened when the first question needs them.
+
+    `name` is the model's reference.
+    """
+
+    name: str
+    pairs: ExploredPairs
+    encoder: Encoder
+    atlas: Atlas
+    features: Callable[[], Features]
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    @cached_property
+    def _spaces(self) -> dict[str, Neighbours]:
+        found = self.features()
+        return {modality: Neighbours(getattr(found, modality)) for modality in MODALITIES}
+
+    def space(self, modality: str) -> Neighbours:
+        """The features of a modality, to be searched."""
+        with self._lock:
+            return self._spaces[modality]
+
+    def prepare(self) -> None:
+        """Open the features in a thread, so that the first question need not wait."""
+
+        def run() -> None:
+            with suppress(ValueError, OSError):  # the first question says what is wrong
+                self.space("image")
+
+        Thread(target=run, name="protoclip-features", daemon=True).start()
+
+    def row(self, position: int) -> int:
+        """The row in the data of a pair in the atlas."""
+        return int(self.atlas.rows[position])
+
+    def near(self, query: Float[Tensor, "1 d"], number: int) -> Answer:
+        found = {}
+        for modality in MODALITIES:
+            similarity, rows = self.space(modality).search(query, number)
+            near = zip(rows[0].tolist(), similarity[0].tolist(), strict=True)
+            found[modality] = [(row, value) for row, value in near if row >= 0]
+        return Answer(images=found["image"], texts=found["text"])
+
+    def search_text(self, text: str, number: int = 24) -> Answer:
+        """The pairs nearest to a text, of which the first 1,000 characters count.
+
+        Raises:
+            ValueError: The text is empty.
+        """
+        text = text[:MAX_QUERY].encode("utf-8", "replace").decode().replace("\0", " ").strip()
+        if not text:
+            raise ValueError("an empty text finds nothing; write some words")
+        encoder = self.encoder
+        with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
+            tokens = encoder.tokenizer([text]).to(encoder.device)
+            query = encoder.model.encode_text(tokens).float().cpu()
+        return self.near(query, number)
+
+    def search_image(self, encoded: bytes, number: int = 24) -> Answer:
+        """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
+        encoder = self.encoder
+        image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
+        with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
+            pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
+            query = encoder.model.encode_image(pixels).float().cpu()
+        return self.near(query, number)
+
+    def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
+        """What is nearest to a pair's image or text; the pair itself is left out."""
+        query = self.space(modality).rows(torch.tensor([position]))
+        found = self.near(query, number + 1)
+
+        def others(near: Near) -> Near:
+            return [entry for entry in near if entry[0] != position][:number]
+
+        return Answer(images=others(found.images), texts=others(found.texts))
+
+
+def open_explorer(
+    reference: str,
+    pairs: ExploredPairs,
+    *,
+    device: torch.device,
+    layout: Layout = "pca",
+    number: int | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+    cache: bool = True,
+    show: Callable[[str], None] = lambda stage: None,
+) -> Explorer:
+    """Open a model over pairs; features and the atlas come from the cache, or are made and kept.
+
+    Args:
+        reference: As `protoclip.load` takes it.
+        number: Prototypes of each modality; unset, a tenth of the pairs, from 2 to 1,000.
+        show: Called with the name of each stage of the work.
+
+    Raises:
+        ValueError: There is no such model, no image can be read, or too few pairs.
+    """
+    model, transform, tokenizer = loading.load(reference)
+    encoder = Encoder(
+        model=loading.to_device(model, device),
+        transform=transform,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        workers=workers,
+        cache=cache_folder() / "features" if cache else None,
+        show=True,
+    )
+    heads = heads_of(model, reference)
+    path = path_of(cache_folder() / "atlas", encoder.key, pairs.key, layout, number, bool(heads))
+
+    def features() -> Features:
+        return encoded(encoder, pairs)
+
+    made: list[Features] = []
+    atlas = read_kept(path) if cache else None
+    if atlas is None:
+        show("features")
+        made = [features()]
+        scale = getattr(getattr(model, "towers", None), "logit_scale", None)
+        atlas = make_atlas(
+            made[0],
+            heads=heads,
+            scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
+            layout=layout,
+            number=number,
+            own=own_prototypes(reference) if heads else {},
+            show=show,
+        )
+        if cache:
+            keep(path, atlas)
+    return Explorer(
+        name=reference,
+        pairs=pairs,
+        encoder=encoder,
+        atlas=atlas,
+        features=(lambda: made[0]) if made else features,
+    )
+
+
+def encoded(encoder: Encoder, pairs: ExploredPairs) -> Features:
+    """Features of the pairs that have a caption and an image that can be read."""
+    rows = pairs.with_captions()
+    if not len(rows):
+        raise ValueError(f"{pairs.name}: no pair has a caption")
+    images = encoder.images(pairs.images(rows), stage="images")
+    texts = encoder.texts([pairs.caption(row) for row in rows.tolist()], stage="captions")
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    kept[[row for row, _ in images.bad]] = False
+    return Features(
+        rows=torch.from_numpy(rows)[kept],
+        image=images.features,
+        text=texts if bool(kept.all()) else texts[kept],
+    )
+
+
+def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]] | None:
+    """The trained projection heads; None for a model without, and for a run that trains none."""
+    if not isinstance(model, ProtoCLIP):
+        return None
+    if kind_of(reference)[0] == "run":
+        config = run_config(reference)
+        if config is not None and not config.uses_prototypes:
+            return None
+    device = next(model.parameters()).device
+
+    def projections(head: nn.Module, rows: Tensor) -> Tensor:
+        return to_float(head(rows.to(device))).cpu()
+
+    heads = {"image": model.image_head, "text": model.text_head}
+    return {modality: partial(projections, head) for modality, head in heads.items()}
+
+
+def own_prototypes(reference: str) -> Mapping[str, Tensor]:
+    """The prototypes that a run's checkpoint holds, by modality; none for other models."""
+    if kind_of(reference)[0] != "run":
+        return {}
+    return analysis.prototypes(loading.find_checkpoint(reference))
+
+
+def run_config(reference: str) -> Config | None:
+    """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
+    folder = Path(reference)
+    for place in (folder, *folder.resolve().parents[:2]):
+        path = place / "config.toml"
+        if path.is_file():
+            try:
+                return Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    return None

@@ -1,0 +1,150 @@
+"""The map of images and texts, drawn by Bokeh."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from bokeh.core.properties import field
+from bokeh.embed import json_item
+from bokeh.models import (
+    BoxSelectTool,
+    ColumnDataSource,
+    HoverTool,
+    LassoSelectTool,
+    LinearColorMapper,
+    PanTool,
+    ResetTool,
+    TapTool,
+    WheelZoomTool,
+)
+from bokeh.palettes import Viridis256
+from bokeh.plotting import figure
+
+from protoclip.explore.render import CATEGORIES, ID_LENGTH, MAP_CAPTION_LENGTH, PALETTE, shown
+
+if TYPE_CHECKING:
+    from protoclip.explore.render import Site
+
+# Bokeh escapes what it puts in the place of a column's name.
+TOOLTIP = """
+<div class="tooltip">
+  <img src="../images/@row{0}.webp" width="160" alt="">
+  <div class="caption">@caption</div>
+  <div>distance @distance{0.000}, loss @loss{0.00}</div>
+  <div>@id</div>
+</div>
+"""
+
+
+def map_json(site: "Site") -> dict[str, Any]:
+    """What the page draws: the plot, and for each way of colouring its columns and its legend."""
+    atlas, pairs = site.atlas, site.pairs
+    drawn = atlas.drawn
+    rows = atlas.rows[drawn]
+    ids = [pairs.sample_id(row) for row in rows.tolist()]
+    data: dict[str, Any] = {
+        "image_x": atlas.image_place[drawn, 0],
+        "image_y": atlas.image_place[drawn, 1],
+        "text_x": atlas.text_place[drawn, 0],
+        "text_y": atlas.text_place[drawn, 1],
+        "row": rows.astype(np.int32),
+        "position": drawn.astype(np.int32),
+        "caption": [shown(pairs.caption(row), MAP_CAPTION_LENGTH) for row in rows.tolist()],
+        "id": [shown(sample_id, ID_LENGTH) for sample_id in ids],
+        "distance": atlas.distance[drawn].astype(np.float32),
+        "loss": atlas.loss[drawn].astype(np.float32),
+    }
+    ways: dict[str, Any] = {"modality": {"kind": "modality", "labels": ["images", "texts"]}}
+    for modality in ("image", "text"):
+        own = atlas.prototype(modality)[drawn]
+        add_categories(data, ways, f"{modality} prototype", [str(each) for each in own])
+    if pairs.has_classes:
+        add_categories(data, ways, "class", pairs.classes(rows))
+    if len(pairs.sources) > 1:
+        names = [pairs.sources[pairs.source_of(row)].name for row in rows.tolist()]
+        add_categories(data, ways, "source", names)
+    for measure in ("distance", "loss"):
+        values = data[measure]
+        low, high = np.quantile(values, [0.01, 0.99])
+        share = np.clip((values - low) / max(1e-9, high - low), 0, 1)
+        data[f"by {measure}"] = (255 * share).astype(np.uint8)
+        ways[measure] = {
+            "kind": "range",
+            "labels": [f"{low:.3g}", f"{high:.3g}"],
+            "colours": list(Viridis256[::32]),
+        }
+    source = ColumnDataSource(data, name="pairs")
+    plot = figure(
+        tools="",
+        sizing_mode="stretch_both",
+        min_height=320,
+        toolbar_location="above",
+        lod_threshold=4000,
+        background_fill_alpha=0,
+        border_fill_alpha=0,
+        outline_line_color=None,
+    )
+    plot.axis.visible = False
+    plot.grid.visible = False
+    size = 4 if len(drawn) > 3000 else 6
+    glyphs: Any = [
+        plot.scatter(
+            f"{modality}_x",
+            f"{modality}_y",
+            source=source,
+            name=f"{modality}s",
+            marker=marker,
+            size=size,
+            fill_color=colour,
+            line_color=None,
+            fill_alpha=0.7,
+            nonselection_fill_alpha=0.08,
+            selection_fill_alpha=1.0,
+        )
+        for modality, marker, colour in (
+            ("image", "circle", PALETTE[0]),
+            ("text", "triangle", PALETTE[1]),
+        )
+    ]
+    zoom = WheelZoomTool()
+    lasso = LassoSelectTool(continuous=False, renderers=glyphs)
+    plot.add_tools(
+        PanTool(),
+        zoom,
+        BoxSelectTool(continuous=False, renderers=glyphs),
+        lasso,
+        TapTool(renderers=glyphs),
+        HoverTool(tooltips=TOOLTIP, renderers=glyphs),
+        ResetTool(),
+    )
+    plot.toolbar.active_scroll = zoom
+    plot.toolbar.logo = None
+    for name, palette, high in (
+        ("categories", PALETTE, CATEGORIES - 1),
+        ("range", Viridis256, 255),
+    ):
+        mapper = LinearColorMapper(palette=list(palette), low=0, high=high, name=name)
+        # A mapper reaches the page with a glyph that uses it.
+        nothing = ColumnDataSource({"x": [], "y": [], "fill": []})
+        glyph = plot.scatter("x", "y", source=nothing, fill_color=field("fill", mapper))
+        glyph.visible = False
+    return {"plot": json_item(plot), "ways": ways, "ids": ids}
+
+
+def add_categories(
+    data: dict[str, Any], ways: dict[str, Any], name: str, values: list[str]
+) -> None:
+    """A way of colouring by categories: the most frequent have colours of their own."""
+    distinct, codes, counts = np.unique(
+        np.array(values, dtype=object).astype(str), return_inverse=True, return_counts=True
+    )
+    rank = np.empty(len(distinct), np.int64)
+    order = np.argsort(-counts, kind="stable")
+    rank[order] = np.arange(len(distinct))
+    code: npt.NDArray[np.uint8] = np.minimum(rank, CATEGORIES - 1)[codes].astype(np.uint8)
+    data[f"by {name}"] = code
+    own = order if len(distinct) <= CATEGORIES else order[: CATEGORIES - 1]
+    labels = [shown(str(distinct[each]), 40) or "none" for each in own]
+    if len(distinct) > CATEGORIES:
+        labels.append(f"{len(distinct) - CATEGORIES + 1} others")
+    ways[name] = {"kind": "categories", "labels": labels, "colours": list(PALETTE)}

@@ -1,0 +1,133 @@
+"""The pairs that are explored: rows of one or several sources, with captions, classes, images."""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from protoclip.data.access import digest
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.evaluation.datasets import class_labels
+from protoclip.evaluation.readers import Subset
+from protoclip.evaluation.validation import Joined, plain_sources
+from protoclip.progress import Progress
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploredPairs:
+    """Rows of sources that follow each other, as training sees them, with their sample ids.
+
+    A text is the first caption of its pair.
+    """
+
+    name: str
+    sources: Sequence[ImageTextPairs]
+    starts: Sequence[int] = field(default=(0,))
+
+    @property
+    def key(self) -> str:
+        """Changes with the pairs."""
+        return digest({"pairs": [source.key for source in self.sources]})
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def find(self, row: int) -> tuple[ImageTextPairs, int]:
+        """The source of a row, and the row in it."""
+        number = self.source_of(row)
+        return self.sources[number], row - self.starts[number]
+
+    def source_of(self, row: int) -> int:
+        return bisect.bisect_right(self.starts, row) - 1
+
+    def sample_id(self, row: int) -> str:
+        source, own = self.find(row)
+        return source.sample_id(own)
+
+    def caption(self, row: int) -> str:
+        """Raises `BadSample` if there is none."""
+        source, own = self.find(row)
+        return source.caption(own)
+
+    def encoded(self, row: int) -> bytes:
+        """The encoded image; raises `BadSample`."""
+        source, own = self.find(row)
+        return source.encoded(own)
+
+    def with_captions(self) -> Rows:
+        """The rows that have a caption."""
+        progress, rows = Progress("reading captions", len(self)), []
+        for row in range(len(self)):
+            try:
+                self.caption(row)
+            except BadSample:
+                continue
+            rows.append(row)
+            if row % 1000 == 0:
+                progress.update(row)
+        progress.update(len(self))
+        return np.array(rows, np.int64)
+
+    def images(self, rows: Rows) -> Any:
+        """The images of some rows, as `Encoder.images` takes them."""
+        parts = []
+        for number, source in enumerate(self.sources):
+            first, end = np.searchsorted(rows, self.starts[number : number + 2])
+            own = (rows[first:end] - self.starts[number]).tolist()
+            if own:
+                parts.append(Subset(images=source, rows=own))
+        return parts[0] if len(parts) == 1 else Joined(parts)
+
+    def classes(self, rows: Rows) -> list[str]:
+        """The class of each of some rows; empty where it has none."""
+        found = [""] * len(rows)
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        for number, source in enumerate(self.sources):
+            if source.class_column is None:
+                continue
+            places = np.flatnonzero(numbers == number)
+            own = pa.array(rows[places] - self.starts[number])
+            values = source.kept(source.table.column(source.class_column)).take(own).to_pylist()
+            names = class_labels(source)
+            for place, value in zip(places.tolist(), values, strict=True):
+                found[place] = class_name(value, names)
+        return found
+
+    @property
+    def has_classes(self) -> bool:
+        return any(source.class_column for source in self.sources)
+
+
+def class_name(value: Any, names: Sequence[str]) -> str:
+    """A class by its name; `names` are those of numbers."""
+    if names and isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    return "" if value is None else str(value)
+
+
+def explored(samples: Pairs | SampleStream, *, class_column: str | None = None) -> ExploredPairs:
+    """The pairs of a source or mixture.
+
+    Raises:
+        ValueError: It is a stream, which cannot be read in any order, or lacks the column.
+    """
+    if not isinstance(samples, Pairs):
+        raise ValueError(
+            f"{samples.name}: a stream cannot be explored; copy the shards, and leave data.read at "
+            "auto"
+        )
+    sources = plain_sources(samples)
+    for source in sources:
+        source.class_column = class_column or source.class_column
+        if source.class_column and source.class_column not in source.table.column_names:
+            present = ", ".join(source.table.column_names)
+            raise ValueError(f"{source.name}: no column '{source.class_column}'; it has {present}")
+    starts = list(accumulate(map(len, sources), initial=0))
+    return ExploredPairs(name=samples.name, sources=sources, starts=starts)

@@ -1,0 +1,405 @@
+"""Pages of what an explorer knows, as HTML, and the map as JSON for Bokeh.
+
+Pages link to each other by relative names, so a server and a folder of files hold the same ones.
+Captions, ids and names are text: Jinja escapes them, and `shown` cuts them and makes visible what
+would turn or break a line.
+"""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image, ImageOps
+
+from protoclip.data.access import visible
+from protoclip.data.decode import decode
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
+from protoclip.explore.atlas import (
+    LEAST_SIMILAR,
+    MODALITIES,
+    Moved,
+    Prototype,
+    moved,
+    prototypes,
+)
+from protoclip.explore.explorer import Answer, Explorer, Near
+from protoclip.explore.pairs import ExploredPairs
+
+CAPTION_LENGTH, MAP_CAPTION_LENGTH, ID_LENGTH = 300, 120, 120
+THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
+PAGE_SIZE = 60  # pairs on a page
+FLOWS = 40  # movements between groups that are listed
+MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
+CATEGORIES = 20  # colours; later categories share the last one
+# Colours that can be told apart on light and dark ground.
+PALETTE = (
+    *("#3b82f6", "#e8590c", "#2f9e44", "#d6336c", "#9c36b5", "#0c8599", "#b08900", "#e03131"),
+    *("#5f3dc4", "#66a80f", "#1098ad", "#f06595", "#845ef7", "#20c997", "#fd7e14", "#4c6ef5"),
+    *("#a61e4d", "#087f5b", "#c2255c", "#868e96"),
+)
+Codes = npt.NDArray[np.uint8]
+Files = dict[str, bytes]
+
+
+def shown(text: str, limit: int = CAPTION_LENGTH) -> str:
+    """A text of others on one line, cut, with what turns or breaks lines made visible."""
+    cut = visible(" ".join(text[: 2 * limit].split()))
+    return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 1]}…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A pair, as pages show it."""
+
+    position: int
+    row: int
+    sample_id: str
+    caption: str
+    facts: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Cards under a heading. `more` says what is not shown."""
+
+    title: str
+    cards: Sequence[Card]
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """The pages of one explorer, or of two on the same pairs.
+
+    Attributes:
+        live: A server answers questions; else pages are files, and show less.
+    """
+
+    explorers: Sequence[Explorer]
+    live: bool = True
+
+    def __post_init__(self) -> None:
+        assert 1 <= len(self.explorers) <= 2
+
+    def site(self, number: int) -> "Site":
+        """The pages of a model, counted from 1."""
+        return self._sites[number - 1]
+
+    @cached_property
+    def _sites(self) -> "list[Site]":
+        return [Site(self, number) for number in range(1, len(self.explorers) + 1)]
+
+    @cached_property
+    def image(self) -> Callable[[int, int], bytes]:
+        """An image of the data, by row, shrunk to a side, as WebP."""
+        pairs = self.explorers[0].pairs
+        return lru_cache(maxsize=4096)(lambda row, side: thumbnail(pairs, row, side))
+
+    def moved(self, modality: str) -> Moved:
+        return self._moved[modality]
+
+    @cached_property
+    def _moved(self) -> dict[str, Moved]:
+        first, second = (explorer.atlas for explorer in self.explorers)
+        return {modality: moved(first, second, modality) for modality in MODALITIES}
+
+    def front(self) -> str:
+        """The page that leads to the first model's map."""
+        return str(template("front.html").render())
+
+
+def thumbnail(pairs: ExploredPairs, row: int, side: int) -> bytes:
+    """A small image as WebP, without whatever else the file held; grey if it cannot be read."""
+    try:
+        pixels = decode(pairs.encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=side)
+        image = ImageOps.contain(Image.fromarray(pixels), (side, side))
+    except (BadSample, ValueError, OSError):
+        image = Image.new("RGB", (side, side), "#868e96")
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
+
+
+class Site:
+    """The pages of one model."""
+
+    def __init__(self, pages: Pages, number: int) -> None:
+        self.pages, self.number, self.live = pages, number, pages.live
+        self.explorer = pages.explorers[number - 1]
+        self.atlas, self.pairs = self.explorer.atlas, self.explorer.pairs
+        self.on_card: Callable[[int], object] = lambda row: None  # told which images are shown
+
+    # What pages are made of.
+
+    @cached_property
+    def prototypes(self) -> dict[str, list[Prototype]]:
+        return {modality: prototypes(self.atlas, modality) for modality in MODALITIES}
+
+    @cached_property
+    def _members(self) -> dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """For each modality all pairs by prototype, the nearest first; and where each begins."""
+        found = {}
+        for modality in MODALITIES:
+            own = self.atlas.prototype(modality)
+            order = np.lexsort((-self.atlas.similarity(modality), own))
+            starts = np.searchsorted(own[order], np.arange(self.atlas.number + 1))
+            found[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
+        return found
+
+    def members(self, modality: str, number: int) -> npt.NDArray[np.int64]:
+        """The members of a prototype, those nearest to its centroid first."""
+        order, starts = self._members[modality]
+        return order[starts[number] : starts[number + 1]]
+
+    def card(self, position: int, *facts: str) -> Card:
+        row = self.explorer.row(position)
+        self.on_card(row)
+        try:
+            caption = self.pairs.caption(row)
+        except BadSample as error:
+            caption = str(error)
+        return Card(
+            position=position,
+            row=row,
+            sample_id=self.pairs.sample_id(row),
+            caption=shown(caption),
+            facts=facts,
+        )
+
+    def id_shown(self, sample_id: str) -> str:
+        return shown(sample_id, ID_LENGTH)
+
+    def near(self, title: str, found: Near, note: str = "") -> Section:
+        cards = [self.card(position, f"cosine {value:.3f}") for position, value in found]
+        return Section(title=title, cards=cards, note=note)
+
+    def page(self, name: str, title: str, **values: Any) -> str:
+        """A page from its template."""
+        text: str = template(name).render(
+            title=title,
+            site=self,
+            model=shown(self.explorer.name, 60),
+            models=[shown(each.name, 60) for each in self.pages.explorers],
+            data=shown(self.pairs.name, 60),
+            shown=shown,
+            modalities=MODALITIES,
+            **values,
+        )
+        return text
+
+    # The pages.
+
+    def index(self) -> str:
+        atlas = self.atlas
+        empty = {m: sum(not each.size for each in self.prototypes[m]) for m in MODALITIES}
+        out = len(self.pairs) - len(atlas)
+        return self.page("index.html", "Map", atlas=atlas, empty=empty, left_out=out)
+
+    @cached_property
+    def map(self) -> str:
+        """The map, as JSON: what Bokeh draws, and the ways to colour it."""
+        # Bokeh takes half a second to import.
+        from protoclip.explore.map import map_json
+
+        return json.dumps(map_json(self))
+
+    def prototype_list(self, modality: Literal["image", "text"]) -> str:
+        rows = []
+        for each in self.prototypes[modality]:
+            nearest = self.members(modality, each.number)[: max(MEMBERS, CAPTIONS)]
+            cards = [self.card(int(position)) for position in nearest]
+            captions = list(dict.fromkeys(card.caption for card in cards))[:CAPTIONS]
+            rows.append((each, cards[:MEMBERS], captions))
+        rows.sort(key=lambda row: -row[0].size)
+        title = f"{modality.capitalize()} prototypes"
+        return self.page("prototypes.html", title, modality=modality, rows=rows)
+
+    def prototype(self, modality: Literal["image", "text"], number: int, page: int = 1) -> str:
+        """The members of a prototype, in both modalities."""
+        one, found = self.prototypes[modality][number], self.members(modality, number)
+        other = "text" if modality == "image" else "image"
+        partners = Counter(self.atlas.prototype(other)[found].tolist()).most_common(12)
+        part, pages = paged(found, page)
+        similarity = self.atlas.similarity(modality)
+        cards = [
+            self.card(int(each), f"cosine to centroid {similarity[each]:.3f}") for each in part
+        ]
+        return self.page(
+            "prototype.html",
+            f"{modality.capitalize()} prototype {number}",
+            one=one,
+            other=other,
+            partners=partners,
+            cards=cards,
+            page=page,
+            pages=pages,
+        )
+
+    def odd(self, by: Literal["distance", "loss"], page: int = 1) -> str:
+        """The pairs that agree least."""
+        values = getattr(self.atlas, by)
+        part, pages = paged(np.argsort(-values, kind="stable"), page)
+        cards = [
+            self.card(
+                int(each),
+                f"distance {self.atlas.distance[each]:.3f}",
+                f"loss {self.atlas.loss[each]:.2f}",
+            )
+            for each in part
+        ]
+        return self.page("odd.html", "Odd ones out", by=by, cards=cards, page=page, pages=pages)
+
+    def duplicates(self, page: int = 1) -> str:
+        atlas = self.atlas
+        part, pages = paged(np.arange(len(atlas.duplicates)), page, size=PAGE_SIZE // 2)
+        rows = [
+            (
+                f"{atlas.duplicate_similarity[each]:.3f}",
+                [self.card(int(position)) for position in atlas.duplicates[each]],
+            )
+            for each in part
+        ]
+        return self.page(
+            "duplicates.html",
+            "Near-duplicates",
+            rows=rows,
+            least=LEAST_SIMILAR,
+            page=page,
+            pages=pages,
+        )
+
+    def moved(self, modality: Literal["image", "text"], page: int = 1) -> str:
+        """What two models group differently."""
+        found = self.pages.moved(modality)
+        first, second = (explorer.atlas for explorer in self.pages.explorers)
+        before = first.prototype(modality)[found.pairs[:, 0]]
+        after = second.prototype(modality)[found.pairs[:, 1]]
+        number = max(first.number, second.number)
+        ways, inverse, counts = np.unique(
+            before.astype(np.int64) * number + after, return_inverse=True, return_counts=True
+        )
+        flows = [
+            (int(counts[each]), int(ways[each] // number), int(ways[each] % number))
+            for each in np.argsort(-counts, kind="stable")[:FLOWS]
+        ]
+        # Pairs of the largest movements come first.
+        part, pages = paged(np.argsort(-counts[inverse], kind="stable"), page)
+        column = self.number - 1
+        cards = [
+            self.card(
+                int(found.pairs[each, column]),
+                f"group {before[each]} became {after[each]}",
+            )
+            for each in part
+        ]
+        return self.page(
+            "moved.html",
+            f"Moved {modality}s",
+            modality=modality,
+            moved=found,
+            flows=flows,
+            cards=cards,
+            page=page,
+            pages=pages,
+        )
+
+    def pair(self, position: int) -> str:
+        """One pair, and what is near to it."""
+        row = self.explorer.row(position)
+        source, own = self.pairs.find(row)
+        try:
+            captions = [shown(text) for text in source.sample_captions(own)]
+        except BadSample as error:
+            captions = [shown(str(error))]
+        nearest = {m: self.explorer.nearest(position, m) for m in MODALITIES}
+        sections = [
+            self.near("Images near this image", nearest["image"].images),
+            self.near("Captions near this image", nearest["image"].texts),
+            self.near("Captions near this caption", nearest["text"].texts),
+            self.near("Images near this caption", nearest["text"].images),
+        ]
+        return self.page(
+            "pair.html",
+            "Pair",
+            card=self.card(position),
+            captions=captions,
+            place=shown(source.where(own), 200),
+            source=shown(source.name, 60),
+            group=shown(self.pairs.classes(np.array([row]))[0], 80),
+            distance=float(self.atlas.distance[position]),
+            loss=float(self.atlas.loss[position]),
+            own={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
+            sections=sections,
+        )
+
+    def answer(self, question: str, found: Answer) -> str:
+        """What was found for a text or an image."""
+        note = "" if self.explorer.space("image").exact else "By an index, so some may be missed."
+        sections = [
+            self.near("Images", found.images, note),
+            self.near("Captions", found.texts, note),
+        ]
+        asked = shown(question, 200)
+        return self.page("search.html", "Search", question=asked, sections=sections)
+
+    def message(self, title: str, text: str) -> str:
+        return self.page("message.html", title, text=text)
+
+    def ids(self, modality: str, number: int) -> list[str]:
+        """The sample ids of a prototype's members."""
+        found = self.members(modality, number)
+        return [self.pairs.sample_id(self.explorer.row(int(each))) for each in found]
+
+
+def paged(
+    rows: npt.NDArray[np.int64], page: int, size: int = PAGE_SIZE
+) -> tuple[npt.NDArray[np.int64], int]:
+    """The rows of a page, counted from 1, and how many pages there are; none beyond the last."""
+    return rows[(page - 1) * size : page * size], max(1, -(-len(rows) // size))
+
+
+def ids_as(ids: Iterable[str], kind: Literal["csv", "json"]) -> str:
+    """Sample ids as a file for `data.only` and `data.without`."""
+    if kind == "json":
+        return json.dumps(list(ids), ensure_ascii=False, indent=0)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["sample_id"])
+    writer.writerows([each] for each in ids)
+    return text.getvalue()
+
+
+@lru_cache
+def environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("protoclip.explore"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def template(name: str) -> Any:
+    return environment().get_template(name)
+
+
+@lru_cache
+def assets() -> Files:
+    """Style and scripts, by name: our own, and Bokeh's out of its package."""
+    import bokeh
+
+    own = files("protoclip.explore") / "assets"
+    found = {name: (own / name).read_bytes() for name in ("explore.css", "explore.js")}
+    bokeh_js = Path(bokeh.__file__).parent / "server" / "static" / "js" / "bokeh.min.js"
+    return {**found, "bokeh.min.js": bokeh_js.read_bytes()}

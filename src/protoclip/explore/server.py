@@ -1,0 +1,304 @@
+"""Serves the explorer's pages: to this machine, and with a token.
+
+Every answer is made from a row number, a page number or a text; nothing that a request names is
+ever opened as a file. `docs/explore.md` has the rules.
+"""
+
+import ipaddress
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, cast
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from protoclip.explore.atlas import MODALITIES
+from protoclip.explore.render import LARGE_SIDE, THUMBNAIL_SIDE, Pages, Site, assets, ids_as
+from protoclip.files import checksum
+
+MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
+MAX_PAGE = 1_000_000
+TYPES = {"css": "text/css", "js": "text/javascript", "csv": "text/csv", "json": "application/json"}
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+Made = tuple[str | bytes, str]  # a body, and its type
+
+
+def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
+    """The application that answers requests for pages, behind `Guard`."""
+
+    def site(request: Request) -> Site:
+        number = request.path_params["site"]
+        if not 1 <= number <= len(pages.explorers):
+            raise HTTPException(404)
+        return pages.site(number)
+
+    def modality(request: Request) -> Literal["image", "text"]:
+        if (found := request.path_params["modality"]) not in MODALITIES:
+            raise HTTPException(404)
+        return cast(Literal["image", "text"], found)
+
+    def page(request: Request) -> int:
+        text = request.query_params.get("page", "1")
+        number = int(text) if text.isascii() and text.isdecimal() and len(text) < 8 else 0
+        if not 1 <= number <= MAX_PAGE:
+            raise HTTPException(400, "page: needs to be a whole number from 1")
+        return number
+
+    def prototype_of(request: Request) -> tuple[Site, Literal["image", "text"], int]:
+        of, kind, number = site(request), modality(request), request.path_params["number"]
+        if not 0 <= number < of.atlas.number:
+            raise HTTPException(404)
+        return of, kind, number
+
+    def front(request: Request) -> Made:
+        return pages.front(), "html"
+
+    def index(request: Request) -> Made:
+        return site(request).index(), "html"
+
+    def map_(request: Request) -> Made:
+        return site(request).map, "json"
+
+    def prototype_list(request: Request) -> Made:
+        return site(request).prototype_list(modality(request)), "html"
+
+    def prototype(request: Request) -> Made:
+        of, kind, number = prototype_of(request)
+        return of.prototype(kind, number, page(request)), "html"
+
+    def ids(request: Request) -> Made:
+        of, kind, number = prototype_of(request)
+        form = request.path_params["form"]
+        if form not in ("csv", "json"):
+            raise HTTPException(404)
+        return ids_as(of.ids(kind, number), form), form
+
+    def odd(request: Request) -> Made:
+        if (by := request.path_params["by"]) not in ("distance", "loss"):
+            raise HTTPException(404)
+        return site(request).odd(by, page(request)), "html"
+
+    def duplicates(request: Request) -> Made:
+        return site(request).duplicates(page(request)), "html"
+
+    def moved(request: Request) -> Made:
+        if len(pages.explorers) < 2:
+            raise HTTPException(404)
+        return site(request).moved(modality(request), page(request)), "html"
+
+    def pair(request: Request) -> Made:
+        of, position = site(request), request.path_params["position"]
+        if not 0 <= position < len(of.atlas):
+            raise HTTPException(404)
+        return of.pair(position), "html"
+
+    def search(request: Request) -> Made:
+        of, text = site(request), request.query_params.get("text", "")
+        try:
+            return of.answer(text, of.explorer.search_text(text)), "html"
+        except ValueError as error:
+            return of.message("Search", str(error)), "html"
+
+    async def search_image(request: Request) -> Response:
+        of, body = site(request), b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise HTTPException(413, f"an image may have {MAX_BODY_BYTES:,} bytes")
+
+        def answered() -> str:
+            try:
+                return of.answer("your image", of.explorer.search_image(body))
+            except ValueError as error:
+                return of.message("Search", f"This is no image that can be read: {error}")
+
+        return respond(await run_in_threadpool(answered), "html")
+
+    def image(request: Request) -> Made:
+        row, side = request.path_params["row"], THUMBNAIL_SIDE
+        if request.url.path.rpartition("/")[2].startswith("large-"):
+            side = LARGE_SIDE
+        if not 0 <= row < len(pages.explorers[0].pairs):
+            raise HTTPException(404)
+        return pages.image(row, side), "webp"
+
+    def asset(request: Request) -> Made:
+        name = request.path_params["name"]
+        if name not in assets():
+            raise HTTPException(404)
+        return assets()[name], name.rpartition(".")[2]
+
+    def get(path: str, make: Callable[[Request], Made]) -> Route:
+        def answer(request: Request) -> Response:
+            return respond(*make(request))
+
+        return Route(path, answer, methods=["GET"])
+
+    routes = [
+        get("/", front),
+        get("/assets/{name}", asset),
+        get("/images/large-{row:int}.webp", image),
+        get("/images/{row:int}.webp", image),
+        get("/{site:int}/index.html", index),
+        get("/{site:int}/map.json", map_),
+        get("/{site:int}/prototypes-{modality}.html", prototype_list),
+        get("/{site:int}/prototype-{modality}-{number:int}.html", prototype),
+        get("/{site:int}/ids-{modality}-{number:int}.{form}", ids),
+        get("/{site:int}/odd-{by}.html", odd),
+        get("/{site:int}/duplicates.html", duplicates),
+        get("/{site:int}/moved-{modality}.html", moved),
+        get("/{site:int}/pair-{position:int}.html", pair),
+        get("/{site:int}/search.html", search),
+        Route("/{site:int}/search-image", search_image, methods=["POST"]),
+    ]
+    return Guard(Starlette(routes=routes), host=host, token=token)
+
+
+def respond(body: str | bytes, kind: str) -> Response:
+    """A body of that kind. Images and assets may be kept by the browser."""
+    if isinstance(body, str):
+        body = body.encode("utf-8", "replace")  # names of files may hold halves of characters
+    if kind == "html":
+        return Response(body, media_type="text/html; charset=utf-8")
+    keeps = kind in ("webp", "css", "js")
+    headers = {"cache-control": "private, max-age=600" if keeps else "no-store"}
+    return Response(body, media_type=TYPES.get(kind, f"image/{kind}"), headers=headers)
+
+
+def cookie_name(token: str) -> str:
+    """A name of its own for each server, since browsers share cookies between ports."""
+    return f"protoclip-{checksum(token.encode())[:8]}"
+
+
+class Guard:
+    """Lets through requests to this host that bring the token, in the URL or as a cookie.
+
+    A foreign Host header, which a rebound name brings, is refused. So are requests that another
+    site makes, unless they only open a page. Every answer forbids scripts, frames and requests of
+    other origins.
+    """
+
+    def __init__(self, inner: ASGIApp, *, host: str, token: str) -> None:
+        self.inner, self.token = inner, token
+        self.cookie = cookie_name(token)
+        self.hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
+        if host not in self.hosts or host in ("0.0.0.0", "::"):
+            self.hosts |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+        self.any_address = host in ("0.0.0.0", "::")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # there are no websockets, and nothing to do at the start
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
+            await send(message)
+
+        refused = self.refused(scope)
+        answer: Callable[[Scope, Receive, Send], Awaitable[Any]] = refused or self.inner
+        await answer(scope, receive, send_with_headers)
+
+    def refused(self, scope: Scope) -> Response | None:
+        """The answer to a request that is not let through; or to one that brings the token."""
+        headers, request = Headers(scope=scope), Request(scope)
+        if not self.is_own(headers.get("host", "")):
+            return PlainTextResponse("This host name is not served here.", 421)
+        fetched = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
+        foreign = fetched[0] not in ("none", "same-origin")
+        if foreign and (fetched[1] != "navigate" or scope["method"] != "GET"):
+            return PlainTextResponse("Another site may not ask this.", 403)
+        origin = headers.get("origin")
+        if origin is not None and not self.is_own(origin.partition("://")[2]):
+            return PlainTextResponse("Another site may not ask this.", 403)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > MAX_BODY_BYTES:
+            return PlainTextResponse("Too large.", 413)
+        given = request.query_params.get("token")
+        if given is not None and self.is_token(given):
+            answer = RedirectResponse("/", 303)  # and to no other place
+            answer.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
+            return answer
+        if not self.is_token(request.cookies.get(self.cookie, "")):
+            return PlainTextResponse("Open the address that protoclip explore printed.", 403)
+        return None
+
+    def is_own(self, host: str) -> bool:
+        """Whether a Host header names this server."""
+        name = host.lower().strip()
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        if name in self.hosts:
+            return True
+        if not self.any_address:
+            return False
+        try:
+            ipaddress.ip_address(name)  # no name leads to an address
+        except ValueError:
+            return False
+        return True
+
+    def is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ValueError: The port is taken, or the host is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        found.listen(256)
+    except (OSError, OverflowError, UnicodeError) as error:
+        found.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"--port: cannot listen on {host} port {port} ({reason}); choose another"
+        ) from None
+    return found
+
+
+def url_of(listening: socket.socket, host: str, token: str) -> str:
+    """The address to open."""
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    shown = f"[{shown}]" if ":" in shown else shown
+    return f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
+
+
+def server(pages: Pages, *, host: str, token: str) -> uvicorn.Server:
+    """What answers, once it is run with a socket, until the process is interrupted."""
+    settings = uvicorn.Config(
+        application(pages, host=host, token=token),
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        http="h11",
+        loop="asyncio",
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(settings)

@@ -1,0 +1,152 @@
+"""The explorer as files: pages for any web server, and a table for embedding-atlas."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from protoclip.data.pairs import BadSample
+from protoclip.explore.atlas import MAP_PAIRS, MODALITIES
+from protoclip.explore.explorer import Explorer
+from protoclip.explore.render import THUMBNAIL_SIDE, Pages, Site, assets, ids_as, thumbnail
+from protoclip.files import replacing
+from protoclip.progress import Progress
+
+BATCH = 2048
+
+
+def write_static(explorers: list[Explorer], folder: Path) -> int:
+    """Write read-only pages to a new or empty folder, which appears whole; returns their number.
+
+    They have the map, the prototypes with their nearest members, the odd ones out and the
+    near-duplicates, but no search and no pages of single pairs, which need the model.
+
+    Raises:
+        ValueError: The folder holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is not empty; choose a new folder with --static")
+    pages, rows = Pages(explorers, live=False), set[int]()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    number = 0
+    try:
+        for name, content in contents(pages, rows):
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                content = content.encode("utf-8", "replace")
+            path.write_bytes(content)
+            number += name.endswith(".html")
+        progress = Progress("images", len(rows))
+        (temporary / "images").mkdir()
+        for done, row in enumerate(sorted(rows), 1):
+            (temporary / "images" / f"{row}.webp").write_bytes(pages.image(row, THUMBNAIL_SIDE))
+            progress.update(done)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return number
+
+
+def contents(pages: Pages, rows: set[int]) -> Iterator[tuple[str, str | bytes]]:
+    """The files but for images, by name; adds to `rows` those whose images they show."""
+    yield "index.html", pages.front()
+    for name, asset in assets().items():
+        yield f"assets/{name}", asset
+    for number in range(1, len(pages.explorers) + 1):
+        site = pages.site(number)
+        site.on_card = rows.add
+        rows.update(site.atlas.rows[site.atlas.drawn].tolist())
+        for name, content in site_contents(site, compared=len(pages.explorers) > 1):
+            yield f"{number}/{name}", content
+
+
+def site_contents(site: Site, *, compared: bool) -> Iterator[tuple[str, str]]:
+    yield "index.html", site.index()
+    yield "map.json", site.map
+    yield "odd-distance.html", site.odd("distance")
+    yield "odd-loss.html", site.odd("loss")
+    yield "duplicates.html", site.duplicates()
+    for modality in MODALITIES:
+        yield f"prototypes-{modality}.html", site.prototype_list(modality)
+        if compared:
+            yield f"moved-{modality}.html", site.moved(modality)
+        for number in range(site.atlas.number):
+            yield f"prototype-{modality}-{number}.html", site.prototype(modality, number)
+            ids = site.ids(modality, number)
+            yield f"ids-{modality}-{number}.csv", ids_as(ids, "csv")
+            yield f"ids-{modality}-{number}.json", ids_as(ids, "json")
+
+
+def write_table(explorer: Explorer, path: Path) -> int:
+    """Write the table that embedding-atlas takes; returns its number of rows.
+
+    A row is a point of the map: the image or the text of a pair, with `x`, `y`, `text`, `image`
+    (small, as WebP; only of at most 10,000 pairs), `sample_id` and what is known of it.
+    """
+    atlas, pairs = explorer.atlas, explorer.pairs
+    with_images = len(atlas) <= MAP_PAIRS
+    image_type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema(
+        {
+            "id": pa.string(),
+            "modality": pa.string(),
+            "x": pa.float32(),
+            "y": pa.float32(),
+            "text": pa.string(),
+            "sample_id": pa.string(),
+            "image_row": pa.int64(),
+            "source": pa.string(),
+            "class": pa.string(),
+            "prototype": pa.int32(),
+            "distance": pa.float32(),
+            "loss": pa.float32(),
+            **({"image": image_type} if with_images else {}),
+        }
+    )
+    progress = Progress("table", 2 * len(atlas))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch, pq.ParquetWriter(scratch, schema) as writer:
+        for turn, modality in enumerate(MODALITIES):
+            for start in range(0, len(atlas), BATCH):
+                part = np.arange(start, min(start + BATCH, len(atlas)))
+                rows = atlas.rows[part]
+                ids = [pairs.sample_id(row) for row in rows.tolist()]
+                columns = {
+                    "id": [f"{modality}:{each}" for each in ids],
+                    "modality": [modality] * len(part),
+                    "x": atlas.place(modality)[part, 0].astype(np.float32),
+                    "y": atlas.place(modality)[part, 1].astype(np.float32),
+                    "text": [text_of(explorer, row) for row in rows.tolist()],
+                    "sample_id": ids,
+                    "image_row": rows,
+                    "source": [pairs.sources[pairs.source_of(row)].name for row in rows.tolist()],
+                    "class": pairs.classes(rows),
+                    "prototype": atlas.prototype(modality)[part].astype(np.int32),
+                    "distance": atlas.distance[part].astype(np.float32),
+                    "loss": atlas.loss[part].astype(np.float32),
+                }
+                if with_images:
+                    columns["image"] = [
+                        {"bytes": thumbnail(pairs, row, THUMBNAIL_SIDE), "path": None}
+                        for row in rows.tolist()
+                    ]
+                writer.write_table(pa.table(columns, schema=schema))
+                progress.update(turn * len(atlas) + int(part[-1]) + 1)
+    return 2 * len(atlas)
+
+
+def text_of(explorer: Explorer, row: int) -> str:
+    try:
+        return explorer.pairs.caption(row).encode("utf-8", "replace").decode()
+    except BadSample as error:
+        return str(error)

@@ -1,0 +1,302 @@
+"""The explorer in a real browser: no request leaves, the map reacts, and cleaning data works.
+
+Needs playwright and a chromium at /usr/bin/chromium; without them these tests are skipped.
+"""
+
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api")
+sys.path.append(str(Path(__file__).parents[1] / "unit" / "explore"))
+
+from worded import explorers  # noqa: E402
+
+from protoclip.config import DataConfig  # noqa: E402
+from protoclip.data import sources  # noqa: E402
+from protoclip.data.emoji import emoji_table  # noqa: E402
+from protoclip.explore.render import Pages  # noqa: E402
+from protoclip.explore.server import listen, server, url_of  # noqa: E402
+from protoclip.explore.static import write_static  # noqa: E402
+from protoclip.testing import tiny_config  # noqa: E402
+from protoclip.training.run import train  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium"),
+]
+
+HOSTILE = (
+    "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> \u202ea"
+)
+
+
+@dataclass
+class Watched:
+    """A page, and what it should not do: ask other hosts, or write errors to the console."""
+
+    page: Any
+    own: str
+    foreign: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.on("request", lambda request: self.asked(request.url))
+        self.page.on("console", lambda message: self.said(message.type, message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def asked(self, url: str) -> None:
+        if urlparse(url).netloc != self.own and not url.startswith(("data:", "blob:")):
+            self.foreign.append(url)
+
+    def said(self, kind: str, text: str) -> None:
+        if kind == "error":
+            self.errors.append(text)
+
+    def assert_quiet(self) -> None:
+        assert self.foreign == []
+        assert self.errors == []
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Emoji of hearts and of a few more, one with a hostile caption."""
+    whole = emoji_table("train")
+    texts = [
+        (cell if isinstance(cell, str) else cell[0]).lower()
+        for cell in whole["caption"].to_pylist()
+    ]
+    keep = [row for row, text in enumerate(texts) if "heart" in text][:120]
+    keep += list(range(0, len(texts), 50))
+    some = whole.take(pa.array(sorted(set(keep)), pa.int64()))
+    captions = [cell if isinstance(cell, str) else cell[0] for cell in some["caption"].to_pylist()]
+    captions[1] = HOSTILE
+    place = some.schema.get_field_index("caption")
+    path = tmp_path_factory.mktemp("browser") / "emoji.parquet"
+    pq.write_table(some.set_column(place, "caption", pa.array(captions)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pages(table: Path) -> Pages:
+    return Pages(explorers(DataConfig(train=str(table)), {}, {3: 40, 4: 41}))
+
+
+@pytest.fixture(scope="module")
+def address(pages: Pages) -> Iterator[str]:
+    listening = listen("127.0.0.1", 0)
+    serving = server(pages, host="127.0.0.1", token="token")
+    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield url_of(listening, "127.0.0.1", "token")
+    serving.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def watched(browser: Any, address: str) -> Iterator[Watched]:
+    """The map, open and drawn."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(15_000)
+    found = Watched(page=context.new_page(), own=urlparse(address).netloc)
+    found.page.goto(address)
+    found.page.wait_for_selector("#map[data-ready]")
+    yield found
+    found.assert_quiet()
+    context.close()
+
+
+def selected(page: Any) -> int:
+    return int(page.inner_text("#selected").replace(",", ""))
+
+
+def test_the_map_reacts(watched: Watched) -> None:
+    """It zooms, shows a pair under the pointer, changes colours, and selects."""
+    page = watched.page
+    box = page.locator("#map").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    extent = "(range => range.end - range.start)(Bokeh.documents[0].roots()[0].x_range)"
+    before = page.evaluate(extent)
+    page.mouse.move(*middle)
+    page.mouse.wheel(0, -300)
+    page.wait_for_function(f"{extent} < {before} * 0.99")
+    # A point's place on the screen.
+    place = page.evaluate(
+        """() => {
+          const doc = Bokeh.documents[0];
+          const plot = doc.roots()[0];
+          const view = Bokeh.index.get(plot);
+          const source = doc.get_model_by_name("pairs");
+          const box = view.el.getBoundingClientRect();
+          const inner = view.frame.bbox;
+          for (let index = 0; index < source.data.image_x.length; index++) {
+            const x = view.frame.x_scale.compute(source.data.image_x[index]);
+            const y = view.frame.y_scale.compute(source.data.image_y[index]);
+            const inside = (value, low, high) => value > low + 20 && value < high - 20;
+            if (inside(x, inner.left, inner.right) && inside(y, inner.top, inner.bottom))
+              return { x: box.x + x, y: box.y + y };
+          }
+        }"""
+    )
+    page.mouse.move(place["x"] - 3, place["y"])
+    page.mouse.move(place["x"], place["y"])
+    image = page.locator(".tooltip img").first
+    image.wait_for()
+    assert image.get_attribute("src").endswith(".webp")
+    page.select_option("#colour-by", "distance")
+    assert " to " in page.inner_text("#legend")
+    page.select_option("#colour-by", "image prototype")
+    assert page.locator("#legend span").count() > 3
+    pairs = "Bokeh.documents[0].get_model_by_name('pairs')"
+    page.evaluate(f"() => {{ {pairs}.selected.indices = [0, 2, 5] }}")
+    assert selected(page) == 3
+    page.click("#clear")
+    assert selected(page) == 0
+    page.mouse.click(place["x"], place["y"])
+    assert selected(page) >= 1
+    page.evaluate(f"() => {{ {pairs}.selected.indices = [4] }}")
+    page.click("text=Open the selected pair")
+    page.wait_for_url("**/pair-*.html")
+
+
+def test_a_hostile_caption_is_shown_and_does_nothing(watched: Watched, pages: Pages) -> None:
+    page = watched.page
+    page.evaluate("() => 1")
+    position = int((pages.explorers[0].atlas.rows == 1).nonzero()[0][0])
+    base = page.url.rpartition("/")[0]
+    for name in (f"pair-{position}.html", "odd-distance.html", "search.html?text=script"):
+        page.goto(f"{base}/{name}")
+        page.wait_for_load_state("networkidle")
+        assert "taken" not in page.title()
+        assert page.locator("img[src='x']").count() == 0
+    page.goto(f"{base}/pair-{position}.html")
+    assert "<script>" in page.locator("p.caption.large").inner_text()
+
+
+def test_a_red_heart_is_found_first(watched: Watched) -> None:
+    page = watched.page
+    page.fill("input[name=text]", "a red heart")
+    page.press("input[name=text]", "Enter")
+    page.wait_for_url("**/search.html?text=a+red+heart")
+    images = page.locator("section").first.locator(".card .caption")
+    for caption in images.all_inner_texts()[:3]:
+        assert "red heart" in caption.lower()
+
+
+def test_an_image_finds_itself(watched: Watched, pages: Pages) -> None:
+    page, encoded = watched.page, pages.explorers[0].pairs.encoded(7)
+    page.set_input_files(
+        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": encoded}
+    )
+    page.wait_for_selector("main .card")
+    assert pages.explorers[0].pairs.sample_id(7) in page.locator("section").first.inner_text()
+
+
+def test_a_prototype_shows_its_members(watched: Watched, pages: Pages) -> None:
+    page = watched.page
+    page.click("text=Image prototypes")
+    page.click("thead button:has-text('Tightness')")
+    values = page.eval_on_selector_all(
+        "tbody td:nth-child(5)", "all => all.map(each => Number(each.dataset.value))"
+    )
+    assert values == sorted(values, reverse=True)
+    page.click("thead button:has-text('Size')")
+    first = page.locator("tbody tr").first
+    number = int(first.locator("th").inner_text())
+    first.locator("th a").click()
+    page.wait_for_url(f"**/prototype-image-{number}.html")
+    size = len(pages.site(1).members("image", number))
+    assert page.locator(".card").count() == min(size, 60)
+    assert all(page.eval_on_selector_all("img", "all => all.map(each => each.alt)"))
+
+
+def test_exporting_a_selection_and_training_without_it(
+    watched: Watched, pages: Pages, table: Path, tmp_path: Path
+) -> None:
+    """The loop: look at odd pairs, export some, train without them."""
+    page = watched.page
+    page.click("text=Odd ones out")
+    for box in page.locator("input[data-id]").all()[:5]:
+        box.check()
+    ids = page.eval_on_selector_all(
+        "input[data-id]:checked", "all => all.map(each => each.dataset.id)"
+    )
+    page.click("text=Near-duplicates")
+    assert selected(page) == 5  # kept over pages
+    files = {}
+    for form in ("csv", "json"):
+        with page.expect_download() as waiting:
+            page.click(f"button[data-export={form}]")
+        files[form] = tmp_path / f"selection.{form}"
+        waiting.value.save_as(files[form])
+    assert json.loads(files["json"].read_text(encoding="utf-8")) == ids
+    config = tiny_config(str(table), out=str(tmp_path / "run"))
+    from dataclasses import replace
+
+    config = replace(
+        config,
+        data=replace(config.data, without=str(files["csv"]), validation=0.0),
+        run=replace(config.run, evaluate=False),
+        episodes=replace(config.episodes, size=32, count=1, warm_up=1, locked_image=0),
+    )
+    assert train(config)["steps"] == 2
+    left = set(sources.pairs(config).sample_ids())
+    assert not left & set(ids)
+    assert len(left) == len(pages.explorers[0].pairs) - 5
+
+
+def test_pages_as_files_work_without_a_server_of_ours(
+    pages: Pages, browser: Any, tmp_path: Path
+) -> None:
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    write_static(list(pages.explorers), tmp_path / "out")
+    web = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "out")))
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    own = f"127.0.0.1:{web.server_address[1]}"
+    found = Watched(page=browser.new_page(), own=own)
+    found.page.goto(f"http://{own}/")
+    found.page.wait_for_selector("#map[data-ready]")
+    found.page.click("text=What moved")
+    found.page.wait_for_selector(".card img")
+    found.assert_quiet()
+    found.page.close()
+    web.shutdown()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_a_phone(scheme: str, browser: Any, address: str) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#map[data-ready]")
+    for name in ("index.html", "prototypes-image.html", "odd-distance.html", "pair-1.html"):
+        page.goto(f"{page.url.rpartition('/')[0]}/{name}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 24, 29)")
+    context.close()

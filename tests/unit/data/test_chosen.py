@@ -1,0 +1,349 @@
+"""`data.only` and `data.without`: the samples that lists of ids choose, in every kind of source."""
+
+import io
+import itertools
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tars import numbered, write_tar
+
+from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data import sources
+from protoclip.data.chosen import read_chosen, read_ids
+from protoclip.data.held_out import image_names, image_sizes
+from protoclip.data.inspect import inspect
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.sampler import episodes
+from protoclip.evaluation.validation import judged
+from protoclip.teachers.encode import embed_teacher
+from protoclip.teachers.store import read_teacher
+from protoclip.testing import tiny_pairs
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pairs as a table with ids, a table without, a folder, and tar shards."""
+    top = tmp_path_factory.mktemp("chosen")
+    images = [png(number) for number in range(12)]
+    captions = [f"caption {number}" for number in range(12)]
+    table = pa.table({"image": images, "caption": captions})
+    pq.write_table(
+        table.append_column("sample_id", [[f"id {n}" for n in range(12)]]), top / "ids.parquet"
+    )
+    pq.write_table(table, top / "plain.parquet")
+    (top / "folder").mkdir()
+    lines = ["filepath\ttitle"]
+    for number in range(12):
+        (top / "folder" / f"{number:02d}.png").write_bytes(images[number])
+        (top / "folder" / f"{number:02d}.txt").write_text(captions[number])
+        lines.append(f"folder/{number:02d}.png\t{captions[number]}")
+    (top / "table.tsv").write_text("\n".join(lines))
+    for shard in range(3):
+        files: dict[str, bytes] = {}
+        for number in range(4 * shard, 4 * shard + 4):
+            files |= {
+                f"{number:03d}.png": images[number],
+                f"{number:03d}.txt": captions[number].encode(),
+            }
+        write_tar(top / "shards" / f"{shard}.tar", files)
+    return top
+
+
+IDS = {
+    "ids.parquet": "id {}",
+    "plain.parquet": "plain.parquet/{}",
+    "folder": "{:02d}",
+    "table.tsv": "table.tsv/{}",
+    "shards": None,
+}
+
+
+def id_of(source: str, number: int) -> str:
+    form = IDS[source]
+    return f"{number // 4}/{number:03d}" if form is None else form.format(number)
+
+
+def listed(folder: Path, ids: list[str], name: str = "list.json") -> str:
+    (folder / name).write_text(json.dumps(ids))
+    return str(folder / name)
+
+
+def opened(**data: object) -> Pairs | SampleStream:
+    return sources.pairs(Config(data=DataConfig(**data)))
+
+
+def captions_in(pairs: Pairs | SampleStream) -> list[str]:
+    assert isinstance(pairs, Pairs)
+    return [pairs.sample(row).captions[0] for row in range(len(pairs))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "sample_id\n1\nb/c\n"),
+        ("a.csv", 'x,sample_id\n,1\n"q,q",b/c\n'),
+        ("a.csv", "\ufeffcaption;sample_id\r\n;1\r\n;b/c\r\n\r\n"),
+        ("a.tsv", "key\n1\nb/c"),
+        ("a.json", '[1, "b/c"]'),
+        ("a.json", '[{"sample_id": 1, "x": 2}, {"sample_id": "b/c"}]'),
+        ("a.txt", '["1", "b/c", "1"]'),
+    ],
+)
+def test_forms_of_a_list(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found = read_ids("only", str(tmp_path / name))
+    assert found.ids - {found.header} == {"1", "b/c"}
+
+
+def test_a_list_without_a_header_loses_no_id(top: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id 3\nid 5\n")
+    pairs = opened(train=str(top / "ids.parquet"), only=str(tmp_path / "a.csv"))
+    assert list(pairs.sample_ids()) == ["id 3", "id 5"]
+    (tmp_path / "b.csv").write_text("the ids\nid 3\n")
+    pairs = opened(train=str(top / "ids.parquet"), only=str(tmp_path / "b.csv"))
+    assert [note for note in pairs.notes if "of no sample" in note] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "it holds no id"),
+        (b"sample_id\n", "it holds no id"),
+        (b"[]", "it holds no id"),
+        (b"a,b\n1,2\n", "it has no column sample_id, only a, b"),
+        (b"x,sample_id\n1,2\n3\n", "line 3 has no sample_id"),
+        (b'sample_id\n"open\n', "unexpected end of data"),
+        (b'[{"id": 1}]', "entry 1 has no sample_id"),
+        (b"[true]", "entry 1 has no sample_id"),
+        (b'{"sample_id": "1"}', "it needs to be a list of ids"),
+        (b"[1,", "it is not JSON"),
+        (b"sample_id\n\xff\n", "it is not UTF-8"),
+    ],
+)
+def test_what_is_no_list_is_named(text: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_chosen(DataConfig(without=str(path)))
+    assert str(caught.value).startswith(f"data.without: {path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["nothing", "."])
+def test_a_list_that_cannot_be_opened_is_named(place: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data.only: .*(no such file|is a folder)"):
+        read_chosen(DataConfig(only=str(tmp_path / place)))
+
+
+@pytest.mark.parametrize("source", IDS)
+def test_every_source_is_filtered(source: str, top: Path, tmp_path: Path) -> None:
+    """Samples keep their ids; `without` wins; unknown ids are counted."""
+    only = listed(tmp_path, [id_of(source, n) for n in (2, 5, 9, 11)] + ["no such"])
+    without = listed(tmp_path, [id_of(source, 5)], "without.json")
+    pairs = opened(train=str(top / source), only=only, without=without)
+    assert captions_in(pairs) == ["caption 2", "caption 9", "caption 11"]
+    assert list(pairs.sample_ids()) == [id_of(source, n) for n in (2, 9, 11)]
+    assert [pairs.sample_id(row) for row in range(3)] == list(pairs.sample_ids())
+    assert pairs.notes[-2:] == [
+        "data.only and data.without: 3 of 12 samples are used",
+        f"data.only: {only}: 1 of 5 ids are of no sample, such as 'no such'",
+    ]
+    again = pickle.loads(pickle.dumps(pairs))
+    assert captions_in(again) == captions_in(pairs)
+
+
+@pytest.mark.parametrize("source", IDS)
+def test_keys_and_images_are_those_of_the_chosen(source: str, top: Path, tmp_path: Path) -> None:
+    whole = opened(train=str(top / source))
+    some = opened(train=str(top / source), without=listed(tmp_path, [id_of(source, 0)]))
+    assert isinstance(whole, ImageTextPairs)
+    assert isinstance(some, ImageTextPairs)
+    assert whole.key != some.key
+    assert np.array_equal(image_sizes(some), image_sizes(whole)[1:])
+    names, all_names = image_names(some), image_names(whole)
+    if all_names is not None:
+        assert names is not None
+        assert names.to_pylist() == all_names.to_pylist()[1:]
+
+
+def test_nothing_left_is_one_line(top: Path, tmp_path: Path) -> None:
+    path = str(top / "ids.parquet")
+    with pytest.raises(ValueError, match=r"^data.only: no sample is left of 12; .* 'id 0'$"):
+        opened(train=path, only=listed(tmp_path, ["x"]))
+    every = listed(tmp_path, [f"id {n}" for n in range(12)])
+    with pytest.raises(ValueError, match=r"^data.without: no sample is left"):
+        opened(train=path, without=every)
+
+
+def mixture(top: Path, **settings: object) -> dict[str, object]:
+    entries = [
+        SourceConfig(path=str(top / name), name=short, **settings)
+        for name, short in (("ids.parquet", "a"), ("plain.parquet", "b"))
+    ]
+    return {"sources": entries}
+
+
+def test_a_mixture_is_filtered_by_ids_with_the_source_name(top: Path, tmp_path: Path) -> None:
+    pairs = opened(**mixture(top), only=listed(tmp_path, ["a/id 3", "b/7", "id 4"]))
+    assert list(pairs.sample_ids()) == ["a/id 3", "b/7"]
+    assert captions_in(pairs) == ["caption 3", "caption 7"]
+    assert "1 of 3 ids are of no sample, such as 'id 4'" in sources.notes(pairs)[-1]
+
+
+def test_a_source_without_samples_needs_to_have_no_weight(top: Path, tmp_path: Path) -> None:
+    only = listed(tmp_path, ["b/1", "b/7"])
+    pairs = opened(**mixture(top), only=only)
+    assert captions_in(pairs) == ["caption 1", "caption 7"]
+    config = Config(data=DataConfig(**mixture(top), only=only))
+    config = replace(config, episodes=replace(config.episodes, size=4))
+    assert set(episodes(config, pairs)(0).rows.tolist()) <= {0, 1}
+    with pytest.raises(ValueError, match="no sample is left of 'a', which has a weight"):
+        opened(**mixture(top, weight=1.0), only=only)
+
+
+def test_held_out_pairs_are_among_the_chosen(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "sample_id": [str(row) for row in range(400)],
+            "image": [b"image %d" % row for row in range(400)],
+            "caption": [f"caption {row}" for row in range(400)],
+            "kind": ["even", "odd"] * 200,
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    only = listed(tmp_path, [str(row) for row in range(0, 300)])
+    data = DataConfig(
+        train=str(tmp_path / "a.parquet"), only=only, validation=0.1, class_column="kind"
+    )
+    found = judged(Config(data=data), sources.pairs(Config(data=data)))
+    (held_out,) = found.data
+    split = held_out.splits["validation"]
+    ids = {split.images.sample_id(row) for row in range(len(split.images))}
+    training = set(found.training.sample_ids())
+    assert len(ids) == 30
+    assert not ids & training
+    assert ids | training == {str(row) for row in range(300)}
+    for row in range(30):  # captions and classes are those of the rows
+        number = int(split.images.sample_id(row))
+        assert split.captions[row] == (f"caption {number}",)
+        assert held_out.class_names[int(split.labels[row])] == ("even", "odd")[number % 2]
+
+
+def test_a_validation_source_is_not_filtered(top: Path, tmp_path: Path) -> None:
+    only = listed(tmp_path, [f"id {n}" for n in range(6)])
+    data = DataConfig(
+        train=str(top / "ids.parquet"), only=only, validation=str(top / "plain.parquet")
+    )
+    found = judged(Config(data=data), sources.pairs(Config(data=data)))
+    assert len(found.data[0].splits["validation"].images) == 12
+    assert len(found.training) == 6
+
+
+def test_shuffled_captions_stay_among_the_chosen(top: Path, tmp_path: Path) -> None:
+    only = listed(tmp_path, [f"id {n}" for n in (1, 4, 6, 8)])
+    pairs = opened(train=str(top / "ids.parquet"), only=only, shuffle_captions=True)
+    expected = ["caption 1", "caption 4", "caption 6", "caption 8"]
+    assert sorted(captions_in(pairs)) == expected
+
+
+def streamed(top: Path, **data: object) -> SampleStream:
+    stream = opened(train=str(top / "shards"), read="streaming", shuffle_buffer=3, **data)
+    assert isinstance(stream, SampleStream)
+    return stream
+
+
+def ids(stream: SampleStream, number: int, first: int = 0) -> list[str]:
+    items = stream.samples(first)
+    found = [item.sample_id for item in itertools.islice(items, number)]
+    items.close()  # type: ignore[attr-defined]
+    return found
+
+
+def test_a_stream_is_filtered_as_it_passes(top: Path, tmp_path: Path) -> None:
+    """Each pass has the chosen samples, also when it goes on from a state."""
+    chosen = ["0/001", "1/004", "1/006", "1/007", "2/009"]
+    only = listed(tmp_path, chosen)
+    found = ids(streamed(top, only=only), 20)
+    assert [sorted(found[start : start + 5]) for start in (0, 5, 10, 15)] == [chosen] * 4
+    first = streamed(top, only=only)
+    ids(first, 13)
+    for position in range(1, 13):
+        later = streamed(top, only=only)
+        later.load_state_dict(first.state_dict(position))
+        assert ids(later, 7, position) == found[position : position + 7]
+    other = streamed(top, only=listed(tmp_path, chosen[:4], "other.json"))
+    with pytest.raises(ValueError, match="are not those of the interrupted run"):
+        other.load_state_dict(first.state_dict(3))
+
+
+def test_a_stream_of_which_nothing_is_left_ends(top: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no sample is left by data.only"):
+        ids(streamed(top, only=listed(tmp_path, ["x"])), 1)
+
+
+def test_few_chosen_samples_in_many_shards_are_found(tmp_path: Path) -> None:
+    for shard in range(40):
+        write_tar(tmp_path / "shards" / f"{shard:02d}.tar", numbered(shard))
+    only = listed(tmp_path, ["17/017"])
+    assert ids(streamed(tmp_path, only=only), 3) == ["17/017"] * 3
+
+
+def test_a_broken_shard_of_a_filtered_stream_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").write_bytes(b"no tar")
+    write_tar(tmp_path / "shards" / "1.tar", numbered(1, 2))
+    items = streamed(tmp_path, only=listed(tmp_path, ["1/002"])).samples()
+    found = list(itertools.islice(items, 2))
+    assert {item.sample_id for item in found} == {"0", "1/002"}
+    assert sum(isinstance(item, BadSample) for item in found) == 1
+
+
+def test_a_mixture_of_streams_is_filtered(top: Path, tmp_path: Path) -> None:
+    entries = [SourceConfig(path=str(top / "shards"), name=name, weight=1.0) for name in "ab"]
+    only = listed(tmp_path, ["a/0/001", "b/2/009"])
+    stream = opened(sources=entries, read="streaming", only=only)
+    assert set(ids(stream, 40)) == {"a/0/001", "b/2/009"}
+    assert any("not counted" in note for note in sources.notes(stream))
+
+
+@pytest.mark.parametrize("read", ["indexed", "streaming"])
+def test_inspect_reads_the_chosen(read: str, top: Path, tmp_path: Path) -> None:
+    only = listed(tmp_path, ["0/001", "2/009"])
+    found = inspect(
+        opened(train=str(top / "shards"), read=read, only=only),
+        count_tokens=lambda texts: [1 for _ in texts],
+        context_length=4,
+        workers=1,
+    )
+    assert found["read"] == 2
+
+
+def test_teacher_features_of_the_chosen(tmp_path: Path) -> None:
+    """A teacher of the chosen has their ids; a file of all serves them too."""
+    table = tiny_pairs(20)
+    pq.write_table(table, tmp_path / "a.parquet")
+    ids = table["sample_id"].to_pylist()
+    np.save(tmp_path / "t.npy", np.eye(20, dtype=np.float32))
+    (tmp_path / "t.ids.txt").write_text("\n".join(ids))
+    pairs = opened(train=str(tmp_path / "a.parquet"), without=listed(tmp_path, ids[:15]))
+    import torch
+
+    facts = embed_teacher(
+        str(tmp_path / "t.npy"), pairs, tmp_path / "out", device=torch.device("cpu")
+    )
+    assert facts["rows"] == 5
+    found = read_teacher(tmp_path / "out").lookup(list(pairs.sample_ids()))
+    assert np.array_equal(found.numpy(), np.eye(20, dtype=np.float32)[15:])

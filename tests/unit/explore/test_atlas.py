@@ -1,0 +1,176 @@
+"""The map, prototypes, agreement and neighbours, against what they mean."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from protoclip.explore import atlas as atlases
+from protoclip.explore.atlas import Features, make_atlas, moved, num_prototypes
+from protoclip.explore.neighbours import Neighbours, near_duplicates
+
+CLUSTERS, EACH, WIDTH = 4, 15, 16
+
+
+def clustered(seed: int = 0, *, swapped: tuple[int, ...] = ()) -> Features:
+    """Pairs in four tight groups of both modalities; swapped pairs have the text of another."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(CLUSTERS, WIDTH, generator=generator), dim=1)
+    groups = torch.arange(CLUSTERS).repeat(EACH)
+    noise = torch.randn(2, len(groups), WIDTH, generator=generator) / 40
+    texts = groups.clone()
+    for row in swapped:
+        texts[row] = (groups[row] + 1) % CLUSTERS
+    return Features(
+        rows=torch.arange(len(groups)),
+        image=3 * (centres[groups] + noise[0]),
+        text=centres[texts] + noise[1],
+    )
+
+
+@pytest.fixture(scope="module")
+def atlas() -> atlases.Atlas:
+    return make_atlas(clustered(swapped=(5, 30)), heads=None, number=CLUSTERS)
+
+
+def test_prototypes_are_the_groups_and_agree(atlas: atlases.Atlas) -> None:
+    groups = np.arange(CLUSTERS * EACH) % CLUSTERS
+    for modality in atlases.MODALITIES:
+        found = atlases.prototypes(atlas, modality)
+        assert sum(one.size for one in found) == CLUSTERS * EACH
+        assert all(one.tightness > 0.95 for one in found)
+        assert sum(round(one.agreement * one.size) for one in found) == CLUSTERS * EACH - 2
+    for number in range(CLUSTERS):
+        inside = atlases.members(atlas, "image", number)
+        assert len(set(groups[inside])) == 1
+        similarity = atlas.image_similarity[inside]
+        assert (np.diff(similarity) <= 0).all()
+
+
+def test_swapped_captions_are_the_odd_ones(atlas: atlases.Atlas) -> None:
+    for measure in (atlas.distance, atlas.loss):
+        assert set(np.argsort(-measure)[:2]) == {5, 30}
+
+
+def test_distance_and_loss_by_their_definition(atlas: atlases.Atlas) -> None:
+    found = clustered(swapped=(5, 30))
+    image, text = F.normalize(found.image.double(), dim=1), F.normalize(found.text.double(), dim=1)
+    logits = image @ text.T / 0.07
+    own = torch.arange(len(image))
+    loss = (
+        F.cross_entropy(logits, own, reduction="none")
+        + F.cross_entropy(logits.T, own, reduction="none")
+    ) / 2
+    assert np.allclose(atlas.loss, loss.numpy(), atol=1e-4)
+    assert np.allclose(atlas.distance, 1 - (image * text).sum(1).numpy(), atol=1e-5)
+
+
+def test_the_map_shows_groups_apart(atlas: atlases.Atlas) -> None:
+    groups = np.arange(CLUSTERS * EACH) % CLUSTERS
+    place = atlas.image_place
+    means = np.stack([place[groups == group].mean(0) for group in range(CLUSTERS)])
+    inside = np.linalg.norm(place - means[groups], axis=1).max()
+    between = min(np.linalg.norm(means[a] - means[b]) for a in range(CLUSTERS) for b in range(a))
+    assert between > inside
+
+
+def test_heads_are_clustered_and_dead_prototypes_counted() -> None:
+    weight = torch.randn(WIDTH, 8, generator=torch.Generator().manual_seed(0))
+    heads = dict.fromkeys(atlases.MODALITIES, lambda rows: rows @ weight)
+    found = clustered()
+    own = F.normalize(
+        torch.cat([found.image[:CLUSTERS] @ weight, -found.image[:1] @ weight]), dim=1
+    )
+    atlas = make_atlas(found, heads=heads, number=CLUSTERS, own={"image": own})
+    assert atlas.space == "projections"
+    assert atlas.own == {"image": [5, 1]}
+
+
+@pytest.mark.parametrize(("pairs", "number"), [(2, 2), (5, 2), (400, 40), (10**6, 1000)])
+def test_number_of_prototypes(pairs: int, number: int) -> None:
+    assert num_prototypes(pairs) == number
+
+
+def test_too_few_pairs_is_one_line() -> None:
+    few = atlases.subset(clustered(), torch.tensor([0]))
+    with pytest.raises(ValueError, match="1 pair can be read"):
+        make_atlas(few, heads=None)
+
+
+def test_an_atlas_is_kept_and_damage_is_noticed(atlas: atlases.Atlas, tmp_path: Path) -> None:
+    path = atlases.path_of(tmp_path, "a", 1)
+    atlases.keep(path, atlas)
+    again = atlases.read_kept(path)
+    assert again is not None
+    assert np.array_equal(again.loss, atlas.loss)
+    assert again.number == atlas.number
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert atlases.read_kept(path) is None
+    assert atlases.read_kept(tmp_path / "none.npz") is None
+
+
+def test_moved_pairs_are_those_of_other_groups() -> None:
+    """Another numbering of the groups moves nothing; swapped captions move."""
+    first = make_atlas(clustered(), heads=None, number=CLUSTERS)
+    second = make_atlas(clustered(swapped=(5, 30)), heads=None, number=CLUSTERS, seed=7)
+    assert len(moved(first, second, "image").pairs) == 0
+    found = moved(first, second, "text")
+    assert found.pairs[:, 0].tolist() == [5, 30]
+    assert found.common == CLUSTERS * EACH
+
+
+def test_moved_pairs_of_models_that_read_different_pairs() -> None:
+    whole = clustered(swapped=(5, 30))
+    first = make_atlas(clustered(), heads=None, number=CLUSTERS)
+    rows = torch.tensor([row for row in range(CLUSTERS * EACH) if row != 2])
+    second = make_atlas(atlases.subset(whole, rows), heads=None, number=CLUSTERS)
+    found = moved(first, second, "text")
+    assert found.pairs.tolist() == [[5, 4], [30, 29]]
+
+
+def exact(rows: torch.Tensor, queries: torch.Tensor, number: int) -> torch.Tensor:
+    similarity = F.normalize(queries.double(), dim=1) @ F.normalize(rows.double(), dim=1).T
+    return similarity.topk(number, dim=1).indices
+
+
+@pytest.mark.parametrize("chunk", [20, 10**6])
+def test_search_is_exact_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protoclip.explore.neighbours.CHUNK_ELEMENTS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    rows, queries = torch.randn(97, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    similarity, found = Neighbours(rows).search(queries, 7)
+    assert torch.equal(found, exact(rows, queries, 7))
+    assert (similarity.diff(dim=1) <= 0).all()
+    assert Neighbours(rows).search(queries, 500)[1].shape == (3, 97)
+
+
+def test_an_index_finds_most_of_what_is_nearest() -> None:
+    pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3000, 8, generator=generator)
+    neighbours = Neighbours(rows, exact_rows=1000)
+    assert not neighbours.exact
+    found = neighbours.search(rows[:50], 5)[1]
+    right = [
+        len(set(a) & set(b))
+        for a, b in zip(found.tolist(), exact(rows, rows[:50], 5).tolist(), strict=True)
+    ]
+    assert sum(right) > 0.9 * 250
+
+
+def test_near_duplicates_are_pairs_of_the_most_similar() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 16, generator=generator)
+    rows[40] = 2 * rows[3]
+    rows[41] = rows[5] + 0.01 * torch.randn(16, generator=generator)
+    pairs, values = near_duplicates(Neighbours(rows), least=0.97, most=10, batch=7)
+    assert pairs.tolist() == [[3, 40], [5, 41]]
+    assert values[0] >= values[1] > 0.99
+    same = torch.ones(5, 4)
+    pairs, _ = near_duplicates(Neighbours(same), least=0.97, most=10)
+    assert len(pairs) >= 3
+    assert (pairs[:, 0] < pairs[:, 1]).all()

@@ -1,0 +1,183 @@
+"""What an explorer answers, of which pairs, and what it keeps."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from worded import WordModel, distinct_pairs, explorers, loaded
+
+from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data import sources
+from protoclip.explore import explorer as explorer_module
+from protoclip.explore.explorer import heads_of, open_explorer
+from protoclip.explore.pairs import explored
+from protoclip.models import loading
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training.run import train
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty pairs; row 7 has no caption, row 9 no image."""
+    path = tmp_path_factory.mktemp("explored") / "pairs.parquet"
+    rows = distinct_pairs(60)
+    rows[7]["caption"], rows[9]["image"] = "", b"no image"
+    for row in rows:
+        row["kind"] = row["caption"].split()[1] if row["caption"] else None
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_rows_that_cannot_be_read_are_left_out(table: Path) -> None:
+    (one,) = explorers(DataConfig(train=str(table)))
+    assert one.atlas.rows.tolist() == [row for row in range(60) if row not in (7, 9)]
+    assert one.pairs.sample_id(one.row(7)) == "tiny/8"
+
+
+def test_search_by_text_and_image_and_neighbours(table: Path) -> None:
+    (one,) = explorers(DataConfig(train=str(table)))
+
+    def captions(near: list[tuple[int, float]]) -> set[str]:
+        return {one.pairs.caption(one.row(position)) for position, _ in near}
+
+    found = one.search_text("a red square", 3)
+    assert captions(found.images) == captions(found.texts) == {"a red square"}
+    first = found.images[0][0]
+    by_image = one.search_image(one.pairs.encoded(one.row(first)), 3)
+    assert captions(by_image.images) == {"a red square"}
+    near = one.nearest(first, "image", 3)
+    assert captions(near.images) == {"a red square"}
+    assert first not in [position for position, _ in near.images]
+    assert [value for _, value in near.images] == sorted((v for _, v in near.images), reverse=True)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\0"])
+def test_an_empty_question_is_one_line(text: str, table: Path) -> None:
+    (one,) = explorers(DataConfig(train=str(table)))
+    with pytest.raises(ValueError, match=r"an empty text finds nothing"):
+        one.search_text(text)
+    with pytest.raises(ValueError, match=r"image"):
+        one.search_image(b"no image")
+
+
+def test_a_question_of_any_text_is_answered(table: Path) -> None:
+    (one,) = explorers(DataConfig(train=str(table)))
+    for text in ("\ud800 red", "x" * 10**6, "<script>", "\u202ered"):
+        assert len(one.search_text(text, 2).images) == 2
+
+
+def test_swapped_captions_are_found_in_the_data(table: Path) -> None:
+    pairs = sources.pairs(Config(data=DataConfig(train=str(table))))
+    captions = tiny_pairs(60)["caption"].to_pylist()
+    other = next(
+        row for row in range(60) if not set(captions[row].split()) & set(captions[3].split()[1:])
+    )
+    (one,) = explorers(DataConfig(train=str(table)), {3: other})
+    assert pairs.sample_id(one.row(int(np.argmax(one.atlas.distance)))) == "tiny/3"
+
+
+def test_a_mixture_has_sources_and_classes(table: Path) -> None:
+    entries = [SourceConfig(path=str(table), name=name) for name in "ab"]
+    (one,) = explorers(DataConfig(sources=entries, class_column="kind"))
+    rows = one.atlas.rows
+    assert len(rows) == 116
+    assert [one.pairs.source_of(row) for row in (0, 59, 60, 119)] == [0, 0, 1, 1]
+    assert one.pairs.sample_id(61) == "b/tiny/1"
+    classes = one.pairs.classes(rows)
+    assert classes[:3] == [one.pairs.caption(row).split()[1] for row in rows[:3].tolist()]
+    assert one.pairs.classes(np.array([7])) == [""]
+
+
+def test_only_chosen_samples_are_explored(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text('["tiny/3", "tiny/4", "tiny/50"]')
+    (one,) = explorers(DataConfig(train=str(table), only=str(tmp_path / "ids.json")))
+    assert [one.pairs.sample_id(row) for row in one.atlas.rows.tolist()] == [
+        "tiny/3",
+        "tiny/4",
+        "tiny/50",
+    ]
+
+
+def test_the_next_start_encodes_nothing(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    (before,) = explorers(DataConfig(train=str(table)))
+
+    def fail(*arguments: object, **settings: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(explorer_module, "make_atlas", fail)
+    monkeypatch.setattr(
+        WordModel,
+        "encode_image",
+        lambda self, images, normalize: torch.ones(len(images), len(self.place)),
+    )
+    with pytest.raises(AssertionError, match="computed again"):  # another model
+        explorers(DataConfig(train=str(table)))
+    monkeypatch.undo()
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(explorer_module, "make_atlas", fail)
+    monkeypatch.setattr(explorer_module, "encoded", fail)
+    (after,) = explorers(DataConfig(train=str(table)))
+    assert np.array_equal(before.atlas.image_place, after.atlas.image_place)
+
+
+def test_data_whose_images_are_gone_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "image,caption\n" + "".join(f"{n}.png,a {n}\n" for n in range(5))
+    )
+    with pytest.raises(
+        ValueError, match=r"^images: no image can be used, such as .*0.png.*no such file"
+    ):
+        explorers(DataConfig(train=str(tmp_path / "a.csv")))
+
+
+def test_a_stream_is_refused(tmp_path: Path) -> None:
+    stream = sources.pairs(Config(data=DataConfig(train="pipe:true", allow_commands=True)))
+    with pytest.raises(ValueError, match="a stream cannot be explored"):
+        explored(stream)
+
+
+def test_a_class_column_that_is_missing_is_named(table: Path) -> None:
+    samples = sources.pairs(Config(data=DataConfig(train=str(table))))
+    with pytest.raises(ValueError, match="no column 'nothing'; it has "):
+        explored(samples, class_column="nothing")
+
+
+@pytest.mark.parametrize(("prototypical", "space"), [(1.0, "projections"), (0.0, "features")])
+def test_a_run_is_grouped_by_what_it_trained(
+    prototypical: float, space: str, table: Path, tmp_path: Path
+) -> None:
+    """Heads that nothing trains are not used. The run's own dead prototypes are counted."""
+    from dataclasses import replace
+
+    config = tiny_config(str(table), out=str(tmp_path / "run"))
+    config = replace(
+        config,
+        loss=replace(config.loss, prototypical=prototypical),
+        data=replace(config.data, validation=0.0),
+        episodes=replace(config.episodes, size=32, count=2, locked_image=0),
+        run=replace(config.run, evaluate=False, save_steps=3),
+    )
+    train(config)
+    samples = sources.pairs(config)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000003"  # within an episode
+    one = open_explorer(str(checkpoint), explored(samples), device=torch.device("cpu"))
+    assert one.atlas.space == space
+    assert {modality: counts[0] for modality, counts in one.atlas.own.items()} == (
+        {"image": 8, "text": 8} if prototypical else {}
+    )
+    found = one.search_text("a red square", 5)
+    assert len(found.images) == len(found.texts) == 5
+    model = loading.load(tmp_path / "run")[0]
+    assert (heads_of(model, str(tmp_path / "run")) is None) == (prototypical == 0)
+
+
+def test_models_need_not_be_modules_of_ours(table: Path) -> None:
+    samples = sources.pairs(Config(data=DataConfig(train=str(table))))
+    with loaded(WordModel(samples)) as (name,):
+        assert heads_of(loading.load(name)[0], name) is None

@@ -1,0 +1,413 @@
+"""Pages, the server that guards them, and the files that hold them."""
+
+import concurrent.futures
+import http.client
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from worded import WordModel, distinct_pairs, explorers, loaded
+
+from protoclip.cli import main
+from protoclip.cli.explore import Explore
+from protoclip.config import Config, DataConfig
+from protoclip.data import sources
+from protoclip.explore.explorer import Explorer
+from protoclip.explore.render import Pages, ids_as, shown
+from protoclip.explore.server import MAX_BODY_BYTES, cookie_name, listen, server, url_of
+from protoclip.explore.static import write_static, write_table
+from protoclip.testing import tiny_config
+from protoclip.training.run import to_toml
+
+HOSTILE = {
+    2: "<script>document.title='x'</script> <img src=x onerror=alert(1)> a red square",
+    3: "\u202egnirts\u202c \u2066a\u2069 {{ 7*7 }} a green square",
+    4: "long " * 200_000,
+    5: "\"'></p></article><h1>no heading</h1>\x1b[31m a blue square",
+}
+TOKEN = "the-token"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Explorer]:
+    """Two models over 60 pairs with hostile captions and ids."""
+    rows = distinct_pairs(60)
+    for row, caption in HOSTILE.items():
+        rows[row]["caption"] = caption
+    rows[6]["sample_id"] = '<b>id</b>,"quoted"/../\u202ex'
+    path = tmp_path_factory.mktemp("pages") / "<i>pairs.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return explorers(DataConfig(train=str(path)), {}, {8: 20, 9: 21})
+
+
+@pytest.fixture(scope="module")
+def port(two: list[Explorer]) -> Iterator[int]:
+    listening = listen("127.0.0.1", 0)
+    serving = server(Pages(two), host="127.0.0.1", token=TOKEN)
+    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield listening.getsockname()[1]
+    serving.should_exit = True
+    thread.join()
+
+
+def ask(
+    port: int, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """A request that brings the token; header names have `_` for `-`."""
+    given = {"Cookie": f"{cookie_name(TOKEN)}={TOKEN}"}
+    given |= {name.replace("_", "-"): value for name, value in headers.items()}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request(method, path, body, {name: value for name, value in given.items() if value})
+    answer = connection.getresponse()
+    found = answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+    connection.close()
+    return found
+
+
+PAGES = [
+    *("/", "/1/index.html", "/1/map.json", "/1/prototypes-image.html", "/1/prototypes-text.html"),
+    *("/1/prototype-image-0.html", "/1/prototype-text-1.html", "/1/ids-image-0.csv"),
+    *("/1/ids-text-0.json", "/1/odd-distance.html", "/1/odd-loss.html?page=1"),
+    *("/1/duplicates.html", "/2/moved-image.html", "/1/moved-text.html", "/1/pair-5.html"),
+    *("/2/index.html", "/1/search.html?text=a+red+square", "/images/3.webp"),
+    *("/images/large-3.webp", "/assets/explore.css", "/assets/explore.js", "/assets/bokeh.min.js"),
+]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page_is_served_with_its_headers(path: str, port: int) -> None:
+    status, headers, body = ask(port, path)
+    assert status == 200
+    assert body
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if ".html" in page])
+def test_captions_and_ids_are_text(path: str, port: int) -> None:
+    """No page holds an element that is not its own, and none is long for a long caption."""
+    text = ask(port, path)[2].decode()
+    own = re.sub(r'<script src="\.\./assets/[\w.]+" defer></script>', "", text)
+    own = re.sub(r'data-id="[^"<>]*"', "", own)  # exact, for the selection; nobody sees it
+    for markup in (
+        "<script",
+        "<img src=x",
+        "<h1>no",
+        "<b>id",
+        "<i>pairs",
+        "\u202e",
+        "\u2066",
+        "\x1b",
+    ):
+        assert markup not in own
+    assert "a 49 green square" not in own
+    assert len(text) < 300_000
+
+
+def test_links_of_every_page_lead_somewhere(port: int) -> None:
+    seen, ahead = set[str](), ["/1/index.html"]
+    while ahead:
+        path = ahead.pop()
+        if path in seen or len(seen) > 400:
+            continue
+        seen.add(path)
+        status, headers, body = ask(port, path)
+        assert status == 200, path
+        if "text/html" not in headers["content-type"]:
+            continue
+        for link in re.findall(r'(?:href|src|data-source)="([^"]+)"', body.decode()):
+            if link.startswith(("data:", "#")):
+                continue
+            folder = path.partition("?")[0].rpartition("/")[0]
+            target = (
+                f"{path.partition('?')[0]}{link}" if link.startswith("?") else f"{folder}/{link}"
+            )
+            while (shorter := re.sub(r"/[^/]+/\.\./", "/", target, count=1)) != target:
+                target = shorter
+            ahead.append(target)
+    assert len(seen) > 60
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        *(("/3/index.html", 404), ("/0/index.html", 404), ("/1/pair-60.html", 404)),
+        *(("/1/pair--1.html", 404), ("/1/prototype-image-999.html", 404), ("/images/60.webp", 404)),
+        *(("/images/-1.webp", 404), ("/1/prototypes-other.html", 404), ("/1/odd-x.html", 404)),
+        *(("/1/odd-loss.html?page=0", 400), ("/1/odd-loss.html?page=x", 400)),
+        *(("/1/odd-loss.html?page=" + "9" * 5000, 400), ("/1/odd-loss.html?page=%D9%A1", 400)),
+        *(("/1/ids-image-0.exe", 404), ("/images/" + "9" * 4000 + ".webp", 404)),
+        *(("/assets/../explorer.py", 404), ("/assets/..%2f..%2fexplorer.py", 404)),
+        *(("/../../../../etc/passwd", 404), ("/%2e%2e/%2e%2e/etc/passwd", 404)),
+        *(("/images/..%2f..%2fetc%2fpasswd", 404), ("//etc/passwd", 404)),
+        *(
+            ("/1/search.html", 200),
+            ("/1/search.html?text=%00", 200),
+            ("/1/search.html?text=%ff", 200),
+        ),
+        *(("/1/odd-loss.html?page=999999", 200),),
+    ],
+)
+def test_odd_requests_end_well(path: str, status: int, port: int) -> None:
+    found, _, body = ask(port, path)
+    assert found == status
+    assert b"root:" not in body
+    assert b"Traceback" not in body
+
+
+def test_without_the_token_nothing_is_served(port: int) -> None:
+    for path in ("/", "/1/index.html", "/images/3.webp", "/assets/explore.js", "/?token=other"):
+        status, _, body = ask(port, path, Cookie="")
+        assert status == 403
+        assert body == b"Open the address that protoclip explore printed."
+    assert ask(port, "/", Cookie=f"{cookie_name(TOKEN)}=other")[0] == 403
+
+
+def test_the_token_in_the_address_becomes_a_cookie(port: int) -> None:
+    status, headers, _ = ask(port, f"/?token={TOKEN}", Cookie="")
+    assert (status, headers["location"]) == (303, "/")
+    assert "HttpOnly" in headers["set-cookie"]
+    assert "SameSite=lax" in headers["set-cookie"]
+    # A path that begins with two slashes would be an address of another host.
+    _, headers, _ = ask(port, f"//evil.example/?token={TOKEN}", Cookie="")
+    assert headers["location"] == "/"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil.example:8000"}, 421),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]:1"}, 200),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "no-cors"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate"}, 200),
+        ({"Sec_Fetch_Site": "same-origin", "Sec_Fetch_Mode": "cors"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:8000"}, 200),
+    ],
+)
+def test_foreign_hosts_and_sites_are_refused(
+    headers: dict[str, str], status: int, port: int
+) -> None:
+    assert ask(port, "/1/index.html", **headers)[0] == status
+
+
+def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
+    encoded = two[0].pairs.encoded(10)
+    status, _, body = ask(port, "/1/search-image", method="POST", body=encoded)
+    assert status == 200
+    assert two[0].pairs.caption(10) in body.decode()
+    status, _, body = ask(port, "/1/search-image", method="POST", body=b"<script>")
+    assert status == 200
+    assert b"This is no image that can be read" in body
+    assert ask(port, "/1/search-image", method="GET")[0] == 405
+    assert (
+        ask(port, "/1/search-image", method="POST", body=encoded, Origin="http://evil.example")[0]
+        == 403
+    )
+    # A body that is announced as too large is not read; one that is not announced is cut off.
+    assert (
+        ask(port, "/1/search-image", method="POST", Content_Length=str(MAX_BODY_BYTES + 1))[0]
+        == 413
+    )
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    chunks = (bytes(1_000_000) for _ in range(MAX_BODY_BYTES // 1_000_000 + 2))
+    try:
+        connection.request(
+            "POST",
+            "/1/search-image",
+            chunks,
+            {"Cookie": f"{cookie_name(TOKEN)}={TOKEN}"},
+            encode_chunked=True,
+        )
+        assert connection.getresponse().status in (400, 413)
+    except (ConnectionError, http.client.HTTPException):
+        pass  # it hung up
+    assert ask(port, "/1/index.html")[0] == 200
+
+
+def test_a_hundred_clients_are_served(port: int) -> None:
+    paths = ["/1/search.html?text=red", "/images/3.webp", "/1/index.html", "/1/pair-3.html"]
+    with concurrent.futures.ThreadPoolExecutor(100) as pool:
+        statuses = list(pool.map(lambda n: ask(port, paths[n % 4])[0], range(100)))
+    assert statuses == [200] * 100
+
+
+def test_raw_nonsense_does_not_end_the_server(port: int) -> None:
+    import socket
+
+    for sent in (
+        b"\0\xff\n\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET " + b"a" * 10**6,
+        b"POST /1/search-image HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+            raw.sendall(sent)
+            raw.shutdown(socket.SHUT_WR)
+            try:
+                answer = raw.recv(1000)
+            except ConnectionError:
+                answer = b""
+            assert b" 200 " not in answer
+    assert ask(port, "/1/index.html")[0] == 200
+
+
+def test_a_port_that_is_taken_is_one_line(port: int) -> None:
+    taken = rf"port {port} \(Address already in use\); choose another$"
+    with pytest.raises(ValueError, match=rf"^--port: cannot listen on 127.0.0.1 {taken}"):
+        listen("127.0.0.1", port)
+    with pytest.raises(ValueError, match=r"--port: cannot listen on no.such.host.invalid"):
+        listen("no.such.host.invalid", 0)
+
+
+def test_the_address_names_the_host() -> None:
+    with listen("127.0.0.1", 0) as listening:
+        assert (
+            url_of(listening, "127.0.0.1", "t")
+            == f"http://127.0.0.1:{listening.getsockname()[1]}/?token=t"
+        )
+        assert "0.0.0.0" not in url_of(listening, "0.0.0.0", "t")
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("a  b\n c", "a b c"),
+        ("x" * 10**6, "x" * 299 + "…"),
+        ("\u202eabc", "\\u202eabc"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("\ud800", "\\ud800"),
+        ("a" * 300, "a" * 300),
+        (" " * 10**6 + "a", "…"),
+    ],
+)
+def test_texts_are_shown_on_one_line_and_cut(text: str, result: str) -> None:
+    assert shown(text) == result
+
+
+def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
+    from protoclip.data.chosen import read_ids
+
+    ids = ['a,"b"', "=1+1", "c\nd", "\u202ee", " f "]
+    for form in ("csv", "json"):
+        path = tmp_path / f"ids.{form}"
+        path.write_text(ids_as(ids, form), encoding="utf-8")
+        assert read_ids("only", str(path)).ids == set(ids)
+
+
+def test_pages_as_files(two: list[Explorer], tmp_path: Path) -> None:
+    """All links lead to files; nothing asks for the model."""
+    number = write_static(two, tmp_path / "out")
+    pages = sorted((tmp_path / "out").rglob("*.html"))
+    assert len(pages) == number
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert "search.html" not in text
+        assert "pair-" not in text
+        for link in re.findall(r' (?:href|src|data-source)="([^"]+)"', text):
+            if not link.startswith(("data:", "#", "?")):
+                assert (page.parent / link).exists(), (page, link)
+    found = json.loads((tmp_path / "out" / "1" / "map.json").read_text(encoding="utf-8"))
+    assert len(found["ids"]) == 60
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(ValueError, match="is not empty; choose a new folder"):
+        write_static(two, tmp_path / "out")
+
+
+def test_files_that_cannot_be_written_leave_nothing(
+    two: list[Explorer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_static(two[:1], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> None:
+    assert write_table(two[0], tmp_path / "a.parquet") == 120
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert table.num_rows == 120
+    assert {"x", "y", "text", "image", "sample_id", "modality"} <= set(table.column_names)
+    assert table["modality"].to_pylist() == ["image"] * 60 + ["text"] * 60
+    assert table["text"][2].as_py() == HOSTILE[2]
+    assert table["image"][0].as_py()["bytes"][8:12] == b"WEBP"
+    assert len(set(table["id"].to_pylist())) == 120
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("nothing --data emoji", "nothing: no such run or checkpoint folder"),
+        ("a b c --data emoji", "3 models: give one or two"),
+        ("a b --data emoji --atlas x.parquet", "--atlas: takes one model"),
+        ("open_clip:RN50", "open_clip:RN50: is no run that says which data it was trained on"),
+        ("x --data nothing.csv", "nothing.csv: no such file"),
+        ("x --data emoji --port 70000", "port: 70000 is too large; at most 65535"),
+        ("x --data emoji --map tsne", "map: 'tsne' is not one of pca, umap"),
+        ("x --data {}/plain.csv --port 0", "no column with captions"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plain.csv").write_text("image,other\na.png,1\n")
+    port = [] if "--port" in words else ["--port", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main(["explore", *words.format(tmp_path).split(), *port])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("protoclip: error: ")
+    assert error in last
+
+
+def test_the_command_writes_pages_and_a_table(
+    two: list[Explorer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source,) = two[0].pairs.sources
+    pq.write_table(source.table, tmp_path / "pairs.parquet")
+    (tmp_path / "ids.csv").write_text("sample_id\n" + "\n".join(f"tiny/{n}" for n in range(30)))
+    samples = sources.pairs(Config(data=DataConfig(train=str(tmp_path / "pairs.parquet"))))
+    with loaded(WordModel(samples)) as (name,):
+        words = ["explore", name, "--data", str(tmp_path / "pairs.parquet")]
+        words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4"]
+        main([*words, "--static", str(tmp_path / "out"), "--atlas", str(tmp_path / "a.parquet")])
+    said = capsys.readouterr()
+    assert f"embedding-atlas {tmp_path / 'a.parquet'} --x x --y y" in said.out
+    assert "note: data.without: 31 of 60 samples are used" in said.err
+    assert pq.read_metadata(tmp_path / "a.parquet").num_rows == 62
+    assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
+
+
+def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
+    config = tiny_config("own.parquet", out=str(tmp_path / "run"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
+    for folder in (tmp_path / "run", checkpoint):
+        assert Explore(models=[str(folder)]).settings() == config.data
+        other = Explore(models=[str(folder)], data="x.tsv", root="y").settings()
+        assert other == DataConfig(train="x.tsv", root="y")
+
+
+def test_quotes_in_addresses(port: int) -> None:
+    text = quote("\"'><script>alert(1)</script>")
+    status, _, body = ask(port, f"/1/search.html?text={text}")
+    assert status == 200
+    assert b"<script>alert" not in body
+    started = time.monotonic()
+    assert ask(port, "/1/search.html?text=" + "a" * 50_000)[0] == 200
+    assert time.monotonic() - started < 10
