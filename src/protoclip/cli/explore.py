@@ -21,7 +21,7 @@ class Explore:
 
     models: list[str]  # One or two: runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
     _: KW_ONLY
-    data: str | None = None  # Pairs, as data.train; else what the first run was trained on.
+    data: str | None = None  # Pairs, as data.train; else the first run's own.
     class_column: str | None = None  # Column of a table that holds the class.
     root: str | None = None  # Folder that holds all images of a table.
     only: str | None = None  # As data.only.
@@ -29,12 +29,12 @@ class Explore:
     map: Literal["pca", "umap"] = "pca"  # How the map is made.
     groups: Count | None = None  # Prototypes of each modality; else a tenth of the pairs.
     port: Annotated[int, 0, 65535] = 8000  # Port; 0 for any that is free.
-    host: str = "127.0.0.1"  # Address to serve on; others can reach all but this one.
-    static: str | None = None  # Write read-only pages to this new folder, and do not serve.
-    atlas: str | None = None  # Write embedding-atlas's table to this file, and do not serve.
+    host: str = "127.0.0.1"  # Address to serve on.
+    static: str | None = None  # Write read-only pages to this folder instead.
+    atlas: str | None = None  # Write embedding-atlas's table to this file instead.
     batch_size: Count = 256  # Images or texts encoded at once.
     workers: int | None = None  # Processes that read images; unset, one a core.
-    cache: bool = True  # Keep features and the map, so that the next start is quick.
+    cache: bool = True  # Keep features and the map for the next start.
 
     def __call__(self) -> None:
         if not 1 <= len(self.models) <= 2:

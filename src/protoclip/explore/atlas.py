@@ -220,12 +220,11 @@ def places(
             raise ValueError(
                 "--map: umap needs umap-learn; pip install 'protoclip[explore]'"
             ) from None
-        reducer = umap.UMAP(metric="cosine", random_state=seed, n_jobs=1)
-        # It needs more points than neighbours.
-        reducer.n_neighbors = min(15, max(2, len(fitted) - 1))
-        on_map = reducer.fit_transform(fitted)
+        few = min(15, max(2, len(fitted) - 1))  # it needs more points than neighbours
+        reducer = umap.UMAP(n_neighbors=few, metric="cosine", random_state=seed, n_jobs=1)
+        on_map = reducer.fit_transform(fitted).astype(np.float32)
         if len(shown) == len(features.rows):
-            return np.split(on_map.astype(np.float32), 2)[0], np.split(on_map, 2)[1]
+            return on_map[: len(shown)], on_map[len(shown) :]
     else:
         from sklearn.decomposition import PCA
 

@@ -1,5 +1,6 @@
 """The map, prototypes, agreement and neighbours, against what they mean."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,26 @@ def test_the_map_shows_groups_apart(atlas: atlases.Atlas) -> None:
     inside = np.linalg.norm(place - means[groups], axis=1).max()
     between = min(np.linalg.norm(means[a] - means[b]) for a in range(CLUSTERS) for b in range(a))
     assert between > inside
+
+
+@pytest.mark.slow
+def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs that are drawn, or some of them with the others placed among these."""
+    pytest.importorskip("umap")
+    groups = np.arange(CLUSTERS * EACH) % CLUSTERS
+    for most in (atlases.MAP_PAIRS, 40):
+        monkeypatch.setattr(atlases, "MAP_PAIRS", most)
+        place = make_atlas(clustered(), heads=None, number=CLUSTERS, layout="umap").image_place
+        assert place.shape == (CLUSTERS * EACH, 2)
+        means = np.stack([place[groups == group].mean(0) for group in range(CLUSTERS)])
+        nearest = np.linalg.norm(place[:, None] - means, axis=2).argmin(1)
+        assert (nearest == groups).mean() > 0.9
+
+
+def test_umap_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ValueError, match=r"^--map: umap needs umap-learn; pip install"):
+        make_atlas(clustered(), heads=None, layout="umap")
 
 
 def test_heads_are_clustered_and_dead_prototypes_counted() -> None:

@@ -114,7 +114,7 @@ def test_the_next_start_encodes_nothing(
     monkeypatch.setattr(
         WordModel,
         "encode_image",
-        lambda self, images, normalize: torch.ones(len(images), len(self.place)),
+        lambda self, images, normalize=False: torch.ones(len(images), len(self.place)),
     )
     with pytest.raises(AssertionError, match="computed again"):  # another model
         explorers(DataConfig(train=str(table)))
