@@ -11,10 +11,18 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from interrupting import relative_difference, with_changes
-from protoclip.config import Config, HeadConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
-from protoclip.models.loading import find_checkpoint, read_tensors
+from protoclip.config import (
+    Config,
+    HeadConfig,
+    ImageTowerConfig,
+    ModelConfig,
+    ParallelConfig,
+    TextTowerConfig,
+)
+from protoclip.models.loading import find_checkpoint, read_tensors, training_model
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 from tiny_hugging_face import NO_DROPOUT, save_dual_encoder, save_siglip
@@ -88,3 +96,17 @@ def test_ranks_train_what_one_process_trains(start, tmp_path):
         two = weights_after(config, 2)
         assert two.keys() == one.keys()
         assert relative_difference(two, one, base) < 0.01
+
+
+def gathered_layers(config: Config) -> list[str]:
+    """The layers of a sharded model that are gathered one by one."""
+    built, _ = training_model(config, torch.device("cpu"))
+    return [name for name, part in built.named_modules() if name and isinstance(part, FSDPModule)]
+
+
+def test_towers_of_transformers_are_gathered_layer_by_layer(tmp_path):
+    parallel = ParallelConfig(strategy="fsdp")
+    config = replace(tiny_config(out="unused"), model=dual_encoder(tmp_path), parallel=parallel)
+    (found, _) = run_distributed(gathered_layers, 2, config)
+    assert {name.split(".")[1] for name in found} == {"visual", "text"}
+    assert len(found) == 2

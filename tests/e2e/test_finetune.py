@@ -190,7 +190,9 @@ def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
     loaded = protoclip.load(copied)[0].state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in chosen.items())
     exported = tmp_path / "exported"
-    protoclip.export(copied, exported, ["open_clip"])
+    facts = protoclip.export(copied, exported, ["open_clip"])
+    end = copied / "checkpoints" / "step-000000004"
+    assert facts["prototypes"].endswith(f"this is alpha 0.5; export {end}")
     card = (exported / "README.md").read_text()
     assert f"`{GUARD}`" in card  # the metrics of the run are those of this model
     scale = protoclip.load(exported)[0].state_dict()["towers.logit_scale"]
@@ -211,6 +213,12 @@ def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
     (entry,) = json.loads(capsys.readouterr().out)
     assert GUARD in entry["metrics"]
     assert "general" in read_results(copied)["samples"]
+
+
+def test_prototypes_go_out_with_the_end_of_fine_tuning(top, copied, tmp_path):
+    finetune(settings(top, copied), alpha=1.0, resume="auto")
+    assert protoclip.export(copied, tmp_path / "exported", ["open_clip"])["prototypes"] is None
+    assert (tmp_path / "exported" / "prototypes.safetensors").is_file()
 
 
 def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):

@@ -186,10 +186,12 @@ def located(value: Any, folder: Path, name: str = "") -> Any:
         return [located(inner, folder, name) for inner in value]
     if name not in PLACES or value == "emoji":
         return value
+    # Behind a guard may stand settings of its own.
+    value, *behind = value.split(",") if name == "guard" else [value]
     pattern = re.sub(r"\{.*\}", "*", value)
     # Path.glob refuses absolute patterns.
     here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
-    return str(folder / value) if beside and not here else value
+    return ",".join([str(folder / value) if beside and not here else value, *behind])
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

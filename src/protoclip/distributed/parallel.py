@@ -22,7 +22,8 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 
-LAYERS = ("resblocks", "blocks")  # lists of a transformer's layers in open_clip and timm
+# Lists of a transformer's layers in open_clip, timm and `transformers`.
+LAYERS = ("resblocks", "blocks", "layers", "layer")
 FORWARDS = ("encode_image", "encode_text")  # methods that are called besides `forward`
 # Whole tensors on the CPU of rank 0; on the devices one at a time.
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -35,8 +36,10 @@ def shard(model: nn.Module, device: torch.device) -> None:
     by layer. FSDP2 does not shard scalars, so they stay whole.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
-    for name, part in model.named_modules():
-        if name.rpartition(".")[2] in LAYERS:
+    # From the inside out, as FSDP2 wants it: some towers have lists within lists.
+    for name, part in reversed([*model.named_modules()]):
+        lists = isinstance(part, nn.ModuleList | nn.Sequential)
+        if lists and name.rpartition(".")[2] in LAYERS:
             for layer in part.children():
                 fully_shard(layer, mesh=mesh)
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}

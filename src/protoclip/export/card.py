@@ -81,6 +81,12 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         Why there are none; None if they are written.
     """
     checkpoint = checkpoint_of(source.reference)
+    alpha = None if checkpoint is None else read_json(checkpoint / loading.MODEL).get("alpha")
+    if checkpoint is not None and alpha is not None and loading.checkpoints(checkpoint):
+        end = loading.checkpoints(checkpoint)[-1]
+        if alpha < 1:
+            return f"they are of the end of fine-tuning, and this is alpha {alpha:g}; export {end}"
+        checkpoint = end
     if checkpoint is None or not (checkpoint / RESUME).is_file():
         return "no checkpoint of a run"
     stored = loading.read_tensors(checkpoint / RESUME)

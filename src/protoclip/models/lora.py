@@ -78,13 +78,16 @@ def add_adapters(
     settings: Any = {
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": [n for n, kind in chosen.items() if kind != "fused attention"],
-        "target_parameters": [f"{n}.{FUSED}" for n, k in chosen.items() if k == "fused attention"],
+        # peft adapts all layers whose names end so; with "towers." only one does.
+        "target_modules": [f"towers.{n}" for n, k in chosen.items() if k != "fused attention"],
+        "target_parameters": [
+            f"towers.{n}.{FUSED}" for n, k in chosen.items() if k == "fused attention"
+        ],
     }
     whole = sum(parameter.numel() for parameter in model.towers.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(**settings), model.towers)
+        inject_adapter_in_model(LoraConfig(**settings), model)
     model.requires_grad_(True)  # peft decides what trains; here stages do
     added = [p for name, p in model.towers.named_parameters() if ADDED in name]
     return [

@@ -33,8 +33,9 @@ Tokenizer = Callable[[list[str]], Tensor]
 Weights = Literal["published", "new", "none"]  # "none" is for towers on the meta device
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-# Linear layers from a trunk into the joint space: of timm's image and Hugging Face's text trunks.
-PROJECTIONS = ("visual.head.", "text.proj.")
+# Linear layers from a trunk into the joint space: of timm's image and Hugging Face's text trunks in
+# open_clip, and of models of `transformers`.
+PROJECTIONS = ("visual.head.", "text.proj.", "visual.projection.", "text.projection.")
 # Tokens that a Hugging Face text tower reads, unless set.
 NAMED_CONTEXT_LENGTH = 77
 

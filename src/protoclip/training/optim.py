@@ -19,9 +19,9 @@ LOCKED_WARM_UP = 2  # steps
 # numbered blocks (or stages). What matches neither is behind the last block.
 LAYERS = {
     "stem": r"conv\d|bn\d|class_embedding|positional_embedding|ln_pre|token_embedding|cls_emb|"
-    r"(?:transformer|model)\.embeddings",
-    "blocks": r"(?:transformer\.resblocks|(?:transformer|model)(?:\.encoder)?\.layers?|layer)"
-    r"\.?(\d+)",
+    r"(?:transformer|model)\.(?:embed|pre_layrnorm)",
+    "blocks": r"(?:transformer\.resblocks|"
+    r"(?:transformer|model)(?:\.encoder|\.transformer)?\.(?:layers?|blocks?|stages)|layer)\.?(\d+)",
 }
 
 
@@ -175,7 +175,7 @@ def layer_distances(model: Any) -> dict[str, int]:
     embeddings are one more. What is behind the last block, such as the projection, is at 0.
 
     Raises:
-        ValueError: timm does not say which layers an image tower has.
+        ValueError: It is not known which layers a tower has.
     """
     towers = model.towers
     trunk, place = getattr(towers.visual, "trunk", None), "visual.trunk."
@@ -198,6 +198,11 @@ def layer_distances(model: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for prefix, part, matcher, beyond in parts:
         numbers = group_parameters(part, matcher, reverse=True)
+        if max(numbers.values()) == 0:
+            tower = "image" if prefix.startswith("visual.") else "text"
+            raise ValueError(
+                f"optim.layer_decay: the layers of the {tower} tower are not known; set it to 1"
+            )
         last = max(numbers.values()) + beyond
         for name, number in numbers.items():
             if prefix or not name.startswith(("visual.", "logit_")):

@@ -100,6 +100,17 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
         assert located(path) == path
 
 
+def test_a_guard_in_a_recipe_starts_there_with_its_column(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "other.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    guards = ["other.csv,class_column=kind", "other.csv", "no.csv,root=a", "emoji"]
+    (tmp_path / "recipes" / "r.toml").write_text(f"[run]\nguard = {guards}\n")
+    config: Config = parse(COMMANDS["train"], ["--config", "recipes/r.toml"])
+    found = ["recipes/other.csv,class_column=kind", "recipes/other.csv", *guards[2:]]
+    assert config.run.guard == found
+
+
 @dataclass(frozen=True)
 class Several:
     """A command with lists of arguments and of options."""

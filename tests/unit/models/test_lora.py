@@ -18,6 +18,7 @@ from protoclip.models import loading, lora
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import tiny_model
 from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited
+from tiny_hugging_face import save_dual_encoder, save_siglip
 
 OWN = {
     "ViT": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -81,13 +82,24 @@ def features(model: ProtoCLIP) -> tuple[Tensor, Tensor]:
     return model.encode_image(images), model.encode_text(TOKENS)
 
 
-@pytest.mark.parametrize("name", [*TOWERS, "BERT"])
+# Models of `transformers` to start from, and what the note says of their image towers.
+STARTS = {
+    "SigLIP": (save_siglip, "8 linear and 1 fused attention"),
+    "dual encoder": (save_dual_encoder, "8 linear"),
+}
+
+
+@pytest.mark.parametrize("name", [*TOWERS, "BERT", *STARTS])
 def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
     """At first they change no bit. All of them train, nothing else of the towers does but scales,
     and merged into the plain model they compute what they computed beside it."""
     if name == "BERT":
         config = halves(tmp_path)
         expected = "6 linear layers of the text tower"
+    elif name in STARTS:
+        save, kinds = STARTS[name]
+        config = ModelConfig(start=f"hf:{save(tmp_path)}")
+        expected = f"{kinds} layers of the image tower"
     else:
         config = config_of(name, monkeypatch)
         expected = f"{TOWERS[name]} layers of the image tower"
@@ -111,11 +123,11 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
         n
         for n, _ in model.towers.named_parameters()
         if lora.ADDED in n
-        or n.startswith("logit_scale")
+        or n.startswith("logit_")
         or (config.projections_are_new and n.startswith(("visual.head.", "text.proj.")))
     }
     idle = {n for n, p in model.towers.named_parameters() if n in trained and p.grad is None}
-    assert idle == {"logit_scale"}
+    assert idle == {n for n in trained if n.startswith("logit_")}
     with torch.inference_mode():
         features(model)  # as extraction and evaluation do
     weights = model.state_dict()
@@ -141,6 +153,28 @@ def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
     model = loading.model(config, seed=0)
     with_adapters(model)
     assert {"towers.visual.head.proj", "towers.text.proj"} <= {n for n, _ in lora.adapted(model)}
+
+
+def test_a_locked_tower_whose_layers_are_called_alike_gets_no_adapters(monkeypatch):
+    """open_clip calls the layers of both towers `transformer.resblocks...`, one behind `visual`."""
+    model = loading.model(config_of("ViT", monkeypatch), seed=0)
+    with_adapters(model, locked=["image"])
+    adapted = [name for name, _ in lora.adapted(model)]
+    assert len(adapted) == 3
+    assert not [name for name in adapted if "visual" in name]
+
+
+def test_a_convolutional_tower_of_transformers_has_its_convolutions_adapted(tmp_path):
+    """Its projection into the joint space is linear, and is no layer of it."""
+    save_dual_encoder(tmp_path)
+    vision = transformers.TimmWrapperConfig(architecture="test_resnet", num_classes=0)
+    vision.hidden_size = timm.create_model("test_resnet").num_features
+    text = transformers.AutoConfig.from_pretrained(tmp_path).text_config
+    build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
+    config = build(vision, text, projection_dim=16)
+    transformers.VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
+    note = with_adapters(loading.model(ModelConfig(start=f"hf:{tmp_path}"), seed=0))
+    assert "1 linear and 15 convolutional layers of the image tower" in note
 
 
 def test_what_cannot_have_adapters_is_a_line(monkeypatch):

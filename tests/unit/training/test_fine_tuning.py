@@ -155,6 +155,25 @@ def test_towers_of_transformers_have_layers_too(save, tmp_path):
         assert set(names.values()) == {0, 1, 2}
 
 
+def test_other_towers_of_transformers_have_layers_or_are_refused(tmp_path):
+    """ConvNeXt has stages, and DistilBERT calls its layers otherwise than BERT."""
+    save_dual_encoder(tmp_path)
+    vision = transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, image_size=32)
+    vision.hidden_size = 8
+    text = transformers.DistilBertConfig(dim=8, hidden_dim=8, n_layers=2, n_heads=1, vocab_size=60)
+    build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
+    config = build(vision, text, projection_dim=16)
+    transformers.VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
+    built = loading.architecture(ModelConfig(start=f"hf:{tmp_path}"), weights="none")
+    found = layer_distances(built)
+    for tower, layers in {"visual": 4, "text": 2}.items():
+        distances = {k for n, k in found.items() if n.startswith(f"towers.{tower}.")}
+        assert distances == {*range(layers + 2)}
+    built.towers.text.model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"layers of the text tower are not known; set it to 1$"):
+        layer_distances(built)
+
+
 def test_layer_decay_lowers_the_rate_of_early_layers():
     """By a power of its distance, besides the scales of towers and heads."""
     config = replace(
