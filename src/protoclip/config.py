@@ -399,9 +399,9 @@ def check(config: Config) -> list[str]:
             raise ValueError(
                 f"{name}.number: {number} needs to be between 2 and episodes.size ({size})"
             )
-    if not config.loss.info_nce and not config.uses_prototypes:
+    if not (config.loss.info_nce or config.uses_prototypes or config.loss.keep):
         raise ValueError("loss: all weights are 0, so there is nothing to train; raise one")
-    if not config.loss.info_nce and stages:
+    if not (config.loss.info_nce or config.loss.keep) and stages:
         raise ValueError(
             "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
             "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"

@@ -395,6 +395,10 @@ def test_ranks_sweep_one_model(strategy, top, tmp_path):
             "run.guard: {top}/no.csv: no su",
         ),
         (
+            "finetune {start} --data.train {own} --guard {top}/own.parquet,class_column=",
+            "run.guard: '{top}/own.parquet,class_column=' is not complete; give REF,class_col",
+        ),
+        (
             "finetune {start} --data.train {own} --data.validation 0 --run.evaluate_every 0",
             "alpha: nothing judges the models between start and end",
         ),

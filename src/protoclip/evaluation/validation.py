@@ -121,6 +121,10 @@ def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Evaluatio
     for reference in config.run.guard:
         place, *options = re.split(r",(?=class_column=|root=)", reference)
         given = dict(option.split("=", 1) for option in options)
+        if not place or not all(given.values()):
+            raise ValueError(
+                f"run.guard: '{reference}' is not complete; give REF,class_column=NAME"
+            )
         try:
             data = datasets.open_data(place, config=settings, **given)
             for split in {"test", NAME} & data.splits.keys():

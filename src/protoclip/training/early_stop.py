@@ -29,7 +29,7 @@ class EarlyStop:
         self.step = step
         if math.isfinite(value) and (self.best is None or value > self.best):
             self.best, self.best_step, self.waited = value, step, 0
-        else:
+        elif step > 0:  # the start has no evaluation before it
             self.waited += 1
 
     @property

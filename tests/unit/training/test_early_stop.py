@@ -14,7 +14,8 @@ from protoclip.training.early_stop import EarlyStop
         ([0.5, 0.4, 0.6, 0.5, 0.6], 2, 4, (0.6, 2)),  # an equal value is no better one
         ([0.1, 0.2, 0.3, 0.4], 1, None, (0.4, 3)),
         ([0.5, math.nan, 0.6, math.inf], 1, 1, (0.5, 0)),
-        ([math.nan, math.nan], 2, 1, (None, 0)),
+        ([math.nan, math.nan, math.nan], 2, 2, (None, 0)),
+        ([math.nan, 0.5, 0.4], 1, 2, (0.5, 1)),  # the start alone does not end a run
     ],
 )
 def test_it_stops_after_some_evaluations_without_a_better_value(values, patience, stops_at, best):
