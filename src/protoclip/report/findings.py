@@ -131,11 +131,11 @@ def table(entries: Sequence[Entry], results: Sequence[Results]) -> list[Row]:
         data, metric = parts(key)
         given = [entry["metrics"].get(key) for entry in entries]
         percent = metric in compare.LABELS
-        top = max(value["mean"] for value in given if value is not None)
+        means = [value["mean"] for value in given if value is not None]
         cells = []
         for entry, value in zip(entries, given, strict=True):
             ends = of_samples[entry["name"]].get(key)
-            best = percent and len(entries) > 1 and value is not None and value["mean"] == top
+            best = percent and value is not None and value["mean"] == max(means) > min(means)
             cells.append(cell(value, ends, percent=percent, best=best))
         named = compare.LABELS | (compare.EMOJI_LABELS if data == "emoji" else {})
         label = named.get(metric, metric.replace("modality_gap/", "").replace("_", " "))

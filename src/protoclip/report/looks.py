@@ -30,6 +30,7 @@ from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.grouping import MODALITIES, measure
 from protoclip.evaluation.validation import judged
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
+from protoclip.files import read_json
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.kmeans import kmeans
@@ -133,9 +134,9 @@ class Map:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What the newest checkpoint of a run makes of the examples."""
+    """What a run's model makes of the examples."""
 
-    step: int
+    state: str  # the step that the model is of, and its alpha if fine-tuning chose one
     space: str  # that the prototypes are of: projections, or features
     number: int  # of prototypes a modality
     prototypes: Mapping[str, Sequence[Prototype]]  # by modality
@@ -179,7 +180,7 @@ def look(
     seed: int,
     device: torch.device,
 ) -> Look:
-    """Embed the examples with the newest checkpoint, and show what lies where.
+    """Embed the examples with a run's model, and show what lies where.
 
     Raises:
         ValueError: There is no checkpoint, it is damaged, or the model has diverged.
@@ -187,7 +188,12 @@ def look(
     if not checkpoints:
         raise ValueError("it has no checkpoint")
     newest, pairs = loading.find_checkpoint(checkpoints[-1]), examples.pairs
-    model, transform, tokenizer = loading.load(newest)
+    state = f"step {step_of(newest):,}"
+    # Fine-tuning chooses weights between its start and its end.
+    chosen = loading.find_checkpoint(newest.parents[1])
+    if chosen == newest.parents[1]:
+        state += f", alpha {read_json(chosen / loading.MODEL).get('alpha', 1):g}"
+    model, transform, tokenizer = loading.load(chosen)
     assert isinstance(model, ProtoCLIP)
     project = config.uses_prototypes
     spaces = embed_with(model, transform, tokenizer, pairs, project=project, device=device)
@@ -211,11 +217,10 @@ def look(
     }
     features = spaces["features"]
     drawn = np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP])
-    title = f"After step {step_of(newest):,}"
-    maps = [map_of(features, rows=torch.from_numpy(drawn), title=title)]
+    maps = [map_of(features, rows=torch.from_numpy(drawn), title=f"After {state}")]
     before = first_model(config, checkpoints, pairs, rows=drawn, device=device)
     return Look(
-        step=step_of(newest),
+        state=state,
         space=space,
         number=number,
         prototypes=gallery(**spaces[space], number=number, captions=pairs.captions, seed=seed),

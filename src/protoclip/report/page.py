@@ -250,6 +250,11 @@ def context(
         "differences": compared_by(entries),
         "legend": [legend(number, name) for number, name in enumerate(models)],
         "charts": charts(runs, names, models),
+        "sweeps": [
+            {"label": name, **run.sweep}
+            for run, name in zip(runs, names, strict=True)
+            if run.sweep is not None
+        ],
         "times": times(runs, names),
         "grouping": (columns := grouping(runs, names, shown)),
         "measures": {
@@ -491,7 +496,7 @@ def grouping(
         elif of is not None and of.look is not None and of.examples is not None:
             spaces = of.look.grouping
             pairs = of.examples.pairs
-            source = f"step {of.look.step:,}, {len(pairs.images):,} pairs of {pairs.name}"
+            source = f"{of.look.state}, {len(pairs.images):,} pairs of {pairs.name}"
         columns += [
             Grouping(label=f"{name}, {space}", source=source, values=values)
             for space, values in spaces.items()

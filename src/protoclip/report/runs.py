@@ -41,6 +41,7 @@ class RunFolder:
     environment: Mapping[str, Any]
     skipped: Sequence[Mapping[str, Any]]
     analysis: Mapping[str, Any] | None
+    sweep: Mapping[str, Any] | None  # over alpha, at the end of fine-tuning
     checkpoints: Sequence[Path]
 
     @property
@@ -96,6 +97,7 @@ def read_run(path: str | Path) -> RunFolder:
         environment=read_environment(folder / "results.json"),
         skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
         analysis=read_analysis(folder / "analysis.json"),
+        sweep=read_sweep(folder / "wise_ft.json"),
         checkpoints=loading.checkpoints(folder),
     )
 
@@ -165,4 +167,21 @@ def read_analysis(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         return dict(found) if found["checkpoints"][-1]["features"] and found["data"] else None
     except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def read_sweep(path: Path) -> dict[str, Any] | None:
+    """The chosen alpha and each point's scores by data set; None without a whole sweep."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        points = [
+            {
+                "alpha": float(point["alpha"]),
+                "scores": {str(name): float(value) for name, value in point["scores"].items()},
+                "mean": float(point["mean"]),
+            }
+            for point in found["points"]
+        ]
+        return {"alpha": float(found["alpha"]), "points": points} if points else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

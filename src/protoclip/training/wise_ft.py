@@ -189,11 +189,12 @@ class WiseFT:
     def _write(self, run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         if rank() != 0:
             return
-        (run.folder / "results.json").unlink(missing_ok=True)  # those of another alpha
-        write_atomically(run.folder / FILE, to_json(record, indent=2) + "\n")
-        draw(record, run.folder / FIGURE)
         description = {**run.writer.description, "alpha": record["alpha"]}
         write_model(run.folder, weights, description, run.writer.text_files)
+        # Those of another alpha; on a full disk they stay, with their model.
+        (run.folder / "results.json").unlink(missing_ok=True)
+        write_atomically(run.folder / FILE, to_json(record, indent=2) + "\n")
+        draw(record, run.folder / FIGURE)
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:

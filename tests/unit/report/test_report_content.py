@@ -10,6 +10,7 @@ import pytest
 
 from protoclip.cli import main
 from protoclip.report.page import clipped, printable, write_report
+from protoclip.training.finetune import finetune
 from reported import hostile_pairs, trained
 
 
@@ -133,6 +134,23 @@ def test_a_run_that_has_just_begun_has_a_page(runs, tmp_path):
     page = page_of(tmp_path, folder)
     assert "None of these runs has results" in page.sections["results"]
     assert "No run has logged metrics." in page.sections["curves"]
+
+
+def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_path):
+    """Not with its last checkpoint; and the page has the sweep."""
+    given = {
+        "run": {"out": str(tmp_path / "shop"), "name": "shop", "device": "cpu"},
+        "data": {"train": str(runs / "pairs.parquet"), "validation": 0.4, "class_column": "class"},
+        "model": {"start": str(runs / "proto")},
+        "episodes": {"size": 32, "batch_size": 16, "count": 1},
+    }
+    finetune(given, alpha=0.25)
+    page = page_of(tmp_path, tmp_path / "shop")
+    assert "After step 2, alpha 0.25" in page.sections["maps"]
+    assert "step 2, alpha 0.25" in page.sections["prototypes"]
+    assert "Those of alpha 0.25 are the run's model." in page.sections["results"]
+    (tmp_path / "shop/wise_ft.json").write_text("{}")
+    assert "Alpha" not in page_of(tmp_path, tmp_path / "shop").sections["results"]
 
 
 def test_time_is_limited_and_the_page_says_so(runs, tmp_path):
