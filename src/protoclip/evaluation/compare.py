@@ -175,6 +175,10 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     values = [value for entry in entries for value in entry["metrics"].values()]
     kinds = {value["difference"]["kind"] for value in values if "difference" in value}
     lines = [SECOND_LINE] * bool(kinds) + [INTERVALS[kind] for kind in INTERVALS if kind in kinds]
+    if kinds and len({tuple(sorted(entry["seeds"])) for entry in entries}) > 1:
+        lines.append(
+            "The models' seeds differ: differences are of the seeds that both have, if any."
+        )
     table = Table("metric", title="Accuracies, recalls, AMI and ARI in percent")
     table.caption, table.caption_justify = " ".join(lines) or None, "left"
     for entry in entries:

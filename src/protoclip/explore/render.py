@@ -27,6 +27,7 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.explore.atlas import (
     LEAST_SIMILAR,
     MODALITIES,
+    MOST_DUPLICATES,
     Moved,
     Prototype,
     moved,
@@ -203,7 +204,14 @@ class Site:
         atlas = self.atlas
         empty = {m: sum(not each.size for each in self.prototypes[m]) for m in MODALITIES}
         out = len(self.pairs) - len(atlas)
-        return self.page("index.html", "Map", atlas=atlas, empty=empty, left_out=out)
+        return self.page(
+            "index.html",
+            "Map",
+            atlas=atlas,
+            empty=empty,
+            left_out=out,
+            most_duplicates=MOST_DUPLICATES,
+        )
 
     @cached_property
     def map(self) -> str:

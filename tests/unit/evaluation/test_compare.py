@@ -101,7 +101,7 @@ def compared(*folders) -> list[dict]:
     return compare.compare([compare.read_results(folder) for folder in folders])
 
 
-def test_runs_of_several_seeds_are_paired_by_seed(tmp_path):
+def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     """Only common seeds count, in any order; the mark follows the interval, which is SciPy's."""
     values = {"a": {0: 0.30, 1: 0.50, 2: 0.40, 7: 0.9}, "b": {2: 0.43, 0: 0.32, 1: 0.53}}
     folders = [
@@ -120,6 +120,10 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path):
     assert (same["mean"], same["beyond"]) == (0.0, False)
     text = compare.cell(second["metrics"]["eval/emoji/knn/acc1"], scale=100.0, digits=1)
     assert text == "42.7 ± 10.5\n+2.7 [+1.2, +4.1]*"
+    compare.show(compared(*folders))
+    assert "differences are of the seeds that both have" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_one_seed_is_compared_over_its_samples(tmp_path):
