@@ -132,7 +132,7 @@ def show(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
 
 
 def own_prototypes(checkpoints: Sequence[Mapping[str, Any]], space: str) -> dict[str, float]:
-    """The newest sizes of the run's own prototypes; the locked-image stage has none."""
+    """The newest sizes of the run's own prototypes; not all earlier versions kept them."""
     found: dict[str, float] = {}
     for values in (entry[space] for entry in checkpoints):
         found.update({name: values[name] for name in values if name.startswith("prototypes/")})

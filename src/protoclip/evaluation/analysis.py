@@ -97,7 +97,8 @@ def analyze(
                 previous=before.get(space),
                 seed=config.run.seed,
             )
-        for modality, centroids in prototypes(checkpoint).items():
+        own = prototypes(checkpoint) if "projections" in spaces else {}
+        for modality, centroids in own.items():
             projections = spaces["projections"][f"{modality}s"]
             sizes = group_sizes(nearest(projections, centroids)[0], len(centroids))
             named = {f"prototypes/{name}/{modality}": size for name, size in sizes.items()}
@@ -236,7 +237,10 @@ def embed_with(
 
 
 def prototypes(checkpoint: Path) -> Mapping[str, Float[Tensor, "k p"]]:
-    """The run's prototypes of each modality at a checkpoint; none in the warm-up, and in CLIP."""
+    """The run's prototypes of each modality at a checkpoint; none in the warm-up, and in CLIP.
+
+    The locked-image stage makes none, and keeps those of the episode before it.
+    """
     if not (checkpoint / loading.RESUME).is_file():
         return {}
     with safe_open(checkpoint / loading.RESUME, "pt") as file:
