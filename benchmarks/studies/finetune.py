@@ -96,11 +96,13 @@ def run(words: str, folder: Path) -> Path:
     return folder
 
 
-def data_words(out: Path, table: str) -> str:
+def data_words(out: Path, table: str, *, judged: bool = True) -> str:
     """The data of a run, with the pairs that judge it on the way."""
-    train, validation = out / f"{table}.csv", out / f"{table.replace('train', 'validation')}.csv"
+    validation: Path | int = out / f"{table.replace('train', 'validation')}.csv"
+    if not judged:
+        validation = 0
     return (
-        f"--data.train {train} --data.validation {validation} --data.class_column class "
+        f"--data.train {out / table}.csv --data.validation {validation} --data.class_column class "
         f"--data.cache_folder {out / 'cache'}"
     )
 
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
+    parser.add_argument("--no-sweep", dest="sweep", action="store_false", help="alpha 1 alone")
     parser.add_argument("--targets", nargs="*", default=["grocery", "grocery-half", "clothing"])
     given = parser.parse_args(own)
     torch.set_flush_denormal(True)
@@ -204,18 +207,20 @@ def main() -> None:
             for seed in range(given.seeds):
                 folder = given.out / f"{target}{part}-{list(ARMS).index(arm)}-{seed}"
                 table = f"{target}-train{part}"
-                words = f"finetune {start} {data_words(given.out, table)}"
+                words = f"finetune {start} {data_words(given.out, table, judged=given.sweep)}"
                 words += f" --episodes.count {given.passes} --run.no-evaluate"
                 words += (
                     f" --guard wds:{given.photos / guard} --run.seed {seed} {ARMS[arm]} {extra}"
                 )
                 runs.append(run(words, folder))
             ends[arm] = [judge(checkpoints(folder)[-1], data, cache) for folder in runs]
-            chosen[arm] = [judge(folder, data, cache) for folder in runs]
+            if given.sweep:
+                chosen[arm] = [judge(folder, data, cache) for folder in runs]
         title = f"{target}, tested on {'classes it never saw' if part else 'test'}, guard {guard}"
         first = given.arms[0]
         print(f"## {title}\n", *rows_of(ends, first), "", sep="\n")
-        print("With the weights that WiSE-FT chose:\n", *rows_of(chosen, first), "", sep="\n")
+        if given.sweep:
+            print("With the weights that WiSE-FT chose:\n", *rows_of(chosen, first), "", sep="\n")
 
 
 if __name__ == "__main__":
