@@ -116,7 +116,7 @@ def browser() -> Iterator[Any]:
 def watched(browser: Any, address: str) -> Iterator[Watched]:
     """The map, open and drawn."""
     context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
-    context.set_default_timeout(15_000)
+    context.set_default_timeout(90_000)  # machines that test are busy
     found = Watched(page=context.new_page(), own=urlparse(address).netloc)
     found.page.goto(address)
     found.page.wait_for_selector("#map[data-ready]")
