@@ -172,7 +172,7 @@ def test_the_map_reacts(watched: Watched) -> None:
     page.click("#clear")
     assert selected(page) == 0
     page.mouse.click(place["x"], place["y"])
-    assert selected(page) >= 1
+    page.wait_for_function("Number(document.querySelector('#selected').innerText) >= 1")
     page.evaluate(f"() => {{ {pairs}.selected.indices = [4] }}")
     page.click("text=Open the selected pair")
     page.wait_for_url("**/pair-*.html")
@@ -214,6 +214,7 @@ def test_an_image_finds_itself(watched: Watched, pages: Pages) -> None:
 def test_a_prototype_shows_its_members(watched: Watched, pages: Pages) -> None:
     page = watched.page
     page.click("text=Image prototypes")
+    page.wait_for_url("**/prototypes-image.html")
     page.click("thead button:has-text('Tightness')")
     values = page.eval_on_selector_all(
         "tbody td:nth-child(5)", "all => all.map(each => Number(each.dataset.value))"
@@ -235,12 +236,14 @@ def test_exporting_a_selection_and_training_without_it(
     """The loop: look at odd pairs, export some, train without them."""
     page = watched.page
     page.click("text=Odd ones out")
+    page.wait_for_url("**/odd-*.html")
     for box in page.locator("input[data-id]").all()[:5]:
         box.check()
     ids = page.eval_on_selector_all(
         "input[data-id]:checked", "all => all.map(each => each.dataset.id)"
     )
     page.click("text=Near-duplicates")
+    page.wait_for_url("**/duplicates.html")
     assert selected(page) == 5  # kept over pages
     files = {}
     for form in ("csv", "json"):
