@@ -209,9 +209,11 @@ def main() -> None:
                 table = f"{target}-train{part}"
                 words = f"finetune {start} {data_words(given.out, table, judged=given.sweep)}"
                 words += f" --episodes.count {given.passes} --run.no-evaluate"
-                words += (
-                    f" --guard wds:{given.photos / guard} --run.seed {seed} {ARMS[arm]} {extra}"
-                )
+                words += f" --run.seed {seed} {ARMS[arm]} {extra}"
+                if given.sweep:
+                    words += f" --guard wds:{given.photos / guard}"
+                else:
+                    words += " --alpha 1 --run.evaluate_every 0"
                 runs.append(run(words, folder))
             ends[arm] = [judge(checkpoints(folder)[-1], data, cache) for folder in runs]
             if given.sweep:
