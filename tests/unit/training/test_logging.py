@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,7 @@ def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path):
     log.write(2, 0, {"loss": 9.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "epi')
+    time.sleep(1.01)  # TensorBoard orders files by their names, which hold whole seconds
     log = MetricsLog(tmp_path, size=size, step=1)
     assert steps(tmp_path / "metrics.jsonl") == [1]
     log.write(2, 0, {"loss": 2.0})
