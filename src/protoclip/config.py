@@ -161,7 +161,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
-    size: Count = 4096  # Pairs in an episode.
+    size: CountOrZero = 0  # Pairs in an episode; 0: by the number of pairs.
     count: Count = 35  # Episodes in the run.
     batch_size: BatchSize = 256  # Pairs in a step, of all ranks together.
     micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
@@ -174,7 +174,7 @@ class EpisodeConfig:
 class PrototypeConfig:
     source: Literal["auto", "extract", "queue"] = "auto"  # Features to cluster.
     extract_transform: Literal["evaluation", "training"] = "evaluation"  # Its transform.
-    number: Count = 400  # Prototypes per modality.
+    number: CountOrZero = 0  # Prototypes per modality; 0: a tenth of an episode.
     init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
     iterations: Count = 6  # K-means iterations.
     restarts: Count = 1  # K-means runs; the best counts.
@@ -189,7 +189,7 @@ class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
     features: str | None = None  # Folder of embed-teacher, file, emoji or start.
     weight: NotNegative = 1.0  # Factor to loss.teacher.
-    number: Count = 400  # Prototypes of the teacher's space.
+    number: CountOrZero = 0  # Prototypes of the teacher's space; 0: a tenth of an episode.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = True  # One-hot targets, as in the paper.
 
@@ -200,6 +200,7 @@ class LossConfig:
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
+    balanced: bool = True  # Prototypes' weights are relative to InfoNCE's pull on the towers.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
 
@@ -395,7 +396,7 @@ def check(config: Config) -> list[str]:
     numbers = {"prototypes": config.prototypes.number} if config.loss.prototypical else {}
     numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
     for name, number in numbers.items():
-        if not 2 <= number <= size:
+        if size and number and not 2 <= number <= size:
             raise ValueError(
                 f"{name}.number: {number} needs to be between 2 and episodes.size ({size})"
             )

@@ -62,7 +62,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
         ValueError: The folder holds something else than this demonstration.
     """
     from protoclip.evaluation import compare
-    from protoclip.training import optim, run
+    from protoclip.training import run
 
     started, out = time.monotonic(), Path(out)
     configs = arms(seed=seed, out=str(out))
@@ -70,7 +70,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     for name, config in configs.items():
         if (folder := folders[name]).exists():
             written = folder / "config.toml"
-            settings = run.to_toml(optim.resolved(config)[0])
+            settings = run.to_toml(run.resolved(config)[0])
             if not written.is_file() or written.read_text(encoding="utf-8") != settings:
                 raise ValueError(
                     f"{folder}: holds another run than this demonstration's; remove it, or choose "

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from protoclip.distributed.collectives import world_size
+from protoclip.losses.balance import Balance
 from protoclip.losses.info_nce import info_nce, sharded_info_nce
 from protoclip.losses.keep import StartFeatures, keep
 from protoclip.losses.prototypical import Target
@@ -26,6 +27,11 @@ class LossWeights:
     keep: float = 0.0
     keep_by: Literal["relations", "features"] = "relations"
 
+    @property
+    def of_prototypes(self) -> float:
+        """Weight of all prototypes together."""
+        return self.prototypical + sum(self.teachers.values())
+
     def of(self, teacher: str) -> float:
         """Weight of one teacher's prototypes: `image`, `text`, or the name of an external one."""
         return self.prototypical if teacher in ("image", "text") else self.teachers[teacher]
@@ -37,6 +43,7 @@ def objective(
     assignments: Mapping[str, Int[Tensor, " b"]],
     *,
     weights: LossWeights,
+    balance: Balance | None = None,
     start: StartFeatures | None = None,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -61,6 +68,7 @@ def objective(
         targets: Targets by `(student, teacher)`; `None` without prototypes.
         assignments: Prototype of each row by teacher. A row with -1 has no part in that loss.
         weights: Weight of each loss.
+        balance: Factors to the prototypical losses of each student modality; unset, they are 1.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
@@ -92,10 +100,13 @@ def objective(
         projections, own = students[student], assignments[teacher]
         assert projections is not None
         loss = target.loss(projections, own, embeddings.prototype_logit_scale)
-        losses[name] = weights.of(teacher) * loss / 2
+        factor = balance.of(student) if balance is not None else 1.0
+        losses[name] = weights.of(teacher) * factor * loss / 2
         report[f"train/loss/prototypical/{name}"] = loss.detach()
         if detailed:
             report[f"train/prototypes/accuracy/{name}"] = target.accuracy(projections, own)
     if targets:
         report["train/prototype_logit_scale"] = embeddings.prototype_logit_scale.detach()
+        if balance is not None:
+            report |= {f"train/balance/{name}": balance.of(name) for name in balance.means}
     return losses, report

@@ -73,6 +73,7 @@ class ProtoCLIP(TowerPair):
         self.image_head = head
         self.text_head = copy.deepcopy(head)
         self.prototype_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.pulls: dict[str, Tensor] = {}
 
     def add_logit_bias(self) -> None:
         """Prepare towers without a logit bias for the sigmoid loss; others stay as they are.
@@ -95,20 +96,49 @@ class ProtoCLIP(TowerPair):
         image, text = self.encode_image(images), self.encode_text(tokens)
         logit_bias: Tensor | None = getattr(self.towers, "logit_bias", None)
 
-        def projections(head: nn.Module, features: Tensor) -> Tensor | None:
-            return F.normalize(to_float(head(features)), dim=-1) if project else None
+        def features(tower: str, outputs: Tensor) -> Tensor:
+            return F.normalize(self.watched(f"{tower}_features", outputs), dim=-1)
+
+        def projections(tower: str, head: nn.Module, outputs: Tensor) -> Tensor | None:
+            if not project:
+                return None
+            return F.normalize(
+                to_float(head(self.watched(f"{tower}_projections", outputs))), dim=-1
+            )
 
         # The order of these operations decides how gradients are summed, so runs depend on it.
         return Embeddings(
-            image_features=F.normalize(image, dim=-1),
-            text_features=F.normalize(text, dim=-1),
-            image_projections=projections(self.image_head, image),
-            text_projections=projections(self.text_head, text),
+            image_features=features("image", image),
+            text_features=features("text", text),
+            image_projections=projections("image", self.image_head, image),
+            text_projections=projections("text", self.text_head, text),
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
             # A copy, which has no gradient where gradients are off; a parameter always has.
             logit_bias=None if logit_bias is None else logit_bias.clone(),
         )
+
+    def watched(self, branch: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        """The same outputs of a tower; a backward pass adds the squared norm of their gradient."""
+        if not outputs.requires_grad:
+            return outputs
+
+        def note(gradient: Tensor) -> None:
+            square = gradient.detach().square().sum()
+            self.pulls[branch] = self.pulls[branch] + square if branch in self.pulls else square
+
+        outputs = outputs.view_as(outputs)
+        outputs.register_hook(note)
+        return outputs
+
+    def take_pulls(self) -> dict[str, Float[Tensor, ""]]:
+        """How hard features and projections pulled on each tower since the last call.
+
+        Squared norms of the gradient with respect to a tower's outputs, by the branch that it came
+        through: `image_features`, `image_projections`, `text_features`, `text_projections`.
+        """
+        pulls, self.pulls = self.pulls, {}
+        return pulls
 
     @torch.no_grad()
     def clamp_scales(self, *, sigmoid: bool = False) -> None:

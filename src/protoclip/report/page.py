@@ -27,8 +27,7 @@ from protoclip.report import findings, looks
 from protoclip.report.figures import COLOURS, DASHES, Series, line_chart, map_chart
 from protoclip.report.looks import Confusions, Examples, Look
 from protoclip.report.runs import Curve, RunFolder, labels, read_run
-from protoclip.training import optim
-from protoclip.training.run import flat, to_toml
+from protoclip.training.run import flat, resolved, to_toml
 
 HERE = Path(__file__).parent
 LONGEST = 160  # characters of a caption, a name or a setting
@@ -509,7 +508,7 @@ def grouping(
 
 def settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Settings that differ between the runs, and those that all share but are no defaults."""
-    defaults = flat(tomllib.loads(to_toml(optim.resolved(Config())[0])))
+    defaults = flat(tomllib.loads(to_toml(resolved(Config())[0])))
     keys = sorted({key for run in runs for key in run.settings} - set(PLACES))
     values = {key: [run.settings.get(key) for run in runs] for key in keys}
     differ = {key: of for key, of in values.items() if any(value != of[0] for value in of)}

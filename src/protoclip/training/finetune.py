@@ -1,25 +1,22 @@
 """Fine-tuning: `train` with other defaults, then WiSE-FT. What `protoclip finetune` does."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 from protoclip.config import Config, ModelConfig, check
 from protoclip.data import sources
-from protoclip.data.inspect import drawn
-from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import judged
 from protoclip.models import loading, references
-from protoclip.training import optim
+from protoclip.training import optim, sizes
 from protoclip.training.run import train_together
 from protoclip.training.wise_ft import WiseFT
 
 PASSES = 5  # over the data
 LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
 LEAST_STEPS = 32  # in a pass over the data, if batches can be small enough
-PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES, MOST_PROTOTYPES = 10, 8, 20_000
 
 
 def finetune(
@@ -128,9 +125,7 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
         decide("optim.learning_rate", 1e-4)
     decide("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     decide("optim.weight_decay", 0.1)
-    number = min(MOST_PROTOTYPES, max(FEWEST_PROTOTYPES, size // PAIRS_A_PROTOTYPE), size)
-    if isinstance(samples, Pairs):  # no more than captions, which may name few classes
-        number = max(2, min(number, different_captions(samples, size)))
+    number = sizes.number_of_prototypes(samples, size)
     if config.loss.prototypical > 0:
         decide("prototypes.number", number)
     features = None
@@ -144,26 +139,23 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
             decide("episodes.warm_up", 0)  # its features are good from the beginning
         if not has_heads(config.model):
             decide("optim.heads_lr_scale", 1.0)
-    return settings.filled(), settings.notes()
+    config = settings.filled()
+    return sizes.filled(config, sizes.sizes_of(config, size, number)), settings.notes()
 
 
 def episodes(settings: Defaults, rows: int | None) -> tuple[int, int, int]:
     """Pairs in a batch and in an episode, and episodes: some passes over so many rows."""
     decide, given = settings.decide, settings.config.episodes
-    if rows is None and not (settings.has("episodes.size") and settings.has("episodes.count")):
+    if rows is None and not (given.size and settings.has("episodes.count")):
         raise ValueError(
             "episodes.size: a stream has no length; give episodes.size and episodes.count"
         )
-    if settings.has("episodes.size"):
-        wanted = given.size
-    else:
-        assert rows is not None
-        wanted = min(LARGEST_EPISODE, rows)
+    wanted = given.size or min(LARGEST_EPISODE, rows or 0)
     batch = SMALLEST_BATCH
     while batch < LARGEST_BATCH and wanted // (2 * batch) >= LEAST_STEPS:
         batch *= 2
     batch = min(batch, wanted)
-    while settings.has("episodes.size") and wanted % batch and batch > 2:
+    while given.size and wanted % batch and batch > 2:
         batch //= 2
     batch = decide("episodes.batch_size", max(2, batch))
     size = decide("episodes.size", max(batch, wanted // batch * batch))
@@ -177,15 +169,6 @@ def training_samples(config: Config, evaluate_every: int) -> Pairs | SampleStrea
     """The samples that are not held out."""
     config = replace(config, run=replace(config.run, evaluate_every=evaluate_every))
     return judged(config, sources.pairs(config)).training
-
-
-def different_captions(samples: Pairs, size: int) -> int:
-    """How many first captions differ among the pairs of an episode, drawn evenly."""
-    found = set()
-    for row in drawn(len(samples), min(len(samples), size), seed=0):
-        with suppress(BadSample):
-            found.add(samples.sample_captions(row)[0])
-    return len(found)
 
 
 def has_heads(model: ModelConfig) -> bool:

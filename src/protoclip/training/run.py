@@ -38,6 +38,7 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run, metric_names
 from protoclip.evaluation.validation import guards, judged
 from protoclip.files import read_json, to_json, write_atomically
+from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
@@ -48,7 +49,7 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
-from protoclip.training import optim
+from protoclip.training import optim, sizes
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
 from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import Guard
@@ -84,10 +85,27 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
         OSError: The last checkpoint could not be written, for a minute.
     """
     notes = check(config)
-    config, decided = optim.resolved(config)
     device = collectives.device(config.run.device)
     with collectives.process_group(device):
+        before = folder_of(config) if resume == "auto" else None
+        config, decided = raise_on_all_ranks(lambda: resolved(config, before=before))
         return train_together(config, device, resume=resume == "auto", notes=notes + decided)
+
+
+def resolved(config: Config, *, before: Path | None = None) -> tuple[Config, list[str]]:
+    """The configuration with all that it leaves to the data and the model, and notes on these.
+
+    Raises:
+        ValueError: As `sizes.sized` and `optim.resolved` do, or the settings do not go together.
+    """
+    config, notes = sizes.sized(config, before=before)
+    check(config)
+    config, decided = optim.resolved(config)
+    return config, notes + decided
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
 
 
 @runtime_checkable
@@ -113,7 +131,7 @@ def train_together(
     ending: Ending | None = None,
 ) -> dict[str, Any]:
     """`train` on each rank of a process group, or in the only process."""
-    folder = Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
+    folder = folder_of(config)
 
     def look() -> tuple[bool, dict[str, Any] | None, bool]:
         begun, results = check_folder(folder, config, resume=resume)
@@ -242,19 +260,21 @@ class Run:
         sigmoid = config.loss.instance == "sigmoid"
         optimizer, scaler = optim.optimizer(config, model), grad_scaler(precision, device)
         self.start = loading.frozen_start(config, device) if config.uses_start else None
+        weights = LossWeights(
+            info_nce=0.0 if sigmoid else config.loss.info_nce,
+            sigmoid=config.loss.info_nce if sigmoid else 0.0,
+            prototypical=config.loss.prototypical,
+            teachers={n: t.weight * config.loss.teacher for n, t in teachers.items()},
+            keep=config.loss.keep,
+            keep_by=config.loss.keep_by,
+        )
         self.trainer = Trainer(
             model=model,
             stage=partial(stage_of, config),
             source=self.feature_source(samples, autocast(precision, device)),
             cluster=self.cluster,
-            weights=LossWeights(
-                info_nce=0.0 if sigmoid else config.loss.info_nce,
-                sigmoid=config.loss.info_nce if sigmoid else 0.0,
-                prototypical=config.loss.prototypical,
-                teachers={n: t.weight * config.loss.teacher for n, t in teachers.items()},
-                keep=config.loss.keep,
-                keep_by=config.loss.keep_by,
-            ),
+            weights=weights,
+            balance=Balance(target=weights.of_prototypes) if config.loss.balanced else None,
             start=self.start if config.loss.keep else None,
             make_targets=partial(
                 make_targets,
@@ -613,7 +633,8 @@ def check_folder(
 def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
     before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
-    before.setdefault("loss.instance", "info_nce")  # the only one of earlier versions
+    # What earlier versions did, without a setting for it.
+    before = {"loss.instance": "info_nce", "loss.balanced": False, **before}
     before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
     if "model.checkpoint" in before:  # what version 0.2 called it
         before["model.start"] = before.pop("model.checkpoint")

@@ -13,6 +13,7 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
+from protoclip.losses.balance import Balance
 from protoclip.losses.grad_cache import forward_in_chunks, random_state
 from protoclip.losses.keep import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
@@ -42,6 +43,7 @@ class Trainer:
         source: Gives the features to cluster, and the prototypes that samples belong to.
         cluster: K-means of one space, `(space, rows, positions of the rows) -> KMeans`.
         make_targets: `losses.prototypical.make_targets` with its settings.
+        balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: The frozen towers that the model started from, where a loss keeps it close to them.
         micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
         episode, batch, step: Episodes finished, batches of the next one, and optimizer steps.
@@ -64,6 +66,7 @@ class Trainer:
     autocast: Autocast
     clip_norm: float
     micro_batch_size: int | None
+    balance: Balance | None = None
     start: TowerPair | None = None
     episode: int = 0
     batch: int = 0
@@ -141,6 +144,7 @@ class Trainer:
             self.targets or None,
             assignments,
             weights=self.weights,
+            balance=self.balance,
             start=self._start_features(batch),
             detailed=detailed,
         )
@@ -150,6 +154,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         finish_backward()
+        pulls = self.model.take_pulls()
+        if self.balance is not None:
+            self.balance.update(pulls)
         self.scaler.unscale_(self.optimizer)
         norm = parallel.clip_gradients(self.model, self.clip_norm)
         self.guard.step(self.step + 1, total, norm, batch.sample_id)
@@ -243,6 +250,7 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "random": collectives.all_gather_object(random_state()),
             "source": self.source.state_dict(),
+            "balance": self.balance.state_dict() if self.balance is not None else {},
             "clusters": {space: vars(found) for space, found in self.clusters.items()},
             # In order, since the sum of the losses depends on it.
             "targets": [[*key, vars(target)] for key, target in self.targets.items()],
@@ -271,6 +279,8 @@ class Trainer:
             if gpu is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(gpu.cpu())
         self.source.load_state_dict(state["source"])
+        if self.balance is not None:
+            self.balance.load_state_dict(state.get("balance", {}))
         self.clusters = {
             space: KMeans(**{**found, "history": tuple(found["history"])})  # JSON has no tuples
             for space, found in state["clusters"].items()

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from protoclip.config import Config
+from protoclip.data.pairs import SampleStream
 from protoclip.training import finetune
 from protoclip.training.finetune import finetune_settings
 
@@ -35,7 +37,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(finetune.loading, "followed", lambda model: (model, []))
 
     def put(number: int | None, different: int = 10**9) -> None:
-        samples = object() if number is None else Numbered(number, different)
+        samples = Mock(SampleStream) if number is None else Numbered(number, different)
         monkeypatch.setattr(finetune, "training_samples", lambda config, every: samples)
 
     put(40_000)

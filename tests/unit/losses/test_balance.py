@@ -1,0 +1,133 @@
+"""Prototypes pull on each tower as hard as their weights say, whatever the data."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import protoclip
+from protoclip.losses.balance import MOST, Balance
+from protoclip.losses.grad_cache import forward_in_chunks
+from protoclip.models import loading
+from protoclip.testing import tiny_config, tiny_model
+
+BRANCHES = ("features", "projections")
+
+
+def pulls(**norms: tuple[float, float]) -> dict[str, torch.Tensor]:
+    """Squared norms, by tower, of the pulls of InfoNCE and of the prototypes."""
+    return {
+        f"{tower}_{branch}": torch.tensor(norm**2)
+        for tower, pair in norms.items()
+        for branch, norm in zip(BRANCHES, pair, strict=True)
+    }
+
+
+def test_factors_settle_where_the_pulls_have_the_target_ratio():
+    """Measured with the factor that was in use, by tower, and smoothed over steps."""
+    balance = Balance(target=0.5)
+    assert balance.of("image") == balance.of("text") == 1.0
+    for _ in range(3):
+        image, text = float(balance.of("image")), float(balance.of("text"))
+        balance.update(pulls(image=(3.0, 2.0 * image), text=(1.0, 4.0 * text)))
+        assert float(balance.of("image")) == pytest.approx(0.75)
+        assert float(balance.of("text")) == pytest.approx(0.125)
+    balance.update(pulls(image=(3.0, 4.0 * 0.75)))  # the prototypes pull twice as hard as before
+    assert 0.375 < float(balance.of("image")) < 0.75
+    assert float(balance.of("text")) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("first", [True, False])
+def test_steps_without_a_pull_change_nothing(wrong, place, first):
+    """Those of a batch that is not finite, or in which no sample has a prototype."""
+    balance = Balance(target=1.0)
+    if not first:
+        balance.update(pulls(image=(2.0, 1.0)))
+    before = float(balance.of("image"))
+    pair = (wrong, 1.0) if place == 0 else (1.0, wrong)
+    balance.update(pulls(image=pair))
+    assert float(balance.of("image")) == before == (1.0 if first else 2.0)
+
+
+def test_prototypes_that_hardly_pull_are_not_blown_up():
+    balance = Balance(target=1.0)
+    balance.update(pulls(text=(1.0, 1e-9)))
+    assert float(balance.of("text")) == MOST
+
+
+def test_the_state_goes_on_to_the_bit():
+    first, second = Balance(target=1.0), Balance(target=1.0)
+    first.update(pulls(image=(0.3, 0.7), text=(0.1, 0.9)))
+    second.load_state_dict(first.state_dict())
+    for each in (first, second):
+        each.update(pulls(image=(0.2, 0.5), text=(0.6, 0.2)))
+    assert all(torch.equal(first.means[name], second.means[name]) for name in ("image", "text"))
+
+
+@pytest.mark.parametrize("chunk", [8, 3])
+def test_pulls_are_norms_of_gradients_at_the_outputs_of_the_towers(chunk):
+    """Of both branches apart, in one pass and with GradCache; once taken, they start anew."""
+    model = loading.model(tiny_model(), seed=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(8, 3, 32, 32, generator=generator)
+    tokens = torch.randint(1, 90, (8, 8), generator=generator)
+    widths = {"features": 16, "projections": 8}
+    directions = {
+        f"{tower}_{branch}": torch.randn(8, width, generator=generator)
+        for tower in ("image", "text")
+        for branch, width in widths.items()
+    }
+    outputs = {
+        "image": model.encode_image(images).detach().requires_grad_(),
+        "text": model.encode_text(tokens).detach().requires_grad_(),
+    }
+    heads = {"image": model.image_head, "text": model.text_head}
+    expected = {}
+    for name, direction in directions.items():
+        tower, _, branch = name.partition("_")
+        own = heads[tower](outputs[tower]) if branch == "projections" else outputs[tower]
+        loss = (F.normalize(own, dim=1) * direction).sum()
+        (gradient,) = torch.autograd.grad(loss, outputs[tower])
+        expected[name] = gradient.square().sum()
+
+    def loss(embeddings):
+        return sum((getattr(embeddings, n) * d).sum() for n, d in directions.items())
+
+    parts = zip(images.split(chunk), tokens.split(chunk), strict=True)
+    chunks = [partial(model, *part) for part in parts]
+    embeddings, backward = forward_in_chunks(chunks, buffers=model.buffers())
+    loss(embeddings).backward()
+    backward()
+    found = model.take_pulls()
+    assert found.keys() == expected.keys()
+    for name, square in expected.items():
+        torch.testing.assert_close(found[name], square, rtol=1e-4, atol=0)
+    assert model.take_pulls() == {}
+
+
+def test_a_run_balances_unless_told_not_to(tmp_path):
+    """Its metrics have the factors of the prototypical steps."""
+    config = tiny_config(out=str(tmp_path / "balanced"))
+    config = replace(config, run=replace(config.run, evaluate=False))
+    constant = replace(
+        config,
+        run=replace(config.run, out=str(tmp_path / "constant")),
+        loss=replace(config.loss, balanced=False),
+    )
+    found = {}
+    for each in (config, constant):
+        protoclip.train(each)
+        lines = [json.loads(line) for line in (Path(each.run.out) / "metrics.jsonl").open()]
+        found[each.loss.balanced] = [
+            line["train/balance/image"] for line in lines if "train/balance/image" in line
+        ]
+    assert len(found[True]) == 7  # of 8 prototypical steps: nothing is measured before the first
+    assert len({*found[True]}) > 1
+    assert found[False] == []
