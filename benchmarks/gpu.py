@@ -600,7 +600,8 @@ def timed_steps(config: Config, machine: Machine) -> tuple[list[float], float, s
     about = ""
     shape = (config.episodes.size, config.model.heads.projection_dim)
     rows = [machine.random(*shape, seed=seed) for seed in (0, 1)]
-    features = EpisodeFeatures(image=rows[0], text=rows[1], teachers={})
+    keys = torch.arange(shape[0], device=device)
+    features = EpisodeFeatures(image=rows[0], text=rows[1], teachers={}, keys=keys)
     trainer.source.features = lambda episode: features  # type: ignore[method-assign]
     spent = trainer.start_episode(Episode(index=0, rows=torch.arange(config.episodes.size)))
     if spent:

@@ -19,6 +19,7 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.evaluation import datasets, suite
+from protoclip.evaluation.clustering import agreement, clustering
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.knn import knn_predict
@@ -26,6 +27,7 @@ from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.evaluation.readers import Subset
 from protoclip.evaluation.samples import DRAWS
 from protoclip.evaluation.validation import judged
+from protoclip.evaluation.zero_shot import zero_shot_ranks
 from protoclip.files import replacing
 from protoclip.models import loading
 from protoclip.teachers.store import hash_ids
@@ -67,13 +69,15 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
     def on_transfer(reference: str) -> Metrics:
         if reference == "emoji":
             return on_concepts(encoder(), datasets.emoji(), split)
-        tasks = (*TRANSFER, "zero_shot")
-        return measured(encoder(), datasets.open_data(reference, split=split), tasks, split)
+        data = datasets.open_data(reference, split=split)
+        if split == "validation":
+            return on_classes(encoder(), data)
+        return measured(encoder(), data, (*TRANSFER, "zero_shot"), split)
 
     found = kept(folder / "judged" / f"{split}-{HELD_OUT}.npz", on_held_out)
     by_data = {HELD_OUT: found}
     for reference in transfer:
-        name = digest({"reference": reference})[:8]
+        name = digest({"reference": reference, "folds": FOLDS})[:8]
         path = folder / "judged" / f"{split}-transfer-{name}.npz"
         by_data[reference.rstrip("/").rpartition("/")[2]] = kept(
             path, lambda reference=reference: on_transfer(reference)
@@ -165,6 +169,24 @@ def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Metrics:
     draws = clusters.draws(seed=zlib.crc32(data.name.encode()))["clustering/ami"]
     ami = np.concatenate([[clusters.metrics["clustering/ami"]], draws])
     return {**grouped_means(right, part.groups), "clustering/ami": ami}
+
+
+def on_classes(encoder: Encoder, data: EvaluationData) -> Metrics:
+    """Classes of images, learned from some of train and validation and tested on the others.
+
+    Choices are made by this. The validation split alone is too small to tell arms apart.
+    """
+    features = suite.extract(encoder, data, ["linear_probe", "zero_shot"], split="validation")
+    parts = [features.parts[split] for split in ("train", "validation")]
+    images = torch.cat([part.unit for part in parts])
+    labels = torch.cat([part.labels for part in parts if part.labels is not None])
+    rows = torch.arange(len(labels))
+    ranks = zero_shot_ranks(images, features.texts["classes"], labels)
+    right = {**by_folds(images, labels, rows), "zero_shot/acc1": ranks == 0}
+    cluster = clustering(images, labels, restarts=10)["cluster"].numpy()
+    draws = np.random.default_rng(0).integers(0, len(rows), (DRAWS, len(rows)))
+    ami = agreement(labels.numpy(), cluster, [rows.numpy(), *draws])["clustering/ami"]
+    return {**grouped_means(right, rows), "clustering/ami": ami}
 
 
 def by_folds(

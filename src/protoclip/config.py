@@ -200,7 +200,7 @@ class LossConfig:
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
-    balanced: bool = True  # Prototypes' weights are relative to InfoNCE's pull on the towers.
+    strengths: Literal["automatic", "constant"] = "automatic"  # automatic: by InfoNCE's pull.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
 

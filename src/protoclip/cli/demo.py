@@ -40,7 +40,7 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
     losses = {
         "CLIP": (LossConfig(prototypical=0.0), TeacherConfig()),
         "ProtoCLIP": (LossConfig(), TeacherConfig()),
-        "ProtoCLIP + teacher": (LossConfig(teacher=2.0), TeacherConfig(features="emoji")),
+        "ProtoCLIP + teacher": (LossConfig(), TeacherConfig(features="emoji")),
     }
     return {
         name: Config(

@@ -1,61 +1,80 @@
 """Strengths of the prototypical losses that set themselves.
 
-Both losses pull on the same tower outputs: InfoNCE through the features, the prototypical losses
-through the projections. How hard each pulls depends on the data, on the number of prototypes and
-on the heads: at weight 1 the prototypes pull half as hard as InfoNCE on drawings, and as hard on
-photographs (docs/LOG.md). `Balance` makes a weight mean the same everywhere.
+Two things decide how strong they should be, and both are measured:
+
+- **How hard they pull.** InfoNCE pulls on the outputs of the towers through the features, the
+  prototypical losses through the projections. How hard depends on the data, on the number of
+  prototypes and on the heads: at weight 1 on drawings half as hard as InfoNCE, on photographs as
+  hard (docs/LOG.md). `Balance` makes a weight the ratio of these pulls.
+- **What a teacher knows.** While a modality's groups say little about the other's, they are mostly
+  noise as targets. Each weight is multiplied by `Target.confidence`, their agreement.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.distributed.collectives import all_reduce
 
 DECAY = 0.9  # of the running means; a batch alone is noisy
+TINY = 1e-12  # A weight of 0 has no pull either, so what it is divided by does not matter.
 MOST = 10.0  # Prototypes that are all but learned pull little, and need not pull harder.
+
+
+def measure(squares: Mapping[str, Float[Tensor, ""]]) -> dict[str, Float[Tensor, " 2"]]:
+    """The pulls of InfoNCE and of the prototypes by student modality, where both pull. Collective.
+
+    Args:
+        squares: What `ProtoCLIP.take_pulls` returns after the backward pass, on each rank.
+    """
+    branches = {
+        student: [f"{student}_features", f"{student}_projections"] for student in ("image", "text")
+    }
+    return {
+        student: all_reduce(torch.stack([squares[branch] for branch in own])).sqrt()
+        for student, own in branches.items()
+        if squares.keys() >= set(own)
+    }
 
 
 @dataclass(kw_only=True)
 class Balance:
-    """Factors to the prototypical losses that make them pull `target` times as hard as InfoNCE.
+    """Factors to the prototypical losses that make weights relative to InfoNCE's pull.
 
     A pull is the norm of a loss's gradient with respect to the outputs of one tower, over the batch
     of all ranks. A factor is the ratio of two running means over steps: of InfoNCE's pull, and of
-    what the prototypes' would be at factor 1. It is 1 before the first step, and where a tower gets
-    no gradient.
+    the prototypes' pull at factor 1 for each unit of their weight. It is 1 before the first step,
+    and where a tower gets no gradient.
 
     Attributes:
-        target: Sum of the weights of the prototypical losses.
-        means: Both running means, by student modality. They start from 0, which cancels in
-            the ratio.
+        weights: By student modality, the sum of the weights of its prototypical losses. Set it
+            before a step.
+        means: Both running means by student modality. They start from 0, which cancels in the
+            ratio.
     """
 
-    target: float
+    weights: dict[str, float] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, student: str) -> Tensor | float:
         """The factor to the losses of a student modality."""
-        if student not in self.means:
-            return 1.0
+        return self.factor(student) if student in self.means else 1.0
+
+    def factor(self, student: str) -> Float[Tensor, ""]:
+        """The same for a modality that was measured."""
         instance, prototypes = self.means[student]
-        factor = (self.target * instance / prototypes).clamp(max=MOST)
-        return torch.where(prototypes > 0, factor, 1.0)
+        return torch.where(prototypes > 0, (instance / prototypes).clamp(max=MOST), 1.0)
 
-    def update(self, pulls: Mapping[str, Tensor]) -> None:
-        """Take in a step. A batch whose gradient is not finite changes nothing. Collective.
-
-        Args:
-            pulls: What `ProtoCLIP.take_pulls` returns after the backward pass.
-        """
-        for student in ("image", "text"):
-            branches = [f"{student}_features", f"{student}_projections"]
-            if not pulls.keys() >= set(branches):
+    def update(self, pulls: Mapping[str, Float[Tensor, " 2"]]) -> None:
+        """Take in what `measure` found in a step. What is not finite changes nothing."""
+        for student, weight in self.weights.items():
+            if student not in pulls:
                 continue
-            instance, prototypes = all_reduce(torch.stack([pulls[b] for b in branches])).sqrt()
-            now = torch.stack([instance, prototypes / self.of(student)])
+            instance, prototypes = pulls[student]
+            now = torch.stack([instance, prototypes / self.of(student) / max(weight, TINY)])
             before = self.means.get(student, torch.zeros_like(now))
             sound = torch.isfinite(now).all() & (now > 0).all()
             self.means[student] = torch.where(sound, torch.lerp(now, before, DECAY), before)

@@ -27,14 +27,16 @@ class LossWeights:
     keep: float = 0.0
     keep_by: Literal["relations", "features"] = "relations"
 
-    @property
-    def of_prototypes(self) -> float:
-        """Weight of all prototypes together."""
-        return self.prototypical + sum(self.teachers.values())
-
     def of(self, teacher: str) -> float:
         """Weight of one teacher's prototypes: `image`, `text`, or the name of an external one."""
         return self.prototypical if teacher in ("image", "text") else self.teachers[teacher]
+
+    def by_student(self, targets: Mapping[tuple[str, str], Target]) -> dict[str, float]:
+        """Sum of the weights of each student modality's prototypical losses, by confidence."""
+        sums: dict[str, float] = {}
+        for (student, teacher), target in targets.items():
+            sums[student] = sums.get(student, 0.0) + self.of(teacher) * target.confidence
+        return sums
 
 
 def objective(
@@ -53,6 +55,9 @@ def objective(
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
       + w_k (distance from the frozen start)
 
+    With `balance` each prototypical loss has two more factors: its target's confidence, and the one
+    that makes the weights of a student relative to the pull of InfoNCE.
+
     With several ranks each value is of the local rows. The means of values and gradients over ranks
     are those of the whole batch.
 
@@ -68,7 +73,7 @@ def objective(
         targets: Targets by `(student, teacher)`; `None` without prototypes.
         assignments: Prototype of each row by teacher. A row with -1 has no part in that loss.
         weights: Weight of each loss.
-        balance: Factors to the prototypical losses of each student modality; unset, they are 1.
+        balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
@@ -100,7 +105,7 @@ def objective(
         projections, own = students[student], assignments[teacher]
         assert projections is not None
         loss = target.loss(projections, own, embeddings.prototype_logit_scale)
-        factor = balance.of(student) if balance is not None else 1.0
+        factor = balance.of(student) * target.confidence if balance is not None else 1.0
         losses[name] = weights.of(teacher) * factor * loss / 2
         report[f"train/loss/prototypical/{name}"] = loss.detach()
         if detailed:
@@ -108,5 +113,5 @@ def objective(
     if targets:
         report["train/prototype_logit_scale"] = embeddings.prototype_logit_scale.detach()
         if balance is not None:
-            report |= {f"train/balance/{name}": balance.of(name) for name in balance.means}
+            report |= {f"train/balance/{name}": balance.factor(name) for name in balance.means}
     return losses, report

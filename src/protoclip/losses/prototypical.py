@@ -10,7 +10,7 @@ once per episode.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,7 @@ from torch import Tensor
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.prototypes.targets import back_translate
+from protoclip.prototypes.targets import agreement, back_translate
 
 CHUNK_ELEMENTS = 2**22  # similarities held at once while accuracy is measured
 
@@ -72,11 +72,13 @@ class Target:
         classes: Prototypes in the student's space that its softmax runs over.
         class_index: Row of each prototype in `classes`; -1 for an empty one that is left out.
         lookup: The mean class under the soft target of each prototype: M above.
+        confidence: How much the teacher's groups tell about the student's, in [0, 1].
     """
 
     classes: Float[Tensor, "n p"]
     class_index: Int[Tensor, " k"]
     lookup: Float[Tensor, "_ p"]
+    confidence: float = 1.0
 
     def loss(
         self,
@@ -120,6 +122,7 @@ def make_targets(
     back_translation: bool = True,
     mask_empty: bool = True,
     positions: Int[Tensor, " n"] | None = None,
+    keys: Int[Tensor, " m"] | None = None,
 ) -> dict[tuple[str, str], Target]:
     """Targets of an episode: each student modality learns from every other clustered space.
 
@@ -131,6 +134,7 @@ def make_targets(
             text learn from each other's centroids as they are; external teachers' are translated.
         mask_empty: See `prototypical_loss`.
         positions: Position of each projection in the episode, if every rank has a part of it.
+        keys: Hashes of the ids of all samples, in the order of the episode; see `agreement`.
 
     Returns:
         Targets by `(student, teacher)`, the same bits on every rank.
@@ -148,13 +152,17 @@ def make_targets(
                 centroids = back_translate(
                     assignments[known], projections[known], number, shared=positions is not None
                 )
-            targets[student, teacher] = prepare(
+            target = prepare(
                 centroids,
                 found.centroids,
                 target_temperatures[teacher],
                 torch.arange(number, device=centroids.device),
                 mask_empty=mask_empty,
             )
+            if teacher in students and student in clusters:
+                groups = found.assignments, clusters[student].assignments
+                target = replace(target, confidence=agreement(*groups, keys))
+            targets[student, teacher] = target
     return targets
 
 

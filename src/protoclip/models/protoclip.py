@@ -128,7 +128,7 @@ class ProtoCLIP(TowerPair):
             self.pulls[branch] = self.pulls[branch] + square if branch in self.pulls else square
 
         outputs = outputs.view_as(outputs)
-        outputs.register_hook(note)
+        outputs.register_hook(note)  # type: ignore[no-untyped-call]
         return outputs
 
     def take_pulls(self) -> dict[str, Float[Tensor, ""]]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,7 +21,7 @@ from protoclip.distributed.collectives import rank, world_size
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.nearest import nearest
-from protoclip.teachers.store import TeacherFeatures
+from protoclip.teachers.store import TeacherFeatures, hash_ids
 
 Assignments = dict[str, Int[Tensor, " b"]]
 
@@ -29,12 +30,14 @@ Assignments = dict[str, Int[Tensor, " b"]]
 class EpisodeFeatures:
     """Projections and external teachers' features, one row per sample; NaN if a teacher has none.
 
-    With several ranks each has its own rows, at these `positions` among the rows of all.
+    `keys` are hashes of the sample ids. With several ranks each has its own rows, at these
+    `positions` among the rows of all.
     """
 
     image: Float[Tensor, "m p"]
     text: Float[Tensor, "m p"]
     teachers: Mapping[str, Float[Tensor, "m _"]]
+    keys: Int[Tensor, " m"]
     positions: Int[Tensor, " m"] | None = None
 
 
@@ -106,6 +109,7 @@ class ExtractedFeatures:
                 name: each.lookup(sample_ids).to(image.device)
                 for name, each in self.teachers.items()
             },
+            keys=torch.from_numpy(hash_ids(sample_ids).view(np.int64)).to(image.device),
             positions=positions.to(image.device) if world_size() > 1 else None,
         )
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -32,7 +34,6 @@ def cluster_spaces(
     Raises:
         ValueError: The positions of all ranks are not 0 to `m - 1`. Every rank raises.
     """
-    everyones = positions
     if positions is not None:
         everyones = collectives.all_gather(positions)
         if not torch.equal(everyones.sort().values, torch.arange(len(everyones)).to(everyones)):
@@ -48,11 +49,53 @@ def cluster_spaces(
         found = cluster(space, rows[known], None if positions is None else positions[known])
         assignments = torch.full_like(known, -1, dtype=torch.long)
         assignments[known] = found.assignments
-        if everyones is not None:
-            gathered = collectives.all_gather(assignments)
-            assignments = torch.empty_like(gathered).index_copy_(0, everyones, gathered)
-        clusters[space] = replace(found, assignments=assignments)
+        clusters[space] = replace(found, assignments=in_order(assignments, positions))
     return clusters
+
+
+def in_order(values: Int[Tensor, " p"], positions: Int[Tensor, " p"] | None) -> Int[Tensor, " m"]:
+    """The values of all ranks in the order of the episode. Collective if there are positions."""
+    if positions is None:
+        return values
+    gathered = collectives.all_gather(values)
+    return torch.empty_like(gathered).index_copy_(0, collectives.all_gather(positions), gathered)
+
+
+def agreement(
+    by: Int[Tensor, " m"], of: Int[Tensor, " m"], keys: Int[Tensor, " m"] | None = None
+) -> float:
+    """How much the groups of one space tell about those of another, from 0 (chance) to 1.
+
+    The probability that two samples of one group in `by` are also in one group in `of`, above
+    chance: the adjusted Wallace index (Severiano et al. 2011, doi 10.1128/JCM.00624-11).
+
+        >>> agreement(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 5, 5]))
+        0.0
+        >>> agreement(torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2, 0, 0]))
+        1.0
+
+    Args:
+        by, of: Assignments of the same samples; those with -1 in either are left out.
+        keys: A number for each sample. Of equal ones only the first counts, since a sample that is
+            drawn twice agrees with itself.
+    """
+    rows = np.stack([by.cpu().numpy(), of.cpu().numpy()])
+    if keys is not None:
+        rows = rows[:, np.unique(keys.cpu().numpy(), return_index=True)[1]]
+    rows = rows[:, (rows >= 0).all(axis=0)]
+
+    def pairs(groups: npt.NDArray[np.int64]) -> int:
+        """Ordered pairs of samples in one group."""
+        counts = np.unique(groups, return_counts=True)[1]
+        return int((counts * (counts - 1)).sum())
+
+    total, same_by, same_of = rows.shape[1] * (rows.shape[1] - 1), pairs(rows[0]), pairs(rows[1])
+    if same_by == 0 or same_of == total:
+        return 0.0
+    both = pairs(rows[0] * (int(rows[1].max()) + 1) + rows[1])
+    chance = same_of / total
+    above_chance: float = (both / same_by - chance) / (1 - chance)
+    return max(0.0, above_chance)
 
 
 def back_translate(

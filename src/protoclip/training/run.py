@@ -268,13 +268,15 @@ class Run:
             keep=config.loss.keep,
             keep_by=config.loss.keep_by,
         )
+        automatic = config.loss.strengths == "automatic"
         self.trainer = Trainer(
             model=model,
             stage=partial(stage_of, config),
             source=self.feature_source(samples, autocast(precision, device)),
             cluster=self.cluster,
             weights=weights,
-            balance=Balance(target=weights.of_prototypes) if config.loss.balanced else None,
+            # Without a loss of pairs there is nothing to be relative to.
+            balance=Balance() if automatic and config.loss.info_nce else None,
             start=self.start if config.loss.keep else None,
             make_targets=partial(
                 make_targets,
@@ -634,7 +636,7 @@ def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
     before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     # What earlier versions did, without a setting for it.
-    before = {"loss.instance": "info_nce", "loss.balanced": False, **before}
+    before = {"loss.instance": "info_nce", "loss.strengths": "constant", **before}
     before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
     if "model.checkpoint" in before:  # what version 0.2 called it
         before["model.start"] = before.pop("model.checkpoint")

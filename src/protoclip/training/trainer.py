@@ -13,7 +13,7 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
-from protoclip.losses.balance import Balance
+from protoclip.losses.balance import Balance, measure
 from protoclip.losses.grad_cache import forward_in_chunks, random_state
 from protoclip.losses.keep import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
@@ -22,7 +22,7 @@ from protoclip.models import batch_norm, lora
 from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.prototypes.targets import cluster_spaces
+from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.training.guard import Guard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
@@ -115,8 +115,13 @@ class Trainer:
             image_projections=features.image,
             text_projections=features.text,
             positions=features.positions,
+            keys=in_order(features.keys, features.positions),
         )
-        metrics = {}
+        metrics = {
+            f"train/prototypes/agreement/{student}_from_{teacher}": target.confidence
+            for (student, teacher), target in self.targets.items()
+            if teacher in ("image", "text")
+        }
         for space, found in self.clusters.items():
             number = len(found.centroids)
             self.reached[space] = torch.zeros(number + 1, device=found.centroids.device)
@@ -135,6 +140,8 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         embeddings, finish_backward = self._forward(batch)
         assignments = {}
+        if self.balance is not None:
+            self.balance.weights = self.weights.by_student(self.targets)
         if self.targets:
             assignments = self.source.assign(batch, embeddings, self.clusters)
         for space, found in assignments.items():
@@ -154,7 +161,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         finish_backward()
-        pulls = self.model.take_pulls()
+        squares = self.model.take_pulls()
+        pulls = measure(squares) if self.balance is not None or detailed else {}
         if self.balance is not None:
             self.balance.update(pulls)
         self.scaler.unscale_(self.optimizer)
@@ -170,6 +178,7 @@ class Trainer:
                 all_gather(embeddings.image_features.detach()),
                 all_gather(embeddings.text_features.detach()),
             )
+            report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()
             metrics = to_floats({**report, "train/learning_rate": rate})

@@ -11,35 +11,40 @@ import torch
 import torch.nn.functional as F
 
 import protoclip
-from protoclip.losses.balance import MOST, Balance
+from protoclip.losses.balance import MOST, Balance, measure
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model
 
-BRANCHES = ("features", "projections")
-
 
 def pulls(**norms: tuple[float, float]) -> dict[str, torch.Tensor]:
-    """Squared norms, by tower, of the pulls of InfoNCE and of the prototypes."""
-    return {
-        f"{tower}_{branch}": torch.tensor(norm**2)
-        for tower, pair in norms.items()
-        for branch, norm in zip(BRANCHES, pair, strict=True)
-    }
+    """By tower, the pulls of InfoNCE and of the prototypes."""
+    return {tower: torch.tensor(pair) for tower, pair in norms.items()}
 
 
 def test_factors_settle_where_the_pulls_have_the_target_ratio():
     """Measured with the factor that was in use, by tower, and smoothed over steps."""
-    balance = Balance(target=0.5)
+    balance = Balance(weights={"image": 0.5, "text": 2.0})
     assert balance.of("image") == balance.of("text") == 1.0
     for _ in range(3):
         image, text = float(balance.of("image")), float(balance.of("text"))
         balance.update(pulls(image=(3.0, 2.0 * image), text=(1.0, 4.0 * text)))
-        assert float(balance.of("image")) == pytest.approx(0.75)
-        assert float(balance.of("text")) == pytest.approx(0.125)
+        # The pulls are 0.5 * 3.0 and 2.0 * 1.0.
+        assert 2.0 * float(balance.of("image")) == pytest.approx(1.5)
+        assert 4.0 * float(balance.of("text")) == pytest.approx(2.0)
     balance.update(pulls(image=(3.0, 4.0 * 0.75)))  # the prototypes pull twice as hard as before
     assert 0.375 < float(balance.of("image")) < 0.75
-    assert float(balance.of("text")) == pytest.approx(0.125)
+    assert float(balance.of("text")) == pytest.approx(0.5)
+
+
+def test_other_weights_change_the_pull_at_once():
+    """As they do from episode to episode, with the confidence of targets."""
+    balance = Balance(weights={"image": 1.0})
+    balance.update(pulls(image=(3.0, 2.0)))
+    balance.weights = {"image": 0.1}  # so the prototypes pull a tenth as hard, at factor 1
+    assert 0.2 * float(balance.of("image")) == pytest.approx(0.1 * 3.0)
+    balance.update(pulls(image=(3.0, 0.2 * float(balance.of("image")))))
+    assert 0.2 * float(balance.of("image")) == pytest.approx(0.1 * 3.0)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.0])
@@ -47,7 +52,7 @@ def test_factors_settle_where_the_pulls_have_the_target_ratio():
 @pytest.mark.parametrize("first", [True, False])
 def test_steps_without_a_pull_change_nothing(wrong, place, first):
     """Those of a batch that is not finite, or in which no sample has a prototype."""
-    balance = Balance(target=1.0)
+    balance = Balance(weights={"image": 1.0, "text": 1.0})
     if not first:
         balance.update(pulls(image=(2.0, 1.0)))
     before = float(balance.of("image"))
@@ -57,13 +62,16 @@ def test_steps_without_a_pull_change_nothing(wrong, place, first):
 
 
 def test_prototypes_that_hardly_pull_are_not_blown_up():
-    balance = Balance(target=1.0)
+    balance = Balance(weights={"image": 1.0, "text": 1.0})
     balance.update(pulls(text=(1.0, 1e-9)))
     assert float(balance.of("text")) == MOST
 
 
 def test_the_state_goes_on_to_the_bit():
-    first, second = Balance(target=1.0), Balance(target=1.0)
+    first, second = (
+        Balance(weights={"image": 1.0, "text": 1.0}),
+        Balance(weights={"image": 1.0, "text": 1.0}),
+    )
     first.update(pulls(image=(0.3, 0.7), text=(0.1, 0.9)))
     second.load_state_dict(first.state_dict())
     for each in (first, second):
@@ -105,29 +113,37 @@ def test_pulls_are_norms_of_gradients_at_the_outputs_of_the_towers(chunk):
     embeddings, backward = forward_in_chunks(chunks, buffers=model.buffers())
     loss(embeddings).backward()
     backward()
-    found = model.take_pulls()
-    assert found.keys() == expected.keys()
-    for name, square in expected.items():
-        torch.testing.assert_close(found[name], square, rtol=1e-4, atol=0)
-    assert model.take_pulls() == {}
+    found = measure(model.take_pulls())
+    for tower, pull in found.items():
+        right = torch.stack([expected[f"{tower}_{branch}"] for branch in widths]).sqrt()
+        torch.testing.assert_close(pull, right, rtol=1e-4, atol=0)
+    assert [*found] == ["image", "text"]
+    assert measure(model.take_pulls()) == {}
 
 
 def test_a_run_balances_unless_told_not_to(tmp_path):
-    """Its metrics have the factors of the prototypical steps."""
+    """Its metrics have the factors of the prototypical steps, and how hard the prototypes pull."""
     config = tiny_config(out=str(tmp_path / "balanced"))
     config = replace(config, run=replace(config.run, evaluate=False))
     constant = replace(
         config,
         run=replace(config.run, out=str(tmp_path / "constant")),
-        loss=replace(config.loss, balanced=False),
+        loss=replace(config.loss, strengths="constant"),
     )
-    found = {}
+    found, pull = {}, {}
     for each in (config, constant):
         protoclip.train(each)
         lines = [json.loads(line) for line in (Path(each.run.out) / "metrics.jsonl").open()]
-        found[each.loss.balanced] = [
+        found[each.loss.strengths] = [
             line["train/balance/image"] for line in lines if "train/balance/image" in line
         ]
-    assert len(found[True]) == 7  # of 8 prototypical steps: nothing is measured before the first
-    assert len({*found[True]}) > 1
-    assert found[False] == []
+        pull[each.loss.strengths] = [
+            line["train/pull/text"] for line in lines if "train/pull/text" in line
+        ]
+    assert (
+        len(found["automatic"]) == 7
+    )  # of 8 prototypical steps: nothing is measured before the first
+    assert len({*found["automatic"]}) > 1
+    assert found["constant"] == []
+    assert len(pull["automatic"]) == len(pull["constant"]) == 8
+    assert min(pull["constant"]) > 0

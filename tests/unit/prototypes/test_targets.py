@@ -6,7 +6,7 @@ from torch import Tensor
 
 from protoclip import KMeans, back_translate, kmeans
 from protoclip.losses.prototypical import make_targets
-from protoclip.prototypes.targets import cluster_spaces
+from protoclip.prototypes.targets import agreement, cluster_spaces
 
 
 def test_back_translation_is_the_mean_over_each_assignment(generator):
@@ -82,3 +82,63 @@ def test_samples_that_a_teacher_does_not_know_are_left_out():
     for k in range(2):
         mean = projections[assignments == k].mean(0)
         torch.testing.assert_close(targets["text", "bert"].lookup[k], mean)
+
+
+def slow_agreement(by: list[int], of: list[int]) -> float:
+    """Over all ordered pairs, one by one."""
+    rows = range(len(by))
+    pairs = [(i, j) for i in rows for j in rows if i != j]
+    inside = [pair for pair in pairs if by[pair[0]] == by[pair[1]]]
+    share = sum(of[i] == of[j] for i, j in inside) / len(inside)
+    chance = sum(of[i] == of[j] for i, j in pairs) / len(pairs)
+    return max(0.0, (share - chance) / (1 - chance))
+
+
+def test_agreement_is_the_share_of_pairs_above_chance(generator):
+    by = torch.randint(0, 5, (40,), generator=generator)
+    of = torch.where(torch.rand(40, generator=generator) < 0.6, by // 2, by)
+    expected = slow_agreement(by.tolist(), of.tolist())
+    assert 0.1 < expected < 0.9
+    assert agreement(by, of) == pytest.approx(expected)
+    # Unknown samples and repeated ones have no part.
+    more = torch.tensor([-1, 3, 4]), torch.tensor([2, -1, 0])
+    keys = torch.arange(43) % 42
+    longer = [torch.cat([first, rest]) for first, rest in zip((by, of), more, strict=True)]
+    assert agreement(*longer, torch.where(keys < 42, keys, 0)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("by", "of", "expected"),
+    [
+        ([0, 0, 1, 1], [1, 1, 0, 0], 1.0),
+        ([0, 0, 1, 1], [0, 1, 0, 1], 0.0),  # less than chance
+        ([0, 0, 1, 1], [0, 0, 0, 0], 0.0),  # one group tells nothing
+        ([0, 1, 2, 3], [0, 0, 1, 1], 0.0),  # groups of one sample tell nothing
+        ([0, -1], [0, 0], 0.0),
+        ([], [], 0.0),
+    ],
+)
+def test_agreement_of_few_samples(by, of, expected):
+    by, of = (torch.tensor(groups, dtype=torch.long) for groups in (by, of))
+    assert agreement(by, of) == expected
+
+
+def test_targets_know_how_much_their_teacher_knows(generator):
+    """Between the modalities it is their agreement; an external teacher is trusted."""
+    rows = torch.randn(30, 4, generator=generator)
+    names = ("image", "text", "teacher")
+    clusters = {
+        name: kmeans(rows[:, :2] + rows[:, 2:] * n, 4, iterations=3, seed=0)
+        for n, name in enumerate(names)
+    }
+    targets = make_targets(
+        clusters,
+        image_projections=rows,
+        text_projections=rows,
+        target_temperatures=dict.fromkeys(names, 0.1),
+    )
+    image, text = (clusters[name].assignments for name in ("image", "text"))
+    found = {pair: target.confidence for pair, target in targets.items()}
+    assert found["image", "text"] == agreement(text, image)
+    assert found["text", "image"] == agreement(image, text)
+    assert found["image", "teacher"] == found["text", "teacher"] == 1.0
