@@ -1,5 +1,6 @@
 """The command line. Commands import what they need when they run, so that `--help` is fast."""
 
+import errno
 import inspect
 import os
 import sys
@@ -34,6 +35,21 @@ COMMANDS: dict[str, type[Any]] = {
     "data inspect": Inspect,
     "data pack": Pack,
     "data index": Index,
+}
+WAYS_OUT = {
+    errno.ENOSPC: "make room, and give the command again",
+    errno.EDQUOT: "make room, and give the command again",
+    errno.EFBIG: "the limit on the size of files (ulimit -f) is too low",
+    errno.EMFILE: "the limit on open files (ulimit -n) is too low",
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.EPERM: "check its permissions, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.EEXIST: "choose another place",
+    errno.ENOTDIR: "a file is in the way; choose another place",
+    errno.EISDIR: "name a file",
+    errno.ENOENT: "check the path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "choose another place",
 }
 # Seconds that other ranks wait for rank 0 to report the same error.
 PATIENCE = 5.0
@@ -89,6 +105,13 @@ def reader_left() -> bool:
     return False
 
 
+def described(error: OSError) -> str:
+    """An error of the system, with the file and a way out."""
+    if error.filename is None or error.errno not in WAYS_OUT:
+        return str(error)
+    return f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}"
+
+
 def fail(error: Exception) -> NoReturn:
     """End with one line for an error that a user can do something about; raise others again.
 
@@ -105,7 +128,9 @@ def fail(error: Exception) -> NoReturn:
     if isinstance(error, ValueError):
         # A worker process wraps its error in a traceback, whose last line is the message.
         message = lines[-1].removeprefix("ValueError: ")
-    elif not isinstance(error, OSError):
+    elif isinstance(error, OSError):
+        message = described(error)
+    else:
         from protoclip.training.guard import out_of_memory
 
         message, code = out_of_memory(error), 1

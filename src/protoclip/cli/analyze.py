@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.config import Count
-from protoclip.files import to_json, write_atomically
+from protoclip.files import replacing, to_json, write_atomically
+from protoclip.paths import require_place, require_run, require_source
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Analyze:
     json: bool = False  # Print the analyses as JSON.
 
     def __call__(self) -> None:
+        for run in self.runs:
+            require_run(run)
+        if self.data is not None:
+            require_source("--data", self.data)
+        if self.out is not None:
+            require_place("--out", self.out, is_folder=True)
         import torch
 
         from protoclip.distributed import collectives
@@ -96,11 +103,16 @@ def draw(
         note("no figures: they need matplotlib; pip install 'protoclip[figures]'")
         return
     for stem, analysis in zip(stems, found, strict=True):
-        run_figure(analysis).savefig(f"{stem}.png")
+        save(run_figure(analysis), Path(f"{stem}.png"))
         print(f"written to {stem}.json and {stem}.png", file=sys.stderr)
     if len(found) > 1:
-        runs_figure(found, labels).savefig(together)
+        save(runs_figure(found, labels), together)
         print(f"written to {together}", file=sys.stderr)
+
+
+def save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def show(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:

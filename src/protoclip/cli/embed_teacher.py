@@ -7,6 +7,7 @@ from typing import Literal
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
+from protoclip.paths import require_data_paths, require_model, require_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class EmbedTeacher(Recipes):
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self) -> None:
+        require_data_paths(self.data)
+        if self.teacher != "minilm":
+            require_model("--teacher", self.teacher)
+        require_place("--out", self.out, is_folder=True)
         import torch
 
         from protoclip.cli.data import open_source, print_notes

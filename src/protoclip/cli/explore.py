@@ -6,6 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from protoclip.config import Config, Count, DataConfig, RunConfig, check
+from protoclip.paths import (
+    require_file,
+    require_folder,
+    require_model,
+    require_place,
+    require_source,
+)
 
 if TYPE_CHECKING:
     from protoclip.explore.pairs import ExploredPairs
@@ -33,7 +40,7 @@ class Explore:
     static: str | None = None  # Write read-only pages to this folder instead.
     atlas: str | None = None  # Write embedding-atlas's table to this file instead.
     batch_size: Count = 256  # Images or texts encoded at once.
-    workers: int | None = None  # Processes that read images; unset, one a core.
+    workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
     cache: bool = True  # Keep features and the map for the next start.
 
     def __call__(self) -> None:
@@ -41,6 +48,17 @@ class Explore:
             raise ValueError(f"{len(self.models)} models: give one or two")
         if self.atlas is not None and len(self.models) > 1:
             raise ValueError("--atlas: takes one model")
+        for model in self.models:
+            require_model("", model)
+        if self.data is not None:
+            require_source("--data", self.data)
+        require_file("data.only", self.only)
+        require_file("data.without", self.without)
+        require_folder("--root", self.root)
+        if self.static is not None:
+            require_place("--static", self.static, is_folder=True)
+        if self.atlas is not None:
+            require_place("--atlas", self.atlas, is_folder=False)
         try:
             import bokeh  # noqa: F401
             import starlette  # noqa: F401

@@ -4,6 +4,7 @@ import sys
 from dataclasses import KW_ONLY, dataclass
 
 from protoclip.files import to_json
+from protoclip.paths import require_model, require_place
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Export:
     json: bool = False  # Print what was written as JSON.
 
     def __call__(self) -> None:
+        require_model("", self.model)
+        require_place("folder", self.folder, is_folder=True)
         from protoclip.export.run import export
 
         facts = export(

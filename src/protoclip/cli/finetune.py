@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from protoclip.cli.parsing import Recipes, merged
-from protoclip.config import Config, NotNegative, Rank
+from protoclip.config import NO_START, Config, NotNegative, Rank
 from protoclip.files import read_json, to_json
+from protoclip.paths import require_paths, require_place
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Finetune(Config, Recipes):
     json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
+        settings = self.settings()
+        config = Config.from_dict(settings)
+        if config.model.start is None:
+            raise ValueError(NO_START)
+        if self.resume == "never":  # a finished run needs its data no more
+            require_paths(config)
+        if config.run.out is not None:
+            require_place("run.out", config.run.out, is_folder=True)
         import torch
 
         from protoclip.distributed import collectives
@@ -36,7 +45,7 @@ class Finetune(Config, Recipes):
         from protoclip.training.wise_ft import FILE
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-        results = finetune(self.settings(), alpha=self.alpha, resume=self.resume)
+        results = finetune(settings, alpha=self.alpha, resume=self.resume)
         if collectives.launched()[0] > 0:
             return
         folder, stopped = Path(results["folder"]), "stopped" in results

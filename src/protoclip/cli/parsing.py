@@ -25,6 +25,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
 
 from protoclip.config import PERMISSIONS, Config, build, unknown
+from protoclip.paths import require_file
 
 Command = TypeVar("Command")
 # Settings that may name a file or folder beside the recipe.
@@ -149,18 +150,19 @@ def value_of(words: Any, hint: Any) -> Any:
         return None
     if str not in inner or float in inner or words.startswith("["):
         for reader in (json.loads, ast.literal_eval, float):
-            with suppress(ValueError, SyntaxError):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return reader(words)
     return words
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a TOML file, checked."""
+    require_file("--config", str(path))
+    if not path.is_file():
+        raise ValueError(f"--config: {path}: is no file; name one that holds settings as TOML")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"--config: {path}: no such file") from error
-    except ValueError as error:
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config: {path}: not TOML ({error})") from error
     try:
         data = build(Config, tree).data

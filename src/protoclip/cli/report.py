@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 
 from protoclip.config import Count, Positive, Seed
+from protoclip.paths import require_place, require_run
 
 NEEDED = ("jinja2", "matplotlib")
 
@@ -25,6 +26,9 @@ class Report:
 
     def __call__(self) -> None:
         require()
+        for run in self.runs:
+            require_run(run)
+        require_place("--out", self.out, is_folder=False)
         import torch
 
         from protoclip.distributed import collectives

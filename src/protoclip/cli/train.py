@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from protoclip.cli.parsing import Recipes
-from protoclip.config import Config
+from protoclip.config import Config, check
 from protoclip.files import to_json
+from protoclip.paths import require_paths, require_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,18 @@ class Train(Config, Recipes):
     json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
+        config = Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
+        check(config)
+        if self.resume == "never":  # a finished run needs its data no more
+            require_paths(config)
+        if config.run.out is not None:
+            require_place("run.out", config.run.out, is_folder=True)
         import torch
 
         from protoclip.distributed import collectives
         from protoclip.training import run
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-        config = Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
         results = run.train(config, resume=self.resume)
         if collectives.launched()[0] > 0:
             return

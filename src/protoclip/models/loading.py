@@ -39,6 +39,7 @@ from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.references import Loaded, misfits
 from protoclip.models.towers import Tokenizer
+from protoclip.paths import MODEL_HINT
 
 Pair = TypeVar("Pair", bound=TowerPair)
 
@@ -69,10 +70,7 @@ def load(reference: str | Path) -> Loaded:
     if kind in references.OPENERS:
         return references.OPENERS[kind](str(reference), name)
     if not Path(reference).exists():
-        raise ValueError(
-            f"{reference}: no such run or checkpoint folder; other models are written "
-            "open_clip:NAME[/TAG], hf:NAME_OR_FOLDER, local-dir:FOLDER or reference:FILE,model=NAME"
-        )
+        raise ValueError(f"{reference}: no such run or checkpoint folder; {MODEL_HINT}")
     config = saved_config(str(reference))
     loaded = model(config, seed=0)
     return loaded.eval(), evaluation_transform(loaded), tokenizer(config)

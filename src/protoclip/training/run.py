@@ -25,7 +25,15 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import protoclip
-from protoclip.config import PERMISSIONS, START, Config, PrototypeConfig, TeacherConfig, check
+from protoclip.config import (
+    PERMISSIONS,
+    START,
+    Config,
+    PrototypeConfig,
+    TeacherConfig,
+    check,
+    shown,
+)
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.chosen import read_chosen
@@ -43,6 +51,7 @@ from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
 from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.paths import require_paths
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
@@ -128,6 +137,7 @@ def train_together(
     begun, results, done = rank0_first(look)
     if results is not None and done:
         return results
+    raise_on_all_ranks(lambda: require_paths(config))
     samples = raise_on_all_ranks(lambda: sources.pairs(config))
     samples, held_out, divided = raise_on_all_ranks(lambda: judged(config, samples))
     watched = raise_on_all_ranks(lambda: guards(config, held_out))
@@ -158,6 +168,8 @@ def train_together(
                 ) from None
             if results is None:
                 (folder / loading.MODEL).unlink(missing_ok=True)  # of an ending that was cut short
+            if results is not None:
+                notes.clear()  # the run is known
             checkpoint = newest_intact(folder, notes) if begun else None
             if checkpoint is not None:
                 run.check_arithmetic(checkpoint)
@@ -165,7 +177,10 @@ def train_together(
             write_atomically(folder / "config.toml", to_toml(config))
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
-            print(f"training on {amount}", file=sys.stderr)
+            said = f"training on {amount}"
+            if results is not None:
+                said = f"{folder}: is trained; only what follows training is done again"
+            print(said, file=sys.stderr)
             return checkpoint
 
         checkpoint = rank0_first(claim)
@@ -619,7 +634,7 @@ def check_settings(folder: Path, config: str) -> None:
         before["model.start"] = before.pop("model.checkpoint")
     now = flat(tomllib.loads(config))
     differ = [
-        f"{key} ({before.get(key, 'unset')} before, {now.get(key, 'unset')} now)"
+        f"{key} ({told(before, key)} before, {told(now, key)} now)"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in FREE
     ]
@@ -628,6 +643,12 @@ def check_settings(folder: Path, config: str) -> None:
             f"{folder}: the run was started with other settings: {', '.join(differ)}; "
             "restore them, or choose another folder with --run.out"
         )
+
+
+def told(settings: Mapping[str, Any], key: str) -> str:
+    """A setting as a recipe holds it; texts without quotes."""
+    value = settings.get(key, "unset")
+    return value if isinstance(value, str) else shown(value)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
