@@ -396,8 +396,13 @@ def _text_batches(
             form = [ROWS.field("image"), ROWS.field("caption")]
             form = form[: 2 if captions else 1] + [(name, pa.string()) for name in [*single][1:]]
             places = [*map(names.index, single.values())], [*map(names.index, captions)]
-            yield from batches((_row(cells, *places) for cells in rows), pa.schema(form))
+            used = 0
+            for batch in batches((_row(cells, *places) for cells in rows), pa.schema(form)):
+                used += batch.num_rows
+                yield batch
         facts["left_out"] += left_out.notes
+        if left := left_out.counts.total():
+            facts["left_out"].append(f"{path}: {used:,} of {used + left:,} rows are used")
 
 
 def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
@@ -492,8 +497,10 @@ def _read_json(
 def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str, str | list[str]]]:
     """The values of each record that are texts, whole numbers or lists of these, as texts."""
     for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
         try:
-            record = json.loads(text) if text.strip() else {}
+            record = json.loads(text)
             texts = {name: _json_texts(value) for name, value in record.items()}
         except (ValueError, AttributeError, RecursionError):
             left_out.add("lines that are no JSON object", text, number)
@@ -504,6 +511,8 @@ def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str,
             left_out.add(fault, text, number)
         elif record:
             yield used
+        else:
+            left_out.add("lines without a value", text, number)
 
 
 def _json_texts(value: Any) -> Cell:
