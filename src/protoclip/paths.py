@@ -76,6 +76,14 @@ def require_model(setting: str, reference: str | None) -> None:
         require_path(setting, reference, what)
 
 
+def require_teacher(setting: str, reference: str) -> None:
+    """Refuse a teacher that is a local path and does not exist."""
+    if reference != "minilm" and not reference.startswith(MODEL_KINDS):
+        what = "no such run folder or file of features; other teachers are written minilm, "
+        what += "hf:NAME_OR_FOLDER, open_clip:MODEL/TAG or timm:MODEL"
+        require_path(setting, reference, what)
+
+
 def require_run(folder: str) -> None:
     """Refuse a run folder that does not exist."""
     require_path("", folder, "no such run folder")
@@ -92,7 +100,7 @@ def require_folder(setting: str, path: str | None) -> None:
     if path is not None:
         require_path(setting, path, "no such folder")
         if "://" not in path and not Path(path).is_dir():
-            raise ValueError(f"{setting}: {path}: is not a folder; name the one that holds it")
+            raise ValueError(f"{setting}: {path}: is a file, not a folder; name a folder")
 
 
 def require_path(setting: str, path: str, what: str) -> None:
@@ -131,7 +139,8 @@ def require_place(setting: str, path: str, *, is_folder: bool) -> None:
         if not above.exists():
             continue
         if not above.is_dir():
-            raise ValueError(f"{where}: {above} is a file, not a folder; choose another place")
+            what = "" if above == place else f"{above} "
+            raise ValueError(f"{where}: {what}is a file, not a folder; choose another place")
         if not os.access(above, os.W_OK | os.X_OK):
             raise ValueError(
                 f"{where}: {above} may not be written to; check its permissions, or choose "

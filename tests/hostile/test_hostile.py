@@ -253,8 +253,8 @@ train --teacher.features none.npy
 train --run.guard none.tsv
 train --run.out test_hostile.py/new
 train --config none.toml
-finetune --start none
-finetune --start . --guard none.tsv
+finetune none
+finetune . --guard none.tsv
 evaluate none
 evaluate . --data none.tsv
 evaluate . --root none

@@ -26,7 +26,7 @@ train = "pairs.parquet"
 [model]
 embed_dim = 16
 [model.image]
-name = "lcnet_035"
+name = "mobilenetv2_035"
 size = 32
 [model.text]
 context_length = 8

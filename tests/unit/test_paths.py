@@ -27,7 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"data": {"sources": [{"path": "none.tsv"}]}}, r"data.sources\[0\].path: none.tsv: no such"),
         ({"data": {"validation": "none.tsv"}}, "data.validation: none.tsv: no such file"),
         ({"data": {"root": "none"}}, "data.root: none: no such folder"),
-        ({"data": {"root": "pairs.tsv"}}, "data.root: pairs.tsv: is not a folder"),
+        ({"data": {"root": "pairs.tsv"}}, "data.root: pairs.tsv: is a file, not a folder"),
         ({"data": {"only": "none.csv"}}, "data.only: none.csv: no such file"),
         ({"data": {"without": "none.csv"}}, "data.without: none.csv: no such file"),
         ({"model": {"start": "runn"}}, "no such run or checkpoint folder; .*; did you mean run"),
@@ -69,7 +69,7 @@ def test_a_place_to_write_to_may_be_new_but_nothing_may_be_in_its_way(place):
     for path, is_folder, message in (
         ("", True, "--out: is empty; name a folder"),
         ("run", False, "--out: run: is a folder; name a file in it"),
-        ("pairs.tsv", True, "pairs.tsv is a file, not a folder; choose another place"),
+        ("pairs.tsv", True, "--out: pairs.tsv: is a file, not a folder; choose another place"),
         ("pairs.tsv/a/b", False, "pairs.tsv is a file, not a folder; choose another place"),
         ("dangling", True, "dangling: is a link that leads nowhere; choose another place"),
     ):

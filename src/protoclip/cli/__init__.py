@@ -74,6 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0)
         if not name:
             said = " ".join(words)
+            family = [known for known in COMMANDS if known.split()[0] == said and known != said]
+            if family:
+                raise ValueError(f"{said}: choose one of {', '.join(family)}")
             close = get_close_matches(said, COMMANDS, n=1)
             what = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
             raise ValueError(f"{said or 'no command'}: {what}")

@@ -7,7 +7,7 @@ from typing import Literal
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
-from protoclip.paths import require_data_paths, require_model, require_place
+from protoclip.paths import require_data_paths, require_place, require_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,7 @@ class EmbedTeacher(Recipes):
 
     def __call__(self) -> None:
         require_data_paths(self.data)
-        if self.teacher != "minilm":
-            require_model("--teacher", self.teacher)
+        require_teacher("--teacher", self.teacher)
         require_place("--out", self.out, is_folder=True)
         import torch
 

@@ -63,6 +63,8 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     for word in rest:
         if word.startswith("-"):
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            if name in known:
+                raise ValueError(f"{word}: is an argument, not an option; give it without {word}")
             raise ValueError(unknown(name, [*known]))
     # Arguments are what is left, since tyro wants those of a list side by side.
     for name in (e.name for e in fields(kind) if not e.kw_only):  # type: ignore[arg-type]
