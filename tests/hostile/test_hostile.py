@@ -75,6 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(place)
         patch.setattr(socket, "getaddrinfo", no_network(socket.getaddrinfo))
         patch.setenv("COLUMNS", "300")
+        # Commands that start a worker for each core then read in this process.
+        patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             world.build()
         shutil.copytree(place, place.with_name("pristine"), symlinks=True, copy_function=copy)
