@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from protoclip.terminal import OBEYED
+
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Write a file under a temporary name, then rename it.
@@ -79,8 +81,13 @@ def file_checksum(path: Path) -> str:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON text. Numbers that are not finite become null, since JSON has no NaN or infinity."""
-    return json.dumps(_finite(value), allow_nan=False, indent=indent, ensure_ascii=False)
+    """JSON text. Numbers that are not finite become null, since JSON has no NaN or infinity.
+
+    Characters that a terminal obeys are escaped, and so are halves of characters.
+    """
+    text = json.dumps(_finite(value), allow_nan=False, indent=indent, ensure_ascii=False)
+    # `json` itself escapes those below space, so lines end only where it ends them.
+    return OBEYED.sub(lambda x: x[0] if x[0] == "\n" else f"\\u{ord(x[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:

@@ -20,7 +20,16 @@ TEXTS = (
     *("", " ", "a", "-", "--", "0", "-1", "1e999", "NaN", "inf", "null", "true", "é", "\U0001d54f"),
     *("a red square", "x" * 300, "[red]red[/red]", "[/]", "[", "]", "{c}", "{", "{0}", "%s", "\\"),
     *('"', "'", '"open', "a\tb", "a\nb", "a\r\nb", "a,b;c", "\ufeff", "<script>alert(1)</script>"),
-    *("\x07", "\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "\u202eturned", "\u2066in", "a\u2028b", "\x85"),
+    *(
+        "\x07",
+        "\x1b]0;title\x07",
+        "\x1b[2J",
+        "\x9b2J",
+        "\u202eturned",
+        "\u2066in",
+        "a\u2028b",
+        "\x85",
+    ),
     *("..", "../..", "../../etc/passwd", "/etc/passwd", "/dev/zero", "/proc/self/mem", "~", "a/b"),
     *("pipe:touch ran", "http://127.0.0.1:9/a.jpg", "https://[::1]/a.jpg", "file:///etc/passwd"),
     *("ftp://127.0.0.1/a", "reference://x", "s4://a::b", "0.png", "1.png", "emoji", "none.tsv"),
@@ -116,7 +125,9 @@ def table(draw: st.DrawFn) -> tuple[str, bytes]:
     names = draw(st.sampled_from([("image", "caption"), ("filepath", "title", "key")]))
     names = draw(st.just(names) | st.lists(st.sampled_from(COLUMNS) | text, max_size=4))
     number = draw(st.integers(0, 8))
-    cells = [[f"{row}.png", f"a caption {row}", f"id{row}", "x"][: len(names)] for row in range(number)]
+    cells = [
+        [f"{row}.png", f"a caption {row}", f"id{row}", "x"][: len(names)] for row in range(number)
+    ]
     for _ in range(draw(st.integers(0, 4)) if cells and names else 0):
         row = cells[draw(st.integers(0, number - 1))]
         if row:
@@ -158,7 +169,9 @@ def arrow_table(
     for place, _ in enumerate(names):
         values = [row[place] if place < len(row) else None for row in cells]
         column = pa.array(values, pa.string())
-        kind = draw(st.sampled_from(["text", "text", "image", "struct", "list", "int", "null", "dict"]))
+        kind = draw(
+            st.sampled_from(["text", "text", "image", "struct", "list", "int", "null", "dict"])
+        )
         if kind == "image":
             column = pa.array([IMAGES[n % 8] for n in range(len(cells))], pa.binary())
         elif kind == "struct":
@@ -185,7 +198,17 @@ def arrow_table(
 
 # Tar shards
 
-MEMBERS = ("0.png", "0.txt", "0.json", "1.png", "1.txt", "1.cls", "./a/2.jpg", "a/2.txt", "../3.png")
+MEMBERS = (
+    "0.png",
+    "0.txt",
+    "0.json",
+    "1.png",
+    "1.txt",
+    "1.cls",
+    "./a/2.jpg",
+    "a/2.txt",
+    "../3.png",
+)
 KINDS = (tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
 
 

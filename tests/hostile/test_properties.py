@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import near_valid
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
-from hypothesis import HealthCheck, example, given, settings
+from audited import Ended, call
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import near_valid
-from audited import Ended, call
 from protoclip.cli import COMMANDS
 from protoclip.cli.parsing import options
 from protoclip.files import checksum
@@ -114,7 +114,9 @@ def test_any_caption(images, texts, words, suffix):
         if suffix == ".parquet":
             pq.write_table(pa_table(rows, texts), data / "pairs.parquet")
         elif suffix == ".jsonl":
-            lines = [json.dumps({"image": r, "caption": t}) for r, t in zip(rows, texts, strict=True)]
+            lines = [
+                json.dumps({"image": r, "caption": t}) for r, t in zip(rows, texts, strict=True)
+            ]
             (data / "pairs.jsonl").write_text("\n".join(lines))
         else:
             for number, text in enumerate(texts):

@@ -1,12 +1,12 @@
 """`protoclip train`."""
 
-import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Config
 from protoclip.files import to_json
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,11 @@ class Train(Config, Recipes):
             print(to_json(results, indent=2))
         else:
             for name, value in results["metrics"].items():
-                print(f"{name:<45} {value:.4f}")
+                print(f"{visible(name):<45} {value:.4f}")
         if "stopped" in results:
-            print(
+            say(
                 f"{results['stopped']}: stopped after step {results['steps']}; the same command "
-                "with --resume auto goes on",
-                file=sys.stderr,
+                "with --resume auto goes on"
             )
         elif not self.json:
-            print(f"written to {results['folder']}")
+            print(f"written to {visible(results['folder'])}")

@@ -26,18 +26,11 @@ import numpy as np
 import pyarrow as pa
 
 from protoclip.config import DataConfig
-from protoclip.data.access import (
-    Access,
-    digest,
-    fingerprint,
-    hub_answer,
-    is_url,
-    open_file,
-    visible,
-)
+from protoclip.data.access import Access, digest, fingerprint, hub_answer, is_url, open_file
 from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import replacing
+from protoclip.terminal import visible
 
 # Usual names of columns, the likeliest first; capitals do not matter.
 IMAGE_COLUMNS = (

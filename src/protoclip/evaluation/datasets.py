@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import DataConfig, SourceConfig
-from protoclip.data.access import digest, fingerprint, is_url, join, reason_of, visible
+from protoclip.data.access import digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
 from protoclip.data.held_out import image_names
 from protoclip.data.index import cache_folder
@@ -33,6 +33,7 @@ from protoclip.evaluation.readers import (
     TorchvisionImages,
     class_number,
 )
+from protoclip.terminal import visible
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
 KINDS = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "

@@ -8,7 +8,6 @@ run needs besides to go on.
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -32,6 +31,7 @@ from protoclip.files import (
 from protoclip.models import loading
 from protoclip.models.halves import TEXT_FILES
 from protoclip.models.loading import CHECKSUMS, MODEL, OPTIMIZER, RESUME, STATE, WEIGHTS
+from protoclip.terminal import say
 
 FORMAT = 3  # of what a run needs to go on
 TENSOR = "$tensor"  # key in `state.json` of an object that stands for the tensor of that name
@@ -290,4 +290,4 @@ class CheckpointWriter:
 
 
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}")

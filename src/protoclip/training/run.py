@@ -8,7 +8,6 @@ import difflib
 import platform
 import re
 import signal
-import sys
 import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
+from protoclip.terminal import say
 from protoclip.training import optim
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
 from protoclip.training.early_stop import EarlyStop
@@ -164,8 +164,8 @@ def train_together(
                 run.check_chosen(checkpoint)
             write_atomically(folder / "config.toml", to_toml(config))
             for note in notes:
-                print(f"note: {note}", file=sys.stderr)
-            print(f"training on {amount}", file=sys.stderr)
+                say(f"note: {note}")
+            say(f"training on {amount}")
             return checkpoint
 
         checkpoint = rank0_first(claim)
@@ -381,7 +381,7 @@ class Run:
         if early_stop is not None:
             early_stop.observe(step, metrics[early_stop.metric])
             if early_stop.is_due and rank() == 0:
-                print(early_stop.reason, file=sys.stderr)
+                say(early_stop.reason)
 
     @property
     def is_finished(self) -> bool:
@@ -502,7 +502,7 @@ class Run:
                 f"restore it from a copy, or delete {checkpoint} to go on from the one before"
             ) from error
         if rank() == 0:
-            print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
+            say(f"going on from {checkpoint}, step {self.trainer.step}")
         return size
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
