@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tree of a TOML file; raises as `read_json`."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error

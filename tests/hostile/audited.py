@@ -23,7 +23,7 @@ from typing import Any
 
 from protoclip.cli import main
 
-SECONDS = 20.0  # that one call may take
+SECONDS = 20.0  # of computing that one call may take; it may wait for ten times as long
 PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty"}
 PROCESSES |= {"os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn"}
 CONNECTIONS = {"socket.connect", "socket.sendto", "socket.sendmsg"}
@@ -127,22 +127,25 @@ def watched(*folders: str | Path) -> Iterator[Watch]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise `TooLong` after this time; end the process if even that does not help."""
+    """Raise `TooLong` after this time of computing; end the process if even that does not help."""
     assert threading.current_thread() is threading.main_thread()
 
     def stop(number: int, frame: FrameType | None) -> None:
         stack = "".join(traceback.format_stack(frame)[-6:])
         raise TooLong(f"still busy after {seconds:g} s, in\n{stack}")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__)
+    clocks = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
+    before = {number: signal.signal(number, stop) for number in clocks}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+    faulthandler.dump_traceback_later(20 * seconds, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, clock in clocks.items():
+            signal.setitimer(clock, 0)
+            signal.signal(number, before[number])
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What messages name: setting, file and way out; the path of a full disk; rows that are left out."""
+"""Messages: setting, file and way out; the path of a full disk; rows that are left out."""
 
 import re
 import resource

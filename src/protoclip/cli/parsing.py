@@ -149,7 +149,7 @@ def value_of(words: Any, hint: Any) -> Any:
         return None
     if str not in inner or float in inner or words.startswith("["):
         for reader in (json.loads, ast.literal_eval, float):
-            with suppress(ValueError, SyntaxError):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return reader(words)
     return words
 
@@ -160,7 +160,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"--config: {path}: no such file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config: {path}: not TOML ({error})") from error
     try:
         data = build(Config, tree).data

@@ -31,7 +31,7 @@ class Train(Config, Recipes):
             print(to_json(results, indent=2))
         else:
             for name, value in results["metrics"].items():
-                print(f"{visible(name):<45} {value:.4f}")
+                print(f"{visible(name):<45} {'-' if value is None else format(value, '.4f')}")
         if "stopped" in results:
             say(
                 f"{results['stopped']}: stopped after step {results['steps']}; the same command "

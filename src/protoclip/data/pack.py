@@ -88,6 +88,8 @@ def _read_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     manifest: dict[str, Any] = {"settings": settings, "complete": False, "shards": []}
     if (out / MANIFEST).exists():
         manifest = read_json(out / MANIFEST)
+        if not _is_manifest(manifest):
+            raise ValueError(f"{out / MANIFEST}: not what pack writes; choose another folder")
     elif next(out.glob("*.tar"), None) is not None:
         raise ValueError(f"{out}: holds tar files of another origin; choose another folder")
     for key, value in settings.items():
@@ -99,6 +101,19 @@ def _read_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if not path.exists() or path.stat().st_size != shard["bytes"]:
             return {**manifest, "complete": False, "shards": manifest["shards"][:number]}
     return manifest
+
+
+def _is_manifest(found: Any) -> bool:
+    """Whether JSON has the form of a manifest."""
+    numbers = ("samples", "bytes", "read", "skipped_bytes")
+    try:
+        names = [shard["name"] for shard in found["shards"]]
+        counts = [shard[key] for shard in found["shards"] for key in numbers]
+        is_whole = isinstance(found["settings"], dict) and isinstance(found["complete"], bool)
+    except (KeyError, TypeError):
+        return False
+    in_order = names == [f"{number:05d}.tar" for number in range(len(names))]
+    return is_whole and in_order and all(type(count) is int and count >= 0 for count in counts)
 
 
 def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:

@@ -33,14 +33,14 @@ from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run, metric_names
 from protoclip.evaluation.validation import guards, judged
-from protoclip.files import read_json, to_json, write_atomically
+from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
-from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
@@ -49,7 +49,13 @@ from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
 from protoclip.terminal import say
 from protoclip.training import optim
-from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
+from protoclip.training.checkpoint import (
+    CheckpointWriter,
+    facts_of,
+    newest_intact,
+    read_checkpoint,
+    understood,
+)
 from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import Guard
 from protoclip.training.logging import MetricsLog
@@ -468,7 +474,7 @@ class Run:
 
     def check_arithmetic(self, checkpoint: Path) -> None:
         """Refuse to go on with another device or precision, which would round differently."""
-        for setting, before in read_json(checkpoint / STATE).get("arithmetic", {}).items():
+        for setting, before in facts_of(checkpoint, "arithmetic").items():
             if before != self.arithmetic.get(setting, before):
                 raise ValueError(
                     f"{setting}: this run was computed with {before}, and here it would be "
@@ -478,7 +484,7 @@ class Run:
 
     def check_chosen(self, checkpoint: Path) -> None:
         """Refuse to go on with other lists of sample ids, which would mean other data."""
-        before = read_json(checkpoint / STATE).get("chosen", {})
+        before = facts_of(checkpoint, "chosen")
         for setting, key in self.chosen.items():
             if before.get(setting) != key:
                 path = getattr(self.config.data, setting.removeprefix("data."))
@@ -494,13 +500,8 @@ class Run:
             ValueError: The checkpoint does not fit this version or this run.
         """
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-        try:
+        with understood(checkpoint):
             size = self.load_state_dict(state)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{checkpoint / STATE}: not what this version of protoclip writes ({error!r}); "
-                f"restore it from a copy, or delete {checkpoint} to go on from the one before"
-            ) from error
         if rank() == 0:
             say(f"going on from {checkpoint}, step {self.trainer.step}")
         return size
@@ -510,12 +511,14 @@ class Run:
         self.trainer.load_state_dict(state)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
-        counts = state["skips"]
+        counts = [(int(read), int(skipped)) for read, skipped in state["skips"]]
         if len(counts) == world_size():
             self.skips.read, self.skips.skipped = counts[rank()]
         elif rank() == 0:  # the number of ranks changed
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
-        self.writer.best = state["best"] and tuple(state["best"])
+        if state["best"]:
+            step, value = state["best"]
+            self.writer.best = int(step), float(value)
         if self.early_stop is not None:
             self.early_stop.load_state_dict(state["early_stop"])
         return int(state["metrics_bytes"])
@@ -607,12 +610,15 @@ def check_folder(
     if begun:
         check_settings(folder, to_toml(config))
     results = folder / "results.json"
-    return begun, read_json(results) if begun and results.is_file() else None
+    if not (begun and results.is_file()):
+        return begun, None
+    read_results(folder)  # or they are damaged
+    return begun, {**read_json(results), "folder": str(folder)}
 
 
 def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
-    before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    before = flat(read_toml(folder / "config.toml"))
     before.setdefault("loss.instance", "info_nce")  # the only one of earlier versions
     before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
     if "model.checkpoint" in before:  # what version 0.2 called it
