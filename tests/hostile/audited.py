@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import matplotlib.font_manager  # noqa: F401 (makes folders of its own when it is imported)
+
 from protoclip.cli import main
 
 SECONDS = 20.0  # of computing that one call may take; it may wait for ten times as long

@@ -85,6 +85,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / f"{number}.png").write_bytes(image)
     rows = [f"{number % 8}.png,caption {number}" for number in range(500)]
     (home / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
+    call(["data", "index", str(home / "pairs.csv")])  # so that not its index is what finds no room
     return home
 
 
@@ -98,7 +99,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("report {}/run --samples 16 --out {out}/r.html", "{out}/r.html"),
         ("explore {}/run --static {out}/pages --workers 0", "{out}/pages"),
         ("explore {}/run --atlas {out}/t.parquet --workers 0", "{out}/t.parquet"),
-        ("export {}/run {out}/exported --formats open_clip", "{out}/exported"),
+        ("export {}/run {out}/exported --formats open_clip", "{out}"),
         ("embed-teacher --teacher {}/run --data.train {}/pairs.csv --out {out}/f", "{out}/f"),
         ("train --config {}/recipe.toml --run.out {out}/run", "{out}/run/checkpoints/step-"),
     ],
@@ -136,9 +137,10 @@ def test_rows_left_out_are_counted_with_their_reasons(suffix, tmp_path):
     else:
         records = [dict(zip(("image", "caption", "key"), r.split("\t"), strict=True)) for r in GOOD]
         bad = ["{", "3", '{"image": "0.png", "caption": "\\ud800"}', "{" + "x" * (1 << 21) + "}"]
+        bad.append("{}")
         lines = rows = [*map(to_json, records[:10]), *bad, *map(to_json, records[10:])]
         reasons = ["lines that are no JSON object", "lines that are not UTF-8"]
-        reasons.append("lines of more than a megabyte")
+        reasons += ["lines of more than a megabyte", "lines with an empty object"]
     path = tmp_path / f"pairs.{suffix}"
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape") + b"\n")
     pairs = open_table(DataConfig(train=str(path), cache_folder=str(tmp_path / "cache")))

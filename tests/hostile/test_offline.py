@@ -62,7 +62,7 @@ NEEDS: dict[str, str] = {
     "train --model.text.name nobody/model": "nobody/model",
     "data inspect hf:nobody/data": "hf:nobody/data: the hub does not answer",
     "data inspect https://example.com/pairs.parquet": "https://example.com/pairs.parquet: ",
-    "data inspect https://example.com/{0..1}.tar": "https://example.com/0.tar",
+    "data inspect https://example.com/{0..1}.tar --data.workers 1": "https://example.com/0.tar",
     "train --data.train https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
     "evaluate {}/run --data https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
     "embed-teacher --teacher hf:nobody/model --data.train {}/pairs.parquet --out {out}/f": "hub",

@@ -11,7 +11,6 @@ import pytest
 from audited import Ended, call
 
 from interrupting import with_changes
-from protoclip.cli.parsing import options
 from protoclip.config import Config
 from protoclip.data.inspect import montage
 from protoclip.data.pairs import ImageTextPairs
@@ -172,13 +171,3 @@ def test_a_montage_draws_escapes(tmp_path):
         table = tiny_pairs(1).set_column(1, "caption", pa.array([caption]))
         drawn.append(montage(ImageTextPairs(table, name="one")).tobytes())
     assert drawn[0] == drawn[1]
-
-
-def test_help_names_every_option_without_escapes(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    from protoclip.cli import COMMANDS
-
-    for name, kind in COMMANDS.items():
-        shown = call([*name.split(), "--help"]).out
-        for option, _ in options(kind):
-            assert option in shown or option.upper() in shown, (name, option)

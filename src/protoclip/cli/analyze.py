@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.config import Count
-from protoclip.files import to_json, write_atomically
+from protoclip.files import replacing, to_json, write_atomically
 from protoclip.terminal import say, visible
 
 
@@ -96,10 +96,12 @@ def draw(
         note("no figures: they need matplotlib; pip install 'protoclip[figures]'")
         return
     for stem, analysis in zip(stems, found, strict=True):
-        run_figure(analysis).savefig(f"{stem}.png")
+        with replacing(Path(f"{stem}.png")) as temporary:
+            run_figure(analysis).savefig(temporary, format="png")
         say(f"written to {stem}.json and {stem}.png")
     if len(found) > 1:
-        runs_figure(found, labels).savefig(together)
+        with replacing(together) as temporary:
+            runs_figure(found, labels).savefig(temporary, format="png")
         say(f"written to {together}")
 
 

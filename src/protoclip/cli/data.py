@@ -20,7 +20,7 @@ from protoclip.config import (
     Seed,
     check,
 )
-from protoclip.files import to_json
+from protoclip.files import replacing, to_json
 from protoclip.progress import duration
 from protoclip.terminal import say, visible
 
@@ -64,7 +64,9 @@ class Inspect(Recipes):
         if self.montage is not None:
             path = Path(self.montage)
             path.parent.mkdir(parents=True, exist_ok=True)
-            montage(pairs, seed=self.seed, max_pixels=self.data.max_image_pixels).save(path)
+            sheet = montage(pairs, seed=self.seed, max_pixels=self.data.max_image_pixels)
+            with replacing(path) as temporary:
+                sheet.save(temporary, format="PNG")
             say(f"written to {path}")
 
 

@@ -408,7 +408,15 @@ def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
     unpack = COMPRESSED.get(_suffixes(path)[-1], lambda file: file)
     with open_file(path, access) as raw, unpack(raw) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
-        yield iter(partial(text.readline, MAX_LINE), "")
+        yield _limited(text)
+
+
+def _limited(text: io.TextIOWrapper) -> Iterator[str]:
+    """Lines; of one that is too long, its start."""
+    while line := text.readline(MAX_LINE):
+        yield line
+        while len(line) >= MAX_LINE and not line.endswith("\n"):
+            line = text.readline(MAX_LINE)
 
 
 def fault_of(text: str) -> str:
@@ -489,7 +497,7 @@ def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str,
             record = json.loads(text) if text.strip() else {}
             texts = {name: _json_texts(value) for name, value in record.items()}
         except (ValueError, AttributeError, RecursionError):
-            left_out.add("lines that are no JSON object", text, number)
+            left_out.add(fault_of(text) or "lines that are no JSON object", text, number)
             continue
         used = {name: value for name, value in texts.items() if value is not None}
         escaped = chain.from_iterable(used.values() if "\\u" in text else ())
@@ -497,6 +505,8 @@ def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str,
             left_out.add(fault, text, number)
         elif record:
             yield used
+        elif text.strip():
+            left_out.add("lines with an empty object", text, number)
 
 
 def _json_texts(value: Any) -> Cell:

@@ -15,7 +15,7 @@ from torch import Tensor
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation.suite import RECALLS
-from protoclip.files import read_json, to_json, write_atomically
+from protoclip.files import read_json, replacing, to_json, write_atomically
 from protoclip.models import loading, lora
 from protoclip.progress import Progress
 from protoclip.terminal import say
@@ -207,7 +207,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         install = "pip install 'protoclip[figures]'"
         say(f"note: no {path.name}: it needs matplotlib; {install}")
         return
-    figure(record).savefig(path)
+    with replacing(path) as temporary:
+        figure(record).savefig(temporary, format="png")
 
 
 def data_sets(points: Iterable[Point]) -> list[str]:
