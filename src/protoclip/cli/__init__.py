@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import io
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from protoclip.cli.finetune import Finetune
 from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.report import Report
 from protoclip.cli.train import Train
+from protoclip.terminal import say
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
@@ -57,6 +59,9 @@ PATIENCE = 5.0
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Rather escape a character that the terminal's encoding lacks than end.
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     # The command may stand behind options: `protoclip --json compare a b`.
     places = {
@@ -126,11 +131,10 @@ def fail(error: Exception) -> NoReturn:
 
         rank, together = collectives.launched()[0], collectives.is_distributed()
         silent = isinstance(error, collectives.RaisedOnAnotherRank)
-    lines = str(error).strip().splitlines() or [""]
-    message: str | None = str(error)
+    message: str | None = str(error).strip()
     if isinstance(error, ValueError):
-        # A worker process wraps its error in a traceback, whose last line is the message.
-        message = lines[-1].removeprefix("ValueError: ")
+        # A worker process puts a traceback before the message.
+        message = str(error).strip().rpartition("\nValueError: ")[2]
     elif isinstance(error, OSError):
         message = described(error)
     else:
@@ -139,11 +143,12 @@ def fail(error: Exception) -> NoReturn:
         message, code = out_of_memory(error), 1
         if message is None and not together:
             raise error
-        message = message or f"another rank has ended or does not answer ({lines[0]})"
+        first = str(error).strip().partition("\n")[0]
+        message = message or f"another rank has ended or does not answer ({first})"
     if silent or (rank and not together):
         time.sleep(PATIENCE)  # the launcher ends this process when rank 0 ends
     if not silent:
-        print(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
+        say(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}")
     if together:  # the usual way out would wait for other ranks, which may be gone
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,7 +1,6 @@
 """`protoclip data inspect`, `data pack` and `data index`."""
 
 import runpy
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -24,6 +23,7 @@ from protoclip.config import (
 from protoclip.files import replacing, to_json
 from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration
+from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
     from protoclip.data.pairs import Pairs, SampleStream
@@ -73,8 +73,8 @@ class Inspect(Recipes):
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet = montage(pairs, seed=self.seed, max_pixels=self.data.max_image_pixels)
             with replacing(path) as temporary:
-                sheet.save(temporary, "PNG")
-            print(f"written to {path}", file=sys.stderr)
+                sheet.save(temporary, format="PNG")
+            say(f"written to {path}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Pack(Recipes):
             pairs, Path(self.out), samples_per_shard=self.samples_per_shard, resize=self.resize
         )
         shards = len(packed.shards)
-        print(f"{packed.samples} pairs, {shards} shards, {packed.skipped} skipped: {self.out}")
+        counts = f"{packed.samples} pairs, {shards} shards, {packed.skipped} skipped"
+        print(f"{counts}: {visible(self.out)}")
 
 
 @dataclass(frozen=True)
@@ -174,4 +175,4 @@ def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
 
 def print_notes(notes: list[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")

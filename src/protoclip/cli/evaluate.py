@@ -1,6 +1,5 @@
 """`protoclip evaluate`."""
 
-import sys
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Literal
 from protoclip.config import Count
 from protoclip.files import to_json
 from protoclip.paths import require_data_set, require_folder, require_model, require_place
+from protoclip.terminal import say
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Evaluate:
                 ]
             )
             for note in (note for of in data for note in of.notes if collectives.rank() == 0):
-                print(f"note: {note}", file=sys.stderr)
+                say(f"note: {note}")
             # Before models are loaded.
             collectives.raise_on_all_ranks(lambda: suite.chosen_tasks(data, self.split, self.tasks))
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])

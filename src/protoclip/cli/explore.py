@@ -1,6 +1,5 @@
 """`protoclip explore`."""
 
-import sys
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +12,7 @@ from protoclip.paths import (
     require_place,
     require_source,
 )
+from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
     from protoclip.explore.pairs import ExploredPairs
@@ -99,25 +99,25 @@ class Explore:
                 batch_size=self.batch_size,
                 workers=self.workers,
                 cache=self.cache,
-                show=lambda stage: print(f"computing: {stage}", file=sys.stderr),
+                show=lambda stage: say(f"computing: {stage}"),
             )
             for model in self.models
         ]
         if self.static is not None:
             number = write_static(explorers, Path(self.static))
-            print(f"{number} pages written to {self.static}", file=sys.stderr)
+            say(f"{number} pages written to {self.static}")
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
-            print(f"{rows:,} rows written to {self.atlas}; look at them with", file=sys.stderr)
+            say(f"{rows:,} rows written to {self.atlas}; look at them with")
             image = " --image image" if rows <= 20_000 else ""
-            print(f"embedding-atlas {self.atlas} --x x --y y --text text{image}")
+            print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
         if listening is not None:
             pages, token = Pages(explorers), secrets.token_urlsafe(16)
             for number in range(1, len(explorers) + 1):
                 _ = pages.site(number).map  # so that the first screen is there at once
                 explorers[number - 1].prepare()
             print(f"open {url_of(listening, self.host, token)}", flush=True)
-            print("Ctrl-C ends it", file=sys.stderr)
+            say("Ctrl-C ends it")
             serving = server(pages, host=self.host, token=token)
             serving.run(sockets=[listening])
 

@@ -1,6 +1,5 @@
 """`protoclip finetune`."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from protoclip.cli.parsing import Recipes, merged
 from protoclip.config import NO_START, Config, NotNegative, Rank
 from protoclip.files import read_json, to_json
 from protoclip.paths import require_paths, require_place
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,11 @@ class Finetune(Config, Recipes):
         elif not stopped:
             show_sweep(record)
             show_metrics(results)
-            print(f"written to {folder}")
+            print(f"written to {visible(str(folder))}")
         if stopped:
-            print(
+            say(
                 f"{results['stopped']}: stopped after step {results['steps']}; the same command "
-                "with --resume auto goes on",
-                file=sys.stderr,
+                "with --resume auto goes on"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -107,4 +106,4 @@ def show_metrics(results: Mapping[str, Any]) -> None:
     if results["metrics"]:
         print(f"{'metric':<45} {'start':>10} {'alpha ' + format(results['alpha'], 'g'):>10}")
     for name, value in results["metrics"].items():
-        print(f"{name:<45} {before[name]:>10.4f} {value:>10.4f}")
+        print(f"{visible(name):<45} {before[name]:>10.4f} {value:>10.4f}")

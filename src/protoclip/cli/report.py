@@ -1,11 +1,11 @@
 """`protoclip report`."""
 
-import sys
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 
 from protoclip.config import Count, Positive, Seed
 from protoclip.paths import require_place, require_run
+from protoclip.terminal import say
 
 NEEDED = ("jinja2", "matplotlib")
 
@@ -43,7 +43,7 @@ class Report:
             seed=self.seed,
             device=collectives.device("auto"),
         )
-        print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
+        say(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def require() -> None:

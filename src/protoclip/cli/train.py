@@ -1,6 +1,5 @@
 """`protoclip train`."""
 
-import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -8,6 +7,7 @@ from protoclip.cli.parsing import Recipes
 from protoclip.config import Config, check
 from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,11 @@ class Train(Config, Recipes):
             print(to_json(results, indent=2))
         else:
             for name, value in results["metrics"].items():
-                print(f"{name:<45} {value:.4f}")
+                print(f"{visible(name):<45} {'-' if value is None else format(value, '.4f')}")
         if "stopped" in results:
-            print(
+            say(
                 f"{results['stopped']}: stopped after step {results['steps']}; the same command "
-                "with --resume auto goes on",
-                file=sys.stderr,
+                "with --resume auto goes on"
             )
         elif not self.json:
-            print(f"written to {results['folder']}")
+            print(f"written to {visible(results['folder'])}")

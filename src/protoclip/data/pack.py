@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,13 +18,13 @@ from typing import Any
 from PIL import Image
 
 from protoclip.config import shown
-from protoclip.data.access import visible
 from protoclip.data.decode import decode, dimensions
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.shards import read_samples
 from protoclip.files import read_json, replacing, write_atomically
 from protoclip.progress import Progress
+from protoclip.terminal import visible
 
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
 JPEG_QUALITY = 95
@@ -103,7 +102,10 @@ def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, A
     """What an earlier run left, up to the first shard that is missing."""
     manifest: dict[str, Any] = {"settings": settings, "key": key, "complete": False, "shards": []}
     if (out / MANIFEST).exists():
-        manifest = _checked(out / MANIFEST, manifest)
+        found = read_json(out / MANIFEST)
+        if not _is_manifest(found):
+            raise ValueError(f"{out / MANIFEST}: not what pack writes; choose another folder")
+        manifest |= found  # those of earlier versions have no key
     elif other := first_name(out):
         what = "tar files" if other.endswith(".tar") else "files"
         raise ValueError(
@@ -128,25 +130,17 @@ def first_name(folder: Path) -> str | None:
     return min(found, key=lambda name: (not name.endswith(".tar"), name), default=None)
 
 
-def _checked(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
-    """The manifest in a file, with the entries that `usual` has."""
-    found = read_json(path)
-    manifest = {**usual, **found}  # those of earlier versions have no key
+def _is_manifest(found: Any) -> bool:
+    """Whether JSON has the form of a manifest."""
     numbers = ("samples", "bytes", "read", "skipped_bytes")
-    whole = (
-        isinstance(manifest["settings"], dict)
-        and isinstance(manifest["shards"], list)
-        and found.keys() >= {"settings", "complete", "shards"}
-        and all(
-            isinstance(shard, dict)
-            and re.fullmatch(r"\d{5,}\.tar", str(shard.get("name")))
-            and all(type(shard.get(number)) is int for number in numbers)
-            for shard in manifest["shards"]
-        )
-    )
-    if not whole:
-        raise ValueError(f"{path}: not what data pack writes; choose another folder")
-    return manifest
+    try:
+        names = [shard["name"] for shard in found["shards"]]
+        counts = [shard[key] for shard in found["shards"] for key in numbers]
+        is_whole = isinstance(found["settings"], dict) and isinstance(found["complete"], bool)
+    except (KeyError, TypeError):
+        return False
+    in_order = names == [f"{number:05d}.tar" for number in range(len(names))]
+    return is_whole and in_order and all(type(count) is int and count >= 0 for count in counts)
 
 
 def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:

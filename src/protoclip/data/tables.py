@@ -26,18 +26,11 @@ import numpy as np
 import pyarrow as pa
 
 from protoclip.config import DataConfig
-from protoclip.data.access import (
-    Access,
-    digest,
-    fingerprint,
-    hub_answer,
-    is_url,
-    open_file,
-    visible,
-)
+from protoclip.data.access import Access, digest, fingerprint, hub_answer, is_url, open_file
 from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import replacing
+from protoclip.terminal import visible
 
 # Usual names of columns, the likeliest first; capitals do not matter.
 IMAGE_COLUMNS = (
@@ -420,7 +413,15 @@ def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
     unpack = COMPRESSED.get(_suffixes(path)[-1], lambda file: file)
     with open_file(path, access) as raw, unpack(raw) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
-        yield iter(partial(text.readline, MAX_LINE), "")
+        yield _limited(text)
+
+
+def _limited(text: io.TextIOWrapper) -> Iterator[str]:
+    """Lines; of one that is too long, its start."""
+    while line := text.readline(MAX_LINE):
+        yield line
+        while len(line) >= MAX_LINE and not line.endswith("\n"):
+            line = text.readline(MAX_LINE)
 
 
 def fault_of(text: str) -> str:
@@ -503,7 +504,7 @@ def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str,
             record = json.loads(text)
             texts = {name: _json_texts(value) for name, value in record.items()}
         except (ValueError, AttributeError, RecursionError):
-            left_out.add("lines that are no JSON object", text, number)
+            left_out.add(fault_of(text) or "lines that are no JSON object", text, number)
             continue
         used = {name: value for name, value in texts.items() if value is not None}
         escaped = chain.from_iterable(used.values() if "\\u" in text else ())
@@ -512,7 +513,7 @@ def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str,
         elif record:
             yield used
         else:
-            left_out.add("lines without a value", text, number)
+            left_out.add("lines with an empty object", text, number)
 
 
 def _json_texts(value: Any) -> Cell:

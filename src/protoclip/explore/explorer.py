@@ -1,6 +1,5 @@
 """A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
 
-import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.references import kind_of
@@ -241,8 +241,9 @@ def run_config(reference: str) -> Config | None:
     for place in (folder, *folder.resolve().parents[:2]):
         path = place / "config.toml"
         if path.is_file():
+            tree = read_toml(path)
             try:
-                return Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+                return Config.from_dict(tree)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
     return None

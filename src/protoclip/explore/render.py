@@ -21,7 +21,6 @@ import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageOps
 
-from protoclip.data.access import visible
 from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.explore.atlas import (
@@ -35,6 +34,7 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.explorer import Answer, Explorer, Near
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.terminal import visible
 
 CAPTION_LENGTH, MAP_CAPTION_LENGTH, ID_LENGTH = 300, 120, 120
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
@@ -361,7 +361,7 @@ class Site:
         return self.page("search.html", "Search", question=asked, sections=sections)
 
     def message(self, title: str, text: str) -> str:
-        return self.page("message.html", title, text=text)
+        return self.page("message.html", title, text=visible(text))
 
     def ids(self, modality: str, number: int) -> list[str]:
         """The sample ids of a prototype's members."""

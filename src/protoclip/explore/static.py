@@ -13,7 +13,7 @@ from protoclip.data.pairs import BadSample
 from protoclip.explore.atlas import MAP_PAIRS, MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.render import THUMBNAIL_SIDE, Pages, Site, assets, ids_as, thumbnail
-from protoclip.files import replacing
+from protoclip.files import naming, replacing
 from protoclip.progress import Progress
 
 BATCH = 2048
@@ -36,21 +36,22 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
     shutil.rmtree(temporary, ignore_errors=True)
     number = 0
     try:
-        for name, content in contents(pages, rows):
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, str):
-                content = content.encode("utf-8", "replace")
-            path.write_bytes(content)
-            number += name.endswith(".html")
-        progress = Progress("images", len(rows))
-        (temporary / "images").mkdir()
-        for done, row in enumerate(sorted(rows), 1):
-            (temporary / "images" / f"{row}.webp").write_bytes(pages.image(row, THUMBNAIL_SIDE))
-            progress.update(done)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        with naming(folder):
+            for name, content in contents(pages, rows):
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, str):
+                    content = content.encode("utf-8", "replace")
+                path.write_bytes(content)
+                number += name.endswith(".html")
+            progress = Progress("images", len(rows))
+            (temporary / "images").mkdir()
+            for done, row in enumerate(sorted(rows), 1):
+                (temporary / "images" / f"{row}.webp").write_bytes(pages.image(row, THUMBNAIL_SIDE))
+                progress.update(done)
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

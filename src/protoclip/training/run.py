@@ -8,7 +8,6 @@ import difflib
 import platform
 import re
 import signal
-import sys
 import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,14 +41,14 @@ from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run, metric_names
 from protoclip.evaluation.validation import guards, judged
-from protoclip.files import read_json, to_json, write_atomically
+from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
-from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.paths import require_paths
 from protoclip.progress import Progress
@@ -57,8 +56,15 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
+from protoclip.terminal import say
 from protoclip.training import optim
-from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
+from protoclip.training.checkpoint import (
+    CheckpointWriter,
+    facts_of,
+    newest_intact,
+    read_checkpoint,
+    understood,
+)
 from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import Guard
 from protoclip.training.logging import MetricsLog
@@ -176,11 +182,11 @@ def train_together(
                 run.check_chosen(checkpoint)
             write_atomically(folder / "config.toml", to_toml(config))
             for note in notes:
-                print(f"note: {note}", file=sys.stderr)
+                say(f"note: {note}")
             said = f"training on {amount}"
             if results is not None:
                 said = f"{folder}: is trained; only what follows training is done again"
-            print(said, file=sys.stderr)
+            say(said)
             return checkpoint
 
         checkpoint = rank0_first(claim)
@@ -396,7 +402,7 @@ class Run:
         if early_stop is not None:
             early_stop.observe(step, metrics[early_stop.metric])
             if early_stop.is_due and rank() == 0:
-                print(early_stop.reason, file=sys.stderr)
+                say(early_stop.reason)
 
     @property
     def is_finished(self) -> bool:
@@ -483,7 +489,7 @@ class Run:
 
     def check_arithmetic(self, checkpoint: Path) -> None:
         """Refuse to go on with another device or precision, which would round differently."""
-        for setting, before in read_json(checkpoint / STATE).get("arithmetic", {}).items():
+        for setting, before in facts_of(checkpoint, "arithmetic").items():
             if before != self.arithmetic.get(setting, before):
                 raise ValueError(
                     f"{setting}: this run was computed with {before}, and here it would be "
@@ -493,7 +499,7 @@ class Run:
 
     def check_chosen(self, checkpoint: Path) -> None:
         """Refuse to go on with other lists of sample ids, which would mean other data."""
-        before = read_json(checkpoint / STATE).get("chosen", {})
+        before = facts_of(checkpoint, "chosen")
         for setting, key in self.chosen.items():
             if before.get(setting) != key:
                 path = getattr(self.config.data, setting.removeprefix("data."))
@@ -509,15 +515,10 @@ class Run:
             ValueError: The checkpoint does not fit this version or this run.
         """
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-        try:
+        with understood(checkpoint):
             size = self.load_state_dict(state)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{checkpoint / STATE}: not what this version of protoclip writes ({error!r}); "
-                f"restore it from a copy, or delete {checkpoint} to go on from the one before"
-            ) from error
         if rank() == 0:
-            print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
+            say(f"going on from {checkpoint}, step {self.trainer.step}")
         return size
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
@@ -525,12 +526,14 @@ class Run:
         self.trainer.load_state_dict(state)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
-        counts = state["skips"]
+        counts = [(int(read), int(skipped)) for read, skipped in state["skips"]]
         if len(counts) == world_size():
             self.skips.read, self.skips.skipped = counts[rank()]
         elif rank() == 0:  # the number of ranks changed
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
-        self.writer.best = state["best"] and tuple(state["best"])
+        if state["best"]:
+            step, value = state["best"]
+            self.writer.best = int(step), float(value)
         if self.early_stop is not None:
             self.early_stop.load_state_dict(state["early_stop"])
         return int(state["metrics_bytes"])
@@ -622,12 +625,15 @@ def check_folder(
     if begun:
         check_settings(folder, to_toml(config))
     results = folder / "results.json"
-    return begun, read_json(results) if begun and results.is_file() else None
+    if not (begun and results.is_file()):
+        return begun, None
+    read_results(folder)  # or they are damaged
+    return begun, {**read_json(results), "folder": str(folder)}
 
 
 def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
-    before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    before = flat(read_toml(folder / "config.toml"))
     before.setdefault("loss.instance", "info_nce")  # the only one of earlier versions
     before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
     if "model.checkpoint" in before:  # what version 0.2 called it
