@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from protoclip.cli.parsing import Recipes, merged
+from protoclip.cli.parsing import Recipes, merged, read_recipe
 from protoclip.config import NO_START, Config, NotNegative, Rank
 from protoclip.files import read_json, to_json
 from protoclip.paths import require_paths, require_place
@@ -26,7 +26,7 @@ class Finetune(Config, Recipes):
     lora: Rank | None = None  # Rank of LoRA adapters; unset, all weights train.
     keep: NotNegative | None = None  # Weight of distillation from the start, as loss.keep.
     alpha: Annotated[float, 0, 1] | None = None  # From 0, the start, to 1, the end; else the best.
-    resume: Literal["never", "auto"] = "never"  # auto continues the run in the folder.
+    resume: Literal["never", "auto"] = "never"  # auto goes on: START may be the run to go on with.
     json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
@@ -58,23 +58,47 @@ class Finetune(Config, Recipes):
             print(f"written to {visible(str(folder))}")
         if stopped:
             say(
-                f"{results['stopped']}: stopped after step {results['steps']}; the same command "
-                "with --resume auto goes on"
+                f"{results['stopped']}: stopped after step {results['steps']}; "
+                f"protoclip finetune {folder} --resume auto goes on"
             )
 
     def settings(self) -> dict[str, Any]:
-        """What recipes and the command line set, with short options as the settings they mean."""
+        """What recipes and the command line set, with short options as the settings they mean.
+
+        Of a run to go on with, the settings that it began with come first.
+        """
         tree = {
             name: self.given[name] for name in Config.__dataclass_fields__ if name in self.given
         }
+        start = self.start
+        if (begun := self.begun(tree)) is not None:
+            start = None
+            tree = merged(merged(begun, tree), {"run": {"out": self.start}})
         short: dict[str, dict[str, Any]] = {
-            "model": {"start": self.start, "lora": self.lora},
+            "model": {"start": start, "lora": self.lora},
             "run": {"guard": self.guard or None},
             "loss": {"keep": self.keep},
         }
         for section, values in short.items():
             tree = merged(tree, {section: {k: v for k, v in values.items() if v is not None}})
         return tree
+
+    def begun(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The settings of the run that START is, if it is one to go on with.
+
+        It is, if that run was fine-tuned itself and no data are named to fine-tune it on again.
+        """
+        named = {"train", "sources"} & given.get("data", {}).keys()
+        if self.resume == "never" or self.start is None or named:
+            return None
+        path = Path(self.start) / "config.toml"
+        if not path.is_file():
+            return None
+        settings = read_recipe(path)
+        if settings.get("model", {}).get("start") is None:
+            return None
+        say(f"note: going on with {self.start} by its own settings")
+        return settings
 
 
 def show_sweep(record: Mapping[str, Any]) -> None:

@@ -29,7 +29,9 @@ from protoclip.paths import require_file
 
 Command = TypeVar("Command")
 # Settings that may name a file or folder beside the recipe.
-PLACES = {"train", "path", "root", "start", "features", "guard", "only", "without"}
+PLACES = {"train", "path", "root", "start", "features", "guard", "only", "without", "validation"}
+# In a guard, what may stand before a file or folder.
+BEFORE_PLACES = ("wds:", "karpathy:", "root=")
 NOT_GIVEN = "\0"  # stands for an option that the command line does not mention
 REGISTRY = ConstructorRegistry()
 
@@ -188,14 +190,23 @@ def located(value: Any, folder: Path, name: str = "") -> Any:
         return {key: located(inner, folder, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
-    if name not in PLACES or value == "emoji":
+    if name not in PLACES or not isinstance(value, str) or value == "emoji":
         return value
-    # Behind a guard may stand settings of its own.
-    value, *behind = value.split(",") if name == "guard" else [value]
-    pattern = re.sub(r"\{.*\}", "*", value)
+    if name == "guard":  # may have settings of its own, one of which is a folder
+        return ",".join(located_part(part, folder) for part in value.split(","))
+    return located_path(value, folder)
+
+
+def located_part(part: str, folder: Path) -> str:
+    before = next((each for each in BEFORE_PLACES if part.startswith(each)), "")
+    return before + located_path(part.removeprefix(before), folder)
+
+
+def located_path(path: str, folder: Path) -> str:
+    pattern = re.sub(r"\{.*\}", "*", path)
     # Path.glob refuses absolute patterns.
     here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
-    return ",".join([str(folder / value) if beside and not here else value, *behind])
+    return str(folder / path) if beside and not here else path
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

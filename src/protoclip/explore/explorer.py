@@ -1,5 +1,6 @@
 """A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -114,8 +115,9 @@ class Explorer:
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
         """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
         encoder = self.encoder
-        image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
+        # One at a time, since an image may be large.
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
+            image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
             pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
             query = encoder.model.encode_image(pixels).float().cpu()
         return self.near(query, number)
@@ -185,7 +187,10 @@ def open_explorer(
             show=show,
         )
         if cache:
-            keep(path, atlas)
+            try:
+                keep(path, atlas)
+            except OSError as error:
+                print(f"warning: the map is not kept ({error})", file=sys.stderr)
     return Explorer(
         name=reference,
         pairs=pairs,

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from protoclip.data.decode import decode
@@ -220,6 +221,11 @@ class Site:
         from protoclip.explore.map import map_json
 
         return json.dumps(map_json(self))
+
+    @property
+    def map_in_page(self) -> Markup:
+        """The map for a page that is a file, which may fetch nothing; no text in it ends a tag."""
+        return Markup(self.map.replace("<", "\\u003c"))
 
     def prototype_list(self, modality: Literal["image", "text"]) -> str:
         rows = []
