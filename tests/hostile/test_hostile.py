@@ -36,7 +36,7 @@ TABLE = tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding=
 ERROR = "protoclip: error: "
 SECONDS = 20  # no case may take longer
 # Lines on standard error that may come before an error.
-BESIDE = ("note: ", "training on ", "train ", "computing: ", "going on from ", "inspect ")
+BESIDE = ("note: ", "warning: ", "training on ", "train ", "computing: ", "going on from ", "inspect ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +213,7 @@ def fits(line: str, pattern: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, pattern.split("..."))), line) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
 def test_the_answer_is_one_clear_line_and_nothing_is_lost(
     case: Case, folder: Path, as_built: dict[str, str]

@@ -241,6 +241,8 @@ class Run:
         device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
         precision = resolve(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}
+        if self.arithmetic == {"run.device": "cpu", "run.precision": "fp16"}:
+            self.notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
         chosen = read_chosen(config.data)
         self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
         self.skips = SkipLog(
