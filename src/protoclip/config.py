@@ -16,6 +16,10 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 START = "start"  # `teacher.features` of the frozen start
+NO_START = (
+    "model.start: fine-tuning needs a model to start from, such as a run folder or "
+    "open_clip:NAME/TAG"
+)
 # Image size in pixels and caption length in tokens of the small towers, unless set.
 SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
@@ -29,6 +33,8 @@ RENAMED = {
     "model.checkpoint": "is model.start now, which also takes models of others",
     "optim.locked_warm_up_steps": "is gone; the locked-image stage warms up for 2 steps",
 }
+
+LONGEST_SHOWN = 80  # characters of a wrong value in a message
 
 # The least positive float that is not denormal: denormal numbers are flushed to 0.
 ABOVE_0 = sys.float_info.min
@@ -315,27 +321,42 @@ def read(name: str, value: Any, hint: Any) -> Any:
         return read(name, value, next((k for k in kinds if fits in type_of(k)), kinds[-1]))
     if origin is Literal:
         if value not in inner:
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(inner)}")
+            raise ValueError(f"{name}: {shown(value)} is not one of {', '.join(inner)}")
         return value
     if origin in (list, tuple):
         fixed = origin is tuple and inner[-1] is not Ellipsis
         if not isinstance(value, list | tuple) or (fixed and len(value) != len(inner)):
             count = f"{len(inner)} values" if fixed else "a list"
-            raise ValueError(f"{name}: {value!r} is not {count}")
+            raise ValueError(f"{name}: {shown(value)} is not {count}")
         return origin(read(f"{name}[{i}]", item, inner[0]) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         tree = vars(value) if isinstance(value, hint) else value  # type: ignore[arg-type]
         if not isinstance(tree, Mapping):
-            raise ValueError(f"{name}: {value!r} is no table; give its settings by name")
+            raise ValueError(f"{name}: {shown(value)} is no table; give its settings by name")
         return build(hint, tree, f"{name}.")  # type: ignore[arg-type]
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
         wants = {int: "no whole number", float: "no number", str: "no text"}
-        raise ValueError(f"{name}: {value!r} is {wants.get(hint, 'neither true nor false')}")
+        raise ValueError(f"{name}: {shown(value)} is {wants.get(hint, 'neither true nor false')}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}: {value} is not finite")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe would hold it, on one line, for messages."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return repr(value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}...")
+    if isinstance(value, list | tuple):
+        text = f"[{', '.join(map(shown, value))}]"
+    elif isinstance(value, Mapping):
+        text = f"{{{', '.join(f'{key} = {shown(item)}' for key, item in value.items())}}}"
+    else:
+        text = str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def type_of(hint: Any) -> tuple[Any, ...]:

@@ -4,10 +4,13 @@ import hashlib
 import json
 import math
 import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from protoclip.terminal import OBEYED
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
@@ -79,8 +82,13 @@ def file_checksum(path: Path) -> str:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON text. Numbers that are not finite become null, since JSON has no NaN or infinity."""
-    return json.dumps(_finite(value), allow_nan=False, indent=indent, ensure_ascii=False)
+    """JSON text. Numbers that are not finite become null, since JSON has no NaN or infinity.
+
+    Characters that a terminal obeys are escaped, and so are halves of characters.
+    """
+    text = json.dumps(_finite(value), allow_nan=False, indent=indent, ensure_ascii=False)
+    # `json` itself escapes those below space, so lines end only where it ends them.
+    return OBEYED.sub(lambda x: x[0] if x[0] == "\n" else f"\\u{ord(x[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:
@@ -99,6 +107,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tree of a TOML file; raises as `read_json`."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error

@@ -11,6 +11,8 @@ from rich.progress import Progress as Display
 from rich.progress import TextColumn
 from rich.table import Column
 
+from protoclip.terminal import visible
+
 
 def duration(seconds: float) -> str:
     """A time span in its two largest units: `45s`, `3m 20s`, `2h 05m`, `4d 07h`."""
@@ -39,7 +41,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.first = label, total, -1
+        self.label, self.total, self.first = visible(label), total, -1
         self.stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         self.display = display(self.stream) if self.stream.isatty() else None
         self.task: Any = None
@@ -57,7 +59,7 @@ class Progress:
         at = f"{100 * done // max(1, self.total)}%, {duration(passed)} so far"
         if made and not finished:
             at += f", {duration((self.total - done) * passed / made)} left"
-        about = f" ({detail})" if detail else ""
+        about = f" ({visible(detail)})" if detail else ""
         what = self.label + about
         if self.display is None:
             print(f"{self.label}: {at}{about}", file=self.stream, flush=True)

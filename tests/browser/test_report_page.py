@@ -1,19 +1,12 @@
 """The report in a real browser: from a file, without network, in every width and colour."""
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from protoclip.report.page import write_report
 from reported import hostile_pairs, trained
-
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(not Path(CHROMIUM).is_file(), reason="needs chromium")
 
 # Contrast of every text with what is behind it (WCAG 2.2), as [ratio, needed, text].
 CONTRASTS = """() => {
@@ -59,14 +52,6 @@ def page_file(tmp_path_factory) -> Path:
     (folder / "stopped" / "results.json").unlink()
     runs = [folder / name for name in ("clip", "proto", "stopped")]
     return write_report(runs, folder / "report.html")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -19,7 +19,8 @@ from PIL import Image
 
 import protoclip
 from interrupting import stop_after, with_changes
-from protoclip.cli import main
+from protoclip.cli import COMMANDS, main
+from protoclip.cli.parsing import parse
 from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.compare import read_results
@@ -445,3 +446,27 @@ def test_the_help_explains_the_command(capsys):
     text = capsys.readouterr().out
     assert "usage: protoclip finetune START [OPTIONS]" in text
     assert all(f"--{option} " in text for option in ("guard", "lora", "keep", "alpha", "resume"))
+
+
+def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):
+    """Nothing is said again; but a run with data beside it is a start, as one that is none is."""
+    main(["finetune", str(copied), "--resume", "auto", "--alpha", "0.3"])
+    assert f"note: going on with {copied} by its own settings" in capsys.readouterr().err
+    assert read(copied / "model.json")["alpha"] == 0.3
+    assert read(copied / "results.json")["folder"] == str(copied)
+    for start in (copied, top / "start"):
+        data = [] if start == top / "start" else ["--data.train", "emoji"]
+        given = parse(COMMANDS["finetune"], [str(start), "--resume", "auto", *data]).settings()
+        assert given["model"] == {"start": str(start)}
+    given = parse(COMMANDS["finetune"], [str(copied), "--alpha", "0.3"]).settings()
+    assert given == {"model": {"start": str(copied)}, "run": {}, "loss": {}}
+
+
+def test_a_run_that_stopped_goes_on_by_its_own_settings(top, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        main(words(top, out))
+    assert f"protoclip finetune {out} --resume auto goes on" in capsys.readouterr().err
+    main(["finetune", str(out), "--resume", "auto"])
+    assert read(out / "results.json")["steps"] == 4

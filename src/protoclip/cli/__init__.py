@@ -1,6 +1,8 @@
 """The command line. Commands import what they need when they run, so that `--help` is fast."""
 
+import errno
 import inspect
+import io
 import os
 import sys
 import time
@@ -19,6 +21,7 @@ from protoclip.cli.finetune import Finetune
 from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.report import Report
 from protoclip.cli.train import Train
+from protoclip.terminal import say
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
@@ -35,12 +38,30 @@ COMMANDS: dict[str, type[Any]] = {
     "data pack": Pack,
     "data index": Index,
 }
+WAYS_OUT = {
+    errno.ENOSPC: "make room, and give the command again",
+    errno.EDQUOT: "make room, and give the command again",
+    errno.EFBIG: "the limit on the size of files (ulimit -f) is too low",
+    errno.EMFILE: "the limit on open files (ulimit -n) is too low",
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.EPERM: "check its permissions, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.EEXIST: "choose another place",
+    errno.ENOTDIR: "a file is in the way; choose another place",
+    errno.EISDIR: "name a file",
+    errno.ENOENT: "check the path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "choose another place",
+}
 # Seconds that other ranks wait for rank 0 to report the same error.
 PATIENCE = 5.0
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Rather escape a character that the terminal's encoding lacks than end.
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     # The command may stand behind options: `protoclip --json compare a b`.
     places = {
@@ -58,6 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0)
         if not name:
             said = " ".join(words)
+            family = [known for known in COMMANDS if known.split()[0] == said and known != said]
+            if family:
+                raise ValueError(f"{said}: choose one of {', '.join(family)}")
             close = get_close_matches(said, COMMANDS, n=1)
             what = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
             raise ValueError(f"{said or 'no command'}: {what}")
@@ -89,6 +113,13 @@ def reader_left() -> bool:
     return False
 
 
+def described(error: OSError) -> str:
+    """An error of the system, with the file and a way out."""
+    if error.filename is None or error.errno not in WAYS_OUT:
+        return str(error)
+    return f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}"
+
+
 def fail(error: Exception) -> NoReturn:
     """End with one line for an error that a user can do something about; raise others again.
 
@@ -100,22 +131,24 @@ def fail(error: Exception) -> NoReturn:
 
         rank, together = collectives.launched()[0], collectives.is_distributed()
         silent = isinstance(error, collectives.RaisedOnAnotherRank)
-    lines = str(error).strip().splitlines() or [""]
-    message: str | None = str(error)
+    message: str | None = str(error).strip()
     if isinstance(error, ValueError):
-        # A worker process wraps its error in a traceback, whose last line is the message.
-        message = lines[-1].removeprefix("ValueError: ")
-    elif not isinstance(error, OSError):
+        # A worker process puts a traceback before the message.
+        message = str(error).strip().rpartition("\nValueError: ")[2]
+    elif isinstance(error, OSError):
+        message = described(error)
+    else:
         from protoclip.training.guard import out_of_memory
 
         message, code = out_of_memory(error), 1
         if message is None and not together:
             raise error
-        message = message or f"another rank has ended or does not answer ({lines[0]})"
+        first = str(error).strip().partition("\n")[0]
+        message = message or f"another rank has ended or does not answer ({first})"
     if silent or (rank and not together):
         time.sleep(PATIENCE)  # the launcher ends this process when rank 0 ends
     if not silent:
-        print(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
+        say(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}")
     if together:  # the usual way out would wait for other ranks, which may be gone
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,5 @@
 """`protoclip analyze`."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -8,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.config import Count
-from protoclip.files import to_json, write_atomically
+from protoclip.files import replacing, to_json, write_atomically
+from protoclip.paths import require_place, require_run, require_source
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Analyze:
     json: bool = False  # Print the analyses as JSON.
 
     def __call__(self) -> None:
+        for run in self.runs:
+            require_run(run)
+        if self.data is not None:
+            require_source("--data", self.data)
+        if self.out is not None:
+            require_place("--out", self.out, is_folder=True)
         import torch
 
         from protoclip.distributed import collectives
@@ -96,11 +103,16 @@ def draw(
         note("no figures: they need matplotlib; pip install 'protoclip[figures]'")
         return
     for stem, analysis in zip(stems, found, strict=True):
-        run_figure(analysis).savefig(f"{stem}.png")
-        print(f"written to {stem}.json and {stem}.png", file=sys.stderr)
+        save(run_figure(analysis), Path(f"{stem}.png"))
+        say(f"written to {stem}.json and {stem}.png")
     if len(found) > 1:
-        runs_figure(found, labels).savefig(together)
-        print(f"written to {together}", file=sys.stderr)
+        save(runs_figure(found, labels), together)
+        say(f"written to {together}")
+
+
+def save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def show(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
@@ -117,7 +129,7 @@ def show(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
         for space in ("features", "projections"):
             if space in last:
                 columns.append({**own_prototypes(earlier, space), **last[space]})
-                heading = f"{escape(label)}\n{space}, step {last['step']}"
+                heading = f"{escape(visible(label))}\n{space}, step {last['step']}"
                 table.add_column(heading, justify="right")
     for measure in sorted({key for values in columns for key in values}):
         digits = ".4g" if measure.startswith(("groups/", "prototypes/")) else ".3f"
@@ -140,4 +152,4 @@ def own_prototypes(checkpoints: Sequence[Mapping[str, Any]], space: str) -> dict
 
 
 def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    say(f"note: {text}")

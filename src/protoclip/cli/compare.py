@@ -3,6 +3,7 @@
 from dataclasses import KW_ONLY, dataclass
 
 from protoclip.files import to_json
+from protoclip.paths import require_run
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Compare:
     json: bool = False  # Print the comparison as JSON.
 
     def __call__(self) -> None:
+        for run in self.runs:
+            require_run(run)
         from protoclip.evaluation import compare
 
         entries = compare.compare([compare.read_results(path) for path in self.runs])

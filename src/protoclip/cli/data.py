@@ -1,7 +1,6 @@
 """`protoclip data inspect`, `data pack` and `data index`."""
 
 import runpy
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -21,8 +20,10 @@ from protoclip.config import (
     Seed,
     check,
 )
-from protoclip.files import to_json
+from protoclip.files import replacing, to_json
+from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration
+from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
     from protoclip.data.pairs import Pairs, SampleStream
@@ -43,6 +44,12 @@ class Inspect(Recipes):
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __call__(self) -> None:
+        require_paths(self.source, self.data)
+        require_model("model.start", self.model.start)
+        if self.montage is not None:
+            require_place("--montage", self.montage, is_folder=False)
+            if not self.montage.lower().endswith(".png"):
+                raise ValueError(f"--montage: {self.montage}: needs a name that ends in .png")
         from protoclip.data.inspect import inspect, montage, show
 
         count_tokens, context_length = tokens_of(self.model)
@@ -64,8 +71,10 @@ class Inspect(Recipes):
         if self.montage is not None:
             path = Path(self.montage)
             path.parent.mkdir(parents=True, exist_ok=True)
-            montage(pairs, seed=self.seed, max_pixels=self.data.max_image_pixels).save(path)
-            print(f"written to {path}", file=sys.stderr)
+            sheet = montage(pairs, seed=self.seed, max_pixels=self.data.max_image_pixels)
+            with replacing(path) as temporary:
+                sheet.save(temporary, format="PNG")
+            say(f"written to {path}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ class Pack(Recipes):
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self) -> None:
+        require_paths(self.source, self.data)
+        require_place("out", self.out, is_folder=True)
         from protoclip.data.pack import pack
 
         pairs = open_indexed(replace(self.data, train=self.source), "end to pack")
@@ -90,7 +101,8 @@ class Pack(Recipes):
             pairs, Path(self.out), samples_per_shard=self.samples_per_shard, resize=self.resize
         )
         shards = len(packed.shards)
-        print(f"{packed.samples} pairs, {shards} shards, {packed.skipped} skipped: {self.out}")
+        counts = f"{packed.samples} pairs, {shards} shards, {packed.skipped} skipped"
+        print(f"{counts}: {visible(self.out)}")
 
 
 @dataclass(frozen=True)
@@ -102,9 +114,16 @@ class Index(Recipes):
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self) -> None:
+        require_paths(self.source, self.data)
         started = time.monotonic()
         pairs = open_indexed(replace(self.data, train=self.source), "index")
         print(f"{len(pairs)} pairs indexed, in {duration(time.monotonic() - started)}")
+
+
+def require_paths(source: str, data: DataConfig) -> None:
+    """Refuse a source, and paths in the settings, that do not exist."""
+    require_source("", source)
+    require_data_paths(replace(data, train="emoji"))
 
 
 def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int]:
@@ -156,4 +175,4 @@ def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
 
 def print_notes(notes: list[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")

@@ -1,6 +1,5 @@
 """`protoclip demo`: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side."""
 
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, TeacherConfig
 from protoclip.files import to_json, write_atomically
 from protoclip.progress import duration
+from protoclip.terminal import say, visible
 
 # Fourteen passes take twelve minutes on two slow cores, and are enough to tell the arms apart.
 EPISODES = 24
@@ -77,7 +77,8 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
                     "another folder with --out"
                 )
             if (folder / "results.json").is_file():
-                print(f"{name}: finished earlier, kept ({folder}; remove it to train again)")
+                where = visible(str(folder))
+                print(f"{name}: finished earlier, kept ({where}; remove it to train again)")
                 continue
         if "stopped" in run.train(config, resume="auto"):
             raise KeyboardInterrupt
@@ -87,11 +88,12 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
     report = write_report(folders.values(), out / "report.html")
     print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
+    where = visible(str(out))
     if report:
-        print(f"  {out}/report.html           the runs to look at, in a browser")
-    print(f"  {out}/results.json          this table")
-    print(f"  {out}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
-    print(f"  tensorboard --logdir {out}  curves")
+        print(f"  {where}/report.html           the runs to look at, in a browser")
+    print(f"  {where}/results.json          this table")
+    print(f"  {where}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
+    print(f"  tensorboard --logdir {where}  curves")
     return entries
 
 
@@ -102,7 +104,7 @@ def write_report(folders: Iterable[Path], path: Path) -> bool:
     try:
         require()
     except ValueError as error:
-        print(f"note: no report.html: {error}", file=sys.stderr)
+        say(f"note: no report.html: {error}")
         return False
     from protoclip.report import page
 

@@ -7,6 +7,8 @@ from typing import Literal
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
+from protoclip.paths import require_data_paths, require_place, require_teacher
+from protoclip.terminal import visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,9 @@ class EmbedTeacher(Recipes):
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self) -> None:
+        require_data_paths(self.data)
+        require_teacher("--teacher", self.teacher)
+        require_place("--out", self.out, is_folder=True)
         import torch
 
         from protoclip.cli.data import open_source, print_notes
@@ -54,6 +59,7 @@ class EmbedTeacher(Recipes):
         if collectives.launched()[0] > 0:
             return
         for name, value in facts.items() if not self.json else ():
-            print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+            shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
+            print(f"{name:<24} {shown}")
         if self.json:
             print(to_json(facts, indent=2))

@@ -1,13 +1,14 @@
 """`protoclip evaluate`."""
 
-import sys
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from protoclip.config import Count
 from protoclip.files import to_json
+from protoclip.paths import require_data_set, require_folder, require_model, require_place
+from protoclip.terminal import say
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Evaluate:
     json: bool = False  # Print the records as JSON.
     cache: bool = True  # Keep features, so that another task is quick.
     batch_size: Count = 256  # Images or texts encoded at once.
-    workers: int | None = None  # Processes that read images; unset, one a core.
+    workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
     fast_resize: bool = False  # Quicker for open_clip's models; pixels differ by rounding.
 
     def __call__(self) -> None:
+        self.require_paths()
         import torch
 
         from protoclip.data.index import cache_folder
@@ -90,7 +92,7 @@ class Evaluate:
                 ]
             )
             for note in (note for of in data for note in of.notes if collectives.rank() == 0):
-                print(f"note: {note}", file=sys.stderr)
+                say(f"note: {note}")
             # Before models are loaded.
             collectives.raise_on_all_ranks(lambda: suite.chosen_tasks(data, self.split, self.tasks))
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
@@ -109,6 +111,16 @@ class Evaluate:
             print(to_json(all_records, indent=2))
         else:
             records.show(list(found.values()))
+
+    def require_paths(self) -> None:
+        """Refuse paths that do not exist."""
+        for model in (*self.models, *filter(None, [self.compare_to])):
+            require_model("", model)
+        for reference in self.data:
+            require_data_set("--data", reference)
+        require_folder("--root", self.root)
+        if self.out is not None:
+            require_place("--out", self.out, is_folder=True)
 
 
 def names_of(reference: str) -> tuple[str, str]:

@@ -1,11 +1,18 @@
 """`protoclip explore`."""
 
-import sys
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from protoclip.config import Config, Count, DataConfig, RunConfig, check
+from protoclip.paths import (
+    require_file,
+    require_folder,
+    require_model,
+    require_place,
+    require_source,
+)
+from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
     from protoclip.explore.pairs import ExploredPairs
@@ -33,7 +40,7 @@ class Explore:
     static: str | None = None  # Write read-only pages to this folder instead.
     atlas: str | None = None  # Write embedding-atlas's table to this file instead.
     batch_size: Count = 256  # Images or texts encoded at once.
-    workers: int | None = None  # Processes that read images; unset, one a core.
+    workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
     cache: bool = True  # Keep features and the map for the next start.
 
     def __call__(self) -> None:
@@ -41,6 +48,17 @@ class Explore:
             raise ValueError(f"{len(self.models)} models: give one or two")
         if self.atlas is not None and len(self.models) > 1:
             raise ValueError("--atlas: takes one model")
+        for model in self.models:
+            require_model("", model)
+        if self.data is not None:
+            require_source("--data", self.data)
+        require_file("data.only", self.only)
+        require_file("data.without", self.without)
+        require_folder("--root", self.root)
+        if self.static is not None:
+            require_place("--static", self.static, is_folder=True)
+        if self.atlas is not None:
+            require_place("--atlas", self.atlas, is_folder=False)
         try:
             import bokeh  # noqa: F401
             import starlette  # noqa: F401
@@ -81,25 +99,25 @@ class Explore:
                 batch_size=self.batch_size,
                 workers=self.workers,
                 cache=self.cache,
-                show=lambda stage: print(f"computing: {stage}", file=sys.stderr),
+                show=lambda stage: say(f"computing: {stage}"),
             )
             for model in self.models
         ]
         if self.static is not None:
             number = write_static(explorers, Path(self.static))
-            print(f"{number} pages written to {self.static}", file=sys.stderr)
+            say(f"{number} pages written to {self.static}")
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
-            print(f"{rows:,} rows written to {self.atlas}; look at them with", file=sys.stderr)
+            say(f"{rows:,} rows written to {self.atlas}; look at them with")
             image = " --image image" if rows <= 20_000 else ""
-            print(f"embedding-atlas {self.atlas} --x x --y y --text text{image}")
+            print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
         if listening is not None:
             pages, token = Pages(explorers), secrets.token_urlsafe(16)
             for number in range(1, len(explorers) + 1):
                 _ = pages.site(number).map  # so that the first screen is there at once
                 explorers[number - 1].prepare()
             print(f"open {url_of(listening, self.host, token)}", flush=True)
-            print("Ctrl-C ends it", file=sys.stderr)
+            say("Ctrl-C ends it")
             serving = server(pages, host=self.host, token=token)
             serving.run(sockets=[listening])
 

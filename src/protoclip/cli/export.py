@@ -1,9 +1,10 @@
 """`protoclip export`."""
 
-import sys
 from dataclasses import KW_ONLY, dataclass
 
 from protoclip.files import to_json
+from protoclip.paths import require_model, require_place
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Export:
     json: bool = False  # Print what was written as JSON.
 
     def __call__(self) -> None:
+        require_model("", self.model)
+        require_place("folder", self.folder, is_folder=True)
         from protoclip.export.run import export
 
         facts = export(
@@ -42,9 +45,9 @@ class Export:
             values = [f"{'-' if found[m] is None else format(found[m], '.1e'):>10}" for m in found]
             print(f"{name:<12}{''.join(values)}  {facts['formats'].get(name, 'protoclip.load')}")
         for name, reason in facts["left_out"].items():
-            print(f"note: not as {name}: {reason}", file=sys.stderr)
+            say(f"note: not as {name}: {reason}")
         if facts["prototypes"]:
-            print(f"note: no prototypes: {facts['prototypes']}", file=sys.stderr)
+            say(f"note: no prototypes: {facts['prototypes']}")
         if facts["captions"]:
-            print(f"note: no captions of prototypes: {facts['captions']}", file=sys.stderr)
-        print(facts.get("url", facts["folder"]))
+            say(f"note: no captions of prototypes: {facts['captions']}")
+        print(visible(facts.get("url", facts["folder"])))

@@ -1,14 +1,15 @@
 """`protoclip finetune`."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from protoclip.cli.parsing import Recipes, merged
-from protoclip.config import Config, NotNegative, Rank
+from protoclip.cli.parsing import Recipes, merged, read_recipe
+from protoclip.config import NO_START, Config, NotNegative, Rank
 from protoclip.files import read_json, to_json
+from protoclip.paths import require_paths, require_place
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,18 @@ class Finetune(Config, Recipes):
     lora: Rank | None = None  # Rank of LoRA adapters; unset, all weights train.
     keep: NotNegative | None = None  # Weight of distillation from the start, as loss.keep.
     alpha: Annotated[float, 0, 1] | None = None  # From 0, the start, to 1, the end; else the best.
-    resume: Literal["never", "auto"] = "never"  # auto continues the run in the folder.
+    resume: Literal["never", "auto"] = "never"  # auto goes on: START may be the run to go on with.
     json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
+        settings = self.settings()
+        config = Config.from_dict(settings)
+        if config.model.start is None:
+            raise ValueError(NO_START)
+        if self.resume == "never":  # a finished run needs its data no more
+            require_paths(config)
+        if config.run.out is not None:
+            require_place("run.out", config.run.out, is_folder=True)
         import torch
 
         from protoclip.distributed import collectives
@@ -36,7 +45,7 @@ class Finetune(Config, Recipes):
         from protoclip.training.wise_ft import FILE
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-        results = finetune(self.settings(), alpha=self.alpha, resume=self.resume)
+        results = finetune(settings, alpha=self.alpha, resume=self.resume)
         if collectives.launched()[0] > 0:
             return
         folder, stopped = Path(results["folder"]), "stopped" in results
@@ -46,27 +55,50 @@ class Finetune(Config, Recipes):
         elif not stopped:
             show_sweep(record)
             show_metrics(results)
-            print(f"written to {folder}")
+            print(f"written to {visible(str(folder))}")
         if stopped:
-            print(
-                f"{results['stopped']}: stopped after step {results['steps']}; the same command "
-                "with --resume auto goes on",
-                file=sys.stderr,
+            say(
+                f"{results['stopped']}: stopped after step {results['steps']}; "
+                f"protoclip finetune {folder} --resume auto goes on"
             )
 
     def settings(self) -> dict[str, Any]:
-        """What recipes and the command line set, with short options as the settings they mean."""
+        """What recipes and the command line set, with short options as the settings they mean.
+
+        Of a run to go on with, the settings that it began with come first.
+        """
         tree = {
             name: self.given[name] for name in Config.__dataclass_fields__ if name in self.given
         }
+        start = self.start
+        if (begun := self.begun(tree)) is not None:
+            start = None
+            tree = merged(merged(begun, tree), {"run": {"out": self.start}})
         short: dict[str, dict[str, Any]] = {
-            "model": {"start": self.start, "lora": self.lora},
+            "model": {"start": start, "lora": self.lora},
             "run": {"guard": self.guard or None},
             "loss": {"keep": self.keep},
         }
         for section, values in short.items():
             tree = merged(tree, {section: {k: v for k, v in values.items() if v is not None}})
         return tree
+
+    def begun(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The settings of the run that START is, if it is one to go on with.
+
+        It is, if that run was fine-tuned itself and no data are named to fine-tune it on again.
+        """
+        named = {"train", "sources"} & given.get("data", {}).keys()
+        if self.resume == "never" or self.start is None or named:
+            return None
+        path = Path(self.start) / "config.toml"
+        if not path.is_file():
+            return None
+        settings = read_recipe(path)
+        if settings.get("model", {}).get("start") is None:
+            return None
+        say(f"note: going on with {self.start} by its own settings")
+        return settings
 
 
 def show_sweep(record: Mapping[str, Any]) -> None:
@@ -98,4 +130,4 @@ def show_metrics(results: Mapping[str, Any]) -> None:
     if results["metrics"]:
         print(f"{'metric':<45} {'start':>10} {'alpha ' + format(results['alpha'], 'g'):>10}")
     for name, value in results["metrics"].items():
-        print(f"{name:<45} {before[name]:>10.4f} {value:>10.4f}")
+        print(f"{visible(name):<45} {before[name]:>10.4f} {value:>10.4f}")

@@ -25,10 +25,13 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
 
 from protoclip.config import PERMISSIONS, Config, build, unknown
+from protoclip.paths import require_file
 
 Command = TypeVar("Command")
 # Settings that may name a file or folder beside the recipe.
-PLACES = {"train", "path", "root", "start", "features", "guard", "only", "without"}
+PLACES = {"train", "path", "root", "start", "features", "guard", "only", "without", "validation"}
+# In a guard, what may stand before a file or folder.
+BEFORE_PLACES = ("wds:", "karpathy:", "root=")
 NOT_GIVEN = "\0"  # stands for an option that the command line does not mention
 REGISTRY = ConstructorRegistry()
 
@@ -62,6 +65,8 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     for word in rest:
         if word.startswith("-"):
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            if name in known:
+                raise ValueError(f"{word}: is an argument, not an option; give it without {word}")
             raise ValueError(unknown(name, [*known]))
     # Arguments are what is left, since tyro wants those of a list side by side.
     for name in (e.name for e in fields(kind) if not e.kw_only):  # type: ignore[arg-type]
@@ -149,18 +154,19 @@ def value_of(words: Any, hint: Any) -> Any:
         return None
     if str not in inner or float in inner or words.startswith("["):
         for reader in (json.loads, ast.literal_eval, float):
-            with suppress(ValueError, SyntaxError):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return reader(words)
     return words
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a TOML file, checked."""
+    require_file("--config", str(path))
+    if not path.is_file():
+        raise ValueError(f"--config: {path}: is no file; name one that holds settings as TOML")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"--config: {path}: no such file") from error
-    except ValueError as error:
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config: {path}: not TOML ({error})") from error
     try:
         data = build(Config, tree).data
@@ -184,14 +190,23 @@ def located(value: Any, folder: Path, name: str = "") -> Any:
         return {key: located(inner, folder, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
-    if name not in PLACES or value == "emoji":
+    if name not in PLACES or not isinstance(value, str) or value == "emoji":
         return value
-    # Behind a guard may stand settings of its own.
-    value, *behind = value.split(",") if name == "guard" else [value]
-    pattern = re.sub(r"\{.*\}", "*", value)
+    if name == "guard":  # may have settings of its own, one of which is a folder
+        return ",".join(located_part(part, folder) for part in value.split(","))
+    return located_path(value, folder)
+
+
+def located_part(part: str, folder: Path) -> str:
+    before = next((each for each in BEFORE_PLACES if part.startswith(each)), "")
+    return before + located_path(part.removeprefix(before), folder)
+
+
+def located_path(path: str, folder: Path) -> str:
+    pattern = re.sub(r"\{.*\}", "*", path)
     # Path.glob refuses absolute patterns.
     here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
-    return ",".join([str(folder / value) if beside and not here else value, *behind])
+    return str(folder / path) if beside and not here else path
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """`protoclip report`."""
 
-import sys
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 
 from protoclip.config import Count, Positive, Seed
+from protoclip.paths import require_place, require_run
+from protoclip.terminal import say
 
 NEEDED = ("jinja2", "matplotlib")
 
@@ -25,6 +26,9 @@ class Report:
 
     def __call__(self) -> None:
         require()
+        for run in self.runs:
+            require_run(run)
+        require_place("--out", self.out, is_folder=False)
         import torch
 
         from protoclip.distributed import collectives
@@ -39,7 +43,7 @@ class Report:
             seed=self.seed,
             device=collectives.device("auto"),
         )
-        print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
+        say(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def require() -> None:

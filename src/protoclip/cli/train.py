@@ -1,12 +1,13 @@
 """`protoclip train`."""
 
-import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from protoclip.cli.parsing import Recipes
-from protoclip.config import Config
+from protoclip.config import Config, check
 from protoclip.files import to_json
+from protoclip.paths import require_paths, require_place
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,18 @@ class Train(Config, Recipes):
     json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
+        config = Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
+        check(config)
+        if self.resume == "never":  # a finished run needs its data no more
+            require_paths(config)
+        if config.run.out is not None:
+            require_place("run.out", config.run.out, is_folder=True)
         import torch
 
         from protoclip.distributed import collectives
         from protoclip.training import run
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-        config = Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
         results = run.train(config, resume=self.resume)
         if collectives.launched()[0] > 0:
             return
@@ -31,12 +37,11 @@ class Train(Config, Recipes):
             print(to_json(results, indent=2))
         else:
             for name, value in results["metrics"].items():
-                print(f"{name:<45} {value:.4f}")
+                print(f"{visible(name):<45} {'-' if value is None else format(value, '.4f')}")
         if "stopped" in results:
-            print(
+            say(
                 f"{results['stopped']}: stopped after step {results['steps']}; the same command "
-                "with --resume auto goes on",
-                file=sys.stderr,
+                "with --resume auto goes on"
             )
         elif not self.json:
-            print(f"written to {results['folder']}")
+            print(f"written to {visible(results['folder'])}")

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 import fsspec
 import httpx2 as httpx
 
+from protoclip.terminal import visible
+
 T = TypeVar("T")
 WEB, STORES = ("https", "http"), ("s3", "gs", "hf")
 MAX_FILE_BYTES = 1 << 28  # a larger file of one sample is a mistake or an attack
@@ -34,12 +36,12 @@ READ_BYTES, REQUEST_BYTES = 1 << 20, 1 << 24
 # Seconds to wait for a connection, for the next bytes, and for the whole file of one sample; how
 # often a request is made, and the first pause between two tries (each is twice the last).
 CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 10.0, 20.0, 60.0, 3, 0.5
-HUB_SECONDS = 3.0  # to wait for the hub's first answer
+# To wait for the hub's first answer, and for a host's; and how long one that gave none is not asked
+# again, so that a thousand images behind it do not take an hour to fail.
+HUB_SECONDS, FIRST_SECONDS, REST_SECONDS = 3.0, 3.0, 30.0
 # What stores call the facts that change with a file, in lower case.
 URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"}
 URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
-# Controls, ends of lines, what turns the direction of text, and halves of characters.
-OBEYED = re.compile(r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 FILE_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 FILE_KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -258,14 +260,7 @@ def reason_of(error: BaseException) -> str:
     """The first line of an exception's message, or the exception's name."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    return str(error).strip().split("\n")[0].strip()[:200] or type(error).__name__
-
-
-def visible(text: str) -> str:
-    """A text with those characters escaped that a terminal obeys or that end a line."""
-    if text.isascii() and text.isprintable():
-        return text
-    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return visible(str(error).strip().split("\n")[0].strip()[:200]) or type(error).__name__
 
 
 class WebFile(io.RawIOBase):
@@ -304,10 +299,20 @@ class WebFile(io.RawIOBase):
 
     def _connect(self) -> httpx.Response:
         headers = {"Range": f"bytes={self.position}-"} if self.position else {}
-        timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
         client = _client(self.private_hosts, os.getpid())
-        request = client.build_request("GET", self.url, headers=headers, timeout=timeout)
-        self.response = client.send(request, stream=True)
+        request = client.build_request("GET", self.url, headers=headers)
+        host, now = request.url.host, time.monotonic()
+        if now < _silent_until.get(host, 0.0):
+            raise httpx.ConnectError(f"no connection to {host}")
+        first = CONNECT_SECONDS if host in _answered else FIRST_SECONDS
+        request.extensions["timeout"] = httpx.Timeout(SILENCE_SECONDS, connect=first).as_dict()
+        try:
+            self.response = client.send(request, stream=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout, socket.gaierror):
+            if host not in _answered:
+                _silent_until[host] = now + first + REST_SECONDS
+            raise
+        _answered.add(host)
         self.response.raise_for_status()
         self.chunks = self.response.iter_raw()
         known = self.position if self.response.status_code != 206 else 0
@@ -340,6 +345,11 @@ class WebFile(io.RawIOBase):
             if number < TRIES:
                 time.sleep(PAUSE_SECONDS * 2 ** (number - 1))
         raise OSError(f"{what}{f', {number} times' if number > 1 else ''}")
+
+
+# Hosts that answered in this process; and those that never did, with the time to ask them again.
+_answered: set[str] = set()
+_silent_until: dict[str, float] = {}
 
 
 @lru_cache(4)
@@ -375,7 +385,10 @@ class _PublicHosts(httpx.HTTPTransport):
 def _addresses(host: str, *, must_exist: bool = False) -> list[str]:
     """The addresses of a host; raises `ValueError` if one of them is private."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        look_up = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
+        found = within(FIRST_SECONDS, look_up)
+    except TimeoutError:
+        raise httpx.ConnectTimeout(f"{host} is not found in time") from None
     except OSError:
         if must_exist:
             raise

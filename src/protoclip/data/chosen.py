@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from protoclip.config import DataConfig
-from protoclip.data.access import open_local, reason_of, visible
+from protoclip.data.access import open_local, reason_of
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import checksum
+from protoclip.terminal import visible
 
 COLUMN = "sample_id"
 Keeps = Callable[[str], bool]  # whether the sample with this id is used

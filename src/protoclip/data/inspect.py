@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
-from protoclip.data.access import visible
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.loader import Item, items_of, read_image
 from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.stream import ShardStream
 from protoclip.progress import Progress
+from protoclip.terminal import visible
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image", "tokens")
@@ -269,7 +269,7 @@ def montage(
         row, column = divmod(number, COLUMNS)
         left, top = GAP + column * (SIDE + GAP), GAP + row * (CELL + GAP)
         sheet.paste(image, (left, top))
-        caption = " ".join(caption.encode("utf-8", "replace").decode()[:400].split())
+        caption = visible(" ".join(caption[:400].split()))
         font = _font(caption)
         characters = max(1, int(SIDE * len(caption) / max(1, font.getlength(caption))))
         lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")

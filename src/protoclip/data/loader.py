@@ -26,6 +26,7 @@ from protoclip.distributed.collectives import rank, world_size
 from protoclip.files import naming, to_json
 
 T = TypeVar("T")
+DAMAGED = (ValueError, KeyError, TypeError, RecursionError)  # what a damaged line raises
 Item = int | Sample | BadSample  # a row, or what a stream gave
 Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
 Crop = Callable[..., npt.NDArray[np.uint8]]
@@ -275,7 +276,7 @@ class SkipLog:
         self._torn = bool(text) and not text.endswith("\n")
         # Sample ids may hold line breaks of Unicode's other than "\n".
         for line in text.split("\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line
+            with contextlib.suppress(*DAMAGED):
                 self.known.add(str(json.loads(line)["sample_id"]))
 
     def add(self, read: int, bad: list[BadSample]) -> None:

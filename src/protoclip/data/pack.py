@@ -3,11 +3,13 @@
 `pack.json` in the folder lists the complete shards, so an interrupted run resumes after the last.
 """
 
+import hashlib
 import io
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +17,14 @@ from typing import Any
 
 from PIL import Image
 
+from protoclip.config import shown
 from protoclip.data.decode import decode, dimensions
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.shards import read_samples
 from protoclip.files import read_json, replacing, write_atomically
 from protoclip.progress import Progress
+from protoclip.terminal import visible
 
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
 JPEG_QUALITY = 95
@@ -64,7 +68,7 @@ def pack(
         "resize": resize,
     }
     out.mkdir(parents=True, exist_ok=True)
-    manifest = _read_manifest(out, settings)
+    manifest = _read_manifest(out, settings, content_key(source))
     if not manifest["complete"]:
         _write_shards(source, out, manifest)
     shards, skipped = manifest["shards"], out / SKIPPED
@@ -83,22 +87,60 @@ def pack(
     return Packed(shards=names, samples=samples, skipped=skipped.read_bytes().count(b"\n"))
 
 
-def _read_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def content_key(source: Pairs) -> str:
+    """Identifies the samples, in their order, by ids and captions, which is quick to read."""
+    found = hashlib.blake2b(digest_size=16)
+    for row in range(len(source)):
+        texts = [source.sample_id(row)]
+        with suppress(BadSample):
+            texts += source.sample_captions(row)
+        found.update("\0".join(texts).encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()
+
+
+def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
     """What an earlier run left, up to the first shard that is missing."""
-    manifest: dict[str, Any] = {"settings": settings, "complete": False, "shards": []}
+    manifest: dict[str, Any] = {"settings": settings, "key": key, "complete": False, "shards": []}
     if (out / MANIFEST).exists():
-        manifest = read_json(out / MANIFEST)
-    elif next(out.glob("*.tar"), None) is not None:
-        raise ValueError(f"{out}: holds tar files of another origin; choose another folder")
-    for key, value in settings.items():
-        if (before := manifest["settings"].get(key)) != value:
-            reason = f"was packed with {key} = {before!r}, not {value!r}"
+        found = read_json(out / MANIFEST)
+        if not _is_manifest(found):
+            raise ValueError(f"{out / MANIFEST}: not what pack writes; choose another folder")
+        manifest |= found  # those of earlier versions have no key
+    elif other := first_name(out):
+        what = "tar files" if other.endswith(".tar") else "files"
+        raise ValueError(
+            f"{out}: holds {what} of another origin, such as {visible(other)}; choose a new folder"
+        )
+    for name, value in settings.items():
+        if (before := manifest["settings"].get(name)) != value:
+            reason = f"was packed with {name} = {shown(before)}, not {shown(value)}"
             raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
+    if manifest["key"] != key:
+        raise ValueError(f"{out}: was packed from other pairs than these; choose another folder")
     for number, shard in enumerate(manifest["shards"]):
         path = out / shard["name"]
         if not path.exists() or path.stat().st_size != shard["bytes"]:
             return {**manifest, "complete": False, "shards": manifest["shards"][:number]}
     return manifest
+
+
+def first_name(folder: Path) -> str | None:
+    """The first name in a folder, of a tar file if there is one; hidden files do not count."""
+    found = [path.name for path in folder.iterdir() if path.name[0] != "."]
+    return min(found, key=lambda name: (not name.endswith(".tar"), name), default=None)
+
+
+def _is_manifest(found: Any) -> bool:
+    """Whether JSON has the form of a manifest."""
+    numbers = ("samples", "bytes", "read", "skipped_bytes")
+    try:
+        names = [shard["name"] for shard in found["shards"]]
+        counts = [shard[key] for shard in found["shards"] for key in numbers]
+        is_whole = isinstance(found["settings"], dict) and isinstance(found["complete"], bool)
+    except (KeyError, TypeError):
+        return False
+    in_order = names == [f"{number:05d}.tar" for number in range(len(names))]
+    return is_whole and in_order and all(type(count) is int and count >= 0 for count in counts)
 
 
 def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:

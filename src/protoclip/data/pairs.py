@@ -27,9 +27,9 @@ from protoclip.data.access import (
     read_file,
     read_range,
     reason_of,
-    visible,
 )
 from protoclip.data.decode import decode
+from protoclip.terminal import visible
 
 MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 

@@ -34,12 +34,12 @@ from protoclip.data.access import (
     open_local,
     reason_of,
     require_allowed,
-    visible,
 )
 from protoclip.data.index import ROWS, ArrowIndex, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tables import caption_columns, captions_in, pairs_of
 from protoclip.progress import Progress
+from protoclip.terminal import visible
 
 IMAGES, TEXTS = frozenset({"jpg", "jpeg", "png", "webp", "gif"}), frozenset({"txt", "json"})
 USED = IMAGES | TEXTS

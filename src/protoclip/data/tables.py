@@ -26,18 +26,11 @@ import numpy as np
 import pyarrow as pa
 
 from protoclip.config import DataConfig
-from protoclip.data.access import (
-    Access,
-    digest,
-    fingerprint,
-    hub_answer,
-    is_url,
-    open_file,
-    visible,
-)
+from protoclip.data.access import Access, digest, fingerprint, hub_answer, is_url, open_file
 from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import replacing
+from protoclip.terminal import visible
 
 # Usual names of columns, the likeliest first; capitals do not matter.
 IMAGE_COLUMNS = (
@@ -396,8 +389,13 @@ def _text_batches(
             form = [ROWS.field("image"), ROWS.field("caption")]
             form = form[: 2 if captions else 1] + [(name, pa.string()) for name in [*single][1:]]
             places = [*map(names.index, single.values())], [*map(names.index, captions)]
-            yield from batches((_row(cells, *places) for cells in rows), pa.schema(form))
+            used = 0
+            for batch in batches((_row(cells, *places) for cells in rows), pa.schema(form)):
+                used += batch.num_rows
+                yield batch
         facts["left_out"] += left_out.notes
+        if left := left_out.counts.total():
+            facts["left_out"].append(f"{path}: {used:,} of {used + left:,} rows are used")
 
 
 def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
@@ -415,7 +413,15 @@ def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
     unpack = COMPRESSED.get(_suffixes(path)[-1], lambda file: file)
     with open_file(path, access) as raw, unpack(raw) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
-        yield iter(partial(text.readline, MAX_LINE), "")
+        yield _limited(text)
+
+
+def _limited(text: io.TextIOWrapper) -> Iterator[str]:
+    """Lines; of one that is too long, its start."""
+    while line := text.readline(MAX_LINE):
+        yield line
+        while len(line) >= MAX_LINE and not line.endswith("\n"):
+            line = text.readline(MAX_LINE)
 
 
 def fault_of(text: str) -> str:
@@ -492,11 +498,13 @@ def _read_json(
 def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str, str | list[str]]]:
     """The values of each record that are texts, whole numbers or lists of these, as texts."""
     for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
         try:
-            record = json.loads(text) if text.strip() else {}
+            record = json.loads(text)
             texts = {name: _json_texts(value) for name, value in record.items()}
         except (ValueError, AttributeError, RecursionError):
-            left_out.add("lines that are no JSON object", text, number)
+            left_out.add(fault_of(text) or "lines that are no JSON object", text, number)
             continue
         used = {name: value for name, value in texts.items() if value is not None}
         escaped = chain.from_iterable(used.values() if "\\u" in text else ())
@@ -504,6 +512,8 @@ def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str,
             left_out.add(fault, text, number)
         elif record:
             yield used
+        else:
+            left_out.add("lines with an empty object", text, number)
 
 
 def _json_texts(value: Any) -> Cell:

@@ -1,6 +1,5 @@
 """The grouping of a run's representations over its checkpoints: what `protoclip analyze` does."""
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from protoclip.config import Config, DataConfig
@@ -23,6 +22,7 @@ from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
+from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -126,8 +126,9 @@ def open_run(run: Path) -> tuple[Config, list[Path]]:
     path = run / "config.toml"
     if not path.is_file():
         raise ValueError(f"{run}: not a run folder, which has a config.toml")
+    tree = read_toml(path)
     try:
-        config = Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        config = Config.from_dict(tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     checkpoints = loading.checkpoints(run)
@@ -241,9 +242,13 @@ def prototypes(checkpoint: Path) -> Mapping[str, Float[Tensor, "k p"]]:
 
     The locked-image stage makes none, and keeps those of the episode before it.
     """
-    if not (checkpoint / loading.RESUME).is_file():
+    path = checkpoint / loading.RESUME
+    if not path.is_file():
         return {}
-    with safe_open(checkpoint / loading.RESUME, "pt") as file:
-        names = {modality: f"clusters/{modality}/centroids" for modality in MODALITIES}
-        present = set(file.keys())
-        return {m: file.get_tensor(name).float() for m, name in names.items() if name in present}
+    names = {modality: f"clusters/{modality}/centroids" for modality in MODALITIES}
+    try:
+        with safe_open(path, "pt") as file:
+            present = {m: name for m, name in names.items() if name in file.keys()}  # noqa: SIM118
+            return {m: file.get_tensor(name).float() for m, name in present.items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error

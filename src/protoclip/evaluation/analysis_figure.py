@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from protoclip.terminal import visible
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MODALITIES = {"image": ("images", COLOURS[0]), "text": ("texts", COLOURS[1])}
 BOTH = ("both together", COLOURS[-1])
@@ -95,6 +97,11 @@ def draw(axes: Axes, points: Points, colour: str, dash: Dash) -> None:
     axes.plot(*points, color=colour, linestyle=dash, marker="o", markersize=2.6, linewidth=1.3)
 
 
+def plain(name: str) -> str:
+    """A name of others as matplotlib takes it for text: it reads formulas between dollars."""
+    return visible(name).replace("$", r"\$")
+
+
 def name_axes(axes: Axes, x: str, y: str, *, samples: bool = False) -> None:
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
@@ -109,7 +116,7 @@ def legend(figure: Figure, entries: Sequence[tuple[str, str, Dash]], columns: in
     rows = [entries[first : first + columns] for first in range(0, len(entries), columns)]
     # matplotlib fills columns first.
     ordered = [row[column] for column in range(columns) for row in rows if column < len(row)]
-    handles = [Line2D([], [], color=c, linestyle=dash, label=label) for label, c, dash in ordered]
+    handles = [Line2D([], [], color=c, linestyle=d, label=plain(label)) for label, c, d in ordered]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
@@ -119,8 +126,8 @@ def run_figure(analysis: Mapping[str, Any]) -> Figure:
     kept = [panel for panel in PANELS if any(curves(analysis, space, panel) for space in spaces)]
     figure, all_axes = grid([panel.title for panel in kept])
     figure.suptitle(
-        f"{analysis['name']}, seed {analysis['seed']}: {analysis['pairs']:,} pairs of "
-        f"{analysis['data']} in {analysis['groups']} groups",
+        f"{plain(analysis['name'])}, seed {analysis['seed']}: {analysis['pairs']:,} pairs of "
+        f"{plain(analysis['data'])} in {analysis['groups']} groups",
         fontsize=11,
     )
     for panel, axes in zip(kept, all_axes, strict=True):

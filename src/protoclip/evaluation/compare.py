@@ -47,8 +47,11 @@ def read_results(run: str | Path) -> dict[str, Any]:
     """
     path = Path(run) / "results.json"
     if not path.is_file():
-        known = path.parent.is_dir()
-        reason = "no results.json; the run has not finished" if known else "no such run folder"
+        reason = "no such run folder"
+        if path.parent.exists():
+            reason = "is a file, not a run folder"
+        if path.parent.is_dir():
+            reason = "no results.json; the run has not finished"
         raise ValueError(f"{path.parent}: {reason}")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import DataConfig, SourceConfig
-from protoclip.data.access import digest, fingerprint, is_url, join, reason_of, visible
+from protoclip.data.access import digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
 from protoclip.data.held_out import image_names
 from protoclip.data.index import cache_folder
@@ -33,10 +33,10 @@ from protoclip.evaluation.readers import (
     TorchvisionImages,
     class_number,
 )
+from protoclip.paths import DATA_HINT
+from protoclip.terminal import visible
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
-KINDS = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "
-KINDS += "wds:FOLDER_OR_URL, torchvision:NAME, karpathy:FILE.json"
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 SYNSETS = "LOC_synset_mapping.txt"  # as Kaggle ships it with ImageNet
 WNID = re.compile(r"n\d{8}")
@@ -205,7 +205,8 @@ def open_data(
         data = _open_pairs(reference, settings, split, class_column)
     else:
         raise ValueError(
-            f"{reference}: no such file, and no reference to a data set ({KINDS}){where(reference)}"
+            f"{reference}: no such file, and no reference to a data set ({DATA_HINT})"
+            f"{where(reference)}"
         )
     if data.splits[split].labels is not None and len(data.class_names) < 2:
         shown = visible(", ".join(data.class_names)[:60]) or "no names"

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from protoclip.distributed.collectives import (
 from protoclip.evaluation.datasets import Images
 from protoclip.files import checksum, file_checksum, replacing, to_json, write_atomically
 from protoclip.progress import Progress
+from protoclip.terminal import say
 
 FEW_IMAGES = 300  # are read faster than worker processes start
 
@@ -206,7 +206,7 @@ class Encoder:
             try:
                 keep(path, found)
             except OSError as error:
-                print(f"warning: features are not kept ({error})", file=sys.stderr)
+                say(f"warning: features are not kept ({error})")
         return found
 
 

@@ -30,7 +30,6 @@ from protoclip.data.access import (
     open_local,
     read_file,
     reason_of,
-    visible,
 )
 from protoclip.data.decode import rgb
 from protoclip.data.folders import IMAGE_SUFFIXES
@@ -39,6 +38,7 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import split_name
 from protoclip.files import replacing, write_atomically
 from protoclip.progress import Progress
+from protoclip.terminal import visible
 
 T = TypeVar("T")
 #: What the folder of a split may be called.

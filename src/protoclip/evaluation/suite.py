@@ -4,7 +4,6 @@ The file reads in the order of a reader's questions: what can be asked (`evaluat
 data can serve, which features they need, what is measured, and how it is written down.
 """
 
-import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ from protoclip.evaluation.zero_shot import (
     zero_shot_ranks,
 )
 from protoclip.progress import Progress
+from protoclip.terminal import say
 
 Data = str | EvaluationData
 GEOMETRY = (
@@ -561,9 +561,9 @@ def say_bad(stage: str, bad: Sequence[Bad], number: int) -> None:
     """Name the first ten images that cannot be used."""
     if bad:
         share = f"{len(bad)} of {number} images cannot be used and are left out"
-        print(f"warning: {stage}: {share}:", file=sys.stderr)
+        say(f"warning: {stage}: {share}:")
     for _, why in bad[:10]:
-        print(f"  {why}", file=sys.stderr)
+        say(f"  {why}")
 
 
 # What is measured?
@@ -725,4 +725,4 @@ def write_samples(samples: SampleResults, path: Path) -> None:
     try:
         samples.write(path)
     except OSError as error:
-        print(f"warning: {path}: not written ({error})", file=sys.stderr)
+        say(f"warning: {path}: not written ({error})")

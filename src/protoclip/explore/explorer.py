@@ -1,6 +1,6 @@
 """A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
 
-import tomllib
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.references import kind_of
@@ -114,8 +115,9 @@ class Explorer:
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
         """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
         encoder = self.encoder
-        image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
+        # One at a time, since an image may be large.
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
+            image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
             pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
             query = encoder.model.encode_image(pixels).float().cpu()
         return self.near(query, number)
@@ -185,7 +187,10 @@ def open_explorer(
             show=show,
         )
         if cache:
-            keep(path, atlas)
+            try:
+                keep(path, atlas)
+            except OSError as error:
+                print(f"warning: the map is not kept ({error})", file=sys.stderr)
     return Explorer(
         name=reference,
         pairs=pairs,
@@ -241,8 +246,9 @@ def run_config(reference: str) -> Config | None:
     for place in (folder, *folder.resolve().parents[:2]):
         path = place / "config.toml"
         if path.is_file():
+            tree = read_toml(path)
             try:
-                return Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+                return Config.from_dict(tree)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
     return None

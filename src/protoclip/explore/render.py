@@ -19,9 +19,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from protoclip.data.access import visible
 from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.explore.atlas import (
@@ -35,6 +35,7 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.explorer import Answer, Explorer, Near
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.terminal import visible
 
 CAPTION_LENGTH, MAP_CAPTION_LENGTH, ID_LENGTH = 300, 120, 120
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
@@ -221,6 +222,11 @@ class Site:
 
         return json.dumps(map_json(self))
 
+    @property
+    def map_in_page(self) -> Markup:
+        """The map for a page that is a file, which may fetch nothing; no text in it ends a tag."""
+        return Markup(self.map.replace("<", "\\u003c"))
+
     def prototype_list(self, modality: Literal["image", "text"]) -> str:
         rows = []
         for each in self.prototypes[modality]:
@@ -361,7 +367,7 @@ class Site:
         return self.page("search.html", "Search", question=asked, sections=sections)
 
     def message(self, title: str, text: str) -> str:
-        return self.page("message.html", title, text=text)
+        return self.page("message.html", title, text=visible(text))
 
     def ids(self, modality: str, number: int) -> list[str]:
         """The sample ids of a prototype's members."""

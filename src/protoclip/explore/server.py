@@ -4,28 +4,36 @@ Every answer is made from a row number, a page number or a text; nothing that a 
 ever opened as a file. `docs/explore.md` has the rules.
 """
 
+import asyncio
 import ipaddress
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, cast
+from urllib.parse import parse_qsl, quote, urlencode
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from protoclip.data.access import visible
 from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.render import LARGE_SIDE, THUMBNAIL_SIDE, Pages, Site, assets, ids_as
 from protoclip.files import checksum
 
 MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
-MAX_PAGE = 1_000_000
+MAX_PAGE, MAX_PATH = 1_000_000, 200
+MAX_CONNECTIONS = 500  # below the usual limit of open files, 1,024
+# Seconds in which a request has to arrive, and after which nobody reads an answer any more.
+REQUEST_SECONDS, READING_SECONDS = 60.0, 30.0
 TYPES = {"css": "text/css", "js": "text/javascript", "csv": "text/csv", "json": "application/json"}
 HEADERS = {
     "content-security-policy": (
@@ -118,15 +126,18 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
             return of.message("Search", str(error)), "html"
 
     async def search_image(request: Request) -> Response:
-        of, body = site(request), b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise HTTPException(413, f"an image may have {MAX_BODY_BYTES:,} bytes")
+        of, body = site(request), bytearray()
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise HTTPException(413, f"an image may have {MAX_BODY_BYTES:,} bytes")
+        except ClientDisconnect:
+            raise HTTPException(400) from None
 
         def answered() -> str:
             try:
-                return of.answer("your image", of.explorer.search_image(body))
+                return of.answer("your image", of.explorer.search_image(bytes(body)))
             except ValueError as error:
                 return of.message("Search", f"This is no image that can be read: {error}")
 
@@ -169,7 +180,14 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         get("/{site:int}/search.html", search),
         Route("/{site:int}/search-image", search_image, methods=["POST"]),
     ]
-    return Guard(Starlette(routes=routes), host=host, token=token)
+    handlers: Any = dict.fromkeys((OSError, ValueError, MemoryError), unanswered)
+    inner = Starlette(routes=routes, exception_handlers=handlers)
+    return Guard(inner, host=host, token=token)
+
+
+def unanswered(request: Request, error: Exception) -> Response:
+    """The answer where data or features cannot be read any more: one line, and no traceback."""
+    return PlainTextResponse(f"This cannot be shown: {visible(str(error))}", 500)
 
 
 def respond(body: str | bytes, kind: str) -> Response:
@@ -221,21 +239,23 @@ class Guard:
     def refused(self, scope: Scope) -> Response | None:
         """The answer to a request that is not let through; or to one that brings the token."""
         headers, request = Headers(scope=scope), Request(scope)
+        if len(scope["path"]) > MAX_PATH:
+            return PlainTextResponse("Too long.", 414)
         if not self.is_own(headers.get("host", "")):
             return PlainTextResponse("This host name is not served here.", 421)
         fetched = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
         foreign = fetched[0] not in ("none", "same-origin")
         if foreign and (fetched[1] != "navigate" or scope["method"] != "GET"):
             return PlainTextResponse("Another site may not ask this.", 403)
-        origin = headers.get("origin")
-        if origin is not None and not self.is_own(origin.partition("://")[2]):
+        origin = headers.get("origin")  # another port is another site
+        if origin is not None and origin.partition("://")[2] != headers.get("host"):
             return PlainTextResponse("Another site may not ask this.", 403)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > MAX_BODY_BYTES:
             return PlainTextResponse("Too large.", 413)
         given = request.query_params.get("token")
         if given is not None and self.is_token(given):
-            answer = RedirectResponse("/", 303)  # and to no other place
+            answer = RedirectResponse(without_token(scope), 303)
             answer.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
             return answer
         if not self.is_token(request.cookies.get(self.cookie, "")):
@@ -258,6 +278,66 @@ class Guard:
 
     def is_token(self, given: str) -> bool:
         return secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+
+def without_token(scope: Scope) -> str:
+    """The address of a request, on this server, without its token."""
+    # Two slashes, of either kind, would begin the name of another host.
+    path = "/" + quote(scope["path"].lstrip("/"))
+    query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    left = urlencode([(name, value) for name, value in query if name != "token"])
+    return f"{path}?{left}" if left else path
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP that hangs up on clients that never finish a request, or never read an answer."""
+
+    request_timer: asyncio.TimerHandle | None = None
+    reading_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.watch_request()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.watch_request()
+
+    def watch_request(self) -> None:
+        """Start the timer of a request that has not arrived whole; stop it for one that has."""
+        arriving = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if arriving and self.request_timer is None:
+            self.request_timer = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+        elif not arriving and self.request_timer is not None:
+            self.request_timer.cancel()
+            self.request_timer = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.watch_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.reading_timer is not None:
+            self.reading_timer.cancel()
+
+    def watch_reading(self) -> None:
+        """Hang up later, unless some of the answer is read until then."""
+        left = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < left:
+                self.watch_reading()
+            else:
+                self.transport.abort()
+
+        self.reading_timer = self.loop.call_later(READING_SECONDS, look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self.request_timer, self.reading_timer):
+            if timer is not None:
+                timer.cancel()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -297,8 +377,9 @@ def server(pages: Pages, *, host: str, token: str) -> uvicorn.Server:
         server_header=False,
         lifespan="off",
         ws="none",
-        http="h11",
+        http=PatientProtocol,
         loop="asyncio",
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=1,
     )
     return uvicorn.Server(settings)

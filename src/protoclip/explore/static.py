@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,20 +14,23 @@ from protoclip.data.pairs import BadSample
 from protoclip.explore.atlas import MAP_PAIRS, MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.render import THUMBNAIL_SIDE, Pages, Site, assets, ids_as, thumbnail
-from protoclip.files import replacing
+from protoclip.files import naming, replacing
 from protoclip.progress import Progress
 
 BATCH = 2048
+SAMPLED = 50  # images, to say how large all will be
 
 
 def write_static(explorers: list[Explorer], folder: Path) -> int:
     """Write read-only pages to a new or empty folder, which appears whole; returns their number.
 
     They have the map, the prototypes with their nearest members, the odd ones out and the
-    near-duplicates, but no search and no pages of single pairs, which need the model.
+    near-duplicates, but no search and no pages of single pairs, which need the model. Says how large
+    they are before it writes the images, which are most of it.
 
     Raises:
-        ValueError: The folder holds something.
+        ValueError: The folder holds something, or its disk has too little room.
+        OSError: The pages cannot be written; names the folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is not empty; choose a new folder with --static")
@@ -34,27 +38,46 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    number = 0
+    number, size = 0, 0
     try:
-        for name, content in contents(pages, rows):
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, str):
-                content = content.encode("utf-8", "replace")
-            path.write_bytes(content)
-            number += name.endswith(".html")
-        progress = Progress("images", len(rows))
-        (temporary / "images").mkdir()
-        for done, row in enumerate(sorted(rows), 1):
-            (temporary / "images" / f"{row}.webp").write_bytes(pages.image(row, THUMBNAIL_SIDE))
-            progress.update(done)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        with naming(folder):
+            for name, content in contents(pages, rows):
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, str):
+                    content = content.encode("utf-8", "replace")
+                path.write_bytes(content)
+                number += name.endswith(".html")
+                size += len(content)
+            free = shutil.disk_usage(temporary).free
+            announce(pages, sorted(rows), folder, written=size, free=free)
+            progress = Progress("images", len(rows))
+            (temporary / "images").mkdir()
+            for done, row in enumerate(sorted(rows), 1):
+                path = temporary / "images" / f"{row}.webp"
+                path.write_bytes(pages.image(row, THUMBNAIL_SIDE))
+                progress.update(done)
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return number
+
+
+def announce(pages: Pages, rows: list[int], folder: Path, *, written: int, free: int) -> None:
+    """Say how large pages and images will be; raise `ValueError` if the images find no room."""
+    some = rows[:: max(1, len(rows) // SAMPLED)]
+    each = sum(len(pages.image(row, THUMBNAIL_SIDE)) for row in some) / max(1, len(some))
+    images = round(each * len(rows))
+    about = f"about {(written + images) / 1e6:,.0f} MB, with {len(rows):,} images"
+    if images > free:
+        raise ValueError(
+            f"{folder}: the pages take {about}, and the disk has {free / 1e6:,.0f} MB left; choose "
+            "another disk, or fewer pairs with --only"
+        )
+    print(f"the pages take {about}", file=sys.stderr)
 
 
 def contents(pages: Pages, rows: set[int]) -> Iterator[tuple[str, str | bytes]]:
@@ -72,7 +95,6 @@ def contents(pages: Pages, rows: set[int]) -> Iterator[tuple[str, str | bytes]]:
 
 def site_contents(site: Site, *, compared: bool) -> Iterator[tuple[str, str]]:
     yield "index.html", site.index()
-    yield "map.json", site.map
     yield "odd-distance.html", site.odd("distance")
     yield "odd-loss.html", site.odd("loss")
     yield "duplicates.html", site.duplicates()

@@ -1,6 +1,5 @@
 """What goes along with the weights: the model card, and the prototypes of a run."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,11 +21,13 @@ from protoclip.data.tables import line
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.samples import DRAWS, SampleResults, resampled
 from protoclip.export.source import Source
-from protoclip.files import read_json, to_json, write_atomically
+from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models import loading, references
 from protoclip.models.loading import RESUME
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
+from protoclip.terminal import visible
+from protoclip.training.run import flat
 
 CARD, PROTOTYPES = "README.md", "prototypes"
 # Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
@@ -160,7 +161,7 @@ def add_captions(source: Source, folder: Path) -> str | None:
 
 def captions_of(run: Path) -> list[str]:
     """Captions of a run's pairs; raises `ValueError` if they are out of reach."""
-    config = Config.from_dict(tomllib.loads((run / "config.toml").read_text("utf-8")))
+    config = Config.from_dict(read_toml(run / "config.toml"))
     for entry in sources.entries(config.data):
         if is_url(entry.path) or entry.path.startswith(("hf:", "pipe:")):
             raise ValueError(f"{entry.path} is not on this machine")
@@ -218,7 +219,8 @@ def write_card(
     """Write the model card; `facts` are what `export` returns."""
     checkpoint = checkpoint_of(source.reference)
     run = run_of(checkpoint)
-    settings = tomllib.loads((run / "config.toml").read_text("utf-8")) if run else {}
+    settings = read_toml(run / "config.toml") if run else {}
+    own_name = flat(settings).get("run.name") or Path(facts["folder"]).name
     differences = facts["differences"]
     library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
     known = [library[name] for name in facts["formats"] if name in library]
@@ -230,7 +232,7 @@ def write_card(
         f"tags: [clip, protoclip{''.join(f', {name}' for name in known[1:])}]",
         "---",
         "",
-        f"# {settings.get('run', {}).get('name') or Path(facts['folder']).name}",
+        f"# {visible(str(own_name))}",
         "",
         f"An image tower and a text tower with one joint space, exported from "
         f"`{source.reference}` by protoclip {protoclip.__version__}.",

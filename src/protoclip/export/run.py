@@ -21,6 +21,7 @@ from protoclip.data.emoji import emoji_table
 from protoclip.data.tables import line
 from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
+from protoclip.files import naming
 from protoclip.models import loading
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
@@ -84,7 +85,8 @@ def export(
         open_clip.point_to(temporary, push_to_hub or str(folder.absolute()))
         facts["prototypes"] = card.write_prototypes(source, temporary)
         facts["captions"] = card.add_captions(source, temporary)
-        card.write_card(source, temporary, facts, hub_name=push_to_hub)
+        with naming(folder):
+            card.write_card(source, temporary, facts, hub_name=push_to_hub)
         if folder.exists():
             raise ValueError(f"{folder}: exists by now; choose another folder")
         temporary.rename(folder)
@@ -132,7 +134,8 @@ def write(source: Source, folder: Path, formats: Sequence[str], *, opset: int) -
             left_out[name] = str(reason)
         except Exception as error:  # what these libraries raise has no common class
             raise ValueError(
-                f"{source.reference}: cannot be exported as {name} ({line(str(error))})"
+                f"{source.reference}: cannot be exported as {name} ({line(str(error))}) into "
+                f"{folder.parent}"
             ) from error
     if not written:
         reasons = "; ".join(f"not as {name}: {reason}" for name, reason in left_out.items())

@@ -1,8 +1,8 @@
 """Models: built from a configuration, or loaded from a run or another reference."""
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 import protoclip
 from protoclip.config import (
     Config,
-    HeadConfig,
-    ImageTowerConfig,
     ModelConfig,
-    TextTowerConfig,
+    build,
 )
 from protoclip.data import transforms
+from protoclip.data.tables import line
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
 from protoclip.distributed.parallel import shard, spread
@@ -39,6 +38,7 @@ from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.references import Loaded, misfits
 from protoclip.models.towers import Tokenizer
+from protoclip.paths import MODEL_HINT
 
 Pair = TypeVar("Pair", bound=TowerPair)
 
@@ -69,13 +69,23 @@ def load(reference: str | Path) -> Loaded:
     if kind in references.OPENERS:
         return references.OPENERS[kind](str(reference), name)
     if not Path(reference).exists():
-        raise ValueError(
-            f"{reference}: no such run or checkpoint folder; other models are written "
-            "open_clip:NAME[/TAG], hf:NAME_OR_FOLDER, local-dir:FOLDER or reference:FILE,model=NAME"
-        )
+        raise ValueError(f"{reference}: no such run or checkpoint folder; {MODEL_HINT}")
     config = saved_config(str(reference))
-    loaded = model(config, seed=0)
-    return loaded.eval(), evaluation_transform(loaded), tokenizer(config)
+    with buildable(config):
+        loaded = model(config, seed=0)
+        return loaded.eval(), evaluation_transform(loaded), tokenizer(config)
+
+
+@contextmanager
+def buildable(config: ModelConfig) -> Iterator[None]:
+    """Turn what a saved description of no possible model raises into one line."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{config.start}: {MODEL} describes no model that can be built ({line(repr(error))}); "
+            "copy it again, or use another checkpoint"
+        ) from error
 
 
 def followed(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
@@ -460,12 +470,12 @@ def find_checkpoint(path: str | Path) -> Path:
 def model_config(description: Mapping[str, Any], folder: Path) -> ModelConfig:
     """The `[model]` section that a checkpoint was saved with, pointing to the checkpoint."""
     try:
-        kinds = {"image": ImageTowerConfig, "text": TextTowerConfig, "heads": HeadConfig}
-        sections = {name: kind(**description["model"][name]) for name, kind in kinds.items()}
-        settings = {**description["model"], **sections, "start": str(folder)}
+        settings = {**description["model"], "start": str(folder)}
+        if missing := {"image", "text", "heads"} - settings.keys():
+            raise KeyError(min(missing))
         settings.pop("checkpoint", None)  # what earlier versions called `start`
-        return ModelConfig(**settings)
-    except (KeyError, TypeError) as error:
+        return build(ModelConfig, settings, "model.")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder}: model.json was written by another version of protoclip ({error})"
         ) from error
@@ -504,7 +514,7 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
                 return f"{name} is not what was written: its checksum differs"
     except OSError as error:
         return f"{Path(error.filename or CHECKSUMS).name} cannot be read: {error.strerror}"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return f"{CHECKSUMS} is damaged"
     return None
 

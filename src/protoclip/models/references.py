@@ -7,7 +7,6 @@ import difflib
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +31,7 @@ from protoclip.models.hugging_face import ImageTransform, open_model
 from protoclip.models.lora import without_adapters
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.towers import Tokenizer
+from protoclip.terminal import say
 
 Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
 
@@ -89,7 +89,7 @@ def open_clip_model(reference: str, name: str) -> Loaded:
             open_clip.load_checkpoint(built, tag)
         tokenizer = towers.build_tokenizer(name)
     if not tag:
-        print(f"note: {reference}: untrained, with seed 0; no weights are named", file=sys.stderr)
+        say(f"note: {reference}: untrained, with seed 0; no weights are named")
     return open_clip_pair(built), open_clip_transform(built), tokenizer
 
 

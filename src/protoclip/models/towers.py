@@ -197,7 +197,13 @@ def small_towers(config: ModelConfig, *, text_source: str = "") -> nn.Module:
         known = timm_settings(image.name)
         usual = asdict(PreprocessCfg(size=size, mean=known.mean, std=known.std))
         set_model_preprocess_cfg(model, usual)
-    set_input_size(model.visual.trunk, size, image.name)  # type: ignore[union-attr]
+    trunk: Any = model.visual.trunk  # type: ignore[union-attr]
+    if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
+        raise ValueError(
+            f"model.image.name: {image.name} widens its features in its head, which open_clip does "
+            "not project; choose another, such as resnet10t or mobilenetv2_050"
+        )
+    set_input_size(trunk, size, image.name)
     return model
 
 

@@ -6,7 +6,6 @@ import os
 import shlex
 import time
 import tomllib
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,13 +26,12 @@ from protoclip.report import findings, looks
 from protoclip.report.figures import COLOURS, DASHES, Series, line_chart, map_chart
 from protoclip.report.looks import Confusions, Examples, Look
 from protoclip.report.runs import Curve, RunFolder, labels, read_run
+from protoclip.terminal import OBEYED
 from protoclip.training.run import flat, resolved, to_toml
 
 HERE = Path(__file__).parent
 LONGEST = 160  # characters of a caption, a name or a setting
 FEW = 10  # bad samples that are named
-# Marks that turn the direction of the text around them.
-TURNING = {*map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))}
 
 # The charts: heading, then title and metric. `*` takes every metric that begins so, and its title
 # goes on with the rest of the name.
@@ -192,12 +190,8 @@ def printable(value: Any) -> Any:
     """
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    kept = (
-        " " if letter in "\n\t" else letter
-        for letter in value
-        if letter in "\n\t" or (letter not in TURNING and unicodedata.category(letter) != "Cc")
-    )
-    return "".join(kept).encode("utf-8", "replace").decode("utf-8")
+    text = value.encode("utf-8", "replace").decode("utf-8")
+    return OBEYED.sub("", text.replace("\n", " ").replace("\t", " "))
 
 
 def clipped(text: Any, length: int = LONGEST) -> str:

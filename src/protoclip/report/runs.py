@@ -2,7 +2,6 @@
 
 import json
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from protoclip.config import Config
 from protoclip.evaluation.compare import read_results
+from protoclip.files import read_json, read_toml
 from protoclip.models import loading
 from protoclip.training.run import flat
 
@@ -46,12 +46,12 @@ class RunFolder:
 
     @property
     def batch_size(self) -> int:
-        return int(self.settings.get("episodes.batch_size", 1))
+        return whole(self.settings, "episodes.batch_size", 1)
 
     @property
     def steps(self) -> int:
         """Steps that the run was to make."""
-        size, count = (int(self.settings.get(f"episodes.{key}", 0)) for key in ("size", "count"))
+        size, count = (whole(self.settings, f"episodes.{key}", 0) for key in ("size", "count"))
         return count * (size // max(1, self.batch_size))
 
     @property
@@ -74,10 +74,7 @@ def read_run(path: str | Path) -> RunFolder:
         holds = folder.is_dir() and any(folder.glob("*/config.toml"))
         hint = f"it holds runs: name them, as {folder}/*" if holds else "a run has a config.toml"
         raise ValueError(f"{folder}: not a run folder; {hint}")
-    try:
-        tree = tomllib.loads(written.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{written}: damaged ({error})") from error
+    tree = read_toml(written)
     config, problem = None, ""
     try:
         config = Config.from_dict(tree)
@@ -88,7 +85,7 @@ def read_run(path: str | Path) -> RunFolder:
     return RunFolder(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
-        seed=int(settings.get("run.seed", 0)),
+        seed=whole(settings, "run.seed", 0),
         settings=settings,
         config=config,
         problem=problem,
@@ -100,6 +97,12 @@ def read_run(path: str | Path) -> RunFolder:
         sweep=read_sweep(folder / "wise_ft.json"),
         checkpoints=loading.checkpoints(folder),
     )
+
+
+def whole(settings: Mapping[str, Any], name: str, default: int) -> int:
+    """A setting of another version, if it is a whole number there too."""
+    value = settings.get(name, default)
+    return value if type(value) is int else default
 
 
 def labels(runs: Sequence[RunFolder]) -> list[str]:
@@ -154,26 +157,42 @@ def is_number(value: Any) -> bool:
 def read_environment(path: Path) -> dict[str, Any]:
     """Hardware and versions, and how the run ended, from `results.json`; empty without it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        keys = ("precision", "train_seconds", "samples_seen", "samples_skipped")
-        return {**found.get("environment", {}), **{k: found[k] for k in keys if k in found}}
-    except (OSError, ValueError, TypeError, AttributeError):
+        found = read_json(path)
+        given = dict(found.get("environment", {}))
+        known: dict[str, Any] = {str(name): str(value) for name, value in given.items()}
+        numbers = ("train_seconds", "samples_seen", "samples_skipped")
+        known |= {name: found[name] for name in numbers if is_number(found.get(name))}
+        return known | ({"precision": str(found["precision"])} if "precision" in found else {})
+    except (ValueError, TypeError):
         return {}
 
 
 def read_analysis(path: Path) -> dict[str, Any] | None:
     """What `protoclip analyze` wrote; None if it did not, or the file is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return dict(found) if found["checkpoints"][-1]["features"] and found["data"] else None
-    except (OSError, ValueError, LookupError, TypeError):
+        found = read_json(path)
+        checkpoints = [
+            {"step": int(entry["step"]), **spaces_of(entry)} for entry in found["checkpoints"]
+        ]
+        known = {"data": str(found["data"]), "pairs": int(found["pairs"])}
+        return {**known, "checkpoints": checkpoints} if checkpoints[-1]["features"] else None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return None
+
+
+def spaces_of(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The finite measures of a checkpoint in each space; `features` are always there."""
+    return {
+        space: {str(k): float(v) for k, v in dict(entry[space]).items() if is_number(v)}
+        for space in ("features", "projections")
+        if space == "features" or space in entry
+    }
 
 
 def read_sweep(path: Path) -> dict[str, Any] | None:
     """The chosen alpha and each point's scores by data set; None without a whole sweep."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         points = [
             {
                 "alpha": float(point["alpha"]),
@@ -183,5 +202,5 @@ def read_sweep(path: Path) -> dict[str, Any] | None:
             for point in found["points"]
         ]
         return {"alpha": float(found["alpha"]), "points": points} if points else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return None

@@ -8,10 +8,9 @@ run needs besides to go on.
 
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -32,6 +31,7 @@ from protoclip.files import (
 from protoclip.models import loading
 from protoclip.models.halves import TEXT_FILES
 from protoclip.models.loading import CHECKSUMS, MODEL, OPTIMIZER, RESUME, STATE, WEIGHTS
+from protoclip.terminal import say
 
 FORMAT = 3  # of what a run needs to go on
 TENSOR = "$tensor"  # key in `state.json` of an object that stands for the tensor of that name
@@ -147,11 +147,33 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
         )
     stored = loading.read_tensors(folder / RESUME)
     tensors = {name: tensor.to(device) for name, tensor in stored.items()}
-    state = {**joined(facts, tensors), "model": {}, "optimizer": {}}
+    with understood(folder):
+        state = {**joined(facts, tensors), "model": {}, "optimizer": {}}
     if rank() == 0:
         state["model"] = loading.read_weights(folder, model)
         state["optimizer"] = loading.read_tensors(folder / OPTIMIZER)
     return state
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Turn what a state of another form raises into a `ValueError` with the way out."""
+    try:
+        yield
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError),
+        *(RuntimeError, TypeError, ValueError),
+    ) as error:
+        raise ValueError(
+            f"{folder / STATE}: not what this version of protoclip writes ({error!r}); "
+            f"restore it from a copy, or delete {folder} to go on from the one before"
+        ) from error
+
+
+def facts_of(folder: Path, name: str) -> dict[str, Any]:
+    """A section of a checkpoint's state, without its tensors."""
+    with understood(folder):
+        return dict(read_json(folder / STATE).get(name, {}))
 
 
 def newest_intact(run: Path, notes: list[str]) -> Path | None:
@@ -290,4 +312,4 @@ class CheckpointWriter:
 
 
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}")

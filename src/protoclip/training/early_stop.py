@@ -50,4 +50,6 @@ class EarlyStop:
         return vars(self).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.keys() != vars(self).keys():
+            raise KeyError("early_stop")
         vars(self).update(state)

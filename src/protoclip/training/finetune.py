@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from protoclip.config import Config, ModelConfig, check
+from protoclip.config import NO_START, Config, ModelConfig, check, shown
 from protoclip.data import sources
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed import collectives
@@ -84,7 +84,8 @@ class Defaults:
 
     def notes(self) -> list[str]:
         return [
-            f"for fine-tuning: {', '.join(f'{section}.{key} = {v}' for key, v in values.items())}"
+            "for fine-tuning: "
+            + ", ".join(f"{section}.{key} = {shown(value)}" for key, value in values.items())
             for section, values in self.decided.items()
         ]
 
@@ -106,10 +107,7 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     settings = Defaults(given)
     config, decide = settings.config, settings.decide
     if config.model.start is None:
-        raise ValueError(
-            "model.start: fine-tuning needs a model to start from, such as a run folder or "
-            "open_clip:NAME/TAG"
-        )
+        raise ValueError(NO_START)
     loading.followed(config.model)
     decide("run.name", "finetuned")
     evaluate_every = decide("run.evaluate_every", 1)

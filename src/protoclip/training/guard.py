@@ -101,7 +101,7 @@ class Guard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
 
 class Watch:

@@ -2,7 +2,6 @@
 
 import errno
 import secrets
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from protoclip.distributed.collectives import all_reduce, world_size
 from protoclip.files import to_json
+from protoclip.terminal import say
 from protoclip.training.guard import Watch
 
 # Lines of metrics.jsonl to keep while they cannot be written; older ones are dropped.
@@ -192,7 +192,7 @@ class MetricsLog:
         for name, other in [*self._others.items()]:
             self._try(name, partial(other.write, step, metrics))
         for warning in self._watch.warnings(step, metrics):
-            print(f"warning: {warning}", file=sys.stderr)
+            say(f"warning: {warning}")
 
     def close(self) -> None:
         self._lines.close()
@@ -215,4 +215,4 @@ class MetricsLog:
 
 
 def warn(name: str, reason: str) -> None:
-    print(f"warning: {name}: {reason}", file=sys.stderr)
+    say(f"warning: {name}: {reason}")

@@ -8,7 +8,6 @@ import difflib
 import platform
 import re
 import signal
-import sys
 import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,15 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import protoclip
-from protoclip.config import PERMISSIONS, START, Config, PrototypeConfig, TeacherConfig, check
+from protoclip.config import (
+    PERMISSIONS,
+    START,
+    Config,
+    PrototypeConfig,
+    TeacherConfig,
+    check,
+    shown,
+)
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.chosen import read_chosen
@@ -34,23 +41,31 @@ from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run, metric_names
 from protoclip.evaluation.validation import guards, judged
-from protoclip.files import read_json, to_json, write_atomically
+from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
-from protoclip.models.loading import STATE
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.paths import require_paths
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
+from protoclip.terminal import say
 from protoclip.training import optim, sizes
-from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
+from protoclip.training.checkpoint import (
+    CheckpointWriter,
+    facts_of,
+    newest_intact,
+    read_checkpoint,
+    understood,
+)
 from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import Guard
 from protoclip.training.logging import MetricsLog
@@ -146,6 +161,7 @@ def train_together(
     begun, results, done = rank0_first(look)
     if results is not None and done:
         return results
+    raise_on_all_ranks(lambda: require_paths(config))
     samples = raise_on_all_ranks(lambda: sources.pairs(config))
     samples, held_out, divided = raise_on_all_ranks(lambda: judged(config, samples))
     watched = raise_on_all_ranks(lambda: guards(config, held_out))
@@ -176,14 +192,19 @@ def train_together(
                 ) from None
             if results is None:
                 (folder / loading.MODEL).unlink(missing_ok=True)  # of an ending that was cut short
+            if results is not None:
+                notes.clear()  # the run is known
             checkpoint = newest_intact(folder, notes) if begun else None
             if checkpoint is not None:
                 run.check_arithmetic(checkpoint)
                 run.check_chosen(checkpoint)
             write_atomically(folder / "config.toml", to_toml(config))
             for note in notes:
-                print(f"note: {note}", file=sys.stderr)
-            print(f"training on {amount}", file=sys.stderr)
+                say(f"note: {note}")
+            said = f"training on {amount}"
+            if results is not None:
+                said = f"{folder}: is trained; only what follows training is done again"
+            say(said)
             return checkpoint
 
         checkpoint = rank0_first(claim)
@@ -238,6 +259,8 @@ class Run:
         device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
         precision = resolve(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}
+        if self.arithmetic == {"run.device": "cpu", "run.precision": "fp16"}:
+            self.notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
         chosen = read_chosen(config.data)
         self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
         self.skips = SkipLog(
@@ -403,7 +426,7 @@ class Run:
         if early_stop is not None:
             early_stop.observe(step, metrics[early_stop.metric])
             if early_stop.is_due and rank() == 0:
-                print(early_stop.reason, file=sys.stderr)
+                say(early_stop.reason)
 
     @property
     def is_finished(self) -> bool:
@@ -490,7 +513,7 @@ class Run:
 
     def check_arithmetic(self, checkpoint: Path) -> None:
         """Refuse to go on with another device or precision, which would round differently."""
-        for setting, before in read_json(checkpoint / STATE).get("arithmetic", {}).items():
+        for setting, before in facts_of(checkpoint, "arithmetic").items():
             if before != self.arithmetic.get(setting, before):
                 raise ValueError(
                     f"{setting}: this run was computed with {before}, and here it would be "
@@ -500,7 +523,7 @@ class Run:
 
     def check_chosen(self, checkpoint: Path) -> None:
         """Refuse to go on with other lists of sample ids, which would mean other data."""
-        before = read_json(checkpoint / STATE).get("chosen", {})
+        before = facts_of(checkpoint, "chosen")
         for setting, key in self.chosen.items():
             if before.get(setting) != key:
                 path = getattr(self.config.data, setting.removeprefix("data."))
@@ -516,15 +539,10 @@ class Run:
             ValueError: The checkpoint does not fit this version or this run.
         """
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-        try:
+        with understood(checkpoint):
             size = self.load_state_dict(state)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{checkpoint / STATE}: not what this version of protoclip writes ({error!r}); "
-                f"restore it from a copy, or delete {checkpoint} to go on from the one before"
-            ) from error
         if rank() == 0:
-            print(f"going on from {checkpoint}, step {self.trainer.step}", file=sys.stderr)
+            say(f"going on from {checkpoint}, step {self.trainer.step}")
         return size
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
@@ -532,12 +550,14 @@ class Run:
         self.trainer.load_state_dict(state)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
-        counts = state["skips"]
+        counts = [(int(read), int(skipped)) for read, skipped in state["skips"]]
         if len(counts) == world_size():
             self.skips.read, self.skips.skipped = counts[rank()]
         elif rank() == 0:  # the number of ranks changed
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
-        self.writer.best = state["best"] and tuple(state["best"])
+        if state["best"]:
+            step, value = state["best"]
+            self.writer.best = int(step), float(value)
         if self.early_stop is not None:
             self.early_stop.load_state_dict(state["early_stop"])
         return int(state["metrics_bytes"])
@@ -629,20 +649,23 @@ def check_folder(
     if begun:
         check_settings(folder, to_toml(config))
     results = folder / "results.json"
-    return begun, read_json(results) if begun and results.is_file() else None
+    if not (begun and results.is_file()):
+        return begun, None
+    read_results(folder)  # or they are damaged
+    return begun, {**read_json(results), "folder": str(folder)}
 
 
 def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
-    before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     # What earlier versions did, without a setting for it.
-    before = {"loss.instance": "info_nce", "loss.strengths": "constant", **before}
+    known = {"loss.instance": "info_nce", "loss.strengths": "constant"}
+    before = known | flat(read_toml(folder / "config.toml"))
     before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
     if "model.checkpoint" in before:  # what version 0.2 called it
         before["model.start"] = before.pop("model.checkpoint")
     now = flat(tomllib.loads(config))
     differ = [
-        f"{key} ({before.get(key, 'unset')} before, {now.get(key, 'unset')} now)"
+        f"{key} ({told(before, key)} before, {told(now, key)} now)"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in FREE
     ]
@@ -651,6 +674,12 @@ def check_settings(folder: Path, config: str) -> None:
             f"{folder}: the run was started with other settings: {', '.join(differ)}; "
             "restore them, or choose another folder with --run.out"
         )
+
+
+def told(settings: Mapping[str, Any], key: str) -> str:
+    """A setting as a recipe holds it; texts without quotes."""
+    value = settings.get(key, "unset")
+    return value if isinstance(value, str) else shown(value)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

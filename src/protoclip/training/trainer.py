@@ -278,7 +278,7 @@ class Trainer:
         parallel.load_weights(self.model, whole)
         parallel.load_moments(self.model, self.optimizer, state["optimizer"])
         for name in PROGRESS:
-            setattr(self, name, state[name])
+            setattr(self, name, type(getattr(self, name))(state[name]))
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])

@@ -4,7 +4,6 @@ Fine-tuning gains on its own data and loses on others. The weights on the line b
 often keep most of the gain at little of the loss; `WiseFT` looks for the best ones.
 """
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from torch import Tensor
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation.suite import RECALLS
-from protoclip.files import read_json, to_json, write_atomically
+from protoclip.files import read_json, replacing, to_json, write_atomically
 from protoclip.models import loading, lora
 from protoclip.progress import Progress
+from protoclip.terminal import say
 from protoclip.training.checkpoint import write_model
 from protoclip.training.run import Run
 
@@ -205,9 +205,10 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         from protoclip.training.wise_ft_figure import figure
     except ImportError:
         install = "pip install 'protoclip[figures]'"
-        print(f"note: no {path.name}: it needs matplotlib; {install}", file=sys.stderr)
+        say(f"note: no {path.name}: it needs matplotlib; {install}")
         return
-    figure(record).savefig(path)
+    with replacing(path) as temporary:
+        figure(record).savefig(temporary, format="png")
 
 
 def data_sets(points: Iterable[Point]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from protoclip.evaluation.analysis_figure import COLOURS
+from protoclip.evaluation.analysis_figure import COLOURS, plain
 
 
 def figure(record: Mapping[str, Any]) -> Figure:
@@ -22,7 +22,7 @@ def figure(record: Mapping[str, Any]) -> Figure:
     *colours, black = COLOURS
     for data, colour in zip(points[0]["scores"], cycle(colours), strict=False):
         values = [100 * point["scores"][data] for point in points]
-        axes.plot(places, values, color=colour, marker="o", markersize=3, label=data)
+        axes.plot(places, values, color=colour, marker="o", markersize=3, label=plain(data))
     means = [100 * point["mean"] for point in points]
     axes.plot(places, means, color=black, linestyle="--", label="mean")
     axes.axvline(alpha, color="#888888", linewidth=1, label=f"chosen: {alpha:g}")

@@ -100,15 +100,31 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
         assert located(path) == path
 
 
-def test_a_guard_in_a_recipe_starts_there_with_its_column(tmp_path, monkeypatch):
-    (tmp_path / "recipes").mkdir()
+@pytest.mark.parametrize(
+    ("guard", "found"),
+    [
+        ("other.csv,class_column=kind", "recipes/other.csv,class_column=kind"),
+        ("other.csv", "recipes/other.csv"),
+        ("other.csv,root=images", "recipes/other.csv,root=recipes/images"),
+        ("no.csv,root=none", "no.csv,root=none"),
+        ("wds:images", "wds:recipes/images"),
+        ("karpathy:other.csv,root=images", "karpathy:recipes/other.csv,root=recipes/images"),
+        ("torchvision:CIFAR10,root=images", "torchvision:CIFAR10,root=recipes/images"),
+        ("wds:https://example.org/images", "wds:https://example.org/images"),
+        ("emoji", "emoji"),
+    ],
+)
+def test_a_guard_in_a_recipe_starts_there(guard, found, tmp_path, monkeypatch):
+    """So do the folder of its images, and a source of validation."""
+    (tmp_path / "recipes" / "images").mkdir(parents=True)
     (tmp_path / "recipes" / "other.csv").touch()
     monkeypatch.chdir(tmp_path)
-    guards = ["other.csv,class_column=kind", "other.csv", "no.csv,root=a", "emoji"]
-    (tmp_path / "recipes" / "r.toml").write_text(f"[run]\nguard = {guards}\n")
+    recipe = f'[run]\nguard = ["{guard}"]\n[data]\nvalidation = "other.csv"\n'
+    (tmp_path / "recipes" / "r.toml").write_text(recipe)
     config: Config = parse(COMMANDS["train"], ["--config", "recipes/r.toml"])
-    found = ["recipes/other.csv,class_column=kind", "recipes/other.csv", *guards[2:]]
-    assert config.run.guard == found
+    assert config.run.guard == [found]
+    assert config.data.validation == "recipes/other.csv"
+    assert parse(COMMANDS["train"], ["--data.validation", "0.1"]).data.validation == 0.1
 
 
 @dataclass(frozen=True)

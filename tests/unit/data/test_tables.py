@@ -183,7 +183,7 @@ WIDTH = "lines with another number of fields than the header"
 def test_a_malformed_line_is_counted_and_named(
     tmp_path: Path, file: str, text: bytes, first: int, ragged: str
 ) -> None:
-    """And costs no other line."""
+    """And costs no other line; numbers of lines add up."""
     pairs = opened(tmp_path, text, file)
     assert captions(pairs) == [("fine",), ("also fine",), ("last",)]
     expected = [
@@ -191,8 +191,11 @@ def test_a_malformed_line_is_counted_and_named(
         f"1 lines with a zero byte (line {first + 3}: '",
         ragged,
     ]
-    for note, what in zip(pairs.notes, expected, strict=True):
+    *notes, total = pairs.notes
+    for note, what in zip(notes, expected, strict=True):
         assert note.startswith(f"{tmp_path / file}: left out {what}")
+    rows = len(text.strip().splitlines()) - (first == 2)
+    assert total == f"{tmp_path / file}: 3 of {rows} rows are used"
 
 
 @pytest.mark.parametrize("separator", [",", "\t"])
@@ -219,7 +222,8 @@ def test_an_open_quote_costs_its_line_alone(tmp_path: Path, separator: str, late
     good = [(c.replace('""', '"'),) for n, c in enumerate(texts) if n not in wrong]
     assert captions(pairs) == good
     lines = [number + 2 + (number > 45 and later == "quoted") for number in sorted(wrong)]
-    (note,) = pairs.notes
+    note, total = pairs.notes
+    assert total.endswith(f": {300 - len(wrong)} of 300 rows are used")
     assert f"{len(wrong)} lines with an open quote (line {', '.join(map(str, lines))}: '40" in note
 
 

@@ -1,18 +1,24 @@
 """Pages, the server that guards them, and the files that hold them."""
 
 import concurrent.futures
+import contextlib
 import http.client
+import io
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from worded import WordModel, distinct_pairs, explorers, loaded
 
 from protoclip.cli import main
@@ -20,7 +26,8 @@ from protoclip.cli.explore import Explore
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.explore.explorer import Explorer
-from protoclip.explore.render import Pages, ids_as, shown
+from protoclip.explore.pairs import explored
+from protoclip.explore.render import Pages, ids_as, shown, thumbnail
 from protoclip.explore.server import MAX_BODY_BYTES, cookie_name, listen, server, url_of
 from protoclip.explore.static import write_static, write_table
 from protoclip.testing import tiny_config
@@ -144,10 +151,15 @@ def test_links_of_every_page_lead_somewhere(port: int) -> None:
         *(("/images/-1.webp", 404), ("/1/prototypes-other.html", 404), ("/1/odd-x.html", 404)),
         *(("/1/odd-loss.html?page=0", 400), ("/1/odd-loss.html?page=x", 400)),
         *(("/1/odd-loss.html?page=" + "9" * 5000, 400), ("/1/odd-loss.html?page=%D9%A1", 400)),
-        *(("/1/ids-image-0.exe", 404), ("/images/" + "9" * 4000 + ".webp", 404)),
+        *(("/1/ids-image-0.exe", 404), ("/images/" + "9" * 5000 + ".webp", 414)),
         *(("/assets/../explorer.py", 404), ("/assets/..%2f..%2fexplorer.py", 404)),
         *(("/../../../../etc/passwd", 404), ("/%2e%2e/%2e%2e/etc/passwd", 404)),
         *(("/images/..%2f..%2fetc%2fpasswd", 404), ("//etc/passwd", 404)),
+        *(("/assets/..%5c..%5cexplorer.py", 404), ("/assets/%252e%252e%252fexplorer.py", 404)),
+        *(("/assets/explore.css%00.html", 404), ("/images/..;/..;/etc/passwd", 404)),
+        *(("/images/file:%2f%2f%2fetc%2fpasswd", 404), ("/images/0.webp/../../etc/passwd", 404)),
+        *(("http://127.0.0.1/etc/passwd", 404), ("/1/%2e%2e%2f%2e%2e/etc/passwd", 404)),
+        *(("/images/%ef%bc%8e%ef%bc%8e%2fetc%2fpasswd", 404), ("/images/1e1.webp", 404)),
         *(
             ("/1/search.html", 200),
             ("/1/search.html?text=%00", 200),
@@ -176,9 +188,25 @@ def test_the_token_in_the_address_becomes_a_cookie(port: int) -> None:
     assert (status, headers["location"]) == (303, "/")
     assert "HttpOnly" in headers["set-cookie"]
     assert "SameSite=lax" in headers["set-cookie"]
-    # A path that begins with two slashes would be an address of another host.
-    _, headers, _ = ask(port, f"//evil.example/?token={TOKEN}", Cookie="")
-    assert headers["location"] == "/"
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("/1/odd-loss.html?page=2&token=T", "/1/odd-loss.html?page=2"),
+        ("/1/search.html?token=T&text=a+%26b&token=x", "/1/search.html?text=a+%26b"),
+        # A path that begins with two slashes would be an address of another host.
+        ("//evil.example/?token=T", "/evil.example/"),
+        ("/%2F%2fevil.example/?token=T", "/evil.example/"),
+        ("/%5Cevil.example?token=T", "/%5Cevil.example"),
+        ("/a%0d%0aSet-Cookie:%20b=c?token=T", "/a%0D%0ASet-Cookie%3A%20b%3Dc"),
+    ],
+)
+def test_a_link_with_a_token_leads_to_its_page_on_this_host(
+    path: str, place: str, port: int
+) -> None:
+    status, headers, _ = ask(port, path.replace("=T", f"={TOKEN}"), Cookie="")
+    assert (status, headers["location"]) == (303, place)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +221,22 @@ def test_the_token_in_the_address_becomes_a_cookie(port: int) -> None:
         ({"Sec_Fetch_Site": "same-origin", "Sec_Fetch_Mode": "cors"}, 200),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
-        ({"Origin": "http://127.0.0.1:8000"}, 200),
+        ({"Origin": "http://127.0.0.1:{port}"}, 200),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "http://127.0.0.1"}, 403),
+        ({"Sec_Fetch_Site": "same-site", "Sec_Fetch_Mode": "cors"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "websocket"}, 403),
+        ({"Host": ""}, 400),
     ],
 )
 def test_foreign_hosts_and_sites_are_refused(
     headers: dict[str, str], status: int, port: int
 ) -> None:
-    assert ask(port, "/1/index.html", **headers)[0] == status
+    given = {name: value.format(port=port) for name, value in headers.items()}
+    assert ask(port, "/1/index.html", **given)[0] == status
+    if "Origin" in headers or "Sec_Fetch_Site" in headers:
+        answered = ask(port, "/1/search-image", method="POST", body=b"x", **given)[0]
+        assert answered == (200 if status == 200 and "navigate" not in given.values() else 403)
 
 
 def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
@@ -243,14 +280,91 @@ def test_a_hundred_clients_are_served(port: int) -> None:
     assert statuses == [200] * 100
 
 
-def test_raw_nonsense_does_not_end_the_server(port: int) -> None:
-    import socket
+def test_clients_that_wait_leave_room_for_others(port: int) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            idle = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            idle.sendall(b"GET /1/index.html HTTP/1.1\r\nHost: localhost\r\n")
+        assert ask(port, "/1/index.html")[0] == 200
 
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: local",
+        b"POST /1/search-image HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n%s\r\n12",
+    ],
+)
+def test_a_request_that_never_ends_is_hung_up_on(
+    sent: bytes, port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("protoclip.explore.server.REQUEST_SECONDS", 0.2)
+    cookie = f"Cookie: {cookie_name(TOKEN)}={TOKEN}\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(sent.replace(b"%s", cookie))
+        with contextlib.suppress(ConnectionResetError):
+            assert raw.recv(1000) == b""
+    assert ask(port, "/1/index.html")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_answer_that_nobody_reads_is_dropped(
+    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("protoclip.explore.server.READING_SECONDS", 0.2)
+    asked = f"GET /assets/bokeh.min.js HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie_name(TOKEN)}"
+    got = 0
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(f"{asked}={TOKEN}\r\n\r\n".encode() * 30)  # 30 MB, more than buffers hold
+        time.sleep(1)
+        with contextlib.suppress(ConnectionResetError):
+            while part := raw.recv(1 << 20):
+                got += len(part)
+    assert got < 25_000_000
+    assert ask(port, "/1/index.html")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_data_that_cannot_be_read_any_more_is_one_line(
+    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def gone(self: Explorer, text: str) -> None:
+        raise OSError(5, "Input/output error", "/data/\x1b[31mfeatures.npy")
+
+    monkeypatch.setattr(Explorer, "search_text", gone)
+    status, headers, body = ask(port, "/1/search.html?text=red")
+    assert (status, headers["content-type"]) == (500, "text/plain; charset=utf-8")
+    assert body.decode().startswith("This cannot be shown: [Errno 5] Input/output error")
+    assert b"\x1b" not in body
+    assert capfd.readouterr().err == ""
+
+
+def test_images_outside_the_data_are_never_shown(tmp_path: Path) -> None:
+    """A row that names one shows as grey; so does a link that leads out."""
+    (tmp_path / "data").mkdir()
+    for place, colour in (("secret.png", "red"), ("data/own.png", "blue")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / place)
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    paths = ("own.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "file:///etc")
+    rows = "\n".join(f"{path}\ta caption" for path in paths)
+    (tmp_path / "data" / "pairs.tsv").write_text(f"image\tcaption\n{rows}\n")
+    config = Config(data=DataConfig(train=str(tmp_path / "data" / "pairs.tsv")))
+    pairs = explored(sources.pairs(config))
+    for row, path in enumerate(paths):
+        red, _, blue = np.asarray(Image.open(io.BytesIO(thumbnail(pairs, row, 32)))).mean((0, 1))
+        assert (blue > 200 and red < 50) if path == "own.png" else abs(blue - red) < 30, path
+
+
+def test_raw_nonsense_does_not_end_the_server(port: int) -> None:
     for sent in (
         b"\0\xff\n\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"GET " + b"a" * 10**6,
         b"POST /1/search-image HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
     ):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
             try:
@@ -306,9 +420,15 @@ def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
         assert read_ids("only", str(path)).ids == set(ids)
 
 
-def test_pages_as_files(two: list[Explorer], tmp_path: Path) -> None:
-    """All links lead to files; nothing asks for the model."""
+def test_pages_as_files(
+    two: list[Explorer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All links lead to files; nothing asks for the model, and their size was said."""
     number = write_static(two, tmp_path / "out")
+    said = re.search(r"the pages take about (\d+) MB, with 60 images", capsys.readouterr().err)
+    assert said
+    size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert abs(int(said[1]) - size / 1e6) < 1
     pages = sorted((tmp_path / "out").rglob("*.html"))
     assert len(pages) == number
     for page in pages:
@@ -318,8 +438,10 @@ def test_pages_as_files(two: list[Explorer], tmp_path: Path) -> None:
         for link in re.findall(r' (?:href|src|data-source)="([^"]+)"', text):
             if not link.startswith(("data:", "#", "?")):
                 assert (page.parent / link).exists(), (page, link)
-    found = json.loads((tmp_path / "out" / "1" / "map.json").read_text(encoding="utf-8"))
-    assert len(found["ids"]) == 60
+    index = (tmp_path / "out" / "1" / "index.html").read_text(encoding="utf-8")
+    held = re.search(r'<script type="application/json" id="map-data">([^<]*)</script>', index)
+    assert held
+    assert len(json.loads(held[1])["ids"]) == 60
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="is not empty; choose a new folder"):
         write_static(two, tmp_path / "out")
@@ -331,10 +453,28 @@ def test_files_that_cannot_be_written_leave_nothing(
     def full(self: Path, content: bytes) -> int:
         raise OSError(28, "No space left on device", str(self))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/out'"):
+            write_static(two[:1], tmp_path / "out")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000))
+    with pytest.raises(ValueError, match=r"out: the pages take about \d+ MB, .* has 0 MB left"):
         write_static(two[:1], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_map_that_cannot_be_kept_is_shown_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.Table.from_pylist(distinct_pairs(20)), tmp_path / "pairs.parquet")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "atlas.npz")
+
+    monkeypatch.setattr("protoclip.explore.explorer.keep", full)
+    (found,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")))
+    assert len(found.atlas) == 20
+    assert "warning: the map is not kept ([Errno 28] No space left" in capsys.readouterr().err
 
 
 def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> None:

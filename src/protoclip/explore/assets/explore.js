@@ -87,8 +87,17 @@ if (file) {
   });
 }
 
+// A server is asked for the map. A page that is a file holds it, since browsers fetch no files.
+async function mapData(place) {
+  const held = document.getElementById("map-data");
+  if (held) return JSON.parse(held.textContent);
+  const answer = await fetch(place.dataset.source);
+  if (!answer.ok) throw new Error(await answer.text());
+  return answer.json();
+}
+
 async function drawMap(place) {
-  const found = await (await fetch(place.dataset.source)).json();
+  const found = await mapData(place);
   await Bokeh.embed.embed_item(found.plot, "map");
   const doc = Bokeh.documents[0];
   const source = doc.get_model_by_name("pairs");
@@ -153,4 +162,9 @@ function legend(way, plain) {
 
 store();
 const map = document.getElementById("map");
-if (map) drawMap(map);
+if (map) {
+  drawMap(map).catch((error) => {
+    map.removeAttribute("role");
+    map.textContent = `The map cannot be drawn (${error.message}). The other pages work without it.`;
+  });
+}

@@ -1,0 +1,168 @@
+"""Typos in paths, found in milliseconds: commands look here before they import anything slow.
+
+Whether a file holds what it should is seen later, by what reads it. Standard library only.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from protoclip.config import START, Config, DataConfig
+
+# What names something else than a local file or folder, as the beginning of a reference.
+DATA_KINDS = ("pipe:", "hf:", "wds:", "torchvision:", "karpathy:")
+MODEL_KINDS = ("open_clip:", "hf:", "local-dir:", "reference:", "timm:")
+DATA_HINT = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "
+DATA_HINT += "wds:FOLDER_OR_URL, torchvision:NAME, karpathy:FILE.json"
+MODEL_HINT = "other models are written open_clip:NAME[/TAG], hf:NAME_OR_FOLDER, "
+MODEL_HINT += "local-dir:FOLDER or reference:FILE,model=NAME"
+
+
+def require_paths(config: Config) -> None:
+    """Refuse local paths in the settings of a run that do not exist.
+
+    Raises:
+        ValueError: Names the setting, and a file or folder of nearly that name if there is one.
+    """
+    require_data_paths(config.data)
+    require_model("model.start", config.model.start)
+    for teacher in (config.teacher, *config.teachers):
+        if teacher.features not in ("emoji", START):
+            require_file("teacher.features", teacher.features)
+    for guard in config.run.guard:
+        require_data_set("run.guard", re.split(r",(?=class_column=|root=)", guard)[0])
+
+
+def require_data_paths(data: DataConfig) -> None:
+    """As `require_paths`, for the section `data`."""
+    if not data.sources:
+        require_source("data.train", data.train)
+    for number, source in enumerate(data.sources):
+        require_source(f"data.sources[{number}].path", source.path)
+        require_folder(f"data.sources[{number}].root", source.root)
+    if isinstance(data.validation, str):
+        require_source("data.validation", data.validation)
+    require_folder("data.root", data.root)
+    require_file("data.only", data.only)
+    require_file("data.without", data.without)
+
+
+def require_source(setting: str, path: str) -> None:
+    """Refuse a source of data that is a local path, without a pattern, and does not exist."""
+    is_pattern = any(sign in path for sign in "*{?[")
+    if path != "emoji" and not path.startswith(DATA_KINDS) and not is_pattern:
+        require_file(setting, path)
+
+
+def require_data_set(setting: str, reference: str) -> None:
+    """As `require_source`, for what may also be the name of a data set.
+
+    Of a word that is no path, what reads it says where such a data set is to be had.
+    """
+    known = reference == "emoji" or reference.startswith(DATA_KINDS)
+    is_pattern = any(sign in reference for sign in "*{?[")
+    is_word = re.fullmatch(r"[\w-]+", reference) and not suggestion(reference)
+    if not (known or is_pattern or is_word):
+        what = f"no such file, and no reference to a data set ({DATA_HINT})"
+        require_path(setting, reference, what)
+
+
+def require_model(setting: str, reference: str | None) -> None:
+    """Refuse a model that is a local path and does not exist."""
+    if reference is not None and not reference.startswith(MODEL_KINDS):
+        what = f"no such run or checkpoint folder; {MODEL_HINT}"
+        require_path(setting, reference, what)
+
+
+def require_teacher(setting: str, reference: str) -> None:
+    """Refuse a teacher that is a local path and does not exist."""
+    if reference != "minilm" and not reference.startswith(MODEL_KINDS):
+        what = "no such run folder or file of features; other teachers are written minilm, "
+        what += "hf:NAME_OR_FOLDER, open_clip:MODEL/TAG or timm:MODEL"
+        require_path(setting, reference, what)
+
+
+def require_run(folder: str) -> None:
+    """Refuse a run folder that does not exist."""
+    require_path("", folder, "no such run folder")
+
+
+def require_file(setting: str, path: str | None) -> None:
+    """Refuse a file or folder that does not exist."""
+    if path is not None:
+        require_path(setting, path, "no such file")
+
+
+def require_folder(setting: str, path: str | None) -> None:
+    """Refuse a folder that does not exist, or is none."""
+    if path is not None:
+        require_path(setting, path, "no such folder")
+        if "://" not in path and not Path(path).is_dir():
+            raise ValueError(f"{setting}: {path}: is a file, not a folder; name a folder")
+
+
+def require_path(setting: str, path: str, what: str) -> None:
+    where = f"{setting}: {path}" if setting else path
+    if not path.strip():
+        raise ValueError(f"{setting or 'path'}: is empty; name a file or folder, or leave it out")
+    if "://" in path:
+        return
+    if "\0" in path:
+        raise ValueError(f"{where}: a path holds no zero byte; leave it out")
+    try:
+        Path(path).expanduser().stat()
+    except FileNotFoundError:
+        raise ValueError(f"{where}: {what}{suggestion(path)}") from None
+    except NotADirectoryError:
+        above = next(folder for folder in Path(path).parents if folder.exists())
+        raise ValueError(f"{where}: {what}; {above} is a file, not a folder") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: of a user without a home
+        error = getattr(error, "strerror", None) or error
+        raise ValueError(f"{where}: cannot be opened ({error}); check the path") from None
+
+
+def require_place(setting: str, path: str, *, is_folder: bool) -> None:
+    """Refuse a place where no file, or with `is_folder` no folder, can be written.
+
+    Whether a folder may already hold something is for others to say.
+    """
+    if not path.strip():
+        raise ValueError(f"{setting}: is empty; name a {'folder' if is_folder else 'file'}")
+    place, where = Path(path), f"{setting}: {path}"
+    if place.is_symlink() and not place.exists():
+        raise ValueError(f"{where}: is a link that leads nowhere; choose another place")
+    if place.is_dir() and not is_folder:
+        raise ValueError(f"{where}: is a folder; name a file in it")
+    for above in (place, *place.parents) if is_folder else place.parents:
+        if not above.exists():
+            continue
+        if not above.is_dir():
+            what = "" if above == place else f"{above} "
+            raise ValueError(f"{where}: {what}is a file, not a folder; choose another place")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"{where}: {above} may not be written to; check its permissions, or choose "
+                "another place"
+            )
+        return
+
+
+def suggestion(path: str) -> str:
+    """What to say about a name close to that of a path which does not exist; or nothing."""
+    place = Path(path)
+    close = difflib.get_close_matches(place.name, list(names(place.parent)), n=1)
+    return f"; did you mean {place.with_name(close[0])}?" if close else ""
+
+
+def names(folder: Path) -> Iterator[str]:
+    """The first thousands of names in a folder that can be shown; none if it cannot be read."""
+    try:
+        for number, found in enumerate(folder.iterdir()):
+            if number == 10_000:
+                return
+            if re.fullmatch(r"[ -~]+", found.name):
+                yield found.name
+    except OSError:
+        return

@@ -1,0 +1,305 @@
+"""What the command line answers to hostile input; `cases.toml` is the table, and explains itself.
+
+Every case runs in one process, in one folder (`world.py`), of which nothing may change or appear
+that the case does not name.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import tomllib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+import world
+
+from protoclip.cli import main
+
+TABLE = tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding="utf-8"))
+ERROR = "protoclip: error: "
+SECONDS = 20  # no case may take longer
+# Lines on standard error that may come before an error.
+BESIDE = ("note: ", "warning: ", "training on ", "train ", "computing: ", "going on from ", "inspect ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A row of the table."""
+
+    group: str
+    line: str
+    says: list[str]  # patterns of the last line, or if all went well of some lines
+    code: int = 2
+    given: str = ""  # shell commands that prepare the folder
+    makes: list[str] = field(default_factory=list)  # patterns of paths that may be new or changed
+    full: int | None = None  # the disk is full after so many bytes of a file
+
+    @property
+    def name(self) -> str:
+        said = f"{self.line} | {self.given}" if self.given else self.line
+        return f"{self.group}: {re.sub(r'[^ -~]', '?', said)[:90]}"
+
+
+def cases() -> list[Case]:
+    found = []
+    for group, rows in TABLE.items():
+        for line, says, *more in rows:
+            lines = [says] if isinstance(says, str) else says
+            found.append(Case(group=group, line=line, says=lines, **dict(*more)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The world as the current folder, without a network."""
+    place = tmp_path_factory.mktemp("hostile") / "world"
+    place.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(socket, "getaddrinfo", no_network(socket.getaddrinfo))
+        patch.setenv("COLUMNS", "300")
+        # Commands that start a worker for each core then read in this process.
+        patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            world.build()
+        shutil.copytree(place, place.with_name("pristine"), symlinks=True, copy_function=copy)
+        yield place
+
+
+def no_network(before: Any) -> Any:
+    def getaddrinfo(host: Any, *more: Any, **options: Any) -> Any:
+        if host not in ("127.0.0.1", "localhost", "::1", None):
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+        return before(host, *more, **options)
+
+    return getaddrinfo
+
+
+def copy(source: str, target: str) -> str:
+    """Copy a file; a pipe is made anew."""
+    if stat.S_ISFIFO(os.lstat(source).st_mode):
+        os.mkfifo(target)
+        return target
+    return shutil.copy2(source, target, follow_symlinks=False)
+
+
+@functools.cache
+def digest(path: Path, inode: int, changed: int) -> str:
+    """Of the content of a file, which is read anew when it has changed."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What each path below a folder is, and the digest of each file."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        kind = stat.S_IFMT(status.st_mode)
+        what = oct(kind)
+        if kind == stat.S_IFREG:
+            what += digest(path, status.st_ino, status.st_ctime_ns)
+        elif kind == stat.S_IFLNK:
+            what += os.readlink(path)  # noqa: PTH115
+        found[str(path.relative_to(folder))] = what
+    return found
+
+
+@pytest.fixture(scope="module")
+def as_built(folder: Path) -> dict[str, str]:
+    return contents(folder)
+
+
+def restore(folder: Path, as_built: dict[str, str]) -> None:
+    """Make the world what it was."""
+    now = contents(folder)
+    for name in sorted(now.keys() | as_built.keys()):
+        path, original = folder / name, folder.with_name("pristine") / name
+        if now.get(name) == as_built.get(name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if name in as_built and not os.path.lexists(path):
+            if original.is_dir() and not original.is_symlink():
+                path.mkdir()
+            else:
+                copy(str(original), str(path))
+
+
+class TooSlow(BaseException):
+    """No exception that a command may catch."""
+
+
+@contextlib.contextmanager
+def limited(full: int | None) -> Iterator[None]:
+    """With a time limit, and a disk that holds no longer files."""
+
+    def ring(*_: Any) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, ring)
+    sizes = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.alarm(SECONDS)
+    try:
+        if full is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (full, sizes[1]))
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    code: int
+    out: list[str]
+    err: list[str]
+    seconds: float
+    changed: list[str]
+
+
+def answer(case: Case, folder: Path) -> Answer:
+    """Run a case."""
+    if case.given:
+        subprocess.run(["sh", "-ec", case.given], check=True, cwd=folder, timeout=20)
+    before, code = contents(folder), 0
+    out, err, started = io.StringIO(), io.StringIO(), time.monotonic()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(record=True) as warned,
+        limited(case.full),
+    ):
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning):
+            warnings.simplefilter("ignore", category)
+        try:
+            main(shlex.split(case.line))
+        except SystemExit as end:
+            code = int(str(end.code or 0))
+    seconds, after = time.monotonic() - started, contents(folder)
+    names = sorted(before.keys() | after.keys())
+    shown = err.getvalue().split("\n") + [f"{w.category.__name__}: {w.message}" for w in warned]
+    return Answer(
+        code=code,
+        out=[line for line in out.getvalue().split("\n") if line.strip()],
+        err=[line for line in shown if line.strip()],
+        seconds=seconds,
+        changed=[name for name in names if before.get(name) != after.get(name)],
+    )
+
+
+def fits(line: str, pattern: str) -> bool:
+    """Whether a line is as a pattern says, in which `...` stands for anything."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("..."))), line) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
+def test_the_answer_is_one_clear_line_and_nothing_is_lost(
+    case: Case, folder: Path, as_built: dict[str, str]
+) -> None:
+    try:
+        got = answer(case, folder)
+    finally:
+        restore(folder, as_built)
+    assert got.code == case.code, got
+    lines = [*got.err, *got.out]
+    if case.code:
+        assert got.err, got
+        *beside, last = got.err
+        assert last.startswith(ERROR), last
+        assert all(line.startswith(BESIDE) for line in beside), beside
+        lines = [last.removeprefix(ERROR)]
+    for pattern in case.says:
+        assert any(fits(line, pattern) for line in lines), "\n".join([pattern, *lines])
+    unclean = [line for line in lines if not line.isprintable()]
+    assert not unclean, unclean
+    made = [name for name in got.changed if not any(fnmatchcase(name, p) for p in case.makes)]
+    assert not made, made
+
+
+def test_the_table_is_large_and_has_no_row_twice() -> None:
+    found = cases()
+    assert len(found) >= 320
+    keys = [(case.line, case.given, case.full) for case in found]
+    assert len(set(keys)) == len(keys), [key for key in keys if keys.count(key) > 1]
+
+
+# A typo in each path that a command reads or writes.
+TYPOS = """\
+train --data.train none.tsv
+train --data.validation none.tsv --data.train test_hostile.py
+train --data.root none
+train --data.only none.csv
+train --model.start none
+train --teacher.features none.npy
+train --run.guard none.tsv
+train --run.out test_hostile.py/new
+train --config none.toml
+finetune none
+finetune . --guard none.tsv
+evaluate none
+evaluate . --data none.tsv
+evaluate . --root none
+evaluate . --compare_to none
+evaluate . --out test_hostile.py/new
+compare none
+analyze none
+analyze . --data none.tsv
+report none
+report . --out .
+explore none
+explore . --data none.tsv
+explore . --atlas .
+export none new
+export . test_hostile.py/new
+embed-teacher --teacher none --out new
+embed-teacher --teacher . --out new --data.train none.tsv
+data inspect none.tsv
+data inspect test_hostile.py --montage .
+data pack none.tsv new
+data pack test_hostile.py test_hostile.py
+data index none.tsv
+"""
+
+
+def test_typos_in_paths_are_found_before_anything_slow_is_imported() -> None:
+    program = f"""
+import sys
+from protoclip.cli import main
+for line in {TYPOS.splitlines()}:
+    try:
+        main(line.split())
+    except SystemExit as end:
+        assert end.code == 2, line
+    else:
+        raise AssertionError(line)
+    slow = sys.modules.keys() & {{"torch", "torchvision", "open_clip", "datasets", "pyarrow"}}
+    assert not slow, (line, slow)
+"""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(TYPOS.splitlines())

@@ -1,0 +1,139 @@
+"""Without a network, what needs one says so in one line within seconds."""
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pyarrow.parquet as pq
+import pytest
+from audited import call
+
+from protoclip.data import access
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import run
+
+SECONDS = 5.0  # that may pass before the line
+PAUSE = 60.0  # that a network without an answer lets a caller wait
+
+
+def no_name(host: Any, *given: Any, **more: Any) -> Any:
+    raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+def some_name(host: Any, port: Any, *given: Any, **more: Any) -> Any:
+    """A public address, which is asked nothing."""
+    address = ("93.184.215.14", int(port or 0))
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)]
+
+
+def slow_name(host: Any, *given: Any, **more: Any) -> Any:
+    time.sleep(PAUSE)
+    return no_name(host)
+
+
+def refuse(self: socket.socket, address: Any) -> None:
+    raise ConnectionRefusedError(111, "Connection refused")
+
+
+def wait(self: socket.socket, address: Any) -> None:
+    """As long as the caller allows."""
+    limit = self.gettimeout()
+    time.sleep(PAUSE if limit is None else limit)
+    raise TimeoutError("timed out")
+
+
+NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "no names": (no_name, refuse),
+    "names are looked up for ever": (slow_name, refuse),
+    "connections are refused": (some_name, refuse),
+    "nobody answers": (some_name, wait),
+}
+SLOW = ("names are looked up for ever", "nobody answers")
+# A command, and what its line says.
+NEEDS: dict[str, str] = {
+    "evaluate hf:nobody/model": "hf:nobody/model: the hub does not answer",
+    "evaluate open_clip:ViT-B-32/laion2b_s34b_b79k": "the hub does not answer",
+    "evaluate open_clip:RN50/openai": "open_clip:RN50/openai: ",
+    "train --model.start hf:nobody/model": "hf:nobody/model: the hub does not answer",
+    "train --model.name RN50 --model.pretrained openai": "RN50",
+    "train --model.text.name nobody/model": "nobody/model",
+    "data inspect hf:nobody/data": "hf:nobody/data: the hub does not answer",
+    "data inspect https://example.com/pairs.parquet": "https://example.com/pairs.parquet: ",
+    "data inspect https://example.com/{0..1}.tar --data.workers 1": "https://example.com/0.tar",
+    "train --data.train https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
+    "evaluate {}/run --data https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
+    "embed-teacher --teacher hf:nobody/model --data.train {}/pairs.parquet --out {out}/f": "hub",
+    "embed-teacher --teacher timm:resnet18 --data.train {}/pairs.parquet --out {out}/f": "resnet18",
+    "export hf:nobody/model {out}/exported": "hf:nobody/model: the hub does not answer",
+    "export {}/run {out}/exported --formats open_clip --push_to_hub me/model": "the hub does not answer",
+    "explore hf:nobody/model --data {}/pairs.parquet --static {out}/pages": "hub does not answer",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    pq.write_table(tiny_pairs(64), home / "pairs.parquet")
+    run.train(tiny_config(str(home / "pairs.parquet"), out=str(home / "run")))
+    return home
+
+
+@pytest.fixture
+def cut(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, of one kind; no earlier download; no proxy."""
+    look_up, connect = NETWORKS[request.param]
+    for name in ("getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, look_up)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(access, "_silent_until", {})
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+# One command for each way to the network; on networks that take seconds to fail, only these.
+WAYS = ("evaluate hf:", "evaluate open_clip:RN50", "train --model.text", "data inspect h", "timm:")
+
+
+@pytest.mark.parametrize(
+    ("cut", "command"),
+    [
+        pytest.param(network, command, marks=[pytest.mark.slow] * (network in SLOW))
+        for command in NEEDS
+        for network in NETWORKS
+        if network not in SLOW or any(way in command for way in WAYS)
+    ],
+    indirect=["cut"],
+)
+def test_without_a_network_there_is_one_line_within_seconds(cut, command, home, tmp_path):
+    words = command.replace("{out}", str(tmp_path)).replace("{}", str(home)).split()
+    began = time.monotonic()
+    ended = call(words, writes=[tmp_path], keeps=home, seconds=2 * PAUSE)
+    took = time.monotonic() - began
+    assert ended.code == 2
+    assert NEEDS[command] in ended.error
+    assert took < SECONDS, f"{took:.1f} s"
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETWORKS],
+    indirect=True,
+)
+def test_images_behind_urls(cut, tmp_path):
+    """Each is a bad sample whose reason is the network; a run of them stops with one line."""
+    rows = [f"https://example.com/{number}.jpg,caption {number}" for number in range(64)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["url,caption", *rows]))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(run.to_toml(tiny_config(f"{tmp_path}/pairs.csv", out=f"{tmp_path}/run")))
+    began = time.monotonic()
+    ended = call(["train", "--config", str(recipe)], writes=[tmp_path], seconds=2 * PAUSE)
+    assert ended.code == 2
+    assert "samples read are bad" in ended.error or "no network" in ended.error
+    assert time.monotonic() - began < SECONDS

@@ -1,0 +1,173 @@
+"""No character that a terminal obeys comes out of data, paths or names; markup in them is text."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from audited import Ended, call
+
+from interrupting import with_changes
+from protoclip.config import Config
+from protoclip.data.inspect import montage
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.files import to_json
+from protoclip.progress import Progress
+from protoclip.terminal import say, visible
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import run
+
+# A title for the window, an end of line, a mark that turns text, a C1 control; markup of rich,
+# HTML and matplotlib.
+ODD = "a\x1b]0;title\x07\u2028b\u202ec\x9b2J [red]d[/red] [/] <b>e</b> $\\frac{"
+SHOWN = "a\\x1b]0;title\\x07\\u2028b\\u202ec\\x9b2J [red]d[/red] [/] <b>e</b> $\\frac{"
+RAW = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+FOLDER = "run\x1b[31m\u2028\u202e [b]"
+
+
+def test_visible_escapes_what_terminals_obey_and_no_more():
+    bidi = [0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+    obeyed = {*range(0x20), *range(0x7F, 0xA0), *bidi, *range(0xD800, 0xE000)}
+    changed = {code for code in range(0x110000) if visible(chr(code)) != chr(code)}
+    assert changed == obeyed
+    assert visible("a\x1b\n\u2028\ud800") == r"a\x1b\n\u2028\ud800"
+    assert visible(visible(ODD)) == visible(ODD) == SHOWN
+
+
+def test_json_holds_the_same_without_raw_characters():
+    text = to_json({ODD: [ODD, "\ud800", "é\U0001f680"]}, indent=2)
+    assert not RAW.search(text)
+    assert "é\U0001f680" in text
+    assert json.loads(text) == {ODD: [ODD, "\ud800", "é\U0001f680"]}
+
+
+def test_notes_and_progress_are_visible(capsys):
+    say(f"note: {ODD}")
+    Progress(ODD, 1).update(1, ODD)
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {SHOWN}",
+        f"{SHOWN}: 100%, 0s so far ({SHOWN})",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--config", f"{ODD}.toml"],
+        ["train", "--data.train", f"{ODD}.tsv"],
+        ["train", "--data.train", "a\nb.tsv"],
+        ["train", "--model.name", ODD],
+        ["train", "--model.start", ODD],
+        ["train", f"--{ODD}", "1"],
+        ["train", "--run.seed", ODD],
+        ["train", "--loss.instance", ODD],
+        ["evaluate", ODD],
+        ["compare", ODD],
+        ["report", ODD],
+        ["explore", ODD],
+        ["explore", "a", "b", ODD],
+        ["export", ODD, "out"],
+        ["embed-teacher", "--teacher", ODD, "--out", "out"],
+        ["data", "inspect", ODD],
+        [ODD],
+    ],
+)
+def test_a_mistake_with_odd_characters_is_one_line(words, tmp_path, monkeypatch):
+    """`call` checks that; the line shows what was typed."""
+    monkeypatch.chdir(tmp_path)
+    ended = call(words, keeps=tmp_path)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    if "--run.seed" not in words and "b" not in words:
+        assert "title" in ended.error or "a\\nb.tsv" in ended.error
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on data whose every text is odd, in a folder whose name is."""
+    home = tmp_path_factory.mktemp("odd")
+    table = tiny_pairs(60)
+    captions = [f"{text} {row} {ODD}" for row, text in enumerate(table["caption"].to_pylist())]
+    classes = [f"{text.split()[1]} {ODD}" for text in table["caption"].to_pylist()]
+    ids = [f"{row} {ODD}" for row in range(60)]
+    images = table["image"].to_pylist()
+    images[7] = b"no image"
+    columns = {"image": images, "caption": captions, "sample_id": ids, "class": classes}
+    pq.write_table(pa.table(columns), home / f"{FOLDER}.parquet")
+    config = tiny_config(str(home / f"{FOLDER}.parquet"), out=str(home / FOLDER))
+    changes = {
+        "run": {"name": ODD},
+        "data": {"validation": 0.4, "class_column": "class", "max_bad_share": 0.5},
+        "episodes": {"size": 32, "count": 3, "batch_size": 16},
+    }
+    write_recipe(with_changes(config, changes), home / "recipe.toml")
+    ended = call(["train", "--config", str(home / "recipe.toml")], writes=[home])
+    assert "step" in ended.err
+    assert "eval/" in ended.out
+    return home
+
+
+def write_recipe(config: Config, path: Path) -> None:
+    path.write_text(run.to_toml(config), encoding="utf-8")
+
+
+def on(home: Path, *words: str) -> Ended:
+    return call([word.replace("{}", str(home / FOLDER)) for word in words], writes=[home])
+
+
+def test_log_lines_hold_no_raw_character(odd):
+    """Skipped samples keep their exact ids."""
+    skipped = (odd / FOLDER / "skipped.jsonl").read_text(encoding="utf-8")
+    assert json.loads(skipped)["sample_id"] == f"7 {ODD}"
+    for name in ("skipped.jsonl", "metrics.jsonl", "results.json"):
+        assert not RAW.search((odd / FOLDER / name).read_text(encoding="utf-8")), name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("compare", "{}", "{}2"),
+        ("evaluate", "{}", "--data", "{}.parquet", "--class_column", "class", "--workers", "0"),
+        ("analyze", "{}", "{}2", "--samples", "16"),
+        ("data", "inspect", "{}.parquet", "--data.workers", "1"),
+        ("data", "inspect", "{}.parquet", "--data.workers", "1", "--json"),
+        ("data", "pack", "{}.parquet", "{}-packed"),
+        ("export", "{}", "{}-exported", "--formats", "open_clip"),
+        ("train", "--config", "{}/config.toml", "--run.out", "{}", "--resume", "auto"),
+    ],
+)
+def test_commands_show_odd_names_as_text(odd, words):
+    """`call` finds raw characters; markup that vanished is missing here."""
+    if (odd / FOLDER).exists() and not (odd / f"{FOLDER}2").exists():
+        shutil.copytree(odd / FOLDER, odd / f"{FOLDER}2")
+    ended = on(odd, *words)
+    assert ended.code == 0
+    said = " ".join((ended.out + ended.err).split())
+    if words[0] in ("compare", "analyze"):
+        assert "[red]d[/red]" in said
+    if words[0] != "compare":
+        assert "[b]" in said or "[red]" in said
+
+
+def test_report_and_pages_hold_no_raw_character(odd):
+    """The exact ids that pages hold for the selection are no text; nobody sees them."""
+    on(odd, "report", "{}", "--out", "{}.html", "--samples", "40")
+    on(odd, "explore", "{}", "--static", "{}-pages", "--workers", "0")
+    pages = [odd / f"{FOLDER}.html", *(odd / f"{FOLDER}-pages").rglob("*.html")]
+    assert len(pages) > 5
+    for page in pages:
+        text = re.sub(r'data-id="[^"<>]*"', "", page.read_text(encoding="utf-8"))
+        assert not RAW.search(text), page
+        assert "<b>e</b>" not in text, page
+    assert any("&lt;b&gt;e&lt;/b&gt;" in page.read_text(encoding="utf-8") for page in pages)
+
+
+def test_a_montage_draws_escapes(tmp_path):
+    drawn = []
+    for caption in (ODD[:20], visible(ODD[:20])):
+        table = tiny_pairs(1).set_column(1, "caption", pa.array([caption]))
+        drawn.append(montage(ImageTextPairs(table, name="one")).tobytes())
+    assert drawn[0] == drawn[1]

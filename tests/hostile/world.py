@@ -1,0 +1,181 @@
+"""A folder of small good things: pairs in every form, runs, an export, a teacher's features."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from protoclip.cli import main
+from protoclip.testing import tiny_pairs
+
+PAIRS = 64
+# What a run of seconds needs beside a table and a folder.
+TINY = """
+[run]
+device = "cpu"
+precision = "fp32"
+evaluate = false
+keep_checkpoints = 1
+[data]
+train = "pairs.parquet"
+[model]
+embed_dim = 16
+[model.image]
+name = "mobilenetv2_035"
+size = 32
+[model.text]
+context_length = 8
+width = 16
+layers = 1
+[model.heads]
+hidden_dim = 32
+projection_dim = 8
+[episodes]
+size = 32
+count = 2
+batch_size = 16
+warm_up = 0
+locked_image = 0
+[prototypes]
+number = 8
+iterations = 2
+"""
+TUNE = """
+[run]
+device = "cpu"
+precision = "fp32"
+evaluate = false
+keep_checkpoints = 1
+guard = ["classes.parquet,class_column=kind"]
+[data]
+train = "pairs.parquet"
+[model]
+start = "run"
+[episodes]
+size = 32
+count = 1
+batch_size = 16
+"""
+
+
+def build() -> None:
+    """Write everything into the current folder."""
+    table = tiny_pairs(PAIRS)
+    pq.write_table(table, "pairs.parquet")
+    kinds = pa.array([caption.as_py().split()[1] for caption in table["caption"]])
+    pq.write_table(table.append_column("kind", kinds), "classes.parquet")
+    for folder in ("empty", "other"):
+        Path(folder).mkdir()
+    pq.write_table(table.take(list(range(PAIRS))[::-1]), "other/pairs.parquet")
+    pq.write_table(pa.table({"a": [1]}), "bare.parquet")
+    pq.write_table(pa.table({"image": ["a"], "caption": [1]}), "numbers.parquet")
+    write_images(table)
+    write_tar(table)
+    write_odd_images()
+    Path("tiny.toml").write_text(TINY)
+    Path("tune.toml").write_text(TUNE)
+    Path("ids.csv").write_text("sample_id\ntiny/0\ntiny/1\n")
+    Path("notes.txt").write_text("keep me\n")
+    called("train --config tiny.toml --run.out run --run.name run --run.evaluate true")
+    called("train --config tiny.toml --run.out short")
+    called("finetune --config tune.toml --run.out tuned --alpha 0.5")
+    called("export run exported --formats open_clip")
+    called("embed-teacher --teacher run --data.train pairs.parquet --out teacher")
+    called("data pack pairs.parquet shards --samples_per_shard 24")
+
+
+def called(line: str) -> None:
+    """A command that has to succeed."""
+    main(line.split())
+
+
+def write_images(table: pa.Table) -> None:
+    """The images as files, with a TSV and a JSON Lines table of them."""
+    Path("images").mkdir()
+    rows = []
+    for number, (image, caption) in enumerate(columns(table)):
+        Path(f"images/{number:02}.png").write_bytes(image)
+        rows.append((f"images/{number:02}.png", caption))
+    tsv = "".join(f"{path}\t{caption}\n" for path, caption in rows)
+    Path("pairs.tsv").write_text(f"image\tcaption\n{tsv}")
+    Path("pairs.jsonl").write_text(
+        "".join(f'{{"image": "{path}", "caption": "{caption}"}}\n' for path, caption in rows)
+    )
+
+
+def write_tar(table: pa.Table) -> None:
+    """The pairs as one tar file."""
+    with tarfile.open("pairs.tar", "w") as tar:
+        for number, (image, caption) in enumerate(columns(table)):
+            for suffix, content in ((".png", image), (".txt", caption.encode())):
+                member = tarfile.TarInfo(f"{number:03}{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def columns(table: pa.Table) -> list[tuple[bytes, str]]:
+    return list(zip(table["image"].to_pylist(), table["caption"].to_pylist(), strict=True))
+
+
+def encoded(kind: str, *, side: int = 32, mode: str = "RGB") -> bytes:
+    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_odd_images() -> None:
+    """Files that look like images, are damaged, or are no regular files."""
+    odd = Path("odd")
+    odd.mkdir()
+    jpeg, png = encoded("JPEG", side=64), encoded("PNG")
+    files = {
+        "empty.jpg": b"",
+        "cut.jpg": jpeg[:-300],
+        "head.jpg": jpeg[:20],
+        "cut.png": png[: len(png) // 2],
+        "damaged.png": png[:60] + bytes(10) + png[70:],
+        "page.jpg": b"<html><body>404 Not Found</body></html>",
+        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "program.jpg": b"MZ" + bytes(100),
+        "zeros.png": bytes(1000),
+        "text.jpg": b"\xef\xbb\xbfhello",
+        "bomb.png": bomb(),
+        "gif.gif": encoded("GIF"),
+        "cmyk.jpg": encoded("JPEG", mode="CMYK"),
+        "grey.png": encoded("PNG", mode="L"),
+        "palette.png": encoded("PNG", mode="P"),
+        "deep.png": deep(),
+        "thin.png": encoded("PNG", side=1),
+        "image.webp": encoded("WEBP"),
+        "image.tiff": encoded("TIFF"),
+        "image.bmp": encoded("BMP"),
+        "wrong_suffix.png": jpeg,
+    }
+    for name, content in files.items():
+        (odd / name).write_bytes(content)
+    os.mkfifo(odd / "pipe.jpg")
+    (odd / "folder.jpg").mkdir()
+    (odd / "loop.jpg").symlink_to("loop.jpg")
+    (odd / "dangling.jpg").symlink_to("nowhere.jpg")
+    (odd / "link.png").symlink_to("grey.png")
+    (odd / "leaving.png").symlink_to("/etc/hostname")
+
+
+def deep() -> bytes:
+    """A PNG of 16 bits a pixel."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it has 40,000 x 40,000 pixels."""
+    png = bytearray(encoded("PNG", side=1))
+    png[16:24] = (40_000).to_bytes(4, "big") * 2
+    return bytes(png)

@@ -1,0 +1,77 @@
+"""Paths that settings name: which are looked for, and what is said of those that are not there."""
+
+from pathlib import Path
+
+import pytest
+
+from protoclip.config import Config
+from protoclip.paths import require_paths, require_place
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.tsv").write_text("")
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"data": {"train": "pairs.tvs"}}, "data.train: pairs.tvs: no such file; did you mean"),
+        ({"data": {"train": ""}}, "data.train: is empty; name a file or folder"),
+        ({"data": {"train": "pairs.tsv/a"}}, "no such file; pairs.tsv is a file, not a folder"),
+        ({"data": {"train": "a\0b"}}, "a path holds no zero byte"),
+        ({"data": {"train": "~/no such file"}}, "data.train: ~/no such file: no such file"),
+        ({"data": {"sources": [{"path": "none.tsv"}]}}, r"data.sources\[0\].path: none.tsv: no"),
+        ({"data": {"validation": "none.tsv"}}, "data.validation: none.tsv: no such file"),
+        ({"data": {"root": "none"}}, "data.root: none: no such folder"),
+        ({"data": {"root": "pairs.tsv"}}, "data.root: pairs.tsv: is a file, not a folder"),
+        ({"data": {"only": "none.csv"}}, "data.only: none.csv: no such file"),
+        ({"data": {"without": "none.csv"}}, "data.without: none.csv: no such file"),
+        ({"model": {"start": "runn"}}, "no such run or checkpoint folder; .*; did you mean run"),
+        ({"teacher": {"features": "none.npy"}}, "teacher.features: none.npy: no such file"),
+        ({"run": {"guard": ["none.tsv,class_column=a"]}}, "run.guard: none.tsv: no such file"),
+    ],
+)
+def test_a_path_that_is_not_there_is_named_with_its_setting(tree, message, place):
+    with pytest.raises(ValueError, match=message) as raised:
+        require_paths(Config.from_dict(tree))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"data": {"train": "emoji"}},
+        {"data": {"train": "pairs.tsv"}},
+        {"data": {"train": "hf:owner/name"}},
+        {"data": {"train": "pipe:cat none.tar"}},
+        {"data": {"train": "none-{000..003}.tar"}},
+        {"data": {"train": "none-*.parquet"}},
+        {"data": {"train": "s3://bucket/none.tsv", "root": "s3://bucket"}},
+        {"model": {"start": "open_clip:RN50/openai"}},
+        {"model": {"start": "run"}},
+        {"teacher": {"features": "emoji"}},
+        {"teacher": {"features": "start"}, "model": {"start": "run"}},
+        {"run": {"guard": ["wds:none", "torchvision:CIFAR10,root=none"]}},
+    ],
+)
+def test_what_is_no_local_path_is_not_looked_for(tree, place):
+    require_paths(Config.from_dict(tree))
+
+
+def test_a_place_to_write_to_may_be_new_but_nothing_may_be_in_its_way(place):
+    require_place("--out", "new/deep/file", is_folder=False)
+    require_place("--out", "run", is_folder=True)
+    (place / "dangling").symlink_to("nowhere")
+    for path, is_folder, message in (
+        ("", True, "--out: is empty; name a folder"),
+        ("run", False, "--out: run: is a folder; name a file in it"),
+        ("pairs.tsv", True, "--out: pairs.tsv: is a file, not a folder; choose another place"),
+        ("pairs.tsv/a/b", False, "pairs.tsv is a file, not a folder; choose another place"),
+        ("dangling", True, "dangling: is a link that leads nowhere; choose another place"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            require_place("--out", path, is_folder=is_folder)
