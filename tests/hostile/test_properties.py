@@ -305,7 +305,7 @@ def test_any_run_folder(home, drawn):
     name = drawn.draw(st.sampled_from(files_of(home / state)))
     content = drawn.draw(changed_file(home / state / name))
     words = drawn.draw(st.sampled_from(COMMANDS_ON_RUNS))
-    with place() as (data, out), stopping():
+    with place() as (_, out), stopping():
         folder = shutil.copytree(home / state, out / state)
         (folder / name).unlink()
         if content is None:
@@ -320,14 +320,11 @@ def test_any_run_folder(home, drawn):
                 sums.write_text(json.dumps(known))
             except (ValueError, TypeError):
                 pass
-        filled = {"{}": str(folder), "{good}": str(home / "finished"), "{data}": str(home)}
-        filled["{out}"] = str(out)
-        given_words = []
-        for word in words:
-            for mark, value in filled.items():
-                word = word.replace(mark, value)
-            given_words.append(word)
-        call(given_words, writes=[out], keeps=home)
+        marks = {"{good}": home / "finished", "{data}": home, "{out}": out, "{}": folder}
+        filled = [*words]
+        for mark, path in marks.items():
+            filled = [word.replace(mark, str(path)) for word in filled]
+        call(filled, writes=[out], keeps=home)
 
 
 # The command line
