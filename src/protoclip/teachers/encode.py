@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ from protoclip.data.loader import Item, Tokenizer, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.files import checksum, file_checksum, read_json, to_json, write_atomically
-from protoclip.models import loading
+from protoclip.models import loading, references
 from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
 from protoclip.teachers import store
@@ -96,9 +97,11 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
         raise ValueError(f"--modality {modality}: {teacher} reads {reads} only")
     try:
         if teacher == "minilm" or (kind == "hf" and name):
-            return hugging_face(name, pooling, device)
+            with hub(teacher, "" if Path(name).is_dir() else name):
+                return hugging_face(name, pooling, device)
         if kind == "timm" and name:
-            return timm_model(name, device)
+            with hub(teacher, timm_repository(name)):
+                return timm_model(name, device)
         if kind == "open_clip" and name and "/" not in name:
             raise ValueError("name the weights too, as in open_clip:RN50/openai")
         if not Path(teacher).is_dir() and not (name and kind in PAIRS):
@@ -110,11 +113,24 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
     except ImportError as error:
         raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
     except Exception as error:  # what these libraries raise has no common class
-        reason = " ".join(str(error).removeprefix(f"{teacher}: ").split())[:300]
+        said = str(error).removeprefix(f"{teacher}: ").removeprefix("cannot be opened ")
+        reason = " ".join(said.split())[:300]
         raise ValueError(f"--teacher: '{teacher}' cannot be opened: {reason}") from None
     if modality == "text":
         return Encoder(model, device, tokenizer, model.encode_text)
     return Encoder(model, device, torch.stack, model.encode_image, transform)
+
+
+def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
+    """Reads a model from this machine, or from the hub if that answers within seconds."""
+    return references.readable_errors(teacher, repository) if repository else nullcontext()
+
+
+def timm_repository(name: str) -> str:
+    """Where on the hub the weights of an image model are; "" if they are in a file, or unknown."""
+    in_file = Path(name.partition("/")[2]).is_file()
+    settings = None if in_file else timm.get_pretrained_cfg(name)
+    return str(settings.hf_hub_id or "") if settings is not None else ""
 
 
 def timm_model(name: str, device: torch.device) -> Encoder:
