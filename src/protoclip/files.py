@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SEAL = "checksum"  # key in a JSON object of the checksum of the rest
+
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Write a file under a temporary name, then rename it.
@@ -76,6 +78,23 @@ def file_checksum(path: Path) -> str:
     """`checksum` of a file, which may be larger than memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of itself; `read_sealed` compares it."""
+    return {**content, SEAL: checksum(to_json(content).encode())}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What was `sealed`, from a JSON file, without its checksum.
+
+    Raises:
+        ValueError: The file cannot be read, has no checksum, or another one; names it.
+    """
+    content = read_json(path)
+    if content.pop(SEAL, None) != checksum(to_json(content).encode()):
+        raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")
+    return content
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
