@@ -81,8 +81,14 @@ def file_checksum(path: Path) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a checksum of itself; `read_sealed` compares it."""
+    """A JSON object with a checksum of itself, which `has_changed` and `read_sealed` compare."""
     return {**content, SEAL: checksum(to_json(content).encode())}
+
+
+def has_changed(content: Mapping[str, Any]) -> bool:
+    """Whether an object has a checksum of itself, and is not what was written any more."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    return SEAL in content and content[SEAL] != checksum(to_json(rest).encode())
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -92,8 +98,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
         ValueError: The file cannot be read, has no checksum, or another one; names it.
     """
     content = read_json(path)
-    if content.pop(SEAL, None) != checksum(to_json(content).encode()):
+    if SEAL not in content or has_changed(content):
         raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")
+    del content[SEAL]
     return content
 
 

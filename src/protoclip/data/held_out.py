@@ -101,6 +101,8 @@ def held_out_rows(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # one process chooses, the others wait for it
         if (rows := _read_rows(path)) is None:
+            for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                left.unlink()
             rows = _choose(sources, total, wanted)
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, rows=rows)

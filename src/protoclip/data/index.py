@@ -139,6 +139,8 @@ def build_index(key: str, build: Build, *, folder: Path, where: str, way_out: st
         with FileLock(f"{path}.lock"):
             with suppress(OSError, ValueError):
                 return ArrowIndex(path)
+            for left in folder.glob(f".{key}.*.tmp"):  # of a process that was killed
+                left.unlink()
             with replacing(path) as scratch:
                 found = iter(build(facts))
                 first = next(found, None)

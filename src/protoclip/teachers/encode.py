@@ -296,6 +296,8 @@ def claim(
             raise ValueError(f"{out}: holds {others[0]}; choose a new or empty folder with --out")
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / store.FACTS, to_json(sealed(settings)), durable=True)
+    for left in out.rglob(".*.tmp"):  # of a process that was killed
+        left.unlink(missing_ok=True)
     facts = {key: value for key, value in store.read_facts(out).items() if key != "checksums"}
     for key, value in settings.items():
         if (old := facts.get(key)) != value:

@@ -154,6 +154,14 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     return state
 
 
+def remove_unfinished(run: Path) -> None:
+    """Remove what processes that were killed had begun to write; nobody else writes to the run."""
+    for left in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in run.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def newest_intact(run: Path, notes: list[str]) -> Path | None:
     """The newest checkpoint of a run that has no damage; adds a note on each one passed over."""
     damaged: list[str] = []

@@ -37,7 +37,7 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_fi
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run, metric_names
 from protoclip.evaluation.validation import guards, judged
-from protoclip.files import read_json, to_json, write_atomically
+from protoclip.files import SEAL, has_changed, read_json, sealed, to_json, write_atomically
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
@@ -49,7 +49,12 @@ from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
 from protoclip.training import optim
-from protoclip.training.checkpoint import CheckpointWriter, newest_intact, read_checkpoint
+from protoclip.training.checkpoint import (
+    CheckpointWriter,
+    newest_intact,
+    read_checkpoint,
+    remove_unfinished,
+)
 from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import Guard
 from protoclip.training.logging import MetricsLog
@@ -156,6 +161,7 @@ def train_together(
                     f"{folder}: another process is running in this folder; wait for it, or choose "
                     "another with --run.out"
                 ) from None
+            remove_unfinished(folder)
             if results is None:
                 (folder / loading.MODEL).unlink(missing_ok=True)  # of an ending that was cut short
             checkpoint = newest_intact(folder, notes) if begun else None
@@ -544,7 +550,8 @@ class Run:
         if best is not None and self.writer.folder(best[0]).is_dir():
             results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
         if rank() == 0:
-            write_atomically(self.folder / "results.json", to_json(results, indent=2) + "\n")
+            content = to_json(sealed(results), indent=2)
+            write_atomically(self.folder / "results.json", content + "\n")
         return results
 
 
@@ -606,8 +613,13 @@ def check_folder(
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
     if begun:
         check_settings(folder, to_toml(config))
-    results = folder / "results.json"
-    return begun, read_json(results) if begun and results.is_file() else None
+    path = folder / "results.json"
+    if not begun or not path.is_file():
+        return begun, None
+    results = read_json(path)
+    if has_changed(results):  # people may edit it
+        print(f"warning: {path}: not what the run wrote: its checksum differs", file=sys.stderr)
+    return begun, {key: value for key, value in results.items() if key != SEAL}
 
 
 def check_settings(folder: Path, config: str) -> None:
