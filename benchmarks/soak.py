@@ -103,10 +103,10 @@ def look(process: int, turn: Turn) -> None:
     memory, files, threads = 0.0, 0, 0
     for own in descendants(process):
         with suppress(OSError):  # it has ended
-            status = Path(f"/proc/{own}/status").read_text(encoding="utf-8").splitlines()
-            facts = dict(line.split(":", 1) for line in status)
-            memory += int(facts["RssAnon"].split()[0]) / 1e3
-            threads += int(facts["Threads"])
+            shares = Path(f"/proc/{own}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+            facts = dict(line.split(":", 1) for line in shares[1:])
+            memory += int(facts["Pss_Anon"].split()[0]) / 1e3  # forked processes share pages
+            threads += len(list(Path(f"/proc/{own}/task").iterdir()))
             files += len(list(Path(f"/proc/{own}/fd").iterdir()))
     turn.times.append(time.monotonic())
     turn.memory.append(memory)
@@ -165,23 +165,15 @@ def steps(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if "train/loss/total" in line]
 
 
-def growth(turn: Turn) -> float:
-    """Megabytes an hour, by least squares over the second half of a turn."""
-    half = len(turn.times) // 2
-    if len(turn.times) - half < 3:
-        return 0.0
-    slope, _ = statistics.linear_regression(turn.times[half:], turn.memory[half:])
-    return 3600 * slope
-
-
 def table(turns: Sequence[Turn]) -> list[str]:
     lines = [
-        "| turn | run | minutes | steps | evaluations so far | checkpoints seen | MB of memory, "
-        "after a third | at the end | slope, MB/h | open files | threads | MB on disk | logs |",
+        "| turn | run | minutes | steps | evaluations so far | checkpoints seen | MB of memory: "
+        "first third | second | last | open files | threads | MB on disk | logs |",
         "|" + "---|" * 13,
     ]
     for number, turn in enumerate(turns, 1):
-        third, half = len(turn.times) // 3, len(turn.times) // 2
+        third, half = max(1, len(turn.times) // 3), len(turn.times) // 2
+        parts = (turn.memory[:third], turn.memory[third : 2 * third], turn.memory[2 * third :])
 
         def span(values: Sequence[int]) -> str:
             return (
@@ -191,7 +183,7 @@ def table(turns: Sequence[Turn]) -> list[str]:
         cells = [
             *(str(number), turn.name, f"{(turn.times[-1] - turn.times[0] + EVERY) / 60:.1f}"),
             *(f"{turn.steps:,}", str(turn.evaluations), str(turn.saves)),
-            *(f"{turn.memory[third]:.0f}", f"{turn.memory[-1]:.0f}", f"{growth(turn):+.0f}"),
+            *(f"{statistics.median(part or turn.memory):.0f}" for part in parts),
             *(span(turn.files[half:]), span(turn.threads[half:])),
             *(f"{turn.disk:.2f}", f"{turn.logs:.2f}"),
         ]
@@ -225,10 +217,11 @@ def main() -> None:
         f"`python benchmarks/soak.py --minutes {arguments.minutes:g} --turn {arguments.turn:g}`, "
         f"{datetime.date.today().isoformat()}; {facts['device']}, Python {facts['python']}, torch "
         f"{facts['torch']}. It ran for {(time.monotonic() - began) / 60:.0f} minutes. Memory is "
-        "anonymous resident memory; it and open files and threads are those of the process and its "
-        "worker together, the latter two over the second half of a turn. The slope is by least "
-        "squares over the second half of a turn. Each turn began where the last one of its run "
-        "stopped, all checkpoints were intact after each, and no step was logged twice.",
+        "anonymous memory of the process and its workers; shared pages count once. It is a median "
+        "over each third of a turn. Evaluation has workers of its own while it reads. Open files "
+        "and threads are those of all together, over the second half of a turn. Each turn began "
+        "where the last one of its run stopped, all checkpoints were intact after each, and no "
+        "step was logged twice.",
         "",
         *table(turns),
         "",

@@ -67,6 +67,9 @@ class Fault:
     kind: str
     share: float
 
+    def __str__(self) -> str:
+        return f"{self.command}, {self.kind} at {self.share:.2f}"
+
     @property
     def fresh(self) -> bool:
         """Whether training begins with this call, rather than goes on."""
@@ -445,9 +448,11 @@ def is_hidden(path: Path, folder: Path) -> bool:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Hidden files but locks, after a call that went well."""
+    """Hidden files but locks, after a call that went well, where one process writes at a time."""
     hidden = (path for path in folder.rglob(".*") if not path.name.endswith(".lock"))
-    return [path.relative_to(folder).as_posix() for path in hidden]
+    names = (path.relative_to(folder).as_posix() for path in hidden)
+    shared = ("records/", "cache/features/", "cache/images", "run/results/", ".report.html")
+    return [name for name in names if not name.startswith(shared)]
 
 
 def invalid(folder: Path) -> list[str]:

@@ -17,9 +17,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return Scene(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize(
-    "fault", drawn(20), ids=lambda f: f"{f.command}: {f.kind} at {f.share:.2f}"
-)
+@pytest.mark.parametrize("fault", drawn(20), ids=str)
 def test_a_fault_loses_nothing_and_the_next_call_goes_on(fault: Fault, scene: Scene) -> None:
     """It ends in a success or in one line, all files are valid, and the next call makes the same
     as one that nothing disturbed."""

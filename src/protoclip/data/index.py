@@ -140,7 +140,7 @@ def build_index(key: str, build: Build, *, folder: Path, where: str, way_out: st
             with suppress(OSError, ValueError):
                 return ArrowIndex(path)
             for left in folder.glob(f".{key}.*.tmp"):  # of a process that was killed
-                left.unlink()
+                left.unlink(missing_ok=True)
             with replacing(path) as scratch:
                 found = iter(build(facts))
                 first = next(found, None)

@@ -75,7 +75,7 @@ def export(
     check(folder, formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    # Those of this process's number are gone too: they are left by processes that were killed.
+    # What processes that were killed have left.
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -107,7 +107,10 @@ class TeacherFeatures:
 
     def find(self, sample_ids: Iterable[str]) -> npt.NDArray[np.int64]:
         """The row of each id, or -1."""
-        wanted = hash_ids(sample_ids)
+        return self._rows_of(hash_ids(sample_ids))
+
+    def _rows_of(self, wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """The row of the id with each hash, or -1."""
         # A search in ascending order reuses the processor's caches: ten times as fast.
         order = np.argsort(wanted)
         ascending = wanted[order]
@@ -139,14 +142,15 @@ class TeacherFeatures:
         Raises:
             ValueError: One of them is not what was written.
         """
-        rows = self.find(sample_ids)
+        hashes = hash_ids(sample_ids)
+        rows = self._rows_of(hashes)
         found = np.full((len(rows), self.width), np.nan, dtype=np.float32)
         # In the order of the file each page is read once.
         order = np.argsort(rows, kind="stable")
         order = order[np.searchsorted(rows[order], 0) :]
         read = self.features[rows[order]]
         if self.checksums is not None:
-            own = row_checksums(hash_ids(sample_ids[place] for place in order), read)
+            own = row_checksums(hashes[order], read)
             if len(wrong := np.flatnonzero(own != self.checksums[rows[order]])):
                 raise ValueError(
                     f"{self.name}: damaged (the checksum of the features of "

@@ -158,7 +158,7 @@ def remove_unfinished(run: Path) -> None:
     """Remove what processes that were killed had begun to write; nobody else writes to the run."""
     for left in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
-    for left in run.glob(".*.tmp"):
+    for left in run.rglob(".*.tmp"):
         left.unlink(missing_ok=True)
 
 
