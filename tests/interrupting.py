@@ -6,8 +6,8 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from protoclip.config import Config
+from protoclip.config import Config, SourceConfig
 from protoclip.data.emoji import emoji_table
 from protoclip.data.loader import Batch
 from protoclip.data.pairs import ImageTextPairs
@@ -64,10 +64,10 @@ def config_for(train: str, out: Path, **changes: Any) -> Config:
     return with_changes(config, changes)
 
 
-def end_of(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+def end_of(folder: Path, steps: int = 16) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """All tensors of the last checkpoint, and the metrics without times."""
     last = find_checkpoint(folder)
-    assert last.name == "step-000000016"
+    assert last.name == f"step-{steps:09}"
     tensors = {
         f"{kind}/{name}": tensor
         for kind in ("model", "optimizer", "resume")
@@ -82,8 +82,8 @@ def end_of(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     return tensors, metrics
 
 
-def assert_equal_ends(ours: Path, theirs: Path) -> None:
-    (tensors, metrics), (expected, expected_metrics) = end_of(ours), end_of(theirs)
+def assert_equal_ends(ours: Path, theirs: Path, steps: int = 16) -> None:
+    (tensors, metrics), (expected, expected_metrics) = end_of(ours, steps), end_of(theirs, steps)
     assert tensors.keys() == expected.keys()
     assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
     assert metrics == expected_metrics
@@ -139,28 +139,64 @@ def few_emoji() -> datasets.EvaluationData:
     return datasets.of_pairs("emoji", parts)
 
 
+def quick_config(train: str, out: Path, **changes: Any) -> Config:
+    """A run of three episodes of two steps with a model of 0.1 million weights."""
+    config = config_for(train, out, run={"evaluate": False})
+    image = replace(config.model.image, name="test_efficientnet")
+    small = {
+        "model": {"image": image},
+        "data": {"validation": 0.0},
+        "episodes": {"size": 16, "count": 3, "batch_size": 8},
+        "prototypes": {"number": 4, "iterations": 2},
+    }
+    return with_changes(with_changes(config, small), changes)
+
+
+def matrix(table: str, shards: str) -> dict[str, dict[str, Any]]:
+    """Changes to a `quick_config` for every kind of source and of prototypes, by their names."""
+    parts = [SourceConfig(path=table, name="table"), SourceConfig(path=shards, name="shards")]
+    sources: dict[str, dict[str, Any]] = {
+        "table": {"train": table},
+        "shards": {"train": shards},
+        "stream": {"train": shards, "read": "streaming", "shuffle_buffer": 20},
+        "mixture": {"train": "emoji", "sources": parts},
+    }
+    return {
+        f"{name}, {kind}": {"data": data, "prototypes": {"source": kind}}
+        for name, data in sources.items()
+        for kind in ("extract", "queue")
+    }
+
+
 def kill_at_random(config: Config, kills: int, generator: random.Random) -> None:
     """Train in processes that SIGKILL ends at random moments, each going on with the last one."""
-    started = time.monotonic()
-    assert in_a_child(with_out(config, f"{config.run.out}-timed"), 120.0), "slower than expected"
-    length = time.monotonic() - started
+    length = in_a_child(with_out(config, f"{config.run.out}-timed"), 1000.0)
+    assert length is not None, "slower than expected"
     while kills:
         # One that ended sooner than it could be killed starts again.
-        if in_a_child(config, generator.uniform(0.05, length)):
+        if in_a_child(config, generator.uniform(0.02, length)) is not None:
             shutil.rmtree(str(config.run.out))
         else:
             kills -= 1
 
 
-def in_a_child(config: Config, seconds: float) -> bool:
-    """Train in a forked process and kill it after a time; returns whether it ended by then."""
+def in_a_child(config: Config, seconds: float) -> float | None:
+    """Train in a forked process, and kill it once it has computed for so many seconds.
+
+    Time of the processor is the same on a busy machine. Returns how long it took, if it ended.
+    """
     child = multiprocessing.get_context("fork").Process(
         target=run.train, args=(config,), kwargs={"resume": "auto"}
     )
     child.start()
-    child.join(seconds)
-    in_time = child.exitcode is not None
+    computed, status = 0.0, Path(f"/proc/{child.pid}/stat")
+    while child.exitcode is None and computed < seconds:
+        child.join(0.005)
+        with suppress(OSError):
+            ticks = status.read_text().rpartition(")")[2].split()[11:13]
+            computed = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    ended = child.exitcode is not None
     assert child.exitcode in (None, 0)
     child.kill()
     child.join()
-    return in_time
+    return computed if ended else None

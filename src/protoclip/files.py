@@ -12,6 +12,8 @@ from typing import Any
 
 from protoclip.terminal import OBEYED
 
+SEAL = "checksum"  # key in a JSON object of the checksum of the rest
+
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Write a file under a temporary name, then rename it.
@@ -79,6 +81,30 @@ def file_checksum(path: Path) -> str:
     """`checksum` of a file, which may be larger than memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of itself, which `has_changed` and `read_sealed` compare."""
+    return {**content, SEAL: checksum(to_json(content).encode())}
+
+
+def has_changed(content: Mapping[str, Any]) -> bool:
+    """Whether an object has a checksum of itself, and is not what was written any more."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    return SEAL in content and content[SEAL] != checksum(to_json(rest).encode())
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What was `sealed`, from a JSON file, without its checksum.
+
+    Raises:
+        ValueError: The file cannot be read, has no checksum, or another one; names it.
+    """
+    content = read_json(path)
+    if SEAL not in content or has_changed(content):
+        raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")
+    del content[SEAL]
+    return content
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -36,7 +36,15 @@ TABLE = tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding=
 ERROR = "protoclip: error: "
 SECONDS = 20  # no case may take longer
 # Lines on standard error that may come before an error.
-BESIDE = ("note: ", "warning: ", "training on ", "train ", "computing: ", "going on from ", "inspect ")
+BESIDE = (
+    "note: ",
+    "warning: ",
+    "training on ",
+    "train ",
+    "computing: ",
+    "going on from ",
+    "inspect ",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

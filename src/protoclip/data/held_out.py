@@ -96,14 +96,26 @@ def held_out_rows(
     total = sum(map(len, sources))
     wanted = min(most, round(share * total))
     known = {"form": FORM, "share": share, "most": most, "sources": [s.key for s in sources]}
-    path = folder / f"{digest(known)}.npy"
+    path = folder / f"{digest(known)}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # one process chooses, the others wait for it
-        if not path.is_file():
+        if (rows := _read_rows(path)) is None:
+            for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             rows = _choose(sources, total, wanted)
             with replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, rows)
-        return np.load(path)  # type: ignore[no-any-return]
+                np.savez(file, rows=rows)
+        return rows
+
+
+def _read_rows(path: Path) -> Rows | None:
+    """Rows that were kept; None if they are missing or damaged, which the checksum in it shows."""
+    try:
+        with np.load(path) as kept:
+            rows: Rows = kept["rows"]
+            return rows
+    except Exception:  # what NumPy and `zipfile` raise for a damaged file has no common class
+        return None
 
 
 def _choose(sources: Sequence[ImageTextPairs], total: int, wanted: int) -> Rows:
@@ -164,7 +176,7 @@ def _components(keys: Sequence[Rows], *, rows: Rows | None = None, total: int = 
 
 def _texts(source: ImageTextPairs) -> Iterator[tuple[int, Iterator[tuple[int, str]]]]:
     """The captions and names of images, in pieces: the first row, and (row in it, text)."""
-    columns = [source.kept(source.table.column(name)) for name in source.caption_columns]
+    columns = [source.kept(source.checked.column(name)) for name in source.caption_columns]
     if (names := image_names(source)) is not None:
         columns.append(names)
     for column in columns:
@@ -231,7 +243,7 @@ def _images(sources: Sequence[ImageTextPairs], chosen: Rows) -> tuple[Rows, npt.
 def image_names(source: ImageTextPairs) -> pa.ChunkedArray | None:
     """The file or URL of each image, null where the table holds the image itself; None if it holds
     all, or they are in shards."""
-    values = source.table.column(source.image_column)
+    values = source.checked.column(source.image_column)
     if "offset" in source.table.column_names:
         return None
     if pa.types.is_struct(values.type):
@@ -246,7 +258,7 @@ def image_names(source: ImageTextPairs) -> pa.ChunkedArray | None:
 
 def image_sizes(source: ImageTextPairs) -> Rows:
     """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
-    table = source.table
+    table = source.checked
     if "size" in table.column_names and "offset" in table.column_names:
         return _numbers(source.kept(table.column("size")))
     sizes = np.full(len(source), -1, np.int64)

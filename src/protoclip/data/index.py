@@ -1,17 +1,22 @@
-"""Indexes: facts about a source's samples in a memory-mapped Arrow file that is built once."""
+"""Indexes: facts about a source's samples in a memory-mapped Arrow file that is built once.
 
-import json
+A file beside it has a checksum of each batch of rows. A batch is compared with it when one of its
+rows is used for the first time, so that an index of any size opens at once.
+"""
+
 import os
+import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock
 
-from protoclip.files import replacing
+from protoclip.files import read_sealed, replacing, sealed, to_json, write_atomically
 
 # Captions as stored; the image is a path or URL.
 ROWS = pa.schema({"image": pa.string(), "caption": pa.list_(pa.binary()), "sample_id": pa.string()})
@@ -20,16 +25,82 @@ Build = Callable[[dict[str, Any]], Iterable[pa.RecordBatch]]
 
 
 class ArrowIndex:
-    """A memory-mapped `table`, with `facts` about its source; pickled as its path."""
+    """A memory-mapped `table`, with `facts` about its source; pickled as its path.
+
+    Call `check` before you use rows of the table.
+
+    Raises:
+        OSError: There is no such index.
+        ValueError: The index is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.table: pa.Table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self.facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        self.facts: dict[str, Any] = read_sealed(path.with_suffix(".json"))
+        self.table = read_table(path)
+        self._checksums = self.facts.pop("batches", None)
+        if self.facts.pop("frame", None) != frame(self.table):
+            raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")
+        self._batches = self.table.to_batches()
+        self._ends = list(accumulate(map(len, self._batches)))
+        self._unchecked = set(range(len(self._batches)))
         self.notes = [*self.facts.get("notes", ()), *self.facts.get("left_out", ())]
+
+    def check(self, row: int | None = None) -> None:
+        """Compare the checksum of the batch that holds a row, or of all batches, once.
+
+        Raises:
+            ValueError: It differs; names the file and the rows.
+        """
+        if not self._unchecked:
+            return
+        numbers = [*self._unchecked] if row is None else [bisect_right(self._ends, row)]
+        for number in numbers:
+            if number not in self._unchecked:
+                continue
+            if batch_checksum(self._batches[number]) != self._checksums[number]:
+                end, size = self._ends[number], len(self._batches[number])
+                raise ValueError(
+                    f"{self.path}: damaged (the checksum of rows {end - size} to {end - 1} "
+                    "differs); delete it, and it is built again"
+                )
+            self._unchecked.discard(number)
 
     def __reduce__(self) -> tuple[type["ArrowIndex"], tuple[Path]]:
         return ArrowIndex, (self.path,)
+
+
+def read_table(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def frame(table: pa.Table) -> list[Any]:
+    """What every batch depends on: the columns, and the values that they refer to by number."""
+    values = [
+        buffers_checksum(column.chunk(0).dictionary)
+        for column in table.columns
+        if pa.types.is_dictionary(column.type) and column.num_chunks
+    ]
+    return [str(table.schema), *values]
+
+
+def batch_checksum(batch: pa.RecordBatch) -> int:
+    checksum = 0
+    for column in batch.columns:
+        checksum = buffers_checksum(column, checksum)
+    return checksum
+
+
+def buffers_checksum(array: pa.Array, checksum: int = 0) -> int:
+    """CRC-32 of an array's bytes, and of the numbers that say how to read them."""
+    parts = [array]
+    while pa.types.is_list(parts[-1].type):
+        parts.append(parts[-1].values)
+    facts = [(str(part.type), len(part), part.null_count, part.offset) for part in parts]
+    checksum = zlib.crc32(repr(facts).encode(), checksum)
+    for buffer in array.buffers():
+        checksum = zlib.crc32(b"" if buffer is None else buffer, checksum)
+    return checksum
 
 
 def cache_folder() -> Path:
@@ -68,6 +139,8 @@ def build_index(key: str, build: Build, *, folder: Path, where: str, way_out: st
         with FileLock(f"{path}.lock"):
             with suppress(OSError, ValueError):
                 return ArrowIndex(path)
+            for left in folder.glob(f".{key}.*.tmp"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             with replacing(path) as scratch:
                 found = iter(build(facts))
                 first = next(found, None)
@@ -77,7 +150,11 @@ def build_index(key: str, build: Build, *, folder: Path, where: str, way_out: st
                 with pa.ipc.new_file(str(scratch), first.schema) as writer:
                     for batch in chain([first], found):
                         writer.write_batch(batch)
-                path.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+                table = read_table(scratch)
+                facts["frame"] = frame(table)
+                facts["batches"] = [batch_checksum(batch) for batch in table.to_batches()]
+                del table
+                write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
         raise ValueError(f"{folder}: {reason}; set PROTOCLIP_CACHE to another") from error

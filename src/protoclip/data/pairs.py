@@ -91,7 +91,8 @@ class ImageTextPairs:
 
     Args:
         table: One row per pair; or an object with a memory-mapped `.table`, which another process
-            opens again when the pairs are pickled.
+            opens again when the pairs are pickled, and whose `check` is called with a row of it
+            before that row is used, and without one before a whole column is.
         name: What messages and sample ids call this source.
         root: Folder or URL that relative paths start from, and that all paths must lie below.
         access: What the user allows.
@@ -141,11 +142,20 @@ class ImageTextPairs:
     def _open(self) -> None:
         source = self._source
         self.table: pa.Table = source if isinstance(source, pa.Table) else source.table
+        self._check: Callable[..., None] | None = getattr(source, "check", None)
         # Looking a column up costs more than reading a value from it.
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
 
+    @property
+    def checked(self) -> pa.Table:
+        """The table, to use whole columns of; raises `ValueError` if it is damaged."""
+        if self._check is not None:
+            self._check()
+        return self.table
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("table", "_arrays", "key")}
+        opened = ("table", "_arrays", "_check", "key")
+        return {k: v for k, v in self.__dict__.items() if k not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -174,11 +184,11 @@ class ImageTextPairs:
         columns = (self.image_column, self.id_column, *self.caption_columns)
         facts = (self.table_key, columns, self.root, self.caption_row)
         found = hashlib.blake2b(repr(facts).encode(), digest_size=16)
-        for batch in self.table.to_batches() if not self.table_key else ():
+        for batch in self.checked.to_batches() if not self.table_key else ():
             found.update(batch.serialize())
         if self.rows is not None:
             found.update(self.rows.tobytes())
-        images = self._arrays[self.image_column]
+        images = self.checked.column(self.image_column)
         if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
             images = pc.struct_field(images, "path")
         if self._ranges or "string" not in str(images.type):
@@ -212,7 +222,7 @@ class ImageTextPairs:
         if self.id_column is None:
             yield from (f"{self.name}/{self._place(row)}" for row in range(len(self)))
             return
-        for chunk in self.kept(self._arrays[self.id_column]).iterchunks():
+        for chunk in self.kept(self.checked.column(self.id_column)).iterchunks():
             yield from (f"{self.prefix}{own}" for own in chunk.to_pylist())
 
     def caption(self, row: int) -> str:
@@ -273,7 +283,7 @@ class ImageTextPairs:
     def column(self, name: str) -> npt.NDArray[np.object_]:
         """Any column, such as `label`, as an array of length `len(self)`."""
         self._require(name)
-        return np.asarray(self.kept(self._arrays[name]).to_pylist(), dtype=object)
+        return np.asarray(self.kept(self.checked.column(name)).to_pylist(), dtype=object)
 
     def _require(self, column: str) -> None:
         if column not in self._arrays:
@@ -285,7 +295,10 @@ class ImageTextPairs:
         return row if self.rows is None else int(self.rows[row])
 
     def _value(self, column: str, row: int) -> Any:
-        return self._arrays[column][self._place(row)].as_py()
+        place = self._place(row)
+        if self._check is not None:
+            self._check(place)
+        return self._arrays[column][place].as_py()
 
     def _image(self, row: int) -> bytes | str | None:
         """The encoded image itself, or the name of its file."""

@@ -335,6 +335,7 @@ def _join_indexes(
     faults: list[str] = []
     for number, shard in enumerate(shards.items()):
         index = index_one(shard)
+        index.check()
         faults += index.notes
         for batch in index.table.to_batches():
             rows = pa.array(np.full(len(batch), number, dtype=np.int32))

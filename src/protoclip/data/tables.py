@@ -167,7 +167,7 @@ def pairs_of(
     checked = index_folder(data.cache_folder) / f"{key}.unique"
     if pairs.id_column and not checked.exists():
         with faults(where, UnicodeDecodeError):
-            _require_unique(pairs.table.column(pairs.id_column), where, way_out)
+            _require_unique(pairs.checked.column(pairs.id_column), where, way_out)
         checked.parent.mkdir(parents=True, exist_ok=True)
         checked.touch()
     return pairs

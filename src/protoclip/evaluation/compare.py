@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -16,6 +17,7 @@ from rich.table import Table
 from scipy.stats import t
 
 from protoclip.evaluation.samples import DRAWS, Draws, SampleResults, interval, resampled
+from protoclip.files import has_changed
 
 # Rows of the table that are percentages, by the end of the metric's name.
 LABELS = {
@@ -61,6 +63,8 @@ def read_results(run: str | Path) -> dict[str, Any]:
         counts = {key: number(results[key]) for key in ("samples_seen", "train_seconds")}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: not the results of a run ({error!r})") from error
+    if has_changed(results):  # people may edit it
+        print(f"warning: {path}: not what the run wrote: its checksum differs", file=sys.stderr)
     return {
         **{"name": results["name"], "seed": results["seed"], **counts, "folder": str(path.parent)},
         "metrics": {key: value for key, value in metrics.items() if value is not None},

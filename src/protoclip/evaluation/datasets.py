@@ -338,7 +338,7 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
         ValueError: A row has no class, or a number without a name.
     """
     column = str(pairs.class_column)
-    values = pairs.kept(pairs.table.column(column)).take(pa.array(rows, pa.int64())).to_pylist()
+    values = pairs.kept(pairs.checked.column(column)).take(pa.array(rows, pa.int64())).to_pylist()
     if names := class_labels(pairs):
         images = Subset(images=pairs, rows=rows)
         return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]

@@ -32,7 +32,15 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.evaluation.datasets import Images
-from protoclip.files import checksum, file_checksum, replacing, to_json, write_atomically
+from protoclip.files import (
+    checksum,
+    file_checksum,
+    read_sealed,
+    replacing,
+    sealed,
+    to_json,
+    write_atomically,
+)
 from protoclip.progress import Progress
 from protoclip.terminal import say
 
@@ -332,15 +340,15 @@ def keep(path: Path, encoded: Encoded) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch, scratch.open("wb") as file:
         np.save(file, encoded.features.numpy())
-    facts = {"checksum": file_checksum(path), "bad": encoded.bad}
-    write_atomically(path.with_suffix(".json"), to_json(facts))
+    facts = {"features": file_checksum(path), "bad": encoded.bad}
+    write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
 
 
 def read_kept(path: Path) -> Encoded | None:
     """Features that `keep` wrote, mapped into memory; None if they are missing or damaged."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if facts["checksum"] != file_checksum(path):
+        facts = read_sealed(path.with_suffix(".json"))
+        if facts["features"] != file_checksum(path):
             return None
         features = torch.from_numpy(np.load(path, mmap_mode="c"))
         return Encoded(features=features, bad=[(int(row), str(why)) for row, why in facts["bad"]])

@@ -115,6 +115,7 @@ class ShardFolder:
         index = index_shards(self._shards(folder), extension, folder=self.cache.parent / "index")
         name, key = f"{self.place}/{folder}", index.path.stem
         pairs = ImageTextPairs(index, name=name, caption_columns=(), table_key=key)
+        index.check()
         return pairs, index.table.column("content").to_pylist()
 
     def _shards(self, folder: str) -> list[Path]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from protoclip.files import replacing
+from protoclip.files import SEAL, checksum, replacing, to_json
 
 Columns = Mapping[str, npt.NDArray[Any]]
 Draws = npt.NDArray[np.float64]
@@ -93,14 +93,20 @@ class SampleResults:
             if len(columns["sample_id"])
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
+        table = pa.concat_tables(tables, promote_options="default")
+        table = table.replace_schema_metadata({SEAL: content_checksum(table)})
         with replacing(path) as temporary:
-            pq.write_table(pa.concat_tables(tables, promote_options="default"), temporary)
+            pq.write_table(table, temporary)
 
     @classmethod
     def read(cls, path: Path) -> "SampleResults":
         """Read what `write` wrote; raises a `ValueError` if the file is damaged."""
         try:
             table, parts = pq.read_table(path), []
+            # Earlier versions wrote no checksum.
+            seal = (table.schema.metadata or {}).get(SEAL.encode())
+            if seal is not None and seal.decode(errors="replace") != content_checksum(table):
+                raise KeyError("not what was written: its checksum differs")
             for kind, known in (("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS)):
                 rows = table.filter(pc.equal(table["kind"], kind))
                 names = [name for name in known if name in rows.column_names]
@@ -114,6 +120,12 @@ class SampleResults:
                 f"({' '.join(str(error).split())})"
             ) from error
         return cls(images=parts[0], texts=parts[1])
+
+
+def content_checksum(table: pa.Table) -> str:
+    """A checksum of a table's columns, by name."""
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return checksum(to_json(columns).encode())
 
 
 def drawn(ids: npt.NDArray[Any], *, draws: int = DRAWS, seed: int, kind: int) -> list[Rows]:

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from protoclip.data.inspect import drawn
 from protoclip.explore.neighbours import Neighbours, near_duplicates
-from protoclip.files import checksum, file_checksum, replacing, to_json, write_atomically
+from protoclip.files import (
+    checksum,
+    file_checksum,
+    read_sealed,
+    replacing,
+    sealed,
+    to_json,
+    write_atomically,
+)
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.nearest import nearest
 
@@ -370,15 +378,15 @@ def keep(path: Path, atlas: Atlas) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch, scratch.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    facts["checksum"] = file_checksum(path)
-    write_atomically(path.with_suffix(".json"), to_json(facts))
+    facts["file"] = file_checksum(path)
+    write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
 
 
 def read_kept(path: Path) -> Atlas | None:
     """An atlas that `keep` wrote; None if it is missing or damaged."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if facts.pop("checksum") != file_checksum(path):
+        facts = read_sealed(path.with_suffix(".json"))
+        if facts.pop("file") != file_checksum(path):
             return None
         with np.load(path) as arrays:
             return Atlas(**arrays, **facts)

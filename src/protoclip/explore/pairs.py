@@ -94,7 +94,7 @@ class ExploredPairs:
                 continue
             places = np.flatnonzero(numbers == number)
             own = pa.array(rows[places] - self.starts[number])
-            values = source.kept(source.table.column(source.class_column)).take(own).to_pylist()
+            values = source.kept(source.checked.column(source.class_column)).take(own).to_pylist()
             names = class_labels(source)
             for place, value in zip(places.tolist(), values, strict=True):
                 found[place] = class_name(value, names)

@@ -1,5 +1,6 @@
 """Export a model: write a folder, load it back with every library, and upload it if asked to."""
 
+import glob
 import os
 import re
 import shutil
@@ -75,7 +76,9 @@ def export(
     check(folder, formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # What processes that were killed have left.
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         facts = write(source, temporary, formats, opset=opset)

@@ -30,7 +30,7 @@ from protoclip.data.decode import decode
 from protoclip.data.loader import Item, Tokenizer, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.files import checksum, file_checksum, read_json, to_json, write_atomically
+from protoclip.files import checksum, file_checksum, sealed, to_json, write_atomically
 from protoclip.models import loading, references
 from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
@@ -311,8 +311,10 @@ def claim(
         if others := [path.name for path in out.glob("[!.]*")]:
             raise ValueError(f"{out}: holds {others[0]}; choose a new or empty folder with --out")
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / store.FACTS, to_json(settings), durable=True)
-    facts = read_json(out / store.FACTS)
+        write_atomically(out / store.FACTS, to_json(sealed(settings)), durable=True)
+    for left in out.rglob(".*.tmp"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    facts = {key: value for key, value in store.read_facts(out).items() if key != "checksums"}
     for key, value in settings.items():
         if (old := facts.get(key)) != value:
             raise ValueError(f"{out}: was made with {key} {old}, not {value}; choose another --out")
@@ -385,10 +387,11 @@ def encode_items(
             sample = read_sample(samples, item)
             if not encoder.transform:
                 return sample.sample_id, sample.captions
-            pixels = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
-            return sample.sample_id, [encoder.transform(Image.fromarray(pixels))]
         except BadSample as error:
             return error
+        try:
+            pixels = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
+            return sample.sample_id, [encoder.transform(Image.fromarray(pixels))]
         except ValueError as error:
             return BadSample(sample.sample_id, sample.where, str(error))
 

@@ -1,11 +1,13 @@
 """Features of external teachers on disk, found by sample id.
 
 `protoclip embed-teacher` writes a folder with `features.npy` (half precision), `index.npy` (the
-ids' 64-bit hashes in ascending order, and the row of each) and `facts.json` (what the features were
-made of). The arrays are memory-mapped, so a folder of any size opens at once.
+ids' 64-bit hashes in ascending order, and the row of each), `checksums.npy` (a CRC-32 of each row
+and its id) and `facts.json` (what the features were made of, and checksums of the two files
+before). Features are memory-mapped, and each row is compared with its checksum when it is read.
 """
 
 import mmap
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain
@@ -26,9 +28,18 @@ from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sources import entries
-from protoclip.files import read_json, replacing, to_json, write_atomically
+from protoclip.files import (
+    SEAL,
+    file_checksum,
+    read_json,
+    read_sealed,
+    replacing,
+    sealed,
+    to_json,
+    write_atomically,
+)
 
-FEATURES, INDEX, FACTS = "features.npy", "index.npy", "facts.json"
+FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 FILES = (".npy", ".parquet")  # of a user's own features
 Features = npt.NDArray[np.floating]
 
@@ -51,11 +62,31 @@ def build_index(sample_ids: Sequence[str], *, name: str) -> npt.NDArray[np.uint6
     return index
 
 
-class TeacherFeatures:
-    """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages."""
+def row_checksums(
+    hashes: npt.NDArray[np.uint64], features: npt.NDArray[np.float16]
+) -> npt.NDArray[np.uint32]:
+    """CRC-32 of each row, which begins with the low bits of its id's hash."""
+    starts = (hashes & np.uint64(0xFFFFFFFF)).tolist()
+    rows = zip(np.ascontiguousarray(features), starts, strict=True)
+    return np.fromiter((zlib.crc32(row, start) for row, start in rows), np.uint32, len(features))
 
-    def __init__(self, *, name: str, index: npt.NDArray[np.uint64], features: Features) -> None:
+
+class TeacherFeatures:
+    """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages.
+
+    `checksums`, if given, are `row_checksums` of the features.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        index: npt.NDArray[np.uint64],
+        features: Features,
+        checksums: npt.NDArray[np.uint32] | None = None,
+    ) -> None:
         self.name, self.features, self.width = name, features, int(features.shape[1])
+        self.checksums = checksums
         self.hashes, self.rows = index[0], index[1].view(np.int64)
 
     @classmethod
@@ -76,7 +107,10 @@ class TeacherFeatures:
 
     def find(self, sample_ids: Iterable[str]) -> npt.NDArray[np.int64]:
         """The row of each id, or -1."""
-        wanted = hash_ids(sample_ids)
+        return self._rows_of(hash_ids(sample_ids))
+
+    def _rows_of(self, wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """The row of the id with each hash, or -1."""
         # A search in ascending order reuses the processor's caches: ten times as fast.
         order = np.argsort(wanted)
         ascending = wanted[order]
@@ -103,13 +137,27 @@ class TeacherFeatures:
         return int(missing.sum())
 
     def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
-        """Features of these samples in this order, as float32; a row of NaN for one without."""
-        rows = self.find(sample_ids)
+        """Features of these samples in this order, as float32; a row of NaN for one without.
+
+        Raises:
+            ValueError: One of them is not what was written.
+        """
+        hashes = hash_ids(sample_ids)
+        rows = self._rows_of(hashes)
         found = np.full((len(rows), self.width), np.nan, dtype=np.float32)
         # In the order of the file each page is read once.
         order = np.argsort(rows, kind="stable")
         order = order[np.searchsorted(rows[order], 0) :]
-        found[order] = self.features[rows[order]]
+        read = self.features[rows[order]]
+        if self.checksums is not None:
+            own = row_checksums(hashes[order], read)
+            if len(wrong := np.flatnonzero(own != self.checksums[rows[order]])):
+                raise ValueError(
+                    f"{self.name}: damaged (the checksum of the features of "
+                    f"'{sample_ids[order[wrong[0]]]}' differs in {FEATURES}); delete the folder, "
+                    "and run protoclip embed-teacher again"
+                )
+        found[order] = read
         # Random reads would pile up pages in this process. The system's cache keeps them.
         if isinstance(self.features.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             self.features.base.madvise(mmap.MADV_DONTNEED)
@@ -162,7 +210,7 @@ def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
 
 
 def open_folder(folder: Path) -> TeacherFeatures:
-    facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    facts = read_facts(folder)
     if "rows" not in facts:
         raise ValueError(
             f"{folder}: no finished teacher; if protoclip embed-teacher was stopped, the same "
@@ -172,11 +220,31 @@ def open_folder(folder: Path) -> TeacherFeatures:
         features, index = (np.load(folder / name, mmap_mode="r") for name in (FEATURES, INDEX))
         if features.shape != (facts["rows"], facts["width"]) or index.shape != (2, len(features)):
             raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")
+        if features.dtype != "<f2" or not features.flags.c_contiguous:
+            raise ValueError(f"{FEATURES} is not in half precision, row by row")
+        for name, written in facts.get("checksums", {}).items():  # earlier versions wrote none
+            if file_checksum(folder / name) != written:
+                raise ValueError(f"{name} is not what was written: its checksum differs")
+        checksums = np.load(folder / CHECKSUMS) if "checksums" in facts else None
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder}: damaged ({error}); delete it, and run protoclip embed-teacher again"
         ) from None
-    return TeacherFeatures(name=str(folder), index=index, features=features)
+    return TeacherFeatures(name=str(folder), index=index, features=features, checksums=checksums)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What is known of a folder, which lacks `rows` while it is unfinished; empty without any.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = folder / FACTS
+    if not path.is_file():
+        return {}
+    facts = read_json(path)
+    # Earlier versions wrote no checksums.
+    return read_sealed(path) if SEAL in facts or (folder / CHECKSUMS).exists() else facts
 
 
 def to_half(features: Features, sample_ids: Sequence[str], *, name: str) -> npt.NDArray[np.float16]:
@@ -199,6 +267,10 @@ def write_folder(
     # Not through a memory map: a full disk would then crash the process.
     with replacing(folder / FEATURES) as temporary, temporary.open("wb") as file:
         done = width = 0
+        # In the order of the rows.
+        hashes = np.empty_like(index[0])
+        hashes[index[1].astype(np.int64)] = index[0]
+        checksums = np.empty(len(hashes), np.uint32)
         for features in blocks:
             width = features.shape[1]
             if not file.tell():
@@ -206,11 +278,17 @@ def write_folder(
                 np.lib.format.write_array_header_1_0(file, header)
             half = to_half(features, sample_ids[done : done + len(features)], name=str(folder))
             file.write(half.tobytes())
-            done += len(half)
-    with replacing(folder / INDEX) as temporary, temporary.open("wb") as file:
-        np.save(file, index)
+            end = done + len(half)
+            checksums[done:end] = row_checksums(hashes[done:end], half)
+            done = end
     facts = {**facts, "rows": done, "width": width}
-    write_atomically(folder / FACTS, to_json(facts, indent=2) + "\n", durable=True)
+    checked: dict[str, str] = {}
+    for name, array in ((INDEX, index), (CHECKSUMS, checksums)):
+        with replacing(folder / name) as temporary, temporary.open("wb") as file:
+            np.save(file, array)
+        checked[name] = file_checksum(folder / name)
+    content = to_json(sealed({**facts, "checksums": checked}), indent=2)
+    write_atomically(folder / FACTS, content + "\n", durable=True)
     return facts
 
 

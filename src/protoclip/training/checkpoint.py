@@ -176,6 +176,14 @@ def facts_of(folder: Path, name: str) -> dict[str, Any]:
         return dict(read_json(folder / STATE).get(name, {}))
 
 
+def remove_unfinished(run: Path) -> None:
+    """Remove what processes that were killed had begun to write; nobody else writes to the run."""
+    for left in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in run.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def newest_intact(run: Path, notes: list[str]) -> Path | None:
     """The newest checkpoint of a run that has no damage; adds a note on each one passed over."""
     damaged: list[str] = []

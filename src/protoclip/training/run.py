@@ -45,7 +45,15 @@ from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run, metric_names
 from protoclip.evaluation.validation import guards, judged
-from protoclip.files import read_json, read_toml, to_json, write_atomically
+from protoclip.files import (
+    SEAL,
+    has_changed,
+    read_json,
+    read_toml,
+    sealed,
+    to_json,
+    write_atomically,
+)
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
@@ -64,6 +72,7 @@ from protoclip.training.checkpoint import (
     facts_of,
     newest_intact,
     read_checkpoint,
+    remove_unfinished,
     understood,
 )
 from protoclip.training.early_stop import EarlyStop
@@ -190,6 +199,7 @@ def train_together(
                     f"{folder}: another process is running in this folder; wait for it, or choose "
                     "another with --run.out"
                 ) from None
+            remove_unfinished(folder)
             if results is None:
                 (folder / loading.MODEL).unlink(missing_ok=True)  # of an ending that was cut short
             if results is not None:
@@ -586,7 +596,8 @@ class Run:
         if best is not None and self.writer.folder(best[0]).is_dir():
             results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
         if rank() == 0:
-            write_atomically(self.folder / "results.json", to_json(results, indent=2) + "\n")
+            content = to_json(sealed(results), indent=2)
+            write_atomically(self.folder / "results.json", content + "\n")
         return results
 
 
@@ -648,11 +659,15 @@ def check_folder(
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
     if begun:
         check_settings(folder, to_toml(config))
-    results = folder / "results.json"
-    if not (begun and results.is_file()):
+    path = folder / "results.json"
+    if not (begun and path.is_file()):
         return begun, None
     read_results(folder)  # or they are damaged
-    return begun, {**read_json(results), "folder": str(folder)}
+    results = read_json(path)
+    if has_changed(results):  # people may edit it
+        say(f"warning: {path}: not what the run wrote: its checksum differs")
+    results = {key: value for key, value in results.items() if key != SEAL}
+    return begun, {**results, "folder": str(folder)}
 
 
 def check_settings(folder: Path, config: str) -> None:

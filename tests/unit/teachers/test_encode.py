@@ -223,7 +223,9 @@ def test_each_caption_is_read_once_without_its_image(tmp_path):
     means = [sum(unit(letters(word)) for word in own) for own in captions]
     found = read_teacher(tmp_path / "t").lookup([f"made/{row}" for row in range(47)])
     np.testing.assert_allclose(found.numpy(), unit(np.stack(means)), atol=1e-3)
-    assert sorted(content(tmp_path / "t")) == ["facts.json", "features.npy", "index.npy"]
+    assert sorted(content(tmp_path / "t")) == [
+        *("checksums.npy", "facts.json", "features.npy", "index.npy"),
+    ]
 
 
 def test_bad_samples_have_no_row(tmp_path):

@@ -1,0 +1,25 @@
+"""A sample of `benchmarks/faults.py`: what is left when something breaks while a command runs."""
+
+import sys
+
+import pytest
+
+from faulting import Fault, Scene, drawn
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="limits and signals of Linux"),
+]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize("fault", drawn(20), ids=str)
+def test_a_fault_loses_nothing_and_the_next_call_goes_on(fault: Fault, scene: Scene) -> None:
+    """It ends in a success or in one line, all files are valid, and the next call makes the same
+    as one that nothing disturbed."""
+    first, second, wrong = scene.suffer(fault)
+    assert not wrong, f"{first.said}\n{second.said}"

@@ -1,0 +1,191 @@
+"""One byte of a file changes: it is noticed, or what is read is the same."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from protoclip.data.cache import DiskCache
+from protoclip.data.decode import Decoded
+from protoclip.data.held_out import held_out_rows
+from protoclip.data.index import ROWS, ArrowIndex, build_index
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.shards import SET_ROWS
+from protoclip.evaluation.features import Encoded, keep, read_kept
+from protoclip.evaluation.samples import SampleResults
+from protoclip.teachers.store import read_teacher, write_folder
+from protoclip.testing import tiny_pairs
+
+IDS = [f"sample/{row}" for row in range(12)]
+FLIPS = 150  # of each file
+Read = Callable[[], object]
+
+
+def flipped(path: Path) -> Iterator[None]:
+    """Change one byte after the other, by one bit or all, and change it back."""
+    content = path.read_bytes()
+    generator = random.Random(path.name)
+    places = range(len(content))
+    for place in sorted(generator.sample(places, min(FLIPS, len(content)))):
+        changed = bytearray(content)
+        changed[place] ^= generator.choice([1, 2, 16, 128, 255])
+        path.unlink()  # a map of the old content stays as it is
+        path.write_bytes(changed)
+        yield
+    path.unlink()
+    path.write_bytes(content)
+
+
+def batches(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    facts["notes"] = ["as told"]
+    for first in range(0, 12, 4):
+        rows = range(first, first + 4)
+        columns: list[list[Any]] = [
+            [f"{row}.png" for row in rows],
+            [[b"a", b"caption %d" % row] for row in rows],
+            IDS[first : first + 4],
+        ]
+        arrays = [pa.array(values, kind.type) for values, kind in zip(columns, ROWS, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=ROWS)
+
+
+def of_shards(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    """With a column of the shards' paths, which are stored once."""
+    names = pa.array(["one.tar", "two.tar"])
+    for number in (0, 1):
+        arrays = [
+            pa.array([f"{number}/{row}" for row in range(3)]),
+            pa.array([[b"a caption"]] * 3, pa.list_(pa.binary())),
+            *(pa.array([9, 8, None], kind.type) for kind in list(SET_ROWS)[2:4]),
+            pa.DictionaryArray.from_arrays(pa.array([number] * 3, pa.int32()), names),
+        ]
+        yield pa.RecordBatch.from_arrays(arrays, schema=SET_ROWS)
+
+
+def index(build: Callable[[dict[str, Any]], Iterator[pa.RecordBatch]]) -> Any:
+    def make(folder: Path) -> Read:
+        def never(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+            raise ValueError("damaged, and built again")
+            yield
+
+        def read() -> object:
+            found = build_index("key", never, folder=folder, where="there", way_out="wait")
+            pairs = ImageTextPairs(found, name="x")
+            # Row by row, as in training.
+            rows = [(pairs.sample_id(row), pairs.where(row)) for row in range(len(pairs))]
+            captions = [pairs.sample_captions(row) for row in range(len(pairs))]
+            return rows, captions, found.notes
+
+        build_index("key", build, folder=folder, where="there", way_out="wait")
+        return read
+
+    return make
+
+
+def teacher(folder: Path) -> Read:
+    features = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float16)
+    write_folder(folder, IDS, np.array_split(features, 3), {"teacher": "test"})
+
+    def read() -> object:
+        found = read_teacher(folder)
+        return found.missing(IDS), found.lookup(IDS).tolist()
+
+    return read
+
+
+def images(folder: Path) -> Read:
+    cache = DiskCache(folder, max_bytes=10**6)
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    cache.put("a" * 32, Decoded(pixels=pixels, orientation=3))
+
+    def read() -> object:
+        found = cache.get("a" * 32)
+        if found is None:
+            raise ValueError("damaged, and made again")
+        return found.pixels.tolist(), found.orientation
+
+    return read
+
+
+def held_out(folder: Path) -> Read:
+    pairs = ImageTextPairs(tiny_pairs(60), name="tiny")
+    distinct = pairs.table.set_column(1, "caption", pa.array([str(row) for row in range(60)]))
+    pairs = ImageTextPairs(distinct, name="tiny")
+    return lambda: held_out_rows([pairs], share=0.2, folder=folder).tolist()
+
+
+def kept_features(folder: Path) -> Read:
+    keep(folder / "a.npy", Encoded(features=torch.eye(5), bad=[(3, "broken")]))
+
+    def read() -> object:
+        found = read_kept(folder / "a.npy")
+        if found is None:
+            raise ValueError("damaged, and made again")
+        return found.features.tolist(), found.bad
+
+    return read
+
+
+def sample_results(folder: Path) -> Read:
+    ids = np.array(IDS, dtype=object)
+    rank = np.arange(12)
+    images = {"sample_id": ids, "zero_shot_rank": rank, "knn_correct": rank % 2 == 0}
+    texts = {"sample_id": ids[:6], "text_to_image_rank": rank[:6]}
+    SampleResults(images=images, texts=texts).write(folder / "a.parquet")
+
+    def read() -> object:
+        found = SampleResults.read(folder / "a.parquet")
+        parts = (found.images, found.texts)
+        return [{name: list(values) for name, values in part.items()} for part in parts]
+
+    return read
+
+
+def outcome(read: Read) -> tuple[object, str]:
+    """What was read, or the error's message."""
+    try:
+        return read(), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [index(batches), index(of_shards), teacher, images, held_out, kept_features, sample_results],
+    ids=["index", "index of shards", "teacher", "images", "held out", "features", "samples"],
+)
+def test_a_flipped_byte_is_noticed(make: Callable[[Path], Read], tmp_path: Path) -> None:
+    read = make(tmp_path)
+    expected = read()
+    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    noticed = 0
+    for path in files:
+        for _ in flipped(path):
+            found, said = outcome(read)
+            if said:
+                assert "damaged" in said or "not the results" in said, said
+                assert "\n" not in said
+                noticed += 1
+            else:
+                assert found == expected, path.name
+    assert noticed > 50 or make is held_out  # those are chosen again
+    assert read() == expected
+
+
+def test_rows_are_checked_when_they_are_used(tmp_path: Path) -> None:
+    """A damaged batch does not hinder the others; the message names file and rows."""
+    path = build_index("key", batches, folder=tmp_path, where="there", way_out="wait").path
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content.replace(b"caption 6", b"caption 7"))
+    pairs = ImageTextPairs(ArrowIndex(path), name="x")
+    assert pairs.caption(0) == "a"
+    assert pairs.sample_id(11) == "sample/11"
+    for use in (lambda: pairs.sample_captions(5), lambda: list(pairs.sample_ids())):
+        with pytest.raises(ValueError, match=r"key\.arrow: damaged .* rows 4 to 7 .* delete it"):
+            use()
