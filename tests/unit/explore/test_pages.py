@@ -71,7 +71,7 @@ def ask(
     """A request that brings the token; header names have `_` for `-`."""
     given = {"Cookie": f"{cookie_name(TOKEN)}={TOKEN}"}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request(method, path, body, {name: value for name, value in given.items() if value})
     answer = connection.getresponse()
     found = answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
@@ -257,7 +257,7 @@ def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
         ask(port, "/1/search-image", method="POST", Content_Length=str(MAX_BODY_BYTES + 1))[0]
         == 413
     )
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     chunks = (bytes(1_000_000) for _ in range(MAX_BODY_BYTES // 1_000_000 + 2))
     try:
         connection.request(
