@@ -1,5 +1,6 @@
 """Clusters of an episode's features, and their translation into a student's space."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -66,8 +67,11 @@ def agreement(
 ) -> float:
     """How much the groups of one space tell about those of another, from 0 (chance) to 1.
 
-    The probability that two samples of one group in `by` are also in one group in `of`, above
-    chance: the adjusted Wallace index (Severiano et al. 2011, doi 10.1128/JCM.00624-11).
+    The square root of the adjusted Wallace index (Severiano et al. 2011, doi
+    10.1128/JCM.00624-11): of the probability, above chance, that two samples of one group in `by`
+    are also in one group in `of`. Like the square of a correlation, that is of second order: where
+    a fifth of the samples are grouped as the other space has it, and the rest by chance, it is a
+    twenty-fifth.
 
         >>> agreement(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 5, 5]))
         0.0
@@ -94,8 +98,8 @@ def agreement(
         return 0.0
     both = pairs(rows[0] * (int(rows[1].max()) + 1) + rows[1])
     chance = same_of / total
-    above_chance: float = (both / same_by - chance) / (1 - chance)
-    return max(0.0, above_chance)
+    above_chance = (both / same_by - chance) / (1 - chance)
+    return math.sqrt(max(0.0, above_chance))
 
 
 def back_translate(

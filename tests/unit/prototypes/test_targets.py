@@ -1,5 +1,7 @@
 """Clusters of an episode, and back-translation as the paper defines it."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -91,10 +93,10 @@ def slow_agreement(by: list[int], of: list[int]) -> float:
     inside = [pair for pair in pairs if by[pair[0]] == by[pair[1]]]
     share = sum(of[i] == of[j] for i, j in inside) / len(inside)
     chance = sum(of[i] == of[j] for i, j in pairs) / len(pairs)
-    return max(0.0, (share - chance) / (1 - chance))
+    return math.sqrt(max(0.0, (share - chance) / (1 - chance)))
 
 
-def test_agreement_is_the_share_of_pairs_above_chance(generator):
+def test_agreement_is_the_root_of_the_share_of_pairs_above_chance(generator):
     by = torch.randint(0, 5, (40,), generator=generator)
     of = torch.where(torch.rand(40, generator=generator) < 0.6, by // 2, by)
     expected = slow_agreement(by.tolist(), of.tolist())
@@ -121,6 +123,15 @@ def test_agreement_is_the_share_of_pairs_above_chance(generator):
 def test_agreement_of_few_samples(by, of, expected):
     by, of = (torch.tensor(groups, dtype=torch.long) for groups in (by, of))
     assert agreement(by, of) == expected
+
+
+def test_agreement_is_the_share_of_samples_that_the_groups_have_in_common(generator):
+    """Of the others, which both spaces group by chance."""
+    common = torch.randint(0, 100, (20_000,), generator=generator)
+    by, of = (torch.randint(0, 100, (20_000,), generator=generator) for _ in range(2))
+    alike = torch.rand(20_000, generator=generator) < 0.3
+    found = agreement(torch.where(alike, common, by), torch.where(alike, common, of))
+    assert found == pytest.approx(0.3, abs=0.02)
 
 
 def test_targets_know_how_much_their_teacher_knows(generator):
