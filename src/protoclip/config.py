@@ -167,7 +167,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
-    size: CountOrZero = 0  # Pairs in an episode; 0: by the number of pairs.
+    size: CountOrZero = 0  # Pairs in an episode; 0: from the data.
     count: Count = 35  # Episodes in the run.
     batch_size: BatchSize = 256  # Pairs in a step, of all ranks together.
     micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
@@ -180,7 +180,7 @@ class EpisodeConfig:
 class PrototypeConfig:
     source: Literal["auto", "extract", "queue"] = "auto"  # Features to cluster.
     extract_transform: Literal["evaluation", "training"] = "evaluation"  # Its transform.
-    number: CountOrZero = 0  # Prototypes per modality; 0: a tenth of an episode.
+    number: CountOrZero = 0  # Prototypes per modality; 0: a tenth.
     init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
     iterations: Count = 6  # K-means iterations.
     restarts: Count = 1  # K-means runs; the best counts.
@@ -195,7 +195,7 @@ class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
     features: str | None = None  # Folder of embed-teacher, file, emoji or start.
     weight: NotNegative = 1.0  # Factor to loss.teacher.
-    number: CountOrZero = 0  # Prototypes of the teacher's space; 0: a tenth of an episode.
+    number: CountOrZero = 0  # Prototypes of its space; 0: a tenth.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = True  # One-hot targets, as in the paper.
 
@@ -206,7 +206,7 @@ class LossConfig:
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 1.0  # Weight of the external teachers' loss.
-    strengths: Literal["automatic", "constant"] = "automatic"  # automatic: by InfoNCE's pull.
+    strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
 
