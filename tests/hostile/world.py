@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -178,4 +179,5 @@ def bomb() -> bytes:
     """A PNG of a few bytes that says it has 40,000 x 40,000 pixels."""
     png = bytearray(encoded("PNG", side=1))
     png[16:24] = (40_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     return bytes(png)

@@ -212,8 +212,11 @@ def device(name: str) -> torch.device:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"run.device: '{name}' cannot be used here ({reason})") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        known = "auto, cpu, cuda, cuda:1 or mps"
+        raise ValueError(
+            f"run.device: '{name}' cannot be used here ({reason[:120]}); choose of {known}"
+        ) from error
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     return chosen

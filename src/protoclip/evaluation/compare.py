@@ -60,7 +60,10 @@ def read_results(run: str | Path) -> dict[str, Any]:
         metrics = {key: number(value) for key, value in dict(results["metrics"]).items()}
         counts = {key: number(results[key]) for key in ("samples_seen", "train_seconds")}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: not the results of a run ({error!r})") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path}: not the results of a run ({reason}); restore it, or leave the run out"
+        ) from error
     return {
         **{"name": results["name"], "seed": results["seed"], **counts, "folder": str(path.parent)},
         "metrics": {key: value for key, value in metrics.items() if value is not None},
