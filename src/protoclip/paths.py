@@ -108,7 +108,7 @@ def require_folder(setting: str, path: str | None) -> None:
 def require_path(setting: str, path: str, what: str) -> None:
     where = f"{setting}: {path}" if setting else path
     if not path.strip():
-        raise ValueError(f"{setting or 'path'}: is empty; name a file or folder, or leave it out")
+        raise ValueError(f"{setting or 'an argument'}: is empty; name a file or folder")
     if "://" in path:
         return
     if "\0" in path:
@@ -117,7 +117,7 @@ def require_path(setting: str, path: str, what: str) -> None:
         Path(path).expanduser().stat()
     except FileNotFoundError:
         if Path(path).is_symlink():
-            what, path = f"is a link to {os.readlink(path)}, which is not there", ""
+            what, path = f"is a link to {Path(path).readlink()}, which is not there", ""
         raise ValueError(f"{where}: {what}{suggestion(path)}") from None
     except NotADirectoryError:
         above = next(folder for folder in Path(path).parents if folder.exists())

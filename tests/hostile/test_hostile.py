@@ -35,7 +35,7 @@ from protoclip.training import checkpoint
 
 TABLE = tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding="utf-8"))
 ERROR = "protoclip: error: "
-SECONDS = 20  # no case may take longer
+SECONDS = 60  # no case may take longer, on a busy machine either
 # Lines on standard error that may come before an error: notes, and progress.
 BESIDE = re.compile(r"(note|warning|computing): |training on |going on from |.*: \d+%, ")
 

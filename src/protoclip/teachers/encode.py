@@ -8,9 +8,11 @@ a teacher folder (see `store.py`), after PCA if asked.
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +32,7 @@ from protoclip.data.loader import Item, Tokenizer, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.files import checksum, file_checksum, read_json, to_json, write_atomically
-from protoclip.models import loading
+from protoclip.models import loading, references
 from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
 from protoclip.teachers import store
@@ -96,7 +98,10 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
         raise ValueError(f"--modality {modality}: {teacher} reads {reads} only")
     try:
         if teacher == "minilm" or (kind == "hf" and name):
-            return hugging_face(name, pooling, device)
+            if not name or Path(name).is_dir():
+                return hugging_face(name, pooling, device)
+            with references.readable_errors(teacher, name):
+                return hugging_face(name, pooling, device)
         if kind == "timm" and name:
             return timm_model(name, device)
         if kind == "open_clip" and name and "/" not in name:
@@ -111,6 +116,7 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
         raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
     except Exception as error:  # what these libraries raise has no common class
         reason = " ".join(str(error).removeprefix(f"{teacher}: ").split())[:300]
+        reason = re.sub(r"^cannot be opened \((.*)\)$", r"\1", reason)
         raise ValueError(f"--teacher: '{teacher}' cannot be opened: {reason}") from None
     if modality == "text":
         return Encoder(model, device, tokenizer, model.encode_text)
@@ -122,7 +128,13 @@ def timm_model(name: str, device: torch.device) -> Encoder:
     before, _, file = name.partition("/")
     in_file = Path(file).is_file()
     name = before if in_file else name
-    model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
+    published = timm.get_pretrained_cfg(name) if timm.is_model(name) and not in_file else None
+    repository = getattr(published, "hf_hub_id", None)
+    downloads = (
+        references.readable_errors(f"timm:{name}", repository) if repository else nullcontext()
+    )
+    with downloads:
+        model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
     if in_file:
         # Not strict, since the file may hold a classifier.
         found = model.load_state_dict(timm.models.load_state_dict(file), strict=False)
