@@ -45,6 +45,8 @@ def require_data_paths(data: DataConfig) -> None:
     if isinstance(data.validation, str):
         require_source("data.validation", data.validation)
     require_folder("data.root", data.root)
+    if data.cache_folder is not None:
+        require_place("data.cache_folder", data.cache_folder, is_folder=True)
     require_file("data.only", data.only)
     require_file("data.without", data.without)
 
@@ -106,7 +108,7 @@ def require_folder(setting: str, path: str | None) -> None:
 def require_path(setting: str, path: str, what: str) -> None:
     where = f"{setting}: {path}" if setting else path
     if not path.strip():
-        raise ValueError(f"{setting or 'path'}: is empty; name a file or folder, or leave it out")
+        raise ValueError(f"{setting or 'an argument'}: is empty; name a file or folder")
     if "://" in path:
         return
     if "\0" in path:
@@ -114,6 +116,8 @@ def require_path(setting: str, path: str, what: str) -> None:
     try:
         Path(path).expanduser().stat()
     except FileNotFoundError:
+        if Path(path).is_symlink():
+            what, path = f"is a link to {Path(path).readlink()}, which is not there", ""
         raise ValueError(f"{where}: {what}{suggestion(path)}") from None
     except NotADirectoryError:
         above = next(folder for folder in Path(path).parents if folder.exists())
@@ -152,6 +156,8 @@ def require_place(setting: str, path: str, *, is_folder: bool) -> None:
 def suggestion(path: str) -> str:
     """What to say about a name close to that of a path which does not exist; or nothing."""
     place = Path(path)
+    if not place.name:
+        return ""
     close = difflib.get_close_matches(place.name, list(names(place.parent)), n=1)
     return f"; did you mean {place.with_name(close[0])}?" if close else ""
 

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,10 @@ batch_size = 16
 def build() -> None:
     """Write everything into the current folder."""
     table = tiny_pairs(PAIRS)
+    captions = [f"{caption} {row}" for row, caption in enumerate(table["caption"].to_pylist())]
+    kinds = pa.array([caption.split()[1] for caption in captions])
+    table = table.set_column(1, "caption", pa.array(captions))
     pq.write_table(table, "pairs.parquet")
-    kinds = pa.array([caption.as_py().split()[1] for caption in table["caption"]])
     pq.write_table(table.append_column("kind", kinds), "classes.parquet")
     for folder in ("empty", "other"):
         Path(folder).mkdir()
@@ -81,7 +84,7 @@ def build() -> None:
     Path("tune.toml").write_text(TUNE)
     Path("ids.csv").write_text("sample_id\ntiny/0\ntiny/1\n")
     Path("notes.txt").write_text("keep me\n")
-    called("train --config tiny.toml --run.out run --run.name run --run.evaluate true")
+    called("train --config tiny.toml --run.out run --run.evaluate true --data.validation 0.4")
     called("train --config tiny.toml --run.out short")
     called("finetune --config tune.toml --run.out tuned --alpha 0.5")
     called("export run exported --formats open_clip")
@@ -178,4 +181,5 @@ def bomb() -> bytes:
     """A PNG of a few bytes that says it has 40,000 x 40,000 pixels."""
     png = bytearray(encoded("PNG", side=1))
     png[16:24] = (40_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     return bytes(png)

@@ -132,9 +132,11 @@ def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int
         clip_tokenizer()  # once, and not in each worker process
         return count_clip_tokens, model.text.context_length or SMALL_CONTEXT_LENGTH
     from protoclip.models.loading import context_length, followed, tokenizer
-    from protoclip.models.towers import TokenCounter
+    from protoclip.models.towers import TokenCounter, named_config
 
     model, _ = followed(model)
+    if model.name is not None:
+        named_config(model.name)
     return TokenCounter(tokenizer(model)), context_length(model)
 
 

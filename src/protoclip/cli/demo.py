@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, TeacherConfig
+from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
 from protoclip.files import to_json, write_atomically
+from protoclip.paths import require_place
 from protoclip.progress import duration
 from protoclip.terminal import say, visible
 
@@ -21,9 +22,10 @@ class Demo:
     """Train and compare CLIP and ProtoCLIP, also with a teacher."""
 
     out: str = "runs/demo"  # Folder of the three runs.
-    seed: int = 0  # Seed of all three.
+    seed: Seed = 0  # Seed of all three.
 
     def __call__(self) -> None:
+        require_place("--out", self.out, is_folder=True)
         import torch
 
         torch.set_flush_denormal(True)

@@ -40,7 +40,7 @@ class EmbedTeacher(Recipes):
         from protoclip.teachers.encode import embed_teacher
 
         torch.set_flush_denormal(True)
-        device = collectives.device(self.device)
+        device = collectives.device(self.device, setting="--device")
         with collectives.process_group(device):
             samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
             if collectives.rank() == 0:

@@ -1,7 +1,9 @@
 """`protoclip explore`."""
 
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from protoclip.config import Config, Count, DataConfig, RunConfig, check
@@ -15,6 +17,7 @@ from protoclip.paths import (
 from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
+    from protoclip.explore.explorer import Explorer
     from protoclip.explore.pairs import ExploredPairs
 
 
@@ -68,14 +71,9 @@ class Explore:
                 f"explore needs a package that is missing ({error}); pip install "
                 "'protoclip[explore]'"
             ) from None
-        import secrets
-
         import torch
 
-        from protoclip.distributed import collectives
-        from protoclip.explore.explorer import open_explorer
-        from protoclip.explore.render import Pages
-        from protoclip.explore.server import listen, server, url_of
+        from protoclip.explore.server import listen
         from protoclip.explore.static import write_static, write_table
 
         torch.set_flush_denormal(True)
@@ -85,11 +83,27 @@ class Explore:
             and any(Path(self.static).iterdir())
         ):
             raise ValueError(f"{self.static}: is not empty; choose a new folder with --static")
-        serves = self.static is None and self.atlas is None
-        # Before minutes of work.
-        listening = listen(self.host, self.port) if serves else None
+        if self.static is None and self.atlas is None:
+            with closing(listen(self.host, self.port)) as listening:  # before minutes of work
+                self.serve(self.explorers(), listening)
+            return
+        explorers = self.explorers()
+        if self.static is not None:
+            number = write_static(explorers, Path(self.static))
+            say(f"{number} pages written to {self.static}")
+        if self.atlas is not None:
+            rows = write_table(explorers[0], Path(self.atlas))
+            say(f"{rows:,} rows written to {self.atlas}; look at them with")
+            image = " --image image" if rows <= 20_000 else ""
+            print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
+
+    def explorers(self) -> "list[Explorer]":
+        """Each model over the pairs."""
+        from protoclip.distributed import collectives
+        from protoclip.explore.explorer import open_explorer
+
         pairs = self.pairs()
-        explorers = [
+        return [
             open_explorer(
                 model,
                 pairs,
@@ -103,23 +117,21 @@ class Explore:
             )
             for model in self.models
         ]
-        if self.static is not None:
-            number = write_static(explorers, Path(self.static))
-            say(f"{number} pages written to {self.static}")
-        if self.atlas is not None:
-            rows = write_table(explorers[0], Path(self.atlas))
-            say(f"{rows:,} rows written to {self.atlas}; look at them with")
-            image = " --image image" if rows <= 20_000 else ""
-            print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
-        if listening is not None:
-            pages, token = Pages(explorers), secrets.token_urlsafe(16)
-            for number in range(1, len(explorers) + 1):
-                _ = pages.site(number).map  # so that the first screen is there at once
-                explorers[number - 1].prepare()
-            print(f"open {url_of(listening, self.host, token)}", flush=True)
-            say("Ctrl-C ends it")
-            serving = server(pages, host=self.host, token=token)
-            serving.run(sockets=[listening])
+
+    def serve(self, explorers: "list[Explorer]", listening: socket) -> None:
+        import secrets
+
+        from protoclip.explore.render import Pages
+        from protoclip.explore.server import server, url_of
+
+        pages, token = Pages(explorers), secrets.token_urlsafe(16)
+        for number in range(1, len(explorers) + 1):
+            _ = pages.site(number).map  # so that the first screen is there at once
+            explorers[number - 1].prepare()
+        print(f"open {url_of(listening, self.host, token)}", flush=True)
+        say("Ctrl-C ends it")
+        serving = server(pages, host=self.host, token=token)
+        serving.run(sockets=[listening])
 
     def pairs(self) -> "ExploredPairs":
         """The pairs to look at. Prints what was noticed about them."""

@@ -52,6 +52,8 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     Raises:
         ValueError: In one line that names the option, or the recipe and its setting.
     """
+    if "--" in arguments:
+        raise ValueError("--: has no meaning here; leave it out")
     hints, known = get_type_hints(kind), dict(options(kind))
     words, given = with_values(arguments, known), cast(Any, None)
     with redirect_stderr(io.StringIO()) as said:
@@ -78,6 +80,7 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
         raise ValueError(f"{rest[0]}: unexpected argument")
     tree: dict[str, Any] = {}
     for path in given.get("config", []):
+        require_file("--config", path)
         recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
         tree = merged(tree, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
     tree = merged(tree, given)
@@ -161,7 +164,6 @@ def value_of(words: Any, hint: Any) -> Any:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a TOML file, checked."""
-    require_file("--config", str(path))
     if not path.is_file():
         raise ValueError(f"--config: {path}: is no file; name one that holds settings as TOML")
     try:

@@ -47,6 +47,7 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
+LONGEST_HEADER = 100_000  # characters
 FORM = 5  # Changes when the same file would be read differently than before.
 Cell = str | list[str] | None
 
@@ -88,7 +89,7 @@ def open_files(
         return pairs_of(index, data, key=key, where=where, name=name, root=root)
     with _library() as datasets:
         builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(last, ("folder",))[0]
-        if not saved and (builder.endswith("folder") or builder == "webdataset"):
+        if not saved and builder not in ("parquet", "arrow", "json"):
             raise ValueError(
                 f"{where}: not a table that can be read; use {', '.join(TEXT_SUFFIXES)} (also "
                 f"compressed: {', '.join(COMPRESSED)}), .parquet, .arrow, .json"
@@ -275,6 +276,10 @@ def choose(where: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
                 f"{setting} names another"
             )
         chosen.append(used or fit[:1])
+        if not chosen[-1] and what not in optional and present:
+            kind = line(str(schema.field(present[0]).type), 60)
+            lack = f"column '{present[0]}' holds {kind}, not {what}; set {setting} to another"
+            raise _missing(where, schema.names, lack)
         if not chosen[-1] and what not in optional:
             lack = f"no column with {what}; set {setting} to one, or add it"
             raise _missing(where, schema.names, lack)
@@ -327,6 +332,8 @@ def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
         raise ValueError(f"{path}: no such file") from error
     except kinds as error:
         reason = line(str(error.__cause__ or error))
+        if "corresponds to no data" in reason:
+            reason = "it holds no row"
         raise ValueError(f"{path}: cannot be read ({reason})") from error
 
 
@@ -377,6 +384,8 @@ def _text_batches(
         with faults(path, *unreadable), _lines(path, access_of(data)) as lines:
             read = _read_json if {".jsonl", ".ndjson"} & {*_suffixes(path)} else _read_csv
             names, rows = read(path, lines, left_out)
+            if not names and left_out.counts:
+                raise ValueError(f"{left_out.notes[0]}; nothing else is in it")
             if not columns:
                 schema = pa.schema([(name, pa.string()) for name in names])
                 columns, facts["notes"] = choose(path, schema, data)
@@ -444,9 +453,13 @@ def _read_csv(
     number, header = next((found for found in enumerate(lines, 1) if found[1].strip()), (0, ""))
     usual = "\t" if ".tsv" in _suffixes(path) else ","
     separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)
-    names = next(csv.reader([header], delimiter=separator), [])
+    if len(header) > LONGEST_HEADER:
+        raise ValueError(
+            f"{path}: its first line is too long for a header; is this a table, with a row a line?"
+        )
     if fault_of(header):
         raise ValueError(f"{path}: its header is not UTF-8 text; save it as UTF-8")
+    names = next(csv.reader([header], delimiter=separator), [])
     return names, _csv_rows(lines, number + 1, separator, len(names), left_out)
 
 

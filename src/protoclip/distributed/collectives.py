@@ -200,8 +200,12 @@ def rank0_first(function: Callable[[], Result]) -> Result:
     return all_gather_object(result)[0]  # type: ignore[no-any-return]
 
 
-def device(name: str) -> torch.device:
-    """The device of this name; `auto` is a GPU if there is one. Raises ValueError if it fails."""
+def device(name: str, *, setting: str = "run.device") -> torch.device:
+    """The device of this name; `auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: It cannot be used; names the setting.
+    """
     _, size, local_rank = launched()
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -212,8 +216,11 @@ def device(name: str) -> torch.device:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"run.device: '{name}' cannot be used here ({reason})") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        known = "auto, cpu, cuda, cuda:1 or mps"
+        raise ValueError(
+            f"{setting}: '{name}' cannot be used here ({reason[:120]}); choose of {known}"
+        ) from error
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     return chosen

@@ -62,7 +62,10 @@ def read_results(run: str | Path) -> dict[str, Any]:
         metrics = {key: number(value) for key, value in dict(results["metrics"]).items()}
         counts = {key: number(results[key]) for key in ("samples_seen", "train_seconds")}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: not the results of a run ({error!r})") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path}: not the results of a run ({reason}); restore it, or leave the run out"
+        ) from error
     if has_changed(results):  # people may edit it
         print(f"warning: {path}: not what the run wrote: its checksum differs", file=sys.stderr)
     return {

@@ -91,6 +91,10 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, "
         reason += "since there are few or many share a caption; give a larger share or a source"
         return nothing(samples, reason, asked=asked)
+    if len(rows) == len(samples):
+        raise ValueError(
+            f"data.validation: {share} leaves none of {len(samples):,} pairs to train on; lower it"
+        )
     notes.append(
         f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by; "
         "data.validation sets a share, another source, or 0 for none"

@@ -117,6 +117,11 @@ def check(folder: Path, formats: Sequence[str], opset: int, name: str | None) ->
                 )
     if opset < onnx.LEAST_OPSET:
         raise ValueError(f"opset: {opset} is too old; {onnx.LEAST_OPSET} or later")
+    if "onnx" in formats:
+        import onnx as library
+
+        if opset > (newest := library.defs.onnx_opset_version()):
+            raise ValueError(f"opset: {opset} is too new; at most {newest} with this onnx")
     if name is not None and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
         raise ValueError(f"push_to_hub: '{name}' is no name on the hub, such as me/model")
     if name is not None and huggingface_hub.get_token() is None:

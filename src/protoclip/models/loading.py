@@ -98,30 +98,37 @@ def followed(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     """
     if config.start is None:
         return config, []
-    kind, name = references.kind_of(config.start)
+    try:
+        return _followed(config, config.start)
+    except ValueError as error:
+        if str(error).startswith("model."):
+            raise
+        raise ValueError(f"model.start: {error}") from error
+
+
+def _followed(config: ModelConfig, reference: str) -> tuple[ModelConfig, list[str]]:
+    kind, name = references.kind_of(reference)
     has_heads = False
     notes: list[str] = []
     if kind == "run":
-        theirs, has_heads = saved_config(config.start), True
+        theirs, has_heads = saved_config(reference), True
     elif kind == "open_clip":
-        theirs, notes = open_clip_start(config.start, name)
+        theirs, notes = open_clip_start(reference, name)
     elif kind == "reference":
-        name, weights = references.reference_weights(config.start, name)
+        name, weights = references.reference_weights(reference, name)
         heads = references.reference_heads(weights)
         has_heads = heads is not None
         theirs = ModelConfig(name=name, heads=heads or config.heads)
     else:
         theirs = ModelConfig()
         if kind == "local-dir" and not (Path(name) / towers.OPEN_CLIP_CONFIG).is_file():
-            raise ValueError(
-                f"model.start: {config.start}: no folder with {towers.OPEN_CLIP_CONFIG}"
-            )
+            raise ValueError(f"model.start: {reference}: no folder with {towers.OPEN_CLIP_CONFIG}")
     found = start.merged(config, theirs, has_heads=has_heads)
     if kind == "open_clip" and not Path(name.partition("/")[2]).is_file():
         found = replace(found, start=None)  # its name and tag say it all
     if (description := described(found)) is not None:
-        start.refuse_untrainable(config.start, description)
-        notes += start.resizing_notes(config.start, description)
+        start.refuse_untrainable(reference, description)
+        notes += start.resizing_notes(reference, description)
     return found, notes
 
 

@@ -354,6 +354,7 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
             raise ValueError(
                 f"{reference}: brings code of its own, which never runs here; choose another model"
             ) from error
-        raise ValueError(f"{reference}: cannot be opened ({line(str(error))})") from error
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{reference}: cannot be opened ({line(reason)})") from error
     finally:
         constants.HF_HUB_OFFLINE, logging.root.manager.disable = before

@@ -178,7 +178,8 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
     if path.is_dir():
         return open_folder(path)
     if not path.is_file():
-        raise ValueError(f"teacher.features: {path}: no such file")
+        what = "is neither a file nor a folder" if path.exists() else "no such file"
+        raise ValueError(f"teacher.features: {path}: {what}")
     try:
         if path.suffix == ".npy":
             features, text = np.load(path, mmap_mode="r"), path.with_suffix(".ids.txt")
@@ -193,7 +194,7 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
                 f"needs numbers of shape (samples, width), not {features.dtype} {features.shape}"
             )
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
     return TeacherFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
 

@@ -211,10 +211,10 @@ def train_together(
             write_atomically(folder / "config.toml", to_toml(config))
             for note in notes:
                 say(f"note: {note}")
-            said = f"training on {amount}"
-            if results is not None:
-                said = f"{folder}: is trained; only what follows training is done again"
-            say(said)
+            if results is None:
+                say(f"training on {amount}")
+            else:
+                say(f"note: {folder}: is trained; only what follows training is done again")
             return checkpoint
 
         checkpoint = rank0_first(claim)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from protoclip.cli import main
-from protoclip.cli.evaluate import names_of
+from protoclip.cli.evaluate import Evaluate, names_of
 from protoclip.data.transforms import PillowTransform
 from protoclip.evaluation import datasets, suite
 from protoclip.models import loading
@@ -26,6 +26,7 @@ def made_up(monkeypatch):
         opened.append((reference, settings))
         return solid_data(reference)
 
+    monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
     monkeypatch.setattr(loading, "load", lambda name: (models[name](), transform, tokenizer))
     monkeypatch.setattr(loading, "to_device", lambda model, device: model.to(device))
     monkeypatch.setattr(datasets, "open_data", open_data)
@@ -56,6 +57,7 @@ def test_several_models_on_several_data_sets(made_up, tmp_path, capsys):
 @pytest.mark.parametrize("words", [[], ["--fast-resize"]])
 def test_the_fast_resize_reaches_the_images(words, made_up, monkeypatch, capsys):
     exact, used = PillowTransform(size=8, mean=(0.5,) * 3, std=(0.5,) * 3), []
+    monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), exact, tokenizer))
     monkeypatch.setattr(suite, "results", lambda encoder, *_, **__: used.append(encoder) or [])
     main(["evaluate", "knowing", "--json", *words])
@@ -74,6 +76,7 @@ def test_the_table_is_the_default_and_emoji_are_the_default_data(made_up, capsys
 def test_the_samples_of_a_finished_run_are_kept(more, made_up, tmp_path, monkeypatch, capsys):
     """Unless only some tasks were run, or with other prompts."""
     (tmp_path / "results.json").write_text("{}")
+    monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
     main(["evaluate", str(tmp_path), "--data", "a", *more])
     capsys.readouterr()
