@@ -6,7 +6,7 @@ jumps, memory that runs out, processes that are killed or paused: each at a rand
 success or in one line; what was whole before must be whole after it; every file must be valid; and
 the next call must make the same as a call that nothing disturbed. Linux only.
 
-    python benchmarks/faults.py [--faults 24] [--seed 0] [--first 0] [--out FILE]
+    python benchmarks/faults.py [--faults 24] [--seed 0] [--minutes 60] [--out FILE]
 """
 
 import argparse
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="pass over so many faults")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no fault after these")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -40,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="protoclip-faults-") as folder:
         scene = Scene(Path(folder))
         for number, fault in enumerate(drawn(arguments.faults, arguments.seed)):
-            if number < arguments.first:
+            if number < arguments.first or time.monotonic() - began > 60 * arguments.minutes:
                 continue
             first, second, wrong = scene.suffer(fault)
             every[fault.kind, fault.command] += 1

@@ -59,8 +59,8 @@ def of_shards(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
     names = pa.array(["one.tar", "two.tar"])
     for number in (0, 1):
         arrays = [
-            pa.array([f"{number}/{row}" for row in range(3)]),
             pa.array([[b"a caption"]] * 3, pa.list_(pa.binary())),
+            pa.array([f"{number}/{row}" for row in range(3)]),
             *(pa.array([9, 8, None], kind.type) for kind in list(SET_ROWS)[2:4]),
             pa.DictionaryArray.from_arrays(pa.array([number] * 3, pa.int32()), names),
         ]

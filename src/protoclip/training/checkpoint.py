@@ -194,9 +194,9 @@ def newest_intact(run: Path, notes: list[str]) -> Path | None:
         damaged.append(f"{found} ({wrong})")
     if damaged:
         raise ValueError(
-            f"every checkpoint of the run is damaged: {', '.join(damaged)}; restore one from a "
-            f"copy, delete {run / 'checkpoints'} to start again, or choose another folder with "
-            "--run.out"
+            f"every checkpoint of the run is damaged or cannot be read: {', '.join(damaged)}; make "
+            f"them readable, restore one from a copy, delete {run / 'checkpoints'} to start again, "
+            "or choose another folder with --run.out"
         )
     return None
 
