@@ -16,16 +16,16 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "explore"))
 
-from worded import explorers  # noqa: E402
+from worded import explorers
 
-from protoclip.config import DataConfig  # noqa: E402
-from protoclip.data import sources  # noqa: E402
-from protoclip.data.emoji import emoji_table  # noqa: E402
-from protoclip.explore.render import Pages  # noqa: E402
-from protoclip.explore.server import listen, server, url_of  # noqa: E402
-from protoclip.explore.static import write_static  # noqa: E402
-from protoclip.testing import tiny_config  # noqa: E402
-from protoclip.training.run import train  # noqa: E402
+from protoclip.config import DataConfig
+from protoclip.data import sources
+from protoclip.data.emoji import emoji_table
+from protoclip.explore.render import Pages
+from protoclip.explore.server import listen, server, url_of
+from protoclip.explore.static import write_static
+from protoclip.testing import tiny_config
+from protoclip.training.run import train
 
 pytestmark = pytest.mark.slow
 
