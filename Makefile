@@ -6,7 +6,7 @@
 #
 #   PYTHON=python3.12    make .venv from this interpreter (otherwise: the first one found that will do)
 #   WORKERS=2            processes that pytest uses, one thread each
-#   ARGS="-k losses"     more arguments for the command of `demo`, `test`, `test-fast` or `bench`
+#   ARGS="-k losses"     more arguments for the command of `demo`, `test...` or `bench`
 #
 # On Linux pip's default PyTorch wheel carries the CUDA libraries. On a machine without a GPU, put the
 # smaller CPU wheel in first, as the PyTorch installation page shows, with .venv/bin/pip after `make venv`.
@@ -14,7 +14,7 @@
 SHELL = /bin/sh
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
-.PHONY: help venv install demo test test-fast lint format bench docs ci clean stale
+.PHONY: help venv install demo test test-fast test-lowest lint format bench docs ci clean stale
 
 PYTHON ?=
 WORKERS ?= 2
@@ -32,7 +32,7 @@ STALE := $(shell [ "$$(cat .venv/home 2>/dev/null)" = "$$(pwd -P)" ] \
 	&& { [ -z "$(PYTHON)" ] || [ "$$("$(PYTHON)" $(WHICH) 2>/dev/null)" = "$$venv" ]; } || echo stale)
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 venv: .venv/home ## Make an empty .venv (the other targets do this and install into it)
 
@@ -46,6 +46,9 @@ test: .venv/dev ## Run every test
 
 test-fast: .venv/dev ## Run the tests that are not marked slow
 	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-lowest: .venv-lowest/dev ## Run them with the lowest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
 
 lint: .venv/dev ## Check style, format, types and the direction of imports
 	$(BIN)/ruff check .
@@ -67,8 +70,8 @@ docs: .venv/home ## Check that the links in the documentation resolve
 
 ci: lint test ## What .ci/run runs: lint, then test
 
-clean: ## Remove .venv, caches and builds
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+clean: ## Remove .venv, .venv-lowest, caches and builds
+	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is touched only after its install has succeeded, so an interrupted one is done again.
@@ -82,6 +85,16 @@ clean: ## Remove .venv, caches and builds
 	@echo "Installing protoclip and the tools to test it into .venv ($(NOTE))"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch .venv/runtime $@
+
+# Compiled at once, or the processes that tests start would each compile PyTorch.
+.venv-lowest/dev: .venv/home pyproject.toml
+	@echo "Installing the lowest versions into .venv-lowest (once, some minutes: on Linux 3 GB to download)"
+	@rm -rf .venv-lowest
+	@$(PIP_INSTALL) uv
+	@$(BIN)/uv venv --quiet --python $(BIN)/python .venv-lowest
+	@$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+	  --only-binary :all: --no-binary protoclip --compile-bytecode --editable '.[dev]'
+	@touch $@
 
 .venv/home: $(STALE)
 	@found=; new=; \

@@ -7,7 +7,10 @@ explorer is measured, and no model encodes anything. Each size runs in a process
 
 prints for each: seconds to compute the map and prototypes (once, then kept); seconds from there to
 the first screen when they are kept (opening, and the first request for the page and its map);
-seconds of the first question, which opens the features, and of later ones; and memory.
+seconds of the first question, which opens the features, and of later ones; and memory. Beside each
+time stands `_cpu`, the processor time of this process, which other jobs of the machine change less.
+`--drawn` draws places and prototypes at random instead of computing them; no later time depends on
+what they are.
 """
 
 import argparse
@@ -31,7 +34,17 @@ from PIL import Image
 
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.features import Encoder
-from protoclip.explore.atlas import Features, keep, make_atlas, read_kept
+from protoclip.explore.atlas import (
+    COMPARED_ROWS,
+    MAP_PAIRS,
+    MOST_DUPLICATES,
+    Atlas,
+    Features,
+    keep,
+    make_atlas,
+    num_prototypes,
+    read_kept,
+)
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.explore.render import Pages
@@ -87,7 +100,50 @@ def open_features(number: int, folder: Path) -> Features:
     def read(modality: str) -> torch.Tensor:
         return torch.from_numpy(np.load(folder / f"{modality}.npy", mmap_mode="c"))
 
-    return Features(rows=torch.arange(number), image=read("image"), text=read("text"))
+    rows = torch.arange(number)
+    return Features(captioned=rows, rows=rows, image=read("image"), text=read("text"))
+
+
+def drawn_atlas(pairs: int) -> Atlas:
+    """An atlas of the right size whose values are drawn at random."""
+    draw = np.random.default_rng(0)
+    number = num_prototypes(pairs)
+
+    def values(*shape: int) -> Any:
+        return draw.random(shape, dtype=np.float32)
+
+    return Atlas(
+        captioned=np.arange(pairs),
+        rows=np.arange(pairs),
+        drawn=np.sort(draw.choice(pairs, min(pairs, MAP_PAIRS), replace=False)),
+        image_place=values(pairs, 2),
+        text_place=values(pairs, 2),
+        image_prototype=draw.integers(0, number, pairs, dtype=np.int32),
+        text_prototype=draw.integers(0, number, pairs, dtype=np.int32),
+        image_similarity=values(pairs),
+        text_similarity=values(pairs),
+        distance=values(pairs),
+        loss=values(pairs),
+        duplicates=draw.integers(0, pairs, (MOST_DUPLICATES, 2)),
+        duplicate_similarity=values(MOST_DUPLICATES),
+        number=number,
+        space="features",
+        layout="pca",
+        compared=min(pairs, COMPARED_ROWS),
+        own={},
+    )
+
+
+class Stopwatch:
+    """Seconds since it was made: on the wall, and of this process's processor time."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def into(self, found: dict[str, Any], name: str) -> None:
+        wall, cpu = self.started
+        found[f"{name}_s"] = round(time.perf_counter() - wall, 4)
+        found[f"{name}_cpu_s"] = round(time.process_time() - cpu, 4)
 
 
 class Towers(torch.nn.Module):
@@ -106,26 +162,31 @@ def tokens_of(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[sum(map(ord, text))] for text in texts])
 
 
-def measure(number: int) -> dict[str, Any]:
+def measure(number: int, *, drawn: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"pairs": number}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         features_of(number, folder)
         pairs = synthetic(number, folder)
-        started = time.perf_counter()
-        keep(folder / "atlas.npz", make_atlas(open_features(number, folder), heads=None))
-        found["computed_once_s"] = time.perf_counter() - started
+        watch = Stopwatch()
+        atlas = (
+            drawn_atlas(number) if drawn else make_atlas(open_features(number, folder), heads=None)
+        )
+        keep(folder / "atlas.npz", atlas)
+        if not drawn:
+            watch.into(found, "computed_once")
         before = resident()
 
-        started = time.perf_counter()
-        atlas = read_kept(folder / "atlas.npz")
-        assert atlas is not None
+        watch = Stopwatch()
+        kept = read_kept(folder / "atlas.npz")
+        assert kept is not None
+        watch.into(found, "opened")
         encoder = Encoder(model=Towers(), transform=lambda image: image, tokenizer=tokens_of)
         explorer = Explorer(
             name="synthetic",
             pairs=pairs,
             encoder=encoder,
-            atlas=atlas,
+            atlas=kept,
             features=lambda: open_features(number, folder),
         )
         listening = listen("127.0.0.1", 0)
@@ -133,19 +194,25 @@ def measure(number: int) -> dict[str, Any]:
         thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
         thread.start()
         port = listening.getsockname()[1]
-        page, drawn = ask(port, "/1/index.html"), ask(port, "/1/map.json")
-        found["first_screen_s"] = time.perf_counter() - started
-        found["map_mb"] = len(drawn) / 1e6
+        page, shown = ask(port, "/1/index.html"), ask(port, "/1/map.json")
+        watch.into(found, "first_screen")
+        found["map_mb"] = len(shown) / 1e6
         assert b"<h1>Map</h1>" in page
         times = []
         for question in range(QUESTIONS + 1):
-            started = time.perf_counter()
+            one: dict[str, Any] = {}
+            watch = Stopwatch()
             ask(port, f"/1/search.html?text={quote(f'question {question * 7}')}")
-            times.append(time.perf_counter() - started)
-        found["first_answer_s"], found["later_answers_s"] = times[0], median(times[1:])
-        started = time.perf_counter()
-        ask(port, "/1/prototypes-image.html")
-        found["prototypes_page_s"] = time.perf_counter() - started
+            watch.into(one, "answer")
+            times.append(one)
+        for suffix in ("s", "cpu_s"):
+            found[f"first_answer_{suffix}"] = times[0][f"answer_{suffix}"]
+            later = [one[f"answer_{suffix}"] for one in times[1:]]
+            found[f"later_answers_{suffix}"] = round(median(later), 4)
+        for page_name in ("prototypes-image", "prototype-image-1", "odd-loss", "odd-distance"):
+            watch = Stopwatch()
+            ask(port, f"/1/{page_name}.html")
+            watch.into(found, f"page_{page_name}")
         found["exact"] = explorer.space("image").exact
         found["memory_gb"] = (resident() - before) / 1e9
         serving.should_exit = True
@@ -165,12 +232,14 @@ def ask(port: int, path: str) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", type=int, nargs="+")
+    parser.add_argument("--drawn", action="store_true")
     arguments = parser.parse_args()
     if len(arguments.pairs) == 1:
-        print(json.dumps(measure(arguments.pairs[0])))
+        print(json.dumps(measure(arguments.pairs[0], drawn=arguments.drawn), indent=1))
         return
+    more = ["--drawn"] if arguments.drawn else []
     for number in arguments.pairs:
-        subprocess.run([sys.executable, __file__, str(number)], check=True)
+        subprocess.run([sys.executable, __file__, str(number), *more], check=True)
 
 
 if __name__ == "__main__":

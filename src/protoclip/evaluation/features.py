@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -141,20 +141,28 @@ class Encoder:
             raise ValueError(f"{stage}: no image can be used{reason}")
         return found
 
-    def texts(self, texts: Sequence[str], *, stage: str) -> Float[Tensor, "n d"]:
-        """Features of texts."""
-        texts = list(texts)
+    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
+        """Features of texts.
 
-        def batches() -> Iterator[Batch]:
-            for rows in self._shares(len(texts)):
-                yield self.tokenizer(texts[rows.start : rows.stop]), []
+        Args:
+            content: Identifies the texts; then kept features are found without reading these.
+        """
+        if not content:
+            texts = list(texts)
+            content = checksum(json.dumps(texts).encode())
 
         def compute() -> Encoded:
-            forward = partial(self.model.encode_text, normalize=False)
-            blank = partial(self.tokenizer, texts[:1])
-            return self.encode(forward, batches(), blank, len(texts), stage)
+            read = list(texts)
 
-        return self._kept("text", checksum(json.dumps(texts).encode()), compute).features
+            def batches() -> Iterator[Batch]:
+                for rows in self._shares(len(read)):
+                    yield self.tokenizer(read[rows.start : rows.stop]), []
+
+            forward = partial(self.model.encode_text, normalize=False)
+            blank = partial(self.tokenizer, read[:1])
+            return self.encode(forward, batches(), blank, len(read), stage)
+
+        return self._kept("text", content, compute).features
 
     def encode(
         self,

@@ -37,7 +37,7 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Literal["image", "text"], ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 1
+FORM = 2
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -51,8 +51,12 @@ USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Features of pairs, of any norm; `rows` of the pairs that could be read."""
+    """Features of pairs, of any norm.
 
+    `rows` are those of the pairs that could be read, `captioned` of all that have a caption.
+    """
+
+    captioned: Int[Tensor, " c"]
     rows: Int[Tensor, " n"]
     image: Float[Tensor, "n d"]
     text: Float[Tensor, "n d"]
@@ -63,7 +67,8 @@ class Atlas:
     """What is known of each pair `(n,)`, in NumPy arrays, so that it is kept and opened quickly.
 
     Attributes:
-        rows: The pairs, as rows of the data.
+        captioned: Rows of the data that have a caption `(c,)`.
+        rows: The pairs, as rows of the data: those whose image can be read too.
         drawn: Which of these are drawn on the map `(m,)`.
         image_place, text_place: Where on the map each lies `(n, 2)`.
         image_prototype, text_prototype: Its prototype in its own modality.
@@ -77,6 +82,7 @@ class Atlas:
             dead, which means nearest to no pair.
     """
 
+    captioned: Array
     rows: Array
     drawn: Array
     image_place: Array
@@ -166,6 +172,7 @@ def make_atlas(
     show("near-duplicates")
     pairs_of, values, compared = duplicates(features.image, seed=seed)
     return Atlas(
+        captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
         drawn=shown.numpy(),
         image_place=image_place,

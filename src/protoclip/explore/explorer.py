@@ -32,7 +32,7 @@ from protoclip.explore.atlas import (
     read_kept,
 )
 from protoclip.explore.neighbours import Neighbours
-from protoclip.explore.pairs import ExploredPairs
+from protoclip.explore.pairs import ExploredPairs, Rows
 from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float
@@ -168,14 +168,11 @@ def open_explorer(
     heads = heads_of(model, reference)
     path = path_of(cache_folder() / "atlas", encoder.key, pairs.key, layout, number, bool(heads))
 
-    def features() -> Features:
-        return encoded(encoder, pairs)
-
     made: list[Features] = []
     atlas = read_kept(path) if cache else None
     if atlas is None:
         show("features")
-        made = [features()]
+        made = [encoded(encoder, pairs, pairs.with_captions())]
         scale = getattr(getattr(model, "towers", None), "logit_scale", None)
         atlas = make_atlas(
             made[0],
@@ -196,20 +193,22 @@ def open_explorer(
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,
-        features=(lambda: made[0]) if made else features,
+        # Known rows spare the next start reading all captions.
+        features=lambda: made[0] if made else encoded(encoder, pairs, atlas.captioned),
     )
 
 
-def encoded(encoder: Encoder, pairs: ExploredPairs) -> Features:
-    """Features of the pairs that have a caption and an image that can be read."""
-    rows = pairs.with_captions()
+def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
+    """Features of those rows, which have captions, whose image can be read."""
     if not len(rows):
         raise ValueError(f"{pairs.name}: no pair has a caption")
     images = encoder.images(pairs.images(rows), stage="images")
-    texts = encoder.texts([pairs.caption(row) for row in rows.tolist()], stage="captions")
+    captions = (pairs.caption(row) for row in rows.tolist())
+    texts = encoder.texts(captions, stage="captions", content=f"first captions of {pairs.key}")
     kept = torch.ones(len(rows), dtype=torch.bool)
     kept[[row for row, _ in images.bad]] = False
     return Features(
+        captioned=torch.from_numpy(rows),
         rows=torch.from_numpy(rows)[kept],
         image=images.features,
         text=texts if bool(kept.all()) else texts[kept],

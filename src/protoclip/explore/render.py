@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +50,7 @@ PALETTE = (
     *("#5f3dc4", "#66a80f", "#1098ad", "#f06595", "#845ef7", "#20c997", "#fd7e14", "#4c6ef5"),
     *("#a61e4d", "#087f5b", "#c2255c", "#868e96"),
 )
+DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
 
@@ -123,8 +125,9 @@ class Pages:
 def thumbnail(pairs: ExploredPairs, row: int, side: int) -> bytes:
     """A small image as WebP, without whatever else the file held; grey if it cannot be read."""
     try:
-        pixels = decode(pairs.encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=side)
-        image = ImageOps.contain(Image.fromarray(pixels), (side, side))
+        with DECODING:
+            pixels = decode(pairs.encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=side)
+            image = ImageOps.contain(Image.fromarray(pixels), (side, side))
     except (BadSample, ValueError, OSError):
         image = Image.new("RGB", (side, side), "#868e96")
     buffer = io.BytesIO()
@@ -259,10 +262,16 @@ class Site:
             pages=pages,
         )
 
+    @cached_property
+    def _oddest(self) -> dict[str, npt.NDArray[np.int64]]:
+        return {
+            by: np.argsort(-getattr(self.atlas, by), kind="stable").astype(np.int64)
+            for by in ("distance", "loss")
+        }
+
     def odd(self, by: Literal["distance", "loss"], page: int = 1) -> str:
         """The pairs that agree least."""
-        values = getattr(self.atlas, by)
-        part, pages = paged(np.argsort(-values, kind="stable"), page)
+        part, pages = paged(self._oddest[by], page)
         cards = [
             self.card(
                 int(each),

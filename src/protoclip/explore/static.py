@@ -25,8 +25,8 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
     """Write read-only pages to a new or empty folder, which appears whole; returns their number.
 
     They have the map, the prototypes with their nearest members, the odd ones out and the
-    near-duplicates, but no search and no pages of single pairs, which need the model. Says how
-    large they are before it writes the images, which are most of it.
+    near-duplicates, but no search and no pages of single pairs, which need the model. Before it
+    writes the images, which are most of it, it says how large all will be.
 
     Raises:
         ValueError: The folder holds something, or its disk has too little room.

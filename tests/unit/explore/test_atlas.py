@@ -25,6 +25,7 @@ def clustered(seed: int = 0, *, swapped: tuple[int, ...] = ()) -> Features:
     for row in swapped:
         texts[row] = (groups[row] + 1) % CLUSTERS
     return Features(
+        captioned=torch.arange(len(groups)),
         rows=torch.arange(len(groups)),
         image=3 * (centres[groups] + noise[0]),
         text=centres[texts] + noise[1],

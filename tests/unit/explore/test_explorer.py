@@ -13,7 +13,7 @@ from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.explore import explorer as explorer_module
 from protoclip.explore.explorer import heads_of, open_explorer
-from protoclip.explore.pairs import explored
+from protoclip.explore.pairs import ExploredPairs, explored
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import train
@@ -124,6 +124,14 @@ def test_the_next_start_encodes_nothing(
     monkeypatch.setattr(explorer_module, "encoded", fail)
     (after,) = explorers(DataConfig(train=str(table)))
     assert np.array_equal(before.atlas.image_place, after.atlas.image_place)
+    # Features are opened without reading a caption or an image.
+    monkeypatch.undo()
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    for name in ("caption", "encoded", "with_captions"):
+        monkeypatch.setattr(ExploredPairs, name, fail)
+    for modality in ("image", "text"):
+        first, again = before.space(modality).features, after.space(modality).features
+        assert torch.equal(first, again)
 
 
 def test_data_whose_images_are_gone_is_one_line(tmp_path: Path) -> None:
