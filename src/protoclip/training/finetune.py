@@ -133,6 +133,7 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if features is not None:
             decide("teacher.number", number)
     if config.loss.prototypical > 0 or features is not None or config.external_teachers:
+        decide("loss.strengths", "constant")  # with these the gains of docs/LOG.md were measured
         if features == "start":
             decide("episodes.warm_up", 0)  # its features are good from the beginning
         if not has_heads(config.model):
