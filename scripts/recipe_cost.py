@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from protoclip.cli.parsing import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive, check
 from protoclip.models import loading, towers
+from protoclip.training import sizes
 from protoclip.training.optim import resolved
 from protoclip.training.stages import LOCKED_IMAGE, stage_of
 
@@ -133,6 +134,13 @@ def read(words: Sequence[str]) -> Cost:
     cost = parse(Cost, ["--config", *words])
     given = Config(**{entry.name: getattr(cost, entry.name) for entry in fields(Config)})
     check(given)
+    if sizes.is_open(given):
+        if not given.episodes.size and not cost.pairs:
+            raise ValueError(
+                "--pairs: the recipe leaves episodes.size to the data; give their number"
+            )
+        size = given.episodes.size or sizes.episode_size(cost.pairs, given.episodes.batch_size)
+        given = sizes.filled(given, sizes.sizes_of(given, size, size // sizes.PAIRS_A_PROTOTYPE))
     decided, _ = resolved(given)
     return replace(cost, **vars(decided))
 

@@ -38,13 +38,14 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
     `recipes/emoji_*.toml` are the same runs with the 20 passes of docs/LOG.md.
     """
     from protoclip.training.run import slug
+    from protoclip.training.sizes import sized
 
     losses = {
         "CLIP": (LossConfig(prototypical=0.0), TeacherConfig()),
         "ProtoCLIP": (LossConfig(), TeacherConfig()),
         "ProtoCLIP + teacher": (LossConfig(), TeacherConfig(features="emoji")),
     }
-    return {
+    configs = {
         name: Config(
             run=RunConfig(name=name, seed=seed, out=f"{out}/{slug(name)}" if out else None),
             episodes=EpisodeConfig(count=EPISODES),
@@ -53,6 +54,7 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
         )
         for name, (loss, teacher) in losses.items()
     }
+    return {name: sized(config)[0] for name, config in configs.items()}
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]]:

@@ -41,8 +41,7 @@ def sized(config: Config, *, before: Path | None = None) -> tuple[Config, list[s
     size, batch = config.episodes.size, config.episodes.batch_size
     if size == 0:
         rows = len(samples) if isinstance(samples, Pairs) else LARGEST_EPISODE
-        size = min(LARGEST_EPISODE, 2 ** int(math.log2(max(1, rows))))
-        size = max(batch, size // batch * batch)
+        size = episode_size(rows, batch)
         of = f"{rows:,} pairs" if isinstance(samples, Pairs) else "a stream"
         notes.append(f"episodes.size = {size}, for {of}")
     number = number_of_prototypes(samples, size)
@@ -53,6 +52,12 @@ def sized(config: Config, *, before: Path | None = None) -> tuple[Config, list[s
             + ("since captions repeat" if few else "a tenth of an episode")
         )
     return filled(config, sizes_of(config, size, number)), notes
+
+
+def episode_size(rows: int, batch: int) -> int:
+    """The largest power of two up to so many pairs, as whole batches."""
+    size: int = min(LARGEST_EPISODE, 2 ** int(math.log2(max(1, rows))))
+    return max(batch, size // batch * batch)
 
 
 def is_open(config: Config) -> bool:
