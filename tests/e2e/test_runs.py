@@ -111,6 +111,7 @@ def test_the_sigmoid_loss_trains_beside_prototypes(
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-sig", SIGLIP)
     small = way == "small towers"
     given = {"loss": {"instance": "sigmoid"}} if small else {"model": {"name": "tiny-sig"}}
+    given["loss"] = {**given.get("loss", {}), "strengths": "constant"}
     given["optim"] = {"learning_rate": 2e-3, "warm_up_steps": 2}
     run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "run", count=4, **given))
     shown = capsys.readouterr().err
@@ -158,7 +159,7 @@ def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, c
         given = {"name": name, "features": path, "number": 4, "weight": weight}
         teachers.append(TeacherConfig(**given, hard_targets=name == "all"))
     config = replace(tiny_config(tiny_parquet, out=""), teachers=teachers)
-    run.train(short(config, tmp_path / "run"))
+    run.train(short(config, tmp_path / "run", loss={"strengths": "constant"}))
     assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
     grouped = metrics_of(tmp_path / "run", "train/loss/prototypical/image_from_some")
     assert len(grouped) == 4

@@ -81,7 +81,7 @@ def test_labels_tell_runs_apart(tmp_path):
         (["damaged"], "damaged/config.toml: damaged (Expected"),
         (["results"], "results/results.json: not the results of a run"),
         (["run", "--out", "gone/report.html"], "--out: no folder gone; make it first"),
-        (["run", "--out", "empty"], "--out: empty is a folder; name a file, such as"),
+        (["run", "--out", "empty"], "--out: empty: is a folder; name a file in it"),
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(
