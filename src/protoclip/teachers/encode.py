@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -130,10 +130,10 @@ def timm_model(name: str, device: torch.device) -> Encoder:
     name = before if in_file else name
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) and not in_file else None
     repository = getattr(published, "hf_hub_id", None)
-    downloads = (
-        references.readable_errors(f"timm:{name}", repository) if repository else nullcontext()
-    )
-    with downloads:
+    download: AbstractContextManager[None] = nullcontext()
+    if repository:
+        download = references.readable_errors(f"timm:{name}", repository)
+    with download:
         model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
     if in_file:
         # Not strict, since the file may hold a classifier.
