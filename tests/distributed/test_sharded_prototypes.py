@@ -188,9 +188,10 @@ def test_targets_of_ranks_are_those_of_one_process(world_size, back_translation,
             wanted = expected[space].centroids
             torch.testing.assert_close(one.centroids, wanted, rtol=1e-9, atol=1e-9)
         for key, target in targets.items():
-            for name, value in vars(target).items():
+            assert target.confidence == expected_targets[key].confidence
+            for name in ("classes", "class_index", "lookup"):
+                value, wanted = getattr(target, name), getattr(expected_targets[key], name)
                 assert torch.equal(value, getattr(found[0][1][key], name))
-                wanted = getattr(expected_targets[key], name)
                 torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
 
 

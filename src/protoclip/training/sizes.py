@@ -11,6 +11,7 @@ from protoclip.data import sources
 from protoclip.data.inspect import drawn
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.evaluation.validation import judged
+from protoclip.paths import require_paths
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
 PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
@@ -37,6 +38,7 @@ def sized(config: Config, *, before: Path | None = None) -> tuple[Config, list[s
             same = filled(config, Config.from_dict(tomllib.loads(text)))
             if not is_open(same):
                 return same, []
+    require_paths(config)
     samples, notes = judged(config, sources.pairs(config)).training, []
     size, batch = config.episodes.size, config.episodes.batch_size
     if size == 0:
