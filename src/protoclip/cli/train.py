@@ -1,5 +1,6 @@
 """`protoclip train`."""
 
+import os
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -20,7 +21,8 @@ class Train(Config, Recipes):
     def __call__(self) -> None:
         config = Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
         check(config)
-        if self.resume == "never":  # a finished run needs its data no more
+        # A finished run needs its data no more, and of several ranks one shall tell a mistake.
+        if self.resume == "never" and "RANK" not in os.environ:
             require_paths(config)
         if config.run.out is not None:
             require_place("run.out", config.run.out, is_folder=True)
