@@ -21,7 +21,8 @@ it starts from; `rotate` and `shift`, which take the start's text features away 
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
 
-Choices are made on validation. `--test` measures one arm of each group, the best on validation in
+Choices are made on validation; transfer sets are judged there by folds over train and validation,
+since a small validation split tells no arms apart. `--test` measures one arm of each group, the best on validation in
 the mean over data sets, seeds and metrics, and nothing else. It refuses a study whose arms changed
 after its test split was opened, and each table says how many settings were tried.
 
@@ -530,6 +531,8 @@ def main(words: list[str] | None = None) -> None:
         study_of(given, " ".join(sys.argv[1:] if words is None else words))
     except ValueError as error:
         raise SystemExit(f"study.py: error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("study.py: interrupted; the same command goes on") from None
 
 
 def study_of(given: argparse.Namespace, words: str) -> None:

@@ -159,7 +159,7 @@ def make_targets(
                 torch.arange(number, device=centroids.device),
                 mask_empty=mask_empty,
             )
-            if teacher in students and student in clusters:
+            if student in clusters:
                 groups = found.assignments, clusters[student].assignments
                 target = replace(target, confidence=agreement(*groups, keys))
             targets[student, teacher] = target

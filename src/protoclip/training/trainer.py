@@ -106,7 +106,7 @@ class Trainer:
         features = self.source.features(episode)
         seconds = {"extract": self._tick()}
         spaces = dict(features.teachers)
-        if self.weights.prototypical:
+        if self.weights.prototypical or self.balance is not None:
             spaces = {"image": features.image, "text": features.text, **spaces}
         self.clusters = cluster_spaces(spaces, self.cluster, features.positions)
         seconds["cluster"] = self._tick()
@@ -120,7 +120,6 @@ class Trainer:
         metrics = {
             f"train/prototypes/agreement/{student}_from_{teacher}": target.confidence
             for (student, teacher), target in self.targets.items()
-            if teacher in ("image", "text")
         }
         for space, found in self.clusters.items():
             number = len(found.centroids)
