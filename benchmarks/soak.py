@@ -166,8 +166,9 @@ def steps(out: Path) -> list[int]:
 
 def table(turns: Sequence[Turn]) -> list[str]:
     lines = [
-        "| turn | run | minutes | steps | evaluations so far | checkpoints seen | "
-        "least memory, MB: first third | second | last | open files | threads | MB on disk | logs |",
+        "| turn | run | minutes | steps | evaluations so far | checkpoints seen "
+        "| least memory, MB: first third | second | last "
+        "| open files | threads | MB on disk | logs |",
         "|" + "---|" * 13,
     ]
     for number, turn in enumerate(turns, 1):
