@@ -196,7 +196,7 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
                 f"needs numbers of shape (samples, width), not {features.dtype} {features.shape}"
             )
     except DAMAGED as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
     return TeacherFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
 
@@ -230,8 +230,9 @@ def open_folder(folder: Path) -> TeacherFeatures:
                 raise ValueError(f"{name} is not what was written: its checksum differs")
         checksums = np.load(folder / CHECKSUMS) if "checksums" in facts else None
     except DAMAGED as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: damaged ({str(error).splitlines()[0]}); delete it, and run protoclip embed-teacher again"
+            f"{folder}: damaged ({reason}); delete it, and run protoclip embed-teacher again"
         ) from None
     return TeacherFeatures(name=str(folder), index=index, features=features, checksums=checksums)
 
