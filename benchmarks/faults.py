@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,66 +23,81 @@ import torch
 from protoclip.training import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from faulting import COMMANDS, HAS_WORKERS, KINDS, Scene, drawn
+from faulting import COMMANDS, KINDS, Fault, Outcome, Scene, drawn
+
+
+@dataclass
+class Tally:
+    """Faults that were met well, of all, by kind and command; and how the calls ended."""
+
+    good: Counter[tuple[str, str]] = field(default_factory=Counter)
+    every: Counter[tuple[str, str]] = field(default_factory=Counter)
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, number: int, fault: Fault, first: Outcome, wrong: list[str]) -> None:
+        self.every[fault.kind, fault.command] += 1
+        self.good[fault.kind, fault.command] += not wrong
+        end = "success" if first.code == 0 else "one line" if first.code > 0 else "signal"
+        self.ends[fault.kind, end] += 1
+        self.failures += [f"{number}, {fault}: {text}" for text in wrong]
+
+    def rows(self) -> list[str]:
+        """A Markdown table."""
+        lines = [
+            f"| fault | from then on | {' | '.join(COMMANDS)} | success | one line | signal |",
+            "|" + "---|" * (len(COMMANDS) + 5),
+        ]
+        for kind, what in KINDS.items():
+            cells = [
+                f"{self.good[kind, command]} of {self.every[kind, command]}"
+                if self.every[kind, command]
+                else ""
+                for command in COMMANDS
+            ]
+            cells += [str(self.ends[kind, end]) for end in ("success", "one line", "signal")]
+            lines.append(f"| {kind} | {what} | {' | '.join(cells)} |")
+        sums = f"{sum(self.good.values())} of {sum(self.every.values())} were met well."
+        return [*lines, "", sums, "", *(f"- {text}" for text in self.failures)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="pass over so many faults")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no fault after these")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    good: Counter[tuple[str, str]] = Counter()
-    every: Counter[tuple[str, str]] = Counter()
-    ends: Counter[tuple[str, str]] = Counter()
-    failures, began = [], time.monotonic()
+    tally, began, facts = Tally(), time.monotonic(), run.environment(torch.device("cpu"))
+    text = ""
     with tempfile.TemporaryDirectory(prefix="protoclip-faults-") as folder:
         scene = Scene(Path(folder))
         for number, fault in enumerate(drawn(arguments.faults, arguments.seed)):
-            if number < arguments.first or time.monotonic() - began > 60 * arguments.minutes:
-                continue
+            if time.monotonic() - began > 60 * arguments.minutes:
+                break
             first, second, wrong = scene.suffer(fault)
-            every[fault.kind, fault.command] += 1
-            good[fault.kind, fault.command] += not wrong
-            end = "success" if first.code == 0 else "one line" if first.code > 0 else "ended"
-            ends[fault.kind, end] += 1
+            tally.add(number, fault, first, wrong)
             print(f"{number} {fault}: {first.code} {first.last[:200]}; then {second.code}")
-            for text in wrong:
-                failures.append(f"{number}, {fault.command}, {fault.kind}: {text}")
-                print(f"    WRONG {text}", flush=True)
-    facts = run.environment(torch.device("cpu"))
-    lines = [
-        "# Faults: what is left when something breaks",
-        "",
-        f"`python benchmarks/faults.py --faults {arguments.faults} --seed {arguments.seed}`, "
-        f"{datetime.date.today().isoformat()}; {facts['device']}, Python {facts['python']}, torch "
-        f"{facts['torch']}; {time.monotonic() - began:.0f} s. Faults that were met well, of all. A "
-        "call under a fault is met well if it ends in a success or in one line, what was whole "
-        "before is whole, every file is valid, and the next call makes the same bytes as one that "
-        "nothing disturbed and leaves no hidden file. The last columns say how the calls "
-        "under the fault ended: with success, with one line, or by a signal.",
-        "",
-        f"| fault | from then on | {' | '.join(COMMANDS)} | success | one line | signal |",
-        "|" + "---|" * (len(COMMANDS) + 5),
-    ]
-    for kind, what in KINDS.items():
-        cells = [
-            f"{good[kind, command]} of {every[kind, command]}"
-            if kind != "worker killed" or command in HAS_WORKERS
-            else ""
-            for command in COMMANDS
-        ]
-        cells += [str(ends[kind, end]) for end in ("success", "one line", "ended")]
-        lines.append(f"| {kind} | {what} | {' | '.join(cells)} |")
-    lines += ["", f"{sum(good.values())} of {sum(every.values())} were met well.", ""]
-    lines += [f"- {text}" for text in failures]
-    text = "\n".join(lines).rstrip() + "\n"
+            for what in wrong:
+                print(f"    WRONG {what}", flush=True)
+            lines = [
+                "# Faults: what is left when something breaks",
+                "",
+                f"`python benchmarks/faults.py --faults {arguments.faults} --seed "
+                f"{arguments.seed}`, {datetime.date.today().isoformat()}; {facts['device']}, "
+                f"Python {facts['python']}, torch {facts['torch']}; the first {number + 1} faults, "
+                f"in {time.monotonic() - began:.0f} s. A fault is met well if the call ends in a "
+                "success or in one line, what was whole before is whole, every file is valid, and "
+                "the next call makes the same bytes as one that nothing disturbed. The last "
+                "columns say how the calls under the fault ended.",
+                "",
+                *tally.rows(),
+            ]
+            text = "\n".join(lines).rstrip() + "\n"
+            if arguments.out:
+                arguments.out.write_text(text, encoding="utf-8")
     print(text)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -103,10 +102,10 @@ def look(process: int, turn: Turn) -> None:
     memory, files, threads = 0.0, 0, 0
     for own in descendants(process):
         with suppress(OSError):  # it has ended
-            shares = Path(f"/proc/{own}/smaps_rollup").read_text(encoding="utf-8").splitlines()
-            facts = dict(line.split(":", 1) for line in shares[1:])
-            memory += int(facts["Pss_Anon"].split()[0]) / 1e3  # forked processes share pages
-            threads += len(list(Path(f"/proc/{own}/task").iterdir()))
+            status = Path(f"/proc/{own}/status").read_text(encoding="utf-8").splitlines()
+            facts = dict(line.split(":", 1) for line in status)
+            memory += int(facts["RssAnon"].split()[0]) / 1e3
+            threads += int(facts["Threads"])
             files += len(list(Path(f"/proc/{own}/fd").iterdir()))
     turn.times.append(time.monotonic())
     turn.memory.append(memory)
@@ -167,8 +166,9 @@ def steps(out: Path) -> list[int]:
 
 def table(turns: Sequence[Turn]) -> list[str]:
     lines = [
-        "| turn | run | minutes | steps | evaluations so far | checkpoints seen | MB of memory: "
-        "first third | second | last | open files | threads | MB on disk | logs |",
+        "| turn | run | minutes | steps | evaluations so far | checkpoints seen "
+        "| least memory, MB: first third | second | last "
+        "| open files | threads | MB on disk | logs |",
         "|" + "---|" * 13,
     ]
     for number, turn in enumerate(turns, 1):
@@ -183,7 +183,7 @@ def table(turns: Sequence[Turn]) -> list[str]:
         cells = [
             *(str(number), turn.name, f"{(turn.times[-1] - turn.times[0] + EVERY) / 60:.1f}"),
             *(f"{turn.steps:,}", str(turn.evaluations), str(turn.saves)),
-            *(f"{statistics.median(part or turn.memory):.0f}" for part in parts),
+            *(f"{min(part or turn.memory):.0f}" for part in parts),
             *(span(turn.files[half:]), span(turn.threads[half:])),
             *(f"{turn.disk:.2f}", f"{turn.logs:.2f}"),
         ]
@@ -217,9 +217,10 @@ def main() -> None:
         f"`python benchmarks/soak.py --minutes {arguments.minutes:g} --turn {arguments.turn:g}`, "
         f"{datetime.date.today().isoformat()}; {facts['device']}, Python {facts['python']}, torch "
         f"{facts['torch']}. It ran for {(time.monotonic() - began) / 60:.0f} minutes. Memory is "
-        "anonymous memory of the process and its workers; shared pages count once. It is a median "
-        "over each third of a turn. Evaluation has workers of its own while it reads. Open files "
-        "and threads are those of all together, over the second half of a turn. Each turn began "
+        "anonymous resident memory of the process and its workers, the least of each third of a "
+        "turn: saving and evaluating take more for a while, and a leak would raise the least too. "
+        "Evaluation has workers of its own while it reads. Open files and threads are those of all "
+        "together, over the second half of a turn. Each turn began "
         "where the last one of its run stopped, all checkpoints were intact after each, and no "
         "step was logged twice.",
         "",

@@ -114,7 +114,7 @@ class SampleResults:
                 if gaps := [name for name in rows.column_names if rows[name].null_count]:
                     raise KeyError(f"column {gaps[0]} has gaps")
                 parts.append({name: rows[name].to_numpy() for name in rows.column_names})
-        except (pa.ArrowException, KeyError, OSError) as error:
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
             raise ValueError(
                 f"{path}: not the results of an evaluation; delete it to compare without it "
                 f"({' '.join(str(error).split())})"

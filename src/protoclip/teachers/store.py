@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ from protoclip.files import (
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 FILES = (".npy", ".parquet")  # of a user's own features
+# What is raised for a damaged file: NumPy reads the header of an array as Python.
+DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
 Features = npt.NDArray[np.floating]
 
 
@@ -193,8 +196,9 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
             raise ValueError(
                 f"needs numbers of shape (samples, width), not {features.dtype} {features.shape}"
             )
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
+    except DAMAGED as error:
+        reason = " ".join(str(error).partition("
+")[0].split()).partition(". ")[0]
         raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
     return TeacherFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
 
@@ -227,9 +231,10 @@ def open_folder(folder: Path) -> TeacherFeatures:
             if file_checksum(folder / name) != written:
                 raise ValueError(f"{name} is not what was written: its checksum differs")
         checksums = np.load(folder / CHECKSUMS) if "checksums" in facts else None
-    except (OSError, ValueError) as error:
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: damaged ({error}); delete it, and run protoclip embed-teacher again"
+            f"{folder}: damaged ({reason}); delete it, and run protoclip embed-teacher again"
         ) from None
     return TeacherFeatures(name=str(folder), index=index, features=features, checksums=checksums)
 

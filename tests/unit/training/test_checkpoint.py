@@ -103,3 +103,20 @@ def test_a_flipped_bit_is_noticed_wherever_weights_are_loaded(name, tmp_path):
         protoclip.load(folder)
     with pytest.raises(ValueError, match="damaged"):
         loading.model(replace(tiny_model(), start=str(folder)), seed=0)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    """Half a checkpoint may be large. What is whole stays, and so does the lock."""
+    kept = [tmp_path / ".lock", tmp_path / "checkpoints" / "step-000000002" / "state.json"]
+    left = [
+        tmp_path / "checkpoints" / ".step-000000003.99" / "model.safetensors",
+        tmp_path / ".results.json.99.tmp",
+        tmp_path / "results" / ".emoji-test.parquet.99.tmp",
+    ]
+    for path in kept + left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    checkpoint.remove_unfinished(tmp_path)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in left)
+    assert not left[0].parent.exists()

@@ -170,6 +170,7 @@ def allocation_error() -> RuntimeError:
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "on the device"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "on the device"),
         (allocation_error(), "data.cache_gb"),
+        (RuntimeError("unable to mmap 9 bytes from file </x>: Cannot allocate memory (12)"), "_gb"),
         (MemoryError(), "data.workers"),
         (RuntimeError("shapes do not fit"), None),
         (KeyboardInterrupt(), None),
