@@ -21,10 +21,11 @@ it starts from; `rotate` and `shift`, which take the start's text features away 
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
 
-Choices are made on validation; transfer sets are judged there by folds over train and validation,
-since a small validation split tells no arms apart. `--test` measures one arm of each group, the best on validation in
-the mean over data sets, seeds and metrics, and nothing else. It refuses a study whose arms changed
-after its test split was opened, and each table says how many settings were tried.
+Choices are made on validation. Transfer sets are judged there by folds over train and validation,
+since a small validation split tells no arms apart. `--test` measures one arm of each group, the
+best on validation in the mean over data sets, seeds and metrics, and nothing else. It refuses a
+study whose arms changed after its test split was opened, and each table says how many settings
+were tried.
 
 Runs are kept in `--out` by their settings, go on if they were interrupted, and are not repeated.
 Differences are paired by seed, with 95% intervals that cover seeds (Student's t) and samples

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -197,6 +199,42 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
     except DAMAGED as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
+    return TeacherFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
+
+
+def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
+    table = pq.read_table(path, columns=["sample_id", "features"])
+    lengths = pc.list_value_length(table["features"]).fill_null(0).to_numpy()
+    width = lengths.max(initial=0)
+    if wrong := int((lengths != width).sum() + table["sample_id"].null_count):
+        raise ValueError(f"{wrong} of {len(table)} rows lack an id or are not of width {width}")
+    rows = [part.flatten().to_numpy(zero_copy_only=False) for part in table["features"].chunks]
+    ids = table["sample_id"].cast(pa.string()).to_pylist()
+    return ids, np.concatenate([np.zeros(0, np.int8), *rows]).reshape(len(table), width)
+
+
+def open_folder(folder: Path) -> TeacherFeatures:
+    facts = read_facts(folder)
+    if "rows" not in facts:
+        raise ValueError(
+            f"{folder}: no finished teacher; if protoclip embed-teacher was stopped, the same "
+            "command again finishes it"
+        )
+    try:
+        features, index = (np.load(folder / name, mmap_mode="r") for name in (FEATURES, INDEX))
+        if features.shape != (facts["rows"], facts["width"]) or index.shape != (2, len(features)):
+            raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")
+        if features.dtype != "<f2" or not features.flags.c_contiguous:
+            raise ValueError(f"{FEATURES} is not in half precision, row by row")
+        for name, written in facts.get("checksums", {}).items():  # earlier versions wrote none
+            if file_checksum(folder / name) != written:
+                raise ValueError(f"{name} is not what was written: its checksum differs")
+        checksums = np.load(folder / CHECKSUMS) if "checksums" in facts else None
+    except DAMAGED as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(
+            f"{folder}: damaged ({reason}); delete it, and run protoclip embed-teacher again"
+        ) from None
     return TeacherFeatures(name=str(folder), index=index, features=features, checksums=checksums)
 
 
