@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
+from PIL import Image
 
 from protoclip.testing import tiny_pairs
 
@@ -196,6 +197,32 @@ def arrow_table(
         with pa.ipc.new_stream(out, found.schema) as writer:
             writer.write_table(found)
     return out.getvalue().to_pybytes()
+
+
+@st.composite
+def image(draw: st.DrawFn) -> bytes:
+    """An encoded image, most often damaged."""
+    kind = draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
+    mode = draw(st.sampled_from(["RGB", "L", "P", "RGBA", "CMYK", "I;16", "1"]))
+    out = io.BytesIO()
+    try:
+        Image.new(mode, draw(st.sampled_from([(24, 24), (1, 1), (1, 300), (300, 2)]))).save(
+            out, kind
+        )
+    except OSError:  # the format has no such mode
+        return draw(st.binary(max_size=60))
+    return draw(mutated(out.getvalue()) | st.just(out.getvalue()))
+
+
+@st.composite
+def id_list(draw: st.DrawFn) -> bytes:
+    """A list of sample ids as JSON or CSV."""
+    ids = draw(st.lists(st.sampled_from(["id0", "id1", "id9"]) | text, max_size=4))
+    records = [{"sample_id": each} for each in ids]
+    found = [json.dumps(ids), json.dumps(records), "\n".join(["sample_id", *ids]), "\n".join(ids)]
+    content = draw(st.sampled_from(found)).encode()
+    edits = edited(records).map(lambda tree: json.dumps(tree).encode())
+    return draw(st.just(content) | mutated(content) | edits)
 
 
 # Tar shards

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import near_valid
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
@@ -112,7 +113,7 @@ def test_any_caption(images, texts, words, suffix):
     with place(images) as (data, out):
         rows = [f"{number}.png" for number in range(len(texts))]
         if suffix == ".parquet":
-            pq.write_table(pa_table(rows, texts), data / "pairs.parquet")
+            pq.write_table(pa.table({"image": rows, "caption": texts}), data / "pairs.parquet")
         elif suffix == ".jsonl":
             lines = [
                 json.dumps({"image": r, "caption": t}) for r, t in zip(rows, texts, strict=True)
@@ -126,10 +127,23 @@ def test_any_caption(images, texts, words, suffix):
         assert ended.code == 0 or not any(text.strip() for text in texts) or "\0" in "".join(texts)
 
 
-def pa_table(images: list[str], captions: list[str]) -> Any:
-    import pyarrow as pa
+@given(content=near_valid.image(), words=st.sampled_from([*SOURCES, *SOURCES[-1:]]))
+@examples(25)
+def test_any_image(content, words):
+    with place() as (data, out):
+        (data / "0.png").write_bytes(content)
+        (data / "0.txt").write_text("a caption")
+        run_on(words, data, out, data)
 
-    return pa.table({"image": images, "caption": captions})
+
+@given(content=near_valid.id_list(), setting=st.sampled_from(["only", "without"]))
+@examples(25)
+def test_any_list_of_ids(images, content, setting):
+    with place(images) as (data, out):
+        (data / "pairs.csv").write_text("image,caption,key\n0.png,one,id0\n1.png,two,id1\n")
+        (data / "ids").write_bytes(content)
+        words = ("data", "index", "{}", f"--data.{setting}", str(data / "ids"))
+        run_on(words, data / "pairs.csv", out, data)
 
 
 @given(
@@ -305,7 +319,7 @@ def test_any_run_folder(home, drawn):
     name = drawn.draw(st.sampled_from(files_of(home / state)))
     content = drawn.draw(changed_file(home / state / name))
     words = drawn.draw(st.sampled_from(COMMANDS_ON_RUNS))
-    with place() as (data, out), stopping():
+    with place() as (_, out), stopping():
         folder = shutil.copytree(home / state, out / state)
         (folder / name).unlink()
         if content is None:
@@ -320,14 +334,26 @@ def test_any_run_folder(home, drawn):
                 sums.write_text(json.dumps(known))
             except (ValueError, TypeError):
                 pass
-        filled = {"{}": str(folder), "{good}": str(home / "finished"), "{data}": str(home)}
-        filled["{out}"] = str(out)
-        given_words = []
-        for word in words:
-            for mark, value in filled.items():
-                word = word.replace(mark, value)
-            given_words.append(word)
-        call(given_words, writes=[out], keeps=home)
+        marks = {"{good}": home / "finished", "{data}": home, "{out}": out, "{}": folder}
+        filled = [*words]
+        for mark, path in marks.items():
+            filled = [word.replace(mark, str(path)) for word in filled]
+        call(filled, writes=[out], keeps=home)
+
+
+@given(table=near_valid.table(), classes=st.booleans())
+@examples(10)
+def test_any_table_to_evaluate_on(home, images, table, classes):
+    suffix, content = table
+    with place(images) as (data, out):
+        (data / f"pairs{suffix}").write_bytes(content)
+        words = ("evaluate", str(home / "finished"), "--data", "{}", "--workers", "0")
+        words += ("--class_column", "label") if classes else ()
+        with_root = (*words, "--out", "{out}", "--cache", "false")
+        call_on = [w.replace("{out}", str(out)) for w in with_root]
+        source = str(data / f"pairs{suffix}")
+        writes = [out, home / "finished" / "results"]
+        call([w.replace("{}", source) for w in call_on], writes=writes, keeps=data)
 
 
 # The command line

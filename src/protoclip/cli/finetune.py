@@ -53,8 +53,12 @@ class Finetune(Config, Recipes):
         if self.json:
             print(to_json({**results, "wise_ft": record}, indent=2))
         elif not stopped:
-            show_sweep(record)
-            show_metrics(results)
+            try:
+                show_sweep(record)
+                show_metrics(results)
+            except (LookupError, TypeError) as error:
+                reason = f"results.json or {FILE} is not what finetune writes ({error!r})"
+                raise ValueError(f"{folder}: {reason}; train in another folder") from error
             print(f"written to {visible(str(folder))}")
         if stopped:
             say(
@@ -130,4 +134,5 @@ def show_metrics(results: Mapping[str, Any]) -> None:
     if results["metrics"]:
         print(f"{'metric':<45} {'start':>10} {'alpha ' + format(results['alpha'], 'g'):>10}")
     for name, value in results["metrics"].items():
-        print(f"{visible(name):<45} {before[name]:>10.4f} {value:>10.4f}")
+        values = ["-" if v is None else f"{v:.4f}" for v in (before[name], value)]
+        print(f"{visible(name):<45} {values[0]:>10} {values[1]:>10}")

@@ -301,14 +301,14 @@ class WebFile(io.RawIOBase):
         headers = {"Range": f"bytes={self.position}-"} if self.position else {}
         client = _client(self.private_hosts, os.getpid())
         request = client.build_request("GET", self.url, headers=headers)
-        host, now = request.url.host, time.monotonic()
+        host, now = request.url.netloc, time.monotonic()
         if now < _silent_until.get(host, 0.0):
-            raise httpx.ConnectError(f"no connection to {host}")
+            raise httpx.ConnectError(f"no connection to {host.decode()}")
         first = CONNECT_SECONDS if host in _answered else FIRST_SECONDS
         request.extensions["timeout"] = httpx.Timeout(SILENCE_SECONDS, connect=first).as_dict()
         try:
             self.response = client.send(request, stream=True)
-        except (httpx.ConnectError, httpx.ConnectTimeout, socket.gaierror):
+        except (httpx.ConnectTimeout, socket.gaierror):
             if host not in _answered:
                 _silent_until[host] = now + first + REST_SECONDS
             raise
@@ -348,8 +348,8 @@ class WebFile(io.RawIOBase):
 
 
 # Hosts that answered in this process; and those that never did, with the time to ask them again.
-_answered: set[str] = set()
-_silent_until: dict[str, float] = {}
+_answered: set[bytes] = set()
+_silent_until: dict[bytes, float] = {}
 
 
 @lru_cache(4)

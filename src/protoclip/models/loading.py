@@ -71,8 +71,8 @@ def load(reference: str | Path) -> Loaded:
     if not Path(reference).exists():
         raise ValueError(f"{reference}: no such run or checkpoint folder; {MODEL_HINT}")
     config = saved_config(str(reference))
+    loaded = model(config, seed=0)
     with buildable(config):
-        loaded = model(config, seed=0)
         return loaded.eval(), evaluation_transform(loaded), tokenizer(config)
 
 
@@ -81,7 +81,12 @@ def buildable(config: ModelConfig) -> Iterator[None]:
     """Turn what a saved description of no possible model raises into one line."""
     try:
         yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError),
+        *(RuntimeError, TypeError),
+    ) as error:
         raise ValueError(
             f"{config.start}: {MODEL} describes no model that can be built ({line(repr(error))}); "
             "copy it again, or use another checkpoint"
@@ -218,9 +223,14 @@ def model(config: ModelConfig, *, seed: int, notes: list[str] | None = None) -> 
     Raises:
         ValueError: There is no such model, or its weights are damaged or of another model.
     """
-    is_run = config.start is not None and references.kind_of(config.start)[0] == "run"
-    if is_run:
-        require_intact(find_checkpoint(str(config.start)), WEIGHTS)
+    if config.start is None or references.kind_of(config.start)[0] != "run":
+        return _model(config, seed=seed, notes=notes, is_run=False)
+    require_intact(find_checkpoint(config.start), WEIGHTS)
+    with buildable(config):
+        return _model(config, seed=seed, notes=notes, is_run=True)
+
+
+def _model(config: ModelConfig, *, seed: int, notes: list[str] | None, is_run: bool) -> ProtoCLIP:
     resized = is_resized(config)
     published = config.start is None and not resized
     with torch.random.fork_rng(devices=[]):
@@ -457,7 +467,8 @@ def training_transform(
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; some may be damaged."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -8,7 +8,6 @@ a teacher folder (see `store.py`), after PCA if asked.
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,12 +97,11 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
         raise ValueError(f"--modality {modality}: {teacher} reads {reads} only")
     try:
         if teacher == "minilm" or (kind == "hf" and name):
-            if not name or Path(name).is_dir():
-                return hugging_face(name, pooling, device)
-            with references.readable_errors(teacher, name):
+            with hub(teacher, "" if Path(name).is_dir() else name):
                 return hugging_face(name, pooling, device)
         if kind == "timm" and name:
-            return timm_model(name, device)
+            with hub(teacher, timm_repository(name)):
+                return timm_model(name, device)
         if kind == "open_clip" and name and "/" not in name:
             raise ValueError("name the weights too, as in open_clip:RN50/openai")
         if not Path(teacher).is_dir() and not (name and kind in PAIRS):
@@ -115,12 +113,24 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
     except ImportError as error:
         raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
     except Exception as error:  # what these libraries raise has no common class
-        reason = " ".join(str(error).removeprefix(f"{teacher}: ").split())[:300]
-        reason = re.sub(r"^cannot be opened \((.*)\)$", r"\1", reason)
+        said = str(error).removeprefix(f"{teacher}: ").removeprefix("cannot be opened ")
+        reason = " ".join(said.split())[:300]
         raise ValueError(f"--teacher: '{teacher}' cannot be opened: {reason}") from None
     if modality == "text":
         return Encoder(model, device, tokenizer, model.encode_text)
     return Encoder(model, device, torch.stack, model.encode_image, transform)
+
+
+def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
+    """Reads a model from this machine, or from the hub if that answers within seconds."""
+    return references.readable_errors(teacher, repository) if repository else nullcontext()
+
+
+def timm_repository(name: str) -> str:
+    """Where on the hub the weights of an image model are; "" if they are in a file, or unknown."""
+    in_file = Path(name.partition("/")[2]).is_file()
+    settings = None if in_file else timm.get_pretrained_cfg(name)
+    return str(settings.hf_hub_id or "") if settings is not None else ""
 
 
 def timm_model(name: str, device: torch.device) -> Encoder:
@@ -128,13 +138,7 @@ def timm_model(name: str, device: torch.device) -> Encoder:
     before, _, file = name.partition("/")
     in_file = Path(file).is_file()
     name = before if in_file else name
-    published = timm.get_pretrained_cfg(name) if timm.is_model(name) and not in_file else None
-    repository = getattr(published, "hf_hub_id", None)
-    download: AbstractContextManager[None] = nullcontext()
-    if repository:
-        download = references.readable_errors(f"timm:{name}", repository)
-    with download:
-        model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
+    model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
     if in_file:
         # Not strict, since the file may hold a classifier.
         found = model.load_state_dict(timm.models.load_state_dict(file), strict=False)

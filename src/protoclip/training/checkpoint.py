@@ -160,10 +160,9 @@ def understood(folder: Path) -> Iterator[None]:
     """Turn what a state of another form raises into a `ValueError` with the way out."""
     try:
         yield
-    except (
-        *(ArithmeticError, AssertionError, AttributeError, LookupError),
-        *(RuntimeError, TypeError, ValueError),
-    ) as error:
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{folder / STATE}: not what this version of protoclip writes ({error!r}); "
             f"restore it from a copy, or delete {folder} to go on from the one before"
