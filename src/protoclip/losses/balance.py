@@ -6,8 +6,10 @@ Two things decide how strong they should be, and both are measured:
   prototypical losses through the projections. How hard depends on the data, on the number of
   prototypes and on the heads: at weight 1 on drawings half as hard as InfoNCE, on photographs as
   hard (docs/LOG.md). `Balance` makes a weight the ratio of these pulls.
-- **What a teacher knows.** While a modality's groups say little about the other's, they are mostly
-  noise as targets. Each weight is multiplied by `Target.confidence`, their agreement.
+- **What the groups have in common.** Groups of one modality that say little about those of the
+  other are mostly noise as targets, and groups of an external teacher that the student hardly sees
+  crowd out what it does see. Each weight is multiplied by the agreement of the teacher's groups
+  with the student's own, `Target.confidence`.
 """
 
 from collections.abc import Mapping

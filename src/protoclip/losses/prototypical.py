@@ -72,7 +72,8 @@ class Target:
         classes: Prototypes in the student's space that its softmax runs over.
         class_index: Row of each prototype in `classes`; -1 for an empty one that is left out.
         lookup: The mean class under the soft target of each prototype: M above.
-        confidence: How much the teacher's groups tell about the student's, in [0, 1].
+        confidence: Agreement of the teacher's groups with the student's own, in [0, 1]; 1 if the
+            student was not clustered.
     """
 
     classes: Float[Tensor, "n p"]

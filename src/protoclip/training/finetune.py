@@ -133,7 +133,9 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if features is not None:
             decide("teacher.number", number)
     if config.loss.prototypical > 0 or features is not None or config.external_teachers:
-        decide("loss.strengths", "constant")  # with these the gains of docs/LOG.md were measured
+        # With these the gains of docs/LOG.md were measured.
+        decide("loss.strengths", "constant")
+        decide("loss.teacher", 1.0)
         if features == "start":
             decide("episodes.warm_up", 0)  # its features are good from the beginning
         if not has_heads(config.model):
