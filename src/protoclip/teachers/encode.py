@@ -8,6 +8,7 @@ a teacher folder (see `store.py`), after PCA if asked.
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
