@@ -35,7 +35,7 @@ class Demo:
 def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
     """The three runs, with the same seed, samples, augmentation, optimizer and schedule.
 
-    `recipes/emoji_*.toml` are the same runs with the 20 passes of docs/LOG.md.
+    `recipes/emoji_*.toml` are the same runs with 20 passes.
     """
     from protoclip.training.run import slug
     from protoclip.training.sizes import sized
