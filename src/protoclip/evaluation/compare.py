@@ -60,7 +60,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
         metrics = {key: number(value) for key, value in dict(results["metrics"]).items()}
         counts = {key: number(results[key]) for key in ("samples_seen", "train_seconds")}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{path}: not the results of a run ({reason}); restore it, or leave the run out"
         ) from error
