@@ -24,10 +24,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from protoclip.data.access import visible
 from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.render import LARGE_SIDE, THUMBNAIL_SIDE, Pages, Site, assets, ids_as
 from protoclip.files import checksum
+from protoclip.terminal import visible
 
 MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
 MAX_PAGE, MAX_PATH = 1_000_000, 200

@@ -19,6 +19,7 @@ from protoclip.config import (
     TeacherConfig,
     build,
     check,
+    shown,
 )
 
 # Every list has entries and every number is set, so that none of them is left out.
@@ -79,7 +80,7 @@ def test_every_number_has_limits():
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, "many", True])
 def test_what_is_no_number_is_refused(name, wrong):
     """In sections, lists, tuples and settings that may be unset."""
-    assert refusal(with_value(FULL, name, wrong)).startswith(f"{name}: {wrong!r} is n")
+    assert refusal(with_value(FULL, name, wrong)).startswith(f"{name}: {shown(wrong)} is n")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_what_is_no_number_is_refused(name, wrong):
         ("prototypes.target_temperature", 0.0, "needs to be above 0; for hard targets set"),
         ("run.evaluate", "yes", "run.evaluate: 'yes' is neither true nor false"),
         ("data.sources", "a.tsv", "data.sources: 'a.tsv' is not a list"),
-        ("optim.betas", (0.9,), "optim.betas: (0.9,) is not 2 values"),
+        ("optim.betas", (0.9,), "optim.betas: [0.9] is not 2 values"),
         ("data.read", "fast", "data.read: 'fast' is not one of auto, indexed, streaming"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from protoclip.cli import main
+from protoclip.cli import evaluate, main
 from protoclip.cli.evaluate import names_of
 from protoclip.data.transforms import PillowTransform
 from protoclip.evaluation import datasets, suite
@@ -26,6 +26,8 @@ def made_up(monkeypatch):
         opened.append((reference, settings))
         return solid_data(reference)
 
+    for name in ("require_model", "require_data_set", "require_folder"):
+        monkeypatch.setattr(evaluate, name, lambda setting, path: None)
     monkeypatch.setattr(loading, "load", lambda name: (models[name](), transform, tokenizer))
     monkeypatch.setattr(loading, "to_device", lambda model, device: model.to(device))
     monkeypatch.setattr(datasets, "open_data", open_data)

@@ -95,7 +95,7 @@ def test_defaults_and_their_notes(rows):
     assert (config.episodes.warm_up, config.episodes.locked_image) == (0, 0)
     assert config.teacher.features == "start"
     assert config.prototypes.number == config.teacher.number == 3_993
-    assert notes[0] == "for fine-tuning: run.name = finetuned, run.evaluate_every = 1"
+    assert notes[0] == "for fine-tuning: run.name = 'finetuned', run.evaluate_every = 1"
     assert [note.split(": ")[1].split(".")[0] for note in notes] == [
         *("run", "model", "episodes", "optim", "prototypes", "teacher")
     ]
