@@ -289,7 +289,6 @@ def test_typos_in_paths_are_found_before_anything_slow_is_imported() -> None:
     program = f"""
 import sys
 from protoclip.cli import main
-from protoclip.training import checkpoint
 for line in {TYPOS.splitlines()}:
     try:
         main(line.split())

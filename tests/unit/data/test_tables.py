@@ -298,7 +298,7 @@ FAULTS = {
     "unknown suffix": ("a.xlsx", GOOD, {}, "not a table that can be read; use .csv, .tsv, .jsonl"),
     "empty file": ("a.csv", b"", {}, "no column with images.*it has none"),
     "header only": ("a.csv", b"path,caption\n", {}, "holds no sample"),
-    "no JSON": ("a.jsonl", b"path,caption\nx,a\n", {}, "no column with images"),
+    "no JSON": ("a.jsonl", b"path,caption\nx,a\n", {}, "left out 2 lines that are no JSON"),
     "Parquet named CSV": ("a.csv", PARQUET, {}, "no column with images.*has 'PAR1"),
     "CSV named gzip": ("a.csv.gz", GOOD, {}, "cannot be read"),
     "gzip cut short": ("a.csv.gz", gzip.compress(many(9999))[:-9], {}, "cannot be read"),
