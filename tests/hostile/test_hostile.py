@@ -301,7 +301,7 @@ for line in {TYPOS.splitlines()}:
 """
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == len(TYPOS.splitlines())
