@@ -247,41 +247,41 @@ def test_the_table_is_large_and_has_no_row_twice() -> None:
     assert len(set(keys)) == len(keys), [key for key in keys if keys.count(key) > 1]
 
 
-# A typo in each path that a command reads or writes.
+# A typo in each path that a command reads or writes. (`none` would unset a setting.)
 TYPOS = """\
-train --data.train none.tsv
-train --data.validation none.tsv --data.train test_hostile.py
-train --data.root none
-train --data.only none.csv
-train --model.start none
-train --teacher.features none.npy
-train --run.guard none.tsv
+train --data.train gone.tsv
+train --data.validation gone.tsv --data.train test_hostile.py
+train --data.root gone
+train --data.only gone.csv
+train --model.start gone
+train --teacher.features gone.npy
+train --run.guard gone.tsv
 train --run.out test_hostile.py/new
-train --config none.toml
-finetune none
-finetune . --guard none.tsv
-evaluate none
-evaluate . --data none.tsv
-evaluate . --root none
-evaluate . --compare_to none
+train --config gone.toml
+finetune gone
+finetune . --guard gone.tsv
+evaluate gone
+evaluate . --data gone.tsv
+evaluate . --root gone
+evaluate . --compare_to gone
 evaluate . --out test_hostile.py/new
-compare none
-analyze none
-analyze . --data none.tsv
-report none
+compare gone
+analyze gone
+analyze . --data gone.tsv
+report gone
 report . --out .
-explore none
-explore . --data none.tsv
+explore gone
+explore . --data gone.tsv
 explore . --atlas .
-export none new
+export gone new
 export . test_hostile.py/new
-embed-teacher --teacher none --out new
-embed-teacher --teacher . --out new --data.train none.tsv
-data inspect none.tsv
+embed-teacher --teacher gone --out new
+embed-teacher --teacher . --out new --data.train gone.tsv
+data inspect gone.tsv
 data inspect test_hostile.py --montage .
-data pack none.tsv new
+data pack gone.tsv new
 data pack test_hostile.py test_hostile.py
-data index none.tsv
+data index gone.tsv
 """
 
 
