@@ -127,7 +127,7 @@ def test_from_the_command_line(top, finished, tmp_path, capsys):
     main(words(top, out))
     printed = capsys.readouterr()
     assert "note: for fine-tuning: optim.layer_decay = 0.7, optim.warm_up_steps = 1" in printed.err
-    assert "teacher.features = start" in printed.err
+    assert "teacher.features = 'start'" in printed.err
     record, results = read(out / "wise_ft.json"), read(out / "results.json")
     assert [point["alpha"] for point in record["points"]] == [*ALPHAS]
     assert list(record["points"][0]["scores"]) == ["validation", "general"]

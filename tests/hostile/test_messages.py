@@ -30,7 +30,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "model.embed_dim": ("many", "'many' is no whole number"),
     "model.image": (3, "3 is no table; give its settings by name"),
     "loss.info_nce": (float("nan"), "nan is not finite"),
-    "loss.prototypical": (True, "True is no number"),
+    "loss.prototypical": (True, "true is no number"),
     "optim.learning_rate": (0.0, "0.0 needs to be above 0"),
     "optim.betas": ([0.9], "[0.9] is not 2 values"),
     "episodes.count": (2.5, "2.5 is no whole number"),

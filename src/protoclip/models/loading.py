@@ -312,9 +312,11 @@ def architecture(config: ModelConfig, *, weights: towers.Weights) -> ProtoCLIP:
                 halves.load_weights(built, config, text_source=source)
         else:
             embed_dim = int(towers.named_config(config.name)["embed_dim"])
-            built = towers.named_towers(
-                config.name, pretrained=config.pretrained, weights=weights, **sizes
-            )
+            tag = config.pretrained if weights == "published" else None
+            with references.published_library(config.name, tag):
+                built = towers.named_towers(
+                    config.name, pretrained=config.pretrained, weights=weights, **sizes
+                )
         model = ProtoCLIP(built, projection_head(embed_dim, config.heads))
         if has_logit_bias(config):
             model.add_logit_bias()

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,15 @@ def open_clip_model(reference: str, name: str) -> Loaded:
     if not tag:
         say(f"note: {reference}: untrained, with seed 0; no weights are named")
     return open_clip_pair(built), open_clip_transform(built), tokenizer
+
+
+def published_library(name: str, tag: str | None) -> AbstractContextManager[None]:
+    """Reads open_clip's published weights for `model.pretrained`, from the hub if it answers."""
+    published = open_clip.get_pretrained_cfg(name, tag) if tag else None
+    repository = (published or {}).get("hf_hub", "").rpartition("/")[0]
+    if not repository:
+        return nullcontext()
+    return readable_errors(f"model.pretrained: {name}/{tag}", repository)
 
 
 def published_weights(reference: str, name: str, tag: str) -> dict[str, Any]:

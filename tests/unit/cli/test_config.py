@@ -157,7 +157,7 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
         (CLIP, "optim.heads_lr_scale", 1.0, "since no loss uses prototypes"),
         (CLIP, "episodes.warm_up", 2, "since no loss uses prototypes"),
         (TEACHER, "prototypes.extract_transform", "training", "come from the queue"),
-        ({}, "loss.teacher", 2.0, "no teacher has features"),
+        ({}, "loss.teacher", 3.0, "no teacher has features"),
         (TEACHER, "loss.teacher", 0.0, "teacher.*: no effect, since loss.teacher is 0"),
         ({"model": ModelConfig(name="RN50")}, "model.text.width", 64, "since model.name is RN50"),
         ({"data": DataConfig(workers=2)}, "data.cache_gb", 1.0, "keep no images in memory"),

@@ -233,7 +233,7 @@ FAULTS = {
         {"metadata.csv": "name,text\na.jpg,a\n"},
         r"metadata\.csv: no column 'file_name'; it has 'name', 'text'",
     ),
-    "metadata that are none": ({"metadata.jsonl": "\0\1"}, "no column .file_name."),
+    "metadata that are none": ({"metadata.jsonl": "\0\1"}, "left out 1 lines with a zero byte"),
     "broken state": ({"state.json": "{", "dataset_info.json": {}}, "state.json: damaged"),
     "shard missing": (
         {"state.json": {"_data_files": [{"filename": "data.arrow"}]}, "dataset_info.json": {}},

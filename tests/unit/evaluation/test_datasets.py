@@ -403,7 +403,10 @@ BAD = [
     (lambda t: table_with(t, "k", k=[1, None, 2]), r"'t.parquet/1' has no class in column 'k'$"),
     (lambda t: table_with(t, "k", k=[0.5, 1.0, 2]), r"'k' holds double, not classes; set class_c"),
     (lambda t: table_with(t, "k", k=["a"] * 3), r"has fewer than two classes \(a\)$"),
-    (lambda t: table_with(t, image=[1, 2, 3], caption=list("abc")), r"no column with images; set"),
+    (
+        lambda t: table_with(t, image=[1, 2, 3], caption=list("abc")),
+        r"holds int64, not images; set",
+    ),
     (
         lambda t: {"reference": str(write_wds(t) / "test"), "class_column": "k"},
         r"is no table and has no columns; leave out class_column$",

@@ -509,10 +509,10 @@ def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> N
         ("a b c --data emoji", "3 models: give one or two"),
         ("a b --data emoji --atlas x.parquet", "--atlas: takes one model"),
         ("open_clip:RN50", "open_clip:RN50: is no run that says which data it was trained on"),
-        ("x --data nothing.csv", "nothing.csv: no such file"),
+        ("hf:x --data nothing.csv", "nothing.csv: no such file"),
         ("x --data emoji --port 70000", "port: 70000 is too large; at most 65535"),
         ("x --data emoji --map tsne", "map: 'tsne' is not one of pca, umap"),
-        ("x --data {}/plain.csv --port 0", "no column with captions"),
+        ("hf:x --data {}/plain.csv --port 0", "no column with captions"),
     ],
 )
 def test_mistakes_are_one_line(
