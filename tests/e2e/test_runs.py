@@ -253,7 +253,7 @@ def test_the_reference_is_one_recipe_away(seen):
     _, _, departures = readme.partition("### Where it departs")
     departures, _, _ = departures.partition("\n## ")
     restoring = re.findall(r"`(\w+\.[\w.]+ = [^`]+)`", departures)
-    assert len(restoring) == 14
+    assert len(restoring) == 13
     for setting in restoring:
         ((name, value),) = flat(tomllib.loads(setting)).items()
         assert written[name] == value, setting
