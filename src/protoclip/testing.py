@@ -5,6 +5,7 @@ import ctypes
 import gc
 import io
 import multiprocessing
+import os
 import resource
 import tempfile
 import traceback
@@ -118,6 +119,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
     """
     if world_size == 1:
         return [function(*arguments)]
+    if world_size in _pools and not _pools[world_size].is_alive:
+        _pools.pop(world_size).close()
     if world_size not in _pools:
         _pools[world_size] = _Pool(world_size)
     try:
@@ -153,6 +156,7 @@ class _Pool:
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
+        self.owner = os.getpid()
         self.store = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
@@ -167,6 +171,11 @@ class _Pool:
         # Daemons could have no data workers. Others are joined at exit, so they are killed first.
         atexit.register(self.close)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether all ranks run; a test that kills processes may have met them."""
+        return all(process.is_alive() for process in self.processes)
+
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, arguments))
@@ -179,6 +188,8 @@ class _Pool:
         return [result for _, result in answers]
 
     def close(self) -> None:
+        if os.getpid() != self.owner:  # a forked process exits, and these are not its own
+            return
         for process in self.processes:
             process.kill()
         self.store.cleanup()

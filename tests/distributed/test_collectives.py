@@ -1,5 +1,10 @@
 """Collectives over several ranks and on one, errors on one rank, and launchers."""
 
+import multiprocessing
+import os
+import signal
+import time
+
 import pytest
 import torch
 
@@ -103,3 +108,16 @@ def test_launchers_are_recognised(monkeypatch):
     for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert collectives.launched() == (2, 4, 0)
+
+
+def own_process() -> int:
+    return os.getpid()
+
+
+def test_ranks_that_were_killed_are_replaced():
+    """A test that kills processes harms no later one."""
+    before = run_distributed(own_process, 2)
+    os.kill(before[0], signal.SIGKILL)
+    while before[0] in [child.pid for child in multiprocessing.active_children()]:
+        time.sleep(0.01)
+    assert set(before).isdisjoint(run_distributed(own_process, 2))
