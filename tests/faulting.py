@@ -18,7 +18,7 @@ import tarfile
 import time
 import tomllib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +132,7 @@ class Injector:
     busy: bool = False
     slow: int = 0
     process: int = field(default_factory=os.getpid)
+    inherited: Container[int | None] = ()  # processes that a fork only seems to have
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in EVENTS or self.busy:
@@ -185,7 +186,7 @@ class Injector:
                 used = pages * resource.getpagesize()
                 limit(resource.RLIMIT_AS, used + generator.randrange(20_000_000))
             case "worker killed":
-                if not (workers := multiprocessing.active_children()):
+                if not (workers := own_workers(self.inherited)):
                     return False
                 os.kill(generator.choice(workers).pid or 0, signal.SIGKILL)
             case "paused":
@@ -260,6 +261,11 @@ def read_all(pipe: int) -> bytes:
     return found
 
 
+def own_workers(inherited: Container[int | None]) -> list[multiprocessing.process.BaseProcess]:
+    """The workers of a forked process, without those of the process that it was forked from."""
+    return [w for w in multiprocessing.active_children() if w.pid not in inherited]
+
+
 def in_child(words: Sequence[str], injector: Injector, said: int, facts: int) -> None:
     """Run a command in this process, which it ends."""
     code = 70
@@ -272,6 +278,7 @@ def in_child(words: Sequence[str], injector: Injector, said: int, facts: int) ->
         os.environ["PROTOCLIP_CACHE"] = f"{injector.folder}/cache"
         limit(resource.RLIMIT_CPU, PROCESSOR_SECONDS)
         injector.process = os.getpid()
+        injector.inherited = {worker.pid for worker in multiprocessing.active_children()}
         sys.addaudithook(injector)
         cli.main([*words])
         code = 0
@@ -280,7 +287,7 @@ def in_child(words: Sequence[str], injector: Injector, said: int, facts: int) ->
     except BaseException:
         traceback.print_exc()
     finally:
-        for worker in multiprocessing.active_children():
+        for worker in own_workers(injector.inherited):
             worker.kill()
         with suppress(Exception):
             sys.stdout.flush()
