@@ -35,7 +35,7 @@ from protoclip.config import (
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220)}
 SHAPES = ("square", "stripe", "corner")
-TIMEOUT = 120  # seconds for one call of `run_distributed`
+TIMEOUT = 300  # seconds for one call of `run_distributed`, on a busy machine
 _pools: dict[int, "_Pool"] = {}
 _resident = 500_000_000  # bytes after the last `return_memory`; importing torch takes about this
 
