@@ -132,7 +132,7 @@ def test_runs_that_begin_alike_share_the_map_before_training(monkeypatch):
         skipped=0,
     )
     settings = {"rows": rows, "device": torch.device("cpu"), "firsts": {}}
-    config = tiny_config()
+    config = tiny_config(out="unused")
     (first,) = looks.first_model(config, [], pairs, **settings)
     other = replace(config, run=replace(config.run, seed=config.run.seed + 1))
     assert looks.first_model(other, [], pairs, **settings)[0] is not first
