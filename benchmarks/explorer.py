@@ -5,18 +5,20 @@ explorer is measured, and no model encodes anything. Each size runs in a process
 
     python benchmarks/explorer.py 10000 100000 1000000
 
-prints for each: seconds to compute the map and prototypes (once, then kept); seconds from there to
-the first screen when they are kept (opening, and the first request for the page and its map);
-seconds of the first question, which opens the features, and of later ones; and memory. Beside each
-time stands `_cpu`, the processor time of this process, which other jobs of the machine change less.
+prints for each: seconds to compute places and prototypes, and to draw the map (once, then kept);
+seconds from there to the first screen (opening what is kept, and the first request for the page and
+its map); seconds of the first question, which opens the features and checks them, and of later
+ones; and memory: what the explorer adds, and the most that the whole process held. Beside each time
+stands `_cpu`, the processor time of this process, which other jobs of the machine change less.
 `--drawn` draws places and prototypes at random instead of computing them; no later time depends on
-what they are.
+what they are. `--browser` adds the seconds from asking Chromium for the page to the drawn map.
 """
 
 import argparse
 import http.client
 import io
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,7 @@ import torch
 from PIL import Image
 
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.evaluation import features
 from protoclip.evaluation.features import Encoder
 from protoclip.explore.atlas import (
     COMPARED_ROWS,
@@ -83,22 +86,21 @@ def synthetic(number: int, folder: Path) -> ExploredPairs:
 
 
 def features_of(number: int, folder: Path) -> None:
-    """Write features of both modalities around the same centres."""
+    """Keep features of both modalities around the same centres, as an encoder does."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(CENTRES, WIDTH, generator=generator)
     for modality in ("image", "text"):
-        path = folder / f"{modality}.npy"
-        found = np.lib.format.open_memmap(path, "w+", np.float32, (number, WIDTH))
-        for start in range(0, number, 50_000):
-            rows = torch.arange(start, min(start + 50_000, number))
-            noise = torch.randn(len(rows), WIDTH, generator=generator)
-            found[start : start + len(rows)] = (centres[rows % CENTRES] + noise).numpy()
-        found.flush()
+        found = torch.randn(number, WIDTH, generator=generator)
+        for rows in torch.split(torch.arange(number), 50_000):
+            found[rows] += centres[rows % CENTRES]
+        features.keep(folder / f"{modality}.npy", features.Encoded(features=found))
 
 
 def open_features(number: int, folder: Path) -> Features:
     def read(modality: str) -> torch.Tensor:
-        return torch.from_numpy(np.load(folder / f"{modality}.npy", mmap_mode="c"))
+        found = features.read_kept(folder / f"{modality}.npy")
+        assert found is not None
+        return found.features
 
     rows = torch.arange(number)
     return Features(captioned=rows, rows=rows, image=read("image"), text=read("text"))
@@ -162,7 +164,24 @@ def tokens_of(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[sum(map(ord, text))] for text in texts])
 
 
-def measure(number: int, *, drawn: bool) -> dict[str, Any]:
+def in_browser(port: int) -> dict[str, float]:
+    """Seconds from asking for the page to the drawn map: the browser's first, and a later one."""
+    from playwright.sync_api import sync_playwright
+
+    times = []
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        for _ in range(4):
+            started = time.perf_counter()
+            page.goto(f"http://127.0.0.1:{port}/1/index.html?token=t")
+            page.wait_for_selector("#map[data-ready]", timeout=120_000)
+            times.append(time.perf_counter() - started)
+        browser.close()
+    return {"browser_first_s": round(times[0], 2), "browser_later_s": round(median(times[1:]), 2)}
+
+
+def measure(number: int, *, drawn: bool, browser: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"pairs": number}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -175,20 +194,16 @@ def measure(number: int, *, drawn: bool) -> dict[str, Any]:
         keep(folder / "atlas.npz", atlas)
         if not drawn:
             watch.into(found, "computed_once")
+        del atlas
         before = resident()
 
         watch = Stopwatch()
-        kept = read_kept(folder / "atlas.npz")
-        assert kept is not None
+        _ = Pages([opened(pairs, folder)]).site(1).map  # with Bokeh's import
+        watch.into(found, "map_drawn_once")
+
+        watch = Stopwatch()
+        explorer = opened(pairs, folder)
         watch.into(found, "opened")
-        encoder = Encoder(model=Towers(), transform=lambda image: image, tokenizer=tokens_of)
-        explorer = Explorer(
-            name="synthetic",
-            pairs=pairs,
-            encoder=encoder,
-            atlas=kept,
-            features=lambda: open_features(number, folder),
-        )
         listening = listen("127.0.0.1", 0)
         serving = server(Pages([explorer]), host="127.0.0.1", token="t")
         thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
@@ -215,9 +230,26 @@ def measure(number: int, *, drawn: bool) -> dict[str, Any]:
             watch.into(found, f"page_{page_name}")
         found["exact"] = explorer.space("image").exact
         found["memory_gb"] = (resident() - before) / 1e9
+        found["most_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        if browser:
+            found |= in_browser(port)
         serving.should_exit = True
         thread.join()
     return found
+
+
+def opened(pairs: ExploredPairs, folder: Path) -> Explorer:
+    """The explorer of what is kept."""
+    atlas = read_kept(folder / "atlas.npz")
+    assert atlas is not None
+    return Explorer(
+        name="synthetic",
+        pairs=pairs,
+        encoder=Encoder(model=Towers(), transform=lambda image: image, tokenizer=tokens_of),
+        atlas=atlas,
+        features=lambda: open_features(len(pairs), folder),
+        kept=folder / "atlas.npz",
+    )
 
 
 def ask(port: int, path: str) -> bytes:
@@ -233,11 +265,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", type=int, nargs="+")
     parser.add_argument("--drawn", action="store_true")
+    parser.add_argument("--browser", action="store_true")
     arguments = parser.parse_args()
     if len(arguments.pairs) == 1:
-        print(json.dumps(measure(arguments.pairs[0], drawn=arguments.drawn), indent=1))
+        (number,) = arguments.pairs
+        found = measure(number, drawn=arguments.drawn, browser=arguments.browser)
+        print(json.dumps(found, indent=1))
         return
-    more = ["--drawn"] if arguments.drawn else []
+    more = [f"--{name}" for name in ("drawn", "browser") if getattr(arguments, name)]
     for number in arguments.pairs:
         subprocess.run([sys.executable, __file__, str(number), *more], check=True)
 

@@ -291,6 +291,33 @@ def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
     assert bool(scores) == (row["evaluation"] == "yes")
 
 
+def test_chosen_samples_end_as_data_without_the_others(data, tmp_path):
+    """Lists of sample ids, with a mixture, caches and an interruption: bit for bit."""
+    row = PLAIN | {"source": "parquet", "mixture": "yes"}
+    fewer, dropped, kept = tmp_path / "data", [], []
+    fewer.mkdir()
+    for source in "ab":
+        table = pq.read_table(data / f"{source}.parquet")
+        ids = [f"{source}.parquet/{each}" for each in table["sample_id"].to_pylist()]
+        left_out = range(source == "b", len(ids), 5)
+        stays = [place for place in range(len(ids)) if place not in left_out]
+        pq.write_table(table.take(stays), fewer / f"{source}.parquet")
+        dropped += [ids[place] for place in left_out]
+        kept += [ids[place] for place in stays]
+    (tmp_path / "kept.json").write_text(json.dumps(kept))
+    (tmp_path / "dropped.csv").write_text("\n".join(["sample_id", *dropped]) + "\n")
+    (expected, _), *_ = run_distributed(trained, 1, config_for(row, fewer, tmp_path / "twin"))
+    for kind, chosen in (("disk", {"only": "kept.json"}), ("ram", {"without": "dropped.csv"})):
+        lists = {"data": {key: str(tmp_path / name) for key, name in chosen.items()}}
+        out = tmp_path / kind
+        first, config = (
+            with_changes(config_for(row | {"cache": each}, data, out), lists)
+            for each in ("none", kind)
+        )
+        ((weights, _),) = run_distributed(trained, 1, config, STEPS_AN_EPISODE + 1, first)
+        assert [k for k in weights if not torch.equal(weights[k], expected[k])] == []
+
+
 def test_every_pair_is_run():
     run = set().union(*(pairs_of(row) for row in rows()))
     assert set(wanted()) <= run

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,8 @@ from protoclip.terminal import say, visible
 if TYPE_CHECKING:
     from protoclip.explore.explorer import Explorer
     from protoclip.explore.pairs import ExploredPairs
+
+NEEDED = ("bokeh", "jinja2", "starlette", "uvicorn")
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,10 @@ class Explore:
             require_place("--static", self.static, is_folder=True)
         if self.atlas is not None:
             require_place("--atlas", self.atlas, is_folder=False)
-        try:
-            import bokeh  # noqa: F401
-            import starlette  # noqa: F401
-            import uvicorn  # noqa: F401
-        except ImportError as error:
+        if missing := [name for name in NEEDED if find_spec(name) is None]:
             raise ValueError(
-                f"explore needs a package that is missing ({error}); pip install "
-                "'protoclip[explore]'"
-            ) from None
+                f"explore: needs {' and '.join(missing)}; pip install 'protoclip[explore]'"
+            )
         import torch
 
         from protoclip.explore.server import listen

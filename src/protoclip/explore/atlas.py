@@ -314,19 +314,23 @@ def prototypes(atlas: Atlas, modality: Literal["image", "text"]) -> list[Prototy
     other = atlas.prototype("text" if modality == "image" else "image")
     sizes = np.bincount(own, minlength=atlas.number)
     sums = np.bincount(own, atlas.similarity(modality), minlength=atlas.number)
-    together = contingency(own, other, atlas.number).tocsr()
+    together = contingency(own, other, atlas.number)
+    # The first entry of each row is its largest, and of equal ones that of the lowest column.
+    order = np.lexsort((together.col, -together.data, together.row))
+    rows, first = np.unique(together.row[order], return_index=True)
+    partners, shared = np.zeros((2, atlas.number), np.int64)
+    partners[rows], shared[rows] = together.col[order][first], together.data[order][first]
     found = []
     for number in range(atlas.number):
-        row = together[[number]].toarray()[0]
-        partner, size = int(row.argmax()), int(sizes[number])
+        size = int(sizes[number])
         found.append(
             Prototype(
                 number=number,
                 modality=modality,
                 size=size,
                 tightness=float(sums[number] / size) if size else 0.0,
-                agreement=float(row[partner] / size) if size else 0.0,
-                partner=partner,
+                agreement=float(shared[number] / size) if size else 0.0,
+                partner=int(partners[number]),
             )
         )
     return found

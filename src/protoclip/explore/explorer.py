@@ -56,7 +56,9 @@ class Answer:
 class Explorer:
     """One model over pairs. Features are opened when the first question needs them.
 
-    `name` is the model's reference.
+    Attributes:
+        name: The model's reference.
+        kept: Where the atlas is kept; None if it is not.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Explorer:
     encoder: Encoder
     atlas: Atlas
     features: Callable[[], Features]
+    kept: Path | None = None
     _lock: Any = field(default_factory=Lock, repr=False)
 
     @cached_property
@@ -195,6 +198,7 @@ def open_explorer(
         atlas=atlas,
         # Known rows spare the next start reading all captions.
         features=lambda: made[0] if made else encoded(encoder, pairs, atlas.captioned),
+        kept=path if cache else None,
     )
 
 

@@ -10,9 +10,12 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any, Literal
@@ -23,6 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
+import protoclip
 from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.explore.atlas import (
@@ -32,10 +36,12 @@ from protoclip.explore.atlas import (
     Moved,
     Prototype,
     moved,
+    path_of,
     prototypes,
 )
 from protoclip.explore.explorer import Answer, Explorer, Near
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.files import read_sealed, sealed, to_json, write_atomically
 from protoclip.terminal import visible
 
 CAPTION_LENGTH, MAP_CAPTION_LENGTH, ID_LENGTH = 300, 120, 120
@@ -219,11 +225,30 @@ class Site:
 
     @cached_property
     def map(self) -> str:
-        """The map, as JSON: what Bokeh draws, and the ways to colour it."""
-        # Bokeh takes half a second to import.
+        """The map, as JSON: what Bokeh draws, and the ways to colour it.
+
+        It is kept beside the atlas, since Bokeh takes most of a second to import and to draw.
+        """
+        path = self._map_path
+        with suppress(OSError, ValueError):
+            if path is not None:
+                return str(read_sealed(path)["map"])
         from protoclip.explore.map import map_json
 
-        return json.dumps(map_json(self))
+        made = json.dumps(map_json(self))
+        with suppress(OSError):  # it is drawn again the next time
+            if path is not None:
+                write_atomically(path, to_json(sealed({"map": made})))
+        return made
+
+    @property
+    def _map_path(self) -> Path | None:
+        """Where the map is kept; the name says all that it is made of."""
+        if self.explorer.kept is None:
+            return None
+        shows = [(source.name, source.class_column) for source in self.pairs.sources]
+        parts = (self.explorer.kept.stem, protoclip.__version__, version("bokeh"), shows)
+        return path_of(self.explorer.kept.parent, *parts).with_suffix(".map.json")
 
     @property
     def map_in_page(self) -> Markup:
@@ -420,9 +445,10 @@ def template(name: str) -> Any:
 @lru_cache
 def assets() -> Files:
     """Style and scripts, by name: our own, and Bokeh's out of its package."""
-    import bokeh
-
+    bokeh = find_spec("bokeh")  # not imported, which takes time
+    assert bokeh is not None
+    assert bokeh.origin is not None
     own = files("protoclip.explore") / "assets"
     found = {name: (own / name).read_bytes() for name in ("explore.css", "explore.js")}
-    bokeh_js = Path(bokeh.__file__).parent / "server" / "static" / "js" / "bokeh.min.js"
+    bokeh_js = Path(bokeh.origin).parent / "server" / "static" / "js" / "bokeh.min.js"
     return {**found, "bokeh.min.js": bokeh_js.read_bytes()}

@@ -22,7 +22,7 @@ from protoclip.report.looks import Map
 from protoclip.report.runs import Curve
 
 COLOURS = 8  # of models, in report.css
-DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)))
+DASHES = ("solid", (0, (5, 2)), (0, (1.6, 1)), (0, (6, 1.5, 1.6, 1.5)))
 MOST_POINTS = 300  # of a curve; more are averaged in equal parts
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -35,7 +35,7 @@ STYLE: Any = {
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
-    "lines.linewidth": 1.4,
+    "lines.linewidth": 1.6,
     "path.simplify_threshold": 0.5,
 }
 # Stand-ins for the page's colours.
@@ -58,15 +58,12 @@ def line_chart(series: Sequence[Series]) -> Markup:
         figure, axes = blank(3.5, 2.0)
         for of in series:
             x, y = thinned(of.curve)
-            dashes = DASHES[of.model // COLOURS % len(DASHES)]
             mark = "o" if len(x) < 3 else None
-            axes.plot(x, y, color=stand_in(of.model), ls=dashes, marker=mark, ms=3)
+            axes.plot(x, y, color=stand_in(of.model), ls=dash(of.model), marker=mark, ms=3)
         axes.margins(x=0.02)
         axes.locator_params(nbins=5)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        if not any(of.curve[1].any() for of in series):  # nothing but zeros
-            axes.set_ylim(0, 1)
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         return svg(figure)
 
@@ -104,6 +101,11 @@ def thinned(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " 
         np.array([part.mean() for part in np.array_split(values, MOST_POINTS)]) for values in curve
     )
     return x, y
+
+
+def dash(model: int) -> Any:
+    """The dashes of a model's curves, which tell models apart without colour too."""
+    return DASHES[(model + model // COLOURS) % len(DASHES)]
 
 
 def stand_in(model: int) -> str:

@@ -179,8 +179,12 @@ def look(
     *,
     seed: int,
     device: torch.device,
+    firsts: dict[str, Map],
 ) -> Look:
     """Embed the examples with a run's model, and show what lies where.
+
+    Args:
+        firsts: Maps of these examples before training, for runs that begin alike. It is added to.
 
     Raises:
         ValueError: There is no checkpoint, it is damaged, or the model has diverged.
@@ -218,7 +222,7 @@ def look(
     features = spaces["features"]
     drawn = np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP])
     maps = [map_of(features, rows=torch.from_numpy(drawn), title=f"After {state}")]
-    before = first_model(config, checkpoints, pairs, rows=drawn, device=device)
+    before = first_model(config, checkpoints, pairs, rows=drawn, device=device, firsts=firsts)
     return Look(
         state=state,
         space=space,
@@ -252,8 +256,12 @@ def first_model(
     *,
     rows: Int[np.ndarray, " m"],
     device: torch.device,
+    firsts: dict[str, Map],
 ) -> list[Map]:
     """The map before training, with the weights that the run's seed gave; else of an early step."""
+    start = repr((config.model, config.run.seed))
+    if start in firsts:
+        return [firsts[start]]
     chosen = HeldOut(
         name=pairs.name,
         images=[pairs.images[row] for row in rows],
@@ -266,7 +274,8 @@ def first_model(
         model = loading.model(config.model, seed=config.run.seed).eval()
         transform, tokenizer = loading.evaluation_transform(model), loading.tokenizer(config.model)
         spaces = embed_with(model, transform, tokenizer, chosen, project=False, device=device)
-        return [map_of(spaces["features"], rows=every, title="Before training")]
+        firsts[start] = map_of(spaces["features"], rows=every, title="Before training")
+        return [firsts[start]]
     except (ValueError, OSError):  # what it started from is gone
         if len(checkpoints) < 2:
             return []

@@ -23,7 +23,7 @@ from protoclip.evaluation import compare
 from protoclip.files import write_atomically
 from protoclip.progress import Progress, duration
 from protoclip.report import findings, looks
-from protoclip.report.figures import COLOURS, DASHES, Series, line_chart, map_chart
+from protoclip.report.figures import COLOURS, Series, dash, line_chart, map_chart
 from protoclip.report.looks import Confusions, Examples, Look
 from protoclip.report.runs import Curve, RunFolder, labels, read_run
 from protoclip.terminal import OBEYED
@@ -46,6 +46,11 @@ CHARTS: dict[str, dict[str, str]] = {
         "train/prototypes/accuracy/*": "Accuracy of prototypes",
         "train/prototypes/dead/*": "Dead prototypes, share",
         "train/prototypes/empty/*": "Empty prototypes, share",
+        "train/prototypes/agreement/*": "Agreement of groups",
+    },
+    "Strengths of the prototypical losses": {
+        "train/pull/*": "Pull, as a share of InfoNCE's",
+        "train/balance/*": "Factor to the weights",
     },
     "The joint space": {
         "temperature": "Temperature of pairs",
@@ -105,6 +110,14 @@ class Chart:
     title: str
     description: str  # for those who do not see it
     svg: Markup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charts:
+    """The charts under a heading, and in words what has one value in all runs."""
+
+    drawn: list[Chart]
+    same: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +256,7 @@ def context(
         "differences": compared_by(entries),
         "legend": [legend(number, name) for number, name in enumerate(models)],
         "charts": charts(runs, names, models),
+        "analyzed": any(run.analysis and len(run.analysis["checkpoints"]) > 1 for run in runs),
         "sweeps": [
             {"label": name, **run.sweep}
             for run, name in zip(runs, names, strict=True)
@@ -301,18 +315,18 @@ def compared_by(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def legend(number: int, name: str) -> Legend:
-    dash = DASHES[number // COLOURS % len(DASHES)]
-    marks = "" if isinstance(dash, str) else " ".join(f"{2 * part:g}" for part in dash[1])
+    of = dash(number)
+    marks = "" if isinstance(of, str) else " ".join(f"{2 * part:g}" for part in of[1])
     return Legend(name=clipped(name), colour=number % COLOURS, dash=marks)
 
 
 def charts(
     runs: Sequence[RunFolder], names: Sequence[str], models: Sequence[str]
-) -> dict[str, list[Chart]]:
+) -> dict[str, Charts]:
     """The charts under each heading; those that no run has anything for are left out."""
     curves = [all_curves(run) for run in runs]
     known = list(dict.fromkeys(name for of in curves for name in of))
-    found: dict[str, list[Chart]] = {}
+    found: dict[str, Charts] = {}
     for heading, patterns in CHARTS.items():
         for pattern, title in patterns.items():
             before, star, after = pattern.partition("*")
@@ -322,11 +336,16 @@ def charts(
                 if name.startswith(before) and name.endswith(after)
                 if (len(name) > len(before + after) if star else name == pattern)
             ]
-            for name in fitting:
+            for name in sorted(fitting):
                 rest = name[len(before) : len(name) - len(after)].replace("_", " ")
                 full = f"{title}, {rest}" if len(fitting) > 1 else title
-                chart = chart_of(name, clipped(full), runs, curves, names, models)
-                found.setdefault(heading, []).append(chart)
+                section = found.setdefault(heading, Charts(drawn=[], same=[]))
+                values = np.unique(np.concatenate([of[name][1] for of in curves if name in of]))
+                if len(values) == 1:
+                    section.same.append(f"{clipped(full)}: {values[0]:.3g}")
+                else:
+                    chart = chart_of(name, clipped(full), runs, curves, names, models)
+                    section.drawn.append(chart)
     return found
 
 
@@ -417,6 +436,7 @@ def show_models(
     started, shown = time.monotonic(), []
     configs: list[Config] = []
     known: dict[str, int] = {}  # runs on the same data share their examples
+    firsts: list[dict[str, looks.Map]] = []
     uris: dict[tuple[int, int], str] = {}
     for done, place in enumerate(places):
         run, label = runs[place], names[place]
@@ -431,6 +451,7 @@ def show_models(
         number = known.setdefault(repr(run.config.data), len(configs))
         if number == len(configs):
             configs.append(run.config)
+            firsts.append({})
         try:
             examples = examples_of(number)
             found = looks.look(
@@ -439,6 +460,7 @@ def show_models(
                 run.checkpoints,
                 seed=seed,
                 device=device or torch.device("cpu"),
+                firsts=firsts[number],
             )
         except (ValueError, OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())

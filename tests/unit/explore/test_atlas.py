@@ -1,6 +1,7 @@
 """The map, prototypes, agreement and neighbours, against what they mean."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,16 @@ def test_prototypes_are_the_groups_and_agree(atlas: atlases.Atlas) -> None:
         assert len(set(groups[inside])) == 1
         similarity = atlas.image_similarity[inside]
         assert (np.diff(similarity) <= 0).all()
+
+
+def test_partners_are_where_most_members_are_together(atlas: atlases.Atlas) -> None:
+    draw, number = np.random.default_rng(0), 7
+    image, text = draw.integers(0, number - 1, (2, len(atlas)), dtype=np.int32)  # the last is empty
+    other = replace(atlas, image_prototype=image, text_prototype=text, number=number)
+    for one in atlases.prototypes(other, "image"):
+        together = np.bincount(text[image == one.number], minlength=number)
+        assert one.partner == together.argmax()
+        assert one.agreement == pytest.approx(together.max() / max(1, together.sum()))
 
 
 def test_swapped_captions_are_the_odd_ones(atlas: atlases.Atlas) -> None:

@@ -1,6 +1,9 @@
 """What an explorer answers, of which pairs, and what it keeps."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +15,10 @@ from worded import WordModel, distinct_pairs, explorers, loaded
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.explore import explorer as explorer_module
+from protoclip.explore import map as map_module
 from protoclip.explore.explorer import heads_of, open_explorer
 from protoclip.explore.pairs import ExploredPairs, explored
+from protoclip.explore.render import Pages, Site
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import train
@@ -132,6 +137,34 @@ def test_the_next_start_encodes_nothing(
     for modality in ("image", "text"):
         first, again = before.space(modality).features, after.space(modality).features
         assert torch.equal(first, again)
+
+
+def test_the_map_is_kept_until_what_it_shows_changes(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    made: list[Site] = []
+
+    def counted(site: Site, draw: Callable[[Site], Any] = map_module.map_json) -> Any:
+        made.append(site)
+        return draw(site)
+
+    monkeypatch.setattr(map_module, "map_json", counted)
+
+    def ways(**settings: Any) -> list[str]:
+        (one,) = explorers(DataConfig(train=str(table)), **settings)
+        return list(json.loads(Pages([one]).site(1).map)["ways"])
+
+    first = ways()
+    assert ways() == first
+    assert len(made) == 1
+    assert "class" in ways(class_column="kind")
+    assert "class" not in ways(cache=False)
+    assert len(made) == 3
+    for path in tmp_path.rglob("*.map.json"):
+        path.write_text(path.read_text().replace("distance", "distanCe"))
+    assert ways() == first
+    assert len(made) == 4
 
 
 def test_data_whose_images_are_gone_is_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What examples show: prototypes, retrieval, confusions and maps of made-up features."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from protoclip.config import Config, DataConfig
+from protoclip.evaluation.analysis import HeldOut
 from protoclip.report import looks
 from protoclip.report.looks import (
     confused,
@@ -18,6 +20,7 @@ from protoclip.report.looks import (
     retrieval_examples,
     thumbnail,
 )
+from protoclip.testing import tiny_config, tiny_pairs
 
 
 def clumps(sizes, *, spread=0.0, seed=0):
@@ -117,6 +120,28 @@ def test_the_map_shows_images_on_the_left_and_the_gap():
         assert (found.texts[:, 0] > 0).all()
         assert found.gap == pytest.approx(2**0.5, abs=0.02)
         assert found.explained > 0.9
+
+
+def test_runs_that_begin_alike_share_the_map_before_training(monkeypatch):
+    rows = np.arange(4)
+    pairs = HeldOut(
+        name="tiny",
+        images=tiny_pairs(4)["image"].to_pylist(),
+        captions=tiny_pairs(4)["caption"].to_pylist(),
+        classes=None,
+        skipped=0,
+    )
+    settings = {"rows": rows, "device": torch.device("cpu"), "firsts": {}}
+    config = tiny_config(out="unused")
+    (first,) = looks.first_model(config, [], pairs, **settings)
+    other = replace(config, run=replace(config.run, seed=config.run.seed + 1))
+    assert looks.first_model(other, [], pairs, **settings)[0] is not first
+
+    def fail(*arguments, **settings):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(looks.loading, "model", fail)
+    assert looks.first_model(config, [], pairs, **settings)[0] is first
 
 
 def test_missing_data_is_an_error_in_one_line(tmp_path):

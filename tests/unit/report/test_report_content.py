@@ -132,8 +132,22 @@ def test_a_run_that_has_just_begun_has_a_page(runs, tmp_path):
     folder.mkdir()
     shutil.copy(runs / "proto" / "config.toml", folder)
     page = page_of(tmp_path, folder)
-    assert "None of these runs has results" in page.sections["results"]
+    assert "The run has no results: it has not finished" in page.sections["results"]
     assert "No run has logged metrics." in page.sections["curves"]
+
+
+def test_what_never_changes_is_said_and_not_drawn(runs, tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    shutil.copy(runs / "proto" / "config.toml", folder)
+    values = [{"train/prototypes/empty/image": 0.0, "train/loss/total": 2.5}] * 3
+    values.append(values[0] | {"train/loss/total": 2.0})
+    lines = [json.dumps({"step": step, **of}) for step, of in enumerate(values)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    page = page_of(tmp_path, folder)
+    assert page.count("figure") == 1
+    assert "The same throughout: Empty prototypes, share: 0" in page.sections["curves"]
+    assert "not shown: that needs protoclip analyze" in page.sections["curves"]
 
 
 def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_path):

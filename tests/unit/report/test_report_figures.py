@@ -4,7 +4,16 @@ import re
 
 import numpy as np
 
-from protoclip.report.figures import MOST_POINTS, Series, line_chart, map_chart, thinned
+from protoclip.report.figures import (
+    COLOURS,
+    DASHES,
+    MOST_POINTS,
+    Series,
+    dash,
+    line_chart,
+    map_chart,
+    thinned,
+)
 from protoclip.report.looks import Map
 
 
@@ -52,6 +61,7 @@ def test_long_curves_are_thinned_to_means():
     np.testing.assert_allclose(y[0], np.sin(np.arange(10)).mean())
 
 
-def test_nothing_but_zeros_has_an_axis():
-    zeros = (np.arange(3, dtype=np.float64), np.zeros(3))
-    assert ">−0.0" not in line_chart([Series(model=0, curve=zeros)])
+def test_models_look_different_without_colour():
+    looks = [(model % COLOURS, dash(model)) for model in range(len(DASHES) * COLOURS)]
+    assert len(set(looks)) == len(looks)
+    assert len({dash(model) for model in range(len(DASHES))}) == len(DASHES)

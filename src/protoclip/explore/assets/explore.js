@@ -144,20 +144,21 @@ async function drawMap(place) {
 function legend(way, plain) {
   const place = document.getElementById("legend");
   place.replaceChildren();
-  const add = (colour, label, bar) => {
+  const add = (colour, label, shape) => {
     const entry = document.createElement("span");
     const mark = document.createElement("i");
-    if (bar) mark.className = "bar";
+    if (shape) mark.className = shape;
     mark.style.background = colour;
     entry.append(mark, label);
     place.append(entry);
   };
   if (way.kind === "range") {
-    add(`linear-gradient(90deg, ${way.colours.join(",")})`, `${way.labels[0]} to ${way.labels[1]}`, true);
+    add(`linear-gradient(90deg, ${way.colours.join(",")})`, `${way.labels[0]} to ${way.labels[1]}`, "bar");
     return;
   }
   const colours = way.colours || [plain.image.value, plain.text.value];
-  way.labels.forEach((label, index) => add(colours[index], label, false));
+  const shapes = way.kind === "modality" ? ["", "triangle"] : [];
+  way.labels.forEach((label, index) => add(colours[index], label, shapes[index]));
 }
 
 store();
