@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -416,8 +417,10 @@ class Scene:
         if second.code != 0 and not there:
             wrong.append(f"the next call: {second.last}")
         found = self.made(fault.command, fresh=fresh)
-        if found != self.expected[fault.command, fresh]:
-            expected = self.expected[fault.command, fresh]
+        expected = self.expected[fault.command, fresh]
+        # A pair whose image was gone is left out, which the call said, and stays so.
+        left_out = first.code == 0 and re.search(r"[1-9]\d* skipped", first.said)
+        if found != expected and not left_out:
             names = [n for n in sorted({*found, *expected}) if found.get(n) != expected.get(n)]
             wrong.append(f"the next call made another {names[0]}")
         wrong += invalid(self.folder)
@@ -494,7 +497,7 @@ def read_tensors(path: Path) -> None:
 def read_arrays(path: Path) -> None:
     with np.load(path) as arrays:
         for name in arrays:
-            assert len(arrays[name]) >= 0 or name
+            assert arrays[name].nbytes
 
 
 def read_tar(path: Path) -> None:

@@ -195,13 +195,28 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
         run.train(config_for("emoji", tmp_path / "typo", run={**keep, "keep_best": metric[:-1]}))
 
 
-def test_running_out_of_memory_is_one_line(tiny_parquet, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            "out of memory on the device: set episodes.micro",
+        ),
+        (  # raised by a signal in the middle of a step
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "data.workers: a worker process was killed",
+        ),
+    ],
+    ids=["out of memory", "killed worker"],
+)
+def test_what_takes_memory_away_is_one_line(
+    error, line, tiny_parquet, tmp_path, monkeypatch, capsys
+):
     """It names the settings to lower, without a traceback."""
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(run.to_toml(tiny_config(tiny_parquet, out=str(tmp_path / "run"))))
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(recipe)])
     shown = capsys.readouterr().err.strip().splitlines()[-1]
-    assert shown.startswith("protoclip: error: out of memory on the device: set episodes.micro")
+    assert shown.startswith(f"protoclip: error: {line}")

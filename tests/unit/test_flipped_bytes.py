@@ -2,14 +2,18 @@
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+import protoclip
+from protoclip.config import Config
 from protoclip.data.cache import DiskCache
 from protoclip.data.decode import Decoded
 from protoclip.data.held_out import held_out_rows
@@ -18,8 +22,11 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
 from protoclip.evaluation.features import Encoded, keep, read_kept
 from protoclip.evaluation.samples import SampleResults
+from protoclip.files import read_toml
 from protoclip.teachers.store import read_teacher, write_folder
-from protoclip.testing import tiny_pairs
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import run
+from protoclip.training.checkpoint import newest_intact
 
 IDS = [f"sample/{row}" for row in range(12)]
 FLIPS = 150  # of each file
@@ -189,3 +196,62 @@ def test_rows_are_checked_when_they_are_used(tmp_path: Path) -> None:
     for use in (lambda: pairs.sample_captions(5), lambda: list(pairs.sample_ids())):
         with pytest.raises(ValueError, match=r"key\.arrow: damaged .* rows 4 to 7 .* delete it"):
             use()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
+    """A finished run with results of each sample."""
+    top = tmp_path_factory.mktemp("whole")
+    for name, rows in (("pairs", 48), ("held_out", 24)):
+        pq.write_table(tiny_pairs(rows, seed=rows), top / f"{name}.parquet")
+    config = tiny_config(f"{top}/pairs.parquet", out=f"{top}/run")
+    config = replace(
+        config,
+        data=replace(config.data, validation=f"{top}/held_out.parquet"),
+        episodes=replace(config.episodes, size=16, count=2, warm_up=1, locked_image=0),
+    )
+    protoclip.train(config)
+    return top / "run", Config.from_dict(read_toml(top / "run" / "config.toml"))
+
+
+def test_a_byte_in_each_file_of_a_run_is_noticed(
+    whole_run: tuple[Path, Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a run goes on, or a model, results or settings are used. People read the logs."""
+    folder, config = whole_run
+    logs = ("metrics.jsonl", ".lock", "events.out")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in files if not path.name.startswith(logs)]
+    places = {"config.toml": b"seed = 0"}  # bytes that mean nothing may change there
+
+    def said() -> str:
+        notes: list[str] = []
+        errors = []
+        for use in (
+            lambda: newest_intact(folder, notes),
+            lambda: run.check_folder(folder, config, resume=True),
+            lambda: [SampleResults.read(path) for path in folder.glob("results/*.parquet")],
+        ):
+            try:
+                use()
+            except ValueError as error:
+                errors.append(str(error))
+        return "\n".join([*notes, *errors, capsys.readouterr().err])
+
+    capsys.readouterr()
+    assert said() == ""
+    generator = random.Random(0)
+    for path in files:
+        content = path.read_bytes()
+        place = generator.randrange(len(content))
+        if path.name in places:
+            place = content.index(places[path.name]) + len(places[path.name]) - 1
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        expected = "run.seed" if path.name == "config.toml" else path.name
+        assert expected in said(), path.name
+        path.write_bytes(content)
+    kinds = {path.suffix for path in files}
+    assert kinds == {".json", ".safetensors", ".toml", ".parquet"}
+    assert said() == ""

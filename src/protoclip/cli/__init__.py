@@ -138,9 +138,12 @@ def fail(error: Exception) -> NoReturn:
     elif isinstance(error, OSError):
         message = described(error)
     else:
+        from protoclip.data.loader import killed_worker
         from protoclip.training.guard import out_of_memory
 
         message, code = out_of_memory(error), 1
+        if message is None and isinstance(error, RuntimeError):
+            message = killed_worker(error)
         if message is None and not together:
             raise error
         first = str(error).strip().partition("\n")[0]

@@ -154,7 +154,7 @@ def clip_tokenizer() -> Any:
     return runpy.run_path(str(file))["SimpleTokenizer"]()
 
 
-def open_source(data: DataConfig, *, seed: int = 0) -> tuple["Pairs | SampleStream", list[str]]:
+def open_source(data: DataConfig, *, seed: int = 0) -> "tuple[Pairs | SampleStream, list[str]]":
     """The samples that `data` describes, and what was noticed about them."""
     from protoclip.data import sources
 

@@ -26,6 +26,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 Box = tuple[int, int, int, int]
 # Width and height of the upright image -> box.
 ChooseBox = Callable[[int, int], Box]
+# Bytes that are enough to decode all but the largest images.
+ROOM = 256_000_000
 Pixels = UInt8[np.ndarray, "h w 3"]
 Square = UInt8[np.ndarray, "s s 3"]
 
@@ -203,6 +205,10 @@ def _read(encoded: bytes, image: ImageFile.ImageFile, box: Box, factor: int) -> 
 
 
 def _decode_error(error: Exception) -> ValueError:
+    """What is wrong with the bytes; raises `MemoryError` if nothing is, but memory is short."""
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        # Hostile bytes can ask for more memory than there is, too.
+        bytearray(ROOM)
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     cut = "truncated" in text.lower()
     return ValueError("truncated" if cut else f"not an image that can be decoded ({text[:100]})")

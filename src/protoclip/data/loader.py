@@ -251,12 +251,22 @@ def items_of(loader: DataLoader[T]) -> Iterator[T]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if (killed := killed_worker(error)) is None:
             raise
-        raise ValueError(
-            "data.workers: a worker process was killed, most often because memory ran out; "
-            f"lower data.workers or episodes.batch_size ({str(error).splitlines()[0]})"
-        ) from None
+        raise ValueError(killed) from None
+
+
+def killed_worker(error: RuntimeError) -> str | None:
+    """One line, if the error says that a worker process was killed.
+
+    PyTorch raises it where the next item is awaited, or, by a signal, anywhere else.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    return (
+        "data.workers: a worker process was killed, most often because memory ran out; "
+        f"lower data.workers or episodes.batch_size ({str(error).splitlines()[0]})"
+    )
 
 
 class SkipLog:

@@ -14,7 +14,7 @@ from torch import Tensor
 from protoclip.prototypes.kmeans import kmeans
 
 Draws = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.integer[Any]]
+Ints = npt.NDArray[np.integer]
 
 
 def clustering(

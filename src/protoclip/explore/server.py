@@ -5,6 +5,7 @@ ever opened as a file. `docs/explore.md` has the rules.
 """
 
 import asyncio
+import errno
 import ipaddress
 import secrets
 import socket
@@ -34,6 +35,7 @@ MAX_PAGE, MAX_PATH = 1_000_000, 200
 MAX_CONNECTIONS = 500  # below the usual limit of open files, 1,024
 # Seconds in which a request has to arrive, and after which nobody reads an answer any more.
 REQUEST_SECONDS, READING_SECONDS = 60.0, 30.0
+OF_PORT = (errno.EADDRINUSE, errno.EACCES)  # what is wrong with a port rather than with a host
 TYPES = {"css": "text/css", "js": "text/javascript", "csv": "text/csv", "json": "application/json"}
 HEADERS = {
     "content-security-policy": (
@@ -355,8 +357,10 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         found.close()
         reason = getattr(error, "strerror", None) or str(error)
+        of_port = isinstance(error, OverflowError) or getattr(error, "errno", None) in OF_PORT
+        setting = "--port" if of_port else "--host"
         raise ValueError(
-            f"--port: cannot listen on {host} port {port} ({reason}); choose another"
+            f"{setting}: cannot listen on {host} port {port} ({reason}); choose another"
         ) from None
     return found
 

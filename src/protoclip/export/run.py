@@ -4,7 +4,8 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
@@ -13,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -75,12 +77,7 @@ def export(
     folder = Path(folder)
     check(folder, formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    # What processes that were killed have left.
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with place_of(folder) as temporary:
         facts = write(source, temporary, formats, opset=opset)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
@@ -90,14 +87,41 @@ def export(
         facts["captions"] = card.add_captions(source, temporary)
         with naming(folder):
             card.write_card(source, temporary, facts, hub_name=push_to_hub)
+    if push_to_hub is not None:
+        facts["url"] = upload(folder, push_to_hub)
+    return facts
+
+
+@contextmanager
+def place_of(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends without an error.
+
+    Raises:
+        ValueError: Another process exports to this folder, or it exists by the end.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another process exports to this folder; wait for it, or choose another"
+        ) from None
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        # What processes that were killed have left.
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
         if folder.exists():
             raise ValueError(f"{folder}: exists by now; choose another folder")
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if push_to_hub is not None:
-        facts["url"] = upload(folder, push_to_hub)
-    return facts
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def check(folder: Path, formats: Sequence[str], opset: int, name: str | None) -> None:

@@ -551,6 +551,8 @@ class Run:
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
         with understood(checkpoint):
             size = self.load_state_dict(state)
+        # Not written again: a process that is killed meanwhile would leave neither.
+        self.writer.saved_step = self.trainer.step
         if rank() == 0:
             say(f"going on from {checkpoint}, step {self.trainer.step}")
         return size

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
+from protoclip.data import decode as module
 from protoclip.data.decode import Box, crop_image, decode, decode_crop, dimensions, resize
 
 PIXELS = 10**8
@@ -229,3 +230,20 @@ def test_too_many_pixels_are_refused_from_the_header(
     monkeypatch.setattr("protoclip.data.decode._read", None)
     with pytest.raises(ValueError, match=r"300 x 200 pixels are more than .* \(59999\)"):
         decode(data, max_pixels=59_999)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_short_memory_is_not_the_images_fault(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or training would go on with other images. Where there is room, the image asks for it."""
+
+    def fail(*given: Any, **more: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7")
+
+    monkeypatch.setattr(module, "decode_jpeg", fail)
+    monkeypatch.setattr(module, "rgb", fail)
+    data = encoded(photo(64, 64), form)
+    with pytest.raises(ValueError, match="not an image that can be decoded"):
+        decode(data, max_pixels=PIXELS)
+    monkeypatch.setattr(module, "ROOM", 1 << 60)
+    with pytest.raises(MemoryError):
+        decode(data, max_pixels=PIXELS)

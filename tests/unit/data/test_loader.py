@@ -133,7 +133,7 @@ def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) 
     batch = made._loader.dataset[
         next(made._make_requests(episode_of(16), 0, made.transform, draws))
     ]
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: tensor.clone())
     for before, after in zip(batch, pin_memory(batch), strict=True):
         if isinstance(before, torch.Tensor):
             assert after is not before

@@ -391,12 +391,14 @@ def test_raw_nonsense_does_not_end_the_server(port: int) -> None:
     assert ask(port, "/1/index.html")[0] == 200
 
 
-def test_a_port_that_is_taken_is_one_line(port: int) -> None:
+def test_a_port_that_is_taken_or_a_foreign_host_is_one_line(port: int) -> None:
     taken = rf"port {port} \(Address already in use\); choose another$"
     with pytest.raises(ValueError, match=rf"^--port: cannot listen on 127.0.0.1 {taken}"):
         listen("127.0.0.1", port)
-    with pytest.raises(ValueError, match=r"--port: cannot listen on no.such.host.invalid"):
+    with pytest.raises(ValueError, match=r"^--host: cannot listen on no.such.host.invalid"):
         listen("no.such.host.invalid", 0)
+    with pytest.raises(ValueError, match=r"^--host: cannot listen on 192\.0\.2\.1 port 0 "):
+        listen("192.0.2.1", 0)  # no machine has this address
 
 
 def test_the_address_names_the_host() -> None:

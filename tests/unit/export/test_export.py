@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import transformers
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -391,6 +392,20 @@ def test_bad_input_is_one_line(arguments, message, reference, capsys, monkeypatc
     assert message.format(**places) in said[-1]
     assert said[-1].startswith("protoclip: error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_process_at_a_time_exports_to_a_folder(reference, tmp_path):
+    """The second leaves the first's files alone; what a process that was killed left goes."""
+    out, others = tmp_path / "out", tmp_path / ".out.1234567"
+    others.mkdir()
+    with (
+        FileLock(tmp_path / ".out.lock"),
+        pytest.raises(ValueError, match=r"out: another process exports to this folder; wait"),
+    ):
+        protoclip.export(reference("run"), out, ["timm"])
+    assert others.is_dir()
+    protoclip.export(reference("run"), out, ["timm"])
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_the_command_prints_the_differences(reference, capsys, tmp_path):

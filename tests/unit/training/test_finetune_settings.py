@@ -5,30 +5,12 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from numbered import Numbered
 
 from protoclip.config import Config
 from protoclip.data.pairs import SampleStream
 from protoclip.training import finetune
 from protoclip.training.finetune import finetune_settings
-
-
-class Numbered:
-    """Pairs of which `different` captions differ."""
-
-    name = "numbered"
-
-    def __init__(self, number: int, different: int) -> None:
-        self.number, self.different = number, different
-
-    def __len__(self) -> int:
-        return self.number
-
-    def sample_captions(self, row: int) -> tuple[str, ...]:
-        return (f"caption {row % self.different}",)
-
-    def sample(self, row: int) -> Any: ...
-    def sample_id(self, row: int) -> Any: ...
-    def sample_ids(self) -> Any: ...
 
 
 @pytest.fixture

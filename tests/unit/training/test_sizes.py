@@ -2,34 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from numbered import Numbered
 
 import protoclip
 from protoclip.config import Config, EpisodeConfig, PrototypeConfig, TeacherConfig
 from protoclip.testing import tiny_config
 from protoclip.training import run, sizes
 from protoclip.training.sizes import sized
-
-
-class Numbered:
-    """So many pairs, of which some have the same caption."""
-
-    name = "numbered"
-
-    def __init__(self, rows: int, captions: int) -> None:
-        self.rows, self.captions = rows, captions
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def sample_captions(self, row: int) -> tuple[str, ...]:
-        return (f"caption {row % self.captions}",)
-
-    def sample(self, row: int) -> Any: ...
-    def sample_id(self, row: int) -> Any: ...
-    def sample_ids(self) -> Any: ...
 
 
 @pytest.mark.parametrize(
