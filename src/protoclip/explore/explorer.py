@@ -1,5 +1,6 @@
 """A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -39,6 +40,7 @@ from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.references import kind_of
 
 MAX_QUERY = 1000  # characters of a text that is searched for
+ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
 
 # A pair's position in the atlas, and its cosine to what was asked.
 Near = list[tuple[int, float]]
@@ -103,12 +105,16 @@ class Explorer:
     def search_text(self, text: str, number: int = 24) -> Answer:
         """The pairs nearest to a text, of which the first 1,000 characters count.
 
+        An article before everything else is left out: what is looked for is the same without it,
+        and a small model whose captions have hardly an article is led astray by one.
+
         Raises:
             ValueError: The text is empty.
         """
         text = text[:MAX_QUERY].encode("utf-8", "replace").decode().replace("\0", " ").strip()
         if not text:
             raise ValueError("an empty text finds nothing; write some words")
+        text = ARTICLE.sub("", text)
         encoder = self.encoder
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
             tokens = encoder.tokenizer([text]).to(encoder.device)

@@ -59,6 +59,13 @@ def test_search_by_text_and_image_and_neighbours(table: Path) -> None:
     assert [value for _, value in near.images] == sorted((v for _, v in near.images), reverse=True)
 
 
+def test_an_article_before_everything_else_is_left_out(table: Path) -> None:
+    (one,) = explorers(DataConfig(train=str(table)))
+    for text in ("a red square", " The  red square", "an red square"):
+        assert one.search_text(text, 3) == one.search_text("red square", 3)
+    assert len(one.search_text("the", 3).images) == 3
+
+
 @pytest.mark.parametrize("text", ["", " \n", "\0"])
 def test_an_empty_question_is_one_line(text: str, table: Path) -> None:
     (one,) = explorers(DataConfig(train=str(table)))
