@@ -104,7 +104,7 @@ def look(process: int, turn: Turn) -> None:
         with suppress(OSError):  # it has ended
             status = Path(f"/proc/{own}/status").read_text(encoding="utf-8").splitlines()
             facts = dict(line.split(":", 1) for line in status)
-            memory += int(facts["RssAnon"].split()[0]) / 1e3
+            memory += int(facts.get("RssAnon", "0").split()[0]) / 1e3  # none if it has just ended
             threads += int(facts["Threads"])
             files += len(list(Path(f"/proc/{own}/fd").iterdir()))
     turn.times.append(time.monotonic())
@@ -137,7 +137,7 @@ def train(name: str, recipe: Path, out: Path, seconds: float) -> Turn:
             look(process.pid, turn)
             newest |= {path.name for path in checkpoints(out)}
         process.send_signal(signal.SIGTERM)
-        process.wait(120)
+        process.wait(600)  # it saves first, which takes long on a busy machine
     said = (out.parent / f"{name}.log").read_text(encoding="utf-8")
     assert process.returncode == 0, said
     assert "goes on" in said, said
