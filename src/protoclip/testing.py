@@ -81,7 +81,7 @@ def tiny_model() -> ModelConfig:
     """Two towers that train a step in a few milliseconds."""
     return ModelConfig(
         embed_dim=16,
-        image=ImageTowerConfig(name="resnet10t", size=32),
+        image=ImageTowerConfig(name="test_resnet", size=32),
         text=TextTowerConfig(context_length=8, width=16, heads=2, layers=1),
         heads=HeadConfig(hidden_dim=32, projection_dim=8),
     )
@@ -114,8 +114,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
         What the function returned, by rank.
 
     Raises:
-        AssertionError: The function raised on a rank (its traceback is quoted), or took over two
-            minutes.
+        AssertionError: The function raised on a rank (its traceback is quoted), or took over
+            `TIMEOUT` seconds.
     """
     if world_size == 1:
         return [function(*arguments)]

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from interrupting import few_emoji
 from protoclip.data.emoji import emoji_table
+from protoclip.evaluation import datasets
 from protoclip.models import loading
 from protoclip.training import optim
 
@@ -248,8 +250,9 @@ def test_the_wall_clock_at_which_a_quality_is_reached_lies_between_schedules(tin
 
 
 @pytest.mark.slow
-def test_a_study_from_its_file_to_its_tables(tiny, tmp_path, capsys):
+def test_a_study_from_its_file_to_its_tables(tiny, tmp_path, capsys, monkeypatch):
     """Validation for all arms, test for the chosen ones; a second call repeats nothing."""
+    monkeypatch.setattr(datasets, "emoji", few_emoji)
     out = tmp_path / "out"
     words = [str(tiny), "--out", str(out), "--jobs", "1", "--test"]
     studies.main(words)

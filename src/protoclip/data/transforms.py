@@ -145,17 +145,11 @@ class TrainingTransform:
         return _in_chunks(images, lambda part: self._finish(images[part], draws[part]))
 
     def _finish(self, images: Bytes, draws: Draws) -> Images:
-        def jitter(pixels: Images, draws: Draws) -> Images:
-            return colour_jitter(pixels.contiguous(), draws[:, 8:12].to(pixels.device))
-
-        def blur(pixels: Images, draws: Draws) -> Images:
-            return gaussian_blur(pixels, (0.1 + 1.9 * draws[:, 12]) * self.size / 224)
-
         steps: tuple[tuple[float, Callable[[Images, Draws], Tensor]], ...] = (
             (self.flip, lambda pixels, draws: pixels.flip(3)),
-            (self.jitter, jitter),
+            (self.jitter, self._jittered),
             (self.grayscale, lambda pixels, draws: luminance(pixels).expand(-1, 3, -1, -1)),
-            (self.blur, blur),
+            (self.blur, self._blurred),
         )
         pixels = _to_float(images)
         for column, (probability, step) in enumerate(steps, 4):
@@ -166,6 +160,12 @@ class TrainingTransform:
                 # Writing across memory orders takes twice as long.
                 pixels[rows] = changed.contiguous(memory_format=torch.channels_last)
         return normalise(pixels, self.mean, self.std)
+
+    def _jittered(self, pixels: Images, draws: Draws) -> Images:
+        return colour_jitter(pixels.contiguous(), draws[:, 8:12].to(pixels.device))
+
+    def _blurred(self, pixels: Images, draws: Draws) -> Images:
+        return gaussian_blur(pixels, (0.1 + 1.9 * draws[:, 12]) * self.size / 224)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,41 +96,34 @@ class ProtoCLIP(TowerPair):
         """
         image, text = self.encode_image(images), self.encode_text(tokens)
         logit_bias: Tensor | None = getattr(self.towers, "logit_bias", None)
-
-        def features(tower: str, outputs: Tensor) -> Tensor:
-            return F.normalize(self.watched(f"{tower}_features", outputs), dim=-1)
-
-        def projections(tower: str, head: nn.Module, outputs: Tensor) -> Tensor | None:
-            if not project:
-                return None
-            return F.normalize(
-                to_float(head(self.watched(f"{tower}_projections", outputs))), dim=-1
-            )
-
         # The order of these operations decides how gradients are summed, so runs depend on it.
         return Embeddings(
-            image_features=features("image", image),
-            text_features=features("text", text),
-            image_projections=projections("image", self.image_head, image),
-            text_projections=projections("text", self.text_head, text),
+            image_features=F.normalize(self.watched("image_features", image), dim=-1),
+            text_features=F.normalize(self.watched("text_features", text), dim=-1),
+            image_projections=self._projected("image", image) if project else None,
+            text_projections=self._projected("text", text) if project else None,
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
             # A copy, which has no gradient where gradients are off; a parameter always has.
             logit_bias=None if logit_bias is None else logit_bias.clone(),
         )
 
+    def _projected(self, tower: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b p"]:
+        head = self.image_head if tower == "image" else self.text_head
+        projections = to_float(head(self.watched(f"{tower}_projections", outputs)))
+        return F.normalize(projections, dim=-1)
+
     def watched(self, branch: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """The same outputs of a tower; a backward pass adds the squared norm of their gradient."""
         if not outputs.requires_grad:
             return outputs
-
-        def note(gradient: Tensor) -> None:
-            square = gradient.detach().square().sum()
-            self.pulls[branch] = self.pulls[branch] + square if branch in self.pulls else square
-
         outputs = outputs.view_as(outputs)
-        outputs.register_hook(note)  # type: ignore[no-untyped-call]
+        outputs.register_hook(partial(self._note_pull, branch))  # type: ignore[no-untyped-call]
         return outputs
+
+    def _note_pull(self, branch: str, gradient: Tensor) -> None:
+        square = gradient.detach().square().sum()
+        self.pulls[branch] = self.pulls[branch] + square if branch in self.pulls else square
 
     def take_pulls(self) -> dict[str, Float[Tensor, ""]]:
         """How hard features and projections pulled on each tower since the last call.

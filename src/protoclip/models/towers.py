@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -304,8 +305,15 @@ class RememberingTokenizer:
 def build_tokenizer(name: str | None, *, context_length: int | None = None) -> Tokenizer:
     """The tokenizer of an open_clip model, or CLIP's if `name` is None."""
     if name is None:
-        return RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context_length))
+        return RememberingTokenizer(clip_tokenizer(context_length))
     return RememberingTokenizer(open_clip.get_tokenizer(name, context_length=context_length))
+
+
+@cache
+def clip_tokenizer(context_length: int | None) -> Tokenizer:
+    """CLIP's tokenizer, built once: reading its merges takes half a second."""
+    tokenizer: Tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+    return tokenizer
 
 
 def described_tokenizer(

@@ -190,20 +190,19 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
         """The embeddings of a batch, and what is left to do after `backward`."""
-        assert self._stage is not None, "start_episode comes first"
-        project, size = self._stage.projects, self.micro_batch_size
-
-        def forward(image: Tensor, text: Tensor) -> Embeddings:
-            with self.autocast():
-                output: Embeddings = self._module(image, text, project=project)
-            return output
-
+        size = self.micro_batch_size
         if size is None or size >= len(batch.position):
-            return forward(batch.image, batch.text), lambda: None
+            return self._embed(batch.image, batch.text), lambda: None
         parts = zip(torch.split(batch.image, size), torch.split(batch.text, size), strict=True)
-        chunks = [partial(forward, image, text) for image, text in parts]
+        chunks = [partial(self._embed, image, text) for image, text in parts]
         no_sync = parallel.no_sync(self._module)
         return forward_in_chunks(chunks, buffers=self.model.buffers(), no_sync=no_sync)
+
+    def _embed(self, image: Tensor, text: Tensor) -> Embeddings:
+        assert self._stage is not None, "start_episode comes first"
+        with self.autocast():
+            output: Embeddings = self._module(image, text, project=self._stage.projects)
+        return output
 
     @torch.no_grad()
     def _start_features(self, batch: Batch) -> StartFeatures | None:

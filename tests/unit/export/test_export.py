@@ -66,9 +66,9 @@ NAMED: dict[str, dict[str, Any]] = {
 }
 # Formats that a model has, and why it has no others.
 MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
-    "run": ({"open_clip": "CLIP", "hf": "VisionTextDualEncoderModel", "timm": "resnet10t"}, {}),
+    "run": ({"open_clip": "CLIP", "hf": "VisionTextDualEncoderModel", "timm": "test_resnet"}, {}),
     "run-sigmoid": (
-        {"open_clip": "CLIP", "timm": "resnet10t"},
+        {"open_clip": "CLIP", "timm": "test_resnet"},
         {"hf": "no model of transformers with such towers has a logit bias"},
     ),
     "run-vit": (

@@ -92,7 +92,7 @@ def with_text_tower(folder: Path, train: str) -> str:
     """A run of two halves, whose text tower is a BERT."""
     given = ModelConfig(
         embed_dim=16,
-        image=ImageTowerConfig(name="resnet10t", size=32),
+        image=ImageTowerConfig(name="test_resnet", size=32),
         text=TextTowerConfig(name=str(save_bert(folder.with_name("bert"))), context_length=20),
         heads=HEADS,
     )
