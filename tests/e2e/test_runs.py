@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import re
 import tomllib
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
-from interrupting import end_of, few_emoji, with_changes
+from interrupting import end_of, few_emoji, stop_after, with_changes
 from protoclip.cli import demo, main
 from protoclip.config import (
     Config,
@@ -144,6 +145,15 @@ def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_run, tiny_parquet, tmp_pat
     (one, metrics), (other, expected) = end_of(tmp_path / "b"), end_of(tiny_run)
     assert all(torch.equal(one[key], other[key]) for key in other)
     assert metrics == expected
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_leaves_no_worker_process(stopped, tiny_parquet, tmp_path, monkeypatch):
+    if stopped:
+        stop_after(6, monkeypatch)
+    before = {child.pid for child in multiprocessing.active_children()}
+    run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "run", data={"workers": 1}))
+    assert {child.pid for child in multiprocessing.active_children()} <= before
 
 
 def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, capsys):

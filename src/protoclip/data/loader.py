@@ -130,7 +130,7 @@ class EpisodeLoader:
 
     A bad sample (unreadable image, no caption) is replaced by the next good one that follows its
     batch in the episode, so that no batch holds a pair twice. Worker processes start with the first
-    episode and stay as long as the loader.
+    episode and stay until `close`.
 
     Attributes:
         batch_size: Pairs a batch on this rank; the last batch of an episode may be smaller.
@@ -205,6 +205,13 @@ class EpisodeLoader:
         """Make `batches` quick to start at a position that another process saved."""
         if isinstance(self.pairs, SampleStream) and "stream" in state:
             self.pairs.load_state_dict(state["stream"])
+
+    def close(self) -> None:
+        """End the worker processes; the next episode starts new ones.
+
+        Left to Python's cyclic collector they live on for a while, and it waits 5 s for each.
+        """
+        self.__dict__.pop("_loader", None)
 
     @cached_property
     def _loader(self) -> DataLoader[_Made]:

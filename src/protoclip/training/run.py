@@ -231,6 +231,7 @@ def train_together(
             if ending is not None and run.is_finished and not run.asked_to_stop():
                 ending.finish(run)
         finally:
+            run.loader.close()
             run.writer.wait()
             if run.log is not None:
                 run.log.close()
