@@ -136,16 +136,15 @@ def trained_on(reference: str, data: str) -> bool:
     """Whether a run, or the run of a checkpoint, has this data among what it was trained on."""
     if data == "emoji":  # they have splits of their own
         return False
-    folder = Path(reference).absolute()
-    places = [place / "config.toml" for place in (folder, *folder.parents[:2])]
-    path = next(filter(Path.is_file, places), None)
+    folder = Path(reference).resolve()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     try:
-        settings = read_toml(path).get("data", {}) if path is not None else {}
+        settings = read_toml(run / "config.toml").get("data", {})
         trained = [
             settings.get("train"),
             *(source["path"] for source in settings.get("sources", [])),
         ]
-    except (ValueError, KeyError, AttributeError, TypeError):  # others say what is wrong with it
+    except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
         return False
     place = os.path.realpath(data.removeprefix("wds:"))
     return any(os.path.realpath(path) == place for path in trained if isinstance(path, str))
