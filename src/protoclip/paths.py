@@ -153,6 +153,12 @@ def require_place(setting: str, path: str, *, is_folder: bool) -> None:
         return
 
 
+def require_new(folder: str | Path) -> None:
+    """Refuse a folder that exists."""
+    if Path(folder).exists():
+        raise ValueError(f"{folder}: exists; choose another folder, or remove it")
+
+
 def suggestion(path: str) -> str:
     """What to say about a name close to that of a path which does not exist; or nothing."""
     place = Path(path)

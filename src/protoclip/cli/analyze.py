@@ -11,6 +11,8 @@ from protoclip.files import replacing, to_json, write_atomically
 from protoclip.paths import require_place, require_run, require_source
 from protoclip.terminal import say, visible
 
+FEW = 100  # pairs; with fewer a note says that numbers say little
+
 
 @dataclass(frozen=True)
 class Analyze:
@@ -59,6 +61,11 @@ class Analyze:
         for analysis in found:
             if len(analysis["checkpoints"]) == 1:
                 note(f"{analysis['folder']}: a single checkpoint, so no curves; {HINT}")
+            if analysis["pairs"] < FEW:
+                note(
+                    f"{analysis['folder']}: only {analysis['pairs']} pairs, whose groups say "
+                    "little; --data names others"
+                )
             if analysis["skipped"]:
                 note(f"{analysis['data']}: {analysis['skipped']} pairs could not be read")
         if len({(analysis["data"], analysis["groups"]) for analysis in found}) > 1:

@@ -35,7 +35,7 @@ class Inspect(Recipes):
 
     source: str  # As data.train.
     _: KW_ONLY
-    samples: Count = 5000  # Pairs to read, drawn at random.
+    samples: Count = 5000  # Pairs to read, drawn evenly.
     every: bool = False  # Read all pairs.
     seed: Seed = 0  # Seed of the draw.
     montage: str | None = None  # Draw random pairs with captions into this PNG file.
@@ -100,9 +100,10 @@ class Pack(Recipes):
         packed = pack(
             pairs, Path(self.out), samples_per_shard=self.samples_per_shard, resize=self.resize
         )
-        shards = len(packed.shards)
-        counts = f"{packed.samples} pairs, {shards} shards, {packed.skipped} skipped"
-        print(f"{counts}: {visible(self.out)}")
+        number = len(packed.shards)
+        shards = f"{number:,} shard{'s' * (number != 1)}"
+        counts = f"{packed.samples:,} pairs in {shards}, {packed.skipped:,} skipped"
+        print(f"{counts}; written to {visible(self.out)}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Index(Recipes):
         require_paths(self.source, self.data)
         started = time.monotonic()
         pairs = open_indexed(replace(self.data, train=self.source), "index")
-        print(f"{len(pairs)} pairs indexed, in {duration(time.monotonic() - started)}")
+        print(f"{len(pairs):,} pairs indexed, in {duration(time.monotonic() - started)}")
 
 
 def require_paths(source: str, data: DataConfig) -> None:

@@ -8,7 +8,7 @@ from protoclip.cli.parsing import Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
 from protoclip.paths import require_data_paths, require_place, require_teacher
-from protoclip.terminal import visible
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,11 @@ class EmbedTeacher(Recipes):
             )
         if collectives.launched()[0] > 0:
             return
-        for name, value in facts.items() if not self.json else ():
-            shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
-            print(f"{name:<24} {shown}")
         if self.json:
             print(to_json(facts, indent=2))
+            return
+        for name, value in facts.items():
+            shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
+            print(f"{name:<24} {shown}")
+        out = visible(self.out)
+        say(f"written to {out}; train with --teacher.features {out}")

@@ -1,12 +1,13 @@
 """`protoclip evaluate`."""
 
+import os
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
 from protoclip.config import Count
-from protoclip.files import to_json
+from protoclip.files import read_toml, to_json
 from protoclip.paths import require_data_set, require_folder, require_model, require_place
 from protoclip.terminal import say
 
@@ -91,11 +92,19 @@ class Evaluate:
                     for reference in self.data or ["emoji"]
                 ]
             )
-            for note in (note for of in data for note in of.notes if collectives.rank() == 0):
-                say(f"note: {note}")
+            references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
+            notes = [f"note: {note}" for of in data for note in of.notes]
+            notes += [
+                f"warning: {name}: {run} was trained on these pairs and does better on them than "
+                "on new ones; its results.json has its numbers on held-out pairs"
+                for run in references
+                for name in self.data
+                if trained_on(run, name)
+            ]
+            for note in notes if collectives.rank() == 0 else ():
+                say(note)
             # Before models are loaded.
             collectives.raise_on_all_ranks(lambda: suite.chosen_tasks(data, self.split, self.tasks))
-            references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             found = {reference: records.with_means(judge(reference)) for reference in references}
         if collectives.launched()[0] > 0:
             return
@@ -121,6 +130,24 @@ class Evaluate:
         require_folder("--root", self.root)
         if self.out is not None:
             require_place("--out", self.out, is_folder=True)
+
+
+def trained_on(reference: str, data: str) -> bool:
+    """Whether a run, or the run of a checkpoint, has this data among what it was trained on."""
+    if data == "emoji":  # they have splits of their own
+        return False
+    folder = Path(reference).resolve()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    try:
+        settings = read_toml(run / "config.toml").get("data", {})
+        trained = [
+            settings.get("train"),
+            *(source["path"] for source in settings.get("sources", [])),
+        ]
+    except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
+        return False
+    place = os.path.realpath(data.removeprefix("wds:"))
+    return any(os.path.realpath(path) == place for path in trained if isinstance(path, str))
 
 
 def names_of(reference: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from dataclasses import KW_ONLY, dataclass
 
 from protoclip.files import to_json
-from protoclip.paths import require_model, require_place
+from protoclip.paths import require_model, require_new, require_place
 from protoclip.terminal import say, visible
 
 
@@ -27,6 +27,7 @@ class Export:
     def __call__(self) -> None:
         require_model("", self.model)
         require_place("folder", self.folder, is_folder=True)
+        require_new(self.folder)
         from protoclip.export.run import export
 
         facts = export(
@@ -50,4 +51,4 @@ class Export:
             say(f"note: no prototypes: {facts['prototypes']}")
         if facts["captions"]:
             say(f"note: no captions of prototypes: {facts['captions']}")
-        print(visible(facts.get("url", facts["folder"])))
+        say(f"written to {visible(facts.get('url', facts['folder']))}")

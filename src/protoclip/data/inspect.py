@@ -221,12 +221,13 @@ def percentiles(counts: Counter[Any]) -> dict[str, int | float]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print what `inspect` found, a line each."""
+    """Print what `inspect` found, a line each; of what is measured, `50%` is the median."""
     for name, value in found.items():
         if value in (None, [], {}):
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{key}: {each:,}" for key, each in value.items())
+            mark = "%" if name in MEASURED else ""
+            value = ", ".join(f"{key}{mark}: {each:,}" for key, each in value.items())
         label = name.replace("_", " ")
         for line in value if isinstance(value, list) else [value]:
             text = f"{line:,}" if isinstance(line, int) else visible(line)

@@ -183,8 +183,12 @@ def t_interval(differences: Sequence[float]) -> tuple[float, float]:
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a table with one row a metric and one column an entry."""
     values = [value for entry in entries for value in entry["metrics"].values()]
-    kinds = {value["difference"]["kind"] for value in values if "difference" in value}
+    gains = [value["difference"] for value in values if "difference" in value]
+    kinds = {gain["kind"] for gain in gains}
     lines = [SECOND_LINE] * bool(kinds) + [INTERVALS[kind] for kind in INTERVALS if kind in kinds]
+    if counts := sorted({gain["n"] for gain in gains if gain["kind"] == "bootstrap"}):
+        many = " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))
+        lines[-1] = lines[-1].replace("test samples", f"{many} test samples")
     if kinds and len({tuple(sorted(entry["seeds"])) for entry in entries}) > 1:
         lines.append(
             "The models' seeds differ: differences are of the seeds that both have, if any."

@@ -264,7 +264,8 @@ class Reader(Dataset[Batch]):
         except BadSample:
             raise
         except (ValueError, OSError) as error:
-            raise BadSample(images.sample_id(row), images.name, str(error)) from error
+            where = images.where(row) if hasattr(images, "where") else images.name
+            raise BadSample(images.sample_id(row), where, str(error)) from error
 
     def finish(self, batch: Tensor) -> Tensor:
         """The model's input, of what `read` gave."""

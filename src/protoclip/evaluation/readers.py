@@ -429,6 +429,9 @@ class Subset:
     def encoded(self, row: int) -> bytes:
         return self.images.encoded(self.rows[row])
 
+    def where(self, row: int) -> str:
+        return self.images.where(self.rows[row])
+
 
 class LazySplits(Mapping[str, Any]):
     """Splits that are opened when they are first asked for: `train` may be large or remote.

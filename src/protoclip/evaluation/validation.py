@@ -34,6 +34,7 @@ from protoclip.evaluation.suite import quick_tasks
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
+FEW = 100  # pairs; with fewer, one moves a value by more than a point, which a note says
 # Settings of `data` that name columns of a table, or the folder of its images.
 COLUMNS = ("image_column", "caption_column", "id_column", "class_column", "root")
 MOST_LEARNED = 5000  # training pairs from which kNN and the linear probe learn
@@ -89,14 +90,15 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     rows = held_out_rows(own, share=share, folder=index_folder(data.cache_folder))
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, "
-        reason += "since there are few or many share a caption; give a larger share or a source"
+        reason += "since they are few, or many share a caption; give a larger share or a source"
         return nothing(samples, reason, asked=asked)
     if len(rows) == len(samples):
         raise ValueError(
             f"data.validation: {share} leaves none of {len(samples):,} pairs to train on; lower it"
         )
+    step = f", so values move in steps of {100 / len(rows):.0f} points" if len(rows) < FEW else ""
     notes.append(
-        f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by; "
+        f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by{step}; "
         "data.validation sets a share, another source, or 0 for none"
     )
     starts = np.cumsum([0, *map(len, own)])
@@ -250,3 +252,7 @@ class Joined:
     def encoded(self, row: int) -> bytes:
         part, own = self._find(row)
         return part.encoded(own)
+
+    def where(self, row: int) -> str:
+        part, own = self._find(row)
+        return part.where(own)

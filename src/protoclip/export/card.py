@@ -19,7 +19,7 @@ from protoclip.data.access import is_url
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.tables import line
 from protoclip.evaluation.compare import read_results
-from protoclip.evaluation.samples import DRAWS, SampleResults, resampled
+from protoclip.evaluation.samples import DRAWS, MEANS, SampleResults, resampled
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models import loading, references
@@ -193,7 +193,10 @@ def nearest(
 
 
 def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str, Any]]:
-    """Metrics of a finished run with their 95% intervals, if they are of this checkpoint."""
+    """Metrics of a finished run with their 95% intervals, if they are of this checkpoint.
+
+    AMI and ARI have none: the copies in a draw lie in one cluster and raise both.
+    """
     if run is None or checkpoint is None or not (run / "results.json").is_file():
         return {}
     if checkpoint.resolve() != loading.find_checkpoint(run.resolve()):
@@ -203,6 +206,7 @@ def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str,
         f"eval/{data}/{metric}": values
         for data, path in results["samples"].items()
         for metric, values in resampled(SampleResults.read(path), draws=DRAWS).items()
+        if metric in MEANS
     }
     found: dict[str, dict[str, Any]] = {}
     for name, value in results["metrics"].items():

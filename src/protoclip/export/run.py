@@ -4,6 +4,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,6 +27,7 @@ from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
 from protoclip.files import naming
 from protoclip.models import loading
+from protoclip.paths import require_new
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
     "open_clip": open_clip.write,
@@ -87,6 +89,7 @@ def export(
         facts["captions"] = card.add_captions(source, temporary)
         with naming(folder):
             card.write_card(source, temporary, facts, hub_name=push_to_hub)
+            share_alike(temporary)
     if push_to_hub is not None:
         facts["url"] = upload(folder, push_to_hub)
     return facts
@@ -124,10 +127,16 @@ def place_of(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
+def share_alike(folder: Path) -> None:
+    """Let those read weights who may read the card: safetensors gives them to their owner alone."""
+    mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
 def check(folder: Path, formats: Sequence[str], opset: int, name: str | None) -> None:
     """Refuse wrong arguments, before anything is loaded."""
-    if folder.exists():
-        raise ValueError(f"{folder}: exists; choose another folder, or remove it")
+    require_new(folder)
     if not formats:
         raise ValueError(f"formats: none; choose of {', '.join(FORMATS)}")
     for kind in formats:

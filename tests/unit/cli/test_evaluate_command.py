@@ -83,6 +83,20 @@ def test_the_samples_of_a_finished_run_are_kept(more, made_up, tmp_path, monkeyp
     assert (tmp_path / "results" / "a-test.parquet").is_file() == (not more)
 
 
+@pytest.mark.parametrize("data", ["pairs.tsv", "./pairs.tsv", "other.tsv"])
+def test_a_run_on_its_own_training_pairs_is_warned_of(data, tmp_path, made_up, monkeypatch, capsys):
+    """Also its checkpoint; not a run on other pairs."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("run/checkpoints/step-1")
+    checkpoint.mkdir(parents=True)
+    Path("run/config.toml").write_text('[data]\ntrain = "pairs.tsv"\nsources = []\n')
+    monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
+    for model in ("run", str(checkpoint)):
+        main(["evaluate", model, "--data", data, "--tasks", "knn", "--no-cache"])
+        said = f"warning: {data}: {model} was trained on these pairs"
+        assert (said in capsys.readouterr().err) == (data != "other.tsv")
+
+
 def test_features_are_kept_in_the_cache_folder(made_up, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     main(["evaluate", "knowing", "--tasks", "knn", "--json"])

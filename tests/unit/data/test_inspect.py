@@ -102,7 +102,7 @@ def test_findings_are_shown_as_lines(
     show(look(mixed, max_pixels=1_000_000, notes=["a \x1b[31mred note"]))
     text = " ".join(capsys.readouterr().out.split())
     assert "pairs 10 read 10 unreadable 4 " in text
-    assert "width 0: 50, 1: 50, 5: 50, 25: 64, 50: 224," in text
+    assert "width 0%: 50, 1%: 50, 5%: 50, 25%: 64, 50%: 224," in text
     assert "repeated caption copies 2 repeated caption examples 3 x one two three" in text
     assert "notes a \\x1b[31mred note" in text
 

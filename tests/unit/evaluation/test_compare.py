@@ -126,7 +126,7 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     )
 
 
-def test_one_seed_is_compared_over_its_samples(tmp_path):
+def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
     """By bootstrap if both runs have results of the same samples, for metrics that have such."""
     one, two = results(0), results(1, skill=0.5)
     files = {"a": one, "b": two, "c": None, "d": results(2, images=50)}
@@ -141,6 +141,8 @@ def test_one_seed_is_compared_over_its_samples(tmp_path):
         found = entry["metrics"][f"eval/emoji/{key}"]["difference"]
         assert (found["interval"], found["kind"], found["beyond"]) == (None, None, False)
     assert "difference" not in first["metrics"]["eval/emoji/knn/acc1"]
+    compare.show([first, second])
+    assert "bootstrap over 60 test samples" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_counts_once(tmp_path):

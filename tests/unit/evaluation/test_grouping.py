@@ -199,6 +199,7 @@ def test_the_command_writes_files_and_figures(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "clip.json").read_text()) == found[1]
     assert "projections" not in found[1]["checkpoints"][0]  # CLIP's heads are not trained
     assert f"{runs / 'clip'}: a single checkpoint" in shown.err
+    assert f"{runs / 'clip'}: only {found[1]['pairs']} pairs" in shown.err
     for name in ("proto", "clip", "analysis_of_runs"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -16,6 +16,8 @@ from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation.features import Encoder, Reader, encode
+from protoclip.evaluation.readers import Subset
+from protoclip.evaluation.validation import Joined
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed
 
@@ -74,6 +76,17 @@ def test_decoding_from_bytes_equals_the_transform(size, kind):
     assert torch.equal(reader.finish(batch), expected)
     assert torch.equal(reader.finish(reader.blank()), own(Image.new("RGB", (32, 32)))[None])
     assert bad == []
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    """By its own name, and not by that of the table; also of some rows, and of several sources."""
+    (tmp_path / "a.jpg").write_text("no image")
+    rows = pa.table({"image": ["a.jpg"], "caption": ["a"]})
+    subset = Subset(ImageTextPairs(rows, name="x.tsv", root=str(tmp_path)), [0])
+    own = EvaluationTransform(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    for images in (subset, Joined([subset])):
+        _, [(_, why)] = Reader(images, own)[range(1)]
+        assert why.startswith(f"sample 'x.tsv/0' ({tmp_path / 'a.jpg'}): not an image")
 
 
 class TinyTowers(nn.Module):

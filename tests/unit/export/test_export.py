@@ -416,10 +416,17 @@ def test_the_command_prints_the_differences(reference, capsys, tmp_path):
     assert rows[1:] == [
         ["open_clip", "0.0e+00", "0.0e+00", "CLIP"],
         ["protoclip", "0.0e+00", "0.0e+00", "protoclip.load"],
-        [str(out)],
     ]
+    assert said.err.splitlines()[-1] == f"written to {out}"
     assert "note: not as hf: no model of transformers has its image tower" in said.err
     assert "license: mit\n" in (out / "README.md").read_text()
+
+
+def test_who_may_read_the_card_may_read_the_weights(reference, tmp_path):
+    protoclip.export(reference("run"), tmp_path / "out", ["open_clip", "timm"])
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "open_clip_model.safetensors"}
+    assert len({path.stat().st_mode for path in files}) == 1
 
 
 def test_the_card_of_a_run(tmp_path):
@@ -433,6 +440,7 @@ def test_the_card_of_a_run(tmp_path):
     samples.write(made / "results" / "emoji-test.parquet")
     accuracy = float(samples.values("zero_shot/acc5").mean())
     metrics = {"eval/emoji/zero_shot/acc5": accuracy, "eval/emoji/modality_gap/gap": 0.5}
+    metrics["eval/emoji/clustering/ami"] = 0.25
     counts = {"name": "My model", "seed": 0, "samples_seen": 1, "train_seconds": 1.0}
     (made / "results.json").write_text(to_json({**counts, "metrics": metrics}))
     protoclip.export(made, tmp_path / "out", ["timm"])
@@ -446,6 +454,7 @@ def test_the_card_of_a_run(tmp_path):
     assert low == pytest.approx(accuracy - 1.96 * error, abs=0.3 * error)
     assert high == pytest.approx(accuracy + 1.96 * error, abs=0.3 * error)
     assert "| `eval/emoji/modality_gap/gap` | 0.5000 | - |" in card
+    assert "| `eval/emoji/clustering/ami` | 0.2500 | - |" in card
     commands = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     names: dict[str, Any] = {}
     exec(commands.replace('folder = "out"', f"folder = {str(tmp_path / 'out')!r}"), names)
