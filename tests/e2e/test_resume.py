@@ -19,6 +19,7 @@ from interrupting import (
     with_changes,
     with_out,
 )
+from protoclip.cli import main
 from protoclip.models.loading import checkpoints, find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run
@@ -57,6 +58,22 @@ def test_every_signal_ends_with_a_checkpoint(by, tiny_parquet, tmp_path, monkeyp
     assert run.train(config_for(tiny_parquet, tmp_path / "run"))["stopped"] == by
     assert find_checkpoint(tmp_path / "run").name == "step-000000002"
     assert signal.getsignal(getattr(signal, by)) == before
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_a_stopped_command_does_not_end_as_a_finished_one(
+    command, tiny_run, tmp_path, monkeypatch, capsys
+):
+    """Its exit code is that of the signal, so that `train && export` goes no further."""
+    words = ["--data.train", "emoji", "--run.evaluate_every", "0"]
+    words += ["--run.out", str(tmp_path / "run")]
+    words += ["--episodes.size", "32", "--episodes.count", "2", "--episodes.batch_size", "16"]
+    start = [str(tiny_run)] if command == "finetune" else ["--model.image.name", "test_resnet"]
+    stop_after(1, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *start, *words])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped after step 1" in capsys.readouterr().err
 
 
 def test_other_settings_do_not_go_on(whole, stopped):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from protoclip.cli.parsing import Recipes, merged, read_recipe
+from protoclip.cli.train import exit_if_stopped
 from protoclip.config import NO_START, Config, NotNegative, Rank
 from protoclip.files import read_json, to_json
 from protoclip.paths import require_paths, require_place
@@ -47,6 +48,7 @@ class Finetune(Config, Recipes):
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
         results = finetune(settings, alpha=self.alpha, resume=self.resume)
         if collectives.launched()[0] > 0:
+            exit_if_stopped(results)
             return
         folder, stopped = Path(results["folder"]), "stopped" in results
         record = {} if stopped else read_json(folder / FILE)
@@ -65,6 +67,7 @@ class Finetune(Config, Recipes):
                 f"{results['stopped']}: stopped after step {results['steps']}; "
                 f"protoclip finetune {folder} --resume auto goes on"
             )
+            exit_if_stopped(results)
 
     def settings(self) -> dict[str, Any]:
         """What recipes and the command line set, with short options as the settings they mean.

@@ -1,8 +1,11 @@
 """`protoclip train`."""
 
 import os
+import signal
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Config, check
@@ -34,6 +37,7 @@ class Train(Config, Recipes):
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
         results = run.train(config, resume=self.resume)
         if collectives.launched()[0] > 0:
+            exit_if_stopped(results)
             return
         if self.json:
             print(to_json(results, indent=2))
@@ -45,5 +49,12 @@ class Train(Config, Recipes):
                 f"{results['stopped']}: stopped after step {results['steps']}; the same command "
                 "with --resume auto goes on"
             )
+            exit_if_stopped(results)
         elif not self.json:
             print(f"written to {visible(results['folder'])}")
+
+
+def exit_if_stopped(results: Mapping[str, Any]) -> None:
+    """After a stop by a signal, exit as shells report one: with 128 plus its number."""
+    if (name := results.get("stopped")) is not None:
+        sys.exit(128 + signal.Signals[name])
