@@ -329,24 +329,11 @@ class Site:
     def moved(self, modality: Literal["image", "text"], page: int = 1) -> str:
         """What two models group differently."""
         found = self.pages.moved(modality)
-        first, second = (explorer.atlas for explorer in self.pages.explorers)
-        before = first.prototype(modality)[found.pairs[:, 0]]
-        after = second.prototype(modality)[found.pairs[:, 1]]
-        number = max(first.number, second.number)
-        ways, inverse, counts = np.unique(
-            before.astype(np.int64) * number + after, return_inverse=True, return_counts=True
-        )
-        flows = [
-            (int(counts[each]), int(ways[each] // number), int(ways[each] % number))
-            for each in np.argsort(-counts, kind="stable")[:FLOWS]
-        ]
-        # Pairs of the largest movements come first.
-        part, pages = paged(np.argsort(-counts[inverse], kind="stable"), page)
-        column = self.number - 1
+        part, pages = paged(np.arange(len(found.pairs)), page)
         cards = [
             self.card(
-                int(found.pairs[each, column]),
-                f"group {before[each]} became {after[each]}",
+                int(found.pairs[each, self.number - 1]),
+                "group {} became {}".format(*found.groups[each]),
             )
             for each in part
         ]
@@ -355,7 +342,7 @@ class Site:
             f"Moved {modality}s",
             modality=modality,
             moved=found,
-            flows=flows,
+            flows=found.flows[:FLOWS].tolist(),
             cards=cards,
             page=page,
             pages=pages,
