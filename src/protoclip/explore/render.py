@@ -370,7 +370,7 @@ class Site:
             captions=captions,
             place=shown(source.where(own), 200),
             source=shown(source.name, 60),
-            group=shown(self.pairs.classes(np.array([row]))[0], 80),
+            group=shown(self.pairs.class_of(row), 80),
             distance=float(self.atlas.distance[position]),
             loss=float(self.atlas.loss[position]),
             own={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
