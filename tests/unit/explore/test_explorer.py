@@ -42,6 +42,7 @@ def test_rows_that_cannot_be_read_are_left_out(table: Path) -> None:
     (one,) = explorers(DataConfig(train=str(table)))
     assert one.atlas.rows.tolist() == [row for row in range(60) if row not in (7, 9)]
     assert one.pairs.sample_id(one.row(7)) == "tiny/8"
+    assert [one.position(row) for row in (0, 7, 8, 9, 59, 60)] == [0, None, 7, None, 57, None]
 
 
 def test_search_by_text_and_image_and_neighbours(table: Path) -> None:
