@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,6 @@ def test_the_map_reacts(watched: Watched) -> None:
 
 def test_a_hostile_caption_is_shown_and_does_nothing(watched: Watched, pages: Pages) -> None:
     page = watched.page
-    page.evaluate("() => 1")
     position = int((pages.explorers[0].atlas.rows == 1).nonzero()[0][0])
     base = page.url.rpartition("/")[0]
     for name in (f"pair-{position}.html", "odd-distance.html", "search.html?text=script"):
@@ -193,6 +192,20 @@ def test_an_image_finds_itself(watched: Watched, pages: Pages) -> None:
     )
     page.wait_for_selector("main .card")
     assert pages.explorers[0].pairs.sample_id(7) in page.locator("section").first.inner_text()
+
+
+def test_an_image_that_cannot_be_searched_for_is_one_line(
+    browser: Any, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protoclip.explore.server.MAX_BODY_BYTES", 10)
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(address.replace("/?", "/1/odd-loss.html?"))
+    page.set_input_files(
+        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": bytes(11)}
+    )
+    page.wait_for_selector("#main:has-text('No search by this image')")
+    context.close()
 
 
 def test_a_prototype_shows_its_members(watched: Watched, pages: Pages) -> None:
@@ -228,7 +241,9 @@ def test_exporting_a_selection_and_training_without_it(
     )
     page.click("text=Near-duplicates")
     page.wait_for_url("**/duplicates.html")
-    assert selected(page) == 5  # kept over pages
+    assert selected(page) == 5  # kept over pages, for these pairs
+    kept = page.evaluate("Object.keys(sessionStorage)")
+    assert kept == [f"protoclip-selection of emoji.parquet, {len(pages.explorers[0].pairs)}"]
     files = {}
     for form in ("csv", "json"):
         with page.expect_download() as waiting:
@@ -237,8 +252,6 @@ def test_exporting_a_selection_and_training_without_it(
         waiting.value.save_as(files[form])
     assert json.loads(files["json"].read_text(encoding="utf-8")) == ids
     config = tiny_config(str(table), out=str(tmp_path / "run"))
-    from dataclasses import replace
-
     config = replace(
         config,
         data=replace(config.data, without=str(files["csv"]), validation=0.0),

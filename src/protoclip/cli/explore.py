@@ -71,18 +71,15 @@ class Explore:
             )
         import torch
 
+        from protoclip.explore.atlas import MAP_PAIRS
         from protoclip.explore.server import listen
-        from protoclip.explore.static import write_static, write_table
+        from protoclip.explore.static import require_empty, write_static, write_table
 
         torch.set_flush_denormal(True)
-        if (
-            self.static is not None
-            and Path(self.static).is_dir()
-            and any(Path(self.static).iterdir())
-        ):
-            raise ValueError(f"{self.static}: is not empty; choose a new folder with --static")
+        if self.static is not None:
+            require_empty(Path(self.static))  # before minutes of work
         if self.static is None and self.atlas is None:
-            with closing(listen(self.host, self.port)) as listening:  # before minutes of work
+            with closing(listen(self.host, self.port)) as listening:  # before the work too
                 self.serve(self.explorers(), listening)
             return
         explorers = self.explorers()
@@ -92,7 +89,7 @@ class Explore:
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
             say(f"{rows:,} rows written to {self.atlas}; look at them with")
-            image = " --image image" if rows <= 20_000 else ""
+            image = " --image image" if rows <= 2 * MAP_PAIRS else ""
             print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
 
     def explorers(self) -> "list[Explorer]":

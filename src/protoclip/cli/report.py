@@ -2,8 +2,9 @@
 
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
+from typing import Annotated
 
-from protoclip.config import Count, Positive, Seed
+from protoclip.config import Positive, Seed
 from protoclip.paths import require_place, require_run
 from protoclip.terminal import say
 
@@ -20,7 +21,7 @@ class Report:
     runs: list[str]  # Run folders.
     _: KW_ONLY
     out: str = "report.html"  # The file to write.
-    samples: Count = 1000  # Most example pairs, on which models are shown.
+    samples: Annotated[int, 1, 10_000] = 1000  # Most example pairs, on which models are shown.
     minutes: Positive = 10.0  # After this long no further model is run on examples.
     seed: Seed = 0  # Draws the examples.
 

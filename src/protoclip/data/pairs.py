@@ -216,7 +216,7 @@ class ImageTextPairs:
     def sample_id(self, row: int) -> str:
         if self.id_column is None:
             return f"{self.name}/{self._place(row)}"
-        return f"{self.prefix}{self._value(self.id_column, row)}"
+        return f"{self.prefix}{self.value(self.id_column, row)}"
 
     def sample_ids(self) -> Iterator[str]:
         if self.id_column is None:
@@ -233,7 +233,7 @@ class ImageTextPairs:
         """The captions without empty ones; raises `BadSample` if none is left."""
         texts: list[Any] = []
         for column in self.caption_columns:
-            found = self._value(column, self.caption_row(row) if self.caption_row else row)
+            found = self.value(column, self.caption_row(row) if self.caption_row else row)
             texts += found if isinstance(found, list) else [found]
         try:
             return clean_captions(texts)
@@ -245,12 +245,12 @@ class ImageTextPairs:
         found = self._image(row)
         if isinstance(found, bytes):
             return found
-        if found is None or (self._ranges and self._value("offset", row) is None):
+        if found is None or (self._ranges and self.value("offset", row) is None):
             raise self._bad(row, "no image")
         try:
             if self._ranges:
                 place = join(self.root, found)
-                return read_range(place, self._value("offset", row), self._value("size", row))
+                return read_range(place, self.value("offset", row), self.value("size", row))
             return read_file(in_table(self.root, found, self.access), self.access)
         except MemoryError:
             raise
@@ -294,7 +294,8 @@ class ImageTextPairs:
         """The row of the table."""
         return row if self.rows is None else int(self.rows[row])
 
-    def _value(self, column: str, row: int) -> Any:
+    def value(self, column: str, row: int) -> Any:
+        """What a column of the table holds in a row."""
         place = self._place(row)
         if self._check is not None:
             self._check(place)
@@ -302,7 +303,7 @@ class ImageTextPairs:
 
     def _image(self, row: int) -> bytes | str | None:
         """The encoded image itself, or the name of its file."""
-        found = self._value(self.image_column, row)
+        found = self.value(self.image_column, row)
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
         return None if found == "" else found

@@ -5,7 +5,7 @@ Everything is computed once and kept in the cache, so that the next start shows 
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,7 +202,6 @@ def inside(
         yield unit(part if head is None else head(part.float()))
 
 
-@torch.inference_mode()
 def group(
     rows: Float[Tensor, "n d"],
     head: Callable[[Tensor], Tensor] | None,
@@ -211,7 +210,6 @@ def group(
     seed: int,
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """The prototype of each row, and the cosine to its centroid."""
-
     fitted = torch.tensor(drawn(len(rows), min(len(rows), FITTED_ROWS), seed))
     sample = torch.cat(list(inside(rows[fitted], head)))
     centroids = kmeans(sample, number, iterations=ITERATIONS, seed=seed).centroids
@@ -342,13 +340,6 @@ def contingency(one: Array, other: Array, number: int) -> coo_array:
     return coo_array((ones, (one, other)), (number, number)).tocsr().tocoo()
 
 
-def members(atlas: Atlas, modality: str, number: int) -> Array:
-    """The members of a prototype, those nearest to its centroid first."""
-    found = np.flatnonzero(atlas.prototype(modality) == number)
-    order: Array = found[np.argsort(-atlas.similarity(modality)[found], kind="stable")]
-    return order
-
-
 @dataclass(frozen=True, kw_only=True)
 class Moved:
     """What one model groups differently from another, in one modality.
@@ -356,13 +347,17 @@ class Moved:
     Groups of both are matched one to one so that the most pairs stay.
 
     Attributes:
-        pairs: Positions in the two atlases of the pairs that moved, `(p, 2)`.
-        match: The second model's group for each group of the first.
+        pairs: Positions in the two atlases of the pairs that moved `(p, 2)`, those of the largest
+            movements first.
+        groups: The group of each in the first model and in the second `(p, 2)`.
+        flows: The movements, the largest first: number of pairs, group in the first model, and in
+            the second `(f, 3)`.
         common: Pairs in both atlases.
     """
 
     pairs: Array
-    match: Array
+    groups: Array
+    flows: Array
     common: int
 
 
@@ -376,8 +371,16 @@ def moved(first: Atlas, second: Atlas, modality: str) -> Moved:
     match = np.empty(number, np.int64)
     match[rows] = columns
     changed = match[before] != after
+    pairs = np.stack([one, other], axis=1)[changed]
+    groups = np.stack([before, after], axis=1)[changed].astype(np.int64)
+    ways, way, counts = np.unique(groups @ (number, 1), return_inverse=True, return_counts=True)
+    order = np.lexsort((way, -counts[way]))
+    flows = np.stack([counts, ways // number, ways % number], axis=1)
     return Moved(
-        pairs=np.stack([one[changed], other[changed]], axis=1), match=match, common=len(one)
+        pairs=pairs[order],
+        groups=groups[order],
+        flows=flows[np.argsort(-counts, kind="stable")],
+        common=len(one),
     )
 
 
@@ -408,10 +411,3 @@ def read_kept(path: Path) -> Atlas | None:
 def path_of(folder: Path, *parts: object) -> Path:
     """Where the atlas is kept that is made of these."""
     return folder / f"{checksum(json.dumps([FORM, *map(str, parts)]).encode())}.npz"
-
-
-def subset(features: Features, rows: Int[Tensor, " m"]) -> Features:
-    """The features of some pairs."""
-    return replace(
-        features, rows=features.rows[rows], image=features.image[rows], text=features.text[rows]
-    )

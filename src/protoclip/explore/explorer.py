@@ -1,7 +1,6 @@
 """A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -38,6 +38,7 @@ from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.references import kind_of
+from protoclip.terminal import say
 
 MAX_QUERY = 1000  # characters of a text that is searched for
 ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
@@ -93,6 +94,11 @@ class Explorer:
     def row(self, position: int) -> int:
         """The row in the data of a pair in the atlas."""
         return int(self.atlas.rows[position])
+
+    def position(self, row: int) -> int | None:
+        """Where in the atlas a row of the data is; None if it is not there."""
+        found = int(np.searchsorted(self.atlas.rows, row))
+        return found if row in self.atlas.rows[found : found + 1] else None
 
     def near(self, query: Float[Tensor, "1 d"], number: int) -> Answer:
         found = {}
@@ -196,7 +202,7 @@ def open_explorer(
             try:
                 keep(path, atlas)
             except OSError as error:
-                print(f"warning: the map is not kept ({error})", file=sys.stderr)
+                say(f"warning: the map is not kept ({error})")
     return Explorer(
         name=reference,
         pairs=pairs,

@@ -1,9 +1,9 @@
 """The map of images and texts, drawn by Bokeh."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from bokeh.core.properties import field
 from bokeh.embed import json_item
 from bokeh.models import (
@@ -59,7 +59,7 @@ def map_json(site: "Site") -> dict[str, Any]:
         own = atlas.prototype(modality)[drawn]
         add_categories(data, ways, f"{modality} prototype", [str(each) for each in own])
     if pairs.has_classes:
-        add_categories(data, ways, "class", pairs.classes(rows))
+        add_categories(data, ways, "class", [pairs.class_of(row) for row in rows.tolist()])
     if len(pairs.sources) > 1:
         names = [pairs.sources[pairs.source_of(row)].name for row in rows.tolist()]
         add_categories(data, ways, "source", names)
@@ -135,16 +135,11 @@ def add_categories(
     data: dict[str, Any], ways: dict[str, Any], name: str, values: list[str]
 ) -> None:
     """A way of colouring by categories: the most frequent have colours of their own."""
-    distinct, codes, counts = np.unique(
-        np.array(values, dtype=object).astype(str), return_inverse=True, return_counts=True
-    )
-    rank = np.empty(len(distinct), np.int64)
-    order = np.argsort(-counts, kind="stable")
-    rank[order] = np.arange(len(distinct))
-    code: npt.NDArray[np.uint8] = np.minimum(rank, CATEGORIES - 1)[codes].astype(np.uint8)
-    data[f"by {name}"] = code
-    own = order if len(distinct) <= CATEGORIES else order[: CATEGORIES - 1]
-    labels = [shown(str(distinct[each]), 40) or "none" for each in own]
+    distinct = [value for value, _ in Counter(values).most_common()]
+    rank = {value: min(place, CATEGORIES - 1) for place, value in enumerate(distinct)}
+    data[f"by {name}"] = np.array([rank[value] for value in values], np.uint8)
+    own = distinct if len(distinct) <= CATEGORIES else distinct[: CATEGORIES - 1]
+    labels = [shown(value, 40) or "none" for value in own]
     if len(distinct) > CATEGORIES:
         labels.append(f"{len(distinct) - CATEGORIES + 1} others")
     ways[name] = {"kind": "categories", "labels": labels, "colours": list(PALETTE)}

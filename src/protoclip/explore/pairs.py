@@ -3,12 +3,12 @@
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
@@ -85,31 +85,24 @@ class ExploredPairs:
                 parts.append(Subset(images=source, rows=own))
         return parts[0] if len(parts) == 1 else Joined(parts)
 
-    def classes(self, rows: Rows) -> list[str]:
-        """The class of each of some rows; empty where it has none."""
-        found = [""] * len(rows)
-        numbers = np.searchsorted(self.starts, rows, side="right") - 1
-        for number, source in enumerate(self.sources):
-            if source.class_column is None:
-                continue
-            places = np.flatnonzero(numbers == number)
-            own = pa.array(rows[places] - self.starts[number])
-            values = source.kept(source.checked.column(source.class_column)).take(own).to_pylist()
-            names = class_labels(source)
-            for place, value in zip(places.tolist(), values, strict=True):
-                found[place] = class_name(value, names)
-        return found
+    def class_of(self, row: int) -> str:
+        """The class by its name; empty where there is none."""
+        source, own = self.find(row)
+        if source.class_column is None:
+            return ""
+        value, names = source.value(source.class_column, own), self._class_names[source.name]
+        if isinstance(value, int) and 0 <= value < len(names):
+            return names[value]
+        return "" if value is None else str(value)
+
+    @cached_property
+    def _class_names(self) -> dict[str, list[str]]:
+        """For each source, by its name, the names of classes that are numbers."""
+        return {source.name: class_labels(source) for source in self.sources}
 
     @property
     def has_classes(self) -> bool:
         return any(source.class_column for source in self.sources)
-
-
-def class_name(value: Any, names: Sequence[str]) -> str:
-    """A class by its name; `names` are those of numbers."""
-    if names and isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
-    return "" if value is None else str(value)
 
 
 def explored(samples: Pairs | SampleStream, *, class_column: str | None = None) -> ExploredPairs:

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any, Literal
+from urllib.parse import urlencode
 
 import numpy as np
 import numpy.typing as npt
@@ -194,10 +195,11 @@ class Site:
         cards = [self.card(position, f"cosine {value:.3f}") for position, value in found]
         return Section(title=title, cards=cards, note=note)
 
-    def page(self, name: str, title: str, **values: Any) -> str:
-        """A page from its template."""
+    def page(self, name: str, title: str, *, here: str = "index.html", **values: Any) -> str:
+        """A page from its template; `here` is where the other model shows the same."""
         text: str = template(name).render(
             title=title,
+            here=here,
             site=self,
             model=shown(self.explorer.name, 60),
             models=[shown(each.name, 60) for each in self.pages.explorers],
@@ -264,7 +266,8 @@ class Site:
             rows.append((each, cards[:MEMBERS], captions))
         rows.sort(key=lambda row: -row[0].size)
         title = f"{modality.capitalize()} prototypes"
-        return self.page("prototypes.html", title, modality=modality, rows=rows)
+        here = f"prototypes-{modality}.html"
+        return self.page("prototypes.html", title, here=here, modality=modality, rows=rows)
 
     def prototype(self, modality: Literal["image", "text"], number: int, page: int = 1) -> str:
         """The members of a prototype, in both modalities."""
@@ -305,7 +308,15 @@ class Site:
             )
             for each in part
         ]
-        return self.page("odd.html", "Odd ones out", by=by, cards=cards, page=page, pages=pages)
+        return self.page(
+            "odd.html",
+            "Odd ones out",
+            here=f"odd-{by}.html",
+            by=by,
+            cards=cards,
+            page=page,
+            pages=pages,
+        )
 
     def duplicates(self, page: int = 1) -> str:
         atlas = self.atlas
@@ -320,6 +331,7 @@ class Site:
         return self.page(
             "duplicates.html",
             "Near-duplicates",
+            here="duplicates.html",
             rows=rows,
             least=LEAST_SIMILAR,
             page=page,
@@ -329,33 +341,21 @@ class Site:
     def moved(self, modality: Literal["image", "text"], page: int = 1) -> str:
         """What two models group differently."""
         found = self.pages.moved(modality)
-        first, second = (explorer.atlas for explorer in self.pages.explorers)
-        before = first.prototype(modality)[found.pairs[:, 0]]
-        after = second.prototype(modality)[found.pairs[:, 1]]
-        number = max(first.number, second.number)
-        ways, inverse, counts = np.unique(
-            before.astype(np.int64) * number + after, return_inverse=True, return_counts=True
-        )
-        flows = [
-            (int(counts[each]), int(ways[each] // number), int(ways[each] % number))
-            for each in np.argsort(-counts, kind="stable")[:FLOWS]
-        ]
-        # Pairs of the largest movements come first.
-        part, pages = paged(np.argsort(-counts[inverse], kind="stable"), page)
-        column = self.number - 1
+        part, pages = paged(np.arange(len(found.pairs)), page)
         cards = [
             self.card(
-                int(found.pairs[each, column]),
-                f"group {before[each]} became {after[each]}",
+                int(found.pairs[each, self.number - 1]),
+                "group {} became {}".format(*found.groups[each]),
             )
             for each in part
         ]
         return self.page(
             "moved.html",
             f"Moved {modality}s",
+            here=f"moved-{modality}.html",
             modality=modality,
             moved=found,
-            flows=flows,
+            flows=found.flows[:FLOWS].tolist(),
             cards=cards,
             page=page,
             pages=pages,
@@ -376,14 +376,16 @@ class Site:
             self.near("Captions near this caption", nearest["text"].texts),
             self.near("Images near this caption", nearest["text"].images),
         ]
+        other = self.pages.explorers[-self.number].position(row)
         return self.page(
             "pair.html",
             "Pair",
+            here="index.html" if other is None else f"pair-{other}.html",
             card=self.card(position),
             captions=captions,
             place=shown(source.where(own), 200),
             source=shown(source.name, 60),
-            group=shown(self.pairs.classes(np.array([row]))[0], 80),
+            group=shown(self.pairs.class_of(row), 80),
             distance=float(self.atlas.distance[position]),
             loss=float(self.atlas.loss[position]),
             own={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
@@ -397,8 +399,9 @@ class Site:
             self.near("Images", found.images, note),
             self.near("Captions", found.texts, note),
         ]
+        here = f"search.html?{urlencode({'text': question}, errors='replace')}"
         asked = shown(question, 200)
-        return self.page("search.html", "Search", question=asked, sections=sections)
+        return self.page("search.html", "Search", here=here, question=asked, sections=sections)
 
     def message(self, title: str, text: str) -> str:
         return self.page("message.html", title, text=visible(text))

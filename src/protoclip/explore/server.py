@@ -125,7 +125,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         try:
             return of.answer(text, of.explorer.search_text(text)), "html"
         except ValueError as error:
-            return of.message("Search", str(error)), "html"
+            return of.message("Search", f"Nothing was searched for: {error}."), "html"
 
     async def search_image(request: Request) -> Response:
         of, body = site(request), bytearray()

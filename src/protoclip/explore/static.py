@@ -2,9 +2,9 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from protoclip.explore.explorer import Explorer
 from protoclip.explore.render import THUMBNAIL_SIDE, Pages, Site, assets, ids_as, thumbnail
 from protoclip.files import naming, replacing
 from protoclip.progress import Progress
+from protoclip.terminal import say
 
 BATCH = 2048
 SAMPLED = 50  # images, to say how large all will be
@@ -32,8 +33,7 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
         ValueError: The folder holds something, or its disk has too little room.
         OSError: The pages cannot be written; names the folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is not empty; choose a new folder with --static")
+    require_empty(folder)
     pages, rows = Pages(explorers, live=False), set[int]()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -66,6 +66,12 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
     return number
 
 
+def require_empty(folder: Path) -> None:
+    """Raise a `ValueError` if something is there already, but for an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is not empty; choose a new folder with --static")
+
+
 def announce(pages: Pages, rows: list[int], folder: Path, *, written: int, free: int) -> None:
     """Say how large pages and images will be; raise `ValueError` if the images find no room."""
     some = rows[:: max(1, len(rows) // SAMPLED)]
@@ -77,7 +83,7 @@ def announce(pages: Pages, rows: list[int], folder: Path, *, written: int, free:
             f"{folder}: the pages take {about}, and the disk has {free / 1e6:,.0f} MB left; choose "
             "another disk, or fewer pairs with --only"
         )
-    print(f"the pages take {about}", file=sys.stderr)
+    say(f"the pages take {about}")
 
 
 def contents(pages: Pages, rows: set[int]) -> Iterator[tuple[str, str | bytes]]:
@@ -135,35 +141,38 @@ def write_table(explorer: Explorer, path: Path) -> int:
             **({"image": image_type} if with_images else {}),
         }
     )
-    progress = Progress("table", 2 * len(atlas))
+    progress = Progress("table", len(atlas))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch, pq.ParquetWriter(scratch, schema) as writer:
-        for turn, modality in enumerate(MODALITIES):
-            for start in range(0, len(atlas), BATCH):
-                part = np.arange(start, min(start + BATCH, len(atlas)))
-                rows = atlas.rows[part]
-                ids = [pairs.sample_id(row) for row in rows.tolist()]
-                columns = {
+        for start in range(0, len(atlas), BATCH):
+            part = slice(start, start + BATCH)
+            rows = atlas.rows[part]
+            ids = [pairs.sample_id(row) for row in rows.tolist()]
+            columns: dict[str, Any] = {
+                "text": [text_of(explorer, row) for row in rows.tolist()],
+                "sample_id": ids,
+                "image_row": rows,
+                "source": [pairs.sources[pairs.source_of(row)].name for row in rows.tolist()],
+                "class": [pairs.class_of(row) for row in rows.tolist()],
+                "distance": atlas.distance[part].astype(np.float32),
+                "loss": atlas.loss[part].astype(np.float32),
+            }
+            if with_images:
+                columns["image"] = [
+                    {"bytes": thumbnail(pairs, row, THUMBNAIL_SIDE), "path": None}
+                    for row in rows.tolist()
+                ]
+            for modality in MODALITIES:
+                place = atlas.place(modality)[part].astype(np.float32)
+                columns |= {
                     "id": [f"{modality}:{each}" for each in ids],
-                    "modality": [modality] * len(part),
-                    "x": atlas.place(modality)[part, 0].astype(np.float32),
-                    "y": atlas.place(modality)[part, 1].astype(np.float32),
-                    "text": [text_of(explorer, row) for row in rows.tolist()],
-                    "sample_id": ids,
-                    "image_row": rows,
-                    "source": [pairs.sources[pairs.source_of(row)].name for row in rows.tolist()],
-                    "class": pairs.classes(rows),
+                    "modality": [modality] * len(rows),
+                    "x": place[:, 0],
+                    "y": place[:, 1],
                     "prototype": atlas.prototype(modality)[part].astype(np.int32),
-                    "distance": atlas.distance[part].astype(np.float32),
-                    "loss": atlas.loss[part].astype(np.float32),
                 }
-                if with_images:
-                    columns["image"] = [
-                        {"bytes": thumbnail(pairs, row, THUMBNAIL_SIDE), "path": None}
-                        for row in rows.tolist()
-                    ]
                 writer.write_table(pa.table(columns, schema=schema))
-                progress.update(turn * len(atlas) + int(part[-1]) + 1)
+            progress.update(start + len(rows))
     return 2 * len(atlas)
 
 

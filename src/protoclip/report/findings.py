@@ -10,6 +10,7 @@ import numpy as np
 
 from protoclip.evaluation import compare
 from protoclip.evaluation.samples import MEANS, SampleResults, interval, resampled
+from protoclip.evaluation.validation import NAME
 
 # The measures of the sentences, by the end of their names, and how a sentence names them.
 HEADLINES = {
@@ -64,7 +65,8 @@ def findings(entries: Sequence[Entry]) -> list[Finding]:
     for key in first["metrics"]:
         data, metric = parts(key)
         known = [entry for entry in entries if key in entry["metrics"]]
-        if metric not in HEADLINES or len(known) < 2 or "-" in data:  # parts of a mixture
+        is_part = data.startswith(f"{NAME}-")  # a source of a mixture
+        if metric not in HEADLINES or len(known) < 2 or is_part:
             continue
         ranked = sorted(known, key=lambda entry: -entry["metrics"][key]["mean"])
         best = ranked[0]

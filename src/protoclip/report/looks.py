@@ -1,6 +1,7 @@
 """What a model makes of example pairs: prototypes, retrieval, confusions and maps."""
 
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -471,24 +472,19 @@ def confused(
     classes: Int[Tensor, " n"], taken_for: Int[Tensor, " n"], names: Sequence[str], templates: int
 ) -> Confusions:
     """The most frequent confusions, and how all classes in them are taken for each other."""
-    counts = torch.zeros(len(names), len(names), dtype=torch.long)
-    counts.index_put_((classes, taken_for), torch.tensor(1), accumulate=True)
-    wrong = counts.clone().fill_diagonal_(0)
-    order = best_first(wrong.flatten().float())
-    pairs = [divmod(place, len(names)) for place in order if wrong.flatten()[place] > 0]
-    most: list[int] = []
-    for place in (place for pair in pairs for place in pair):
-        if place not in most and len(most) < CONFUSED:
-            most.append(place)
-    sizes = counts.sum(dim=1)
+    sizes = Counter(classes.tolist())
+    counts = Counter(zip(classes.tolist(), taken_for.tolist(), strict=True))
+    wrong = [pair for pair in counts if pair[0] != pair[1]]
+    wrong.sort(key=lambda pair: (-counts[pair], pair))
+    most = list(dict.fromkeys(place for pair in wrong for place in pair))[:CONFUSED]
     return Confusions(
         pairs=[
-            (names[one], names[other], int(wrong[one, other]), int(sizes[one]))
-            for one, other in pairs[:CONFUSED]
+            (names[one], names[other], counts[one, other], sizes[one])
+            for one, other in wrong[:CONFUSED]
         ],
         classes=[names[place] for place in most],
-        sizes=sizes[most].tolist(),
-        shares=(counts[most][:, most] / sizes[most, None].clamp(min=1)).tolist(),
+        sizes=[sizes[place] for place in most],
+        shares=[[counts[one, other] / max(1, sizes[one]) for other in most] for one in most],
         accuracy=float((classes == taken_for).double().mean()),
         templates=templates,
     )

@@ -1,7 +1,6 @@
 """The page: gathers what the other modules find, and renders `report.html.j2`."""
 
 import base64
-import functools
 import os
 import shlex
 import time
@@ -9,6 +8,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from protoclip.files import write_atomically
 from protoclip.progress import Progress, duration
 from protoclip.report import findings, looks
 from protoclip.report.figures import COLOURS, Series, dash, line_chart, map_chart
-from protoclip.report.looks import Confusions, Examples, Look
+from protoclip.report.looks import Confusions, Examples, Look, Map
 from protoclip.report.runs import Curve, RunFolder, labels, read_run
 from protoclip.terminal import OBEYED
 from protoclip.training.run import flat, resolved, to_toml
@@ -44,8 +44,8 @@ CHARTS: dict[str, dict[str, str]] = {
     },
     "Prototypes": {
         "train/prototypes/accuracy/*": "Accuracy of prototypes",
-        "train/prototypes/dead/*": "Dead prototypes, share",
-        "train/prototypes/empty/*": "Empty prototypes, share",
+        "train/prototypes/dead/*": "Share of dead prototypes",
+        "train/prototypes/empty/*": "Share of empty prototypes",
         "train/prototypes/agreement/*": "Agreement of groups",
     },
     "Strengths of the prototypical losses": {
@@ -171,9 +171,10 @@ def write_report(
     if not folders:
         raise ValueError("runs: none given; name one run folder or more")
     runs = list({os.path.realpath(folder): read_run(folder) for folder in folders}.values())
+    command = ["protoclip", "report", *folders, "--out", out, "--samples", samples, "--seed", seed]
     content = render(
         context(runs, samples=samples, minutes=minutes, seed=seed, device=device)
-        | {"command": shlex.join(["protoclip", "report", *map(str, folders), "--out", str(out)])}
+        | {"command": shlex.join(map(str, command))}
     )
     write_atomically(out, content)
     return out
@@ -429,15 +430,9 @@ def show_models(
     places = [min(of, key=lambda place: not runs[place].checkpoints) for of in by_name.values()]
     progress = Progress("report", len(places))
 
-    @functools.cache
-    def examples_of(number: int) -> Examples:
-        return looks.find_examples(configs[number], samples)
-
     started, shown = time.monotonic(), []
-    configs: list[Config] = []
-    known: dict[str, int] = {}  # runs on the same data share their examples
-    firsts: list[dict[str, looks.Map]] = []
-    uris: dict[tuple[int, int], str] = {}
+    # Runs on the same data share their examples, the maps before training, and the images.
+    known: dict[str, tuple[Examples, dict[str, Map], Callable[[int], str]]] = {}
     for done, place in enumerate(places):
         run, label = runs[place], names[place]
         progress.update(done, printable(label))
@@ -448,36 +443,34 @@ def show_models(
             reason = f"left out after {minutes:g} minutes; --minutes allows more"
             shown.append(Shown(label=label, problem=reason))
             continue
-        number = known.setdefault(repr(run.config.data), len(configs))
-        if number == len(configs):
-            configs.append(run.config)
-            firsts.append({})
+        data = repr(run.config.data)
         try:
-            examples = examples_of(number)
+            if data not in known:
+                examples = looks.find_examples(run.config, samples)
+                known[data] = examples, {}, cache(partial(data_uri, examples))
+            examples, firsts, images = known[data]
             found = looks.look(
                 examples,
                 run.config,
                 run.checkpoints,
                 seed=seed,
                 device=device or torch.device("cpu"),
-                firsts=firsts[number],
+                firsts=firsts,
             )
         except (ValueError, OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             shown.append(Shown(label=label, problem=clipped(reason, 400)))
             continue
-
-        def uri(row: int, number: int = number, examples: Examples = examples) -> str:
-            if (number, row) not in uris:
-                content = looks.thumbnail(examples.pairs.images[row])
-                encoded = base64.b64encode(content).decode()
-                uris[number, row] = f"data:image/webp;base64,{encoded}"
-            return uris[number, row]
-
         drawn = maps(found, label)
-        shown.append(Shown(label=label, examples=examples, look=found, images=uri, maps=drawn))
+        shown.append(Shown(label=label, examples=examples, look=found, images=images, maps=drawn))
     progress.update(len(places))
     return shown
+
+
+def data_uri(examples: Examples, row: int) -> str:
+    """A small image of the examples, as the page holds it."""
+    encoded = base64.b64encode(looks.thumbnail(examples.pairs.images[row])).decode()
+    return f"data:image/webp;base64,{encoded}"
 
 
 def maps(look: Look, label: str) -> list[Chart]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from worded import WordModel, distinct_pairs, explorers, loaded
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.explore import explorer as explorer_module
 from protoclip.explore import map as map_module
 from protoclip.explore.explorer import heads_of, open_explorer
@@ -40,6 +42,7 @@ def test_rows_that_cannot_be_read_are_left_out(table: Path) -> None:
     (one,) = explorers(DataConfig(train=str(table)))
     assert one.atlas.rows.tolist() == [row for row in range(60) if row not in (7, 9)]
     assert one.pairs.sample_id(one.row(7)) == "tiny/8"
+    assert [one.position(row) for row in (0, 7, 8, 9, 59, 60)] == [0, None, 7, None, 57, None]
 
 
 def test_search_by_text_and_image_and_neighbours(table: Path) -> None:
@@ -98,9 +101,25 @@ def test_a_mixture_has_sources_and_classes(table: Path) -> None:
     assert len(rows) == 116
     assert [one.pairs.source_of(row) for row in (0, 59, 60, 119)] == [0, 0, 1, 1]
     assert one.pairs.sample_id(61) == "b/tiny/1"
-    classes = one.pairs.classes(rows)
-    assert classes[:3] == [one.pairs.caption(row).split()[1] for row in rows[:3].tolist()]
-    assert one.pairs.classes(np.array([7])) == [""]
+    for row in (0, 1, 61):
+        assert one.pairs.class_of(row) == one.pairs.caption(row).split()[1]
+    assert one.pairs.class_of(7) == ""
+
+
+def test_numbers_of_classes_have_their_names() -> None:
+    features = {"info": {"features": {"kind": {"names": ["square", "stripe"]}}}}
+    table = tiny_pairs(4).append_column("kind", pa.array([0, 1, 2, None]))
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pairs = explored(ImageTextPairs(table, name="tiny"), class_column="kind")
+    assert [pairs.class_of(row) for row in range(4)] == ["square", "stripe", "2", ""]
+
+
+def test_a_class_of_a_million_characters_is_cut() -> None:
+    """It takes no more memory than itself, however many other pairs there are."""
+    data, ways = dict[str, Any](), dict[str, Any]()
+    map_module.add_categories(data, ways, "class", ["x" * 10**6] + ["y"] * 10_000)
+    assert ways["class"]["labels"] == ["y", "x" * 39 + "…"]
+    assert data["by class"].tolist() == [1] + [0] * 10_000
 
 
 def test_only_chosen_samples_are_explored(table: Path, tmp_path: Path) -> None:
@@ -201,8 +220,6 @@ def test_a_run_is_grouped_by_what_it_trained(
     prototypical: float, space: str, table: Path, tmp_path: Path
 ) -> None:
     """Heads that nothing trains are not used. The run's own dead prototypes are counted."""
-    from dataclasses import replace
-
     config = tiny_config(str(table), out=str(tmp_path / "run"))
     config = replace(
         config,

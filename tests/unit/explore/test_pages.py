@@ -26,6 +26,7 @@ from protoclip.cli import main
 from protoclip.cli.explore import Explore
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
+from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import explored
 from protoclip.explore.render import Pages, ids_as, shown, thumbnail
@@ -124,6 +125,33 @@ def test_captions_and_ids_are_text(path: str, port: int) -> None:
         assert markup not in own
     assert "a 49 green square" not in own
     assert len(text) < 300_000
+
+
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [
+        ("/1/index.html", "../2/index.html"),
+        ("/2/prototypes-text.html", "../1/prototypes-text.html"),
+        ("/1/odd-loss.html?page=1", "../2/odd-loss.html"),
+        ("/1/pair-5.html", "../2/pair-5.html"),
+        ("/1/search.html?text=%22red%22+%26+%ff", "../2/search.html?text=%22red%22+%26+%EF%BF%BD"),
+        ("/1/prototype-image-0.html", "../2/index.html"),
+    ],
+)
+def test_the_other_model_is_shown_on_the_same_page(path: str, other: str, port: int) -> None:
+    """Where it has one: its prototypes are others."""
+    text = ask(port, path)[2].decode()
+    assert f'<a href="{other}">show words-' in text
+
+
+def test_members_of_a_prototype_are_shown_nearest_first(two: list[Explorer]) -> None:
+    site = Pages(two).site(1)
+    for modality in MODALITIES:
+        own, similarity = site.atlas.prototype(modality), site.atlas.similarity(modality)
+        for number in range(site.atlas.number):
+            found = site.members(modality, number)
+            assert set(found) == set(np.flatnonzero(own == number))
+            assert (np.diff(similarity[found]) <= 0).all()
 
 
 def test_links_of_every_page_lead_somewhere(port: int) -> None:

@@ -68,6 +68,18 @@ def test_without_a_paired_interval_nothing_is_better(tmp_path):
     assert "(no interval: the runs share no seed" in found.rest
 
 
+def test_sources_of_a_mixture_have_no_sentences_of_their_own(tmp_path):
+    """Other data sets have, whatever they are called."""
+    runs = [run(tmp_path, name, share) for name, share in (("A", 0.5), ("B", 0.9))]
+    for of in runs:
+        names = ("validation", "validation-a", "my-shop")
+        of["metrics"] = {f"eval/{name}/knn/acc1": of["metrics"][KNN] for name in names}
+    said = [of.rest for of in findings(compare.compare(runs))]
+    assert len(said) == 2
+    assert "nearest-neighbour classification (validation):" in said[0]
+    assert "nearest-neighbour classification (my-shop):" in said[1]
+
+
 def test_one_model_or_none_gives_no_sentence(tmp_path):
     assert findings([]) == findings(compare.compare([run(tmp_path, "A", 0.5)])) == []
 

@@ -65,8 +65,10 @@ def test_a_report_of_two_models_has_every_section(two):
     assert "finished, 6 steps" in sections["runs"]
     for chart in ("Total loss", "InfoNCE loss", "Accuracy of prototypes", "Temperature of pairs"):
         assert chart in sections["curves"]
-    for chart in ("Modality gap", "Spread, image", "Dead prototypes", "Learning rate"):
+    for chart in ("Modality gap", "Spread, image", "Share of dead prototypes", "Learning rate"):
         assert chart in sections["curves"]
+    assert "Samples a second" in sections["curves"]
+    assert "Effective rank of images" in sections["grouping"]
     assert "Where the time went" in sections["curves"]
     assert "proto, projections" in sections["grouping"]
     assert "clip, projections" not in sections["grouping"]
@@ -79,6 +81,7 @@ def test_a_report_of_two_models_has_every_section(two):
     assert "loss.prototypical 0.0 1.0" in sections["settings"]
     assert "No run left out a sample." in sections["data"]
     assert "protoclip compare" in sections["environment"]
+    assert f"--out {two.path} --samples 1000 --seed 0" in sections["environment"]
 
 
 def test_texts_are_never_markup(runs, tmp_path):
@@ -146,7 +149,7 @@ def test_what_never_changes_is_said_and_not_drawn(runs, tmp_path):
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     page = page_of(tmp_path, folder)
     assert page.count("figure") == 1
-    assert "The same throughout: Empty prototypes, share: 0" in page.sections["curves"]
+    assert "The same throughout: Share of empty prototypes: 0" in page.sections["curves"]
     assert "not shown: that needs protoclip analyze" in page.sections["curves"]
 
 

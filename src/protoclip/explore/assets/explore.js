@@ -2,8 +2,8 @@
 // The selection, the map's colours, sorting of tables, and search by image. Pages work without it,
 // but for the map.
 
-// The selection is kept for this tab, as a list of sample ids.
-const KEY = "protoclip-selection";
+// The selection is a list of sample ids, kept for this tab and these pairs.
+const KEY = `protoclip-selection of ${document.body.dataset.pairs}`;
 const selection = new Set(JSON.parse(sessionStorage.getItem(KEY) || "[]"));
 let onMap = () => {};
 
@@ -80,9 +80,16 @@ const file = document.getElementById("query-image");
 if (file) {
   file.addEventListener("change", async () => {
     if (!file.files.length) return;
-    const answer = await fetch("search-image", { method: "POST", body: file.files[0] });
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    document.getElementById("main").replaceWith(page.getElementById("main"));
+    const main = document.getElementById("main");
+    try {
+      const answer = await fetch("search-image", { method: "POST", body: file.files[0] });
+      const text = await answer.text();
+      if (!answer.ok) throw new Error(text);
+      const page = new DOMParser().parseFromString(text, "text/html");
+      main.replaceWith(page.getElementById("main"));
+    } catch (error) {
+      main.textContent = `No search by this image (${error.message}).`;
+    }
     store();
   });
 }
