@@ -1,7 +1,6 @@
 """A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.references import kind_of
+from protoclip.terminal import say
 
 MAX_QUERY = 1000  # characters of a text that is searched for
 ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
@@ -196,7 +196,7 @@ def open_explorer(
             try:
                 keep(path, atlas)
             except OSError as error:
-                print(f"warning: the map is not kept ({error})", file=sys.stderr)
+                say(f"warning: the map is not kept ({error})")
     return Explorer(
         name=reference,
         pairs=pairs,
