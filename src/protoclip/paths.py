@@ -122,7 +122,8 @@ def require_path(setting: str, path: str, what: str) -> None:
     except NotADirectoryError:
         above = next(folder for folder in Path(path).parents if folder.exists())
         raise ValueError(f"{where}: {what}; {above} is a file, not a folder") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: of a user without a home
+    # RuntimeError: of a user without a home. UnicodeError: no file has half of a character.
+    except (OSError, RuntimeError, UnicodeError) as error:
         error = getattr(error, "strerror", None) or error
         raise ValueError(f"{where}: cannot be opened ({error}); check the path") from None
 
