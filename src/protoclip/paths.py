@@ -128,10 +128,11 @@ def require_path(setting: str, path: str, what: str) -> None:
         raise ValueError(f"{where}: cannot be opened ({error}); check the path") from None
 
 
-def require_place(setting: str, path: str, *, is_folder: bool) -> None:
+def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "") -> None:
     """Refuse a place where no file, or with `is_folder` no folder, can be written.
 
-    Whether a folder may already hold something is for others to say.
+    A file needs the suffix, so that a wrong name does not replace something else. Whether a folder
+    may already hold something is for others to say.
     """
     if not path.strip():
         raise ValueError(f"{setting}: is empty; name a {'folder' if is_folder else 'file'}")
@@ -140,6 +141,8 @@ def require_place(setting: str, path: str, *, is_folder: bool) -> None:
         raise ValueError(f"{where}: is a link that leads nowhere; choose another place")
     if place.is_dir() and not is_folder:
         raise ValueError(f"{where}: is a folder; name a file in it")
+    if not path.lower().endswith(suffix):
+        raise ValueError(f"{where}: needs a name that ends in {suffix}")
     for above in (place, *place.parents) if is_folder else place.parents:
         if not above.exists():
             continue
