@@ -445,7 +445,8 @@ class Scene:
         wrong = [] if first.struck else ["the fault did not strike"]
         wrong += [self.end_of(fault, first), *self.lost(before, fault, first)]
         wrong += [what for path, what in invalid(self.folder) if path != first.gone]
-        shows_less = command == "report" and first.gone.startswith("images/")
+        # A page says itself which examples it cannot show.
+        shows_less = command == "report" and fault.kind in WITHOUT_IMAGES
         if first.code == 0 and not first.left_out and not shows_less:
             differ = self.differences(command, fresh=fresh)
             # What is not needed any more, and cannot be removed, the next call removes.
