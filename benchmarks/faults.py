@@ -4,7 +4,8 @@ Disks that are full or read-only, permissions that are taken away, files that va
 jumps, memory that runs out, processes that are killed or paused: each at a random moment of
 `train`, `embed-teacher`, `data pack`, `evaluate`, `export` or `report`. The call must end in a
 success or in one line; what was whole before must be whole after it; every file must be valid; and
-the next call must make the same as a call that nothing disturbed. Linux only.
+the next call must make the same as a call that nothing disturbed. What differs in times alone is
+the same. Of a pair whose image was gone, it must say that it is left out. Linux only.
 
     python benchmarks/faults.py [--faults 24] [--seed 0] [--minutes 60] [--out FILE]
 """

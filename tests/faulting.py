@@ -6,6 +6,7 @@ that runs out are limits of the system, so they also meet what libraries write b
 """
 
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -19,10 +20,11 @@ import tarfile
 import time
 import tomllib
 import traceback
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from safetensors import safe_open
 
 from interrupting import quick_config
 from protoclip import cli
+from protoclip.data.index import ArrowIndex, read_table
 from protoclip.models.loading import checkpoints, damage
 from protoclip.teachers import encode
 from protoclip.testing import tiny_pairs
@@ -56,7 +59,13 @@ KINDS = {
 }
 COMMANDS = ("train", "embed-teacher", "data pack", "evaluate", "export", "report")
 HARMLESS = ("clock jumps", "paused", "slow reads")  # nothing may come of these
+NAMED = ("full disk", "quota", "read-only", "permission", "disk error")  # the line has the path
+# Images may not be there for these, so that a call may leave pairs out, and say how many.
+WITHOUT_IMAGES = ("permission", "disk error", "file vanishes")
+LISTS_OF_BAD = ("/skipped.jsonl", "/results.json")
 HAS_WORKERS = ("train", "evaluate")
+# How a library may end a process that gets no memory; the limit on computing ends it otherwise.
+WITHOUT_MEMORY = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,8 @@ class Outcome:
     code: int
     said: str
     events: int
+    struck: bool = False
+    gone: str = ""  # the file that vanished, below the folder
     modules: Sequence[str] = ()
 
     @property
@@ -93,13 +104,19 @@ class Outcome:
     @property
     def problem(self) -> str:
         """What is wrong with the end; empty if it is a success or one line."""
-        if self.code == 0:
-            return ""
         if "Traceback" in self.said:
             return f"a traceback: {self.last}"
+        if self.code == 0:
+            return ""
         if self.code in (1, 2) and self.last.startswith("protoclip: error: "):
             return ""
         return f"exit code {self.code}: {self.last}"
+
+    @property
+    def left_out(self) -> int:
+        """How many pairs it said it left out."""
+        found = re.findall(r"(\d+) (?:samples )?skipped|(\d+) of \d+ images cannot", self.said)
+        return max((int(one or other) for one, other in found), default=0)
 
 
 def drawn(number: int, seed: int = 0) -> list[Fault]:
@@ -130,6 +147,8 @@ class Injector:
     seed: int = 0
     count: int = 0
     struck: bool = False
+    gone: str = ""
+    hunts: bool = False
     busy: bool = False
     slow: int = 0
     process: int = field(default_factory=os.getpid)
@@ -179,6 +198,7 @@ class Injector:
                 if not reads or not Path(path).is_file():
                     return False
                 Path(path).unlink()
+                self.gone = Path(path).relative_to(self.folder).as_posix()
             case "clock jumps":
                 shift, real = generator.choice([-5e8, -4e3, 4e3, 5e8]), time.time
                 time.time = lambda: real() + shift
@@ -187,9 +207,12 @@ class Injector:
                 used = pages * resource.getpagesize()
                 limit(resource.RLIMIT_AS, used + generator.randrange(20_000_000))
             case "worker killed":
-                if not (workers := own_workers(self.inherited)):
-                    return False
-                os.kill(generator.choice(workers).pid or 0, signal.SIGKILL)
+                # Workers open files, and this process may open none while they do.
+                if not self.hunts:
+                    self.hunts = True
+                    pause = generator.uniform(0, 0.05)
+                    Thread(target=self.kill_worker, args=(pause,), daemon=True).start()
+                return False
             case "paused":
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "slow reads":
@@ -197,6 +220,16 @@ class Injector:
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
         return True
+
+    def kill_worker(self, pause: float) -> None:
+        """Wait for a worker, then for so many seconds, and kill it."""
+        while not self.struck:
+            if own_workers(self.inherited):
+                time.sleep(pause)
+                for worker in own_workers(self.inherited)[:1]:
+                    os.kill(worker.pid or 0, signal.SIGKILL)
+                    self.struck = True
+            time.sleep(0.001)
 
 
 def is_reading(arguments: tuple[Any, ...]) -> bool:
@@ -216,16 +249,16 @@ def limit(which: int, value: int) -> None:
 def call(words: Sequence[str], injector: Injector) -> Outcome:
     """Run a command in a forked process, with a fault if the injector has one."""
     heard, said = os.pipe()
-    told, facts = os.pipe()
+    told, tell = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
     if process == 0:
         os.close(heard)
         os.close(told)
-        in_child(words, injector, said, facts)
+        in_child(words, injector, said, tell)
     os.close(said)
-    os.close(facts)
+    os.close(tell)
     for pipe in (heard, told):
         os.set_blocking(pipe, False)
     ends, text, status = time.monotonic() + PATIENCE, b"", 0
@@ -243,14 +276,17 @@ def call(words: Sequence[str], injector: Injector) -> Outcome:
             text += b"\nhangs"
         time.sleep(0.01)
     text += read_all(heard)
-    events, _, modules = read_all(told).decode().partition(" ")
+    facts = json.loads(read_all(told) or b"{}")
     os.close(heard)
     os.close(told)
+    code = os.waitstatus_to_exitcode(status)
     return Outcome(
-        code=os.waitstatus_to_exitcode(status),
+        code=code,
         said=text.decode(errors="replace"),
-        events=int(events or 0),
-        modules=modules.split(),
+        events=facts.get("events", 0),
+        struck=code < 0 or facts["struck"],
+        gone=facts.get("gone", ""),
+        modules=facts.get("modules", "").split(),
     )
 
 
@@ -267,7 +303,7 @@ def own_workers(inherited: Container[int | None]) -> list[multiprocessing.proces
     return [w for w in multiprocessing.active_children() if w.pid not in inherited]
 
 
-def in_child(words: Sequence[str], injector: Injector, said: int, facts: int) -> None:
+def in_child(words: Sequence[str], injector: Injector, said: int, tell: int) -> None:
     """Run a command in this process, which it ends."""
     code = 70
     try:
@@ -295,7 +331,9 @@ def in_child(words: Sequence[str], injector: Injector, said: int, facts: int) ->
             sys.stderr.flush()
             # A pipe holds 64 KB: names of the largest libraries' parts would not fit.
             names = [name for name in sys.modules if name.count(".") < 2 and name != "__main__"]
-            os.write(facts, f"{injector.count} {' '.join(names)[:60_000]}".encode())
+            known = {"events": injector.count, "struck": injector.struck, "gone": injector.gone}
+            modules = " ".join(names)[:60_000]
+            os.write(tell, json.dumps({**known, "modules": modules}).encode())
         os._exit(code)
 
 
@@ -307,7 +345,7 @@ class Scene:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.kept = folder / "scene", folder / "kept"
-        self.expected: dict[tuple[str, bool], dict[str, bytes]] = {}
+        self.expected: dict[tuple[str, bool], dict[str, object]] = {}
         self.events: dict[tuple[str, bool], int] = {}
         (self.folder / "images").mkdir(parents=True)
         table = tiny_pairs(24)
@@ -324,8 +362,9 @@ class Scene:
             (self.folder / f"{out}.toml").write_text(text, encoding="utf-8")
         self.must("train", "--config", f"{self.folder}/run.toml")
         shutil.copytree(self.folder / "run", self.folder / "stopped")
-        for newer in checkpoints(self.folder / "stopped")[1:]:
-            shutil.rmtree(newer)
+        self.start, *newer = checkpoints(self.folder / "stopped")  # of the unfinished run
+        for checkpoint_folder in newer:
+            shutil.rmtree(checkpoint_folder)
         (self.folder / "stopped" / "results.json").unlink()
         shutil.rmtree(self.folder / "cache")
         shutil.copytree(self.folder, self.kept)
@@ -360,26 +399,27 @@ class Scene:
         shutil.rmtree(self.folder)
         shutil.copytree(self.kept, self.folder)
 
-    def made(self, command: str, *, fresh: bool) -> dict[str, bytes]:
-        """The content of what a command makes, by name, without times."""
+    def made(self, command: str, *, fresh: bool) -> dict[str, object]:
+        """The content of what a command makes, by name, without times; and what else is there."""
         out = {
-            "train": "fresh" if fresh else "stopped",
-            "embed-teacher": "teacher",
-            "data pack": "shards",
-            "evaluate": "records",
-            "export": "exported",
+            "train": ["fresh" if fresh else "stopped"],
+            "embed-teacher": ["teacher"],
+            "data pack": ["shards"],
+            "evaluate": ["records", "run/results"],
+            "export": ["exported"],
+            "report": ["report.html"],
         }
-        if command == "report":
-            page = self.folder / "report.html"
-            return {"ends": page.read_bytes()[-10:]} if page.exists() else {}
-        top = self.folder / out[command]
-        names = sorted(path.relative_to(top).as_posix() for path in top.rglob("*"))
-        suffixes = (".safetensors", ".npy", ".tar", "pack.json")
-        return {
-            name: (top / name).read_bytes()
-            for name in names
-            if name.endswith(suffixes) or (command == "evaluate" and name.endswith(".json"))
+        found: dict[str, object] = {
+            path.name: None for path in self.folder.iterdir() if not path.name.startswith(".")
         }
+        for top in (self.folder / name for name in out[command]):
+            for path in [top, *sorted(top.rglob("*"))]:
+                name = path.relative_to(self.folder).as_posix()
+                # These hold times; `invalid` reads the checksums.
+                timed = path.name == "checksums.json" or "/tensorboard/" in name
+                if path.is_file() and not timed and not is_hidden(path, self.folder):
+                    found[name] = without_times(path)
+        return found
 
     def prepare(self, command: str, *, fresh: bool) -> None:
         """Learn what a command makes, and how many file events that takes."""
@@ -388,63 +428,110 @@ class Scene:
         self.reset()
         self.events[command, fresh] = self.must(*self.words(command, fresh=fresh)).events
         self.expected[command, fresh] = self.made(command, fresh=fresh)
-        assert self.expected[command, fresh]
 
     def suffer(self, fault: Fault) -> tuple[Outcome, Outcome, list[str]]:
         """How a call ends under a fault, and the next one without; and all that is wrong then."""
-        fresh = fault.fresh and fault.command == "train"
-        self.prepare(fault.command, fresh=fresh)
-        self.reset()
-        before = snapshot(self.folder)
-        workers = 1 if fault.kind == "worker killed" else 0
-        words = self.words(fault.command, fresh=fresh, workers=workers)
-        at = 1 + int(fault.share * self.events[fault.command, fresh])
-        first = call(words, Injector(str(self.folder), kind=fault.kind, at=at, seed=fault.seed))
-        wrong = [] if fault.kind == "killed" else [first.problem]
-        if fault.kind == "memory" and first.code not in (0, 1, 2) and "hangs" not in first.said:
-            wrong = []  # a library may end the process; what it leaves counts
-        if fault.kind in HARMLESS and first.code != 0:
-            wrong.append(f"{fault.kind}: {first.last}")
-        gone = "No such file" if fault.kind == "file vanishes" else "\n"
-        wrong += [text for text in invalid(self.folder) if gone not in text]
-        wrong += self.lost(before, fault)
-        for name, content in before.items():
-            if not (self.folder / name).exists() and not name.startswith(("cache", "stopped")):
-                (self.folder / name).write_bytes(content)
-        second = call(self.words(fault.command, fresh=fresh), Injector(str(self.folder)))
-        wrong.append(second.problem)
-        there = fault.command == "export" and first.code == 0
-        if second.code != 0 and not there:
-            wrong.append(f"the next call: {second.last}")
-        found = self.made(fault.command, fresh=fresh)
-        expected = self.expected[fault.command, fresh]
-        # A pair whose image was gone is left out, which the call said, and stays so.
-        left_out = first.code == 0 and re.search(r"[1-9]\d* skipped", first.said)
-        if found != expected and not left_out:
-            names = [n for n in sorted({*found, *expected}) if found.get(n) != expected.get(n)]
-            wrong.append(f"the next call made another {names[0]}")
-        wrong += invalid(self.folder)
-        wrong += [f"left behind: {name}" for name in leftovers(self.folder)]
+        command, fresh = fault.command, fault.fresh and fault.command == "train"
+        self.prepare(command, fresh=fresh)
+        words = self.words(command, fresh=fresh, workers=1 if fault.kind == "worker killed" else 0)
+        at = 1 + int(fault.share * self.events[command, fresh])
+        while True:
+            self.reset()
+            before = snapshot(self.folder)
+            first = call(words, Injector(str(self.folder), kind=fault.kind, at=at, seed=fault.seed))
+            if first.struck or at == 1:
+                break
+            at = (at + 1) // 2  # so late no worker is left, or no file is read
+        wrong = [] if first.struck else ["the fault did not strike"]
+        wrong += [self.end_of(fault, first), *self.lost(before, fault, first)]
+        wrong += [what for path, what in invalid(self.folder) if path != first.gone]
+        # A page says itself which examples it cannot show.
+        shows_less = command == "report" and fault.kind in WITHOUT_IMAGES
+        if first.code == 0 and not first.left_out and not shows_less:
+            differ = self.differences(command, fresh=fresh)
+            # What is not needed any more, and cannot be removed, the next call removes.
+            wrong += [f"success, but {text}" for text in differ if "/parts/" not in text]
+        if first.gone and not (self.folder / first.gone).exists():
+            (self.folder / first.gone).write_bytes(before.get(first.gone, b""))
+        second = call(self.words(command, fresh=fresh), Injector(str(self.folder)))
+        if (command, first.code) != ("export", 0):  # that folder exists by then
+            wrong += [second.problem, f"the next call: {second.last}" if second.code else ""]
+        if first.code == 0 and first.left_out and command in ("train", "data pack"):
+            wrong += self.without_some(command, fault, first)  # what is left out stays so
+        else:
+            differ = self.differences(command, fresh=fresh)
+            if command == "train" and "samples read are bad" in first.last:  # the run keeps that
+                differ = [text for text in differ if not text.endswith(LISTS_OF_BAD)]
+            wrong += [f"the next call: {text}" for text in differ]
+        wrong += [what for _, what in invalid(self.folder, torn=False)]
+        killed = first.code < 0
+        wrong += [f"left behind: {name}" for name in leftovers(self.folder, killed=killed)]
         return first, second, [text for text in wrong if text]
 
-    def lost(self, before: dict[str, bytes], fault: Fault) -> list[str]:
+    def end_of(self, fault: Fault, ended: Outcome) -> str:
+        """What is wrong with the end of a call under a fault."""
+        if fault.kind == "killed" and ended.code == -signal.SIGKILL:
+            return ""
+        if fault.kind == "memory" and ended.code in WITHOUT_MEMORY:
+            return ""
+        if fault.kind in HARMLESS and ended.code != 0:
+            return f"{fault.kind}: {ended.last}"
+        if ended.left_out and fault.kind not in WITHOUT_IMAGES:
+            return f"leaves out {ended.left_out} pairs"
+        if ended.code and fault.kind in NAMED and str(self.folder) not in ended.last:
+            return f"names no path: {ended.last}"
+        return ended.problem
+
+    def differences(self, command: str, *, fresh: bool) -> list[str]:
+        """Between what a command made and what it makes undisturbed."""
+        found, expected = self.made(command, fresh=fresh), self.expected[command, fresh]
+        names = sorted(found.keys() | expected.keys())
+        return [f"another {n}" for n in names if found.get(n, b"") != expected.get(n, b"")][:3]
+
+    def without_some(self, command: str, fault: Fault, ended: Outcome) -> list[str]:
+        """What is wrong with what was made of all pairs but those that a call left out."""
+        fresh = fault.fresh and command == "train"
+        found, expected = self.made(command, fresh=fresh), self.expected[command, fresh]
+        folder = "shards" if command == "data pack" else "fresh" if fresh else "stopped"
+        skipped = {line["sample_id"] for line in found.get(f"{folder}/skipped.jsonl", [])}
+        wrong = [f"lists {len(skipped)} skipped"] if len(skipped) != ended.left_out else []
+        if ended.gone and (not ended.gone.startswith("images/") or ended.left_out != 1):
+            wrong.append(f"leaves out {ended.left_out} pairs without {ended.gone}")
+        if command == "data pack":
+            packed, whole = packed_in(found), packed_in(expected)
+            if packed != {name: pair for name, pair in whole.items() if name not in skipped}:
+                wrong.append("packed other pairs")
+        elif names := (found.keys() ^ expected.keys()) - {f"{folder}/skipped.jsonl"}:
+            wrong.append(f"made, or did not make, {min(names)}")
+        return wrong
+
+    def lost(self, before: dict[str, bytes], fault: Fault, ended: Outcome) -> list[str]:
         """What was whole and is not there any more."""
-        gone = []
+        now, gone = snapshot(self.folder), []
         for name, content in before.items():
-            path = self.folder / name
-            if path.exists() and path.read_bytes() == content:
+            if now.get(name) == content or (name == ended.gone and name not in now):
                 continue
+            # A run goes on: older checkpoints are removed, logs grow. Evaluation replaces results.
             if fault.command == "train" and name.startswith("stopped/"):
                 continue
-            if fault.command == "evaluate" and name.startswith("run/results/"):
-                continue  # replaced by others, which `invalid` reads
-            if fault.kind == "file vanishes" and not path.exists():
+            if fault.command == "evaluate" and name.startswith("run/results/") and name in now:
                 continue
             gone.append(f"lost: {name}")
-        if fault.command == "train" and not fault.fresh and fault.kind != "file vanishes":
-            intact = [p.name for p in checkpoints(self.folder / "stopped") if damage(p) is None]
-            if max(intact, default="") < "step-000000002":
+        if fault.command == "train" and not fault.fresh:
+            top = self.folder / "stopped"
+            intact = [p.name for p in checkpoints(top) if damage(p) is None]
+            if max(intact, default="") < self.start.name and not ended.gone.startswith(
+                "stopped/checkpoints"
+            ):
                 gone.append("lost: the checkpoint")
+            facts = json.loads(before[f"stopped/checkpoints/{self.start.name}/state.json"])
+            for name, size in (("config.toml", None), ("metrics.jsonl", facts["metrics_bytes"])):
+                name = f"stopped/{name}"
+                known = (before[name], self.expected["train", False].get(name, before[name]))
+                left = now.get(name, b"")[:size]
+                kept = any(left == whole[:size] for whole in known if isinstance(whole, bytes))
+                if not kept and name != ended.gone:
+                    gone.append(f"lost: what {name} held")
         return gone
 
 
@@ -453,32 +540,77 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def without_times(path: Path) -> object:
+    """The content of a file, but for how long something took, and on which day."""
+    if path.suffix == ".json":
+        return untimed(json.loads(path.read_bytes()))
+    if path.suffix == ".jsonl":
+        return [untimed(json.loads(line)) for line in path.read_bytes().splitlines()]
+    return re.sub(rb"\d{4}-\d\d-\d\d", b"", path.read_bytes())
+
+
+def untimed(tree: Any) -> Any:
+    """A tree of JSON without durations, and without checksums and sizes of what holds them."""
+    if isinstance(tree, list):
+        return [untimed(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    timed = ("second", "checksum", "metrics_bytes")
+    return {k: untimed(v) for k, v in tree.items() if not any(word in k for word in timed)}
+
+
+def packed_in(made: Mapping[str, object]) -> dict[str, tuple[bytes, ...]]:
+    """Images and captions in shards, by sample id."""
+    found: dict[str, dict[str, bytes]] = {}
+    for name, content in made.items():
+        if not name.endswith(".tar") or not isinstance(content, bytes):
+            continue
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            for member in tar:
+                key, _, kind = f"{name}/{member.name}".partition(".tar/")[2].partition(".")
+                found.setdefault(f"{name}/{key}", {})[kind] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return {
+        json.loads(files.pop("json"))["sample_id"]: tuple(files[kind] for kind in sorted(files))
+        for files in found.values()
+    }
+
+
 def is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def leftovers(folder: Path) -> list[str]:
-    """Hidden files but locks, after a call that went well, where one process writes at a time."""
+def leftovers(folder: Path, *, killed: bool) -> list[str]:
+    """Hidden files but locks, after a call that went well.
+
+    What a killed process had begun stays where another process may be writing at the same time.
+    """
     hidden = (path for path in folder.rglob(".*") if not path.name.endswith(".lock"))
     names = (path.relative_to(folder).as_posix() for path in hidden)
     shared = ("records/", "cache/features/", "cache/images", "run/results/", ".report.html")
-    return [name for name in names if not name.startswith(shared)]
+    return [name for name in names if not (killed and name.startswith(shared))]
 
 
-def invalid(folder: Path) -> list[str]:
-    """Files that are not whole; hidden ones are on their way."""
+def invalid(folder: Path, *, torn: bool = True) -> list[tuple[str, str]]:
+    """Files that are not whole, and what is wrong; hidden ones are on their way.
+
+    The last line of a log may be torn until the next call continues after it.
+    """
     wrong = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or is_hidden(path, folder) or path.suffix not in READERS:
             continue
+        name = path.relative_to(folder).as_posix()
         try:
             READERS[path.suffix](path)
+            if path.suffix == ".jsonl" and not torn and path.read_bytes()[-1:] not in (b"", b"\n"):
+                raise ValueError("its last line is torn")
         except Exception as error:
-            wrong.append(f"not valid: {path.relative_to(folder)}: {error!r}"[:200])
+            wrong.append((name, f"not valid: {name}: {error!r}"[:200]))
     for run_folder in ("run", "stopped", "fresh"):
         for found in checkpoints(folder / run_folder):
             if (what := damage(found)) is not None:
-                wrong.append(f"not valid: {found.name}: {what}")
+                name = (found / what.partition(" ")[0]).relative_to(folder).as_posix()
+                wrong.append((name, f"not valid: {found.name}: {what}"))
     return wrong
 
 
@@ -505,6 +637,14 @@ def read_tar(path: Path) -> None:
         assert tar.getmembers()
 
 
+def read_index(path: Path) -> None:
+    """Its facts are written after it, and are looked for before it is used."""
+    if path.with_suffix(".json").exists():
+        ArrowIndex(path).check()
+    else:
+        assert read_table(path).num_rows
+
+
 def read_page(path: Path) -> None:
     assert path.read_text(encoding="utf-8").rstrip().endswith("</html>")
 
@@ -517,6 +657,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     ".npy": np.load,
     ".npz": read_arrays,
     ".parquet": pq.read_table,
+    ".arrow": read_index,
     ".tar": read_tar,
     ".html": read_page,
 }

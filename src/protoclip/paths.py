@@ -122,15 +122,17 @@ def require_path(setting: str, path: str, what: str) -> None:
     except NotADirectoryError:
         above = next(folder for folder in Path(path).parents if folder.exists())
         raise ValueError(f"{where}: {what}; {above} is a file, not a folder") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: of a user without a home
+    # RuntimeError: of a user without a home. UnicodeError: no file has half of a character.
+    except (OSError, RuntimeError, UnicodeError) as error:
         error = getattr(error, "strerror", None) or error
         raise ValueError(f"{where}: cannot be opened ({error}); check the path") from None
 
 
-def require_place(setting: str, path: str, *, is_folder: bool) -> None:
+def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "") -> None:
     """Refuse a place where no file, or with `is_folder` no folder, can be written.
 
-    Whether a folder may already hold something is for others to say.
+    A file needs the suffix, so that a wrong name does not replace something else. Whether a folder
+    may already hold something is for others to say.
     """
     if not path.strip():
         raise ValueError(f"{setting}: is empty; name a {'folder' if is_folder else 'file'}")
@@ -139,6 +141,8 @@ def require_place(setting: str, path: str, *, is_folder: bool) -> None:
         raise ValueError(f"{where}: is a link that leads nowhere; choose another place")
     if place.is_dir() and not is_folder:
         raise ValueError(f"{where}: is a folder; name a file in it")
+    if not path.lower().endswith(suffix):
+        raise ValueError(f"{where}: needs a name that ends in {suffix}")
     for above in (place, *place.parents) if is_folder else place.parents:
         if not above.exists():
             continue

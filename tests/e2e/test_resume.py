@@ -22,7 +22,7 @@ from interrupting import (
 from protoclip.cli import main
 from protoclip.models.loading import checkpoints, find_checkpoint
 from protoclip.testing import tiny_config
-from protoclip.training import run
+from protoclip.training import checkpoint, run
 
 # Steps 1-4 are the warm-up, 5-12 prototypical, 13-16 have a locked image tower.
 STEPS = {"extract": [2, 6, 8, 14], "queue": [4, 6], "stream": [6, 11]}
@@ -74,6 +74,28 @@ def test_a_stopped_command_does_not_end_as_a_finished_one(
         main([command, *start, *words])
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "SIGTERM: stopped after step 1" in capsys.readouterr().err
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(
+    tiny_parquet, tmp_path, monkeypatch
+):
+    """At the end of an episode it would be due at once, and a kill meanwhile would leave none."""
+    config = quick_config(tiny_parquet, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        run.train(config)
+    (kept,) = checkpoints(tmp_path / "run")
+    written = []
+    write = checkpoint.write_checkpoint
+
+    def and_note(folder: Path, *given: object) -> None:
+        written.append(folder)
+        write(folder, *given)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", and_note)
+    run.train(with_changes(config, {"run": {"save_steps": 1}}), resume="auto")
+    assert [int(folder.name[-9:]) for folder in written] == [3, 4, 5, 6]
+    assert kept not in written
 
 
 def test_other_settings_do_not_go_on(whole, stopped):

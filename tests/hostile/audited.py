@@ -5,6 +5,7 @@ folders that the caller names. Extensions in C and Rust open files unseen by the
 folder that a command runs in is compared with what it was before, too.
 """
 
+import _posixsubprocess
 import faulthandler
 import io
 import os
@@ -19,7 +20,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib.font_manager  # noqa: F401 (makes folders of its own when it is imported)
 
@@ -94,7 +95,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
                 _may_change(watch, os.path.join(below, os.fsdecode(path)), event)  # noqa: PTH118
 
 
-def _refuse(watch: Watch, what: str) -> None:
+def _refuse(watch: Watch, what: str) -> NoReturn:
     stack = traceback.extract_stack(limit=12)
     where = " < ".join(f"{Path(s.filename).name}:{s.lineno}" for s in reversed(stack[:-2]))
     watch.refused.append(f"{what} ({where})")
@@ -117,14 +118,20 @@ def watched(*folders: str | Path) -> Iterator[Watch]:
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked = True
-    before = tempfile.gettempdir()
+    before, start = tempfile.gettempdir(), _posixsubprocess.fork_exec
     with tempfile.TemporaryDirectory() as own:
-        _watch = Watch([os.path.realpath(folder) for folder in (*folders, own)])
+        _watch = watch = Watch([os.path.realpath(folder) for folder in (*folders, own)])
         tempfile.tempdir = own
+
+        def fork_exec(*arguments: Any) -> int:
+            return _refuse(watch, f"starts a process: fork_exec {arguments[0]!r}"[:300])
+
+        # No event tells of the processes that `multiprocessing` spawns.
+        _posixsubprocess.fork_exec = fork_exec
         try:
-            yield _watch
+            yield watch
         finally:
-            _watch, tempfile.tempdir = None, before
+            _watch, tempfile.tempdir, _posixsubprocess.fork_exec = None, before, start
 
 
 @contextmanager

@@ -153,6 +153,14 @@ def test_commands_show_odd_names_as_text(odd, words):
         assert "[b]" in said or "[red]" in said
 
 
+def test_a_warning_shows_an_odd_folder_as_text(odd):
+    """As of results that somebody edited."""
+    shutil.copytree(odd / FOLDER, odd / f"{FOLDER}3")
+    path = odd / f"{FOLDER}3" / "results.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 5'))
+    assert "[b]3/results.json: not what the run wrote" in on(odd, "compare", "{}3").err
+
+
 def test_report_and_pages_hold_no_raw_character(odd):
     """The exact ids that pages hold for the selection are no text; nobody sees them."""
     on(odd, "report", "{}", "--out", "{}.html", "--samples", "40")

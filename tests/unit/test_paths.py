@@ -23,6 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"data": {"train": ""}}, "data.train: is empty; name a file or folder"),
         ({"data": {"train": "pairs.tsv/a"}}, "no such file; pairs.tsv is a file, not a folder"),
         ({"data": {"train": "a\0b"}}, "a path holds no zero byte"),
+        ({"data": {"train": "a\ud800"}}, "cannot be opened .'utf-8' codec can't encode"),
         ({"data": {"train": "~/no such file"}}, "data.train: ~/no such file: no such file"),
         ({"data": {"sources": [{"path": "none.tsv"}]}}, r"data.sources\[0\].path: none.tsv: no"),
         ({"data": {"validation": "none.tsv"}}, "data.validation: none.tsv: no such file"),

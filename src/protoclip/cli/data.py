@@ -47,9 +47,7 @@ class Inspect(Recipes):
         require_paths(self.source, self.data)
         require_model("model.start", self.model.start)
         if self.montage is not None:
-            require_place("--montage", self.montage, is_folder=False)
-            if not self.montage.lower().endswith(".png"):
-                raise ValueError(f"--montage: {self.montage}: needs a name that ends in .png")
+            require_place("--montage", self.montage, is_folder=False, suffix=".png")
         from protoclip.data.inspect import inspect, montage, show
 
         count_tokens, context_length = tokens_of(self.model)

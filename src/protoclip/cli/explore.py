@@ -64,7 +64,9 @@ class Explore:
         if self.static is not None:
             require_place("--static", self.static, is_folder=True)
         if self.atlas is not None:
-            require_place("--atlas", self.atlas, is_folder=False)
+            require_place("--atlas", self.atlas, is_folder=False, suffix=".parquet")
+            if Path(self.atlas).exists():  # it may hold somebody's pairs
+                raise ValueError(f"--atlas: {self.atlas}: exists; choose another name")
         if missing := [name for name in NEEDED if find_spec(name) is None]:
             raise ValueError(
                 f"explore: needs {' and '.join(missing)}; pip install 'protoclip[explore]'"

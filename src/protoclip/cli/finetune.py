@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from protoclip.cli.parsing import Recipes, merged, read_recipe
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import NO_START, Config, NotNegative, Rank
-from protoclip.files import read_json, to_json
+from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
 from protoclip.terminal import say, visible
 
@@ -43,7 +43,7 @@ class Finetune(Config, Recipes):
 
         from protoclip.distributed import collectives
         from protoclip.training.finetune import finetune
-        from protoclip.training.wise_ft import FILE
+        from protoclip.training.wise_ft import read_record
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
         results = finetune(settings, alpha=self.alpha, resume=self.resume)
@@ -51,15 +51,15 @@ class Finetune(Config, Recipes):
             exit_if_stopped(results)
             return
         folder, stopped = Path(results["folder"]), "stopped" in results
-        record = {} if stopped else read_json(folder / FILE)
+        record = {} if stopped else read_record(folder)
         if self.json:
             print(to_json({**results, "wise_ft": record}, indent=2))
         elif not stopped:
+            show_sweep(record)
             try:
-                show_sweep(record)
                 show_metrics(results)
-            except (LookupError, TypeError) as error:
-                reason = f"results.json or {FILE} is not what finetune writes ({error!r})"
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                reason = f"results.json is not what finetune writes ({error!r})"
                 raise ValueError(f"{folder}: {reason}; train in another folder") from error
             print(f"written to {visible(str(folder))}")
         if stopped:

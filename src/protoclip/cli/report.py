@@ -29,7 +29,7 @@ class Report:
         require()
         for run in self.runs:
             require_run(run)
-        require_place("--out", self.out, is_folder=False)
+        require_place("--out", self.out, is_folder=False, suffix=".html")
         import torch
 
         from protoclip.distributed import collectives

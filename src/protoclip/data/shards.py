@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -48,6 +49,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and wh
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 # Part of the key of every index. Change it when the rows or facts change.
 INDEX_FORM = "tar shards, 3"
+MAX_SHARDS = 1_000_000  # that a pattern may name
 PARALLEL_FROM = 8  # this many shards are indexed by several processes
 # The place of the image in the tar (null if there is none).
 SHARD_ROWS = pa.schema([*ROWS.remove(0), ("offset", pa.int64()), ("size", pa.int64())])
@@ -224,9 +226,11 @@ def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
     where files can be listed (not on a web server); a folder, or a URL that ends in `/`, for its
     `*.tar`; or `pipe:COMMAND`, in which braces work too.
 
-    Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, or
-    two shards would give their samples the same ids.
+    Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, the
+    braces stand for more than a million names, or two shards would give their samples the same ids.
     """
+    if (number := number_of_names(pattern)) > MAX_SHARDS:
+        raise ValueError(f"{pattern}: the braces stand for {number:,} shards; name fewer")
     try:
         names = [pattern] if Path(pattern).exists() else list(braceexpand(pattern))
     except ValueError:
@@ -243,6 +247,36 @@ def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
                 "one, or list them as two [[data.sources]], each with a name of its own"
             )
     return shards
+
+
+def number_of_names(pattern: str) -> int:
+    """How many names the braces of a pattern stand for, which is known before any is made.
+
+    Of letters with a step, or of both cases, it is more than there are.
+
+    >>> number_of_names("{a,b}/{000..331}.tar")
+    664
+    """
+    levels = [[0, 1]]  # names of the alternatives before, and of this one so far
+    numbers = r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}"
+    letters = r"\{([A-Za-z])\.\.([A-Za-z])(?:\.\.-?\d+)?\}"
+    for found in re.finditer(rf"\\.|{numbers}|{letters}|[{{}},]", pattern, re.DOTALL):
+        first, last, step, letter, end = found.groups()
+        if first is not None:
+            size = sys.maxsize
+            if len(found[0]) < 100:  # Python makes no number of thousands of digits
+                size = abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
+            levels[-1][1] *= size
+        elif letter is not None:
+            levels[-1][1] *= abs(ord(end) - ord(letter)) + 1
+        elif found[0] == "{":
+            levels.append([0, 1])
+        elif found[0] == "}" and len(levels) > 1:
+            inner = sum(levels.pop())
+            levels[-1][1] *= inner
+        elif found[0] == "," and len(levels) > 1:
+            levels[-1] = [sum(levels[-1]), 1]
+    return levels[0][1]
 
 
 def _expand(name: str, access: Access) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -18,6 +17,7 @@ from scipy.stats import t
 
 from protoclip.evaluation.samples import DRAWS, Draws, SampleResults, interval, resampled
 from protoclip.files import has_changed
+from protoclip.terminal import say
 
 # Rows of the table that are percentages, by the end of the metric's name.
 LABELS = {
@@ -67,7 +67,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
             f"{path}: not the results of a run ({reason}); restore it, or leave the run out"
         ) from error
     if has_changed(results):  # people may edit it
-        print(f"warning: {path}: not what the run wrote: its checksum differs", file=sys.stderr)
+        say(f"warning: {path}: not what the run wrote: its checksum differs")
     return {
         **{"name": results["name"], "seed": results["seed"], **counts, "folder": str(path.parent)},
         "metrics": {key: value for key, value in metrics.items() if value is not None},

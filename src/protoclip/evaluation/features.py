@@ -45,6 +45,7 @@ from protoclip.progress import Progress
 from protoclip.terminal import say
 
 FEW_IMAGES = 300  # are read faster than worker processes start
+RETRIED = 20  # bad images that are tried again before kept features are used
 
 Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -135,7 +136,13 @@ class Encoder:
             batches = self._read(reader, len(images))
             return self.encode(forward, batches, reader.blank, len(images), stage)
 
-        found = self._kept("image", images.key, compute)
+        def holds(kept: Encoded) -> bool:
+            # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
+            # notice that, and quick to try.
+            some = kept.bad[:: len(kept.bad) // RETRIED + 1]
+            return all(len(reader[range(row, row + 1)][1]) for row, _ in some)
+
+        found = self._kept("image", images.key, compute, holds)
         if not len(found.features):
             reason = f", such as {found.bad[0][1]}" if found.bad else ""
             raise ValueError(f"{stage}: no image can be used{reason}")
@@ -207,14 +214,20 @@ class Encoder:
         )
         return items_of(loader)
 
-    def _kept(self, kind: str, content: str, compute: Callable[[], Encoded]) -> Encoded:
-        """Features from the cache, or computed and kept there."""
+    def _kept(
+        self,
+        kind: str,
+        content: str,
+        compute: Callable[[], Encoded],
+        holds: Callable[[Encoded], bool] = lambda _: True,
+    ) -> Encoded:
+        """Features from the cache if they still hold, or computed and kept there."""
         if self.cache is None or not content:
             return compute()
         key = checksum(f"{self.key} {kind} {content}".encode())
         path = self.cache / f"{key}.npy"
         found = read_kept(path)
-        (missing,) = any_rank([found is None])
+        (missing,) = any_rank([found is None or not holds(found)])
         if found is not None and not missing:
             return found
         found = compute()

@@ -1,6 +1,7 @@
 """Models: built from a configuration, or loaded from a run or another reference."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -468,9 +469,17 @@ def training_transform(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; some may be damaged."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
+    """The checkpoints of a run, oldest first; some may be damaged.
+
+    Raises:
+        OSError: Their folder cannot be read, and is no folder without checkpoints.
+    """
+    try:  # not `glob`, which finds nothing in a folder that it may not read
+        found = [*(run / "checkpoints").iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = re.compile(r"step-\d+", re.ASCII)
+    return sorted(path for path in found if names.fullmatch(path.name))
 
 
 def find_checkpoint(path: str | Path) -> Path:

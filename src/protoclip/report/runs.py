@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from protoclip.config import Config
 from protoclip.evaluation.compare import read_results
-from protoclip.files import read_json, read_toml
+from protoclip.files import has_changed, read_json, read_toml
 from protoclip.models import loading
+from protoclip.terminal import say
 from protoclip.training.run import flat
 
 Numbers = npt.NDArray[np.float64]
@@ -193,6 +194,8 @@ def read_sweep(path: Path) -> dict[str, Any] | None:
     """The chosen alpha and each point's scores by data set; None without a whole sweep."""
     try:
         found = read_json(path)
+        if has_changed(found):  # people may edit it
+            say(f"warning: {path}: not what the run wrote: its checksum differs")
         points = [
             {
                 "alpha": float(point["alpha"]),

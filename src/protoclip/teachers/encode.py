@@ -313,7 +313,9 @@ def claim(
     for key, value in settings.items():
         if (old := facts.get(key)) != value:
             raise ValueError(f"{out}: was made with {key} {old}, not {value}; choose another --out")
-    if "rows" not in facts:
+    if "rows" in facts:  # parts stay if the process was killed, or could not remove them
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+    else:
         (out / PARTS).mkdir(exist_ok=True)
     return facts, sorted((out / PARTS).glob("*.npz"))
 
@@ -455,7 +457,7 @@ def write(
         mean, axes, facts["variance_kept"] = fit_pca(features, width)
         features = ((block.astype(np.float64) - mean) @ axes.T for block in blocks())
     facts = store.write_folder(out, ids, features, facts)
-    shutil.rmtree(out / PARTS)
+    shutil.rmtree(out / PARTS, ignore_errors=True)  # or the next call does
     return facts
 
 

@@ -99,10 +99,13 @@ class TeacherFeatures:
         """Features that are not in a teacher folder.
 
         Raises:
-            ValueError: Duplicate ids, features that are not finite, or another number of ids.
+            ValueError: Duplicate ids, features that are not finite real numbers, or another number
+                of ids.
         """
         if len(sample_ids) != len(features):
             raise ValueError(f"{name}: {len(sample_ids)} sample ids for {len(features)} features")
+        if features.dtype.kind not in "fiu":
+            raise ValueError(f"{name}: holds {features.dtype} values; features are real numbers")
         # A sum is finite if all its terms are, and needs no memory.
         if broken := int((~np.isfinite(features.sum(1, dtype=np.float64))).sum()):
             raise ValueError(f"{name}: {broken} of {len(features)} features are not finite")

@@ -15,7 +15,14 @@ from torch import Tensor
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation.suite import RECALLS
-from protoclip.files import read_json, replacing, to_json, write_atomically
+from protoclip.files import (
+    read_json,
+    read_sealed,
+    replacing,
+    sealed,
+    to_json,
+    write_atomically,
+)
 from protoclip.models import loading, lora
 from protoclip.progress import Progress
 from protoclip.terminal import say
@@ -174,8 +181,7 @@ class WiseFT:
         """The points of a complete sweep of this run, on each rank."""
 
         def read() -> list[Point]:
-            path = run.folder / FILE
-            record = read_json(path) if path.is_file() else {}
+            record = read_record(run.folder) if (run.folder / FILE).is_file() else {}
             of_this = record.get("steps") == run.trainer.step
             return list(record["points"]) if of_this else []
 
@@ -193,8 +199,22 @@ class WiseFT:
         write_model(run.folder, weights, description, run.writer.text_files)
         # Those of another alpha; on a full disk they stay, with their model.
         (run.folder / "results.json").unlink(missing_ok=True)
-        write_atomically(run.folder / FILE, to_json(record, indent=2) + "\n")
+        write_atomically(run.folder / FILE, to_json(sealed(record), indent=2) + "\n")
         draw(record, run.folder / FIGURE)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `wise_ft.json` in a run folder holds.
+
+    Raises:
+        ValueError: It is damaged or missing; names it.
+    """
+    try:
+        return read_sealed(folder / FILE)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; remove it and results.json beside it, and --resume auto makes both again"
+        ) from error
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:

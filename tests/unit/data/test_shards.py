@@ -8,12 +8,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from braceexpand import braceexpand
 from tars import facts, index, numbered, write_tar
 
 from protoclip.data import shards
 from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample
-from protoclip.data.shards import expand_shards, shard_stem
+from protoclip.data.shards import expand_shards, number_of_names, shard_stem
 from protoclip.data.stream import read_shard
 
 IMAGE = b"image"
@@ -257,6 +258,28 @@ def test_ids_over_several_shards(tmp_path: Path, cache: Path) -> None:
     again = write_tar(tmp_path / "other" / "a.tar", numbered(0))
     with pytest.raises(ValueError, match=r"has the file name of .*a\.tar"):
         expand_shards(f"{{{one},{again}}}")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("a", "{1..3}", "{3..-2}", "{01..10..3}", "{1..10..-3}", "{1..4..0}", "{a..f}", "{f..a}"),
+        *("{x}", "a,b", "{a,b}{1..4}x{c,}", "{{1..3},{a..d}}.tar", "{{1..2}{1..3},z}", "x{,y}{,,}"),
+        *(r"\{1..3\}", r"{a\,b,c}", "{1..3}{x", "{1..3}}"),
+    ],
+)
+def test_names_are_counted_before_they_are_made(pattern):
+    try:
+        names = [*braceexpand(pattern)]
+    except ValueError:  # braces that do not pair up are refused
+        names = []
+    assert not names or number_of_names(pattern) == len(names)
+
+
+@pytest.mark.parametrize("braces", ["{0..1000000}", "{a..z}" * 5, "{0..%s}" % ("9" * 5000)])
+def test_too_many_names_are_refused_at_once(braces):
+    with pytest.raises(ValueError, match=r"the braces stand for [\d,]+ shards; name fewer$"):
+        expand_shards(f"{braces}.tar")
 
 
 def test_only_new_and_changed_shards_are_indexed(

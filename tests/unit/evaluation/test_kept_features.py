@@ -162,6 +162,24 @@ def test_features_are_computed_once_and_kept(tmp_path):
     assert len(list(tmp_path.glob("*.npy"))) == 4
 
 
+@pytest.mark.parametrize("bad", [{2}, {*NUMBERS}])
+def test_images_that_were_bad_for_a_moment_are_encoded_once_they_are_good(bad, tmp_path):
+    """As those behind URLs, whose key stays the same without a network."""
+    images = Solid("x", NUMBERS, bad)
+    own = encoder(Knowing(), cache=tmp_path)
+    if len(bad) < len(NUMBERS):
+        assert len(own.images(images, stage="x").bad) == len(bad)
+    else:
+        with pytest.raises(ValueError, match="no image can be used"):
+            own.images(images, stage="x")
+    images.bad = set()
+    for _ in range(2):
+        again = encoder(Knowing(), cache=tmp_path)
+        found = again.images(images, stage="x")
+        assert (len(found.features), found.bad) == (len(NUMBERS), [])
+    assert again.model.calls["image"] == 1  # of the key alone
+
+
 @pytest.mark.parametrize("damage", ["features", "facts", "shorter", "unlisted"])
 def test_damaged_features_are_computed_anew(damage, tmp_path):
     images = Solid("x", NUMBERS)

@@ -268,6 +268,8 @@ def test_a_killed_pass_goes_on_after_its_last_part(tmp_path):
     run(resumed, pairs(captions), tmp_path / "t", width=5)
     assert sorted(resumed.captions) == sorted(captions[20:])
     assert content(tmp_path / "t") == content(tmp_path / "whole")
+    (tmp_path / "t" / "parts").mkdir()  # as a kill leaves it that comes at the very end
+    (tmp_path / "t" / "parts" / "000000.npz").write_bytes(b"a part")
     run(again, pairs(captions), tmp_path / "t", width=5)
     assert again.captions == []
     assert content(tmp_path / "t") == content(tmp_path / "whole")

@@ -105,6 +105,23 @@ def test_a_flipped_bit_is_noticed_wherever_weights_are_loaded(name, tmp_path):
         loading.model(replace(tiny_model(), start=str(folder)), seed=0)
 
 
+def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(tmp_path, monkeypatch):
+    """A run would begin again, and cut its log. (The superuser may read everything.)"""
+    assert checkpoints(tmp_path) == []
+    (tmp_path / "checkpoints" / "step-000000001").mkdir(parents=True)
+    real = os.listdir
+
+    def refuse(path: Any) -> list[str]:
+        if str(path).endswith("checkpoints"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for find in (checkpoints, loading.find_checkpoint, lambda p: checkpoint.newest_intact(p, [])):
+        with pytest.raises(PermissionError, match="checkpoints"):
+            find(tmp_path)
+
+
 def test_what_killed_processes_left_is_removed(tmp_path):
     """Half a checkpoint may be large. What is whole stays, and so does the lock."""
     kept = [tmp_path / ".lock", tmp_path / "checkpoints" / "step-000000002" / "state.json"]
