@@ -464,7 +464,7 @@ class Scene:
                 differ = [text for text in differ if not text.endswith(LISTS_OF_BAD)]
             wrong += [f"the next call: {text}" for text in differ]
         wrong += [what for _, what in invalid(self.folder, torn=False)]
-        killed = first.code < 0
+        killed = first.code < 0 or fault.kind in ("read-only", "permission")  # cannot remove it
         wrong += [f"left behind: {name}" for name in leftovers(self.folder, killed=killed)]
         return first, second, [text for text in wrong if text]
 
@@ -582,7 +582,8 @@ def is_hidden(path: Path, folder: Path) -> bool:
 def leftovers(folder: Path, *, killed: bool) -> list[str]:
     """Hidden files but locks, after a call that went well.
 
-    What a killed process had begun stays where another process may be writing at the same time.
+    What a process had begun that was killed, or could not remove it, stays where another process
+    may be writing at the same time.
     """
     hidden = (path for path in folder.rglob(".*") if not path.name.endswith(".lock"))
     names = (path.relative_to(folder).as_posix() for path in hidden)

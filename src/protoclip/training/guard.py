@@ -171,8 +171,12 @@ BAD: Mapping[str, tuple[Callable[[int, float], bool], str]] = {
 def out_of_memory(error: BaseException) -> str | None:
     """One line that names the settings to lower, if the error says that memory ran out."""
     text = str(error)
-    # What PyTorch's allocator says, and the system when a file is mapped into memory.
-    on_host = ("DefaultCPUAllocator: can't allocate memory", "Cannot allocate memory")
+    # What PyTorch's allocator says, the system when a file is mapped into memory, and oneDNN.
+    on_host = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "Cannot allocate memory",
+        "could not create a primitive",
+    )
     if isinstance(error, MemoryError) or any(words in text for words in on_host):
         where, others = "", "episodes.size, data.cache_gb or data.workers"
     elif isinstance(error, RuntimeError) and (

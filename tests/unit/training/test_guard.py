@@ -171,6 +171,7 @@ def allocation_error() -> RuntimeError:
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "on the device"),
         (allocation_error(), "data.cache_gb"),
         (RuntimeError("unable to mmap 9 bytes from file </x>: Cannot allocate memory (12)"), "_gb"),
+        (RuntimeError("could not create a primitive"), "data.cache_gb"),  # oneDNN
         (MemoryError(), "data.workers"),
         (RuntimeError("shapes do not fit"), None),
         (KeyboardInterrupt(), None),
