@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, their checksums, and JSON that every parser reads."""
 
+import errno
 import hashlib
 import json
 import math
@@ -38,8 +39,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` when the block ends without an error.
 
     Raises:
-        OSError: The file cannot be written; names `path`.
+        OSError: The file cannot be written, or what is there is a device or a pipe; names `path`.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # root could replace /dev/null
+        raise FileExistsError(errno.EEXIST, "Is a device or a pipe", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):

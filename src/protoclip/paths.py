@@ -141,6 +141,8 @@ def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "")
         raise ValueError(f"{where}: is a link that leads nowhere; choose another place")
     if place.is_dir() and not is_folder:
         raise ValueError(f"{where}: is a folder; name a file in it")
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise ValueError(f"{where}: is a device or a pipe; choose another place")
     if not path.lower().endswith(suffix):
         raise ValueError(f"{where}: needs a name that ends in {suffix}")
     for above in (place, *place.parents) if is_folder else place.parents:

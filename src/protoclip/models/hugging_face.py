@@ -1,5 +1,6 @@
 """CLIP, SigLIP and dual encoders of Hugging Face `transformers`, as tower pairs."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -257,7 +258,8 @@ def untrained(config: Any) -> Any:
 def library_config(description: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
-    settings = dict(description["transformers"])
+    # A copy: transformers 5.8 takes names out of the settings of the two towers.
+    settings = copy.deepcopy(description["transformers"])
     return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
 
 

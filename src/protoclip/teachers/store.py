@@ -94,7 +94,7 @@ class TeacherFeatures:
 
     @classmethod
     def in_memory(
-        cls, *, name: str, sample_ids: Sequence[str], features: Features
+        cls, *, name: str, sample_ids: Sequence[str], features: npt.NDArray[Any]
     ) -> "TeacherFeatures":
         """Features that are not in a teacher folder.
 

@@ -158,7 +158,7 @@ def test_moved_pairs_are_those_of_other_groups() -> None:
     second = make_atlas(clustered(swapped=(5, 30)), heads=None, number=CLUSTERS, seed=7)
     assert len(moved(first, second, "image").pairs) == 0
     found = moved(first, second, "text")
-    assert found.pairs[:, 0].tolist() == [5, 30]
+    assert sorted(found.pairs[:, 0].tolist()) == [5, 30]
     assert found.common == CLUSTERS * EACH
 
 
@@ -183,7 +183,7 @@ def test_moved_pairs_of_models_that_read_different_pairs() -> None:
     rows = [row for row in range(CLUSTERS * EACH) if row != 2]
     second = make_atlas(subset(whole, rows), heads=None, number=CLUSTERS)
     found = moved(first, second, "text")
-    assert found.pairs.tolist() == [[5, 4], [30, 29]]
+    assert sorted(found.pairs.tolist()) == [[5, 4], [30, 29]]
 
 
 def exact(rows: torch.Tensor, queries: torch.Tensor, number: int) -> torch.Tensor:

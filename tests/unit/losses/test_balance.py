@@ -138,7 +138,7 @@ def test_a_run_balances_unless_told_not_to(tmp_path, monkeypatch):
         protoclip.train(each)
         lines = [json.loads(line) for line in (Path(each.run.out) / "metrics.jsonl").open()]
         found[each.loss.strengths] = [
-            line["train/balance/image"] for line in lines if "train/balance/image" in line
+            line["train/balance/text"] for line in lines if "train/balance/text" in line
         ]
         pull[each.loss.strengths] = [
             line["train/pull/text"] for line in lines if "train/pull/text" in line
