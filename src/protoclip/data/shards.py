@@ -63,21 +63,28 @@ class Member(tarfile.TarInfo):
 
     data: bytes | None = None
 
+    # Not `frombuf`, which Python 3.13.5 does not call.
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Member":
+    def fromtarfile(cls, tar: Any) -> "Member":
+        buf = tar.fileobj.read(tarfile.BLOCKSIZE)
         if len(buf) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError(NOT_ENOUGH)
-        if member := cls._plain(bytes(buf), encoding, errors):
-            return member
-        try:
-            member = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError:
-            if not any(buf):
-                raise  # the end of the tar
-            raise tarfile.ReadError("damaged header") from None
+        member = cls._plain(buf, tar.encoding, tar.errors)
+        if member is None:
+            try:
+                member = cls.frombuf(buf, tar.encoding, tar.errors)
+            except tarfile.HeaderError:
+                if not any(buf):
+                    raise  # the end of the tar
+                raise tarfile.ReadError("damaged header") from None
+        member.offset = tar.fileobj.tell() - tarfile.BLOCKSIZE
+        return member._proc_member(tar)
+
+    def _proc_member(self, tar: Any) -> "Member":
         # A header that brings a long name is read into memory, whatever size it claims to have.
-        if member.type in b"xgXLK" and not 0 <= member.size <= MAX_NAME_BYTES:
+        if self.type in b"xgXLK" and not 0 <= self.size <= MAX_NAME_BYTES:
             raise tarfile.ReadError("damaged header")
+        member: Member = super()._proc_member(tar)  # type: ignore[misc]
         return member
 
     @classmethod

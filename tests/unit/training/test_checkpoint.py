@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,14 @@ def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(tmp_path, monke
     """A run would begin again, and cut its log. (The superuser may read everything.)"""
     assert checkpoints(tmp_path) == []
     (tmp_path / "checkpoints" / "step-000000001").mkdir(parents=True)
-    real = os.listdir
+    real = Path.iterdir
 
-    def refuse(path: Any) -> list[str]:
-        if str(path).endswith("checkpoints"):
+    def refuse(path: Path) -> Iterator[Path]:
+        if path.name == "checkpoints":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     for find in (checkpoints, loading.find_checkpoint, lambda p: checkpoint.newest_intact(p, [])):
         with pytest.raises(PermissionError, match="checkpoints"):
             find(tmp_path)
