@@ -82,7 +82,8 @@ class Member(tarfile.TarInfo):
 
     def _proc_member(self, tar: Any) -> "Member":
         # A header that brings a long name is read into memory, whatever size it claims to have.
-        if self.type in b"xgXLK" and not 0 <= self.size <= MAX_NAME_BYTES:
+        is_name = self.type in b"xgXLK"
+        if self.size < 0 or (is_name and self.size > MAX_NAME_BYTES):
             raise tarfile.ReadError("damaged header")
         member: Member = super()._proc_member(tar)  # type: ignore[misc]
         return member
