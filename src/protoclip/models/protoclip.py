@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.export
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ class Embeddings:
     logit_scale: Float[Tensor, ""]
     prototype_logit_scale: Float[Tensor, ""]
     logit_bias: Float[Tensor, ""] | None = None
+
+
+# Or FSDP of PyTorch 2.10 and earlier would not find the tensors of an output.
+torch.export.register_dataclass(Embeddings)
 
 
 def to_float(values: Tensor) -> Tensor:
