@@ -451,8 +451,8 @@ class Scene:
             differ = self.differences(command, fresh=fresh)
             # What is not needed any more, and cannot be removed, the next call removes.
             wrong += [f"success, but {text}" for text in differ if "/parts/" not in text]
-        if first.gone and not (self.folder / first.gone).exists():
-            (self.folder / first.gone).write_bytes(before.get(first.gone, b""))
+        if first.gone in before and not (self.folder / first.gone).exists():
+            (self.folder / first.gone).write_bytes(before[first.gone])
         second = call(self.words(command, fresh=fresh), Injector(str(self.folder)))
         if (command, first.code) != ("export", 0):  # that folder exists by then
             wrong += [second.problem, f"the next call: {second.last}" if second.code else ""]

@@ -259,6 +259,7 @@ COMMANDS_ON_RUNS = (
     ("export", "{}", "{out}/exported", "--formats", "open_clip"),
     ("train", "--config", "{data}/recipe.toml", "--run.out", "{}", "--resume", "auto"),
     ("train", "--config", "{data}/recipe.toml", "--run.out", "{out}/n", "--model.start", "{}"),
+    ("finetune", "{}", "--config", "{data}/recipe.toml", "--run.out", "{out}/tuned"),
     ("explore", "{}", "--static", "{out}/pages", "--workers", "0"),
 )
 

@@ -71,6 +71,7 @@ class Analyze:
         if len({(analysis["data"], analysis["groups"]) for analysis in found}) > 1:
             note("the runs differ in data or in the number of groups; see --data and --groups")
         for stem, analysis in zip(stems, found, strict=True):
+            stem.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(f"{stem}.json"), to_json(analysis, indent=2) + "\n")
         labels = names(found)
         if self.json:
@@ -85,7 +86,6 @@ class Analyze:
         if self.out is None:
             return [folder / "analysis" for folder in folders]
         out, given = Path(self.out), Counter[str]()
-        out.mkdir(parents=True, exist_ok=True)
         stems = []
         for folder in folders:
             name = folder.resolve().name
