@@ -487,7 +487,7 @@ class Scene:
     def differences(self, command: str, *, fresh: bool, without: Sequence[str] = ()) -> list[str]:
         """Between what a command made and what it makes undisturbed."""
         found, expected = self.made(command, fresh=fresh), self.expected[command, fresh]
-        names = sorted(found.keys() | expected.keys() - {*without})
+        names = sorted((found.keys() | expected.keys()) - {*without})
         return [f"another {n}" for n in names if found.get(n, b"") != expected.get(n, b"")][:3]
 
     def without_some(self, command: str, fault: Fault, ended: Outcome) -> list[str]:
