@@ -13,6 +13,7 @@ from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers
 FOLDER = "onnx"
 LEAST_OPSET = 18  # the oldest that torch exports to
 LARGEST = 1_900_000_000  # bytes of weights that fit into one file
+LARGEST_BATCH = 2**31 - 1  # some limit: without one PyTorch 2.7 refuses masks of transformers 5.8
 
 
 class ImageGraph(nn.Module):
@@ -65,7 +66,7 @@ def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
 
 
 def save(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, opset: int) -> None:
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=LARGEST_BATCH)
     torch.onnx.export(
         module.eval(),
         tuple(inputs.values()),
