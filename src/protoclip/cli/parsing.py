@@ -62,7 +62,7 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
                 kind, args=words, registry=REGISTRY, return_unknown_args=True, add_help=False
             )
         except SystemExit:
-            found = re.search(r"Missing value for argument '(.+?)'", said.getvalue())
+            found = re.search(r"Missing value for argument '\(?'?(.+?)'", said.getvalue())
             raise ValueError(f"{found[1]}: needs a value" if found else said.getvalue()) from None
     for word in rest:
         if word.startswith("-"):

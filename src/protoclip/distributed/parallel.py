@@ -185,12 +185,19 @@ def load_moments(
     given: dict[str, Any] = {}
     if rank() == 0:
         given = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
-    # Before it loads, torch makes moments for every parameter by a step with learning rate 0.
+    # PyTorch 2.9 looks for moments of every parameter that trains, also of those that have none yet.
+    named = [*model.named_parameters()]
+    new = [parameter for name, parameter in named if f"{name}/step" not in known]
+    training = [parameter for parameter in new if parameter.requires_grad]
+    for parameter in training:
+        parameter.requires_grad_(False)
+    # Before it loads, torch makes moments by a step with learning rate 0.
     states.set_optimizer_state_dict(model, optimizer, given, options=from_rank0(strict=False))
-    for name, parameter in model.named_parameters():
-        if f"{name}/step" not in known:
-            optimizer.state.pop(parameter, None)  # not trained yet
-            continue
+    for parameter in training:
+        parameter.requires_grad_(True)
+    for parameter in new:
+        optimizer.state.pop(parameter, None)
+    for parameter in (parameter for name, parameter in named if f"{name}/step" in known):
         for moment, value in optimizer.state[parameter].items():
             if value.ndim and not isinstance(value, DTensor):
                 # Fused AdamW walks through memory, so moments need their parameter's order there.
