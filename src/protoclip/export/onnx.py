@@ -13,7 +13,6 @@ from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers
 FOLDER = "onnx"
 LEAST_OPSET = 18  # the oldest that torch exports to
 LARGEST = 1_900_000_000  # bytes of weights that fit into one file
-LARGEST_BATCH = 2**31 - 1  # some limit: without one PyTorch 2.7 refuses masks of transformers 5.8
 
 
 class ImageGraph(nn.Module):
@@ -66,14 +65,13 @@ def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
 
 
 def save(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, opset: int) -> None:
-    batch = torch.export.Dim("batch", max=LARGEST_BATCH)
     torch.onnx.export(
         module.eval(),
         tuple(inputs.values()),
         str(path),
         input_names=list(inputs),
         output_names=[output],
-        dynamic_shapes={name: {0: batch} for name in inputs},
+        dynamic_shapes={name: {0: "batch"} for name in inputs},
         opset_version=opset,
         external_data=sum(value.nbytes for value in module.state_dict().values()) > LARGEST,
         dynamo=True,

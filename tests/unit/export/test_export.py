@@ -21,7 +21,7 @@ import protoclip
 from protoclip.cli import main
 from protoclip.config import ImageTowerConfig, ModelConfig
 from protoclip.evaluation.samples import IMAGE_COLUMNS, SampleResults
-from protoclip.export import huggingface, run
+from protoclip.export import huggingface, onnx, run
 from protoclip.export.card import write_prototypes
 from protoclip.export.source import open_source
 from protoclip.files import to_json
@@ -317,12 +317,20 @@ def test_what_transformers_js_reads(reference, tmp_path):
     ("save", "formats"), [(save_siglip, ["hf"]), (save_dual_encoder, ["hf", "onnx"])]
 )
 def test_a_hugging_face_model_comes_out_again(save, formats, tmp_path):
-    """ONNX has a mask where the text tower must not read padding."""
+    """ONNX has a mask where the text tower must not read padding, and takes one caption too."""
     save(tmp_path / "in")
     facts = protoclip.export(f"hf:{tmp_path / 'in'}", tmp_path / "out", formats)
     assert [*facts["differences"]] == [*formats, "protoclip"]
     for found in facts["differences"].values():
         assert max(found.values()) < 1e-5
+    if "onnx" in formats:
+        _, transform, tokenizer = protoclip.load(tmp_path / "out")
+        images = torch.stack([transform(image) for image in IMAGES[:2]])
+        tokens = tokenizer(TEXTS[:2])
+        both = onnx.features(tmp_path / "out", images, tokens)
+        one = onnx.features(tmp_path / "out", images[:1], tokens[:1])
+        assert_close(one.image, both.image[:1])
+        assert_close(one.text, both.text[:1])
     with pytest.raises(ValueError, match="not as open_clip: its towers are Hugging Face's"):
         protoclip.export(f"hf:{tmp_path / 'in'}", tmp_path / "other", ["open_clip"])
 
