@@ -185,19 +185,20 @@ def load_moments(
     given: dict[str, Any] = {}
     if rank() == 0:
         given = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
-    # PyTorch 2.9 looks for moments of every parameter that trains, also of those that have none yet.
     named = [*model.named_parameters()]
+    trained = [parameter for name, parameter in named if f"{name}/step" in known]
     new = [parameter for name, parameter in named if f"{name}/step" not in known]
-    training = [parameter for parameter in new if parameter.requires_grad]
-    for parameter in training:
+    # PyTorch 2.9 looks for moments of all that trains, also of what has not trained yet.
+    waiting = [parameter for parameter in new if parameter.requires_grad]
+    for parameter in waiting:
         parameter.requires_grad_(False)
     # Before it loads, torch makes moments by a step with learning rate 0.
     states.set_optimizer_state_dict(model, optimizer, given, options=from_rank0(strict=False))
-    for parameter in training:
+    for parameter in waiting:
         parameter.requires_grad_(True)
     for parameter in new:
         optimizer.state.pop(parameter, None)
-    for parameter in (parameter for name, parameter in named if f"{name}/step" in known):
+    for parameter in trained:
         for moment, value in optimizer.state[parameter].items():
             if value.ndim and not isinstance(value, DTensor):
                 # Fused AdamW walks through memory, so moments need their parameter's order there.
