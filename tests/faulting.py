@@ -448,7 +448,8 @@ class Scene:
         wrong += [what for path, what in invalid(self.folder) if path != first.gone]
         # A page says itself which examples it cannot show.
         shows_less = command == "report" and fault.kind in WITHOUT_IMAGES
-        without = () if NO_CAPTIONS not in first.said else ("exported/prototypes.json",)
+        no_captions = NO_CAPTIONS in first.said and first.code == 0 and fault.kind not in HARMLESS
+        without = ("exported/prototypes.json",) if no_captions else ()
         if first.code == 0 and not first.left_out and not shows_less:
             differ = self.differences(command, fresh=fresh, without=without)
             # What is not needed any more, and cannot be removed, the next call removes.
