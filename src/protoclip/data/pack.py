@@ -157,6 +157,7 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
     with (out / SKIPPED).open("ab") as skipped:
         skipped.truncate(last["skipped_bytes"])
+        skipped.seek(0, os.SEEK_END)  # truncating does not move there, and `tell` is kept below
         while not manifest["complete"]:
             path = out / f"{len(shards):05d}.tar"
             samples = size = 0

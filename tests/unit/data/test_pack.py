@@ -14,7 +14,7 @@ from tars import facts, index
 
 from protoclip.data import pack as packing
 from protoclip.data.pack import JPEG_QUALITY, Packed, pack
-from protoclip.data.pairs import ImageTextPairs, Pairs, Sample
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample
 from protoclip.data.stream import read_shard
 from protoclip.testing import tiny_pairs
 
@@ -208,6 +208,30 @@ def test_a_run_killed_between_any_two_renames_resumes(
     for folder in (out, whole):
         assert pack(with_holes(), folder, samples_per_shard=6) == packed
         assert content(folder) == before
+
+
+def test_what_was_skipped_in_an_unfinished_shard_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be read for a moment may be readable when the same command goes on."""
+
+    def unreadable(pairs: ImageTextPairs, row: int) -> Sample:
+        raise BadSample(str(row), f"image {row}", "cannot be read")
+
+    def failing(_: int) -> None:
+        if skipped.exists():  # the manifest has been written by then
+            raise OSError(5, "Input/output error")
+
+    skipped = tmp_path / "resumed" / "skipped.jsonl"
+    pack(source(), tmp_path / "whole", samples_per_shard=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTextPairs, "sample", unreadable)
+        patch.setattr("os.fsync", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            pack(source(), tmp_path / "resumed", samples_per_shard=5)
+    assert skipped.stat().st_size > 0
+    pack(source(), tmp_path / "resumed", samples_per_shard=5)
+    assert content(tmp_path / "resumed") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
