@@ -188,7 +188,7 @@ def load_moments(
     named = [*model.named_parameters()]
     trained = [parameter for name, parameter in named if f"{name}/step" in known]
     new = [parameter for name, parameter in named if f"{name}/step" not in known]
-    # PyTorch 2.9 looks for moments of all that trains, also of what has not trained yet.
+    # PyTorch 2.9 asks for moments of every parameter that trains, so those without are frozen.
     waiting = [parameter for parameter in new if parameter.requires_grad]
     for parameter in waiting:
         parameter.requires_grad_(False)
