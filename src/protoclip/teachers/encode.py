@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import timm
@@ -36,7 +36,8 @@ from protoclip.models import loading, references
 from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
 from protoclip.teachers import store
-from protoclip.teachers.store import Features, TeacherFeatures
+from protoclip.teachers.store import TeacherFeatures
+from protoclip.teachers.whiten import Features, fit_pca
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -459,21 +460,3 @@ def write(
     facts = store.write_folder(out, ids, features, facts)
     shutil.rmtree(out / PARTS, ignore_errors=True)  # or the next call does
     return facts
-
-
-def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features, float]:
-    """Exact PCA in one pass, by sums in float64.
-
-    Returns the mean `(q,)`, the axes `(width, q)` by falling variance (the largest coordinate of
-    each is positive), and the share of the variance along them.
-    """
-    count, total, outer = 0, cast(Any, 0), cast(Any, 0)
-    for block in blocks:
-        rows = block.astype(np.float64)
-        count, total, outer = count + len(rows), total + rows.sum(0), outer + rows.T @ rows
-    mean = total / count
-    variances, vectors = np.linalg.eigh(outer / count - np.outer(mean, mean))
-    axes = vectors.T[::-1][:width]
-    axes = axes * np.sign(axes[np.arange(width), np.abs(axes).argmax(1)])[:, None]
-    everything = max(float(variances.sum()), np.finfo(np.float64).tiny)
-    return mean, axes, float(np.clip(variances[-width:].sum() / everything, 0, 1))

@@ -39,12 +39,13 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
+from protoclip.teachers.whiten import Features, Whitening
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 FILES = (".npy", ".parquet")  # of a user's own features
+SAMPLE = 2**14  # rows that a whitening is fitted to
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
-Features = npt.NDArray[np.floating]
 
 
 def hash_ids(sample_ids: Iterable[str]) -> npt.NDArray[np.uint64]:
@@ -77,8 +78,11 @@ def row_checksums(
 class TeacherFeatures:
     """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages.
 
-    `checksums`, if given, are `row_checksums` of the features.
+    `checksums`, if given, are `row_checksums` of the features. `whitening`, once `whiten` was
+    called, is applied to what is looked up.
     """
+
+    whitening: Whitening | None = None
 
     def __init__(
         self,
@@ -142,8 +146,25 @@ class TeacherFeatures:
             )
         return int(missing.sum())
 
-    def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
+    def whiten(self, width: int) -> None:
+        """Whiten what is looked up from now on, by a sample of the rows. Equal rows stay so.
+
+        Damaged rows have no part in it; `lookup` tells of them when it meets one.
+        """
+        # Hashes are as good as random, so every so many of them are a fair sample.
+        step = max(1, len(self.hashes) // SAMPLE)
+        order = np.argsort(self.rows[::step])
+        hashes, rows = self.hashes[::step][order], self.rows[::step][order]
+        read = self.features[rows]
+        if self.checksums is not None:
+            read = read[row_checksums(hashes, read) == self.checksums[rows]]
+        if (read != read[:1]).any():
+            self.whitening = Whitening.fit(torch.from_numpy(read.astype(np.float32)), width)
+
+    def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m _"]:
         """Features of these samples in this order, as float32; a row of NaN for one without.
+
+        They are whitened if `whiten` was called.
 
         Raises:
             ValueError: One of them is not what was written.
@@ -167,7 +188,8 @@ class TeacherFeatures:
         # Random reads would pile up pages in this process. The system's cache keeps them.
         if isinstance(self.features.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             self.features.base.madvise(mmap.MADV_DONTNEED)
-        return torch.from_numpy(found)
+        features = torch.from_numpy(found)
+        return features if self.whitening is None else self.whitening(features)
 
 
 def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> TeacherFeatures:
@@ -331,6 +353,8 @@ def teachers(
             found[name] = TeacherFeatures.in_memory(name=name, sample_ids=ids, features=features)
         else:
             found[name] = read_teacher(teacher.features)
+        if teacher.whiten:
+            found[name].whiten(teacher.whiten)
         if isinstance(samples, Pairs) and (missing := found[name].missing(samples.sample_ids())):
             note(
                 f"{name}: no features of {missing} of {len(samples)} training samples, which its "

@@ -137,6 +137,7 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
         decide("loss.strengths", "constant")
         decide("loss.teacher", 1.0)
         if features == "start":
+            decide("teacher.whiten", 0)
             decide("episodes.warm_up", 0)  # its features are good from the beginning
         if not has_heads(config.model):
             decide("optim.heads_lr_scale", 1.0)

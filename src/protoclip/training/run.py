@@ -12,6 +12,7 @@ import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -377,7 +378,10 @@ class Run:
                 self.folder / "start_features",
                 autocast=self.trainer.autocast,
             )
-            self.trainer.source.teachers |= dict.fromkeys(names, features)
+            for name in names:
+                self.trainer.source.teachers[name] = own = copy(features)
+                if width := self.config.external_teachers[name].whiten:
+                    own.whiten(width)
 
     def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
         """K-means with the settings of a space."""

@@ -24,8 +24,9 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.distributed import collectives
 from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
 from protoclip.teachers import encode
-from protoclip.teachers.encode import Encoder, embed_teacher, fit_pca, open_encoder
+from protoclip.teachers.encode import Encoder, embed_teacher, open_encoder
 from protoclip.teachers.store import read_teacher
+from protoclip.teachers.whiten import fit_pca
 from protoclip.testing import run_distributed
 
 CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"]
@@ -356,20 +357,6 @@ def test_each_sample_of_a_stream_is_encoded_once(tmp_path):
     assert (facts["rows"], facts["bad"]) == (6, 1)
     found = read_teacher(tmp_path / "t").lookup([f"s/{number}" for number in range(7)])
     assert found.isnan().all(1).tolist() == [number == 2 for number in range(7)]
-
-
-@pytest.mark.parametrize("width", [3, 8])
-def test_pca_equals_the_svd_of_centred_rows(width):
-    """Block by block, also if one is empty."""
-    generator = np.random.default_rng(0)
-    features = generator.normal(size=(90, 8)) @ generator.normal(size=(8, 8)) + 9
-    mean, axes, kept = fit_pca(iter(np.array_split(features, [0, 3, 40, 41])), width)
-    centred = features - features.mean(0)
-    _, scale, expected = np.linalg.svd(centred, full_matrices=False)
-    ours, theirs = (features - mean) @ axes.T, centred @ expected[:width].T
-    np.testing.assert_allclose(ours, theirs * np.sign((ours * theirs).sum(0)), atol=1e-7)
-    assert kept == pytest.approx((scale[:width] ** 2).sum() / (scale**2).sum())
-    assert (axes[np.arange(width), np.abs(axes).argmax(1)] > 0).all()
 
 
 def make(out: Path, width: int | None) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""PCA of a teacher's features, and whitening, which makes all directions count alike.
+
+Distances between features are ruled by the few directions in which they vary most. In those of a
+sentence encoder that is what all captions are about, so K-means divides by it again and again, and
+hardly by what only some captions say.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Features = npt.NDArray[np.floating]
+LEAST_VARIANCE = 1e-6  # of the largest: directions with less are rounding errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitening:
+    """Moves features to mean 0, keeps some directions at equal variance, and scales to unit norm.
+
+    So were features prepared for K-means in DeepCluster (Caron et al. 2018, arXiv 1807.05520).
+    """
+
+    mean: Float[Tensor, " q"]
+    axes: Float[Tensor, "q w"]
+
+    @classmethod
+    def fit(cls, features: Float[Tensor, "n q"], width: int) -> "Whitening":
+        """Whitening by the `width` directions in which these rows vary most, or by all there are.
+
+        >>> rows = torch.tensor([[9.0, 1.0], [9.0, -1.0], [-9.0, 1.0], [-9.0, -1.0]])
+        >>> (Whitening.fit(rows, 2)(rows) * 2**0.5).round().abs().tolist()[0]
+        [1.0, 1.0]
+        """
+        rows = features.double().numpy()
+        mean, axes, _ = fit_pca([rows], min(width, rows.shape[1]))
+        variances = ((rows - mean) @ axes.T).var(0)
+        kept = variances > LEAST_VARIANCE * variances.max()
+        scaled = axes[kept].T / np.sqrt(variances[kept])
+        return cls(mean=torch.from_numpy(mean).float(), axes=torch.from_numpy(scaled).float())
+
+    def __call__(self, features: Float[Tensor, "n q"]) -> Float[Tensor, "n w"]:
+        """These rows whitened. A row of NaN stays one."""
+        return F.normalize((features - self.mean) @ self.axes)
+
+
+def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features, float]:
+    """Exact PCA in one pass, by sums in float64.
+
+    Returns the mean `(q,)`, the axes `(width, q)` by falling variance (the largest coordinate of
+    each is positive), and the share of the variance along them.
+    """
+    count, total, outer = 0, cast(Any, 0), cast(Any, 0)
+    for block in blocks:
+        rows = block.astype(np.float64)
+        count, total, outer = count + len(rows), total + rows.sum(0), outer + rows.T @ rows
+    mean = total / count
+    variances, vectors = np.linalg.eigh(outer / count - np.outer(mean, mean))
+    axes = vectors.T[::-1][:width]
+    axes = axes * np.sign(axes[np.arange(width), np.abs(axes).argmax(1)])[:, None]
+    everything = max(float(variances.sum()), np.finfo(np.float64).tiny)
+    return mean, axes, float(np.clip(variances[-width:].sum() / everything, 0, 1))

@@ -1,0 +1,76 @@
+"""PCA and whitening of teacher features."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+
+from protoclip.teachers.store import TeacherFeatures, read_teacher, write_folder
+from protoclip.teachers.whiten import Whitening, fit_pca
+
+
+def correlated(rows: int, width: int, *, rank: int | None = None) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    free = generator.normal(size=(rows, rank or width))
+    return free @ generator.normal(size=(rank or width, width)) + 9
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_pca_equals_the_svd_of_centred_rows(width):
+    """Block by block, also if one is empty."""
+    features = correlated(90, 8)
+    mean, axes, kept = fit_pca(iter(np.array_split(features, [0, 3, 40, 41])), width)
+    centred = features - features.mean(0)
+    _, scale, expected = np.linalg.svd(centred, full_matrices=False)
+    ours, theirs = (features - mean) @ axes.T, centred @ expected[:width].T
+    np.testing.assert_allclose(ours, theirs * np.sign((ours * theirs).sum(0)), atol=1e-7)
+    assert kept == pytest.approx((scale[:width] ** 2).sum() / (scale**2).sum())
+    assert (axes[np.arange(width), np.abs(axes).argmax(1)] > 0).all()
+
+
+def test_whitening_is_scikit_learns_scaled_to_unit_norm():
+    features = torch.from_numpy(correlated(500, 12)).float()
+    found = Whitening.fit(features, 5)(features)
+    white = PCA(5, whiten=True).fit_transform(features.double().numpy())
+    expected = F.normalize(torch.from_numpy(white).float())
+    # Axes have no sign of their own, so compare how similar rows are.
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-4, rtol=0)
+
+
+def test_directions_without_variance_are_left_out():
+    """Rounding errors would count as much as what the features say."""
+    features = torch.from_numpy(correlated(90, 12, rank=3)).float()
+    assert Whitening.fit(features, 8)(features).shape == (90, 3)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_teacher_whitens_what_is_looked_up(damaged, tmp_path):
+    """By its sound rows: a damaged one is told of when it is met, and moves no other."""
+    ids = [f"sample/{row}" for row in range(60)]
+    features = correlated(60, 6).astype(np.float16)
+    write_folder(tmp_path, ids, [features], {"teacher": "test"})
+    sound = np.arange(60) != 7
+    if damaged:
+        stored = np.load(tmp_path / "features.npy", mmap_mode="r+")
+        stored[7] = np.nan
+        stored.flush()
+    else:
+        sound[:] = True
+    teacher = read_teacher(tmp_path)
+    teacher.whiten(4)
+    plain = torch.from_numpy(features.astype(np.float32))
+    expected = Whitening.fit(plain[sound], 4)(plain)
+    found = teacher.lookup([ids[3], "nobody", ids[40]])
+    torch.testing.assert_close(found[[0, 2]], expected[[3, 40]], atol=1e-5, rtol=1e-5)
+    assert found[1].isnan().all()
+    if damaged:
+        with pytest.raises(ValueError, match="'sample/7' differs"):
+            teacher.lookup(ids[5:9])
+
+
+def test_equal_features_stay_as_they_are():
+    features = np.ones((5, 3), np.float32)
+    teacher = TeacherFeatures.in_memory(name="mine", sample_ids=list("abcde"), features=features)
+    teacher.whiten(2)
+    assert teacher.lookup(["c"]).tolist() == [[1.0, 1.0, 1.0]]
