@@ -198,7 +198,7 @@ class TeacherConfig:
     number: CountOrZero = 0  # Prototypes of its space; 0: a tenth.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = True  # One-hot targets, as in the paper.
-    whiten: CountOrZero = 64  # Equal directions; 0: as they are.
+    whiten: CountOrZero = 64  # Whiten wider features; 0: none.
 
 
 @dataclass(frozen=True, kw_only=True)

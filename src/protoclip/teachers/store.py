@@ -147,10 +147,13 @@ class TeacherFeatures:
         return int(missing.sum())
 
     def whiten(self, width: int) -> None:
-        """Whiten what is looked up from now on, by a sample of the rows. Equal rows stay so.
+        """Whiten what is looked up from now on, by a sample of the rows, if these are wider.
 
-        Damaged rows have no part in it; `lookup` tells of them when it meets one.
+        Damaged rows have no part in it; `lookup` tells of them when it meets one. Equal rows stay
+        as they are.
         """
+        if self.width <= width:
+            return
         # Hashes are as good as random, so every so many of them are a fair sample.
         step = max(1, len(self.hashes) // SAMPLE)
         order = np.argsort(self.rows[::step])

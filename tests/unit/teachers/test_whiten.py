@@ -69,8 +69,9 @@ def test_a_teacher_whitens_what_is_looked_up(damaged, tmp_path):
             teacher.lookup(ids[5:9])
 
 
-def test_equal_features_stay_as_they_are():
-    features = np.ones((5, 3), np.float32)
+@pytest.mark.parametrize(("width", "equal"), [(3, False), (2, True)])
+def test_narrow_or_equal_features_stay_as_they_are(width, equal):
+    features = np.ones((5, 3), np.float32) if equal else correlated(5, 3).astype(np.float32)
     teacher = TeacherFeatures.in_memory(name="mine", sample_ids=list("abcde"), features=features)
-    teacher.whiten(2)
-    assert teacher.lookup(["c"]).tolist() == [[1.0, 1.0, 1.0]]
+    teacher.whiten(width)
+    assert teacher.lookup(["c"]).tolist() == [features[2].tolist()]
