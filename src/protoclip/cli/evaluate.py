@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 
 from protoclip.config import Count
 from protoclip.files import read_toml, to_json
-from protoclip.paths import require_data_set, require_folder, require_model, require_place
+from protoclip.paths import (
+    require_data_set,
+    require_folder,
+    require_model,
+    require_place,
+    with_options,
+)
 from protoclip.terminal import say
 
 
@@ -146,7 +152,7 @@ def trained_on(reference: str, data: str) -> bool:
         ]
     except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
         return False
-    place = os.path.realpath(data.removeprefix("wds:"))
+    place = os.path.realpath(with_options(data)[0].removeprefix("wds:"))
     return any(os.path.realpath(path) == place for path in trained if isinstance(path, str))
 
 

@@ -83,7 +83,7 @@ def test_the_samples_of_a_finished_run_are_kept(more, made_up, tmp_path, monkeyp
     assert (tmp_path / "results" / "a-test.parquet").is_file() == (not more)
 
 
-@pytest.mark.parametrize("data", ["pairs.tsv", "./pairs.tsv", "other.tsv"])
+@pytest.mark.parametrize("data", ["pairs.tsv", "./pairs.tsv,class_column=kind", "other.tsv"])
 def test_a_run_on_its_own_training_pairs_is_warned_of(data, tmp_path, made_up, monkeypatch, capsys):
     """Also its checkpoint; not a run on other pairs."""
     monkeypatch.chdir(tmp_path)
