@@ -90,6 +90,9 @@ class Evaluate:
             )
 
         with collectives.process_group(device, timeout=timedelta(hours=12)):
+            references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
+            # A later one would else be refused after the first was judged.
+            collectives.raise_on_all_ranks(lambda: [*map(loading.check, references)])
             data = collectives.raise_on_all_ranks(
                 lambda: [
                     datasets.open_data(
@@ -98,7 +101,6 @@ class Evaluate:
                     for reference in self.data or ["emoji"]
                 ]
             )
-            references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             notes = [f"note: {note}" for of in data for note in of.notes]
             notes += [
                 f"warning: {name}: {run} was trained on these pairs and does better on them than "
