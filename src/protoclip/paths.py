@@ -14,6 +14,8 @@ from protoclip.config import START, Config, DataConfig
 # What names something else than a local file or folder, as the beginning of a reference.
 DATA_KINDS = ("pipe:", "hf:", "wds:", "torchvision:", "karpathy:")
 MODEL_KINDS = ("open_clip:", "hf:", "local-dir:", "reference:", "timm:")
+# What may stand behind a data set that judges a model, as in `pairs.tsv,root=images`.
+DATA_OPTIONS = ("class_column=", "root=")
 DATA_HINT = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "
 DATA_HINT += "wds:FOLDER_OR_URL, torchvision:NAME, karpathy:FILE.json"
 MODEL_HINT = "other models are written open_clip:NAME[/TAG], hf:NAME_OR_FOLDER, "
@@ -32,7 +34,7 @@ def require_paths(config: Config) -> None:
         if teacher.features not in ("emoji", START):
             require_file("teacher.features", teacher.features)
     for guard in config.run.guard:
-        require_data_set("run.guard", re.split(r",(?=class_column=|root=)", guard)[0])
+        require_data_set("run.guard", guard)
 
 
 def require_data_paths(data: DataConfig) -> None:
@@ -59,16 +61,41 @@ def require_source(setting: str, path: str) -> None:
 
 
 def require_data_set(setting: str, reference: str) -> None:
-    """As `require_source`, for what may also be the name of a data set.
+    """As `require_source`, for what may also be the name of a data set, with options behind it.
 
     Of a word that is no path, what reads it says where such a data set is to be had.
     """
+    reference, options = with_options(reference, setting)
+    require_folder(f"{setting}: root", options.get("root"))
     known = reference == "emoji" or reference.startswith(DATA_KINDS)
     is_pattern = any(sign in reference for sign in "*{?[")
     is_word = re.fullmatch(r"[\w-]+", reference) and not suggestion(reference)
     if not (known or is_pattern or is_word):
         what = f"no such file, and no reference to a data set ({DATA_HINT})"
         require_path(setting, reference, what)
+
+
+def with_options(reference: str, setting: str = "") -> tuple[str, dict[str, str]]:
+    """A data set that judges a model, and the options behind it, by name.
+
+    Raises:
+        ValueError: There is no such option, or it has no value.
+    """
+    name, *options = re.split(r",(?=\w+=)", reference)
+    own = [option for option in options if option.startswith(DATA_OPTIONS)]
+    others = [option for option in options if option not in own]
+    where, place = f"{setting}: " if setting else "", ",".join([name, *others])
+    if (options and not name) or any(option.endswith("=") for option in own):
+        raise ValueError(f"{where}'{reference}' is not complete; give REF,class_column=NAME")
+    # Names on the hub have options of their own; commands, URLs, patterns and files may look so.
+    is_free = re.match(r"hf:|pipe:|.*(://|[*{?[])", place)
+    path = re.sub(r"^(wds|karpathy):", "", place)
+    if others and not is_free and not os.path.exists(path):  # noqa: PTH110 (Path raises)
+        raise ValueError(
+            f"{where}'{reference}': no option '{others[0].partition('=')[0]}' and no such file; "
+            "behind a data set may stand ,class_column=NAME and ,root=FOLDER"
+        )
+    return place, {name: value for name, _, value in (option.partition("=") for option in own)}
 
 
 def require_model(setting: str, reference: str | None) -> None:

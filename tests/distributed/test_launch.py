@@ -1,5 +1,6 @@
 """torchrun starts, stops and loses processes; the others end soon, and the run goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,14 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from interrupting import with_changes
+from protoclip.cli import main
 from protoclip.config import Config
 from protoclip.models.loading import checkpoints, read_tensors
-from protoclip.testing import run_distributed, tiny_config
+from protoclip.testing import run_distributed, tiny_config, tiny_pairs
 from protoclip.training.run import to_toml, train
+
+sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluation"))
+from tiny_open_clip import save_tiny_open_clip
 
 pytestmark = pytest.mark.slow
 
@@ -28,17 +34,22 @@ def trained(config: Config) -> None:
     train(config, resume="auto")
 
 
-def launch(folder: Path, *more: str) -> "subprocess.Popen[str]":
-    """Start two processes by `torchrun` that train into a folder."""
-    recipe = folder.parent / "tiny.toml"
-    recipe.write_text(to_toml(config_for(folder)), encoding="utf-8")
+def started(*words: str, stderr: int = subprocess.STDOUT) -> "subprocess.Popen[str]":
+    """Start two processes of a command by `torchrun`."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "protoclip", "train", "--config", str(recipe), *more),
+        *("-m", "protoclip", *words),
     ]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    output = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, **output, env=env, start_new_session=True)
+
+
+def launch(folder: Path, *more: str) -> "subprocess.Popen[str]":
+    """Start two processes that train into a folder."""
+    recipe = folder.parent / "tiny.toml"
+    recipe.write_text(to_toml(config_for(folder)), encoding="utf-8")
+    return started("train", "--config", str(recipe), *more)
 
 
 def wait_for_checkpoint(run: "subprocess.Popen[str]", folder: Path, number: int) -> None:
@@ -85,6 +96,24 @@ def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path):
         [line.split(",")[0] for line in (of / "metrics.jsonl").open()] for of in (whole, folder)
     ]
     assert steps[0] == steps[1]
+
+
+def test_two_processes_judge_as_one_does(tmp_path, capsys):
+    """Two models on two data sets, with the difference to one of them: the same records."""
+    words = ["evaluate"]
+    for seed in range(2):
+        folder = tmp_path / f"model-{seed}"
+        folder.mkdir()
+        words.append(str(save_tiny_open_clip(folder, seed=seed)))
+        pq.write_table(tiny_pairs(60, seed=seed), tmp_path / f"pairs-{seed}.parquet")
+        words += ["--data", str(tmp_path / f"pairs-{seed}.parquet")]
+    words += ["--compare-to", str(tmp_path / "model-0"), "--json", "--no-cache"]
+    run = started(*words, stderr=subprocess.DEVNULL)
+    main(words)
+    alone = json.loads(capsys.readouterr().out)
+    assert json.loads(ended(run, well=True)) == alone
+    assert len(alone) == 2 * (2 + 1) * 2  # models, data sets and their mean, tasks
+    assert sum("differences" in record for record in alone) == 6
 
 
 def test_a_mistake_is_told_once(tmp_path):

@@ -33,11 +33,12 @@ from protoclip.training.run import Run, train
 from protoclip.training.wise_ft import ALPHAS, interpolated
 
 GUARD = "eval/general/zero_shot/acc1"
-CONSTANT = "eval/general/zero_shot/acc5"  # 1 of three classes, so it never improves
+CONSTANT = "eval/general/zero_shot/acc5"  # 1 of five classes, so it never improves
 
 
 def write_pairs(path: Path, number: int, *, seed: int) -> None:
-    """Noisy images of three colours, each with a caption of its own, and the colour as class."""
+    """Noisy images of three colours, each with a caption of its own, and the colour as class,
+    but for two images, with which there are five classes."""
     draw = np.random.default_rng(seed)
     columns: dict[str, list[Any]] = {"image": [], "caption": [], "kind": []}
     for row in range(number):
@@ -48,7 +49,7 @@ def write_pairs(path: Path, number: int, *, seed: int) -> None:
         colour = ("red", "green", "blue")[row % 3]
         columns["image"].append(buffer.getvalue())
         columns["caption"].append(f"{colour} {row}")
-        columns["kind"].append(colour)
+        columns["kind"].append(("pink", "lime")[row] if row < 2 else colour)
     images = pa.array(columns.pop("image"), pa.binary())
     pq.write_table(pa.table({"image": images, **columns}), path)
 

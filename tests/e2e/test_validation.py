@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from interrupting import assert_equal_ends, stop_after, with_changes
 from protoclip.cli import main
@@ -68,6 +69,10 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
         *("zero_shot", "retrieval", "linear_probe", "knn", "clustering", "modality_gap")
     }
     assert all(np.isfinite(value) for value in metrics.values())
+    assert "eval/validation/zero_shot/acc5" not in metrics  # of three classes
+    events = EventAccumulator(str(tmp_path / "one" / "tensorboard"))
+    events.Reload()
+    assert metrics.keys() <= {*events.Tags()["scalars"]}
     results = read_results(tmp_path / "one")
     assert results["metrics"] == metrics
     assert pq.read_table(results["samples"]["validation"]).num_rows == 40

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from protoclip.config import Config
-from protoclip.paths import require_paths, require_place
+from protoclip.paths import require_paths, require_place, with_options
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"model": {"start": "runn"}}, "no such run or checkpoint folder; .*; did you mean run"),
         ({"teacher": {"features": "none.npy"}}, "teacher.features: none.npy: no such file"),
         ({"run": {"guard": ["none.tsv,class_column=a"]}}, "run.guard: none.tsv: no such file"),
+        ({"run": {"guard": ["emoji,root=none"]}}, "run.guard: root: none: no such folder"),
     ],
 )
 def test_a_path_that_is_not_there_is_named_with_its_setting(tree, message, place):
@@ -56,11 +57,43 @@ def test_a_path_that_is_not_there_is_named_with_its_setting(tree, message, place
         {"model": {"start": "run"}},
         {"teacher": {"features": "emoji"}},
         {"teacher": {"features": "start"}, "model": {"start": "run"}},
-        {"run": {"guard": ["wds:none", "torchvision:CIFAR10,root=none"]}},
+        {"run": {"guard": ["wds:none", "torchvision:CIFAR10,root=run"]}},
     ],
 )
 def test_what_is_no_local_path_is_not_looked_for(tree, place):
     require_paths(Config.from_dict(tree))
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "options"),
+    [
+        ("a.tsv,class_column=kind,root=x", "a.tsv", {"class_column": "kind", "root": "x"}),
+        ("a.tsv,root=x,y", "a.tsv", {"root": "x,y"}),
+        ("hf:a/b,split=train,root=x", "hf:a/b,split=train", {"root": "x"}),
+        ("hf:a/b,root=x,split=train", "hf:a/b,split=train", {"root": "x"}),
+        ("https://x.org/a.tsv?b,c=d", "https://x.org/a.tsv?b,c=d", {}),
+        ("a-{0,1}.tar", "a-{0,1}.tar", {}),
+        ("run,v=2,root=x", "run,v=2", {"root": "x"}),
+    ],
+)
+def test_options_may_stand_behind_a_data_set(reference, name, options, place):
+    """What names on the hub, URLs, patterns and files hold themselves is left to them."""
+    (place / "run,v=2").mkdir()
+    assert with_options(reference) == (name, options)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("pairs.tsv,kind=a", "'pairs.tsv,kind=a': no option 'kind' and no such file; behind a d"),
+        ("pairs.tsv,root=run,x=1", "no option 'x' and no such file"),
+        ("pairs.tsv,root=", "'pairs.tsv,root=' is not complete; give REF,class_column=NAME"),
+        (",root=run", "',root=run' is not complete"),
+    ],
+)
+def test_no_other_option_may(reference, message, place):
+    with pytest.raises(ValueError, match=f"^run.guard: .*{message}"):
+        require_paths(Config.from_dict({"run": {"guard": [reference]}}))
 
 
 def test_a_place_to_write_to_may_be_new_but_nothing_may_be_in_its_way(place):

@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 
 from protoclip.config import Count
 from protoclip.files import read_toml, to_json
-from protoclip.paths import require_data_set, require_folder, require_model, require_place
+from protoclip.paths import (
+    require_data_set,
+    require_folder,
+    require_model,
+    require_place,
+    with_options,
+)
 from protoclip.terminal import say
 
 
@@ -84,6 +90,9 @@ class Evaluate:
             )
 
         with collectives.process_group(device, timeout=timedelta(hours=12)):
+            references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
+            # A later one would else be refused after the first was judged.
+            collectives.raise_on_all_ranks(lambda: [*map(loading.check, references)])
             data = collectives.raise_on_all_ranks(
                 lambda: [
                     datasets.open_data(
@@ -92,7 +101,6 @@ class Evaluate:
                     for reference in self.data or ["emoji"]
                 ]
             )
-            references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             notes = [f"note: {note}" for of in data for note in of.notes]
             notes += [
                 f"warning: {name}: {run} was trained on these pairs and does better on them than "
@@ -146,7 +154,7 @@ def trained_on(reference: str, data: str) -> bool:
         ]
     except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
         return False
-    place = os.path.realpath(data.removeprefix("wds:"))
+    place = os.path.realpath(with_options(data)[0].removeprefix("wds:"))
     return any(os.path.realpath(path) == place for path in trained if isinstance(path, str))
 
 

@@ -37,7 +37,7 @@ COPY_SIDE, COPY_MARGIN = 256, 10 / 7
 # Spare samples that replace the bad ones of a batch, as a share of it, and the least number. Rows
 # cost nothing until they are read; a stream's samples travel to the workers with the batch.
 SPARE_ROWS, SPARE_SAMPLES, MIN_SPARE = 4.0, 0.25, 8
-QUOTED = 10  # reasons in the message of a run that is stopped
+QUOTED = 3  # reasons in the message of a run that is stopped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from protoclip.evaluation.readers import (
     TorchvisionImages,
     class_number,
 )
-from protoclip.paths import DATA_HINT
+from protoclip.paths import DATA_HINT, with_options
 from protoclip.terminal import visible
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
@@ -62,10 +62,11 @@ WHERE = {
     **{f"imagenet{letter}": f"{HUB}imagenet-{letter}" for letter in "aor"},
     "imagenet": f"{HUB}imagenet1k",
     "imagenetsketch": f"{HUB}imagenet_sketch",
-    "stanfordcars": f"{HUB}cars",
+    "cars": f"{HUB}cars",
     "birdsnap": CLOOB,
     "ucf101": CLOOB,
     "coco": f"{HUB}mscoco_captions",
+    "captionsval2017": "https://cocodataset.org/#download",
     "flickr30k": f"{HUB}flickr30k",
 }
 
@@ -173,8 +174,10 @@ def open_data(
     * `torchvision:NAME`: classes.
     * `karpathy:FILE.json`: captions of COCO or Flickr30k.
 
-    One source of pairs is the split that is asked for. Where ImageNet is read from folders or by
-    torchvision, its validation images, which everyone measures, are the `test` split.
+    Behind a reference may stand `,class_column=NAME` and `,root=FOLDER`, which then come before the
+    arguments of these names. One source of pairs is the split that is asked for. Where ImageNet is
+    read from folders or by torchvision, its validation images, which everyone measures, are the
+    `test` split.
 
     Args:
         root: Where the images of tables, of `karpathy:` and of `torchvision:` lie.
@@ -188,8 +191,10 @@ def open_data(
     """
     if split not in SPLITS:
         raise ValueError(f"split: '{split}' is none of {', '.join(SPLITS)}")
+    reference, own = with_options(reference)
+    class_column = own.get("class_column", class_column)
     settings = replace(config or DataConfig(), sources=[], read="auto")
-    settings = replace(settings, root=root or settings.root)
+    settings = replace(settings, root=own.get("root", root) or settings.root)
     kind, _, place = reference.partition(":")
     if reference == "emoji":
         data = emoji()
@@ -220,6 +225,11 @@ def where(reference: str) -> str:
     plain = re.sub(r"[^a-z0-9]", "", last)
     found = max((name for name in WHERE if name in plain), key=len, default="")
     return f"; {found} is to be had from {WHERE[found]}" if found else ""
+
+
+def fetching(name: str, root: str) -> str:
+    """What fetches a set of torchvision, and where else it is to be had."""
+    return f"torchvision.datasets.{name}({root!r}, download=True) may fetch it{where(name)}"
 
 
 def read_templates(reference: str) -> list[str]:
@@ -471,7 +481,10 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
         )
     if root is None or not Path(root).is_dir():
         place = f"{root}: no such folder" if root else "root is not set"
-        raise ValueError(f"{reference}: {place}; root is the folder that torchvision keeps it in")
+        raise ValueError(
+            f"{reference}: {place}; root is the folder that torchvision keeps it in; "
+            f"{fetching(name, 'FOLDER')}"
+        )
 
     of_torchvision = {SPLIT_ALIASES.get(each, each): each for each in TORCHVISION[name].split(" ")}
     if "test" not in of_torchvision:  # all there is, or what everyone measures on
@@ -488,7 +501,7 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"{reference}: its {split} split is not in {root} ({reason_of(error)}); "
-                f"torchvision.datasets.{name}({root!r}, download=True) may fetch it{where(name)}"
+                f"{fetching(name, root)}"
             ) from None
 
     names = getattr(samples("test"), "classes", getattr(samples("test"), "categories", None))

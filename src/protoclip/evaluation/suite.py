@@ -5,7 +5,7 @@ data can serve, which features they need, what is measured, and how it is writte
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -234,12 +234,10 @@ def results(
         # Data sets of equal size do not share their draws.
         seed = zlib.crc32(of.name.encode())
         draws, part = measured.draws(seed=seed), features.parts[split]
-        # The best five of fewer classes say nothing.
-        few = "acc5" if 0 < number_of_classes(of, split) < 5 else "none"
         for task in of_tasks:
             name, names = TASKS[task]
             known = {key: own for key, own in names.items() if own in measured.metrics}
-            metrics = {key: own for key, own in known.items() if not key.endswith(few)}
+            metrics = {key: own for key, own in known.items() if says_something(own, of, split)}
             of_task = {key: draws[own] for key, own in metrics.items() if own in draws}
             record: dict[str, Any] = {
                 "dataset": of.name,
@@ -286,8 +284,18 @@ def metric_names(
     labels = data.splits[split].labels
     several = labels is not None and labels.ndim == 2
     known -= {f"zero_shot/acc{k}" for k in (1, 5)} if several else {MULTILABEL}
+    return [f"eval/{data.name}/{name}" for name in run_metrics(known, data, split)]
+
+
+def run_metrics(known: Collection[str], data: EvaluationData, split: str) -> list[str]:
+    """Those of these metrics that a run's evaluation gives, in their order."""
     names = [name for name in (*RUN_METRICS, MULTILABEL) if name in known]
-    return [f"eval/{data.name}/{name}" for name in names]
+    return [name for name in names if says_something(name, data, split)]
+
+
+def says_something(metric: str, data: EvaluationData, split: str) -> bool:
+    """Whether a metric can fail: one of the best five of fewer classes is always right."""
+    return not metric.endswith("acc5") or not 0 < number_of_classes(data, split) < 5
 
 
 def evaluate_run(
@@ -335,8 +343,7 @@ def evaluate_run(
     if samples_to is not None and rank() == 0:
         write_samples(measured.samples, samples_to / f"{data.name}-{split}.parquet")
     found = measured.metrics
-    names = [name for name in (*RUN_METRICS, MULTILABEL) if name in found]
-    return {f"eval/{data.name}/{name}": found[name] for name in names}
+    return {f"eval/{data.name}/{m}": found[m] for m in run_metrics(found, data, split)}
 
 
 # Which tasks can the data serve?

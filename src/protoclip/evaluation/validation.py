@@ -1,7 +1,6 @@
 """What a run is judged by: the emoji's own splits, or pairs that were held out of its data."""
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -114,9 +113,6 @@ def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Evaluatio
 
     On the way their validation split is measured, if they have one, and at the end the test split.
 
-    A reference is one of `datasets.open_data`. Behind it may stand `,class_column=NAME`, a column
-    of a table, and `,root=FOLDER`.
-
     Raises:
         ValueError: There is no such data set, it can serve no quick task, or its name is taken.
     """
@@ -125,22 +121,16 @@ def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Evaluatio
     own = {name: getattr(usual, name) for name in COLUMNS}
     settings, found = replace(config.data, **own), list[EvaluationData]()
     for reference in config.run.guard:
-        place, *options = re.split(r",(?=class_column=|root=)", reference)
-        given = dict(option.split("=", 1) for option in options)
-        if not place or not all(given.values()):
-            raise ValueError(
-                f"run.guard: '{reference}' is not complete; give REF,class_column=NAME"
-            )
         try:
-            data = datasets.open_data(place, config=settings, **given)
+            data = datasets.open_data(reference, config=settings)
             for split in {"test", NAME} & data.splits.keys():
                 quick_tasks(data, split)
         except ValueError as error:
             raise ValueError(f"run.guard: {error}") from error
         if data.name in [other.name for other in (*held_out, *found)]:
             raise ValueError(
-                f"run.guard: {place}: two data sets of this run are called '{data.name}'; rename "
-                "one, or leave it out"
+                f"run.guard: {reference}: two data sets of this run are called '{data.name}'; "
+                "rename one, or leave it out"
             )
         found.append(data)
     return found

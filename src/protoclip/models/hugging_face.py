@@ -39,13 +39,9 @@ POSITIONS = "embeddings.position_embedding.weight"  # of SigLIP's towers
 
 def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     """Open a repository of the hub or a folder; reads safetensors only, and runs no code of it."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor, AutoModel
 
-    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    kind = config.model_type
-    if kind not in KINDS:
-        is_a = ", ".join(config.architectures or ()) or kind
-        raise ValueError(f"{is_a} is no CLIP-like model; known are {', '.join(KINDS)}")
+    config = open_config(name)
     model, found = AutoModel.from_pretrained(
         name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
@@ -56,6 +52,17 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     transform, built = image_transform(processor), HuggingFaceTowers(model.float())
     built.visual.prepare(preprocessing(processor, transform))
     return TowerPair(built).eval(), transform, open_tokenizer(name, config)
+
+
+def open_config(name: str) -> Any:
+    """The configuration of a CLIP-like model."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if config.model_type not in KINDS:
+        is_a = ", ".join(config.architectures or ()) or config.model_type
+        raise ValueError(f"{is_a} is no CLIP-like model; known are {', '.join(KINDS)}")
+    return config
 
 
 def open_tokenizer(name: str, config: Any, *, context_length: int | None = None) -> Tokenizer:

@@ -69,12 +69,26 @@ def load(reference: str | Path) -> Loaded:
     kind, name = references.kind_of(str(reference))
     if kind in references.OPENERS:
         return references.OPENERS[kind](str(reference), name)
-    if not Path(reference).exists():
-        raise ValueError(f"{reference}: no such run or checkpoint folder; {MODEL_HINT}")
-    config = saved_config(str(reference))
+    config = run_config(str(reference))
     loaded = model(config, seed=0)
     with buildable(config):
         return loaded.eval(), evaluation_transform(loaded), tokenizer(config)
+
+
+def check(reference: str) -> None:
+    """Refuse what `load` cannot know as a model, in a moment: weights are not read."""
+    kind, name = references.kind_of(reference)
+    if kind in references.CHECKS:
+        references.CHECKS[kind](reference, name)
+    else:
+        run_config(reference)
+
+
+def run_config(reference: str) -> ModelConfig:
+    """As `saved_config`, with a hint for what may be meant as another model."""
+    if not Path(reference).exists():
+        raise ValueError(f"{reference}: no such run or checkpoint folder; {MODEL_HINT}")
+    return saved_config(reference)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from protoclip.data.tables import line
 from protoclip.data.transforms import LibraryTransform, PillowTransform
 from protoclip.models import towers
 from protoclip.models.heads import projection_head
-from protoclip.models.hugging_face import ImageTransform, open_model
+from protoclip.models.hugging_face import ImageTransform, open_config, open_model
 from protoclip.models.lora import without_adapters
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.towers import Tokenizer
@@ -74,9 +74,8 @@ class CocaTowers(TowerPair):
 
 def open_clip_model(reference: str, name: str) -> Loaded:
     """`NAME/TAG`, `NAME/FILE` for weights in a file, or `NAME` for an untrained model."""
+    published = check_open_clip_model(reference, name)
     name, _, tag = name.partition("/")
-    in_file = Path(tag).is_file()
-    published = published_weights(reference, name, "" if in_file else tag)
     repository = published.get("hf_hub", "").rpartition("/")[0]
     with readable_errors(reference, repository or text_repository(towers.named_config(name))):
         built = seeded(
@@ -85,12 +84,18 @@ def open_clip_model(reference: str, name: str) -> Loaded:
             pretrained=tag if published else None,
             weights="published" if published else "new",
         )
-        if in_file:
+        if tag and not published:
             open_clip.load_checkpoint(built, tag)
         tokenizer = towers.build_tokenizer(name)
     if not tag:
         say(f"note: {reference}: untrained, with seed 0; no weights are named")
     return open_clip_pair(built), open_clip_transform(built), tokenizer
+
+
+def check_open_clip_model(reference: str, name: str) -> dict[str, Any]:
+    """What open_clip knows of the weights; empty for those in a file, or new ones."""
+    name, _, tag = name.partition("/")
+    return published_weights(reference, name, "" if Path(tag).is_file() else tag)
 
 
 def published_library(name: str, tag: str | None) -> AbstractContextManager[None]:
@@ -117,11 +122,8 @@ def published_weights(reference: str, name: str, tag: str) -> dict[str, Any]:
 
 def open_clip_folder(reference: str, name: str) -> Loaded:
     """A folder with a model's configuration and weights, as open_clip's `local-dir:` reads it."""
+    check_open_clip_folder(reference, name)
     folder = Path(name)
-    if not (folder / OPEN_CLIP_CONFIG).is_file():
-        raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
-    files = [path.name for path in folder.iterdir()]
-    require_safetensors(reference, files, OPEN_CLIP_WEIGHTS)
     with readable_errors(reference):
         config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     text_files = own_text_files(folder)
@@ -139,6 +141,13 @@ def open_clip_folder(reference: str, name: str) -> Loaded:
             open_clip.load_checkpoint(built, str(open_clip_weights(folder)))
         tokenizer = towers.build_tokenizer(f"local-dir:{folder}")
     return open_clip_pair(built), open_clip_transform(built), tokenizer
+
+
+def check_open_clip_folder(reference: str, name: str) -> None:
+    if not (Path(name) / OPEN_CLIP_CONFIG).is_file():
+        raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
+    files = [path.name for path in Path(name).iterdir()]
+    require_safetensors(reference, files, OPEN_CLIP_WEIGHTS)
 
 
 def reference_checkpoint(reference: str, given: str) -> Loaded:
@@ -163,16 +172,22 @@ def reference_checkpoint(reference: str, given: str) -> Loaded:
 
 def reference_weights(reference: str, given: str) -> tuple[str, dict[str, Tensor]]:
     """The model's name and the weights, by our names, of `FILE,model=NAME`."""
+    file, name = check_reference_checkpoint(reference, given)
+    with readable_errors(reference):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = dict(content.get("state_dict", content))
+    return name, {reference_name(key): value for key, value in content.items()}
+
+
+def check_reference_checkpoint(reference: str, given: str) -> tuple[str, str]:
+    """The file and the model's name of `FILE,model=NAME`."""
     file, separator, name = given.rpartition(",model=")
     if not separator:
         raise ValueError(f"{reference}: name its model too, as in reference:FILE,model=RN50")
     require_model(reference, name)
     if not Path(file).is_file():
         raise ValueError(f"{reference}: no such file")
-    with readable_errors(reference):
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        content = dict(content.get("state_dict", content))
-    return name, {reference_name(key): value for key, value in content.items()}
+    return file, name
 
 
 def reference_description(name: str) -> dict[str, Any]:
@@ -200,15 +215,14 @@ def reference_name(key: str) -> str:
     return f"towers.{key}"
 
 
-def hugging_face(reference: str, name: str) -> Loaded:
-    """A model of `transformers`, by its name on the hub or its folder."""
+def hugging_face(reference: str, name: str, read: Callable[[str], Any] = open_model) -> Any:
+    """A model of `transformers`, or what `read` makes of its name on the hub or its folder."""
     if local := Path(name).is_dir():
         require_safetensors(reference, [path.name for path in Path(name).iterdir()])
     elif not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
         raise ValueError(f"{reference}: no such folder")
     with readable_errors(reference, "" if local else name):
-        loaded: Loaded = seeded(open_model, name)
-    return loaded
+        return seeded(read, name)
 
 
 OPENERS: Mapping[str, Callable[[str, str], Loaded]] = {
@@ -216,6 +230,13 @@ OPENERS: Mapping[str, Callable[[str, str], Loaded]] = {
     "local-dir": open_clip_folder,
     "hf": hugging_face,
     "reference": reference_checkpoint,
+}
+# What refuses a reference that names no model, without reading weights.
+CHECKS: Mapping[str, Callable[[str, str], Any]] = {
+    "open_clip": check_open_clip_model,
+    "local-dir": check_open_clip_folder,
+    "hf": partial(hugging_face, read=open_config),
+    "reference": check_reference_checkpoint,
 }
 
 

@@ -27,6 +27,7 @@ def made_up(monkeypatch):
         return solid_data(reference)
 
     monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
+    monkeypatch.setattr(loading, "check", lambda name: None)
     monkeypatch.setattr(loading, "load", lambda name: (models[name](), transform, tokenizer))
     monkeypatch.setattr(loading, "to_device", lambda model, device: model.to(device))
     monkeypatch.setattr(datasets, "open_data", open_data)
@@ -83,7 +84,7 @@ def test_the_samples_of_a_finished_run_are_kept(more, made_up, tmp_path, monkeyp
     assert (tmp_path / "results" / "a-test.parquet").is_file() == (not more)
 
 
-@pytest.mark.parametrize("data", ["pairs.tsv", "./pairs.tsv", "other.tsv"])
+@pytest.mark.parametrize("data", ["pairs.tsv", "./pairs.tsv,class_column=kind", "other.tsv"])
 def test_a_run_on_its_own_training_pairs_is_warned_of(data, tmp_path, made_up, monkeypatch, capsys):
     """Also its checkpoint; not a run on other pairs."""
     monkeypatch.chdir(tmp_path)
@@ -118,6 +119,35 @@ def test_bad_input_is_one_line(words, message, made_up, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", *words.split()])
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"protoclip: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("hf:bert", "hf:bert: cannot be opened (BertModel is no CLIP-like model; known are clip"),
+        ("bert", "bert: cannot be opened (BertModel is no CLIP-like model"),
+        ("hf:brt", "hf:brt: the hub does not answer, and there is no earlier download"),
+        ("open_clip:RN51", "open_clip:RN51: open_clip has no model 'RN51'"),
+        ("open_clip:RN50/mine", "open_clip:RN50/mine: open_clip has no weights 'mine' for RN50"),
+        ("local-dir:bert", "local-dir:bert: no folder with open_clip_config.json"),
+        ("reference:none.pt,model=RN50", "reference:none.pt,model=RN50: no such file"),
+        ("pairs.tsv", "pairs.tsv: no checkpoint here"),
+    ],
+)
+def test_a_later_model_is_refused_before_the_first_is_loaded(
+    model, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(loading, "load", lambda name: pytest.fail(f"{name} was loaded"))
+    Path("pairs.tsv").touch()
+    Path("bert").mkdir()
+    Path("bert/config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    Path("bert/model.safetensors").touch()
+    with pytest.raises(SystemExit):
+        main(["evaluate", "open_clip:RN50", model, "--tasks", "knn"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"protoclip: error: {message}")
 
 

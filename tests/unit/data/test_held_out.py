@@ -50,6 +50,11 @@ def test_no_caption_and_no_image_is_on_both_sides(
         assert not one & other
 
 
+def test_no_more_than_5000_pairs_are_held_out_by_default(tmp_path: Path) -> None:
+    pairs = source(5600, "web", captions=10**12, images=10**12)
+    assert len(held_out_rows([pairs], share=0.95, folder=tmp_path)) == 5000
+
+
 def test_captions_that_many_pairs_share_are_not_held_out(tmp_path: Path) -> None:
     pairs = source(3000, "web", captions=5, images=100_000)
     assert len(held_out_rows([pairs], share=0.1, folder=tmp_path)) == 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -218,6 +219,16 @@ def test_a_table_may_have_captions_and_classes(tmp_path):
     assert open_data(str(path), class_column="kind").class_names == ["7", "9"]
 
 
+def test_each_data_set_may_have_its_own_class_column_and_root(tmp_path):
+    """Which win over those for all."""
+    path = write_table(tmp_path / "t.parquet", caption=["a", "b", "c"], kind=[7, 8, 9])
+    data = open_data(f"{path},class_column=kind", class_column="none", root="none")
+    assert data.class_names == ["7", "8", "9"]
+    given = as_karpathy(tmp_path / "k")
+    data = open_data(f"{given['reference']},root={given['root']}", root="none")
+    assert reds(data.splits["test"].images) == [10, 20, 30]
+
+
 def test_only_the_split_that_is_measured_is_read(tmp_path):
     folder = write_wds(tmp_path / "data")
     (folder / "train/1.tar").unlink()
@@ -421,7 +432,14 @@ BAD = [
     (lambda t: json_with(t, KARPATHY), r"a.jpg: no such image; set root to the folder"),
     (lambda t: {"reference": f"karpathy:{t}/dataset_flickr30k.json"}, r"file; flickr30k is to be"),
     (lambda t: {"reference": "torchvision:Dogs", "root": str(t)}, r"not a known .*; known are CIF"),
-    (lambda t: {"reference": "torchvision:CIFAR10"}, r"CIFAR10: root is not set; root is the fold"),
+    (
+        lambda t: {"reference": "torchvision:CIFAR10"},
+        r"root is not set; .*CIFAR10\('FOLDER', download=True\) may .*; cifar10 is to be had from",
+    ),
+    (
+        lambda t: {"reference": "torchvision:MNIST"},
+        r"MNIST\('FOLDER', download=True\) may fetch it$",
+    ),
     (
         lambda t: {"reference": "torchvision:CIFAR10", "root": str(t)},
         r"its test split is not in .*not found.*CIFAR10\(.*; cifar10 is to be had from wds:https:",
@@ -433,6 +451,16 @@ def test_the_documentation_says_where_data_sets_are_to_be_had():
     page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
     page = page.replace("HUB/", "https://huggingface.co/datasets/clip-benchmark/")
     assert [place for place in WHERE.values() if place not in page] == []
+
+
+def test_all_data_sets_of_the_documentation_are_known_where_they_are_missing():
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
+    table = page.partition("### Where to get them")[2].partition("## Tasks")[0]
+    found = re.findall(r"`(wds:|torchvision:|karpathy:)(?:HUB/)?([^`]+)`", table)
+    assert len(found) > 25
+    for kind, name in (*found, ("wds:", "birdsnap"), ("wds:", "ucf101")):
+        with pytest.raises(ValueError, match=r"is to be had from (wds:)?https://"):
+            open_data(f"{kind}{name}")
 
 
 @pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])

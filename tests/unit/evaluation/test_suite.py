@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.stats import binom
 from solid import CLASSES as NUMBER
 from solid import Guessing, Knowing, Solid, part, solid_data
 from solid import tokenizer as number_tokenizer
@@ -25,8 +26,9 @@ from protoclip.evaluation import datasets, suite
 from protoclip.evaluation.datasets import EvaluationData, Split, of_pairs
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.samples import IMAGE_COLUMNS, TEXT_COLUMNS, SampleResults
+from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.testing import run_distributed, tiny_config
+from protoclip.testing import run_distributed, tiny_config, tiny_model
 from protoclip.training.run import train
 
 CLASSES = ("sea-animal", "hand", "red-fruit", "sign")
@@ -336,6 +338,64 @@ def test_the_best_five_of_fewer_classes_are_left_out():
     records = judge(Knowing(), few, ["zero_shot", "linear_probe"])
     assert [*records["zeroshot_classification"]["metrics"]] == ["acc1", "mean_per_class_recall"]
     assert [*records["linear_probe"]["metrics"]] == ["lp_acc1", "lp_mean_per_class_recall"]
+    given = Knowing(), number_transform, number_tokenizer
+    of_run = suite.evaluate_run(*given, split="test", data=few, show=False)
+    assert [*of_run] == suite.metric_names(few, "test")
+    names = [name.removeprefix("eval/x/") for name in of_run]
+    assert [name for name in names if "shot" in name] == ["zero_shot/acc1"]
+
+
+def at_chance(metrics, chances, number):
+    """Within what 99.8% of guesses of so many samples reach; a metric is a share of them."""
+    for name, chance in chances.items():
+        low, high = binom.interval(0.998, number, chance)
+        assert low <= metrics[name] * number <= high, (name, metrics[name])
+
+
+RECALL_NAMES = [f"{of}_retrieval_recall@{k}" for of in ("image", "text") for k in (1, 5, 10)]
+
+
+def test_an_untrained_model_is_at_chance():
+    """A real one, of images that are drawn with no regard to their classes and captions."""
+    draw = np.random.default_rng(0)
+    buffers = [io.BytesIO() for _ in range(200)]
+    for buffer in buffers:
+        small = draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((24, 24)).save(buffer, "PNG")
+    names = ["dog", "cat", "tree", "car", "house", "sea", "hand", "apple", "road", "sign"]
+    captions = [f"{names[row % 10]} of {names[row // 10 % 10]} {row}" for row in range(200)]
+    table = {"image": [buffer.getvalue() for buffer in buffers], "caption": captions}
+    images = ImageTextPairs(pa.table(table), name="drawn")
+    split = Split(
+        images=images,
+        labels=torch.arange(200) % 10,
+        captions=[(caption,) for caption in captions],
+    )
+    data = EvaluationData(
+        name="drawn", splits={"test": split}, class_names=names, templates=("a photo of a {c}.",)
+    )
+    settings = tiny_model()
+    model = loading.model(settings, seed=0)
+    given = model.eval(), loading.evaluation_transform(model), loading.tokenizer(settings), data
+    found = protoclip.evaluate(*given, ["zero_shot", "retrieval"], workers=0)
+    zero_shot, retrieval = (record["metrics"] for record in found)
+    at_chance(zero_shot, {"acc1": 0.1, "mean_per_class_recall": 0.1, "acc5": 0.5}, 200)
+    at_chance(retrieval, {name: int(name.split("@")[1]) / 200 for name in RECALL_NAMES}, 200)
+
+
+def test_random_pairs_give_chance():
+    """In retrieval, by features that find every image's own caption."""
+    model, numbers = Guessing(), list(range(100))
+    model.text_table = model.table
+    mixed = torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
+    for order in (numbers, mixed):
+        split = Split(images=Solid("x", numbers), captions=[(f"number {n}",) for n in order])
+        data = EvaluationData(name="x", splits={"test": split})
+        metrics = judge(model, data, ["retrieval"])["zeroshot_retrieval"]["metrics"]
+        if order is numbers:
+            assert [metrics[name] for name in RECALL_NAMES] == [1.0] * 6
+        else:
+            at_chance(metrics, {name: int(name.split("@")[1]) / 100 for name in RECALL_NAMES}, 100)
 
 
 def test_shuffled_labels_give_chance():
@@ -373,6 +433,13 @@ def test_multilabel_data_are_scored_by_mean_average_precision():
     (record,) = judge(Guessing(), multilabel).values()
     low, high = record["intervals"]["mean_average_precision"]
     assert low < record["metrics"]["mean_average_precision"] < high < 0.9
+    # Random classes are found as often as they are there.
+    many = numbers * 30
+    random = torch.rand(len(many), NUMBER, generator=torch.Generator().manual_seed(0)) < 0.3
+    test = Split(images=Solid("x", many), labels=random)
+    shuffled = EvaluationData(name="x", splits={"test": test}, class_names=data.class_names)
+    (record,) = judge(Knowing(), shuffled).values()
+    assert record["metrics"]["mean_average_precision"] == pytest.approx(0.3, abs=0.04)
 
 
 def slow_recall(queries, candidates, query_groups, candidate_groups, k):

@@ -14,11 +14,11 @@ MODEL = {
 }
 
 
-def save_tiny_open_clip(folder: Path) -> Path:
+def save_tiny_open_clip(folder: Path, *, seed: int = 0) -> Path:
     config = json.dumps({"model_cfg": MODEL, "preprocess_cfg": {}})
     (folder / "open_clip_config.json").write_text(config)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         weights = open_clip.create_model(f"local-dir:{folder}").state_dict()
     save_file(weights, folder / "open_clip_model.safetensors")
     return folder
