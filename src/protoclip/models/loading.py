@@ -570,7 +570,7 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     weights = read_tensors(folder / WEIGHTS)
     if wrong := misfits(model, weights):
         raise ValueError(
-            f"{folder}: checkpoint of another architecture: {references.examples_of(wrong)}; make "
+            f"{folder}: checkpoint of another architecture: {towers.examples_of(wrong)}; make "
             "the [model] section match"
         )
     return weights

@@ -9,7 +9,8 @@ from protoclip.config import ModelConfig
 from protoclip.models import hugging_face, towers
 from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
-from protoclip.models.references import examples_of, misfits
+from protoclip.models.references import misfits
+from protoclip.models.towers import examples_of
 
 # Settings that a start does not decide: weights are brought to other sizes.
 SIZES = ("image.size", "text.context_length")

@@ -473,6 +473,12 @@ def test_a_start_that_cannot_be(start, more, message, tiny, offline):
             "model.text.context_length: 25 is too large; {}/bert reads at most 24",
         ),
         ({}, {"name": "{}/lacking", "context_length": 9}, "such as embeddings.word_embeddings"),
+        (
+            {},
+            {"name": "{}/wider", "context_length": 9},
+            "model.text.name: {}/wider: does not fit config.json: 35 tensors are missing, unknown "
+            "or of another shape, such as embeddings.LayerNorm.bias, ",
+        ),
     ],
 )
 def test_halves_that_cannot_be(image, text, message, tmp_path, offline):
@@ -483,6 +489,9 @@ def test_halves_that_cannot_be(image, text, message, tmp_path, offline):
     weights = load_file(bert / "model.safetensors")
     del weights["embeddings.word_embeddings.weight"]
     save_file(weights, lacking / "model.safetensors", {"format": "pt"})
+    wider = shutil.copytree(bert, tmp_path / "wider")
+    settings = json.loads((bert / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**settings, "hidden_size": 48}))
     gpt = shutil.copytree(bert, tmp_path / "gpt")
     (gpt / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     save_file({"norm.weight": torch.ones(3)}, tmp_path / "other.safetensors")
