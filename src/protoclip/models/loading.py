@@ -103,6 +103,8 @@ def followed(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
         ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
     """
     if config.start is None:
+        if config.name is not None:
+            start.refuse_untrainable(f"model.name: {config.name}", named_model(config.name))
         return config, []
     try:
         return _followed(config, config.start)
@@ -132,10 +134,15 @@ def _followed(config: ModelConfig, reference: str) -> tuple[ModelConfig, list[st
     found = start.merged(config, theirs, has_heads=has_heads)
     if kind == "open_clip" and not Path(name.partition("/")[2]).is_file():
         found = replace(found, start=None)  # its name and tag say it all
-    if (description := described(found)) is not None:
-        start.refuse_untrainable(reference, description)
-        notes += start.resizing_notes(reference, description)
-    return found, notes
+    description = described(found)
+    named = {} if found.name is None else named_model(found.name)
+    start.refuse_untrainable(f"model.start: {reference}", description or named)
+    return found, notes + start.resizing_notes(reference, description or {})
+
+
+def named_model(name: str) -> dict[str, Any]:
+    """A model of open_clip as an `open_clip_config.json` describes it."""
+    return {"model_cfg": towers.named_config(name)}
 
 
 def open_clip_start(reference: str, name: str) -> tuple[ModelConfig, list[str]]:

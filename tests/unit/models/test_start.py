@@ -427,6 +427,18 @@ def error(given: ModelConfig) -> str:
         ("{}/other", {}, "of another shape, such as visual.class_embedding, visual.conv1.weight, "),
         ("{}/pickled", {}, "open_clip_pytorch_model.bin is pickled and could run code"),
         ("{}/coca", {}, "is a CoCa, whose decoder cannot be trained here"),
+        (
+            "open_clip:coca_ViT-B-32",
+            {},
+            "model.start: open_clip:coca_ViT-B-32 is a CoCa, whose decoder cannot be trained here",
+        ),
+        (None, {"name": "coca_ViT-B-32"}, "model.name: coca_ViT-B-32 is a CoCa, whose decoder"),
+        ("reference:{}/with_heads.pt", {}, "name its model too, as in reference:FILE,model=RN50"),
+        (
+            "reference:{}/with_heads.pt,model=tiny",
+            {"name": "RN50"},
+            "model.name: RN50 does not go with model.start",
+        ),
     ],
 )
 def test_a_start_that_cannot_be(start, more, message, tiny, offline):
@@ -445,7 +457,7 @@ def test_a_start_that_cannot_be(start, more, message, tiny, offline):
         merges = json.loads((words / "tokenizer.json").read_text())
         merges["model"]["merges"] = merges["model"]["merges"][:9]
         (words / "tokenizer.json").write_text(json.dumps(merges))
-    found = error(ModelConfig(start=start.format(tiny), **more))
+    found = error(ModelConfig(start=start and start.format(tiny), **more))
     assert message in found
     if start == "{}/other":
         assert re.search(r"\d+ tensors are missing, unknown or of another shape", found)
