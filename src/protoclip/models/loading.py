@@ -106,12 +106,21 @@ def followed(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
         if config.name is not None:
             start.refuse_untrainable(f"model.name: {config.name}", named_model(config.name))
         return config, []
+    config = completed(config)
     try:
-        return _followed(config, config.start)
+        return _followed(config, str(config.start))
     except ValueError as error:
         if str(error).startswith("model."):
             raise
         raise ValueError(f"model.start: {error}") from error
+
+
+def completed(config: ModelConfig) -> ModelConfig:
+    """With `model.name` as the model of a start `reference:FILE` that names none."""
+    given = config.start or ""
+    if config.name is None or not given.startswith("reference:") or ",model=" in given:
+        return config
+    return replace(config, start=f"{given},model={config.name}")
 
 
 def _followed(config: ModelConfig, reference: str) -> tuple[ModelConfig, list[str]]:

@@ -40,6 +40,7 @@ from protoclip.models.loading import find_checkpoint, followed, model_config
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
+from protoclip.training.finetune import has_heads
 from protoclip.training.optim import optim_settings, resolved
 
 HEADS = HeadConfig(hidden_dim=32, projection_dim=8)
@@ -364,6 +365,10 @@ def test_settings_follow_the_start(tiny, pairs, tmp_path):
     assert untrained == ModelConfig(name="tiny")
     assert notes == ["model.start: open_clip:tiny: untrained; no weights are named"]
     run.train(one_step(pairs, tmp_path / "run", tiny_model()))
+    reference = f"reference:{tiny}/without_heads.pt"
+    by_name = ModelConfig(start=reference, name="tiny")
+    assert followed(by_name) == followed(ModelConfig(start=f"{reference},model=tiny"))
+    assert not has_heads(by_name)
     found, _ = followed(ModelConfig(start=str(tmp_path / "run")))
     assert replace(found, start=None) == replace(tiny_model())
     for given in (ModelConfig(start=str(tiny / "folder")), mine):
