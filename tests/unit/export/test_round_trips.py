@@ -296,18 +296,24 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
     assert (facts["prototypes"], facts["captions"]) == (None, None)
     written = load_file(tmp_path / "out" / "prototypes.safetensors")
     spaces = json.loads((tmp_path / "out" / "prototypes.json").read_text())["spaces"]
-    assert "nearest_captions" not in spaces["image"]
     model, _, tokenizer = protoclip.load(tmp_path / "finished")
     captions = list(dict.fromkeys(pq.read_table(data)["caption"].to_pylist()))
     with torch.no_grad():
         projections = model.text_head(model.encode_text(tokenizer(captions))).double()
     projections /= projections.norm(dim=1, keepdim=True)
-    for centroid, names in zip(
-        written["text.centroids"].double(), spaces["text"]["nearest_captions"], strict=True
-    ):
-        distances = (projections - centroid).norm(dim=1)
-        ranked = [captions[number] for number in distances.argsort().tolist()]
-        assert names == ranked[:5]
+    # Those of image prototypes, whose space is another, are by the text prototypes of the members.
+    image, text = (found[f"clusters/{space}/assignments"] for space in SPACES)
+    texts = written["text.centroids"].double()
+    means = [
+        texts[text[image == number]].mean(0) for number in range(len(spaces["image"]["sizes"]))
+    ]
+    for space, centroids in (("text", texts), ("image", means)):
+        for centroid, names, size in zip(
+            centroids, spaces[space]["nearest_captions"], spaces[space]["sizes"], strict=True
+        ):
+            distances = (projections - centroid).norm(dim=1)
+            ranked = [captions[number] for number in distances.argsort().tolist()]
+            assert names == (ranked[:5] if size else [])
 
     data.unlink()
     facts = protoclip.export(tmp_path / "finished", tmp_path / "without", ["open_clip"])
