@@ -134,6 +134,7 @@ def test_from_the_command_line(top, finished, tmp_path, capsys):
     best = max(record["points"], key=lambda point: (point["mean"], -point["alpha"]))["alpha"]
     assert record["alpha"] == record["best_alpha"] == results["alpha"] == best
     assert f"{best:g}*" in printed.out
+    assert "* chosen; " in printed.out
     assert record["rule"] in printed.out
     assert f"written to {out}" in printed.out
     assert results["start_metrics"].keys() == results["metrics"].keys() >= {GUARD}
@@ -451,7 +452,11 @@ def test_the_help_explains_the_command(capsys):
 def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):
     """Nothing is said again; but a run with data beside it is a start, as one that is none is."""
     main(["finetune", str(copied), "--resume", "auto", "--alpha", "0.3"])
-    assert f"note: going on with {copied} by its own settings" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"note: going on with {copied} by its own settings" in printed.err
+    best = read(copied / "wise_ft.json")["best_alpha"]
+    assert best != 0.3
+    assert f"* chosen by --alpha; the rule's best is {best:g}; " in printed.out
     assert read(copied / "model.json")["alpha"] == 0.3
     assert read(copied / "results.json")["folder"] == str(copied)
     for start in (copied, top / "start"):
