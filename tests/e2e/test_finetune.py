@@ -224,7 +224,7 @@ def test_prototypes_go_out_with_the_end_of_fine_tuning(top, copied, tmp_path):
 
 
 def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
-    """The run's model is a plain one, between the start and the merged end."""
+    """The run's model is a plain one, between the start and the merged end; so is its export."""
     given = settings(top, tmp_path / "run", model={"lora": 2}, run={"guard": []})
     finetune(given, alpha=0.5)
     start, end = weights(top / "start"), weights(tmp_path / "run/checkpoints/step-000000004")
@@ -236,6 +236,10 @@ def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in found.items())
     moved = [name for name in found if not torch.equal(found[name], start[name])]
     assert any("towers.visual" in name for name in moved)
+    protoclip.export(tmp_path / "run", tmp_path / "exported", ["open_clip"])
+    exported = protoclip.load(tmp_path / "exported")[0].state_dict()
+    assert exported.keys() == {name for name in found if name.startswith("towers.")}
+    assert all(torch.equal(found[name], value) for name, value in exported.items())
 
 
 def interrupt_sweep(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:

@@ -313,6 +313,15 @@ def test_what_transformers_js_reads(reference, tmp_path):
     assert tokenizer.model_max_length == 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "sig", "hf-text"])
+def test_onnx_graphs_compute_the_same(kind, reference, tmp_path):
+    """Of kinds that no other test writes as ONNX."""
+    pytest.importorskip("onnxruntime")
+    facts = protoclip.export(reference(kind), tmp_path / "out", ["onnx"])
+    assert max(facts["differences"]["onnx"].values()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("save", "formats"), [(save_siglip, ["hf"]), (save_dual_encoder, ["hf", "onnx"])]
 )
@@ -451,7 +460,7 @@ def test_the_card_of_a_run(tmp_path):
     metrics["eval/emoji/clustering/ami"] = 0.25
     counts = {"name": "My model", "seed": 0, "samples_seen": 1, "train_seconds": 1.0}
     (made / "results.json").write_text(to_json({**counts, "metrics": metrics}))
-    protoclip.export(made, tmp_path / "out", ["timm"])
+    protoclip.export(made, tmp_path / "out", ALL)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\n# My model\n" in card
     assert 'train = "pairs.tsv"' in card
@@ -467,6 +476,9 @@ def test_the_card_of_a_run(tmp_path):
     names: dict[str, Any] = {}
     exec(commands.replace('folder = "out"', f"folder = {str(tmp_path / 'out')!r}"), names)
     assert names["image_tower"].num_classes == 16
+    assert names["preprocess"].transforms[0].size == 32
+    assert names["processor"].image_processor.size["shortest_edge"] == 32
+    assert names["image_transform"].size == 32
 
 
 def test_prototypes_go_along(tmp_path):

@@ -42,6 +42,7 @@ VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
 TIMM = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "avg"}
 CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
 SIGLIP = {
     "embed_dim": 64,
     "init_logit_bias": -10,
@@ -103,6 +104,14 @@ def with_text_tower(folder: Path, train: str) -> str:
 KINDS: dict[str, tuple[Callable[[Path, str], str], list[str]]] = {
     "small timm pair": (small_run, ["open_clip", "hf"]),
     "CLIP": (lambda folder, _: save_open_clip(folder, CLIP), ["open_clip", "hf"]),
+    "QuickGELU": (
+        lambda folder, _: save_open_clip(folder, {**CLIP, "quick_gelu": True}),
+        ["open_clip", "hf"],
+    ),
+    "RN50": (
+        lambda folder, _: save_open_clip(folder, {**CLIP, "vision_cfg": RESNET}),
+        ["open_clip"],
+    ),
     "SigLIP-shaped": (lambda folder, _: save_open_clip(folder, SIGLIP), ["open_clip"]),
     "HF text tower": (with_text_tower, ["open_clip"]),
     "SiglipModel": (lambda folder, _: f"hf:{save_siglip(folder)}", ["hf"]),
