@@ -135,6 +135,7 @@ def test_from_the_command_line(top, finished, tmp_path, capsys):
     best = max(record["points"], key=lambda point: (point["mean"], -point["alpha"]))["alpha"]
     assert record["alpha"] == record["best_alpha"] == results["alpha"] == best
     assert f"{best:g}*" in printed.out
+    assert "* chosen; " in printed.out
     assert record["rule"] in printed.out
     assert f"written to {out}" in printed.out
     assert results["start_metrics"].keys() == results["metrics"].keys() >= {GUARD}
@@ -224,7 +225,7 @@ def test_prototypes_go_out_with_the_end_of_fine_tuning(top, copied, tmp_path):
 
 
 def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
-    """The run's model is a plain one, between the start and the merged end."""
+    """The run's model is a plain one, between the start and the merged end; so is its export."""
     given = settings(top, tmp_path / "run", model={"lora": 2}, run={"guard": []})
     finetune(given, alpha=0.5)
     start, end = weights(top / "start"), weights(tmp_path / "run/checkpoints/step-000000004")
@@ -236,6 +237,10 @@ def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in found.items())
     moved = [name for name in found if not torch.equal(found[name], start[name])]
     assert any("towers.visual" in name for name in moved)
+    protoclip.export(tmp_path / "run", tmp_path / "exported", ["open_clip"])
+    exported = protoclip.load(tmp_path / "exported")[0].state_dict()
+    assert exported.keys() == {name for name in found if name.startswith("towers.")}
+    assert all(torch.equal(found[name], value) for name, value in exported.items())
 
 
 def interrupt_sweep(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
@@ -452,7 +457,11 @@ def test_the_help_explains_the_command(capsys):
 def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):
     """Nothing is said again; but a run with data beside it is a start, as one that is none is."""
     main(["finetune", str(copied), "--resume", "auto", "--alpha", "0.3"])
-    assert f"note: going on with {copied} by its own settings" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"note: going on with {copied} by its own settings" in printed.err
+    best = read(copied / "wise_ft.json")["best_alpha"]
+    assert best != 0.3
+    assert f"* chosen by --alpha; the rule's best is {best:g}; " in printed.out
     assert read(copied / "model.json")["alpha"] == 0.3
     assert read(copied / "results.json")["folder"] == str(copied)
     for start in (copied, top / "start"):

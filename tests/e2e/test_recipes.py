@@ -119,6 +119,7 @@ def test_the_head_says_what_to_type_and_what_to_expect(recipe):
     """Every command parses, and no setting is without effect."""
     entries = head(recipe)
     assert {"command", "hardware", "expected"} <= entries.keys()
+    assert "data" in entries or recipe in MEASURED  # on the emoji
     assert ("Not run here." in entries["title"]) == (recipe in ESTIMATED)
     for command, *words in commands(recipe)[:-1]:
         parse(COMMANDS[command], words)
@@ -219,7 +220,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(pairs: Path, settings: dict[str, Any], out: Path) -> list[str]:
+def train(pairs: Path, settings: dict[str, Any], out: Path, command: str = "train") -> list[str]:
     """Train by the command line; returns the names of the stages that were entered."""
     visited: list[str] = []
 
@@ -228,7 +229,7 @@ def train(pairs: Path, settings: dict[str, Any], out: Path) -> list[str]:
         original(model, stage)
 
     original = trainer.enter_stage
-    words = ["train"]
+    words = [command]
     for name, value in settings.items():
         words += [f"--{name}", str(value)]
     with pytest.MonkeyPatch.context() as patch:
@@ -280,7 +281,10 @@ def test_three_steps_visit_every_stage(recipe, pairs, starts, tmp_path):
         settings["episodes.micro_batch_size"] = 8
     if config.teacher.features is not None:
         settings["teacher.features"] = pairs / "teacher.parquet"
-    visited = train(pairs, settings, tmp_path / "run")
+    command = commands(recipe)[-1][0]
+    if command == "finetune":
+        settings |= {"alpha": 1}  # no data are held out to choose by
+    visited = train(pairs, settings, tmp_path / "run", command)
     expected = [stage_of(config, index).name for index in range(config.episodes.count)]
     assert len(visited) == 3
     assert [*dict.fromkeys(visited)] == [*dict.fromkeys(expected)]

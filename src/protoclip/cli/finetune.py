@@ -128,7 +128,10 @@ def show_sweep(record: Mapping[str, Any]) -> None:
         values = [*(point["scores"][name] for name in names), point["mean"]]
         table.add_row(f"{point['alpha']:g}{mark}", *(f"{100 * value:.1f}" for value in values))
     print_table(table, columns=len(names))
-    print(f"* chosen; {record['rule']}")
+    best, by = record["best_alpha"], ""
+    if best != record["alpha"]:
+        by = f" by --alpha; the rule's best is {best:g}"
+    print(f"* chosen{by}; {record['rule']}")
 
 
 def show_metrics(results: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from protoclip.models import loading, references
 from protoclip.models.loading import RESUME
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
+from protoclip.prototypes.targets import back_translate
 from protoclip.terminal import visible
 from protoclip.training.run import flat
 
@@ -76,7 +77,9 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
 
     `prototypes.safetensors` holds for image, text and each teacher `SPACE.centroids` `(k, p)` and
     `SPACE.sizes` `(k,)`, the number of members; and `image_head.*` and `text_head.*`, the heads
-    that turn features into the space of the centroids. `prototypes.json` says the same in words.
+    that turn features into the space of the centroids. For image and teachers, whose spaces are
+    others than the captions', `SPACE.in_text` `(k, p)` is the mean of the text centroids of a
+    prototype's members. `prototypes.json` says the same in words.
 
     Returns:
         Why there are none; None if they are written.
@@ -104,9 +107,13 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         centroids = stored[f"{prefix}{space}{suffix}"]
         assignments = stored[f"{prefix}{space}/assignments"]
         tensors[f"{space}.centroids"] = centroids
-        tensors[f"{space}.sizes"] = torch.bincount(
-            assignments[assignments >= 0], minlength=len(centroids)
-        )
+        known = assignments >= 0
+        tensors[f"{space}.sizes"] = torch.bincount(assignments[known], minlength=len(centroids))
+        if space != "text" and "text" in spaces:
+            of_members = stored["clusters/text/centroids"][stored["clusters/text/assignments"]]
+            tensors[f"{space}.in_text"] = back_translate(
+                assignments[known], of_members[known], len(centroids)
+            )
     if isinstance(source.model, ProtoCLIP):
         for name in ("image_head", "text_head"):
             head = getattr(source.model, name).state_dict()
@@ -132,9 +139,11 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
 
 
 def add_captions(source: Source, folder: Path) -> str | None:
-    """Add the captions nearest to each text prototype to `prototypes.json`, by the model itself.
+    """Add the captions nearest to each prototype to `prototypes.json`, by the model itself.
 
-    They are found among those of at most `PAIRS` of the run's pairs, evenly spread.
+    Nothing brings images and captions close by their projections, so those of an image prototype
+    are the captions nearest to its `in_text`. They are found among those of at most `PAIRS` of the
+    run's pairs, evenly spread; a prototype without members has none.
 
     Returns:
         Why there are none; None if they are written, or if there are no text prototypes.
@@ -152,9 +161,16 @@ def add_captions(source: Source, folder: Path) -> str | None:
         return f"the run's data cannot be opened ({line(str(error))})"
     if not captions:
         return "the run's data has none"
-    centroids = loading.read_tensors(folder / f"{PROTOTYPES}.safetensors")["text.centroids"]
-    found = nearest(source, captions, centroids)
-    facts["spaces"]["text"]["nearest_captions"] = found
+    tensors = loading.read_tensors(path.with_suffix(".safetensors"))
+    projected = project(source, captions)
+    for space, found in facts["spaces"].items():
+        means = tensors["text.centroids" if space == "text" else f"{space}.in_text"]
+        # Projections have unit norm, so the largest product is the smallest distance.
+        order = (means @ projected.T).topk(min(NEAREST, len(captions))).indices.tolist()
+        found["nearest_captions"] = [
+            [captions[number] for number in row] if size else []
+            for row, size in zip(order, found["sizes"], strict=True)
+        ]
     write_atomically(path, to_json(facts, indent=2) + "\n")
     return None
 
@@ -176,10 +192,8 @@ def captions_of(run: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def nearest(
-    source: Source, captions: Sequence[str], centroids: Float[Tensor, "k p"]
-) -> list[list[str]]:
-    """The captions nearest to each centroid, the nearest first."""
+def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
+    """The normalised projections of captions."""
     progress = Progress("captions of prototypes", len(captions))
     projections = []
     for first in range(0, len(captions), BATCH):
@@ -187,9 +201,7 @@ def nearest(
         projected = source.model.text_head(source.model.encode_text(tokens))  # type: ignore[operator]
         projections.append(torch.nn.functional.normalize(projected, dim=1))
         progress.update(min(first + BATCH, len(captions)))
-    # All have unit norm, so the largest product is the smallest distance.
-    order = (centroids @ torch.cat(projections).T).topk(min(NEAREST, len(captions))).indices
-    return [[captions[number] for number in row] for row in order.tolist()]
+    return torch.cat(projections)
 
 
 def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,13 @@ from protoclip.export.source import (
 )
 from protoclip.export.timm import has_linear_projection, trunk_arguments
 from protoclip.models import references
-from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers, pooled
+from protoclip.models.hugging_face import (
+    MASKED_KIND,
+    HuggingFaceTowers,
+    auto_model,
+    draw_on_terminals_alone,
+    pooled,
+)
 
 # open_clip's names and Hugging Face's (`pre_layrnorm` is spelt so).
 NAMES = {
@@ -61,6 +67,7 @@ def write(source: Source, folder: Path) -> str:
     else:
         model = build(source)
         tokenizer, processor = clip_tokenizer(source), image_processor(source)
+    draw_on_terminals_alone()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_processor(model, tokenizer, processor, folder)
@@ -69,9 +76,9 @@ def write(source: Source, folder: Path) -> str:
 
 def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
     """What `transformers` computes from the folder."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+    model: Any = auto_model().from_pretrained(folder, use_safetensors=True).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     if model.config.model_type != MASKED_KIND:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from protoclip.config import ModelConfig
 from protoclip.models import towers
-from protoclip.models.references import examples_of, misfits, readable_errors, require_safetensors
+from protoclip.models.hugging_face import read_model
+from protoclip.models.references import misfits, readable_errors, require_safetensors
+from protoclip.models.towers import examples_of
 
 # The kinds of Hugging Face text model that open_clip can hold.
 TEXT_KINDS = ("bert", "roberta", "xlm-roberta")
@@ -116,19 +118,8 @@ def hub(name: str, source: str) -> AbstractContextManager[None]:
 
 def text_weights(name: str, source: str) -> dict[str, Tensor]:
     """The weights of a Hugging Face text model without its pooling layer; safetensors only."""
-    from transformers import AutoModel
-
     with hub(name, source):
-        model, found = AutoModel.from_pretrained(
-            source,
-            add_pooling_layer=False,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    if lacking := sorted(found["missing_keys"]):
-        raise ValueError(f"model.text.name: {name}: {examples_of(lacking)}")
-    state: dict[str, Tensor] = model.state_dict()
+        state: dict[str, Tensor] = read_model(source, add_pooling_layer=False).state_dict()
     return state
 
 

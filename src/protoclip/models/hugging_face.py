@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.towers import (
+    Misfit,
     RememberingTokenizer,
     Tokenizer,
+    examples_of,
     max_tokens,
     require_multiple,
     tower_kind,
@@ -39,14 +42,10 @@ POSITIONS = "embeddings.position_embedding.weight"  # of SigLIP's towers
 
 def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     """Open a repository of the hub or a folder; reads safetensors only, and runs no code of it."""
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor
 
     config = open_config(name)
-    model, found = AutoModel.from_pretrained(
-        name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
-    if lacking := sorted(found["missing_keys"]):
-        raise ValueError(f"its weights lack {len(lacking)} tensors, such as {lacking[0]}")
+    model = read_model(name)
     open_processor: Any = AutoImageProcessor.from_pretrained
     processor = open_processor(name, trust_remote_code=False)
     transform, built = image_transform(processor), HuggingFaceTowers(model.float())
@@ -63,6 +62,37 @@ def open_config(name: str) -> Any:
         is_a = ", ".join(config.architectures or ()) or config.model_type
         raise ValueError(f"{is_a} is no CLIP-like model; known are {', '.join(KINDS)}")
     return config
+
+
+def read_model(name: str, **settings: Any) -> Any:
+    """A model of `transformers` with all its weights; reads safetensors only."""
+    model, found = auto_model().from_pretrained(
+        name,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # else it raises, and names none of them
+        **settings,
+    )
+    if wrong := found["missing_keys"] | {key for key, *_ in found["mismatched_keys"]}:
+        raise Misfit(f"does not fit config.json: {examples_of(sorted(wrong))}")
+    return model
+
+
+def auto_model() -> Any:
+    """The class that opens models of `transformers`, without progress where nobody watches."""
+    from transformers import AutoModel
+
+    draw_on_terminals_alone()
+    return AutoModel
+
+
+def draw_on_terminals_alone() -> None:
+    """Turn off the progress bars of `transformers` if standard error is a file or a pipe."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def open_tokenizer(name: str, config: Any, *, context_length: int | None = None) -> Tokenizer:

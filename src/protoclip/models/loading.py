@@ -117,13 +117,24 @@ def followed(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
         ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
     """
     if config.start is None:
+        if config.name is not None:
+            start.refuse_untrainable(f"model.name: {config.name}", named_model(config.name))
         return config, []
+    config = completed(config)
     try:
-        return _followed(config, config.start)
+        return _followed(config, str(config.start))
     except ValueError as error:
         if str(error).startswith("model."):
             raise
         raise ValueError(f"model.start: {error}") from error
+
+
+def completed(config: ModelConfig) -> ModelConfig:
+    """With `model.name` as the model of a start `reference:FILE` that names none."""
+    given = config.start or ""
+    if config.name is None or not given.startswith("reference:") or ",model=" in given:
+        return config
+    return replace(config, start=f"{given},model={config.name}")
 
 
 def _followed(config: ModelConfig, reference: str) -> tuple[ModelConfig, list[str]]:
@@ -146,10 +157,15 @@ def _followed(config: ModelConfig, reference: str) -> tuple[ModelConfig, list[st
     found = start.merged(config, theirs, has_heads=has_heads)
     if kind == "open_clip" and not Path(name.partition("/")[2]).is_file():
         found = replace(found, start=None)  # its name and tag say it all
-    if (description := described(found)) is not None:
-        start.refuse_untrainable(reference, description)
-        notes += start.resizing_notes(reference, description)
-    return found, notes
+    description = described(found)
+    named = {} if found.name is None else named_model(found.name)
+    start.refuse_untrainable(f"model.start: {reference}", description or named)
+    return found, notes + start.resizing_notes(reference, description or {})
+
+
+def named_model(name: str) -> dict[str, Any]:
+    """A model of open_clip as an `open_clip_config.json` describes it."""
+    return {"model_cfg": towers.named_config(name)}
 
 
 def open_clip_start(reference: str, name: str) -> tuple[ModelConfig, list[str]]:
@@ -584,7 +600,7 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     weights = read_tensors(folder / WEIGHTS)
     if wrong := misfits(model, weights):
         raise ValueError(
-            f"{folder}: checkpoint of another architecture: {references.examples_of(wrong)}; make "
+            f"{folder}: checkpoint of another architecture: {towers.examples_of(wrong)}; make "
             "the [model] section match"
         )
     return weights

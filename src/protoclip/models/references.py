@@ -7,7 +7,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from protoclip.models.heads import projection_head
 from protoclip.models.hugging_face import ImageTransform, open_config, open_model
 from protoclip.models.lora import without_adapters
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
-from protoclip.models.towers import Tokenizer
+from protoclip.models.towers import Misfit, Tokenizer, examples_of
 from protoclip.terminal import say
 
 Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
@@ -129,10 +129,8 @@ def open_clip_folder(reference: str, name: str) -> Loaded:
     text_files = own_text_files(folder)
     repository = "" if text_files else text_repository(config)
     with readable_errors(reference, repository):
-        wrong = misshapen(folder)
-    if wrong:  # open_clip would list every tensor
-        raise ValueError(f"{reference}: does not fit {OPEN_CLIP_CONFIG}: {examples_of(wrong)}")
-    with readable_errors(reference, repository):
+        if wrong := misshapen(folder):  # open_clip would list every tensor
+            raise Misfit(f"does not fit {OPEN_CLIP_CONFIG}: {examples_of(wrong)}")
         if text_files is None:
             built = seeded(open_clip.create_model, f"local-dir:{folder}")
         else:
@@ -314,12 +312,6 @@ def misshapen(folder: Path) -> list[str]:
     return sorted(name for name in wrong if "positional_embedding" not in name)
 
 
-def examples_of(wrong: Sequence[str]) -> str:
-    """The first five of the tensors that do not fit a model, in words."""
-    names = ", ".join(name.removeprefix("towers.") for name in wrong[:5])
-    return f"{len(wrong)} tensors are missing, unknown or of another shape, such as {names}"
-
-
 def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """The tensors that only the model or only the weights have, or that differ in shape."""
     own = without_adapters(model.state_dict())
@@ -374,6 +366,8 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
         raise ValueError(
             f"{reference}: pip install 'protoclip[teachers]' first ({line(str(error))})"
         ) from error
+    except Misfit as error:
+        raise ValueError(f"{reference}: {error}") from error
     except Exception as error:  # what these libraries raise has no common class
         if repository and answer is None:
             raise ValueError(

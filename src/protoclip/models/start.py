@@ -9,7 +9,8 @@ from protoclip.config import ModelConfig
 from protoclip.models import hugging_face, towers
 from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
-from protoclip.models.references import examples_of, misfits
+from protoclip.models.references import misfits
+from protoclip.models.towers import examples_of
 
 # Settings that a start does not decide: weights are brought to other sizes.
 SIZES = ("image.size", "text.context_length")
@@ -99,10 +100,10 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
     return notes
 
 
-def refuse_untrainable(name: str, description: Mapping[str, Any]) -> None:
+def refuse_untrainable(setting: str, description: Mapping[str, Any]) -> None:
     """Refuse towers that have parts that no loss here trains."""
     if "multimodal_cfg" in description.get("model_cfg", {}):
-        raise ValueError(f"model.start: {name} is a CoCa, whose decoder cannot be trained here")
+        raise ValueError(f"{setting} is a CoCa, whose decoder cannot be trained here")
 
 
 def resizing_notes(name: str, description: Mapping[str, Any]) -> list[str]:

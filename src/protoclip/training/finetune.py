@@ -175,8 +175,9 @@ def training_samples(config: Config, evaluate_every: int) -> Pairs | SampleStrea
 
 def has_heads(model: ModelConfig) -> bool:
     """Whether a start has projection heads, as runs have."""
-    kind, name = references.kind_of(str(model.start))
+    start = str(loading.completed(model).start)
+    kind, name = references.kind_of(start)
     if kind == "reference":
-        weights = references.reference_weights(str(model.start), name)[1]
+        weights = references.reference_weights(start, name)[1]
         return references.reference_heads(weights) is not None
     return kind == "run"

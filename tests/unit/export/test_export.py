@@ -313,6 +313,15 @@ def test_what_transformers_js_reads(reference, tmp_path):
     assert tokenizer.model_max_length == 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "sig", "hf-text"])
+def test_onnx_graphs_compute_the_same(kind, reference, tmp_path):
+    """Of kinds that no other test writes as ONNX."""
+    pytest.importorskip("onnxruntime")
+    facts = protoclip.export(reference(kind), tmp_path / "out", ["onnx"])
+    assert max(facts["differences"]["onnx"].values()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("save", "formats"), [(save_siglip, ["hf"]), (save_dual_encoder, ["hf", "onnx"])]
 )
@@ -451,7 +460,7 @@ def test_the_card_of_a_run(tmp_path):
     metrics["eval/emoji/clustering/ami"] = 0.25
     counts = {"name": "My model", "seed": 0, "samples_seen": 1, "train_seconds": 1.0}
     (made / "results.json").write_text(to_json({**counts, "metrics": metrics}))
-    protoclip.export(made, tmp_path / "out", ["timm"])
+    protoclip.export(made, tmp_path / "out", ALL)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\n# My model\n" in card
     assert 'train = "pairs.tsv"' in card
@@ -467,22 +476,34 @@ def test_the_card_of_a_run(tmp_path):
     names: dict[str, Any] = {}
     exec(commands.replace('folder = "out"', f"folder = {str(tmp_path / 'out')!r}"), names)
     assert names["image_tower"].num_classes == 16
+    assert names["preprocess"].transforms[0].size == 32
+    assert names["processor"].image_processor.size["shortest_edge"] == 32
+    assert names["image_transform"].size == 32
 
 
 def test_prototypes_go_along(tmp_path):
     """With the heads, and the number of members."""
     centroids = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    clusters = {"image": {"centroids": centroids, "assignments": torch.tensor([2, 0, 2, -1])}}
+    clusters = {
+        "image": {"centroids": centroids, "assignments": torch.tensor([2, 0, 2, 2])},
+        "text": {"centroids": centroids.neg()[:2], "assignments": torch.tensor([0, 1, 1, 1])},
+        "other": {"centroids": centroids[:, :5], "assignments": torch.tensor([0, -1, -1, 1])},
+    }
     made = save_run(tmp_path / "run", tiny_model(), clusters=clusters)
     source = open_source(str(made))
     assert write_prototypes(source, tmp_path) is None
     found = load_file(tmp_path / "prototypes.safetensors")
     assert torch.equal(found["image.centroids"], centroids)
-    assert found["image.sizes"].tolist() == [1, 0, 2]
+    assert found["image.sizes"].tolist() == [1, 0, 3]
+    a, b = centroids.neg()[:2]
+    torch.testing.assert_close(found["image.in_text"], torch.stack([b, 0 * a, (a + 2 * b) / 3]))
+    torch.testing.assert_close(found["other.in_text"], torch.stack([a, b, 0 * a]))
+    assert "text.in_text" not in found
     head = source.model.image_head.state_dict()
     assert all(torch.equal(found[f"image_head.{key}"], value) for key, value in head.items())
     facts = json.loads((tmp_path / "prototypes.json").read_text())
-    assert facts["spaces"] == {"image": {"number": 3, "width": 8, "sizes": [1, 0, 2]}}
+    assert facts["spaces"]["image"] == {"number": 3, "width": 8, "sizes": [1, 0, 3]}
+    assert [*facts["spaces"]] == ["image", "other", "text"]
     finished = open_source(str(save_run(tmp_path / "finished", tiny_model(), clusters={})))
     (tmp_path / "empty").mkdir()
     assert write_prototypes(finished, tmp_path / "empty") == "the checkpoint holds none"

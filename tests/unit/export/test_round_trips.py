@@ -42,6 +42,7 @@ VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
 TIMM = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "avg"}
 CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
 SIGLIP = {
     "embed_dim": 64,
     "init_logit_bias": -10,
@@ -103,6 +104,14 @@ def with_text_tower(folder: Path, train: str) -> str:
 KINDS: dict[str, tuple[Callable[[Path, str], str], list[str]]] = {
     "small timm pair": (small_run, ["open_clip", "hf"]),
     "CLIP": (lambda folder, _: save_open_clip(folder, CLIP), ["open_clip", "hf"]),
+    "QuickGELU": (
+        lambda folder, _: save_open_clip(folder, {**CLIP, "quick_gelu": True}),
+        ["open_clip", "hf"],
+    ),
+    "RN50": (
+        lambda folder, _: save_open_clip(folder, {**CLIP, "vision_cfg": RESNET}),
+        ["open_clip"],
+    ),
     "SigLIP-shaped": (lambda folder, _: save_open_clip(folder, SIGLIP), ["open_clip"]),
     "HF text tower": (with_text_tower, ["open_clip"]),
     "SiglipModel": (lambda folder, _: f"hf:{save_siglip(folder)}", ["hf"]),
@@ -296,18 +305,24 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
     assert (facts["prototypes"], facts["captions"]) == (None, None)
     written = load_file(tmp_path / "out" / "prototypes.safetensors")
     spaces = json.loads((tmp_path / "out" / "prototypes.json").read_text())["spaces"]
-    assert "nearest_captions" not in spaces["image"]
     model, _, tokenizer = protoclip.load(tmp_path / "finished")
     captions = list(dict.fromkeys(pq.read_table(data)["caption"].to_pylist()))
     with torch.no_grad():
         projections = model.text_head(model.encode_text(tokenizer(captions))).double()
     projections /= projections.norm(dim=1, keepdim=True)
-    for centroid, names in zip(
-        written["text.centroids"].double(), spaces["text"]["nearest_captions"], strict=True
-    ):
-        distances = (projections - centroid).norm(dim=1)
-        ranked = [captions[number] for number in distances.argsort().tolist()]
-        assert names == ranked[:5]
+    # Those of image prototypes, whose space is another, are by the text prototypes of the members.
+    image, text = (found[f"clusters/{space}/assignments"] for space in SPACES)
+    texts = written["text.centroids"].double()
+    means = [
+        texts[text[image == number]].mean(0) for number in range(len(spaces["image"]["sizes"]))
+    ]
+    for space, centroids in (("text", texts), ("image", means)):
+        for centroid, names, size in zip(
+            centroids, spaces[space]["nearest_captions"], spaces[space]["sizes"], strict=True
+        ):
+            distances = (projections - centroid).norm(dim=1)
+            ranked = [captions[number] for number in distances.argsort().tolist()]
+            assert names == (ranked[:5] if size else [])
 
     data.unlink()
     facts = protoclip.export(tmp_path / "finished", tmp_path / "without", ["open_clip"])

@@ -11,6 +11,7 @@ import open_clip
 import pytest
 
 import protoclip
+from protoclip.cli import main
 from protoclip.data import access
 from tiny_hugging_face import save_bert
 
@@ -144,10 +145,12 @@ def test_without_a_token_nothing_is_exported(model, monkeypatch, tmp_path):
         (Refusing, "me/model: not uploaded ("),
     ],
 )
-def test_a_hub_that_takes_nothing_is_one_line(hub, message, use_hub, model, tmp_path):
+def test_a_hub_that_takes_nothing_is_one_line(hub, message, use_hub, model, tmp_path, capsys):
     use_hub(hub)
     folder = tmp_path / "out"
-    with pytest.raises(ValueError, match=re.escape(message.format(folder=folder))) as error:
-        protoclip.export(model, folder, ["open_clip"], push_to_hub="me/model")
-    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit) as ended:
+        main(f"export {model} {folder} --formats open_clip --push-to-hub me/model".split())
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("protoclip: error: " + message.format(folder=folder))
     assert (folder / "open_clip_model.safetensors").is_file()

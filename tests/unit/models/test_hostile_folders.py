@@ -114,13 +114,35 @@ def reference_code(folder: Path) -> str:
     return f"reference:{folder / 'epoch.pt'},model=RN50"
 
 
-def of_other_shapes(folder: Path) -> str:
-    model = save_open_clip(folder / "model")
-    file = model / "open_clip_model.safetensors"
+def misshape(model: Path) -> str:
+    """Give seven tensors of a folder another shape."""
+    (file,) = model.glob("*.safetensors")
     weights = load_file(file)
     for name in sorted(weights)[:7]:
         weights[name] = torch.ones(*weights[name].shape, 2)
-    save_file(weights, file)
+    save_file(weights, file, {"format": "pt"})
+    return str(model)
+
+
+def of_other_shapes(folder: Path) -> str:
+    return misshape(save_open_clip(folder / "model"))
+
+
+def siglip_of_other_shapes(folder: Path) -> str:
+    return misshape(save_siglip(folder / "model"))
+
+
+def dual_encoder_of_other_shapes(folder: Path) -> str:
+    return misshape(save_dual_encoder(folder / "model"))
+
+
+def adapter(folder: Path) -> str:
+    """A good model, beside which lies what peft writes, but pickled."""
+    pytest.importorskip("peft")  # without it transformers looks for no adapters
+    model = save_siglip(folder / "model")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 2}
+    (model / "adapter_config.json").write_text(json.dumps(settings))
+    save_pickle(model / "adapter_model.bin")
     return str(model)
 
 
@@ -130,7 +152,10 @@ WRONG: dict[Callable[[Path], str], str] = {
     pickled_hugging_face: "pytorch_model.bin is pickled and could run code; convert it to safetens",
     pickled_open_clip: "open_clip_pytorch_model.bin is pickled and could run code; convert it to",
     reference_code: "cannot be opened (Weights only load failed",
+    adapter: "cannot be opened (",
     of_other_shapes: "does not fit open_clip_config.json: 6 tensors are missing, unknown or of",
+    siglip_of_other_shapes: "does not fit config.json: 7 tensors are missing, unknown or of",
+    dual_encoder_of_other_shapes: "does not fit config.json: 7 tensors are missing, unknown or of",
 }
 
 
@@ -147,7 +172,8 @@ def test_what_cannot_be_opened_is_one_line(make, command, tmp_path, capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("protoclip: error: ")
     assert WRONG[make] in said[-1]
-    if make is of_other_shapes:
+    assert all(text.startswith("note: ") for text in said[:-1])
+    if make.__name__.endswith("of_other_shapes"):
         assert said[-1].count(", ") >= 5
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert not list(tmp_path.rglob("ran"))

@@ -361,12 +361,15 @@ def test_a_damaged_folder_is_one_line(spoil, open_clip_says, hugging_face_says, 
         assert "\n" not in str(error.value)
 
 
-def test_weights_that_lack_tensors(tmp_path):
+def test_weights_that_lack_tensors_or_have_others(tmp_path):
     """transformers would draw them at random."""
     model, *_ = save_hugging_face("clip", tmp_path)
-    weights = {k: v for k, v in model.state_dict().items() if "projection" not in k}
+    weights = model.state_dict()
+    del weights["visual_projection.weight"]
+    weights["text_projection.weight"] = torch.ones(5, 5)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack 2 tensors, such as text_projection\.weight"):
+    message = r": does not fit config.json: 2 tensors .* text_projection\.weight, visual"
+    with pytest.raises(ValueError, match=message):
         protoclip.load(f"hf:{tmp_path}")
 
 

@@ -40,6 +40,7 @@ from protoclip.models.loading import find_checkpoint, followed, model_config
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
+from protoclip.training.finetune import has_heads
 from protoclip.training.optim import optim_settings, resolved
 
 HEADS = HeadConfig(hidden_dim=32, projection_dim=8)
@@ -364,6 +365,10 @@ def test_settings_follow_the_start(tiny, pairs, tmp_path):
     assert untrained == ModelConfig(name="tiny")
     assert notes == ["model.start: open_clip:tiny: untrained; no weights are named"]
     run.train(one_step(pairs, tmp_path / "run", tiny_model()))
+    reference = f"reference:{tiny}/without_heads.pt"
+    by_name = ModelConfig(start=reference, name="tiny")
+    assert followed(by_name) == followed(ModelConfig(start=f"{reference},model=tiny"))
+    assert not has_heads(by_name)
     found, _ = followed(ModelConfig(start=str(tmp_path / "run")))
     assert replace(found, start=None) == replace(tiny_model())
     for given in (ModelConfig(start=str(tiny / "folder")), mine):
@@ -427,6 +432,18 @@ def error(given: ModelConfig) -> str:
         ("{}/other", {}, "of another shape, such as visual.class_embedding, visual.conv1.weight, "),
         ("{}/pickled", {}, "open_clip_pytorch_model.bin is pickled and could run code"),
         ("{}/coca", {}, "is a CoCa, whose decoder cannot be trained here"),
+        (
+            "open_clip:coca_ViT-B-32",
+            {},
+            "model.start: open_clip:coca_ViT-B-32 is a CoCa, whose decoder cannot be trained here",
+        ),
+        (None, {"name": "coca_ViT-B-32"}, "model.name: coca_ViT-B-32 is a CoCa, whose decoder"),
+        ("reference:{}/with_heads.pt", {}, "name its model too, as in reference:FILE,model=RN50"),
+        (
+            "reference:{}/with_heads.pt,model=tiny",
+            {"name": "RN50"},
+            "model.name: RN50 does not go with model.start",
+        ),
     ],
 )
 def test_a_start_that_cannot_be(start, more, message, tiny, offline):
@@ -445,7 +462,7 @@ def test_a_start_that_cannot_be(start, more, message, tiny, offline):
         merges = json.loads((words / "tokenizer.json").read_text())
         merges["model"]["merges"] = merges["model"]["merges"][:9]
         (words / "tokenizer.json").write_text(json.dumps(merges))
-    found = error(ModelConfig(start=start.format(tiny), **more))
+    found = error(ModelConfig(start=start and start.format(tiny), **more))
     assert message in found
     if start == "{}/other":
         assert re.search(r"\d+ tensors are missing, unknown or of another shape", found)
@@ -473,6 +490,12 @@ def test_a_start_that_cannot_be(start, more, message, tiny, offline):
             "model.text.context_length: 25 is too large; {}/bert reads at most 24",
         ),
         ({}, {"name": "{}/lacking", "context_length": 9}, "such as embeddings.word_embeddings"),
+        (
+            {},
+            {"name": "{}/wider", "context_length": 9},
+            "model.text.name: {}/wider: does not fit config.json: 35 tensors are missing, unknown "
+            "or of another shape, such as embeddings.LayerNorm.bias, ",
+        ),
     ],
 )
 def test_halves_that_cannot_be(image, text, message, tmp_path, offline):
@@ -483,6 +506,9 @@ def test_halves_that_cannot_be(image, text, message, tmp_path, offline):
     weights = load_file(bert / "model.safetensors")
     del weights["embeddings.word_embeddings.weight"]
     save_file(weights, lacking / "model.safetensors", {"format": "pt"})
+    wider = shutil.copytree(bert, tmp_path / "wider")
+    settings = json.loads((bert / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**settings, "hidden_size": 48}))
     gpt = shutil.copytree(bert, tmp_path / "gpt")
     (gpt / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     save_file({"norm.weight": torch.ones(3)}, tmp_path / "other.safetensors")
