@@ -412,3 +412,11 @@ def test_a_fingerprint_follows_the_content(
     assert [len(prints) for prints in found.values()] == [3, 3, 3]
     assert len(set(found[str(path)])) == 3
     assert len(set(found[url])) == 2  # the server tells nothing but the size
+
+
+def test_a_relative_root_is_where_the_process_is_now(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(b"x")
+        monkeypatch.chdir(tmp_path / name)
+        assert in_table(".", "x.jpg", Access()) == str(tmp_path / name / "x.jpg")
