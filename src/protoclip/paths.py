@@ -81,14 +81,16 @@ def with_options(reference: str, setting: str = "") -> tuple[str, dict[str, str]
     Raises:
         ValueError: There is no such option, or it has no value.
     """
+    if reference.startswith("pipe:"):  # a command may hold anything
+        return reference, {}
     name, *options = re.split(r",(?=\w+=)", reference)
     own = [option for option in options if option.startswith(DATA_OPTIONS)]
     others = [option for option in options if option not in own]
     where, place = f"{setting}: " if setting else "", ",".join([name, *others])
     if (options and not name) or any(option.endswith("=") for option in own):
         raise ValueError(f"{where}'{reference}' is not complete; give REF,class_column=NAME")
-    # Names on the hub have options of their own; commands, URLs, patterns and files may look so.
-    is_free = re.match(r"hf:|pipe:|.*(://|[*{?[])", place)
+    # Names on the hub have options of their own; URLs, patterns and files may look so.
+    is_free = re.match(r"hf:|.*(://|[*{?[])", place)
     path = re.sub(r"^(wds|karpathy):", "", place)
     if others and not is_free and not os.path.exists(path):  # noqa: PTH110 (Path raises)
         raise ValueError(

@@ -119,13 +119,19 @@ def test_other_settings_do_not_go_on(whole, stopped):
 
 
 def test_a_run_of_an_earlier_version_goes_on(whole, stopped):
-    """Its config.toml does not name the loss, which was InfoNCE."""
+    """Its config.toml does not name the loss, which was InfoNCE, nor the teacher's whitening."""
     path = Path(str(stopped.run.out)) / "config.toml"
     settings = path.read_text()
     assert settings.count('instance = "info_nce"\n') == 1
     path.write_text(settings.replace('instance = "info_nce"\n', ""))
     with pytest.raises(ValueError, match=r"loss\.instance \(info_nce before, sigmoid now\)"):
         run.train(with_changes(stopped, {"loss": {"instance": "sigmoid"}}), resume="auto")
+    with_teacher = settings.replace("[teacher]\n", '[teacher]\nfeatures = "emoji"\n')
+    assert with_teacher.count("whiten = 64\n") == 1
+    path.write_text(with_teacher.replace("whiten = 64\n", ""))
+    with pytest.raises(ValueError, match=r"teacher\.whiten \(0 before, 64 now\)"):
+        run.train(with_changes(stopped, {"teacher": {"features": "emoji"}}), resume="auto")
+    path.write_text(settings.replace('instance = "info_nce"\n', ""))
     assert run.train(stopped, resume="auto")["steps"] == 16
     assert_equal_ends(Path(str(stopped.run.out)), whole("queue"))
 

@@ -142,6 +142,7 @@ class Evaluate:
 
 def trained_on(reference: str, data: str) -> bool:
     """Whether a run, or the run of a checkpoint, has this data among what it was trained on."""
+    data = with_options(data)[0]
     if data == "emoji":  # they have splits of their own
         return False
     folder = Path(reference).resolve()
@@ -154,7 +155,7 @@ def trained_on(reference: str, data: str) -> bool:
         ]
     except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
         return False
-    place = os.path.realpath(with_options(data)[0].removeprefix("wds:"))
+    place = os.path.realpath(data.removeprefix("wds:"))
     return any(os.path.realpath(path) == place for path in trained if isinstance(path, str))
 
 

@@ -174,7 +174,7 @@ def open_data(
     * `torchvision:NAME`: classes.
     * `karpathy:FILE.json`: captions of COCO or Flickr30k.
 
-    Behind a reference may stand `,class_column=NAME` and `,root=FOLDER`, which then come before the
+    Behind a reference may stand `,class_column=NAME` and `,root=FOLDER`, which win over the
     arguments of these names. One source of pairs is the split that is asked for. Where ImageNet is
     read from folders or by torchvision, its validation images, which everyone measures, are the
     `test` split.

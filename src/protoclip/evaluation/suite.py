@@ -294,7 +294,7 @@ def run_metrics(known: Collection[str], data: EvaluationData, split: str) -> lis
 
 
 def says_something(metric: str, data: EvaluationData, split: str) -> bool:
-    """Whether a metric can fail: one of the best five of fewer classes is always right."""
+    """Whether a metric is defined: the best five of fewer classes are not."""
     return not metric.endswith("acc5") or not 0 < number_of_classes(data, split) < 5
 
 

@@ -29,6 +29,7 @@ from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sources import entries
+from protoclip.distributed import collectives
 from protoclip.files import (
     SEAL,
     file_checksum,
@@ -43,7 +44,7 @@ from protoclip.teachers.whiten import Features, Whitening
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 FILES = (".npy", ".parquet")  # of a user's own features
-SAMPLE = 2**14  # rows that a whitening is fitted to
+SAMPLE, ROWS_A_DIRECTION = 2**14, 8  # rows that a whitening is fitted to, and the fewest
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
 
@@ -147,10 +148,11 @@ class TeacherFeatures:
         return int(missing.sum())
 
     def whiten(self, width: int) -> None:
-        """Whiten what is looked up from now on, by a sample of the rows, if these are wider.
+        """Whiten what is looked up from now on, if it is wider. Every rank calls it.
 
-        Damaged rows have no part in it; `lookup` tells of them when it meets one. Equal rows stay
-        as they are.
+        The whitening is that of a sample of the rows. Damaged ones have no part in it; `lookup`
+        tells of them when it meets one. Few different rows would lie equally far from each other
+        along as many directions, so there are `ROWS_A_DIRECTION` times as many rows as directions.
         """
         if self.width <= width:
             return
@@ -161,8 +163,11 @@ class TeacherFeatures:
         read = self.features[rows]
         if self.checksums is not None:
             read = read[row_checksums(hashes, read) == self.checksums[rows]]
-        if (read != read[:1]).any():
-            self.whitening = Whitening.fit(torch.from_numpy(read.astype(np.float32)), width)
+        width = min(width, len(np.unique(read, axis=0)) // ROWS_A_DIRECTION)
+        if width:
+            fitted = Whitening.fit(torch.from_numpy(read.astype(np.float32)), width)
+            # Processors may round differently, and the rows of all ranks are clustered together.
+            self.whitening = collectives.all_gather_object(fitted)[0]
 
     def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m _"]:
         """Features of these samples in this order, as float32; a row of NaN for one without.

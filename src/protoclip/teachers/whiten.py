@@ -1,8 +1,7 @@
 """PCA of a teacher's features, and whitening, which makes all directions count alike.
 
-Distances between features are ruled by the few directions in which they vary most. In those of a
-sentence encoder that is what all captions are about, so K-means divides by it again and again, and
-hardly by what only some captions say.
+Directions in which features vary more count more in their distances, so K-means divides along these
+first, and hardly by what only some samples have.
 """
 
 from collections.abc import Iterable

@@ -680,8 +680,13 @@ def check_folder(
 def check_settings(folder: Path, config: str) -> None:
     """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
     # What earlier versions did, without a setting for it.
-    known = {"loss.instance": "info_nce", "loss.strengths": "constant"}
-    before = known | flat(read_toml(folder / "config.toml"))
+    known: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
+    saved = flat(read_toml(folder / "config.toml"))
+    if "teacher.features" in saved:
+        known["teacher.whiten"] = 0
+    for teacher in saved.get("teachers", []):
+        teacher.setdefault("whiten", 0)
+    before = known | saved
     before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
     if "model.checkpoint" in before:  # what version 0.2 called it
         before["model.start"] = before.pop("model.checkpoint")

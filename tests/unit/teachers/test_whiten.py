@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
-from protoclip.teachers.store import TeacherFeatures, read_teacher, write_folder
+from protoclip.config import Config
+from protoclip.data import sources
+from protoclip.teachers.store import TeacherFeatures, read_teacher, teachers, write_folder
 from protoclip.teachers.whiten import Whitening, fit_pca
 
 
@@ -75,3 +77,30 @@ def test_narrow_or_equal_features_stay_as_they_are(width, equal):
     teacher = TeacherFeatures.in_memory(name="mine", sample_ids=list("abcde"), features=features)
     teacher.whiten(width)
     assert teacher.lookup(["c"]).tolist() == [features[2].tolist()]
+
+
+@pytest.mark.parametrize(("whiten", "width"), [(0, 6), (4, 4), (5, 5)])
+def test_a_run_whitens_its_teachers_as_it_is_told(whiten, width, tmp_path):
+    ids = [f"pairs.tsv/{row}" for row in range(60)]
+    rows = "".join(f"{row}.jpg\tcaption {row}\n" for row in range(60))
+    (tmp_path / "pairs.tsv").write_text("image\tcaption\n" + rows)
+    (tmp_path / "t").mkdir()
+    write_folder(tmp_path / "t", ids, [correlated(60, 6).astype(np.float16)], {"teacher": "test"})
+    teacher = {"features": str(tmp_path / "t"), "whiten": whiten}
+    data = {"train": str(tmp_path / "pairs.tsv"), "cache_folder": str(tmp_path / "cache")}
+    config = Config.from_dict({"data": data, "teacher": teacher})
+    found = teachers(config, sources.pairs(config), print)["teacher"]
+    assert found.lookup(ids).shape == (60, width)
+
+
+def test_few_rows_keep_their_groups():
+    """Along 64 directions 40 rows would all be equally far from each other."""
+    centres = np.repeat(10 * np.eye(5, 80), 8, axis=0)
+    features = centres + np.random.default_rng(0).normal(size=centres.shape)
+    ids = [str(row) for row in range(40)]
+    teacher = TeacherFeatures.in_memory(name="mine", sample_ids=ids, features=features)
+    teacher.whiten(64)
+    found = teacher.lookup(ids)
+    assert found.shape == (40, 5)
+    within = (found @ found.T).reshape(5, 8, 5, 8).mean((1, 3)).diagonal()
+    assert within.min() > 0.5
