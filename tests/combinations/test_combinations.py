@@ -205,7 +205,8 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
         features = data / f"teacher-{row['source']}-{row['mixture']}.parquet"
         if not features.exists():
             write_teacher(config, features)
-        config = replace(config, teacher=replace(base.teacher, features=str(features), number=6))
+        teacher = replace(base.teacher, features=str(features), number=6, whiten=4)
+        config = replace(config, teacher=teacher)
     return config
 
 

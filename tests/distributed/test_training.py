@@ -149,7 +149,7 @@ WAYS: dict[str, dict[str, Any]] = {
 FINE_TUNED: dict[str, dict[str, Any]] = {
     "LoRA": {
         "model": {"lora": 2, "frozen_batch_norm": True},
-        "teacher": {"features": "start", "number": 8},
+        "teacher": {"features": "start", "number": 8, "whiten": 8},
         "optim": {"layer_decay": 0.7, "eps": 1e-2, "warm_up_steps": 0},
     },
     "keep, FSDP2": {

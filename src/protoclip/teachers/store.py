@@ -44,7 +44,7 @@ from protoclip.teachers.whiten import Features, Whitening
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 FILES = (".npy", ".parquet")  # of a user's own features
-SAMPLE, ROWS_A_DIRECTION = 2**14, 8  # rows that a whitening is fitted to, and the fewest
+SAMPLE, ROWS_A_DIRECTION = 2**14, 8  # rows that a whitening is fitted to; fewest a direction
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
 
