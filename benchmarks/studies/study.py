@@ -39,6 +39,7 @@ import math
 import multiprocessing
 import os
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -278,6 +279,18 @@ def log_to(path: Path) -> Iterator[None]:
         yield
 
 
+def end_with_parent() -> None:
+    """End this worker process when its parent does: a killed study shall not train on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Judged]:
     """All tasks, some at a time; those that others start from come first."""
     progress, done = Progress(label, len(tasks)), dict[int, Judged]()
@@ -296,7 +309,8 @@ def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Judged]:
             note(number, carry_out(tasks[number]))
         return [done[number] for number in range(len(tasks))]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent) as pool:
         for wave in waves:
             found = pool.map(carry_out, [tasks[number] for number in wave])
             for number, each in zip(wave, found, strict=True):

@@ -37,6 +37,7 @@ FEATURES = {
     "source": ("csv", "parquet", "folder", "shards", "stream", "emoji"),
     "mixture": ("no", "yes"),
     "cache": ("none", "ram", "disk"),
+    "augmentation": ("light", "clip"),
     "workers": (0, 1),
     "teacher": ("no", "yes"),
     "loss": ("info_nce", "sigmoid"),
@@ -175,6 +176,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             "validation": validation(row, data),
             "cache": row["cache"],
             "cache_folder": str(data / "cache"),
+            "augmentation": row["augmentation"],
             "workers": row["workers"],
         },
         "episodes": {

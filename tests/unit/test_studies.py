@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,21 @@ prototypes.number = 4
 SIZES = """
 episodes = {size = 32, batch_size = 16, count = 4}
 model = {embed_dim = 16, image.size = 32, text = {width = 16, layers = 1}, heads.hidden_dim = 32}
+"""
+# A study's pool, with a worker that is busy for a minute.
+KILLED = """
+import multiprocessing, sys, time
+from concurrent.futures import ProcessPoolExecutor
+sys.path.insert(0, sys.argv[1])
+import study
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=study.end_with_parent)
+    pool.submit(time.sleep, 0).result()
+    minute = pool.submit(time.sleep, 60)
+    print("busy", flush=True)
+    minute.result()
 """
 
 
@@ -273,3 +289,15 @@ def test_a_study_from_its_file_to_its_tables(tiny, tmp_path, capsys, monkeypatch
     assert files == {
         path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()
     }
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_study(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(FOLDER)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "busy\n"
+        parent.kill()
+        # The pipe ends when no process holds it any more.
+        assert parent.communicate(timeout=20)[0] == ""
