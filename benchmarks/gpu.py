@@ -3,7 +3,7 @@
 Compares every path that differs on a GPU with the CPU, then measures what a step, a clustering and
 the decoding of images cost. Needs the package alone; faiss is measured too where it is installed.
 
-    python benchmarks/gpu.py [--only losses,kmeans] [--minutes 8.8] [--out FILE]
+    python benchmarks/gpu.py [--only losses,kmeans] [--minutes 8.8] [--out gpu.md]
 
 Each part runs in a process of its own, for at most its budget of seconds: then it is cut, and says
 so. A part that raises is reported as failed, and the others go on. Ends with status 1 if a check
@@ -847,7 +847,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help=f"some of the parts: {','.join(PARTS)}")
     parser.add_argument("--minutes", type=float, default=8.8, help="most of all parts together")
-    parser.add_argument("--out", type=Path, help="the Markdown file; unset, it is printed")
+    parser.add_argument("--out", type=Path, default=Path("gpu.md"), help="the Markdown file")
     arguments = parser.parse_args(words)
     names = arguments.only.split(",") if arguments.only else [*PARTS]
     for name in names:
@@ -863,14 +863,13 @@ def main(words: list[str] | None = None) -> int:
         left = deadline - time.monotonic()
         if left < 1:
             done[name] = Done(rows=[], seconds=0.0, ended="not begun: no time was left")
-            continue
-        done[name] = measure(PARTS[name], min(PARTS[name].budget, left))
+        else:
+            done[name] = measure(PARTS[name], min(PARTS[name].budget, left))
         text = "\n".join(report(command, about, done))
-        if arguments.out:  # after each part, so that nothing is lost
-            arguments.out.write_text(text, encoding="utf-8")
+        # After each part, so that nothing is lost.
+        arguments.out.write_text(text, encoding="utf-8")
     progress.update(len(names))
-    if not arguments.out:
-        print("\n".join(report(command, about, done)))
+    print(f"written to {arguments.out}")
     checks = [row for of in done.values() for row in of.rows if isinstance(row, Check)]
     bad = [of for of in done.values() if of.ended.startswith("failed")]
     return int(bool(bad) or not all(row.passed for row in checks))
