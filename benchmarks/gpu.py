@@ -853,6 +853,8 @@ def main(words: list[str] | None = None) -> int:
     for name in names:
         if name not in PARTS:
             parser.error(f"--only: no part '{name}'; the parts are {', '.join(PARTS)}")
+    if not arguments.out.parent.is_dir():
+        parser.error(f"--out: no folder {arguments.out.parent}; make it first")
     deadline = time.monotonic() + 60 * arguments.minutes
     given = sys.argv[1:] if words is None else words
     command = " ".join(["python benchmarks/gpu.py", *given])

@@ -16,7 +16,7 @@ them. Arms of one group are settings tried for the same thing; unset, an arm is 
 
 More keys of an arm: `schedule`, a factor to the number of episodes; `start`, the arm whose weights
 it starts from; `rotate` and `shift`, which take the start's text features away from the images'
-(see `displaced`). `teacher.features = "own"` is the teacher of the data set at hand.
+(see `displaced`). A teacher's `features = "own"` are those of the data set at hand.
 
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
@@ -172,13 +172,18 @@ def config_of(task: Task) -> Config:
     """The configuration of a run, without the folder and the weights that it starts from."""
     arm, data = task.arm, task.data
     tree = merged(data.settings, arm.settings)
-    teacher = tree.get("teacher", {})
-    if teacher.get("features") == "own":
+
+    def resolved(teacher: Mapping[str, Any]) -> dict[str, Any]:
+        if teacher.get("features") != "own":
+            return dict(teacher)
         if data.teacher is None:
             raise ValueError(
                 f"{arm.name}: the {data.name} have no teacher; name its features with --teacher"
             )
-        tree = merged(tree, {"teacher": {"features": data.teacher}})
+        return {**teacher, "features": data.teacher}
+
+    tree["teacher"] = resolved(tree.get("teacher", {}))
+    tree["teachers"] = [resolved(teacher) for teacher in tree.get("teachers", [])]
     tree = merged(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
     try:
         config = Config.from_dict(tree)
@@ -291,6 +296,11 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def workers(jobs: int) -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent)
+
+
 def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Judged]:
     """All tasks, some at a time; those that others start from come first."""
     progress, done = Progress(label, len(tasks)), dict[int, Judged]()
@@ -309,8 +319,7 @@ def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Judged]:
             note(number, carry_out(tasks[number]))
         return [done[number] for number in range(len(tasks))]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent) as pool:
+    with workers(jobs) as pool:
         for wave in waves:
             found = pool.map(carry_out, [tasks[number] for number in wave])
             for number, each in zip(wave, found, strict=True):

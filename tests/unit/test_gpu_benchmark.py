@@ -79,3 +79,9 @@ def test_an_unknown_part_is_refused(gpu, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "loses"])
     assert "no part 'loses'" in capsys.readouterr().err
+
+
+def test_a_file_in_no_folder_is_refused_at_once(gpu, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "missing" / "gpu.md")])
+    assert "no folder" in capsys.readouterr().err

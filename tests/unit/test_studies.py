@@ -56,14 +56,12 @@ model = {embed_dim = 16, image.size = 32, text = {width = 16, layers = 1}, heads
 """
 # A study's pool, with a worker that is busy for a minute.
 KILLED = """
-import multiprocessing, sys, time
-from concurrent.futures import ProcessPoolExecutor
+import sys, time
 sys.path.insert(0, sys.argv[1])
 import study
 
 if __name__ == "__main__":
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=study.end_with_parent)
+    pool = study.workers(1)
     pool.submit(time.sleep, 0).result()
     minute = pool.submit(time.sleep, 60)
     print("busy", flush=True)
@@ -104,7 +102,10 @@ def test_every_study_that_is_there_can_be_trained(path, tmp_path):
     for data in (pretraining(), photographs):
         tasks = [task_of(study, name, tmp_path, data=data) for name in study.arms]
         assert len({studies.folder_of(task) for task in tasks}) == len(tasks)
-        assert all(studies.config_of(task).model.image.size in (None, 64) for task in tasks)
+        configs = [studies.config_of(task) for task in tasks]
+        assert all(config.model.image.size in (None, 64) for config in configs)
+        teachers = [each for config in configs for each in config.external_teachers.values()]
+        assert "own" not in {teacher.features for teacher in teachers}
 
 
 @pytest.mark.parametrize(
