@@ -6,7 +6,7 @@ So the model has seen nothing of what it is judged by.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,12 +27,16 @@ from protoclip.progress import Progress
 
 Rows = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
+Columns = Callable[[ImageTextPairs], list[pa.ChunkedArray]]
+Before = tuple[ImageTextPairs, Rows]  # what a model was trained on, and the rows held out of it
 
 SHARE, MOST = 0.02, 5000  # held out unless the user says otherwise: this share, at most so many
 # A group of pairs that share a caption is not held out if it is larger than this share of what is
 # wanted.
 LARGEST = 0.25
-CHUNK = 1024  # images that threads compare at a time
+CHUNK, THREADS = 64, 32  # images that a thread reads at a time, and threads
+PAGE = 4096  # bytes of an image that are compared before all of it is
+STEP = 100_000  # sizes between lines of progress
 SPARE = 1.25  # pairs that are looked at for each that is wanted, since some share an image
 # Part of the name of every file of rows. Change it when the choice changes.
 FORM = 1
@@ -81,7 +85,12 @@ class Rest:
 
 
 def held_out_rows(
-    sources: Sequence[ImageTextPairs], *, share: float, most: int = MOST, folder: Path
+    sources: Sequence[ImageTextPairs],
+    *,
+    share: float,
+    most: int = MOST,
+    folder: Path,
+    before: Sequence[Before] = (),
 ) -> Rows:
     """The rows to hold out of sources that follow each other, sorted.
 
@@ -92,17 +101,57 @@ def held_out_rows(
     Args:
         share: Share of all pairs to hold out, in [0, 1); fewer if many share a caption.
         most: Hold out no more pairs than this.
+        before: What the model was trained on before, of which nothing is held out. All that was
+            held out then, still is.
     """
     total = sum(map(len, sources))
-    wanted = min(most, round(share * total))
     known = {"form": FORM, "share": share, "most": most, "sources": [s.key for s in sources]}
+    if before:
+        known["before"] = _facts(before)
+    wanted = min(most, round(share * total))
+    return _kept(known, folder, lambda: _choose(sources, total, wanted, before))
+
+
+def shared(
+    judging: Sequence[ImageTextPairs], before: Sequence[Before], *, folder: Path
+) -> tuple[int, int, int]:
+    """Of how many pairs that judge a model it was trained on the image, and on a caption.
+
+    Returns:
+        How many pairs were looked at (of many, `MOST`), of how many of these the image was trained
+        on, and of how many a caption.
+    """
+    known = {"form": FORM, "judging": [source.key for source in judging], "before": _facts(before)}
+
+    def count() -> Rows:
+        total = sum(map(len, judging))
+        sources, trained, held = _with_before(judging, before)
+        rows = np.arange(total)[:: -(-total // MOST)]
+        rest = np.setdiff1d(np.arange(total), rows)
+        _, equal = _images(sources, rows, ignored=np.concatenate([rest, held]))
+        same = [
+            np.isin(rows, owners[np.isin(keys, keys[np.isin(owners, trained)])])
+            for owners, keys in (_keys(sources, urls_of), _keys(sources, captions_of))
+        ]
+        return np.array([len(rows), (equal | same[0]).sum(), same[1].sum()])
+
+    looked, images, captions = _kept(known, folder, count).tolist()
+    return looked, images, captions
+
+
+def _facts(before: Sequence[Before]) -> list[list[Any]]:
+    return [[pairs.key, rows.tolist()] for pairs, rows in before]
+
+
+def _kept(known: dict[str, Any], folder: Path, compute: Callable[[], Rows]) -> Rows:
+    """What was computed for the same facts before, or is now; one process does."""
     path = folder / f"{digest(known)}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # one process chooses, the others wait for it
         if (rows := _read_rows(path)) is None:
             for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                 left.unlink(missing_ok=True)
-            rows = _choose(sources, total, wanted)
+            rows = compute()
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, rows=rows)
         return rows
@@ -118,16 +167,38 @@ def _read_rows(path: Path) -> Rows | None:
         return None
 
 
-def _choose(sources: Sequence[ImageTextPairs], total: int, wanted: int) -> Rows:
+def _choose(
+    sources: Sequence[ImageTextPairs], total: int, wanted: int, before: Sequence[Before]
+) -> Rows:
     hashes = np.fromiter(map(_hash, _ids(sources)), np.uint64, total)
-    groups = _groups(sources, total)
-    chosen = _lowest(hashes, groups, round(wanted * SPARE), largest=max(1, round(wanted * LARGEST)))
-    images, elsewhere = _images(sources, chosen)
-    together = _components([groups[chosen], images])
-    own = ~np.isin(together, together[elsewhere])
-    kept = _lowest(hashes[chosen[own]], together[own], wanted, largest=wanted)
-    rows: Rows = np.sort(chosen[own][kept])
+    everything, trained, held = _with_before(sources, before)
+    groups = _groups(everything)
+    own = groups[:total]
+    free = ~np.isin(own, groups[trained])
+    again = np.isin(own, groups[held]) & free
+    hashes[again] = 0  # their groups come first
+    new = np.flatnonzero(free & ~again)
+    more, largest = max(0, round(wanted * SPARE) - int(again.sum())), round(wanted * LARGEST)
+    lowest = _lowest(hashes[new], own[new], more, largest=max(1, largest))
+    chosen = np.concatenate([np.flatnonzero(again), new[lowest]])
+    images, elsewhere = _images(everything, chosen, ignored=held)
+    together = _components([own[chosen], images])
+    clean = ~np.isin(together, together[elsewhere])
+    chosen, together = chosen[clean], together[clean]
+    wanted = max(wanted, int(np.isin(together, together[again[chosen]]).sum()))
+    rows: Rows = np.sort(chosen[_lowest(hashes[chosen], together, wanted, largest=wanted)])
     return rows
+
+
+def _with_before(
+    sources: Sequence[ImageTextPairs], before: Sequence[Before]
+) -> tuple[list[ImageTextPairs], Rows, Rows]:
+    """The sources and those of before; of the latter, the rows trained on and those held out."""
+    starts = np.cumsum([sum(map(len, sources)), *(len(pairs) for pairs, _ in before)])
+    held = [start + rows for start, (_, rows) in zip(starts[:-1], before, strict=True)]
+    all_held = np.concatenate([np.array([], np.int64), *held])
+    trained = np.setdiff1d(np.arange(starts[0], starts[-1]), all_held)
+    return [*sources, *(pairs for pairs, _ in before)], trained, all_held
 
 
 def _hash(text: str | bytes) -> int:
@@ -140,19 +211,26 @@ def _ids(sources: Sequence[ImageTextPairs]) -> Iterator[str]:
         yield from (f"{number}/{sample_id}" for sample_id in source.sample_ids())
 
 
-def _groups(sources: Sequence[ImageTextPairs], total: int) -> Rows:
+def _groups(sources: Sequence[ImageTextPairs]) -> Rows:
     """A number for each row; rows that share a caption or an image's name share it."""
-    rows: list[Rows] = []
-    keys: list[npt.NDArray[np.int64]] = []
+    rows, keys = _keys(sources, lambda source: [*captions_of(source), *names_of(source)])
+    return _components([keys], rows=rows, total=sum(map(len, sources)))
+
+
+def _keys(sources: Sequence[ImageTextPairs], columns_of: Columns) -> tuple[Rows, Rows]:
+    """A hash of each text in some columns of the sources, and the rows that the texts are of."""
+    rows, keys = [np.array([], np.int64)], [np.array([], np.int64)]
     first = 0
     for source in sources:
-        for start, values in _texts(source):
-            found = [(start + first + at, hash(text)) for at, text in values]
-            rows.append(np.array([row for row, _ in found], np.int64))
-            keys.append(np.array([key for _, key in found], np.int64))
+        for column in columns_of(source):
+            start = first
+            for chunk in column.iterchunks():
+                found = [(start + at, hash(text)) for at, text in _present(chunk.to_pylist())]
+                rows.append(np.array([row for row, _ in found], np.int64))
+                keys.append(np.array([key for _, key in found], np.int64))
+                start += len(chunk)
         first += len(source)
-    all_rows, all_keys = np.concatenate(rows), np.concatenate(keys)
-    return _components([all_keys], rows=all_rows, total=total)
+    return np.concatenate(rows), np.concatenate(keys)
 
 
 def _components(keys: Sequence[Rows], *, rows: Rows | None = None, total: int = 0) -> Rows:
@@ -174,16 +252,19 @@ def _components(keys: Sequence[Rows], *, rows: Rows | None = None, total: int = 
     return groups
 
 
-def _texts(source: ImageTextPairs) -> Iterator[tuple[int, Iterator[tuple[int, str]]]]:
-    """The captions and names of images, in pieces: the first row, and (row in it, text)."""
-    columns = [source.kept(source.checked.column(name)) for name in source.caption_columns]
-    if (names := image_names(source)) is not None:
-        columns.append(names)
-    for column in columns:
-        start = 0
-        for chunk in column.iterchunks():
-            yield start, _present(chunk.to_pylist())
-            start += len(chunk)
+def captions_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
+    return [source.kept(source.checked.column(name)) for name in source.caption_columns]
+
+
+def names_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
+    names = image_names(source)
+    return [] if names is None else [names]
+
+
+def urls_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
+    """The names of images that are URLs, and so name the same image in any source."""
+    names = [column.cast(pa.large_string()) for column in names_of(source)]
+    return [pc.if_else(pc.match_substring(column, "://"), column, None) for column in names]
 
 
 def _present(cells: list[Any]) -> Iterator[tuple[int, str]]:
@@ -208,36 +289,55 @@ def _lowest(hashes: Hashes, groups: Rows, wanted: int, *, largest: int) -> Rows:
     return rows
 
 
-def _images(sources: Sequence[ImageTextPairs], chosen: Rows) -> tuple[Rows, npt.NDArray[np.bool_]]:
+def _images(
+    sources: Sequence[ImageTextPairs], chosen: Rows, *, ignored: Rows
+) -> tuple[Rows, npt.NDArray[np.bool_]]:
     """Of each chosen row, a hash of its image, and whether a row that is not chosen has it too.
 
-    Reads images of equal size only. What cannot be read equals nothing.
+    Of usual photographs an eighth have the size of one of a few thousand. Of those a page from the
+    middle is read, and only where these are equal too the images. What cannot be read equals
+    nothing; rows that are `ignored` have no part in it.
     """
     sizes = np.concatenate([image_sizes(source) for source in sources])
     likely = np.isin(sizes, sizes[chosen]) & (sizes >= 0)
-    likely[chosen] = False
+    likely[chosen] = likely[ignored] = False
     rows = np.concatenate([chosen, np.flatnonzero(likely)])
+    pages = _contents(sources, sizes, rows, page=True)
+    _, number, count = np.unique(pages, return_inverse=True, return_counts=True)
+    alike = (count[number] > 1) & np.isin(number, number[: len(chosen)])
+    contents = -1 - rows
+    contents[alike] = _contents(sources, sizes, rows[alike], page=False)
+    images, others = np.split(contents, [len(chosen)])
+    return images, np.isin(images, others)
+
+
+def _contents(sources: Sequence[ImageTextPairs], sizes: Rows, rows: Rows, *, page: bool) -> Rows:
+    """A hash of each row's image, or of its size and a page; below zero for what cannot be read."""
     starts = np.cumsum([0, *map(len, sources)])
 
     def content(row: int) -> int:
-        number = int(np.searchsorted(starts, row, side="right")) - 1
-        if sizes[row] < 0:  # behind a URL; `_groups` knows equal ones
+        number, size = int(np.searchsorted(starts, row, side="right")) - 1, int(sizes[row])
+        if size < 0:  # behind a URL; `_groups` knows equal ones
             return -1 - row
+        first = max(0, (size - PAGE) // 2)
+        part = slice(first, min(size, first + PAGE)) if page else None
         try:
-            encoded = sources[number].encoded(row - int(starts[number]))
+            encoded = sources[number].encoded(row - int(starts[number]), part)
         except BadSample:
             return -1 - row
-        return _hash(encoded) >> 1
+        return _hash(b"%d " % size + encoded) >> 1
 
-    found = np.empty(len(rows), np.int64)
+    def contents(of: Rows) -> list[int]:
+        return [content(row) for row in of.tolist()]
+
+    found: list[int] = []
     progress = Progress("comparing images with the held-out ones", len(rows))
-    with ThreadPoolExecutor() as pool:
-        for first in range(0, len(rows), CHUNK):
-            part = rows[first : first + CHUNK]
-            found[first : first + CHUNK] = list(pool.map(content, part.tolist()))
-            progress.update(first + len(part))
-    images, others = np.split(found, [len(chosen)])
-    return images, np.isin(images, others)
+    with ThreadPoolExecutor(THREADS) as pool:  # most of the time goes into waiting for the disk
+        for part in pool.map(contents, np.array_split(rows, max(1, len(rows) // CHUNK))):
+            found += part
+            if page or len(rows) > CHUNK:
+                progress.update(len(found))
+    return np.array(found, np.int64)
 
 
 def image_names(source: ImageTextPairs) -> pa.ChunkedArray | None:
@@ -269,10 +369,13 @@ def image_sizes(source: ImageTextPairs) -> Rows:
         sizes = _numbers(source.kept(pc.binary_length(values)))
     if (names := image_names(source)) is not None:
         texts = (name for chunk in names.iterchunks() for name in chunk.to_pylist())
+        progress = Progress(f"looking at the images of {source.name}", len(source))
         for row, name in enumerate(texts):
             if name and not is_url(place := join(source.root, name)):
                 with suppress(OSError):
                     sizes[row] = os.stat(place).st_size  # noqa: PTH116 (of millions)
+            if row % STEP == STEP - 1:
+                progress.update(row)
     return sizes
 
 

@@ -240,18 +240,22 @@ class ImageTextPairs:
         except ValueError as error:
             raise self._bad(row, str(error)) from None
 
-    def encoded(self, row: int) -> bytes:
-        """The encoded image; raises `BadSample` if it cannot be read."""
-        found = self._image(row)
+    def encoded(self, row: int, part: slice | None = None) -> bytes:
+        """The encoded image, or only a part of it; raises `BadSample` if it cannot be read."""
+        found = self._image(row, part)
         if isinstance(found, bytes):
             return found
         if found is None or (self._ranges and self.value("offset", row) is None):
             raise self._bad(row, "no image")
         try:
             if self._ranges:
-                place = join(self.root, found)
-                return read_range(place, self.value("offset", row), self.value("size", row))
-            return read_file(in_table(self.root, found, self.access), self.access)
+                place, size = join(self.root, found), self.value("size", row)
+                first, end, _ = (part or slice(None)).indices(size)
+                return read_range(place, self.value("offset", row) + first, end - first)
+            place = in_table(self.root, found, self.access)
+            if part is not None and not is_url(place):
+                return read_range(place, part.start, part.stop - part.start)
+            return read_file(place, self.access)[part or slice(None)]
         except MemoryError:
             raise
         except Exception as error:  # the clients of stores have exceptions of their own
@@ -296,16 +300,24 @@ class ImageTextPairs:
 
     def value(self, column: str, row: int) -> Any:
         """What a column of the table holds in a row."""
+        return self._cell(column, row).as_py()
+
+    def _cell(self, column: str, row: int) -> pa.Scalar:
         place = self._place(row)
         if self._check is not None:
             self._check(place)
-        return self._arrays[column][place].as_py()
+        return self._arrays[column][place]
 
-    def _image(self, row: int) -> bytes | str | None:
-        """The encoded image itself, or the name of its file."""
-        found = self.value(self.image_column, row)
-        if isinstance(found, dict):
-            found = found.get("bytes") or found.get("path")
+    def _image(self, row: int, part: slice | None = None) -> bytes | str | None:
+        """The encoded image itself, or a part of it, or the name of its file."""
+        cell = self._cell(self.image_column, row)
+        if isinstance(cell, pa.StructScalar):
+            cells = [cell[name] for name in ("bytes", "path") if name in cell]
+            cells = [each for each in cells if hasattr(each, "as_buffer")]  # bytes or a text
+            cell = next((each for each in cells if each.as_buffer()), pa.scalar(None))
+        if part is not None and "binary" in str(cell.type) and cell.is_valid:
+            return bytes(memoryview(cell.as_buffer())[part])  # the rest stays on the disk
+        found: bytes | str | None = cell.as_py()
         return None if found == "" else found
 
     def _bad(self, row: int, reason: str) -> BadSample:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from protoclip.data.held_out import Rest, held_out_rows
+from protoclip.data.held_out import Rest, held_out_rows, shared
 from protoclip.data.mixture import MixedPairs
 from protoclip.data.pairs import ImageTextPairs
 
@@ -103,3 +103,60 @@ def test_the_rest_of_a_mixture_keeps_ids_and_order(tmp_path: Path) -> None:
     assert [rest.sample(row).sample_id for row in range(len(rest))] == ids
     first = sum(rows < 500)
     assert [len(part) for part in rest.sources] == [500 - first, 300 - len(rows) + first]
+
+
+@pytest.mark.parametrize("number", [10**9, 4000], ids=["all differ", "many are equal"])
+def test_what_the_start_was_trained_on_is_not_held_out(number: int, tmp_path: Path) -> None:
+    """Of the same pairs no others than the start's are, whatever the share; of pairs that were
+    added, some of these too. What the start held out still is."""
+    grown = source(3000, "web", captions=number, images=number)
+    pairs = grown.subset(np.arange(2000))
+    first = held_out_rows([pairs], share=0.02, folder=tmp_path)
+    before = [(pairs, first)]
+    again = held_out_rows([pairs], share=0.05, folder=tmp_path, before=before)
+    assert np.array_equal(again, first)
+    rows = held_out_rows([grown], share=0.05, folder=tmp_path, before=before)
+    assert (rows >= 2000).any()
+    if number > 4000:  # else a new pair may have an image of these, and is trained on
+        assert np.array_equal(rows[rows < 2000], first)
+    seen = contents(pairs, np.setdiff1d(np.arange(2000), first).tolist())
+    for one, other in zip(contents(grown, rows.tolist()), seen, strict=True):
+        assert not one & other
+
+
+def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path: Path) -> None:
+    judging = source(300, "other", captions=4000, images=10**9)
+    training = source(2000, "web", captions=4000, images=10**9, seed=1)
+    table = training.table.take(np.arange(20))  # with their captions
+    both = ImageTextPairs(pa.concat_tables([judging.table, table]), name="both", id_column=None)
+    captions, _ = contents(training, range(2000))
+    with_caption = sum(bool(captions & {*both.sample_captions(row)}) for row in range(len(both)))
+    assert 20 < with_caption < 320
+    found = shared([both], [(training, np.array([], np.int64))], folder=tmp_path)
+    assert found == (320, 20, with_caption)
+    held = np.arange(5)  # of what is trained on
+    assert shared([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
+
+
+def test_only_images_that_look_equal_are_read_whole(tmp_path: Path) -> None:
+    """All have the same size; of the others a page is read at most."""
+    draw, read = np.random.default_rng(0), list[tuple[int, bool]]()
+    images = [draw.bytes(20_000) for _ in range(300)]
+    images[280:] = images[:20]
+    captions = [str(row) for row in range(300)]
+    table = pa.table({"image": pa.array(images, pa.binary()), "caption": captions})
+
+    class Counted(ImageTextPairs):
+        def encoded(self, row: int, part: slice | None = None) -> bytes:
+            data = super().encoded(row, part)
+            read.append((row, len(data) == 20_000))
+            assert len(data) <= 4096 or part is None
+            return data
+
+    pairs = Counted(table, name="web", id_column=None)
+    rows = {*held_out_rows([pairs], share=0.2, folder=tmp_path).tolist()}
+    assert all((row + 280 in rows) == (row in rows) for row in range(20))
+    assert 40 < len(rows) <= 60
+    whole = {row for row, is_whole in read if is_whole}
+    assert whole
+    assert not whole & {*range(20, 280)}
