@@ -2,11 +2,14 @@
 
 import json
 import random
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from interrupting import (
     WAYS,
@@ -15,11 +18,13 @@ from interrupting import (
     kill_at_random,
     matrix,
     quick_config,
+    relative_difference,
     stop_after,
     with_changes,
     with_out,
 )
 from protoclip.cli import main
+from protoclip.config import Config
 from protoclip.models.loading import checkpoints, find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import checkpoint, run
@@ -103,19 +108,83 @@ def test_other_settings_do_not_go_on(whole, stopped):
     folder = Path(str(stopped.run.out))
     for section, name, value, message in [
         ("optim", "learning_rate", 0.5, r"optim\.learning_rate \(0\.002 before, 0\.5 now\)"),
-        ("run", "device", "auto", r"run\.device \(cpu before, auto now\)"),
+        ("episodes", "batch_size", 32, r"episodes\.batch_size \(16 before, 32 now\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             run.train(with_changes(stopped, {section: {name: value}}), resume="auto")
     with pytest.raises(ValueError, match="go on with --resume auto"):
         run.train(stopped)
     free = {
-        "run": {"save_minutes": 5.0, "save_steps": 5, "keep_checkpoints": 3, "evaluate": False},
+        "run": {
+            "name": "other",
+            "save_minutes": 5.0,
+            "save_steps": 5,
+            "keep_checkpoints": 3,
+            "evaluate": False,
+        },
         "data": {"workers": 1, "cache": "disk", "cache_gb": 0.5, "max_bad_share": 0.5},
     }
     assert run.train(with_changes(stopped, free), resume="auto")["steps"] == 16
     assert [path.name[-2:] for path in checkpoints(folder)] == ["10", "15", "16"]
     assert_equal_ends(folder, whole("queue"))
+
+
+SPARING = {
+    "micro-batches": {"episodes": {"micro_batch_size": 4}},
+    "checkpointing": {"parallel": {"activation_checkpointing": True}},
+    "precision": {"run": {"precision": "bf16"}},
+}
+
+
+@pytest.fixture(scope="module")
+def without_batch_norm(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of CLIP without BatchNorm, to its end; and beside it, stopped after step 3."""
+    top = tmp_path_factory.mktemp("sparing")
+    config = quick_config(tiny_parquet, top / "whole")
+    image = replace(config.model.image, name="test_vit")
+    changes = {
+        "model": {"image": image},
+        "loss": {"prototypical": 0.0},
+        "optim": {"eps": 1e-2, "warm_up_steps": 0},
+    }
+    config = with_changes(config, changes)
+    run.train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(3, patch)
+        run.train(with_out(config, str(top / "stopped")))
+    return config
+
+
+@pytest.mark.parametrize("way", SPARING)
+def test_a_run_that_lacks_memory_goes_on_with_settings_that_need_less(
+    way, without_batch_norm, tmp_path, capsys
+):
+    """What the line on memory that ran out advises: a note says what changed, and the run ends as
+    it would have, up to rounding."""
+    whole = Path(str(without_batch_norm.run.out))
+    shutil.copytree(whole.with_name("stopped"), tmp_path / "run")
+    config = with_changes(with_out(without_batch_norm, str(tmp_path / "run")), SPARING[way])
+    assert run.train(config, resume="auto")["steps"] == 6
+    ((section, values),) = SPARING[way].items()
+    assert f"note: going on with {section}.{next(iter(values))} (" in capsys.readouterr().err
+    weights, expected = (
+        load_file(find_checkpoint(folder) / "model.safetensors")
+        for folder in (tmp_path / "run", whole)
+    )
+    most = 0.1 if way == "precision" else 1e-4
+    assert relative_difference(weights, expected, without_batch_norm) < most
+
+
+def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch):
+    """On a machine that computes otherwise, `auto` is refused with the way out, which works."""
+    state = checkpoints(Path(str(stopped.run.out)))[-1] / "state.json"
+    stopped = with_changes(stopped, {"run": {"precision": "auto"}})
+    monkeypatch.setattr(run, "resolve", lambda *given: "bf16")
+    assert '"run.precision": "fp32"' in state.read_text()
+    with pytest.raises(ValueError, match=r"computed with fp32.*\(--run.precision bf16\) to go on"):
+        run.train(stopped, resume="auto")
+    named = with_changes(stopped, {"run": {"precision": "bf16"}})
+    assert run.train(named, resume="auto")["steps"] == 16
 
 
 def test_a_run_of_an_earlier_version_goes_on(whole, stopped):

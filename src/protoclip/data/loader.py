@@ -272,7 +272,8 @@ def killed_worker(error: RuntimeError) -> str | None:
         return None
     return (
         "data.workers: a worker process was killed, most often because memory ran out; "
-        f"lower data.workers or episodes.batch_size ({str(error).splitlines()[0]})"
+        "lower data.workers, or set episodes.micro_batch_size, and go on with --resume auto "
+        f"({str(error).splitlines()[0]})"
     )
 
 

@@ -69,7 +69,14 @@ def entries(data: DataConfig) -> list[SourceConfig]:
 
 def notes(samples: Pairs | SampleStream) -> list[str]:
     """What was noticed when the samples were opened, such as lines that were left out."""
-    return list(getattr(samples, "notes", ()))
+    pairs = getattr(samples, "pairs", samples)  # with what is held out
+    numbered = [
+        f"{source.name}: has no column of sample ids, so they are row numbers: keep the order of "
+        "its rows, or name such a column by data.id_column"
+        for source in getattr(pairs, "sources", [pairs])
+        if isinstance(source, ImageTextPairs) and source.id_column is None
+    ]
+    return [*numbered, *getattr(samples, "notes", ())]
 
 
 def _is_shards(path: str) -> bool:

@@ -99,8 +99,8 @@ class ExtractedFeatures:
         finite = bool((torch.isfinite(image) & torch.isfinite(text)).all())
         if collectives.any_rank([not finite])[0]:
             raise ValueError(
-                "projections of this episode are not finite: training has diverged; "
-                "lower optim.learning_rate or train in fp32"
+                "projections of this episode are not finite: training has diverged; go on with "
+                "--run.precision fp32 --resume auto, or start anew with a lower optim.learning_rate"
             )
         return EpisodeFeatures(
             image=image,

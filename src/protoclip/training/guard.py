@@ -78,7 +78,8 @@ class Guard:
             if self.in_a_row >= MOST_SKIPPED:
                 raise ValueError(
                     f"training has diverged: loss or gradient not finite in {self.in_a_row} steps "
-                    f"in a row, up to step {number}; lower optim.learning_rate or train in fp32 "
+                    f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto "
+                    "or start anew with a lower optim.learning_rate "
                     f"({self._write_report(number, sample_ids)})"
                 )
 
@@ -178,16 +179,17 @@ def out_of_memory(error: BaseException) -> str | None:
         "could not create a primitive",
     )
     if isinstance(error, MemoryError) or any(words in text for words in on_host):
-        where, others = "", "episodes.size, data.cache_gb or data.workers"
+        where, others, sizes = "", "lower data.cache_gb or data.workers", "episodes.size"
     elif isinstance(error, RuntimeError) and (
         isinstance(error, torch.OutOfMemoryError)
         or "out of memory" in text
         or "CUBLAS_STATUS_ALLOC_FAILED" in text
     ):
-        where, others = " on the device", "prototypes.number, or train in bf16"
+        where, others, sizes = " on the device", "set run.precision = bf16", "prototypes.number"
     else:
         return None
     return (
         f"out of memory{where}: set episodes.micro_batch_size (or lower it; gradients stay those "
-        f"of the whole batch), or lower episodes.batch_size, {others}"
+        f"of the whole batch) or {others}, and go on with --resume auto; or start anew with a "
+        f"lower episodes.batch_size or {sizes}"
     )

@@ -37,6 +37,7 @@ from protoclip.config import (
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.chosen import read_chosen
+from protoclip.data.content import Facts, content, difference
 from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM
@@ -83,13 +84,23 @@ from protoclip.training.precision import Autocast, autocast, grad_scaler, resolv
 from protoclip.training.stages import stage_of
 from protoclip.training.trainer import Trainer
 
-# Settings that may change when a run goes on. None of them changes a bit of any batch, weight or
-# metric of training.
+# Settings that may change when a run goes on; all others decide which samples a step sees, or what
+# is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
-    *("run.out", "run.save_steps", "run.save_minutes", "run.keep_checkpoints", "run.wandb"),
-    *("run.evaluate", "data.workers", "data.cache", "data.cache_gb", "data.cache_folder"),
+    *("run.name", "run.out", "run.log_every", "run.save_steps", "run.save_minutes"),
+    *("run.keep_checkpoints", "run.keep_best", "run.wandb", "run.evaluate", "run.evaluate_every"),
+    *("run.guard", "data.workers", "data.cache", "data.cache_gb", "data.cache_folder"),
     "data.max_bad_share",
 )
+# These change memory, time and rounding alone, so a run that lacks memory can go on with others.
+ROUNDING = (
+    *("run.device", "run.precision", "episodes.micro_batch_size", "parallel.strategy"),
+    *("parallel.activation_checkpointing", "parallel.compile"),
+)
+# These say where data are, as `data.root` does. They may move, if what is there is the same.
+MOVABLE = ("data.train", "data.sources", "data.validation", "data.only", "data.without")
+# With `run.stop_by` these decide when the run ends.
+STOPS = ("run.evaluate_every", "run.guard")
 STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -159,7 +170,8 @@ def train_together(
     folder = folder_of(config)
 
     def look() -> tuple[bool, dict[str, Any] | None, bool]:
-        begun, results = check_folder(folder, config, resume=resume)
+        begun, results, said = check_folder(folder, config, resume=resume)
+        notes.extend(said)
         done = results is not None and (ending is None or ending.is_done(folder, results))
         if results is not None and not done and not loading.checkpoints(folder):
             raise ValueError(
@@ -209,6 +221,7 @@ def train_together(
             if checkpoint is not None:
                 run.check_arithmetic(checkpoint)
                 run.check_chosen(checkpoint)
+            run.check_content(checkpoint, samples)
             write_atomically(folder / "config.toml", to_toml(config))
             for note in notes:
                 say(f"note: {note}")
@@ -275,6 +288,7 @@ class Run:
             self.notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
         chosen = read_chosen(config.data)
         self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
+        self.content: list[Facts] = []  # identifies the samples, on rank 0
         self.skips = SkipLog(
             folder / f"skipped{number}.jsonl",
             max_share=config.data.max_bad_share,
@@ -520,20 +534,23 @@ class Run:
             "skips": collectives.all_gather_object([self.skips.read, self.skips.skipped]),
             "arithmetic": self.arithmetic,
             "chosen": self.chosen,
+            "content": {"sources": self.content},
             "best": self.writer.best,
+            "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
         }
         if self.log is not None:
             self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
 
     def check_arithmetic(self, checkpoint: Path) -> None:
-        """Refuse to go on with another device or precision, which would round differently."""
+        """Refuse another device or precision, which would round differently, unless it is named."""
         for setting, before in facts_of(checkpoint, "arithmetic").items():
-            if before != self.arithmetic.get(setting, before):
+            named = flat(asdict(self.config))[setting] != "auto"
+            if not named and before != self.arithmetic.get(setting, before):
                 raise ValueError(
                     f"{setting}: this run was computed with {before}, and here it would be "
-                    f"{self.arithmetic[setting]}; go on on a machine like the first, or choose "
-                    "another folder with --run.out"
+                    f"{self.arithmetic[setting]}; go on on a machine like the first, or name it "
+                    f"(--{setting} {self.arithmetic[setting]}) to go on with other rounding"
                 )
 
     def check_chosen(self, checkpoint: Path) -> None:
@@ -546,6 +563,16 @@ class Run:
                     f"{setting}: the ids in {path} have changed since the run began; restore them, "
                     "or choose another folder with --run.out"
                 )
+
+    def check_content(self, checkpoint: Path | None, samples: Pairs | SampleStream) -> None:
+        """Learn what the data hold, and refuse to go on with others than the run began with."""
+        self.content = content(samples)
+        before = facts_of(checkpoint, "content").get("sources") if checkpoint else None
+        if before and (differs := difference(before, self.content)):
+            raise ValueError(
+                f"{samples.name}: not the data that the run began with ({differs}), so what judges "
+                "it may have been trained on; restore them, or choose another folder with --run.out"
+            )
 
     def restore(self, checkpoint: Path) -> int:
         """Go on from a checkpoint; returns the bytes of the metrics that were logged until then.
@@ -564,6 +591,7 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Load what `save` saved; returns the bytes of the metrics that were logged until then."""
+        config = self.config
         self.trainer.load_state_dict(state)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
@@ -572,7 +600,7 @@ class Run:
             self.skips.read, self.skips.skipped = counts[rank()]
         elif rank() == 0:  # the number of ranks changed
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
-        if state["best"]:
+        if state["best"] and state.get("best_by", config.run.keep_best) == config.run.keep_best:
             step, value = state["best"]
             self.writer.best = int(step), float(value)
         if self.early_stop is not None:
@@ -656,32 +684,46 @@ def stop_on_signals(run: Run) -> Iterator[None]:
 
 def check_folder(
     folder: Path, config: Config, *, resume: bool
-) -> tuple[bool, dict[str, Any] | None]:
-    """Whether a folder holds a run that was begun, and its results if it is finished."""
+) -> tuple[bool, dict[str, Any] | None, list[str]]:
+    """Whether a folder holds a run that was begun, its results if it is finished, and notes."""
     begun = (folder / "config.toml").is_file()
     # A run that was killed at its very start leaves hidden files at most.
     empty = folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
     if folder.exists() and not (resume and (begun or empty)):
         way = ", or go on with --resume auto" if begun else ""
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
-    if begun:
-        check_settings(folder, to_toml(config))
     path = folder / "results.json"
-    if not (begun and path.is_file()):
-        return begun, None
+    finished, notes = begun and path.is_file(), list[str]()
+    if begun:
+        notes = check_settings(folder, to_toml(config), finished=finished)
+    if not finished:
+        return begun, None, notes
     read_results(folder)  # or they are damaged
     results = read_json(path)
     if has_changed(results):  # people may edit it
         say(f"warning: {path}: not what the run wrote: its checksum differs")
     results = {key: value for key, value in results.items() if key != SEAL}
-    return begun, {**results, "folder": str(folder)}
+    return begun, {**results, "folder": str(folder)}, notes
 
 
-def check_settings(folder: Path, config: str) -> None:
-    """Refuse to go on with other settings than a run began with, but for those in `FREE`."""
+def check_settings(folder: Path, config: str, *, finished: bool = False) -> list[str]:
+    """Refuse to go on with settings that would make another run; returns notes on the others.
+
+    Raises:
+        ValueError: `config.toml` is damaged, or a setting differs that may not; see `FREE`.
+    """
     # What earlier versions did, without a setting for it.
     known: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
-    saved = flat(read_toml(folder / "config.toml"))
+    try:
+        saved = flat(read_toml(folder / "config.toml"))
+        for name in ("teachers", "data.sources"):
+            tables = saved.get(name, [])
+            if not (isinstance(tables, list) and all(isinstance(each, dict) for each in tables)):
+                raise ValueError(f"{folder / 'config.toml'}: damaged ({name} holds no tables)")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; restore it from a copy, or choose another folder with --run.out"
+        ) from error
     if "teacher.features" in saved:
         known["teacher.whiten"] = 0
     for teacher in saved.get("teachers", []):
@@ -691,16 +733,30 @@ def check_settings(folder: Path, config: str) -> None:
     if "model.checkpoint" in before:  # what version 0.2 called it
         before["model.start"] = before.pop("model.checkpoint")
     now = flat(tomllib.loads(config))
-    differ = [
-        f"{key} ({told(before, key)} before, {told(now, key)} now)"
+    differ = {
+        key: f"{key} ({told(before, key)} before, {told(now, key)} now)"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE
-    ]
-    if differ:
+        if before.get(key) != now.get(key)
+    }
+    stops = STOPS if before.get("run.stop_by") or now.get("run.stop_by") else ()
+    free = {*FREE, *ROUNDING} - {*stops}
+    if not finished:  # of a finished run nobody opens the data to compare
+        free |= {"data.root"}
+        free |= {key for key in MOVABLE if unplaced(before.get(key)) == unplaced(now.get(key))}
+    if refused := [text for key, text in differ.items() if key not in free]:
         raise ValueError(
-            f"{folder}: the run was started with other settings: {', '.join(differ)}; "
+            f"{folder}: the run was started with other settings: {', '.join(refused)}; "
             "restore them, or choose another folder with --run.out"
         )
+    noted = ", ".join(text for key, text in differ.items() if key in ROUNDING)
+    return [f"going on with {noted}: the same batches, other rounding"] if noted else []
+
+
+def unplaced(value: Any) -> Any:
+    """A setting without the places that it names, which may move; a share is no place."""
+    if isinstance(value, list):
+        return [{k: v for k, v in source.items() if k not in ("path", "root")} for source in value]
+    return "" if isinstance(value, str) and value != "emoji" else value
 
 
 def told(settings: Mapping[str, Any], key: str) -> str:

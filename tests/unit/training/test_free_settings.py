@@ -15,23 +15,28 @@ import torch
 from PIL import Image
 
 from interrupting import with_changes
-from protoclip.config import PERMISSIONS, Config
+from protoclip.config import PERMISSIONS, Config, SourceConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.loader import Batch
 from protoclip.data.transforms import EvaluationTransform, Transform, light_transform
 from protoclip.models.towers import build_tokenizer
 from protoclip.testing import tiny_config
-from protoclip.training.run import FREE, check_settings, flat, to_toml
+from protoclip.training.run import FREE, ROUNDING, check_settings, flat, to_toml
 
 # Another value for each setting that is free; `{}` is a folder.
 OTHER: dict[str, Any] = {
+    "run.name": "another",
     "run.out": "elsewhere",
+    "run.log_every": 3,
     "run.save_steps": 3,
     "run.save_minutes": 0.5,
     "run.keep_checkpoints": 7,
     "run.wandb": "offline",
+    "run.keep_best": "eval/emoji/knn/acc1",
     "run.evaluate": False,
+    "run.evaluate_every": 2,
+    "run.guard": ["emoji"],
     "data.workers": 2,
     "data.cache": "disk",
     "data.cache_gb": 1e-9,
@@ -124,6 +129,39 @@ def test_all_other_settings_are_refused(tmp_path):
             branch = branch.setdefault(section, {})
         branch[last] = "another"
         refused = pytest.raises(ValueError, match=f"other settings: {setting} \\([^\n]*$")
-        with nullcontext() if setting in FREE else refused:
-            check_settings(tmp_path, tomli_w.dumps(tree))
-    assert not {"run.device", "run.precision", "data.small_copies"} & set(FREE)
+        taken = setting in (*FREE, *ROUNDING, "data.root")
+        with nullcontext() if taken else refused:
+            notes = check_settings(tmp_path, tomli_w.dumps(tree))
+        if taken:
+            assert ([setting in note for note in notes] == [True]) == (setting in ROUNDING)
+    assert not {"data.small_copies", "data.augmentation", "run.seed"} & {*FREE, *ROUNDING}
+
+
+def test_data_may_move_until_the_run_is_finished(tmp_path):
+    """What is there then is compared; of a finished run nobody opens it. What no source named
+    before is another setting, and so is a share."""
+    config = with_changes(tiny_config("a.tsv", out="run"), {"data": {"validation": "b.tsv"}})
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    moved = {"train": "c/a.tsv", "validation": "c/b.tsv", "root": "c"}
+    check_settings(tmp_path, to_toml(with_changes(config, {"data": moved})))
+    for name, value in moved.items():
+        with pytest.raises(ValueError, match=f"other settings: data.{name}"):
+            check_settings(tmp_path, to_toml(changed(config, f"data.{name}", value)), finished=True)
+    for name, value in {"only": "ids.csv", "validation": 0.1, "train": "emoji"}.items():
+        with pytest.raises(ValueError, match=f"other settings: data.{name}"):
+            check_settings(tmp_path, to_toml(changed(config, f"data.{name}", value)))
+    mixed = [SourceConfig(path="a.tsv", weight=1.0), SourceConfig(path="b.tsv", weight=2.0)]
+    config = with_changes(config, {"data": {"train": "emoji", "sources": mixed}})
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    mixed = [replace(mixed[0], path="c/a.tsv"), mixed[1]]
+    check_settings(tmp_path, to_toml(changed(config, "data.sources", mixed)))
+    with pytest.raises(ValueError, match=r"other settings: data\.sources"):
+        check_settings(tmp_path, to_toml(changed(config, "data.sources", mixed[::-1])))
+
+
+def test_what_decides_when_a_run_ends_stays(tmp_path):
+    stopping = {"run": {"evaluate_every": 1, "stop_by": "eval/emoji/knn/acc1"}}
+    config = with_changes(tiny_config(out="run"), stopping)
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other settings: run\.evaluate_every"):
+        check_settings(tmp_path, to_toml(changed(config, "run.evaluate_every", 2)))

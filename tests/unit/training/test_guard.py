@@ -51,7 +51,7 @@ def test_ten_steps_in_a_row_end_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"^training has diverged: [^\n]* in 10 steps") as error:
         step(guard, 20, NAN, NAN)
     assert guard.state_dict() == {"skipped": 19, "in_a_row": 10}
-    assert "up to step 20; lower optim.learning_rate" in str(error.value)
+    assert "up to step 20; go on with --run.precision fp32" in str(error.value)
     assert str(error.value).endswith(f"(the samples of the last batch are in {guard.report})")
     assert json.loads(guard.report.read_text()) == {
         "step": 20,

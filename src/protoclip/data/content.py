@@ -1,0 +1,179 @@
+"""What a source holds, in a few facts: a run that goes on compares them with those it began with.
+
+They cost seconds at ten million rows. Ids, captions and images' names or sizes are hashed whole, in
+the order of the rows, which decides what a step sees. Of the images themselves a few are read.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from protoclip.data.access import is_url, open_local
+from protoclip.data.inspect import drawn
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.shards import shard_stem
+from protoclip.data.stream import ShardStream
+from protoclip.files import checksum, to_json
+
+Facts = dict[str, Any]
+IMAGES = 64  # of each source that are read
+SHARDS, BLOCK = 1000, 1 << 14  # of each stream that are read, and how many bytes of a part
+# What each fact is called in messages, the most telling first. `sample` is one image each.
+WORDS = {
+    "name": "name",
+    "rows": "number of rows",
+    "shards": "shards",
+    "ids": "sample ids, or their order",
+    "captions": "captions",
+    "images": "images",
+    "sample": "images",
+    "held_out": "pairs that are held out",
+}
+
+
+def content(samples: Pairs | SampleStream) -> list[Facts]:
+    """The facts of each source of the samples, as JSON values.
+
+    What is behind URLs is taken to stay, and of local shards of a stream a few parts are compared.
+    """
+    pairs = getattr(samples, "pairs", samples)  # with what is held out
+    parts = getattr(pairs, "sources", None) or getattr(pairs, "streams", None) or [pairs]
+    facts = [
+        of_pairs(part) if isinstance(part, ImageTextPairs) else of_stream(part) for part in parts
+    ]
+    if len(facts) > 1:  # sample ids begin with the name
+        facts = [{"name": part.name, **of_part} for part, of_part in zip(parts, facts, strict=True)]
+    if pairs is not samples and len(samples.held_out):
+        facts[0]["held_out"] = checksum(samples.held_out.astype("<i8").tobytes())
+    return facts
+
+
+def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str | None:
+    """What differs, in a few words; None if nothing does. A fact that is unknown equals any."""
+    if len(before) != len(now):
+        return f"{len(before)} sources before, {len(now)} now"
+    for number, (old, new) in enumerate(zip(before, now, strict=True)):
+        of = f" of '{new.get('name', number)}'" if len(now) > 1 else ""
+        for name, word in WORDS.items():
+            one, other = old.get(name), new.get(name)
+            if one is None or other is None or one == other:
+                continue
+            if name == "sample" and all(a == b for a, b in zip(one, other, strict=True) if a and b):
+                continue
+            if name in ("name", "rows"):
+                return f"{word}{of}: {one} before, {other} now"
+            return f"other {word}{of}"
+    return None
+
+
+def of_pairs(pairs: ImageTextPairs) -> Facts:
+    """The facts of pairs in a table."""
+    table, image = pairs.checked, pairs.image_column
+    ids = pairs.id_column and hash_of([pairs.kept(table.column(pairs.id_column))])
+    names = [image, "size"] if "offset" in table.column_names else [image]
+    images = [pairs.kept(table.column(name)) for name in names]
+    if "offset" in table.column_names:  # in shards, which may lie anywhere
+        images = images[1:]
+    return {
+        "rows": len(pairs),
+        "ids": ids or f"{pairs.name}/row",
+        "captions": hash_of([pairs.kept(table.column(name)) for name in pairs.caption_columns]),
+        "images": hash_of(images, lengths=True),
+        "sample": [
+            image_hash(pairs, row) for row in drawn(len(pairs), min(IMAGES, len(pairs)), seed=0)
+        ],
+    }
+
+
+def image_hash(pairs: ImageTextPairs, row: int) -> str:
+    """Of an image as it is stored; nothing where it is behind a URL, or cannot be read now."""
+    try:
+        return "" if is_url(pairs.where(row)) else checksum(pairs.encoded(row))
+    except BadSample:
+        return ""
+
+
+def of_stream(stream: Any) -> Facts:
+    """The facts of a stream: its shards."""
+    if not isinstance(stream, ShardStream):
+        return {}
+    read = {stream.shards[n] for n in drawn(len(stream.shards), min(SHARDS, len(stream.shards)), 0)}
+    shards = [[shard_stem(shard), shard_facts(shard, shard in read)] for shard in stream.shards]
+    return {"shards": checksum(to_json(shards).encode())}
+
+
+def shard_facts(path: str, is_read: bool) -> list[Any]:
+    """Bytes of a local shard, and a hash of both ends and the middle; nothing of another."""
+    try:
+        with open_local(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            parts = b""
+            for start in (0, size // 2, max(0, size - BLOCK)) if is_read else ():
+                file.seek(start)
+                parts += file.read(BLOCK)
+    except (OSError, ValueError):
+        return []
+    return [size, checksum(parts)]
+
+
+def hash_of(columns: Sequence[pa.ChunkedArray], *, lengths: bool = False) -> str:
+    """A hash of columns' values in order, however they are stored and divided into chunks.
+
+    With `lengths` encoded images count by their number of bytes alone.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for column in columns:
+        kinds = [hashlib.blake2b(digest_size=16) for _ in range(3)]
+        for chunk in column.iterchunks():
+            for kind, part in zip(kinds, parts_of(chunk, lengths=lengths), strict=True):
+                kind.update(part)
+        for kind in kinds:
+            found.update(kind.digest())
+    return found.hexdigest()
+
+
+def parts_of(values: pa.Array, *, lengths: bool) -> Iterator[Any]:
+    """The lengths of lists, the lengths of texts, and the texts: each goes on in the next chunk."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_struct(values.type):
+        parts = {field.name for field in values.type}
+        encoded = pc.struct_field(values, "bytes") if "bytes" in parts else None
+        paths = pc.struct_field(values, "path") if "path" in parts else None
+        if encoded is not None and paths is not None:
+            values = pc.if_else(
+                pc.is_null(encoded), paths.cast(pa.large_binary()), encoded.cast(pa.large_binary())
+            )
+        else:
+            values = encoded if paths is None else paths
+    many = b""
+    if "list" in str(values.type).partition("<")[0]:
+        many = numbers(pc.list_value_length(values))
+        values = values.flatten()
+    encoded = "binary" in str(values.type)
+    if not (encoded or pa.types.is_null(values.type)):
+        values = values.cast(pa.large_string())
+    values = values.cast(pa.large_binary())
+    yield many
+    yield numbers(pc.binary_length(values))
+    yield b"" if lengths and encoded else bytes_of(values)
+
+
+def numbers(values: pa.Array) -> bytes:
+    """Whole numbers as bytes; -1 for null."""
+    whole: bytes = pc.fill_null(values, -1).to_numpy(zero_copy_only=False).astype("<i4").tobytes()
+    return whole
+
+
+def bytes_of(values: pa.LargeBinaryArray) -> memoryview | bytes:
+    """The bytes of all values, one after the other."""
+    _, offsets, data = values.buffers()
+    if data is None or not len(values):
+        return b""
+    first, last = np.frombuffer(offsets, np.int64)[[values.offset, values.offset + len(values)]]
+    return memoryview(data)[first:last]

@@ -1,0 +1,116 @@
+"""What a run compares when it goes on: equal content is equal, however it is stored."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.data.content import content, difference
+from protoclip.data.mixture import MixedPairs
+from protoclip.data.pack import pack
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.stream import ShardStream
+from protoclip.testing import tiny_pairs
+
+
+def of(table: pa.Table, name: str = "tiny", **more: Any) -> list[dict[str, Any]]:
+    return content(ImageTextPairs(table, name=name, **more))
+
+
+def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+TINY = tiny_pairs(40)
+CAPTIONS = TINY["caption"].combine_chunks()
+STRUCTS = pa.array([{"bytes": b, "path": "x.png"} for b in TINY["image"].to_pylist()])
+# The same pairs, stored in another way.
+EQUAL: dict[str, Callable[[], pa.Table]] = {
+    "chunks": lambda: pa.concat_tables([TINY[:7], TINY[7:30], TINY[30:]]),
+    "large texts": lambda: with_column(TINY, "caption", CAPTIONS.cast(pa.large_string())),
+    "bytes": lambda: with_column(TINY, "caption", CAPTIONS.cast(pa.binary())),
+    "dictionary": lambda: with_column(TINY, "caption", CAPTIONS.dictionary_encode()),
+    "structs": lambda: with_column(TINY, "image", STRUCTS),
+    "one column more": lambda: TINY.append_column("new", CAPTIONS),
+}
+PNG = TINY["image"].to_pylist()
+OTHER: dict[str, tuple[Callable[[], pa.Table], str]] = {
+    "fewer rows": (lambda: TINY[:32], "number of rows: 40 before, 32 now"),
+    "another order": (lambda: TINY.take(list(range(40))[::-1]), "other sample ids, or their order"),
+    "a caption": (
+        lambda: with_column(TINY, "caption", pa.array([*CAPTIONS.to_pylist()[:39], "new"])),
+        "other captions",
+    ),
+    "an image": (
+        lambda: with_column(TINY, "image", pa.array([*PNG[:39], PNG[39] + b"\0"])),
+        "other images",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", EQUAL)
+def test_equal_content_is_equal(way):
+    assert difference(of(TINY), of(EQUAL[way]())) is None
+
+
+@pytest.mark.parametrize("way", OTHER)
+def test_other_content_is_told(way):
+    table, words = OTHER[way]
+    assert difference(of(TINY), of(table())) == words
+
+
+def test_the_ends_of_texts_and_of_lists_count():
+    """The same letters in the same order, divided in another way."""
+    one, other = (
+        with_column(TINY[:2], "caption", pa.array(captions))
+        for captions in (["ab", "c"], ["a", "bc"])
+    )
+    assert difference(of(one), of(other)) == "other captions"
+    one, other = (
+        with_column(TINY[:2], "caption", pa.array(captions))
+        for captions in ([["a", "b"], ["c"]], [["a"], ["b", "c"]])
+    )
+    assert difference(of(one), of(other)) == "other captions"
+    assert difference(of(one), of(pa.concat_tables([one[:1], one[1:]]))) is None
+
+
+def test_equal_images_under_other_ids_and_file_names(tmp_path):
+    """Row numbers are ids with the file's name; a mixture names its sources."""
+    plain = TINY.drop_columns("sample_id")
+    assert difference(of(plain), of(plain)) is None
+    assert difference(of(plain), of(plain, "other")) == "other sample ids, or their order"
+    one, other = (
+        content(MixedPairs([ImageTextPairs(TINY, name="a"), ImageTextPairs(table, name="b")]))
+        for table in (TINY, TINY[:9])
+    )
+    assert difference(one, other) == "number of rows of 'b': 40 before, 9 now"
+    assert difference(one, of(TINY)) == "2 sources before, 1 now"
+    for row, image in enumerate(PNG):
+        (tmp_path / f"{row}.png").write_bytes(image)
+    files = with_column(TINY, "image", pa.array([f"{row}.png" for row in range(40)]))
+    known = of(files, root=str(tmp_path))
+    (tmp_path / "3.png").unlink()  # what cannot be read now is not known to differ
+    assert difference(known, of(files, root=str(tmp_path))) is None
+    (tmp_path / "5.png").write_bytes(PNG[6])
+    assert difference(known, of(files, root=str(tmp_path))) == "other images"
+
+
+def test_a_stream_is_known_by_its_shards(tmp_path):
+    def stream(table: pa.Table) -> ShardStream:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        pack(ImageTextPairs(table, name="tiny"), folder, samples_per_shard=8)
+        return ShardStream(str(folder), seed=0)
+
+    known = content(stream(TINY))
+    assert difference(known, content(stream(TINY))) is None
+    assert difference(known, content(stream(TINY[:32]))) == "other shards"
+    assert difference(known, content(stream(TINY.take(list(range(40))[::-1])))) == "other shards"
+
+
+def test_tables_on_disk(tmp_path: Path) -> None:
+    """Other row groups and compression are the same content."""
+    pq.write_table(TINY, tmp_path / "a.parquet", row_group_size=3)
+    assert difference(of(TINY), of(pq.read_table(tmp_path / "a.parquet"))) is None
