@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from interrupting import assert_equal_ends, stop_after, with_changes
 from protoclip.cli import main
-from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.config import Config, DataConfig, ModelConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
@@ -93,6 +93,46 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     assert_equal_ends(tmp_path / "one", tmp_path / "two")
 
 
+def stop_at_7(config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(7, patch)
+        assert train(config)["stopped"] == "SIGTERM"
+
+
+def goes_on(config: Config) -> str:
+    """What a rank says that goes on: an error, or nothing."""
+    try:
+        train(config, resume="auto")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_other_data_at_the_same_path_are_noticed(ranks, folder, tmp_path):
+    """In another order, with fewer rows and with more; all ranks say so. The same pairs, saved in
+    another way or moved, are taken."""
+    table, path = pq.read_table(folder / "a.parquet"), tmp_path / "a.parquet"
+    pq.write_table(table, path)
+    config = config_for(folder, tmp_path / "run", train=str(path))
+    run_distributed(stop_at_7, ranks, config)
+    grown = pa.concat_tables([table, pq.read_table(folder / "b.parquet")])
+    for other, words in [
+        (table.take(list(range(200))[::-1]), "other captions"),
+        (table[:160], "number of rows: 200 before, 160 now"),
+        (grown, "number of rows: 200 before, 400 now"),
+    ]:
+        pq.write_table(other, path)
+        for said in run_distributed(goes_on, ranks, config):
+            assert f"a.parquet: not the data that the run began with ({words})" in said
+    path.unlink()
+    (tmp_path / "moved").mkdir()
+    pq.write_table(table, tmp_path / "moved" / "a.parquet", row_group_size=30)
+    moved = with_changes(config, {"data": {"train": str(tmp_path / "moved" / "a.parquet")}})
+    assert run_distributed(goes_on, ranks, moved) == [""] * ranks
+    assert "run was started with other settings: data.train" in goes_on(config)  # it is finished
+
+
 def test_a_mixture_says_its_numbers_by_source_and_together(folder, tmp_path):
     """Classes of one source alone give that one its tasks with classes."""
     sources = [{"path": str(folder / f"{name}.parquet"), "name": name} for name in "ab"]
@@ -116,6 +156,60 @@ def test_another_source_judges_a_run(folder, tmp_path, capsys):
     assert "training on 200 pairs" in capsys.readouterr().err
     samples = read_results(tmp_path / "run")["samples"]["validation"]
     assert pq.read_table(samples).num_rows == 400
+
+
+def held_out_of(config: Config) -> tuple[set[str], set[str], list[str]]:
+    """The captions that judge a run, those that it trains on, and what it is told."""
+    training, data, notes = judged(config, sources.pairs(config))
+    assert isinstance(training, Pairs)
+    rows = range(len(training))
+    captions = {text for row in rows for text in training.sample_captions(row)}
+    return (
+        {text for texts in data[0].splits["validation"].captions for text in texts},
+        captions,
+        notes,
+    )
+
+
+def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
+    """Neither with a larger share of the same pairs, nor after others were added, nor by a start's
+    start; what these held out stays held out. A source to judge by says what it shares."""
+    one, both = tmp_path / "one.parquet", tmp_path / "both.parquet"
+    tables = [pq.read_table(folder / f"{name}.parquet") for name in "ab"]
+    pq.write_table(tables[0], one)
+    pq.write_table(pa.concat_tables(tables), both)
+    first = with_changes(
+        config_for(folder, tmp_path / "first", train=str(one)),
+        {"episodes": {"count": 2, "size": 32}, "run": {"evaluate_every": 0, "evaluate": False}},
+    )
+    train(first)
+    held, trained, _ = held_out_of(first)
+    assert (len(held), len(trained)) == (20, 180)
+
+    def after(start: str, **data: object) -> Config:
+        config = with_changes(first, {"run": {"out": str(tmp_path / "next")}, "data": data})
+        return replace(config, model=ModelConfig(start=str(tmp_path / start)))
+
+    more = held_out_of(after("first", validation=0.25))
+    assert more[:2] == (held, trained)
+    assert (
+        "20 pairs are held out, not 50, since model.start was trained on the others" in more[2][0]
+    )
+    judging, training, _ = held_out_of(after("first", validation=0.25, train=str(both)))
+    assert held < judging
+    assert not judging & (trained | training)
+    train(after("first", validation=0.25, train=str(both)))
+    checkpoint = "next/checkpoints/step-000000004"
+    again, training, _ = held_out_of(after(checkpoint, validation=0.02, train=str(both)))
+    assert (again, training & judging) == (judging, set())
+    other = {"train": str(folder / "b.parquet"), "validation": str(one)}
+    (note,) = held_out_of(after("first", **other))[2]
+    assert "of 200 pairs, of 180 the image is trained on and of 180 a caption" in note
+    with pytest.raises(ValueError, match=r"one\.parquet: every image of it is trained on"):
+        held_out_of(with_changes(first, {"data": {"validation": str(one)}}))
+    pq.write_table(tables[1], one)
+    notes = held_out_of(after("first", train=str(both)))[2]
+    assert "have changed since it was trained (other captions)" in notes[0]
 
 
 @pytest.mark.parametrize(

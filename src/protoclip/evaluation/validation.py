@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +12,15 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from protoclip.config import Config, DataConfig
+from protoclip.config import PERMISSIONS, Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.access import digest
-from protoclip.data.held_out import SHARE, Rest, held_out_rows
+from protoclip.data.content import content, difference
+from protoclip.data.held_out import MOST, SHARE, Before, Rest, held_out_rows, shared
 from protoclip.data.index import index_folder
 from protoclip.data.inspect import drawn
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+from protoclip.distributed.collectives import rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import (
     DEFAULT_TEMPLATES,
@@ -30,6 +33,8 @@ from protoclip.evaluation.datasets import (
 )
 from protoclip.evaluation.readers import Subset
 from protoclip.evaluation.suite import quick_tasks
+from protoclip.files import read_json, read_toml
+from protoclip.models.loading import STATE, checkpoints
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
@@ -39,6 +44,7 @@ COLUMNS = ("image_column", "caption_column", "id_column", "class_column", "root"
 MOST_LEARNED = 5000  # training pairs from which kNN and the linear probe learn
 
 Rows = npt.NDArray[np.int64]
+NONE: Rows = np.array([], np.int64)
 
 
 class Judged(NamedTuple):
@@ -63,6 +69,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     own = plain_sources(samples)
     if data.validation == "emoji":
         return Judged(samples, [datasets.emoji()], notes)
+    folder = index_folder(data.cache_folder)
     if isinstance(data.validation, str):
         other = replace(
             data,
@@ -76,21 +83,31 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         given = sources.pairs(replace(config, data=other))
         if not isinstance(given, Pairs):
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
-        parts = [(source, np.arange(len(source))) for source in plain_sources(given)]
-        return Judged(samples, data_sets(parts, learned(own, np.array([], np.int64))), notes)
+        judging = plain_sources(given)
+        trained = [*[(source, NONE) for source in own], *trained_before(config, notes)]
+        if trained:  # what a stream holds is not known
+            notes += overlap(data.validation, shared(judging, trained, folder=folder))
+        parts = [(source, np.arange(len(source))) for source in judging]
+        return Judged(samples, data_sets(parts, learned(own, NONE)), notes)
     share = SHARE if data.validation is None else data.validation
     if share == 0:
         return Judged(samples, [], notes)
-    evaluates = config.run.evaluate_every > 0 and not config.run.guard
-    asked = data.validation is not None or evaluates
+    asked = is_asked(config)
     if not isinstance(samples, Pairs):
         reason = "data.validation: a stream is not held out; name a source to judge the run by"
         return nothing(samples, reason, asked=asked)
-    rows = held_out_rows(own, share=share, folder=index_folder(data.cache_folder))
+    before = trained_before(config, notes)
+    rows = held_out_rows(own, share=share, folder=folder, before=before)
     if len(rows) < (2 if asked else LEAST):
-        reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, "
-        reason += "since they are few, or many share a caption; give a larger share or a source"
+        reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, since "
+        reason += "model.start was trained on the others, " if before else ""
+        reason += "they are few, or many share a caption; give a larger share or a source"
         return nothing(samples, reason, asked=asked)
+    if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):
+        notes.append(
+            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since model.start "
+            "was trained on the others"
+        )
     if len(rows) == len(samples):
         raise ValueError(
             f"data.validation: {share} leaves none of {len(samples):,} pairs to train on; lower it"
@@ -100,12 +117,90 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by{step}; "
         "data.validation sets a share, another source, or 0 for none"
     )
-    starts = np.cumsum([0, *map(len, own)])
-    parts = [
+    return Judged(Rest(samples, rows), data_sets(by_source(own, rows), learned(own, rows)), notes)
+
+
+def trained_before(config: Config, notes: list[str]) -> list[Before]:
+    """The pairs that the start was trained on, and those that it started from; adds notes.
+
+    Each with the rows that were held out of it, and so may judge this run too. Runs say what they
+    were trained on; what other models saw is not known.
+    """
+    run = run_of(config.model.start)
+    if run is None:
+        return []
+    try:
+        settings = Config.from_dict(read_toml(run / "config.toml"))
+        allowed = {name: getattr(config.data, name) for name in (*PERMISSIONS, "cache_folder")}
+        settings = replace(settings, data=replace(settings.data, **allowed))
+        samples = sources.pairs(settings)
+        if not isinstance(samples, Pairs):
+            raise ValueError("it was a stream")
+        own, before = plain_sources(samples), trained_before(settings, [])
+        held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
+        if share and not isinstance(share, str) and not settings.data.is_emoji:
+            folder = index_folder(settings.data.cache_folder)
+            held = held_out_rows(own, share=share, folder=folder, before=before)
+        if len(held) < (2 if is_asked(settings) else LEAST):
+            held = NONE
+        if rank() == 0 and (differs := changed_since(run, Rest(samples, held))):
+            notes.append(
+                f"model.start: the data of {run} have changed since it was trained ({differs}), so "
+                "pairs that it was trained on may judge this run"
+            )
+    except (OSError, ValueError) as error:
+        notes.append(f"model.start: what {run} was trained on is not known ({error})")
+        return []
+    return by_source(own, held) + before
+
+
+def by_source(of: Sequence[ImageTextPairs], rows: Rows) -> list[tuple[ImageTextPairs, Rows]]:
+    """Rows of sources that follow each other, by source and by their number in it."""
+    starts = np.cumsum([0, *map(len, of)])
+    return [
         (source, rows[(rows >= start) & (rows < start + len(source))] - start)
-        for source, start in zip(own, starts, strict=False)
+        for source, start in zip(of, starts, strict=False)
     ]
-    return Judged(Rest(samples, rows), data_sets(parts, learned(own, rows)), notes)
+
+
+def changed_since(run: Path, training: Rest) -> str | None:
+    """What differs between the data of a run and those that it was trained on, as it wrote down."""
+    saved = checkpoints(run)
+    state = read_json(saved[-1] / STATE).get("content", {}) if saved else {}
+    return difference(state["sources"], content(training)) if "sources" in state else None
+
+
+def is_asked(config: Config) -> bool:
+    """Whether the settings ask for something to judge the run by."""
+    evaluates = config.run.evaluate_every > 0 and not config.run.guard
+    return config.data.validation is not None or evaluates
+
+
+def run_of(start: str | None) -> Path | None:
+    """The folder of the run that a model to start from is of, as a run or as a checkpoint."""
+    folder = Path(start or "")
+    folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return folder if start and (folder / "config.toml").is_file() else None
+
+
+def overlap(name: str, counts: tuple[int, int, int]) -> list[str]:
+    """A note on the pairs of a source to judge by that are trained on.
+
+    Raises:
+        ValueError: All of them are.
+    """
+    looked, images, captions = counts
+    if images == looked:
+        raise ValueError(
+            f"data.validation: {name}: every image of it is trained on; name other pairs, a share "
+            "of those of data.train, or 0 for none"
+        )
+    told = [
+        f"of {number:,} {what} is trained on"
+        for number, what in ((images, "the image"), (captions, "a caption"))
+        if number
+    ]
+    return [f"data.validation: {name}: of {looked:,} pairs, {' and '.join(told)}"] if told else []
 
 
 def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[EvaluationData]:
