@@ -73,10 +73,6 @@ class Evaluate:
                 show=True,
             )
             name, pretrained = names_of(reference)
-            # `compare` reads the results by sample. An unfinished run would keep outdated ones, and
-            # those of some tasks or of other settings would replace the run's own.
-            usual = self.tasks is None and self.templates is None and self.protocol is None
-            finished = usual and (Path(reference) / "results.json").is_file()
             return suite.results(
                 encoder,
                 data,
@@ -86,7 +82,6 @@ class Evaluate:
                 protocol=self.protocol,
                 model_name=name,
                 pretrained=pretrained,
-                samples_to=Path(reference) / "results" if finished else None,
             )
 
         with collectives.process_group(device, timeout=timedelta(hours=12)):

@@ -68,10 +68,13 @@ def read_results(run: str | Path) -> dict[str, Any]:
         ) from error
     if has_changed(results):  # people may edit it
         say(f"warning: {path}: not what the run wrote: its checksum differs")
+    validation, test = (samples_of(path.parent, split) for split in ("validation", "test"))
+    # Held-out pairs have no test split: `evaluate` once wrote one, of other data of that name.
+    held_out = {k: v for k, v in validation.items() if k.partition("-")[0] == "validation"}
     return {
         **{"name": results["name"], "seed": results["seed"], **counts, "folder": str(path.parent)},
         "metrics": {key: value for key, value in metrics.items() if value is not None},
-        "samples": samples_of(path.parent, "validation") | samples_of(path.parent, "test"),
+        "samples": validation | test | held_out,
     }
 
 

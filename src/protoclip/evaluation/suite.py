@@ -207,12 +207,8 @@ def results(
     protocol: str | None = None,
     model_name: str = "model",
     pretrained: str = "none",
-    samples_to: Path | None = None,
 ) -> list[Result]:
-    """`evaluate`, with the bootstrap's draws, by which two models can be compared.
-
-    `samples_to` is the folder for the results of each sample.
-    """
+    """`evaluate`, with the bootstrap's draws, by which two models can be compared."""
     if protocol not in (None, "paper"):
         raise ValueError(f"protocol: no protocol '{protocol}'; choose paper, or leave it out")
     called = [of.name for of in data]
@@ -229,8 +225,6 @@ def results(
             continue
         features = extract(encoder, of, of_tasks, split=split, templates=templates)
         measured = measure(features, of, of_tasks, split=split, paper=paper, show=encoder.show)
-        if samples_to is not None and rank() == 0:
-            write_samples(measured.samples, samples_to / f"{of.name}-{split}.parquet")
         # Data sets of equal size do not share their draws.
         seed = zlib.crc32(of.name.encode())
         draws, part = measured.draws(seed=seed), features.parts[split]

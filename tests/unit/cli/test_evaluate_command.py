@@ -73,15 +73,17 @@ def test_the_table_is_the_default_and_emoji_are_the_default_data(made_up, capsys
     assert "100.0 [100.0, 100.0]" in shown
 
 
-@pytest.mark.parametrize("more", [[], ["--tasks", "knn"], ["--templates", "simple"]])
-def test_the_samples_of_a_finished_run_are_kept(more, made_up, tmp_path, monkeypatch, capsys):
-    """Unless only some tasks were run, or with other prompts."""
-    (tmp_path / "results.json").write_text("{}")
+def test_a_run_folder_stays_as_it_is(made_up, tmp_path, monkeypatch, capsys):
+    """Its rows are of its own data, which `compare` pairs; these are others of the same name."""
+    own = tmp_path / "results" / "a-test.parquet"
+    own.parent.mkdir()
+    for file in (own, tmp_path / "results.json"):
+        file.write_text("{}")
     monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
-    main(["evaluate", str(tmp_path), "--data", "a", *more])
-    capsys.readouterr()
-    assert (tmp_path / "results" / "a-test.parquet").is_file() == (not more)
+    main(["evaluate", str(tmp_path), "--data", "a", "--no-cache"])
+    assert "a" in capsys.readouterr().out
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["{}", "{}"]
 
 
 @pytest.mark.parametrize("data", ["pairs.tsv", "./pairs.tsv,class_column=kind", "other.tsv"])

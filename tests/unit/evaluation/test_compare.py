@@ -184,3 +184,17 @@ def test_what_is_no_number_in_results_is_refused(tmp_path, odd):
     path.write_text(path.read_text().replace("0.5", odd))
     with pytest.raises(ValueError, match="not the results of a run"):
         compare.read_results(path.parent)
+
+
+def test_held_out_pairs_are_those_that_the_run_was_judged_by(tmp_path):
+    """Not other data that `evaluate` called the same, in earlier versions."""
+    folder = made(tmp_path / "run", "a", 0, 0.5)
+    (folder / "results").mkdir()
+    for name in ("emoji-test", "emoji-validation", "validation-test", "validation-validation"):
+        (folder / "results" / f"{name}.parquet").touch()
+    samples = compare.read_results(folder)["samples"]
+    chosen = {name: file.name for name, file in samples.items()}
+    assert chosen == {
+        "emoji": "emoji-test.parquet",
+        "validation": "validation-validation.parquet",
+    }
