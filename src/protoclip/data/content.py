@@ -48,8 +48,9 @@ def content(samples: Pairs | SampleStream) -> list[Facts]:
     ]
     if len(facts) > 1:  # sample ids begin with the name
         facts = [{"name": part.name, **of_part} for part, of_part in zip(parts, facts, strict=True)]
-    if pairs is not samples and len(samples.held_out):
-        facts[0]["held_out"] = checksum(samples.held_out.astype("<i8").tobytes())
+    held_out = getattr(samples, "held_out", ())
+    if len(held_out):
+        facts[0]["held_out"] = checksum(np.asarray(held_out, "<i8").tobytes())
     return facts
 
 
@@ -73,20 +74,19 @@ def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, A
 
 def of_pairs(pairs: ImageTextPairs) -> Facts:
     """The facts of pairs in a table."""
-    table, image = pairs.checked, pairs.image_column
-    ids = pairs.id_column and hash_of([pairs.kept(table.column(pairs.id_column))])
-    names = [image, "size"] if "offset" in table.column_names else [image]
-    images = [pairs.kept(table.column(name)) for name in names]
-    if "offset" in table.column_names:  # in shards, which may lie anywhere
-        images = images[1:]
+    table = pairs.checked
+
+    def hash_columns(*names: str, lengths: bool = False) -> str:
+        return hash_of([pairs.kept(table.column(name)) for name in names], lengths=lengths)
+
+    in_shards = {"offset", "size"} <= {*table.column_names}  # which may lie anywhere
+    rows = drawn(len(pairs), min(IMAGES, len(pairs)), seed=0)
     return {
         "rows": len(pairs),
-        "ids": ids or f"{pairs.name}/row",
-        "captions": hash_of([pairs.kept(table.column(name)) for name in pairs.caption_columns]),
-        "images": hash_of(images, lengths=True),
-        "sample": [
-            image_hash(pairs, row) for row in drawn(len(pairs), min(IMAGES, len(pairs)), seed=0)
-        ],
+        "ids": hash_columns(pairs.id_column) if pairs.id_column else f"{pairs.name}/row",
+        "captions": hash_columns(*pairs.caption_columns),
+        "images": hash_columns("size" if in_shards else pairs.image_column, lengths=True),
+        "sample": [image_hash(pairs, row) for row in rows],
     }
 
 

@@ -257,14 +257,26 @@ def captions_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
 
 
 def names_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
-    names = image_names(source)
-    return [] if names is None else [names]
+    """The places of images: other folders may have files of the same names."""
+    return [
+        pc.if_else(pc.match_substring(names, "://"), names, pc.binary_join_element_wise(*parts))
+        for names in _image_names(source)
+        for parts in [(pa.scalar(source.root, names.type), names, pa.scalar("/", names.type))]
+    ]
 
 
 def urls_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
     """The names of images that are URLs, and so name the same image in any source."""
-    names = [column.cast(pa.large_string()) for column in names_of(source)]
-    return [pc.if_else(pc.match_substring(column, "://"), column, None) for column in names]
+    return [
+        pc.if_else(pc.match_substring(names, "://"), names, None) for names in _image_names(source)
+    ]
+
+
+def _image_names(source: ImageTextPairs) -> list[pa.ChunkedArray]:
+    names = image_names(source)
+    if names is not None and pa.types.is_dictionary(names.type):
+        names = names.cast(names.type.value_type)
+    return [] if names is None else [names.cast(pa.large_string())]
 
 
 def _present(cells: list[Any]) -> Iterator[tuple[int, str]]:
@@ -335,7 +347,7 @@ def _contents(sources: Sequence[ImageTextPairs], sizes: Rows, rows: Rows, *, pag
     with ThreadPoolExecutor(THREADS) as pool:  # most of the time goes into waiting for the disk
         for part in pool.map(contents, np.array_split(rows, max(1, len(rows) // CHUNK))):
             found += part
-            if page or len(rows) > CHUNK:
+            if len(rows) and (page or len(rows) > CHUNK):
                 progress.update(len(found))
     return np.array(found, np.int64)
 
@@ -374,8 +386,8 @@ def image_sizes(source: ImageTextPairs) -> Rows:
             if name and not is_url(place := join(source.root, name)):
                 with suppress(OSError):
                     sizes[row] = os.stat(place).st_size  # noqa: PTH116 (of millions)
-            if row % STEP == STEP - 1:
-                progress.update(row)
+            if len(source) > STEP and (row % STEP == 0 or row == len(source) - 1):
+                progress.update(row + 1)
     return sizes
 
 

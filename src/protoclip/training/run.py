@@ -748,8 +748,11 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
             f"{folder}: the run was started with other settings: {', '.join(refused)}; "
             "restore them, or choose another folder with --run.out"
         )
-    noted = ", ".join(text for key, text in differ.items() if key in ROUNDING)
-    return [f"going on with {noted}: the same batches, other rounding"] if noted else []
+    noted = {key: text for key, text in differ.items() if key in ROUNDING}
+    parts = {"episodes.micro_batch_size", "parallel.strategy"} & noted.keys()
+    also = ", and of BatchNorm the statistics" if parts else ""
+    told_of = ", ".join(noted.values())
+    return [f"going on with {told_of}: batches stay, rounding changes{also}"] if noted else []
 
 
 def unplaced(value: Any) -> Any:

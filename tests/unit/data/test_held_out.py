@@ -124,6 +124,22 @@ def test_what_the_start_was_trained_on_is_not_held_out(number: int, tmp_path: Pa
         assert not one & other
 
 
+def test_files_of_one_name_in_two_folders_are_two_images(tmp_path: Path) -> None:
+    """So pairs are held out of one, though the model was trained on the other before."""
+    both = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for row in range(40):
+            (tmp_path / name / f"{row}.jpg").write_bytes(f"{name} {row:04}".encode())
+        captions = [f"{name} {row}" for row in range(40)]
+        table = pa.table({"image": [f"{row}.jpg" for row in range(40)], "caption": captions})
+        both.append(ImageTextPairs(table, name=name, root=str(tmp_path / name), id_column=None))
+    before = [(both[0], np.array([], np.int64))]
+    assert len(held_out_rows([both[1]], share=0.5, folder=tmp_path, before=before)) == 20
+    assert shared([both[1]], before, folder=tmp_path) == (40, 0, 0)
+    assert len(held_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
+
+
 def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path: Path) -> None:
     judging = source(300, "other", captions=4000, images=10**9)
     training = source(2000, "web", captions=4000, images=10**9, seed=1)

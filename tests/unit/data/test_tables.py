@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.config import DataConfig
-from protoclip.data import access, tables
+from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data import access, sources, tables
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_hub, open_table
 
@@ -385,3 +385,12 @@ def test_a_hub_that_does_not_answer_is_one_line_within_seconds(
         open_hub(DataConfig(train="hf:owner/name", cache_folder=str(tmp_path)))
     assert time.monotonic() - start < 5
     assert "\n" not in str(e.value)
+
+
+def test_ids_that_are_row_numbers_are_told(tmp_path):
+    """With them the order of the rows matters; of a mixture each source that has them is named."""
+    (tmp_path / "plain.csv").write_text("image,caption\n0.jpg,a\n")
+    (tmp_path / "keyed.csv").write_text("image,caption,key\n0.jpg,a,b\n")
+    parts = [SourceConfig(path=str(tmp_path / f"{name}.csv")) for name in ("plain", "keyed")]
+    (note,) = sources.notes(sources.pairs(Config(data=DataConfig(sources=parts))))
+    assert note.startswith("plain.csv: has no column of sample ids, so they are row numbers: keep")
