@@ -306,7 +306,7 @@ def _images(
 ) -> tuple[Rows, npt.NDArray[np.bool_]]:
     """Of each chosen row, a hash of its image, and whether a row that is not chosen has it too.
 
-    Of usual photographs an eighth have the size of one of a few thousand. Of those a page from the
+    Of usual photographs a sixth have the size of one of a few thousand. Of those a page from the
     middle is read, and only where these are equal too the images. What cannot be read equals
     nothing; rows that are `ignored` have no part in it.
     """
