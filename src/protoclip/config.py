@@ -271,6 +271,29 @@ class Config:
         if self.prototypes.source != "auto":
             return self.prototypes.source
         return "queue" if self.external_teachers else "extract"
+    @property
+    def sets_strengths(self) -> bool:
+        """Whether the strengths of the prototypical losses set themselves, relative to InfoNCE."""
+        return (
+            self.uses_prototypes and self.loss.strengths == "automatic" and self.loss.info_nce > 0
+        )
+
+    @property
+    def groups_modalities(self) -> bool:
+        """Whether images and texts are clustered: to learn from, or to measure what a teacher's
+        groups have in common with them."""
+        return self.loss.prototypical > 0 or self.sets_strengths
+
+    @property
+    def locked_episodes(self) -> int:
+        """`episodes.locked_image`, or 0 where that stage would train no tower."""
+        model = self.model
+        # The text projection of halves is new, and trains in spite of the lock.
+        trains = "text" not in model.locked or (
+            model.projections_are_new and model.text.name is not None
+        )
+        return self.episodes.locked_image if trains else 0
+
 
     @property
     def external_teachers(self) -> dict[str, TeacherConfig]:
@@ -386,7 +409,7 @@ def check(config: Config) -> list[str]:
     build(Config, vars(config))
     episodes, run, text = config.episodes, config.run, config.model.text
     size, batch_size = episodes.size, episodes.batch_size
-    stages = episodes.warm_up + episodes.locked_image
+    stages = episodes.warm_up + config.locked_episodes
     if text.width % text.heads:
         raise ValueError(f"model.text.heads: {text.heads} does not divide model.text.width")
     share = config.data.validation
@@ -415,7 +438,7 @@ def check(config: Config) -> list[str]:
             f"episodes.count: {episodes.count} is less than episodes.warm_up + "
             f"episodes.locked_image ({stages})"
         )
-    numbers = {"prototypes": config.prototypes.number} if config.loss.prototypical else {}
+    numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
     numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
     for name, number in numbers.items():
         if size and number and not 2 <= number <= size:
@@ -489,18 +512,30 @@ def without_effect(config: Config) -> list[str]:
     no_target = no_prototypical and not clip and "loss.prototypical is 0"
     no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
     no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
+    # The start is embedded by the captions as they are trained on.
+    stored = [t for t in config.external_teachers.values() if t.features != START]
+    if config.data.shuffle_captions and stored:
+        raise ValueError(
+            "data.shuffle_captions: there would be something to learn from a teacher's features, "
+            "which belong to the true captions; leave teacher.features out"
+        )
     locked = [] if model.projections_are_new else model.locked
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
     reasons = {
         "run.patience": config.run.stop_by is None and "run.stop_by is not set",
-        "data.cache_gb": in_workers and "worker processes keep no images in memory",
+        "data.cache_gb": (in_workers and "worker processes keep no images in memory")
+        or (data.cache == "none" and "data.cache is none"),
+        "data.class_column": data.validation == 0 and "data.validation is 0",
+        "model.heads.*": unused,
         "prototypes.*": clip and "loss.prototypical is 0",
-        "prototypes.number": no_target,
+        "prototypes.number": no_groups,
         "prototypes.hard_targets": no_target,
+    no_balance = loss.info_nce == 0 and "loss.info_nce is 0"
         "prototypes.target_temperature": no_target or (hard and "prototypes.hard_targets is set"),
         "prototypes.extract_transform": queue and "prototypes come from the queue",
         "episodes.warm_up": unused,
+    no_groups = not config.groups_modalities and not clip and "loss.prototypical is 0"
         "optim.heads_lr_scale": unused,
         "optim.heads_weight_decay": unused,
         "teacher.*": no_teacher,
@@ -508,10 +543,12 @@ def without_effect(config: Config) -> list[str]:
         "loss.teacher": no_features,
         "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
         "loss.instance": loss.info_nce == 0 and "loss.info_nce is 0",
-        "optim.locked_learning_rate": not episodes.locked_image and "episodes.locked_image is 0",
+        "optim.locked_learning_rate": not config.locked_episodes
+        and "there is no locked-image stage",
         "optim.image_lr_scale": "image" in locked and "the image tower is locked",
         "optim.text_lr_scale": "text" in locked and "the text tower is locked",
         "model.embed_dim": named,
+        "prototypes.back_translation": no_target,
         "model.image.name": named,
         "model.text.width": text_named,
         "model.text.heads": text_named,
@@ -520,8 +557,23 @@ def without_effect(config: Config) -> list[str]:
 
     def is_set(name: str) -> bool:
         path = name.removesuffix(".*").split(".")
+        "loss.strengths": unused or no_balance,
         return bool(reduce(getattr, path, config) != reduce(getattr, path, Config()))
 
-    return [
+    notes = [
         f"{name}: no effect, since {why}" for name, why in reasons.items() if why and is_set(name)
     ]
+    for teacher in config.teachers or [config.teacher]:
+        known = TeacherConfig(name=teacher.name, number=teacher.number)
+        if loss.teacher == 0 or teacher == known:
+            continue
+        if teacher.features is None:
+            notes.append("teacher.*: no effect, since teacher.features is not set")
+        elif teacher.weight == 0:
+            notes.append(f"{teacher.name}.*: no effect, since {teacher.name}.weight is 0")
+        elif teacher.hard_targets and teacher.target_temperature != known.target_temperature:
+            what, why = "target_temperature", f"{teacher.name}.hard_targets is set"
+            notes.append(f"{teacher.name}.{what}: no effect, since {why}")
+    if config.locked_episodes < episodes.locked_image:
+        notes.append("episodes.locked_image = 0, since model.locked keeps the text tower too")
+    return notes

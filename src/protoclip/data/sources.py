@@ -13,8 +13,19 @@ from protoclip.data.mixture import MixedPairs, MixedStreams, shuffle_captions
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.shards import open_shards
 from protoclip.data.stream import ShardStream
-from protoclip.data.tables import access_of, caption_columns, open_hub, open_table, unused
+from protoclip.data.tables import (
+    access_of,
+    caption_columns,
+    changed,
+    open_hub,
+    open_table,
+    unused,
+)
 from protoclip.distributed.collectives import rank, world_size
+
+# Settings that have no effect on the emoji, whose columns are known and whose images are small.
+EMOJI_LACK = ("image_column", "caption_column", "id_column", "class_column", "root", "read")
+EMOJI_LACK += ("small_copies", "allow_commands", "allow_private_hosts", "allow_links")
 
 
 def pairs(config: Config) -> Pairs | SampleStream:
@@ -43,6 +54,11 @@ def pairs(config: Config) -> Pairs | SampleStream:
         stream.notes.append(
             f"{stream.name}: is filtered as it is read, so ids of no sample are not counted"
         )
+    if streams and not config.episodes.replacement:
+        streams[0].notes.append("episodes.replacement: no effect, since a stream is read in order")
+    if indexed and data.shuffle_buffer != DataConfig().shuffle_buffer:
+        why = "since nothing is streamed"
+        indexed[0].notes = [*indexed[0].notes, f"data.shuffle_buffer: no effect, {why}"]
     if data.shuffle_captions:
         if streams:
             raise ValueError("data.shuffle_captions: a stream cannot be read in any order")
@@ -97,7 +113,10 @@ def open_source(
     # In a mixture tar shards are named after their folder, as other sources are.
     name = entry.name or (Path(path).resolve().name if mixed and Path(path).exists() else None)
     if path == "emoji":
-        return ImageTextPairs(emoji_table("train"), name=name or "emoji")
+        asked = replace(DataConfig(), train=path, **own) if mixed else data
+        given = changed(asked, EMOJI_LACK)
+        notes = [f"emoji: are bundled, and do not use {given}"] if given else []
+        return ImageTextPairs(emoji_table("train"), name=name or "emoji", notes=notes)
     for setting, location in (("data.root: ", data.root or ""), ("", path)):
         try:
             require_allowed(location, access_of(data))
@@ -107,9 +126,11 @@ def open_source(
     if not _is_shards(path):
         if streaming:
             raise ValueError(f'{path}: only tar shards can be streamed; set data.read = "auto"')
-        if path.startswith("hf:") and local:
-            return open_hub(data, name=name)
-        return (open_folder if local and Path(path).is_dir() else open_table)(data, name=name)
+        opener = open_folder if local and Path(path).is_dir() else open_table
+        opened = (open_hub if path.startswith("hf:") and local else opener)(data, name=name)
+        if data.read != "auto":
+            opened.notes.append(f"{path}: is no tar shard, and does not use read")
+        return opened
     if data.read == "indexed" and not local:
         raise ValueError(
             f'{path}: only local shards can be indexed; set data.read = "streaming", or copy them'

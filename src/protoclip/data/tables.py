@@ -15,7 +15,7 @@ import re
 import shutil
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
@@ -209,9 +209,13 @@ def caption_columns(data: DataConfig) -> list[str]:
 
 def unused(data: DataConfig) -> list[str]:
     """A note of the settings that only a table has a use for, if some are given."""
-    settings = ("image_column", "id_column", "root", "class_column")
-    given = ", ".join(setting for setting in settings if getattr(data, setting))
+    given = changed(data, ("image_column", "id_column", "root", "class_column"))
     return [f"{data.train}: has no columns, and does not use {given}"] if given else []
+
+
+def changed(data: DataConfig, settings: Iterable[str]) -> str:
+    """Those of these settings that differ from their defaults."""
+    return ", ".join(s for s in settings if getattr(data, s) != getattr(DataConfig(), s))
 
 
 def _suffixes(path: str) -> list[str]:

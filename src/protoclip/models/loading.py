@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import protoclip
 from protoclip.config import (
@@ -440,18 +441,53 @@ def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
             number = batch_norm.synchronise(built.towers)
             setting = "sync_batch_norm" if parallel.sync_batch_norm else "strategy = fsdp"
             notes = [f"parallel.{setting}: {number or 'no'} BatchNorm layers synchronised"]
+    else:
+        alone = ["strategy"] if parallel.strategy == "fsdp" else []
+        alone += ["sync_batch_norm"] if parallel.sync_batch_norm else []
+        notes = [f"parallel.{each}: no effect, since there is one rank" for each in alone]
     if parallel.activation_checkpointing:
-        try:
-            built.towers.set_grad_checkpointing(True)  # type: ignore[operator]
-        except (AttributeError, AssertionError, ValueError) as error:
-            raise ValueError(
-                "parallel.activation_checkpointing: these towers cannot do it; set it to false"
-            ) from error
+        recompute_activations(built.towers, config.model)
     if parallel.compile:
         for name, part in built.towers.named_children():
             if name in ("visual", "text", "transformer"):
                 part.compile()
     return notes
+
+
+def check_parallel(config: Config) -> None:
+    """Refuse what `[parallel]` asks of towers that cannot do it, before data and weights are read.
+
+    Raises:
+        ValueError: As `recompute_activations` and `followed`.
+    """
+    if config.parallel.activation_checkpointing:
+        model, _ = followed(config.model)
+        recompute_activations(architecture(model, weights="none").towers, model)
+
+
+def recompute_activations(both: nn.Module, config: ModelConfig) -> None:
+    """Make towers compute their activations again in the backward pass, to save memory.
+
+    Raises:
+        ValueError: They cannot, or the image tower's BatchNorm would count each batch twice.
+    """
+    setting, image = "parallel.activation_checkpointing", both.get_submodule("visual")
+    way_out = "set it to false, or choose a transformer"
+    counts = any(isinstance(part, _BatchNorm) for part in image.modules())
+    if "image" not in config.locked and counts and not config.frozen_batch_norm:
+        raise ValueError(
+            f"{setting}: the image tower has BatchNorm, which would count a batch twice; {way_out}"
+        )
+    try:
+        both.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{setting}: these towers cannot do it; {way_out}") from error
+    # open_clip passes over image towers that cannot. Its towers, timm's and those of `transformers`
+    # mark the parts that do.
+    marks = ("grad_checkpointing", "gradient_checkpointing")
+    does = any(getattr(part, mark, False) for part in image.modules() for mark in marks)
+    if "image" not in config.locked and not does:
+        raise ValueError(f"{setting}: this image tower cannot do it; {way_out}")
 
 
 def tokenizer(config: ModelConfig) -> Tokenizer:

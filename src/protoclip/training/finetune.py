@@ -109,6 +109,7 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     if config.model.start is None:
         raise ValueError(NO_START)
     loading.followed(config.model)
+    loading.check_parallel(config)
     decide("run.name", "finetuned")
     evaluate_every = decide("run.evaluate_every", 1)
     decide("model.frozen_batch_norm", True)

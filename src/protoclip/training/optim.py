@@ -119,7 +119,7 @@ def schedule(config: Config) -> Callable[[int], float]:
     peak, warm_up = settings["learning_rate"], settings["warm_up_steps"]
     locked_peak = settings["locked_learning_rate"]
     steps = config.episodes.size // config.episodes.batch_size
-    locked = config.episodes.locked_image * steps if locked_peak else 0
+    locked = config.locked_episodes * steps if locked_peak else 0
     main = config.episodes.count * steps - locked
 
     def learning_rate(step: int) -> float:

@@ -135,6 +135,7 @@ def resolved(config: Config, *, before: Path | None = None) -> tuple[Config, lis
         ValueError: As `sizes.sized` and `optim.resolved` do, or the settings do not go together.
     """
     config, notes = sizes.sized(config, before=before)
+    loading.check_parallel(config)
     check(config)
     config, decided = optim.resolved(config)
     return config, notes + decided
@@ -317,15 +318,13 @@ class Run:
             keep=config.loss.keep,
             keep_by=config.loss.keep_by,
         )
-        automatic = config.loss.strengths == "automatic"
         self.trainer = Trainer(
             model=model,
             stage=partial(stage_of, config),
             source=self.feature_source(samples, autocast(precision, device)),
             cluster=self.cluster,
             weights=weights,
-            # Without a loss of pairs there is nothing to be relative to.
-            balance=Balance() if automatic and config.loss.info_nce else None,
+            balance=Balance() if config.sets_strengths else None,
             start=self.start if config.loss.keep else None,
             make_targets=partial(
                 make_targets,

@@ -49,7 +49,7 @@ def stage_of(config: Config, episode: int) -> Stage:
 
 
 def plain_stage(config: Config, episode: int) -> Stage:
-    if episode >= config.episodes.count - config.episodes.locked_image:
+    if episode >= config.episodes.count - config.locked_episodes:
         return LOCKED_IMAGE
     if not config.uses_prototypes:
         return CONTRASTIVE

@@ -217,7 +217,10 @@ TRAINED = {
 
 @pytest.mark.parametrize(("tower", "start"), TRAINED)
 def test_a_locked_tower_stays_as_it_is(tower, start):
-    """In every stage, with its BatchNorm statistics; logit scales and new projections train."""
+    """In every stage, with its BatchNorm statistics; logit scales and new projections train.
+
+    Where the text tower is locked there is no locked-image stage, in which nothing would train.
+    """
     settings = replace(tiny_model(), locked=[tower], start="a run" if start == "run" else None)
     config = replace(tiny_config(out="unused"), model=settings)
     model = loading.model(tiny_model(), seed=0)
@@ -227,12 +230,12 @@ def test_a_locked_tower_stays_as_it_is(tower, start):
         before = {name: value.clone() for name, value in model.towers.named_buffers()}
         model(*BATCH)
         moved = [n for n, v in model.towers.named_buffers() if not torch.equal(v, before[n])]
-        assert bool(moved) == (tower == "text" and episode < 3)
-        if episode == 3:
-            continue  # the locked-image stage
+        assert bool(moved) == (tower == "text")
         trained = {name for name, p in model.towers.named_parameters() if p.requires_grad}
         names = {n for n, _ in model.towers.named_parameters()}
         parts = TRAINED[tower, start]
+        if stage.name == "locked image":
+            parts = parts - {"visual.head."}
         assert trained == {
             name
             for name in names
