@@ -20,8 +20,8 @@ NO_START = (
     "model.start: fine-tuning needs a model to start from, such as a run folder or "
     "open_clip:NAME/TAG"
 )
-# Image size in pixels and caption length in tokens of the small towers, unless set.
-SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH = 40, 16
+# Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
+SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
 PERMISSIONS = ("allow_commands", "allow_private_hosts", "allow_links")
 
@@ -105,7 +105,7 @@ class DataConfig:
     read: Literal["auto", "indexed", "streaming"] = "auto"  # How to read shards.
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
     augmentation: Literal["light", "clip"] = "light"  # clip only crops.
-    workers: Annotated[int, 0, 4096] = 0  # Processes that decode images; same results.
+    workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Processes that decode images.
     cache: Literal["ram", "disk", "none"] = "ram"  # Keeps decoded images.
     cache_gb: Annotated[float, ABOVE_0, 1e6] = 4.0  # Gigabytes of decoded images to keep.
     cache_folder: str | None = None  # Folder of indexes and decoded images.
@@ -127,13 +127,13 @@ class DataConfig:
 class ImageTowerConfig:
     name: str = "resnet10t"  # A timm model name.
     weights: str | None = None  # Of timm: published, or a file.
-    size: ImageSize | None = None  # Input pixels; else 40, or the weights' own.
+    size: ImageSize | None = None  # Input pixels; else from the data, or the weights' own.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
     name: str | None = None  # Hugging Face text model; else small.
-    context_length: ContextLength | None = None  # Tokens; else 16, or the weights' own.
+    context_length: ContextLength | None = None  # Tokens; else from the data, or the weights' own.
     width: Width = 128  # Width of the transformer.
     heads: Width = 2  # Attention heads; they divide the width.
     layers: Layers = 2  # Transformer layers.
@@ -158,6 +158,17 @@ class ModelConfig:
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
+
+    @property
+    def leaves_image_size_open(self) -> bool:
+        """Whether the size of images follows from the data: of towers that start untrained."""
+        untrained = self.start is None and self.name is None and self.image.weights is None
+        return untrained and self.image.size is None
+
+    @property
+    def leaves_context_length_open(self) -> bool:
+        untrained = self.start is None and self.name is None and self.text.name is None
+        return untrained and self.text.context_length is None
 
     @property
     def projections_are_new(self) -> bool:
@@ -261,17 +272,6 @@ class Config:
         return self.loss.prototypical > 0 or bool(self.external_teachers)
 
     @property
-    def uses_start(self) -> bool:
-        """Whether a frozen copy of the start is needed: to keep its features, or as a teacher."""
-        return self.loss.keep > 0 or START in {t.features for t in self.external_teachers.values()}
-
-    @property
-    def prototype_source(self) -> Literal["extract", "queue"]:
-        """`prototypes.source`; `auto` is queue with a teacher, else extract, as in the paper."""
-        if self.prototypes.source != "auto":
-            return self.prototypes.source
-        return "queue" if self.external_teachers else "extract"
-    @property
     def sets_strengths(self) -> bool:
         """Whether the strengths of the prototypical losses set themselves, relative to InfoNCE."""
         return (
@@ -294,6 +294,17 @@ class Config:
         )
         return self.episodes.locked_image if trains else 0
 
+    @property
+    def uses_start(self) -> bool:
+        """Whether a frozen copy of the start is needed: to keep its features, or as a teacher."""
+        return self.loss.keep > 0 or START in {t.features for t in self.external_teachers.values()}
+
+    @property
+    def prototype_source(self) -> Literal["extract", "queue"]:
+        """`prototypes.source`; `auto` is queue with a teacher, else extract, as in the paper."""
+        if self.prototypes.source != "auto":
+            return self.prototypes.source
+        return "queue" if self.external_teachers else "extract"
 
     @property
     def external_teachers(self) -> dict[str, TeacherConfig]:
@@ -341,6 +352,9 @@ def read(name: str, value: Any, hint: Any) -> Any:
         if value is None:
             return None
         kinds = [kind for kind in inner if kind is not NoneType]
+        if any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
+            return value
+        kinds = [kind for kind in kinds if get_origin(kind) is not Literal]
         fits = float if type(value) is int else type(value)
         return read(name, value, next((k for k in kinds if fits in type_of(k)), kinds[-1]))
     if origin is Literal:
@@ -498,20 +512,6 @@ def check_teachers(config: Config) -> None:
     for teacher in config.teachers:
         if teacher.features is None:
             raise ValueError(f"teachers: '{teacher.name}' has no features; name their file")
-
-
-def without_effect(config: Config) -> list[str]:
-    """One note for each setting that differs from its default and changes nothing in this run."""
-    data, episodes, loss, model = config.data, config.episodes, config.loss, config.model
-    clip, no_prototypical = not config.uses_prototypes, loss.prototypical == 0
-    queue = config.prototype_source == "queue" and not clip and episodes.warm_up > 0
-    in_workers = data.cache == "ram" and data.workers > 0
-    hard = config.prototypes.hard_targets and not no_prototypical
-    has_teacher = bool(config.teachers or config.teacher.features)
-    unused = clip and "no loss uses prototypes"
-    no_target = no_prototypical and not clip and "loss.prototypical is 0"
-    no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
-    no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
     # The start is embedded by the captions as they are trained on.
     stored = [t for t in config.external_teachers.values() if t.features != START]
     if config.data.shuffle_captions and stored:
@@ -519,6 +519,22 @@ def without_effect(config: Config) -> list[str]:
             "data.shuffle_captions: there would be something to learn from a teacher's features, "
             "which belong to the true captions; leave teacher.features out"
         )
+
+
+def without_effect(config: Config) -> list[str]:
+    """One note for each setting that differs from its default and changes nothing in this run."""
+    data, episodes, loss, model = config.data, config.episodes, config.loss, config.model
+    clip, no_prototypical = not config.uses_prototypes, loss.prototypical == 0
+    queue = config.prototype_source == "queue" and not clip and episodes.warm_up > 0
+    in_workers = data.cache == "ram" and data.workers not in (0, "auto")
+    hard = config.prototypes.hard_targets and not no_prototypical
+    no_balance = loss.info_nce == 0 and "loss.info_nce is 0"
+    has_teacher = bool(config.teachers or config.teacher.features)
+    unused = clip and "no loss uses prototypes"
+    no_target = no_prototypical and not clip and "loss.prototypical is 0"
+    no_groups = not config.groups_modalities and not clip and "loss.prototypical is 0"
+    no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
+    no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
     locked = [] if model.projections_are_new else model.locked
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
@@ -531,16 +547,16 @@ def without_effect(config: Config) -> list[str]:
         "prototypes.*": clip and "loss.prototypical is 0",
         "prototypes.number": no_groups,
         "prototypes.hard_targets": no_target,
-    no_balance = loss.info_nce == 0 and "loss.info_nce is 0"
+        "prototypes.back_translation": no_target,
         "prototypes.target_temperature": no_target or (hard and "prototypes.hard_targets is set"),
         "prototypes.extract_transform": queue and "prototypes come from the queue",
         "episodes.warm_up": unused,
-    no_groups = not config.groups_modalities and not clip and "loss.prototypical is 0"
         "optim.heads_lr_scale": unused,
         "optim.heads_weight_decay": unused,
         "teacher.*": no_teacher,
         "teachers.*": no_teacher,
         "loss.teacher": no_features,
+        "loss.strengths": unused or no_balance,
         "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
         "loss.instance": loss.info_nce == 0 and "loss.info_nce is 0",
         "optim.locked_learning_rate": not config.locked_episodes
@@ -548,7 +564,6 @@ def without_effect(config: Config) -> list[str]:
         "optim.image_lr_scale": "image" in locked and "the image tower is locked",
         "optim.text_lr_scale": "text" in locked and "the text tower is locked",
         "model.embed_dim": named,
-        "prototypes.back_translation": no_target,
         "model.image.name": named,
         "model.text.width": text_named,
         "model.text.heads": text_named,
@@ -557,7 +572,6 @@ def without_effect(config: Config) -> list[str]:
 
     def is_set(name: str) -> bool:
         path = name.removesuffix(".*").split(".")
-        "loss.strengths": unused or no_balance,
         return bool(reduce(getattr, path, config) != reduce(getattr, path, Config()))
 
     notes = [

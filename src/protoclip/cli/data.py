@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.parsing import Recipes
 from protoclip.config import (
-    SMALL_CONTEXT_LENGTH,
     Config,
     Count,
     DataConfig,
@@ -58,7 +57,7 @@ class Inspect(Recipes):
             context_length=context_length,
             samples=None if self.every else self.samples,
             seed=self.seed,
-            workers=self.data.workers or None,
+            workers=None if self.data.workers == "auto" else self.data.workers,
             max_pixels=self.data.max_image_pixels,
             notes=notes,
         )
@@ -125,11 +124,11 @@ def require_paths(source: str, data: DataConfig) -> None:
     require_data_paths(replace(data, train="emoji"))
 
 
-def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int]:
-    """What counts the tokens of captions for a model, and how many of them it reads."""
+def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int | None]:
+    """What counts the tokens of captions for a model, and how many it reads; None: as they need."""
     if model.name is None and model.start is None and model.text.name is None:
         clip_tokenizer()  # once, and not in each worker process
-        return count_clip_tokens, model.text.context_length or SMALL_CONTEXT_LENGTH
+        return count_clip_tokens, model.text.context_length
     from protoclip.models.loading import context_length, followed, tokenizer
     from protoclip.models.towers import TokenCounter, named_config
 

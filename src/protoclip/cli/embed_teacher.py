@@ -55,6 +55,7 @@ class EmbedTeacher(Recipes):
                 batch_size=self.batch_size,
                 device=device,
                 num_samples=self.num_samples,
+                threads=None if self.data.workers == "auto" else self.data.workers,
             )
         if collectives.launched()[0] > 0:
             return

@@ -135,11 +135,11 @@ def _blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def image_cache(data: DataConfig, name: str) -> MemoryCache | DiskCache | None:
+def image_cache(data: DataConfig, name: str, *, workers: int) -> MemoryCache | DiskCache | None:
     """The cache that `data.cache` names, for the source of this name, or none."""
     max_bytes = int(data.cache_gb * 1e9)
     if data.cache == "disk":
         folder = Path(data.cache_folder) if data.cache_folder else cache_folder()
         return DiskCache(folder / CACHE_FORM / digest({"name": name}), max_bytes=max_bytes)
     # Workers do not share memory: what one of them keeps, the others decode again.
-    return MemoryCache(max_bytes=max_bytes) if data.cache == "ram" and not data.workers else None
+    return MemoryCache(max_bytes=max_bytes) if data.cache == "ram" and not workers else None

@@ -5,7 +5,6 @@ Memory grows with the data by eight bytes an image and eight a caption.
 
 import contextlib
 import hashlib
-import os
 import re
 import textwrap
 from array import array
@@ -20,10 +19,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
 from protoclip.data.decode import decode, dimensions, open_image
+from protoclip.data.defaults import fitting_context_length
 from protoclip.data.loader import Item, items_of, read_image
 from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
+from protoclip.data.sampler import drawn
 from protoclip.data.stream import ShardStream
+from protoclip.distributed.cores import cores
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -49,7 +51,7 @@ def inspect(
     source: Pairs | SampleStream,
     *,
     count_tokens: Callable[[list[str]], list[int]],
-    context_length: int,
+    context_length: int | None,
     samples: int | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -61,10 +63,10 @@ def inspect(
     Args:
         source: Rows in any order, or a stream of tar shards, which is read once.
         count_tokens: Lengths of captions in tokens, not truncated, start and end included.
-        context_length: Tokens that the model reads.
+        context_length: Tokens that the model reads; unset, as many as small towers would here.
         samples: How many to read, drawn evenly from the whole (of a stream: at least as many, from
             the starts of shards that are drawn evenly); all if unset.
-        workers: Processes; one for each core if unset. With 1 all is done in this process.
+        workers: Processes; one for each core if unset. With 1 or 0 all is done in this process.
 
     Raises:
         ValueError: The stream is not of shards, or a worker was killed.
@@ -76,8 +78,7 @@ def inspect(
     else:
         parts = _shards(source, samples, seed)
     if workers is None:
-        can_ask = hasattr(os, "sched_getaffinity")  # which cores this process may use
-        workers = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
+        workers = cores()
     loader: DataLoader[list[_Facts | BadSample]] = DataLoader(
         parts,  # type: ignore[arg-type]
         batch_size=None,
@@ -97,13 +98,6 @@ def inspect(
         **_tally(samples_of_parts(), context_length),
         "notes": list(notes),
     }
-
-
-def drawn(total: int, number: int, seed: int) -> list[int]:
-    """`number` different row numbers below `total`, one from each of equal parts."""
-    bounds = np.arange(number + 1, dtype=np.int64) * total // number
-    chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()
-    return chosen
 
 
 def _shards(
@@ -169,7 +163,7 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _tally(samples: Iterable[_Facts | BadSample], context_length: int) -> dict[str, Any]:
+def _tally(samples: Iterable[_Facts | BadSample], context_length: int | None) -> dict[str, Any]:
     """What samples are, counted. Memory is bounded but for the hashes of contents."""
     read, unreadable = 0, list[str]()
     counts: dict[str, Counter[Any]] = defaultdict(Counter)
@@ -193,6 +187,8 @@ def _tally(samples: Iterable[_Facts | BadSample], context_length: int) -> dict[s
                     counts[kind][content] += 1
         for name, values in found.items():
             counts[name].update(values)
+    if context_length is None:
+        context_length = fitting_context_length(tokens.elements())
     report = {
         "read": read,
         "unreadable": reasons.total(),

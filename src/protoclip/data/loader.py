@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclip.config import Config
 from protoclip.data.cache import crop, image_cache
+from protoclip.data.defaults import number_of_workers
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
@@ -138,6 +139,7 @@ class EpisodeLoader:
         workers: Processes that decode; 0 decodes in this process.
         crop: `cache.crop` with its settings.
         on_read: Called with each batch's number of samples read and the bad ones among them.
+        notes: What the user should know, such as how many workers there are.
     """
 
     pairs: Pairs | SampleStream
@@ -151,6 +153,7 @@ class EpisodeLoader:
     world_size: int = 1
     crop: Crop = partial(crop, max_pixels=MAX_IMAGE_PIXELS)  # noqa: RUF009
     on_read: OnRead = lambda number, bad: None
+    notes: tuple[str, ...] = ()
     _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
     def batches(
@@ -339,6 +342,7 @@ def loader(
             f"{world_size()} ranks, two or more each; try {max(2, share) * world_size()}"
         )
     small_side = max(COPY_SIDE, math.ceil(transform.size * COPY_MARGIN))
+    workers, note = number_of_workers(config.data, samples, image_size=transform.size)
     return EpisodeLoader(
         pairs=samples,
         tokenizer=tokenizer,
@@ -346,14 +350,15 @@ def loader(
         batch_size=share,
         seed=config.run.seed,
         device=device,
-        workers=config.data.workers,
+        workers=workers,
         rank=rank(),
         world_size=world_size(),
         crop=partial(
             crop,
             max_pixels=config.data.max_image_pixels,
             small_side=small_side if config.data.small_copies else None,
-            cache=image_cache(config.data, samples.name),
+            cache=image_cache(config.data, samples.name, workers=workers),
         ),
         on_read=on_read,
+        notes=() if note is None else (note,),
     )

@@ -48,6 +48,13 @@ def caption_draws(seed: int, episode: int, size: int) -> npt.NDArray[np.float32]
     return generator(seed, CAPTION_STREAM, episode).random(size, dtype=np.float32)
 
 
+def drawn(total: int, number: int, seed: int) -> list[int]:
+    """`number` different row numbers below `total`, one from each of equal parts."""
+    bounds = np.arange(number + 1, dtype=np.int64) * total // number
+    chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()
+    return chosen
+
+
 def permute(index: Rows, size: int, *, seed: int, number: int) -> Rows:
     """Where pseudo-random permutation `number` of [0, size) sends each index, without a table.
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.decode import decode
-from protoclip.data.inspect import drawn
 from protoclip.data.loader import read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs, Sample, SampleStream
+from protoclip.data.sampler import drawn
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -31,6 +30,7 @@ from protoclip.distributed.collectives import (
     rank,
     world_size,
 )
+from protoclip.distributed.cores import cores
 from protoclip.evaluation.datasets import Images
 from protoclip.files import (
     checksum,
@@ -201,8 +201,7 @@ class Encoder:
         """This rank's batches of images."""
         workers = self.workers
         if workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-            workers = max(1, cores // world_size()) if number > FEW_IMAGES else 0
+            workers = cores() if number > FEW_IMAGES else 0
         shares = self._shares(number)
         loader = DataLoader(
             reader,

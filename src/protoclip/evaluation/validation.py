@@ -18,8 +18,8 @@ from protoclip.data.access import digest
 from protoclip.data.content import content, difference
 from protoclip.data.held_out import MOST, SHARE, Before, Rest, held_out_rows, shared
 from protoclip.data.index import index_folder
-from protoclip.data.inspect import drawn
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+from protoclip.data.sampler import drawn
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import (

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from torch import Tensor
 
-from protoclip.data.inspect import drawn
+from protoclip.data.sampler import drawn
 from protoclip.explore.neighbours import Neighbours, near_duplicates
 from protoclip.files import (
     checksum,

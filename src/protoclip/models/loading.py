@@ -518,6 +518,21 @@ def context_length(config: ModelConfig) -> int:
     return int(tokenizer(config)(["a"]).shape[1])
 
 
+def in_words(config: ModelConfig, built: ProtoCLIP) -> str:
+    """What a run trains, at what size; and of small towers, how to get a larger model."""
+    size, length = towers.image_size(built.towers), context_length(config)
+    millions = sum(parameter.numel() for parameter in built.parameters()) / 1e6
+    said = f"{size} pixels and {length} tokens, {millions:.3g} million parameters with the heads"
+    name = config.start or config.name
+    if name is not None:
+        return f"trains {name}, at {said}"
+    text = config.text.name or f"a text transformer of {config.text.layers} layers"
+    hint = ""
+    if tower_kind(config) is None:
+        hint = "; for a larger model name one, such as --model.name ViT-S-16 or RN50"
+    return f"trains {config.image.name} and {text}, at {said}{hint}"
+
+
 def image_input(built: ProtoCLIP) -> dict[str, Any]:
     mean, std = towers.image_normalisation(built.towers)
     return {"size": towers.image_size(built.towers), "mean": mean, "std": std}

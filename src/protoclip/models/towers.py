@@ -28,7 +28,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from protoclip.config import SMALL_CONTEXT_LENGTH, SMALL_IMAGE_SIZE, ModelConfig
+from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, ModelConfig
 
 Tokenizer = Callable[[list[str]], Tensor]
 Weights = Literal["published", "new", "none"]  # "none" is for towers on the meta device
@@ -220,7 +220,7 @@ def small_towers(config: ModelConfig, *, text_source: str = "") -> nn.Module:
 
 def small_sizes(config: ModelConfig) -> tuple[int, int]:
     """Image size in pixels and context length in tokens of `small_towers`."""
-    size, length = SMALL_IMAGE_SIZE, SMALL_CONTEXT_LENGTH
+    size, length = SMALL_IMAGE_SIZES[0], SMALL_CONTEXT_LENGTHS[0]
     if config.image.weights is not None:
         size = timm_settings(config.image.name).input_size[-1]
     if config.text.name is not None:

@@ -7,7 +7,6 @@ a teacher folder (see `store.py`), after PCA if asked.
 
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from protoclip.data.decode import decode
 from protoclip.data.loader import Item, Tokenizer, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.distributed.cores import cores
 from protoclip.files import checksum, file_checksum, sealed, to_json, write_atomically
 from protoclip.models import loading, references
 from protoclip.models.hugging_face import auto_model
@@ -196,6 +196,7 @@ def embed_teacher(
     batch_size: int = 256,
     device: torch.device,
     num_samples: int | None = None,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Make a teacher folder for a data set, or finish one. All ranks call it.
 
@@ -208,6 +209,7 @@ def embed_teacher(
         pooling: How a Hugging Face model's tokens become one feature.
         width: Dimensions kept by PCA; all if unset.
         num_samples: Samples to read of a stream.
+        threads: How many read images; one a core if unset.
 
     Returns:
         On the first rank the facts: settings, `rows`, `width`, `bad` (samples without features,
@@ -239,7 +241,7 @@ def embed_teacher(
         "pooling": pooling,
         "part_rows": PART_ROWS[encoder.reads],
     }
-    facts = encode_missing(encoder, samples, out, settings, batch_size)
+    facts = encode_missing(encoder, samples, out, settings, batch_size, threads)
     # Writing may take longer than ranks can wait for each other.
     return facts or (join_parts(out, settings) if rank() == 0 else {})
 
@@ -283,13 +285,20 @@ def embed_start(
 
 
 def encode_missing(
-    encoder: Encoder, samples: Any, out: Path, settings: Mapping[str, Any], batch_size: int
+    encoder: Encoder,
+    samples: Any,
+    out: Path,
+    settings: Mapping[str, Any],
+    batch_size: int,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """The facts of a finished folder; otherwise none, once the ranks wrote all its parts."""
     facts, written = rank0_first(lambda: claim(out, settings, encoder.width))
     if "rows" in facts:
         return facts
-    raise_on_all_ranks(lambda: encode_parts(encoder, samples, written, out, settings, batch_size))
+    raise_on_all_ranks(
+        lambda: encode_parts(encoder, samples, written, out, settings, batch_size, threads)
+    )
     return {}
 
 
@@ -329,6 +338,7 @@ def encode_parts(
     out: Path,
     settings: Mapping[str, Any],
     batch_size: int,
+    threads: int | None,
 ) -> None:
     """Write this rank's share of the parts that are missing."""
     is_stream, size = isinstance(samples, SampleStream), settings["part_rows"]
@@ -352,7 +362,9 @@ def encode_parts(
                 if item.sample_id not in known:
                     known.add(item.sample_id)
                     items.append(item)
-        ids, features, bad = encode_items(encoder, samples, items, batch_size, show, done * size)
+        ids, features, bad = encode_items(
+            encoder, samples, items, batch_size, show, done * size, threads
+        )
         note = {"ids": ids, "bad": bad, "position": samples.state_dict(end) if is_stream else None}
         half, content = store.to_half(features, ids, name=settings["teacher"]), io.BytesIO()
         np.savez(content, note=np.array(json.dumps(note)), features=half)
@@ -372,6 +384,7 @@ def encode_items(
     batch_size: int,
     show: Callable[[int], None],
     done: int,
+    threads: int | None = None,
 ) -> tuple[list[str], Features, list[dict[str, str]]]:
     """The ids and features of samples that can be read, and what is wrong with the others.
 
@@ -397,7 +410,7 @@ def encode_items(
     is_text = encoder.transform is None
     ids, features, bad = [], [np.zeros((0, encoder.width), np.float32)], []
     step = max(1, len(items)) if is_text else batch_size
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores() if threads is None else max(1, threads)) as pool:
         read_all = map if is_text else pool.map
         coming = read_all(read, items[:step])
         for first in range(0, len(items), step):

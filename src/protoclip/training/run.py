@@ -124,7 +124,8 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
     device = collectives.device(config.run.device)
     with collectives.process_group(device):
         before = folder_of(config) if resume == "auto" else None
-        config, decided = raise_on_all_ranks(lambda: resolved(config, before=before))
+        # One rank decides for all: each reading of the data may miss other samples.
+        config, decided = rank0_first(lambda: resolved(config, before=before))
         return train_together(config, device, resume=resume == "auto", notes=notes + decided)
 
 
@@ -134,8 +135,8 @@ def resolved(config: Config, *, before: Path | None = None) -> tuple[Config, lis
     Raises:
         ValueError: As `sizes.sized` and `optim.resolved` do, or the settings do not go together.
     """
-    config, notes = sizes.sized(config, before=before)
     loading.check_parallel(config)
+    config, notes = sizes.sized(config, before=before)
     check(config)
     config, decided = optim.resolved(config)
     return config, notes + decided
@@ -196,7 +197,7 @@ def train_together(
     if ending is not None:
         run.ending = ending
         ending.begin(run)
-    notes += divided + said + run.notes
+    notes = [loading.in_words(config.model, model), *notes, *divided, *said, *run.notes]
     count, size, batch = config.episodes.count, config.episodes.size, config.episodes.batch_size
     amount = f"{count:,} episodes of {size:,} pairs in batches of {batch:,}"
     if isinstance(samples, Pairs):
@@ -351,7 +352,11 @@ class Run:
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,
         )
-        self.notes += sources.notes(samples)
+        self.notes += [*sources.notes(samples), *self.loader.notes]
+        part = config.episodes.micro_batch_size
+        if part is not None and part >= self.loader.batch_size:
+            why = f"since this rank's share of a batch is {self.loader.batch_size} pairs"
+            self.notes.append(f"episodes.micro_batch_size: no effect, {why}")
         if config.run.evaluate and not held_out and not guards:
             self.notes.append("no evaluation at the end, since no pairs are held out")
         if world_size() > 1:
@@ -486,7 +491,7 @@ class Run:
         transform = loading.evaluation_transform(self.model)
         tokenizer = loading.tokenizer(self.config.model)
         metrics: dict[str, float] = {}
-        more["workers"] = self.config.data.workers
+        more["workers"] = self.loader.workers
 
         def measure(
             data: EvaluationData, split: Literal["validation", "test"], *, quick: bool

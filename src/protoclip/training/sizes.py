@@ -1,4 +1,4 @@
-"""The size of an episode and the number of prototypes, where a configuration leaves them open."""
+"""Sizes that a configuration leaves to the data: of episodes, small towers and prototypes."""
 
 import math
 import tomllib
@@ -6,11 +6,19 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from protoclip.config import Config
+from protoclip.config import Config, ModelConfig
 from protoclip.data import sources
-from protoclip.data.inspect import drawn
+from protoclip.data.decode import dimensions
+from protoclip.data.defaults import (
+    LOOKED_AT,
+    fitting_context_length,
+    fitting_image_size,
+    some_samples,
+)
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.sampler import drawn
 from protoclip.evaluation.validation import judged
+from protoclip.models.towers import TokenCounter, build_tokenizer
 from protoclip.paths import require_paths
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
@@ -18,11 +26,12 @@ PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
 
 def sized(config: Config, *, before: Path | None = None) -> tuple[Config, list[str]]:
-    """The configuration with `episodes.size` and every `number` of prototypes, and notes on these.
+    """The configuration with all sizes that follow from the data, and notes on these.
 
     An episode is the largest power of two that the training pairs fill, at most 131,072, and at
     least a batch. The length of a stream is not known, so there it is 131,072. A prototype stands
-    for ten pairs of an episode, as in the paper. There are no more prototypes than captions.
+    for ten pairs of an episode, as in the paper. There are no more prototypes than captions. Image
+    size and caption length of small towers that start untrained suit some hundred of the samples.
 
     Args:
         before: Folder of a run that may go on. What is open is as it was there.
@@ -39,7 +48,8 @@ def sized(config: Config, *, before: Path | None = None) -> tuple[Config, list[s
             if not is_open(same):
                 return same, []
     require_paths(config)
-    samples, notes = judged(config, sources.pairs(config)).training, []
+    samples = judged(config, sources.pairs(config)).training
+    model, notes = sized_model(config, samples)
     size, batch = config.episodes.size, config.episodes.batch_size
     if size == 0:
         rows = len(samples) if isinstance(samples, Pairs) else LARGEST_EPISODE
@@ -47,13 +57,37 @@ def sized(config: Config, *, before: Path | None = None) -> tuple[Config, list[s
         of = f"{rows:,} pairs" if isinstance(samples, Pairs) else "a stream"
         notes.append(f"episodes.size = {size}, for {of}")
     number = number_of_prototypes(samples, size)
-    if config.uses_prototypes:
+    if names := open_numbers(config):
         few = number < size // PAIRS_A_PROTOTYPE
         notes.append(
-            f"prototypes.number = {number}, "
+            f"{' and '.join(f'{name}.number' for name in names)} = {number}, "
             + ("since captions repeat" if few else "a tenth of an episode")
         )
+    config = replace(config, model=model)
     return filled(config, sizes_of(config, size, number)), notes
+
+
+def sized_model(config: Config, samples: Pairs | SampleStream) -> tuple[ModelConfig, list[str]]:
+    """The `[model]` section with the sizes of small towers, and notes on these."""
+    model, notes = config.model, list[str]()
+    if not (model.leaves_image_size_open or model.leaves_context_length_open):
+        return model, notes
+    sides, lengths = list[int](), list[int]()
+    count_tokens = TokenCounter(build_tokenizer(None))
+    for sample in some_samples(samples, LOOKED_AT):
+        with suppress(ValueError):  # a bad image
+            sides.append(min(dimensions(sample.image, max_pixels=config.data.max_image_pixels)))
+            lengths += count_tokens(list(sample.captions))
+    of = f"by {len(sides)} of the samples" if sides else "since no sample could be looked at"
+    if model.leaves_image_size_open:
+        size = fitting_image_size(sides)
+        model = replace(model, image=replace(model.image, size=size))
+        notes.append(f"model.image.size = {size}, {of}")
+    if model.leaves_context_length_open:
+        length = fitting_context_length(lengths)
+        model = replace(model, text=replace(model.text, context_length=length))
+        notes.append(f"model.text.context_length = {length}, {of}")
+    return model, notes
 
 
 def episode_size(rows: int, batch: int) -> int:
@@ -65,7 +99,16 @@ def episode_size(rows: int, batch: int) -> int:
 def is_open(config: Config) -> bool:
     """Whether a size is left to the data."""
     teachers = [config.teacher, *config.teachers]
-    return 0 in (config.episodes.size, config.prototypes.number, *(t.number for t in teachers))
+    numbers = config.episodes.size, config.prototypes.number, *(t.number for t in teachers)
+    model = config.model
+    return 0 in numbers or model.leaves_image_size_open or model.leaves_context_length_open
+
+
+def open_numbers(config: Config) -> list[str]:
+    """The names before `.number` of prototypes that are in use and left to the data."""
+    numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
+    numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
+    return [name for name, number in numbers.items() if number == 0]
 
 
 def sizes_of(config: Config, size: int, number: int) -> Config:
@@ -85,9 +128,15 @@ def filled(config: Config, other: Config) -> Config:
     if len(teachers) == len(other.teachers):
         pairs = zip(teachers, other.teachers, strict=True)
         teachers = [replace(own, number=own.number or theirs.number) for own, theirs in pairs]
-    prototypes, teacher = config.prototypes, config.teacher
+    prototypes, teacher, model = config.prototypes, config.teacher, config.model
+    if model.leaves_image_size_open:
+        model = replace(model, image=replace(model.image, size=other.model.image.size))
+    if model.leaves_context_length_open:
+        length = other.model.text.context_length
+        model = replace(model, text=replace(model.text, context_length=length))
     return replace(
         config,
+        model=model,
         episodes=replace(config.episodes, size=config.episodes.size or other.episodes.size),
         prototypes=replace(prototypes, number=prototypes.number or other.prototypes.number),
         teacher=replace(teacher, number=teacher.number or other.teacher.number),

@@ -17,6 +17,7 @@ from protoclip.config import (
     PrototypeConfig,
     SourceConfig,
     TeacherConfig,
+    TextTowerConfig,
     build,
     check,
     shown,
@@ -108,6 +109,8 @@ def test_what_is_no_number_is_refused(name, wrong):
         ("data.sources", "a.tsv", "data.sources: 'a.tsv' is not a list"),
         ("optim.betas", (0.9,), "optim.betas: [0.9] is not 2 values"),
         ("data.read", "fast", "data.read: 'fast' is not one of auto, indexed, streaming"),
+        ("data.workers", "many", "data.workers: 'many' is no whole number"),
+        ("data.shuffle_captions", True, "data.shuffle_captions: there would be something to learn"),
     ],
 )
 def test_a_wrong_value_is_named(name, value, message):
@@ -143,6 +146,8 @@ def test_evaluation_during_training_needs_something_to_evaluate_on():
 
 
 CLIP = {"loss": LossConfig(prototypical=0.0)}
+UNJUDGED = DataConfig(train="pairs.tsv", validation=0.0)
+CONSTANT = {"loss": LossConfig(prototypical=0.0, strengths="constant")}
 TEACHER = {"teacher": TeacherConfig(features="emoji")}
 UNLOCKED = {"episodes": EpisodeConfig(locked_image=0)}
 HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
@@ -152,16 +157,25 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
     ("settings", "name", "value", "why"),
     [
         (CLIP, "prototypes.iterations", 3, "prototypes.*: no effect, since loss.prototypical is 0"),
-        (CLIP | TEACHER, "prototypes.number", 3, "since loss.prototypical is 0"),
+        (CLIP | TEACHER, "prototypes.hard_targets", True, "since loss.prototypical is 0"),
+        (CONSTANT | TEACHER, "prototypes.number", 3, "since loss.prototypical is 0"),
         (CLIP, "optim.heads_weight_decay", 0.1, "since no loss uses prototypes"),
         (CLIP, "optim.heads_lr_scale", 1.0, "since no loss uses prototypes"),
         (CLIP, "episodes.warm_up", 2, "since no loss uses prototypes"),
         (TEACHER, "prototypes.extract_transform", "training", "come from the queue"),
         ({}, "loss.teacher", 3.0, "no teacher has features"),
+        ({}, "teacher.whiten", 0, "teacher.*: no effect, since teacher.features is not set"),
+        (TEACHER, "teacher.weight", 0.0, "since teacher.weight is 0"),
+        (TEACHER, "teacher.target_temperature", 0.1, "since teacher.hard_targets is set"),
+        (CLIP | TEACHER, "prototypes.back_translation", False, "since loss.prototypical is 0"),
+        (CLIP, "model.heads.hidden_layers", 0, "model.heads.*: no effect, since no loss uses"),
+        (CLIP, "loss.strengths", "constant", "since no loss uses prototypes"),
+        ({"data": DataConfig(cache="none")}, "data.cache_gb", 1.0, "since data.cache is none"),
+        ({"data": UNJUDGED}, "data.class_column", "class", "since data.validation is 0"),
         (TEACHER, "loss.teacher", 0.0, "teacher.*: no effect, since loss.teacher is 0"),
         ({"model": ModelConfig(name="RN50")}, "model.text.width", 64, "since model.name is RN50"),
         ({"data": DataConfig(workers=2)}, "data.cache_gb", 1.0, "keep no images in memory"),
-        (UNLOCKED, "optim.locked_learning_rate", 1e-4, "since episodes.locked_image is 0"),
+        (UNLOCKED, "optim.locked_learning_rate", 1e-4, "there is no locked-image stage"),
         (HARD, "prototypes.target_temperature", 0.5, "prototypes.hard_targets is set"),
     ],
 )
@@ -171,3 +185,24 @@ def test_a_setting_without_effect_draws_one_note(settings, name, value, why):
     (note,) = check(with_value(config, name, value))
     assert ": no effect" in note
     assert why in note
+
+
+def test_groups_that_measure_agreement_have_a_number():
+    """Of images and texts, by which a teacher is trusted, though nothing learns from them."""
+    config = Config(**CLIP, **TEACHER)
+    assert check(with_value(config, "prototypes.number", 300)) == []
+    config = with_value(config, "episodes.size", 256)
+    assert refusal(with_value(config, "prototypes.number", 300)).startswith(
+        "prototypes.number: 300"
+    )
+
+
+def test_a_locked_text_tower_leaves_no_locked_image_stage():
+    """In which nothing but the logit scale would train. New projections of halves would."""
+    config = Config(model=ModelConfig(start="a run", locked=["text"]))
+    assert check(config) == [
+        "episodes.locked_image = 0, since model.locked keeps the text tower too"
+    ]
+    assert config.locked_episodes == 0
+    halves = ModelConfig(locked=["text"], text=TextTowerConfig(name="bert"))
+    assert (check(Config(model=halves)), Config(model=halves).locked_episodes) == ([], 1)

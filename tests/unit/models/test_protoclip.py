@@ -7,11 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.config import Config, ImageTowerConfig, ParallelConfig
+from protoclip.config import (
+    Config,
+    DataConfig,
+    ImageTowerConfig,
+    ModelConfig,
+    ParallelConfig,
+    TextTowerConfig,
+)
 from protoclip.models import loading
 from protoclip.models.loading import model_config
 from protoclip.models.towers import image_normalisation, named_towers
 from protoclip.testing import tiny_config, tiny_model
+from protoclip.training import run
 from protoclip.training.checkpoint import write_checkpoint
 
 
@@ -112,6 +120,47 @@ def gradients(config: Config) -> tuple[dict[str, Tensor], int]:
     (output.image_features[0] @ output.text_features[1]).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found, len(calls)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ModelConfig(name="RN50"), "the image tower has BatchNorm"),
+        (ModelConfig(name="RN50", frozen_batch_norm=True), "this image tower cannot do it"),
+        (tiny_model(), "the image tower has BatchNorm"),
+    ],
+)
+def test_image_towers_that_cannot_compute_again_are_refused_before_data(model, message):
+    """Those of open_clip's ResNets do nothing; BatchNorm would count each batch twice."""
+    again = ParallelConfig(activation_checkpointing=True)
+    config = Config(model=model, data=DataConfig(train="no such file"), parallel=again)
+    with pytest.raises(ValueError, match=f"^parallel.activation_checkpointing: {message}"):
+        run.resolved(config)
+
+
+def test_settings_for_several_ranks_have_no_effect_on_one():
+    """And say so."""
+    for parallel, name in (
+        (ParallelConfig(strategy="fsdp"), "strategy"),
+        (ParallelConfig(sync_batch_norm=True), "sync_batch_norm"),
+    ):
+        config = Config(model=tiny_model(), parallel=parallel)
+        _, notes = loading.training_model(config, torch.device("cpu"))
+        assert notes == [f"parallel.{name}: no effect, since there is one rank"]
+
+
+def test_a_run_says_what_it_trains():
+    """And what to name for a larger model, if it is a small one."""
+    model = loading.model(tiny_model(), seed=0)
+    said = loading.in_words(tiny_model(), model)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert said == (
+        "trains test_resnet and a text transformer of 1 layers, at 32 pixels and 8 tokens, "
+        f"{millions:.3g} million parameters with the heads; for a larger model name one, such as "
+        "--model.name ViT-S-16 or RN50"
+    )
+    named = replace(tiny_model(), name="RN50", text=TextTowerConfig())
+    assert loading.in_words(named, model).startswith("trains RN50, at 32 pixels and 77 tokens, ")
 
 
 def test_activations_computed_again_give_the_same_gradients():

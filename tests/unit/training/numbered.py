@@ -1,22 +1,33 @@
 """Pairs that are only a number of rows and captions."""
 
+import io
 from typing import Any
+
+from PIL import Image
+
+from protoclip.data.pairs import Sample
 
 
 class Numbered:
-    """So many pairs, with so many different captions."""
+    """So many pairs, with so many different captions and equal images."""
 
     name = "numbered"
 
-    def __init__(self, rows: int, captions: int) -> None:
-        self.rows, self.captions = rows, captions
+    def __init__(self, rows: int, captions: int, *, words: int = 1, side: int = 64) -> None:
+        self.rows, self.captions, self.words = rows, captions, words
+        image = io.BytesIO()
+        Image.new("RGB", (side, 2 * side)).save(image, "PNG")
+        self.image = image.getvalue()
 
     def __len__(self) -> int:
         return self.rows
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
-        return (f"caption {row % self.captions}",)
+        return (f"{'caption ' * self.words}{row % self.captions}",)
 
-    def sample(self, row: int) -> Any: ...
+    def sample(self, row: int) -> Sample:
+        captions = self.sample_captions(row)
+        return Sample(sample_id=str(row), image=self.image, captions=captions, where="nowhere")
+
     def sample_id(self, row: int) -> Any: ...
     def sample_ids(self) -> Any: ...

@@ -7,8 +7,16 @@ import pytest
 from numbered import Numbered
 
 import protoclip
-from protoclip.config import Config, EpisodeConfig, PrototypeConfig, TeacherConfig
-from protoclip.testing import tiny_config
+from protoclip.config import (
+    Config,
+    EpisodeConfig,
+    ImageTowerConfig,
+    LossConfig,
+    ModelConfig,
+    PrototypeConfig,
+    TeacherConfig,
+)
+from protoclip.testing import tiny_config, tiny_model
 from protoclip.training import run, sizes
 from protoclip.training.sizes import sized
 
@@ -34,9 +42,56 @@ def test_sizes_follow_from_the_data(rows, captions, batch, size, number, monkeyp
     assert config.prototypes.number == config.teacher.number == number
     reason = "since captions repeat" if number < size // 10 else "a tenth of an episode"
     assert notes == [
+        f"model.image.size = 40, by {min(rows, 256)} of the samples",
+        f"model.text.context_length = 16, by {min(rows, 256)} of the samples",
         f"episodes.size = {size}, for {rows:,} pairs",
         f"prototypes.number = {number}, {reason}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("side", "words", "sizes_found"),
+    [
+        (64, 5, (40, 16)),
+        (79, 5, (40, 16)),
+        (80, 5, (64, 16)),
+        (500, 20, (64, 32)),
+        (20, 99, (40, 64)),
+    ],
+)
+def test_small_towers_suit_the_images_and_captions(side, words, sizes_found, monkeypatch):
+    """Photographs of 80 pixels get 64, and captions are hardly ever cut."""
+    samples = Numbered(1000, 10**9, words=words, side=side)
+    monkeypatch.setattr(sizes.sources, "pairs", lambda config: samples)
+    monkeypatch.setattr(sizes, "judged", lambda config, pairs: type("", (), {"training": pairs}))
+    model = sized(Config())[0].model
+    assert (model.image.size, model.text.context_length) == sizes_found
+    given = Config(model=ModelConfig(image=ImageTowerConfig(size=48)))
+    model = sized(given)[0].model
+    assert (model.image.size, model.text.context_length) == (48, sizes_found[1])
+    for other in (ModelConfig(name="RN50"), ModelConfig(start="open_clip:RN50")):
+        assert sized(Config(model=other))[0].model == other
+
+
+def test_the_demonstration_keeps_its_sizes():
+    model = sized(Config())[0].model
+    assert (model.image.size, model.text.context_length) == (40, 16)
+
+
+def test_notes_name_what_is_decided_and_nothing_else():
+    prototypes = PrototypeConfig(number=500)
+    teacher = TeacherConfig(features="emoji")
+    usual = Config(model=tiny_model(), episodes=EpisodeConfig(size=4096))
+    assert sized(replace(usual, prototypes=prototypes))[1] == []
+    (note,) = sized(replace(usual, prototypes=prototypes, teacher=teacher))[1]
+    assert note == "teacher.number = 409, a tenth of an episode"
+    (note,) = sized(replace(usual, teacher=teacher))[1]
+    assert note.startswith("prototypes.number and teacher.number = 409, ")
+    # Groups of images and texts measure how far to trust the teacher; constant weights need none.
+    alone = replace(usual, teacher=teacher, loss=LossConfig(prototypical=0.0))
+    assert "prototypes.number" in sized(alone)[1][0]
+    constant = replace(alone, loss=replace(alone.loss, strengths="constant"))
+    assert "prototypes.number" not in sized(constant)[1][0]
 
 
 def test_what_is_set_stays():

@@ -1,0 +1,99 @@
+"""What a run decides by a look at its data: image size, caption length and worker processes."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+
+import numpy as np
+
+from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, DataConfig
+from protoclip.data import decode
+from protoclip.data.mixture import MixedStreams
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
+from protoclip.data.sampler import drawn
+from protoclip.data.stream import ShardStream
+from protoclip.distributed.cores import cores
+
+LOOKED_AT, DECODED = 256, 32  # samples of a source that are looked at, and that are decoded
+READERS = 16  # threads; the images may be behind URLs
+# A crop has about this share of an image's shorter side, and need not be enlarged.
+CROPPED = 0.8
+WHOLE = 0.95  # share of captions that are not to be cut
+
+
+def some_samples(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
+    """Up to `number` samples that can be read: of pairs evenly spaced ones, of streams the first.
+
+    A stream that a command writes is left alone, since the command would run once more.
+    """
+    if isinstance(samples, Pairs):
+
+        def read(row: int) -> Sample | None:
+            with suppress(BadSample):
+                return samples.sample(row)
+            return None
+
+        rows = drawn(len(samples), min(number, len(samples)), seed=0)
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from filter(None, pool.map(read, rows))
+        return
+    streams = samples.streams if isinstance(samples, MixedStreams) else [samples]
+    for stream in streams:
+        if isinstance(stream, ShardStream) and not stream.shards[0].startswith("pipe:"):
+            items = islice(stream.read(stream.shards[0]), -(-number // len(streams)))
+            yield from (item for item in items if isinstance(item, Sample))
+
+
+def fitting_image_size(shorter_sides: Iterable[int]) -> int:
+    """The largest size of small towers that crops of half of the images have, in pixels."""
+    sides = list(shorter_sides)
+    cropped = CROPPED * float(np.median(sides)) if sides else 0.0
+    return max(
+        (size for size in SMALL_IMAGE_SIZES if size <= cropped), default=SMALL_IMAGE_SIZES[0]
+    )
+
+
+def fitting_context_length(lengths: Iterable[int]) -> int:
+    """The smallest caption length of small towers that cuts at most one caption of 20, in tokens.
+
+    `lengths` count the tokens of captions, start and end included.
+    """
+    counts = np.fromiter(lengths, np.int64)
+    for length in SMALL_CONTEXT_LENGTHS:
+        if not len(counts) or (counts <= length).mean() >= WHOLE:
+            return length
+    return SMALL_CONTEXT_LENGTHS[-1]
+
+
+def number_of_workers(
+    data: DataConfig, samples: Pairs | SampleStream, *, image_size: int
+) -> tuple[int, str | None]:
+    """The worker processes of this rank, and a note if `data.workers` leaves them open.
+
+    One for each core of the rank's share. None where this process can keep all decoded images:
+    worker processes share no memory, so they would decode each image again in every pass.
+    """
+    if data.workers != "auto":
+        return data.workers, None
+    number = cores()
+    why = "the cores of this host over its ranks"
+    if number == 1:
+        number, why = 0, "since this rank has one core"
+    elif isinstance(samples, Pairs) and fits_in_memory(data, samples, image_size=image_size):
+        number, why = 0, "since all decoded images fit in data.cache_gb"
+    return number, f"data.workers = {number}, {why}"
+
+
+def fits_in_memory(data: DataConfig, samples: Pairs, *, image_size: int) -> bool:
+    """Whether the cache in this process's memory would hold all images, by some of them."""
+    if data.cache != "ram":
+        return False
+    sizes = []
+    for sample in some_samples(samples, DECODED):
+        with suppress(ValueError):
+            kept = decode.decode_all(sample.image, image_size, max_pixels=data.max_image_pixels)
+            if kept is None:  # a JPEG that is decoded at a fraction of its size, every time
+                return False
+            sizes.append(kept.pixels.nbytes)
+    return not sizes or float(np.mean(sizes)) * len(samples) <= data.cache_gb * 1e9

@@ -1,0 +1,127 @@
+"""How many processes decode, by the cores that a rank may use and by what there is to decode."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
+from protoclip.data import defaults, sources
+from protoclip.data.pack import pack
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.distributed import cores
+from protoclip.testing import tiny_pairs
+
+SIDE = 100  # of the images, in pixels
+PIXELS = 64 * SIDE * SIDE * 3  # bytes of all of them, decoded
+
+
+@pytest.fixture
+def pairs() -> ImageTextPairs:
+    return ImageTextPairs(tiny_pairs(64, side=SIDE), name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "number"),
+    [
+        ({}, 8, 0),
+        ({"cache_gb": 1.01 * PIXELS / 1e9}, 8, 0),
+        ({"cache_gb": 0.99 * PIXELS / 1e9}, 8, 8),
+        ({"cache_gb": 0.99 * PIXELS / 1e9}, 1, 0),  # a process beside this one brings nothing
+        ({"cache": "none"}, 8, 8),
+        ({"cache": "disk"}, 8, 8),
+        ({"workers": 3}, 8, 3),
+        ({"workers": 0, "cache": "none"}, 8, 0),
+    ],
+)
+def test_images_that_fit_in_memory_are_decoded_in_this_process(
+    settings: dict[str, Any], cores: int, number: int, pairs: ImageTextPairs, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(defaults, "cores", lambda: cores)
+    data = DataConfig(**settings)
+    found, note = defaults.number_of_workers(data, pairs, image_size=40)
+    assert found == number
+    assert (note is None) == ("workers" in settings)
+    assert note is None or note.startswith(f"data.workers = {number}, ")
+
+
+def test_a_stream_is_decoded_by_all_cores(pairs: ImageTextPairs, tmp_path: Path, monkeypatch: Any):
+    """Since its length is not known."""
+    pack(pairs, tmp_path / "shards")
+    data = DataConfig(train=str(tmp_path / "shards"), read="streaming")
+    stream = sources.pairs(Config(data=data))
+    monkeypatch.setattr(defaults, "cores", lambda: 8)
+    assert defaults.number_of_workers(data, stream, image_size=40)[0] == 8
+    looked = [sample.sample_id for sample in defaults.some_samples(stream, 5)]
+    assert looked == [pairs.sample_id(row) for row in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 12),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "64"}, 3),  # torchrun; not by all ranks
+        ({"LOCAL_WORLD_SIZE": "32"}, 1),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),3", "SLURM_NODEID": "2"}, 4),
+        # srun bound this rank to 12 of the host's 96 cores.
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_ON_NODE": "96"}, 12),
+    ],
+)
+def test_ranks_of_a_host_share_its_cores(
+    environment: dict[str, str], expected: int, monkeypatch: Any
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
+    monkeypatch.setattr(cores, "quota", lambda: None)
+    monkeypatch.setattr(cores, "world_size", lambda: 19 if environment else 1)
+    assert cores.cores() == expected
+    monkeypatch.setattr(cores, "quota", lambda: 1)
+    assert cores.cores() == 1
+
+
+def test_a_container_may_have_fewer_cores_than_its_host(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    assert cores.quota() is None
+    (tmp_path / "cpu.max").write_text("max 100000\n", encoding="utf-8")
+    assert cores.quota() is None
+    (tmp_path / "cpu.max").write_text("250000 100000\n", encoding="utf-8")
+    assert cores.quota() == 2
+    (tmp_path / "cpu").mkdir()
+    for name, value in (("quota", "100000"), ("period", "100000")):
+        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(value, encoding="utf-8")
+    assert cores.quota() == 1
+
+
+def test_settings_that_a_source_has_no_use_for_are_said(tmp_path: Path) -> None:
+    def notes(data: DataConfig, **episodes: Any) -> list[str]:
+        samples = sources.pairs(Config(data=data, episodes=EpisodeConfig(**episodes)))
+        return sources.notes(samples)
+
+    assert notes(DataConfig()) == []
+    emoji = DataConfig(class_column="a", read="indexed", shuffle_buffer=7)
+    assert notes(emoji) == [
+        "emoji: are bundled, and do not use class_column, read",
+        "data.shuffle_buffer: no effect, since nothing is streamed",
+    ]
+    path = str(tmp_path / "pairs.parquet")
+    pq.write_table(tiny_pairs(20), path)
+    assert notes(DataConfig(train=path, read="indexed")) == [
+        f"{path}: is no tar shard, and does not use read"
+    ]
+    # In a mixture the columns of `data` are for the sources that have columns.
+    both = [SourceConfig(path="emoji"), SourceConfig(path=path)]
+    assert notes(DataConfig(sources=both, image_column="image")) == []
+    both[0] = replace(both[0], image_column="image")
+    assert notes(DataConfig(sources=both)) == ["emoji: are bundled, and do not use image_column"]
+    pack(sources.pairs(Config(data=DataConfig(train=path))), tmp_path / "shards")
+    stream = DataConfig(train=str(tmp_path / "shards"), read="streaming", shuffle_buffer=7)
+    assert notes(stream) == []
+    assert notes(stream, replacement=False) == [
+        "episodes.replacement: no effect, since a stream is read in order"
+    ]
