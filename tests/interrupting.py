@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "micro-batches": {"episodes": {"micro_batch_size": 8}},
     "sigmoid": {"loss": {"instance": "sigmoid"}, "episodes": {"micro_batch_size": 8}},
     "stream": {
-        "data": {"read": "streaming", "shuffle_buffer": 20},
+        "data": {"read": "streaming", "shuffle_buffer": 20, "workers": 0},
         "prototypes": {"source": "queue"},
     },
 }
@@ -158,7 +158,7 @@ def matrix(table: str, shards: str) -> dict[str, dict[str, Any]]:
     sources: dict[str, dict[str, Any]] = {
         "table": {"train": table},
         "shards": {"train": shards},
-        "stream": {"train": shards, "read": "streaming", "shuffle_buffer": 20},
+        "stream": {"train": shards, "read": "streaming", "shuffle_buffer": 20, "workers": 0},
         "mixture": {"train": "emoji", "sources": parts},
     }
     return {

@@ -228,7 +228,7 @@ class OptimConfig:
     learning_rate: Positive | None = None  # Peak rate; else from the model.
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
-    heads_lr_scale: Positive = 0.01  # Factor to the rate of the heads.
+    heads_lr_scale: Positive | None = None  # Factor to the rate of the heads; else from the model.
     layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
     warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
     locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.

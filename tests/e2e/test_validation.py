@@ -236,7 +236,7 @@ def test_what_cannot_judge_a_run_is_refused(options, message, folder, tmp_path, 
 def ids_of_a_rank(path: str) -> list[str]:
     """What a rank is dealt of a stream, after pairs to judge by were set apart."""
     train, other = path.split()
-    data = DataConfig(train=train, read="streaming", validation=other, shuffle_buffer=8)
+    data = DataConfig(train=train, read="streaming", validation=other, shuffle_buffer=8, workers=0)
     config = Config(data=data)
     stream = judged(config, sources.pairs(config)).training
     assert not isinstance(stream, Pairs)

@@ -140,8 +140,7 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if features == "start":
             decide("teacher.whiten", 0)
             decide("episodes.warm_up", 0)  # its features are good from the beginning
-        if not has_heads(config.model):
-            decide("optim.heads_lr_scale", 1.0)
+        decide("optim.heads_lr_scale", optim.SLOW_HEADS if has_heads(config.model) else 1.0)
     config = settings.filled()
     return sizes.filled(config, sizes.sizes_of(config, size, number)), settings.notes()
 

@@ -15,6 +15,7 @@ from protoclip.models.loading import described, followed, has_logit_bias, tower_
 from protoclip.models.towers import small_sizes
 
 LOCKED_WARM_UP = 2  # steps
+SLOW_HEADS = 0.01  # of the towers' learning rate
 # The layers of open_clip's own towers and of Hugging Face's: embeddings (or the stem), then the
 # numbered blocks (or stages). What matches neither is behind the last block.
 LAYERS = {
@@ -29,8 +30,9 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
     """The settings of `[optim]` whose defaults depend on the model, and a note on each decision.
 
     Small towers that start untrained get values that suit the bundled emoji. Other models get
-    values between the recipes known for such models; as batch, peak rate, warm-up of all steps,
-    decay:
+    values between the recipes known for such models. With extraction their heads learn as fast as
+    the towers, as in the paper, and with a queue slowly. As batch, peak rate, warm-up of all
+    steps, decay:
 
     - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
     - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
@@ -50,6 +52,7 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
             "eps": 1e-6,
             "weight_decay": decay,
             "heads_weight_decay": decay,
+            "heads_lr_scale": SLOW_HEADS,
         }
     else:
         is_transformer, batch = kind == "transformer", episodes.batch_size
@@ -63,6 +66,8 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
             "eps": 1e-6 if is_transformer else 1e-8,
             "weight_decay": 0.2 if is_transformer else 0.1,
             "heads_weight_decay": 0.0,
+            # In a queue, fast heads leave their own projections behind (docs/LOG.md).
+            "heads_lr_scale": 1.0 if config.prototype_source == "extract" else SLOW_HEADS,
         }
     notes = []
     model = config.model
@@ -142,7 +147,7 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     image, text = config.optim.image_lr_scale, config.optim.text_lr_scale
     # Learning-rate scale and weight decay by prefix of names; the first prefix that matches counts.
     common = (1.0, settings["weight_decay"])
-    heads = (config.optim.heads_lr_scale, settings["heads_weight_decay"])
+    heads = (settings["heads_lr_scale"], settings["heads_weight_decay"])
     own: dict[str, tuple[float, float]] = {}
     if (image, text) != (1.0, 1.0):
         # open_clip's image tower is `visual`; its text tower may be several modules.

@@ -89,7 +89,7 @@ def test_defaults_and_their_notes(rows):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"loss": {"prototypical": 0.0, "teacher": 0.0}}, {"warm_up": 1, "heads": 0.01}),
+        ({"loss": {"prototypical": 0.0, "teacher": 0.0}}, {"warm_up": 1, "heads": None}),
         ({"teacher": {"features": None}}, {"warm_up": 1, "heads": 1.0}),
         ({"teacher": {"features": "emoji"}}, {"warm_up": 1, "heads": 1.0}),
         ({"teachers": [{"name": "a", "features": "a"}]}, {"warm_up": 1, "heads": 1.0}),

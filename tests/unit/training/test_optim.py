@@ -1,13 +1,23 @@
 """Stages, precision, learning rates, and the settings that a configuration leaves open."""
 
 import math
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 
-from protoclip.config import Config, EpisodeConfig, LossConfig, ModelConfig, OptimConfig
+from protoclip.config import (
+    Config,
+    EpisodeConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PrototypeConfig,
+    TeacherConfig,
+)
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model
 from protoclip.training.optim import (
@@ -42,6 +52,7 @@ def test_small_towers_get_what_suits_the_emoji():
     """The values that the bundled recipes were measured with, at any batch and without a note."""
     expected = {"learning_rate": 2e-3, "warm_up_steps": 50, "locked_learning_rate": 2e-4}
     expected |= {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2, "heads_weight_decay": 0.2}
+    expected |= {"heads_lr_scale": 0.01}
     for batch in (64, 4096):
         assert optim_settings(named(None, batch=batch)) == (expected, [])
     lower, _ = optim_settings(named(None, weight_decay=0.1))
@@ -61,6 +72,27 @@ def test_a_named_model_gets_the_usual_values(names, expected):
         settings, _ = optim_settings(named(name))
         assert (settings["betas"], settings["eps"], settings["weight_decay"]) == expected
         assert settings["heads_weight_decay"] == 0
+
+
+def test_heads_of_a_named_model_learn_as_fast_as_the_paper_has_it_with_extraction():
+    """And as the recipes have it. A queue needs slow heads."""
+    queue = PrototypeConfig(source="queue")
+    for changes, scale in (
+        ({}, 1.0),
+        ({"prototypes": queue}, 0.01),
+        ({"teacher": TeacherConfig(features="emoji")}, 0.01),
+        ({"optim": OptimConfig(heads_lr_scale=0.3), "prototypes": queue}, 0.3),
+    ):
+        settings, _ = optim_settings(replace(named("RN50"), **changes))
+        assert settings["heads_lr_scale"] == scale
+    checked = 0
+    for recipe in Path(__file__).parents[3].glob("recipes/*.toml"):
+        config = Config.from_dict(tomllib.loads(recipe.read_text(encoding="utf-8")))
+        if scale := config.optim.heads_lr_scale:
+            unset = replace(config, optim=replace(config.optim, heads_lr_scale=None))
+            assert optim_settings(unset)[0]["heads_lr_scale"] == scale, recipe
+            checked += 1
+    assert checked == 6
 
 
 @pytest.mark.parametrize(
@@ -86,6 +118,7 @@ def test_what_is_set_counts_and_what_is_not_gets_a_note():
     assert len(notes) == len(settings)
     own = {"learning_rate": 2e-3, "warm_up_steps": 0, "locked_learning_rate": 0.0}
     own |= {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0, "heads_weight_decay": 0.3}
+    own |= {"heads_lr_scale": 0.2}
     for name in (None, "ViT-B-32", "RN50"):
         assert optim_settings(named(name, **own)) == (own, [])
     settings, notes = optim_settings(named("ViT-B-32", learning_rate=1e-4))
