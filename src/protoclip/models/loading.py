@@ -518,9 +518,9 @@ def context_length(config: ModelConfig) -> int:
     return int(tokenizer(config)(["a"]).shape[1])
 
 
-def in_words(config: ModelConfig, built: ProtoCLIP) -> str:
+def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer) -> str:
     """What a run trains, at what size; and of small towers, how to get a larger model."""
-    size, length = towers.image_size(built.towers), context_length(config)
+    size, length = towers.image_size(built.towers), reads(["a"]).shape[1]
     millions = sum(parameter.numel() for parameter in built.parameters()) / 1e6
     said = f"{size} pixels and {length} tokens, {millions:.3g} million parameters with the heads"
     name = config.start or config.name

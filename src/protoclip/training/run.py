@@ -197,7 +197,8 @@ def train_together(
     if ending is not None:
         run.ending = ending
         ending.begin(run)
-    notes = [loading.in_words(config.model, model), *notes, *divided, *said, *run.notes]
+    trains = loading.in_words(config.model, model, run.loader.tokenizer)
+    notes = [trains, *notes, *divided, *said, *run.notes]
     count, size, batch = config.episodes.count, config.episodes.size, config.episodes.batch_size
     amount = f"{count:,} episodes of {size:,} pairs in batches of {batch:,}"
     if isinstance(samples, Pairs):

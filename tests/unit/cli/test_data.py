@@ -22,7 +22,8 @@ def test_tokens_are_those_of_open_clip(model: ModelConfig | str) -> None:
     count, length = tokens_of(model)
     tokenizer = open_clip.SimpleTokenizer(context_length=1000)
     assert count(CAPTIONS) == (tokenizer(CAPTIONS) != 0).sum(1).tolist()
-    assert length == context_length(model)
+    # Without a model it follows from the captions.
+    assert length == (None if model == ModelConfig() else context_length(model))
 
 
 def test_inspect_loads_no_model() -> None:

@@ -152,7 +152,7 @@ def test_settings_for_several_ranks_have_no_effect_on_one():
 def test_a_run_says_what_it_trains():
     """And what to name for a larger model, if it is a small one."""
     model = loading.model(tiny_model(), seed=0)
-    said = loading.in_words(tiny_model(), model)
+    said = loading.in_words(tiny_model(), model, loading.tokenizer(tiny_model()))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     assert said == (
         "trains test_resnet and a text transformer of 1 layers, at 32 pixels and 8 tokens, "
@@ -160,7 +160,8 @@ def test_a_run_says_what_it_trains():
         "--model.name ViT-S-16 or RN50"
     )
     named = replace(tiny_model(), name="RN50", text=TextTowerConfig())
-    assert loading.in_words(named, model).startswith("trains RN50, at 32 pixels and 77 tokens, ")
+    said = loading.in_words(named, model, loading.tokenizer(named))
+    assert said.startswith("trains RN50, at 32 pixels and 77 tokens, ")
 
 
 def test_activations_computed_again_give_the_same_gradients():
