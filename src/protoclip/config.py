@@ -127,13 +127,13 @@ class DataConfig:
 class ImageTowerConfig:
     name: str = "resnet10t"  # A timm model name.
     weights: str | None = None  # Of timm: published, or a file.
-    size: ImageSize | None = None  # Input pixels; else from the data, or the weights' own.
+    size: ImageSize | None = None  # Input pixels; else from the data or the weights.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
     name: str | None = None  # Hugging Face text model; else small.
-    context_length: ContextLength | None = None  # Tokens; else from the data, or the weights' own.
+    context_length: ContextLength | None = None  # Tokens; else from the data or the weights.
     width: Width = 128  # Width of the transformer.
     heads: Width = 2  # Attention heads; they divide the width.
     layers: Layers = 2  # Transformer layers.
@@ -228,7 +228,7 @@ class OptimConfig:
     learning_rate: Positive | None = None  # Peak rate; else from the model.
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
-    heads_lr_scale: Positive | None = None  # Factor to the rate of the heads; else from the model.
+    heads_lr_scale: Positive | None = None  # Factor for the heads; else from the model.
     layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
     warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
     locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.

@@ -24,8 +24,10 @@ from protoclip.data.tables import (
 from protoclip.distributed.collectives import rank, world_size
 
 # Settings that have no effect on the emoji, whose columns are known and whose images are small.
-EMOJI_LACK = ("image_column", "caption_column", "id_column", "class_column", "root", "read")
-EMOJI_LACK += ("small_copies", "allow_commands", "allow_private_hosts", "allow_links")
+EMOJI_LACK = (
+    *("image_column", "caption_column", "id_column", "class_column", "root", "read"),
+    *("small_copies", "allow_commands", "allow_private_hosts", "allow_links"),
+)
 
 
 def pairs(config: Config) -> Pairs | SampleStream:
