@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from protoclip.data.access import is_url, open_local
-from protoclip.data.inspect import drawn
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.sampler import drawn
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import ShardStream
 from protoclip.files import checksum, to_json
