@@ -315,7 +315,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     found = second["metrics"]["eval/emoji/knn/acc1"]
     value = results["metrics"]["eval/emoji/knn/acc1"]
     assert found["difference"]["mean"] == pytest.approx(found["mean"] - value)
-    assert found["difference"]["kind"] == "bootstrap"
+    assert found["difference"]["kind"] == "samples"
     assert found["difference"]["n"] == len(few_emoji().splits["test"].images)
 
     finished = Path("demo/protoclip/results.json")

@@ -141,8 +141,8 @@ def kept_features(folder: Path) -> Read:
 def sample_results(folder: Path) -> Read:
     ids = np.array(IDS, dtype=object)
     rank = np.arange(12)
-    images = {"sample_id": ids, "zero_shot_rank": rank, "knn_correct": rank % 2 == 0}
-    texts = {"sample_id": ids[:6], "text_to_image_rank": rank[:6]}
+    images = {"sample_id": ids, "group": ids, "zero_shot_rank": rank, "knn_correct": rank % 2 == 0}
+    texts = {"sample_id": ids[:6], "group": ids[:6], "text_to_image_rank": rank[:6]}
     SampleResults(images=images, texts=texts).write(folder / "a.parquet")
 
     def read() -> object:

@@ -15,7 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.stats import t
 
-from protoclip.evaluation.samples import DRAWS, Draws, SampleResults, interval, resampled
+from protoclip.evaluation.samples import (
+    Floats,
+    SampleResults,
+    beyond,
+    influences,
+    interval_of_difference,
+)
 from protoclip.files import has_changed
 from protoclip.terminal import say
 
@@ -35,7 +41,7 @@ EMOJI_LABELS = {f"zero_shot/acc{k}": f"zero-shot, unseen concepts, acc{k}" for k
 SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if it leaves out 0."
 INTERVALS = {
     "seeds": "Several seeds: paired by seed, Student's t.",
-    "bootstrap": "One seed: bootstrap over test samples; it does not cover other seeds.",
+    "samples": "One seed: over test samples by groups; it does not cover other seeds.",
 }
 Run = Mapping[str, Any]
 
@@ -111,9 +117,9 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     reference = next(iter(groups.values()), {})
 
     @cache
-    def resample(path: Path) -> tuple[SampleResults, dict[str, Draws]]:
+    def read(path: Path) -> tuple[SampleResults, dict[str, Floats]]:
         samples = SampleResults.read(path)
-        return samples, resampled(samples, draws=DRAWS)
+        return samples, influences(samples)
 
     entries = []
     for name, members in groups.items():
@@ -126,7 +132,7 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 continue
             value: dict[str, Any] = {**summary([metrics[key] for metrics in listed])}
             if members is not reference and any(key in r["metrics"] for r in reference.values()):
-                value["difference"] = difference(key, reference, members, resample)
+                value["difference"] = difference(key, reference, members, read)
             entry["metrics"][key] = value
         entries.append(entry)
     return entries
@@ -143,13 +149,13 @@ def difference(
     key: str,
     first: Mapping[int, Run],
     second: Mapping[int, Run],
-    resample: Callable[[Path], tuple[SampleResults, dict[str, Draws]]],
+    read: Callable[[Path], tuple[SampleResults, dict[str, Floats]]],
 ) -> dict[str, Any]:
     """How much higher a metric of the second runs is than that of the first runs.
 
     Returns:
         `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,
-        and `kind`: "seeds" for Student's t over two common seeds or more, "bootstrap" over the test
+        and `kind`: "seeds" for Student's t over two common seeds or more, "samples" over the test
         samples of one common seed (for means over them), else None; `n`, the number of seeds or
         samples; `beyond`, whether the interval leaves out 0.
     """
@@ -160,20 +166,38 @@ def difference(
     seeds = [seed for seed in two if seed in one]
     gains = [float(two[seed] - one[seed]) for seed in seeds]
     mean = np.mean(gains or [float(np.mean(list(two.values())) - np.mean(list(one.values())))])
-    ends, kind, n = None, None, len(seeds)
+    found, kind, n = paired_difference(float(mean), None, None), None, len(seeds)
     if n > 1:
         ends, kind = list(t_interval(gains)), "seeds"
+        found |= {"interval": ends, "beyond": beyond(ends)}
     elif n == 1 and key.count("/") > 1:
         _, data, metric = key.split("/", 2)
         files = [run[seeds[0]].get("samples", {}).get(data) for run in (first, second)]
         if None not in files:
-            (samples, draws), (others, other_draws) = map(resample, files)
-            ids, other_ids = (sorted(of.rows(metric)["sample_id"]) for of in (samples, others))
-            if metric in draws and ids == other_ids:
-                ends = interval(other_draws[metric] - draws[metric])
-                kind, n = "bootstrap", len(ids)
-    beyond = ends is not None and not ends[0] <= 0 <= ends[1]
-    return {"mean": float(mean), "interval": ends, "n": n, "kind": kind, "beyond": beyond}
+            (samples, one_of), (others, other_of) = map(read, files)
+            ids, other_ids = (samples_with_groups(of, metric) for of in (samples, others))
+            influence = one_of.get(metric), other_of.get(metric)
+            if all(of is not None for of in influence) and ids == other_ids:
+                found = paired_difference(float(mean), *influence)
+                kind, n = "samples", len(ids)
+    return {**found, "n": n, "kind": kind}
+
+
+def samples_with_groups(results: SampleResults, metric: str) -> list[tuple[str, str]]:
+    """The samples that a metric is computed from, in the order of their ids."""
+    rows = results.rows(metric)
+    return sorted(zip(rows["sample_id"], rows.get("group", rows["sample_id"]), strict=True))
+
+
+def paired_difference(mean: float, first: Floats | None, second: Floats | None) -> dict[str, Any]:
+    """A difference of a metric of two models: `mean`, its 95% `interval`, and whether that leaves
+    out 0 (`beyond`). The interval is `None` without the influences of both on the same samples, or
+    if too few groups tell the models apart.
+    """
+    ends = None
+    if first is not None and second is not None:
+        ends = interval_of_difference(mean, second - first)
+    return {"mean": mean, "interval": ends, "beyond": beyond(ends)}
 
 
 def t_interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -189,7 +213,7 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     gains = [value["difference"] for value in values if "difference" in value]
     kinds = {gain["kind"] for gain in gains}
     lines = [SECOND_LINE] * bool(kinds) + [INTERVALS[kind] for kind in INTERVALS if kind in kinds]
-    if counts := sorted({gain["n"] for gain in gains if gain["kind"] == "bootstrap"}):
+    if counts := sorted({gain["n"] for gain in gains if gain["kind"] == "samples"}):
         many = " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))
         lines[-1] = lines[-1].replace("test samples", f"{many} test samples")
     if kinds and len({tuple(sorted(entry["seeds"])) for entry in entries}) > 1:

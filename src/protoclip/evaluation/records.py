@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from protoclip.evaluation import compare
-from protoclip.evaluation.samples import interval, intervals
+from protoclip.evaluation.samples import intervals
 from protoclip.evaluation.suite import Result
 from protoclip.files import to_json, write_atomically
 
 CAPTION = {
-    "intervals": "In brackets: 95% intervals by bootstrap over samples.",
+    "intervals": "In brackets: 95% intervals over groups of samples.",
     "differences": "Second line: paired difference to {}, * if its interval leaves out 0.",
 }
 
@@ -36,10 +37,10 @@ def with_means(results: Sequence[Result]) -> list[Result]:
     for (task, names), metrics in groups.items():
         members = having[task, metrics[0]]
         values = {m: float(np.mean([r.record["metrics"][m] for r in members])) for m in metrics}
-        draws = {
-            metric: np.mean([r.draws[metric] for r in members], axis=0)
+        influences = {
+            metric: np.concatenate([r.influences[metric] for r in members]) / len(members)
             for metric in metrics
-            if all(metric in r.draws for r in members)
+            if all(metric in r.influences for r in members)
         }
         first = members[0].record
         record = {
@@ -51,10 +52,10 @@ def with_means(results: Sequence[Result]) -> list[Result]:
             "language": first["language"],
             "split": first["split"],
             "datasets": list(names),
-            "intervals": intervals(task, draws),
+            "intervals": intervals(values, influences),
         }
         ids = [sample for member in members for sample in member.ids]
-        means.append(Result(record=record, draws=draws, ids=ids))
+        means.append(Result(record=record, influences=influences, ids=ids))
     return [*results, *means]
 
 
@@ -73,7 +74,7 @@ def with_differences(results: Sequence[Result], reference: Sequence[Result]) -> 
                 for metric in record["metrics"]
                 if metric in other.record["metrics"]
             }
-        found.append(Result(record=record, draws=result.draws, ids=result.ids))
+        found.append(replace(result, record=record))
     return found
 
 
@@ -83,14 +84,10 @@ def place(result: Result) -> tuple[Any, ...]:
 
 
 def difference(metric: str, first: Result, second: Result) -> dict[str, Any]:
-    ends = None
-    if metric in first.draws and metric in second.draws and [*first.ids] == [*second.ids]:
-        ends = interval(second.draws[metric] - first.draws[metric])
-    return {
-        "mean": second.record["metrics"][metric] - first.record["metrics"][metric],
-        "interval": ends,
-        "beyond": ends is not None and not ends[0] <= 0 <= ends[1],
-    }
+    mean = second.record["metrics"][metric] - first.record["metrics"][metric]
+    influences = [result.influences.get(metric) for result in (first, second)]
+    same = [*first.ids] == [*second.ids]
+    return compare.paired_difference(mean, *influences if same else (None, None))
 
 
 def write_records(records: Sequence[dict[str, Any]], folder: Path) -> None:

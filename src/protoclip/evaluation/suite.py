@@ -4,7 +4,6 @@ The file reads in the order of a reader's questions: what can be asked (`evaluat
 data can serve, which features they need, what is measured, and how it is written down.
 """
 
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -27,20 +26,19 @@ from protoclip.evaluation.features import Bad, Encoder, Model, Tokenizer, Transf
 from protoclip.evaluation.geometry import effective_rank, modality_gap
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
-from protoclip.evaluation.retrieval import best_relevant_rank
+from protoclip.evaluation.retrieval import best_relevant_rank, crowding
 from protoclip.evaluation.samples import (
     IMAGE_COLUMNS,
     TEXT_COLUMNS,
-    Draws,
+    Floats,
     SampleResults,
-    counted,
-    drawn,
+    by_group,
+    influences,
     intervals,
-    resampled,
 )
 from protoclip.evaluation.zero_shot import (
-    average_precisions,
     mean_average_precision,
+    mean_average_precision_parts,
     prompts,
     zero_shot_classifier,
     zero_shot_ranks,
@@ -55,6 +53,7 @@ GEOMETRY = (
 )
 RECALLS = [f"retrieval/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 PROBE = ("acc1", "acc5", "mean_per_class_recall")
+LARGEST = 10  # images that equal captions make hang together
 # The tasks: their names in records and, for each metric there, our own name. Where CLIP_benchmark
 # has a name, it is that one.
 TASKS: dict[str, tuple[str, dict[str, str]]] = {
@@ -108,12 +107,12 @@ class Result:
 
     Attributes:
         record: As `evaluate` returns it.
-        draws: Of each metric that has an interval, its values on the bootstrap's draws, `(draws,)`.
-        ids: The measured samples. Draw `i` of two results with equal ids holds the same samples.
+        influences: Of each metric that has an interval, the influence of each group of samples.
+        ids: The measured samples. Two results with equal ids have the same groups.
     """
 
     record: dict[str, Any]
-    draws: Mapping[str, Draws] = field(repr=False)
+    influences: Mapping[str, Floats] = field(repr=False)
     ids: Sequence[str] = field(repr=False)
 
 
@@ -165,8 +164,7 @@ def evaluate(
     Returns:
         Records in CLIP_benchmark's schema: `dataset model pretrained task metrics language`. They
         also have `split`, `samples`, `bad_share` (the share of images that cannot be used),
-        `intervals` (95%, by metric, from 1,000 bootstrap draws of the samples) and, where it
-        applies, `templates` and `protocol`.
+        `intervals` (95%, by metric) and, where it applies, `templates` and `protocol`.
 
     Raises:
         ValueError: No data set can serve a task, data are faulty, or features are not finite.
@@ -208,7 +206,7 @@ def results(
     model_name: str = "model",
     pretrained: str = "none",
 ) -> list[Result]:
-    """`evaluate`, with the bootstrap's draws, by which two models can be compared."""
+    """`evaluate`, with the influences of samples, by which two models can be compared."""
     if protocol not in (None, "paper"):
         raise ValueError(f"protocol: no protocol '{protocol}'; choose paper, or leave it out")
     called = [of.name for of in data]
@@ -225,31 +223,30 @@ def results(
             continue
         features = extract(encoder, of, of_tasks, split=split, templates=templates)
         measured = measure(features, of, of_tasks, split=split, paper=paper, show=encoder.show)
-        # Data sets of equal size do not share their draws.
-        seed = zlib.crc32(of.name.encode())
-        draws, part = measured.draws(seed=seed), features.parts[split]
+        influence, part = measured.influences(), features.parts[split]
         for task in of_tasks:
             name, names = TASKS[task]
             known = {key: own for key, own in names.items() if own in measured.metrics}
             metrics = {key: own for key, own in known.items() if says_something(own, of, split)}
-            of_task = {key: draws[own] for key, own in metrics.items() if own in draws}
+            of_task = {key: influence[own] for key, own in metrics.items() if own in influence}
+            values = {key: measured.metrics[own] for key, own in metrics.items()}
             record: dict[str, Any] = {
                 "dataset": of.name,
                 "model": model_name,
                 "pretrained": pretrained,
                 "task": name,
-                "metrics": {key: measured.metrics[own] for key, own in metrics.items()},
+                "metrics": values,
                 "language": of.language,
                 "split": split,
                 "samples": len(part.ids),
                 "bad_share": len(part.bad) / (len(part.ids) + len(part.bad)),
-                "intervals": intervals(task, of_task),
+                "intervals": intervals(values, of_task),
             }
             if task == "zero_shot":
                 record["templates"] = list(templates or of.templates)
             if paper and task in PAPER:
                 record["protocol"] = PAPER[task]
-            found.append(Result(record=record, draws=of_task, ids=part.ids))
+            found.append(Result(record=record, influences=of_task, ids=part.ids))
     return found
 
 
@@ -558,6 +555,35 @@ def captions_of(
     )
 
 
+def hanging_together(part: Part) -> tuple[list[str], list[str]]:
+    """The group of each image and of each text that is to be retrieved, by the id of an image.
+
+    Images of a concept hang together, an image and its captions, and images with an equal caption:
+    rarest captions first, while no group grows beyond `LARGEST` images and a fiftieth of all.
+    """
+    group, members = part.groups.tolist(), dict[int, list[int]]()
+    for image, number in enumerate(group):
+        members.setdefault(number, []).append(image)
+    images_of: dict[str, list[int]] = {}
+    first: dict[int, int] = {}
+    captions = part.captions
+    if captions is not None:
+        pairs = zip(captions.image_of_pair.tolist(), captions.text_of_pair.tolist(), strict=True)
+        for image, text in pairs:
+            images_of.setdefault(captions.texts[text], []).append(image)
+            first.setdefault(text, image)
+    for images in sorted(images_of.values(), key=len):
+        joined = {group[image] for image in images}
+        together = [image for number in joined for image in members[number]]
+        if len(joined) > 1 and len(together) <= max(LARGEST, len(group) // 50):
+            number = min(joined)
+            members[number] = together
+            for image in together:
+                group[image] = number
+    of_images = [part.ids[min(members[number])] for number in group]
+    return of_images, [of_images[first[text]] for text in range(len(first))]
+
+
 def say_bad(stage: str, bad: Sequence[Bad], number: int) -> None:
     """Name the first ten images that cannot be used."""
     if bad:
@@ -578,18 +604,15 @@ class Measured:
     samples: SampleResults
     scores: tuple[Tensor, Tensor] | None  # of multilabel data: scores and presence `(n, k)`
 
-    def draws(self, *, seed: int = 0) -> dict[str, Draws]:
-        """Metrics on test sets drawn with replacement; for those in `metrics` that allow it."""
-        found = resampled(self.samples, seed=seed)
-        if self.scores is not None:
-            rows = drawn(self.samples.images["sample_id"], seed=seed, kind=0)
-            scores, present = (of.numpy() for of in self.scores)
-            values = average_precisions(scores.astype(np.float64), present, counted(rows))
-            found["zero_shot/mean_average_precision"] = np.nanmean(values, axis=1)
-        if "retrieval/mean_recall" in self.metrics:
-            recalls = np.stack([found[name] for name in RECALLS])
-            found["retrieval/mean_recall"] = recalls.mean(axis=0)
-        return {name: values for name, values in found.items() if name in self.metrics}
+    def influences(self) -> dict[str, Floats]:
+        """The influence of each group of samples, on those of `metrics` that have an interval."""
+        found, groups = influences(self.samples), self.samples.groups()
+        if self.scores is not None and len(groups.names) > 1:
+            parts = mean_average_precision_parts(*self.scores)
+            found[MULTILABEL] = by_group(parts, groups.images, len(groups.names))
+        if "retrieval/mean_recall" in self.metrics and found:
+            found["retrieval/mean_recall"] = np.mean([found[name] for name in RECALLS], axis=0)
+        return {name: of_groups for name, of_groups in found.items() if name in self.metrics}
 
 
 def measure(
@@ -624,14 +647,18 @@ def measure(
         found |= share
     part = features.parts[split]
 
-    def columns(ids: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    def columns(ids: Sequence[str], groups: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
         own = {name: found[name].numpy() for name in names if name in found}
-        return {"sample_id": np.array(ids, dtype=object), **own}
+        given = {"sample_id": ids, "group": groups}
+        return {name: np.array(of, dtype=object) for name, of in given.items()} | own
 
-    has_texts = part.captions is not None and "text_to_image_rank" in found
+    of_images, of_texts = hanging_together(part)
+    texts: tuple[Sequence[str], Sequence[str]] = [], []
+    if part.captions is not None and "text_to_image_rank" in found:
+        texts = part.captions.ids, of_texts
     samples = SampleResults(
-        images=columns(part.ids, IMAGE_COLUMNS),
-        texts=columns(part.captions.ids if has_texts and part.captions else [], TEXT_COLUMNS),
+        images=columns(part.ids, of_images, IMAGE_COLUMNS),
+        texts=columns(*texts, TEXT_COLUMNS),
     )
     metrics = {name: samples.mean(name) for name in samples.means()}
     metrics |= {name: found[name] for name in sorted(found) if isinstance(found[name], float)}
@@ -669,9 +696,23 @@ def stages_of(
     def retrieval() -> dict[str, Any]:
         assert captions is not None
         found, groups = texts["captions"], captions.groups
+        of_images = best_relevant_rank(images, found, part.groups, groups)
+        of_texts = best_relevant_rank(found, images, groups, part.groups)
+        names = hanging_together(part)
+        number = {name: place for place, name in enumerate(sorted({*names[0]}))}
+        clusters = [torch.tensor([number[name] for name in of]) for of in names]
+        of_candidates = {
+            "image_to_text": crowding(images, found, of_images, *clusters),
+            "text_to_image": crowding(found, images, of_texts, *reversed(clusters)),
+        }
         return {
-            "image_to_text_rank": best_relevant_rank(images, found, part.groups, groups),
-            "text_to_image_rank": best_relevant_rank(found, images, groups, part.groups),
+            "image_to_text_rank": of_images,
+            "text_to_image_rank": of_texts,
+            **{
+                f"{way}_crowding_{k}": taken
+                for way, by_k in of_candidates.items()
+                for k, taken in by_k.items()
+            },
         }
 
     def probe() -> dict[str, Any]:

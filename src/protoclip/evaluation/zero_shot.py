@@ -1,9 +1,8 @@
 """Zero-shot classification: images against the encoded names of classes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -57,42 +56,61 @@ def mean_per_class_recall(correct: Bool[Tensor, " n"], labels: Int[Tensor, " n"]
 
 
 def average_precisions(
-    scores: Float[np.ndarray, "n k"],
-    present: Bool[np.ndarray, "n k"],
-    counts: Iterable[npt.NDArray[np.int64]] | None = None,
-) -> Float[np.ndarray, "r k"]:
-    """The average precision of each class, for one or more weightings of the images.
+    scores: Float[np.ndarray, "n k"], present: Bool[np.ndarray, "n k"]
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:
+    """The average precision of each class; and what it would be without each of the images.
 
     Average precision is the sum over thresholds of the precision there times the recall gained, as
-    in scikit-learn. It is 0 for a class that no image has, and NaN for one that only images have
-    that do not count.
+    in scikit-learn. It is 0 for a class that no image has, and NaN without the only image.
 
     Args:
         scores: How well each image fits each class.
         present: Which classes an image shows.
-        counts: Weightings `(n,)`: how often each image counts. Unset, each counts once.
     """
-    counts = [np.ones(len(scores), np.int64)] if counts is None else counts
     order = np.argsort(-scores, axis=0, kind="stable")
     ranked = np.take_along_axis(scores, order, axis=0)
-    relevant = np.take_along_axis(present, order, axis=0)
+    relevant = np.take_along_axis(present, order, axis=0).astype(np.float64)
     # Equal scores share a threshold: the precision there is that after the last of them.
-    is_last = np.concatenate([ranked[1:] != ranked[:-1], np.ones((1, ranked.shape[1]), bool)])
-    places = np.where(is_last, np.arange(len(ranked))[:, None], len(ranked))
-    last = np.minimum.accumulate(places[::-1], axis=0)[::-1]
-    found = []
-    for count in counts:
-        weights = count[order]
-        hits = weights * relevant
-        found_so_far, seen_so_far = hits.cumsum(axis=0), weights.cumsum(axis=0)
-        precision = found_so_far / np.maximum(seen_so_far, 1)
-        precision = np.take_along_axis(precision, last, axis=0)
-        value = (hits * precision).sum(axis=0) / np.maximum(found_so_far[-1], 1)
-        absent = (found_so_far[-1] == 0) & relevant.any(axis=0)
-        found.append(np.where(absent, np.nan, value))
-    return np.stack(found)
+    rows, edge = np.arange(len(ranked))[:, None], np.ones((1, ranked.shape[1]), bool)
+    steps = ranked[1:] != ranked[:-1]
+    first = np.maximum.accumulate(np.where(np.concatenate([edge, steps]), rows, 0))
+    last = np.where(np.concatenate([steps, edge]), rows, len(ranked))
+    last = np.minimum.accumulate(last[::-1])[::-1]
+    hits = np.take_along_axis(relevant.cumsum(axis=0), last, axis=0)
+    total = relevant.sum(axis=0)
+    values = (relevant * hits / (last + 1)).sum(axis=0) / np.maximum(total, 1)
+
+    # Without an image, the precision at thresholds above it stays, and that at others changes.
+    def before(of: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+        sums = np.concatenate([np.zeros((1, of.shape[1])), of.cumsum(axis=0)])
+        return np.take_along_axis(sums, first, axis=0)
+
+    fewer = np.maximum(last, 1)
+    above, parts, ones = (relevant * of for of in (hits / (last + 1), hits / fewer, 1 / fewer))
+    at_own = relevant * (hits - 1) / fewer
+    below = parts.sum(axis=0) - before(parts) - relevant * (ones.sum(axis=0) - before(ones))
+    left = total - relevant
+    without = (before(above) + below - at_own) / np.maximum(left, 1)
+    without = np.where((left == 0) & (total > 0), np.nan, without)
+    in_order = np.empty_like(without)
+    np.put_along_axis(in_order, order, without, axis=0)
+    return values, in_order
 
 
 def mean_average_precision(scores: Float[Tensor, "n k"], present: Bool[Tensor, "n k"]) -> float:
     """The mean over classes of the average precision, for images that show several classes."""
-    return float(average_precisions(scores.double().numpy(), present.numpy()).mean())
+    return float(average_precisions(scores.double().numpy(), present.numpy())[0].mean())
+
+
+def mean_average_precision_parts(
+    scores: Float[Tensor, "n k"], present: Bool[Tensor, "n k"]
+) -> Float[np.ndarray, " n"]:
+    """What each image adds to the mean average precision, less what was to be expected.
+
+    By leaving out one at a time. A class of one image is held against the other classes.
+    """
+    values, without = average_precisions(scores.double().numpy(), present.numpy())
+    number, alone = len(without), np.isnan(without)
+    means = np.nanmean(np.where(alone.all(axis=0), 0.0, without), axis=0)
+    parts = np.where(alone, values - values.mean(), (means - without) * (number - 1) / number)
+    return parts.mean(axis=1)

@@ -19,7 +19,7 @@ from protoclip.data.access import is_url
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.tables import line
 from protoclip.evaluation.compare import read_results
-from protoclip.evaluation.samples import DRAWS, MEANS, SampleResults, resampled
+from protoclip.evaluation.samples import SampleResults, influences, intervals
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models import loading, references
@@ -205,28 +205,22 @@ def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
 
 
 def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str, Any]]:
-    """Metrics of a finished run with their 95% intervals, if they are of this checkpoint.
-
-    AMI and ARI have none: the copies in a draw lie in one cluster and raise both.
-    """
+    """Metrics of a finished run with their 95% intervals, if they are of this checkpoint."""
     if run is None or checkpoint is None or not (run / "results.json").is_file():
         return {}
     if checkpoint.resolve() != loading.find_checkpoint(run.resolve()):
         return {}
     results = read_results(run)
-    draws = {
-        f"eval/{data}/{metric}": values
+    influence = {
+        f"eval/{data}/{metric}": of_groups
         for data, path in results["samples"].items()
-        for metric, values in resampled(SampleResults.read(path), draws=DRAWS).items()
-        if metric in MEANS
+        for metric, of_groups in influences(SampleResults.read(path)).items()
     }
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in results["metrics"].items():
-        interval = None
-        if name in draws:
-            interval = [float(end) for end in np.quantile(draws[name], [0.025, 0.975])]
-        found[name] = {"value": value, "interval": interval}
-    return found
+    ends = intervals(results["metrics"], influence)
+    return {
+        name: {"value": value, "interval": ends.get(name)}
+        for name, value in results["metrics"].items()
+    }
 
 
 def write_card(
@@ -292,7 +286,7 @@ def write_card(
             lines.append(f"| `{name}` | {found['value']:.4f} | {interval} |")
         lines += [
             "",
-            "Intervals are from a bootstrap over test samples; they leave out other seeds.",
+            "Intervals are over groups of test samples; they leave out other seeds.",
         ]
     else:
         lines.append("None: there are no results of this checkpoint.")

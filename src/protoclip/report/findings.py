@@ -1,15 +1,14 @@
 """Which model is better on what, by how much: sentences, and the table of all metrics."""
 
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from protoclip.evaluation import compare
-from protoclip.evaluation.samples import MEANS, SampleResults, interval, resampled
+from protoclip.evaluation import compare, samples
+from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.evaluation.validation import NAME
 
 # The measures of the sentences, by the end of their names, and how a sentence names them.
@@ -149,12 +148,10 @@ def intervals(run: Results) -> dict[str, list[float]]:
     """The 95% interval of each metric that is a mean over samples, as `evaluate` shows it."""
     found: dict[str, list[float]] = {}
     for data, file in run["samples"].items():
-        samples = SampleResults.read(file)
-        # AMI and ARI have no interval, and their draws take long.
-        images = {name: column for name, column in samples.images.items() if name != "cluster"}
-        means = SampleResults(images=images, texts=samples.texts)
-        draws = resampled(means, seed=zlib.crc32(data.encode()))
-        found |= {f"eval/{data}/{name}": interval(draws[name]) for name in draws if name in MEANS}
+        results = SampleResults.read(file)
+        metrics = {name: results.mean(name) for name in results.means()}
+        ends = samples.intervals(metrics, influences(results))
+        found |= {f"eval/{data}/{name}": of_metric for name, of_metric in ends.items()}
     return found
 
 

@@ -7,13 +7,16 @@ import re
 import numpy as np
 import pytest
 import scipy.stats
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 from protoclip.evaluation import compare
-from protoclip.evaluation.samples import IMAGE_COLUMNS, MEANS, SampleResults, resampled
+from protoclip.evaluation.samples import (
+    IMAGE_COLUMNS,
+    MEANS,
+    TEXT_COLUMNS,
+    SampleResults,
+    influences,
+)
 from protoclip.files import to_json
-
-SCORES = {"clustering/ami": adjusted_mutual_info_score, "clustering/ari": adjusted_rand_score}
 
 
 def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0) -> SampleResults:
@@ -21,6 +24,8 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
     generator = np.random.default_rng(seed)
 
     def column(name: str, number: int):
+        if name == "group":
+            return np.array([f"group {row % 17}" for row in range(number)], object)
         if name.endswith("class"):
             return generator.integers(12, size=number)
         if name.endswith("correct"):
@@ -30,52 +35,114 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
     ids = (np.array([f"{kind} {row}" for row in range(60)], object) for kind in ("image", "text"))
     return SampleResults(
         images={"sample_id": next(ids)[:images]} | {n: column(n, images) for n in IMAGE_COLUMNS},
-        texts={"sample_id": next(ids)[:texts], "text_to_image_rank": column("rank", texts)},
+        texts={"sample_id": next(ids)[:texts]} | {n: column(n, texts) for n in TEXT_COLUMNS},
     )
 
 
-def test_the_bootstrap_draws_the_same_samples_for_every_model():
-    """Against a loop over draws and rows; the order of a model's samples changes nothing."""
+@pytest.mark.parametrize("backwards", [False, True])
+def test_influences_are_sums_over_groups(backwards):
+    """Against loops over groups and classes; the order of a model's samples changes nothing."""
     one = results(0)
-    backwards = SampleResults(
-        images={name: column[::-1] for name, column in one.images.items()},
-        texts={name: column[::-1] for name, column in one.texts.items()},
+    step = -1 if backwards else 1
+    given = SampleResults(
+        images={name: column[::step] for name, column in one.images.items()},
+        texts={name: column[::step] for name, column in one.texts.items()},
     )
-    drawn, other = (resampled(of, draws=30, seed=4) for of in (one, backwards))
-    assert drawn.keys() == {*MEANS, *SCORES}
-    order = np.argsort(one.images["sample_id"])
-    for name, score in SCORES.items():
-        generator = np.random.default_rng([4, 0])
-        for value in drawn[name]:
-            rows = order[generator.integers(len(order), size=len(order))]
-            expected = score(one.images["class"][rows], one.images["cluster"][rows])
-            assert value == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        np.testing.assert_allclose(other[name], drawn[name])
+    found = influences(given)
+    assert found.keys() == MEANS.keys()
+    names = sorted({*one.images["group"], *one.texts["group"]})
     for metric, mean in MEANS.items():
         rows = one.texts if "text_to_image" in metric else one.images
-        order = np.argsort(rows["sample_id"])
-        generator = np.random.default_rng([4, int(rows is one.texts)])
-        for value in drawn[metric]:
-            picked = order[generator.integers(len(order), size=len(order))]
-            column = rows[mean.column][picked]
-            right = column if mean.k is None else column < mean.k
-            classes = rows[mean.by][picked] if mean.by else np.zeros(len(order))
-            shares = [right[classes == name].mean() for name in np.unique(classes)]
-            assert value == pytest.approx(np.mean(shares))
-        np.testing.assert_allclose(other[metric], drawn[metric])
+        right = rows[mean.column] if mean.k is None else rows[mean.column] < mean.k
+        classes = rows[mean.by] if mean.by else np.zeros(len(right))
+        of_class = {name: right[classes == name].mean() for name in np.unique(classes)}
+        expected = dict.fromkeys(names, 0.0)
+        for name, mean_of_class in of_class.items():
+            own = classes == name
+            number = len({*rows["group"][own]})
+            factor = math.sqrt(number / (number - 1)) if mean.by and number > 1 else 1.0
+            for value, group in zip(right[own], rows["group"][own], strict=True):
+                gap = (value - mean_of_class) * factor
+                if number == 1:
+                    gap = mean_of_class - np.mean([*of_class.values()])
+                expected[group] += gap / own.sum() / len(of_class)
+        correction = math.sqrt(len(names) / (len(names) - 1))
+        np.testing.assert_allclose(found[metric], np.array([*expected.values()]) * correction)
+
+
+def test_a_class_of_one_group_is_held_against_the_others():
+    """As of emoji, whose images of a concept are one group and one class."""
+    columns = {"sample_id": np.arange(8), "zero_shot_class": np.arange(8) // 2}
+    columns |= {"group": np.arange(8) // 2, "zero_shot_rank": np.array([0, 0, 0, 1, 1, 1, 0, 1])}
+    found = influences(SampleResults(images=columns))["zero_shot/mean_per_class_recall"]
+    np.testing.assert_allclose(found, np.array([0.5, 0, -0.5, 0]) / 4 * math.sqrt(4 / 3))
+
+
+def correlated(seed: int) -> tuple[SampleResults, SampleResults]:
+    """Two models on 60 concepts of two images with five captions: what hangs together is alike."""
+    draw = np.random.default_rng(seed)
+    concept = draw.normal(size=60).repeat(2)
+    image = concept + 0.7 * draw.normal(size=120)
+    text = image.repeat(5) + draw.normal(size=600)
+    classes = draw.integers(6, size=60).repeat(2)
+    found = []
+    for _ in range(2):
+        own = 0.5 * draw.normal(size=60).repeat(2)
+        ranks = {"image_to_text_rank": image + own > 0.5, "zero_shot_rank": image + own > 0}
+        images = {name: of.astype(int) for name, of in ranks.items()}
+        images |= {"group": np.arange(60).repeat(2), "zero_shot_class": classes}
+        images |= {"knn_correct": image + own > 0.2}
+        rank = (text + own.repeat(5) > 0).astype(int)
+        texts = {"sample_id": np.arange(600), "group": np.arange(60).repeat(10)}
+        texts |= {"text_to_image_rank": rank}
+        found.append(SampleResults(images={"sample_id": np.arange(120), **images}, texts=texts))
+    return found[0], found[1]
+
+
+def test_intervals_are_as_wide_as_new_test_sets_differ():
+    """Of one model and of two, where concepts, images and captions are drawn anew each time."""
+    metrics = ("text_to_image@1", "image_to_text@1", "knn/acc1", "mean_per_class_recall")
+    values: dict[str, list[float]] = {}
+    variances: dict[str, list[float]] = {}
+    for seed in range(300):
+        one, two = correlated(seed)
+        moved, other = influences(one), influences(two)
+        for metric in [name for name in moved if name.endswith(metrics)]:
+            gain = two.mean(metric) - one.mean(metric)
+            both = {"one": (one.mean(metric), moved[metric])}
+            both["pair"] = gain, other[metric] - moved[metric]
+            for kind, (value, of_groups) in both.items():
+                values.setdefault(f"{kind} {metric}", []).append(value)
+                variances.setdefault(f"{kind} {metric}", []).append(np.square(of_groups).sum())
+    assert len(values) == 8
+    for name, of_repeats in values.items():
+        width = math.sqrt(np.mean(variances[name]))
+        assert width == pytest.approx(np.std(of_repeats, ddof=1), rel=0.12), name
 
 
 def test_results_of_any_tasks_are_kept(tmp_path):
-    """Without texts, or with some columns; what is there can be resampled."""
+    """Without texts, or with some columns; what is there has influences."""
     whole, path = results(0), tmp_path / "own-test.parquet"
-    names = ("sample_id", "knn_correct", "image_to_text_rank")
+    names = ("sample_id", "group", "knn_correct", "image_to_text_rank")
     SampleResults(images={name: whole.images[name] for name in names}).write(path)
     read = SampleResults.read(path)
-    assert (*read.images,) == ("sample_id", "image_to_text_rank", "knn_correct")
+    assert (*read.images,) == ("sample_id", "group", "image_to_text_rank", "knn_correct")
     assert read.means() == [*(f"retrieval/image_to_text@{k}" for k in (1, 5, 10)), "knn/acc1"]
-    found = resampled(read, draws=5)
+    found = influences(read)
     assert [*found] == read.means()
-    np.testing.assert_array_equal(found["knn/acc1"], resampled(whole, draws=5)["knn/acc1"])
+    np.testing.assert_array_equal(found["knn/acc1"], influences(whole)["knn/acc1"])
+
+
+def test_results_of_earlier_versions_say_that_they_lack_groups(tmp_path, capsys):
+    """The id of a text still names its image."""
+    texts = {"sample_id": np.array(["a: x", "a: y", "b: x", "c: x"], object)}
+    texts["text_to_image_rank"] = np.arange(4)
+    images = {"sample_id": np.array(["a", "b"], object), "image_to_text_rank": np.arange(2)}
+    SampleResults(images=images, texts=texts).write(tmp_path / "old.parquet")
+    read = SampleResults.read(tmp_path / "old.parquet")
+    assert read.texts["group"].tolist() == ["a", "a", "b", "c: x"]
+    assert read.images["group"].tolist() == ["a", "b"]
+    assert "evaluate the run again" in capsys.readouterr().err
 
 
 def test_damaged_results_of_samples_are_refused(tmp_path):
@@ -127,22 +194,22 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
 
 
 def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
-    """By bootstrap if both runs have results of the same samples, for metrics that have such."""
+    """By groups if both runs have results of the same samples, for metrics that have such."""
     one, two = results(0), results(1, skill=0.5)
     files = {"a": one, "b": two, "c": None, "d": results(2, images=50)}
     folders = [made(tmp_path / name, name, 3, 0.4, of) for name, of in files.items()]
     first, second, third, fourth = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
-    draws = [resampled(of, draws=1000)["knn/acc1"] for of in (one, two)]
-    expected = np.quantile(draws[1] - draws[0], [0.025, 0.975])
-    assert found["interval"] == pytest.approx(tuple(expected))
-    assert (found["n"], found["kind"]) == (60, "bootstrap")
+    first_moved, second_moved = (influences(of)["knn/acc1"] for of in (one, two))
+    half = scipy.stats.t.ppf(0.975, 16) * np.linalg.norm(second_moved - first_moved)
+    assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
+    assert (found["n"], found["kind"]) == (60, "samples")
     for entry, key in ((second, "modality_gap/gap"), (third, "knn/acc1"), (fourth, "knn/acc1")):
         found = entry["metrics"][f"eval/emoji/{key}"]["difference"]
         assert (found["interval"], found["kind"], found["beyond"]) == (None, None, False)
     assert "difference" not in first["metrics"]["eval/emoji/knn/acc1"]
     compare.show([first, second])
-    assert "bootstrap over 60 test samples" in " ".join(capsys.readouterr().out.split())
+    assert "over 60 test samples by groups" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_counts_once(tmp_path):

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import t
 from solid import Guessing, solid_data, tokenizer, transform
 
 from protoclip.evaluation import records
 from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.samples import interval
 from protoclip.evaluation.suite import Result, results
 
 
@@ -18,16 +20,16 @@ def judged(name: str, model, data=None, **options) -> list[Result]:
 
 
 def made(dataset: str, metrics: dict[str, float], seed: int, task: str = "knn") -> Result:
-    """A result whose draws lie about its metrics."""
+    """A result with influences of ten groups."""
     generator = np.random.default_rng(seed)
     record = {"dataset": dataset, "model": "m", "pretrained": "none", "task": task}
     record |= {"metrics": metrics, "language": "en", "split": "test", "intervals": {}}
-    draws = {metric: value + generator.normal(size=1000) for metric, value in metrics.items()}
-    return Result(record=record, draws=draws, ids=[dataset])
+    influences = {metric: 0.01 * generator.normal(size=10) for metric in metrics}
+    return Result(record=record, influences=influences, ids=[dataset])
 
 
 def test_the_mean_over_data_sets_is_by_metric():
-    """Of those that have it; a metric of one data set has no mean. Its draws are means of draws."""
+    """Of those that have it; a metric of one data set has no mean. Groups differ by data set."""
     one, two = made("a", {"x": 0.2, "y": 0.5}, 0), made("b", {"x": 0.4, "y": 0.7}, 1)
     three = made("c", {"x": 0.9, "z": 1.0}, 2)
     found = records.with_means([one, two, three, made("c", {"x": 0.0}, 3, task="other")])
@@ -36,8 +38,8 @@ def test_the_mean_over_data_sets_is_by_metric():
     assert [record["datasets"] for record in means] == [["a", "b", "c"], ["a", "b"]]
     assert means[0]["metrics"] == {"x": pytest.approx(0.5)}
     assert means[1]["metrics"] == {"y": pytest.approx(0.6)}
-    draws = (one.draws["y"] + two.draws["y"]) / 2
-    assert means[1]["intervals"]["y"] == pytest.approx([*np.quantile(draws, [0.025, 0.975])])
+    moved = np.concatenate([one.influences["y"], two.influences["y"]]) / 2
+    assert means[1]["intervals"]["y"] == pytest.approx(interval(0.6, moved))
 
 
 def test_differences_are_paired_by_sample():
@@ -55,9 +57,10 @@ def test_differences_are_paired_by_sample():
         assert record["differences"].keys() == record["metrics"].keys()
         for metric, of_metric in record["differences"].items():
             gain = record["metrics"][metric] - other.record["metrics"][metric]
-            draws = result.draws[metric] - other.draws[metric]
+            moved = result.influences[metric] - other.influences[metric]
+            half = t.ppf(0.975, len(moved) - 1) * np.linalg.norm(moved)
             assert of_metric["mean"] == pytest.approx(gain)
-            assert of_metric["interval"] == pytest.approx([*np.quantile(draws, [0.025, 0.975])])
+            assert of_metric["interval"] == pytest.approx([gain - half, gain + half])
     same = records.with_differences(first, first)[0].record["differences"]["acc1"]
     assert same == {"mean": 0.0, "interval": [0.0, 0.0], "beyond": False}
     (alone,) = judged("2", Guessing(), [solid_data("a", bad=(1,))], tasks=["knn"])

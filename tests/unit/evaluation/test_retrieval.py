@@ -57,6 +57,35 @@ def test_ties_and_nan_count_against_the_query():
     assert best_relevant_rank(broken, fine, groups, groups)[0] == 7
 
 
+def test_what_candidates_take_equals_leaving_them_out():
+    """Of queries of other clusters; shrunk by the noise of the pairs, and alike in a cluster."""
+    generator = torch.Generator().manual_seed(2)
+    candidates, noise = (torch.randn(n, 8, generator=generator) for n in (60, 80))
+    groups, of_groups = torch.arange(80) % 60, torch.arange(60)
+    of_candidates = torch.arange(60) % 20
+    clusters = of_candidates[groups]
+    queries = candidates[groups] + noise
+    queries[:, 0] += 2.0
+    candidates[7, 0] += 3.0  # it is near to many queries
+    ranks = best_relevant_rank(queries, candidates, groups, of_groups)
+    found = retrieval.crowding(queries, candidates, ranks, clusters, of_candidates)
+    for k, taken in found.items():
+        pairs = np.zeros((20, 20))
+        for cluster in range(20):
+            left, others = of_candidates != cluster, clusters != cluster
+            fewer = queries[others], candidates[left], groups[others], of_groups[left]
+            right = (best_relevant_rank(*fewer) < k) & (ranks[others] >= k)
+            np.add.at(pairs[:, cluster], clusters[others][right], 1 / 80)
+        share = pairs.sum(0)
+        variance = np.square(share - share.mean()).sum()
+        kept = 1 - np.square(pairs).sum() / variance
+        expected = (share.mean() - share) * max(kept, 0.0)
+        sums = np.bincount(of_candidates, taken.numpy())
+        np.testing.assert_allclose(sums, expected, atol=1e-12)
+        np.testing.assert_allclose(taken[7], expected[7] / 3, atol=1e-12)
+    assert found[1][7] == found[1].min() < 0
+
+
 def test_a_query_without_a_relevant_candidate_is_refused():
     images, texts = unit_rows(3, 4, 0), unit_rows(2, 4, 1)
     with pytest.raises(ValueError, match="1 of 3 queries"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.stats import binom
+from scipy.stats import binom, t
 from solid import CLASSES as NUMBER
 from solid import Guessing, Knowing, Solid, part, solid_data
 from solid import tokenizer as number_tokenizer
@@ -320,10 +320,12 @@ def test_perfect_features_score_one_in_every_task():
         json.dumps(record)
         if task != "geometry":
             assert [*record["metrics"].values()] == pytest.approx([1.0] * len(record["metrics"]))
-            # Copies in a draw would raise AMI and ARI, so these have none.
+            # How K-means divides other samples does not follow from one division.
             having = set() if task == "clustering" else record["metrics"].keys()
             assert record["intervals"].keys() == having
-            assert all(ends == pytest.approx([1.0, 1.0]) for ends in record["intervals"].values())
+            # Of 18 samples: Wilson's interval of a share of 1.
+            ends = [18 / (18 + t.ppf(0.975, 17) ** 2), 1.0]
+            assert all(of == pytest.approx(ends) for of in record["intervals"].values())
             seen |= record["metrics"].keys()
     assert seen == {*ACCURACIES} - {"mean_average_precision"}
     assert records["zeroshot_classification"]["templates"] == ["a class {c}", "some class {c}"]
@@ -440,6 +442,22 @@ def test_multilabel_data_are_scored_by_mean_average_precision():
     shuffled = EvaluationData(name="x", splits={"test": test}, class_names=data.class_names)
     (record,) = judge(Knowing(), shuffled).values()
     assert record["metrics"]["mean_average_precision"] == pytest.approx(0.3, abs=0.04)
+
+
+def test_what_hangs_together_has_one_group():
+    """Images of a concept, equal captions if they are few, and an image with its captions."""
+    captions = [("a", "b"), ("c",), ("b",), ("d", "photo"), ("e",), ("f",), ("g",)]
+    captions += [("photo", f"own {row}") for row in range(13)]
+    concepts = [0, 1, 2, 3, 4, 4, 5, *range(6, 19)]
+    split = Split(images=Solid("x", list(range(20))), captions=captions, groups=concepts)
+    data = EvaluationData(name="x", splits={"test": split})
+    part = suite.part_of(data, "test", torch.zeros(20, 2), [])
+    images, texts = suite.hanging_together(part)
+    groups = [0, 1, 0, 3, 4, 4, 6, *range(7, 20)]
+    assert images == [part.ids[group] for group in groups]
+    of_texts = dict(zip(part.captions.ids, texts, strict=True))
+    for row, own in enumerate(captions):
+        assert of_texts[f"{part.ids[row]}: {own[-1]}"] == images[row]
 
 
 def slow_recall(queries, candidates, query_groups, candidate_groups, k):

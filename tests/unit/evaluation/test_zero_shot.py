@@ -44,12 +44,12 @@ def test_accuracies_equal_scikit_learn(generator):
 
 @pytest.mark.parametrize("levels", [3, 1000])
 def test_average_precision_equals_scikit_learn(levels):
-    """With equal scores, with a class that no image has, and with images that count repeatedly."""
+    """With equal scores, with a class that no image has or one has, and without each image."""
     generator = np.random.default_rng(0)
     scores = generator.integers(levels, size=(80, 5)).astype(np.float64)
     present = generator.random((80, 5)) < 0.3
-    present[:, 2] = False
-    counts = generator.integers(0, 4, size=(3, 80))
+    present[:, 2:4] = False
+    present[4, 3] = True
 
     def expected(rows):
         columns = zip(present[rows].T, scores[rows].T, strict=True)
@@ -57,9 +57,12 @@ def test_average_precision_equals_scikit_learn(levels):
             warnings.simplefilter("ignore")
             return [average_precision_score(*column) for column in columns]
 
-    found = average_precisions(scores, present, list(counts))
-    for row, count in zip(found, counts, strict=True):
-        np.testing.assert_allclose(row, expected(np.repeat(np.arange(80), count)))
+    values, without = average_precisions(scores, present)
+    np.testing.assert_allclose(values, expected(np.arange(80)))
+    assert np.isnan(without[4, 3])
+    without[4, 3] = 0.0
+    for row in range(80):
+        np.testing.assert_allclose(without[row], expected(np.arange(80) != row), atol=1e-12)
     mean = mean_average_precision(torch.tensor(scores), torch.tensor(present))
     assert mean == pytest.approx(np.mean(expected(np.arange(80))))
 

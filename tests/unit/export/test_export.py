@@ -452,7 +452,8 @@ def test_the_card_of_a_run(tmp_path):
     (made / "config.toml").write_text('[run]\nname = "My model"\n[data]\ntrain = "pairs.tsv"\n')
     images: dict[str, Any] = {name: generator.integers(0, 9, 200) for name in IMAGE_COLUMNS}
     ids = np.array([f"{number:03}" for number in range(200)])
-    texts = {"sample_id": ids, "text_to_image_rank": images["image_to_text_rank"]}
+    images["group"] = ids
+    texts = {"sample_id": ids, "group": ids, "text_to_image_rank": images["image_to_text_rank"]}
     samples = SampleResults(images={"sample_id": ids, **images}, texts=texts)
     samples.write(made / "results" / "emoji-test.parquet")
     accuracy = float(samples.values("zero_shot/acc5").mean())
