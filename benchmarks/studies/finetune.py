@@ -8,7 +8,7 @@ with prototypes beside it. `grocery-half` trains on every second class, and test
 
 All are judged on the test split by zero-shot and kNN, as the run ends (alpha 1) and with the
 weights that WiSE-FT chose on validation. Differences are means over seeds, paired by sample and
-seed, with 95% bootstrap intervals; samples are drawn anew, seeds are not.
+seed, with 95% intervals over samples, not over seeds.
 
     python benchmarks/studies/finetune.py PHOTOS --out FOLDER [--seeds 3] [--passes 3]
 
@@ -37,6 +37,7 @@ from protoclip.evaluation import suite
 from protoclip.evaluation.datasets import EvaluationData, Split, open_data
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.readers import Subset
+from protoclip.evaluation.samples import beyond, interval_of_difference
 from protoclip.models import loading
 from protoclip.models.loading import checkpoints
 
@@ -137,14 +138,14 @@ def without_classes(data: EvaluationData, kept: Sequence[int]) -> EvaluationData
 
 
 def judge(folder: Path, data: Sequence[EvaluationData], cache: Path) -> dict[str, Any]:
-    """Value and bootstrap draws of accuracy by data set and task."""
+    """Value of accuracy and the influences of samples on it, by data set and task."""
     model, transform, tokenizer = loading.load(folder)
     encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, cache=cache)
     found = suite.results(encoder, data, TASKS, split="test")
     return {
         f"{METRICS[result.record['task']]}, {result.record['dataset']}": (
             result.record["metrics"]["acc1"],
-            result.draws["acc1"],
+            result.influences["acc1"],
         )
         for result in found
     }
@@ -165,11 +166,12 @@ def rows_of(found: dict[str, list[dict[str, Any]]], first: str) -> Iterator[str]
             base = found[first]
             if arm != first and len(base) == len(of_seeds):
                 pairs = zip(of_seeds, base, strict=True)
-                draws = 100 * np.mean([a[metric][1] - b[metric][1] for a, b in pairs], axis=0)
-                low, high = np.quantile(draws, [0.025, 0.975])
+                moved = 100 * np.mean([a[metric][1] - b[metric][1] for a, b in pairs], axis=0)
                 gain = np.mean(values) - np.mean([100 * seed[metric][0] for seed in base])
-                star = "" if low <= 0 <= high else " *"
-                text += f"<br>{gain:+.1f} [{low:+.1f}, {high:+.1f}]{star}"
+                text += f"<br>{gain:+.1f}"
+                ends = interval_of_difference(gain, moved)
+                if ends is not None:
+                    text += f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" + " *" * beyond(ends)
             cells.append(text)
         yield f"| {metric} | {' | '.join(cells)} |"
 

@@ -1,11 +1,10 @@
 """What a trained model is worth: on held-out pairs of its own data, and by transfer.
 
-Every metric is an array of 1,001 numbers: its value, then its values on bootstrap draws of the
-samples. Draw `i` holds the same samples for every model, so means and differences of metrics are
-means and differences of arrays.
+Every metric is an array: its value, then the influences of groups of samples on it (see
+`protoclip.evaluation.samples`), of the same groups for every metric and model. So means and
+differences of metrics are means and differences of arrays. Influences are NaN where there are none.
 """
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,13 +18,13 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.evaluation import datasets, suite
-from protoclip.evaluation.clustering import agreement, clustering
+from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.evaluation.readers import Subset
-from protoclip.evaluation.samples import DRAWS
+from protoclip.evaluation.samples import by_group
 from protoclip.evaluation.validation import judged
 from protoclip.evaluation.zero_shot import zero_shot_ranks
 from protoclip.files import replacing
@@ -33,17 +32,19 @@ from protoclip.models import loading
 from protoclip.teachers.store import hash_ids
 
 Metrics = dict[str, npt.NDArray[np.float64]]
+Judged = tuple[Sequence[str], Metrics]  # the names of the groups, and the metrics of one data set
 
+FOLDER = "judged-by-group"  # in the run's folder; `judged` has the draws of an earlier version
 HELD_OUT = "held-out"  # what the pairs that were held out of pretraining are called
 FOLDS = 5
 # What a transfer set is for; the others are for held-out pairs.
 TRANSFER = ("linear_probe", "knn", "clustering")
 # The numbers that decide, each the mean over data sets.
-LINEAR, KNN, AMI, RETRIEVAL, ZERO_SHOT, ALL = (
+LINEAR, KNN, AMI, RETRIEVAL, ZERO_SHOT, ALL, WITH_INTERVALS = (
     *("transfer linear probe", "transfer kNN", "transfer AMI"),
-    *("held-out retrieval", "zero-shot", "mean of these"),
+    *("held-out retrieval", "zero-shot", "mean of these", "mean without AMI"),
 )
-DECIDING = (LINEAR, KNN, AMI, RETRIEVAL, ZERO_SHOT, ALL)
+DECIDING = (LINEAR, KNN, AMI, RETRIEVAL, ZERO_SHOT, ALL, WITH_INTERVALS)
 
 
 def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> Metrics:
@@ -63,10 +64,10 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
             encoders.append(Encoder(model=model, transform=transform, tokenizer=tokenizer))
         return encoders[0]
 
-    def on_held_out() -> Metrics:
+    def on_held_out() -> Judged:
         return measured(encoder(), held_out(config, split), ("retrieval", "zero_shot"), split)
 
-    def on_transfer(reference: str) -> Metrics:
+    def on_transfer(reference: str) -> Judged:
         if reference == "emoji":
             return on_concepts(encoder(), datasets.emoji(), split)
         data = datasets.open_data(reference, split=split)
@@ -74,14 +75,15 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
             return on_classes(encoder(), data)
         return measured(encoder(), data, (*TRANSFER, "zero_shot"), split)
 
-    found = kept(folder / "judged" / f"{split}-{HELD_OUT}.npz", on_held_out)
-    by_data = {HELD_OUT: found}
+    found = kept(folder / FOLDER / f"{split}-{HELD_OUT}.npz", on_held_out)
+    by_name = {HELD_OUT: found}
     for reference in transfer:
         name = digest({"reference": reference, "folds": FOLDS})[:8]
-        path = folder / "judged" / f"{split}-transfer-{name}.npz"
-        by_data[reference.rstrip("/").rpartition("/")[2]] = kept(
+        path = folder / FOLDER / f"{split}-transfer-{name}.npz"
+        by_name[reference.rstrip("/").rpartition("/")[2]] = kept(
             path, lambda reference=reference: on_transfer(reference)
         )
+    by_data = side_by_side(by_name)
     return deciding(by_data) | {
         f"{data}: {metric}": values
         for data, metrics in by_data.items()
@@ -89,20 +91,40 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
     }
 
 
-def kept(path: Path, compute: Callable[[], Metrics]) -> Metrics:
-    """Metrics from a file, or computed and kept there."""
+def kept(path: Path, compute: Callable[[], Judged]) -> Judged:
+    """Groups and metrics from a file, or computed and kept there."""
     if path.is_file():
         with np.load(path) as found:
-            return dict(found)
-    metrics = compute()
+            metrics = dict(found)
+            return metrics.pop("groups").tolist(), metrics
+    groups, metrics = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **metrics)  # type: ignore[arg-type]
-    return metrics
+        np.savez(file, groups=np.array(groups), **metrics)  # type: ignore[arg-type]
+    return groups, metrics
+
+
+def side_by_side(by_data: Mapping[str, Judged]) -> dict[str, Metrics]:
+    """The metrics of each data set with the influences of all groups of all data sets."""
+    names = dict.fromkeys(name for groups, _ in by_data.values() for name in groups)
+    column = {name: number for number, name in enumerate(names, start=1)}
+
+    def spread(values: npt.NDArray[np.float64], groups: Sequence[str]) -> npt.NDArray[np.float64]:
+        found = np.zeros(1 + len(column))
+        found[[0, *(column[name] for name in groups)]] = values
+        return found
+
+    return {
+        data: {metric: spread(values, groups) for metric, values in metrics.items()}
+        for data, (groups, metrics) in by_data.items()
+    }
 
 
 def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
-    """The numbers that decide. Zero-shot is that of the held-out pairs, if these have names."""
+    """The numbers that decide. Zero-shot is that of the held-out pairs, if these have names.
+
+    AMI has no interval, so neither has a mean with it.
+    """
     transfer = [metrics for data, metrics in by_data.items() if data != HELD_OUT]
     own = by_data[HELD_OUT]
 
@@ -119,18 +141,25 @@ def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
         ZERO_SHOT: mean(named, "zero_shot/acc1"),
     }
     found = {name: part["mean"] for name, part in parts.items() if part}
-    return {**found, ALL: np.mean([*found.values()], axis=0)}
+    without = [values for name, values in found.items() if name != AMI]
+    means = {ALL: np.mean([*found.values()], axis=0), WITH_INTERVALS: np.mean(without, axis=0)}
+    return {**found, **means}
 
 
-def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Metrics:
+def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Judged:
     """The metrics of those tasks that the data can serve."""
     (chosen,) = suite.chosen_tasks([data], split, None)
     own = [task for task in tasks if task in chosen]
     features = suite.extract(encoder, data, own, split=split)
     found = suite.measure(features, data, own, split=split)
-    draws = found.draws(seed=zlib.crc32(data.name.encode()))
-    shown = [name for name in suite.RUN_METRICS if name in draws]
-    return {name: np.concatenate([[found.metrics[name]], draws[name]]) for name in shown}
+    groups, influences = found.samples.groups().names, found.influences()
+    shown = [name for name in suite.RUN_METRICS if name in (*influences, "clustering/ami")]
+    none = np.full(len(groups), np.nan)
+    return [f"{data.name}: {name}" for name in groups], {
+        name: np.concatenate([[found.metrics[name]], influences.get(name, none)])
+        for name in shown
+        if name in found.metrics
+    }
 
 
 def held_out(config: Config, split: str) -> EvaluationData:
@@ -155,23 +184,21 @@ def held_out(config: Config, split: str) -> EvaluationData:
     return EvaluationData(name=HELD_OUT, splits={split: own})
 
 
-def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Metrics:
+def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Judged:
     """Classes of the emoji, learned from some of a split's concepts and tested on the others.
 
-    Pretraining has seen none of them. Draws are of whole concepts, since the drawings of one are
-    alike; those of AMI are of single images.
+    Pretraining has seen none of them.
     """
     features = suite.extract(encoder, data, ["clustering"], split=split)
     part = features.parts[split]
     assert part.labels is not None
     right = by_folds(part.unit, part.labels, part.groups)
-    clusters = suite.measure(features, data, ["clustering"], split=split)
-    draws = clusters.draws(seed=zlib.crc32(data.name.encode()))["clustering/ami"]
-    ami = np.concatenate([[clusters.metrics["clustering/ami"]], draws])
-    return {**grouped_means(right, part.groups), "clustering/ami": ami}
+    ami = clustering(part.unit, part.labels)["ami"]
+    groups, _ = suite.hanging_together(part)
+    return grouped_means(right, groups, data.name, ami=ami)
 
 
-def on_classes(encoder: Encoder, data: EvaluationData) -> Metrics:
+def on_classes(encoder: Encoder, data: EvaluationData) -> Judged:
     """Classes of images, learned from some of train and validation and tested on the others.
 
     Choices are made by this. The validation split alone is too small to tell arms apart.
@@ -183,10 +210,8 @@ def on_classes(encoder: Encoder, data: EvaluationData) -> Metrics:
     rows = torch.arange(len(labels))
     ranks = zero_shot_ranks(images, features.texts["classes"], labels)
     right = {**by_folds(images, labels, rows), "zero_shot/acc1": ranks == 0}
-    cluster = clustering(images, labels, restarts=10)["cluster"].numpy()
-    draws = np.random.default_rng(0).integers(0, len(rows), (DRAWS, len(rows)))
-    ami = agreement(labels.numpy(), cluster, [rows.numpy(), *draws])["clustering/ami"]
-    return {**grouped_means(right, rows), "clustering/ami": ami}
+    ids = [f"{number}: {name}" for number, part in enumerate(parts) for name in part.ids]
+    return grouped_means(right, ids, data.name, ami=clustering(images, labels)["ami"])
 
 
 def by_folds(
@@ -215,15 +240,13 @@ def by_folds(
 
 
 def grouped_means(
-    values: Mapping[str, Bool[Tensor, " n"]], groups: Int[Tensor, " n"], *, seed: int = 0
-) -> Metrics:
-    """Means of values, and on draws of whole groups with replacement."""
-    _, group = np.unique(groups.numpy(), return_inverse=True)
-    sizes = np.bincount(group)
-    number = len(sizes)
-    draws = np.random.default_rng(seed).multinomial(number, [1 / number] * number, size=DRAWS)
-    counts = np.concatenate([np.ones((1, number)), draws])
-    return {
-        name: counts @ np.bincount(group, of.numpy()) / (counts @ sizes)
-        for name, of in values.items()
-    }
+    values: Mapping[str, Bool[Tensor, " n"]], groups: Sequence[str], data: str, *, ami: float
+) -> Judged:
+    """Means of values with their influences, and AMI without."""
+    names, group = np.unique(groups, return_inverse=True)
+    found = {"clustering/ami": np.concatenate([[ami], np.full(len(names), np.nan)])}
+    for name, of_samples in values.items():
+        right = of_samples.double().numpy()
+        parts = (right - right.mean()) / len(right)
+        found[name] = np.concatenate([[right.mean()], by_group(parts, group, len(names))])
+    return [f"{data}: {name}" for name in names], found

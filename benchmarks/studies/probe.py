@@ -17,6 +17,7 @@ import torch
 from protoclip.evaluation import compare, datasets, suite
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
+from protoclip.evaluation.samples import beyond
 from protoclip.models import loading
 from protoclip.progress import Progress
 
@@ -42,8 +43,7 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     if not found:
         return ""
     interval = compare.t_interval(found) if len(found) > 1 else None
-    beyond = interval is not None and not interval[0] <= 0 <= interval[1]
-    facts = {"mean": statistics.mean(found), "interval": interval, "beyond": beyond}
+    facts = {"mean": statistics.mean(found), "interval": interval, "beyond": beyond(interval)}
     shown = compare.cell({"mean": 0.0, "difference": facts}, scale=1.0, digits=1)
     return "<br>" + shown.partition("\n")[2]
 

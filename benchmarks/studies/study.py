@@ -29,7 +29,8 @@ were tried.
 
 Runs are kept in `--out` by their settings, go on if they were interrupted, and are not repeated.
 Differences are paired by seed, with 95% intervals that cover seeds (Student's t) and samples
-(bootstrap) together; with one seed they cover samples only.
+(by groups, such as the images of a concept) together; with one seed they cover samples only. AMI
+has no interval: how K-means divides other samples does not follow from one division.
 """
 
 import argparse
@@ -59,6 +60,7 @@ from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import Pairs
 from protoclip.evaluation.compare import t_interval
+from protoclip.evaluation.samples import beyond
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.loading import MODEL, WEIGHTS
@@ -340,18 +342,20 @@ def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric:
         return None
     gaps = np.stack([found[s].metrics[metric] - other[s].metrics[metric] for s in seeds])
     mean = float(gaps[:, 0].mean())
-    of_samples = NORMAL * float(gaps[:, 1:].mean(axis=0).std(ddof=1))
+    of_samples = NORMAL * float(np.sqrt(np.square(gaps[:, 1:].mean(axis=0)).sum()))
     of_seeds = 0.0
     if len(seeds) > 1:
         low, high = t_interval(gaps[:, 0].tolist())
         of_seeds = (high - low) / 2
-    half = math.hypot(of_seeds, of_samples)
+    half, ends = math.hypot(of_seeds, of_samples), None
+    if math.isfinite(half):
+        ends = [mean - half, mean + half]
     return {
         "mean": mean,
-        "interval": [mean - half, mean + half],
+        "interval": ends,
         "half_width": {"seeds": of_seeds, "samples": of_samples},
         "by_seed": dict(zip(seeds, gaps[:, 0].tolist(), strict=True)),
-        "beyond": abs(mean) > half,
+        "beyond": beyond(ends),
     }
 
 
@@ -438,8 +442,10 @@ def cell(value: Mapping[str, Any] | None) -> str:
         return "-"
     text = f"{100 * value['mean']:.1f}"
     if (gap := value.get("difference")) is not None:
-        low, high = (f"{100 * end:+.1f}" for end in gap["interval"])
-        text += f"<br>{100 * gap['mean']:+.1f} [{low}, {high}]" + "*" * gap["beyond"]
+        text += f"<br>{100 * gap['mean']:+.1f}"
+        if gap["interval"] is not None:
+            low, high = (f"{100 * end:+.1f}" for end in gap["interval"])
+            text += f" [{low}, {high}]" + "*" * gap["beyond"]
     return text
 
 

@@ -164,15 +164,37 @@ def test_folds_share_no_group():
         assert bool(common[name].all())
 
 
-def test_draws_of_groups_spread_as_groups_do():
-    """Five equal rows a group: the standard error is that of the groups, not of the rows."""
-    right = torch.arange(100) % 2 == 0
-    found = judge.grouped_means(
-        {"a": right.repeat_interleave(5)}, torch.arange(100).repeat_interleave(5)
-    )
-    assert found["a"][0] == 0.5
-    assert found["a"].shape == (1001,)
-    assert found["a"][1:].std() == pytest.approx(math.sqrt(0.25 / 100), rel=0.1)
+def test_the_groups_of_data_sets_stand_side_by_side():
+    """Five equal rows a group: the standard error is that of groups. Two sets may share groups."""
+    right = torch.arange(100).repeat_interleave(5) % 2 == 0
+    names = [f"group {row:02}" for row in range(100) for _ in range(5)]
+    one = judge.grouped_means({"knn/acc1": right}, names, "x", ami=0.3)
+    two = judge.grouped_means({"knn/acc1": ~right}, names, "x", ami=0.5)
+    three = judge.grouped_means({"knn/acc1": right}, names, "y", ami=0.1)
+    found = judge.side_by_side({"one": one, "two": two, "three": three})
+    values = [found[name]["knn/acc1"] for name in found]
+    assert [len(of) for of in values] == [201] * 3
+    assert [of[0] for of in values] == [0.5] * 3
+    error = math.sqrt(0.25 / 99)
+    assert np.linalg.norm(values[0][1:]) == pytest.approx(error)
+    assert np.linalg.norm(values[0][1:] + values[1][1:]) == pytest.approx(0.0)
+    assert np.linalg.norm(values[0][1:] + values[2][1:]) == pytest.approx(error * math.sqrt(2))
+
+
+def test_what_has_no_interval_has_no_star(tiny):
+    """AMI, and each mean with it; the mean without it has one."""
+    metrics = {"knn/acc1": np.array([0.4, 0.01]), "clustering/ami": np.array([0.2, np.nan])}
+    recalls = dict.fromkeys(judge.suite.RECALLS, np.array([0.3, 0.01]))
+    named = {**recalls, "zero_shot/acc1": np.array([0.5, 0.0])}
+    found = judge.deciding({judge.HELD_OUT: named, "x": metrics})
+    assert found[judge.WITH_INTERVALS].tolist() == pytest.approx([0.4, 0.02 / 3])
+    study = studies.read_study(tiny)
+    task = task_of(study, "CLIP", Path())
+    zeros = dict.fromkeys(judge.DECIDING, np.zeros(2))
+    runs = [{0: studies.Judged(task=task, metrics=of, seconds=1.0)} for of in (found, zeros)]
+    gap = studies.difference(*runs, judge.ALL)
+    assert (gap["mean"], gap["interval"], gap["beyond"]) == (pytest.approx(0.35), None, False)
+    assert studies.cell({"mean": 0.5, "difference": gap}) == "50.0<br>+35.0"
 
 
 def test_held_out_pairs_are_halved(tmp_path):
@@ -207,8 +229,8 @@ def test_held_out_pairs_are_halved(tmp_path):
 
 
 def judged(study, arm, values, *, seed=0, split="validation", spread=0.0):
-    draws = spread * np.random.default_rng(seed).standard_normal(1000)
-    metrics = {judge.ALL: np.concatenate([[values], values + draws])}
+    influences = spread * np.random.default_rng(seed).standard_normal(100)
+    metrics = {judge.ALL: np.concatenate([[values], influences])}
     task = task_of(study, arm, Path(), seed=seed, split=split)
     return studies.Judged(task=task, metrics=metrics, seconds=1.0)
 
@@ -219,7 +241,7 @@ def test_differences_cover_seeds_and_samples(tiny):
     one = {0: judged(study, "CLIP", 0.1), 1: judged(study, "CLIP", 0.2, seed=1)}
     other = {0: judged(study, "few", 0.4, spread=0.01), 1: judged(study, "few", 0.7, seed=1)}
     found = studies.difference({0: other[0]}, one, judge.ALL)
-    sd = float((other[0].metrics[judge.ALL] - one[0].metrics[judge.ALL])[1:].std(ddof=1))
+    sd = float(np.linalg.norm((other[0].metrics[judge.ALL] - one[0].metrics[judge.ALL])[1:]))
     assert found["mean"] == pytest.approx(0.3)
     assert found["half_width"] == {"seeds": 0.0, "samples": pytest.approx(1.96 * sd)}
     found = studies.difference(other, one, judge.ALL)
