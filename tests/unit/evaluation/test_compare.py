@@ -26,6 +26,8 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
     def column(name: str, number: int):
         if name == "group":
             return np.array([f"group {row % 17}" for row in range(number)], object)
+        if "crowding" in name:
+            return generator.normal(size=number) / 1000
         if name.endswith("class"):
             return generator.integers(12, size=number)
         if name.endswith("correct"):
@@ -66,6 +68,10 @@ def test_influences_are_sums_over_groups(backwards):
                 if number == 1:
                     gap = mean_of_class - np.mean([*of_class.values()])
                 expected[group] += gap / own.sum() / len(of_class)
+        if mean.crowding is not None:
+            others = one.images if rows is one.texts else one.texts
+            for taken, group in zip(others[mean.crowding], others["group"], strict=True):
+                expected[group] += taken
         correction = math.sqrt(len(names) / (len(names) - 1))
         np.testing.assert_allclose(found[metric], np.array([*expected.values()]) * correction)
 
