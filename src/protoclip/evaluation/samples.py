@@ -194,7 +194,8 @@ def influences(results: SampleResults) -> dict[str, Floats]:
         if rows is others:
             others, of_others = results.texts, groups.texts
         if (crowding := MEANS[metric].crowding) in others:
-            found[metric] += by_group(others[str(crowding)], of_others, len(groups.names))
+            taken = others[str(crowding)].astype(np.float64)
+            found[metric] += by_group(taken, of_others, len(groups.names))
     return found
 
 

@@ -14,7 +14,10 @@ from protoclip.evaluation.samples import (
     MEANS,
     TEXT_COLUMNS,
     SampleResults,
+    beyond,
     influences,
+    interval,
+    interval_of_difference,
 )
 from protoclip.files import to_json
 
@@ -82,6 +85,35 @@ def test_a_class_of_one_group_is_held_against_the_others():
     columns |= {"group": np.arange(8) // 2, "zero_shot_rank": np.array([0, 0, 0, 1, 1, 1, 0, 1])}
     found = influences(SampleResults(images=columns))["zero_shot/mean_per_class_recall"]
     np.testing.assert_allclose(found, np.array([0.5, 0, -0.5, 0]) / 4 * math.sqrt(4 / 3))
+
+
+def test_a_difference_rests_on_five_groups_or_more():
+    """Else it has no interval; without any difference it is 0. An interval of NaN gets no star."""
+    moved = np.array([0.1, -0.1] * 10)
+    low, high = interval_of_difference(0.2, moved)
+    half = scipy.stats.t.ppf(0.975, 19) * math.sqrt(0.2)
+    assert (low, high) == pytest.approx((0.2 - half, 0.2 + half))
+    assert interval_of_difference(0.2, np.where(np.arange(20) < 5, moved, 0.0)) is not None
+    assert interval_of_difference(0.2, np.where(np.arange(20) < 4, moved, 0.0)) is None
+    assert interval_of_difference(0.0, np.zeros(20)) == [0.0, 0.0]
+    ends = interval_of_difference(math.nan, moved)
+    assert [beyond(of) for of in (None, ends, [0.1, 0.2], [-0.1, 0.2])] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_the_interval_of_a_metric_is_wilsons():
+    """Of as many samples as would leave the same variance; at 0 and 1, of as many as groups."""
+    right = np.arange(200) < 150
+    found = interval(0.75, (right - 0.75) / 200)
+    expected = scipy.stats.binomtest(150, 200).proportion_ci(method="wilson")
+    assert found == pytest.approx([expected.low, expected.high], rel=2e-3)
+    low, high = interval(1.0, np.zeros(200))
+    expected = scipy.stats.binomtest(200, 200).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, 1.0), rel=2e-3)
 
 
 def correlated(seed: int) -> tuple[SampleResults, SampleResults]:
