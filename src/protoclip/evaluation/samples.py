@@ -158,7 +158,7 @@ class SampleResults:
         if "group" not in images:
             say(
                 f"note: {path}: an earlier version wrote it and left out which images hang "
-                "together, so intervals may be too narrow; evaluate the run again"
+                "together, so intervals may be too narrow; `evaluate --compare-to` is right"
             )
             images["group"], known = images["sample_id"], {*images["sample_id"]}
             # The id of a text is that of its image, and the text.

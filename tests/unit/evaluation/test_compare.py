@@ -180,7 +180,7 @@ def test_results_of_earlier_versions_say_that_they_lack_groups(tmp_path, capsys)
     read = SampleResults.read(tmp_path / "old.parquet")
     assert read.texts["group"].tolist() == ["a", "a", "b", "c: x"]
     assert read.images["group"].tolist() == ["a", "b"]
-    assert "evaluate the run again" in capsys.readouterr().err
+    assert "evaluate --compare-to" in capsys.readouterr().err
 
 
 def test_damaged_results_of_samples_are_refused(tmp_path):
