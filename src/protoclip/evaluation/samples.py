@@ -233,7 +233,8 @@ def interval(metric: float, influence: Floats) -> list[float]:
     z = stdtrit(number - 1, 0.975)
     centre = metric + z**2 / (2 * size)
     half = z * np.sqrt(spread / size + z**2 / (4 * size**2))
-    return [float(end / (1 + z**2 / size)) for end in (centre - half, centre + half)]
+    low, high = (float(end / (1 + z**2 / size)) for end in (centre - half, centre + half))
+    return [min(low, metric), max(high, metric)]  # rounding
 
 
 def interval_of_difference(difference: float, influence: Floats) -> list[float] | None:
