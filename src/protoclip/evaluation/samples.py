@@ -5,6 +5,7 @@ squares is the metric's variance over other test sets. Influences of means and d
 metrics are means and differences of influences, so models are compared group by group.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,10 +161,10 @@ class SampleResults:
                 f"note: {path}: an earlier version wrote it and left out which images hang "
                 "together, so intervals may be too narrow; `evaluate --compare-to` is right"
             )
-            images["group"], known = images["sample_id"], {*images["sample_id"]}
+            images["group"], of_images = images["sample_id"], {*images["sample_id"]}
             # The id of a text is that of its image, and the text.
             of_image = [(name.partition(": ")[0], name) for name in texts["sample_id"]]
-            groups = [image if image in known else name for image, name in of_image]
+            groups = [image if image in of_images else name for image, name in of_image]
             texts["group"] = np.array(groups, dtype=object)
         return cls(images=images, texts=texts)
 
@@ -217,8 +218,8 @@ def deviations(values: Floats, classes: npt.NDArray[Any], group: Ints) -> Floats
 
 def by_group(parts: Floats, group: Ints, number: int) -> Floats:
     """The influence of each of `number` groups on a metric, of what its samples add to that."""
-    sums = np.bincount(group, parts, minlength=number)
-    return sums * np.sqrt(number / (number - 1))
+    sums: Floats = np.bincount(group, parts, minlength=number)
+    return sums * math.sqrt(number / (number - 1))
 
 
 def interval(metric: float, influence: Floats) -> list[float]:
