@@ -4,6 +4,7 @@ import atexit
 import functools
 import sys
 import time
+from contextlib import suppress
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -42,8 +43,9 @@ class Progress:
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.first = visible(label), total, -1
-        self.stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-        self.display = display(self.stream) if self.stream.isatty() else None
+        # None if standard error is closed.
+        self.stream: TextIO | None = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        self.display = display(self.stream) if self.stream and self.stream.isatty() else None
         self.task: Any = None
         self.interval = 0.2 if self.display else 15.0
         self.started = self.last_shown = time.monotonic()
@@ -55,6 +57,10 @@ class Progress:
         if now - self.last_shown < self.interval and not finished:
             return
         self.last_shown = now
+        with suppress(OSError):  # what cannot be shown stops nothing
+            self._show(done, detail, now, finished=finished)
+
+    def _show(self, done: int, detail: str, now: float, *, finished: bool) -> None:
         passed, made = now - self.started, done - self.first
         at = f"{100 * done // max(1, self.total)}%, {duration(passed)} so far"
         if made and not finished:
@@ -62,7 +68,8 @@ class Progress:
         about = f" ({visible(detail)})" if detail else ""
         what = self.label + about
         if self.display is None:
-            print(f"{self.label}: {at}{about}", file=self.stream, flush=True)
+            if self.stream is not None:  # `print` would take standard output
+                print(f"{self.label}: {at}{about}", file=self.stream, flush=True)
             return
         if self.task is None:
             self.task = self.display.add_task(what, total=None, at=at)

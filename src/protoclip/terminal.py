@@ -1,7 +1,12 @@
-"""What a person sees: texts of others, with those characters escaped that a terminal obeys."""
+"""What a person sees: streams that stop nothing, and texts that a terminal does not obey."""
 
+import errno
+import io
+import os
 import re
 import sys
+from contextlib import suppress
+from typing import Any
 
 # Controls, ends of lines, what turns the direction of text, and halves of characters.
 OBEYED = re.compile(r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -15,5 +20,59 @@ def visible(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print one line to standard error, whatever paths and names are in it."""
-    print(visible(text), file=sys.stderr, flush=True)
+    """Print one line to standard error, whatever paths and names are in it, if that is possible."""
+    if sys.stderr is not None:  # `print` would take standard output
+        with suppress(OSError):
+            print(visible(text), file=sys.stderr, flush=True)
+
+
+class Stream(io.FileIO):
+    """A standard stream that drops what it cannot write; `error` is the first reason.
+
+    So whatever prints (we, Python at its exit, a library's warning, a thread's traceback) can end
+    no work, when the reader has left, the disk is full or the terminal is gone.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+            if written is None:  # a pipe that is full, and that somebody set not to wait
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        except OSError as error:
+            self.error = self.error or error
+            return memoryview(data).nbytes
+        return written
+
+
+def protect_streams() -> Stream | None:
+    """Make `sys.stdout` and `sys.stderr` streams that raise nothing; returns the first one's.
+
+    Leaves alone what a caller put in their place. The system would give the number of a standard
+    stream that is closed to the next file that is opened, so that text meant for the stream went
+    into that file; here the number is taken.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # not writable either, so that writing fails as before
+            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+    made: list[Stream | None] = []
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        before, stream = getattr(sys, name), None
+        if before is getattr(sys, f"__{name}__"):
+            if before is None:  # it was closed, and by now its number may be another file's
+                number = os.open(os.devnull, os.O_RDONLY)
+            stream = Stream(number, "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(stream),
+                encoding=getattr(before, "encoding", "utf-8"),
+                line_buffering=before is None or before.line_buffering or before.write_through,
+            )
+            setattr(sys, name, text)
+        made.append(stream)
+        if isinstance(text := getattr(sys, name), io.TextIOWrapper):
+            # Rather escape a character that the encoding lacks than end.
+            text.reconfigure(errors="backslashreplace")
+    return made[0]

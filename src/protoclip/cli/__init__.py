@@ -2,7 +2,6 @@
 
 import errno
 import inspect
-import io
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from protoclip.cli.finetune import Finetune
 from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.report import Report
 from protoclip.cli.train import Train
-from protoclip.terminal import say
+from protoclip.terminal import Stream, protect_streams, say
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
@@ -53,15 +52,15 @@ WAYS_OUT = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "choose another place",
 }
+# Commands whose result is what they print, as that of any command with --json.
+PRINT_RESULTS = ("evaluate", "compare", "data inspect")
 # Seconds that other ranks wait for rank 0 to report the same error.
 PATIENCE = 5.0
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Rather escape a character that the terminal's encoding lacks than end.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    output = protect_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     # The command may stand behind options: `protoclip --json compare a b`.
     places = {
@@ -76,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if not {"-h", "--help"}.isdisjoint(words):
             print(help_text(name, COMMANDS[name]) if name else overview(), flush=True)
+            require_printed(output)
             sys.exit(0)
         if not name:
             said = " ".join(words)
@@ -85,14 +85,15 @@ def main(arguments: list[str] | None = None) -> None:
             close = get_close_matches(said, COMMANDS, n=1)
             what = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
             raise ValueError(f"{said or 'no command'}: {what}")
-        parse(COMMANDS[name], words)()
+        command = parse(COMMANDS[name], words)
+        command()
         sys.stdout.flush()
+        if name in PRINT_RESULTS or getattr(command, "json", False):
+            require_printed(output)
     except KeyboardInterrupt:
-        print("protoclip: interrupted", file=sys.stderr)
+        say("protoclip: interrupted")
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and reader_left():
-            sys.exit(0)
         fail(error)
 
 
@@ -102,15 +103,17 @@ def overview() -> str:
     return "\n".join(["usage: protoclip COMMAND [OPTIONS]", "", *aligned(rows), "", hint])
 
 
-def reader_left() -> bool:
-    """Whether nobody reads standard output any more, as after `| head -1`."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        # Python flushes once more at its exit, and would report this error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def require_printed(output: Stream | None) -> None:
+    """Refuse to end well if standard output, a command's result, was not written.
+
+    A reader that leaves, as `head -1` does, has what it wanted.
+    """
+    error = output.error if output is not None else None
+    if error is not None and not isinstance(error, BrokenPipeError):
+        raise ValueError(
+            f"standard output: {error.strerror}; what is printed was lost, so give the command "
+            "again with one that can be written"
+        )
 
 
 def described(error: OSError) -> str:

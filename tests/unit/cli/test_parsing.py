@@ -1,6 +1,5 @@
 """Options as people type them, recipes, and what `--help` costs and shows."""
 
-import os
 import re
 import subprocess
 import sys
@@ -168,18 +167,6 @@ def test_help_fits_the_terminal(command, monkeypatch, capsys):
     assert lines[0].startswith(f"usage: protoclip {command}".rstrip())
     assert len(lines) > 5
     assert all(len(line) <= 80 for line in lines)
-
-
-def test_a_reader_that_leaves_is_no_error(monkeypatch, capsys):
-    """As of `protoclip --help | head -1`."""
-    read, write = os.pipe()
-    os.close(read)
-    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    sys.stdout.close()
-    assert stop.value.code == 0
-    assert capsys.readouterr().err == ""
 
 
 def test_commands_import_what_they_need():

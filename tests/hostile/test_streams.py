@@ -1,0 +1,174 @@
+"""Standard streams that cannot be written: the reader has left, the disk is full, or closed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.cli import main
+from protoclip.models import loading
+from protoclip.progress import Progress
+from protoclip.terminal import say
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import run
+
+LOST = "protoclip: error: standard output: {}; what is printed was lost, so give the command again"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Pairs, a run on them, and the settings of another; the current folder."""
+    home = tmp_path_factory.mktemp("streams")
+    pq.write_table(tiny_pairs(64), home / "pairs.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        (home / "recipe.toml").write_text(run.to_toml(tiny_config("pairs.parquet", out="again")))
+        run.train(tiny_config("pairs.parquet", out="run"))
+        yield home
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+def redirected(streams: str) -> dict[int, str]:
+    """What a shell makes of `2>/dev/full`, `>&-` and the like; `2|` is a reader that left."""
+    found = re.findall(r"([012]?)(>&-|<&-|>/dev/full|\|)", streams)
+    usual = {">&-": 1, "<&-": 0, ">/dev/full": 1, "|": 1}
+    return {int(number or usual[what]): what for number, what in found}
+
+
+def ended(words: str, streams: str, folder: Path) -> Ended:
+    """How a command ends in a process of its own, which is forked: importing takes seconds."""
+    paths = [folder / "out.txt", folder / "err.txt"]
+    child = os.fork()
+    if child == 0:
+        code: Any = 70
+        try:
+            code = in_child(words.split(), redirected(streams), paths)
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Ended(code, *(path.read_text(encoding="utf-8") for path in paths))
+
+
+def in_child(words: list[str], streams: dict[int, str], paths: list[Path]) -> Any:
+    """Make the streams as Python does when it starts, run a command, and flush as Python does."""
+    for number, path in enumerate(paths, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    for number, what in streams.items():
+        if what.endswith("&-"):
+            os.close(number)
+            continue
+        read, file = os.pipe() if what == "|" else (None, os.open("/dev/full", os.O_WRONLY))
+        os.dup2(file, number)
+        if read is not None:
+            os.close(read)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        mode, closed = "r" if number == 0 else "w", streams.get(number, "").endswith("&-")
+        stream = None if closed else open(number, mode, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    code: Any = 0
+    try:
+        main(words)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except Exception:
+        return 120
+    return code
+
+
+@pytest.mark.parametrize(
+    ("words", "streams", "code"),
+    [
+        ("--help", "|", 0),
+        ("--help", ">/dev/full", 2),
+        ("compare run run", "|", 0),
+        ("compare run run", ">&-", 2),
+        ("data index pairs.parquet", ">/dev/full", 0),
+        ("data index pairs.parquet", ">&- 2>&-", 0),
+        ("data inspect pairs.parquet --data.workers 1", "2|", 0),
+        ("data inspect pairs.parquet --data.workers 1 --json", ">/dev/full", 2),
+        ("data inspect nothing.csv", "2>&-", 2),
+        ("embed-teacher --teacher run --data.train pairs.parquet --out {}/t", ">&- 2>&-", 0),
+        ("analyze run --data pairs.parquet --samples 16 --out {}", "2|", 0),
+    ],
+)
+def test_only_a_result_that_is_lost_is_an_error(words, streams, code, home, tmp_path):
+    """Messages never are. A reader that leaves has what it wanted."""
+    end = ended(words.replace("{}", str(tmp_path)), streams, tmp_path)
+    assert end.code == code, end
+    lost = {">/dev/full": "No space left on device", ">&-": "Bad file descriptor"}.get(streams)
+    if code and lost:
+        assert end.err.splitlines()[-1].startswith(LOST.format(lost)), end
+    assert "Traceback" not in end.err
+
+
+@pytest.mark.parametrize("streams", ["2|", "<&- >&- 2>&-"])
+def test_a_run_goes_on_without_its_streams(streams, home, tmp_path):
+    """With a worker process: it saves, evaluates, and writes nothing into its files that was meant
+    for a stream."""
+    words = f"train --config recipe.toml --run.out {tmp_path}/run --data.workers 1"
+    end = ended(words, streams, tmp_path)
+    assert end.code == 0, end
+    assert "Traceback" not in end.err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 16
+    assert loading.damage(loading.checkpoints(tmp_path / "run")[-1]) is None
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert "step" in json.loads(line)
+
+
+def test_results_as_json_that_are_lost_are_an_error_after_the_run(home, tmp_path):
+    words = f"train --config recipe.toml --run.out {tmp_path}/run --json"
+    end = ended(words, ">/dev/full", tmp_path)
+    assert end.code == 2
+    assert end.err.splitlines()[-1].startswith(LOST.format("No space left on device"))
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.parametrize(("streams", "code"), [("2>/dev/full", 0), (">/dev/full", 2), (">&-", 2)])
+def test_evaluate_writes_its_files_whatever_its_streams(streams, code, home, tmp_path):
+    words = f"evaluate run --data pairs.parquet --workers 0 --out {tmp_path}/out"
+    end = ended(words, streams, tmp_path)
+    assert end.code == code, end
+    assert len([*(tmp_path / "out").glob("*.json")]) == 2
+    assert ("retrieval" in end.out) == (code == 0)
+    assert ("protoclip: error: standard output: " in end.err) == (code == 2)
+
+
+@pytest.mark.slow
+def test_a_real_process_ends_well_with_all_streams_closed(home, tmp_path):
+    """As the tests above, but started by a shell and ended by Python."""
+    words = f"-m protoclip train --config recipe.toml --run.out {tmp_path}/run --data.workers 1"
+    line = f"exec {sys.executable} {words} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", line]).returncode == 0
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("stream", ["closed", "full"])
+def test_functions_go_on_without_standard_error(stream, monkeypatch, capsys):
+    """As of a notebook's process; nothing is printed to standard output instead."""
+    file = None if stream == "closed" else Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", file)
+    say("a note")
+    Progress("a task", 1).update(1)
+    assert capsys.readouterr().out == ""
