@@ -1,8 +1,11 @@
 """Where metrics go: a JSON Lines file, which is the record, TensorBoard and Weights & Biases."""
 
 import errno
+import io
+import os
 import secrets
-import threading
+import socket
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -102,29 +105,36 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files for TensorBoard, which hides what older files hold of steps after `step`."""
+    """An event file for TensorBoard, which hides what older files hold of steps after `step`.
+
+    Each call writes all, so that an error is that call's. torch's SummaryWriter writes in a thread,
+    which prints a traceback when the disk is full.
+    """
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        make = import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer = make(str(folder), purge_step=step + 1)
-        # SummaryWriter writes in a thread. If that fails, the next call here raises the same error;
-        # the traceback that the thread would print too only litters the console.
-        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
-
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            self._hook(failure)
+        self._events = import_module("tensorboard.compat.proto.event_pb2")
+        self._record_writer = import_module("tensorboard.summary.writer.record_writer").RecordWriter
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / name
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._append({"file_version": "brain.Event:2"}, {"step": step + 1, "session_log": start})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
+        self._append({"step": step, "summary": {"value": values}})
 
     def close(self) -> None:
-        try:
-            self._writer.close()
-        finally:
-            threading.excepthook = self._hook
+        """Nothing is left open."""
+
+    def _append(self, *events: Mapping[str, Any]) -> None:
+        content = io.BytesIO()
+        for event in events:
+            made = self._events.Event(wall_time=time.time(), **event)
+            self._record_writer(content).write(made.SerializeToString())
+        with self.path.open("ab") as file:
+            file.write(content.getvalue())
 
 
 class WeightsAndBiases:
