@@ -90,7 +90,7 @@ def test_tensorboard_on_a_full_disk_is_off(tmp_path, capsys):
     assert warning.startswith("warning: TensorBoard: [Errno 27] File too large")
 
 
-def test_a_disk_that_is_full_from_the_start_costs_a_warning_each(tmp_path, capfd):
+def test_a_disk_that_is_full_from_the_start_costs_a_warning_each(tmp_path, capsys):
     """No thread is started, whose traceback would come at any time."""
     with room(0):
         threads = threading.active_count()
@@ -99,7 +99,7 @@ def test_a_disk_that_is_full_from_the_start_costs_a_warning_each(tmp_path, capfd
         log.write(1, 0, {"loss": 1.0})
     log.close()
     assert steps(tmp_path / "metrics.jsonl") == [1]
-    assert [line.split(":")[1] for line in capfd.readouterr().err.splitlines()] == [
+    assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines()] == [
         " TensorBoard",
         " metrics.jsonl",
     ]
