@@ -144,15 +144,28 @@ class EpisodeSampler:
 
 
 def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], Episode]:
-    """A function from the number of an episode to the episode; raises as `EpisodeSampler`."""
+    """A function from the number of an episode to the episode.
+
+    Raises:
+        ValueError: As `EpisodeSampler` does, or a source of which no pair is left has a weight.
+    """
     size = config.episodes.size
     if isinstance(samples, SampleStream):
         # Here the rows are positions in the stream.
         return lambda index: Episode(index=index, rows=torch.arange(size) + index * size)
+    sizes = [len(source) for source in getattr(samples, "sources", [samples])]
+    weights = [entry.weight for entry in config.data.sources if entry.weight is not None]
+    whole = getattr(samples, "pairs", samples)  # with what is held out
+    for source, number in zip(getattr(whole, "sources", [whole]), sizes, strict=True):
+        if weights and not number:
+            raise ValueError(
+                f"data.sources: no pair of '{source.name}' is left to train on, but it has a "
+                "weight; take it out, or hold out fewer pairs (data.validation)"
+            )
     return EpisodeSampler(
-        [len(source) for source in getattr(samples, "sources", [samples])],
+        sizes,
         size,
         seed=config.run.seed,
         replacement=config.episodes.replacement,
-        weights=[entry.weight for entry in config.data.sources if entry.weight is not None] or None,
+        weights=weights or None,
     ).episode

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from protoclip.data.sampler import EpisodeSampler, permute, transform_draws
+from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
+from protoclip.data.held_out import Rest
+from protoclip.data.mixture import MixedPairs
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.sampler import EpisodeSampler, episodes, permute, transform_draws
+from protoclip.testing import tiny_pairs
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -96,3 +101,16 @@ def test_sources_without_weights_are_one_long_source() -> None:
     """The same rows as from one source of their total size."""
     joined, single = (EpisodeSampler(s, 40, seed=5, replacement=False) for s in ([30, 70], 100))
     assert torch.equal(joined.episode(3).rows, single.episode(3).rows)
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement: bool) -> None:
+    """All of it is held out. A permutation of nothing would never end."""
+    parts = [ImageTextPairs(tiny_pairs(size), name=f"of {size}") for size in (8, 2)]
+    samples = Rest(MixedPairs(parts), np.array([8, 9]))
+    config = Config(
+        data=DataConfig(sources=[SourceConfig(path=part.name, weight=1.0) for part in parts]),
+        episodes=EpisodeConfig(size=8, replacement=replacement),
+    )
+    with pytest.raises(ValueError, match=r"^data\.sources: no pair of 'of 2' is left .* weight;"):
+        episodes(config, samples)
