@@ -4,12 +4,18 @@ import multiprocessing
 import os
 import signal
 import time
+from datetime import timedelta
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from interrupting import with_changes
 from protoclip.distributed import collectives
-from protoclip.testing import run_distributed
+from protoclip.testing import run_distributed, tiny_config, tiny_pairs
+from protoclip.training.run import train
 
 
 def collect(rank_rows: list[int]) -> dict[str, object]:
@@ -54,26 +60,19 @@ def raised(which: str) -> tuple[str, str]:
         if which == "all" or (collectives.rank() == 1 and which != "rank 0"):
             raise ValueError(f"rank {collectives.rank()}")
 
-    def outer() -> None:
-        collectives.raise_on_all_ranks(inner)
-
     try:
         if which == "rank 0":
             collectives.rank0_first(fail)
-        collectives.raise_on_all_ranks(outer if which == "nested" else inner)
+        collectives.raise_on_all_ranks(inner)
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing", ""
 
 
-RANK_1 = [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]
-
-
 @pytest.mark.parametrize(
     ("which", "expected"),
     [
-        ("rank 1", RANK_1),
-        ("nested", RANK_1),
+        ("rank 1", [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]),
         ("all", [("ValueError", "rank 0"), ("RaisedOnAnotherRank", "rank 0")]),
         ("rank 0", [("IndexError", "no rank"), ("RuntimeError", "IndexError: no rank")]),
     ],
@@ -81,6 +80,53 @@ RANK_1 = [("RaisedOnAnotherRank", "rank 1"), ("ValueError", "rank 1")]
 def test_an_error_on_one_rank_is_raised_on_all(which, expected):
     """As it was on the first rank that met it; with its message on the others."""
     assert run_distributed(raised, 2, which) == expected
+
+
+@pytest.mark.parametrize(
+    "collective",
+    [
+        lambda: collectives.all_gather_object(1),
+        lambda: collectives.any_rank([True]),
+        lambda: collectives.all_reduce(torch.ones(1)),
+        lambda: collectives.all_gather(torch.ones(1)),
+        lambda: collectives.broadcast(torch.ones(1)),
+        lambda: collectives.raise_on_all_ranks(int),
+        lambda: collectives.rank0_first(int),
+    ],
+)
+@pytest.mark.parametrize("within", [collectives.raise_on_all_ranks, collectives.rank0_first])
+def test_no_collective_where_one_rank_can_leave_by_an_exception(within, collective):
+    """Not on one rank either, so that each test of a caller finds it. After it all is as before."""
+    with pytest.raises(AssertionError, match="a collective within"):
+        within(collective)
+    collective()
+
+
+def teacher_of(folder: str) -> tuple[str, str]:
+    """What this rank raises when it starts a run whose teacher only rank 0 can read."""
+    config = with_changes(
+        tiny_config(f"{folder}/pairs.parquet", out=f"{folder}/run"),
+        {"teacher": {"features": f"{folder}/{collectives.rank()}.parquet", "whiten": 4}},
+    )
+    try:
+        train(config)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def test_a_teacher_that_one_rank_cannot_read_is_named_on_all(tmp_path):
+    """In whitening, ranks meet; not before all have read the teacher."""
+    pairs = tiny_pairs(64)
+    pq.write_table(pairs, tmp_path / "pairs.parquet")
+    features = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32).tolist()
+    table = pa.table({"sample_id": pairs["sample_id"], "features": features})
+    pq.write_table(table, tmp_path / "0.parquet")
+    (tmp_path / "1.parquet").write_text("damaged")
+    (other, told), (first, message) = run_distributed(teacher_of, 2, str(tmp_path))
+    assert message.startswith(f"{tmp_path}/1.parquet: not a file of teacher features")
+    assert (other, first, told) == ("RaisedOnAnotherRank", "ValueError", message)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +154,69 @@ def test_launchers_are_recognised(monkeypatch):
     for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert collectives.launched() == (2, 4, 0)
+
+
+@pytest.mark.parametrize(("visible", "name"), [(1, "cuda:0"), (4, "cuda:2")])
+def test_a_rank_takes_the_gpu_of_its_number_unless_it_sees_one_alone(visible, name, monkeypatch):
+    """As under `srun --gpus-per-task 1`."""
+    for key, value in {"STEP_NUM_TASKS": "4", "PROCID": "2", "LOCALID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    assert str(collectives.device("auto")) == name
+
+
+def test_two_ranks_with_one_gpu_are_refused(monkeypatch):
+    """NCCL tells; as of two processes under CUDA_VISIBLE_DEVICES=0."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.distributed.DistBackendError(
+            "NCCL error: invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0"
+        )
+
+    for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    with (
+        pytest.raises(ValueError, match=r"^run\.device: rank 1 has the same GPU \(cuda:0\) as"),
+        collectives.process_group(torch.device("cuda:0")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_rank_may_work_for_longer_than_a_step_waits(device, monkeypatch):
+    """Errors, decisions and objects, which follow a rank's own work, wait in a group for days."""
+    waits, used = {}, []
+
+    def answer(values: list[object], value: object, group: object) -> None:
+        values[:] = [value, value]
+        used.append(group)
+
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(key, value)
+    dist = torch.distributed
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *_, timeout, **__: waits.update({"steps": timeout})
+    )
+    monkeypatch.setattr(
+        dist, "new_group", lambda backend, timeout: waits.update({backend: timeout}) or backend
+    )
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_gather_object", answer)
+    monkeypatch.setattr(dist, "all_reduce", lambda values, operation, group: used.append(group))
+    with collectives.process_group(torch.device(device)):
+        collectives.rank0_first(int)
+        collectives.raise_on_all_ranks(int)
+        collectives.any_rank([True])
+    assert waits["steps"] < timedelta(hours=1)
+    assert waits["gloo"] > timedelta(days=1)
+    assert used == ["gloo"] * 4
 
 
 def own_process() -> int:

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import KW_ONLY, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -84,7 +83,7 @@ class Evaluate:
                 pretrained=pretrained,
             )
 
-        with collectives.process_group(device, timeout=timedelta(hours=12)):
+        with collectives.process_group(device):
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             # A later one would else be refused after the first was judged.
             collectives.raise_on_all_ranks(lambda: [*map(loading.check, references)])

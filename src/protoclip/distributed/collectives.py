@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -18,10 +19,16 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
 Result = TypeVar("Result")
-# No rank waits this long: evaluation and clustering are shared, and threads write checkpoints.
+# How long a rank waits for the tensors of another: within a step ranks do equal work.
 TIMEOUT = timedelta(minutes=10)
-# A gloo group besides NCCL's, for decisions that do not wait for a GPU.
+# How long it waits for an object, a decision or an error. Before these a rank may work alone for
+# hours: its host indexes the data, or it has the larger share to embed. A rank that ends is noticed
+# at once all the same, since gloo's connections to it close.
+WORK_TIMEOUT = timedelta(days=7)
+# The gloo group for these. It does not wait for a GPU either.
 _hosts: dist.ProcessGroup | None = None
+# Whether this thread is in a function that one rank alone may leave by an exception.
+_alone = ContextVar("_alone", default=False)
 
 
 def launched() -> tuple[int, int, int]:
@@ -37,10 +44,11 @@ def launched() -> tuple[int, int, int]:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Join the ranks that were launched together: NCCL between GPUs, gloo between CPUs.
 
-    `timeout` is how long a rank waits for the others, which may be busy with a share of work.
+    Raises:
+        ValueError: Two ranks have the same GPU.
     """
     global _hosts
     rank_, size, _ = launched()
@@ -51,14 +59,22 @@ def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterato
         os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
         os.environ["MASTER_PORT"] = str(15_000 + int(os.environ["SLURM_JOB_ID"]) % 15_000)
     on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        rank=rank_,
-        world_size=size,
-        timeout=timeout,
-        device_id=device if on_gpu else None,
-    )
-    _hosts = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            rank=rank_,
+            world_size=size,
+            timeout=TIMEOUT,
+            device_id=device if on_gpu else None,
+        )
+    except RuntimeError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise ValueError(
+            f"run.device: rank {rank_} has the same GPU ({device}) as another; start one process "
+            "for each GPU that CUDA_VISIBLE_DEVICES shows"
+        ) from error
+    _hosts = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
     yield
     # Not after an error: other ranks may be gone, and this would wait for them.
     dist.destroy_process_group()
@@ -84,8 +100,17 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def _meet() -> None:
+    """Begin a collective. Even one rank minds, so that each test finds one in a wrong place."""
+    assert not _alone.get(), (
+        "a collective within raise_on_all_ranks or rank0_first: a rank that raises before it "
+        "would leave the others waiting, or answer with its error to another question"
+    )
+
+
 def all_reduce(values: Tensor, operation: Literal["sum", "max"] = "sum") -> Tensor:
     """Elementwise sum or maximum over ranks, the same bits on each; no gradient."""
+    _meet()
     if world_size() == 1:
         return values
     result = values.detach().clone(memory_format=torch.contiguous_format)
@@ -95,12 +120,14 @@ def all_reduce(values: Tensor, operation: Literal["sum", "max"] = "sum") -> Tens
 
 def broadcast(values: Tensor) -> None:
     """Copy rank 0's values to all ranks, in place."""
+    _meet()
     if world_size() > 1:
         dist.broadcast(values, 0)
 
 
 def all_gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     """The rows of all ranks, rank after rank. Ranks may differ in number of rows. No gradient."""
+    _meet()
     if world_size() == 1:
         return rows
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
@@ -126,6 +153,7 @@ def all_gather_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d
 
 def pass_on(values: Tensor) -> Tensor:
     """The values of the rank before, while this rank's go to the one after it. No gradient."""
+    _meet()
     if world_size() == 1:
         return values
     received = torch.empty_like(values, memory_format=torch.contiguous_format)
@@ -139,6 +167,7 @@ def pass_on(values: Tensor) -> Tensor:
 
 def all_gather_object(value: Any) -> list[Any]:
     """A small object of each rank, in the order of ranks."""
+    _meet()
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -148,6 +177,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 def any_rank(flags: Sequence[bool]) -> list[bool]:
     """Whether each flag is set on any rank. Does not wait for a GPU."""
+    _meet()
     if world_size() == 1:
         return list(flags)
     values = torch.tensor(flags, dtype=torch.int32)
@@ -163,21 +193,26 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
     """Call a function on every rank. If it raises on one, every rank raises, and none waits.
 
     The first rank that failed raises its own error. The others raise its message: a user's mistake
-    (ValueError, OSError) as RaisedOnAnotherRank, any other as MemoryError or RuntimeError. The
-    function must not wait for other ranks after a step that can fail on one.
+    (ValueError, OSError) as RaisedOnAnotherRank, any other as MemoryError or RuntimeError. No
+    collective may be in the function: this one included, they refuse.
     """
-    if world_size() == 1:
-        return function()
+    _meet()
     error: Exception | None = None
+    entered = _alone.set(True)
     try:
         result = function()
     except Exception as raised:
         error = raised
-    # Calls nest. The rank where the error arose reports it, not a rank that only heard of it.
-    told = isinstance(error, RaisedOnAnotherRank)
-    errors = all_gather_object(None if error is None else (told, rank(), sendable(error)))
+    finally:
+        _alone.reset(entered)
+    try:
+        errors = all_gather_object(None if error is None else (rank(), sendable(error)))
+    except RuntimeError:  # another rank is gone, but this rank's own error says more
+        if error is None:
+            raise
+        raise error from None
     if any(errors):
-        _, reporter, (kind, message) = min(filter(None, errors), key=lambda entry: entry[:2])
+        reporter, (kind, message) = next(filter(None, errors))
         if error is not None and reporter == rank():
             raise error
         raise kind(message)
@@ -211,7 +246,8 @@ def device(name: str, *, setting: str = "run.device") -> torch.device:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
     if name == "cuda" and size > 1:
-        name = f"cuda:{local_rank}"
+        # `srun --gpus-per-task 1` shows each rank its own GPU alone, whatever its number.
+        name = f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"
     try:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)

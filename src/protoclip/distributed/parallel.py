@@ -76,6 +76,10 @@ def distribute(model: nn.Module, *, broadcast_buffers: bool = True) -> nn.Module
         )
 
 
+def is_sharded(model: object) -> bool:
+    return isinstance(model, FSDPModule)
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of the whole parameters that FSDP keeps after a forward pass without a backward pass.
 
@@ -92,7 +96,7 @@ def without_gradients(model: object) -> AbstractContextManager[object]:
     Not in inference mode if the model is sharded: FSDP keeps tensors of the first forward pass, and
     could not train with them.
     """
-    return torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode()
+    return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
 def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:

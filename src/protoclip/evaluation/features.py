@@ -190,6 +190,7 @@ class Encoder:
                 stage=stage,
                 show=self.show,
                 without_gradients=partial(parallel.without_gradients, self.model),
+                sharded=parallel.is_sharded(self.model),
             )
 
     def _shares(self, number: int) -> list[range]:
@@ -306,6 +307,7 @@ def encode(
     stage: str,
     show: bool = False,
     without_gradients: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
+    sharded: bool = False,
 ) -> Encoded:
     """Features of `number` rows; the ranks take turns at the batches.
 
@@ -332,7 +334,9 @@ def encode(
         ready, good = raise_on_all_ranks(partial(read, first + rank() * batch_size))
         with without_gradients():
             sent = ready.to(device, non_blocking=True)
-            rows = raise_on_all_ranks(partial(forward, sent)).float()
+            # A rank that fails in a sharded forward ends, since others wait in it.
+            rows = forward(sent) if sharded else raise_on_all_ranks(partial(forward, sent))
+            rows = rows.float()
         features.append(all_gather(rows[:good]).cpu())
         if progress:
             progress.update(min(first + stride, number))

@@ -212,7 +212,7 @@ def embed_teacher(
         threads: How many read images; one a core if unset.
 
     Returns:
-        On the first rank the facts: settings, `rows`, `width`, `bad` (samples without features,
+        The facts: settings, `rows`, `width`, `bad` (samples without features,
         listed in `skipped.jsonl`), and after PCA `variance_kept`.
 
     Raises:
@@ -242,8 +242,7 @@ def embed_teacher(
         "part_rows": PART_ROWS[encoder.reads],
     }
     facts = encode_missing(encoder, samples, out, settings, batch_size, threads)
-    # Writing may take longer than ranks can wait for each other.
-    return facts or (join_parts(out, settings) if rank() == 0 else {})
+    return facts or rank0_first(lambda: join_parts(out, settings))
 
 
 def embed_start(

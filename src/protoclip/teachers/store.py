@@ -148,14 +148,21 @@ class TeacherFeatures:
         return int(missing.sum())
 
     def whiten(self, width: int) -> None:
-        """Whiten what is looked up from now on, if it is wider. Every rank calls it.
+        """Whiten what is looked up from now on, if it is wider. Collective.
 
-        The whitening is that of a sample of the rows. Damaged ones have no part in it; `lookup`
-        tells of them when it meets one. Few different rows would lie equally far from each other
-        along as many directions, so there are `ROWS_A_DIRECTION` times as many rows as directions.
+        Rank 0 fits the whitening for all: processors may round differently, and the rows of all
+        ranks are clustered together.
         """
-        if self.width <= width:
-            return
+        if self.width > width:
+            self.whitening = collectives.rank0_first(lambda: self._fit_whitening(width))
+
+    def _fit_whitening(self, width: int) -> Whitening | None:
+        """The whitening of a sample of the rows; None if too few of them differ.
+
+        Damaged ones have no part in it; `lookup` tells of them when it meets one. Few different
+        rows would lie equally far from each other along as many directions, so there are
+        `ROWS_A_DIRECTION` times as many rows as directions.
+        """
         # Hashes are as good as random, so every so many of them are a fair sample.
         step = max(1, len(self.hashes) // SAMPLE)
         order = np.argsort(self.rows[::step])
@@ -164,10 +171,9 @@ class TeacherFeatures:
         if self.checksums is not None:
             read = read[row_checksums(hashes, read) == self.checksums[rows]]
         width = min(width, len(np.unique(read, axis=0)) // ROWS_A_DIRECTION)
-        if width:
-            fitted = Whitening.fit(torch.from_numpy(read.astype(np.float32)), width)
-            # Processors may round differently, and the rows of all ranks are clustered together.
-            self.whitening = collectives.all_gather_object(fitted)[0]
+        if not width:
+            return None
+        return Whitening.fit(torch.from_numpy(read.astype(np.float32)), width)
 
     def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m _"]:
         """Features of these samples in this order, as float32; a row of NaN for one without.
@@ -335,7 +341,7 @@ def teachers(
 ) -> dict[str, TeacherFeatures]:
     """The external teachers by name, without the frozen start, which is not embedded yet.
 
-    Notes how many samples a teacher has no features of.
+    They are not whitened yet either. Notes how many samples a teacher has no features of.
 
     Raises:
         ValueError: There is no such teacher, or it has features of none of the samples.
@@ -361,8 +367,6 @@ def teachers(
             found[name] = TeacherFeatures.in_memory(name=name, sample_ids=ids, features=features)
         else:
             found[name] = read_teacher(teacher.features)
-        if teacher.whiten:
-            found[name].whiten(teacher.whiten)
         if isinstance(samples, Pairs) and (missing := found[name].missing(samples.sample_ids())):
             note(
                 f"{name}: no features of {missing} of {len(samples)} training samples, which its "

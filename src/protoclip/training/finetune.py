@@ -43,11 +43,11 @@ def finetune(
     """
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
-    config, notes = finetune_settings(settings)
-    notes += check(config)
-    config, decided = optim.resolved(config)
-    device = collectives.device(config.run.device)
+    device = collectives.device(Config.from_dict(settings).run.device)
     with collectives.process_group(device):
+        config, notes = collectives.raise_on_all_ranks(lambda: finetune_settings(settings))
+        notes += check(config)
+        config, decided = optim.resolved(config)
         return train_together(
             config, device, resume=resume == "auto", notes=notes + decided, ending=WiseFT(alpha)
         )

@@ -235,7 +235,7 @@ def train_together(
             return checkpoint
 
         checkpoint = rank0_first(claim)
-        run.embed_start(samples)
+        run.prepare_teachers(samples)
         stack.enter_context(stop_on_signals(run))
         # Dropout and the like draw from the global generator, so the seed sets it too.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -384,9 +384,10 @@ class Run:
             return QueuedFeatures(size=config.episodes.size, **settings)
         return ExtractedFeatures(**settings)
 
-    def embed_start(self, samples: Pairs | SampleStream) -> None:
-        """Let the frozen start embed all captions, once a run, if it is an external teacher."""
-        names = [n for n, t in self.config.external_teachers.items() if t.features == START]
+    def prepare_teachers(self, samples: Pairs | SampleStream) -> None:
+        """Embed all captions by the frozen start, once a run, and whiten teachers. Collective."""
+        wanted, teachers = self.config.external_teachers, self.trainer.source.teachers
+        names = [name for name, teacher in wanted.items() if teacher.features == START]
         if names:
             assert self.start is not None
             assert isinstance(samples, Pairs)  # `store.teachers` refuses streams
@@ -397,10 +398,10 @@ class Run:
                 self.folder / "start_features",
                 autocast=self.trainer.autocast,
             )
-            for name in names:
-                self.trainer.source.teachers[name] = own = copy(features)
-                if width := self.config.external_teachers[name].whiten:
-                    own.whiten(width)
+            teachers.update({name: copy(features) for name in names})
+        for name, teacher in wanted.items():
+            if teacher.whiten:
+                teachers[name].whiten(teacher.whiten)
 
     def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
         """K-means with the settings of a space."""
@@ -544,8 +545,13 @@ class Run:
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
         }
-        if self.log is not None:
-            self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
+
+        def write() -> None:
+            """The one before may still be on its way to a slow disk."""
+            if self.log is not None:
+                self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
+
+        raise_on_all_ranks(write)
 
     def check_arithmetic(self, checkpoint: Path) -> None:
         """Refuse another device or precision, which would round differently, unless it is named."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from protoclip.distributed import parallel
-from protoclip.distributed.collectives import raise_on_all_ranks, rank
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
 from protoclip.evaluation.suite import RECALLS
 from protoclip.files import (
     read_json,
@@ -185,7 +185,7 @@ class WiseFT:
             of_this = record.get("steps") == run.trainer.step
             return list(record["points"]) if of_this else []
 
-        return raise_on_all_ranks(read)
+        return rank0_first(read)  # hosts may not share the folder
 
     def _load(self, run: Run, alpha: float) -> None:
         """Make weights between the ends those of the run's model. Collective."""
