@@ -341,7 +341,7 @@ def teachers(
 ) -> dict[str, TeacherFeatures]:
     """The external teachers by name, without the frozen start, which is not embedded yet.
 
-    They are not whitened yet either. Notes how many samples a teacher has no features of.
+    `whiten` is the next step. Notes how many samples a teacher has no features of.
 
     Raises:
         ValueError: There is no such teacher, or it has features of none of the samples.
@@ -373,3 +373,10 @@ def teachers(
                 "loss leaves out"
             )
     return found
+
+
+def whiten(config: Config, found: Mapping[str, TeacherFeatures]) -> None:
+    """Whiten each teacher as its settings say. Collective."""
+    for name, teacher in config.external_teachers.items():
+        if teacher.whiten:
+            found[name].whiten(teacher.whiten)

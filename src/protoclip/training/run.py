@@ -386,8 +386,8 @@ class Run:
 
     def prepare_teachers(self, samples: Pairs | SampleStream) -> None:
         """Embed all captions by the frozen start, once a run, and whiten teachers. Collective."""
-        wanted, teachers = self.config.external_teachers, self.trainer.source.teachers
-        names = [name for name, teacher in wanted.items() if teacher.features == START]
+        teachers = self.trainer.source.teachers
+        names = [n for n, t in self.config.external_teachers.items() if t.features == START]
         if names:
             assert self.start is not None
             assert isinstance(samples, Pairs)  # `store.teachers` refuses streams
@@ -399,9 +399,7 @@ class Run:
                 autocast=self.trainer.autocast,
             )
             teachers.update({name: copy(features) for name in names})
-        for name, teacher in wanted.items():
-            if teacher.whiten:
-                teachers[name].whiten(teacher.whiten)
+        store.whiten(self.config, teachers)
 
     def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
         """K-means with the settings of a space."""

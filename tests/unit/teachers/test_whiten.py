@@ -8,6 +8,7 @@ from sklearn.decomposition import PCA
 
 from protoclip.config import Config
 from protoclip.data import sources
+from protoclip.teachers import store
 from protoclip.teachers.store import TeacherFeatures, read_teacher, teachers, write_folder
 from protoclip.teachers.whiten import Whitening, fit_pca
 
@@ -89,8 +90,9 @@ def test_a_run_whitens_its_teachers_as_it_is_told(whiten, width, tmp_path):
     teacher = {"features": str(tmp_path / "t"), "whiten": whiten}
     data = {"train": str(tmp_path / "pairs.tsv"), "cache_folder": str(tmp_path / "cache")}
     config = Config.from_dict({"data": data, "teacher": teacher})
-    found = teachers(config, sources.pairs(config), print)["teacher"]
-    assert found.lookup(ids).shape == (60, width)
+    found = teachers(config, sources.pairs(config), print)
+    store.whiten(config, found)
+    assert found["teacher"].lookup(ids).shape == (60, width)
 
 
 def test_few_rows_keep_their_groups():
