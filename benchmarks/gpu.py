@@ -62,7 +62,6 @@ from protoclip.losses.prototypical import make_targets, prototypical_loss
 from protoclip.losses.sigmoid import sigmoid_loss
 from protoclip.models import loading, towers
 from protoclip.models.loading import OPTIMIZER, WEIGHTS
-from protoclip.models.protoclip import Embeddings
 from protoclip.progress import Progress
 from protoclip.prototypes.features import EpisodeFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
@@ -316,18 +315,22 @@ def grad_cache(machine: Machine) -> Iterator[Row]:
         own = loading.to_device(built, device).train()
         own.zero_grad(set_to_none=True)
 
-        def embed(image: Tensor, text: Tensor) -> Embeddings:
-            found: Embeddings = own(image.to(device), text.to(device), project=False)
-            seen.append(found.image_features.detach())
-            return found
+        def encode(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = own.encode_image(image.to(device)), own.encode_text(text.to(device))
+            seen.append(outputs[0].detach())
+            return outputs
 
+        outputs: tuple[Tensor, ...]
         if chunks is None:
-            embeddings, finish = embed(images, tokens), None
+            outputs, finish = encode(images, tokens), None
         else:
             parts = zip(images.split(chunks), tokens.split(chunks), strict=True)
-            embeddings, finish = forward_in_chunks(
-                [partial(embed, *part) for part in parts], buffers=own.buffers()
+            outputs, finish = forward_in_chunks(
+                [partial(encode, *part) for part in parts],
+                trains=(True, True),
+                buffers=own.towers.buffers(),
             )
+        embeddings = own.embeddings(*outputs, project=False)
         loss = info_nce(embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
         loss.backward()
         if finish is not None:

@@ -196,13 +196,9 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
     }
     config = with_changes(base, sections)
     if row["accumulation"] == "yes":
-        # BatchNorm sees a process's micro-batch, so only without it are gradients the same.
-        model = replace(
-            base.model,
-            image=replace(base.model.image, name="test_vit"),
-            heads=replace(base.model.heads, hidden_layers=0),
-        )
-        config = replace(config, model=model)
+        # A tower's BatchNorm sees a part of a batch, so only without it are gradients the same.
+        image = replace(base.model.image, name="test_vit")
+        config = replace(config, model=replace(base.model, image=image))
     if row["teacher"] == "yes":
         features = data / f"teacher-{row['source']}-{row['mixture']}.parquet"
         if not features.exists():

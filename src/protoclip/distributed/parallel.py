@@ -24,7 +24,11 @@ from protoclip.distributed.collectives import (
 
 # Lists of a transformer's layers in open_clip, timm and `transformers`.
 LAYERS = ("resblocks", "blocks", "layers", "layer")
-FORWARDS = ("encode_image", "encode_text")  # methods that are called besides `forward`
+FORWARDS = (
+    "encode_image",
+    "encode_text",
+    "embeddings",
+)  # methods that are called besides `forward`
 # Whole tensors on the CPU of rank 0; on the devices one at a time.
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -118,9 +122,13 @@ def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     return unreduced
 
 
-def reach_everything(output: object) -> Tensor:
-    """Zero, computed from all of a model's output: DDP would wait for a head that no loss uses."""
+def reach_everything(output: object, *unused: nn.Module) -> Tensor:
+    """Zero, computed from all of a model's output and from modules that have no part in it.
+
+    DDP would wait for a parameter that no loss reaches.
+    """
     parts = [value.sum() for value in vars(output).values() if value is not None]
+    parts += [p.sum() for module in unused for p in module.parameters() if p.requires_grad]
     return 0.0 * torch.stack(parts).sum()
 
 

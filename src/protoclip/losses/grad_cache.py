@@ -1,38 +1,41 @@
-"""Batches larger than memory: the loss of the whole batch, with the model run on chunks of it.
+"""Batches larger than memory: the loss of the whole batch, with the towers run on chunks of it.
 
-GradCache (Gao et al. 2021, arXiv 2101.06983): embed all chunks without a graph, differentiate the
-loss of the whole batch down to the embeddings, then embed each chunk again with a graph and pass on
-its part of that gradient. This costs one more forward pass and holds the graph of one chunk.
+GradCache (Gao et al. 2021, arXiv 2101.06983): pass all chunks through the towers without a graph,
+differentiate heads and losses of the whole batch down to the towers' outputs, then pass each chunk
+again with a graph, and pass on its part of that gradient. This costs one more forward pass of the
+towers and holds the graph of one chunk.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from protoclip.models.protoclip import Embeddings
+Outputs = tuple[Tensor, ...]  # of the towers, a row for each pair
 
 
 def forward_in_chunks(
-    chunks: Sequence[Callable[[], Embeddings]],
+    chunks: Sequence[Callable[[], Outputs]],
     *,
+    trains: Sequence[bool],
     buffers: Iterable[Tensor],
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> tuple[Embeddings, Callable[[], None]]:
-    """Embed a batch chunk by chunk; also return the second half of its backward pass.
+) -> tuple[Outputs, Callable[[], None]]:
+    """The towers' outputs for a batch, chunk by chunk, and the second half of its backward pass.
 
-        embeddings, backward = forward_in_chunks(chunks, buffers=model.buffers())
-        loss(embeddings).backward()  # down to the embeddings
-        backward()  # from there to the parameters, once
+        outputs, backward = forward_in_chunks(chunks, trains=trains, buffers=towers.buffers())
+        loss(outputs).backward()  # down to the outputs
+        backward()  # from there to the parameters of the towers, once
 
     Gradients equal those of one pass over the whole batch, for any loss and with dropout: both
-    passes of a chunk use the same random state. Only BatchNorm in training mode normalises by the
-    statistics of a chunk, as it does by those of a rank in distributed training.
+    passes of a chunk use the same random state. Only a tower's BatchNorm in training mode
+    normalises by the statistics of a chunk, as it does by those of a rank in distributed training.
 
     Args:
-        chunks: Each embeds its part of the batch, under autocast if it is to be used.
+        chunks: Each passes its part of the batch through the towers, under autocast if it is to be
+            used.
+        trains: Whether each output gets a gradient.
         buffers: Buffers that a forward pass changes, such as BatchNorm's running statistics. They
             are restored after the second pass, so that each chunk counts once.
         no_sync: Makes the context of all chunks but the last, which averages gradients over ranks.
@@ -43,48 +46,29 @@ def forward_in_chunks(
         with torch.no_grad():
             parts.append(chunk())
     kept = [(buffer, buffer.clone()) for buffer in buffers]
-    whole: dict[str, Any] = {
-        name: join([getattr(part, name) for part in parts]) for name in vars(parts[0])
-    }
+    whole = tuple(
+        torch.cat(outputs).requires_grad_(train)
+        for outputs, train in zip(zip(*parts, strict=True), trains, strict=True)
+    )
 
     def backward() -> None:
-        sizes = [len(part.image_features) for part in parts]
-        gradients = {
-            name: split(leaf.grad, sizes)
-            for name, leaf in whole.items()
-            if leaf is not None and leaf.grad is not None
-        }
-        for number, chunk in enumerate(chunks):
+        sizes = [len(part[0]) for part in parts]
+        given = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in whole]
+        gradients = zip(*(torch.split(gradient, sizes) for gradient in given), strict=True)
+        for number, of_chunk in enumerate(gradients):
             with no_sync() if number < len(chunks) - 1 else nullcontext():
                 with repeated(*states[number]):
-                    part = chunk()
-                trained = [name for name in gradients if getattr(part, name).requires_grad]
-                given = [gradients[name][number] for name in trained]
-                torch.autograd.backward([getattr(part, name) for name in trained], given)
+                    part = chunks[number]()
+                trained = [place for place, output in enumerate(part) if output.requires_grad]
+                if trained:
+                    torch.autograd.backward(
+                        [part[place] for place in trained], [of_chunk[place] for place in trained]
+                    )
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
 
-    return Embeddings(**whole), backward
-
-
-def join(values: list[Tensor | None]) -> Tensor | None:
-    """One field of all chunks, as a leaf that collects a gradient; a scale is equal in all."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return None
-    whole = torch.cat(present) if present[0].ndim else present[0].clone()
-    return whole.requires_grad_()
-
-
-def split(gradient: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    """The part of a gradient that belongs to each chunk. A scale's goes to the first chunk.
-
-    The other chunks get zero, so that every backward pass reaches the same parameters.
-    """
-    if gradient.ndim:
-        return torch.split(gradient, sizes)
-    return [gradient, *[torch.zeros_like(gradient)] * (len(sizes) - 1)]
+    return whole, backward
 
 
 def random_state() -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ class Embeddings:
 
     Features and projections have unit norm; scales are inverse temperatures.
     Projections are `None` if the forward pass was called with `project=False`. Only models of the
-    sigmoid loss have a `logit_bias`.
+    sigmoid loss have a `logit_bias`. Outputs are what the towers gave, of any norm.
     """
 
     image_features: Float[Tensor, "b d"]
@@ -29,6 +29,8 @@ class Embeddings:
     logit_scale: Float[Tensor, ""]
     prototype_logit_scale: Float[Tensor, ""]
     logit_bias: Float[Tensor, ""] | None = None
+    image_outputs: Float[Tensor, "b d"] | None = None
+    text_outputs: Float[Tensor, "b d"] | None = None
 
 
 # Or FSDP of PyTorch 2.10 and earlier would not find the tensors of an output.
@@ -95,11 +97,16 @@ class ProtoCLIP(TowerPair):
     def forward(
         self, images: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "b c"], project: bool = True
     ) -> Embeddings:
-        """Features of a batch of pairs, and with `project` their projections.
+        """Features of a batch of pairs, and with `project` their projections."""
+        return self.embeddings(self.encode_image(images), self.encode_text(tokens), project)
 
-        The heads read the towers' outputs before normalisation, as in the reference.
+    def embeddings(
+        self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], project: bool = True
+    ) -> Embeddings:
+        """What `forward` returns, from the towers' outputs for a batch.
+
+        The heads read these outputs before normalisation, as in the reference.
         """
-        image, text = self.encode_image(images), self.encode_text(tokens)
         logit_bias: Tensor | None = getattr(self.towers, "logit_bias", None)
         # The order of these operations decides how gradients are summed, so runs depend on it.
         return Embeddings(
@@ -111,6 +118,8 @@ class ProtoCLIP(TowerPair):
             prototype_logit_scale=self.prototype_logit_scale.exp(),
             # A copy, which has no gradient where gradients are off; a parameter always has.
             logit_bias=None if logit_bias is None else logit_bias.clone(),
+            image_outputs=image,
+            text_outputs=text,
         )
 
     def _projected(self, tower: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b p"]:
@@ -129,6 +138,12 @@ class ProtoCLIP(TowerPair):
     def _note_pull(self, branch: str, gradient: Tensor) -> None:
         square = gradient.detach().square().sum()
         self.pulls[branch] = self.pulls[branch] + square if branch in self.pulls else square
+
+    def towers_train(self) -> tuple[bool, bool]:
+        """Whether the outputs of the image tower, and those of the text tower, get a gradient."""
+        trained = [name for name, p in self.towers.named_parameters() if p.requires_grad]
+        image = any(name.startswith("visual.") for name in trained)
+        return image, not all(name.startswith(("visual.", "logit_")) for name in trained)
 
     def take_pulls(self) -> dict[str, Float[Tensor, ""]]:
         """How hard features and projections pulled on each tower since the last call.

@@ -1,5 +1,6 @@
 """Training steps and episodes (paper, "online episodic training"); `run.py` has the loop."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -192,17 +193,39 @@ class Trainer:
         """The embeddings of a batch, and what is left to do after `backward`."""
         size = self.micro_batch_size
         if size is None or size >= len(batch.position):
-            return self._embed(batch.image, batch.text), lambda: None
-        parts = zip(torch.split(batch.image, size), torch.split(batch.text, size), strict=True)
-        chunks = [partial(self._embed, image, text) for image, text in parts]
-        no_sync = parallel.no_sync(self._module)
-        return forward_in_chunks(chunks, buffers=self.model.buffers(), no_sync=no_sync)
-
-    def _embed(self, image: Tensor, text: Tensor) -> Embeddings:
-        assert self._stage is not None, "start_episode comes first"
+            return self._embed(batch.image, batch.text, project=self._projects), lambda: None
+        # Of nearly equal sizes, since BatchNorm cannot train on a rest of one row.
+        number = math.ceil(len(batch.position) / size)
+        parts = (torch.tensor_split(rows, number) for rows in (batch.image, batch.text))
+        outputs, backward = forward_in_chunks(
+            [partial(self._encode, *part) for part in zip(*parts, strict=True)],
+            trains=self.model.towers_train(),
+            buffers=self.model.towers.buffers(),
+            no_sync=parallel.no_sync(self._module),
+        )
         with self.autocast():
-            output: Embeddings = self._module(image, text, project=self._stage.projects)
+            return self.model.embeddings(outputs[0], outputs[1], self._projects), backward
+
+    def _embed(self, image: Tensor, text: Tensor, *, project: bool) -> Embeddings:
+        with self.autocast():
+            output: Embeddings = self._module(image, text, project=project)
         return output
+
+    def _encode(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """The towers' outputs for a part of a batch."""
+        output = self._embed(image, text, project=False)
+        outputs = [each for each in (output.image_outputs, output.text_outputs) if each is not None]
+        if self._module is self.model:
+            return tuple(outputs)
+        # DDP averages gradients once, with the last part, those of the heads too.
+        heads = self.model.image_head, self.model.text_head
+        zero = parallel.reach_everything(output, *heads)
+        return tuple(each + zero for each in outputs)
+
+    @property
+    def _projects(self) -> bool:
+        assert self._stage is not None, "start_episode comes first"
+        return self._stage.projects
 
     @torch.no_grad()
     def _start_features(self, batch: Batch) -> StartFeatures | None:

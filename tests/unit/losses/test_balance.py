@@ -14,6 +14,8 @@ import protoclip
 from protoclip.losses import prototypical
 from protoclip.losses.balance import MOST, Balance, measure
 from protoclip.losses.grad_cache import forward_in_chunks
+from protoclip.losses.keep import StartFeatures
+from protoclip.losses.objective import LossWeights, objective
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model
 
@@ -106,13 +108,16 @@ def test_pulls_are_norms_of_gradients_at_the_outputs_of_the_towers(chunk):
         (gradient,) = torch.autograd.grad(loss, outputs[tower])
         expected[name] = gradient.square().sum()
 
+    def encode(image, text):
+        return model.encode_image(image), model.encode_text(text)
+
     def loss(embeddings):
         return sum((getattr(embeddings, n) * d).sum() for n, d in directions.items())
 
     parts = zip(images.split(chunk), tokens.split(chunk), strict=True)
-    chunks = [partial(model, *part) for part in parts]
-    embeddings, backward = forward_in_chunks(chunks, buffers=model.buffers())
-    loss(embeddings).backward()
+    chunks = [partial(encode, *part) for part in parts]
+    outputs, backward = forward_in_chunks(chunks, trains=model.towers_train(), buffers=())
+    loss(model.embeddings(*outputs)).backward()
     backward()
     found = measure(model.take_pulls())
     for tower, pull in found.items():
@@ -120,6 +125,27 @@ def test_pulls_are_norms_of_gradients_at_the_outputs_of_the_towers(chunk):
         torch.testing.assert_close(pull, right, rtol=1e-4, atol=0)
     assert [*found] == ["image", "text"]
     assert measure(model.take_pulls()) == {}
+
+
+def test_the_start_has_no_part_in_the_pull_of_info_nce():
+    """Or prototypes would grow with `loss.keep`. The gradient is that of both."""
+    model = loading.model(tiny_model(), seed=0).eval().double()
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(8, 3, 32, 32, generator=generator).double()
+    tokens = torch.randint(1, 90, (8, 8), generator=generator)
+    rows = F.normalize(torch.randn(2, 8, 16, generator=generator).double(), dim=-1)
+    start = StartFeatures(image=rows[0], text=rows[1], logit_scale=torch.tensor(5.0).double())
+    found, gradients = [], []
+    for info_nce, keep in ((1.0, 0.0), (0.0, 5.0), (1.0, 5.0)):
+        weights = LossWeights(info_nce=info_nce, keep=keep)
+        losses, _ = objective(model(images, tokens), None, {}, weights=weights, start=start)
+        model.zero_grad()
+        sum(losses.values()).backward()
+        found.append(model.take_pulls())
+        gradients.append(model.towers.text_projection.grad.clone())
+    assert found[2] == found[0]
+    assert found[1] == {}
+    torch.testing.assert_close(gradients[2], gradients[0] + gradients[1])
 
 
 def test_a_run_balances_unless_told_not_to(tmp_path, monkeypatch):

@@ -17,22 +17,28 @@ B, K = 10, 6
 
 
 class Model(nn.Module):
-    """Two towers and two heads of a few weights, in float64."""
+    """Two towers, and two heads with BatchNorm, of a few weights, in float64."""
 
     def __init__(self, *, middle: nn.Module, project: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.image = nn.Sequential(nn.Linear(7, 8), middle, nn.Tanh(), nn.Linear(8, 5))
         self.text = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5))
-        self.image_head, self.text_head = nn.Linear(5, 3), nn.Linear(5, 3)
+        self.image_head = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
+        self.text_head = copy.deepcopy(self.image_head)
         self.scale = nn.Parameter(torch.tensor(2.0))
         self.prototype_scale = nn.Parameter(torch.tensor(1.5))
         self.bias = nn.Parameter(torch.tensor(-3.0))
         self.project = project
         self.double()
 
-    def forward(self, images: Tensor, texts: Tensor) -> Embeddings:
-        image, text = self.image(images), self.text(texts)
+    def towers(self) -> tuple[nn.Module, nn.Module]:
+        return self.image, self.text
+
+    def encode(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image(images), self.text(texts)
+
+    def embeddings(self, image: Tensor, text: Tensor) -> Embeddings:
         heads = (self.image_head(image), self.text_head(text))
         projections = [F.normalize(h, dim=1) if self.project else None for h in heads]
         return Embeddings(
@@ -67,10 +73,10 @@ def total(embeddings: Embeddings) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-def chunks(model: Model, size: int) -> list[Callable[[], Embeddings]]:
+def chunks(model: Model, size: int) -> list[Callable[[], tuple[Tensor, Tensor]]]:
     images, texts = data()
     parts = zip(images.split(size), texts.split(size), strict=True)
-    return [lambda part=part: model(*part) for part in parts]
+    return [partial(model.encode, *part) for part in parts]
 
 
 def assert_equal_gradients(once: Model, cached: Model) -> None:
@@ -81,33 +87,40 @@ def assert_equal_gradients(once: Model, cached: Model) -> None:
 
 
 def chunked(model: Model, size: int) -> Tensor:
-    embeddings, backward = forward_in_chunks(chunks(model, size), buffers=model.buffers())
-    loss = total(embeddings)
+    trains = [any(p.requires_grad for p in tower.parameters()) for tower in model.towers()]
+    buffers = [buffer for tower in model.towers() for buffer in tower.buffers()]
+    outputs, backward = forward_in_chunks(chunks(model, size), trains=trains, buffers=buffers)
+    assert [output.requires_grad for output in outputs] == trains
+    loss = total(model.embeddings(*outputs))
     loss.backward()
     backward()
     return loss.detach()
 
 
 def in_parts(model: Model, size: int) -> None:
-    """Backward through the chunks' embeddings with their graphs, as one batch."""
-    parts, whole = [vars(chunk()) for chunk in chunks(model, size)], {}
-    for name, value in parts[0].items():
-        whole[name] = torch.cat([part[name] for part in parts]) if value.ndim else value
-    total(Embeddings(**whole)).backward()
+    """Backward through the chunks' outputs with their graphs, as one batch."""
+    outputs = zip(*(chunk() for chunk in chunks(model, size)), strict=True)
+    total(model.embeddings(*map(torch.cat, outputs))).backward()
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
-@pytest.mark.parametrize("kind", ["projected", "features", "locked"])
+@pytest.mark.parametrize("kind", ["projected", "features", "locked", "both locked"])
 def test_the_gradients_are_those_of_the_whole_batch(size, kind):
-    """Of all losses and temperatures, with uneven chunks; a locked tower stays without gradient."""
+    """Of all losses and temperatures, with uneven chunks; a locked tower stays without gradient.
+
+    The heads normalise over the whole batch, once.
+    """
     once, cached = (Model(middle=nn.Identity(), project=kind != "features") for _ in range(2))
     for model in (once, cached):
-        model.image.requires_grad_(kind != "locked")
+        model.image.requires_grad_("locked" not in kind)
         model.image_head.requires_grad_(kind != "locked")
-    loss = total(once(*data()))
+        model.text.requires_grad_(kind != "both locked")
+    loss = total(once.embeddings(*once.encode(*data())))
     loss.backward()
     torch.testing.assert_close(chunked(cached, size), loss.detach(), atol=1e-9, rtol=1e-9)
     assert_equal_gradients(once, cached)
+    for right, mine in zip(once.buffers(), cached.buffers(), strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("middle", [nn.Dropout(0.5), nn.BatchNorm1d(8)], ids=["dropout", "norm"])
@@ -128,18 +141,18 @@ def test_random_numbers_and_statistics_advance_once(middle):
 def test_the_graph_of_one_chunk_is_held_at_a_time():
     model, earlier = Model(middle=nn.Identity()), []
 
-    def noted(chunk: Callable[[], Embeddings]) -> Embeddings:
-        for features in earlier:
+    def noted(chunk: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        for output in earlier:
             with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-                features.sum().backward()
-        embeddings = chunk()
+                output.sum().backward()
+        outputs = chunk()
         if torch.is_grad_enabled():
-            earlier.append(embeddings.image_features)
-        return embeddings
+            earlier.append(outputs[0])
+        return outputs
 
     parts = [partial(noted, chunk) for chunk in chunks(model, 2)]
-    embeddings, backward = forward_in_chunks(parts, buffers=())
-    total(embeddings).backward()
+    outputs, backward = forward_in_chunks(parts, trains=(True, True), buffers=())
+    total(model.embeddings(*outputs)).backward()
     assert not earlier
     backward()
     assert len(earlier) == 5
