@@ -47,9 +47,9 @@ class Balance:
     """Factors to the prototypical losses that make weights relative to InfoNCE's pull.
 
     A pull is the norm of a loss's gradient with respect to the outputs of one tower, over the batch
-    of all ranks. A factor is the ratio of two running means over steps: of InfoNCE's pull, and of
-    the prototypes' pull at factor 1 for each unit of their weight. It is 1 before the first step,
-    and where a tower gets no gradient.
+    of all ranks; `loss.keep` has no part in it. A factor is the ratio of two running means over
+    steps: of InfoNCE's pull, and of the prototypes' pull at factor 1 for each unit of their weight.
+    It is 1 before the first step, and where a tower gets no gradient.
 
     Attributes:
         weights: By student modality, the sum of the weights of its prototypical losses. Set it

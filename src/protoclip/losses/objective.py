@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -94,7 +95,12 @@ def objective(
         report["train/logit_bias"] = embeddings.logit_bias.detach()
     if weights.keep:
         assert start is not None, "a weight needs the start's features"
-        loss = keep(embeddings.image_features, embeddings.text_features, start, by=weights.keep_by)
+        image, text = embeddings.image_outputs, embeddings.text_outputs
+        assert image is not None
+        assert text is not None
+        # Features of its own: what pulls on the others counts as the pull of InfoNCE.
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        loss = keep(image, text, start, by=weights.keep_by)
         losses["keep"] = weights.keep * loss
         report["train/loss/keep"] = loss.detach()
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}
