@@ -218,10 +218,11 @@ def queue_of(state: dict[str, Any], steps: range) -> tuple[dict[str, Any], Episo
         scale, same = torch.tensor(1.0), {"image_features": rows, "text_features": rows}
         projections = {"image_projections": rows, "text_projections": -rows}
         scales = {"logit_scale": scale, "prototype_logit_scale": scale}
-        source.observe(batch, Embeddings(**same, **projections, **scales))
+        taken = torch.tensor(True)
+        source.observe(batch, Embeddings(**same, **projections, **scales), taken)
+    state = source.state_dict()
     full = source.pushed >= 16 // collectives.world_size()
-    features = source.features(Episode(index=0, rows=torch.arange(16))) if full else None
-    return source.state_dict(), features
+    return state, source.features(Episode(index=0, rows=torch.arange(16))) if full else None
 
 
 @pytest.mark.parametrize("split", [1, 3])

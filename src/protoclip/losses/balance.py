@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from protoclip.distributed.collectives import all_reduce
@@ -70,15 +70,15 @@ class Balance:
         instance, prototypes = self.means[student]
         return torch.where(prototypes > 0, (instance / prototypes).clamp(max=MOST), 1.0)
 
-    def update(self, pulls: Mapping[str, Float[Tensor, " 2"]]) -> None:
-        """Take in what `measure` found in a step. What is not finite changes nothing."""
+    def update(self, pulls: Mapping[str, Float[Tensor, " 2"]], taken: Bool[Tensor, ""]) -> None:
+        """Take in what `measure` found in a step, if it was taken and both losses pull."""
         for student, weight in self.weights.items():
             if student not in pulls:
                 continue
             instance, prototypes = pulls[student]
             now = torch.stack([instance, prototypes / self.of(student) / max(weight, TINY)])
             before = self.means.get(student, torch.zeros_like(now))
-            sound = torch.isfinite(now).all() & (now > 0).all()
+            sound = taken & torch.isfinite(now).all() & (now > 0).all()
             self.means[student] = torch.where(sound, torch.lerp(now, before, DECAY), before)
 
     def state_dict(self) -> dict[str, Tensor]:

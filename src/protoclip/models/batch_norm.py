@@ -1,7 +1,7 @@
 """BatchNorm over the batches of all ranks, which normalise as one batch would."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -75,6 +75,36 @@ def synchronise(module: nn.Module) -> int:
                 "set it to false and parallel.strategy to ddp, or choose other towers"
             )
     return len(layers)
+
+
+class Statistics:
+    """Running statistics of a module's BatchNorm layers, which a step that is not taken puts back.
+
+    Make one once the layers are in the modes that they train in. Without a layer in training mode
+    it does nothing.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = [p for p in module.modules() if isinstance(p, _BatchNorm) and p.training]
+        buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+        types = dict.fromkeys(buffer.dtype for buffer in buffers)
+        self._groups = [[b for b in buffers if b.dtype == dtype] for dtype in types]
+        self._kept = [joined(group) for group in self._groups]
+
+    @torch.no_grad()
+    def update(self, taken: Bool[Tensor, ""]) -> None:
+        """Keep what they are now if the step was taken, else put back what they were before it."""
+        for number, group in enumerate(self._groups):
+            # Few kernels for many layers, and none that the host waits for.
+            kept = torch.where(taken, joined(group), self._kept[number])
+            parts = torch.split(kept, [buffer.numel() for buffer in group])
+            pairs = zip(parts, group, strict=True)
+            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in pairs])
+            self._kept[number] = kept
+
+
+def joined(buffers: list[Tensor]) -> Tensor:
+    return torch.cat([buffer.flatten() for buffer in buffers])
 
 
 def has_own_statistics(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.export
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -155,11 +155,13 @@ class ProtoCLIP(TowerPair):
         return pulls
 
     @torch.no_grad()
-    def clamp_scales(self, *, sigmoid: bool = False) -> None:
-        """Keep both inverse temperatures in [1, 100]; called after each optimizer step.
+    def clamp_scales(self, taken: Bool[Tensor, ""], *, sigmoid: bool = False) -> None:
+        """Keep both inverse temperatures in [1, 100], after an optimizer step that was taken.
 
         With the sigmoid loss the first one is free, as in its paper: published ones exceed 100.
         """
+        scales = [self.prototype_logit_scale]
         if not sigmoid:
-            self.towers.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator]
-        self.prototype_logit_scale.clamp_(0, math.log(100))
+            scales.append(self.towers.get_parameter("logit_scale"))
+        for scale in scales:
+            scale.copy_(torch.where(taken, scale.clamp(0, math.log(100)), scale))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from protoclip.data.loader import Batch
@@ -134,8 +134,11 @@ class ExtractedFeatures:
         spaces = clusters.keys() - self.teachers.keys()
         return {space: clusters[space].assignments[batch.position] for space in sorted(spaces)}
 
-    def observe(self, batch: Batch, embeddings: Embeddings) -> None:
-        """Called after each training step. Extraction keeps nothing of it, and has no state."""
+    def observe(self, batch: Batch, embeddings: Embeddings, taken: Bool[Tensor, ""]) -> None:
+        """Called after each training step. Extraction keeps nothing of it, and has no state.
+
+        A step that was not `taken` leaves nothing behind.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -151,6 +154,9 @@ class QueuedFeatures(ExtractedFeatures):
     rank. A sample's prototype is the one nearest to its current projection, since projections move
     during an episode and prototypes do not. `pushed` and `batch_size` count this rank's samples.
     `size`, that of all ranks, is a multiple of the batch size: a new batch overwrites the oldest.
+
+    The device knows which steps were taken, and so where the next batch goes. The host hears of it
+    when the queue is read.
     """
 
     size: int
@@ -160,7 +166,12 @@ class QueuedFeatures(ExtractedFeatures):
     image: Float[Tensor, "n p"] | None = None
     text: Float[Tensor, "n p"] | None = None
 
+    def __post_init__(self) -> None:
+        self._unread: list[tuple[list[str], Tensor]] = []  # sample ids of a step, whether taken
+        self._next: Tensor | None = None  # rows for the next batch, on the device
+
     def features(self, episode: Episode) -> EpisodeFeatures:
+        self._read()
         if self.image is None or self.text is None or self.pushed < len(self.sample_ids):
             return super().features(episode)
         return self._with_teachers(self.image, self.text, self.sample_ids, self._positions())
@@ -175,20 +186,33 @@ class QueuedFeatures(ExtractedFeatures):
             if space in clusters and rows is not None
         }
 
-    def observe(self, batch: Batch, embeddings: Embeddings) -> None:
+    def observe(self, batch: Batch, embeddings: Embeddings, taken: Bool[Tensor, ""]) -> None:
         image, text = embeddings.image_projections, embeddings.text_projections
         if image is None or text is None:
             return
+        room = self.size // world_size()
         if self.image is None or self.text is None:
-            self.batch_size, room = len(image), self.size // world_size()
+            self.batch_size = len(image)
             self.image = image.new_zeros(room, image.shape[1], dtype=torch.float32)
             self.text = torch.zeros_like(self.image)
             self.sample_ids = [""] * room
-        first = self.pushed % len(self.sample_ids)
-        place = slice(first, first + len(image))
-        self.image[place], self.text[place] = image.detach(), text.detach()
-        self.sample_ids[place] = batch.sample_id
-        self.pushed += len(image)
+        if self._next is None:
+            rows = torch.arange(len(image), device=image.device)
+            self._next = (self.pushed + rows) % room
+        for queue, new in ((self.image, image), (self.text, text)):
+            queue[self._next] = torch.where(taken, new.detach().to(queue), queue[self._next])
+        self._next = (self._next + taken * len(image)) % room
+        self._unread.append((batch.sample_id, taken))
+
+    def _read(self) -> None:
+        """Count the samples of the steps that were taken since the last call."""
+        unread, self._unread = self._unread, []
+        flags = torch.stack([taken for _, taken in unread]).tolist() if unread else []
+        for (sample_ids, _), taken in zip(unread, flags, strict=True):
+            if taken:
+                first = self.pushed % len(self.sample_ids)
+                self.sample_ids[first : first + len(sample_ids)] = sample_ids
+                self.pushed += len(sample_ids)
 
     def _positions(self) -> Int[Tensor, " n"]:
         own = torch.arange(self.size // world_size())
@@ -197,6 +221,7 @@ class QueuedFeatures(ExtractedFeatures):
 
     def state_dict(self) -> dict[str, Any]:
         """The samples of all ranks in the order of their numbers. Collective."""
+        self._read()
         if self.image is None or self.text is None:
             return {}
         order = collectives.all_gather(self._positions().to(self.image.device)).argsort()
@@ -216,6 +241,6 @@ class QueuedFeatures(ExtractedFeatures):
         device = next(self.model.parameters()).device
         self.pushed = state["pushed"] // world_size()
         self.batch_size = state["batch_size"] // world_size()
-        own = self._positions()
+        own, self._next, self._unread = self._positions(), None, []
         self.sample_ids = [state["sample_ids"][place] for place in own.tolist()]
         self.image, self.text = (state[name][own].to(device) for name in ("image", "text"))

@@ -8,6 +8,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from protoclip.distributed.collectives import all_reduce
@@ -30,8 +31,9 @@ QUIET_STEPS = 1000  # before a warning about the same metric is repeated
 class Guard:
     """Takes optimizer steps, skips those that are not finite, and ends a run that diverged.
 
-    The device decides about each step, so that the host need not wait for it. The host counts the
-    skipped steps in `look`: on a CPU at once, on a GPU when metrics are fetched.
+    A step that is skipped counts in the schedule, and leaves nothing else behind but a lower loss
+    scale in fp16. The device decides about each step, so that the host need not wait for it. The
+    host counts the skipped steps in `look`: on a CPU at once, on a GPU when metrics are fetched.
 
     Args:
         optimizer: A fused one, which changes nothing where its `found_inf` is 1.
@@ -47,17 +49,28 @@ class Guard:
         self._pending: list[tuple[int, Tensor, Sequence[str]]] = []
         self._row: list[tuple[float, float]] = []
 
-    def step(self, number: int, loss: Tensor, norm: Tensor, sample_ids: Sequence[str]) -> None:
-        """Take step `number`, unless the loss of any rank or the norm is not finite; see `look`."""
+    def step(
+        self, number: int, loss: Tensor, norm: Tensor, sample_ids: Sequence[str]
+    ) -> Bool[Tensor, ""]:
+        """Take step `number`, unless the loss of any rank or the norm is not finite; see `look`.
+
+        Returns:
+            Whether the step was taken, the same on every rank.
+        """
         loss = all_reduce(loss.detach())
-        if not self.scaler.is_enabled():
-            finite = torch.isfinite(loss) & torch.isfinite(norm)
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        taken = torch.isfinite(loss) & torch.isfinite(norm)
+        if self.scaler.is_enabled():
+            # The scaler has looked at this rank's gradients, which with FSDP are a part of all.
+            for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
+                found_inf.copy_(~taken)
+        else:
+            self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._pending.append((number, torch.stack([loss, norm.detach()]), sample_ids))
         if loss.device.type == "cpu":
             self.look()
+        return taken
 
     def look(self) -> None:
         """Count the steps that were skipped since the last look.

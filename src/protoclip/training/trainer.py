@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import Target
 from protoclip.models import batch_norm, lora
 from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
-from protoclip.prototypes.features import ExtractedFeatures
+from protoclip.prototypes.features import Assignments, ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.training.guard import Guard
@@ -96,6 +96,7 @@ class Trainer:
             own = batch_norm.has_own_statistics(self.model)
             self._module = parallel.distribute(self.model, broadcast_buffers=own)
             self._stage = stage
+        self._statistics = batch_norm.Statistics(self.model)
         self._tick()
         self._waited = self._trained = 0.0
         self._reported = (self._now, self.samples_seen)
@@ -144,8 +145,6 @@ class Trainer:
             self.balance.weights = self.weights.by_student(self.targets)
         if self.targets:
             assignments = self.source.assign(batch, embeddings, self.clusters)
-        for space, found in assignments.items():
-            self.reached[space].index_fill_(0, found + 1, 1.0)
         losses, report = objective(
             embeddings,
             self.targets or None,
@@ -163,13 +162,13 @@ class Trainer:
         finish_backward()
         squares = self.model.take_pulls()
         pulls = measure(squares) if self.balance is not None or detailed else {}
-        if self.balance is not None:
-            self.balance.update(pulls)
         self.scaler.unscale_(self.optimizer)
         norm = parallel.clip_gradients(self.model, self.clip_norm)
-        self.guard.step(self.step + 1, total, norm, batch.sample_id)
-        self.model.clamp_scales(sigmoid=self.weights.sigmoid > 0)
-        self.source.observe(batch, embeddings)
+        # Projections without a loss must be finite too, since they are clustered.
+        with torch.no_grad():
+            checked = total + parallel.reach_everything(embeddings)
+        taken = self.guard.step(self.step + 1, checked, norm, batch.sample_id)
+        self._record(batch, embeddings, assignments, pulls, taken)
         self.step, self.batch = self.step + 1, self.batch + 1
         self.samples_seen += len(batch.position) * world_size()
         metrics = {}
@@ -188,6 +187,25 @@ class Trainer:
             self._reported = (now, self.samples_seen)
         self._trained += self._tick()
         return metrics
+
+    @torch.no_grad()
+    def _record(
+        self,
+        batch: Batch,
+        embeddings: Embeddings,
+        assignments: Assignments,
+        pulls: Mapping[str, Tensor],
+        taken: Tensor,
+    ) -> None:
+        """Keep what a step leaves behind besides weights and moments, if it was taken."""
+        self._statistics.update(taken)
+        self.model.clamp_scales(taken, sigmoid=self.weights.sigmoid > 0)
+        if self.balance is not None:
+            self.balance.update(pulls, taken)
+        for space, prototypes in assignments.items():
+            marks, places = self.reached[space], prototypes + 1
+            marks[places] = torch.maximum(marks[places], taken.to(marks))
+        self.source.observe(batch, embeddings, taken)
 
     def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
         """The embeddings of a batch, and what is left to do after `backward`."""

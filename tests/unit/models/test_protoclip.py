@@ -44,10 +44,10 @@ def test_heads_start_equal_and_scales_stay_in_range():
     for given, clamped in ((-3.0, 1.0), (9.0, 100.0)):
         for parameter in (model.towers.logit_scale, model.prototype_logit_scale):
             parameter.detach().fill_(given)
-            model.clamp_scales()
+            model.clamp_scales(torch.tensor(True))
             assert parameter.exp().item() == pytest.approx(clamped, rel=1e-5)
     model.towers.logit_scale.detach().fill_(5.0)
-    model.clamp_scales(sigmoid=True)
+    model.clamp_scales(torch.tensor(True), sigmoid=True)
     assert model.towers.logit_scale.item() == 5.0
 
 

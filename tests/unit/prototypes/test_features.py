@@ -82,8 +82,10 @@ def test_the_queue_keeps_the_last_samples():
     seen = []
     for first in range(0, 20, 4):
         seen.append(embeddings(4, first))
-        source.observe(batch(names[first : first + 4]), seen[-1])
-        source.observe(batch(["x"] * 4), embeddings(4, 99, project=False))  # adds nothing
+        source.observe(batch(names[first : first + 4]), seen[-1], torch.tensor(True))
+        # These add nothing.
+        source.observe(batch(["x"] * 4), embeddings(4, 99, project=False), torch.tensor(True))
+        source.observe(batch(["x"] * 4), embeddings(4, 99), torch.tensor(False))
         if first == 0:
             with pytest.raises(AssertionError, match="an extraction pass"):
                 source.features(EPISODE)
