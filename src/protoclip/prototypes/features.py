@@ -100,7 +100,8 @@ class ExtractedFeatures:
         if collectives.any_rank([not finite])[0]:
             raise ValueError(
                 "projections of this episode are not finite: training has diverged; go on with "
-                "--run.precision fp32 --resume auto, or start anew with a lower optim.learning_rate"
+                "--run.precision fp32 --resume auto, or start anew with a lower "
+                "optim.learning_rate or optim.heads_lr_scale"
             )
         return EpisodeFeatures(
             image=image,

@@ -245,6 +245,7 @@ def train_together(
         try:
             run.train_episodes()
             raise_on_all_ranks(run.writer.finish)
+            run.count_skipped_steps()
             if ending is not None and run.is_finished and not run.asked_to_stop():
                 ending.finish(run)
         finally:
@@ -466,6 +467,23 @@ class Run:
         """Whether all episodes are trained, or the last evaluation ended the run."""
         early = self.early_stop is not None and self.early_stop.is_due
         return early or self.trainer.episode == self.config.episodes.count
+
+    def count_skipped_steps(self) -> None:
+        """Say how many steps were skipped, if any.
+
+        Raises:
+            ValueError: The run is finished, and half of its steps or more were skipped.
+        """
+        skipped, steps = self.trainer.guard.skipped, self.trainer.step
+        said = f"{skipped:,} of {steps:,} steps were skipped: their loss or gradient was not finite"
+        if self.is_finished and 2 * skipped >= max(steps, 1):
+            raise ValueError(
+                f"{said}; change optim.learning_rate, optim.heads_lr_scale, the weights of [loss] "
+                "or prototypes.target_temperature (the last checkpoint is "
+                f"{self.writer.folder(steps)})"
+            )
+        if skipped and rank() == 0:
+            say(f"note: {said}")
 
     def open_log(self, size: int) -> None:
         """On rank 0, log metrics after the first `size` bytes of the file."""

@@ -271,8 +271,9 @@ class Trainer:
         self._tick()
         metrics = {"train/seconds/data": self._waited, "train/seconds/train": self._trained}
         for space, marks in self.reached.items():
-            dead = 1 - float(all_reduce(marks, "max")[1:].mean())
-            metrics[f"train/prototypes/dead/{space}"] = dead
+            marks = all_reduce(marks, "max")
+            if bool(marks.any()):  # or no step of the episode was taken
+                metrics[f"train/prototypes/dead/{space}"] = 1 - float(marks[1:].mean())
         self.episode, self.batch = self.episode + 1, 0
         self.targets, self.reached = {}, {}
         return metrics

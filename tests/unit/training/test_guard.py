@@ -7,32 +7,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from protoclip.training.guard import MOST_SKIPPED, QUIET_STEPS, Guard, Watch, out_of_memory
 
 NAN, INF = math.nan, math.inf
 
 
-def guard_of(folder: Path) -> Guard:
+def guard_of(folder: Path, *, fp16: bool = False) -> Guard:
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
     optimizer = torch.optim.AdamW([parameter], lr=1.0, fused=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
     return Guard(optimizer, scaler, folder / "diverged.json")
 
 
-def step(guard: Guard, number: int, loss: float, norm: float = 1.0) -> None:
-    guard.step(number, torch.tensor(loss), torch.tensor(norm), [f"x/{number}"])
+def step(guard: Guard, number: int, loss: float, norm: float = 1.0) -> Tensor:
+    return guard.step(number, torch.tensor(loss), torch.tensor(norm), [f"x/{number}"])
 
 
 @pytest.mark.parametrize(
     ("loss", "norm", "taken"),
     [(1.0, 1.0, True), (NAN, 1.0, False), (INF, 1.0, False), (1.0, NAN, False), (1.0, INF, False)],
 )
-def test_a_step_is_taken_if_loss_and_gradient_are_finite(loss, norm, taken, tmp_path):
-    """Otherwise parameters stay as they are and the step is counted."""
-    guard = guard_of(tmp_path)
-    step(guard, 1, loss, norm)
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_step_is_taken_if_loss_and_gradient_are_finite(loss, norm, taken, fp16, tmp_path):
+    """Otherwise parameters stay as they are and the step is counted. In fp16 too, where the scaler
+    of the losses looks at this rank's gradients alone, and finds these finite.
+    """
+    guard = guard_of(tmp_path, fp16=fp16)
+    scale = guard.scaler.get_scale()
+    assert bool(step(guard, 1, loss, norm)) == taken
+    assert (guard.scaler.get_scale() < scale) == (fp16 and not taken)
     (parameter,) = guard.optimizer.param_groups[0]["params"]
     assert bool((parameter != 0).all()) == taken
     assert guard.skipped == guard.in_a_row == int(not taken)

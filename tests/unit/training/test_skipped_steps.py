@@ -77,8 +77,11 @@ def ended(config: Config, left_out: bool) -> tuple[dict[str, Tensor], dict[str, 
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=pytest.mark.slow if WAYS[way][0] > 1 else ()) for way in WAYS]
 )
-def test_a_run_ends_as_if_it_had_left_out_its_skipped_steps(way, tmp_path):
-    """Bit for bit: weights, moments, BatchNorm's statistics, queue, balance, dead prototypes."""
+def test_a_run_ends_as_if_it_had_left_out_its_skipped_steps(way, tmp_path, capsys):
+    """Bit for bit: weights, moments, BatchNorm's statistics, queue, balance, dead prototypes.
+
+    Its end says how many were skipped.
+    """
     pairs, teacher = tmp_path / "pairs.parquet", tmp_path / "teacher.parquet"
     table = tiny_pairs(64)
     pq.write_table(table, pairs)
@@ -97,3 +100,4 @@ def test_a_run_ends_as_if_it_had_left_out_its_skipped_steps(way, tmp_path):
         assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
         assert facts == expected_facts
         assert facts[1]
+    assert ranks > 1 or "note: 10 of 24 steps were skipped: their" in capsys.readouterr().err
