@@ -58,6 +58,7 @@ from protoclip.data.transforms import light_transform
 from protoclip.distributed import collectives
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.info_nce import info_nce
+from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import make_targets, prototypical_loss
 from protoclip.losses.sigmoid import sigmoid_loss
 from protoclip.models import loading, towers
@@ -152,6 +153,11 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     """The largest difference of two tensors, relative to the largest value."""
     found, wanted = (each.detach().double().cpu() for each in (found, wanted))
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def apart_in_norm(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference of two gradients, relative to the norm of one."""
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def worst(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -310,7 +316,7 @@ def grad_cache(machine: Machine) -> Iterator[Row]:
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(1, 400, (batch, 8), generator=torch.Generator().manual_seed(1))
 
-    def gradient(device: torch.device, chunks: int | None, seen: list[Tensor]) -> list[Tensor]:
+    def gradient(device: torch.device, chunks: int | None, seen: list[Tensor]) -> Tensor:
         """Of all parameters; also keeps the features of each pass."""
         own = loading.to_device(built, device).train()
         own.zero_grad(set_to_none=True)
@@ -335,19 +341,15 @@ def grad_cache(machine: Machine) -> Iterator[Row]:
         loss.backward()
         if finish is not None:
             finish()
-        return [p.grad.detach().cpu() for p in own.parameters() if p.grad is not None]
-
-    def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
-        """Norm of the difference of two gradients, relative to the norm of one."""
-        pairs = [torch.cat([each.double().flatten() for each in of]) for of in (found, wanted)]
-        return float((pairs[0] - pairs[1]).norm() / pairs[1].norm())
+        found = [p.grad.flatten() for p in own.parameters() if p.grad is not None]
+        return torch.cat(found).double().cpu()
 
     whole = gradient(torch.device("cpu"), None, [])
     own = gradient(machine.device, None, [])
     chunked = gradient(machine.device, chunk, [])
-    yield Check(what="gradient of a batch, CPU", difference=apart(own, whole), bound=1e-3)
+    yield Check(what="gradient of a batch, CPU", difference=apart_in_norm(own, whole), bound=1e-3)
     what = "gradient of a batch in chunks, and whole"
-    yield Check(what=what, difference=apart(chunked, own), bound=1e-3)
+    yield Check(what=what, difference=apart_in_norm(chunked, own), bound=1e-3)
     trunk: Any = built.towers.visual.trunk  # type: ignore[union-attr]
     trunk.pos_drop = nn.Dropout(0.5)
     seen: list[Tensor] = []
@@ -389,19 +391,64 @@ def apart_in(found: list[float], wanted: list[float], steps: int) -> float:
     return max(abs(one / other - 1) for one, other in pairs)
 
 
-def precision(machine: Machine) -> Iterator[Row]:
-    """Short runs in every precision against fp32 on the CPU, and steps that are not finite.
+def first_step(
+    device: torch.device, machine: Machine, name: Precision, *, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of a step with prototypes, from equal weights, batch and targets.
 
-    In fp16 the first steps are skipped until the loss scale fits, so only the first loss compares.
+    More steps would not compare: a sample that rounding moves to another prototype changes what
+    comes after.
     """
-    wanted = losses_of(machine, device="cpu", run={"precision": "fp32"})
-    warm_up, whole = len(wanted) // 4, len(wanted)
-    bounds = {"fp32": {warm_up: 1e-3, whole: 0.2}, "bf16": {warm_up: 0.05, whole: 0.2}}
-    for name, steps_and_bounds in {**bounds, "fp16": {1: 0.05}}.items():
-        found = losses_of(machine, run={"precision": name})
-        for number, bound in steps_and_bounds.items():
-            what = f"{name}, losses of the first {number} of {whole} steps"
-            yield Check(what=what, difference=apart_in(found, wanted, number), bound=bound)
+    tower = "test_vit" if machine.small else "vit_small_patch16_224"
+    side, batch, prototypes = (32, 32, 8) if machine.small else (224, 64, 16)
+    config = replace(tiny_model(), image=ImageTowerConfig(name=tower, size=side))
+    built = loading.to_device(loading.model(config, seed=0), device).train()
+    if compiled:
+        for part in (built.towers.visual, built.towers.transformer):
+            part.compile()  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, side, side, generator=generator).to(device)
+    tokens = torch.randint(1, 400, (batch, 8), generator=generator).to(device)
+    spaces = [unit(batch, 8, seed=seed).to(device) for seed in (1, 2)]
+    groups = torch.arange(batch, device=device) % prototypes
+    clusters = {
+        space: KMeans(
+            centroids=back_translate(groups, rows, prototypes),
+            assignments=groups,
+            inertia=0.0,
+            history=(),
+        )
+        for space, rows in zip(("image", "text"), spaces, strict=True)
+    }
+    targets = make_targets(
+        clusters,
+        image_projections=spaces[0],
+        text_projections=spaces[1],
+        target_temperatures={"image": 0.1, "text": 0.1},
+    )
+    scale = 256.0 if name == "fp16" else 1.0  # what a run finds after some steps
+    with autocast(name, device)():
+        embeddings = built(images, tokens)
+    assignments = {"image": groups, "text": groups}
+    losses, _ = objective(embeddings, targets, assignments, weights=LossWeights())
+    loss = torch.stack(list(losses.values())).sum()
+    (scale * loss).backward()
+    gradients = [p.grad.double().flatten() for p in built.parameters() if p.grad is not None]
+    return loss.detach().cpu(), torch.cat(gradients).cpu() / scale
+
+
+def precision(machine: Machine) -> Iterator[Row]:
+    """A step in every precision against fp32 on the CPU, and steps that are not finite."""
+    loss, gradient = first_step(torch.device("cpu"), machine, "fp32")
+    for name, loss_bound, bound in (
+        ("fp32", 1e-4, 1e-3),
+        ("bf16", 0.02, 0.1),
+        ("fp16", 0.01, 0.05),
+    ):
+        found, own = first_step(machine.device, machine, name)
+        yield Check(what=f"{name}, loss", difference=difference(found, loss), bound=loss_bound)
+        what = f"{name}, gradient"
+        yield Check(what=what, difference=apart_in_norm(own, gradient), bound=bound)
     for name in ("bf16", "fp16"):
         what = f"{name}: how far a step that is not finite moves the weights"
         yield Check(what=what, difference=moved_by_infinity(machine, name), bound=0.0)
@@ -429,13 +476,18 @@ def moved_by_infinity(machine: Machine, name: Precision) -> float:
 
 
 def compiled(machine: Machine) -> Iterator[Row]:
-    """Compiled towers against plain ones, in an episode of InfoNCE and one with prototypes."""
+    """Compiled towers against plain ones: an episode of InfoNCE, and a step with prototypes."""
     episodes = {"count": 2, "locked_image": 0, "size": 32 if machine.small else 512}
     wanted = losses_of(machine, episodes=episodes)
     found = losses_of(machine, episodes=episodes, parallel={"compile": True})
-    for number, bound in ((len(wanted) // 2, 1e-3), (len(wanted), 0.2)):
-        what = f"losses of the first {number} of {len(wanted)} steps, compiled and plain"
-        yield Check(what=what, difference=apart_in(found, wanted, number), bound=bound)
+    number = len(wanted) // 2
+    what = f"losses of the first {number} of {len(wanted)} steps, compiled and plain"
+    yield Check(what=what, difference=apart_in(found, wanted, number), bound=1e-3)
+    (_, plain), (_, own) = (
+        first_step(machine.device, machine, "fp32", compiled=each) for each in (False, True)
+    )
+    what = "gradient of a step with prototypes, compiled and plain"
+    yield Check(what=what, difference=apart_in_norm(own, plain), bound=1e-3)
 
 
 def pinned(machine: Machine) -> Iterator[Row]:

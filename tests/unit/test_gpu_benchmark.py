@@ -21,8 +21,17 @@ def gpu():
     del sys.modules[spec.name]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("precision", "resume", "rn50")]
-FAST = ["losses", "kmeans", "translation", "gradcache", "loading", "clustering", "decode"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resume", "rn50")]
+FAST = [
+    "losses",
+    "kmeans",
+    "translation",
+    "gradcache",
+    "loading",
+    "clustering",
+    "decode",
+    "precision",
+]
 
 
 # Not `compile`: the shape checks of the tests would be compiled too.
