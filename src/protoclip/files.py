@@ -1,10 +1,13 @@
-"""Files that appear whole or not at all, their checksums, and JSON that every parser reads."""
+"""Files that appear whole or not at all, their checksums, and JSON that every parser reads; and the
+one place that opens a local file whose name somebody gave."""
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +17,38 @@ from typing import Any
 from protoclip.terminal import OBEYED
 
 SEAL = "checksum"  # key in a JSON object of the checksum of the rest
+FILE_KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
+FILE_KINDS |= {stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def kind_of(status: os.stat_result) -> str:
+    """What a path names: `a file`, `a folder`, `a pipe`, `a device` ..."""
+    return FILE_KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+
+
+def open_local(path: str | Path) -> io.BufferedReader:
+    """A regular file; raises `ValueError` for what may block or has no end, or `OSError`."""
+    _require_regular(os.stat(path))  # noqa: PTH116 (opening a device may do something)
+    # A pipe that takes the file's place in between does not block either.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
+    try:
+        _require_regular(os.fstat(file.fileno()))
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if (kind := kind_of(status)) != "a file":
+        raise ValueError(f"is {kind}, not a file")
+
+
+def read_local(path: str | Path) -> str:
+    """The text of a regular file in UTF-8; raises as `open_local`."""
+    with open_local(path) as file:
+        return file.read().decode()
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
@@ -136,7 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: The file cannot be read, or holds something else; names it.
     """
     try:
-        value: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        value: dict[str, Any] = dict(json.loads(read_local(path)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
     return value
@@ -145,6 +180,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The tree of a TOML file; raises as `read_json`."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_local(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from protoclip.config import START, Config, DataConfig
+from protoclip.files import kind_of
 
 # What names something else than a local file or folder, as the beginning of a reference.
 DATA_KINDS = ("pipe:", "hf:", "wds:", "torchvision:", "karpathy:")
@@ -121,7 +122,7 @@ def require_run(folder: str) -> None:
 
 
 def require_file(setting: str, path: str | None) -> None:
-    """Refuse a file or folder that does not exist."""
+    """Refuse a file or folder that does not exist, and a pipe or device."""
     if path is not None:
         require_path(setting, path, "no such file")
 
@@ -143,7 +144,7 @@ def require_path(setting: str, path: str, what: str) -> None:
     if "\0" in path:
         raise ValueError(f"{where}: a path holds no zero byte; leave it out")
     try:
-        Path(path).expanduser().stat()
+        kind = kind_of(Path(path).expanduser().stat())
     except FileNotFoundError:
         if Path(path).is_symlink():
             what, path = f"is a link to {Path(path).readlink()}, which is not there", ""
@@ -155,6 +156,8 @@ def require_path(setting: str, path: str, what: str) -> None:
     except (OSError, RuntimeError, UnicodeError) as error:
         error = getattr(error, "strerror", None) or error
         raise ValueError(f"{where}: cannot be opened ({error}); check the path") from None
+    if kind not in ("a file", "a folder"):  # may block, or have no end
+        raise ValueError(f"{where}: is {kind}, not a file; name a file that can be read again")
 
 
 def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "") -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import socket
-import stat
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 import fsspec
 import httpx2 as httpx
 
+from protoclip.files import open_local
 from protoclip.terminal import visible
 
 T = TypeVar("T")
@@ -42,8 +42,6 @@ HUB_SECONDS, FIRST_SECONDS, REST_SECONDS = 3.0, 3.0, 30.0
 # What stores call the facts that change with a file, in lower case.
 URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"}
 URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
-FILE_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-FILE_KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,26 +132,6 @@ def open_file(location: str, access: Access) -> io.BufferedReader:
         return io.BufferedReader(WebFile(location, access), READ_BYTES)
     filesystem, path = fsspec.core.url_to_fs(f"{protocol.lower()}://{rest}")
     return io.BufferedReader(filesystem.open(path, "rb", block_size=REQUEST_BYTES), READ_BYTES)
-
-
-def open_local(path: str | Path) -> io.BufferedReader:
-    """A regular file; raises `ValueError` for what may block or has no end, or `OSError`."""
-    _require_regular(os.stat(path))  # noqa: PTH116 (opening a device may do something)
-    # A pipe that takes the file's place in between does not block either.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
-    try:
-        _require_regular(os.fstat(file.fileno()))
-    except ValueError:
-        file.close()
-        raise
-    return file
-
-
-def _require_regular(status: os.stat_result) -> None:
-    kind = stat.S_IFMT(status.st_mode)
-    if kind != stat.S_IFREG:
-        raise ValueError(f"is {FILE_KINDS.get(kind, 'something else')}, not a file")
 
 
 def read_file(location: str, access: Access) -> bytes:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from protoclip.config import DataConfig
-from protoclip.data.access import open_local, reason_of
+from protoclip.data.access import reason_of
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.files import checksum
+from protoclip.files import checksum, open_local
 from protoclip.terminal import visible
 
 COLUMN = "sample_id"

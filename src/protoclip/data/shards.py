@@ -32,13 +32,13 @@ from protoclip.data.access import (
     fingerprint,
     is_url,
     list_urls,
-    open_local,
     reason_of,
     require_allowed,
 )
 from protoclip.data.index import ROWS, ArrowIndex, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tables import caption_columns, captions_in, pairs_of
+from protoclip.files import open_local
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 

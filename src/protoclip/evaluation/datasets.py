@@ -33,6 +33,7 @@ from protoclip.evaluation.readers import (
     TorchvisionImages,
     class_number,
 )
+from protoclip.files import read_local
 from protoclip.paths import DATA_HINT, with_options
 from protoclip.terminal import visible
 
@@ -251,7 +252,7 @@ def read_templates(reference: str) -> list[str]:
         }
         return [template("{c}") for template in known[reference]]
     try:
-        text = Path(reference).read_text("utf-8")
+        text = read_local(reference)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{reference}: no file of prompts ({reason_of(error)}); give openai, simple or a file"

@@ -27,7 +27,6 @@ from protoclip.data.access import (
     fingerprint,
     is_url,
     open_file,
-    open_local,
     read_file,
     reason_of,
 )
@@ -36,7 +35,7 @@ from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import split_name
-from protoclip.files import replacing, write_atomically
+from protoclip.files import open_local, replacing, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
