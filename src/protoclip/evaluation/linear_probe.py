@@ -23,9 +23,12 @@ class LinearProbe:
     classes: Int[Tensor, " k"]
     gradient: float
 
+    def logits(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        return features.to(self.weights) @ self.weights.T + self.bias
+
     def predict(self, features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
-        """The most probable of the classes seen in training."""
-        return self.classes[(features.double() @ self.weights.T + self.bias).argmax(dim=1)]
+        """The most probable of the classes seen in training, on the features' device."""
+        return self.classes[self.logits(features).argmax(dim=1)].to(features.device)
 
     def accuracy(self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> float:
         """Share of correct rows; a class unseen in training is never right."""
@@ -33,11 +36,11 @@ class LinearProbe:
 
     def ranks(self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """How many other classes are at least as probable as each row's own; k if it is unseen."""
-        logits = features.double() @ self.weights.T + self.bias
-        position = torch.searchsorted(self.classes, labels).clamp(max=len(self.classes) - 1)
-        own = logits.gather(1, position.unsqueeze(1))
-        ranks = (logits >= own).sum(dim=1) - 1
-        return ranks.where(self.classes[position] == labels, len(self.classes))
+        logits, own = self.logits(features), labels.to(self.classes)
+        position = torch.searchsorted(self.classes, own).clamp(max=len(self.classes) - 1)
+        ranks = (logits >= logits.gather(1, position.unsqueeze(1))).sum(dim=1) - 1
+        ranks = ranks.where(self.classes[position] == own, len(self.classes))
+        return ranks.to(features.device)
 
 
 def best_linear_probe(
@@ -48,20 +51,26 @@ def best_linear_probe(
     *,
     seed: int = 0,
 ) -> LinearProbe:
-    """The probe whose L2 strength is best on validation (Radford et al. 2021), or the strongest.
+    """A fit to all rows, of the L2 strength that is best on validation after a fit to the others.
 
-    Without validation rows, the strength is the best for a fifth of the training rows (drawn by the
-    seed) after a fit to the others, and then all training rows are fitted.
+    So CLIP does it (Radford et al. 2021, section A.3), and CLIP_benchmark. Of equally good
+    strengths it is the strongest. Without validation rows they are a fifth of the training rows,
+    drawn by the seed.
     """
+    features, labels = train_features, train_labels
     if validation_features is not None and validation_labels is not None:
-        probes = fit_linear_probes(train_features, train_labels)
-        return max(probes, key=lambda probe: probe.accuracy(validation_features, validation_labels))
-    order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(seed))
-    held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
-    probes = fit_linear_probes(train_features[rest], train_labels[rest])
-    right = [probe.accuracy(train_features[held_out], train_labels[held_out]) for probe in probes]
+        features = torch.cat([train_features, validation_features])
+        labels = torch.cat([train_labels, validation_labels])
+        chooses = torch.arange(len(labels)) >= len(train_labels)
+    else:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        chooses = torch.zeros(len(labels), dtype=torch.bool)
+        chooses[order[: len(order) // 5]] = True
+    chooses = chooses.to(labels.device)
+    probes = fit_linear_probes(features[~chooses], labels[~chooses])
+    right = [probe.accuracy(features[chooses], labels[chooses]) for probe in probes]
     strengths = REGULARISATIONS[: right.index(max(right)) + 1]
-    return fit_linear_probes(train_features, train_labels, strengths)[-1]
+    return fit_linear_probes(features, labels, strengths)[-1]
 
 
 def fit_linear_probes(
@@ -70,6 +79,8 @@ def fit_linear_probes(
     regularisations: Sequence[float] = REGULARISATIONS,
 ) -> list[LinearProbe]:
     """Minimise `mean cross-entropy + regularisation / 2 * |weights|^2` for each strength.
+
+    It runs on the features' device, in float64 where this has it, which MPS has not.
 
     Contrastive features lie in a narrow cone, where scikit-learn's L-BFGS is slow or stops early
     (benchmarks/linear_probe.py). So features are centred, rotated to their principal axes, and each
@@ -82,16 +93,19 @@ def fit_linear_probes(
     classes, targets = torch.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError("linear probe: the training rows need two classes or more")
-    features = features.double()
+    wide = torch.float32 if features.device.type == "mps" else torch.float64
+    features = features.to(wide)
     centre = features.mean(dim=0)
-    centred = features - centre
-    variances, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
-    rows = centred @ axes
+    rows = features - centre
+    covariance = rows.T @ rows / len(rows)
+    # MPS has no eigenvectors either. The matrix is small.
+    variances, axes = (of.to(rows) for of in torch.linalg.eigh(covariance.cpu().double()))
+    rows = rows @ axes
     weights = rows.new_zeros(len(classes), rows.shape[1])
-    bias = (torch.bincount(targets).double() / len(targets)).log()
+    bias = (torch.bincount(targets).to(rows) / len(targets)).log()
     probes = []
     for strength in regularisations:
-        for dtype in (torch.float32, torch.float64):  # float64 where float32 gets stuck
+        for dtype in dict.fromkeys((torch.float32, wide)):  # float64 where float32 gets stuck
             weights, bias, gradient = minimise(
                 rows.to(dtype), targets, weights, bias, variances.clamp(min=0), strength
             )
@@ -123,22 +137,23 @@ def minimise(
     # The Hessian's block of class c is E[p_c (1 - p_c) x x^T] + strength, about
     # E[p_c (1 - p_c)] E[x x^T] + strength. The floor bounds the scales of classes fitted perfectly.
     chances = (rows @ weights.T + bias).softmax(dim=1)
-    curvature = (chances * (1 - chances)).mean(dim=0).clamp(min=1e-8).double()
+    wide = variances.dtype
+    curvature = (chances * (1 - chances)).mean(dim=0).clamp(min=1e-8).to(wide)
     scale = (curvature.unsqueeze(1) * variances + strength).rsqrt().to(rows)
     bias_scale = curvature.rsqrt().to(rows)
     scaled_weights, scaled_bias = weights / scale, bias / bias_scale
-    index = torch.arange(len(rows))
+    index = torch.arange(len(rows), device=rows.device)
 
     def closure() -> float:
         weights = scaled_weights * scale
         log_chances = torch.addmm(scaled_bias * bias_scale, rows, weights.T).log_softmax(dim=1)
         # In float64: the line search compares losses that differ by less than float32 resolves.
-        fit = -log_chances[index, targets].double().mean()
+        fit = -log_chances[index, targets].to(wide).mean()
         residual = log_chances.exp_()
         residual[index, targets] -= 1
         scaled_weights.grad = (residual.T @ rows / len(rows) + strength * weights) * scale
         scaled_bias.grad = residual.mean(dim=0) * bias_scale
-        return float(fit + strength / 2 * weights.double().square().sum())
+        return float(fit + strength / 2 * weights.to(wide).square().sum())
 
     variables = [scaled_weights, scaled_bias]
     torch.optim.LBFGS(
@@ -151,4 +166,4 @@ def minimise(
     ).step(closure)  # type: ignore[no-untyped-call]
     closure()
     gradient = max(float(v.grad.abs().max()) for v in variables if v.grad is not None)
-    return (scaled_weights * scale).double(), (scaled_bias * bias_scale).double(), gradient
+    return (scaled_weights * scale).to(wide), (scaled_bias * bias_scale).to(wide), gradient

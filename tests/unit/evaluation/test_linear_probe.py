@@ -74,15 +74,29 @@ def test_a_fit_goes_on_in_float64_where_float32_gets_stuck(monkeypatch):
         fit_linear_probes(rows, torch.zeros_like(labels))
 
 
-def test_the_strength_is_chosen_on_validation():
-    """The chosen probe is one of the fits to the training rows: the best on validation."""
+def test_the_strength_is_chosen_on_validation_and_all_rows_are_fitted():
+    """As CLIP_benchmark's `lp_acc1`: the strength that is best on validation after a fit to the
+    training rows, in a fit to both."""
     train, validation = (blobs(200, 5, 16, seed, noise=2.5) for seed in range(2))
     fits = fit_linear_probes(*train)
     for other in (validation, train):
         accuracies = [probe.accuracy(*other) for probe in fits]
         assert len(set(accuracies)) > 1
-        best = fits[accuracies.index(max(accuracies))]
-        assert torch.equal(best_linear_probe(*train, *other).weights, best.weights)
+        both = [torch.cat(of) for of in zip(train, other, strict=True)]
+        expected = fit_linear_probes(*both)[accuracies.index(max(accuracies))]
+        assert torch.equal(best_linear_probe(*train, *other).weights, expected.weights)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_probe_is_fitted_on_the_device_of_the_features():
+    """With the answers of a CPU."""
+    (rows, labels), (others, own) = (narrow_cone(400, 5, seed) for seed in range(2))
+    here = best_linear_probe(rows, labels)
+    there = best_linear_probe(rows.cuda(), labels.cuda())
+    assert there.weights.is_cuda
+    assert there.predict(others).device.type == "cpu"
+    assert torch.equal(there.predict(others), here.predict(others))
+    assert torch.equal(there.ranks(others, own), here.ranks(others, own))
 
 
 def test_without_validation_a_fifth_of_train_chooses(monkeypatch):
@@ -117,7 +131,7 @@ def test_a_class_absent_from_training_is_never_right(absent):
     rows, labels = torch.eye(3).repeat(3, 1), torch.tensor([2, 5, 7]).repeat(3)
     seen = labels != absent
     expected = seen.tolist()
-    probe = best_linear_probe(rows[seen], labels[seen], rows, labels)
+    probe = best_linear_probe(rows[seen], labels[seen], rows[seen], labels[seen])
     assert (probe.predict(rows) == labels).tolist() == expected
     assert (probe.ranks(rows, labels) == 0).tolist() == expected
     assert (knn_predict(rows[seen], labels[seen], rows, k=2) == labels).tolist() == expected
