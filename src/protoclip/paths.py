@@ -85,6 +85,12 @@ def with_options(reference: str, setting: str = "") -> tuple[str, dict[str, str]
     if reference.startswith("pipe:"):  # a command may hold anything
         return reference, {}
     name, *options = re.split(r",(?=\w+=)", reference)
+    if name in DATA_KINDS:
+        what = {"wds:": "FOLDER_OR_URL", "hf:": "OWNER/NAME", "karpathy:": "FILE.json"}
+        raise ValueError(
+            f"{f'{setting}: ' * bool(setting)}'{reference}' is not complete; give "
+            f"{name}{what.get(name, 'NAME')}"
+        )
     own = [option for option in options if option.startswith(DATA_OPTIONS)]
     others = [option for option in options if option not in own]
     where, place = f"{setting}: " if setting else "", ",".join([name, *others])

@@ -34,8 +34,8 @@ from protoclip.data.decode import rgb
 from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
-from protoclip.data.shards import split_name
-from protoclip.files import open_local, replacing, write_atomically
+from protoclip.data.shards import COMPRESSED, split_name
+from protoclip.files import open_local, read_json, replacing, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -55,7 +55,7 @@ MAX_BESIDE_BYTES = 1 << 20
 PLACE = {"image": pa.string(), "offset": pa.int64(), "size": pa.int64()}
 ROWS = pa.schema({"sample_id": pa.string(), **PLACE, "content": pa.binary()})
 # Part of the key of an index. Change it when the rows change.
-INDEX_FORM = "evaluation shards, 1"
+INDEX_FORM = "evaluation shards, 2"
 HUB_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(?:/(?:tree|raw|blob)/(.+))?")
 
 
@@ -85,7 +85,9 @@ class ShardFolder:
         names += [f"{folder}/{NUM_SHARDS}" for folder in folders]
         known = cache / "layout.json"
         if is_url(place) and known.is_file():
-            texts = json.loads(known.read_text("utf-8"))
+            texts = read_json(known)
+            if not all(isinstance(text, str) for text in texts.values()):
+                raise ValueError(f"{known}: damaged (not what was written); delete it")
         else:
             texts = {name: text for name in names if (text := _text(f"{place}/{name}", access))}
         if not any(name.endswith(NUM_SHARDS) for name in texts):
@@ -164,7 +166,8 @@ def _download(url: str, copy: Path, access: Access) -> None:
 def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> ArrowIndex:
     """An index of images in uncompressed tars: where each lies, and the file beside it.
 
-    Raises `ValueError` if a tar is missing or damaged, or an image or the file beside it is.
+    Raises `ValueError` if a tar is missing, compressed or damaged, or an image or the file beside
+    it is missing or stands there twice.
     """
     prints = [fingerprint(str(path)) for path in paths]
     key = digest({"form": INDEX_FORM, "extension": extension, "shards": prints})
@@ -177,19 +180,28 @@ def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> Arro
     return build_index(key, build, folder=folder, where=where, way_out="")
 
 
+def plain(file: io.BufferedReader) -> io.BufferedReader:
+    if file.peek(6).startswith(tuple(COMPRESSED)):
+        raise ValueError("is compressed; unpack it once (gunzip)")
+    return file
+
+
 def _read_shard(path: Path, extension: str) -> list[dict[str, Any]]:
     """The rows of one tar. Nothing is unpacked to a file."""
     rows: dict[str, dict[str, Any]] = {}
     last = ""
     try:
         options: Any = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
-        with open_local(path) as file, tarfile.open(fileobj=file, **options) as tar:
+        with open_local(path) as file, tarfile.open(fileobj=plain(file), **options) as tar:
             for member in tar:
                 last = visible(member.name)
                 key, kind = split_name(member.name)
                 if not member.isreg() or kind not in (*TAR_IMAGES, extension):
                     continue
                 row = rows.setdefault(key, {"sample_id": f"{path.stem}/{key}", "image": str(path)})
+                if ("offset" if kind in TAR_IMAGES else "content") in row:
+                    what, last = "images" if kind in TAR_IMAGES else f"files .{kind}", ""
+                    raise ValueError(f"sample '{visible(key)}' has two {what}; keys must differ")
                 if kind in TAR_IMAGES:
                     row |= {"offset": member.offset_data, "size": member.size}
                 elif member.size <= MAX_BESIDE_BYTES and (content := tar.extractfile(member)):
@@ -232,9 +244,12 @@ def parse_each(
 def class_number(content: Any, num_classes: int) -> int:
     """The content of a `.cls` file, or a number."""
     try:
-        number = int(content)
-    except (ValueError, TypeError):
-        raise ValueError(f"{str(content)[:20]} is not a class number") from None
+        text = content.decode() if isinstance(content, bytes) else str(content)
+        number = int(text) if re.fullmatch(r"\s*[+-]?[0-9]+\s*", text) else None
+    except ValueError:
+        number = None
+    if number is None:  # `int` takes 0_1 too
+        raise ValueError(f"{str(content)[:20]} is not a class number")
     if not 0 <= number < num_classes:
         raise ValueError(f"class {number}, but the class names go from 0 to {num_classes - 1}")
     return number
@@ -245,6 +260,8 @@ def present_classes(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:
     vector = np.load(io.BytesIO(content), allow_pickle=False)
     if vector.shape != (num_classes,):
         raise ValueError(f"shape {vector.shape} in its .npy, but {num_classes} class names")
+    if vector.dtype.kind not in "biuf" or not np.isfinite(vector).all():
+        raise ValueError("its .npy holds something else than numbers of 0 and above")
     return np.asarray(vector > 0)
 
 
