@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -217,6 +218,11 @@ def open_data(
     if data.splits[split].labels is not None and len(data.class_names) < 2:
         shown = visible(", ".join(data.class_names)[:60]) or "no names"
         raise ValueError(f"{reference}: has fewer than two classes ({shown})")
+    if twice := [name for name, number in Counter(data.class_names).items() if number > 1]:
+        shown = f"'{visible(twice[0])}'" + f" and {len(twice) - 1} more" * (len(twice) > 1)
+        note = f"{reference}: several classes are called {shown}; zero_shot takes each such name "
+        note += "for the first of its classes"
+        data = replace(data, notes=[*data.notes, note])
     return data
 
 
@@ -316,9 +322,9 @@ def _open_pairs(
         classes = class_labels(pairs) or in_order(texts)
         labels = positions(texts, classes)
     only = Split(images=images, labels=labels, captions=captions)
-    templates = DEFAULT_TEMPLATES if classes else ("{c}",)
+    names, templates = named(classes)
     return EvaluationData(
-        name=name, splits={split: only}, class_names=classes, templates=templates, notes=notes
+        name=name, splits={split: only}, class_names=names, templates=templates, notes=notes
     )
 
 
@@ -354,9 +360,10 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
         images = Subset(images=pairs, rows=rows)
         return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]
     for row, value in zip(rows, values, strict=True):
-        if value is None or value == "":
+        if value is None or not str(value).strip():
             raise ValueError(
-                f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class in column '{column}'"
+                f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class in column '{column}'; "
+                "fill it in, or leave its row out"
             )
     return list(map(str, values))
 
@@ -382,7 +389,7 @@ def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Ev
             f"{folder / readers.CLASS_NAMES}: names {len(_names(own))} classes, but there are "
             f"{len(classes)} folders"
         )
-    imagenet = None if own else _imagenet_names(classes)
+    imagenet = None if own else imagenet_names(classes, numbers=True)
     synsets = dict(line.partition(" ")[::2] for line in _names(_beside(folder, SYNSETS)))
     # A synset has several names; the first one is the usual one.
     known = {wnid: names.partition(",")[0] for wnid, names in synsets.items()}
@@ -416,19 +423,39 @@ def _beside(folder: Path, name: str) -> str:
         raise ValueError(f"{path}: cannot be read as UTF-8 ({reason_of(error)})") from None
 
 
-def _imagenet_names(classes: Sequence[str]) -> list[str] | None:
-    """The names that CLIP uses, if the classes are some of ImageNet's, or its thousand numbers."""
-    is_numbers = list(classes) == [str(number) for number in range(1000)]
-    if not is_numbers and not all(map(WNID.fullmatch, classes)):
+def imagenet_names(classes: Sequence[str], *, numbers: bool = False) -> list[str] | None:
+    """The names that CLIP uses, if the classes are ImageNet's; else None.
+
+    These are known by WordNet ids, also of some classes, and all thousand by their names: CLIP's
+    own, or WordNet's as "tench, Tinca tinca" or "tench". With `numbers` 0 to 999 are ImageNet's.
+    """
+    is_numbers = numbers and list(classes) == [str(number) for number in range(1000)]
+    are_ids = bool(classes) and all(map(WNID.fullmatch, classes))
+    if not (is_numbers or are_ids or len(classes) == 1000):
         return None
     import open_clip
     from timm.data.imagenet_info import ImageNetInfo
 
     info: Any = ImageNetInfo("imagenet-1k")
-    names = dict(zip(info.label_names(), open_clip.IMAGENET_CLASSNAMES, strict=True))
-    if is_numbers:
-        return list(names.values())
-    return [names[wnid] for wnid in classes] if set(classes) <= names.keys() else None
+    clip = list(open_clip.IMAGENET_CLASSNAMES)
+    if are_ids:
+        names = dict(zip(info.label_names(), clip, strict=True))
+        return [names[wnid] for wnid in classes] if set(classes) <= names.keys() else None
+
+    def firsts(synsets: Iterable[str]) -> list[str]:
+        return [names.partition(",")[0].replace("_", " ").strip().lower() for names in synsets]
+
+    # Lists differ in a few names, such as those of the two cranes.
+    usual = zip(firsts(info.label_descriptions()), firsts(classes), strict=True)
+    known = is_numbers or list(classes) == clip or sum(a == b for a, b in usual) > 950
+    return clip if known else None
+
+
+def named(classes: list[str]) -> tuple[list[str], Sequence[str]]:
+    """Names of classes, and prompts: CLIP's for ImageNet's; others are called what they are."""
+    if names := imagenet_names(classes):
+        return names, read_templates("openai")
+    return classes, DEFAULT_TEMPLATES if classes else ("{c}",)
 
 
 def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
@@ -448,7 +475,8 @@ def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
             raise ValueError(
                 f"{place}: has no class names; write them into {readers.CLASS_NAMES}, one a line"
             )
-        text = shards.texts.get(readers.TEMPLATES, "\n".join(DEFAULT_TEMPLATES))
+        names, usual = named(names)
+        text = shards.texts.get(readers.TEMPLATES, "\n".join(usual))
         templates = _templates(text, f"{place}/{readers.TEMPLATES}")
 
     def read(split: str) -> Split:
@@ -508,9 +536,11 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
     names = getattr(samples("test"), "classes", getattr(samples("test"), "categories", None))
     if names is None:  # the sets without names are of digits
         names = [str(digit) for digit in range(10)]
-    # ImageNet has synonyms, the first of which is the usual one; MNIST writes "7 - seven".
+    # Of a tuple of synonyms the first is the usual one; MNIST writes "7 - seven".
     names = [str(each if isinstance(each, str) else each[0]) for each in names]
     names = [re.sub(r"^(\d) - .*", r"\1", each).replace("_", " ") for each in names]
+    ids = getattr(samples("test"), "wnids", None)  # ImageNet's, which has cranes of two kinds
+    imagenet = imagenet_names(ids) if ids else None
 
     def read(split: str) -> Split:
         images = TorchvisionImages(samples(split), name=f"{name.lower()}/{split}")
@@ -520,8 +550,8 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
     return EvaluationData(
         name=name.lower(),
         splits=LazySplits(read, of_torchvision, first=split, of=reference),
-        class_names=names,
-        templates=read_templates("openai") if name == "ImageNet" else DEFAULT_TEMPLATES,
+        class_names=imagenet or names,
+        templates=read_templates("openai") if imagenet else DEFAULT_TEMPLATES,
     )
 
 

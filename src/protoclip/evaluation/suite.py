@@ -499,8 +499,11 @@ def extract(
         if part.names is not None:
             texts["names"] = classifier(sorted(set(part.names)), templates or ["{c}"])
         if part.labels is not None and data.class_names:
-            texts["classes"] = classifier(data.class_names, templates or data.templates)
-    return Features(parts=parts, texts=texts)
+            distinct = [*dict.fromkeys(data.class_names)]
+            encoded = classifier(distinct, templates or data.templates)
+            texts["classes"] = encoded[positions(data.class_names, distinct)]
+    return Features(parts=parts, texts=texts, device=encoder.device)
+
 
 
 def part_of(
@@ -627,7 +630,7 @@ def measure(
     """The metrics of the tasks, and the results of each sample. The ranks share the stages."""
     stages = [
         stage
-        for task, of_task in stages_of(features, split, paper=paper).items()
+        for task, of_task in stages_of(features, data, split, paper=paper).items()
         for stage in of_task
         if task in tasks
     ]
@@ -668,7 +671,7 @@ def measure(
 
 
 def stages_of(
-    features: Features, split: str, *, paper: bool
+    features: Features, data: EvaluationData, split: str, *, paper: bool
 ) -> dict[str, list[Callable[[], dict[str, Any]]]]:
     """What each task computes, in stages that ranks share: columns of samples, and numbers."""
     part, parts, texts = features.parts[split], features.parts, features.texts
@@ -688,7 +691,7 @@ def stages_of(
             scores = images @ texts["classes"].T
             precision = mean_average_precision(scores, labels)
             return {"scores": (scores, labels), "zero_shot/mean_average_precision": precision}
-        ranks = zero_shot_ranks(images, texts["classes"], labels)
+        ranks = zero_shot_ranks(images, texts["classes"], labels, data.class_names)
         if part.names is not None:
             return {"zero_shot_subgroup_rank": ranks}
         return {"zero_shot_rank": ranks, "zero_shot_class": labels}

@@ -23,12 +23,12 @@ from protoclip.data.sampler import drawn
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import (
-    DEFAULT_TEMPLATES,
     EvaluationData,
     Split,
     captions_of_rows,
     classes_of_rows,
     in_order,
+    named,
     positions,
 )
 from protoclip.evaluation.readers import Subset
@@ -268,6 +268,7 @@ def data_sets(
     with_classes = [part for part in (*parts, *training) if part[0].class_column is not None]
     present = [classes_of_rows(source, rows.tolist()) for source, rows in with_classes]
     names = in_order(chain.from_iterable(present))
+    shown, templates = named(names)
 
     def data_set(name: str, of: Sequence[tuple[ImageTextPairs, Rows]]) -> EvaluationData:
         known = [source.name for source, _ in of]
@@ -281,8 +282,8 @@ def data_sets(
         return EvaluationData(
             name=name,
             splits=splits,
-            class_names=names if has_classes else (),
-            templates=DEFAULT_TEMPLATES if has_classes else ("{c}",),
+            class_names=shown if has_classes else (),
+            templates=templates if has_classes else ("{c}",),
         )
 
     found = [data_set(NAME, parts)]

@@ -34,13 +34,26 @@ def zero_shot_classifier(prompt_features: Float[Tensor, "k t d"]) -> Float[Tenso
 
 
 def zero_shot_ranks(
-    images: Float[Tensor, "n d"], classes: Float[Tensor, "k d"], labels: Int[Tensor, " n"]
+    images: Float[Tensor, "n d"],
+    classes: Float[Tensor, "k d"],
+    labels: Int[Tensor, " n"],
+    names: Sequence[str] | None = None,
 ) -> Int[Tensor, " n"]:
     """How many wrong classes are at least as similar to each image as its own (Radford et al. 2021)
 
-    Classes are the encoded names of classes; ranks are in [0, k).
+    Classes are the encoded names of classes; ranks are in [0, k). Of several classes that have one
+    of the `names` the first comes first, so images of the others are wrong at 1 and may be right at
+    5: what `topk` makes of equal similarities in CLIP's code, and in the mean in open_clip's and
+    CLIP_benchmark's. CLIP's own list calls two classes of ImageNet missile, and two sunglasses.
     """
-    return best_relevant_rank(images, classes, labels, torch.arange(len(classes)))
+    number: dict[str, list[int]] = {}
+    for each, name in enumerate(range(len(classes)) if names is None else names):
+        number.setdefault(str(name), []).append(each)
+    first, before = torch.zeros(2, len(classes), dtype=torch.long)
+    for alike in number.values():
+        first[alike], before[alike] = alike[0], torch.arange(len(alike))
+    ranks: Tensor = best_relevant_rank(images, classes, first[labels], first) + before[labels]
+    return ranks
 
 
 def accuracy(ranks: Int[Tensor, " n"], k: int = 1) -> float:

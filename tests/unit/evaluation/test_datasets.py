@@ -1,5 +1,6 @@
 """Every reference to evaluation data: what is read, and one line for what is wrong with it."""
 
+import gzip
 import io
 import json
 import re
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
 
 from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample
@@ -252,6 +254,10 @@ def test_a_url_is_read_once(tmp_path, serve):
     assert again.name == "pets"
     with pytest.raises(ValueError, match=r"train/0.tar: no such file$"):
         again.splits["train"]
+    (layout,) = (tmp_path / "cache").rglob("layout.json")
+    layout.write_text("{")
+    with pytest.raises(ValueError, match=r"layout\.json: damaged"):
+        open_data(reference, config=config)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +284,58 @@ def test_the_thousand_folders_of_imagenet(tmp_path):
     for number in range(1000):
         write(tmp_path / str(number) / "a.png", b"")
     assert tuple(open_data(str(tmp_path)).class_names) == open_clip.IMAGENET_CLASSNAMES
+
+
+SYNSETS = ImageNetInfo("imagenet-1k")
+
+
+class OfTorchvision:
+    """As torchvision's ImageNet: tuples of synonyms, of which the two cranes have the same."""
+
+    def __init__(self, root, split):
+        assert split == "val"
+        self.wnids, self.targets = SYNSETS.label_names(), [134, 517, 744]
+        self.classes = [tuple(names.split(", ")) for names in SYNSETS.label_descriptions()]
+
+    def __len__(self):
+        return len(self.targets)
+
+
+def as_torchvision(folder, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.ImageNet", OfTorchvision)
+    return open_data("torchvision:ImageNet", root=str(folder))
+
+
+def as_hub_table(folder, _):
+    """Its names of the cranes differ, as `ClassLabel` wants it."""
+    names = SYNSETS.label_descriptions()
+    names[517] = "crane2"
+    features = hugging_face.Features(
+        image=hugging_face.Value("binary"), label=hugging_face.ClassLabel(names=names)
+    )
+    data = {"image": [png(red) for red in REDS], "label": [134, 517, 744]}
+    path = str(folder / "imagenet.parquet")
+    hugging_face.Dataset.from_dict(data, features=features).to_parquet(path)
+    return open_data(path, class_column="label")
+
+
+def as_tars(folder, _):
+    write_wds(folder, beside=[b"134", b"517", b"744"], splits=("test",))
+    write(folder / "classnames.txt", "\n".join(SYNSETS.label_names()))
+    (folder / "zeroshot_classification_templates.txt").unlink()
+    return open_data(f"wds:{folder}")
+
+
+@pytest.mark.parametrize("read", [as_torchvision, as_hub_table, as_tars])
+def test_imagenet_has_the_names_of_clip_wherever_it_is_read(read, tmp_path, monkeypatch):
+    """A note says which names stand for two classes."""
+    data = read(tmp_path, monkeypatch)
+    assert tuple(data.class_names) == open_clip.IMAGENET_CLASSNAMES
+    assert data.class_names[134] != data.class_names[517]
+    assert len(data.templates) == 80
+    assert data.splits["test"].labels.tolist() == [134, 517, 744]
+    (note,) = [note for note in data.notes if "several classes" in note]
+    assert "are called 'missile' and 1 more" in note
 
 
 def test_torchvision_sets(tmp_path):
@@ -347,11 +405,12 @@ def wds_with(tmp_path, extension="cls", splits=("test",), beside=None, without=(
     return {"reference": f"wds:{tmp_path}"}
 
 
-def tar_with(tmp_path, files, cut=0):
+def tar_with(tmp_path, files, cut=0, *, packed=False):
     write(tmp_path / "test/nshards.txt", "1")
     write_tar(tmp_path / "test/0.tar", files)
     content = (tmp_path / "test/0.tar").read_bytes()
-    write(tmp_path / "test/0.tar", content[: cut or None])
+    content = gzip.compress(content) if packed else content[: cut or None]
+    write(tmp_path / "test/0.tar", content)
     write(tmp_path / "classnames.txt", "cat\ndog")
     return {"reference": f"wds:{tmp_path}"}
 
@@ -385,6 +444,24 @@ BAD = [
     (lambda t: wds_with(t, classnames="cat"), r"sample '0/s00': class 1, but the class names go"),
     (lambda t: wds_with(t, beside=[b"0", b"-1", b"0"]), r"sample '0/s01': class -1, but"),
     (lambda t: wds_with(t, beside=[b"0", b"x", b"0"]), r"sample '0/s01': b'x' is not a class num"),
+    (lambda t: wds_with(t, beside=[b"0", b"0_1", b"0"]), r"'0/s01': b'0_1' is not a class number$"),
+    (
+        lambda t: wds_with(t, "npy", beside=[npy(0, 1), npy(0, np.nan), npy(1, 0)]),
+        r"sample '0/s01': its .npy holds something else than numbers",
+    ),
+    (
+        lambda t: tar_with(t, {"a.cls": b"0", "a.webp": png(1), "a.png": png(2)}),
+        r"0.tar: sample 'a' has two images; keys must differ$",
+    ),
+    (
+        lambda t: tar_with(t, {"a.cls": b"0", "a.png": png(1), "b.cls": b"1", "./a.cls": b"1"}),
+        r"0.tar: sample 'a' has two files .cls; keys must differ$",
+    ),
+    (
+        lambda t: tar_with(t, {"a.cls": b"0", "a.png": png(1)}, packed=True),
+        r"0.tar: is compressed; unpack it once \(gunzip\)$",
+    ),
+    (lambda _: {"reference": "wds:"}, r"^'wds:' is not complete; give wds:FOLDER_OR_URL$"),
     (lambda t: wds_with(t, beside=[b"0"] * 3, classnames="cat"), r"fewer than two classes \(cat\)"),
     (lambda t: wds_with(t, "npy", classnames="a\nb\nc"), r"'0/s00': shape \(2,\) in its .npy, but"),
     (lambda t: wds_with(t, "npy", beside=[b"0"] * 3), r"sample '0/s00': "),
@@ -411,7 +488,11 @@ BAD = [
     (lambda t: table_with(t), r"no column with captions; set caption_column to one"),
     (lambda t: table_with(t, caption=[None, "", " "]), r"no image has a caption$"),
     (lambda t: table_with(t, "kind", caption=list("abc")), r"no column 'kind'; it has 'image', 'c"),
-    (lambda t: table_with(t, "k", k=[1, None, 2]), r"'t.parquet/1' has no class in column 'k'$"),
+    (
+        lambda t: table_with(t, "k", k=[1, None, 2]),
+        r"'t.parquet/1' has no class in column 'k'; fill it in, or leave its row out$",
+    ),
+    (lambda t: table_with(t, "k", k=["a", "b", " "]), r"'t.parquet/2' has no class in column 'k'"),
     (lambda t: table_with(t, "k", k=[0.5, 1.0, 2]), r"'k' holds double, not classes; set class_c"),
     (lambda t: table_with(t, "k", k=["a"] * 3), r"has fewer than two classes \(a\)$"),
     (

@@ -27,6 +27,21 @@ def test_a_classifier_is_the_mean_of_unit_prompts(generator):
         torch.testing.assert_close(row, mean / mean.norm())
 
 
+def test_of_two_classes_of_one_name_the_first_comes_first(generator):
+    """As by a stable sort of the similarities; other ties count against the image."""
+    images, classes = (torch.randn(n, 6, generator=generator) for n in (200, 12))
+    labels, names = torch.arange(200) % 12, [*"abcdefghijk", "c"]
+    classes[11] = classes[2]
+    scores = images @ classes.T
+    scores[:, 11] = scores[:, 2]  # which rounding may tell apart
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    expected = (order == labels[:, None]).int().argmax(dim=1)
+    ranks = zero_shot_ranks(images, classes, labels, names)
+    assert ranks.tolist() == expected.tolist()
+    assert ranks[labels == 2].min() == 0 < ranks[labels == 11].min() == 1
+    assert zero_shot_ranks(images, torch.ones(12, 6), labels, names).min() == 10
+
+
 def test_accuracies_equal_scikit_learn(generator):
     """acc1, acc5 and mean per-class recall; some classes have no image."""
     images, classes = (torch.randn(n, 6, generator=generator) for n in (200, 12))
