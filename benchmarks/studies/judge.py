@@ -148,7 +148,7 @@ def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
 
 def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Judged:
     """The metrics of those tasks that the data can serve."""
-    (chosen,) = suite.chosen_tasks([data], split, None)
+    (chosen,) = suite.chosen_tasks([data], split, None, suite.TASKS)
     own = [task for task in tasks if task in chosen]
     features = suite.extract(encoder, data, own, split=split)
     found = suite.measure(features, data, own, split=split)

@@ -1,11 +1,15 @@
 """The grouping of a run's representations over its checkpoints: what `protoclip analyze` does."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -15,11 +19,12 @@ from torch import Tensor
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.decode import decode
-from protoclip.data.loader import read_sample
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs, Sample, SampleStream
+from protoclip.data.loader import read_image
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import drawn
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.features import Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
 from protoclip.files import read_toml
@@ -30,6 +35,7 @@ from protoclip.prototypes.nearest import nearest
 
 PAIRS_PER_GROUP = 5  # at least, in the mean
 BATCH_SIZE = 256
+KEPT_BYTES = 1 << 31  # of decoded images
 # Unit-norm rows, by space (features, projections) and by `images` or `texts`.
 Spaces = dict[str, dict[str, Float[Tensor, "n _"]]]
 HINT = "train with --run.save_steps N --run.keep_checkpoints 100"
@@ -45,6 +51,32 @@ class HeldOut:
     classes: Int[Tensor, " n"] | None
     skipped: int  # Samples that could not be read.
     groups: Sequence[int] | None = None  # Pairs of one group fit each other, where data say so.
+    # Batches of decoded images, and the transform that they are for.
+    decoded: list[tuple[Any, list[Tensor]]] = field(default_factory=list, repr=False)
+
+    def batches(self, transform: Callable[[Image.Image], Tensor]) -> Iterator[Tensor]:
+        """The images as the input of a model, in batches.
+
+        They are decoded by threads, and for several models of one transform only once, unless they
+        take more memory than `KEPT_BYTES`.
+        """
+        images = pa.array(self.images, pa.large_binary())
+        rows = ImageTextPairs(pa.table({"image": images, "caption": self.captions}), name=self.name)
+        reader = Reader(rows, transform)
+        if self.decoded and self.decoded[0][0] == transform:
+            yield from map(reader.finish, self.decoded[0][1])
+            return
+        found, size = list[Tensor](), 0
+        self.decoded.clear()
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(rows), BATCH_SIZE):
+                share = range(start, min(start + BATCH_SIZE, len(rows)))
+                batch = torch.stack([pixels for pixels, _ in pool.map(reader.read, share)])
+                size += batch.nbytes
+                found = [*found, batch] if size <= KEPT_BYTES else []
+                yield reader.finish(batch)
+        if found:
+            self.decoded.append((transform, found))
 
 
 def analyze(
@@ -93,6 +125,8 @@ def analyze(
                 **rows,
                 num_groups=number,
                 captions=pairs.captions,
+                concepts=pairs.groups,
+                content=pairs.images,
                 classes=pairs.classes,
                 previous=before.get(space),
                 seed=config.run.seed,
@@ -147,6 +181,9 @@ def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldO
     return of_source(sources.pairs(Config(data=DataConfig(train=data))), samples)
 
 
+decoded = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
+
+
 def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
     """Pairs of a source, drawn evenly; of a stream the first ones."""
     if isinstance(source, Pairs):
@@ -154,15 +191,19 @@ def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
     else:
         items = islice(source.samples(), samples)
     known: dict[str, Sample] = {}  # a stream starts again at its end
+
+    def good(item: Any) -> Sample | None:
+        with suppress(ValueError):  # BadSample too
+            return read_image(source, item, decoded)[0]
+        return None
+
     skipped = 0
-    for item in items:
-        try:
-            sample = read_sample(source, item)
-            decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
-        except ValueError:  # BadSample too
-            skipped += 1
-            continue
-        known.setdefault(sample.sample_id, sample)
+    with ThreadPoolExecutor() as pool:
+        for sample in pool.map(good, items):
+            if sample is None:
+                skipped += 1
+            else:
+                known.setdefault(sample.sample_id, sample)
     return HeldOut(
         name=source.name,
         images=[sample.image for sample in known.values()],
@@ -177,18 +218,22 @@ def of_split(data: EvaluationData, samples: int) -> HeldOut:
     split = data.splits["validation"]
     given: Any = split.images  # a run's own data always have encoded images and captions
     assert split.captions is not None
-    images, rows = [], []
     drawn_rows = drawn(len(given), min(samples, len(given)), seed=0)
-    for row in drawn_rows:
-        try:
-            images.append(given.encoded(row))
-            decode(images[-1], max_pixels=MAX_IMAGE_PIXELS)
-            rows.append(row)
-        except ValueError:  # BadSample too
-            del images[len(rows) :]
+
+    def good(row: int) -> bytes | None:
+        with suppress(ValueError):  # BadSample too
+            encoded: bytes = given.encoded(row)
+            decoded(encoded)
+            return encoded
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        read = dict(zip(drawn_rows, pool.map(good, drawn_rows), strict=True))
+    images = {row: image for row, image in read.items() if image is not None}
+    rows = [*images]
     return HeldOut(
         name=data.name,
-        images=images,
+        images=[*images.values()],
         captions=[split.captions[row][0] for row in rows],
         classes=None if split.labels is None else split.labels[rows],
         skipped=len(drawn_rows) - len(rows),
@@ -219,11 +264,9 @@ def embed_with(
     """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
     model = loading.to_device(model, device).eval()
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(pairs.images), BATCH_SIZE):
-        batch = slice(start, start + BATCH_SIZE)
-        decoded = (decode(image, max_pixels=MAX_IMAGE_PIXELS) for image in pairs.images[batch])
-        inputs = torch.stack([transform(Image.fromarray(pixels)) for pixels in decoded])
-        tokens = tokenizer(list(pairs.captions[batch]))
+    for number, inputs in enumerate(pairs.batches(transform)):
+        start = number * BATCH_SIZE
+        tokens = tokenizer(list(pairs.captions[start : start + BATCH_SIZE]))
         for name, rows in vars(model(inputs.to(device), tokens.to(device), project)).items():
             if rows is not None and rows.ndim == 2:
                 parts.setdefault(name, []).append(rows.float().cpu())

@@ -24,9 +24,10 @@ def clustering(
     """
     k = len(torch.unique(labels))
     found = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=seed)
-    partitions = labels.numpy(), found.assignments.numpy()
+    clusters = found.assignments.cpu()
+    partitions = labels.numpy(), clusters.numpy()
     return {
-        "cluster": found.assignments,
+        "cluster": clusters,
         "ami": float(adjusted_mutual_info_score(*partitions)),
         "ari": float(adjusted_rand_score(*partitions)),
     }

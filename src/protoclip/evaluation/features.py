@@ -4,20 +4,20 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from protoclip.data.decode import decode_crop
+from protoclip.data.decode import decode, decode_crop
 from protoclip.data.loader import items_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
@@ -50,7 +50,8 @@ RETRIED = 20  # bad images that are tried again before kept features are used
 Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
 Bad = tuple[int, str]  # the row of an image that cannot be used, and why
-Batch = tuple[Tensor, list[Bad]]
+Content = tuple[int, int]  # the row of a good image, and a hash of it
+Batch = tuple[Tensor, list[Bad], list[Content]]
 
 
 @runtime_checkable
@@ -67,10 +68,15 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Features of the good rows, of any norm, in float32 on the CPU; and the bad rows."""
+    """Features of the good rows, of any norm, in float32 on the CPU; and the bad rows.
+
+    Of images (not of texts) also a hash of each: of its encoded bytes, or where there are none of
+    its pixels.
+    """
 
     features: Float[Tensor, "n d"]
     bad: Sequence[Bad] = ()
+    content: Int[Tensor, " c"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,7 @@ class Encoder:
         workers: Processes that read images; unset, one a core if there are many images.
         cache: Folder in which features are kept; `None` for none.
         show: Show progress.
+        autocast: Makes the context of a forward pass, such as one of less precision.
     """
 
     model: Model
@@ -93,6 +100,7 @@ class Encoder:
     workers: int | None = None
     cache: Path | None = None
     show: bool = False
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @cached_property
     def device(self) -> torch.device:
@@ -111,7 +119,9 @@ class Encoder:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(content.numpy())
         # Functions and objects without a text of their own show where in memory they lie.
-        digest.update(re.sub(r" at 0x[0-9a-f]+", "", f"{self.model!r} {self.transform!r}").encode())
+        facts = f"{self.model!r} {self.transform!r}"
+        facts += "" if self.autocast is nullcontext else repr(self.autocast)
+        digest.update(re.sub(r" at 0x[0-9a-f]+", "", facts).encode())
         ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
         with evaluation_mode(self.model), torch.inference_mode():
             image = self.transform(Image.fromarray(ramp)).unsqueeze(0).to(self.device)
@@ -163,7 +173,7 @@ class Encoder:
 
             def batches() -> Iterator[Batch]:
                 for rows in self._shares(len(read)):
-                    yield self.tokenizer(read[rows.start : rows.stop]), []
+                    yield self.tokenizer(read[rows.start : rows.stop]), [], []
 
             forward = partial(self.model.encode_text, normalize=False)
             blank = partial(self.tokenizer, read[:1])
@@ -179,9 +189,13 @@ class Encoder:
         number: int,
         stage: str,
     ) -> Encoded:
+        def in_precision(batch: Tensor) -> Tensor:
+            with self.autocast():
+                return forward(batch)
+
         with evaluation_mode(self.model):
             return encode(
-                forward,
+                in_precision,
                 batches,
                 blank,
                 number=number,
@@ -254,26 +268,35 @@ class Reader(Dataset[Batch]):
     def __getitem__(self, rows: range) -> Batch:
         good: list[Tensor] = []
         bad: list[Bad] = []
+        content: list[Content] = []
         for row in rows:
             try:
-                good.append(self.read(row))
+                image, key = self.read(row)
             except BadSample as error:
                 bad.append((row, str(error)))
-        return torch.stack(good) if good else torch.zeros(0), bad
+            else:
+                good.append(image)
+                content.append((row, key))
+        return torch.stack(good) if good else torch.zeros(0), bad, content
 
-    def read(self, row: int) -> Tensor:
-        """One image; raises `BadSample`."""
+    def read(self, row: int) -> tuple[Tensor, int]:
+        """One image, and a hash of it; raises `BadSample`."""
         transform, images = self.transform, self.images
         try:
+            if not hasattr(images, "encoded"):
+                image = images.image(row)
+                key = hash_of(b"%d %d " % image.size + image.tobytes())
+            else:
+                encoded = images.encoded(row)
+                key = hash_of(encoded)
+                if isinstance(transform, EvaluationTransform):
+                    box = partial(transform.box, draws=np.zeros(0, np.float32))
+                    pixels = decode_crop(encoded, box, transform.size, max_pixels=MAX_IMAGE_PIXELS)
+                    return torch.from_numpy(np.require(pixels, requirements="W")), key
+                image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
             if isinstance(transform, PillowTransform):
-                return transform.pixels(images.image(row))
-            if not self.as_bytes:
-                return transform(images.image(row))
-            assert isinstance(transform, EvaluationTransform)
-            box = partial(transform.box, draws=np.zeros(0, np.float32))
-            encoded = images.encoded(row)  # type: ignore[attr-defined]
-            pixels = decode_crop(encoded, box, transform.size, max_pixels=MAX_IMAGE_PIXELS)
-            return torch.from_numpy(np.require(pixels, requirements="W"))
+                return transform.pixels(image), key
+            return transform(image), key
         except BadSample:
             raise
         except (ValueError, OSError) as error:
@@ -294,6 +317,10 @@ class Reader(Dataset[Batch]):
             size = self.transform.size
             return torch.zeros(1, size, size, 3, dtype=torch.uint8)
         return self.transform(Image.new("RGB", (224, 224))).unsqueeze(0)
+
+
+def hash_of(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def encode(
@@ -322,11 +349,13 @@ def encode(
     progress = Progress(f"evaluate: {stage}", number) if show and rank() == 0 else None
     features: list[Tensor] = []
     bad: list[Bad] = []
+    content: list[Content] = []
 
     def read(first: int) -> tuple[Tensor, int]:
         """This rank's input, and how many of its rows count."""
-        ready, found = next(batches) if first < number else (torch.zeros(0), [])
+        ready, found, keys = next(batches) if first < number else (torch.zeros(0), [], [])
         bad.extend((row, why) for row, why in found)
+        content.extend((row, key) for row, key in keys)
         return (ready, len(ready)) if len(ready) else (blank(), 0)
 
     stride = batch_size * world_size()
@@ -343,8 +372,13 @@ def encode(
     encoded = torch.cat(features or [torch.zeros(0, 0)])
     if not bool(torch.isfinite(encoded).all()):  # the same bits on every rank
         raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
-    everyones = [entry for of_rank in all_gather_object(bad) for entry in of_rank]
-    return Encoded(features=encoded, bad=sorted(everyones))
+    ranks = all_gather_object((bad, content))
+    keys = sorted(entry for _, of_rank in ranks for entry in of_rank)
+    return Encoded(
+        features=encoded,
+        bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
+        content=torch.tensor([key for _, key in keys], dtype=torch.long),
+    )
 
 
 @contextmanager
@@ -365,7 +399,8 @@ def keep(path: Path, encoded: Encoded) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch, scratch.open("wb") as file:
         np.save(file, encoded.features.numpy())
-    facts = {"features": file_checksum(path), "bad": encoded.bad}
+    content = encoded.content.numpy().tobytes().hex()
+    facts = {"features": file_checksum(path), "bad": encoded.bad, "content": content}
     write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
 
 
@@ -376,6 +411,8 @@ def read_kept(path: Path) -> Encoded | None:
         if facts["features"] != file_checksum(path):
             return None
         features = torch.from_numpy(np.load(path, mmap_mode="c"))
-        return Encoded(features=features, bad=[(int(row), str(why)) for row, why in facts["bad"]])
+        bad = [(int(row), str(why)) for row, why in facts["bad"]]
+        content = np.frombuffer(bytearray.fromhex(facts["content"]), np.int64)
+        return Encoded(features=features, bad=bad, content=torch.from_numpy(content))
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None

@@ -5,7 +5,7 @@ the text of a pair, and groups similar images only by way of their texts, and si
 of their images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from statistics import mean
 
 import torch
@@ -83,6 +83,8 @@ def measure(
     *,
     num_groups: int,
     captions: Sequence[str],
+    concepts: Sequence[int] | None = None,
+    content: Sequence[Hashable] | None = None,
     classes: Int[Tensor, " n"] | None = None,
     previous: Assignments | None = None,
     seed: int = 0,
@@ -92,7 +94,8 @@ def measure(
     Args:
         images, texts: Unit-norm rows of pairs.
         num_groups: Groups of each modality.
-        captions: Pairs of equal captions are each other's matches in `recall@10`.
+        captions, concepts, content: Of each pair; the last two as the `groups` and `content` of
+            `retrieval.captions_of`, by which `recall@10` is what `evaluate` gives.
         classes: Adds `classes/...`, the agreement of the groups with them.
         previous: Groups of an earlier checkpoint; adds `stability/...`, the agreement with them.
 
@@ -110,8 +113,6 @@ def measure(
     }
     found = {"agreement": mean(map(agreement, groups["image"], groups["text"]))}
 
-    number = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
-    same = torch.tensor([number[caption] for caption in captions])
     for modality, other in partner.items():
         rows, own, partners = spaces[modality], groups[modality], groups[other]
         values = {
@@ -127,7 +128,13 @@ def measure(
         sizes = [group_sizes(of, num_groups) for of in own]
         values |= {f"groups/{name}": mean(of[name] for of in sizes) for name in sizes[0]}
         found |= {f"{name}/{modality}": value for name, value in values.items()}
-        ranks = retrieval.best_relevant_rank(rows, spaces[other], same, same)
-        found[f"recall@10/{modality}_to_{other}"] = float((ranks < 10).double().mean())
+    known = retrieval.captions_of(
+        [(caption,) for caption in captions], [""] * len(captions), concepts, content
+    )
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    of_texts = texts[[row_of[caption] for caption in known.texts]]
+    ranks = retrieval.retrieval_ranks(images[known.rows], of_texts, known)
+    for modality, of_modality in zip(MODALITIES, ranks, strict=True):
+        found[f"recall@10/{modality}_to_{partner[modality]}"] = retrieval.recall_at(of_modality, 10)
     found |= modality_gap(images, texts)
     return found, groups

@@ -1,13 +1,107 @@
-"""Retrieval: ranks among candidates, and recall at k, with any number of captions an image."""
+"""Retrieval: which image and which text belong together, ranks among candidates, recall at k.
 
-from collections.abc import Sequence
+One definition for evaluation, validation and `analyze`. An image is one image however often it
+stands in the data, by its content, and has the captions of all its copies; a caption that it has
+twice counts once. A text is right for an image that has a caption equal to it.
+"""
 
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 from torch import Tensor
 
 CHUNK = 4_000_000  # similarities held in memory at once
 CROWD = 20  # candidates of a cluster that may stand before a match together; more are rare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """Images and the texts to retrieve.
+
+    `rows` are those of the images, one each. A text has the `groups` of its images. An image and a
+    text of `image_of_pair` and `text_of_pair` are a pair. Equal texts have equal `numbers`, and
+    `matches` are an image and a number that is right for it.
+    """
+
+    rows: list[int]
+    texts: list[str]
+    ids: list[str]
+    groups: Int[Tensor, " t"]
+    image_of_pair: Int[Tensor, " p"]
+    text_of_pair: Int[Tensor, " p"]
+    numbers: Int[Tensor, " t"]
+    matches: Int[Tensor, "2 m"]
+
+
+def captions_of(
+    captions: Sequence[Sequence[str]],
+    ids: Sequence[str],
+    groups: Sequence[int] | None = None,
+    content: Sequence[Hashable] | None = None,
+) -> Captions:
+    """The images in rows and their texts: each caption of an image, or of its group, once.
+
+    Args:
+        captions, ids: Of each row.
+        groups: Images of one group share their captions; then each row stays an image of its own.
+            Unset, rows of equal content are one image, with the captions of all of them.
+        content: Identifies what a row shows. Unset, all rows differ.
+    """
+    keys = range(len(ids)) if content is None else content
+    images: dict[Hashable, int] = {}
+    image_of = [
+        images.setdefault(key if groups is None else row, len(images))
+        for row, key in enumerate(keys)
+    ]
+    rows = {image: row for row, image in reversed([*enumerate(image_of)])}
+    groups = image_of if groups is None else groups
+    place: dict[tuple[int, str], int] = {}
+    number: dict[str, int] = {}
+    pairs: dict[tuple[int, int], None] = {}
+    of_group: dict[int, set[int]] = {}
+    groups_of: dict[Hashable, set[int]] = {}
+    text_ids: list[str] = []
+    for row, (image, group, key) in enumerate(zip(image_of, groups, keys, strict=True)):
+        groups_of.setdefault(key, set()).add(group)
+        for text in captions[row]:
+            of_group.setdefault(group, set()).add(number.setdefault(text, len(number)))
+            if (group, text) not in place:
+                place[group, text] = len(place)
+                text_ids.append(f"{ids[rows[image]]}: {text}")
+            pairs[image, place[group, text]] = None
+    # Images of equal content in several groups have the captions of all of them.
+    matches = [
+        (image, text)
+        for image in range(len(images))
+        for group in groups_of[keys[rows[image]]]
+        for text in of_group[group]
+    ]
+    image_of_pair, text_of_pair = torch.tensor([*pairs]).T
+    return Captions(
+        rows=[rows[image] for image in range(len(images))],
+        texts=[text for _, text in place],
+        ids=text_ids,
+        groups=torch.tensor([group for group, _ in place]),
+        image_of_pair=image_of_pair,
+        text_of_pair=text_of_pair,
+        numbers=torch.tensor([number[text] for _, text in place]),
+        matches=torch.tensor(matches).T,
+    )
+
+
+def retrieval_ranks(
+    images: Float[Tensor, "n d"], texts: Float[Tensor, "t d"], captions: Captions
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " t"]]:
+    """`best_relevant_rank` of each image among the texts, and of each text among the images."""
+    numbers, matches = torch.arange(len(images)), captions.matches
+    return (
+        best_relevant_rank(images, texts, numbers, captions.numbers, matches),
+        best_relevant_rank(texts, images, captions.numbers, numbers, matches.flip(0)),
+    )
 
 
 def best_relevant_rank(
@@ -15,25 +109,42 @@ def best_relevant_rank(
     candidates: Float[Tensor, "m d"],
     query_groups: Int[Tensor, " n"],
     candidate_groups: Int[Tensor, " m"],
+    matches: Int[Tensor, "2 p"] | None = None,
 ) -> Int[Tensor, " n"]:
     """How many irrelevant candidates come before each query's best relevant one, in [0, m).
 
-    A candidate is relevant to the queries of its group. Similarity is the inner product. Ties and
-    NaN count against the query, so that constant features do not score perfectly. Recall at k is
-    the share of ranks below k (Karpathy and Fei-Fei 2015).
+    A candidate is relevant to the queries of its group; with `matches`, to those of the groups that
+    are matched with its own. Similarity is the inner product. Ties and NaN count against the query,
+    so that constant features do not score perfectly. Recall at k is the share of ranks below k
+    (Karpathy and Fei-Fei 2015).
 
     Raises:
         ValueError: A query has no relevant candidate.
     """
-    orphans = int((~torch.isin(query_groups, candidate_groups)).sum())
-    if orphans:
+    if matches is None:
+        has_one = torch.isin(query_groups, candidate_groups)
+
+        def relevant_to(rows: slice) -> Bool[Tensor, "r m"]:
+            return query_groups[rows].unsqueeze(1) == candidate_groups
+    else:
+        groups, partners = query_groups.numpy(), candidate_groups.numpy()
+        first, second = matches.numpy()
+        shape = (max(groups.max(), first.max()) + 1, max(partners.max(), second.max()) + 1)
+        matched = csr_array((np.ones(len(first), np.int8), (first, second)), shape)
+        known = np.isin(np.arange(shape[1]), partners).astype(np.int64)
+        has_one = torch.from_numpy((matched @ known)[groups] > 0)
+
+        def relevant_to(rows: slice) -> Bool[Tensor, "r m"]:
+            return torch.from_numpy(matched[groups[rows]].toarray()[:, partners] > 0)
+
+    if orphans := int((~has_one).sum()):
         raise ValueError(f"{orphans} of {len(queries)} queries have no candidate of their group")
     queries, candidates = queries.float(), candidates.float()
-    rows = max(1, CHUNK // len(candidates))
+    size = max(1, CHUNK // len(candidates))
     ranks = []
-    for start in range(0, len(queries), rows):
-        similarity = queries[start : start + rows] @ candidates.T
-        relevant = query_groups[start : start + rows].unsqueeze(1) == candidate_groups
+    for start in range(0, len(queries), size):
+        rows = slice(start, start + size)
+        similarity, relevant = queries[rows] @ candidates.T, relevant_to(rows)
         best = similarity.masked_fill(~relevant, float("-inf")).amax(dim=1, keepdim=True)
         # "not below" and not "at or above": any comparison with NaN is false.
         ranks.append((~(similarity < best) & ~relevant).sum(dim=1))

@@ -22,11 +22,11 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.datasets import EvaluationData, positions
-from protoclip.evaluation.features import Bad, Encoder, Model, Tokenizer, Transform
+from protoclip.evaluation.features import Bad, Encoded, Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.geometry import effective_rank, modality_gap
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
-from protoclip.evaluation.retrieval import best_relevant_rank, crowding
+from protoclip.evaluation.retrieval import Captions, captions_of, crowding, retrieval_ranks
 from protoclip.evaluation.samples import (
     IMAGE_COLUMNS,
     TEXT_COLUMNS,
@@ -84,6 +84,8 @@ TASKS: dict[str, tuple[str, dict[str, str]]] = {
 }
 # Tasks that are cheap enough to be done often: they encode no training images and fit nothing.
 QUICK = ("zero_shot", "retrieval")
+# Those that are run unless others are asked for; the rest learn, mostly from `train`.
+DEFAULT = (*QUICK, "geometry")
 # What `protocol="paper"` changes, by task, as records say it.
 PAPER = {
     "retrieval": "paper: mean_recall is the mean of recall@1, 5 and 10 both ways",
@@ -151,7 +153,8 @@ def evaluate(
         model: A module with `encode_image` and `encode_text`, on the device where it shall run.
         image_transform, tokenizer: A PIL image to `(3, h, w)`; texts to tokens `(b, c)`.
         data: Data sets, or references to them as `datasets.open_data` takes.
-        tasks: Unset, all that the data can serve.
+        tasks: Unset, those of `zero_shot`, `retrieval` and `geometry` that the data can serve. The
+            others encode `train` or fit something, and a note says how many images they encode.
         split: The split that is measured.
         templates: Prompts in place of the data's own: `openai`, `simple`, a text file, or a list.
         protocol: `paper` takes the reference code's choices; `PAPER` says which.
@@ -182,6 +185,7 @@ def evaluate(
     opened = raise_on_all_ranks(
         lambda: [datasets.open_data(of, split=split) if isinstance(of, str) else of for of in given]
     )
+    announce(opened, split, tasks)
     found = results(
         encoder,
         opened,
@@ -261,7 +265,7 @@ def quick_tasks(data: EvaluationData, split: str) -> list[str]:
 
 def run_tasks(data: EvaluationData, split: str, *, quick: bool) -> list[str]:
     """The tasks of a run's evaluation on a data set."""
-    return quick_tasks(data, split) if quick else chosen_tasks([data], split, None)[0]
+    return quick_tasks(data, split) if quick else chosen_tasks([data], split, None, TASKS)[0]
 
 
 def metric_names(
@@ -341,9 +345,12 @@ def evaluate_run(
 
 
 def chosen_tasks(
-    data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | None
+    data: Sequence[EvaluationData],
+    split: str,
+    tasks: Sequence[str] | None,
+    usual: Collection[str] = DEFAULT,
 ) -> list[list[str]]:
-    """The tasks of each data set: those asked for that it can serve; without a wish, all such.
+    """The tasks of each data set: those asked for that it can serve; without a wish, the usual.
 
     Raises:
         ValueError: There is no such task or split, or no data set can serve a task.
@@ -358,15 +365,39 @@ def chosen_tasks(
             raise ValueError(f"{of.name}: no split '{split}'; it has {', '.join(of.splits)}")
         if not len(of.splits[split].images):
             raise ValueError(f"{of.name}: its split '{split}' holds no image")
-    lacking = {task: [lacks(of, split, task) for of in data] for task in tasks or TASKS}
+    lacking = {task: [lacks(of, split, task) for of in data] for task in tasks or usual}
     names = ", ".join(of.name for of in data)
     for task, reasons in lacking.items():
         if tasks and all(reasons):
             raise ValueError(f"{names}: {task} needs {reasons[0]}; choose other data or --tasks")
     if all(all(reasons) for reasons in lacking.values()):
         why = "; ".join(f"{task} needs {reasons[0]}" for task, reasons in lacking.items())
-        raise ValueError(f"{names}: can serve no task ({why})")
+        others = "" if tasks or {*usual} >= TASKS.keys() else "; --tasks names others"
+        raise ValueError(f"{names}: can serve no task ({why}{others})")
     return [[task for task in lacking if not lacking[task][number]] for number in range(len(data))]
+
+
+def announce(
+    data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | None
+) -> list[list[str]]:
+    """`chosen_tasks`; a note says how many images are encoded for those that are asked for."""
+    chosen = raise_on_all_ranks(lambda: chosen_tasks(data, split, tasks))
+    for of, of_tasks in zip(data, chosen, strict=True):
+        learning = [task for task in of_tasks if task not in DEFAULT]
+        if learning and rank() == 0:
+            wanted = splits_of(of, of_tasks, split)
+            numbers = ", ".join(f"{len(of.splits[name].images):,} of {name}" for name in wanted)
+            say(f"note: {of.name}: {', '.join(learning)}: images to encode: {numbers}")
+    return chosen
+
+
+def splits_of(data: EvaluationData, tasks: Sequence[str], split: str) -> list[str]:
+    """The splits whose images the tasks need; opens no other."""
+    wanted = ["train"] * bool({"linear_probe", "knn"} & {*tasks})
+    if "linear_probe" in tasks and split != "validation":
+        validation = data.splits.get("validation")
+        wanted += ["validation"] * (validation is not None and validation.labels is not None)
+    return [*wanted, split]
 
 
 def lacks(data: EvaluationData, split: str, task: str) -> str:
@@ -429,17 +460,6 @@ def check_labels(data: EvaluationData, split: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captions:
-    """Texts to retrieve, the group of each, and which image and text are a pair."""
-
-    texts: list[str]
-    ids: list[str]
-    groups: Int[Tensor, " t"]
-    image_of_pair: Int[Tensor, " p"]
-    text_of_pair: Int[Tensor, " p"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Part:
     """The images of a split that can be used: features of any norm, and what is known of each."""
 
@@ -458,10 +478,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What `measure` needs: images by split; `captions`, and classifiers of `names`, `classes`."""
+    """What `measure` needs: images by split; `captions`, and classifiers of `names`, `classes`.
+
+    They lie on the CPU. What learns from them does it on `device`.
+    """
 
     parts: Mapping[str, Part]
     texts: Mapping[str, Float[Tensor, "_ d"]]
+    device: torch.device | str = "cpu"
 
 
 def extract(
@@ -473,17 +497,11 @@ def extract(
     templates: Sequence[str] | None = None,
 ) -> Features:
     """The features that the tasks need; images and texts that no task needs are not encoded."""
-    wanted = [split]
-    if {"linear_probe", "knn"} & {*tasks}:
-        wanted = ["train", split]
-        validation = data.splits.get("validation")
-        if "linear_probe" in tasks and split != "validation" and validation:
-            wanted = ["train", "validation", split] if validation.labels is not None else wanted
     parts = {}
-    for name in dict.fromkeys(wanted):
+    for name in splits_of(data, tasks, split):
         stage = f"{data.name} images: {name}"
         found = encoder.images(data.splits[name].images, stage=stage)
-        parts[name] = part_of(data, name, found.features, found.bad)
+        parts[name] = part_of(data, name, found)
         if rank() == 0:
             say_bad(stage, found.bad, len(data.splits[name].images))
     texts = {}
@@ -505,56 +523,29 @@ def extract(
     return Features(parts=parts, texts=texts, device=encoder.device)
 
 
+def part_of(data: EvaluationData, split: str, encoded: Encoded) -> Part:
+    """A split without its bad rows; of images with captions, those of equal content are one.
 
-def part_of(
-    data: EvaluationData, split: str, features: Float[Tensor, "n d"], bad: Sequence[Bad]
-) -> Part:
-    """A split without its bad rows."""
-    given, left_out = data.splits[split], {row for row, _ in bad}
+    Where the data say which images belong together, as the emoji do, each stays as it is.
+    """
+    given, left_out = data.splits[split], {row for row, _ in encoded.bad}
     rows = [row for row in range(len(given.images)) if row not in left_out]
-    ids = [given.images.sample_id(row) for row in rows]
-    groups = rows if given.groups is None else [given.groups[row] for row in rows]
-    names = data.image_names.get(split)
-    captions = None
+    ids, features = [given.images.sample_id(row) for row in rows], encoded.features
+    groups = None if given.groups is None else [given.groups[row] for row in rows]
+    names, captions = data.image_names.get(split), None
     if given.captions is not None:
         of_rows = [given.captions[row] for row in rows]
-        captions = captions_of(of_rows, ids, groups, shared=given.groups is not None)
+        captions = captions_of(of_rows, ids, groups, encoded.content.tolist())
+        if len(kept := captions.rows) < len(rows):
+            rows, ids, features = [rows[i] for i in kept], [ids[i] for i in kept], features[kept]
     return Part(
         features=features,
         ids=ids,
-        bad=bad,
+        bad=encoded.bad,
         labels=None if given.labels is None else given.labels[torch.tensor(rows)],
-        groups=torch.tensor(groups),
+        groups=torch.tensor(range(len(rows)) if groups is None else groups),
         captions=captions,
         names=None if names is None else [names[row] for row in rows],
-    )
-
-
-def captions_of(
-    captions: Sequence[Sequence[str]], ids: Sequence[str], groups: Sequence[int], *, shared: bool
-) -> Captions:
-    """The texts of retrieval: all captions, or of images that share theirs, each group's once."""
-    number: dict[Any, int] = {}
-    texts: list[str] = []
-    text_ids: list[str] = []
-    text_groups: list[int] = []
-    pairs: list[tuple[int, int]] = []
-    for image, of_image in enumerate(captions):
-        for place, text in enumerate(of_image):
-            key = (groups[image], text) if shared else (image, place)
-            if key not in number:
-                number[key] = len(texts)
-                texts.append(text)
-                text_ids.append(f"{ids[image]}: {text}")
-                text_groups.append(groups[image])
-            pairs.append((image, number[key]))
-    image_of_pair, text_of_pair = torch.tensor(pairs).T
-    return Captions(
-        texts=texts,
-        ids=text_ids,
-        groups=torch.tensor(text_groups),
-        image_of_pair=image_of_pair,
-        text_of_pair=text_of_pair,
     )
 
 
@@ -676,6 +667,7 @@ def stages_of(
     """What each task computes, in stages that ranks share: columns of samples, and numbers."""
     part, parts, texts = features.parts[split], features.parts, features.texts
     images, labels, captions = part.unit, part.labels, part.captions
+    device = features.device
 
     def names() -> dict[str, Any]:
         assert part.names is not None
@@ -698,9 +690,8 @@ def stages_of(
 
     def retrieval() -> dict[str, Any]:
         assert captions is not None
-        found, groups = texts["captions"], captions.groups
-        of_images = best_relevant_rank(images, found, part.groups, groups)
-        of_texts = best_relevant_rank(found, images, groups, part.groups)
+        found = texts["captions"]
+        of_images, of_texts = retrieval_ranks(images, found, captions)
         names = hanging_together(part)
         number = {name: place for place, name in enumerate(sorted({*names[0]}))}
         clusters = [torch.tensor([number[name] for name in of]) for of in names]
@@ -720,9 +711,9 @@ def stages_of(
 
     def probe() -> dict[str, Any]:
         assert labels is not None
-        known = [parts["train"], *([parts["validation"]] if "validation" in parts else [])]
-        given = [(p.features if paper else p.unit, p.labels) for p in known]
-        found = best_linear_probe(*cast(list[Tensor], [of for pair in given for of in pair]))
+        known = [of for name, of in parts.items() if name != split]
+        given = [(p.features if paper else p.unit, cast(Tensor, p.labels)) for p in known]
+        found = best_linear_probe(*(of.to(device) for pair in given for of in pair))
         measured = part.features if paper else images
         return {
             "class": labels,
@@ -733,11 +724,12 @@ def stages_of(
     def neighbours() -> dict[str, Any]:
         train = parts["train"]
         assert train.labels is not None
-        return {"knn_correct": knn_predict(train.unit, train.labels, images) == labels}
+        given = (of.to(device) for of in (train.unit, train.labels, images))
+        return {"knn_correct": knn_predict(*given).cpu() == labels}
 
     def clusters() -> dict[str, Any]:
         assert labels is not None
-        found = clustering(images, labels, restarts=5 if paper else 10)
+        found = clustering(images.to(device), labels, restarts=5 if paper else 10)
         return {
             "class": labels,
             "cluster": found["cluster"],

@@ -215,6 +215,8 @@ def look(
             rows["texts"],
             num_groups=num_groups,
             captions=pairs.captions,
+            concepts=pairs.groups,
+            content=pairs.images,
             classes=classes,
             seed=seed,
         )[0]

@@ -117,6 +117,18 @@ def test_equal_captions_match_each_other():
     assert found["recall@10/image_to_text"] == 1
 
 
+def test_a_copy_of_an_image_is_that_image():
+    """It takes no place among the best ten."""
+    images, texts, names = unit(120, 8, seed=1), unit(120, 8), [str(row // 2) for row in range(120)]
+    settings = {"num_groups": 4, "seed": 0}
+    found, _ = grouping.measure(images, texts, captions=names, **settings)
+    twice = [of.repeat(2, 1) for of in (images, texts)]
+    content = [*range(120)] * 2
+    copied, _ = grouping.measure(*twice, captions=names * 2, content=content, **settings)
+    for way in ("image_to_text", "text_to_image"):
+        assert 0 < copied[f"recall@10/{way}"] == found[f"recall@10/{way}"] < 1
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run with three checkpoints, the last one called a CLIP run, and held-out pairs."""
@@ -188,6 +200,22 @@ def test_features_are_those_of_the_checkpoint(runs):
     torch.testing.assert_close(last["texts"], texts, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(last["images"], images, atol=1e-5, rtol=1e-4)
     assert (first["texts"] - texts).abs().max() > 1e-3
+
+
+def test_images_are_decoded_once_for_all_checkpoints(runs, monkeypatch):
+    """Unless they take too much memory; the analysis is the same."""
+    cpu, read = torch.device("cpu"), analysis.Reader.read
+    rows, found = [], []
+    monkeypatch.setattr(
+        analysis.Reader, "read", lambda self, row: rows.append(row) or read(self, row)
+    )
+    for size in (1 << 31, 0):
+        rows.clear()
+        monkeypatch.setattr(analysis, "KEPT_BYTES", size)
+        data = str(runs / "held_out.parquet")
+        found.append(analysis.analyze(runs / "proto", data=data, device=cpu))
+        assert len(rows) == found[-1]["pairs"] * (1 if size else 3)
+    assert found[0] == found[1]
 
 
 def test_the_command_writes_files_and_figures(runs, tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_decoding_from_bytes_equals_the_transform(size, kind):
     rows = [{"image": file.getvalue(), "caption": "a"} for file in files]
     pairs = ImageTextPairs(pa.Table.from_pylist(rows), name="x")
     reader = Reader(pairs, own)
-    batch, bad = reader[range(6)]
+    batch, bad, _ = reader[range(6)]
     expected = torch.stack([own(pairs.image(row)) for row in range(6)])
     assert batch.dtype == torch.uint8
     assert torch.equal(reader.finish(batch), expected)
@@ -85,7 +85,7 @@ def test_a_damaged_file_is_named(tmp_path):
     subset = Subset(ImageTextPairs(rows, name="x.tsv", root=str(tmp_path)), [0])
     own = EvaluationTransform(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     for images in (subset, Joined([subset])):
-        _, [(_, why)] = Reader(images, own)[range(1)]
+        _, [(_, why)], _ = Reader(images, own)[range(1)]
         assert why.startswith(f"sample 'x.tsv/0' ({tmp_path / 'a.jpg'}): not an image")
 
 
@@ -110,7 +110,7 @@ def encode_numbers(model, number, broken=None):
         return torch.tensor(rows).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 2)
 
     firsts = range(0, number, 2)[collectives.rank() :: collectives.world_size()]
-    batches = ((read(range(first, min(first + 2, number))), []) for first in firsts)
+    batches = ((read(range(first, min(first + 2, number))), [], []) for first in firsts)
     settings = {"number": number, "batch_size": 2, "device": "cpu", "stage": "items"}
     blank = lambda: torch.zeros(1, 3, 1, 2)  # noqa: E731
     return encode(model.encode_image, batches, blank, **settings).features

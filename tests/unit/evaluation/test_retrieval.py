@@ -17,12 +17,15 @@ def unit_rows(count, dim, seed):
     return F.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1)
 
 
-def slow_ranks(queries, candidates, query_groups, candidate_groups):
+def slow_ranks(queries, candidates, query_groups, candidate_groups, matches=None):
     """Sort the candidates, irrelevant ones first among equals; the first relevant one's place."""
+    pairs = {(group, group) for group in query_groups.tolist()}
+    if matches is not None:
+        pairs = {*zip(*matches.tolist(), strict=True)}
     ranks = []
     for query, group in zip(queries.tolist(), query_groups.tolist(), strict=True):
         scored = sorted(
-            (-sum(a * b for a, b in zip(query, candidate, strict=True)), other == group)
+            (-sum(a * b for a, b in zip(query, candidate, strict=True)), (group, other) in pairs)
             for candidate, other in zip(candidates.tolist(), candidate_groups.tolist(), strict=True)
         )
         ranks.append([relevant for _, relevant in scored].index(True))
@@ -39,6 +42,13 @@ def test_ranks_equal_a_slow_restatement(chunk, monkeypatch):
     for given in (
         (images, texts, image_groups, text_groups),
         (texts, images, text_groups, image_groups),
+    ):
+        assert best_relevant_rank(*given).tolist() == slow_ranks(*given)
+    # Image groups 0 to 6, text groups 0 to 4; each of either has one of the other.
+    matches = torch.tensor([[*range(7), 0, 0, 3], [g % 5 for g in range(7)] + [1, 4, 0]])
+    for given in (
+        (images, texts, image_groups, text_groups % 5, matches),
+        (texts, images, text_groups % 5, image_groups, matches.flip(0)),
     ):
         assert best_relevant_rank(*given).tolist() == slow_ranks(*given)
     classes = torch.arange(7)
@@ -90,6 +100,10 @@ def test_a_query_without_a_relevant_candidate_is_refused():
     images, texts = unit_rows(3, 4, 0), unit_rows(2, 4, 1)
     with pytest.raises(ValueError, match="1 of 3 queries"):
         best_relevant_rank(images, texts, torch.arange(3), torch.arange(2))
+    with pytest.raises(ValueError, match="2 of 3 queries"):
+        best_relevant_rank(
+            images, texts, torch.arange(3), torch.arange(2), torch.tensor([[0, 1], [1, 5]])
+        )
 
 
 def slow_uniformity(rows):

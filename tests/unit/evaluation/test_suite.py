@@ -3,10 +3,12 @@
 import io
 import json
 import math
+import tarfile
 from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ from protoclip.distributed import collectives
 from protoclip.evaluation import datasets, suite
 from protoclip.evaluation.datasets import EvaluationData, Split, of_pairs
 from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.readers import LazySplits
+from protoclip.evaluation.retrieval import captions_of
 from protoclip.evaluation.samples import IMAGE_COLUMNS, TEXT_COLUMNS, SampleResults
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
@@ -180,15 +184,18 @@ def test_every_module_gets_its_mode_back():
 
 
 def test_retrieval_is_among_distinct_captions():
-    """Images of a group share candidates; equal captions of two groups are two candidates."""
-    found = suite.captions_of([["a"], ["a"], ["a", "b"]], ["x", "y", "z"], [5, 7, 5], shared=True)
+    """Images of a group share candidates; equal captions of two groups are two candidates, and
+    right for both."""
+    found = captions_of([["a"], ["a"], ["a", "b"]], ["x", "y", "z"], [5, 7, 5])
     assert found.texts == ["a", "a", "b"]
     assert found.ids == ["x: a", "y: a", "z: b"]
     assert found.groups.tolist() == [5, 7, 5]
     pairs = zip(found.image_of_pair.tolist(), found.text_of_pair.tolist(), strict=True)
     assert [*pairs] == [(0, 0), (1, 1), (2, 0), (2, 2)]
-    alone = suite.captions_of([["a", "a"], ["a"]], ["x", "y"], [0, 1], shared=False)
-    assert (alone.texts, alone.groups.tolist()) == (["a", "a", "a"], [0, 0, 1])
+    assert found.numbers.tolist() == [0, 0, 1]
+    assert {*zip(*found.matches.tolist(), strict=True)} == {(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)}
+    alone = captions_of([["a", "a"], ["a"], ["b"]], ["x", "y", "z"], None, "pqp")
+    assert (alone.rows, alone.texts, alone.groups.tolist()) == ([0, 1], ["a", "a", "b"], [0, 1, 0])
 
 
 def test_concepts_of_equal_name_are_one_class():
@@ -205,7 +212,7 @@ def test_concepts_of_equal_name_are_one_class():
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_probe_never_chooses_on_test(split, monkeypatch):
-    """The strength is chosen on validation for both splits."""
+    """Nor on validation where that is measured: then `train` alone is given."""
     best = Mock()
     best.return_value.predict = Mock(side_effect=lambda rows: torch.zeros(len(rows)).long())
     best.return_value.ranks = Mock(side_effect=lambda rows, labels: torch.zeros(len(rows)).long())
@@ -213,7 +220,7 @@ def test_the_probe_never_chooses_on_test(split, monkeypatch):
     metrics, _ = measure(Oracle(), TINY, split)
     assert metrics["eval/tiny/linear_probe/acc1"] == 0.25
     sizes = {part: STYLES * len(concepts) for part, concepts in CONCEPTS.items()}
-    parts = ("train", "train", "validation", "validation", split)
+    parts = ("train", "train", *("validation", "validation") * (split == "test"), split)
     given = [*best.call_args.args, *best.return_value.predict.call_args.args]
     assert [len(rows) for rows in given] == [sizes[part] for part in parts]
 
@@ -310,7 +317,7 @@ def judge(model, data, tasks=None, **more):
 
 def test_perfect_features_score_one_in_every_task():
     """With intervals that end there, in records as CLIP_benchmark writes them."""
-    records = judge(Knowing(), solid_data(), protocol="paper")
+    records = judge(Knowing(), solid_data(), TASKS, protocol="paper")
     assert list(records) == [suite.TASKS[task][0] for task in TASKS]
     seen = set()
     for task, record in records.items():
@@ -385,6 +392,26 @@ def test_an_untrained_model_is_at_chance():
     at_chance(retrieval, {name: int(name.split("@")[1]) / 200 for name in RECALL_NAMES}, 200)
 
 
+def test_the_train_split_is_opened_for_tasks_that_learn_alone():
+    """It may be large, and behind a URL."""
+    splits, opened = solid_data().splits, []
+
+    def read(split):
+        opened.append(split)
+        return splits[split]
+
+    data = EvaluationData(
+        name="x",
+        splits=LazySplits(read, splits, first="test", of="x"),
+        class_names=solid_data().class_names,
+    )
+    assert list(judge(Knowing(), data)) == [suite.TASKS[task][0] for task in suite.DEFAULT]
+    judge(Knowing(), data, ["clustering"])
+    assert opened == ["test"]
+    judge(Knowing(), data, ["knn"])
+    assert opened == ["test", "train"]
+
+
 def test_random_pairs_give_chance():
     """In retrieval, by features that find every image's own caption."""
     model, numbers = Guessing(), list(range(100))
@@ -413,7 +440,7 @@ def test_shuffled_labels_give_chance():
         for split in data.splits
     }
     shuffled = EvaluationData(name="x", splits=splits, class_names=data.class_names)
-    records = judge(Knowing(), shuffled)
+    records = judge(Knowing(), shuffled, ["zero_shot", "linear_probe", "knn", "clustering"])
     assert list(records) == ["zeroshot_classification", "linear_probe", "knn", "clustering"]
     chance = pytest.approx(1 / NUMBER, abs=0.07)
     metrics = {k: v for of_task in records.values() for k, v in of_task["metrics"].items()}
@@ -469,6 +496,58 @@ def slow_recall(queries, candidates, query_groups, candidate_groups, k):
     return np.mean(found)
 
 
+def in_files(folder, rows):
+    """A row a caption, and one file an image."""
+    for name, content, _ in rows:
+        (folder / name).write_bytes(content)
+    (folder / "pairs.tsv").write_text(
+        "image\tcaption\n" + "".join(f"{name}\t{text}\n" for name, _, text in rows)
+    )
+    return folder / "pairs.tsv"
+
+
+def in_copies(folder, rows):
+    """A row a caption, and a file for each."""
+    return in_files(folder, [(f"{row}.png", *rest) for row, (_, *rest) in enumerate(rows)])
+
+
+def in_parquet(folder, rows):
+    _, images, texts = zip(*rows, strict=True)
+    pq.write_table(pa.table({"image": images, "caption": texts}), folder / "pairs.parquet")
+    return folder / "pairs.parquet"
+
+
+def in_a_tar(folder, rows):
+    with tarfile.open(folder / "pairs.tar", "w") as tar:
+        for row, (_, image, text) in enumerate(rows):
+            for suffix, content in (("png", image), ("txt", text.encode())):
+                member = tarfile.TarInfo(f"{row}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder / "pairs.tar"
+
+
+@pytest.mark.parametrize("write", [in_files, in_copies, in_parquet, in_a_tar])
+def test_an_image_is_one_image_in_any_container(write, tmp_path):
+    """Twenty images with five captions each; the first two have one in common."""
+    rows, captions = [], []
+    for number in range(20):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+        texts = [f"{view} of {number}" for view in range(4)] + [f"both of {max(number, 1)}"]
+        captions.append(tuple(texts))
+        rows += [(f"of-{number}.png", buffer.getvalue(), text) for text in texts]
+    once = Split(images=Solid("pairs", range(20)), captions=captions)
+    once = EvaluationData(name="pairs", splits={"test": once})
+    found = datasets.open_data(str(write(tmp_path, rows)))
+    for model in (Knowing(), Guessing()):
+        (record,), (expected,) = (judge(model, of, ["retrieval"]).values() for of in (found, once))
+        assert record["samples"] == 20
+        assert record["metrics"] == expected["metrics"]
+    perfect = judge(Knowing(), found, ["retrieval"])["zeroshot_retrieval"]["metrics"]
+    assert set(perfect.values()) == {1.0}
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_recall_with_several_captions_an_image(grouped):
     """Against a loop; images of one group share their captions, of which equal ones count once."""
@@ -496,9 +575,9 @@ def test_recall_with_several_captions_an_image(grouped):
 def test_bad_images_are_left_out_named_and_counted(capsys):
     """The metrics are those of the others, with their labels and captions."""
     bad, data = (0, 5, 17), solid_data()
-    record = judge(Guessing(), solid_data(bad=bad))
+    record = judge(Guessing(), solid_data(bad=bad), TASKS)
     assert {of_task["bad_share"] for of_task in record.values()} == {3 / 18}
-    shown = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr().err.splitlines()[1:]
     assert shown[0].endswith("images: test: 3 of 18 images cannot be used and are left out:")
     assert shown[1] == "  sample 'test/7' (test): broken"
     whole = data.splits["test"]
@@ -515,14 +594,14 @@ def test_bad_images_are_left_out_named_and_counted(capsys):
         class_names=data.class_names,
         templates=data.templates,
     )
-    expected = judge(Guessing(), good)
+    expected = judge(Guessing(), good, TASKS)
     for task, of_task in record.items():
         assert of_task["metrics"] == expected[task]["metrics"]
         assert of_task["intervals"] == expected[task]["intervals"]
 
 
 def on_a_rank():
-    return judge(Guessing(), solid_data(bad=(0, 1, 2, 3)), batch_size=4)
+    return judge(Guessing(), solid_data(bad=(0, 1, 2, 3)), TASKS, batch_size=4)
 
 
 def test_every_rank_returns_the_records_of_one_process():
@@ -556,7 +635,7 @@ def test_without_validation_the_strength_is_chosen_on_train(monkeypatch):
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
-        (None, ["zeroshot_classification", "clustering"]),
+        (None, ["zeroshot_classification"]),
         (["clustering"], ["clustering"]),
         (["zero_shot", "clustering"], ["zeroshot_classification", "clustering"]),
     ],
