@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from protoclip.config import Count
+from protoclip.config import PERMISSIONS, Count, DataConfig
 from protoclip.files import read_toml, to_json
 from protoclip.paths import (
     require_data_set,
@@ -16,31 +16,43 @@ from protoclip.paths import (
 )
 from protoclip.terminal import say
 
+# Settings of `data` beside those that `open_data` takes by name.
+OF_DATA = ("image_column", "caption_column", "id_column", *PERMISSIONS)
+
 
 @dataclass(frozen=True)
 class Evaluate:
     """Judge models on data, with 95% intervals.
 
-    Tasks: zero_shot, retrieval, linear_probe, knn, clustering and geometry.
+    Tasks: zero_shot, retrieval and geometry; and if asked for linear_probe,
+    knn and clustering, which learn, the first two from all of train.
     docs/evaluation.md has the data, the tasks and what is printed.
     """
 
     models: list[str]  # Runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
     _: KW_ONLY
     data: list[str] = field(default_factory=list)  # What to judge on, else emoji. May be repeated.
-    tasks: tuple[str, ...] | None = None  # Of those above; unset, all that data can serve.
+    tasks: tuple[str, ...] | None = None  # Of those above; unset, the first three.
     split: Literal["test", "validation", "train"] = "test"  # Choose models on validation.
     class_column: str | None = None  # Column of a table that holds the class.
+    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
+    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
+    id_column: str | None = None  # Column of sample ids; else detected.
     root: str | None = None  # Folder of the images, for data that need one.
-    templates: str | None = None  # Prompts: openai, simple, or a file with {c} for the class.
+    allow_commands: bool = False  # Run the commands of pipe: sources.
+    allow_private_hosts: bool = False  # Read from web servers in private networks.
+    allow_links: bool = False  # Follow symbolic links that leave the root.
+    templates: str | None = None  # Prompts: openai, simple, or a file of them.
     protocol: Literal["paper"] | None = None  # The reference code's choices: paper.
     compare_to: str | None = None  # Model to which differences are shown.
     out: str | None = None  # Folder for one JSON file a record.
     json: bool = False  # Print the records as JSON.
     cache: bool = True  # Keep features, so that another task is quick.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 if supported.
     batch_size: Count = 256  # Images or texts encoded at once.
     workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
-    fast_resize: bool = False  # Quicker for open_clip's models; pixels differ by rounding.
+    fast_resize: bool = False  # Quicker; pixels differ by rounding.
 
     def __call__(self) -> None:
         self.require_paths()
@@ -52,9 +64,11 @@ class Evaluate:
         from protoclip.evaluation import datasets, records, suite
         from protoclip.evaluation.features import Encoder
         from protoclip.models import loading
+        from protoclip.training.precision import autocast, resolve
 
         torch.set_flush_denormal(True)
-        device = collectives.device("auto")
+        device = collectives.device(self.device, setting="--device")
+        precision = resolve(self.precision, device)
 
         def judge(reference: str) -> list[suite.Result]:
             model, transform, tokenizer = collectives.raise_on_all_ranks(
@@ -70,6 +84,7 @@ class Evaluate:
                 workers=self.workers,
                 cache=cache_folder() / "features" if self.cache else None,
                 show=True,
+                autocast=autocast(precision, device),
             )
             name, pretrained = names_of(reference)
             return suite.results(
@@ -77,7 +92,7 @@ class Evaluate:
                 data,
                 self.tasks,
                 split=self.split,
-                templates=self.templates,
+                templates=templates,
                 protocol=self.protocol,
                 model_name=name,
                 pretrained=pretrained,
@@ -87,10 +102,18 @@ class Evaluate:
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             # A later one would else be refused after the first was judged.
             collectives.raise_on_all_ranks(lambda: [*map(loading.check, references)])
+            templates = self.templates and collectives.raise_on_all_ranks(
+                lambda: datasets.read_templates(str(self.templates))
+            )
+            config = DataConfig(**{name: getattr(self, name) for name in OF_DATA})
             data = collectives.raise_on_all_ranks(
                 lambda: [
                     datasets.open_data(
-                        reference, root=self.root, class_column=self.class_column, split=self.split
+                        reference,
+                        root=self.root,
+                        class_column=self.class_column,
+                        split=self.split,
+                        config=config,
                     )
                     for reference in self.data or ["emoji"]
                 ]
@@ -105,8 +128,7 @@ class Evaluate:
             ]
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
-            # Before models are loaded.
-            collectives.raise_on_all_ranks(lambda: suite.chosen_tasks(data, self.split, self.tasks))
+            suite.announce(data, self.split, self.tasks)  # before models are loaded
             found = {reference: records.with_means(judge(reference)) for reference in references}
         if collectives.launched()[0] > 0:
             return

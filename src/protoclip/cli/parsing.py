@@ -101,10 +101,21 @@ def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def with_values(words: list[str], known: Mapping[str, Any]) -> list[str]:
-    """Flags with a value: `--json` as `--json true`, `--run.no-evaluate` as `... false`."""
+    """Flags with a value: `--json` as `--json true`, `--run.no-evaluate` as `... false`.
+
+    A command whose `--data` names data takes `--data.root` as `--root`, since messages say so.
+
+    Raises:
+        ValueError: An option for a list has none.
+    """
     result = []
     for word, following in pairwise([*words, ""]):
+        if "data" in known and word.startswith("--data."):
+            word = f"--{word.removeprefix('--data.')}"
         name = word.removeprefix("--").replace("-", "_")
+        kinds = {get_origin(known.get(name)), *map(get_origin, get_args(known.get(name)))}
+        if word.startswith("--") and {list, tuple} & kinds and following[:2] in ("", "--"):
+            raise ValueError(f"{word}: needs a value")
         positive = re.sub(r"(^|\.)no_", r"\1", name)
         if name not in known and known.get(positive) is bool:
             result += [f"--{positive}", "false"]

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from protoclip.cli import main
 from protoclip.cli.evaluate import Evaluate, names_of
+from protoclip.config import DataConfig
 from protoclip.data.transforms import PillowTransform
 from protoclip.evaluation import datasets, suite
 from protoclip.models import loading
@@ -40,7 +42,7 @@ def test_several_models_on_several_data_sets(made_up, tmp_path, capsys):
     words += f" --compare-to open_clip:guessing/tag --json --no-cache --root here --out {tmp_path}"
     main(words.split())
     records = json.loads(capsys.readouterr().out)
-    settings = {"root": "here", "class_column": None, "split": "test"}
+    settings = {"root": "here", "class_column": None, "split": "test", "config": DataConfig()}
     assert made_up == [("a", settings), ("b", settings)]
     places = [(record["model"], record["dataset"], record["task"]) for record in records]
     tasks = ("knn", "zeroshot_classification")
@@ -69,8 +71,33 @@ def test_the_table_is_the_default_and_emoji_are_the_default_data(made_up, capsys
     main(["evaluate", "--templates", "simple", "knowing", "--workers", "0"])
     shown = capsys.readouterr().out
     assert made_up[0][0] == "emoji"
-    assert "lp_mean_per_class_recall" in shown
+    assert "mean_per_class_recall" in shown
     assert "100.0 [100.0, 100.0]" in shown
+    assert not {"linear_probe", "knn", "clustering"} & {*shown.split()}
+
+
+def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
+    """Those of data under the names in messages, which are those of `train`."""
+    used = []
+    monkeypatch.setattr(suite, "results", lambda encoder, *_, **__: used.append(encoder) or [])
+    words = "--data a --data.allow_links true --data.image_column x --caption_column y --root /"
+    words += " --device cpu --precision bf16 --json --data.allow-private-hosts"
+    main(["evaluate", "knowing", *words.split()])
+    (_, settings), (encoder,) = made_up[0], used
+    columns = {"image_column": "x", "caption_column": "y"}
+    config = DataConfig(**columns, allow_links=True, allow_private_hosts=True)
+    assert settings == {"root": "/", "class_column": None, "split": "test", "config": config}
+    with encoder.autocast():
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    capsys.readouterr()
+
+
+def test_what_learns_says_what_it_encodes(made_up, capsys):
+    words = "knowing --data a --tasks linear_probe zero_shot --json --no-cache"
+    main(["evaluate", *words.split()])
+    note = "note: a: linear_probe: images to encode: 30 of train, 12 of validation, 18 of test"
+    assert note in capsys.readouterr().err.splitlines()
 
 
 def test_a_run_folder_stays_as_it_is(made_up, tmp_path, monkeypatch, capsys):
@@ -111,6 +138,9 @@ def test_features_are_kept_in_the_cache_folder(made_up, tmp_path, monkeypatch, c
     ("words", "message"),
     [
         ("knowing --tasks knns", "tasks: no task 'knns'; did you mean knn?"),
+        ("knowing --tasks", "--tasks: needs a value"),
+        ("knowing --tasks --json", "--tasks: needs a value"),
+        ("knowing --device gpu", "--device: 'gpu' cannot be used here"),
         ("knowing --templates none.txt", "none.txt: no file of prompts"),
         ("knowing --protocol reference", "protocol: 'reference' is not one of paper"),
         ("knowing --split dev", "split: 'dev' is not one of"),
