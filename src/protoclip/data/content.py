@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from protoclip.data.access import is_url, open_local
+from protoclip.data.access import is_url
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import drawn
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import ShardStream
-from protoclip.files import checksum, to_json
+from protoclip.files import checksum, open_local, to_json
 
 Facts = dict[str, Any]
 IMAGES = 64  # of each source that are read

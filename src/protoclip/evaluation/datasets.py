@@ -341,7 +341,9 @@ def captions_of_rows(
             found = pairs.sample_captions(row)
         except BadSample:
             continue
-        captions.setdefault(image, []).extend(found)
+        own = captions.setdefault(image, [])
+        for text, number in Counter(found).items():  # a copy of a pair adds nothing
+            own += [text] * (number - own.count(text))
         first.setdefault(image, row)
     return list(first.values()), [tuple(captions[image]) for image in first]
 

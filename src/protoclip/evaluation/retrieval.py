@@ -1,8 +1,8 @@
 """Retrieval: which image and which text belong together, ranks among candidates, recall at k.
 
 One definition for evaluation, validation and `analyze`. An image is one image however often it
-stands in the data, by its content, and has the captions of all its copies; a caption that it has
-twice counts once. A text is right for an image that has a caption equal to it.
+stands in the data, by its content, and has the captions of all its copies, each as often as one
+copy has it. A text is right for an image that has a caption equal to it.
 """
 
 from collections.abc import Hashable, Sequence
@@ -43,7 +43,7 @@ def captions_of(
     groups: Sequence[int] | None = None,
     content: Sequence[Hashable] | None = None,
 ) -> Captions:
-    """The images in rows and their texts: each caption of an image, or of its group, once.
+    """The images in rows and their texts: the captions of an image, or each of its group, once.
 
     Args:
         captions, ids: Of each row.
@@ -58,8 +58,8 @@ def captions_of(
         for row, key in enumerate(keys)
     ]
     rows = {image: row for row, image in reversed([*enumerate(image_of)])}
-    groups = image_of if groups is None else groups
-    place: dict[tuple[int, str], int] = {}
+    shared, groups = groups is not None, image_of if groups is None else groups
+    place: dict[tuple[int, str, int], int] = {}
     number: dict[str, int] = {}
     pairs: dict[tuple[int, int], None] = {}
     of_group: dict[int, set[int]] = {}
@@ -67,12 +67,14 @@ def captions_of(
     text_ids: list[str] = []
     for row, (image, group, key) in enumerate(zip(image_of, groups, keys, strict=True)):
         groups_of.setdefault(key, set()).add(group)
-        for text in captions[row]:
+        for nth, text in enumerate(captions[row]):
             of_group.setdefault(group, set()).add(number.setdefault(text, len(number)))
-            if (group, text) not in place:
-                place[group, text] = len(place)
+            # CLIP_benchmark counts a caption as often as an image has it; a copy adds none.
+            again = 0 if shared else captions[row][:nth].count(text)
+            if (key_of_text := (group, text, again)) not in place:
+                place[key_of_text] = len(place)
                 text_ids.append(f"{ids[rows[image]]}: {text}")
-            pairs[image, place[group, text]] = None
+            pairs[image, place[key_of_text]] = None
     # Images of equal content in several groups have the captions of all of them.
     matches = [
         (image, text)
@@ -83,12 +85,12 @@ def captions_of(
     image_of_pair, text_of_pair = torch.tensor([*pairs]).T
     return Captions(
         rows=[rows[image] for image in range(len(images))],
-        texts=[text for _, text in place],
+        texts=[text for _, text, _ in place],
         ids=text_ids,
-        groups=torch.tensor([group for group, _ in place]),
+        groups=torch.tensor([group for group, *_ in place]),
         image_of_pair=image_of_pair,
         text_of_pair=text_of_pair,
-        numbers=torch.tensor([number[text] for _, text in place]),
+        numbers=torch.tensor([number[text] for _, text, _ in place]),
         matches=torch.tensor(matches).T,
     )
 

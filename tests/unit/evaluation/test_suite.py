@@ -194,8 +194,8 @@ def test_retrieval_is_among_distinct_captions():
     assert [*pairs] == [(0, 0), (1, 1), (2, 0), (2, 2)]
     assert found.numbers.tolist() == [0, 0, 1]
     assert {*zip(*found.matches.tolist(), strict=True)} == {(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)}
-    alone = captions_of([["a", "a"], ["a"], ["b"]], ["x", "y", "z"], None, "pqp")
-    assert (alone.rows, alone.texts, alone.groups.tolist()) == ([0, 1], ["a", "a", "b"], [0, 1, 0])
+    alone = captions_of([["a", "a"], ["a"], ["b", "a"]], ["x", "y", "z"], None, "pqp")
+    assert (alone.rows, alone.texts, alone.groups.tolist()) == ([0, 1], [*"aaab"], [0, 0, 1, 0])
 
 
 def test_concepts_of_equal_name_are_one_class():
