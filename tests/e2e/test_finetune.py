@@ -36,7 +36,7 @@ GUARD = "eval/general/zero_shot/acc1"
 CONSTANT = "eval/general/zero_shot/acc5"  # 1 of five classes, so it never improves
 
 
-def write_pairs(path: Path, number: int, *, seed: int) -> None:
+def write_pairs(path: Path, number: int, *, seed: int, more: str = "") -> None:
     """Noisy images of three colours, each with a caption of its own, and the colour as class,
     but for two images, with which there are five classes."""
     draw = np.random.default_rng(seed)
@@ -48,7 +48,7 @@ def write_pairs(path: Path, number: int, *, seed: int) -> None:
         Image.fromarray(pixels).save(buffer, "PNG")
         colour = ("red", "green", "blue")[row % 3]
         columns["image"].append(buffer.getvalue())
-        columns["caption"].append(f"{colour} {row}")
+        columns["caption"].append(f"{colour} {row}{more}")
         columns["kind"].append(("pink", "lime")[row] if row < 2 else colour)
     images = pa.array(columns.pop("image"), pa.binary())
     pq.write_table(pa.table({"image": images, **columns}), path)
@@ -60,12 +60,13 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetune")
     write_pairs(folder / "own.parquet", 80, seed=0)
     write_pairs(folder / "general.parquet", 24, seed=1)
+    write_pairs(folder / "before.parquet", 80, seed=2, more=" before")
     short = {
         "run": {"evaluate": False},
         "data": {"validation": 0.0},
         "episodes": {"count": 1, "size": 32, "warm_up": 0, "locked_image": 0},
     }
-    train(with_changes(tiny_config(f"{folder}/own.parquet", out=f"{folder}/start"), short))
+    train(with_changes(tiny_config(f"{folder}/before.parquet", out=f"{folder}/start"), short))
     return folder
 
 
