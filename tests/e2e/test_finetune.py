@@ -412,8 +412,12 @@ def test_ranks_sweep_one_model(strategy, top, tmp_path):
             "alpha: nothing judges the models between start and end",
         ),
         (
-            "finetune {start} --data.train {own} --data.validation {own} --guard {clash}",
+            "finetune {start} --data.train {own} --data.validation {general} --guard {clash}",
             "run.guard: {clash}: two data sets of this run are called 'validation'",
+        ),
+        (
+            "finetune {start} --data.train {own} --data.validation {own}",
+            "data.validation: {own}: every image of it is trained on; name other pairs, a share",
         ),
         ("train --run.guard emoji", "two data sets of this run are called 'emoji'"),
         ("train --data.train {own} --run.guard emoji --run.guard emoji", "are called 'emoji'"),
