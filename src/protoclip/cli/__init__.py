@@ -3,11 +3,13 @@
 import errno
 import inspect
 import os
+import signal
 import sys
 import time
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from protoclip import signals
 from protoclip.cli.analyze import Analyze
 from protoclip.cli.compare import Compare
 from protoclip.cli.data import Index, Inspect, Pack
@@ -58,6 +60,15 @@ PRINT_RESULTS = ("evaluate", "compare", "data inspect")
 PATIENCE = 5.0
 
 
+def end(by: signal.Signals) -> None:
+    """End at once as shells report it, also as the first process of a container.
+
+    The kernel keeps from that one each signal without a handler. SIGINT has Python's.
+    """
+    os._exit(128 + by)
+
+
+@signals.handled(end, [number for number in signals.STOPPING if number != signal.SIGINT])
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
     output = protect_streams()
@@ -92,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             require_printed(output)
     except KeyboardInterrupt:
         say("protoclip: interrupted")
-        sys.exit(130)
+        leave(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         fail(error)
 
@@ -155,8 +166,16 @@ def fail(error: Exception) -> NoReturn:
         time.sleep(PATIENCE)  # the launcher ends this process when rank 0 ends
     if not silent:
         say(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}")
-    if together:  # the usual way out would wait for other ranks, which may be gone
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit before the end of the work."""
+    if "torch" in sys.modules:
+        from protoclip.distributed import collectives
+
+        if collectives.is_distributed():  # the usual way waits for other ranks, which may be gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
 from protoclip.files import to_json, write_atomically
 from protoclip.paths import require_place
@@ -84,8 +85,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
                 where = visible(str(folder))
                 print(f"{name}: finished earlier, kept ({where}; remove it to train again)")
                 continue
-        if "stopped" in run.train(config, resume="auto"):
-            raise KeyboardInterrupt
+        exit_if_stopped(run.train(config, resume="auto"))
     entries = compare.compare([compare.read_results(folder) for folder in folders.values()])
     write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
     compare.show(entries)

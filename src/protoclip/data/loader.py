@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from protoclip import signals
 from protoclip.config import Config
 from protoclip.data.cache import crop, image_cache
 from protoclip.data.defaults import number_of_workers
@@ -257,9 +258,16 @@ class EpisodeLoader:
 
 
 def items_of(loader: DataLoader[T]) -> Iterator[T]:
-    """The items of a loader; a worker process that was killed is a `ValueError`."""
+    """The items of a loader; a worker process that was killed is a `ValueError`.
+
+    Signals that stop a run reach all its processes. The workers outlive them, since the step under
+    way needs its batch; they end with this process, however that ends.
+    """
     try:
-        yield from loader
+        loader.worker_init_fn = signals.obey_parent
+        with signals.blocked():
+            items = iter(loader)
+        yield from items
     except RuntimeError as error:
         if (killed := killed_worker(error)) is None:
             raise

@@ -4,12 +4,14 @@ A process finds its rank in the variables of `torchrun` or of SLURM's `srun`. Ev
 a collective, and all in the same order.
 """
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -58,6 +60,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
         os.environ["MASTER_PORT"] = str(15_000 + int(os.environ["SLURM_JOB_ID"]) % 15_000)
+    # PyTorch imports this module when it is needed. Its functions have the group of that moment as
+    # a default and keep it for ever; its threads would then meet the end of the interpreter, which
+    # can end in SIGABRT after all work is done.
+    import_module("torch.distributed.nn")
+
     on_gpu = device.type == "cuda"
     try:
         dist.init_process_group(
@@ -77,8 +84,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     _hosts = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
     yield
     # Not after an error: other ranks may be gone, and this would wait for them.
-    dist.destroy_process_group()
     _hosts = None
+    gc.collect()  # what `DistributedDataParallel` leaves keeps the group, and so its threads
+    dist.destroy_process_group()
 
 
 def first_host(nodes: str) -> str:

@@ -1,22 +1,20 @@
 """One training run from beginning to end: what `protoclip train` does.
 
 The file reads in the order of a run: settings, data, model, teachers and trainer, the loop over
-episodes, saving and going on, evaluation and results. Signals and run folders are at the end.
+episodes, saving and going on, evaluation and results. Run folders are at the end.
 """
 
 import difflib
 import platform
 import re
 import signal
-import threading
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import tomli_w
@@ -25,6 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import protoclip
+from protoclip import signals
 from protoclip.config import (
     PERMISSIONS,
     START,
@@ -101,13 +100,12 @@ ROUNDING = (
 MOVABLE = ("data.train", "data.sources", "data.validation", "data.only", "data.without")
 # With `run.stop_by` these decide when the run ends.
 STOPS = ("run.evaluate_every", "run.guard")
-STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
     """Train and evaluate a model, or go on with a run that was interrupted.
 
-    SIGTERM, SIGINT and SIGUSR1 stop the run after the step under way, with a checkpoint.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP stop the run after the step under way, with a checkpoint.
 
     With `resume="auto"` it goes on from the newest checkpoint if the run folder holds this run;
     otherwise it refuses a folder that exists.
@@ -236,7 +234,7 @@ def train_together(
 
         checkpoint = rank0_first(claim)
         run.prepare_teachers(samples)
-        stack.enter_context(stop_on_signals(run))
+        stack.enter_context(signals.handled(run.stop))
         # Dropout and the like draw from the global generator, so the seed sets it too.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(config.run.seed + rank())
@@ -248,6 +246,7 @@ def train_together(
             run.count_skipped_steps()
             if ending is not None and run.is_finished and not run.asked_to_stop():
                 ending.finish(run)
+            run.asked_to_stop()  # one that came since: the evaluation may take long
         finally:
             run.loader.close()
             run.writer.wait()
@@ -526,6 +525,10 @@ class Run:
             metrics |= measure(data, split if split in data.splits else "test", quick=True)
         return metrics
 
+    def stop(self, by: signal.Signals) -> None:
+        """Stop after the step under way. Launchers send a signal twice; the first one counts."""
+        self.stopped_by = self.stopped_by or by.name
+
     def asked_to_stop(self) -> bool:
         """Whether a signal asks any rank to stop. Collective."""
         (stop,) = collectives.any_rank([self.stopped_by is not None])
@@ -638,7 +641,7 @@ class Run:
         """Evaluate, write and return the results; or where a run stands that a signal stopped."""
         config, trainer, best = self.config, self.trainer, self.writer.best
         results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
-        if self.stopped_by is not None and (not self.is_finished or self.ending is not None):
+        if self.stopped_by is not None:
             return {**results, "stopped": self.stopped_by, "metrics": {}}
         results |= {
             "seed": config.run.seed,
@@ -687,26 +690,6 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
     }
-
-
-@contextmanager
-def stop_on_signals(run: Run) -> Iterator[None]:
-    """Let the first SIGTERM, SIGINT or SIGUSR1 stop the run; the second one acts as usual."""
-    main = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in STOPPING if main and hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        run.stopped_by = signal.Signals(number).name
-        signal.signal(number, before[number])
-
-    for number in numbers:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def check_folder(

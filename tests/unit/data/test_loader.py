@@ -1,6 +1,7 @@
 """Loaders: order, position, worker processes and bad samples."""
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -261,6 +262,21 @@ def test_a_killed_worker_is_an_error_and_no_hang() -> None:
     """As the system kills a process when memory runs out."""
     with pytest.raises(ValueError, match=r"data\.workers: a worker process was killed"):
         list(replace(loader(2), tokenizer=kill).batches(episode_of(64)))
+
+
+def test_a_process_ends_amid_an_iteration() -> None:
+    """Workers obey the SIGTERM of their parent, which `multiprocessing` sends before it waits."""
+
+    def leave() -> None:
+        global unfinished
+        unfinished = loader(2).batches(episode_of(64))
+        next(unfinished)
+
+    process = multiprocessing.get_context("fork").Process(target=leave)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def test_remembered_tokens_are_those_of_the_tokenizer() -> None:

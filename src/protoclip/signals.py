@@ -1,0 +1,65 @@
+"""The signals that ask a process to stop, and processes that do not hear them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows lacks two
+STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+
+
+@contextmanager
+def handled(
+    handler: Callable[[signal.Signals], None], numbers: Sequence[signal.Signals] = STOPPING
+) -> Iterator[None]:
+    """Call a function for each of these signals; in the main thread, the only one that can.
+
+    SIGHUP stays ignored under `nohup`.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if main}
+    before = {n: h for n, h in before.items() if (n.name, h) != ("SIGHUP", signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, lambda number, _: handler(signal.Signals(number)))
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Hold the signals back in this thread, and for good in processes that start meanwhile.
+
+    These shall call `obey_parent`. Linux only.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_parent(_worker: int = 0) -> None:
+    """In a process that started while the signals were `blocked`: a SIGTERM of its parent ends it.
+
+    With that its parent ends a process that does not end by itself, and then waits for its end.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):
+        return
+
+    def listen() -> None:
+        while True:
+            got = signal.sigwaitinfo(STOPPING)
+            if (got.si_signo, got.si_pid) == (signal.SIGTERM, parent.pid):
+                os._exit(0)
+
+    threading.Thread(target=listen, name="protoclip-signals", daemon=True).start()

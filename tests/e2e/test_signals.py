@@ -1,0 +1,187 @@
+"""Signals as schedulers send them, to a group of processes with their data workers."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from socket import socket
+
+import pytest
+import torch
+
+from interrupting import after_step, quick_config
+from protoclip import cli, signals
+from protoclip.data.sampler import Episode
+from protoclip.distributed import collectives
+from protoclip.models.loading import checkpoints
+from protoclip.training import checkpoint, run
+from protoclip.training.run import to_toml
+from protoclip.training.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+def started(work: Callable[[], None], ranks: int = 1) -> list[BaseProcess]:
+    """Forked processes in one group, as SLURM starts the ranks of a step on a host."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes: list[BaseProcess] = []
+
+    def begin(rank: int) -> None:
+        os.setpgid(0, processes[0].pid if rank else 0)
+        if ranks > 1:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in names.items()}
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        work()
+
+    for rank in range(ranks):
+        process = multiprocessing.get_context("fork").Process(target=begin, args=(rank,))
+        process.start()
+        processes.append(process)
+        while os.getpgid(process.pid or 0) != processes[0].pid:
+            time.sleep(0.001)
+    return processes
+
+
+def to_group(name: str) -> None:
+    """Send a signal to all processes of this one's group, as another process does."""
+    subprocess.run(["kill", "-s", name.removeprefix("SIG"), "--", f"-{os.getpgrp()}"], check=False)
+
+
+def codes(processes: list[BaseProcess]) -> list[int | None]:
+    """Exit codes within two minutes, after which the group is killed."""
+    deadline = time.monotonic() + 120
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return ended
+
+
+def alive(group: int) -> list[int]:
+    """The processes of a group that have not ended."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, number = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # ended meanwhile
+            continue
+        if int(number) == group and state not in "ZX":
+            pids.append(int(path.parent.name))
+    return pids
+
+
+@pytest.fixture
+def words(tiny_parquet: str, tmp_path: Path) -> list[str]:
+    """A command that trains six steps with two workers a rank."""
+    recipe = tmp_path / "quick.toml"
+    config = quick_config(tiny_parquet, tmp_path / "run")
+    recipe.write_text(to_toml(config), encoding="utf-8")
+    return ["train", "--config", str(recipe), "--data.workers", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGHUP", 1), ("SIGTERM", 2), ("SIGINT", 2)],
+)
+def test_a_signal_to_all_processes_ends_in_a_checkpoint(
+    name, ranks, words, tmp_path, monkeypatch, capfd
+):
+    """Here it comes, twice, before an episode whose batches the workers have yet to make, and once
+    more while the checkpoint is written."""
+    number = getattr(signal, name)
+    start_episode, write = Trainer.start_episode, checkpoint.write_checkpoint
+
+    def to_all(trainer: Trainer, episode: Episode) -> dict[str, float]:
+        if trainer.step == 2 and collectives.rank() == ranks - 1:
+            to_group(name)
+            to_group(name)
+        return start_episode(trainer, episode)
+
+    def interrupted(*parts: object) -> None:
+        to_group(name)
+        write(*parts)
+
+    monkeypatch.setattr(Trainer, "start_episode", to_all)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", interrupted)
+    processes = started(lambda: cli.main(words), ranks)
+    assert codes(processes) == [128 + number] * ranks, capfd.readouterr().err
+    assert alive(processes[0].pid or 0) == []
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000000003"]
+    err = capfd.readouterr().err
+    assert f"{name}: stopped after step 3" in err
+    assert "Traceback" not in err
+
+
+def test_workers_end_when_the_main_process_is_killed(words, monkeypatch):
+    after_step(2, lambda _: os.kill(os.getpid(), signal.SIGKILL), monkeypatch)
+    processes = started(lambda: cli.main(words))
+    assert codes(processes) == [-signal.SIGKILL]
+    deadline = time.monotonic() + 60
+    while alive(processes[0].pid or 0):
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_before_training_a_signal_ends_the_command(name, words, tmp_path, monkeypatch, capfd):
+    number = getattr(signal, name)
+    monkeypatch.setattr(run, "check_folder", lambda *_, **__: os.kill(os.getpid(), number))
+    assert codes(started(lambda: cli.main(words))) == [128 + number]
+    assert "Traceback" not in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_after_the_last_step_leaves_the_evaluation_to_the_next_call(
+    tiny_parquet, tmp_path, monkeypatch
+):
+    config = quick_config(tiny_parquet, tmp_path / "run")
+    finish = checkpoint.CheckpointWriter.finish
+
+    def interrupted(writer: checkpoint.CheckpointWriter) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.CheckpointWriter, "finish", interrupted)
+        assert run.train(config)["stopped"] == "SIGTERM"
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert "stopped" not in run.train(config, resume="auto")
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_under_nohup_sighup_is_not_heard():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    heard = []
+    try:
+        with signals.handled(heard.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert heard == [signal.SIGUSR1]
+
+
+def test_no_thread_of_the_process_group_is_left_at_the_end(tiny_parquet, tmp_path):
+    """One that meets the end of the interpreter can end a finished run in SIGABRT."""
+    config = quick_config(tiny_parquet, tmp_path / "run")
+
+    def work() -> None:
+        for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
+            del sys.modules[name]  # as in a new process
+        with collectives.process_group(torch.device("cpu")):
+            import_module("torch.distributed.nn")  # as PyTorch does, some time
+            run.train_together(config, torch.device("cpu"), resume=False, notes=[])
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        assert not [name for name in names if "gloo" in name], names
+
+    assert codes(started(work, 2)) == [0, 0]
