@@ -67,13 +67,15 @@ def ended(run: "subprocess.Popen[str]", *, well: bool) -> str:
 
 
 def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path):
-    """SIGTERM ends both with a checkpoint; SIGKILL of one ends the other within a minute. The run
-    goes on, here without torchrun, and ends as one that was not interrupted."""
+    """SIGTERM to torchrun ends both with a checkpoint, though their workers get it too; SIGKILL of
+    one ends the other within a minute. The run goes on, here without torchrun, and ends as one that
+    was not interrupted."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    run = launch(folder)
+    run = launch(folder, "--data.workers", "1")
     wait_for_checkpoint(run, folder, 4)
-    os.killpg(run.pid, signal.SIGTERM)
+    os.kill(run.pid, signal.SIGTERM)
     assert "SIGTERM: stopped after step" in ended(run, well=False)
+    assert run.returncode == 1  # torchrun's own
 
     run = launch(folder, "--resume", "auto")
     wait_for_checkpoint(run, folder, 8)
