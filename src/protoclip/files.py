@@ -28,27 +28,28 @@ def kind_of(status: os.stat_result) -> str:
 
 def open_local(path: str | Path) -> io.BufferedReader:
     """A regular file; raises `ValueError` for what may block or has no end, or `OSError`."""
-    _require_regular(os.stat(path))  # noqa: PTH116 (opening a device may do something)
+    require_regular(path)  # opening a device may do something
     # A pipe that takes the file's place in between does not block either.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
     try:
-        _require_regular(os.fstat(file.fileno()))
+        require_regular(file.fileno())
     except ValueError:
         file.close()
         raise
     return file
 
 
-def _require_regular(status: os.stat_result) -> None:
-    if (kind := kind_of(status)) != "a file":
+def require_regular(path: str | Path | int) -> None:
+    """Refuse what is no regular file, before a library opens it; raises as `open_local`."""
+    if (kind := kind_of(os.stat(path))) != "a file":  # noqa: PTH116 (it may be open already)
         raise ValueError(f"is {kind}, not a file")
 
 
-def read_local(path: str | Path) -> str:
-    """The text of a regular file in UTF-8; raises as `open_local`."""
-    with open_local(path) as file:
-        return file.read().decode()
+def read_local(path: str | Path, *, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """The text of a regular file, every line ended as in Unix; raises as `open_local`."""
+    with io.TextIOWrapper(open_local(path), encoding=encoding, errors=errors) as file:
+        return file.read()
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
@@ -118,7 +119,7 @@ def checksum(data: bytes) -> str:
 
 def file_checksum(path: Path) -> str:
     """`checksum` of a file, which may be larger than memory."""
-    with path.open("rb") as file:
+    with open_local(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 

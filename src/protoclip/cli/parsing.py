@@ -25,6 +25,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
 
 from protoclip.config import PERMISSIONS, Config, build, unknown
+from protoclip.files import read_local
 from protoclip.paths import require_file
 
 Command = TypeVar("Command")
@@ -175,10 +176,8 @@ def value_of(words: Any, hint: Any) -> Any:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a TOML file, checked."""
-    if not path.is_file():
-        raise ValueError(f"--config: {path}: is no file; name one that holds settings as TOML")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tree = tomllib.loads(read_local(path, encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--config: {path}: not TOML ({error})") from error
     try:

@@ -64,7 +64,7 @@ def tables(folder: Path) -> tuple[Path, list[Path]]:
         files = read_json(folder / "state.json").get("_data_files") or []
         return folder, [_inside(folder, dict(file).get("filename")) for file in files]
     for metadata in METADATA:
-        if (folder / metadata).is_file():
+        if (folder / metadata).exists():  # what is no file there is refused
             return folder, [folder / metadata]
     found = sorted(folder.glob("*.parquet"))
     # `train-00000-of-00005.parquet`, and the like with a digest at the end.

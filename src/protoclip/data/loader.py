@@ -25,7 +25,7 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, Sam
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
-from protoclip.files import naming, to_json
+from protoclip.files import naming, read_local, to_json
 
 T = TypeVar("T")
 DAMAGED = (ValueError, KeyError, TypeError, RecursionError)  # what a damaged line raises
@@ -300,7 +300,10 @@ class SkipLog:
         self.read = self.skipped = 0
         self._reasons: list[str] = []
         self.known: set[str] = set()
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        try:
+            text = read_local(path, errors="replace") if path.exists() else ""
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove it") from None
         # A process that was killed leaves part of a line.
         self._torn = bool(text) and not text.endswith("\n")
         # Sample ids may hold line breaks of Unicode's other than "\n".

@@ -27,7 +27,7 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
-from protoclip.files import read_toml
+from protoclip.files import read_toml, require_regular
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -290,8 +290,9 @@ def prototypes(checkpoint: Path) -> Mapping[str, Float[Tensor, "k p"]]:
         return {}
     names = {modality: f"clusters/{modality}/centroids" for modality in MODALITIES}
     try:
+        require_regular(path)
         with safe_open(path, "pt") as file:
             present = {m: name for m, name in names.items() if name in file.keys()}  # noqa: SIM118
             return {m: file.get_tensor(name).float() for m, name in present.items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error

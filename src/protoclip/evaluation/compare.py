@@ -22,7 +22,7 @@ from protoclip.evaluation.samples import (
     influences,
     interval_of_difference,
 )
-from protoclip.files import has_changed
+from protoclip.files import has_changed, read_local
 from protoclip.terminal import say
 
 # Rows of the table that are percentages, by the end of the metric's name.
@@ -62,7 +62,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
             reason = "no results.json; the run has not finished"
         raise ValueError(f"{path.parent}: {reason}")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(read_local(path))
         if not isinstance(results["name"], str) or not isinstance(results["seed"], int):
             raise TypeError("name or seed")
         metrics = {key: number(value) for key, value in dict(results["metrics"]).items()}

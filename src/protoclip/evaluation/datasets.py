@@ -420,7 +420,7 @@ def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Ev
 def _beside(folder: Path, name: str) -> str:
     path = folder / name
     try:
-        return path.read_text("utf-8") if path.is_file() else ""
+        return read_local(path) if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 ({reason_of(error)})") from None
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.special import stdtrit
 
-from protoclip.files import SEAL, checksum, replacing, to_json
+from protoclip.files import SEAL, checksum, replacing, require_regular, to_json
 from protoclip.terminal import say
 
 Columns = Mapping[str, npt.NDArray[Any]]
@@ -138,6 +138,7 @@ class SampleResults:
     def read(cls, path: Path) -> "SampleResults":
         """Read what `write` wrote; raises a `ValueError` if the file is damaged."""
         try:
+            require_regular(path)
             table, parts = pq.read_table(path), []
             # Earlier versions wrote no checksum.
             seal = (table.schema.metadata or {}).get(SEAL.encode())

@@ -25,7 +25,7 @@ from protoclip.data.tables import line
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
 from protoclip.distributed.parallel import shard, spread
-from protoclip.files import file_checksum, read_json
+from protoclip.files import file_checksum, read_json, read_local, require_regular
 from protoclip.models import (
     batch_norm,
     conversion,
@@ -368,9 +368,10 @@ def has_logit_bias(config: ModelConfig) -> bool:
         return found["model_cfg"].get("init_logit_bias") is not None
     path = find_checkpoint(config.start) / WEIGHTS
     try:
+        require_regular(path)
         with safe_open(path, "pt") as weights:
             return "towers.logit_bias" in weights.keys()  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 
 
@@ -617,15 +618,20 @@ def saved_config(reference: str) -> ModelConfig:
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, or with some of them; None if intact."""
     try:
-        expected = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
-        # Not OPTIMIZER: checkpoints of an earlier format are intact without it.
-        for name in names or sorted({WEIGHTS, MODEL, RESUME, STATE} | expected.keys()):
-            if file_checksum(folder / name) != expected.get(name):
-                return f"{name} is not what was written: its checksum differs"
+        expected = dict(json.loads(read_local(folder / CHECKSUMS)))
     except OSError as error:
-        return f"{Path(error.filename or CHECKSUMS).name} cannot be read: {error.strerror}"
+        return f"{CHECKSUMS} cannot be read: {error.strerror}"
     except (ValueError, TypeError, RecursionError):
         return f"{CHECKSUMS} is damaged"
+    # Not OPTIMIZER: checkpoints of an earlier format are intact without it.
+    for name in names or sorted({WEIGHTS, MODEL, RESUME, STATE} | expected.keys()):
+        try:
+            if file_checksum(folder / name) != expected.get(name):
+                return f"{name} is not what was written: its checksum differs"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        except ValueError as error:
+            return f"{name} {error}"
     return None
 
 
@@ -638,8 +644,9 @@ def require_intact(folder: Path, *names: str) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file; raises `ValueError` if it is damaged."""
     try:
+        require_regular(path)
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 
 

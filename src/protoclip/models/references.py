@@ -25,6 +25,7 @@ from protoclip.config import HeadConfig
 from protoclip.data.access import hub_answer
 from protoclip.data.tables import line
 from protoclip.data.transforms import LibraryTransform, PillowTransform
+from protoclip.files import read_local, require_regular
 from protoclip.models import towers
 from protoclip.models.heads import projection_head
 from protoclip.models.hugging_face import ImageTransform, open_config, open_model
@@ -125,7 +126,7 @@ def open_clip_folder(reference: str, name: str) -> Loaded:
     check_open_clip_folder(reference, name)
     folder = Path(name)
     with readable_errors(reference):
-        config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+        config = json.loads(read_local(folder / OPEN_CLIP_CONFIG))["model_cfg"]
     text_files = own_text_files(folder)
     repository = "" if text_files else text_repository(config)
     with readable_errors(reference, repository):
@@ -134,7 +135,7 @@ def open_clip_folder(reference: str, name: str) -> Loaded:
         if text_files is None:
             built = seeded(open_clip.create_model, f"local-dir:{folder}")
         else:
-            description = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+            description = json.loads(read_local(folder / OPEN_CLIP_CONFIG))
             built = seeded(towers.described_towers, description, text_files=text_files)
             open_clip.load_checkpoint(built, str(open_clip_weights(folder)))
         tokenizer = towers.build_tokenizer(f"local-dir:{folder}")
@@ -288,8 +289,8 @@ def own_text_files(folder: Path) -> Path | None:
     Then `hf_model_name` may name a place that is gone, as in a folder that was moved.
     """
     try:
-        own = json.loads((folder / HUGGING_FACE_CONFIG).read_text(encoding="utf-8"))
-        config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+        own = json.loads(read_local(folder / HUGGING_FACE_CONFIG))
+        config = json.loads(read_local(folder / OPEN_CLIP_CONFIG))["model_cfg"]
         has = config["text_cfg"].get("hf_model_name") and own["model_type"] in HF_TEXT_KINDS
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -302,10 +303,11 @@ def misshapen(folder: Path) -> list[str]:
     Names that the model does not have may be of an older version, which open_clip still reads.
     """
     file = open_clip_weights(folder)
-    description = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+    description = json.loads(read_local(folder / OPEN_CLIP_CONFIG))
     with torch.device("meta"):
         files = own_text_files(folder)
         own = towers.described_towers(description, weights="none", text_files=files).state_dict()
+    require_regular(file)
     with safe_open(file, "pt") as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     wrong = [name for name in shapes.keys() & own.keys() if [*own[name].shape] != shapes[name]]

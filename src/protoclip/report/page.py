@@ -289,7 +289,8 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
     """A row of the table of runs."""
     seen = run.environment.get("samples_seen", run.last_step * run.batch_size)
     spent = run.environment.get("train_seconds") or sum(seconds(run).values())
-    finished = f"finished, {run.last_step:,} steps"
+    steps = f"{run.last_step:,} steps" if run.curves else "but metrics.jsonl holds no step"
+    finished = f"finished, {steps}"
     state = finished if run.results else f"not finished: step {run.last_step:,} of {run.steps:,}"
     return {
         "label": label,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from protoclip.config import Config
 from protoclip.evaluation.compare import read_results
-from protoclip.files import has_changed, read_json, read_toml
+from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import loading
 from protoclip.terminal import say
 from protoclip.training.run import flat
@@ -83,6 +83,9 @@ def read_run(path: str | Path) -> RunFolder:
         problem = f"another version of protoclip wrote this run ({error})"
     settings = flat(tree)
     finished = (folder / "results.json").is_file()
+    curves = read_curves(folder / "metrics.jsonl")
+    if finished and not curves:
+        say(f"warning: {folder / 'metrics.jsonl'}: holds no step, so the run has no curves")
     return RunFolder(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
@@ -90,7 +93,7 @@ def read_run(path: str | Path) -> RunFolder:
         settings=settings,
         config=config,
         problem=problem,
-        curves=read_curves(folder / "metrics.jsonl"),
+        curves=curves,
         results=read_results(folder) if finished else None,
         environment=read_environment(folder / "results.json"),
         skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
@@ -120,9 +123,17 @@ def labels(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, without lines that are damaged."""
+    """The objects of a file of JSON lines, without lines that are damaged.
+
+    Raises:
+        ValueError: There is something that cannot be read; names it.
+    """
     found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        text = read_local(path, errors="replace") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: {reason}; restore it, or leave the run out") from None
     for line in text.split("\n"):
         try:
             value = json.loads(line)

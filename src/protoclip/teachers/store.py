@@ -36,6 +36,7 @@ from protoclip.files import (
     read_json,
     read_sealed,
     replacing,
+    require_regular,
     sealed,
     to_json,
     write_atomically,
@@ -260,6 +261,8 @@ def open_folder(folder: Path) -> TeacherFeatures:
             "command again finishes it"
         )
     try:
+        for name in (FEATURES, INDEX):
+            require_regular(folder / name)
         features, index = (np.load(folder / name, mmap_mode="r") for name in (FEATURES, INDEX))
         if features.shape != (facts["rows"], facts["width"]) or index.shape != (2, len(features)):
             raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.distributed.collectives import all_reduce, world_size
-from protoclip.files import to_json
+from protoclip.files import require_regular, to_json
 from protoclip.terminal import say
 from protoclip.training.guard import Watch
 
@@ -86,6 +86,8 @@ class JsonLines:
         try:
             # Opened each time, since a handle goes stale when a network file system is away for a
             # while, and some file systems report a failed write only when the file is closed.
+            if self.path.exists():
+                require_regular(self.path)
             with self.path.open("ab", buffering=0) as file:
                 self.size = min(self.size, file.tell())
                 file.truncate(self.size)
@@ -95,7 +97,7 @@ class JsonLines:
                 except OSError:
                     file.truncate(self.size)  # in case this was the last attempt
                     raise
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if not self._warned:
                 warn(self.path.name, f"{error}; training goes on, lines wait to be written")
             self._warned = True

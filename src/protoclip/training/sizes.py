@@ -1,7 +1,6 @@
 """Sizes that a configuration leaves to the data: of episodes, small towers and prototypes."""
 
 import math
-import tomllib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from protoclip.data.defaults import (
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import drawn
 from protoclip.evaluation.validation import judged
+from protoclip.files import read_toml
 from protoclip.models.towers import TokenCounter, build_tokenizer
 from protoclip.paths import require_paths
 
@@ -43,8 +43,7 @@ def sized(config: Config, *, before: Path | None = None) -> tuple[Config, list[s
         return config, []
     if before is not None and (before / "config.toml").is_file():
         with suppress(ValueError):  # the settings are compared later
-            text = (before / "config.toml").read_text(encoding="utf-8")
-            same = filled(config, Config.from_dict(tomllib.loads(text)))
+            same = filled(config, Config.from_dict(read_toml(before / "config.toml")))
             if not is_open(same):
                 return same, []
     require_paths(config)
