@@ -1,4 +1,5 @@
-"""What a person sees: streams that stop nothing, and texts that a terminal does not obey."""
+"""What a person sees: streams that stop nothing, and texts that a terminal does not obey and that
+hold no secret of a URL."""
 
 import errno
 import io
@@ -11,9 +12,43 @@ from typing import Any
 # Controls, ends of lines, what turns the direction of text, and halves of characters.
 OBEYED = re.compile(r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+REMOVED = "***"
+URL = re.compile(r"(?<=://)[^\s\"<>`]+")
+# Behind the query of a URL may stand options of the data set, or punctuation of the sentence.
+OPTIONS, PUNCTUATION = re.compile(r",(?:class_column|root)=.*"), "]'):;,.}"
+
+
+def without_secrets(text: str) -> str:
+    """A text whose URLs have lost user, password and query, which may be secrets.
+
+    Settings as they are written down go through here, and, by `visible`, all messages.
+
+    >>> without_secrets("https://me:word@host/{0..9}.tar?token=abc: no such file")
+    'https://***@host/{0..9}.tar?***: no such file'
+    """
+    return URL.sub(_without_secrets, text)
+
+
+def _without_secrets(url: re.Match[str]) -> str:
+    address = url[0]
+    host = re.split("[/?#]", address, maxsplit=1)[0]
+    port = "" if host.startswith("[") else host.partition(":")[2]
+    if "@" in host:
+        address = f"{REMOVED}@{address[host.rindex('@') + 1 :]}"
+    elif port and not port.isdecimal() and "@" in address:  # a password that holds a slash
+        address = f"{REMOVED}@{address.rpartition('@')[2]}"
+    before = re.split("[?#]", address, maxsplit=1)[0]
+    query = address[len(before) :]
+    if not query.strip(f"?#{PUNCTUATION}"):
+        return address
+    options = OPTIONS.search(query)
+    behind = options[0] if options else query[len(query.rstrip(PUNCTUATION)) :]
+    return f"{before}?{REMOVED}{behind}"
+
 
 def visible(text: str) -> str:
-    """A text with those characters escaped that a terminal obeys or that end a line."""
+    """`without_secrets`, with those characters escaped that a terminal obeys or that end a line."""
+    text = without_secrets(text)
     if text.isascii() and text.isprintable():
         return text
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

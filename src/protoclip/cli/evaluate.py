@@ -14,7 +14,7 @@ from protoclip.paths import (
     require_place,
     with_options,
 )
-from protoclip.terminal import say
+from protoclip.terminal import say, without_secrets
 
 # Settings of `data` beside those that `open_data` takes by name.
 OF_DATA = ("image_column", "caption_column", "id_column", *PERMISSIONS)
@@ -171,8 +171,9 @@ def trained_on(reference: str, data: str) -> bool:
         ]
     except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
         return False
-    place = os.path.realpath(data.removeprefix("wds:"))
-    return any(os.path.realpath(path) == place for path in trained if isinstance(path, str))
+    place = os.path.realpath(without_secrets(data.removeprefix("wds:")))
+    paths = [without_secrets(path) for path in trained if isinstance(path, str)]
+    return any(os.path.realpath(path) == place for path in paths)
 
 
 def names_of(reference: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """`protoclip export`."""
 
+import sys
 from dataclasses import KW_ONLY, dataclass
 
 from protoclip.files import to_json
@@ -22,12 +23,19 @@ class Export:
     opset: int = 18  # Of the ONNX graphs.
     license: str = "unknown"  # Licence for the model card, such as mit.
     push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.
+    yes: bool = False  # Upload without showing the model card and asking.
     json: bool = False  # Print what was written as JSON.
 
     def __call__(self) -> None:
         require_model("", self.model)
         require_place("folder", self.folder, is_folder=True)
         require_new(self.folder)
+        terminal = sys.stdin is not None and sys.stdin.isatty()
+        if self.push_to_hub is not None and not (self.yes or terminal):
+            raise ValueError(
+                "--push-to-hub: asks whether the model card may be uploaded, but nobody is at a "
+                "terminal; give --yes to upload without being asked"
+            )
         from protoclip.export.run import export
 
         facts = export(
@@ -37,6 +45,7 @@ class Export:
             opset=self.opset,
             license=self.license,
             push_to_hub=self.push_to_hub,
+            agrees=self.agrees,
         )
         if self.json:
             print(to_json(facts, indent=2))
@@ -52,3 +61,12 @@ class Export:
         if facts["captions"]:
             say(f"note: no captions of prototypes: {facts['captions']}")
         say(f"written to {visible(facts.get('url', facts['folder']))}")
+
+    def agrees(self, card: str) -> bool:
+        """Show the model card and ask whether to upload."""
+        if self.yes:
+            return True
+        for line in card.splitlines():
+            say(line)
+        say(f"Upload {self.folder} with this model card to {self.push_to_hub}? [y/N]")
+        return sys.stdin.readline().strip().lower() in ("y", "yes")

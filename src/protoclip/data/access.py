@@ -27,7 +27,7 @@ import fsspec
 import httpx2 as httpx
 
 from protoclip.files import open_local
-from protoclip.terminal import visible
+from protoclip.terminal import REMOVED, visible, without_secrets
 
 T = TypeVar("T")
 WEB, STORES = ("https", "http"), ("s3", "gs", "hf")
@@ -74,6 +74,11 @@ def require_allowed(location: str, access: Access) -> None:
             raise ValueError("commands run only with --data.allow_commands true")
         return
     protocol, is_remote, rest = location.partition("://")
+    if is_remote and (rest.startswith(f"{REMOVED}@") or rest.endswith(f"?{REMOVED}")):
+        raise ValueError(
+            f"'{REMOVED}' stands for a user, password or query, which no run keeps; name the whole "
+            "URL again, as when the run began"
+        )
     if is_remote and protocol.lower() not in WEB + STORES:
         known = ", ".join(WEB + STORES)
         raise ValueError(f"'{protocol}://' is not read; use a local file or one of {known}")
@@ -218,7 +223,7 @@ def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
             file.seek(max(0, status.st_size - (1 << 16)))
             ends = hashlib.blake2b(ends + file.read(), digest_size=16).digest()
     except Exception as error:  # the clients of stores have exceptions of their own
-        raise ValueError(f"{path}: {reason_of(error)}") from None
+        raise ValueError(f"{without_secrets(path)}: {reason_of(error)}") from None
     facts = {"path": str(Path(path).resolve()), "size": status.st_size, "ends": ends.hex()}
     return digest({**facts, "time": status.st_mtime_ns})
 

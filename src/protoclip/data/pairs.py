@@ -29,7 +29,7 @@ from protoclip.data.access import (
     reason_of,
 )
 from protoclip.data.decode import decode
-from protoclip.terminal import visible
+from protoclip.terminal import visible, without_secrets
 
 MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 
@@ -39,7 +39,7 @@ class BadSample(ValueError):
 
     def __init__(self, sample_id: str, where: str, reason: str) -> None:
         super().__init__(visible(f"sample '{sample_id}' ({where}): {reason}"))
-        self.sample_id, self.where, self.reason = sample_id, where, visible(reason)
+        self.sample_id, self.where, self.reason = sample_id, without_secrets(where), visible(reason)
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str]]:
         return BadSample, (self.sample_id, self.where, self.reason)

@@ -40,7 +40,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tables import caption_columns, captions_in, pairs_of
 from protoclip.files import open_local
 from protoclip.progress import Progress
-from protoclip.terminal import visible
+from protoclip.terminal import visible, without_secrets
 
 IMAGES, TEXTS = frozenset({"jpg", "jpeg", "png", "webp", "gif"}), frozenset({"txt", "json"})
 USED = IMAGES | TEXTS
@@ -237,22 +237,24 @@ def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
     Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, the
     braces stand for more than a million names, or two shards would give their samples the same ids.
     """
+    told = without_secrets(pattern)
     if (number := number_of_names(pattern)) > MAX_SHARDS:
-        raise ValueError(f"{pattern}: the braces stand for {number:,} shards; name fewer")
+        raise ValueError(f"{told}: the braces stand for {number:,} shards; name fewer")
     try:
         names = [pattern] if Path(pattern).exists() else list(braceexpand(pattern))
     except ValueError:
-        raise ValueError(f"{pattern}: the braces do not pair up") from None
+        raise ValueError(f"{told}: the braces do not pair up") from None
     shards = sorted({shard for name in names for shard in _expand(name, access)})
     if not shards:
-        raise ValueError(f"{pattern}: no tar shard matches")
+        raise ValueError(f"{told}: no tar shard matches")
     stems: dict[str, str] = {}
     for shard in shards:
         other = stems.setdefault(shard_stem(shard), shard)
         if other != shard:
             raise ValueError(
-                f"{shard}: has the file name of {other}, and sample ids start with it; rename "
-                "one, or list them as two [[data.sources]], each with a name of its own"
+                f"{visible(shard)}: has the file name of {visible(other)}, and sample ids start "
+                "with it; rename one, or list them as two [[data.sources]], each with a name of "
+                "its own"
             )
     return shards
 
@@ -293,7 +295,7 @@ def _expand(name: str, access: Access) -> list[str]:
         if is_url(name) and ("*" in name or name.endswith("/")):
             return list_urls(f"{name}*.tar" if name.endswith("/") else name, access)
     except Exception as error:  # every store has its own errors
-        raise ValueError(f"{name}: {reason_of(error)}") from None
+        raise ValueError(f"{without_secrets(name)}: {reason_of(error)}") from None
     if is_url(name) or name.startswith("pipe:"):
         return [name]
     path = Path(name).expanduser()

@@ -22,6 +22,7 @@ from protoclip.data.tables import (
     unused,
 )
 from protoclip.distributed.collectives import rank, world_size
+from protoclip.terminal import without_secrets
 
 # Settings that have no effect on the emoji, whose columns are known and whose images are small.
 EMOJI_LACK = (
@@ -112,6 +113,7 @@ def open_source(
     settings = ("image_column", "caption_column", "id_column", "class_column", "root")
     own = {each: value for each in settings if (value := getattr(entry, each))}
     data = replace(data, train=path, sources=[], **own)
+    told = without_secrets(path)
     # In a mixture tar shards are named after their folder, as other sources are.
     name = entry.name or (Path(path).resolve().name if mixed and Path(path).exists() else None)
     if path == "emoji":
@@ -123,19 +125,19 @@ def open_source(
         try:
             require_allowed(location, access_of(data))
         except ValueError as error:
-            raise ValueError(f"{setting}{location}: {error}") from None
+            raise ValueError(f"{setting}{without_secrets(location)}: {error}") from None
     local, streaming = not (is_url(path) or path.startswith("pipe:")), data.read == "streaming"
     if not _is_shards(path):
         if streaming:
-            raise ValueError(f'{path}: only tar shards can be streamed; set data.read = "auto"')
+            raise ValueError(f'{told}: only tar shards can be streamed; set data.read = "auto"')
         opener = open_folder if local and Path(path).is_dir() else open_table
         opened = (open_hub if path.startswith("hf:") and local else opener)(data, name=name)
         if data.read != "auto":
-            opened.notes.append(f"{path}: is no tar shard, and does not use read")
+            opened.notes.append(f"{told}: is no tar shard, and does not use read")
         return opened
     if data.read == "indexed" and not local:
         raise ValueError(
-            f'{path}: only local shards can be indexed; set data.read = "streaming", or copy them'
+            f'{told}: only local shards can be indexed; set data.read = "streaming", or copy them'
         )
     shards: ImageTextPairs | ShardStream
     if local and not streaming:

@@ -32,6 +32,7 @@ from protoclip.data.shards import (
     read_samples,
     shard_stem,
 )
+from protoclip.terminal import without_secrets
 
 Item = Sample | BadSample
 # The number of the first sample, and the samples in the order they were read.
@@ -65,7 +66,7 @@ class ShardStream:
         chosen: Chosen | None = None,
     ) -> None:
         self.shards = expand_shards(pattern, access)
-        self.name, self.notes = name or pattern, list[str]()
+        self.name, self.notes = name or without_secrets(pattern), list[str]()
         self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
         self.caption_keys, self.access = caption_keys and list(caption_keys), access
         self.chosen = chosen
@@ -171,7 +172,7 @@ class ShardStream:
             if len(failed) >= most:
                 raise ValueError(
                     f"{self.name}: {len(failed)} shards in a row without a sample that can be "
-                    f"used; the last is {shard}: {reason}"
+                    f"used; the last is {without_secrets(shard)}: {reason}"
                 )
             number, skip = number + 1, 0
 

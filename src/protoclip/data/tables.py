@@ -30,7 +30,7 @@ from protoclip.data.access import Access, digest, fingerprint, hub_answer, is_ur
 from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import replacing
-from protoclip.terminal import visible
+from protoclip.terminal import visible, without_secrets
 
 # Usual names of columns, the likeliest first; capitals do not matter.
 IMAGE_COLUMNS = (
@@ -77,12 +77,12 @@ def open_files(
 
     Relative paths in the table start at `data.root`, else at `root`.
     """
-    where, folder = paths[0], index_folder(data.cache_folder)
+    where, folder = without_secrets(paths[0]), index_folder(data.cache_folder)
     prints = [fingerprint(path, access_of(data)) for path in paths]
     columns = [data.image_column, caption_columns(data), data.id_column]
     columns += [data.class_column] if data.class_column else []
     key = digest({"form": FORM, "files": prints, "columns": columns})
-    *_, before, last = ("", "", *_suffixes(where))
+    *_, before, last = ("", "", *_suffixes(paths[0]))
     if not saved and (before if last in COMPRESSED else last) in TEXT_SUFFIXES:
         build, way_out = partial(_text_batches, paths, data), "check the separator and the quotes"
         index = build_index(key, build, folder=folder, where=where, way_out=way_out)
@@ -210,7 +210,11 @@ def caption_columns(data: DataConfig) -> list[str]:
 def unused(data: DataConfig) -> list[str]:
     """A note of the settings that only a table has a use for, if some are given."""
     given = changed(data, ("image_column", "id_column", "root", "class_column"))
-    return [f"{data.train}: has no columns, and does not use {given}"] if given else []
+    return (
+        [f"{without_secrets(data.train)}: has no columns, and does not use {given}"]
+        if given
+        else []
+    )
 
 
 def changed(data: DataConfig, settings: Iterable[str]) -> str:
@@ -383,16 +387,17 @@ def _text_batches(
     facts["left_out"] = []
     columns: dict[str, Any] = {}
     for path in paths:
-        left_out = LeftOut(path)
+        told = without_secrets(path)
+        left_out = LeftOut(told)
         unreadable = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
-        with faults(path, *unreadable), _lines(path, access_of(data)) as lines:
+        with faults(told, *unreadable), _lines(path, access_of(data)) as lines:
             read = _read_json if {".jsonl", ".ndjson"} & {*_suffixes(path)} else _read_csv
             names, rows = read(path, lines, left_out)
             if not names and left_out.counts:
                 raise ValueError(f"{left_out.notes[0]}; nothing else is in it")
             if not columns:
                 schema = pa.schema([(name, pa.string()) for name in names])
-                columns, facts["notes"] = choose(path, schema, data)
+                columns, facts["notes"] = choose(told, schema, data)
             captions = columns["caption_columns"]
             single = {"image": columns["image_column"], "sample_id": columns["id_column"]}
             single = {k: v for k, v in (single | {"class": columns["class_column"]}).items() if v}

@@ -1,5 +1,7 @@
 """What goes along with the weights: the model card, and the prototypes of a run."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,12 +29,13 @@ from protoclip.models.loading import RESUME
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.targets import back_translate
-from protoclip.terminal import visible
-from protoclip.training.run import flat
+from protoclip.terminal import visible, without_secrets
+from protoclip.training.run import as_kept, flat
 
 CARD, PROTOTYPES = "README.md", "prototypes"
 # Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
 PAIRS, BATCH, NEAREST = 20_000, 256, 5
+YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # are no texts in YAML
 # Sections of a run's settings that the card shows.
 SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "loss", "optim")
 LOADING = {
@@ -180,7 +183,7 @@ def captions_of(run: Path) -> list[str]:
     config = Config.from_dict(read_toml(run / "config.toml"))
     for entry in sources.entries(config.data):
         if is_url(entry.path) or entry.path.startswith(("hf:", "pipe:")):
-            raise ValueError(f"{entry.path} is not on this machine")
+            raise ValueError(f"{without_secrets(entry.path)} is not on this machine")
     pairs = sources.pairs(config)
     if not isinstance(pairs, Pairs):
         raise ValueError("a stream has no order to draw from")
@@ -202,6 +205,12 @@ def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
         projections.append(torch.nn.functional.normalize(projected, dim=1))
         progress.update(min(first + BATCH, len(captions)))
     return torch.cat(projections)
+
+
+def scalar(text: str) -> str:
+    """A text as YAML: as it is where it is a plain name, else as JSON, which is YAML too."""
+    plain = re.fullmatch(r"[A-Za-z][\w.+-]*", text) and text.lower() not in YAML_WORDS
+    return text if plain else json.dumps(text)
 
 
 def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str, Any]]:
@@ -229,14 +238,14 @@ def write_card(
     """Write the model card; `facts` are what `export` returns."""
     checkpoint = checkpoint_of(source.reference)
     run = run_of(checkpoint)
-    settings = read_toml(run / "config.toml") if run else {}
+    settings = as_kept(read_toml(run / "config.toml")) if run else {}
     own_name = flat(settings).get("run.name") or Path(facts["folder"]).name
     differences = facts["differences"]
     library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
     known = [library[name] for name in facts["formats"] if name in library]
     lines = [
         "---",
-        f"license: {facts['license']}",
+        f"license: {scalar(facts['license'])}",
         f"library_name: {(known or ['onnx'])[0]}",
         "pipeline_tag: zero-shot-image-classification",
         f"tags: [clip, protoclip{''.join(f', {name}' for name in known[1:])}]",
@@ -245,7 +254,7 @@ def write_card(
         f"# {visible(str(own_name))}",
         "",
         f"An image tower and a text tower with one joint space, exported from "
-        f"`{source.reference}` by protoclip {protoclip.__version__}.",
+        f"`{visible(source.reference)}` by protoclip {protoclip.__version__}.",
         "",
         f"Images become tensors of shape {source.image_shape}, and captions "
         f"{source.context_length} tokens.",

@@ -49,6 +49,7 @@ def export(
     opset: int = onnx.LEAST_OPSET,
     license: str = "unknown",
     push_to_hub: str | None = None,
+    agrees: Callable[[str], bool] = lambda card: True,
 ) -> dict[str, Any]:
     """Write a model as a folder that other libraries load.
 
@@ -64,6 +65,7 @@ def export(
         opset: Of the ONNX graphs, 18 or later.
         license: For the model card, as the hub writes it, such as "mit".
         push_to_hub: Name on the Hugging Face hub to upload the folder to, such as "me/model".
+        agrees: Is given the text of the model card before the upload, which it may refuse.
 
     Returns:
         `folder`; `formats`, what was written by format; `differences`, the largest difference of
@@ -90,7 +92,7 @@ def export(
         with naming(folder):
             card.write_card(source, temporary, facts, hub_name=push_to_hub)
             share_alike(temporary)
-    if push_to_hub is not None:
+    if push_to_hub is not None and agrees((folder / card.CARD).read_text(encoding="utf-8")):
         facts["url"] = upload(folder, push_to_hub)
     return facts
 

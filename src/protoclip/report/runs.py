@@ -16,7 +16,7 @@ from protoclip.evaluation.compare import read_results
 from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import loading
 from protoclip.terminal import say
-from protoclip.training.run import flat
+from protoclip.training.run import as_kept, flat
 
 Numbers = npt.NDArray[np.float64]
 # A metric over the run: steps, and its value at each.
@@ -81,7 +81,7 @@ def read_run(path: str | Path) -> RunFolder:
         config = Config.from_dict(tree)
     except ValueError as error:
         problem = f"another version of protoclip wrote this run ({error})"
-    settings = flat(tree)
+    settings = flat(as_kept(tree))
     finished = (folder / "results.json").is_file()
     curves = read_curves(folder / "metrics.jsonl")
     if finished and not curves:

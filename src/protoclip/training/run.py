@@ -66,7 +66,7 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
-from protoclip.terminal import say
+from protoclip.terminal import say, without_secrets
 from protoclip.training import optim, sizes
 from protoclip.training.checkpoint import (
     CheckpointWriter,
@@ -487,7 +487,7 @@ class Run:
     def open_log(self, size: int) -> None:
         """On rank 0, log metrics after the first `size` bytes of the file."""
         if rank() == 0:
-            wandb, settings = self.config.run.wandb, asdict(self.config)
+            wandb, settings = self.config.run.wandb, tomllib.loads(to_toml(self.config))
             self.log = MetricsLog(
                 self.folder, size=size, step=self.trainer.step, wandb=wandb, config=settings
             )
@@ -725,7 +725,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     # What earlier versions did, without a setting for it.
     known: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
     try:
-        saved = flat(read_toml(folder / "config.toml"))
+        saved = flat(as_kept(read_toml(folder / "config.toml")))
         for name in ("teachers", "data.sources"):
             tables = saved.get(name, [])
             if not (isinstance(tables, list) and all(isinstance(each, dict) for each in tables)):
@@ -793,8 +793,16 @@ def slug(name: str) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as TOML, without what is unset and without permissions."""
+    """The configuration as TOML, without what is unset, permissions, and secrets in URLs.
+
+    A run that goes on reads the URLs that it is given then.
+    """
     tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
     for permission in PERMISSIONS:
         del tree["data"][permission]
-    return tomli_w.dumps(tree)
+    return without_secrets(tomli_w.dumps(tree))
+
+
+def as_kept(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run folder, of which earlier versions kept secrets in URLs, without these."""
+    return tomllib.loads(without_secrets(tomli_w.dumps(tree)))

@@ -2,6 +2,7 @@
 
 import base64
 import http.server
+import io
 import json
 import re
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import huggingface_hub
 import open_clip
 import pytest
+import yaml
 
 import protoclip
 from protoclip.cli import main
@@ -149,8 +151,30 @@ def test_a_hub_that_takes_nothing_is_one_line(hub, message, use_hub, model, tmp_
     use_hub(hub)
     folder = tmp_path / "out"
     with pytest.raises(SystemExit) as ended:
-        main(f"export {model} {folder} --formats open_clip --push-to-hub me/model".split())
+        main(f"export {model} {folder} --formats open_clip --push-to-hub me/model --yes".split())
     assert ended.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("protoclip: error: " + message.format(folder=folder))
     assert (folder / "open_clip_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("answer", "uploaded"), [("y\n", True), ("\n", False)])
+def test_the_card_is_shown_before_it_is_uploaded(
+    answer, uploaded, use_hub, model, tmp_path, monkeypatch, capsys
+):
+    use_hub(Hub)
+    Hub.repositories.clear()
+    terminal = io.StringIO(answer)
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    licence = "mit\n---\npwn: true"
+    words = ["export", model, str(tmp_path / "out"), "--formats", "open_clip"]
+    main([*words, "--push-to-hub", "me/model", "--license", licence])
+    said = capsys.readouterr().err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(line in said for line in card.splitlines())
+    assert ("me/model" in Hub.repositories) is uploaded
+    # The front matter is one document that holds the licence as it was given.
+    front = yaml.safe_load(card.split("\n---\n")[0])
+    assert front["license"] == licence
+    assert "pwn" not in front
