@@ -16,6 +16,7 @@ from typing import Any
 
 from protoclip.terminal import OBEYED
 
+SOFTWARE = "protoclip"  # what a PNG file names as its maker
 SEAL = "checksum"  # key in a JSON object of the checksum of the rest
 FILE_KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
 FILE_KINDS |= {stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -96,6 +97,51 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def require_ours(path: Path, mark: str, way_out: str = "or give --overwrite") -> None:
+    """Refuse to replace a file without the mark of what writes it, or one that is read-only.
+
+    Raises:
+        ValueError: It is somebody's; names it.
+    """
+    if not path.exists():
+        return
+    try:
+        with open_local(path) as file:
+            is_ours = mark.encode() in file.read(1 << 20)
+    except (OSError, ValueError):
+        is_ours = False
+    if not (is_ours and path.stat().st_mode & 0o222):
+        what = "is read-only" if is_ours else "exists, and was not made by this command"
+        raise ValueError(f"{path}: {what}; choose another, {way_out}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing a folder, which need not exist yet.
+
+    Raises:
+        ValueError: Another process writes it.
+    """
+    from filelock import FileLock, Timeout
+
+    real = folder.resolve()
+    lock = FileLock(real.with_name(f".{real.name}.lock"), timeout=0)
+    with naming(folder):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{folder}: another process writes here; wait for it, or choose another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def sync_folder(folder: Path) -> None:

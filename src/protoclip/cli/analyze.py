@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.config import Count
-from protoclip.files import replacing, to_json, write_atomically
+from protoclip.files import SOFTWARE, replacing, require_ours, to_json, write_atomically
 from protoclip.paths import require_place, require_run, require_source
 from protoclip.terminal import say, visible
 
@@ -29,6 +29,7 @@ class Analyze:
     samples: Count = 5000  # Most pairs to use, drawn evenly.
     groups: Count | None = None  # Groups of each modality; else as many as prototypes.
     json: bool = False  # Print the analyses as JSON.
+    overwrite: bool = False  # Replace files that analyze did not write.
 
     def __call__(self) -> None:
         for run in self.runs:
@@ -48,6 +49,12 @@ class Analyze:
         for folder in folders:  # before minutes of work on the first one
             open_run(folder)
         stems = self.stems(folders)
+        together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
+        for stem in stems if not self.overwrite else ():
+            require_ours(Path(f"{stem}.json"), '"checkpoints"')
+            require_ours(Path(f"{stem}.png"), SOFTWARE)
+        if len(folders) > 1 and not self.overwrite:
+            require_ours(together, SOFTWARE)
         found = [
             analyze(
                 folder,
@@ -78,7 +85,6 @@ class Analyze:
             print(to_json(found, indent=2))
         else:
             show(found, labels)
-        together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
         draw(found, labels, stems, together)
 
     def stems(self, folders: Sequence[Path]) -> list[Path]:
@@ -119,7 +125,7 @@ def draw(
 
 def save(figure: Any, path: Path) -> None:
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
 def show(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from protoclip.config import (
     Seed,
     check,
 )
-from protoclip.files import replacing, to_json
+from protoclip.files import SOFTWARE, replacing, require_ours, to_json
 from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration
 from protoclip.terminal import say, visible
@@ -38,6 +38,7 @@ class Inspect(Recipes):
     every: bool = False  # Read all pairs.
     seed: Seed = 0  # Seed of the draw.
     montage: str | None = None  # Draw random pairs with captions into this PNG file.
+    overwrite: bool = False  # Replace a PNG file that is no montage.
     json: bool = False  # Print the findings as JSON.
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -47,6 +48,10 @@ class Inspect(Recipes):
         require_model("model.start", self.model.start)
         if self.montage is not None:
             require_place("--montage", self.montage, is_folder=False, suffix=".png")
+            if not self.overwrite:
+                require_ours(Path(self.montage), SOFTWARE)
+        from PIL.PngImagePlugin import PngInfo
+
         from protoclip.data.inspect import inspect, montage, show
 
         count_tokens, context_length = tokens_of(self.model)
@@ -70,7 +75,9 @@ class Inspect(Recipes):
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet = montage(pairs, seed=self.seed, max_pixels=self.data.max_image_pixels)
             with replacing(path) as temporary:
-                sheet.save(temporary, format="PNG")
+                facts = PngInfo()
+                facts.add_text("Software", SOFTWARE)
+                sheet.save(temporary, format="PNG", pnginfo=facts)
             say(f"written to {path}")
 
 

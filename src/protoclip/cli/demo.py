@@ -8,7 +8,7 @@ from typing import Any
 
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
-from protoclip.files import to_json, write_atomically
+from protoclip.files import require_ours, to_json, write_atomically
 from protoclip.paths import require_place
 from protoclip.progress import duration
 from protoclip.terminal import say, visible
@@ -70,6 +70,8 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     from protoclip.training import run
 
     started, out = time.monotonic(), Path(out)
+    require_ours(out / "results.json", '"seeds"', "with --out")
+    require_ours(out / "report.html", "protoclip report", "with --out")
     configs = arms(seed=seed, out=str(out))
     folders = {name: Path(config.run.out or "") for name, config in configs.items()}
     for name, config in configs.items():

@@ -46,6 +46,7 @@ class Evaluate:
     protocol: Literal["paper"] | None = None  # The reference code's choices: paper.
     compare_to: str | None = None  # Model to which differences are shown.
     out: str | None = None  # Folder for one JSON file a record.
+    overwrite: bool = False  # Replace files in it that evaluate did not write.
     json: bool = False  # Print the records as JSON.
     cache: bool = True  # Keep features, so that another task is quick.
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
@@ -138,12 +139,13 @@ class Evaluate:
                 if reference != self.compare_to:
                     found[reference] = records.with_differences(found[reference], first)
         all_records = [result.record for of_model in found.values() for result in of_model]
-        if self.out is not None:
-            records.write_records([r for r in all_records if "datasets" not in r], Path(self.out))
         if self.json:
             print(to_json(all_records, indent=2))
         else:
             records.show(list(found.values()))
+        if self.out is not None:
+            of_sets = [record for record in all_records if "datasets" not in record]
+            records.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
 
     def require_paths(self) -> None:
         """Refuse paths that do not exist."""

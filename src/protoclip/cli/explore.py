@@ -1,6 +1,6 @@
 """`protoclip explore`."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +8,7 @@ from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from protoclip.config import Config, Count, DataConfig, RunConfig, check
+from protoclip.files import locked
 from protoclip.paths import (
     require_file,
     require_folder,
@@ -54,6 +55,8 @@ class Explore:
             raise ValueError(f"{len(self.models)} models: give one or two")
         if self.atlas is not None and len(self.models) > 1:
             raise ValueError("--atlas: takes one model")
+        if not self.host.strip():
+            raise ValueError("--host: is empty, which would be all addresses; name one")
         for model in self.models:
             require_model("", model)
         if self.data is not None:
@@ -84,10 +87,11 @@ class Explore:
             with closing(listen(self.host, self.port)) as listening:  # before the work too
                 self.serve(self.explorers(), listening)
             return
-        explorers = self.explorers()
-        if self.static is not None:
-            number = write_static(explorers, Path(self.static))
-            say(f"{number} pages written to {self.static}")
+        with nullcontext() if self.static is None else locked(Path(self.static)):
+            explorers = self.explorers()
+            if self.static is not None:
+                number = write_static(explorers, Path(self.static))
+                say(f"{number} pages written to {self.static}")
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
             say(f"{rows:,} rows written to {self.atlas}; look at them with")

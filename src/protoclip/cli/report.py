@@ -24,6 +24,7 @@ class Report:
     samples: Annotated[int, 1, 10_000] = 1000  # Most example pairs, on which models are shown.
     minutes: Positive = 10.0  # After this long no further model is run on examples.
     seed: Seed = 0  # Draws the examples.
+    overwrite: bool = False  # Replace a file that is no report, or is read-only.
 
     def __call__(self) -> None:
         require()
@@ -43,6 +44,7 @@ class Report:
             minutes=self.minutes,
             seed=self.seed,
             device=collectives.device("auto"),
+            overwrite=self.overwrite,
         )
         say(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

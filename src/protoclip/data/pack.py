@@ -22,7 +22,7 @@ from protoclip.data.decode import decode, dimensions
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.shards import read_samples
-from protoclip.files import read_json, replacing, write_atomically
+from protoclip.files import locked, read_json, replacing, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -67,10 +67,12 @@ def pack(
         "samples_per_shard": samples_per_shard,
         "resize": resize,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    manifest = _read_manifest(out, settings, content_key(source))
-    if not manifest["complete"]:
-        _write_shards(source, out, manifest)
+    key = content_key(source)
+    with locked(out):
+        out.mkdir(parents=True, exist_ok=True)
+        manifest = _read_manifest(out, settings, key)
+        if not manifest["complete"]:
+            _write_shards(source, out, manifest)
     shards, skipped = manifest["shards"], out / SKIPPED
     if not shards:
         raise ValueError(f"{source.name}: no sample could be packed; {skipped} says why")

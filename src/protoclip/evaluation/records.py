@@ -13,7 +13,7 @@ from rich.table import Table
 from protoclip.evaluation import compare
 from protoclip.evaluation.samples import intervals
 from protoclip.evaluation.suite import Result
-from protoclip.files import to_json, write_atomically
+from protoclip.files import require_ours, to_json, write_atomically
 
 CAPTION = {
     "intervals": "In brackets: 95% intervals over groups of samples.",
@@ -90,14 +90,17 @@ def difference(metric: str, first: Result, second: Result) -> dict[str, Any]:
     return compare.paired_difference(mean, *influences if same else (None, None))
 
 
-def write_records(records: Sequence[dict[str, Any]], folder: Path) -> None:
+def write_records(
+    records: Sequence[dict[str, Any]], folder: Path, *, overwrite: bool = False
+) -> None:
     """One file a record, named as CLIP_benchmark names its own; `clip_benchmark build` takes them.
 
     Raises:
         OSError: The folder cannot be written.
+        ValueError: One of the files is somebody else's; none is written then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written: set[str] = set()
+    written: dict[str, str] = {}
     for record in records:
         words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
         words += [record["split"]] if record["split"] != "test" else []
@@ -105,8 +108,11 @@ def write_records(records: Sequence[dict[str, Any]], folder: Path) -> None:
         stem = name = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
         while name in written:  # two models of one name
             name = f"{stem}-{len(written)}"
-        written.add(name)
-        write_atomically(folder / f"{name}.json", to_json(record) + "\n")
+        written[name] = to_json(record) + "\n"
+    for name in written if not overwrite else ():
+        require_ours(folder / f"{name}.json", '"intervals"')  # which CLIP_benchmark's lack
+    for name, content in written.items():
+        write_atomically(folder / f"{name}.json", content)
 
 
 def show(models: Sequence[Sequence[Result]]) -> None:

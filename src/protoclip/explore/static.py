@@ -57,6 +57,7 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
                 path = temporary / "images" / f"{row}.webp"
                 path.write_bytes(pages.image(row, THUMBNAIL_SIDE))
                 progress.update(done)
+            require_empty(folder)  # by now
             if folder.exists():
                 folder.rmdir()
             temporary.rename(folder)

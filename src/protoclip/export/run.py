@@ -6,7 +6,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
@@ -15,7 +15,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -25,7 +24,7 @@ from protoclip.data.emoji import emoji_table
 from protoclip.data.tables import line
 from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
-from protoclip.files import naming
+from protoclip.files import locked, naming
 from protoclip.models import loading
 from protoclip.paths import require_new
 
@@ -81,7 +80,7 @@ def export(
     folder = Path(folder)
     check(folder, formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
-    with place_of(folder) as temporary:
+    with locked(folder), place_of(folder) as temporary:
         facts = write(source, temporary, formats, opset=opset)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
@@ -102,16 +101,8 @@ def place_of(folder: Path) -> Iterator[Path]:
     """An empty folder that becomes `folder` when the block ends without an error.
 
     Raises:
-        ValueError: Another process exports to this folder, or it exists by the end.
+        ValueError: The folder exists by the end.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"{folder}: another process exports to this folder; wait for it, or choose another"
-        ) from None
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         # What processes that were killed have left.
@@ -124,9 +115,6 @@ def place_of(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()
-        lock.release()
 
 
 def share_alike(folder: Path) -> None:

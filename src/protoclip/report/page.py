@@ -20,7 +20,7 @@ from markupsafe import Markup
 import protoclip
 from protoclip.config import Config
 from protoclip.evaluation import compare
-from protoclip.files import write_atomically
+from protoclip.files import require_ours, write_atomically
 from protoclip.progress import Progress, duration
 from protoclip.report import findings, looks
 from protoclip.report.figures import COLOURS, Series, dash, line_chart, map_chart
@@ -30,6 +30,7 @@ from protoclip.terminal import OBEYED
 from protoclip.training.run import flat, resolved, to_toml
 
 HERE = Path(__file__).parent
+MARK = '<meta name="generator" content="protoclip report">'  # of a page that may be replaced
 LONGEST = 160  # characters of a caption, a name or a setting
 FEW = 10  # bad samples that are named
 
@@ -149,6 +150,7 @@ def write_report(
     minutes: float = 10.0,
     seed: int = 0,
     device: torch.device | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write the report of runs to one HTML file, which needs nothing else and asks for nothing.
 
@@ -158,9 +160,10 @@ def write_report(
         samples: Example pairs at most, that models are shown on.
         minutes: After this long no further model is run on examples; the page says so.
         seed: Draws the examples.
+        overwrite: Replace a file that is no report, or is read-only.
 
     Raises:
-        ValueError: A folder is no run, or `out` cannot be written there.
+        ValueError: A folder is no run, or `out` cannot be written there or is somebody's.
         OSError: The file cannot be written.
     """
     out = Path(out)
@@ -168,6 +171,8 @@ def write_report(
         raise ValueError(f"--out: {out} is a folder; name a file, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise ValueError(f"--out: no folder {out.parent}; make it first")
+    if not overwrite:
+        require_ours(out, MARK)
     if not folders:
         raise ValueError("runs: none given; name one run folder or more")
     runs = list({os.path.realpath(folder): read_run(folder) for folder in folders}.values())

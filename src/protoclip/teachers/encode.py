@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from protoclip.data.loader import Item, Tokenizer, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.cores import cores
-from protoclip.files import checksum, file_checksum, sealed, to_json, write_atomically
+from protoclip.files import checksum, file_checksum, locked, sealed, to_json, write_atomically
 from protoclip.models import loading, references
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.protoclip import TowerPair
@@ -232,17 +232,19 @@ def embed_teacher(
         "ids": checksum(store.hash_ids(ids).tobytes()),
         "reduced_to": width,
     }
-    if Path(teacher).suffix in store.FILES and not is_stream:
-        return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
-    encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
-    settings |= {
-        "weights": encoder.checksum(),
-        "modality": encoder.reads,
-        "pooling": pooling,
-        "part_rows": PART_ROWS[encoder.reads],
-    }
-    facts = encode_missing(encoder, samples, out, settings, batch_size, threads)
-    return facts or rank0_first(lambda: join_parts(out, settings))
+    with ExitStack() as stack:
+        rank0_first(lambda: stack.enter_context(locked(out)))
+        if Path(teacher).suffix in store.FILES and not is_stream:
+            return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
+        encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
+        settings |= {
+            "weights": encoder.checksum(),
+            "modality": encoder.reads,
+            "pooling": pooling,
+            "part_rows": PART_ROWS[encoder.reads],
+        }
+        facts = encode_missing(encoder, samples, out, settings, batch_size, threads)
+        return facts or rank0_first(lambda: join_parts(out, settings))
 
 
 def embed_start(

@@ -417,7 +417,7 @@ def test_one_process_at_a_time_exports_to_a_folder(reference, tmp_path):
     others.mkdir()
     with (
         FileLock(tmp_path / ".out.lock"),
-        pytest.raises(ValueError, match=r"out: another process exports to this folder; wait"),
+        pytest.raises(ValueError, match=r"out: another process writes here; wait"),
     ):
         protoclip.export(reference("run"), out, ["timm"])
     assert others.is_dir()
