@@ -21,11 +21,12 @@ from protoclip import signals
 from protoclip.config import Config
 from protoclip.data.cache import crop, image_cache
 from protoclip.data.defaults import number_of_workers
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.data.pairs import LOST, MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.files import naming, read_local, to_json
+from protoclip.terminal import say
 
 T = TypeVar("T")
 DAMAGED = (ValueError, KeyError, TypeError, RecursionError)  # what a damaged line raises
@@ -291,15 +292,18 @@ def killed_worker(error: RuntimeError) -> str | None:
 class SkipLog:
     """Counts bad samples, and writes each once, with its reason, to a file of JSON lines.
 
+    It warns of shards that cannot be read to their end: how many samples they hold is not known.
+
     A share of bad samples above `max_share` stops the run. It is taken of `at_least` samples or
-    more, so that one bad file among the first few does not stop it. `known` has the ids of the bad.
+    more, so that one bad file among the first few does not stop it. `known` has the ids of the bad,
+    and `broken` those of them with which more of a shard is lost.
     """
 
     def __init__(self, path: Path, *, max_share: float, at_least: int) -> None:
         self.path, self.max_share, self.at_least = path, max_share, at_least
         self.read = self.skipped = 0
         self._reasons: list[str] = []
-        self.known: set[str] = set()
+        self.known, self.broken = set[str](), set[str]()
         try:
             text = read_local(path, errors="replace") if path.exists() else ""
         except ValueError as error:
@@ -309,7 +313,16 @@ class SkipLog:
         # Sample ids may hold line breaks of Unicode's other than "\n".
         for line in text.split("\n"):
             with contextlib.suppress(*DAMAGED):
-                self.known.add(str(json.loads(line)["sample_id"]))
+                entry = json.loads(line)
+                self.known.add(str(entry["sample_id"]))
+                if str(entry["reason"]).endswith(LOST):
+                    self.broken.add(str(entry["sample_id"]))
+
+    @property
+    def summary(self) -> str:
+        """What was skipped so far, for a line of progress; empty if nothing was."""
+        shards = f" and {len(self.broken)} shards not read to their end" if self.broken else ""
+        return f", {len(self.known)} samples skipped{shards}" if self.known else ""
 
     def add(self, read: int, bad: list[BadSample]) -> None:
         """Record a batch: how many samples were read for it, and the bad ones among them.
@@ -324,6 +337,9 @@ class SkipLog:
                 continue
             self.known.add(sample.sample_id)
             self._reasons = [*self._reasons, str(sample)][:QUOTED]
+            if sample.reason.endswith(LOST):
+                self.broken.add(sample.sample_id)
+                say(f"warning: {sample.where}: {sample.reason}, no one knows how many samples")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write("\n" * self._torn + to_json(vars(sample)) + "\n")

@@ -31,6 +31,9 @@ from protoclip.data.access import (
 from protoclip.data.decode import decode
 from protoclip.terminal import visible, without_secrets
 
+# How the reason of a bad sample ends if more than this sample of its shard is lost, none knows how
+# many.
+LOST = "of the shard is lost"
 MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 
 

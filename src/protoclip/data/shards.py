@@ -36,7 +36,7 @@ from protoclip.data.access import (
     require_allowed,
 )
 from protoclip.data.index import ROWS, ArrowIndex, build_index, index_folder
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import LOST, ImageTextPairs
 from protoclip.data.tables import caption_columns, captions_in, pairs_of
 from protoclip.files import open_local
 from protoclip.progress import Progress
@@ -201,7 +201,7 @@ def read_samples(
         files, number = {}, number + 1
     if fault:
         where = f" in {visible(reading[:200])}" if reading else ""
-        reason = f"{fault}{where} after {number} samples; the rest of the shard is lost"
+        reason = f"{fault}{where} after {number} samples; the rest {LOST}"
         sample_id = _sample_id(stem, key if files else cut)
         yield ShardSample(sample_id=sample_id, captions=[], fault=reason)
 

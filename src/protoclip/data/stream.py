@@ -23,7 +23,7 @@ from protoclip.data.access import (
     require_allowed,
 )
 from protoclip.data.chosen import Chosen, Keeps
-from protoclip.data.pairs import BadSample, Sample, clean_captions
+from protoclip.data.pairs import LOST, BadSample, Sample, clean_captions
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.shards import (
     COMPRESSED,
@@ -216,7 +216,7 @@ def read_shard(
                     yield _checked(found, shard, repeated=found.sample_id in seen)
                 seen.add(found.sample_id)
     except Exception as error:  # file systems, commands and decompressors have their own errors
-        yield BadSample(stem, shard, reason_of(error))
+        yield BadSample(stem, shard, f"{reason_of(error)}; all {LOST}")
 
 
 def _checked(found: ShardSample, shard: str, *, repeated: bool) -> Item:

@@ -534,6 +534,11 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
                 f"{reference}: its {split} split is not in {root} ({reason_of(error)}); "
                 f"{fetching(name, root)}"
             ) from None
+        except Exception as error:  # damaged files make torchvision raise anything
+            raise ValueError(
+                f"{reference}: the files of its {split} split in {root} are damaged "
+                f"({reason_of(error)}); delete them, and fetch them again: {fetching(name, root)}"
+            ) from None
 
     names = getattr(samples("test"), "classes", getattr(samples("test"), "categories", None))
     if names is None:  # the sets without names are of digits

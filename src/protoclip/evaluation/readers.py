@@ -369,6 +369,8 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
             return name, {"test": {image: clean_captions(captions[image]) for image in captions}}
         for image in content["images"]:
             split = {"restval": "train", "val": "validation"}.get(image["split"], image["split"])
+            if not isinstance(split, str):
+                raise TypeError(f"split: {split!r} is no name")
             path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
             with suppress(ValueError):  # an image without a caption cannot be retrieved
                 texts = clean_captions(sentence["raw"] for sentence in image["sentences"])

@@ -437,10 +437,9 @@ class Run:
                 if detailed:
                     loss = f", loss {metrics['train/loss/total']:.4g}"
                 if rank() == 0:
-                    bad, stage = len(self.skips.known), trainer.stage(index).name
-                    skipped = f", {bad} samples skipped" if bad else ""
+                    stage = trainer.stage(index).name
                     where = f"episode {index + 1}/{config.episodes.count}, {stage}"
-                    progress.update(trainer.step, where + loss + skipped)
+                    progress.update(trainer.step, where + loss + self.skips.summary)
                 if self.save_if_due():
                     return
             self.write(index, trainer.end_episode())
@@ -647,6 +646,7 @@ class Run:
             "seed": config.run.seed,
             "samples_seen": trainer.samples_seen,
             "samples_skipped": sum(collectives.all_gather_object(len(self.skips.known))),
+            "shards_broken": sum(collectives.all_gather_object(len(self.skips.broken))),
             "train_seconds": round(trainer.seconds, 2),
             "precision": self.arithmetic["run.precision"],
             "environment": environment(self.loader.device),

@@ -208,7 +208,7 @@ def test_garbage_is_named(tmp_path: Path, cache: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"^\S+/a\.tar: not a tar file$"):
         index(path, cache)
-    assert streamed(path) == [("a", "not a tar file")]
+    assert streamed(path) == [("a", "not a tar file; all of the shard is lost")]
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])

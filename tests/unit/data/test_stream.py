@@ -166,7 +166,7 @@ def test_shards_of_a_web_server(folder: Path, serve: Callable[..., str], handler
     found = take(stream(server + "/{0..5}.tar", shuffle=1, access=OWN_HOST), 30)
     (missing,) = {b.where: b for b in found if isinstance(b, BadSample)}.values()
     assert (missing.sample_id, missing.where) == ("5", f"{server}/5.tar")
-    assert missing.reason == "no such file"
+    assert missing.reason == "no such file; all of the shard is lost"
 
 
 def test_shards_of_a_store_and_of_commands(folder: Path, bucket: str) -> None:
@@ -185,9 +185,12 @@ LOST = " after 1 samples; the rest of the shard is lost"
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("false", "the command ended with status 1"),
-        ("no-such-program 2>/dev/null", "the command ended with status 127"),
-        ("true", "not a tar file"),
+        ("false", "the command ended with status 1; all of the shard is lost"),
+        (
+            "no-such-program 2>/dev/null",
+            "the command ended with status 127; all of the shard is lost",
+        ),
+        ("true", "not a tar file; all of the shard is lost"),
         ("head -c 3000 0.tar; exit 3", f"the command ended with status 3{LOST}"),
         ("head -c 3000 0.tar", f"unexpected end of data{LOST}"),
     ],
@@ -211,14 +214,18 @@ def test_truncated_and_foreign_files_do_not_end_a_stream(folder: Path) -> None:
     (folder / "4.tar").write_bytes(b"nothing of the kind")
     found = take(source, 60)
     reason = "unexpected end of data after 2 samples; the rest of the shard is lost"
-    assert bad(found) == {("2/010", reason), ("3", "no such file"), ("4", "not a tar file")}
+    assert bad(found) == {
+        ("2/010", reason),
+        ("3", "no such file; all of the shard is lost"),
+        ("4", "not a tar file; all of the shard is lost"),
+    }
     assert len(good(found)) == 5 + 3 + 2
 
 
 @pytest.mark.parametrize(
     ("files", "options", "reason"),
     [
-        (None, {}, "not a tar file"),
+        (None, {}, "not a tar file; all of the shard is lost"),
         ({}, {}, "it holds no sample"),
         (numbered(1), {"caption_keys": ["nothing"]}, "empty caption"),
     ],
