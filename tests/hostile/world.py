@@ -4,11 +4,13 @@ import io
 import os
 import tarfile
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
 from protoclip.cli import main
@@ -162,12 +164,25 @@ def write_odd_images() -> None:
     }
     for name, content in files.items():
         (odd / name).write_bytes(content)
+    write_odd_weights(odd)
     os.mkfifo(odd / "pipe.jpg")
     (odd / "folder.jpg").mkdir()
     (odd / "loop.jpg").symlink_to("loop.jpg")
     (odd / "dangling.jpg").symlink_to("nowhere.jpg")
     (odd / "link.png").symlink_to("grey.png")
     (odd / "leaving.png").symlink_to("/etc/hostname")
+
+
+def write_odd_weights(odd: Path) -> None:
+    """Tables without rows or columns, features that are not finite, and weights that hold code."""
+    texts = pa.array([], pa.string())
+    pq.write_table(pa.table({"image": texts, "caption": texts}), odd / "no_rows.parquet")
+    pq.write_table(pa.table({}), odd / "no_columns.parquet")
+    features = np.ones((PAIRS, 4), np.float32)
+    features[5, 2] = np.nan
+    np.save(odd / "nan.npy", features)
+    torch.save({"a": Fraction(1, 2)}, odd / "pickled.pt")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(odd / "script.pt")
 
 
 def deep() -> bytes:

@@ -84,6 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     for part in name.split():
         words.remove(part)
     try:
+        try:
+            os.getcwd()  # noqa: PTH109
+        except FileNotFoundError:  # or libraries would end the process
+            raise ValueError("the current folder was deleted; cd to another one") from None
         if not {"-h", "--help"}.isdisjoint(words):
             print(help_text(name, COMMANDS[name]) if name else overview(), flush=True)
             require_printed(output)

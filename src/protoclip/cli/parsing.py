@@ -168,10 +168,16 @@ def value_of(words: Any, hint: Any) -> Any:
     if words.lower() in ("none", "null") and NoneType in inner:
         return None
     if str not in inner or float in inner or words.startswith("["):
-        for reader in (json.loads, ast.literal_eval, float):
+        for reader in (json.loads, ast.literal_eval, float, with_not_finite):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return reader(words)
     return words
+
+
+def with_not_finite(words: str) -> Any:
+    """A list in which numbers that are not finite are written as in TOML and Python."""
+    names = {"nan": "NaN", "inf": "Infinity"}
+    return json.loads(re.sub(r"\b(nan|inf)\b", lambda found: names[found[0]], words))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -7,7 +7,9 @@ their size are not kept.
 
 import contextlib
 import hashlib
+import os
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from protoclip.files import write_atomically
 CACHE_FORM = "images-3"
 # Before the pixels in a file: a checksum of all that follows it, height, width, orientation.
 HEADER = struct.Struct("<IIII")
+# Share of the limit that is left when a full cache is opened, but for images used more recently.
+ROOM, UNUSED_SECONDS = 0.8, 3600.0
 BLOCK = 4096  # bytes that a file system allocates at a time
 
 
@@ -88,8 +92,9 @@ class DiskCache:
 
     Args:
         folder: Made when the first image is written. Any part of it may be deleted at any time.
-        max_bytes: Disk space to use, up to about one image per process more. Deleted images count
-            until a process opens a cache that is nearly full and counts it again.
+        max_bytes: Disk space to use, up to about one image per process more. A full cache keeps
+            what it has until it is opened again: then images that were not used for an hour, such
+            as those of other settings, make room, the longest unused first.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
@@ -98,14 +103,26 @@ class DiskCache:
         self._tally = folder / "blocks"
         if self._used() > 0.9 * max_bytes:
             with contextlib.suppress(OSError):  # another process may delete a file meanwhile
-                blocks = sum(_blocks(path.stat().st_size) for path in folder.glob("??/*"))
-                self._tally.write_bytes(bytes(blocks))
+                self._make_room()
+
+    def _make_room(self) -> None:
+        status = [(path.stat(), path) for path in self.folder.glob("??/*")]
+        files = sorted((each.st_mtime, _blocks(each.st_size), path) for each, path in status)
+        used = sum(blocks for _, blocks, _ in files)
+        for last_used, blocks, path in files:
+            if used * BLOCK <= ROOM * self.max_bytes or time.time() - last_used < UNUSED_SECONDS:
+                break
+            path.unlink(missing_ok=True)
+            used -= blocks
+        self._tally.write_bytes(bytes(used))
 
     def get(self, key: str) -> Decoded | None:
         with contextlib.suppress(OSError, struct.error):
             stored = self._path(key).read_bytes()
             checksum, *shape, orientation = HEADER.unpack_from(stored)
             if checksum == zlib.crc32(memoryview(stored)[4:]):
+                with contextlib.suppress(OSError):  # that of somebody else
+                    os.utime(self._path(key))
                 pixels = np.frombuffer(stored, np.uint8, offset=HEADER.size)
                 return Decoded(pixels=pixels.reshape(*shape, 3), orientation=orientation)
         return None  # if damaged, it is made again from the original

@@ -1,6 +1,7 @@
 """What `data.train` and `data.sources` name: a table, a folder, tar shards, a dataset of the hub,
 or the bundled emoji; one of them, or a mixture."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ EMOJI_LACK = (
     *("image_column", "caption_column", "id_column", "class_column", "root", "read"),
     *("small_copies", "allow_commands", "allow_private_hosts", "allow_links"),
 )
+# The end of a tar file's name, or of one of several in a pattern.
+TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz|txz)(?=[{},*&]|$)", re.IGNORECASE)
 
 
 def pairs(config: Config) -> Pairs | SampleStream:
@@ -100,7 +103,9 @@ def notes(samples: Pairs | SampleStream) -> list[str]:
 
 def _is_shards(path: str) -> bool:
     """Whether a path names tar files: by suffix, as a command, or as a folder that holds some."""
-    if path.startswith("pipe:") or ".tar" in path or ".tgz" in path:
+    parts = re.split("[?#]", path) if is_url(path) else [path]
+    parts[0] = parts[0].rpartition("/")[2]
+    if path.startswith("pipe:") or any(map(TAR.search, parts)):
         return True
     return not is_url(path) and Path(path).is_dir() and any(Path(path).glob("*.tar"))
 
@@ -111,7 +116,7 @@ def open_source(
     """One source; what its entry leaves unset is taken from `data`."""
     path, mixed = entry.path, len(data.sources) > 1
     settings = ("image_column", "caption_column", "id_column", "class_column", "root")
-    own = {each: value for each in settings if (value := getattr(entry, each))}
+    own = {each: value for each in settings if (value := getattr(entry, each)) is not None}
     data = replace(data, train=path, sources=[], **own)
     told = without_secrets(path)
     # In a mixture tar shards are named after their folder, as other sources are.

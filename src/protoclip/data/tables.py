@@ -15,10 +15,10 @@ import re
 import shutil
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,6 +30,7 @@ from protoclip.data.access import Access, digest, fingerprint, hub_answer, is_ur
 from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import replacing
+from protoclip.progress import Progress
 from protoclip.terminal import visible, without_secrets
 
 # Usual names of columns, the likeliest first; capitals do not matter.
@@ -41,6 +42,7 @@ CAPTION_COLUMNS = (
     *("caption", "captions", "title", "text", "texts", "txt"),
     *("description", "alt_text", "sentence", "sentences"),
 )
+NO_COLUMN = ""  # named to say that no column is to be used
 ID_COLUMNS = ("sample_id", "key", "uid")
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -48,6 +50,8 @@ COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.op
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
 LONGEST_HEADER = 100_000  # characters
+MAX_EMPTY_LINES = 1_000_000  # in a row
+SHOWN_LINES = 1 << 16  # after as many, progress is shown
 FORM = 5  # Changes when the same file would be read differently than before.
 Cell = str | list[str] | None
 
@@ -143,7 +147,7 @@ def pairs_of(
     where: str,
     name: str,
     root: str,
-    way_out: str = "make ids unique, or set id_column to another",
+    way_out: str = "make ids unique, set id_column to another, or to '' for row numbers",
 ) -> ImageTextPairs:
     """The pairs in an index, or in the columns of another memory-mapped table that fit.
 
@@ -274,6 +278,8 @@ def choose(where: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
         ("class_column", "classes", (), [data.class_column]),
     ):
         present = [by_name[name] for name in usual if name in by_name]
+        if named == [NO_COLUMN]:
+            present = []
         used = [name for name in named if name]
         if clash := repeated & {*used, *present}:
             raise _missing(where, schema.names, f"more than one column '{min(clash)}'")
@@ -342,6 +348,8 @@ def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
         reason = line(str(error.__cause__ or error))
         if "corresponds to no data" in reason:
             reason = "it holds no row"
+        if "BatchSize must be greater than 0" in reason:
+            reason = "it holds no row or no column"
         raise ValueError(f"{path}: cannot be read ({reason})") from error
 
 
@@ -431,12 +439,27 @@ def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
     unpack = COMPRESSED.get(_suffixes(path)[-1], lambda file: file)
     with open_file(path, access) as raw, unpack(raw) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
-        yield _limited(text)
+        size = 0 if is_url(path) else Path(path).stat().st_size
+        progress = Progress(f"read {path}", size)
+        yield _limited(text, path, lambda: size and progress.update(min(raw.tell(), size - 1)))
+        if progress.last_shown > progress.started:  # it took long enough to be shown
+            progress.update(size)
 
 
-def _limited(text: io.TextIOWrapper) -> Iterator[str]:
+def _limited(text: io.TextIOWrapper, path: str, show: Callable[[], Any]) -> Iterator[str]:
     """Lines; of one that is too long, its start."""
-    while line := text.readline(MAX_LINE):
+    empty = 0
+    for number in count():
+        if not (line := text.readline(MAX_LINE)):
+            return
+        empty = 0 if line.strip() else empty + 1
+        if empty > MAX_EMPTY_LINES:
+            raise ValueError(
+                f"{path}: more than {MAX_EMPTY_LINES:,} empty lines in a row; is this a table, "
+                "with a row a line?"
+            )
+        if number % SHOWN_LINES == SHOWN_LINES - 1:
+            show()
         yield line
         while len(line) >= MAX_LINE and not line.endswith("\n"):
             line = text.readline(MAX_LINE)

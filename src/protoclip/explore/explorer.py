@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from protoclip.config import Config
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
-from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.evaluation import analysis
 from protoclip.evaluation.features import Encoder, evaluation_mode
 from protoclip.explore.atlas import (
@@ -39,6 +38,8 @@ from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.references import kind_of
 from protoclip.terminal import say
+
+SEARCH_PIXELS = 50_000_000  # of an image that is searched for; decoding takes 20 bytes a pixel
 
 MAX_QUERY = 1000  # characters of a text that is searched for
 ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
@@ -132,7 +133,7 @@ class Explorer:
         encoder = self.encoder
         # One at a time, since an image may be large.
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
-            image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
+            image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
             pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
             query = encoder.model.encode_image(pixels).float().cpu()
         return self.near(query, number)

@@ -128,14 +128,16 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
             return of.message("Search", f"Nothing was searched for: {error}."), "html"
 
     async def search_image(request: Request) -> Response:
-        of, body = site(request), bytearray()
+        of, body, size = site(request), bytearray(), 0
         try:
+            # What is too much is read and dropped: a client that still sends reads no answer.
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise HTTPException(413, f"an image may have {MAX_BODY_BYTES:,} bytes")
+                size += len(chunk)
+                body += chunk if size <= MAX_BODY_BYTES else b""
         except ClientDisconnect:
             raise HTTPException(400) from None
+        if size > MAX_BODY_BYTES:
+            raise HTTPException(413, f"an image may have {MAX_BODY_BYTES:,} bytes")
 
         def answered() -> str:
             try:

@@ -103,10 +103,10 @@ def place_of(folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: The folder exists by the end.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.protoclip")
     try:
         # What processes that were killed have left.
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.protoclip"):
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary

@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -363,7 +364,9 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
     constants.HF_HUB_OFFLINE = answer is None
     logging.disable(logging.ERROR)  # they log what they raise, and that a new model is untrained
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they advise options that are not ours
+            yield
     except ImportError as error:
         raise ValueError(
             f"{reference}: pip install 'protoclip[teachers]' first ({line(str(error))})"
@@ -379,6 +382,11 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{reference}: brings code of its own, which never runs here; choose another model"
+            ) from error
+        if "weights_only" in str(error):
+            raise ValueError(
+                f"{reference}: holds more than tensors, which could run code and is not read; save "
+                "its weights as safetensors"
             ) from error
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{reference}: cannot be opened ({line(reason)})") from error

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -125,7 +125,7 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
 
 def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
     """Reads a model from this machine, or from the hub if that answers within seconds."""
-    return references.readable_errors(teacher, repository) if repository else nullcontext()
+    return references.readable_errors(teacher, repository)
 
 
 def timm_model(name: str, device: torch.device) -> Encoder:
@@ -134,11 +134,13 @@ def timm_model(name: str, device: torch.device) -> Encoder:
     in_file = Path(file).is_file()
     name = before if in_file else name
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) and not in_file else None
-    with hub(f"timm:{name}", str(getattr(published, "hf_hub_id", None) or "")):
+    reference = f"timm:{name}/{file}" if in_file else f"timm:{name}"
+    with hub(reference, str(getattr(published, "hf_hub_id", None) or "")):
         model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
-    if in_file:
+        weights = timm.models.load_state_dict(file, weights_only=True) if in_file else None
+    if weights is not None:
         # Not strict, since the file may hold a classifier.
-        found = model.load_state_dict(timm.models.load_state_dict(file), strict=False)
+        found = model.load_state_dict(weights, strict=False)
         if found.missing_keys:
             raise ValueError(f"{file} lacks {found.missing_keys[0]}")
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]

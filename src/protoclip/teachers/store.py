@@ -113,8 +113,12 @@ class TeacherFeatures:
         if features.dtype.kind not in "fiu":
             raise ValueError(f"{name}: holds {features.dtype} values; features are real numbers")
         # A sum is finite if all its terms are, and needs no memory.
-        if broken := int((~np.isfinite(features.sum(1, dtype=np.float64))).sum()):
-            raise ValueError(f"{name}: {broken} of {len(features)} features are not finite")
+        bad = np.flatnonzero(~np.isfinite(features.sum(1, dtype=np.float64)))
+        if len(bad):
+            raise ValueError(
+                f"{name}: {len(bad)} of {len(features)} features are not finite, such as those of "
+                f"'{sample_ids[bad[0]]}'"
+            )
         return cls(name=name, index=build_index(sample_ids, name=name), features=features)
 
     def find(self, sample_ids: Iterable[str]) -> npt.NDArray[np.int64]:

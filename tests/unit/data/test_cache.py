@@ -3,6 +3,7 @@
 import hashlib
 import io
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -209,3 +210,24 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     for number in range(12):
         if cache.get(key(number)) is not None:
             assert_holds(cache, number)
+
+
+def test_a_full_cache_makes_room_for_others_when_it_is_opened_again(tmp_path: Path) -> None:
+    """What was used within the hour stays; of the rest the longest unused goes first."""
+    cache = DiskCache(tmp_path, max_bytes=100_000)
+    for number in range(12):
+        cache.put(key(number), stored(number))
+    full = sorted(cache.folder.glob("??/*"), key=lambda path: path.name)
+    DiskCache(tmp_path, max_bytes=100_000)
+    assert sorted(cache.folder.glob("??/*"), key=lambda path: path.name) == full
+    held = [number for number in range(12) if cache.get(key(number)) is not None]
+    for age, number in enumerate(held):
+        path = next(path for path in full if path.name == key(number))
+        os.utime(path, (0, 10_000 - age))
+    assert cache.get(key(held[-1])) is not None  # used now, though the longest unused before
+    cache = DiskCache(tmp_path, max_bytes=100_000)
+    cache.put(key(12), stored(12))
+    assert_holds(cache, 12)
+    assert_holds(cache, held[0])
+    assert_holds(cache, held[-1])
+    assert cache.get(key(held[-2])) is None

@@ -412,9 +412,14 @@ def test_bad_input_is_one_line(arguments, message, reference, capsys, monkeypatc
 
 
 def test_one_process_at_a_time_exports_to_a_folder(reference, tmp_path):
-    """The second leaves the first's files alone; what a process that was killed left goes."""
-    out, others = tmp_path / "out", tmp_path / ".out.1234567"
+    """The second leaves the first's files alone; what a process that was killed left goes.
+
+    A user's folder of nearly that name stays.
+    """
+    out, others = tmp_path / "out", tmp_path / ".out.1234567.protoclip"
     others.mkdir()
+    backup = tmp_path / ".out.2025-backup"
+    backup.mkdir()
     with (
         FileLock(tmp_path / ".out.lock"),
         pytest.raises(ValueError, match=r"out: another process writes here; wait"),
@@ -422,7 +427,7 @@ def test_one_process_at_a_time_exports_to_a_folder(reference, tmp_path):
         protoclip.export(reference("run"), out, ["timm"])
     assert others.is_dir()
     protoclip.export(reference("run"), out, ["timm"])
-    assert list(tmp_path.iterdir()) == [out]
+    assert sorted(tmp_path.iterdir()) == [backup, out]
 
 
 def test_the_command_prints_the_differences(reference, capsys, tmp_path):
