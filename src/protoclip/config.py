@@ -354,7 +354,7 @@ def read(name: str, value: Any, hint: Any) -> Any:
         kinds = [kind for kind in inner if kind is not NoneType]
         if any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
             return value
-        kinds = [kind for kind in kinds if get_origin(kind) is not Literal]
+        kinds = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
         fits = float if type(value) is int else type(value)
         return read(name, value, next((k for k in kinds if fits in type_of(k)), kinds[-1]))
     if origin is Literal:

@@ -441,12 +441,17 @@ def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
         size = 0 if is_url(path) else Path(path).stat().st_size
         progress = Progress(f"read {path}", size)
-        yield _limited(text, path, lambda: size and progress.update(min(raw.tell(), size - 1)))
+
+        def show() -> None:
+            if size:
+                progress.update(min(raw.tell(), size - 1))
+
+        yield _limited(text, path, show)
         if progress.last_shown > progress.started:  # it took long enough to be shown
             progress.update(size)
 
 
-def _limited(text: io.TextIOWrapper, path: str, show: Callable[[], Any]) -> Iterator[str]:
+def _limited(text: io.TextIOWrapper, path: str, show: Callable[[], None]) -> Iterator[str]:
     """Lines; of one that is too long, its start."""
     empty = 0
     for number in count():

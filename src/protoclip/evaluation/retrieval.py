@@ -183,7 +183,7 @@ def crowding(
     most = min(max(ks) + min(int(sizes.max()), CROWD), len(candidates))
     near = ((ranks >= min(ks)) & (ranks < most)).nonzero().squeeze(1)
     right_without: dict[int, list[Tensor]] = {k: [torch.zeros(0, dtype=torch.long)] for k in ks}
-    for rows in near.split(max(1, CHUNK // max(len(candidates), most**2))):
+    for rows in torch.split(near, max(1, CHUNK // max(len(candidates), most**2))):
         similarity = queries[rows].float() @ candidates.float().T
         # The best relevant candidate stands behind as many as the rank says.
         nearest, own = similarity.topk(most).indices, query_clusters[rows].unsqueeze(1)

@@ -219,7 +219,7 @@ def deviations(values: Floats, classes: npt.NDArray[Any], group: Ints) -> Floats
 
 def by_group(parts: Floats, group: Ints, number: int) -> Floats:
     """The influence of each of `number` groups on a metric, of what its samples add to that."""
-    sums: Floats = np.bincount(group, parts, minlength=number)
+    sums = np.bincount(group, parts, minlength=number).astype(np.float64)
     return sums * math.sqrt(number / (number - 1))
 
 

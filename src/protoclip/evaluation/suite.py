@@ -468,6 +468,7 @@ class Part:
     bad: Sequence[Bad]
     labels: Tensor | None
     groups: Int[Tensor, " n"]
+    content: Sequence[int]  # equal for equal images
     captions: Captions | None
     names: Sequence[str] | None
 
@@ -533,17 +534,20 @@ def part_of(data: EvaluationData, split: str, encoded: Encoded) -> Part:
     ids, features = [given.images.sample_id(row) for row in rows], encoded.features
     groups = None if given.groups is None else [given.groups[row] for row in rows]
     names, captions = data.image_names.get(split), None
+    content = encoded.content.tolist()
     if given.captions is not None:
         of_rows = [given.captions[row] for row in rows]
-        captions = captions_of(of_rows, ids, groups, encoded.content.tolist())
+        captions = captions_of(of_rows, ids, groups, content)
         if len(kept := captions.rows) < len(rows):
-            rows, ids, features = [rows[i] for i in kept], [ids[i] for i in kept], features[kept]
+            rows, ids = [rows[i] for i in kept], [ids[i] for i in kept]
+            content, features = [content[i] for i in kept], features[kept]
     return Part(
         features=features,
         ids=ids,
         bad=encoded.bad,
         labels=None if given.labels is None else given.labels[torch.tensor(rows)],
         groups=torch.tensor(range(len(rows)) if groups is None else groups),
+        content=content,
         captions=captions,
         names=None if names is None else [names[row] for row in rows],
     )
@@ -552,13 +556,15 @@ def part_of(data: EvaluationData, split: str, encoded: Encoded) -> Part:
 def hanging_together(part: Part) -> tuple[list[str], list[str]]:
     """The group of each image and of each text that is to be retrieved, by the id of an image.
 
-    Images of a concept hang together, an image and its captions, and images with an equal caption:
-    rarest captions first, while no group grows beyond `LARGEST` images and a fiftieth of all.
+    Images of a concept hang together, an image and its captions, equal images, and images with an
+    equal caption: rarest first, while no group grows beyond `LARGEST` images and a fiftieth of all.
     """
     group, members = part.groups.tolist(), dict[int, list[int]]()
     for image, number in enumerate(group):
         members.setdefault(number, []).append(image)
-    images_of: dict[str, list[int]] = {}
+    images_of: dict[str | int, list[int]] = {}
+    for image, content in enumerate(part.content):
+        images_of.setdefault(content, []).append(image)
     first: dict[int, int] = {}
     captions = part.captions
     if captions is not None:
@@ -694,10 +700,10 @@ def stages_of(
         of_images, of_texts = retrieval_ranks(images, found, captions)
         names = hanging_together(part)
         number = {name: place for place, name in enumerate(sorted({*names[0]}))}
-        clusters = [torch.tensor([number[name] for name in of]) for of in names]
+        image_groups, text_groups = (torch.tensor([number[name] for name in of]) for of in names)
         of_candidates = {
-            "image_to_text": crowding(images, found, of_images, *clusters),
-            "text_to_image": crowding(found, images, of_texts, *reversed(clusters)),
+            "image_to_text": crowding(images, found, of_images, image_groups, text_groups),
+            "text_to_image": crowding(found, images, of_texts, text_groups, image_groups),
         }
         return {
             "image_to_text_rank": of_images,

@@ -126,4 +126,4 @@ def mean_average_precision_parts(
     number, alone = len(without), np.isnan(without)
     means = np.nanmean(np.where(alone.all(axis=0), 0.0, without), axis=0)
     parts = np.where(alone, values - values.mean(), (means - without) * (number - 1) / number)
-    return parts.mean(axis=1)
+    return np.asarray(parts.mean(axis=1))

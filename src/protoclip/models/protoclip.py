@@ -118,8 +118,9 @@ class ProtoCLIP(TowerPair):
             prototype_logit_scale=self.prototype_logit_scale.exp(),
             # A copy, which has no gradient where gradients are off; a parameter always has.
             logit_bias=None if logit_bias is None else logit_bias.clone(),
-            image_outputs=image,
-            text_outputs=text,
+            # Copies too: a tower may give a view, and FSDP2 warns of those.
+            image_outputs=image.clone(),
+            text_outputs=text.clone(),
         )
 
     def _projected(self, tower: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b p"]:

@@ -26,7 +26,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets, suite
 from protoclip.evaluation.datasets import EvaluationData, Split, of_pairs
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.features import Encoded, Encoder
 from protoclip.evaluation.readers import LazySplits
 from protoclip.evaluation.retrieval import captions_of
 from protoclip.evaluation.samples import IMAGE_COLUMNS, TEXT_COLUMNS, SampleResults
@@ -472,15 +472,16 @@ def test_multilabel_data_are_scored_by_mean_average_precision():
 
 
 def test_what_hangs_together_has_one_group():
-    """Images of a concept, equal captions if they are few, and an image with its captions."""
+    """Images of a concept, copies, equal captions if they are few, and an image with its own."""
     captions = [("a", "b"), ("c",), ("b",), ("d", "photo"), ("e",), ("f",), ("g",)]
     captions += [("photo", f"own {row}") for row in range(13)]
     concepts = [0, 1, 2, 3, 4, 4, 5, *range(6, 19)]
     split = Split(images=Solid("x", list(range(20))), captions=captions, groups=concepts)
     data = EvaluationData(name="x", splits={"test": split})
-    part = suite.part_of(data, "test", torch.zeros(20, 2), [])
+    content = torch.tensor([*range(18), 17, 1])  # 18 is a copy of 17, 19 of 1
+    part = suite.part_of(data, "test", Encoded(features=torch.zeros(20, 2), content=content))
     images, texts = suite.hanging_together(part)
-    groups = [0, 1, 0, 3, 4, 4, 6, *range(7, 20)]
+    groups = [0, 1, 0, 3, 4, 4, 6, *range(7, 18), 17, 1]
     assert images == [part.ids[group] for group in groups]
     of_texts = dict(zip(part.captions.ids, texts, strict=True))
     for row, own in enumerate(captions):
