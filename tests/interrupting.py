@@ -93,7 +93,8 @@ def relative_difference(
     weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Config
 ) -> float:
     """Distance of all parameters, as a share of the way that they went from the start."""
-    start = loading.training_model(config, torch.device("cpu"))[0].state_dict()
+    plain = with_changes(config, {"model": {"lora": None}})  # adapters start at 0
+    start = loading.training_model(plain, torch.device("cpu"))[0].state_dict()
     names = [n for n in expected if "running_" not in n and "num_batches" not in n]
 
     def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
