@@ -54,7 +54,7 @@ def test_several_models_on_several_data_sets(made_up, tmp_path, capsys):
     for record, other in zip(records[6:], records[:6], strict=True):
         gain = record["metrics"]["acc1"] - other["metrics"]["acc1"]
         assert record["differences"]["acc1"]["mean"] == pytest.approx(gain)
-        low, high = record["differences"]["acc1"]["interval"] or (0.0, 0.0)
+        low, _ = record["differences"]["acc1"]["interval"] or (0.0, 0.0)
         assert record["differences"]["acc1"]["beyond"] == (low > 0)
     assert len(list(tmp_path.iterdir())) == 8
 
