@@ -14,6 +14,7 @@ import torch
 
 from interrupting import with_changes
 from protoclip.distributed import collectives
+from protoclip.teachers import store
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
 from protoclip.training.run import train
 
@@ -106,12 +107,16 @@ def teacher_of(folder: str) -> tuple[str, str]:
     """What this rank raises when it starts a run whose teacher only rank 0 can read."""
     config = with_changes(
         tiny_config(f"{folder}/pairs.parquet", out=f"{folder}/run"),
-        {"teacher": {"features": f"{folder}/{collectives.rank()}.parquet", "whiten": 4}},
+        {"teacher": {"features": f"{folder}/teacher.parquet", "whiten": 4}},
     )
-    try:
-        train(config)
-    except Exception as error:
-        return type(error).__name__, str(error)
+    read = store.read_teacher
+    with pytest.MonkeyPatch.context() as patch:
+        if collectives.rank() == 1:
+            patch.setattr(store, "read_teacher", lambda _, **ids: read(f"{folder}/bad.npy", **ids))
+        try:
+            train(config)
+        except Exception as error:
+            return type(error).__name__, str(error)
     return "nothing", ""
 
 
@@ -121,10 +126,10 @@ def test_a_teacher_that_one_rank_cannot_read_is_named_on_all(tmp_path):
     pq.write_table(pairs, tmp_path / "pairs.parquet")
     features = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32).tolist()
     table = pa.table({"sample_id": pairs["sample_id"], "features": features})
-    pq.write_table(table, tmp_path / "0.parquet")
-    (tmp_path / "1.parquet").write_text("damaged")
+    pq.write_table(table, tmp_path / "teacher.parquet")
+    (tmp_path / "bad.npy").write_text("damaged")
     (other, told), (first, message) = run_distributed(teacher_of, 2, str(tmp_path))
-    assert message.startswith(f"{tmp_path}/1.parquet: not a file of teacher features")
+    assert message.startswith(f"{tmp_path}/bad.npy: not a file of teacher features")
     assert (other, first, told) == ("RaisedOnAnotherRank", "ValueError", message)
     assert not (tmp_path / "run").exists()
 

@@ -69,13 +69,13 @@ NEEDS: dict[str, str] = {
     "train --model.text.name nobody/model": "nobody/model",
     "data inspect hf:nobody/data": "hf:nobody/data: the hub does not answer",
     "data inspect https://example.com/pairs.parquet": "https://example.com/pairs.parquet: ",
-    "train --data.train https://example.com/{0..1}.tar": "https://example.com/",
+    "train --data.workers 0 --data.train https://example.com/{0..1}.tar": "https://example.com/",
     "train --data.train https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
     "evaluate {}/run --data https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
     "embed-teacher --teacher hf:nobody/model --data.train {}/pairs.parquet --out {out}/f": "hub",
     "embed-teacher --teacher timm:resnet18 --data.train {}/pairs.parquet --out {out}/f": "resnet18",
     "export hf:nobody/model {out}/exported": "hf:nobody/model: the hub does not answer",
-    "export {}/run {out}/e --formats open_clip --push_to_hub me/model": "the hub does not answer",
+    "export {}/run {out}/e --formats open_clip --push_to_hub me/model --yes": "hub does not answer",
     "explore hf:nobody/model --data {}/pairs.parquet --static {out}/pages": "hub does not answer",
 }
 

@@ -364,7 +364,7 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     for row, value in zip(rows, values, strict=True):
         if value is None or not str(value).strip():
             raise ValueError(
-                f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class in column '{column}'; "
+                f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class; "
                 "fill it in, or leave its row out"
             )
     return list(map(str, values))

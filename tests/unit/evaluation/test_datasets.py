@@ -490,9 +490,9 @@ BAD = [
     (lambda t: table_with(t, "kind", caption=list("abc")), r"no column 'kind'; it has 'image', 'c"),
     (
         lambda t: table_with(t, "k", k=[1, None, 2]),
-        r"'t.parquet/1' has no class in column 'k'; fill it in, or leave its row out$",
+        r"'t.parquet/1' has no class; fill it in, or leave its row out$",
     ),
-    (lambda t: table_with(t, "k", k=["a", "b", " "]), r"'t.parquet/2' has no class in column 'k'"),
+    (lambda t: table_with(t, "k", k=["a", "b", " "]), r"'t.parquet/2' has no class; "),
     (lambda t: table_with(t, "k", k=[0.5, 1.0, 2]), r"'k' holds double, not classes; set class_c"),
     (lambda t: table_with(t, "k", k=["a"] * 3), r"has fewer than two classes \(a\)$"),
     (
