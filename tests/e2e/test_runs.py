@@ -28,7 +28,7 @@ from protoclip.config import (
     TextTowerConfig,
     check,
 )
-from protoclip.evaluation import compare, datasets
+from protoclip.evaluation import datasets
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.loading import find_checkpoint
@@ -288,7 +288,6 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(datasets, "emoji", few_emoji)
     monkeypatch.setattr(demo, "arms", arms)
-    monkeypatch.setattr(compare, "DRAWS", 20)
     monkeypatch.chdir(tmp_path)
     entries = demo.demo(Path("demo"))
     assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]

@@ -470,11 +470,14 @@ class Run:
         """Say how many steps were skipped, if any.
 
         Raises:
-            ValueError: The run is finished, and half of its steps or more were skipped.
+            ValueError: The run is finished, and half of its steps or more were skipped, in fp16
+                more than its loss scale may need to settle.
         """
         skipped, steps = self.trainer.guard.skipped, self.trainer.step
         said = f"{skipped:,} of {steps:,} steps were skipped: their loss or gradient was not finite"
-        if self.is_finished and 2 * skipped >= max(steps, 1):
+        # In fp16 the loss scale starts at 2^16, and the steps that halve it are skipped.
+        settling = 16 if self.trainer.scaler.is_enabled() else 0
+        if self.is_finished and skipped > settling and 2 * skipped >= steps:
             raise ValueError(
                 f"{said}; change optim.learning_rate, optim.heads_lr_scale, the weights of [loss] "
                 "or prototypes.target_temperature (the last checkpoint is "
