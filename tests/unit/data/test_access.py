@@ -172,7 +172,8 @@ def test_what_takes_the_place_of_a_file_does_not_block(
     (tmp_path / "a").write_bytes(b"x")
     regular = (tmp_path / "a").stat()
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(os, "stat", lambda path: regular)
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda of, **_: stat(of) if isinstance(of, int) else regular)
     with pytest.raises(ValueError, match="is a pipe"):
         open_file(str(tmp_path / "fifo"), Access())
 
