@@ -97,7 +97,7 @@ class DataConfig:
     validation: Share | str | None = None  # Held-out pairs: a share or a source; else 0.02.
     image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
-    id_column: str | None = None  # Column of sample ids, or '' for rows; else detected.
+    id_column: str | None = None  # Column of sample ids; '' for none.
     class_column: str | None = None  # Column of classes, which evaluation uses.
     root: str | None = None  # Folder that holds all images of a table.
     only: str | None = None  # CSV or JSON file: use the samples with these ids.

@@ -319,7 +319,7 @@ FAULTS = {
         "a.csv",
         GOOD + b"z,c,\n",
         {},
-        "row 2 has no id; make ids unique, or set id_column",
+        "row 2 has no id; make ids unique, set id_column",
     ),
 }
 
