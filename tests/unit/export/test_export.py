@@ -390,7 +390,7 @@ def test_a_library_that_computes_something_else_leaves_nothing(
         ("{model} {out} --formats coreml", "formats: no format 'coreml'; choose of open_clip, hf,"),
         ("{model} {out} --formats ,", "formats: none; choose of open_clip, hf, timm, onnx"),
         ("{model} {out} --formats onnx --opset 11", "opset: 11 is too old; 18 or later"),
-        ("{model} {out} --push-to-hub a/b/c", "push_to_hub: 'a/b/c' is no name on the hub"),
+        ("{model} {out} --yes --push-to-hub a/b/c", "push_to_hub: 'a/b/c' is no name on the hub"),
         (
             "{model} {out} --formats timm",
             "formats: timm needs no_such_package; pip install 'protoc",

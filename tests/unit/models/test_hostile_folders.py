@@ -151,7 +151,7 @@ WRONG: dict[Callable[[Path], str], str] = {
     with_text_tower: "brings code of its own, which never runs here; choose another model",
     pickled_hugging_face: "pytorch_model.bin is pickled and could run code; convert it to safetens",
     pickled_open_clip: "open_clip_pytorch_model.bin is pickled and could run code; convert it to",
-    reference_code: "cannot be opened (Weights only load failed",
+    reference_code: "holds more than tensors, which could run code and is not read; save its",
     adapter: "cannot be opened (",
     of_other_shapes: "does not fit open_clip_config.json: 6 tensors are missing, unknown or of",
     siglip_of_other_shapes: "does not fit config.json: 7 tensors are missing, unknown or of",
@@ -184,7 +184,10 @@ def test_weights_of_a_half_that_are_a_pickle(tmp_path, capsys):
     options = f"--model.image.name test_vit --model.image.weights {tmp_path}/image.pt"
     with pytest.raises(SystemExit):
         main(f"train {options} --run.out {tmp_path}/out".split())
-    assert "image.pt: cannot be opened (" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "image.pt: holds more than tensors, which could run code"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.pt"]
 
 
