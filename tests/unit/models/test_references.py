@@ -186,7 +186,7 @@ def test_a_checkpoint_of_the_reference_code(heads, prefix, tiny, tmp_path):
     with pytest.raises(ValueError, match=message):
         protoclip.load(f"reference:{file},model=tiny")
     torch.save({"state_dict": content, "args": SimpleNamespace()}, file)
-    with pytest.raises(ValueError, match=r"cannot be opened \(.*[Ww]eights.only") as error:
+    with pytest.raises(ValueError, match="holds more than tensors, which could run code") as error:
         protoclip.load(f"reference:{file},model=tiny")
     assert "\n" not in str(error.value)
 
