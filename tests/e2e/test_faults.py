@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -54,14 +55,15 @@ def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped):
     last = checkpoints(folder)[-1]
     facts = json.loads((last / "state.json").read_text())
     version = r"step-000000006/state\.json: not .* version"
-    other = {"run.device": "cpu", "run.precision": "bf16"}
-    for state, message in (
-        ({**facts, "format": 2}, version),
-        ({**facts, "arithmetic": other}, r"run\.precision: .* with bf16, and here .* fp32"),
+    other = {"run.device": "cpu", "run.precision": "fp16"}  # which `auto` is on no CPU
+    automatic = replace(stopped, run=replace(stopped.run, precision="auto"))
+    for config, state, message in (
+        (stopped, {**facts, "format": 2}, version),
+        (automatic, {**facts, "arithmetic": other}, r"run\.precision: .*fp16"),
     ):
         rewrite(last, "state.json", json.dumps(state).encode())
         with pytest.raises(ValueError, match=message):
-            run.train(stopped, resume="auto")
+            run.train(config, resume="auto")
     for found in checkpoints(folder):
         (found / "resume.safetensors").unlink()
     with pytest.raises(ValueError, match="every checkpoint of the run is damaged") as raised:

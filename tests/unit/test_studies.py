@@ -303,7 +303,7 @@ def test_a_study_from_its_file_to_its_tables(tiny, tmp_path, capsys, monkeypatch
     assert known["test_opened"] == 1
     assert set(judge.DECIDING) < set(known["pretraining"]["emoji"][0]["metrics"])
     # A start that is not chosen is not looked at on test.
-    tested = {path.parent.parent.name for path in out.glob("runs/*/judged/test-*")}
+    tested = {path.parent.parent.name for path in out.glob("runs/*/judged-by-group/test-*")}
     assert len(tested) == 2
     files = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()}
     capsys.readouterr()
