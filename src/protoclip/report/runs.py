@@ -82,9 +82,9 @@ def read_run(path: str | Path) -> RunFolder:
     except ValueError as error:
         problem = f"another version of protoclip wrote this run ({error})"
     settings = flat(as_kept(tree))
-    finished = (folder / "results.json").is_file()
+    results = read_results(folder) if (folder / "results.json").is_file() else None
     curves = read_curves(folder / "metrics.jsonl")
-    if finished and not curves:
+    if results is not None and not curves:
         say(f"warning: {folder / 'metrics.jsonl'}: holds no step, so the run has no curves")
     return RunFolder(
         folder=folder,
@@ -94,7 +94,7 @@ def read_run(path: str | Path) -> RunFolder:
         config=config,
         problem=problem,
         curves=curves,
-        results=read_results(folder) if finished else None,
+        results=results,
         environment=read_environment(folder / "results.json"),
         skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
         analysis=read_analysis(folder / "analysis.json"),
