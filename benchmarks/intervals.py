@@ -10,7 +10,7 @@ on which the linear probe and kNN are fitted, and the names of classes stay the 
 The column "alone" has the share where each image and each caption counts as a group of its own, as
 up to version 0.2. AMI is measured with the influences that leaving out one group at a time gives.
 
-    python benchmarks/intervals.py [--repeats 250] [--ami 0] > FILE
+    python benchmarks/intervals.py [--repeats 1000] [--seed 0] [--ami 0] > FILE
 """
 
 import argparse
@@ -56,6 +56,8 @@ class Population(NamedTuple):
 
 
 POPULATIONS = {
+    "300 concepts with 1 to 5 images each": Population(300, 5, 0.5),
+    "1,000 images, each of a concept of its own": Population(1000, 1, 1.0),
     "60 concepts with 1 to 5 images each": Population(60, 5, 0.5),
     "150 images, each of a concept of its own, and captions near to everything": Population(
         150, 1, 2.0
@@ -76,8 +78,8 @@ def normal(draw: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(draw.normal(size=shape)).float()
 
 
-def make_world() -> World:
-    draw = np.random.default_rng(0)
+def make_world(seed: int) -> World:
+    draw = np.random.default_rng(seed)
     centres = normal(draw, CLASSES, WIDTH)
     labels = torch.from_numpy(draw.integers(CLASSES, size=TRAIN))
     images = centres[labels] + 1.3 * normal(draw, TRAIN, WIDTH)
@@ -90,7 +92,7 @@ def make_world() -> World:
     return World(centres, names, probes, train)
 
 
-def draw_test_set(world: World, population: Population, seed: int) -> list[Measured]:
+def draw_test_set(world: World, population: Population, *seed: int) -> list[Measured]:
     """The results of both models."""
     draw = np.random.default_rng(seed)
     number = population.concepts
@@ -220,14 +222,18 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=250)
+    parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--ami", type=int, default=0, help="repeats with K-means")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    world = make_world()
+    world = make_world(given.seed)
     facts = environment(torch.device("cpu"))
     print("# Do intervals hold the truth?\n")
-    print(f"`python benchmarks/intervals.py --repeats {given.repeats} --ami {given.ami}`, ", end="")
+    print(
+        f"`python benchmarks/intervals.py --repeats {given.repeats} --seed {given.seed} --ami {given.ami}`, ",
+        end="",
+    )
     print(f"{datetime.date.today().isoformat()}; {facts['device']}, torch {facts['torch']}.\n")
     print("Percent. Of one model and of the difference of two: the truth, 1.96 standard deviations")
     print("over test sets, the mean half-width of the intervals, in how many of 100 test sets the")
@@ -241,7 +247,7 @@ def main() -> None:
         apart: list[list[Mapping[str, Floats]]] = []
         clustered: list[list[Metrics]] = []
         for seed in range(given.repeats):
-            both = draw_test_set(world, population, seed)
+            both = draw_test_set(world, population, given.seed, seed)
             moved = [of.influences() for of in both]
             repeats.append(
                 [
