@@ -28,16 +28,10 @@ from torch import Tensor
 from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
+from protoclip.evaluation.measured import Measured
+from protoclip.evaluation.metrics import MULTILABEL, Floats, interval, interval_of_difference
 from protoclip.evaluation.retrieval import best_relevant_rank, crowding
-from protoclip.evaluation.samples import (
-    Floats,
-    SampleResults,
-    by_group,
-    influences,
-    interval,
-    interval_of_difference,
-)
-from protoclip.evaluation.suite import MULTILABEL, Measured
+from protoclip.evaluation.samples import SampleResults, by_group, influences
 from protoclip.evaluation.zero_shot import mean_average_precision, zero_shot_ranks
 from protoclip.progress import Progress
 from protoclip.training.run import environment
@@ -152,8 +146,6 @@ def draw_test_set(world: World, population: Population, *seed: int) -> list[Meas
         scores = image @ world.names[model].T
         metrics = {name: samples.mean(name) for name in samples.means()}
         metrics[MULTILABEL] = mean_average_precision(scores, present)
-        recalls = [value for name, value in metrics.items() if name.startswith("retrieval/")]
-        metrics["retrieval/mean_recall"] = float(np.mean(recalls))
         found.append(Measured(metrics=metrics, samples=samples, scores=(scores, present)))
         found[-1].samples.images["features"] = image  # type: ignore[index]
     return found

@@ -21,9 +21,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from protoclip.config import Config
-from protoclip.evaluation import datasets, suite
+from protoclip.evaluation import datasets
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
+from protoclip.evaluation.task_features import task_features
 from protoclip.models import loading
 
 STRENGTHS = REGULARISATIONS[::3]
@@ -40,7 +41,7 @@ def emoji(run: Path | None) -> tuple[Tensor, Tensor]:
     else:
         loaded = loading.load(run)
     encoder = Encoder(model=loaded[0], transform=loaded[1], tokenizer=loaded[2])
-    part = suite.extract(encoder, data, ["linear_probe"], split="test").parts["train"]
+    part = task_features(encoder, data, ["linear_probe"], split="test").parts["train"]
     return part.unit, torch.unique(part.labels, return_inverse=True)[1]
 
 

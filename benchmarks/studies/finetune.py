@@ -36,8 +36,8 @@ from protoclip.cli import main as protoclip
 from protoclip.evaluation import suite
 from protoclip.evaluation.datasets import EvaluationData, Split, open_data
 from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.metrics import beyond, interval_of_difference
 from protoclip.evaluation.readers import Subset
-from protoclip.evaluation.samples import beyond, interval_of_difference
 from protoclip.models import loading
 from protoclip.models.loading import checkpoints
 

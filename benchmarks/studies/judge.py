@@ -17,14 +17,18 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
-from protoclip.evaluation import datasets, suite
+from protoclip.evaluation import datasets
 from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
+from protoclip.evaluation.measured import measure
+from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS
 from protoclip.evaluation.readers import Subset
 from protoclip.evaluation.samples import by_group
+from protoclip.evaluation.suite import chosen_tasks
+from protoclip.evaluation.task_features import task_features
 from protoclip.evaluation.validation import judged
 from protoclip.evaluation.zero_shot import zero_shot_ranks
 from protoclip.files import replacing
@@ -137,7 +141,7 @@ def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
         LINEAR: mean(transfer, "linear_probe/acc1"),
         KNN: mean(transfer, "knn/acc1"),
         AMI: mean(transfer, "clustering/ami"),
-        RETRIEVAL: mean([own], *suite.RECALLS),
+        RETRIEVAL: mean([own], *RECALLS),
         ZERO_SHOT: mean(named, "zero_shot/acc1"),
     }
     found = {name: part["mean"] for name, part in parts.items() if part}
@@ -148,12 +152,16 @@ def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
 
 def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Judged:
     """The metrics of those tasks that the data can serve."""
-    (chosen,) = suite.chosen_tasks([data], split, None, suite.TASKS)
+    (chosen,) = chosen_tasks([data], split, None, TASKS)
     own = [task for task in tasks if task in chosen]
-    features = suite.extract(encoder, data, own, split=split)
-    found = suite.measure(features, data, own, split=split)
+    features = task_features(encoder, data, own, split=split)
+    found = measure(features, data, own, split=split)
     groups, influences = found.samples.groups().names, found.influences()
-    shown = [name for name in suite.RUN_METRICS if name in (*influences, "clustering/ami")]
+    shown = [
+        name
+        for name, metric in METRICS.items()
+        if metric.in_runs and name in (*influences, "clustering/ami")
+    ]
     none = np.full(len(groups), np.nan)
     return [f"{data.name}: {name}" for name in groups], {
         name: np.concatenate([[found.metrics[name]], influences.get(name, none)])
@@ -189,12 +197,12 @@ def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Judged:
 
     Pretraining has seen none of them.
     """
-    features = suite.extract(encoder, data, ["clustering"], split=split)
+    features = task_features(encoder, data, ["clustering"], split=split)
     part = features.parts[split]
     assert part.labels is not None
     right = by_folds(part.unit, part.labels, part.groups)
     ami = clustering(part.unit, part.labels)["ami"]
-    groups, _ = suite.hanging_together(part)
+    groups = part.sample_groups.images
     return grouped_means(right, groups, data.name, ami=ami)
 
 
@@ -203,7 +211,7 @@ def on_classes(encoder: Encoder, data: EvaluationData) -> Judged:
 
     Choices are made by this. The validation split alone is too small to tell arms apart.
     """
-    features = suite.extract(encoder, data, ["linear_probe", "zero_shot"], split="validation")
+    features = task_features(encoder, data, ["linear_probe", "zero_shot"], split="validation")
     parts = [features.parts[split] for split in ("train", "validation")]
     images = torch.cat([part.unit for part in parts])
     labels = torch.cat([part.labels for part in parts if part.labels is not None])

@@ -14,10 +14,11 @@ import sys
 
 import torch
 
-from protoclip.evaluation import compare, datasets, suite
+from protoclip.evaluation import compare, datasets
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
-from protoclip.evaluation.samples import beyond
+from protoclip.evaluation.metrics import beyond, t_interval
+from protoclip.evaluation.task_features import task_features
 from protoclip.models import loading
 from protoclip.progress import Progress
 
@@ -29,7 +30,7 @@ def accuracies(folder: str) -> dict[str, list[float]]:
     data = datasets.emoji()
     model, transform, tokenizer = loading.load(folder)
     encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer)
-    parts = suite.extract(encoder, data, ["linear_probe"], split="test").parts
+    parts = task_features(encoder, data, ["linear_probe"], split="test").parts
     probes = fit_linear_probes(parts["train"].unit, parts["train"].labels)
     return {
         split: [100 * probe.accuracy(parts[split].unit, parts[split].labels) for probe in probes]
@@ -42,7 +43,7 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     found = [second[seed] - first[seed] for seed in second if seed in first]
     if not found:
         return ""
-    interval = compare.t_interval(found) if len(found) > 1 else None
+    interval = t_interval(found) if len(found) > 1 else None
     facts = {"mean": statistics.mean(found), "interval": interval, "beyond": beyond(interval)}
     shown = compare.cell({"mean": 0.0, "difference": facts}, scale=1.0, digits=1)
     return "<br>" + shown.partition("\n")[2]

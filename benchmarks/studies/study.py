@@ -59,8 +59,7 @@ from protoclip.config import Config, check
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import Pairs
-from protoclip.evaluation.compare import t_interval
-from protoclip.evaluation.samples import beyond
+from protoclip.evaluation.metrics import beyond, t_interval
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.loading import MODEL, WEIGHTS

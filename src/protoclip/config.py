@@ -31,6 +31,7 @@ RENAMED = {
     "prototypes.unit_norm": "is gone; prototypes keep the norm that K-means gives them",
     "prototypes.queue_size": "is gone; the queue holds episodes.size samples",
     "model.checkpoint": "is model.start now, which also takes models of others",
+    "protocol": "is gone; leave it out, and for mean_recall take the mean of the six recalls",
     "optim.locked_warm_up_steps": "is gone; the locked-image stage warms up for 2 steps",
 }
 

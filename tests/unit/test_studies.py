@@ -184,7 +184,7 @@ def test_the_groups_of_data_sets_stand_side_by_side():
 def test_what_has_no_interval_has_no_star(tiny):
     """AMI, and each mean with it; the mean without it has one."""
     metrics = {"knn/acc1": np.array([0.4, 0.01]), "clustering/ami": np.array([0.2, np.nan])}
-    recalls = dict.fromkeys(judge.suite.RECALLS, np.array([0.3, 0.01]))
+    recalls = dict.fromkeys(judge.RECALLS, np.array([0.3, 0.01]))
     named = {**recalls, "zero_shot/acc1": np.array([0.5, 0.0])}
     found = judge.deciding({judge.HELD_OUT: named, "x": metrics})
     assert found[judge.WITH_INTERVALS].tolist() == pytest.approx([0.4, 0.02 / 3])

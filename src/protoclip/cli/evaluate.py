@@ -43,7 +43,6 @@ class Evaluate:
     allow_private_hosts: bool = False  # Read from web servers in private networks.
     allow_links: bool = False  # Follow symbolic links that leave the root.
     templates: str | None = None  # Prompts: openai, simple, or a file of them.
-    protocol: Literal["paper"] | None = None  # The reference code's choices: paper.
     compare_to: str | None = None  # Model to which differences are shown.
     out: str | None = None  # Folder for one JSON file a record.
     overwrite: bool = False  # Replace files in it that evaluate did not write.
@@ -94,7 +93,6 @@ class Evaluate:
                 self.tasks,
                 split=self.split,
                 templates=templates,
-                protocol=self.protocol,
                 model_name=name,
                 pretrained=pretrained,
             )

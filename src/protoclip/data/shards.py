@@ -12,10 +12,10 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ from protoclip.progress import Progress
 from protoclip.terminal import visible, without_secrets
 
 IMAGES, TEXTS = frozenset({"jpg", "jpeg", "png", "webp", "gif"}), frozenset({"txt", "json"})
-USED = IMAGES | TEXTS
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and who reads it
 # A larger image or text is not read. A longer name, or a larger file of any kind, is damage.
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
@@ -124,12 +123,16 @@ class _Forward:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSample:
-    """A sample as a shard holds it; `fault` says why the shard ends with it, if it breaks off."""
+    """A sample as a shard holds it; `fault` says why the shard ends with it, if it breaks off.
+
+    `files` are its files by extension, where `read_samples` is asked for a further one.
+    """
 
     sample_id: str
     captions: list[bytes]
     image: Member | None = None
     fault: str = ""
+    files: Mapping[str, Member] = field(default_factory=dict)
 
 
 def shard_stem(shard: str) -> str:
@@ -149,13 +152,19 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def read_samples(
-    file: io.BufferedIOBase, stem: str, caption_keys: Sequence[str] | None, *, stream: bool
+    file: io.BufferedIOBase,
+    stem: str,
+    caption_keys: Sequence[str] | None = None,
+    *,
+    stream: bool,
+    beside: str | None = None,
 ) -> Iterator[ShardSample]:
     """The samples of an uncompressed tar, each made of consecutive files with one key.
 
     Ids start with `stem`. Captions are in the `.json` under `caption_keys`, or if that is None in
     the `.txt`, or without one under the first of the usual keys that is there. A stream is read
-    front to back, images included; otherwise images are skipped by seeking.
+    front to back, images included; otherwise images are skipped by seeking. With `beside`,
+    samples are images and files with that extension, such as `cls`, not captions.
 
     Raises `ValueError` if it is not a tar; an error of `file` at the beginning is raised as it is.
     """
@@ -165,8 +174,14 @@ def read_samples(
         tar: Any = tarfile.TarFile(fileobj=source, tarinfo=Member, **options)
     except tarfile.TarError as error:
         raise ValueError("not a tar file") from error
+    texts = TEXTS if beside is None else {beside}
     key, files, before, number = "", dict[str, Member](), set[str](), 0
     reading = fault = ""
+
+    def sample_of(key: str, files: dict[str, Member]) -> ShardSample:
+        sample = _sample(stem, key, files, caption_keys)
+        return sample if beside is None else replace(sample, files=files)
+
     try:
         while (member := tar.next()) is not None:
             tar.members.clear()  # or tarfile would keep all headers
@@ -176,8 +191,8 @@ def read_samples(
             if not member.isreg() or member.issparse():
                 continue  # nothing opens what a link or device names
             reading, (next_key, kind) = member.name, split_name(member.name)
-            used, size = kind in USED, member.size
-            if size <= MAX_MEMBER_BYTES and (used if stream else kind in TEXTS):
+            used, size = kind in IMAGES or kind in texts, member.size
+            if size <= MAX_MEMBER_BYTES and (used if stream else kind in texts):
                 member.data = source.read(size)
                 if len(member.data) < size:
                     raise tarfile.ReadError(NOT_ENOUGH)
@@ -188,7 +203,7 @@ def read_samples(
             reading = ""
             # A second file of one kind starts another sample. It has the same id and is refused.
             if used and files and (next_key != key or kind in files):
-                yield _sample(stem, key, files, caption_keys)
+                yield sample_of(key, files)
                 before, files, number = set(files), {}, number + 1
             if used:
                 key, files[kind] = next_key, member
@@ -197,7 +212,7 @@ def read_samples(
     cut = split_name(reading)[0]
     # After a fault, complete if the next sample had begun, or with all files the one before had.
     if files and (not fault or (key != cut if cut else set(files) == before)):
-        yield _sample(stem, key, files, caption_keys)
+        yield sample_of(key, files)
         files, number = {}, number + 1
     if fault:
         where = f" in {visible(reading[:200])}" if reading else ""

@@ -13,31 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from scipy.stats import t
 
-from protoclip.evaluation.samples import (
-    Floats,
-    SampleResults,
-    beyond,
-    influences,
-    interval_of_difference,
-)
+from protoclip.evaluation.metrics import Floats, difference, intervals, is_share, label
+from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.files import has_changed, read_local
 from protoclip.terminal import say
 
-# Rows of the table that are percentages, by the end of the metric's name.
-LABELS = {
-    **{f"zero_shot/acc{k}": f"zero-shot, acc{k}" for k in (1, 5)},
-    "zero_shot_subgroup/acc1": "zero-shot, subgroups, acc1",
-    "zero_shot_subgroup/acc5": "zero-shot, subgroups, acc5",
-    **{f"retrieval/image_to_text@{k}": f"image-to-text recall@{k}" for k in (1, 5, 10)},
-    **{f"retrieval/text_to_image@{k}": f"text-to-image recall@{k}" for k in (1, 5, 10)},
-    "linear_probe/acc1": "linear probe",
-    "knn/acc1": "kNN",
-    "clustering/ami": "K-means AMI",
-    "clustering/ari": "K-means ARI",
-}
-EMOJI_LABELS = {f"zero_shot/acc{k}": f"zero-shot, unseen concepts, acc{k}" for k in (1, 5)}
 SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if it leaves out 0."
 INTERVALS = {
     "seeds": "Several seeds: paired by seed, Student's t.",
@@ -75,12 +56,10 @@ def read_results(run: str | Path) -> dict[str, Any]:
     if has_changed(results):  # people may edit it
         say(f"warning: {path}: not what the run wrote: its checksum differs")
     validation, test = (samples_of(path.parent, split) for split in ("validation", "test"))
-    # Held-out pairs have no test split: `evaluate` once wrote one, of other data of that name.
-    held_out = {k: v for k, v in validation.items() if k.partition("-")[0] == "validation"}
     return {
         **{"name": results["name"], "seed": results["seed"], **counts, "folder": str(path.parent)},
         "metrics": {key: value for key, value in metrics.items() if value is not None},
-        "samples": validation | test | held_out,
+        "samples": validation | test,
     }
 
 
@@ -88,6 +67,16 @@ def samples_of(folder: Path, split: str) -> dict[str, Path]:
     """The files with the results of each sample of a split, by data set."""
     files = sorted((folder / "results").glob(f"*-{split}.parquet"))
     return {file.name.removesuffix(f"-{split}.parquet"): file for file in files}
+
+
+def intervals_of(results: Run) -> dict[str, list[float]]:
+    """The 95% interval, over test samples, of each metric of `read_results` that has one."""
+    by_metric = {
+        f"eval/{data}/{metric}": of_groups
+        for data, path in results["samples"].items()
+        for metric, of_groups in influences(SampleResults.read(path)).items()
+    }
+    return intervals(results["metrics"], by_metric)
 
 
 def number(value: Any) -> float | None:
@@ -132,7 +121,7 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 continue
             value: dict[str, Any] = {**summary([metrics[key] for metrics in listed])}
             if members is not reference and any(key in r["metrics"] for r in reference.values()):
-                value["difference"] = difference(key, reference, members, read)
+                value["difference"] = difference_of_runs(key, reference, members, read)
             entry["metrics"][key] = value
         entries.append(entry)
     return entries
@@ -140,12 +129,12 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def summary(values: Sequence[float | None]) -> dict[str, float | None]:
     """`mean`, and of two values or more `spread`, the sample standard deviation."""
-    found = np.asarray([value for value in values if value is not None], dtype=np.float64)
-    spread = {"spread": float(found.std(ddof=1))} if len(found) > 1 else {}
-    return {"mean": float(found.mean()) if len(found) else None, **spread}
+    known = np.asarray([value for value in values if value is not None], dtype=np.float64)
+    spread = {"spread": float(known.std(ddof=1))} if len(known) > 1 else {}
+    return {"mean": float(known.mean()) if len(known) else None, **spread}
 
 
-def difference(
+def difference_of_runs(
     key: str,
     first: Mapping[int, Run],
     second: Mapping[int, Run],
@@ -165,46 +154,27 @@ def difference(
     )
     seeds = [seed for seed in two if seed in one]
     gains = [float(two[seed] - one[seed]) for seed in seeds]
-    mean = np.mean(gains or [float(np.mean(list(two.values())) - np.mean(list(one.values())))])
-    found, kind, n = paired_difference(float(mean), None, None), None, len(seeds)
+    influence, kind, n = None, None, len(seeds)
     if n > 1:
-        ends, kind = list(t_interval(gains)), "seeds"
-        found |= {"interval": ends, "beyond": beyond(ends)}
-    elif n == 1 and key.count("/") > 1:
+        kind = "seeds"
+    elif n == 0:
+        gains = [float(np.mean(list(two.values())) - np.mean(list(one.values())))]
+    elif key.count("/") > 1:
         _, data, metric = key.split("/", 2)
         files = [run[seeds[0]].get("samples", {}).get(data) for run in (first, second)]
         if None not in files:
-            (samples, one_of), (others, other_of) = map(read, files)
-            ids, other_ids = (samples_with_groups(of, metric) for of in (samples, others))
-            influence = one_of.get(metric), other_of.get(metric)
-            if all(of is not None for of in influence) and ids == other_ids:
-                found = paired_difference(float(mean), *influence)
-                kind, n = "samples", len(ids)
-    return {**found, "n": n, "kind": kind}
+            (samples, by_metric), (others, by_metric_of_others) = map(read, files)
+            both = by_metric.keys() & by_metric_of_others.keys()
+            if metric in both and sample_ids(samples, metric) == sample_ids(others, metric):
+                influence = by_metric_of_others[metric] - by_metric[metric]
+                kind, n = "samples", len(samples.rows(metric)["sample_id"])
+    return {**difference(gains, influence), "n": n, "kind": kind}
 
 
-def samples_with_groups(results: SampleResults, metric: str) -> list[tuple[str, str]]:
-    """The samples that a metric is computed from, in the order of their ids."""
+def sample_ids(results: SampleResults, metric: str) -> list[tuple[str, str]]:
+    """The samples that a metric is computed from, each with its group, in a fixed order."""
     rows = results.rows(metric)
     return sorted(zip(rows["sample_id"], rows.get("group", rows["sample_id"]), strict=True))
-
-
-def paired_difference(mean: float, first: Floats | None, second: Floats | None) -> dict[str, Any]:
-    """A difference of a metric of two models: `mean`, its 95% `interval`, and whether that leaves
-    out 0 (`beyond`). The interval is `None` without the influences of both on the same samples, or
-    if too few groups tell the models apart.
-    """
-    ends = None
-    if first is not None and second is not None:
-        ends = interval_of_difference(mean, second - first)
-    return {"mean": mean, "interval": ends, "beyond": beyond(ends)}
-
-
-def t_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Student's t interval (95%) of the mean of two or more independent differences."""
-    found = np.asarray(differences, dtype=np.float64)
-    half = t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))
-    return float(found.mean() - half), float(found.mean() + half)
 
 
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
@@ -230,12 +200,10 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     several = len({key.removeprefix("eval/").partition("/")[0] for key in keys}) > 1
     for key in keys:
         data, _, metric = key.removeprefix("eval/").partition("/")
-        labels = LABELS | (EMOJI_LABELS if data == "emoji" else {})
-        label = labels.get(metric, metric.replace("modality_gap/", "").replace("_", " "))
-        label = printable(f"{data}: {label}" if several else label)
-        scale, digits = (100.0, 1) if metric in LABELS else (1.0, 3)
-        found = [entry["metrics"].get(key) for entry in entries]
-        table.add_row(escape(label), *(escape(cell(v, scale=scale, digits=digits)) for v in found))
+        name = printable(f"{data}: " * several + label(metric, data))
+        scale, digits = (100.0, 1) if is_share(metric) else (1.0, 3)
+        row = [entry["metrics"].get(key) for entry in entries]
+        table.add_row(escape(name), *(escape(cell(v, scale=scale, digits=digits)) for v in row))
     table.add_section()
     seen = [entry["samples_seen"]["mean"] for entry in entries]
     table.add_row("samples seen", *("-" if mean is None else f"{mean:,.0f}" for mean in seen))

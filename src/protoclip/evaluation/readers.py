@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,8 +32,8 @@ from protoclip.data.access import (
 from protoclip.data.decode import rgb
 from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.index import ArrowIndex, build_index
-from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
-from protoclip.data.shards import COMPRESSED, split_name
+from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
+from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
 from protoclip.files import open_local, read_json, replacing, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
@@ -50,10 +49,18 @@ CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.tx
 DATASET_TYPE, NUM_SHARDS = "dataset_type.txt", "nshards.txt"
 #: By the type of the data, the file beside an image that says what is in it.
 BESIDE_IMAGE = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
-TAR_IMAGES = ("webp", "png", "jpg", "jpeg")
 MAX_BESIDE_BYTES = 1 << 20
-PLACE = {"image": pa.string(), "offset": pa.int64(), "size": pa.int64()}
-ROWS = pa.schema({"sample_id": pa.string(), **PLACE, "content": pa.binary()})
+ROWS = pa.schema(
+    {
+        "sample_id": pa.string(),
+        **{
+            "image": pa.string(),
+            "offset": pa.int64(),
+            "size": pa.int64(),
+        },  # in which tar, and where
+        "content": pa.binary(),  # of the file beside it
+    }
+)
 # Part of the key of an index. Change it when the rows change.
 INDEX_FORM = "evaluation shards, 2"
 HUB_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(?:/(?:tree|raw|blob)/(.+))?")
@@ -164,67 +171,59 @@ def _download(url: str, copy: Path, access: Access) -> None:
 
 
 def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> ArrowIndex:
-    """An index of images in uncompressed tars: where each lies, and the file beside it.
+    """An index of images in uncompressed tars: their positions, and the file beside each.
 
     Raises `ValueError` if a tar is missing, compressed or damaged, or an image or the file beside
-    it is missing or stands there twice.
+    it is missing or there twice.
     """
     prints = [fingerprint(str(path)) for path in paths]
     key = digest({"form": INDEX_FORM, "extension": extension, "shards": prints})
 
     def build(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         for path in paths:
-            yield pa.RecordBatch.from_pylist(_read_shard(path, extension), ROWS)
+            try:
+                rows = list(_shard_rows(path, extension))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path}: {reason_of(error)}") from None
+            yield pa.RecordBatch.from_pylist(rows, ROWS)
 
-    where = str(paths[0].parent)
-    return build_index(key, build, folder=folder, where=where, way_out="")
-
-
-def plain(file: io.BufferedReader) -> io.BufferedReader:
-    if file.peek(6).startswith(tuple(COMPRESSED)):
-        raise ValueError("is compressed; unpack it once (gunzip)")
-    return file
+    return build_index(key, build, folder=folder, where=str(paths[0].parent), way_out="")
 
 
-def _read_shard(path: Path, extension: str) -> list[dict[str, Any]]:
-    """The rows of one tar. Nothing is unpacked to a file."""
-    rows: dict[str, dict[str, Any]] = {}
-    last = ""
-    try:
-        options: Any = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
-        with open_local(path) as file, tarfile.open(fileobj=plain(file), **options) as tar:
-            for member in tar:
-                last = visible(member.name)
-                key, kind = split_name(member.name)
-                if not member.isreg() or kind not in (*TAR_IMAGES, extension):
-                    continue
-                row = rows.setdefault(key, {"sample_id": f"{path.stem}/{key}", "image": str(path)})
-                if ("offset" if kind in TAR_IMAGES else "content") in row:
-                    what, last = "images" if kind in TAR_IMAGES else f"files .{kind}", ""
-                    raise ValueError(f"sample '{visible(key)}' has two {what}; keys must differ")
-                if kind in TAR_IMAGES:
-                    row |= {"offset": member.offset_data, "size": member.size}
-                elif member.size <= MAX_BESIDE_BYTES and (content := tar.extractfile(member)):
-                    row["content"] = content.read()
-            # `tarfile` takes a damaged header for the end, which is a block of zeros.
-            file.seek(tar.offset)
-            block = file.read(tarfile.BLOCKSIZE)
-            if len(block) < tarfile.BLOCKSIZE or any(block):
-                raise tarfile.ReadError("the tar breaks off")
-    except (tarfile.TarError, OSError, ValueError) as error:
-        after = f" after {last}" if last else ""
-        raise ValueError(f"{path}: {reason_of(error)}{after}") from None
-    for key, row in rows.items():
-        key = visible(key)
-        if "offset" not in row:
-            raise ValueError(f"{path}: sample '{key}' has no image ({', '.join(TAR_IMAGES)})")
-        if "content" not in row:
-            types = ", ".join(f"{name}: .{kind}" for name, kind in BESIDE_IMAGE.items())
-            raise ValueError(
-                f"{path}: sample '{key}' has no .{extension}; {DATASET_TYPE} says which file lies "
-                f"beside an image ({types})"
-            )
-    return list(rows.values())
+def _shard_rows(path: Path, extension: str) -> Iterator[dict[str, Any]]:
+    """A row for each sample of a tar."""
+    seen = set[str]()
+    with open_local(path) as file:
+        if file.peek(6).startswith(tuple(COMPRESSED)):
+            raise ValueError("is compressed; unpack it once (gunzip)")
+        for sample in read_samples(file, path.stem, stream=False, beside=extension):
+            if sample.fault:
+                raise ValueError(sample.fault.partition(f"; the rest {LOST}")[0])
+            key = visible(sample.sample_id.removeprefix(f"{path.stem}/"))
+            images = [member for kind, member in sample.files.items() if kind in IMAGES]
+            beside = sample.files.get(extension)
+            if len(images) > 1 or key in seen:
+                what = "images" if len(images) > 1 else "groups of files"
+                raise ValueError(
+                    f"sample '{key}' has two {what}; keys must differ, and the files of a sample "
+                    "follow each other (tar --sort=name)"
+                )
+            seen.add(key)
+            if not images:
+                raise ValueError(f"sample '{key}' has no image ({', '.join(sorted(IMAGES))})")
+            if beside is None or beside.data is None or beside.size > MAX_BESIDE_BYTES:
+                types = ", ".join(f"{name}: .{kind}" for name, kind in BESIDE_IMAGE.items())
+                raise ValueError(
+                    f"sample '{key}' has no .{extension}; {DATASET_TYPE} says which file lies "
+                    f"beside an image ({types})"
+                )
+            yield {
+                "sample_id": sample.sample_id,
+                "image": str(path),
+                "offset": images[0].offset_data,
+                "size": images[0].size,
+                "content": beside.data,
+            }
 
 
 def parse_each(

@@ -10,8 +10,8 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from protoclip.evaluation import compare
-from protoclip.evaluation.samples import intervals
+from protoclip.evaluation.compare import cell, print_table, printable
+from protoclip.evaluation.metrics import difference, intervals
 from protoclip.evaluation.suite import Result
 from protoclip.files import require_ours, to_json, write_atomically
 
@@ -23,19 +23,19 @@ CAPTION = {
 
 def with_means(results: Sequence[Result]) -> list[Result]:
     """The results of one model; and for metrics of several data sets, their mean over those."""
-    having: dict[tuple[str, str], list[Result]] = {}
+    by_metric: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         for metric in result.record["metrics"]:
-            having.setdefault((result.record["task"], metric), []).append(result)
+            by_metric.setdefault((result.record["task"], metric), []).append(result)
     # One record for the metrics of a task that the same data sets have.
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (task, metric), found in having.items():
-        if len(found) > 1:
-            names = tuple(result.record["dataset"] for result in found)
+    for (task, metric), members in by_metric.items():
+        if len(members) > 1:
+            names = tuple(result.record["dataset"] for result in members)
             groups.setdefault((task, names), []).append(metric)
     means = []
     for (task, names), metrics in groups.items():
-        members = having[task, metrics[0]]
+        members = by_metric[task, metrics[0]]
         values = {m: float(np.mean([r.record["metrics"][m] for r in members])) for m in metrics}
         influences = {
             metric: np.concatenate([r.influences[metric] for r in members]) / len(members)
@@ -63,31 +63,34 @@ def with_differences(results: Sequence[Result], reference: Sequence[Result]) -> 
     """The results of a model with its paired differences to a reference, by metric: `mean`, its 95%
     `interval` if both have the same samples, and whether that leaves out 0 (`beyond`).
     """
-    known = {place(result): result for result in reference}
-    found = []
+    by_key = {key_of(result): result for result in reference}
+    compared = []
     for result in results:
-        other, record = known.get(place(result)), dict(result.record)
+        other, record = by_key.get(key_of(result)), dict(result.record)
         if other is not None:
             record["compared_to"] = other.record["model"]
             record["differences"] = {
-                metric: difference(metric, other, result)
+                metric: difference_of_results(metric, other, result)
                 for metric in record["metrics"]
                 if metric in other.record["metrics"]
             }
-        found.append(replace(result, record=record))
-    return found
+        compared.append(replace(result, record=record))
+    return compared
 
 
-def place(result: Result) -> tuple[Any, ...]:
+def key_of(result: Result) -> tuple[Any, ...]:
+    """What two results have in common that can be compared: the task and the data."""
     record = result.record
     return record["task"], record["dataset"], *record.get("datasets", ())
 
 
-def difference(metric: str, first: Result, second: Result) -> dict[str, Any]:
-    mean = second.record["metrics"][metric] - first.record["metrics"][metric]
-    influences = [result.influences.get(metric) for result in (first, second)]
-    same = [*first.ids] == [*second.ids]
-    return compare.paired_difference(mean, *influences if same else (None, None))
+def difference_of_results(metric: str, first: Result, second: Result) -> dict[str, Any]:
+    gain = second.record["metrics"][metric] - first.record["metrics"][metric]
+    influence = None
+    have_influences = metric in first.influences.keys() & second.influences.keys()
+    if have_influences and [*first.ids] == [*second.ids]:
+        influence = second.influences[metric] - first.influences[metric]
+    return difference([gain], influence)
 
 
 def write_records(
@@ -104,7 +107,6 @@ def write_records(
     for record in records:
         words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
         words += [record["split"]] if record["split"] != "test" else []
-        words += ["paper"] if "protocol" in record else []
         stem = name = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
         while name in written:  # two models of one name
             name = f"{stem}-{len(written)}"
@@ -129,25 +131,25 @@ def show(models: Sequence[Sequence[Result]]) -> None:
                     given["difference"] = record["differences"][metric]
                 cells = rows.setdefault((record["dataset"], record["task"], metric), [])
                 cells += ["-"] * (number - len(cells))
-                cells.append(compare.cell(given, scale=scale, digits=digits))
+                cells.append(cell(given, scale=scale, digits=digits))
     for results in models:
         record = results[0].record
         name = " ".join([record["model"], *([record["pretrained"]] if named(record) else [])])
-        table.add_column(escape(compare.printable(name)), justify="right")
-    before: tuple[str, ...] = ()
+        table.add_column(escape(printable(name)), justify="right")
+    previous: tuple[str, ...] = ()
     for (data, task, metric), cells in rows.items():
-        if before and before != (data, task):
+        if previous and previous != (data, task):
             table.add_section()
-        shown = ("", "") if before == (data, task) else (data, task)
-        before = data, task
+        shown = ("", "") if previous == (data, task) else (data, task)
+        previous = data, task
         filled = cells + ["-"] * (len(models) - len(cells))
-        table.add_row(*map(escape, (*map(compare.printable, shown), metric, *filled)))
+        table.add_row(*map(escape, (*map(printable, shown), metric, *filled)))
     table.caption, table.caption_justify = CAPTION["intervals"], "left"
     compared = [r.record["compared_to"] for of in models for r in of if "compared_to" in r.record]
     if compared:
-        differences = CAPTION["differences"].format(escape(compare.printable(compared[0])))
+        differences = CAPTION["differences"].format(escape(printable(compared[0])))
         table.caption += f" {differences}"
-    compare.print_table(table, columns=len(models))
+    print_table(table, columns=len(models))
 
 
 def named(record: dict[str, Any]) -> bool:

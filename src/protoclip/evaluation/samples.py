@@ -1,12 +1,12 @@
-"""The results of each test sample: kept on disk, and what follows from them for intervals.
+"""The results of each test sample: kept on disk, and the influence of each group on each metric.
 
-A metric has an *influence* of each group of samples: how far the group moves it. The sum of their
-squares is the metric's variance over other test sets. Influences of means and differences of
-metrics are means and differences of influences, so models are compared group by group.
+An *influence* is how far a group of samples moves a metric; the sum of their squares is the
+metric's variance over other test sets. Influences of means and differences of metrics are means and
+differences of influences, so models are compared group by group.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,59 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy.special import stdtrit
 
+from protoclip.evaluation.metrics import METRICS, Floats, columns_of
 from protoclip.files import SEAL, checksum, replacing, require_regular, to_json
-from protoclip.terminal import say
 
 Columns = Mapping[str, npt.NDArray[Any]]
-FEWEST = 5  # groups that an interval of a difference may rest on
-
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mean:
-    """A metric that is a mean over samples.
-
-    A sample is right if `column` is true, or is a rank below `k` (ranks count from zero). With `by`
-    the mean is first taken over the samples of each class, which that column has. `crowding` is the
-    column of the candidates with what each takes from the mean.
-    """
-
-    column: str
-    k: int | None = None
-    by: str | None = None
-    crowding: str | None = None
-
-
-MEANS: dict[str, Mean] = {
-    **{f"zero_shot/acc{k}": Mean(column="zero_shot_rank", k=k) for k in (1, 5)},
-    **{f"zero_shot_subgroup/acc{k}": Mean(column="zero_shot_subgroup_rank", k=k) for k in (1, 5)},
-    **{
-        f"retrieval/{way}@{k}": Mean(column=f"{way}_rank", k=k, crowding=f"{way}_crowding_{k}")
-        for way in ("image_to_text", "text_to_image")
-        for k in (1, 5, 10)
-    },
-    "linear_probe/acc1": Mean(column="linear_probe_correct"),
-    "knn/acc1": Mean(column="knn_correct"),
-    "zero_shot/mean_per_class_recall": Mean(column="zero_shot_rank", k=1, by="zero_shot_class"),
-    "linear_probe/acc5": Mean(column="linear_probe_rank", k=5),
-    "linear_probe/mean_per_class_recall": Mean(column="linear_probe_correct", by="class"),
-}
-# Columns of the file beside `sample_id` and `kind`. A task that was not run has none. Samples that
-# hang together have one `group`.
-TEXT_COLUMNS = (
-    *("group", "text_to_image_rank"),
-    *(f"image_to_text_crowding_{k}" for k in (1, 5, 10)),
-)
-IMAGE_COLUMNS = (
-    "group",
-    *(f"text_to_image_crowding_{k}" for k in (1, 5, 10)),
-    *("zero_shot_rank", "zero_shot_subgroup_rank", "image_to_text_rank", "linear_probe_correct"),
-    *("linear_probe_rank", "knn_correct", "cluster", "class", "zero_shot_class"),
-)
 
 
 class Groups(NamedTuple):
@@ -91,14 +44,15 @@ class SampleResults:
 
     def rows(self, metric: str) -> Columns:
         """The results that a metric is computed from."""
-        return self.texts if "text_to_image" in metric else self.images
+        return self.texts if METRICS[metric].of_texts else self.images
 
     def means(self) -> list[str]:
-        """The metrics in `MEANS` whose columns are there."""
+        """The metrics that are means over samples, and whose columns are there."""
         return [
             name
-            for name, mean in MEANS.items()
-            if {mean.column, mean.by or mean.column} <= self.rows(name).keys()
+            for name, metric in METRICS.items()
+            if metric.column is not None
+            and {metric.column, metric.by or metric.column} <= self.rows(name).keys()
         ]
 
     def groups(self) -> "Groups":
@@ -108,14 +62,13 @@ class SampleResults:
         return Groups(names, *np.split(numbers, [len(columns[0])]))
 
     def values(self, metric: str) -> Floats:
-        """Whether each sample is right, 0 or 1, for a metric in `MEANS`."""
-        mean = MEANS[metric]
-        found = self.rows(metric)[mean.column]
-        return (found if mean.k is None else found < mean.k).astype(np.float64)
+        """Whether each sample is right, 0 or 1, for one of `means`."""
+        column, k = self.rows(metric)[METRICS[metric].column or ""], METRICS[metric].k
+        return (column if k is None else column < k).astype(np.float64)
 
     def mean(self, metric: str) -> float:
-        """A metric in `MEANS`."""
-        values, by = self.values(metric), MEANS[metric].by
+        """One of `means`."""
+        values, by = self.values(metric), METRICS[metric].by
         if by is None:
             return float(values.mean())
         _, classes = np.unique(self.images[by], return_inverse=True)
@@ -140,13 +93,12 @@ class SampleResults:
         try:
             require_regular(path)
             table, parts = pq.read_table(path), []
-            # Earlier versions wrote no checksum.
-            seal = (table.schema.metadata or {}).get(SEAL.encode())
-            if seal is not None and seal.decode(errors="replace") != content_checksum(table):
-                raise KeyError("not what was written: its checksum differs")
-            for kind, known in (("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS)):
+            seal = (table.schema.metadata or {}).get(SEAL.encode(), b"")
+            if seal.decode(errors="replace") != content_checksum(table):
+                raise KeyError("not what this version wrote: its checksum differs")
+            for kind, texts in (("image", False), ("text", True)):
                 rows = table.filter(pc.equal(table["kind"], kind))
-                names = [name for name in known if name in rows.column_names]
+                names = [name for name in columns_of(texts=texts) if name in rows.column_names]
                 rows = rows.select(["sample_id", *names])
                 if gaps := [name for name in rows.column_names if rows[name].null_count]:
                     raise KeyError(f"column {gaps[0]} has gaps")
@@ -156,18 +108,8 @@ class SampleResults:
                 f"{path}: not the results of an evaluation; delete it to compare without it "
                 f"({' '.join(str(error).split())})"
             ) from error
-        images, texts = parts
-        if "group" not in images:
-            say(
-                f"note: {path}: an earlier version wrote it and left out which images hang "
-                "together, so intervals may be too narrow; `evaluate --compare-to` is right"
-            )
-            images["group"], of_images = images["sample_id"], {*images["sample_id"]}
-            # The id of a text is that of its image, and the text.
-            of_image = [(name.partition(": ")[0], name) for name in texts["sample_id"]]
-            groups = [image if image in of_images else name for image, name in of_image]
-            texts["group"] = np.array(groups, dtype=object)
-        return cls(images=images, texts=texts)
+        images, of_texts = parts
+        return cls(images=images, texts=of_texts)
 
 
 def content_checksum(table: pa.Table) -> str:
@@ -184,21 +126,21 @@ def influences(results: SampleResults) -> dict[str, Floats]:
     groups = results.groups()
     if len(groups.names) < 2:
         return {}
-    found = {}
+    by_metric = {}
     for metric in results.means():
-        rows, values, by = results.rows(metric), results.values(metric), MEANS[metric].by
+        rows, values, by = results.rows(metric), results.values(metric), METRICS[metric].by
         group = groups.texts if rows is results.texts else groups.images
         parts = (values - values.mean()) / len(values)
         if by is not None:
             parts = deviations(values, rows[by], group)
-        found[metric] = by_group(parts, group, len(groups.names))
-        others, of_others = results.images, groups.images
-        if rows is others:
-            others, of_others = results.texts, groups.texts
-        if (crowding := MEANS[metric].crowding) in others:
-            taken = others[str(crowding)].astype(np.float64)
-            found[metric] += by_group(taken, of_others, len(groups.names))
-    return found
+        by_metric[metric] = by_group(parts, group, len(groups.names))
+        candidates, of_candidates = results.images, groups.images
+        if rows is candidates:
+            candidates, of_candidates = results.texts, groups.texts
+        if (crowding := METRICS[metric].crowding) in candidates:
+            taken = candidates[str(crowding)].astype(np.float64)
+            by_metric[metric] += by_group(taken, of_candidates, len(groups.names))
+    return by_metric
 
 
 def deviations(values: Floats, classes: npt.NDArray[Any], group: Ints) -> Floats:
@@ -221,48 +163,3 @@ def by_group(parts: Floats, group: Ints, number: int) -> Floats:
     """The influence of each of `number` groups on a metric, of what its samples add to that."""
     sums = np.bincount(group, parts, minlength=number).astype(np.float64)
     return sums * math.sqrt(number / (number - 1))
-
-
-def interval(metric: float, influence: Floats) -> list[float]:
-    """The 95% interval of a metric between 0 and 1, by its influences.
-
-    Wilson's interval for a share of as many samples as would leave the same variance; if the metric
-    is 0 or 1, of as many as there are groups. It is not symmetric, and holds the truth near 0 and 1
-    too.
-    """
-    number, spread, variance = len(influence), metric * (1 - metric), np.square(influence).sum()
-    size = spread / variance if spread > 0 and variance > 0 else number
-    z = stdtrit(number - 1, 0.975)
-    centre = metric + z**2 / (2 * size)
-    half = z * np.sqrt(spread / size + z**2 / (4 * size**2))
-    low, high = (float(end / (1 + z**2 / size)) for end in (centre - half, centre + half))
-    return [min(low, metric), max(high, metric)]  # rounding
-
-
-def interval_of_difference(difference: float, influence: Floats) -> list[float] | None:
-    """The 95% interval of a difference: Student's t with one degree of freedom less than groups.
-
-    `None` where fewer than `FEWEST` groups make up most of it, as when two models are right on
-    nearly everything.
-    """
-    variance = np.square(influence).sum()
-    if variance**2 < FEWEST * np.power(influence, 4).sum():
-        return None
-    half = stdtrit(len(influence) - 1, 0.975) * np.sqrt(variance)
-    return [float(difference - half), float(difference + half)]
-
-
-def intervals(
-    metrics: Mapping[str, float], influence: Mapping[str, Floats]
-) -> dict[str, list[float]]:
-    """The 95% interval of each metric that has influences."""
-    return {
-        name: interval(value, influence[name])
-        for name, value in metrics.items()
-        if name in influence
-    }
-
-
-def beyond(ends: Sequence[float] | None) -> bool:
-    """Whether an interval leaves out 0; one of NaN does not."""
-    return ends is not None and (ends[0] > 0 or ends[1] < 0)

@@ -56,18 +56,6 @@ def zero_shot_ranks(
     return ranks
 
 
-def accuracy(ranks: Int[Tensor, " n"], k: int = 1) -> float:
-    """Share of images whose own class is among the `k` most similar ones."""
-    return float((ranks < k).double().mean())
-
-
-def mean_per_class_recall(correct: Bool[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:
-    """The accuracy of each class that has images, in the mean: balanced accuracy."""
-    _, classes = torch.unique(labels, return_inverse=True)
-    right = torch.bincount(classes, weights=correct.double())
-    return float((right / torch.bincount(classes)).mean())
-
-
 def average_precisions(
     scores: Float[np.ndarray, "n k"], present: Bool[np.ndarray, "n k"]
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:

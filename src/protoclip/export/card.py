@@ -20,8 +20,7 @@ from protoclip.data import sources
 from protoclip.data.access import is_url
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.tables import line
-from protoclip.evaluation.compare import read_results
-from protoclip.evaluation.samples import SampleResults, influences, intervals
+from protoclip.evaluation.compare import intervals_of, read_results
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models import loading, references
@@ -220,12 +219,7 @@ def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str,
     if checkpoint.resolve() != loading.find_checkpoint(run.resolve()):
         return {}
     results = read_results(run)
-    influence = {
-        f"eval/{data}/{metric}": of_groups
-        for data, path in results["samples"].items()
-        for metric, of_groups in influences(SampleResults.read(path)).items()
-    }
-    ends = intervals(results["metrics"], influence)
+    ends = intervals_of(results)
     return {
         name: {"value": value, "interval": ends.get(name)}
         for name, value in results["metrics"].items()

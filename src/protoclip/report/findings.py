@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from protoclip.evaluation import compare, samples
-from protoclip.evaluation.samples import SampleResults, influences
+from protoclip.evaluation.compare import intervals_of
+from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.validation import NAME
 
 # The measures of the sentences, by the end of their names, and how a sentence names them.
@@ -124,35 +124,22 @@ def table(entries: Sequence[Entry], results: Sequence[Results]) -> list[Row]:
             if entry["name"] in (run["name"], f"{run['name']} ({run['folder']})")
         ]
     of_samples = {
-        name: intervals(runs[0]) if len(runs) == 1 else {} for name, runs in by_name.items()
+        name: intervals_of(runs[0]) if len(runs) == 1 else {} for name, runs in by_name.items()
     }
     keys = dict.fromkeys(key for entry in entries for key in entry["metrics"])
     rows = []
     for key in keys:
         data, metric = parts(key)
         given = [entry["metrics"].get(key) for entry in entries]
-        percent = metric in compare.LABELS
+        percent = is_share(metric)
         means = [value["mean"] for value in given if value is not None]
         cells = []
         for entry, value in zip(entries, given, strict=True):
             ends = of_samples[entry["name"]].get(key)
             best = percent and value is not None and value["mean"] == max(means) > min(means)
             cells.append(cell(value, ends, percent=percent, best=best))
-        named = compare.LABELS | (compare.EMOJI_LABELS if data == "emoji" else {})
-        label = named.get(metric, metric.replace("modality_gap/", "").replace("_", " "))
-        rows.append(Row(metric=sentence_case(label), data=data, cells=cells))
+        rows.append(Row(metric=sentence_case(label(metric, data)), data=data, cells=cells))
     return rows
-
-
-def intervals(run: Results) -> dict[str, list[float]]:
-    """The 95% interval of each metric that is a mean over samples, as `evaluate` shows it."""
-    found: dict[str, list[float]] = {}
-    for data, file in run["samples"].items():
-        results = SampleResults.read(file)
-        metrics = {name: results.mean(name) for name in results.means()}
-        ends = samples.intervals(metrics, influences(results))
-        found |= {f"eval/{data}/{name}": of_metric for name, of_metric in ends.items()}
-    return found
 
 
 def cell(

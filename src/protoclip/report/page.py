@@ -20,6 +20,7 @@ from markupsafe import Markup
 import protoclip
 from protoclip.config import Config
 from protoclip.evaluation import compare
+from protoclip.evaluation.metrics import METRICS
 from protoclip.files import require_ours, write_atomically
 from protoclip.progress import Progress, duration
 from protoclip.report import findings, looks
@@ -66,7 +67,7 @@ CHARTS: dict[str, dict[str, str]] = {
         "train/samples_per_second": "Samples a second",
     },
     "Validation": {
-        f"eval/*/{metric}": findings.sentence_case(compare.LABELS[metric])
+        f"eval/*/{metric}": findings.sentence_case(METRICS[metric].label)
         for metric in findings.HEADLINES
     },
     "Grouping over the checkpoints": {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
-from protoclip.evaluation.suite import RECALLS
+from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import (
     read_json,
     read_sealed,

@@ -144,7 +144,7 @@ def test_features_are_kept_in_the_cache_folder(made_up, tmp_path, monkeypatch, c
         ("knowing --tasks --json", "--tasks: needs a value"),
         ("knowing --device gpu", "--device: 'gpu' cannot be used here"),
         ("knowing --templates none.txt", "none.txt: no file of prompts"),
-        ("knowing --protocol reference", "protocol: 'reference' is not one of paper"),
+        ("knowing --protocol paper", "protocol: is gone; leave it out"),
         ("knowing --split dev", "split: 'dev' is not one of"),
         ("", "models: is missing"),
     ],

@@ -9,16 +9,14 @@ import pytest
 import scipy.stats
 
 from protoclip.evaluation import compare
-from protoclip.evaluation.samples import (
-    IMAGE_COLUMNS,
-    MEANS,
-    TEXT_COLUMNS,
-    SampleResults,
+from protoclip.evaluation.metrics import (
+    METRICS,
     beyond,
-    influences,
+    columns_of,
     interval,
     interval_of_difference,
 )
+from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.files import to_json
 
 
@@ -38,9 +36,10 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
         return (generator.integers(12, size=number) * (1 - skill)).astype(np.int64)
 
     ids = (np.array([f"{kind} {row}" for row in range(60)], object) for kind in ("image", "text"))
+    of_images, of_texts = columns_of(texts=False), columns_of(texts=True)
     return SampleResults(
-        images={"sample_id": next(ids)[:images]} | {n: column(n, images) for n in IMAGE_COLUMNS},
-        texts={"sample_id": next(ids)[:texts]} | {n: column(n, texts) for n in TEXT_COLUMNS},
+        images={"sample_id": next(ids)[:images]} | {n: column(n, images) for n in of_images},
+        texts={"sample_id": next(ids)[:texts]} | {n: column(n, texts) for n in of_texts},
     )
 
 
@@ -54,9 +53,10 @@ def test_influences_are_sums_over_groups(backwards):
         texts={name: column[::step] for name, column in one.texts.items()},
     )
     found = influences(given)
-    assert found.keys() == MEANS.keys()
+    means = {name: metric for name, metric in METRICS.items() if metric.column is not None}
+    assert found.keys() == means.keys()
     names = sorted({*one.images["group"], *one.texts["group"]})
-    for metric, mean in MEANS.items():
+    for metric, mean in means.items():
         rows = one.texts if "text_to_image" in metric else one.images
         right = rows[mean.column] if mean.k is None else rows[mean.column] < mean.k
         classes = rows[mean.by] if mean.by else np.zeros(len(right))
@@ -171,18 +171,6 @@ def test_results_of_any_tasks_are_kept(tmp_path):
     np.testing.assert_array_equal(found["knn/acc1"], influences(whole)["knn/acc1"])
 
 
-def test_results_of_earlier_versions_say_that_they_lack_groups(tmp_path, capsys):
-    """The id of a text still names its image."""
-    texts = {"sample_id": np.array(["a: x", "a: y", "b: x", "c: x"], object)}
-    texts["text_to_image_rank"] = np.arange(4)
-    images = {"sample_id": np.array(["a", "b"], object), "image_to_text_rank": np.arange(2)}
-    SampleResults(images=images, texts=texts).write(tmp_path / "old.parquet")
-    read = SampleResults.read(tmp_path / "old.parquet")
-    assert read.texts["group"].tolist() == ["a", "a", "b", "c: x"]
-    assert read.images["group"].tolist() == ["a", "b"]
-    assert "evaluate --compare-to" in capsys.readouterr().err
-
-
 def test_damaged_results_of_samples_are_refused(tmp_path):
     path = tmp_path / "results" / "emoji-test.parquet"
     results(0).write(path)
@@ -289,17 +277,3 @@ def test_what_is_no_number_in_results_is_refused(tmp_path, odd):
     path.write_text(path.read_text().replace("0.5", odd))
     with pytest.raises(ValueError, match="not the results of a run"):
         compare.read_results(path.parent)
-
-
-def test_held_out_pairs_are_those_that_the_run_was_judged_by(tmp_path):
-    """Not other data that `evaluate` called the same, in earlier versions."""
-    folder = made(tmp_path / "run", "a", 0, 0.5)
-    (folder / "results").mkdir()
-    for name in ("emoji-test", "emoji-validation", "validation-test", "validation-validation"):
-        (folder / "results" / f"{name}.parquet").touch()
-    samples = compare.read_results(folder)["samples"]
-    chosen = {name: file.name for name, file in samples.items()}
-    assert chosen == {
-        "emoji": "emoji-test.parquet",
-        "validation": "validation-validation.parquet",
-    }

@@ -9,7 +9,7 @@ from solid import Guessing, solid_data, tokenizer, transform
 
 from protoclip.evaluation import records
 from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.samples import interval, interval_of_difference
+from protoclip.evaluation.metrics import interval, interval_of_difference
 from protoclip.evaluation.suite import Result, results
 
 

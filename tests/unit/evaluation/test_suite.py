@@ -24,17 +24,21 @@ import protoclip
 from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
-from protoclip.evaluation import datasets, suite
+from protoclip.evaluation import datasets, measured, suite
 from protoclip.evaluation.datasets import EvaluationData, Split, of_pairs
 from protoclip.evaluation.features import Encoded, Encoder
+from protoclip.evaluation.metrics import METRICS, TASKS, columns_of
 from protoclip.evaluation.readers import LazySplits
 from protoclip.evaluation.retrieval import captions_of
-from protoclip.evaluation.samples import IMAGE_COLUMNS, TEXT_COLUMNS, SampleResults
+from protoclip.evaluation.samples import SampleResults
+from protoclip.evaluation.task_features import part_of, task_features
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed, tiny_config, tiny_model
 from protoclip.training.run import train
 
+RUN_METRICS = [name for name, metric in METRICS.items() if metric.in_runs]
+ACCURACIES = [metric.key for metric in METRICS.values() if metric.is_share]
 CLASSES = ("sea-animal", "hand", "red-fruit", "sign")
 CONCEPTS = {"train": range(24), "validation": range(24, 32), "test": range(32, 48)}
 STYLES = 3
@@ -132,14 +136,15 @@ def extract(model, data, split, batch_size=256):
         batch_size=batch_size,
         workers=0,
     )
-    return suite.extract(encoder, data, list(suite.TASKS), split=split)
+    return task_features(encoder, data, TASKS, split=split)
 
 
 def measure(model, data, split="test", batch_size=256):
     """The metrics of a run's evaluation, and the results of samples."""
     features = extract(model, data, split, batch_size)
-    found = suite.measure(features, data, list(suite.TASKS), split=split)
-    return {f"eval/{data.name}/{m}": found.metrics[m] for m in suite.RUN_METRICS}, found.samples
+    found = measured.measure(features, data, TASKS, split=split)
+    names = [name for name in RUN_METRICS if name in found.metrics]
+    return {f"eval/{data.name}/{name}": found.metrics[name] for name in names}, found.samples
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -149,8 +154,7 @@ def test_a_model_that_knows_everything_has_full_marks(split):
     assert list(metrics) == suite.metric_names(TINY, split)
     assert len(metrics) == 18
     assert {type(value) for value in metrics.values()} == {float}
-    ones = suite.RUN_METRICS[:14]
-    assert [metrics[f"eval/tiny/{metric}"] for metric in ones] == pytest.approx([1.0] * 14)
+    assert [*metrics.values()][:14] == pytest.approx([1.0] * 14)
     # Captions say what images say, so the modalities coincide.
     assert metrics["eval/tiny/modality_gap/gap"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["eval/tiny/modality_gap/alignment"] == pytest.approx(0.0, abs=1e-6)
@@ -162,10 +166,10 @@ def test_metrics_follow_from_the_results_of_samples():
     assert list(samples.images["sample_id"]) == list(PAIRS["test"].sample_ids())
     assert len(set(samples.texts["sample_id"])) == 32
     assert samples.texts["sample_id"][0] == "tiny/test/0: name 32 plain"
-    assert samples.images.keys() == {"sample_id", *IMAGE_COLUMNS}
-    assert samples.texts.keys() == {"sample_id", *TEXT_COLUMNS}
-    for metric in suite.RUN_METRICS[:12]:
-        assert samples.values(metric).mean() == metrics[f"eval/tiny/{metric}"], metric
+    assert samples.images.keys() == {"sample_id", *columns_of(texts=False)}
+    assert samples.texts.keys() == {"sample_id", *columns_of(texts=True)}
+    for name in {*RUN_METRICS} & {*samples.means()}:
+        assert samples.values(name).mean() == metrics[f"eval/tiny/{name}"], name
 
 
 def test_every_module_gets_its_mode_back():
@@ -216,7 +220,7 @@ def test_the_probe_never_chooses_on_test(split, monkeypatch):
     best = Mock()
     best.return_value.predict = Mock(side_effect=lambda rows: torch.zeros(len(rows)).long())
     best.return_value.ranks = Mock(side_effect=lambda rows, labels: torch.zeros(len(rows)).long())
-    monkeypatch.setattr(suite, "best_linear_probe", best)
+    monkeypatch.setattr(measured, "best_linear_probe", best)
     metrics, _ = measure(Oracle(), TINY, split)
     assert metrics["eval/tiny/linear_probe/acc1"] == 0.25
     sizes = {part: STYLES * len(concepts) for part, concepts in CONCEPTS.items()}
@@ -249,9 +253,9 @@ def shared(broken):
         model.table.data[0, 23, 2] = math.nan
     try:
         features = extract(model, TINY, "test", batch_size=8)
-        measured = suite.measure(features, TINY, list(suite.TASKS), split="test")
+        results = measured.measure(features, TINY, TASKS, split="test")
         rows = {name: part.features for name, part in features.parts.items()}
-        found = rows | dict(features.texts), measured.metrics
+        found = rows | dict(features.texts), results.metrics
         message = ""
     except ValueError as error:
         message = str(error)
@@ -305,10 +309,6 @@ def test_a_run_of_two_ranks_evaluates_as_one_process_does(strategy, tmp_path, mo
     assert sum(any(name.startswith("eval/") for name in line) for line in lines) == 2
 
 
-TASKS = list(suite.TASKS)
-ACCURACIES = [m for task in TASKS[:5] for m in suite.TASKS[task][1] if "subgroup" not in m]
-
-
 def judge(model, data, tasks=None, **more):
     given = model, number_transform, number_tokenizer, data
     found = protoclip.evaluate(*given, tasks, **{"workers": 0, "model_name": "m", **more})
@@ -317,8 +317,8 @@ def judge(model, data, tasks=None, **more):
 
 def test_perfect_features_score_one_in_every_task():
     """With intervals that end there, in records as CLIP_benchmark writes them."""
-    records = judge(Knowing(), solid_data(), TASKS, protocol="paper")
-    assert list(records) == [suite.TASKS[task][0] for task in TASKS]
+    records = judge(Knowing(), solid_data(), TASKS)
+    assert list(records) == [suite.RECORD_TASKS.get(task, task) for task in TASKS]
     seen = set()
     for task, record in records.items():
         assert [*record][:6] == ["dataset", "model", "pretrained", "task", "metrics", "language"]
@@ -334,10 +334,9 @@ def test_perfect_features_score_one_in_every_task():
             ends = [18 / (18 + t.ppf(0.975, 17) ** 2), 1.0]
             assert all(of == pytest.approx(ends) for of in record["intervals"].values())
             seen |= record["metrics"].keys()
-    assert seen == {*ACCURACIES} - {"mean_average_precision"}
+    others = {"mean_average_precision", "subgroup_acc1", "subgroup_acc5"}
+    assert seen == {*ACCURACIES} - others
     assert records["zeroshot_classification"]["templates"] == ["a class {c}", "some class {c}"]
-    assert "unnormalised" in records["linear_probe"]["protocol"]
-    assert "protocol" not in records["knn"]
 
 
 def test_the_best_five_of_fewer_classes_are_left_out():
@@ -405,7 +404,11 @@ def test_the_train_split_is_opened_for_tasks_that_learn_alone():
         splits=LazySplits(read, splits, first="test", of="x"),
         class_names=solid_data().class_names,
     )
-    assert list(judge(Knowing(), data)) == [suite.TASKS[task][0] for task in suite.DEFAULT]
+    assert list(judge(Knowing(), data)) == [
+        "zeroshot_classification",
+        "zeroshot_retrieval",
+        "geometry",
+    ]
     judge(Knowing(), data, ["clustering"])
     assert opened == ["test"]
     judge(Knowing(), data, ["knn"])
@@ -479,8 +482,8 @@ def test_what_hangs_together_has_one_group():
     split = Split(images=Solid("x", list(range(20))), captions=captions, groups=concepts)
     data = EvaluationData(name="x", splits={"test": split})
     content = torch.tensor([*range(18), 17, 1])  # 18 is a copy of 17, 19 of 1
-    part = suite.part_of(data, "test", Encoded(features=torch.zeros(20, 2), content=content))
-    images, texts = suite.hanging_together(part)
+    part = part_of(data, "test", Encoded(features=torch.zeros(20, 2), content=content))
+    images, texts = part.sample_groups
     groups = [0, 1, 0, 3, 4, 4, 6, *range(7, 18), 17, 1]
     assert images == [part.ids[group] for group in groups]
     of_texts = dict(zip(part.captions.ids, texts, strict=True))
@@ -623,8 +626,8 @@ def test_a_second_task_does_not_encode_again(tmp_path):
 def test_without_validation_the_strength_is_chosen_on_train(monkeypatch):
     """Never on test: other test images change nothing about the fit."""
     data, given = solid_data(), []
-    best = suite.best_linear_probe
-    monkeypatch.setattr(suite, "best_linear_probe", lambda *of: given.append(of) or best(*of))
+    best = measured.best_linear_probe
+    monkeypatch.setattr(measured, "best_linear_probe", lambda *of: given.append(of) or best(*of))
     splits = {name: data.splits[name] for name in ("train", "test")}
     record = judge(Knowing(), EvaluationData(name="x", splits=splits), ["linear_probe"])
     assert record["linear_probe"]["metrics"]["lp_acc1"] == 1.0
@@ -675,7 +678,6 @@ def faulty(**changes):
         ({}, {"tasks": ["zero_shots"]}, "tasks: no task 'zero_shots'; did you mean zero_shot?"),
         ({}, {"tasks": ["x"]}, "tasks: no task 'x'; choose of zero_shot, retrieval"),
         ({}, {"split": "validation"}, "x: no split 'validation'; it has test"),
-        ({}, {"protocol": "papers"}, "protocol: no protocol 'papers'"),
         ({}, {"templates": ["a photo"]}, "templates: 'a photo' has no place for the class"),
         ({}, {"tasks": ["knn"]}, "x: knn needs a labelled train split"),
         ({"captions": None}, {"tasks": ["retrieval"]}, "x: retrieval needs captions"),

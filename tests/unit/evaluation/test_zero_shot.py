@@ -7,11 +7,10 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
 
-from protoclip.evaluation import zero_shot
+from protoclip.evaluation.samples import SampleResults
 from protoclip.evaluation.zero_shot import (
     average_precisions,
     mean_average_precision,
-    mean_per_class_recall,
     prompts,
     zero_shot_classifier,
     zero_shot_ranks,
@@ -49,13 +48,15 @@ def test_accuracies_equal_scikit_learn(generator):
     labels = torch.randint(9, (200,), generator=generator)
     scores = images @ classes.T
     ranks = zero_shot_ranks(images, classes, labels)
+    columns = {"zero_shot_rank": ranks.numpy(), "zero_shot_class": labels.numpy()}
+    results = SampleResults(images={"sample_id": np.arange(200), **columns})
     for k in (1, 5):
         expected = top_k_accuracy_score(labels, scores, k=k, labels=range(12))
-        assert zero_shot.accuracy(ranks, k) == pytest.approx(expected)
+        assert results.mean(f"zero_shot/acc{k}") == pytest.approx(expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes that are predicted and have no image
         expected = balanced_accuracy_score(labels, scores.argmax(1))
-    assert mean_per_class_recall(ranks < 1, labels) == pytest.approx(expected)
+    assert results.mean("zero_shot/mean_per_class_recall") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("levels", [3, 1000])

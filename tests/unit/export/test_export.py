@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 import protoclip
 from protoclip.cli import main
 from protoclip.config import ImageTowerConfig, ModelConfig
-from protoclip.evaluation.samples import IMAGE_COLUMNS, SampleResults
+from protoclip.evaluation.metrics import columns_of
+from protoclip.evaluation.samples import SampleResults
 from protoclip.export import huggingface, onnx, run
 from protoclip.export.card import write_prototypes
 from protoclip.export.source import open_source
@@ -455,7 +456,9 @@ def test_the_card_of_a_run(tmp_path):
     """With settings, metrics with intervals, and commands that load the folder."""
     made, generator = save_run(tmp_path / "run", tiny_model()), np.random.default_rng(0)
     (made / "config.toml").write_text('[run]\nname = "My model"\n[data]\ntrain = "pairs.tsv"\n')
-    images: dict[str, Any] = {name: generator.integers(0, 9, 200) for name in IMAGE_COLUMNS}
+    images: dict[str, Any] = {
+        name: generator.integers(0, 9, 200) for name in columns_of(texts=False)
+    }
     ids = np.array([f"{number:03}" for number in range(200)])
     images["group"] = ids
     texts = {"sample_id": ids, "group": ids, "text_to_image_rank": images["image_to_text_rank"]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.evaluation.suite import RECALLS
+from protoclip.evaluation.metrics import RECALLS
 from protoclip.models.loading import MODEL, damage, find_checkpoint
 from protoclip.training import checkpoint
 from protoclip.training.checkpoint import write_model

@@ -1,0 +1,265 @@
+"""The metrics: one table of what each is called and computed from, and differences of two models.
+
+The functions that compute them are in the files of their tasks; `samples` has the influences that
+intervals follow from.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+from scipy.stats import t
+
+Floats = npt.NDArray[np.float64]
+FEWEST = 5  # groups that an interval of a difference may rest on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric.
+
+    A mean over samples has the `column` of their results: a sample is right if that is true, or is
+    a rank below `k` (ranks count from zero). With `by` the mean is first taken over the samples of
+    each class, which that column has. `crowding` is the column of the candidates with what each
+    takes from the mean.
+
+    Attributes:
+        name: Ours, which stands behind `eval/<data set>/`.
+        task: The task of `evaluate` that measures it.
+        key: Its name in records of the task: CLIP_benchmark's, where that has one.
+        label: What people call it.
+        emoji_label: What people call it on the emoji, if that differs.
+        in_runs: Whether a run's own evaluation gives it.
+    """
+
+    name: str
+    task: str
+    key: str
+    label: str
+    emoji_label: str = ""
+    in_runs: bool = True
+    column: str | None = None
+    k: int | None = None
+    by: str | None = None
+    crowding: str | None = None
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether the samples are texts, and not images."""
+        return self.column == "text_to_image_rank"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is at most 1, shown in percent and better the higher it is."""
+        return self.task != "geometry"
+
+
+def among_best(*ks: int, **facts: Any) -> list[Metric]:
+    """Metrics that ask for a rank below each `k`; their names have it in the place of `{k}`."""
+    metrics = []
+    for k in ks:
+        named: dict[str, Any] = {
+            key: of.format(k=k) if isinstance(of, str) else of for key, of in facts.items()
+        }
+        metrics.append(Metric(k=k, **named))
+    return metrics
+
+
+MULTILABEL = "zero_shot/mean_average_precision"  # in place of the accuracies
+#: In the order in which they are shown.
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        *among_best(
+            *(1, 5),
+            task="zero_shot",
+            name="zero_shot/acc{k}",
+            key="acc{k}",
+            label="zero-shot, acc{k}",
+            emoji_label="zero-shot, unseen concepts, acc{k}",
+            column="zero_shot_rank",
+        ),
+        Metric(
+            task="zero_shot",
+            name="zero_shot/mean_per_class_recall",
+            key="mean_per_class_recall",
+            label="zero-shot, mean recall of classes",
+            in_runs=False,
+            column="zero_shot_rank",
+            k=1,
+            by="zero_shot_class",
+        ),
+        *among_best(
+            *(1, 5),
+            task="zero_shot",
+            name="zero_shot_subgroup/acc{k}",
+            key="subgroup_acc{k}",
+            label="zero-shot, subgroups, acc{k}",
+            column="zero_shot_subgroup_rank",
+        ),
+        Metric(
+            task="zero_shot",
+            name=MULTILABEL,
+            key="mean_average_precision",
+            label="zero-shot, mean average precision",
+        ),
+        *among_best(
+            *(1, 5, 10),
+            task="retrieval",
+            name="retrieval/image_to_text@{k}",
+            key="text_retrieval_recall@{k}",
+            label="image-to-text recall@{k}",
+            column="image_to_text_rank",
+            crowding="image_to_text_crowding_{k}",
+        ),
+        *among_best(
+            *(1, 5, 10),
+            task="retrieval",
+            name="retrieval/text_to_image@{k}",
+            key="image_retrieval_recall@{k}",
+            label="text-to-image recall@{k}",
+            column="text_to_image_rank",
+            crowding="text_to_image_crowding_{k}",
+        ),
+        Metric(
+            task="linear_probe",
+            name="linear_probe/acc1",
+            key="lp_acc1",
+            label="linear probe",
+            column="linear_probe_correct",
+        ),
+        *among_best(
+            5,
+            task="linear_probe",
+            name="linear_probe/acc{k}",
+            key="lp_acc{k}",
+            label="linear probe, acc{k}",
+            in_runs=False,
+            column="linear_probe_rank",
+        ),
+        Metric(
+            task="linear_probe",
+            name="linear_probe/mean_per_class_recall",
+            key="lp_mean_per_class_recall",
+            label="linear probe, mean recall of classes",
+            in_runs=False,
+            column="linear_probe_correct",
+            by="class",
+        ),
+        Metric(task="knn", name="knn/acc1", key="acc1", label="kNN", column="knn_correct"),
+        Metric(task="clustering", name="clustering/ami", key="ami", label="K-means AMI"),
+        Metric(task="clustering", name="clustering/ari", key="ari", label="K-means ARI"),
+        *(
+            Metric(
+                task="geometry",
+                name=f"modality_gap/{key}",
+                key=key,
+                label=key.replace("_", " "),
+                in_runs=not key.startswith("effective_rank"),
+            )
+            for key in (
+                *("gap", "alignment", "uniformity_image", "uniformity_text"),
+                *("effective_rank_image", "effective_rank_text"),
+            )
+        ),
+    )
+}
+RECALLS = [name for name, metric in METRICS.items() if metric.task == "retrieval"]
+TASKS = tuple(dict.fromkeys(metric.task for metric in METRICS.values()))
+
+
+def columns_of(*, texts: bool) -> list[str]:
+    """The columns of results of images, or of texts, that metrics follow from."""
+    columns = dict.fromkeys(["group"])
+    for metric in METRICS.values():
+        own = [metric.column, metric.by] if metric.of_texts == texts else [metric.crowding]
+        columns |= dict.fromkeys(filter(None, own))
+    return list(columns)
+
+
+def label(name: str, data: str) -> str:
+    """What people call a metric of a data set; one of another version by its own name."""
+    if name not in METRICS:
+        return name.replace("_", " ")
+    metric = METRICS[name]
+    return (metric.emoji_label if data == "emoji" else "") or metric.label
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is shown in percent; one of another version is not."""
+    return name in METRICS and METRICS[name].is_share
+
+
+def interval(metric: float, influence: Floats) -> list[float]:
+    """The 95% interval of a metric between 0 and 1, by its influences.
+
+    Wilson's interval for a share of as many samples as would leave the same variance; if the metric
+    is 0 or 1, of as many as there are groups. It is not symmetric, and holds the truth near 0 and 1
+    too.
+    """
+    number, spread, variance = len(influence), metric * (1 - metric), np.square(influence).sum()
+    size = spread / variance if spread > 0 and variance > 0 else number
+    z = stdtrit(number - 1, 0.975)
+    centre = metric + z**2 / (2 * size)
+    half = z * np.sqrt(spread / size + z**2 / (4 * size**2))
+    low, high = (float(end / (1 + z**2 / size)) for end in (centre - half, centre + half))
+    return [min(low, metric), max(high, metric)]  # rounding
+
+
+def intervals(
+    metrics: Mapping[str, float], influence: Mapping[str, Floats]
+) -> dict[str, list[float]]:
+    """The 95% interval of each metric that has influences."""
+    return {
+        name: interval(value, influence[name])
+        for name, value in metrics.items()
+        if name in influence
+    }
+
+
+def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[str, Any]:
+    """How much higher a metric of one model is than that of another.
+
+    Args:
+        gains: The difference in each pair of runs of one seed; or one difference.
+        influence: Of one difference: the influences on one model's metric less those on the other's
+            on the same samples.
+
+    Returns:
+        `mean`; `interval`, its 95% interval: Student's t over several gains, else over groups of
+        samples, or None; and `beyond`, whether that leaves out 0.
+    """
+    mean, ends = float(np.mean(gains)), None
+    if len(gains) > 1:
+        ends = t_interval(gains)
+    elif influence is not None:
+        ends = interval_of_difference(mean, influence)
+    return {"mean": mean, "interval": ends, "beyond": beyond(ends)}
+
+
+def interval_of_difference(difference: float, influence: Floats) -> list[float] | None:
+    """The 95% interval of a difference: Student's t with one degree of freedom less than groups.
+
+    `None` where fewer than `FEWEST` groups make up most of it, as when two models are right on
+    nearly everything.
+    """
+    variance = np.square(influence).sum()
+    if variance**2 < FEWEST * np.power(influence, 4).sum():
+        return None
+    half = stdtrit(len(influence) - 1, 0.975) * np.sqrt(variance)
+    return [float(difference - half), float(difference + half)]
+
+
+def t_interval(differences: Sequence[float]) -> list[float]:
+    """Student's t interval (95%) of the mean of two or more independent differences."""
+    values = np.asarray(differences, dtype=np.float64)
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return [float(values.mean() - half), float(values.mean() + half)]
+
+
+def beyond(ends: Sequence[float] | None) -> bool:
+    """Whether an interval leaves out 0; one of NaN does not."""
+    return ends is not None and (ends[0] > 0 or ends[1] < 0)

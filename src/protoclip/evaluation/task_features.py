@@ -1,0 +1,136 @@
+"""The features that the tasks need: images by split, captions, and classifiers of names.
+
+`features` encodes; here it is decided what is encoded, and what is known of each image goes along.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from protoclip.distributed.collectives import rank
+from protoclip.evaluation.datasets import EvaluationData, positions
+from protoclip.evaluation.features import Bad, Encoded, Encoder
+from protoclip.evaluation.retrieval import Captions, captions_of
+from protoclip.evaluation.sample_groups import SampleGroups, sample_groups
+from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
+from protoclip.terminal import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The images of a split that can be used: features of any norm, and what is known of each."""
+
+    features: Float[Tensor, "n d"]
+    ids: Sequence[str]
+    bad: Sequence[Bad]
+    labels: Tensor | None
+    groups: Int[Tensor, " n"]
+    content: Sequence[int]  # equal for equal images
+    captions: Captions | None
+    names: Sequence[str] | None
+
+    @cached_property
+    def unit(self) -> Float[Tensor, "n d"]:
+        return F.normalize(self.features, dim=1)
+
+    @cached_property
+    def sample_groups(self) -> SampleGroups:
+        return sample_groups(self.ids, self.groups.tolist(), self.content, self.captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFeatures:
+    """Images by split; unit-norm features of `captions`, and classifiers of `names`, `classes`.
+
+    They lie on the CPU. What learns from them does it on `device`.
+    """
+
+    parts: Mapping[str, Part]
+    texts: Mapping[str, Float[Tensor, "_ d"]]
+    device: torch.device | str = "cpu"
+
+
+def task_features(
+    encoder: Encoder,
+    data: EvaluationData,
+    tasks: Sequence[str],
+    *,
+    split: str,
+    templates: Sequence[str] | None = None,
+) -> TaskFeatures:
+    """Encode what the tasks need, and no other images and texts."""
+    parts = {}
+    for name in splits_of(data, tasks, split):
+        stage = f"{data.name} images: {name}"
+        encoded = encoder.images(data.splits[name].images, stage=stage)
+        parts[name] = part_of(data, name, encoded)
+        if rank() == 0:
+            say_bad(stage, encoded.bad, len(data.splits[name].images))
+    texts = {}
+    part, stage = parts[split], f"{data.name} texts"
+    if part.captions is not None and {"retrieval", "geometry"} & {*tasks}:
+        texts["captions"] = F.normalize(encoder.texts(part.captions.texts, stage=stage), dim=1)
+
+    def classifier(names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
+        encoded = encoder.texts(prompts(names, templates), stage=stage)
+        return zero_shot_classifier(encoded.view(len(names), len(templates), -1))
+
+    if "zero_shot" in tasks:
+        if part.names is not None:
+            texts["names"] = classifier(sorted(set(part.names)), templates or ["{c}"])
+        if part.labels is not None and data.class_names:
+            distinct = [*dict.fromkeys(data.class_names)]
+            of_distinct = classifier(distinct, templates or data.templates)
+            texts["classes"] = of_distinct[positions(data.class_names, distinct)]
+    return TaskFeatures(parts=parts, texts=texts, device=encoder.device)
+
+
+def splits_of(data: EvaluationData, tasks: Sequence[str], split: str) -> list[str]:
+    """The splits whose images the tasks need; opens no other."""
+    needed = ["train"] * bool({"linear_probe", "knn"} & {*tasks})
+    if "linear_probe" in tasks and split != "validation":
+        validation = data.splits.get("validation")
+        needed += ["validation"] * (validation is not None and validation.labels is not None)
+    return [*needed, split]
+
+
+def part_of(data: EvaluationData, split: str, encoded: Encoded) -> Part:
+    """A split without its bad rows; of images with captions, those of equal content are one.
+
+    Where the data say which images belong together, as the emoji do, each stays as it is.
+    """
+    whole, left_out = data.splits[split], {row for row, _ in encoded.bad}
+    rows = [row for row in range(len(whole.images)) if row not in left_out]
+    ids, features = [whole.images.sample_id(row) for row in rows], encoded.features
+    groups = None if whole.groups is None else [whole.groups[row] for row in rows]
+    names, captions = data.image_names.get(split), None
+    content = encoded.content.tolist()
+    if whole.captions is not None:
+        captions = captions_of([whole.captions[row] for row in rows], ids, groups, content)
+        if len(kept := captions.rows) < len(rows):
+            rows, ids = [rows[i] for i in kept], [ids[i] for i in kept]
+            content, features = [content[i] for i in kept], features[kept]
+    return Part(
+        features=features,
+        ids=ids,
+        bad=encoded.bad,
+        labels=None if whole.labels is None else whole.labels[torch.tensor(rows)],
+        groups=torch.tensor(range(len(rows)) if groups is None else groups),
+        content=content,
+        captions=captions,
+        names=None if names is None else [names[row] for row in rows],
+    )
+
+
+def say_bad(stage: str, bad: Sequence[Bad], number: int) -> None:
+    """Name the first ten images that cannot be used."""
+    if bad:
+        share = f"{len(bad)} of {number} images cannot be used and are left out"
+        say(f"warning: {stage}: {share}:")
+    for _, why in bad[:10]:
+        say(f"  {why}")
