@@ -26,10 +26,10 @@ from protoclip.config import ModelConfig
 from protoclip.data import index
 from protoclip.evaluation import features
 from protoclip.files import checksum, file_checksum
-from protoclip.models import loading
+from protoclip.models import loading, saved
 from protoclip.progress import Progress
 from protoclip.teachers import store
-from protoclip.training import checkpoint, run
+from protoclip.training import run
 
 ROWS, WIDTH, DRAWN = 200_000, 512, 20_000
 Work = Callable[[], object]
@@ -60,8 +60,8 @@ def without() -> ExitStack:
     """Lets no checksum be computed or compared."""
     stack = ExitStack()
     for module, name, value in (
-        (checkpoint, "checksum", lambda data: ""),
-        (loading, "damage", lambda folder, names=None: None),
+        (saved, "checksum", lambda data: ""),
+        (saved, "damage", lambda folder, names=None: None),
         (features, "file_checksum", lambda path: ""),
         (features, "read_sealed", lambda path: {"features": "", "bad": []}),
     ):
@@ -78,19 +78,19 @@ def tasks(folder: Path) -> Iterator[tuple[str, Work, Work]]:
         for name, value in model.named_parameters()
         for kind in ("exp_avg", "exp_avg_sq")
     }
-    parts = {loading.WEIGHTS: weights, "optimizer.safetensors": moments}
-    facts = {loading.MODEL: {}, loading.STATE: {}}
-    saved = folder / "saved"
+    parts = {saved.WEIGHTS: weights, "optimizer.safetensors": moments}
+    facts = {saved.MODEL: {}, saved.STATE: {}}
+    written = folder / "saved"
     size = sum(value.nbytes for part in parts.values() for value in part.values()) / 1e6
 
     def write() -> None:
-        checkpoint.write_checkpoint(saved, parts, facts)
+        saved.write_checkpoint(written, parts, facts)
 
     def read() -> None:
         names = [*parts, *facts]
-        assert loading.damage(saved, names) is None
+        assert saved.damage(written, names) is None
         for name in parts:
-            for tensor in loading.read_tensors(saved / name).values():
+            for tensor in saved.read_tensors(written / name).values():
                 tensor.clone()  # into a model's own memory
 
     def plainly(work: Work) -> Work:

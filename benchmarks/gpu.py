@@ -61,8 +61,8 @@ from protoclip.losses.info_nce import info_nce
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import make_targets, prototypical_loss
 from protoclip.losses.sigmoid import sigmoid_loss
-from protoclip.models import loading, towers
-from protoclip.models.loading import OPTIMIZER, WEIGHTS
+from protoclip.models import loading, saved, towers
+from protoclip.models.saved import OPTIMIZER, WEIGHTS
 from protoclip.progress import Progress
 from protoclip.prototypes.features import EpisodeFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
@@ -560,7 +560,7 @@ def resume(machine: Machine) -> Iterator[Row]:
             config = tiny(folder, machine, **{**way, "run": saving, "model": vit})
             wanted = ends(config)
             own = Path(str(config.run.out))
-            for checkpoint in loading.checkpoints(own)[1:]:
+            for checkpoint in saved.checkpoints(own)[1:]:
                 shutil.rmtree(checkpoint)
             (own / "results.json").unlink()
             number = differing(ends(config, resume="auto"), wanted)
@@ -584,7 +584,7 @@ def ends(config: Config, **more: Any) -> dict[str, Tensor]:
     """Weights and moments of the last checkpoint of a run."""
     Path(str(config.run.out)).parent.mkdir(parents=True, exist_ok=True)
     train(config, **more)
-    last = loading.find_checkpoint(str(config.run.out))
+    last = saved.find_checkpoint(str(config.run.out))
     parts = [load_file(last / name) for name in (WEIGHTS, OPTIMIZER)]
     return {
         f"{number}/{key}": value for number, part in enumerate(parts) for key, value in part.items()

@@ -30,7 +30,7 @@ import torch
 import protoclip
 from protoclip.config import Config
 from protoclip.distributed import collectives
-from protoclip.models import loading
+from protoclip.models import loading, start
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 from protoclip.training.trainer import Trainer
@@ -97,12 +97,12 @@ def peaks_of(model: str, strategy: str, folder: Path) -> list[list[float]]:
 @contextmanager
 def unchecked() -> Iterator[None]:
     """Loading without the check of the weights' checksum."""
-    require_intact = loading.require_intact
-    loading.require_intact = lambda folder, *names: None
+    require_intact = start.require_intact
+    start.require_intact = lambda folder, *names: None
     try:
         yield
     finally:
-        loading.require_intact = require_intact
+        start.require_intact = require_intact
 
 
 def loading_seconds(folder: Path, repeats: int) -> tuple[list[float], list[float]]:

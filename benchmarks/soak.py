@@ -29,7 +29,7 @@ import torch
 from protoclip.config import Config
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.models.loading import checkpoints, damage
+from protoclip.models.saved import checkpoints, damage
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip.cli.parsing import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive, check
-from protoclip.models import loading, towers
+from protoclip.models import towers
+from protoclip.models.start import resolve_start
 from protoclip.training import sizes
 from protoclip.training.optim import resolved
 from protoclip.training.stages import LOCKED_IMAGE, stage_of
@@ -54,7 +55,7 @@ class Forward:
 
 def forward_flops(config: ModelConfig) -> Forward:
     """Count the towers' FLOPs on the meta device, at the recipe's sizes. Needs no weights."""
-    model = loading.architecture(config, weights="none")
+    model = resolve_start(config).build("none")
     pair: Any = model.towers
     size, length = towers.image_size(pair), int(pair.context_length)
     if config.name is None and config.start is None:

@@ -25,7 +25,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
 from protoclip.models import loading
-from protoclip.models.loading import find_checkpoint
+from protoclip.models.saved import find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run
 from protoclip.training.trainer import Trainer

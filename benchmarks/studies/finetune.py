@@ -39,7 +39,7 @@ from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import beyond, interval_of_difference
 from protoclip.evaluation.readers import Subset
 from protoclip.models import loading
-from protoclip.models.loading import checkpoints
+from protoclip.models.saved import checkpoints
 
 SETS = ("grocery", "clothing")
 BATCH, START_PASSES = 128, 5  # of the start

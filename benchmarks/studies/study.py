@@ -62,10 +62,10 @@ from protoclip.data.pairs import Pairs
 from protoclip.evaluation.metrics import beyond, t_interval
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
-from protoclip.models.loading import MODEL, WEIGHTS
+from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
+from protoclip.models.start import resolve_start
 from protoclip.progress import Progress, duration
 from protoclip.training import optim, run
-from protoclip.training.checkpoint import write_checkpoint
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
 OWN = ("name", "group", "schedule", "start", "rotate", "shift")  # keys that are no settings
@@ -273,8 +273,9 @@ def displaced(
             way = torch.randn(width, generator=generator)
             way *= shift * length / (way @ towers.text_projection).norm()
             towers.ln_final.bias.add_(way)
-    description = loading.description(resolved)
-    write_checkpoint(folder, {WEIGHTS: dict(model.state_dict())}, {MODEL: description})
+    start = resolve_start(resolved)
+    facts = {MODEL: model_json(start.model, start.architecture.towers_json)}
+    write_checkpoint(folder, {WEIGHTS: dict(model.state_dict())}, facts)
 
 
 @contextmanager

@@ -30,9 +30,8 @@ from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.evaluation import datasets
 from protoclip.models import loading
-from protoclip.models.loading import MODEL, WEIGHTS, find_checkpoint, read_tensors
+from protoclip.models.saved import MODEL, WEIGHTS, find_checkpoint, read_tensors, write_checkpoint
 from protoclip.testing import run_distributed, tiny_config
-from protoclip.training.checkpoint import write_checkpoint
 from protoclip.training.run import train
 
 FEATURES = {
@@ -247,7 +246,7 @@ def model_for(row: Row, base: ModelConfig, data: Path) -> ModelConfig:
         start = data / f"start-{base.image.name}"
         if not start.exists():
             weights = dict(loading.model(base, seed=1).state_dict())
-            write_checkpoint(start, {WEIGHTS: weights}, {MODEL: loading.description(base)})
+            write_checkpoint(start, {WEIGHTS: weights}, {MODEL: model_json(base, None)})
         base = replace(base, start=str(start))
     return replace(base, lora=2 if row["lora"] == "yes" else None)
 

@@ -15,7 +15,7 @@ import torch
 from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.config import Config
-from protoclip.models.loading import checkpoints, read_tensors
+from protoclip.models.saved import checkpoints, read_tensors
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
 from protoclip.training.run import to_toml, train
 

@@ -22,7 +22,8 @@ from protoclip.config import (
     ParallelConfig,
     TextTowerConfig,
 )
-from protoclip.models.loading import find_checkpoint, read_tensors, training_model
+from protoclip.models.loading import training_model
+from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 from tiny_hugging_face import NO_DROPOUT, save_dual_encoder, save_siglip

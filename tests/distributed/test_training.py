@@ -20,7 +20,7 @@ from protoclip.losses.keep import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare
 from protoclip.models import batch_norm, loading
-from protoclip.models.loading import find_checkpoint, read_tensors
+from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config, tiny_model
 from protoclip.training.run import train
 from protoclip.training.stages import PROTOTYPICAL, enter_stage

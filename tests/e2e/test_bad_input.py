@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip.cli import main
-from protoclip.models.loading import find_checkpoint
+from protoclip.models.saved import find_checkpoint
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 

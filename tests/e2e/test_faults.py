@@ -15,7 +15,8 @@ from filelock import FileLock
 
 from interrupting import WAYS, assert_equal_ends, config_for, stop_after, with_out
 from protoclip import cli
-from protoclip.models.loading import checkpoints, damage, read_tensors
+from protoclip.models import saved
+from protoclip.models.saved import checkpoints, damage, read_tensors
 from protoclip.testing import tiny_config
 from protoclip.training import checkpoint, run
 from protoclip.training.trainer import Trainer
@@ -103,7 +104,7 @@ def test_a_pickle_in_a_checkpoint_never_runs(name, stopped, tmp_path, monkeypatc
 
 def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let no checkpoint of these steps be written; returns a list that gets every attempt."""
-    write, attempts = checkpoint.write_checkpoint, []
+    write, attempts = saved.write_checkpoint, []
 
     def full(folder: Path, *given: Any) -> None:
         attempts.append(folder.name)
@@ -112,7 +113,7 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
                 patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
             write(folder, *given)
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", full)
+    monkeypatch.setattr(saved, "write_checkpoint", full)
     monkeypatch.setattr(checkpoint, "LAST_RETRIES", (0.0, 0.0))
     return attempts
 
@@ -160,10 +161,10 @@ def test_steps_that_are_not_finite_are_skipped_up_to_ten(tiny_parquet, tmp_path,
     """The model stays as it was. The samples of the last batch are written; a checkpoint stays."""
     folder = tmp_path / "run"
     poison([3, *range(5, 99)], monkeypatch)
-    saved = {"save_steps": 1, "keep_checkpoints": 99}
+    often = {"save_steps": 1, "keep_checkpoints": 99}
     stages = {"warm_up": 4, "locked_image": 0}
     with pytest.raises(ValueError, match="diverged: loss or gradient not finite in 10 steps"):
-        run.train(config_for(tiny_parquet, folder, run=saved, episodes=stages))
+        run.train(config_for(tiny_parquet, folder, run=often, episodes=stages))
     weights = [
         read_tensors(folder / "checkpoints" / f"step-{step:09}" / "model.safetensors")
         for step in (2, 3, 4)

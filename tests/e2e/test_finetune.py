@@ -25,8 +25,8 @@ from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.models import loading
-from protoclip.models.loading import find_checkpoint, read_tensors
+from protoclip.models import loading, saved
+from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.finetune import finetune
 from protoclip.training.run import Run, train
@@ -106,7 +106,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(find_checkpoint(folder) / loading.WEIGHTS)
+    return read_tensors(find_checkpoint(folder) / saved.WEIGHTS)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
     assert torch.equal(scale, chosen["towers.logit_scale"])
     config = tiny_config(f"{top}/own.parquet", out=str(tmp_path / "next"))
     config = with_changes(config, {"model": {"start": str(copied)}})
-    first = loading.model(loading.followed(config.model)[0], seed=0).state_dict()
+    first = loading.model(config.model, seed=0).state_dict()
     assert all(torch.equal(first[name], value) for name, value in chosen.items())
     capsys.readouterr()
     words = f"{copied} --data {top}/own.parquet --tasks retrieval --no-cache --json"

@@ -25,9 +25,10 @@ from interrupting import (
 )
 from protoclip.cli import main
 from protoclip.config import Config
-from protoclip.models.loading import checkpoints, find_checkpoint
+from protoclip.models import saved
+from protoclip.models.saved import checkpoints, find_checkpoint
 from protoclip.testing import tiny_config
-from protoclip.training import checkpoint, run
+from protoclip.training import run
 
 # Steps 1-4 are the warm-up, 5-12 prototypical, 13-16 have a locked image tower.
 STEPS = {"extract": [2, 6, 8, 14], "queue": [4, 6], "stream": [6, 11]}
@@ -91,13 +92,13 @@ def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(
         run.train(config)
     (kept,) = checkpoints(tmp_path / "run")
     written = []
-    write = checkpoint.write_checkpoint
+    write = saved.write_checkpoint
 
     def and_note(folder: Path, *given: object) -> None:
         written.append(folder)
         write(folder, *given)
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", and_note)
+    monkeypatch.setattr(saved, "write_checkpoint", and_note)
     run.train(with_changes(config, {"run": {"save_steps": 1}}), resume="auto")
     assert [int(folder.name[-9:]) for folder in written] == [3, 4, 5, 6]
     assert kept not in written

@@ -31,7 +31,7 @@ from protoclip.config import (
 from protoclip.evaluation import datasets
 from protoclip.files import to_json
 from protoclip.models import loading
-from protoclip.models.loading import find_checkpoint
+from protoclip.models.saved import find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import optim, run
 from protoclip.training.run import flat

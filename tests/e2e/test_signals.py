@@ -19,7 +19,8 @@ from interrupting import after_step, quick_config
 from protoclip import cli, signals
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
-from protoclip.models.loading import checkpoints
+from protoclip.models import saved
+from protoclip.models.saved import checkpoints
 from protoclip.training import checkpoint, run
 from protoclip.training.run import to_toml
 from protoclip.training.trainer import Trainer
@@ -99,7 +100,7 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint(
     """Here it comes, twice, before an episode whose batches the workers have yet to make, and once
     more while the checkpoint is written."""
     number = getattr(signal, name)
-    start_episode, write = Trainer.start_episode, checkpoint.write_checkpoint
+    start_episode, write = Trainer.start_episode, saved.write_checkpoint
 
     def to_all(trainer: Trainer, episode: Episode) -> dict[str, float]:
         if trainer.step == 2 and collectives.rank() == ranks - 1:
@@ -112,7 +113,7 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint(
         write(*parts)
 
     monkeypatch.setattr(Trainer, "start_episode", to_all)
-    monkeypatch.setattr(checkpoint, "write_checkpoint", interrupted)
+    monkeypatch.setattr(saved, "write_checkpoint", interrupted)
     processes = started(lambda: cli.main(words), ranks)
     assert codes(processes) == [128 + number] * ranks, capfd.readouterr().err
     assert alive(processes[0].pid or 0) == []

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip.cli import main
-from protoclip.models import loading
+from protoclip.models import saved
 from protoclip.progress import Progress
 from protoclip.terminal import say
 from protoclip.testing import tiny_config, tiny_pairs
@@ -132,7 +132,7 @@ def test_a_run_goes_on_without_its_streams(streams, home, tmp_path):
     assert end.code == 0, end
     assert "Traceback" not in end.err
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 16
-    assert loading.damage(loading.checkpoints(tmp_path / "run")[-1]) is None
+    assert saved.damage(saved.checkpoints(tmp_path / "run")[-1]) is None
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         assert "step" in json.loads(line)
 

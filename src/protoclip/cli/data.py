@@ -136,13 +136,12 @@ def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int
     if model.name is None and model.start is None and model.text.name is None:
         clip_tokenizer()  # once, and not in each worker process
         return count_clip_tokens, model.text.context_length
-    from protoclip.models.loading import context_length, followed, tokenizer
-    from protoclip.models.towers import TokenCounter, named_config
+    from protoclip.models.loading import context_length, tokenizer
+    from protoclip.models.start import resolve_start
+    from protoclip.models.towers import TokenCounter
 
-    model, _ = followed(model)
-    if model.name is not None:
-        named_config(model.name)
-    return TokenCounter(tokenizer(model)), context_length(model)
+    start = resolve_start(model)
+    return TokenCounter(tokenizer(start)), context_length(start)
 
 
 def count_clip_tokens(texts: list[str]) -> list[int]:

@@ -28,7 +28,7 @@ from protoclip.evaluation.features import Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
 from protoclip.files import read_toml, require_regular
-from protoclip.models import loading
+from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.nearest import nearest
@@ -165,7 +165,7 @@ def open_run(run: Path) -> tuple[Config, list[Path]]:
         config = Config.from_dict(tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    checkpoints = loading.checkpoints(run)
+    checkpoints = saved.checkpoints(run)
     if not checkpoints:
         raise ValueError(f"{run}: no checkpoint to analyse; {HINT}")
     return config, checkpoints
@@ -285,7 +285,7 @@ def prototypes(checkpoint: Path) -> Mapping[str, Float[Tensor, "k p"]]:
 
     The locked-image stage makes none, and keeps those of the episode before it.
     """
-    path = checkpoint / loading.RESUME
+    path = checkpoint / saved.RESUME
     if not path.is_file():
         return {}
     names = {modality: f"clusters/{modality}/centroids" for modality in MODALITIES}

@@ -34,7 +34,7 @@ from protoclip.evaluation.datasets import (
 from protoclip.evaluation.readers import Subset
 from protoclip.evaluation.suite import quick_tasks
 from protoclip.files import read_json, read_toml
-from protoclip.models.loading import STATE, checkpoints
+from protoclip.models.saved import STATE, checkpoints
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it

@@ -36,7 +36,7 @@ from protoclip.explore.pairs import ExploredPairs, Rows
 from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float
-from protoclip.models.references import kind_of
+from protoclip.models.start import find_start
 from protoclip.terminal import say
 
 SEARCH_PIXELS = 50_000_000  # of an image that is searched for; decoding takes 20 bytes a pixel
@@ -236,7 +236,7 @@ def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]
     """The trained projection heads; None for a model without, and for a run that trains none."""
     if not isinstance(model, ProtoCLIP):
         return None
-    if kind_of(reference)[0] == "run":
+    if find_start(reference).checkpoint is not None:
         config = run_config(reference)
         if config is not None and not config.uses_prototypes:
             return None
@@ -251,9 +251,8 @@ def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]
 
 def own_prototypes(reference: str) -> Mapping[str, Tensor]:
     """The prototypes that a run's checkpoint holds, by modality; none for other models."""
-    if kind_of(reference)[0] != "run":
-        return {}
-    return analysis.prototypes(loading.find_checkpoint(reference))
+    checkpoint = find_start(reference).checkpoint
+    return {} if checkpoint is None else analysis.prototypes(checkpoint)
 
 
 def run_config(reference: str) -> Config | None:

@@ -23,9 +23,8 @@ from protoclip.data.tables import line
 from protoclip.evaluation.compare import intervals_of, read_results
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
-from protoclip.models import loading, references
-from protoclip.models.loading import RESUME
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.saved import MODEL, RESUME, checkpoints, find_checkpoint, read_tensors
 from protoclip.progress import Progress
 from protoclip.prototypes.targets import back_translate
 from protoclip.terminal import visible, without_secrets
@@ -59,12 +58,6 @@ model, image_transform, tokenizer = protoclip.load(folder)""",
 }
 
 
-def checkpoint_of(reference: str) -> Path | None:
-    """The checkpoint folder that a reference names, if it is one of a run."""
-    is_run = references.kind_of(reference)[0] == "run"
-    return loading.find_checkpoint(reference) if is_run else None
-
-
 def run_of(checkpoint: Path | None) -> Path | None:
     """The run folder that a checkpoint is in."""
     if checkpoint is None:
@@ -86,16 +79,16 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
     Returns:
         Why there are none; None if they are written.
     """
-    checkpoint = checkpoint_of(source.reference)
-    alpha = None if checkpoint is None else read_json(checkpoint / loading.MODEL).get("alpha")
-    if checkpoint is not None and alpha is not None and loading.checkpoints(checkpoint):
-        end = loading.checkpoints(checkpoint)[-1]
+    checkpoint = source.checkpoint
+    alpha = None if checkpoint is None else read_json(checkpoint / MODEL).get("alpha")
+    if checkpoint is not None and alpha is not None and checkpoints(checkpoint):
+        end = checkpoints(checkpoint)[-1]
         if alpha < 1:
             return f"they are of the end of fine-tuning, and this is alpha {alpha:g}; export {end}"
         checkpoint = end
     if checkpoint is None or not (checkpoint / RESUME).is_file():
         return "no checkpoint of a run"
-    stored = loading.read_tensors(checkpoint / RESUME)
+    stored = read_tensors(checkpoint / RESUME)
     prefix, suffix = "clusters/", "/centroids"
     spaces = [
         key[len(prefix) : -len(suffix)]
@@ -154,7 +147,7 @@ def add_captions(source: Source, folder: Path) -> str | None:
     facts = read_json(path) if path.is_file() else {"spaces": {}}
     if "text" not in facts["spaces"] or not isinstance(source.model, ProtoCLIP):
         return None
-    run = run_of(checkpoint_of(source.reference))
+    run = run_of(source.checkpoint)
     if run is None:
         return "the checkpoint is not in the folder of its run"
     try:
@@ -163,7 +156,7 @@ def add_captions(source: Source, folder: Path) -> str | None:
         return f"the run's data cannot be opened ({line(str(error))})"
     if not captions:
         return "the run's data has none"
-    tensors = loading.read_tensors(path.with_suffix(".safetensors"))
+    tensors = read_tensors(path.with_suffix(".safetensors"))
     projected = project(source, captions)
     for space, found in facts["spaces"].items():
         means = tensors["text.centroids" if space == "text" else f"{space}.in_text"]
@@ -216,7 +209,7 @@ def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str,
     """Metrics of a finished run with their 95% intervals, if they are of this checkpoint."""
     if run is None or checkpoint is None or not (run / "results.json").is_file():
         return {}
-    if checkpoint.resolve() != loading.find_checkpoint(run.resolve()):
+    if checkpoint.resolve() != find_checkpoint(run.resolve()):
         return {}
     results = read_results(run)
     ends = intervals_of(results)
@@ -230,7 +223,7 @@ def write_card(
     source: Source, folder: Path, facts: Mapping[str, Any], *, hub_name: str | None
 ) -> None:
     """Write the model card; `facts` are what `export` returns."""
-    checkpoint = checkpoint_of(source.reference)
+    checkpoint = source.checkpoint
     run = run_of(checkpoint)
     settings = as_kept(read_toml(run / "config.toml")) if run else {}
     own_name = flat(settings).get("run.name") or Path(facts["folder"]).name

@@ -24,7 +24,6 @@ from protoclip.export.source import (
     plain_blocks,
 )
 from protoclip.export.timm import has_linear_projection, trunk_arguments
-from protoclip.models import references
 from protoclip.models.hugging_face import (
     MASKED_KIND,
     HuggingFaceTowers,
@@ -97,12 +96,12 @@ def opened(source: Source) -> tuple[Any, Any, Any]:
     model = source.towers.library_model()
     if hasattr(source.towers, "logit_bias") and not hasattr(model, "logit_bias"):
         raise Unavailable("no model of transformers with such towers has a logit bias")
-    kind, place = references.kind_of(source.reference)
-    if kind == "run":
+    if source.checkpoint is not None:
         processor = image_processor(source)
     else:
         open_processor: Any = AutoImageProcessor.from_pretrained
-        processor = open_processor(place, trust_remote_code=False)
+        name = source.reference.removeprefix("hf:")
+        processor = open_processor(name, trust_remote_code=False)
     tokenizer = source.text_tokenizer
     tokenizer.tokenizer.model_max_length = tokenizer.context_length
     return model, tokenizer.tokenizer, processor

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from protoclip.export.source import Features, Source, Unavailable
 from protoclip.files import read_json, to_json
-from protoclip.models.references import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from protoclip.models.start import OPEN_CLIP_WEIGHTS
+from protoclip.models.towers import OPEN_CLIP_CONFIG
 
 
 def write(source: Source, folder: Path) -> str:

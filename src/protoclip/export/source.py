@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.files import read_json
-from protoclip.models import loading, references, towers
-from protoclip.models.hugging_face import ImageTransform
+from protoclip.models.hugging_face import HuggingFaceTowers
+from protoclip.models.opening import ImageTransform
 from protoclip.models.protoclip import TowerPair
+from protoclip.models.start import find_start
 from protoclip.models.towers import Tokenizer
 
 
@@ -33,11 +33,13 @@ class Source:
     """A model to export, in evaluation mode on the CPU.
 
     Attributes:
+        checkpoint: The checkpoint folder of a model of ours.
         config: open_clip's description of the towers; None if they are of `transformers`.
         license: Of the weights, as the hub writes it.
     """
 
     reference: str
+    checkpoint: Path | None
     model: TowerPair
     transform: ImageTransform
     tokenizer: Tokenizer
@@ -101,11 +103,13 @@ class Features:
 
 def open_source(reference: str, *, license: str = "unknown") -> Source:
     """Load the model to export; raises as `protoclip.load`."""
-    model, transform, tokenizer = loading.load(reference)
-    config = architecture(reference)
+    start = find_start(reference)
+    model, transform, tokenizer = start.open()
     built: Any = model.towers
-    if config is not None:
-        config = deepcopy(config)
+    config = None
+    if not isinstance(built, HuggingFaceTowers):
+        config = deepcopy(start.architecture.open_clip_config)
+        assert config is not None
         size = built.visual.image_size
         config["vision_cfg"]["image_size"] = size if isinstance(size, int) else list(size)
         config["text_cfg"]["context_length"] = int(tokenizer(["a"]).shape[1])
@@ -117,48 +121,13 @@ def open_source(reference: str, *, license: str = "unknown") -> Source:
         config["custom_text"] = not isinstance(built, open_clip.CLIP)
     return Source(
         reference=reference,
+        checkpoint=start.checkpoint,
         model=model,
         transform=transform,
         tokenizer=tokenizer,
         config=config,
         license=license,
     )
-
-
-def architecture(reference: str) -> dict[str, Any] | None:
-    """open_clip's configuration of a model; None for a model of `transformers`."""
-    kind, name = references.kind_of(reference)
-    if kind == "hf":
-        return None
-    if kind == "open_clip":
-        return towers.named_config(name.partition("/")[0])
-    if kind == "reference":
-        return towers.named_config(name.rpartition(",model=")[2])
-    if kind == "local-dir":
-        config: dict[str, Any] = read_json(Path(name) / references.OPEN_CLIP_CONFIG)["model_cfg"]
-        return config
-    folder = loading.find_checkpoint(reference)
-    model = loading.model_config(read_json(folder / loading.MODEL), folder)
-    if (description := loading.described(model)) is not None:
-        found: dict[str, Any] | None = description.get("model_cfg")
-        return found
-    if model.name is not None:
-        return towers.named_config(model.name)
-    sizes = asdict(model.text)
-    text = {name: sizes[name] for name in ("width", "heads", "layers")}
-    if model.text.name is not None:
-        source = str(loading.text_source(model))
-        names = {"hf_model_name": source, "hf_tokenizer_name": source}
-        text = {**names, "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
-    return {
-        "embed_dim": model.embed_dim,
-        "vision_cfg": {
-            "timm_model_name": model.image.name,
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-        },
-        "text_cfg": text,
-    }
 
 
 def has_quick_gelu(module: nn.Module) -> bool:

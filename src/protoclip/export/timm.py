@@ -18,7 +18,7 @@ from timm.models import byobnet, save_for_hf, vision_transformer
 from torch import Tensor, nn
 
 from protoclip.export.source import Features, Source, Unavailable, has_quick_gelu, is_plain_vit
-from protoclip.models.references import misfits
+from protoclip.models.opening import misfits
 
 FOLDER = "timm"
 # timm's names of CLIP's ResNets, by the blocks of their stages.

@@ -1,7 +1,6 @@
 """Models of `transformers` to start from: a `CLIPModel` becomes the same model of open_clip."""
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -11,8 +10,8 @@ from torch import Tensor
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import hugging_face, towers
 from protoclip.models.hugging_face import HuggingFaceTowers, image_transform
+from protoclip.models.opening import Loaded, hub_name, readable_errors
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.references import Loaded, readable_errors
 
 # Hugging Face's names of what is in a transformer, and open_clip's (`pre_layrnorm` is spelt so).
 NAMES = {
@@ -36,8 +35,8 @@ CAPTIONS = ("a photo of a cat", "It's A TEST: 2 cats & 3 dogs!", "naïve café, 
 
 
 @cache  # a run asks several times, and each asks the hub
-def description(reference: str, name: str) -> dict[str, Any]:
-    """What builds a model again, by its folder or hub name.
+def towers_json(reference: str, name: str) -> dict[str, Any]:
+    """What describes the towers of a model in `model.json`, by its folder or hub name.
 
     A `CLIPModel` is described as in an `open_clip_config.json`, and trained as a model of
     open_clip. Others stay models of `transformers`.
@@ -48,23 +47,22 @@ def description(reference: str, name: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoImageProcessor
 
     open_processor: Any = AutoImageProcessor.from_pretrained
-    with readable_errors(f"model.start: {reference}", "" if Path(name).is_dir() else name):
+    with readable_errors(f"model.start: {reference}", hub_name(name)):
         config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type in hugging_face.TRAINABLE:
+            return hugging_face.description(name)
         if config.model_type == "clip":
             processor = open_processor(name, trust_remote_code=False)
-    if config.model_type not in ("clip", *hugging_face.TRAINABLE):
+    if config.model_type != "clip":
         raise ValueError(
             f"model.start: {reference}: models of kind {config.model_type} cannot be trained here; "
             f"of transformers, {', '.join(('clip', *hugging_face.TRAINABLE))} can"
         )
-    if config.model_type != "clip":
-        with readable_errors(f"model.start: {reference}", "" if Path(name).is_dir() else name):
-            return hugging_face.description(name)
     image, text = config.vision_config, config.text_config
     if image.hidden_act != text.hidden_act or image.hidden_act not in ACTIVATIONS:
         acts = f"{image.hidden_act} and {text.hidden_act}"
         raise ValueError(f"model.start: {reference}: open_clip has no towers with {acts}")
-    ours = isinstance(image_transform(processor), EvaluationTransform)
+    is_ours = isinstance(image_transform(processor), EvaluationTransform)
     return {
         "model_cfg": {
             "embed_dim": config.projection_dim,
@@ -91,7 +89,7 @@ def description(reference: str, name: str) -> dict[str, Any]:
         "preprocess_cfg": {
             "mean": list(processor.image_mean),
             "std": list(processor.image_std),
-            "resize_mode": "shortest" if ours else "squash",
+            "resize_mode": "shortest" if is_ours else "squash",
         },
     }
 
@@ -103,13 +101,13 @@ def converted(reference: str, name: str, loaded: Loaded) -> TowerPair:
         ValueError: The tokenizer of a `CLIPModel` is not CLIP's.
     """
     pair, _, tokenizer = loaded
-    towers_of = pair.towers
-    assert isinstance(towers_of, HuggingFaceTowers)
-    if towers_of.kind != "clip":
+    theirs = pair.towers
+    assert isinstance(theirs, HuggingFaceTowers)
+    if theirs.kind != "clip":
         return pair
-    check_tokenizer(reference, tokenizer, eos=towers_of.config.text_config.eos_token_id)
-    built = towers.described_towers(description(reference, name))
-    model = towers_of.library_model()
+    check_tokenizer(reference, tokenizer, eos=theirs.config.text_config.eos_token_id)
+    built = towers.described_towers(towers_json(reference, name))
+    model = theirs.library_model()
     weights = {f"visual.{key}": value for key, value in renamed(model.vision_model).items()}
     weights |= renamed(model.text_model)
     weights["visual.proj"] = model.visual_projection.weight.T
@@ -121,10 +119,8 @@ def converted(reference: str, name: str, loaded: Loaded) -> TowerPair:
 
 def renamed(tower: Any) -> dict[str, Tensor]:
     """The weights of a tower by open_clip's names; queries, keys and values are one there."""
-    # transformers 4 has one more module inside these.
-    tower = getattr(tower, "vision_model", getattr(tower, "text_model", tower))
     state: dict[str, Tensor] = tower.state_dict()
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key
         for theirs, ours in NAMES.items():
@@ -135,8 +131,8 @@ def renamed(tower: Any) -> dict[str, Tensor]:
             parts = [state[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
             name = name.replace("self_attn.q_proj.", "attn.in_proj_")
             value = torch.cat(parts)
-        found[name] = value
-    return found
+        weights[name] = value
+    return weights
 
 
 def check_tokenizer(reference: str, tokenizer: Any, *, eos: int) -> None:

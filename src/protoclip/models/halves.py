@@ -1,6 +1,7 @@
 """Pretrained halves of a dual encoder: timm's image weights, and Hugging Face text models."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,32 +11,76 @@ import timm
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from protoclip.config import ModelConfig
 from protoclip.models import towers
+from protoclip.models.architecture import Architecture
 from protoclip.models.hugging_face import read_model
-from protoclip.models.references import misfits, readable_errors, require_safetensors
-from protoclip.models.towers import examples_of
+from protoclip.models.opening import hub_name, misfits, readable_errors, require_safetensors
+from protoclip.models.towers import Tokenizer, TowerKind, Weights, examples_of
 
 # The kinds of Hugging Face text model that open_clip can hold.
 TEXT_KINDS = ("bert", "roberta", "xlm-roberta")
 PUBLISHED = "published"
 MINILM = "minilm"
-TEXT_FILES = "text"  # folder of a checkpoint, with what a text tower needs beside its weights
 
 
-def load_weights(built: nn.Module, config: ModelConfig, *, text_source: str) -> None:
-    """Load the weights that a configuration names for single towers, in place.
+class SmallTowers(Architecture):
+    """timm's image tower and a small or a Hugging Face text tower, each with weights of its own."""
 
-    Raises:
-        ValueError: There are no such weights, or they are of another model or pickled.
-    """
-    image: Any = built.visual
-    if config.image.weights is not None:
-        size = image.image_size[0]
-        image.trunk.load_state_dict(image_weights(config.image.name, config.image.weights, size))
-    if config.text.name is not None:
-        text: Any = built.text
-        text.transformer.load_state_dict(text_weights(config.text.name, text_source))
+    @property
+    def open_clip_config(self) -> dict[str, Any]:
+        text: dict[str, Any] = asdict(self.model.text)
+        described = {name: text[name] for name in ("width", "heads", "layers")}
+        if self.model.text.name is not None:
+            names = dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), self._text_source)
+            described = {**names, "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
+        vision = {"timm_model_name": self.model.image.name, "timm_pool": "avg"}
+        return {
+            "embed_dim": self.model.embed_dim,
+            "vision_cfg": {**vision, "timm_proj": "linear"},
+            "text_cfg": described,
+        }
+
+    @property
+    def tower_kind(self) -> TowerKind | None:
+        untrained = self.model.image.weights is None and self.model.text.name is None
+        return None if untrained else towers.tower_kind({"timm_model_name": self.model.image.name})
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        size, length = towers.small_sizes(self.model)
+        return {"image_size": size, "context_length": length}
+
+    def towers(self, weights: Weights) -> nn.Module:
+        """As `towers.small_towers`; each half has the weights that the settings name, or new ones.
+
+        Raises:
+            ValueError: There are no such weights, or they are of another model or pickled.
+        """
+        name, source = self.model.text.name, self._text_source
+        reads: AbstractContextManager[None] = nullcontext()
+        if name is not None:
+            check_text(name, source, context_length=towers.small_sizes(self.model)[1])
+            reads = hub(name, source)
+        with reads:
+            built = towers.small_towers(self.model, text_source=source)
+        image = self.model.image
+        if weights == "published" and image.weights is not None:
+            trunk = image_weights(image.name, image.weights, towers.image_size(built))
+            built.get_submodule("visual.trunk").load_state_dict(trunk)
+        if weights == "published" and name is not None:
+            built.get_submodule("text.transformer").load_state_dict(text_weights(name, source))
+        return built
+
+    def tokenizer(self) -> Tokenizer:
+        length = self.sizes["context_length"]
+        if self.model.text.name is None:
+            return towers.build_tokenizer(None, context_length=length)
+        text = {"hf_tokenizer_name": self._text_source}
+        return towers.described_tokenizer(text, context_length=length)
+
+    @property
+    def _text_source(self) -> str:
+        return str(self.text_files or text_source(self.model.text.name))
 
 
 def image_weights(name: str, weights: str, size: int) -> dict[str, Tensor]:
@@ -53,14 +98,13 @@ def image_weights(name: str, weights: str, size: int) -> dict[str, Tensor]:
     else:
         model = timm.create_model(name)
         with readable_errors(reference):
-            found = load_state_dict(weights, weights_only=True)
+            given = load_state_dict(weights, weights_only=True)
         classifier = classifier_names(model)
-        own = {key for key in model.state_dict() if key.startswith(classifier)}
-        found = {key: value for key, value in found.items() if not key.startswith(classifier)}
-        wrong = [key for key in misfits(model, found) if key not in own]
-        if wrong:
+        dropped = {key for key in model.state_dict() if key.startswith(classifier)}
+        trunk = {key: value for key, value in given.items() if not key.startswith(classifier)}
+        if wrong := [key for key in misfits(model, trunk) if key not in dropped]:
             raise ValueError(f"{reference}: does not fit {name}: {examples_of(wrong)}")
-        model.load_state_dict(found, strict=False)
+        model.load_state_dict(trunk, strict=False)
     model.reset_classifier(0, global_pool="avg")
     towers.set_input_size(model, size, name)
     state: dict[str, Tensor] = model.state_dict()
@@ -113,7 +157,7 @@ def check_text(name: str, source: str, *, context_length: int) -> None:
 
 def hub(name: str, source: str) -> AbstractContextManager[None]:
     """Reads a text model from its folder or the hub; what fails is a line."""
-    return readable_errors(f"model.text.name: {name}", "" if Path(source).is_dir() else source)
+    return readable_errors(f"model.text.name: {name}", hub_name(source))
 
 
 def text_weights(name: str, source: str) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 import copy
 import json
 import sys
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform
+from protoclip.models.architecture import Architecture
+from protoclip.models.opening import ImageTransform, hub_name, readable_errors
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.towers import (
     Misfit,
     RememberingTokenizer,
     Tokenizer,
+    TowerKind,
+    Weights,
     examples_of,
     max_tokens,
     require_multiple,
     tower_kind,
 )
-
-ImageTransform = Callable[[Image.Image], Tensor]
 
 # The kinds of Hugging Face model, as their configurations name them.
 KINDS = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
@@ -66,7 +69,7 @@ def open_config(name: str) -> Any:
 
 def read_model(name: str, **settings: Any) -> Any:
     """A model of `transformers` with all its weights; reads safetensors only."""
-    model, found = auto_model().from_pretrained(
+    model, loading = auto_model().from_pretrained(
         name,
         use_safetensors=True,
         trust_remote_code=False,
@@ -74,7 +77,7 @@ def read_model(name: str, **settings: Any) -> Any:
         ignore_mismatched_sizes=True,  # else it raises, and names none of them
         **settings,
     )
-    if wrong := found["missing_keys"] | {key for key, *_ in found["mismatched_keys"]}:
+    if wrong := loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}:
         raise Misfit(f"does not fit config.json: {examples_of(sorted(wrong))}")
     return model
 
@@ -207,7 +210,6 @@ class HuggingFaceTowers(nn.Module):
         return model.eval()
 
 
-@cache  # a run asks several times, and each asks the hub
 def description(name: str) -> dict[str, Any]:
     """What builds the towers again without their weights, from a folder or name; JSON values.
 
@@ -227,61 +229,73 @@ def description(name: str) -> dict[str, Any]:
     return {"transformers": settings, "preprocess_cfg": images}
 
 
-def described_towers(
-    description: Mapping[str, Any],
-    *,
-    image_size: int | None = None,
-    context_length: int | None = None,
-) -> HuggingFaceTowers:
-    """Towers without trained weights; sizes are the description's own unless given.
+class TransformersTowers(Architecture):
+    """The towers of a model of `transformers`, by what `description` returns."""
 
-    Raises:
-        ValueError: The towers cannot have these sizes.
-    """
-    config, images = library_config(description), dict(description["preprocess_cfg"])
-    text, vision = config.text_config, config.vision_config
-    if image_size not in (None, images["size"]):
+    @property
+    def open_clip_config(self) -> None:
+        return None
+
+    @property
+    def tower_kind(self) -> TowerKind:
+        vision = self._config.vision_config
+        if vision.model_type == "timm_wrapper":
+            return tower_kind({"timm_model_name": vision.architecture})
+        return "transformer" if hasattr(vision, "num_attention_heads") else "convolutional"
+
+    @property
+    def embed_dim(self) -> int:
+        config = self._config
         if config.model_type == MASKED_KIND:
-            raise ValueError(
-                f"model.image.size: {image_size} cannot be had; the images of this model have "
-                f"{images['size']} pixels"
-            )
-        require_multiple(image_size, vision.patch_size, "this model")
-        vision.image_size = images["size"] = image_size
-    if context_length is not None:
-        if config.model_type != MASKED_KIND:  # whose positions are not the caption's alone
-            text.max_position_embeddings = context_length
-        elif context_length > (most := max_tokens(text)):
-            raise ValueError(
-                f"model.text.context_length: {context_length} is too large; this model reads at "
-                f"most {most}"
-            )
-    built = HuggingFaceTowers(untrained(config).float())
-    built.visual.prepare(images)
-    return built
+            return int(config.projection_dim)
+        return int(getattr(config.text_config, "projection_size", config.text_config.hidden_size))
 
+    @property
+    def has_logit_bias(self) -> bool:
+        return bool(self._config.model_type == "siglip")
 
-def described_tokenizer(
-    description: Mapping[str, Any], name: str, *, context_length: int | None
-) -> Tokenizer:
-    """The tokenizer that goes with `description`, from the folder or name that has its files."""
-    return open_tokenizer(name, library_config(description), context_length=context_length)
+    def towers(self, weights: Weights) -> HuggingFaceTowers:
+        """New towers.
 
+        Raises:
+            ValueError: They cannot have the sizes that `model` asks for.
+        """
+        config, images = self._config, dict((self.towers_json or {})["preprocess_cfg"])
+        text, vision = config.text_config, config.vision_config
+        size, length = self.sizes["image_size"], self.sizes["context_length"]
+        if size not in (None, images["size"]):
+            if config.model_type == MASKED_KIND:
+                raise ValueError(
+                    f"model.image.size: {size} cannot be had; the images of this model have "
+                    f"{images['size']} pixels"
+                )
+            require_multiple(size, vision.patch_size, "this model")
+            vision.image_size = images["size"] = size
+        if length is not None:
+            if config.model_type != MASKED_KIND:  # whose positions are not the caption's alone
+                text.max_position_embeddings = length
+            elif length > (most := max_tokens(text)):
+                raise ValueError(
+                    f"model.text.context_length: {length} is too large; this model reads at "
+                    f"most {most}"
+                )
+        built = HuggingFaceTowers(untrained(config).float())
+        built.visual.prepare(images)
+        return built
 
-def described_kind(description: Mapping[str, Any]) -> Any:
-    """Whether the image tower is a transformer or convolutional."""
-    vision = library_config(description).vision_config
-    if vision.model_type == "timm_wrapper":
-        return tower_kind({"timm_model_name": vision.architecture})
-    return "transformer" if hasattr(vision, "num_attention_heads") else "convolutional"
+    def tokenizer(self) -> Tokenizer:
+        source, length = str(self.tokenizer_source), self.sizes["context_length"]
+        reads = readable_errors(f"model.start: {self.model.start}", hub_name(source))
+        with nullcontext() if self.text_files else reads:
+            return open_tokenizer(source, self._config, context_length=length)
 
+    @property
+    def _config(self) -> Any:
+        from transformers import CONFIG_MAPPING
 
-def width(towers: HuggingFaceTowers) -> int:
-    """Width of the joint space."""
-    config = towers.config
-    if hasattr(towers.text.projection, "out_features"):
-        return int(config.projection_dim)
-    return int(getattr(config.text_config, "projection_size", config.text_config.hidden_size))
+        # A copy: transformers 5.8 takes names out of the settings of the two towers.
+        settings = copy.deepcopy((self.towers_json or {})["transformers"])
+        return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
 
 
 def untrained(config: Any) -> Any:
@@ -292,28 +306,20 @@ def untrained(config: Any) -> Any:
     return build(config, trust_remote_code=False)
 
 
-def library_config(description: Mapping[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    # A copy: transformers 5.8 takes names out of the settings of the two towers.
-    settings = copy.deepcopy(description["transformers"])
-    return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-
-
 def interpolate(weights: dict[str, Tensor], towers: HuggingFaceTowers) -> None:
     """Bring SigLIP's position embeddings to the sizes of its towers, in place.
 
     Those of images are on a grid, and bicubic; those of captions are linear.
     """
-    own = towers.state_dict()
+    wanted = {name: len(value) for name, value in towers.state_dict().items() if POSITIONS in name}
     image, text = f"visual.model.{POSITIONS}", f"text.model.{POSITIONS}"
-    if image in own and len(own[image]) != len(weights[image]):
-        side = round(len(own[image]) ** 0.5)
+    if image in wanted and wanted[image] != len(weights[image]):
+        side = round(wanted[image] ** 0.5)
         grid = resample_abs_pos_embed(weights[image][None], [side, side], num_prefix_tokens=0)
         weights[image] = grid[0]
-    if text in own and len(own[text]) != len(weights[text]):
+    if text in wanted and wanted[text] != len(weights[text]):
         line = weights[text].T[None]
-        weights[text] = F.interpolate(line, len(own[text]), mode="linear")[0].T
+        weights[text] = F.interpolate(line, wanted[text], mode="linear")[0].T
 
 
 def pooled(outputs: Any) -> Tensor:
@@ -387,10 +393,10 @@ def process(processor: Any, image: Image.Image) -> Float[Tensor, "3 h w"]:
 
 def pack_patches(processor: Any, image: Image.Image) -> Float[Tensor, "3 n q"]:
     """SigLIP 2's input as one tensor: patches, then a row that begins with the grid's size."""
-    found = processor(images=image, return_tensors="pt")
-    patches = found["pixel_values"][0]
+    inputs = processor(images=image, return_tensors="pt")
+    patches = inputs["pixel_values"][0]
     packed = F.pad(patches.reshape(3, len(patches), -1), (0, 0, 0, 1))
-    packed[:2, -1, 0] = found["spatial_shapes"][0]
+    packed[:2, -1, 0] = inputs["spatial_shapes"][0]
     return packed
 
 

@@ -1,117 +1,564 @@
-"""Starting from a model: the settings that follow from it, and its weights at other sizes."""
+"""What a model starts from: one frozen dataclass a kind, made once from a reference or settings.
+
+A start holds architecture, tokenizer and text files, and reads weights only when it is asked for
+them. `loading.py` makes models of starts.
+"""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import replace
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
-from protoclip.config import ModelConfig
-from protoclip.models import hugging_face, towers
-from protoclip.models.hugging_face import HuggingFaceTowers
+import open_clip
+import torch
+from open_clip import hf_configs
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from protoclip.config import HeadConfig, ModelConfig
+from protoclip.data.tables import line
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.files import read_local, require_regular
+from protoclip.models import conversion, hugging_face, towers
+from protoclip.models.architecture import Architecture, DescribedTowers, NamedTowers
+from protoclip.models.halves import SmallTowers
+from protoclip.models.heads import projection_head
+from protoclip.models.opening import (
+    HUGGING_FACE_CONFIG,
+    Loaded,
+    hub_name,
+    misfits,
+    open_clip_pair,
+    open_clip_transform,
+    readable_errors,
+    require_safetensors,
+    seeded,
+    text_repository,
+)
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
-from protoclip.models.references import misfits
-from protoclip.models.towers import examples_of
+from protoclip.models.resize import adopt
+from protoclip.models.saved import MODEL, WEIGHTS, read_model, read_weights, require_intact
+from protoclip.models.towers import OPEN_CLIP_CONFIG, Misfit, Weights, examples_of
+from protoclip.paths import MODEL_HINT
+from protoclip.terminal import say
 
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+HF_TEXT_KINDS = tuple(hf_configs.arch_dict)  # the text models that open_clip can hold
+# How the reference code names what is not a tower.
+REFERENCE_NAMES = {
+    "image_projection_head.": "image_head.",
+    "text_projection_head.": "text_head.",
+    "logit_scale_proto": "prototype_logit_scale",
+}
 # Settings that a start does not decide: weights are brought to other sizes.
 SIZES = ("image.size", "text.context_length")
 # Settings of how a run trains, whatever it starts from.
-OWN = ("locked", "lora", "frozen_batch_norm")
+TRAINING = ("locked", "lora", "frozen_batch_norm")
 
 
-def merged(given: ModelConfig, theirs: ModelConfig, *, has_heads: bool) -> ModelConfig:
-    """The settings of a start, at the sizes that are given, with its heads if it has any.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A model to start from or to open, which is there; its weights are unread.
+
+    Attributes:
+        reference: As messages name it.
+        architecture: Its towers and tokenizer. `resolve_start` gives them the sizes of a run.
+        settings: The `[model]` section that follows from it, at its own sizes.
+        has_heads: Whether it has projection heads, as runs have.
+        notes: For the user.
+    """
+
+    reference: str
+    architecture: Architecture
+    settings: ModelConfig
+    has_heads: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> ModelConfig:
+        """The `[model]` section that builds the model, complete once it is resolved."""
+        return self.architecture.model
+
+    @property
+    def has_logit_bias(self) -> bool:
+        """Whether the model has the bias of the sigmoid loss."""
+        return self.architecture.has_logit_bias
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint folder of a model of ours."""
+        return None
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether `model` has other sizes than the weights, where these could be loaded as is."""
+        return False
+
+    def check(self) -> None:
+        """Refuse what `open` refuses before it reads weights, and making the start did not."""
+
+    def open(self) -> Loaded:
+        """The model at its own sizes, in evaluation mode on the CPU; its transform, its tokenizer.
+
+        A model of another library is as that library has it.
+        """
+        raise NotImplementedError
+
+    def pretrained(self) -> TowerPair:
+        """The model at its own sizes, to take the weights of."""
+        return self.open()[0]
+
+    def build(self, weights: Weights) -> ProtoCLIP:
+        """The model with weights from torch's global generator; with `none` on the meta device."""
+        with torch.device("meta") if weights == "none" else nullcontext():
+            both = self.architecture.towers(weights)
+            head = projection_head(self.architecture.embed_dim, self.model.heads)
+            built = ProtoCLIP(both, head)
+            if self.has_logit_bias:
+                built.add_logit_bias()
+        return built
+
+    def fill(self, built: ProtoCLIP) -> list[str]:
+        """Give a model of `build` the weights of the start; returns notes on what was resized."""
+        name = self.model.start or f"{self.model.name}/{self.model.pretrained}"
+        return adopt(built, self.pretrained(), name=name)
+
+
+class NewStart(Start):
+    """No model, but small towers with new weights, or two halves that each bring weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStart(Start):
+    """A run or checkpoint folder."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder
+
+    @property
+    def has_logit_bias(self) -> bool:
+        """By the weights, since the sigmoid loss adds it to any towers."""
+        path = self.folder / WEIGHTS
+        try:
+            require_regular(path)
+            with safe_open(path, "pt") as weights:
+                return "towers.logit_bias" in weights.keys()  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path}: damaged ({error})") from error
+
+    @property
+    def is_resized(self) -> bool:
+        given, saved = self.model, self.settings
+        return (given.image.size, given.text.context_length) != (
+            saved.image.size,
+            saved.text.context_length,
+        )
+
+    def build(self, weights: Weights) -> ProtoCLIP:
+        with buildable(self.folder):
+            return super().build(weights)
+
+    def open(self) -> Loaded:
+        architecture = replace(self.architecture, model=self.settings)
+        built: ProtoCLIP = seeded(replace(self, architecture=architecture).build, "new")
+        self._load(built)
+        with buildable(self.folder):
+            transform = EvaluationTransform(**towers.image_input(built.towers))
+            return built.eval(), transform, architecture.tokenizer()
+
+    def fill(self, built: ProtoCLIP) -> list[str]:
+        if self.is_resized:
+            return super().fill(built)
+        self._load(built)
+        return []
+
+    def _load(self, built: ProtoCLIP) -> None:
+        require_intact(self.folder, WEIGHTS)
+        built.load_state_dict(read_weights(self.folder, built))
+
+
+@contextmanager
+def buildable(folder: Path) -> Iterator[None]:
+    """Turn what a saved description of no possible model raises into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError),
+        *(RuntimeError, TypeError),
+    ) as error:
+        raise ValueError(
+            f"{folder}: {MODEL} describes no model that can be built ({line(repr(error))}); "
+            "copy it again, or use another checkpoint"
+        ) from error
+
+
+def run_start(reference: str) -> RunStart:
+    if not Path(reference).exists():
+        raise ValueError(f"{reference}: no such run or checkpoint folder; {MODEL_HINT}")
+    saved = read_model(reference)
+    kind: type[Architecture] = SmallTowers if saved.model.name is None else NamedTowers
+    if saved.towers is not None:
+        is_of_transformers = "transformers" in saved.towers
+        kind = hugging_face.TransformersTowers if is_of_transformers else DescribedTowers
+    architecture = kind(
+        model=saved.model,
+        towers_json=saved.towers,
+        text_files=saved.text_files,
+        tokenizer_source=str(saved.text_files) if saved.text_files else None,
+    )
+    return RunStart(
+        reference=reference,
+        architecture=architecture,
+        settings=saved.model,
+        has_heads=True,
+        folder=saved.folder,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenClipStart(Start):
+    """A model of open_clip by its name, with published weights, those of a file, or new ones."""
+
+    file: str | None = None
+
+    @property
+    def is_resized(self) -> bool:
+        if self.model.pretrained is None:
+            return False
+        config = towers.named_config(str(self.model.name))
+        image_size = config["vision_cfg"].get("image_size", 224)
+        context_length = config["text_cfg"].get("context_length", 77)
+        given = self.model.image.size, self.model.text.context_length
+        return given[0] not in (None, image_size) or given[1] not in (None, context_length)
+
+    def open(self) -> Loaded:
+        name, tag = str(self.model.name), self.model.pretrained
+        repository = towers.repository_of(name, tag) or text_repository(towers.named_config(name))
+        with readable_errors(self.reference, repository):
+            weights: Weights = "new" if tag is None else "published"
+            built = seeded(towers.named_towers, name, pretrained=tag, weights=weights)
+            if self.file is not None:
+                open_clip.load_checkpoint(built, self.file)
+            tokenizer = towers.build_tokenizer(name)
+        if tag is None and self.file is None:
+            say(f"note: {self.reference}: untrained, with seed 0; no weights are named")
+        return open_clip_pair(built), open_clip_transform(built), tokenizer
+
+
+def open_clip_start(reference: str, name: str) -> OpenClipStart:
+    """`NAME/TAG`, `NAME/FILE` for weights in a file, or `NAME` for an untrained model."""
+    name, _, tag = name.partition("/")
+    towers.named_config(name, reference)
+    file = tag if Path(tag).is_file() else None
+    if tag and file is None:
+        towers.published_weights(name, tag, reference)
+    model = ModelConfig(name=name, pretrained=None if file else tag or None)
+    notes = () if tag else (f"model.start: {reference}: untrained; no weights are named",)
+    return OpenClipStart(
+        reference=reference,
+        architecture=NamedTowers(model=model),
+        settings=model,
+        notes=notes,
+        file=file,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderStart(Start):
+    """A folder in open_clip's format, with a model's configuration and weights."""
+
+    folder: Path
+
+    def open(self) -> Loaded:
+        """As open_clip's `local-dir:` reads it."""
+        description, files = self.architecture.towers_json, self.architecture.text_files
+        assert description is not None
+        weights = next(
+            path for path in map(self.folder.joinpath, OPEN_CLIP_WEIGHTS) if path.is_file()
+        )
+        repository = "" if files else text_repository(description["model_cfg"])
+        with readable_errors(self.reference, repository):
+            expected = towers.described_towers(description, weights="none", text_files=files)
+            if wrong := misshapen(weights, expected):  # open_clip would list every tensor
+                raise Misfit(f"does not fit {OPEN_CLIP_CONFIG}: {examples_of(wrong)}")
+            if files is None:
+                built = seeded(open_clip.create_model, f"local-dir:{self.folder}")
+            else:
+                built = seeded(towers.described_towers, description, text_files=files)
+                open_clip.load_checkpoint(built, str(weights))
+            tokenizer = towers.build_tokenizer(f"local-dir:{self.folder}")
+        return open_clip_pair(built), open_clip_transform(built), tokenizer
+
+
+def folder_start(reference: str, name: str) -> FolderStart:
+    folder = Path(name)
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
+        raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
+    require_safetensors(reference, [path.name for path in folder.iterdir()], OPEN_CLIP_WEIGHTS)
+    with readable_errors(reference):
+        description = dict(json.loads(read_local(folder / OPEN_CLIP_CONFIG)))
+        text = description["model_cfg"]["text_cfg"]
+        has_text_files = text.get("hf_model_name") and text_kind(folder) in HF_TEXT_KINDS
+    architecture = DescribedTowers(
+        model=ModelConfig(start=reference),
+        towers_json=description,
+        # Then `hf_model_name` may name a folder that is gone, as in one that was moved.
+        text_files=folder if has_text_files else None,
+        tokenizer_source=str(folder),
+    )
+    return FolderStart(
+        reference=reference, architecture=architecture, settings=ModelConfig(), folder=folder
+    )
+
+
+def text_kind(folder: Path) -> str | None:
+    """The kind of the Hugging Face model whose configuration a folder holds, if it does."""
+    try:
+        return str(json.loads(read_local(folder / HUGGING_FACE_CONFIG))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def misshapen(weights: Path, expected: nn.Module) -> list[str]:
+    """The tensors of a file that are of another shape than the model's.
+
+    Names that the model does not have may be of an older version, which open_clip still reads.
+    """
+    shapes = {name: [*value.shape] for name, value in expected.state_dict().items()}
+    require_regular(weights)
+    with safe_open(weights, "pt") as stored:
+        both = shapes.keys() & stored.keys()
+        wrong = [name for name in both if stored.get_slice(name).get_shape() != shapes[name]]
+    return sorted(name for name in wrong if "positional_embedding" not in name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceStart(Start):
+    """A model of `transformers`, by its folder or its name on the hub."""
+
+    name: str
+
+    def check(self) -> None:
+        with readable_errors(self.reference, hub_name(self.name)):
+            hugging_face.open_config(self.name)
+
+    def open(self) -> Loaded:
+        with readable_errors(self.reference, hub_name(self.name)):
+            loaded: Loaded = seeded(hugging_face.open_model, self.name)
+        return loaded
+
+    def pretrained(self) -> TowerPair:
+        return conversion.converted(self.reference, self.name, self.open())
+
+    def trainable(self) -> "HuggingFaceStart":
+        """The same with the towers that training gives it, which opening it does not need."""
+        towers_json = conversion.towers_json(self.reference, self.name)
+        is_open_clip = "model_cfg" in towers_json
+        kind = DescribedTowers if is_open_clip else hugging_face.TransformersTowers
+        architecture = kind(model=self.model, towers_json=towers_json, tokenizer_source=self.name)
+        return replace(self, architecture=architecture)
+
+
+def hugging_face_start(reference: str, name: str) -> HuggingFaceStart:
+    if Path(name).is_dir():
+        require_safetensors(reference, [path.name for path in Path(name).iterdir()])
+    elif not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+        raise ValueError(f"{reference}: no such folder")
+    architecture = Architecture(model=ModelConfig(start=reference))
+    return HuggingFaceStart(
+        reference=reference, architecture=architecture, settings=ModelConfig(), name=name
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceStart(Start):
+    """A checkpoint of the paper's reference code, of a model of open_clip.
+
+    Without projection heads in the file, as for the code's CLIP baselines, the model has none.
+    """
+
+    file: Path
+
+    def open(self) -> Loaded:
+        description, name = self.architecture.towers_json, str(self.settings.name)
+        assert description is not None
+        with readable_errors(self.reference, text_repository(description["model_cfg"])):
+            built = seeded(towers.described_towers, description)
+            tokenizer = towers.build_tokenizer(name)
+        model: TowerPair = TowerPair(built)
+        if self.has_heads:
+            head = projection_head(self.architecture.embed_dim, self.settings.heads)
+            model = ProtoCLIP(built, head)
+        weights = reference_weights(self.reference, self.file)
+        if wrong := misfits(model, weights):
+            raise ValueError(f"{self.reference}: does not fit {name}: {examples_of(wrong)}")
+        model.load_state_dict(weights)
+        return model.eval(), open_clip_transform(built), tokenizer
+
+
+def reference_start(reference: str, given: str) -> ReferenceStart:
+    """`FILE,model=NAME`; the code gives QuickGELU to all towers that are not timm's."""
+    file, separator, name = given.rpartition(",model=")
+    if not separator:
+        raise ValueError(f"{reference}: name its model too, as in reference:FILE,model=RN50")
+    config = towers.named_config(name, reference)
+    if not Path(file).is_file():
+        raise ValueError(f"{reference}: no such file")
+    if "timm_model_name" not in config["vision_cfg"]:
+        config["quick_gelu"] = True
+    weights = reference_weights(reference, Path(file))
+    first, last = weights.get("image_head.0.weight"), weights.get("image_head.3.weight")
+    heads = None
+    if first is not None and last is not None:
+        heads = HeadConfig(hidden_layers=1, hidden_dim=len(first), projection_dim=len(last))
+    return ReferenceStart(
+        reference=reference,
+        architecture=DescribedTowers(
+            model=ModelConfig(start=reference),
+            towers_json={"model_cfg": config, "preprocess_cfg": {}},
+        ),
+        settings=ModelConfig(name=name, heads=heads or HeadConfig()),
+        has_heads=heads is not None,
+        file=Path(file),
+    )
+
+
+def reference_weights(reference: str, file: Path) -> dict[str, Tensor]:
+    """The weights by our names; they stay in the file until they are used, where it allows it."""
+    with readable_errors(reference):
+        lazily = is_zipfile(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
+        content = dict(content.get("state_dict", content))
+    return {reference_name(key): value for key, value in content.items()}
+
+
+def reference_name(key: str) -> str:
+    """Our name of a tensor that the reference code saved."""
+    key = key.removeprefix("module.")
+    for theirs, ours in REFERENCE_NAMES.items():
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return f"towers.{key}"
+
+
+KINDS: Mapping[str, Callable[[str, str], Start]] = {
+    "open_clip": open_clip_start,
+    "local-dir": folder_start,
+    "hf": hugging_face_start,
+    "reference": reference_start,
+}
+
+
+def find_start(reference: str) -> Start:
+    """The start that a reference names, as `protoclip.load` takes it.
+
+    Raises:
+        ValueError: There is no such model, or its files are damaged.
+    """
+    kind, _, name = reference.partition(":")
+    if name and kind in KINDS:
+        return KINDS[kind](reference, name)
+    if (Path(reference) / OPEN_CLIP_CONFIG).is_file():
+        return folder_start(reference, reference)
+    if (Path(reference) / HUGGING_FACE_CONFIG).is_file():
+        return hugging_face_start(reference, reference)
+    return run_start(reference)
+
+
+def resolve_start(given: ModelConfig) -> Start:
+    """The start of a `[model]` section, with all that follows from it and notes for the user.
+
+    Settings that are at their default follow; sizes may be given, and heads if the start has none.
+
+    Raises:
+        ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
+    """
+    reference, name = given.start, given.name
+    if reference is None and name is None:
+        small = SmallTowers(model=given)
+        return NewStart(reference=given.image.name, architecture=small, settings=given)
+    if reference is None:
+        named = NamedTowers(model=given)
+        refuse_coca(f"model.name: {name}", named)
+        return OpenClipStart(
+            reference=f"{name}/{given.pretrained}", architecture=named, settings=given
+        )
+    if name is not None and reference.startswith("reference:") and ",model=" not in reference:
+        reference = f"{reference},model={name}"
+    try:
+        return _resolved(find_start(reference), replace(given, start=reference))
+    except ValueError as error:
+        if str(error).startswith("model."):
+            raise
+        raise ValueError(f"model.start: {error}") from error
+
+
+def _resolved(start: Start, given: ModelConfig) -> Start:
+    if isinstance(start, HuggingFaceStart):
+        start = start.trainable()
+    model = merged(given, start.settings, has_heads=start.has_heads)
+    if isinstance(start, OpenClipStart) and start.file is None:
+        model = replace(model, start=None)  # its name and tag say it all
+    start = replace(start, architecture=replace(start.architecture, model=model))
+    refuse_coca(f"model.start: {start.reference}", start.architecture)
+    preprocessing = (start.architecture.towers_json or {}).get("preprocess_cfg", {})
+    if (mode := preprocessing.get("resize_mode", "shortest")) == "shortest":
+        return start
+    note = (
+        f"model.start: {start.reference} resizes images by '{mode}'; this run crops them, and so "
+        "does the evaluation of what it trains"
+    )
+    return replace(start, notes=(*start.notes, note))
+
+
+def refuse_coca(setting: str, architecture: Architecture) -> None:
+    """Refuse a model of open_clip with a decoder, which no loss here trains."""
+    if "multimodal_cfg" in (architecture.open_clip_config or {}):
+        raise ValueError(f"{setting} is a CoCa, whose decoder cannot be trained here")
+
+
+def merged(given: ModelConfig, follow: ModelConfig, *, has_heads: bool) -> ModelConfig:
+    """The settings that follow from a start, at the given sizes, with its heads if it has any.
 
     Raises:
         ValueError: A setting is given that differs from the start's.
     """
-    usual, follow = flat(ModelConfig()), flat(theirs)
-    for name, value in flat(given).items():
-        free = name in ("start", *SIZES, *OWN) or (name.startswith("heads.") and not has_heads)
-        if not free and value not in (usual[name], follow[name]):
+    defaults, follow_by_name = by_name(ModelConfig()), by_name(follow)
+    for name, value in by_name(given).items():
+        free = name in ("start", *SIZES, *TRAINING)
+        free = free or (name.startswith("heads.") and not has_heads)
+        if not free and value not in (defaults[name], follow_by_name[name]):
             raise ValueError(
                 f"model.{name}: {value} does not go with model.start = {given.start}, which has "
-                f"{follow[name]}; leave it out"
+                f"{follow_by_name[name]}; leave it out"
             )
+    size = given.image.size or follow.image.size
+    length = given.text.context_length or follow.text.context_length
     return replace(
-        theirs,
+        follow,
         start=given.start,
-        image=replace(theirs.image, size=given.image.size or theirs.image.size),
-        text=replace(
-            theirs.text, context_length=given.text.context_length or theirs.text.context_length
-        ),
-        heads=theirs.heads if has_heads else given.heads,
-        **{name: getattr(given, name) for name in OWN},
+        image=replace(follow.image, size=size),
+        text=replace(follow.text, context_length=length),
+        heads=follow.heads if has_heads else given.heads,
+        **{name: getattr(given, name) for name in TRAINING},
     )
 
 
-def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+def by_name(section: Any, prefix: str = "") -> dict[str, Any]:
     """The values of a section of settings, by dotted name."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for entry in dataclasses.fields(section):
         name, value = prefix + entry.name, getattr(section, entry.name)
         inner = dataclasses.is_dataclass(value)
-        found |= flat(value, f"{name}.") if inner else {name: value}
-    return found
-
-
-def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
-    """Load the weights of `source` in place, and interpolate its position embeddings if need be.
-
-    The heads stay new if `source` has none. `source` cannot be used afterwards.
-
-    Returns:
-        A note on each modality whose position embeddings were interpolated.
-
-    Raises:
-        ValueError: `source` is of another architecture.
-    """
-    expected, given = built.state_dict(), source.state_dict()
-    changed = {
-        key for key in given.keys() & expected.keys() if given[key].shape != expected[key].shape
-    }
-    size, own_size = (towers.image_size(pair.towers) for pair in (built, source))
-    if size != own_size:
-        trunk = getattr(source.towers.visual, "trunk", None)
-        if trunk is not None:
-            towers.set_input_size(trunk, size, name)
-    weights = source.towers.state_dict()
-    if isinstance(built.towers, HuggingFaceTowers):
-        hugging_face.interpolate(weights, built.towers)
-    else:
-        towers.interpolate(weights, built.towers)
-    found = {**source.state_dict(), **{f"towers.{key}": value for key, value in weights.items()}}
-    if not isinstance(source, ProtoCLIP):
-        found |= {key: value for key, value in expected.items() if not key.startswith("towers.")}
-    if wrong := misfits(built, found):
-        raise ValueError(f"{name}: does not fit the [model] section: {examples_of(wrong)}")
-    built.load_state_dict(found)
-    notes = []
-    if any(key.startswith("towers.visual.") for key in changed):
-        notes.append(
-            f"model.image.size: position embeddings of {name} interpolated, from {own_size} to "
-            f"{size} pixels"
-        )
-    if texts := [key for key in changed if not key.startswith("towers.visual.")]:
-        length, own_length = len(expected[texts[0]]), len(given[texts[0]])
-        notes.append(
-            f"model.text.context_length: position embeddings of {name} interpolated, from "
-            f"{own_length} to {length} tokens"
-        )
-    return notes
-
-
-def refuse_untrainable(setting: str, description: Mapping[str, Any]) -> None:
-    """Refuse towers that have parts that no loss here trains."""
-    if "multimodal_cfg" in description.get("model_cfg", {}):
-        raise ValueError(f"{setting} is a CoCa, whose decoder cannot be trained here")
-
-
-def resizing_notes(name: str, description: Mapping[str, Any]) -> list[str]:
-    """A note if a start resizes images otherwise than training does."""
-    mode = description.get("preprocess_cfg", {}).get("resize_mode", "shortest")
-    if mode == "shortest":
-        return []
-    return [
-        f"model.start: {name} resizes images by '{mode}'; this run crops them, and so does the "
-        "evaluation of what it trains"
-    ]
+        values |= by_name(value, f"{name}.") if inner else {name: value}
+    return values

@@ -1,5 +1,6 @@
 """Image and text towers and their tokenizers, built by open_clip and timm."""
 
+import difflib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, ModelConf
 
 Tokenizer = Callable[[list[str]], Tensor]
 Weights = Literal["published", "new", "none"]  # "none" is for towers on the meta device
+TowerKind = Literal["transformer", "convolutional"]
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # Linear layers from a trunk into the joint space: of timm's image and Hugging Face's text trunks in
@@ -54,29 +56,39 @@ def examples_of(wrong: Sequence[str]) -> str:
     return f"{len(wrong)} tensors are missing, unknown or of another shape, such as {names}"
 
 
-def named_config(name: str) -> dict[str, Any]:
+def named_config(name: str, setting: str = "model.name") -> dict[str, Any]:
     """open_clip's configuration of a model; raises `ValueError` if there is no such model."""
-    if name not in open_clip.list_models():
-        raise ValueError(
-            f"model.name: open_clip has no model '{name}'; "
-            f"it has {len(open_clip.list_models())}, such as RN50, ViT-S-16, ViT-B-32"
-        )
+    known = {known.lower(): known for known in open_clip.list_models()}
+    if name not in known.values():
+        near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.3)
+        closest = ", ".join(known[one] for one in near) or "none"
+        raise ValueError(f"{setting}: open_clip has no model '{name}'; the closest: {closest}")
     config: dict[str, Any] = open_clip.get_model_config(name)
     return config
 
 
-def tower_kind(vision: Mapping[str, Any]) -> Literal["transformer", "convolutional"]:
+def published_weights(name: str, tag: str, setting: str = "model.pretrained") -> dict[str, Any]:
+    """What open_clip knows of a model's weights; raises `ValueError` if there are none."""
+    published: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
+    if not published:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"{setting}: open_clip has no weights '{tag}' for {name}; it has {known}")
+    return published
+
+
+def repository_of(name: str, tag: str | None) -> str:
+    """Where on the hub published weights are; "" if they are elsewhere."""
+    published = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    return str(published.get("hf_hub", "").rpartition("/")[0])
+
+
+def tower_kind(vision: Mapping[str, Any]) -> TowerKind:
     """The kind of an image tower, by open_clip's `vision_cfg`."""
     if "timm_model_name" not in vision:
         transformer = isinstance(vision["layers"], int)
     else:
         transformer = any(part in vision["timm_model_name"] for part in TIMM_TRANSFORMERS)
     return "transformer" if transformer else "convolutional"
-
-
-def has_logit_bias(name: str) -> bool:
-    """Whether the logits of an open_clip model have the bias of the sigmoid loss."""
-    return named_config(name).get("init_logit_bias") is not None
 
 
 def named_towers(
@@ -98,13 +110,7 @@ def named_towers(
         ValueError: open_clip has no such model or weights, or the image size does not fit.
     """
     require_fitting_size(image_size, named_config(name)["vision_cfg"], name)
-    preprocessing = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
-    if pretrained and not preprocessing:
-        known = open_clip.list_pretrained_tags_by_model(name)
-        raise ValueError(
-            f"model.pretrained: open_clip has no weights '{pretrained}' for {name}; "
-            f"it has {', '.join(known) or 'none'}"
-        )
+    preprocessing = published_weights(name, pretrained) if pretrained else None
     published = weights == "published"
     model: nn.Module = open_clip.create_model(
         name,
@@ -191,23 +197,23 @@ def small_towers(config: ModelConfig, *, text_source: str = "") -> nn.Module:
         timm_model_name=image.name, timm_pool="avg", timm_proj="linear", image_size=size
     )
     if text.name is None:
-        own = CLIPTextCfg(
+        settings = CLIPTextCfg(
             context_length=length, width=text.width, heads=text.heads, layers=text.layers
         )
-        model: nn.Module = open_clip.CLIP(config.embed_dim, vision, own)
+        model: nn.Module = open_clip.CLIP(config.embed_dim, vision, settings)
     else:
-        own = CLIPTextCfg(
+        settings = CLIPTextCfg(
             context_length=length,
             hf_model_name=text_source,
             hf_model_pretrained=False,
             hf_proj_type="linear",
             hf_pooler_type="mean_pooler",
         )
-        model = open_clip.CustomTextCLIP(config.embed_dim, vision, own).float()
+        model = open_clip.CustomTextCLIP(config.embed_dim, vision, settings).float()
     if image.weights is not None:
         known = timm_settings(image.name)
-        usual = asdict(PreprocessCfg(size=size, mean=known.mean, std=known.std))
-        set_model_preprocess_cfg(model, usual)
+        preprocessing = PreprocessCfg(size=size, mean=known.mean, std=known.std)
+        set_model_preprocess_cfg(model, asdict(preprocessing))
     trunk: Any = model.visual.trunk  # type: ignore[union-attr]
     if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
         raise ValueError(
@@ -291,6 +297,12 @@ def image_size(towers: nn.Module) -> int:
     """Height and width of the image tower's input, in pixels."""
     size: int | tuple[int, int] = towers.visual.image_size  # type: ignore[union-attr,assignment]
     return size if isinstance(size, int) else size[0]
+
+
+def image_input(towers: nn.Module) -> dict[str, Any]:
+    """The arguments of an image transform: what images the towers read."""
+    mean, std = image_normalisation(towers)
+    return {"size": image_size(towers), "mean": mean, "std": std}
 
 
 class RememberingTokenizer:

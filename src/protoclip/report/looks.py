@@ -32,7 +32,7 @@ from protoclip.evaluation.grouping import MODALITIES, measure
 from protoclip.evaluation.validation import judged
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
 from protoclip.files import read_json
-from protoclip.models import loading
+from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
@@ -192,12 +192,12 @@ def look(
     """
     if not checkpoints:
         raise ValueError("it has no checkpoint")
-    newest, pairs = loading.find_checkpoint(checkpoints[-1]), examples.pairs
+    newest, pairs = saved.find_checkpoint(checkpoints[-1]), examples.pairs
     state = f"step {step_of(newest):,}"
     # Fine-tuning chooses weights between its start and its end.
-    chosen = loading.find_checkpoint(newest.parents[1])
+    chosen = saved.find_checkpoint(newest.parents[1])
     if chosen == newest.parents[1]:
-        state += f", alpha {read_json(chosen / loading.MODEL).get('alpha', 1):g}"
+        state += f", alpha {read_json(chosen / saved.MODEL).get('alpha', 1):g}"
     model, transform, tokenizer = loading.load(chosen)
     assert isinstance(model, ProtoCLIP)
     project = config.uses_prototypes

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from protoclip.config import Config
 from protoclip.evaluation.compare import read_results
 from protoclip.files import has_changed, read_json, read_local, read_toml
-from protoclip.models import loading
+from protoclip.models import saved
 from protoclip.terminal import say
 from protoclip.training.run import as_kept, flat
 
@@ -99,7 +99,7 @@ def read_run(path: str | Path) -> RunFolder:
         skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
         analysis=read_analysis(folder / "analysis.json"),
         sweep=read_sweep(folder / "wise_ft.json"),
-        checkpoints=loading.checkpoints(folder),
+        checkpoints=saved.checkpoints(folder),
     )
 
 

@@ -32,7 +32,7 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStrea
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.cores import cores
 from protoclip.files import checksum, file_checksum, locked, sealed, to_json, write_atomically
-from protoclip.models import loading, references
+from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
@@ -125,7 +125,7 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
 
 def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
     """Reads a model from this machine, or from the hub if that answers within seconds."""
-    return references.readable_errors(teacher, repository)
+    return opening.readable_errors(teacher, repository)
 
 
 def timm_model(name: str, device: torch.device) -> Encoder:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from protoclip.config import NO_START, Config, ModelConfig, check, shown
+from protoclip.config import NO_START, Config, check, shown
 from protoclip.data import sources
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import judged
-from protoclip.models import loading, references
+from protoclip.models import loading
+from protoclip.models.start import resolve_start
 from protoclip.training import optim, sizes
 from protoclip.training.run import train_together
 from protoclip.training.wise_ft import WiseFT
@@ -108,7 +109,7 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
     config, decide = settings.config, settings.decide
     if config.model.start is None:
         raise ValueError(NO_START)
-    loading.followed(config.model)
+    start = resolve_start(config.model)
     loading.check_parallel(config)
     decide("run.name", "finetuned")
     evaluate_every = decide("run.evaluate_every", 1)
@@ -140,7 +141,7 @@ def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if features == "start":
             decide("teacher.whiten", 0)
             decide("episodes.warm_up", 0)  # its features are good from the beginning
-        decide("optim.heads_lr_scale", optim.SLOW_HEADS if has_heads(config.model) else 1.0)
+        decide("optim.heads_lr_scale", optim.SLOW_HEADS if start.has_heads else 1.0)
     config = settings.filled()
     return sizes.filled(config, sizes.sizes_of(config, size, number)), settings.notes()
 
@@ -171,13 +172,3 @@ def training_samples(config: Config, evaluate_every: int) -> Pairs | SampleStrea
     """The samples that are not held out."""
     config = replace(config, run=replace(config.run, evaluate_every=evaluate_every))
     return judged(config, sources.pairs(config)).training
-
-
-def has_heads(model: ModelConfig) -> bool:
-    """Whether a start has projection heads, as runs have."""
-    start = str(loading.completed(model).start)
-    kind, name = references.kind_of(start)
-    if kind == "reference":
-        weights = references.reference_weights(start, name)[1]
-        return references.reference_heads(weights) is not None
-    return kind == "run"

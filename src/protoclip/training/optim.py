@@ -10,8 +10,9 @@ from timm.models import group_parameters
 from torch import nn
 
 from protoclip.config import Config
+from protoclip.models.halves import SmallTowers
 from protoclip.models.hugging_face import HuggingFaceTowers
-from protoclip.models.loading import described, followed, has_logit_bias, tower_kind
+from protoclip.models.start import resolve_start
 from protoclip.models.towers import small_sizes
 
 LOCKED_WARM_UP = 2  # steps
@@ -41,7 +42,7 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
       of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
     """
     episodes, given = config.episodes, config.optim
-    kind = tower_kind(config.model)
+    kind = resolve_start(config.model).architecture.tower_kind
     if kind is None:
         decay = 0.2 if given.weight_decay is None else given.weight_decay
         settings: dict[str, Any] = {
@@ -86,16 +87,17 @@ def resolved(config: Config) -> tuple[Config, list[str]]:
     Raises:
         ValueError: There is no such model or checkpoint.
     """
-    model, notes = followed(config.model)
+    start = resolve_start(config.model)
+    model, notes = start.model, [*start.notes]
     config = replace(config, model=model)
     settings, decided = optim_settings(config)
     loss = config.loss
     if loss.instance == "auto":
-        sigmoid = has_logit_bias(model)
+        sigmoid = start.has_logit_bias
         loss = replace(loss, instance="sigmoid" if sigmoid else "info_nce")
         if sigmoid:
             decided.append("loss.instance = sigmoid, since the model has a logit bias")
-    if model.name is None and described(model) is None:
+    if isinstance(start.architecture, SmallTowers):
         size, length = small_sizes(model)
         image, text = replace(model.image, size=size), replace(model.text, context_length=length)
         model = replace(model, image=image, text=text)

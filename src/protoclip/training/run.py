@@ -60,6 +60,16 @@ from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.saved import (
+    MODEL,
+    checkpoints,
+    facts_of,
+    model_json,
+    read_checkpoint,
+    remove_unfinished,
+    understood,
+)
+from protoclip.models.start import resolve_start
 from protoclip.paths import require_paths
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
@@ -68,14 +78,7 @@ from protoclip.teachers import store
 from protoclip.teachers.encode import embed_start
 from protoclip.terminal import say, without_secrets
 from protoclip.training import optim, sizes
-from protoclip.training.checkpoint import (
-    CheckpointWriter,
-    facts_of,
-    newest_intact,
-    read_checkpoint,
-    remove_unfinished,
-    understood,
-)
+from protoclip.training.checkpoint import CheckpointWriter, newest_intact
 from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import Guard
 from protoclip.training.logging import MetricsLog
@@ -173,7 +176,7 @@ def train_together(
         begun, results, said = check_folder(folder, config, resume=resume)
         notes.extend(said)
         done = results is not None and (ending is None or ending.is_done(folder, results))
-        if results is not None and not done and not loading.checkpoints(folder):
+        if results is not None and not done and not checkpoints(folder):
             raise ValueError(
                 f"{folder}: holds no checkpoint of its end any more; choose another folder with "
                 "--run.out"
@@ -215,7 +218,7 @@ def train_together(
                 ) from None
             remove_unfinished(folder)
             if results is None:
-                (folder / loading.MODEL).unlink(missing_ok=True)  # of an ending that was cut short
+                (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
             if results is not None:
                 notes.clear()  # the run is known
             checkpoint = newest_intact(folder, notes) if begun else None
@@ -345,10 +348,11 @@ class Run:
             clip_norm=config.optim.clip_norm,
             micro_batch_size=config.episodes.micro_batch_size,
         )
+        start = resolve_start(config.model)
         self.writer = CheckpointWriter(
             folder,
-            description=loading.description(config.model),
-            text_files=loading.text_files(config.model, model, self.loader.tokenizer),
+            description=model_json(start.model, start.architecture.towers_json),
+            text_files=loading.text_files(start, model, self.loader.tokenizer),
             every_steps=config.run.save_steps,
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,

@@ -23,10 +23,10 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
-from protoclip.models import loading, lora
+from protoclip.models import lora, saved
+from protoclip.models.saved import write_model
 from protoclip.progress import Progress
 from protoclip.terminal import say
-from protoclip.training.checkpoint import write_model
 from protoclip.training.run import Run
 
 FILE, FIGURE = "wise_ft.json", "wise_ft.png"
@@ -114,7 +114,7 @@ class WiseFT:
         wanted = results.get("best_alpha") if self.alpha is None else self.alpha
         if wanted is None or results.get("alpha") != wanted:
             return False
-        model = folder / loading.MODEL
+        model = folder / saved.MODEL
         return model.is_file() and read_json(model).get("alpha") == wanted
 
     def begin(self, run: Run) -> None:

@@ -27,9 +27,9 @@ from protoclip.export.card import write_prototypes
 from protoclip.export.source import open_source
 from protoclip.files import to_json
 from protoclip.models import loading
-from protoclip.models.references import PICKLED
+from protoclip.models.opening import PICKLED
+from protoclip.models.saved import split, write_checkpoint
 from protoclip.testing import tiny_model
-from protoclip.training.checkpoint import split, write_checkpoint
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 
 TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]

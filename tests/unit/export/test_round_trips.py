@@ -30,8 +30,8 @@ from protoclip.config import (
 )
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import loading
-from protoclip.models.loading import find_checkpoint
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.saved import find_checkpoint
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.optim import resolved

@@ -16,11 +16,11 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.models import loading
-from protoclip.models.loading import model_config
+from protoclip.models.saved import model_config, write_checkpoint
+from protoclip.models.start import resolve_start
 from protoclip.models.towers import image_normalisation, named_towers
 from protoclip.testing import tiny_config, tiny_model
 from protoclip.training import run
-from protoclip.training.checkpoint import write_checkpoint
 
 
 def test_weights_are_a_function_of_the_seed(monkeypatch):
@@ -69,10 +69,11 @@ def test_only_a_model_of_the_sigmoid_loss_has_a_logit_bias(tmp_path):
     write_checkpoint(tmp_path / "saved", {"model.safetensors": model.state_dict()}, facts)
     loaded, _, _ = loading.load(tmp_path / "saved")
     assert loaded.towers.logit_bias.item() == loaded.towers.logit_scale.item() == 4.0
-    assert loading.has_logit_bias(replace(config, start=str(tmp_path / "saved")))
+    start = replace(config, start=str(tmp_path / "saved"))
+    assert resolve_start(start).has_logit_bias
     (tmp_path / "saved" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
-        loading.has_logit_bias(replace(config, start=str(tmp_path / "saved")))
+        assert resolve_start(start).has_logit_bias
 
 
 def test_embeddings_have_unit_norm_and_encoders_agree():

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import string
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,16 @@ from protoclip.config import (
     OptimConfig,
     ParallelConfig,
     TextTowerConfig,
-    build,
     check,
 )
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import loading, towers
 from protoclip.models.heads import projection_head
-from protoclip.models.loading import find_checkpoint, followed, model_config
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.saved import find_checkpoint
+from protoclip.models.start import resolve_start
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
-from protoclip.training.finetune import has_heads
 from protoclip.training.optim import optim_settings, resolved
 
 HEADS = HeadConfig(hidden_dim=32, projection_dim=8)
@@ -310,20 +309,21 @@ def test_position_embeddings_of_other_sizes_are_interpolated(vision, size, own_s
         text=TextTowerConfig(context_length=23),
         heads=HEADS,
     )
-    config, notes = followed(given)
-    built = loading.model(config, seed=0, notes=notes)
+    start, notes = resolve_start(given), list[str]()
+    assert start.notes == ()
+    built, config = loading.model(start, seed=0, notes=notes), start.model
     name = f"position embeddings of {folder} interpolated, from"
     assert notes == [
         f"model.image.size: {name} {own_size} to {size} pixels",
         f"model.text.context_length: {name} 12 to 23 tokens",
     ]
-    start = protoclip.load(str(folder))[0].state_dict()
+    before = protoclip.load(str(folder))[0].state_dict()
     found = built.state_dict()
-    changed = {key for key in start if found[key].shape != start[key].shape}
+    changed = {key for key in before if found[key].shape != before[key].shape}
     assert len(changed) == 2
-    assert all(torch.equal(found[key], start[key]) for key in start.keys() - changed)
+    assert all(torch.equal(found[key], before[key]) for key in before.keys() - changed)
     for key in changed:
-        old, new = start[key].reshape(-1, start[key].shape[-1]), found[key]
+        old, new = before[key].reshape(-1, before[key].shape[-1]), found[key]
         # Interpolation keeps the first embedding, of the class or the caption's start, in place.
         new = new.reshape(-1, new.shape[-1])
         assert (old[0] - new[0]).abs().max() < old.std() / 3
@@ -337,7 +337,7 @@ def test_position_embeddings_of_other_sizes_are_interpolated(vision, size, own_s
     notes = []
     again = loading.model(same, seed=0, notes=notes).state_dict()
     assert notes == []
-    assert all(torch.equal(again[key], start[key]) for key in start)
+    assert all(torch.equal(again[key], before[key]) for key in before)
 
 
 def test_published_weights_at_another_size(tiny):
@@ -350,8 +350,8 @@ def test_published_weights_at_another_size(tiny):
     assert notes == [
         "model.image.size: position embeddings of tiny/mine interpolated, from 32 to 48 pixels"
     ]
-    start, _ = followed(replace(given, name=None, pretrained=None, start="open_clip:tiny/mine"))
-    assert start == given
+    by_start = replace(given, name=None, pretrained=None, start="open_clip:tiny/mine")
+    assert resolve_start(by_start).model == given
     library = open_clip.create_model("tiny", "mine", force_image_size=48, force_quick_gelu=True)
     for key, value in library.state_dict().items():
         assert torch.equal(first[f"towers.{key}"], value)
@@ -360,38 +360,23 @@ def test_published_weights_at_another_size(tiny):
 def test_settings_follow_the_start(tiny, pairs, tmp_path):
     """Also the defaults of the optimizer."""
     mine = ModelConfig(start="open_clip:tiny/mine")
-    assert followed(mine)[0] == ModelConfig(name="tiny", pretrained="mine")
-    untrained, notes = followed(ModelConfig(start="open_clip:tiny"))
-    assert untrained == ModelConfig(name="tiny")
-    assert notes == ["model.start: open_clip:tiny: untrained; no weights are named"]
+    assert resolve_start(mine).model == ModelConfig(name="tiny", pretrained="mine")
+    untrained = resolve_start(ModelConfig(start="open_clip:tiny"))
+    assert untrained.model == ModelConfig(name="tiny")
+    assert untrained.notes == ("model.start: open_clip:tiny: untrained; no weights are named",)
     run.train(one_step(pairs, tmp_path / "run", tiny_model()))
     reference = f"reference:{tiny}/without_heads.pt"
-    by_name = ModelConfig(start=reference, name="tiny")
-    assert followed(by_name) == followed(ModelConfig(start=f"{reference},model=tiny"))
-    assert not has_heads(by_name)
-    found, _ = followed(ModelConfig(start=str(tmp_path / "run")))
+    by_name = resolve_start(ModelConfig(start=reference, name="tiny"))
+    assert by_name == resolve_start(ModelConfig(start=f"{reference},model=tiny"))
+    assert not by_name.has_heads
+    found = resolve_start(ModelConfig(start=str(tmp_path / "run"))).model
     assert replace(found, start=None) == replace(tiny_model())
     for given in (ModelConfig(start=str(tiny / "folder")), mine):
-        settings, notes = optim_settings(Config(model=followed(given)[0]))
+        settings, notes = optim_settings(Config(model=resolve_start(given).model))
         assert settings["eps"] == 1e-6
         assert settings["learning_rate"] == pytest.approx(2.5e-4)
         assert len(notes) == 8
     assert optim_settings(Config(model=found))[0]["learning_rate"] == 2e-3
-
-
-def test_runs_of_before_still_load_and_go_on(tmp_path):
-    """Their files call the start a checkpoint, and know no halves."""
-    saved = asdict(tiny_model())
-    saved["checkpoint"] = saved.pop("start")
-    del saved["image"]["weights"], saved["text"]["name"]
-    assert model_config({"model": saved}, Path("run")) == replace(tiny_model(), start="run")
-    settings = run.to_toml(Config(model=replace(tiny_model(), start="other")))
-    assert 'start = "other"' in settings
-    before = settings.replace('start = "other"', 'checkpoint = "other"')
-    (tmp_path / "config.toml").write_text(before)
-    run.check_settings(tmp_path, settings)
-    with pytest.raises(ValueError, match=r"model\.checkpoint: is model\.start now"):
-        build(Config, {"model": {"checkpoint": "run"}})
 
 
 def error(given: ModelConfig) -> str:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import protoclip
-from protoclip.models import loading
-from protoclip.models.loading import checkpoints, damage
+from protoclip.models import loading, saved
+from protoclip.models.saved import checkpoints, damage
 from protoclip.testing import tiny_model
 from protoclip.training import checkpoint
 from protoclip.training.checkpoint import CheckpointWriter
@@ -40,7 +40,7 @@ def test_a_nested_state_comes_back_as_it_was(tmp_path, monkeypatch):
     rows += 1
     ids[0] = "c"
     writer.wait()
-    found = checkpoint.read_checkpoint(writer.folder(3), model)
+    found = saved.read_checkpoint(writer.folder(3), model)
     assert list(found) == ["format", "source", "empty", "step", "model", "optimizer"]
     assert list(found["source"]) == ["z", "a"]
     assert found["source"]["z"].tolist() == [0, 1, 2]
@@ -49,8 +49,8 @@ def test_a_nested_state_comes_back_as_it_was(tmp_path, monkeypatch):
     assert (found["empty"], found["step"]) == ({}, 3)
     assert found["model"].keys() == model.state_dict().keys()
     assert torch.equal(found["optimizer"]["w"], torch.ones(1000))
-    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
-    other = checkpoint.read_checkpoint(writer.folder(3), model)
+    monkeypatch.setattr(saved, "rank", lambda: 1)
+    other = saved.read_checkpoint(writer.folder(3), model)
     assert (other["model"], other["optimizer"]) == ({}, {})
 
 
@@ -118,7 +118,7 @@ def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(tmp_path, monke
         return real(path)
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    for find in (checkpoints, loading.find_checkpoint, lambda p: checkpoint.newest_intact(p, [])):
+    for find in (checkpoints, saved.find_checkpoint, lambda p: checkpoint.newest_intact(p, [])):
         with pytest.raises(PermissionError, match="checkpoints"):
             find(tmp_path)
 
@@ -134,7 +134,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     for path in kept + left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    checkpoint.remove_unfinished(tmp_path)
+    saved.remove_unfinished(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in left)
     assert not left[0].parent.exists()

@@ -28,6 +28,7 @@ from protoclip.config import (
 from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.models import loading
+from protoclip.models.start import resolve_start
 from protoclip.teachers import encode
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training.optim import layer_distances, optimizer
@@ -121,7 +122,7 @@ def starts(pairs: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mo
     ids=lambda value: getattr(value, "name", None) or "small",
 )
 def test_layers_are_as_far_from_the_output_as_expected(model, expected):
-    built = loading.architecture(model, weights="none")
+    built = resolve_start(model).build("none")
     found = layer_distances(built)
     names = {name for name, _ in built.named_parameters()}
     assert found.keys() <= names
@@ -133,7 +134,7 @@ def test_hugging_face_text_towers_have_layers_too():
     config = transformers.BertConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1
     )
-    built = loading.architecture(tiny_model(), weights="new")
+    built = resolve_start(tiny_model()).build("new")
     built.towers.text = open_clip.hf_model.HFTextEncoder("", 16, config, "mean_pooler", "linear")
     found = layer_distances(built)
     assert found["towers.text.proj.weight"] == 0
@@ -145,7 +146,7 @@ def test_hugging_face_text_towers_have_layers_too():
 def test_towers_of_transformers_have_layers_too(save, tmp_path):
     """Embeddings, one block, and what is behind it, of both towers."""
     save(tmp_path)
-    built = loading.architecture(ModelConfig(start=f"hf:{tmp_path}"), weights="none")
+    built = resolve_start(ModelConfig(start=f"hf:{tmp_path}")).build("none")
     found = layer_distances(built)
     for tower in ("visual", "text"):
         names = {n: k for n, k in found.items() if n.startswith(f"towers.{tower}.")}
@@ -164,7 +165,7 @@ def test_other_towers_of_transformers_have_layers_or_are_refused(tmp_path):
     build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
     config = build(vision, text, projection_dim=16)
     transformers.VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
-    built = loading.architecture(ModelConfig(start=f"hf:{tmp_path}"), weights="none")
+    built = resolve_start(ModelConfig(start=f"hf:{tmp_path}")).build("none")
     found = layer_distances(built)
     for tower, layers in {"visual": 4, "text": 2}.items():
         distances = {k for n, k in found.items() if n.startswith(f"towers.{tower}.")}
@@ -354,7 +355,7 @@ def test_a_run_goes_on_to_the_bit_and_loads_without_peft(way, pairs, starts, tmp
         assert train(config("parts"))["steps"] == 6
     train(config("parts"), resume="auto")
     assert_equal_ends(tmp_path / "parts", tmp_path / "whole")
-    first = loading.model(loading.followed(ModelConfig(start=starts(model)))[0], seed=0)
+    first = loading.model(ModelConfig(start=starts(model)), seed=0)
     monkeypatch.setitem(sys.modules, "peft", None)
     last, _, _ = protoclip.load(tmp_path / "whole")
     assert last.state_dict().keys() - {"towers.logit_bias"} == first.state_dict().keys()
@@ -366,7 +367,7 @@ def test_a_run_goes_on_to_the_bit_and_loads_without_peft(way, pairs, starts, tmp
     if model is VIT:  # without BatchNorm the first features are the start's
         assert kept[0] < 1e-5
     # A run that starts from this one decides for itself what trains.
-    followed, _ = loading.followed(ModelConfig(start=str(tmp_path / "whole"), lora=3))
+    followed = resolve_start(ModelConfig(start=str(tmp_path / "whole"), lora=3)).model
     assert (followed.lora, followed.locked, followed.frozen_batch_norm) == (3, [], False)
 
 
@@ -377,7 +378,7 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
         tiny_config(out="unused"), {"data": {"sources": mixed, "validation": 0.0}}
     )
     model = ModelConfig(start=starts(tiny_model()))
-    config = replace(config, model=loading.followed(model)[0])
+    config = replace(config, model=resolve_start(model).model)
     samples, tokenizer = sources.pairs(config), loading.tokenizer(config.model)
     start = loading.frozen_start(config, torch.device("cpu"))
     given = start, tokenizer, samples, tmp_path / "features"

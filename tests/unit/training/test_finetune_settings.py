@@ -16,7 +16,9 @@ from protoclip.training.finetune import finetune_settings
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the number of training pairs, and makes every start one that can be trained."""
-    monkeypatch.setattr(finetune.loading, "followed", lambda model: (model, []))
+    monkeypatch.setattr(
+        finetune, "resolve_start", lambda model: Mock(has_heads=":" not in model.start)
+    )
 
     def put(number: int | None, different: int = 10**9) -> None:
         samples = Mock(SampleStream) if number is None else Numbered(number, different)

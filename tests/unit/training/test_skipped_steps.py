@@ -16,7 +16,7 @@ from protoclip.config import Config
 from protoclip.data.loader import Batch
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.files import read_json
-from protoclip.models.loading import find_checkpoint
+from protoclip.models.saved import find_checkpoint
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.run import train
 from protoclip.training.trainer import Trainer

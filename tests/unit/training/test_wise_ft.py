@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from protoclip.evaluation.metrics import RECALLS
-from protoclip.models.loading import MODEL, damage, find_checkpoint
-from protoclip.training import checkpoint
-from protoclip.training.checkpoint import write_model
+from protoclip.models import saved
+from protoclip.models.saved import MODEL, damage, find_checkpoint, write_model
 from protoclip.training.wise_ft import ALPHAS, best, interpolated, scores
 
 
@@ -85,7 +84,7 @@ def model(value: float) -> dict[str, Tensor]:
 
 def test_the_model_of_a_run_comes_before_its_checkpoints(tmp_path):
     older = tmp_path / "checkpoints" / "step-000000001"
-    checkpoint.write_checkpoint(older, {"model.safetensors": model(0)}, {MODEL: {}})
+    saved.write_checkpoint(older, {"model.safetensors": model(0)}, {MODEL: {}})
     assert find_checkpoint(tmp_path) == older
     for value in (1.0, 2.0):
         write_model(tmp_path, model(value), {"alpha": value}, {"config.json": b"{}"})
@@ -101,9 +100,9 @@ def test_a_model_is_replaced_as_a_whole(name, tmp_path, monkeypatch):
     """If a file cannot be written, the earlier model stays. If the process ends between two of
     them, there is none, and the newest checkpoint counts."""
     older = tmp_path / "checkpoints" / "step-000000001"
-    checkpoint.write_checkpoint(older, {"model.safetensors": model(0)}, {MODEL: {}})
+    saved.write_checkpoint(older, {"model.safetensors": model(0)}, {MODEL: {}})
     write_model(tmp_path, model(1), {"alpha": 1.0})
-    write, rename = checkpoint.write_atomically, Path.replace
+    write, rename = saved.write_atomically, Path.replace
 
     def fail(path: Path, *given, **more) -> None:
         if name in path.name:
@@ -111,14 +110,14 @@ def test_a_model_is_replaced_as_a_whole(name, tmp_path, monkeypatch):
         write(path, *given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_atomically", fail)
+        patch.setattr(saved, "write_atomically", fail)
         with pytest.raises(OSError, match="No space left"):
             write_model(tmp_path, model(2), {"alpha": 2.0})
     assert json.loads((tmp_path / MODEL).read_text()) == {"alpha": 1.0}
     assert damage(tmp_path, [MODEL, "model.safetensors"]) is None
 
     def end_here(path: Path, target: Path) -> Path:
-        if Path(target).name == name:
+        if Path(target) == tmp_path / name:
             raise KeyboardInterrupt
         return rename(path, target)
 

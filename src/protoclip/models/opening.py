@@ -1,0 +1,160 @@
+"""Opening what others trained: what their libraries raise is one line, and nothing of it runs."""
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from jaxtyping import Float, Int
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor, nn
+
+from protoclip.data.access import hub_answer
+from protoclip.data.tables import line
+from protoclip.data.transforms import LibraryTransform, PillowTransform
+from protoclip.models import towers
+from protoclip.models.lora import without_adapters
+from protoclip.models.protoclip import TowerPair
+from protoclip.models.towers import OPEN_CLIP_CONFIG, Misfit, Tokenizer
+
+ImageTransform = Callable[[Image.Image], Tensor]
+Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
+
+HUGGING_FACE_CONFIG = "config.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class CocaTowers(TowerPair):
+    """CoCa normalises features unless it is told not to."""
+
+    def encode_image(
+        self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        return self.towers.encode_image(images, normalize=normalize)  # type: ignore[operator,no-any-return]
+
+    def encode_text(
+        self, tokens: Int[Tensor, "b c"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        return self.towers.encode_text(tokens, normalize=normalize)  # type: ignore[operator,no-any-return]
+
+
+def open_clip_pair(built: nn.Module) -> TowerPair:
+    is_coca = isinstance(built, open_clip.CoCa)
+    return (CocaTowers if is_coca else TowerPair)(built).eval()
+
+
+def open_clip_transform(built: Any) -> ImageTransform:
+    """What open_clip does to an image, so that its numbers come back; the usual case is ours."""
+    settings = PreprocessCfg(**built.visual.preprocess_cfg)
+    sides = settings.size if isinstance(settings.size, tuple | list) else [settings.size]
+    usual = (settings.resize_mode, settings.interpolation) == ("shortest", "bicubic")
+    if usual and len(set(sides)) == 1:
+        mean, std = towers.image_normalisation(built)
+        return PillowTransform(size=sides[0], mean=mean, std=std)
+    apply = image_transform_v2(settings, is_train=False)
+    return LibraryTransform(settings=str(settings), apply=apply)
+
+
+def seeded(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """What `build` makes with new weights of seed 0; the global random state is not changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return build(*arguments, **settings)
+
+
+def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that only the model or only the weights have, or that differ in shape."""
+    expected = without_adapters(model.state_dict())
+    wrong = expected.keys() ^ weights.keys()
+    both = expected.keys() & weights.keys()
+    return sorted(wrong | {name for name in both if expected[name].shape != weights[name].shape})
+
+
+def require_safetensors(
+    reference: str, files: Collection[str], names: Collection[str] = ()
+) -> None:
+    """Refuse weights that could run code when they are read; `names` are those to look for."""
+    if names and not set(names).isdisjoint(files):
+        return
+    if not names and any(name.endswith(".safetensors") for name in files):
+        return
+    if pickled := sorted(name for name in files if name.endswith(PICKLED)):
+        raise ValueError(
+            f"{reference}: {pickled[0]} is pickled and could run code; convert it to safetensors"
+        )
+    raise ValueError(f"{reference}: no weights here, such as {[*names, 'model.safetensors'][0]}")
+
+
+def hub_name(name: str | Path) -> str:
+    """A name that is looked up on the hub; "" for a folder."""
+    return "" if Path(name).is_dir() or Path(name).is_absolute() else str(name)
+
+
+def text_repository(config: Mapping[str, Any]) -> str:
+    """Where on the hub the text tower or tokenizer of an open_clip model is; "" if nowhere."""
+    text = config["text_cfg"]
+    name = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+    return hub_name(name) if name else ""
+
+
+@contextmanager
+def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
+    """Turn what other libraries raise into one line.
+
+    They reach the hub only for a `repository`, and only if it answers within seconds; else they
+    read what was downloaded before.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    answer = hub_answer(partial(HfApi().model_info, repository)) if repository else None
+    if isinstance(answer, errors.RepositoryNotFoundError):
+        raise ValueError(
+            f"{reference}: the hub has no model '{repository}', or only for those with access; "
+            "check its name, or set HF_TOKEN"
+        )
+    if files := [file.rfilename for file in getattr(answer, "siblings", None) or ()]:
+        is_open_clip = OPEN_CLIP_CONFIG in files and HUGGING_FACE_CONFIG not in files
+        if reference.startswith("hf:") and is_open_clip:
+            raise ValueError(
+                f"{reference}: is open_clip's; download the repository, and load the folder"
+            )
+        if reference.startswith("hf:"):
+            require_safetensors(reference, files)
+    before = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = answer is None
+    logging.disable(logging.ERROR)  # they log what they raise, and that a new model is untrained
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they advise options that are not ours
+            yield
+    except ImportError as error:
+        raise ValueError(
+            f"{reference}: pip install 'protoclip[teachers]' first ({line(str(error))})"
+        ) from error
+    except Misfit as error:
+        raise ValueError(f"{reference}: {error}") from error
+    except Exception as error:  # what these libraries raise has no common class
+        if repository and answer is None:
+            raise ValueError(
+                f"{reference}: the hub does not answer, and there is no earlier download; check "
+                "the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{reference}: brings code of its own, which never runs here; choose another model"
+            ) from error
+        if "weights_only" in str(error):
+            raise ValueError(
+                f"{reference}: holds more than tensors, which could run code and is not read; save "
+                "its weights as safetensors"
+            ) from error
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{reference}: cannot be opened ({line(reason)})") from error
+    finally:
+        constants.HF_HUB_OFFLINE, logging.root.manager.disable = before

@@ -1,0 +1,328 @@
+"""The files of a checkpoint, both ways: folders that appear whole or not at all, with checksums.
+
+Tensors are safetensors and everything else is JSON, so reading a checkpoint runs no code from it.
+`model.safetensors` and `model.json` are the model, which a run may have in its own folder too.
+`optimizer.safetensors`, which only rank 0 reads, `resume.safetensors` and `state.json` are what a
+run needs besides to go on. When to save is decided elsewhere.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import protoclip
+from protoclip.config import ModelConfig, build
+from protoclip.distributed.collectives import rank
+from protoclip.files import (
+    checksum,
+    file_checksum,
+    read_json,
+    read_local,
+    require_regular,
+    sync_folder,
+    to_json,
+    write_atomically,
+)
+from protoclip.models.opening import misfits
+from protoclip.models.towers import examples_of
+
+WEIGHTS, MODEL = "model.safetensors", "model.json"
+OPTIMIZER, RESUME, STATE = "optimizer.safetensors", "resume.safetensors", "state.json"
+CHECKSUMS = "checksums.json"
+TEXT_FILES = "text"  # folder with the files of a Hugging Face text tower and tokenizer
+
+FORMAT = 3  # of what a run needs to go on
+TENSOR = "$tensor"  # key in `state.json` of an object that stands for the tensor of that name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """What `model.json` says, and where the files beside it are.
+
+    Attributes:
+        model: The `[model]` section that it was saved with; `start` is the folder.
+        towers: What describes the towers, where `model` does not say it all.
+        text_files: The folder of a Hugging Face text tower and tokenizer, if it has one.
+    """
+
+    folder: Path
+    model: ModelConfig
+    towers: dict[str, Any] | None
+    text_files: Path | None
+
+
+def model_json(model: ModelConfig, towers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The content of `model.json`: all that builds a model again, but for its weights."""
+    content = {"protoclip": protoclip.__version__, "model": asdict(model)}
+    if towers is not None:
+        content["hugging_face" if "transformers" in towers else "open_clip"] = towers
+    return content
+
+
+def read_model(reference: str | Path) -> SavedModel:
+    """The model of a run or checkpoint folder; its weights are not read.
+
+    Raises:
+        ValueError: There is none, it is damaged, or another version of protoclip wrote it.
+    """
+    folder = find_checkpoint(reference)
+    text = folder / TEXT_FILES
+    require_intact(folder, MODEL, *sorted(f"{TEXT_FILES}/{path.name}" for path in text.glob("*")))
+    content = read_json(folder / MODEL)
+    return SavedModel(
+        folder=folder,
+        model=model_config(content, folder),
+        towers=content.get("open_clip", content.get("hugging_face")),
+        text_files=text if text.is_dir() else None,
+    )
+
+
+def model_config(content: Mapping[str, Any], folder: Path) -> ModelConfig:
+    """The `[model]` section in a `model.json`, with the folder as its start."""
+    try:
+        settings = {**content["model"], "start": str(folder)}
+        if missing := {"image", "text", "heads"} - settings.keys():
+            raise KeyError(min(missing))
+        return build(ModelConfig, settings, "model.")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: model.json was written by another version of protoclip ({error})"
+        ) from error
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; some may be damaged.
+
+    Raises:
+        OSError: Their folder cannot be read, and is no folder without checkpoints.
+    """
+    try:  # not `glob`, which finds nothing in a folder that it may not read
+        paths = [*(run / "checkpoints").iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = re.compile(r"step-\d+", re.ASCII)
+    return sorted(path for path in paths if names.fullmatch(path.name))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of a model: the given one, or the newest checkpoint of a run.
+
+    A run has a model in its own folder if fine-tuning chose one that is no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such run or checkpoint folder")
+    for candidate in (path, *reversed(checkpoints(path))):
+        if (candidate / MODEL).is_file() and (candidate / WEIGHTS).is_file():
+            return candidate
+    raise ValueError(f"{path}: no checkpoint here, which has {MODEL} and {WEIGHTS}")
+
+
+def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
+    """What is wrong with the files of a checkpoint, or with some of them; None if intact."""
+    try:
+        expected = dict(json.loads(read_local(folder / CHECKSUMS)))
+    except OSError as error:
+        return f"{CHECKSUMS} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, RecursionError):
+        return f"{CHECKSUMS} is damaged"
+    for name in names or sorted({WEIGHTS, MODEL, OPTIMIZER, RESUME, STATE} | expected.keys()):
+        try:
+            if file_checksum(folder / name) != expected.get(name):
+                return f"{name} is not what was written: its checksum differs"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        except ValueError as error:
+            return f"{name} {error}"
+    return None
+
+
+def require_intact(folder: Path, *names: str) -> None:
+    """Raise a `ValueError` that names the first damaged file of these."""
+    if (wrong := damage(folder, names)) is not None:
+        raise ValueError(f"{folder}: damaged ({wrong}); copy it again, or use another checkpoint")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; raises `ValueError` if it is damaged."""
+    try:
+        require_regular(path)
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's weights; raises `ValueError` if they are damaged or of another model.
+
+    They are those of a plain model, also if `model` has adapters.
+    """
+    weights = read_tensors(folder / WEIGHTS)
+    if wrong := misfits(model, weights):
+        raise ValueError(
+            f"{folder}: checkpoint of another architecture: {examples_of(wrong)}; make "
+            "the [model] section match"
+        )
+    return weights
+
+
+def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """The nested state that a run saved, with its tensors on the model's device.
+
+    `model` and `optimizer` are on the CPU, and empty but on rank 0.
+    """
+    facts, device = read_json(folder / STATE), next(model.parameters()).device
+    if facts.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / STATE}: not written by this version of protoclip, which cannot go on from "
+            "it; start a new run from its weights with --model.start, in another folder"
+        )
+    tensors = {key: tensor.to(device) for key, tensor in read_tensors(folder / RESUME).items()}
+    with understood(folder):
+        state = {**joined(facts, tensors), "model": {}, "optimizer": {}}
+    if rank() == 0:
+        state["model"] = read_weights(folder, model)
+        state["optimizer"] = read_tensors(folder / OPTIMIZER)
+    return state
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Turn what a state of another form raises into a `ValueError` with the way out."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{folder / STATE}: not what this version of protoclip writes ({error!r}); "
+            f"restore it from a copy, or delete {folder} to go on from the one before"
+        ) from error
+
+
+def facts_of(folder: Path, name: str) -> dict[str, Any]:
+    """A section of a checkpoint's state, without its tensors."""
+    with understood(folder):
+        return dict(read_json(folder / STATE).get(name, {}))
+
+
+def split(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """A copy of a nested state as JSON; adds copies of its tensors to `tensors`, on the CPU."""
+    if isinstance(state, Tensor):
+        assert name not in tensors, f"{name}: two tensors of this name"
+        tensors[name] = state.detach().to("cpu", copy=True)
+        return {TENSOR: name}
+    prefix = name and f"{name}/"
+    if isinstance(state, Mapping):
+        return {key: split(value, tensors, f"{prefix}{key}") for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [split(value, tensors, f"{prefix}{index}") for index, value in enumerate(state)]
+    return state
+
+
+def joined(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nested state that `split` took apart, with its keys in the same order."""
+    if isinstance(facts, list):
+        return [joined(value, tensors) for value in facts]
+    if not isinstance(facts, dict):
+        return facts
+    if facts.keys() == {TENSOR}:
+        return tensors[facts[TENSOR]]
+    return {key: joined(value, tensors) for key, value in facts.items()}
+
+
+def checkpoint_files(
+    model_facts: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The safetensors and the JSON files of a run's nested state, by name.
+
+    `model` and `optimizer` in the state are copies already.
+    """
+    others = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+    tensors: dict[str, Tensor] = {}
+    facts = {MODEL: model_facts, STATE: split({"format": FORMAT, **others}, tensors)}
+    return {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"], RESUME: tensors}, facts
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, dict[str, Tensor]],
+    facts: Mapping[str, Any],
+    text_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write safetensors and JSON files, by name, to a folder that appears whole or not at all.
+
+    `text_files` are written as they are, to a folder of their own.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    checksums: dict[str, str] = {}
+
+    def write(name: str, data: bytes) -> None:
+        checksums[name] = checksum(data)
+        write_atomically(temporary / name, data, durable=True)
+
+    try:
+        temporary.mkdir()
+        if text_files:
+            (temporary / TEXT_FILES).mkdir()
+        for name, data in (text_files or {}).items():
+            write(f"{TEXT_FILES}/{name}", data)
+        # One file at a time, so that only one file's bytes are in memory besides the tensors.
+        for name, part in tensors.items():
+            write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
+        for name, content in {**facts, CHECKSUMS: checksums}.items():
+            write(name, (to_json(content, indent=2) + "\n").encode())
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_model(
+    run: Path,
+    weights: Mapping[str, Tensor],
+    model_facts: Mapping[str, Any],
+    text_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Make a model the run's own: in the run folder, where it comes before the checkpoints.
+
+    It replaces an earlier one. If this ends half-way, there is none, and the newest checkpoint
+    counts.
+    """
+    written = run / f".model.{os.getpid()}"
+    try:
+        write_checkpoint(written, {WEIGHTS: dict(weights)}, {MODEL: model_facts}, text_files)
+        # Without `MODEL` there is no model, so it goes first, and comes last.
+        (run / MODEL).unlink(missing_ok=True)
+        if text_files:
+            shutil.rmtree(run / TEXT_FILES, ignore_errors=True)
+            (written / TEXT_FILES).rename(run / TEXT_FILES)
+        for name in (WEIGHTS, CHECKSUMS, MODEL):
+            (written / name).replace(run / name)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+    sync_folder(run)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what processes that were killed had begun to write; nobody else writes to the run."""
+    for left in (*(run / "checkpoints").glob(".step-*"), *run.glob(".*model.*")):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in run.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
