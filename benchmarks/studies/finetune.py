@@ -103,8 +103,7 @@ def data_words(out: Path, table: str, *, judged: bool = True) -> str:
     if not judged:
         validation = 0
     return (
-        f"--data.train {out / table}.csv --data.validation {validation} --data.class_column class "
-        f"--data.cache_folder {out / 'cache'}"
+        f"--data.train {out / table}.csv --data.validation {validation} --data.class_column class"
     )
 
 

@@ -48,8 +48,6 @@ def require_data_paths(data: DataConfig) -> None:
     if isinstance(data.validation, str):
         require_source("data.validation", data.validation)
     require_folder("data.root", data.root)
-    if data.cache_folder is not None:
-        require_place("data.cache_folder", data.cache_folder, is_folder=True)
     require_file("data.only", data.only)
     require_file("data.without", data.without)
 

@@ -1,9 +1,8 @@
-"""Several sources as one, and a source with its captions shuffled."""
+"""Several sources as one."""
 
-import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -12,9 +11,8 @@ import numpy.typing as npt
 
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
-from protoclip.data.sampler import ORDER_STREAM, generator, permute
+from protoclip.data.sampler import ORDER_STREAM, generator
 
-CAPTION_PERMUTATION = 2**62  # no pass over the data uses it
 PERIOD = 1000  # a mixture of streams keeps its shares exactly over as many samples
 
 
@@ -122,22 +120,3 @@ class MixedStreams:
         period, within = divmod(first, PERIOD)
         begun = np.bincount(self._order(period)[:within], minlength=len(self.streams))
         return list(zip(self.streams, (period * self._shares + begun).tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class _OtherRow:
-    """A seeded permutation of `size` rows."""
-
-    seed: int
-    size: int
-
-    def __call__(self, row: int) -> int:
-        rows = np.array([row])
-        return int(permute(rows, self.size, seed=self.seed, number=CAPTION_PERMUTATION)[0])
-
-
-def shuffle_captions(pairs: ImageTextPairs, *, seed: int) -> ImageTextPairs:
-    """Each image with the captions of another: a control from which nothing can be learned."""
-    shuffled = copy.copy(pairs)
-    shuffled.caption_row = _OtherRow(seed, len(pairs))
-    return shuffled

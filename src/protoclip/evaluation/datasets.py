@@ -461,7 +461,7 @@ def named(classes: list[str]) -> tuple[list[str], Sequence[str]]:
 
 
 def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
-    cache = Path(config.cache_folder or cache_folder()) / "evaluation"
+    cache = cache_folder() / "evaluation"
     try:
         shards = ShardFolder.open(place, access=access_of(config), cache=cache)
     except ValueError as error:

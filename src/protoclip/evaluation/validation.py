@@ -69,14 +69,13 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     own = plain_sources(samples)
     if data.validation == "emoji":
         return Judged(samples, [datasets.emoji()], notes)
-    folder = index_folder(data.cache_folder)
+    folder = index_folder()
     if isinstance(data.validation, str):
         other = replace(
             data,
             train=data.validation,
             sources=[],
             read="auto",
-            shuffle_captions=False,
             only=None,  # the lists have ids of the training data
             without=None,
         )
@@ -131,7 +130,7 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
         return []
     try:
         settings = Config.from_dict(read_toml(run / "config.toml"))
-        allowed = {name: getattr(config.data, name) for name in (*PERMISSIONS, "cache_folder")}
+        allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
         settings = replace(settings, data=replace(settings.data, **allowed))
         samples = sources.pairs(settings)
         if not isinstance(samples, Pairs):
@@ -139,7 +138,7 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
         own, before = plain_sources(samples), trained_before(settings, [])
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
-            folder = index_folder(settings.data.cache_folder)
+            folder = index_folder()
             held = held_out_rows(own, share=share, folder=folder, before=before)
         if len(held) < (2 if is_asked(settings) else LEAST):
             held = NONE
@@ -238,13 +237,9 @@ def nothing(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judge
 
 
 def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
-    """The sources of pairs, each with its own captions, also where training shuffles them."""
-    found = []
-    for source in getattr(samples, "sources", [samples]):
-        if isinstance(source, ImageTextPairs):
-            found.append(copy.copy(source))
-            found[-1].caption_row = None
-    return found
+    """A copy of each source of pairs; none of a stream."""
+    sources = getattr(samples, "sources", [samples])
+    return [copy.copy(source) for source in sources if isinstance(source, ImageTextPairs)]
 
 
 def learned(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:

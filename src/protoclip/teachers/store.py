@@ -364,7 +364,7 @@ def teachers(
             if not isinstance(samples, Pairs):
                 raise ValueError(
                     f"teacher.features: {START} needs pairs that can be read in any order, not a "
-                    "stream; set data.read = indexed, or leave it out"
+                    "stream; copy the shards, and leave data.read out"
                 )
             continue
         if teacher.features == "emoji":
