@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.defaults import fitting_context_length
 from protoclip.data.loader import Item, items_of, read_image
-from protoclip.data.mixture import MixedStreams
+from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.sampler import drawn
 from protoclip.data.stream import ShardStream
@@ -104,7 +104,7 @@ def _shards(
     source: SampleStream, samples: int | None, seed: int
 ) -> list[tuple[ShardStream, str, int | None]]:
     """Shards to look at: stream, shard, and how many of its samples (all if None)."""
-    streams = source.streams if isinstance(source, MixedStreams) else [source]
+    streams = sources_of(source)
     shards = [(s, shard) for s in streams if isinstance(s, ShardStream) for shard in s.shards]
     if not shards:
         raise ValueError(f"{source.name}: has no end; only streams of tar shards can be inspected")

@@ -10,7 +10,7 @@ from protoclip.data.access import is_url, require_allowed
 from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
-from protoclip.data.mixture import MixedPairs, MixedStreams
+from protoclip.data.mixture import MixedStreams, mixed_pairs, sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.shards import open_shards
 from protoclip.data.stream import ShardStream
@@ -68,7 +68,7 @@ def pairs(config: Config) -> Pairs | SampleStream:
     if len(found) == 1:
         return streams[0] if streams else indexed[0]
     if not streams:
-        return MixedPairs(indexed)
+        return mixed_pairs(indexed)
     if indexed:
         raise ValueError(
             "data.sources: a stream mixes only with streams; set data.read = streaming, and name "
@@ -87,11 +87,10 @@ def entries(data: DataConfig) -> list[SourceConfig]:
 
 def notes(samples: Pairs | SampleStream) -> list[str]:
     """What was noticed when the samples were opened, such as lines that were left out."""
-    pairs = getattr(samples, "pairs", samples)  # with what is held out
     numbered = [
         f"{source.name}: has no column of sample ids, so they are row numbers: keep the order of "
         "its rows, or name such a column by data.id_column"
-        for source in getattr(pairs, "sources", [pairs])
+        for source in sources_of(samples)
         if isinstance(source, ImageTextPairs) and source.id_column is None
     ]
     return [*numbered, *getattr(samples, "notes", ())]

@@ -13,7 +13,7 @@ from PIL import Image, ImageFont
 
 from protoclip.data import inspect as module
 from protoclip.data.inspect import CELL, GAP, SIDE, drawn, inspect, montage, show
-from protoclip.data.mixture import MixedPairs
+from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
 from protoclip.testing import tiny_pairs
@@ -109,7 +109,7 @@ def test_findings_are_shown_as_lines(
 
 def test_processes_find_what_one_finds(mixed: ImageTextPairs) -> None:
     """Two sources in one, some of them bad: the same facts in the same order."""
-    source = MixedPairs([ImageTextPairs(tiny_pairs(200), name="tiny"), mixed])
+    source = mixed_pairs([ImageTextPairs(tiny_pairs(200), name="tiny"), mixed])
     one, two = (look(source, workers=workers, max_pixels=1_000_000) for workers in (1, 2))
     assert one["read"] == 200 + 10
     assert one == two

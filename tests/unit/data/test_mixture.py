@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from protoclip.data.mixture import MixedPairs, MixedStreams
+from protoclip.data.mixture import MixedStreams, mixed_pairs
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
 from protoclip.testing import tiny_pairs
 
@@ -44,7 +44,7 @@ def mixture(names: str = "ab", weights: tuple[float, ...] = (0.7, 0.3), seed: in
 @pytest.mark.parametrize(("names", "message"), [("aa", "two are named 'a'"), ("a/", "holds a '/'")])
 def test_names_that_would_mix_up_ids_are_refused(names: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MixedPairs([ImageTextPairs(tiny_pairs(2), name=name) for name in names])
+        mixed_pairs([ImageTextPairs(tiny_pairs(2), name=name) for name in names])
     with pytest.raises(ValueError, match=message):
         mixture(names)
 
