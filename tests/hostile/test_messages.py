@@ -93,7 +93,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "named"),
     [
         ("data inspect {}/pairs.csv --data.workers 1", "{out}/c/index"),
-        ("data inspect {}/pairs.parquet --data.workers 1 --montage {out}/m.png", "{out}/m.png"),
         ("data pack {}/pairs.parquet {out}/packed", "{out}/packed/"),
         ("analyze {}/run --samples 16 --out {out}", "{out}/run."),
         ("report {}/run --samples 16 --out {out}/r.html", "{out}/r.html"),

@@ -72,7 +72,7 @@ def place(beside: Path | None = None) -> Iterator[tuple[Path, Path]]:
 
 INSPECT = ("data", "inspect", "{}", "--data.workers", "1")
 SOURCES = (
-    (*INSPECT, "--montage", "{out}/m.png"),
+    INSPECT,
     (*INSPECT, "--json", "--every"),
     ("data", "index", "{}"),
     ("data", "pack", "{}", "{out}/packed"),
@@ -148,7 +148,7 @@ def test_any_list_of_ids(images, content, setting):
 
 @given(
     name=near_valid.names,
-    what=st.sampled_from(["table", "image", "folder", "tar", "recipe", "montage", "packed"]),
+    what=st.sampled_from(["table", "image", "folder", "tar", "recipe", "packed"]),
 )
 @examples(25)
 def test_any_file_name(images, name, what):
@@ -165,8 +165,6 @@ def test_any_file_name(images, name, what):
             elif what == "recipe":
                 (data / name).write_text('[data]\nimage_column = "image"\n')
                 words = (*words, "--config", str(data / name))
-            elif what == "montage":
-                words = (*INSPECT, "--montage", f"{{out}}/{name}.png")
             elif what == "packed":
                 words = ("data", "pack", "{}", f"{{out}}/{name}")
             else:

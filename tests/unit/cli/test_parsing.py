@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("compare a b --json", {"runs": ["a", "b"], "json": True}),
         ("compare a --json=false", {"runs": ["a"], "json": False}),
         ("evaluate --split=validation a", {"models": ["a"], "split": "validation"}),
-        ("data inspect --every true --montage none a", {"source": "a", "montage": None}),
+        ("data inspect --every true --seed 3 a", {"source": "a", "seed": 3}),
         ("train --run.no-evaluate", {"run.evaluate": False}),
         ("train --run.evaluate false --json", {"run.evaluate": False, "json": True}),
         ("train --data.allow-links --resume auto", {"data.allow_links": True, "resume": "auto"}),
