@@ -39,9 +39,9 @@ from torch.utils.data import DataLoader
 
 import protoclip
 from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.view import PairsView
 from protoclip.evaluation import datasets
 from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.readers import Subset
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
 from protoclip.training.run import environment
 
@@ -92,9 +92,7 @@ def fit_projection(folder: Path, data: list[str]) -> None:
         opened = datasets.open_data(f"wds:{place}", split="train")
         train = opened.splits["train"]
         rows = range(0, len(train.images), EVERY)
-        features.append(
-            encoder.images(Subset(images=train.images, rows=rows), stage=place).features
-        )
+        features.append(encoder.images(PairsView([(train.images, rows)]), stage=place).features)
         labels.append(train.labels[::EVERY] + sum(map(len, classes)))
         texts = encoder.texts(prompts(opened.class_names, opened.templates), stage=place)
         classes.append(zero_shot_classifier(texts.view(len(opened.class_names), -1, 256)))

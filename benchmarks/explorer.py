@@ -82,7 +82,7 @@ def synthetic(number: int, folder: Path) -> ExploredPairs:
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     source = ImageTextPairs(table, name="synthetic", root=str(folder), table_key=str(number))
-    return ExploredPairs(name="synthetic", sources=[source], starts=[0, number])
+    return ExploredPairs([(source, range(number))], "synthetic")
 
 
 def features_of(number: int, folder: Path) -> None:

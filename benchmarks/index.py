@@ -52,12 +52,12 @@ def memory() -> dict[str, float]:
     return {name: int(texts[key].split()[0]) / 1024 for name, key in found.items()}
 
 
-def measure(task: str, path: str, cache: str) -> dict[str, Any]:
+def measure(task: str, path: str) -> dict[str, Any]:
     """Seconds of one task in this process, and its memory before and after."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     found: dict[str, Any] = {"before": memory()}
     start = time.perf_counter()
-    pairs = open_table(DataConfig(train=path, cache_folder=cache))
+    pairs = open_table(DataConfig(train=path))
     found["open"] = time.perf_counter() - start
     if task == "read":
         size = min(EPISODE_ROWS, len(pairs))
@@ -74,8 +74,9 @@ def measure(task: str, path: str, cache: str) -> dict[str, Any]:
 
 def fresh(task: str, path: Path, cache: Path) -> dict[str, Any]:
     """`measure` in a process of its own."""
-    command = [sys.executable, __file__, "--task", task, str(path), str(cache)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    command = [sys.executable, __file__, "--task", task, str(path)]
+    environment = {**os.environ, "PROTOCLIP_CACHE": str(cache)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
-    parser.add_argument("--task", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
         print(json.dumps(measure(*arguments.task)))
@@ -96,7 +97,7 @@ def main() -> None:
         first, _ = fresh("open", path, cache), fresh("open", small_path, cache)
         runs = [fresh("read", path, cache) for _ in range(REPEATS)]
         small = [fresh("read", small_path, cache) for _ in range(REPEATS)]
-        index = max(cache.glob("*.arrow"), key=lambda file: file.stat().st_size)
+        index = max(cache.rglob("*.arrow"), key=lambda file: file.stat().st_size)
         sizes = [file.stat().st_size / 1e9 for file in (path, index)]
 
     def median(name: str) -> float:

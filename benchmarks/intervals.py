@@ -222,10 +222,8 @@ def main() -> None:
     world = make_world(given.seed)
     facts = environment(torch.device("cpu"))
     print("# Do intervals hold the truth?\n")
-    print(
-        f"`python benchmarks/intervals.py --repeats {given.repeats} --seed {given.seed} --ami {given.ami}`, ",
-        end="",
-    )
+    print(f"`python benchmarks/intervals.py --repeats {given.repeats} --seed {given.seed}", end="")
+    print(f" --ami {given.ami}`, ", end="")
     print(f"{datetime.date.today().isoformat()}; {facts['device']}, torch {facts['torch']}.\n")
     print("Percent. Of one model and of the difference of two: the truth, 1.96 standard deviations")
     print("over test sets, the mean half-width of the intervals, in how many of 100 test sets the")

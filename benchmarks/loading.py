@@ -29,17 +29,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from protoclip.data.cache import DiskCache, MemoryCache, crop
+from protoclip.data.cache import MemoryCache, crop
 from protoclip.data.decode import decode_crop
 from protoclip.data.loader import EpisodeLoader
+from protoclip.data.pack import stored_image
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import TrainingTransform, clip_transform, light_transform
 from protoclip.progress import Progress
 from protoclip.training import run
 
-# Small copies for inputs of 224 pixels: the shorter side that `data.small_copies` gives them.
-SIZE, BATCH, COPY_SIDE = 224, 32, 320
+SIZE, BATCH, PACKED_SIDE = 224, 32, 256
+PACKED = "the workers' part, images packed with `data pack --resize 256`"
 SIDES = (512, 1024, 2048)
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 OURS = {
@@ -99,7 +100,7 @@ def theirs(paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> Non
 def ours(
     paths: list[Path], transform: TrainingTransform, *, finish: bool = True, **settings: object
 ) -> None:
-    """`settings` are those of `crop`: a cache, small copies."""
+    """`settings` are those of `crop`."""
     for first in range(0, len(paths), BATCH):
         batch = paths[first : first + BATCH]
         draws = torch.rand(len(batch), transform.num_draws)
@@ -182,21 +183,21 @@ def main() -> None:
             for number, path in enumerate(paths[side]):
                 write_photo(path, number, side)
         small = paths[SIDES[0]]
-        disk = DiskCache(Path(folder) / "cache", max_bytes=10**10)
+        packed = [path.with_name(f"packed_{path.name}") for path in small]
+        for path, target in zip(small, packed, strict=True):
+            target.write_bytes(stored_image(path.read_bytes(), PACKED_SIDE)[1])
         memory = MemoryCache(max_bytes=10**10)
-        copies = {"finish": False, "small_side": COPY_SIDE, "cache": disk}
         variants: dict[str, dict[str, object]] = {
             "protoclip, finished on the same core": {},
             "protoclip, the workers' part (an accelerator finishes)": {"finish": False},
-            "the workers' part, images kept on disk": {"finish": False, "cache": disk},
             "the workers' part, images kept in memory": {"finish": False, "cache": memory},
-            "the workers' part, small copies kept on disk (`data.small_copies`)": copies,
         }
         arms: dict[tuple[str, str], tuple[Callable[[], None], int]] = {}
         for name, transform in OURS.items():
             arms["theirs", name] = partial(theirs, small, THEIRS[name]), count
             for label, settings in variants.items():
                 arms[label, name] = partial(ours, small, transform, **settings), count  # type: ignore[arg-type]
+            arms[PACKED, name] = partial(ours, packed, transform, finish=False), count
         for side in SIDES[1:]:
             arms["theirs", str(side)] = partial(theirs, paths[side], THEIRS["clip"]), larger
             arms["ours", str(side)] = partial(ours, paths[side], OURS["clip"]), larger
@@ -237,7 +238,7 @@ def main() -> None:
         "| one core | `clip` | ratio | `light` | ratio |",
         "|---|---|---|---|---|",
         row("PIL and torchvision: open_clip; the reference's light", "theirs", "theirs", rates),
-        *(row(label, label, "theirs", rates) for label in variants),
+        *(row(label, label, "theirs", rates) for label in (*variants, PACKED)),
         "",
         f"End to end with {workers} worker processes on {os.cpu_count()} cores: {len(many)} "
         "samples, start of the processes included; of 3 rounds.",

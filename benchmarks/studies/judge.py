@@ -17,6 +17,7 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
+from protoclip.data.view import PairsView
 from protoclip.evaluation import datasets
 from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.datasets import EvaluationData, Split
@@ -25,7 +26,6 @@ from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS
-from protoclip.evaluation.readers import Subset
 from protoclip.evaluation.samples import by_group
 from protoclip.evaluation.suite import chosen_tasks
 from protoclip.evaluation.task_features import task_features
@@ -180,13 +180,14 @@ def held_out(config: Config, split: str) -> EvaluationData:
     data = judged(config, sources.pairs(config)).data[0]
     whole = data.splits["validation"]
     images = whole.images
-    assert isinstance(images, Subset)  # a study has one source
+    assert isinstance(images, PairsView)
+    ((source, numbers),) = images.parts  # a study has one source
     assert whole.captions is not None
     ids = [images.sample_id(row) for row in range(len(images))]
     half = hash_ids(ids) % 2 == (split == "test")
     rows = [row for row, own in enumerate(half.tolist()) if own]
     own = Split(
-        images=Subset(images=images.images, rows=[images.rows[row] for row in rows]),
+        images=PairsView([(source, [numbers[row] for row in rows])]),
         captions=[whole.captions[row] for row in rows],
     )
     return EvaluationData(name=HELD_OUT, splits={split: own})

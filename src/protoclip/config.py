@@ -23,7 +23,7 @@ NO_START = (
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
-PERMISSIONS = ("allow_commands", "allow_private_hosts", "allow_links")
+PERMISSIONS = ("allow_commands", "allow_links")
 
 # Settings of earlier versions whose closest name would mislead.
 RENAMED = {
@@ -33,6 +33,12 @@ RENAMED = {
     "model.checkpoint": "is model.start now, which also takes models of others",
     "protocol": "is gone; leave it out, and for mean_recall take the mean of the six recalls",
     "optim.locked_warm_up_steps": "is gone; the locked-image stage warms up for 2 steps",
+    "data.small_copies": "is gone; protoclip data pack SOURCE FOLDER --resize 256 makes them once",
+    "data.cache_folder": "is gone; the environment variable PROTOCLIP_CACHE names the folder",
+    "data.shuffle_captions": "is gone; give a table with the captions of other images",
+    "data.allow_private_hosts": "is gone; data may be on any host, but images of a table on none",
+    "data.cache = disk": "is gone; small images decode fast: protoclip data pack --resize 256",
+    "data.read = indexed": "is gone; leave it out, and local shards are indexed",
 }
 
 LONGEST_SHOWN = 80  # characters of a wrong value in a message
@@ -96,27 +102,23 @@ class DataConfig:
     train: str = "emoji"  # Table, hf:OWNER/NAME, shards or folder.
     sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
     validation: Share | str | None = None  # Held-out pairs: a share or a source; else 0.02.
-    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
+    image_column: str | None = None  # Column of paths or bytes; else detected.
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.
     class_column: str | None = None  # Column of classes, which evaluation uses.
     root: str | None = None  # Folder that holds all images of a table.
     only: str | None = None  # CSV or JSON file: use the samples with these ids.
     without: str | None = None  # CSV or JSON file: leave these ids out.
-    read: Literal["auto", "indexed", "streaming"] = "auto"  # How to read shards.
+    read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
     augmentation: Literal["light", "clip"] = "light"  # clip only crops.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Processes that decode images.
-    cache: Literal["ram", "disk", "none"] = "ram"  # Keeps decoded images.
+    cache: Literal["ram", "none"] = "ram"  # Keeps decoded images.
     cache_gb: Annotated[float, ABOVE_0, 1e6] = 4.0  # Gigabytes of decoded images to keep.
-    cache_folder: str | None = None  # Folder of indexes and decoded images.
-    small_copies: bool = False  # Crop from copies of 256 pixels: less sharp.
     max_image_pixels: Annotated[int, 1, 2**40] = 178_956_970  # Skip images with more pixels.
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of bad samples that ends a run.
     allow_commands: bool = False  # Run the commands of pipe: sources.
-    allow_private_hosts: bool = False  # Read from web servers in private networks.
     allow_links: bool = False  # Follow symbolic links that leave data.root.
-    shuffle_captions: bool = False  # Pair images with wrong captions, as a control.
 
     @property
     def is_emoji(self) -> bool:
@@ -360,6 +362,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
         return read(name, value, next((k for k in kinds if fits in type_of(k)), kinds[-1]))
     if origin is Literal:
         if value not in inner:
+            if (former := f"{name} = {value}") in RENAMED:
+                raise ValueError(f"{name}: {shown(value)} {RENAMED[former]}")
             raise ValueError(f"{name}: {shown(value)} is not one of {', '.join(inner)}")
         return value
     if origin in (list, tuple):
@@ -499,8 +503,6 @@ def check_sources(data: DataConfig) -> None:
         raise ValueError("data.sources: takes the place of data.train; leave one of them out")
     if len({source.weight is None for source in data.sources}) > 1:
         raise ValueError("data.sources: give every source a weight, or none")
-    if data.shuffle_captions and data.read == "streaming":
-        raise ValueError("data.shuffle_captions: does not go with data.read = streaming")
 
 
 def check_teachers(config: Config) -> None:
@@ -513,13 +515,6 @@ def check_teachers(config: Config) -> None:
     for teacher in config.teachers:
         if teacher.features is None:
             raise ValueError(f"teachers: '{teacher.name}' has no features; name their file")
-    # The start is embedded by the captions as they are trained on.
-    stored = [t for t in config.external_teachers.values() if t.features != START]
-    if config.data.shuffle_captions and stored:
-        raise ValueError(
-            "data.shuffle_captions: there would be something to learn from a teacher's features, "
-            "which belong to the true captions; leave teacher.features out"
-        )
 
 
 def without_effect(config: Config) -> list[str]:

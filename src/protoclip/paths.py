@@ -6,7 +6,8 @@ Whether a file holds what it should is seen later, by what reads it. Standard li
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from protoclip.config import START, Config, DataConfig
@@ -48,8 +49,6 @@ def require_data_paths(data: DataConfig) -> None:
     if isinstance(data.validation, str):
         require_source("data.validation", data.validation)
     require_folder("data.root", data.root)
-    if data.cache_folder is not None:
-        require_place("data.cache_folder", data.cache_folder, is_folder=True)
     require_file("data.only", data.only)
     require_file("data.without", data.without)
 
@@ -91,20 +90,21 @@ def with_options(reference: str, setting: str = "") -> tuple[str, dict[str, str]
             f"{f'{setting}: ' * bool(setting)}'{reference}' is not complete; give "
             f"{name}{what.get(name, 'NAME')}"
         )
-    own = [option for option in options if option.startswith(DATA_OPTIONS)]
-    others = [option for option in options if option not in own]
-    where, place = f"{setting}: " if setting else "", ",".join([name, *others])
-    if (options and not name) or any(option.endswith("=") for option in own):
-        raise ValueError(f"{where}'{reference}' is not complete; give REF,class_column=NAME")
-    # Names on the hub have options of their own; URLs, patterns and files may look so.
-    is_free = re.match(r"hf:|.*(://|[*{?[])", place)
-    path = re.sub(r"^(wds|karpathy):", "", place)
+    known = [option for option in options if option.startswith(DATA_OPTIONS)]
+    others = [option for option in options if option not in known]
+    # Names on the hub have options of their own, and a file may be called as if it had some.
+    start = f"{setting}: " if setting else ""
+    if (options and not name) or any(option.endswith("=") for option in known):
+        raise ValueError(f"{start}'{reference}' is not complete; give REF,class_column=NAME")
+    name = ",".join([name, *others])
+    is_free = re.match(r"hf:|.*(://|[*{?[])", name)
+    path = re.sub(r"^(wds|karpathy):", "", name)
     if others and not is_free and not os.path.exists(path):  # noqa: PTH110 (Path raises)
         raise ValueError(
-            f"{where}'{reference}': no option '{others[0].partition('=')[0]}' and no such file; "
+            f"{start}'{reference}': no option '{others[0].partition('=')[0]}' and no such file; "
             "behind a data set may stand ,class_column=NAME and ,root=FOLDER"
         )
-    return place, {name: value for name, _, value in (option.partition("=") for option in own)}
+    return name, dict(option.split("=", 1) for option in known)
 
 
 def require_model(setting: str, reference: str | None) -> None:
@@ -142,59 +142,58 @@ def require_folder(setting: str, path: str | None) -> None:
 
 
 def require_path(setting: str, path: str, what: str) -> None:
-    where = f"{setting}: {path}" if setting else path
+    """Refuse a local path that does not exist, as `what`, and a pipe or device."""
+    start = f"{setting}: {path}" if setting else path
     if not path.strip():
         raise ValueError(f"{setting or 'an argument'}: is empty; name a file or folder")
     if "://" in path:
         return
     if "\0" in path:
-        raise ValueError(f"{where}: a path holds no zero byte; leave it out")
+        raise ValueError(f"{start}: a path holds no zero byte; leave it out")
     try:
         kind = kind_of(Path(path).expanduser().stat())
     except FileNotFoundError:
         if Path(path).is_symlink():
             what, path = f"is a link to {Path(path).readlink()}, which is not there", ""
-        raise ValueError(f"{where}: {what}{suggestion(path)}") from None
+        raise ValueError(f"{start}: {what}{suggestion(path)}") from None
     except NotADirectoryError:
         above = next(folder for folder in Path(path).parents if folder.exists())
-        raise ValueError(f"{where}: {what}; {above} is a file, not a folder") from None
+        raise ValueError(f"{start}: {what}; {above} is a file, not a folder") from None
     # RuntimeError: of a user without a home. UnicodeError: no file has half of a character.
     except (OSError, RuntimeError, UnicodeError) as error:
         error = getattr(error, "strerror", None) or error
-        raise ValueError(f"{where}: cannot be opened ({error}); check the path") from None
+        raise ValueError(f"{start}: cannot be opened ({error}); check the path") from None
     if kind not in ("a file", "a folder"):  # may block, or have no end
-        raise ValueError(f"{where}: is {kind}, not a file; name a file that can be read again")
+        raise ValueError(f"{start}: is {kind}, not a file; name a file that can be read again")
 
 
 def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "") -> None:
-    """Refuse a place where no file, or with `is_folder` no folder, can be written.
+    """Refuse a path where no file, or with `is_folder` no folder, can be written.
 
     A file needs the suffix, so that a wrong name does not replace something else. Whether a folder
     may already hold something is for others to say.
     """
     if not path.strip():
         raise ValueError(f"{setting}: is empty; name a {'folder' if is_folder else 'file'}")
-    place, where = Path(path), f"{setting}: {path}"
-    if place.is_symlink() and not place.exists():
-        raise ValueError(f"{where}: is a link that leads nowhere; choose another place")
-    if place.is_dir() and not is_folder:
-        raise ValueError(f"{where}: is a folder; name a file in it")
-    if place.exists() and not (place.is_file() or place.is_dir()):
-        raise ValueError(f"{where}: is a device or a pipe; choose another place")
+    target, start = Path(path), f"{setting}: {path}"
+    if target.is_symlink() and not target.exists():
+        raise ValueError(f"{start}: is a link that leads nowhere; choose another place")
+    if target.is_dir() and not is_folder:
+        raise ValueError(f"{start}: is a folder; name a file in it")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise ValueError(f"{start}: is a device or a pipe; choose another place")
     if not path.lower().endswith(suffix):
-        raise ValueError(f"{where}: needs a name that ends in {suffix}")
-    for above in (place, *place.parents) if is_folder else place.parents:
-        if not above.exists():
-            continue
-        if not above.is_dir():
-            what = "" if above == place else f"{above} "
-            raise ValueError(f"{where}: {what}is a file, not a folder; choose another place")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"{where}: {above} may not be written to; check its permissions, or choose "
-                "another place"
-            )
-        return
+        raise ValueError(f"{start}: needs a name that ends in {suffix}")
+    above = target if is_folder else target.parent
+    above = next(folder for folder in (above, *above.parents) if folder.exists())
+    if not above.is_dir():
+        what = "" if above == target else f"{above} "
+        raise ValueError(f"{start}: {what}is a file, not a folder; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{start}: {above} may not be written to; check its permissions, or choose another "
+            "place"
+        )
 
 
 def require_new(folder: str | Path) -> None:
@@ -205,20 +204,9 @@ def require_new(folder: str | Path) -> None:
 
 def suggestion(path: str) -> str:
     """What to say about a name close to that of a path which does not exist; or nothing."""
-    place = Path(path)
-    if not place.name:
-        return ""
-    close = difflib.get_close_matches(place.name, list(names(place.parent)), n=1)
-    return f"; did you mean {place.with_name(close[0])}?" if close else ""
-
-
-def names(folder: Path) -> Iterator[str]:
-    """The first thousands of names in a folder that can be shown; none if it cannot be read."""
-    try:
-        for number, found in enumerate(folder.iterdir()):
-            if number == 10_000:
-                return
-            if re.fullmatch(r"[ -~]+", found.name):
-                yield found.name
-    except OSError:
-        return
+    beside: list[str] = []
+    with suppress(OSError):
+        beside = [each.name for each in islice(Path(path).parent.iterdir(), 10_000)]
+    beside = [each for each in beside if each.isascii() and each.isprintable()]
+    close = difflib.get_close_matches(Path(path).name, beside, n=1)
+    return f"; did you mean {Path(path).with_name(close[0])}?" if close else ""

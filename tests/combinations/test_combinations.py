@@ -204,7 +204,6 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             "shuffle_buffer": 20,
             "validation": validation(row, data),
             "cache": row["cache"],
-            "cache_folder": str(data / "cache"),
             "augmentation": row["augmentation"],
             "workers": row["workers"],
         },

@@ -39,7 +39,7 @@ FILES: dict[str, tuple[bytes | None, str]] = {
     "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     "missing.jpg": (None, "no such file"),
     "large.png": (encoded("PNG", 300), "data.max_image_pixels"),
-    "http://127.0.0.1:9/none.jpg": (None, "--data.allow_private_hosts true"),
+    "http://127.0.0.1:9/none.jpg": (None, "img2dataset"),
     "/etc/hostname": (None, "lies outside of"),
 }
 # Name of a sample, its caption, and what the reason has to say.

@@ -41,7 +41,6 @@ def error_of(line: str, capsys: pytest.CaptureFixture[str], *, lines: int = 1) -
         ("--model.image.name resnet10x", "no model 'resnet10x'"),
         ("--model.name RN50 --model.pretrained mine", "no weights 'mine'"),
         ("--run.device quantum", "run.device"),
-        ("--data.train s3://b/a.tar --data.read indexed", "only local shards"),
         ('--data.train a.csv --data.sources [{"path":"b.csv"}]', "leave one of them out"),
     ],
 )

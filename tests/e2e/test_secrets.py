@@ -31,7 +31,7 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     broken.write_bytes(broken.read_bytes()[:20_000])
     url = serve("ranges", tmp_path / "served").replace("://", "://somebody:passw0rd@")
     train = f"{url}/{{00000..00002}}.tar?t0ken=1"
-    settings = {"data": {"allow_private_hosts": True, "max_bad_share": 0.9, "shuffle_buffer": 20}}
+    settings = {"data": {"max_bad_share": 0.9, "shuffle_buffer": 20}}
     config = config_for(train, tmp_path / "run", prototypes={"source": "queue"}, **settings)
     with monkeypatch.context() as patch:
         stop_after(6, patch)

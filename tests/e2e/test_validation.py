@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_for(folder: Path, out: Path, **data: object) -> Config:
     sections = {
         "run": {"evaluate_every": 2, "save_minutes": 0.0},
-        "data": {"validation": 0.1, "cache_folder": str(folder / "cache"), **data},
+        "data": {"validation": 0.1, **data},
     }
     return with_changes(tiny_config(str(folder / "a.parquet"), out=str(out)), sections)
 

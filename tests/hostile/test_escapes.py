@@ -12,8 +12,6 @@ from audited import Ended, call
 
 from interrupting import with_changes
 from protoclip.config import Config
-from protoclip.data.inspect import montage
-from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import to_json
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible
@@ -172,12 +170,3 @@ def test_report_and_pages_hold_no_raw_character(odd):
         assert not RAW.search(text), page
         assert "<b>e</b>" not in text, page
     assert any("&lt;b&gt;e&lt;/b&gt;" in page.read_text(encoding="utf-8") for page in pages)
-
-
-def test_a_montage_draws_escapes(tmp_path):
-    drawn = []
-    caption = "a\x1b]0;t\x07\u202eb\x9bc"
-    for text in (caption, visible(caption)):
-        table = tiny_pairs(1).set_column(1, "caption", pa.array([text]))
-        drawn.append(montage(ImageTextPairs(table, name="one")).tobytes())
-    assert drawn[0] == drawn[1]

@@ -299,7 +299,6 @@ export . test_hostile.py/new
 embed-teacher --teacher gone --out new
 embed-teacher --teacher . --out new --data.train gone.tsv
 data inspect gone.tsv
-data inspect test_hostile.py --montage .
 data pack gone.tsv new
 data pack test_hostile.py test_hostile.py
 data index gone.tsv

@@ -72,7 +72,7 @@ def place(beside: Path | None = None) -> Iterator[tuple[Path, Path]]:
 
 INSPECT = ("data", "inspect", "{}", "--data.workers", "1")
 SOURCES = (
-    (*INSPECT, "--montage", "{out}/m.png"),
+    INSPECT,
     (*INSPECT, "--json", "--every"),
     ("data", "index", "{}"),
     ("data", "pack", "{}", "{out}/packed"),
@@ -148,7 +148,7 @@ def test_any_list_of_ids(images, content, setting):
 
 @given(
     name=near_valid.names,
-    what=st.sampled_from(["table", "image", "folder", "tar", "recipe", "montage", "packed"]),
+    what=st.sampled_from(["table", "image", "folder", "tar", "recipe", "packed"]),
 )
 @examples(25)
 def test_any_file_name(images, name, what):
@@ -165,8 +165,6 @@ def test_any_file_name(images, name, what):
             elif what == "recipe":
                 (data / name).write_text('[data]\nimage_column = "image"\n')
                 words = (*words, "--config", str(data / name))
-            elif what == "montage":
-                words = (*INSPECT, "--montage", f"{{out}}/{name}.png")
             elif what == "packed":
                 words = ("data", "pack", "{}", f"{{out}}/{name}")
             else:
@@ -198,10 +196,10 @@ def _packed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 BASE: dict[str, Any] = tomllib.loads(run.to_toml(run.optim.resolved(tiny_config(out="x"))[0]))
 # What starts processes, or says where to write; the command line sets these.
-for section, setting in (("data", "workers"), ("data", "cache_folder"), ("run", "out")):
+for section, setting in (("data", "workers"), ("run", "out")):
     BASE[section].pop(setting, None)
 KNOWN = [name for name, _ in options(COMMANDS["train"]) if name.count(".") == 1]
-FIXED = {"data.workers", "data.cache_folder", "run.out", "run.wandb", "data.train"}
+FIXED = {"data.workers", "run.out", "run.wandb", "data.train"}
 
 
 @st.composite
@@ -245,7 +243,7 @@ def test_any_recipe(images, content, command):
         (data / "recipe.toml").write_bytes(content)
         words = [command, "--config", str(data / "recipe.toml"), "--run.out", str(out / "run")]
         words += ["--data.train", str(data / "pairs.parquet"), "--data.workers", "0"]
-        words += ["--data.cache_folder", str(out / "cache"), "--run.wandb", "off"]
+        words += ["--run.wandb", "off"]
         call(words, writes=[out], keeps=data)
 
 

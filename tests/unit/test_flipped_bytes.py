@@ -14,8 +14,6 @@ import torch
 
 import protoclip
 from protoclip.config import Config
-from protoclip.data.cache import DiskCache
-from protoclip.data.decode import Decoded
 from protoclip.data.held_out import held_out_rows
 from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
@@ -105,20 +103,6 @@ def teacher(folder: Path) -> Read:
     return read
 
 
-def images(folder: Path) -> Read:
-    cache = DiskCache(folder, max_bytes=10**6)
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
-    cache.put("a" * 32, Decoded(pixels=pixels, orientation=3))
-
-    def read() -> object:
-        found = cache.get("a" * 32)
-        if found is None:
-            raise ValueError("damaged, and made again")
-        return found.pixels.tolist(), found.orientation
-
-    return read
-
-
 def held_out(folder: Path) -> Read:
     pairs = ImageTextPairs(tiny_pairs(60), name="tiny")
     distinct = pairs.table.set_column(1, "caption", pa.array([str(row) for row in range(60)]))
@@ -163,8 +147,8 @@ def outcome(read: Read) -> tuple[object, str]:
 
 @pytest.mark.parametrize(
     "make",
-    [index(batches), index(of_shards), teacher, images, held_out, kept_features, sample_results],
-    ids=["index", "index of shards", "teacher", "images", "held out", "features", "samples"],
+    [index(batches), index(of_shards), teacher, held_out, kept_features, sample_results],
+    ids=["index", "index of shards", "teacher", "held out", "features", "samples"],
 )
 def test_a_flipped_byte_is_noticed(make: Callable[[Path], Read], tmp_path: Path) -> None:
     read = make(tmp_path)

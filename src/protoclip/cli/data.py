@@ -19,7 +19,7 @@ from protoclip.config import (
     Seed,
     check,
 )
-from protoclip.files import SOFTWARE, replacing, require_ours, to_json
+from protoclip.files import to_json
 from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration
 from protoclip.terminal import say, visible
@@ -37,8 +37,6 @@ class Inspect(Recipes):
     samples: Count = 5000  # Pairs to read, drawn evenly.
     every: bool = False  # Read all pairs.
     seed: Seed = 0  # Seed of the draw.
-    montage: str | None = None  # Draw random pairs with captions into this PNG file.
-    overwrite: bool = False  # Replace a PNG file that is no montage.
     json: bool = False  # Print the findings as JSON.
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -46,13 +44,7 @@ class Inspect(Recipes):
     def __call__(self) -> None:
         require_paths(self.source, self.data)
         require_model("model.start", self.model.start)
-        if self.montage is not None:
-            require_place("--montage", self.montage, is_folder=False, suffix=".png")
-            if not self.overwrite:
-                require_ours(Path(self.montage), SOFTWARE)
-        from PIL.PngImagePlugin import PngInfo
-
-        from protoclip.data.inspect import inspect, montage, show
+        from protoclip.data.inspect import inspect, show
 
         count_tokens, context_length = tokens_of(self.model)
         pairs, notes = open_source(replace(self.data, train=self.source), seed=self.seed)
@@ -70,15 +62,6 @@ class Inspect(Recipes):
             print(to_json(found, indent=2))
         else:
             show(found)
-        if self.montage is not None:
-            path = Path(self.montage)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sheet = montage(pairs, seed=self.seed, max_pixels=self.data.max_image_pixels)
-            with replacing(path) as temporary:
-                facts = PngInfo()
-                facts.add_text("Software", SOFTWARE)
-                sheet.save(temporary, format="PNG", pnginfo=facts)
-            say(f"written to {path}")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ class Evaluate:
     id_column: str | None = None  # Column of sample ids; else detected.
     root: str | None = None  # Folder of the images, for data that need one.
     allow_commands: bool = False  # Run the commands of pipe: sources.
-    allow_private_hosts: bool = False  # Read from web servers in private networks.
     allow_links: bool = False  # Follow symbolic links that leave the root.
     templates: str | None = None  # Prompts: openai, simple, or a file of them.
     compare_to: str | None = None  # Model to which differences are shown.

@@ -162,4 +162,4 @@ class Explore:
                 f"{self.models[0]}: is no run that says which data it was trained on; name some "
                 "with --data"
             )
-        return replace(config.data, shuffle_captions=False, **given)
+        return replace(config.data, **given)

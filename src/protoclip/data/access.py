@@ -1,21 +1,20 @@
 """Where data may be read from: the one place that opens a path or URL that data name.
 
 Tables and recipes may come from a stranger. URLs are checked against a list of protocols, local
-paths in a table must lie below its root, only regular files are opened, web servers in private
-networks are refused, and everything remote has a time limit. `docs/security.md` has the rules.
+paths in a table must lie below its root, a table's images are not fetched from the web, only
+regular files are opened, and everything remote has a time limit. `docs/security.md` has the rules.
 """
 
 import hashlib
 import io
-import ipaddress
 import json
 import os
 import re
 import socket
 import time
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -31,14 +30,13 @@ from protoclip.terminal import REMOVED, visible, without_secrets
 
 T = TypeVar("T")
 WEB, STORES = ("https", "http"), ("s3", "gs", "hf")
+NO_WEB_IMAGES = "images on the web are not read; download them with img2dataset, as tar shards"
 MAX_FILE_BYTES = 1 << 28  # a larger file of one sample is a mistake or an attack
 READ_BYTES, REQUEST_BYTES = 1 << 20, 1 << 24
 # Seconds to wait for a connection, for the next bytes, and for the whole file of one sample; how
 # often a request is made, and the first pause between two tries (each is twice the last).
-CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 10.0, 20.0, 60.0, 3, 0.5
-# To wait for the hub's first answer, and for a host's; and how long one that gave none is not asked
-# again, so that a thousand images behind it do not take an hour to fail.
-HUB_SECONDS, FIRST_SECONDS, REST_SECONDS = 3.0, 3.0, 30.0
+CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 3.0, 20.0, 60.0, 3, 0.5
+HUB_SECONDS = 3.0  # to wait for the hub's answer
 # What stores call the facts that change with a file, in lower case.
 URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"}
 URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
@@ -49,7 +47,6 @@ class Access:
     """What the user allows beyond reading public data: the settings `data.allow_*`."""
 
     commands: bool = False
-    private_hosts: bool = False
     links: bool = False
 
 
@@ -58,6 +55,10 @@ NOTHING_MORE = Access()
 
 def is_url(path: str) -> bool:
     return "://" in path
+
+
+def is_web(path: str) -> bool:
+    return path.partition("://")[0].lower() in WEB and is_url(path)
 
 
 def join(root: str, name: str) -> str:
@@ -91,6 +92,8 @@ def in_table(root: str, name: str, access: Access) -> str:
     """The path or URL that a table's cell names; raises `ValueError` if it may not name it."""
     if name.startswith("pipe:"):
         raise ValueError("a table runs no command")
+    if is_web(join(root, name)):
+        raise ValueError(NO_WEB_IMAGES)
     if is_url(name):
         require_allowed(name, access)
         return name
@@ -133,8 +136,8 @@ def open_file(location: str, access: Access) -> io.BufferedReader:
     protocol, is_remote, rest = location.partition("://")
     if not is_remote:
         return open_local(location)
-    if protocol.lower() in WEB:
-        return io.BufferedReader(WebFile(location, access), READ_BYTES)
+    if is_web(location):
+        return io.BufferedReader(WebFile(location), READ_BYTES)
     filesystem, path = fsspec.core.url_to_fs(f"{protocol.lower()}://{rest}")
     return io.BufferedReader(filesystem.open(path, "rb", block_size=REQUEST_BYTES), READ_BYTES)
 
@@ -208,14 +211,8 @@ def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
     """
     try:
         require_allowed(path, access)
-        if path.partition("://")[0].lower() in WEB:
-            with WebFile(path, access) as web:
-                found = dict(web.headers)
-        elif is_url(path):
-            filesystem, place = fsspec.core.url_to_fs(path)
-            found = filesystem.info(place)
         if is_url(path):
-            known = {name: value for name, value in found.items() if name.lower() in URL_FACTS}
+            known = {name: v for name, v in url_facts(path).items() if name.lower() in URL_FACTS}
             return digest({"url": path, **known})
         with open_local(path) as file:
             status = os.fstat(file.fileno())
@@ -228,10 +225,20 @@ def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
     return digest({**facts, "time": status.st_mtime_ns})
 
 
+def url_facts(url: str) -> Mapping[str, Any]:
+    """What a web server or store says about a file."""
+    if is_web(url):
+        with WebFile(url) as file:
+            return file.headers
+    filesystem, path = fsspec.core.url_to_fs(url)
+    facts: Mapping[str, Any] = filesystem.info(path)
+    return facts
+
+
 def list_urls(pattern: str, access: Access) -> list[str]:
     """The URLs of a store that match a pattern with `*`; raises as `open_file` does."""
     require_allowed(pattern, access)
-    if pattern.partition("://")[0].lower() in WEB:
+    if is_web(pattern):
         raise ValueError(
             "a web server does not say what it holds; name the files with braces, as in "
             "{00000..00099}.tar"
@@ -247,6 +254,12 @@ def reason_of(error: BaseException) -> str:
     return visible(str(error).strip().split("\n")[0].strip()[:200]) or type(error).__name__
 
 
+def _look_up(host: str) -> None:
+    """Look a host up, for which the web client would wait without a limit."""
+    with suppress(OSError):  # a proxy may know it
+        socket.getaddrinfo(host, None)
+
+
 class WebFile(io.RawIOBase):
     """The bytes behind an `http` or `https` URL, in order.
 
@@ -254,9 +267,12 @@ class WebFile(io.RawIOBase):
     Raises as `open_file` does, also while reading.
     """
 
-    def __init__(self, url: str, access: Access) -> None:
-        self.url, self.private_hosts = url, access.private_hosts
-        self.position, self.rest = 0, b""
+    def __init__(self, url: str) -> None:
+        headers = {"User-Agent": "protoclip", "Accept-Encoding": "identity"}
+        limits = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+        self.client = httpx.Client(follow_redirects=True, headers=headers, timeout=limits)
+        self.url, self.position = url, 0
+        self.unread = b""  # of a chunk that came
         self.response: httpx.Response | None = None
         self.headers: Mapping[str, str] = self._repeat(self._connect).headers
 
@@ -264,14 +280,13 @@ class WebFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.rest = self.rest or self._repeat(self._next)
-        data, self.rest = self.rest[: len(buffer)], self.rest[len(buffer) :]
+        self.unread = self.unread or self._repeat(self._next)
+        data, self.unread = self.unread[: len(buffer)], self.unread[len(buffer) :]
         buffer[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
-        if self.response is not None:
-            self.response.close()
+        self.client.close()
         super().close()
 
     def _next(self) -> bytes:
@@ -283,22 +298,11 @@ class WebFile(io.RawIOBase):
 
     def _connect(self) -> httpx.Response:
         headers = {"Range": f"bytes={self.position}-"} if self.position else {}
-        client = _client(self.private_hosts, os.getpid())
-        request = client.build_request("GET", self.url, headers=headers)
-        host, now = request.url.netloc, time.monotonic()
-        if now < _silent_until.get(host, 0.0):
-            raise httpx.ConnectError(f"no connection to {host.decode()}")
-        first = CONNECT_SECONDS if host in _answered else FIRST_SECONDS
-        request.extensions["timeout"] = httpx.Timeout(SILENCE_SECONDS, connect=first).as_dict()
-        try:
-            self.response = client.send(request, stream=True)
-        except (httpx.ConnectTimeout, socket.gaierror):
-            if host not in _answered:
-                _silent_until[host] = now + first + REST_SECONDS
-            raise
-        _answered.add(host)
+        request = self.client.build_request("GET", self.url, headers=headers)
+        within(CONNECT_SECONDS, partial(_look_up, request.url.host))
+        self.response = self.client.send(request, stream=True)
         self.response.raise_for_status()
-        self.chunks = self.response.iter_raw()
+        self.chunks: Iterator[bytes] = self.response.iter_raw()
         known = self.position if self.response.status_code != 206 else 0
         while known > 0:  # the server ignores `Range` and begins again at the start
             chunk = next(self.chunks)
@@ -314,13 +318,14 @@ class WebFile(io.RawIOBase):
                 code = error.response.status_code
                 if code in (404, 410):
                     raise FileNotFoundError(f"HTTP {code}") from None
-                what = f"HTTP {code} {error.response.reason_phrase}"
+                reason = f"HTTP {code} {error.response.reason_phrase}"
                 may_pass = code >= 500 or code in (408, 425, 429)
-            except httpx.TimeoutException:
-                what, may_pass = "no answer in time", True
+            except httpx.TimeoutException as error:
+                never = isinstance(error, httpx.ConnectTimeout) and self.position == 0
+                reason, may_pass = "no answer in time", not never
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 broken = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
-                what, may_pass = str(error), isinstance(error, broken)
+                reason, may_pass = str(error), isinstance(error, broken)
             if self.response is not None:
                 self.response.close()
                 self.response = None
@@ -328,74 +333,4 @@ class WebFile(io.RawIOBase):
                 break
             if number < TRIES:
                 time.sleep(PAUSE_SECONDS * 2 ** (number - 1))
-        raise OSError(f"{what}{f', {number} times' if number > 1 else ''}")
-
-
-# Hosts that answered in this process; and those that never did, with the time to ask them again.
-_answered: set[bytes] = set()
-_silent_until: dict[bytes, float] = {}
-
-
-@lru_cache(4)
-def _client(private_hosts: bool, process: int) -> httpx.Client:
-    """Follows redirects; checks every host that it asks. Connections are a process's own."""
-    headers = {"User-Agent": "protoclip", "Accept-Encoding": "identity"}
-    client = partial(httpx.Client, follow_redirects=True, headers=headers)
-    if private_hosts:
-        return client()
-    if {"http", "https", "all"} & urllib.request.getproxies().keys():
-        # A proxy may be private. The hosts that it is asked for may not.
-        return client(event_hooks={"request": [lambda request: _addresses(request.url.host)]})
-    # Keep no connection: it would serve another host of the same address without its certificate.
-    return client(transport=_PublicHosts(limits=httpx.Limits(max_keepalive_connections=0)))
-
-
-class _PublicHosts(httpx.HTTPTransport):
-    """Connects to the address that was checked; the name is not resolved a second time."""
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        host, failure = request.url.host, httpx.TransportError("the host has no address")
-        for address in _addresses(host, must_exist=True):
-            url = request.url.copy_with(host=address)
-            extensions = {**request.extensions, "sni_hostname": host}
-            there = httpx.Request("GET", url, headers=request.headers, extensions=extensions)
-            try:
-                return super().handle_request(there)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                failure = error
-        raise failure
-
-
-def _addresses(host: str, *, must_exist: bool = False) -> list[str]:
-    """The addresses of a host; raises `ValueError` if one of them is private."""
-    try:
-        look_up = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
-        found = within(FIRST_SECONDS, look_up)
-    except TimeoutError:
-        raise httpx.ConnectTimeout(f"{host} is not found in time") from None
-    except OSError:
-        if must_exist:
-            raise
-        return []  # a name that only the proxy knows
-    addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
-    if any(map(is_private, addresses)):
-        raise ValueError(
-            f"{host} is this machine or in a private network; --data.allow_private_hosts true "
-            "reads from there"
-        )
-    return addresses
-
-
-def is_private(address: str) -> bool:
-    """Whether an IP address belongs to this machine or lies outside the public internet."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if not ip.is_global or ip.is_multicast:
-        return True
-    family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(ip), 0))  # only possible with an address of this machine
-        return True
-    except OSError:
-        return False
+        raise OSError(f"{reason}{f', {number} times' if number > 1 else ''}")

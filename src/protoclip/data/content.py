@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from protoclip.data.access import is_url
+from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import drawn
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import ShardStream
+from protoclip.data.view import PairsView
 from protoclip.files import checksum, open_local, to_json
 
 Facts = dict[str, Any]
@@ -41,16 +43,12 @@ def content(samples: Pairs | SampleStream) -> list[Facts]:
 
     What is behind URLs is taken to stay, and of local shards of a stream a few parts are compared.
     """
-    pairs = getattr(samples, "pairs", samples)  # with what is held out
-    parts = getattr(pairs, "sources", None) or getattr(pairs, "streams", None) or [pairs]
-    facts = [
-        of_pairs(part) if isinstance(part, ImageTextPairs) else of_stream(part) for part in parts
-    ]
+    sources = sources_of(samples)
+    facts = [of_pairs(s) if isinstance(s, ImageTextPairs) else of_stream(s) for s in sources]
     if len(facts) > 1:  # sample ids begin with the name
-        facts = [{"name": part.name, **of_part} for part, of_part in zip(parts, facts, strict=True)]
-    held_out = getattr(samples, "held_out", ())
-    if len(held_out):
-        facts[0]["held_out"] = checksum(np.asarray(held_out, "<i8").tobytes())
+        facts = [{"name": s.name, **of_one} for s, of_one in zip(sources, facts, strict=True)]
+    if isinstance(samples, PairsView) and len(samples.left_out):
+        facts[0]["held_out"] = checksum(samples.left_out.astype("<i8").tobytes())
     return facts
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, DataConfig
 from protoclip.data import decode
-from protoclip.data.mixture import MixedStreams
+from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import drawn
 from protoclip.data.stream import ShardStream
@@ -38,7 +38,7 @@ def some_samples(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]
         with ThreadPoolExecutor(READERS) as pool:
             yield from filter(None, pool.map(read, rows))
         return
-    streams = samples.streams if isinstance(samples, MixedStreams) else [samples]
+    streams = sources_of(samples)
     for stream in streams:
         if isinstance(stream, ShardStream) and not stream.shards[0].startswith("pipe:"):
             items = islice(stream.read(stream.shards[0]), -(-number // len(streams)))

@@ -104,7 +104,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     # The index changes with a caption, but not with the content of an image.
     known = [(image, file, file and file_status(str(folder / file))) for image, file in found]
     key = digest({"folder": str(folder.resolve()), "known": known, "keys": keys})
-    where, place = str(folder), index_folder(data.cache_folder)
+    where, place = str(folder), index_folder()
     way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
     index = build_index(key, build, folder=place, where=where, way_out=way_out)
     # The user named the folder; no table names what is in it.

@@ -21,11 +21,11 @@ from scipy.sparse import bmat, coo_array, hstack
 from scipy.sparse.csgraph import connected_components
 
 from protoclip.data.access import digest, is_url, join
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample
+from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.view import Rows, whole
 from protoclip.files import replacing
 from protoclip.progress import Progress
 
-Rows = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 Columns = Callable[[ImageTextPairs], list[pa.ChunkedArray]]
 Before = tuple[ImageTextPairs, Rows]  # what a model was trained on, and the rows held out of it
@@ -40,48 +40,6 @@ STEP = 100_000  # sizes between lines of progress
 SPARE = 1.25  # pairs that are looked at for each that is wanted, since some share an image
 # Part of the name of every file of rows. Change it when the choice changes.
 FORM = 1
-
-
-class Rest:
-    """The pairs of a source or mixture without those held out, in the same order, with their ids.
-
-    `held_out` are sorted row numbers.
-    """
-
-    def __init__(self, pairs: Pairs, held_out: Rows) -> None:
-        self.pairs, self.held_out, self.name = pairs, held_out, pairs.name
-        self.notes = list(getattr(pairs, "notes", ()))
-        # Row `r` of the rest is row `r` plus the count of these numbers that are at most `r`.
-        self._before = held_out - np.arange(len(held_out))
-
-    @property
-    def sources(self) -> list[range]:
-        """What is left of each part of a mixture, by its length: the sampler asks for that."""
-        lengths = [len(source) for source in getattr(self.pairs, "sources", [self.pairs])]
-        ends = np.cumsum([0, *lengths])
-        held = np.diff(np.searchsorted(self.held_out, ends))
-        return [range(number) for number in (np.diff(ends) - held).tolist()]
-
-    def row(self, row: int) -> int:
-        """The number that a row has in the whole source."""
-        return row + int(np.searchsorted(self._before, row, side="right"))
-
-    def __len__(self) -> int:
-        return len(self.pairs) - len(self.held_out)
-
-    def sample(self, row: int) -> Sample:
-        return self.pairs.sample(self.row(row))
-
-    def sample_id(self, row: int) -> str:
-        return self.pairs.sample_id(self.row(row))
-
-    def sample_captions(self, row: int) -> tuple[str, ...]:
-        return self.pairs.sample_captions(self.row(row))
-
-    def sample_ids(self) -> Iterator[str]:
-        held_out = set(self.held_out.tolist())
-        ids = enumerate(self.pairs.sample_ids())
-        return (sample_id for row, sample_id in ids if row not in held_out)
 
 
 def held_out_rows(
@@ -325,16 +283,16 @@ def _images(
 
 def _contents(sources: Sequence[ImageTextPairs], sizes: Rows, rows: Rows, *, page: bool) -> Rows:
     """A hash of each row's image, or of its size and a page; below zero for what cannot be read."""
-    starts = np.cumsum([0, *map(len, sources)])
+    pairs = whole(sources)
 
     def content(row: int) -> int:
-        number, size = int(np.searchsorted(starts, row, side="right")) - 1, int(sizes[row])
+        (source, number), size = pairs.locate(row), int(sizes[row])
         if size < 0:  # behind a URL; `_groups` knows equal ones
             return -1 - row
         first = max(0, (size - PAGE) // 2)
         part = slice(first, min(size, first + PAGE)) if page else None
         try:
-            encoded = sources[number].encoded(row - int(starts[number]), part)
+            encoded = source.encoded(number, part)
         except BadSample:
             return -1 - row
         return _hash(b"%d " % size + encoded) >> 1

@@ -114,9 +114,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PROTOCLIP_CACHE") or Path(user) / "protoclip")
 
 
-def index_folder(given: str | None = None) -> Path:
-    """Where indexes are, in the cache folder that the user named or in the usual one."""
-    return Path(given or cache_folder()) / "index"
+def index_folder() -> Path:
+    return cache_folder() / "index"
 
 
 def batches(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

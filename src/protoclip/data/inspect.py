@@ -3,25 +3,23 @@
 Memory grows with the data by eight bytes an image and eight a caption.
 """
 
-import contextlib
 import hashlib
 import re
 import textwrap
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.defaults import fitting_context_length
 from protoclip.data.loader import Item, items_of, read_image
-from protoclip.data.mixture import MixedStreams
+from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.sampler import drawn
 from protoclip.data.stream import ShardStream
@@ -31,20 +29,11 @@ from protoclip.terminal import visible
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image", "tokens")
-# The first so many different images and captions can become examples of repeated ones, and the
-# first so many reasons are counted by themselves.
-REMEMBERED, REASONS = 100_000, 100
+REMEMBERED = 100_000  # examples of repeated images and captions are among so many
+REASONS = 100  # that are counted by themselves
 EXAMPLES, NAME_LENGTH = 5, 90
 CHUNK = 64  # samples that a worker looks at together
 DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
-# Of the montage: sides in pixels; samples that are tried for each that is shown.
-SIDE, GAP, FONT_SIZE, LINES = 192, 20, 14, 3
-COLUMNS, ROWS, TRIES = 6, 4, 10
-CELL = SIDE + 8 + LINES * 19
-# PIL finds these on the systems that have them.
-FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def inspect(
@@ -104,7 +93,7 @@ def _shards(
     source: SampleStream, samples: int | None, seed: int
 ) -> list[tuple[ShardStream, str, int | None]]:
     """Shards to look at: stream, shard, and how many of its samples (all if None)."""
-    streams = source.streams if isinstance(source, MixedStreams) else [source]
+    streams = sources_of(source)
     shards = [(s, shard) for s in streams if isinstance(s, ShardStream) for shard in s.shards]
     if not shards:
         raise ValueError(f"{source.name}: has no end; only streams of tar shards can be inspected")
@@ -229,65 +218,3 @@ def show(found: dict[str, Any]) -> None:
             text = f"{line:,}" if isinstance(line, int) else visible(line)
             print(f"{label:24} {text}")
             label = ""
-
-
-def montage(
-    source: Pairs | SampleStream, *, seed: int = 0, max_pixels: int = MAX_IMAGE_PIXELS
-) -> Image.Image:
-    """Draw 24 random pairs (of a stream, the first) in a grid: images with their captions below.
-
-    Leaves out unreadable samples and images of more than `max_pixels`. Raises `ValueError` if no
-    sample can be read.
-    """
-    if isinstance(source, Pairs):
-        number = min(TRIES * COLUMNS * ROWS, len(source))
-        order = np.random.default_rng(seed).choice(len(source), number, replace=False)
-        items: Iterable[Item] = order.tolist()
-    else:
-        items = islice(source.samples(), TRIES * COLUMNS * ROWS)
-
-    def readable() -> Iterator[tuple[Image.Image, str]]:
-        for item in items:
-            with contextlib.suppress(BadSample):
-                sample, image = read_image(source, item, look)
-                yield image, sample.captions[0]
-
-    def look(encoded: bytes) -> Image.Image:
-        pixels = decode(encoded, max_pixels=max_pixels, at_least=SIDE)
-        return ImageOps.pad(Image.fromarray(pixels), (SIDE, SIDE), color="#f1f1f3")
-
-    shown = list(islice(readable(), COLUMNS * ROWS))
-    if not shown:
-        raise ValueError(f"{source.name}: none of its samples that were tried can be read")
-    rows = -(-len(shown) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (CELL + GAP) + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (image, caption) in enumerate(shown):
-        row, column = divmod(number, COLUMNS)
-        left, top = GAP + column * (SIDE + GAP), GAP + row * (CELL + GAP)
-        sheet.paste(image, (left, top))
-        caption = visible(" ".join(caption[:400].split()))
-        font = _font(caption)
-        characters = max(1, int(SIDE * len(caption) / max(1, font.getlength(caption))))
-        lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")
-        pen.text((left, top + SIDE + 8), "\n".join(lines), fill="#1c1c1f", font=font)
-    return sheet
-
-
-def _font(caption: str) -> Font:
-    """The first font that lacks the fewest of a caption's characters."""
-
-    def lacks(font: Font) -> int:
-        box = bytes(font.getmask("\U0010ffff"))  # stands for any character that is missing
-        return sum(bytes(font.getmask(character)) == box for character in set(caption))
-
-    return min(_fonts(), key=lacks)
-
-
-@cache
-def _fonts() -> list[Font]:
-    found: list[Font] = []
-    for name in FONTS:
-        with contextlib.suppress(OSError):
-            found.append(ImageFont.truetype(name, FONT_SIZE))
-    return [*found, ImageFont.load_default(FONT_SIZE)]

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -35,8 +34,6 @@ Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
 Crop = Callable[..., npt.NDArray[np.uint8]]
 OnRead = Callable[[int, list[BadSample]], None]
 
-# Shorter side of small copies: this, or more where crops are larger.
-COPY_SIDE, COPY_MARGIN = 256, 10 / 7
 # Spare samples that replace the bad ones of a batch, as a share of it, and the least number. Rows
 # cost nothing until they are read; a stream's samples travel to the workers with the batch.
 SPARE_ROWS, SPARE_SAMPLES, MIN_SPARE = 4.0, 0.25, 8
@@ -368,7 +365,6 @@ def loader(
             f"episodes.batch_size: {config.episodes.batch_size} pairs cannot be shared evenly by "
             f"{world_size()} ranks, two or more each; try {max(2, share) * world_size()}"
         )
-    small_side = max(COPY_SIDE, math.ceil(transform.size * COPY_MARGIN))
     workers, note = number_of_workers(config.data, samples, image_size=transform.size)
     return EpisodeLoader(
         pairs=samples,
@@ -383,8 +379,7 @@ def loader(
         crop=partial(
             crop,
             max_pixels=config.data.max_image_pixels,
-            small_side=small_side if config.data.small_copies else None,
-            cache=image_cache(config.data, samples.name, workers=workers),
+            cache=image_cache(config.data, workers=workers),
         ),
         on_read=on_read,
         notes=() if note is None else (note,),

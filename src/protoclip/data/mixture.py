@@ -1,10 +1,7 @@
-"""Several sources as one, and a source with its captions shuffled."""
+"""Several sources as one."""
 
-import copy
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +9,9 @@ import numpy.typing as npt
 
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
-from protoclip.data.sampler import ORDER_STREAM, generator, permute
+from protoclip.data.sampler import ORDER_STREAM, generator
+from protoclip.data.view import PairsView, whole
 
-CAPTION_PERMUTATION = 2**62  # no pass over the data uses it
 PERIOD = 1000  # a mixture of streams keeps its shares exactly over as many samples
 
 
@@ -39,45 +36,18 @@ def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
     return BadSample(sample_id, item.where, item.reason)
 
 
-class MixedPairs:
+def mixed_pairs(sources: Sequence[ImageTextPairs]) -> PairsView:
     """Sources one after the other; sample ids are `<name of the source>/<id in the source>`.
 
     Raises `ValueError` for two sources of one name, or a name with a `/`.
     """
-
-    def __init__(self, sources: Sequence[ImageTextPairs]) -> None:
-        self.name = _joined_name(sources)
-        self.sources = [source.in_mixture() for source in sources]
-        self.notes = [note for source in sources for note in source.notes]
-        self._starts = list(accumulate(map(len, sources), initial=0))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def sample(self, row: int) -> Sample:
-        source, own = self._find(row)
-        return source.sample(own)
-
-    def sample_id(self, row: int) -> str:
-        source, own = self._find(row)
-        return source.sample_id(own)
-
-    def sample_captions(self, row: int) -> tuple[str, ...]:
-        source, own = self._find(row)
-        return source.sample_captions(own)
-
-    def sample_ids(self) -> Iterator[str]:
-        return chain.from_iterable(source.sample_ids() for source in self.sources)
-
-    def _find(self, row: int) -> tuple[ImageTextPairs, int]:
-        number = bisect_right(self._starts, row) - 1
-        return self.sources[number], row - self._starts[number]
+    return whole([source.in_mixture() for source in sources], _joined_name(sources))
 
 
 class MixedStreams:
     """Streams in a seeded order, each with its exact share of every thousand samples.
 
-    Sample ids are as in `MixedPairs`. Raises `ValueError` as that, or if a weight is too small.
+    Sample ids are as in `mixed_pairs`. Raises `ValueError` as that, or if a weight is too small.
     """
 
     def __init__(
@@ -124,20 +94,8 @@ class MixedStreams:
         return list(zip(self.streams, (period * self._shares + begun).tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class _OtherRow:
-    """A seeded permutation of `size` rows."""
-
-    seed: int
-    size: int
-
-    def __call__(self, row: int) -> int:
-        rows = np.array([row])
-        return int(permute(rows, self.size, seed=self.seed, number=CAPTION_PERMUTATION)[0])
-
-
-def shuffle_captions(pairs: ImageTextPairs, *, seed: int) -> ImageTextPairs:
-    """Each image with the captions of another: a control from which nothing can be learned."""
-    shuffled = copy.copy(pairs)
-    shuffled.caption_row = _OtherRow(seed, len(pairs))
-    return shuffled
+def sources_of(samples: Any) -> list[Any]:
+    """The sources of a view or mixture; else the samples themselves."""
+    if isinstance(samples, PairsView):
+        return samples.sources
+    return samples.streams if isinstance(samples, MixedStreams) else [samples]

@@ -203,14 +203,14 @@ def _files(source: Pairs, side: int | None, row: int) -> dict[str, bytes] | BadS
     if len(sample.captions) > 1:
         facts["caption"] = sample.captions
     try:
-        kind, image = _stored(sample.image, side)
+        kind, image = stored_image(sample.image, side)
         files = {kind: image, "json": json.dumps(facts, ensure_ascii=False).encode()}
         return files if "caption" in facts else {**files, "txt": sample.captions[0].encode()}
     except ValueError as error:  # from the decoder, or a caption that UTF-8 cannot hold
         return BadSample(sample.sample_id, sample.where, str(error))
 
 
-def _stored(encoded: bytes, side: int | None) -> tuple[str, bytes]:
+def stored_image(encoded: bytes, side: int | None) -> tuple[str, bytes]:
     """The extension and content of an image, its shorter side at most `side`."""
     kind = next((kind for start, kind in KEPT if encoded.startswith(start)), None)
     shape = () if kind and side is None else dimensions(encoded, max_pixels=MAX_IMAGE_PIXELS)

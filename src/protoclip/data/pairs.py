@@ -99,8 +99,8 @@ class ImageTextPairs:
         name: What messages and sample ids call this source.
         root: Folder or URL that relative paths start from, and that all paths must lie below.
         access: What the user allows.
-        image_column: Encoded images, paths or URLs, or structs of `bytes` and `path`; unset, it is
-            `image` or `path`. With columns `offset` and `size`, these bytes of a file.
+        image_column: Encoded images, paths or URLs of stores, or structs of `bytes` and `path`;
+            unset, it is `image` or `path`. With columns `offset` and `size`, these bytes of a file.
         caption_columns: Texts (strings or UTF-8 bytes) or lists of texts.
         id_column: Unique ids; a sample is called `<name>/<row>` if there is no such column.
         class_column: Classes, if the pairs have them.
@@ -112,7 +112,6 @@ class ImageTextPairs:
 
     prefix = ""  # ids of the table's own begin with it
     rows: npt.NDArray[np.int64] | None = None  # of the table, ascending; unset, all are pairs
-    caption_row: Callable[[int], int] | None = None  # the row that has the captions of a row
 
     def __init__(
         self,
@@ -185,7 +184,7 @@ class ImageTextPairs:
         file, which takes a few seconds for a million files. What is behind URLs is taken to stay.
         """
         columns = (self.image_column, self.id_column, *self.caption_columns)
-        facts = (self.table_key, columns, self.root, self.caption_row)
+        facts = (self.table_key, columns, self.root)
         found = hashlib.blake2b(repr(facts).encode(), digest_size=16)
         for batch in self.checked.to_batches() if not self.table_key else ():
             found.update(batch.serialize())
@@ -236,7 +235,7 @@ class ImageTextPairs:
         """The captions without empty ones; raises `BadSample` if none is left."""
         texts: list[Any] = []
         for column in self.caption_columns:
-            found = self.value(column, self.caption_row(row) if self.caption_row else row)
+            found = self.value(column, row)
             texts += found if isinstance(found, list) else [found]
         try:
             return clean_captions(texts)

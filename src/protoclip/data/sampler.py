@@ -14,8 +14,8 @@ from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.view import PairsView, Rows
 
-Rows = npt.NDArray[np.int64]
 # Independent sequences of random numbers.
 ROWS_STREAM, TRANSFORM_STREAM, PERMUTATION_STREAM, CAPTION_STREAM, ORDER_STREAM = range(5)
 SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM = 5, 6, 7
@@ -153,17 +153,16 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
     if isinstance(samples, SampleStream):
         # Here the rows are positions in the stream.
         return lambda index: Episode(index=index, rows=torch.arange(size) + index * size)
-    sizes = [len(source) for source in getattr(samples, "sources", [samples])]
+    parts = samples.parts if isinstance(samples, PairsView) else [(samples, range(len(samples)))]
     weights = [entry.weight for entry in config.data.sources if entry.weight is not None]
-    whole = getattr(samples, "pairs", samples)  # with what is held out
-    for source, number in zip(getattr(whole, "sources", [whole]), sizes, strict=True):
-        if weights and not number:
+    for source, rows in parts:
+        if weights and not len(rows):
             raise ValueError(
                 f"data.sources: no pair of '{source.name}' is left to train on, but it has a "
                 "weight; take it out, or hold out fewer pairs (data.validation)"
             )
     return EpisodeSampler(
-        sizes,
+        [len(rows) for _, rows in parts],
         size,
         seed=config.run.seed,
         replacement=config.episodes.replacement,

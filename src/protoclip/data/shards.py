@@ -330,7 +330,7 @@ def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     Raises `ValueError` if a shard is missing, remote, compressed or not a tar, if two samples share
     an id, or if there is no sample.
     """
-    pattern, folder = data.train, index_folder(data.cache_folder)
+    pattern, folder = data.train, index_folder()
     captions = caption_columns(data) or None
     paths = [str(Path(shard).resolve()) for shard in expand_shards(pattern)]
     with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk

@@ -10,7 +10,7 @@ from protoclip.data.access import is_url, require_allowed
 from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
-from protoclip.data.mixture import MixedPairs, MixedStreams, shuffle_captions
+from protoclip.data.mixture import MixedStreams, mixed_pairs, sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.shards import open_shards
 from protoclip.data.stream import ShardStream
@@ -28,7 +28,7 @@ from protoclip.terminal import without_secrets
 # Settings that have no effect on the emoji, whose columns are known and whose images are small.
 EMOJI_LACK = (
     *("image_column", "caption_column", "id_column", "class_column", "root", "read"),
-    *("small_copies", "allow_commands", "allow_private_hosts", "allow_links"),
+    *("allow_commands", "allow_links"),
 )
 # The end of a tar file's name, or of one of several in a pattern.
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz|txz)(?=[{},*&]|$)", re.IGNORECASE)
@@ -65,14 +65,10 @@ def pairs(config: Config) -> Pairs | SampleStream:
     if indexed and data.shuffle_buffer != DataConfig().shuffle_buffer:
         why = "since nothing is streamed"
         indexed[0].notes = [*indexed[0].notes, f"data.shuffle_buffer: no effect, {why}"]
-    if data.shuffle_captions:
-        if streams:
-            raise ValueError("data.shuffle_captions: a stream cannot be read in any order")
-        indexed = [shuffle_captions(source, seed=seed) for source in indexed]
     if len(found) == 1:
         return streams[0] if streams else indexed[0]
     if not streams:
-        return MixedPairs(indexed)
+        return mixed_pairs(indexed)
     if indexed:
         raise ValueError(
             "data.sources: a stream mixes only with streams; set data.read = streaming, and name "
@@ -91,11 +87,10 @@ def entries(data: DataConfig) -> list[SourceConfig]:
 
 def notes(samples: Pairs | SampleStream) -> list[str]:
     """What was noticed when the samples were opened, such as lines that were left out."""
-    pairs = getattr(samples, "pairs", samples)  # with what is held out
     numbered = [
         f"{source.name}: has no column of sample ids, so they are row numbers: keep the order of "
         "its rows, or name such a column by data.id_column"
-        for source in getattr(pairs, "sources", [pairs])
+        for source in sources_of(samples)
         if isinstance(source, ImageTextPairs) and source.id_column is None
     ]
     return [*numbered, *getattr(samples, "notes", ())]
@@ -136,14 +131,7 @@ def open_source(
         if streaming:
             raise ValueError(f'{told}: only tar shards can be streamed; set data.read = "auto"')
         opener = open_folder if local and Path(path).is_dir() else open_table
-        opened = (open_hub if path.startswith("hf:") and local else opener)(data, name=name)
-        if data.read != "auto":
-            opened.notes.append(f"{told}: is no tar shard, and does not use read")
-        return opened
-    if data.read == "indexed" and not local:
-        raise ValueError(
-            f'{told}: only local shards can be indexed; set data.read = "streaming", or copy them'
-        )
+        return (open_hub if path.startswith("hf:") and local else opener)(data, name=name)
     shards: ImageTextPairs | ShardStream
     if local and not streaming:
         shards = open_shards(data, name=name)

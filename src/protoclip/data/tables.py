@@ -26,7 +26,16 @@ import numpy as np
 import pyarrow as pa
 
 from protoclip.config import DataConfig
-from protoclip.data.access import Access, digest, fingerprint, hub_answer, is_url, open_file
+from protoclip.data.access import (
+    NO_WEB_IMAGES,
+    Access,
+    digest,
+    fingerprint,
+    hub_answer,
+    is_url,
+    is_web,
+    open_file,
+)
 from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.files import replacing
@@ -81,7 +90,7 @@ def open_files(
 
     Relative paths in the table start at `data.root`, else at `root`.
     """
-    where, folder = without_secrets(paths[0]), index_folder(data.cache_folder)
+    where, folder = without_secrets(paths[0]), index_folder()
     prints = [fingerprint(path, access_of(data)) for path in paths]
     columns = [data.image_column, caption_columns(data), data.id_column]
     columns += [data.class_column] if data.class_column else []
@@ -117,7 +126,7 @@ def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """
     from huggingface_hub import HfApi, constants
 
-    where, folder = data.train, index_folder(data.cache_folder)
+    where, folder = data.train, index_folder()
     form = re.compile(r"hf:(\w[\w.-]*/(\w[\w.-]*))((?:,(?:config|split)=[^,]*)*)")
     if (found := form.fullmatch(where)) is None:
         raise ValueError(f"{where}: write hf:OWNER/NAME[,config=NAME][,split=SPLIT]")
@@ -151,7 +160,8 @@ def pairs_of(
 ) -> ImageTextPairs:
     """The pairs in an index, or in the columns of another memory-mapped table that fit.
 
-    Raises `ValueError` if ids repeat, or a column is missing. `key` identifies the content.
+    Raises `ValueError` if ids repeat, a column is missing, or the images are on the web. `key`
+    identifies the content.
     """
     columns: dict[str, Any] = {}
     if isinstance(source, ArrowIndex):
@@ -169,7 +179,9 @@ def pairs_of(
         notes=notes,
         **columns,
     )
-    checked = index_folder(data.cache_folder) / f"{key}.unique"
+    if is_web(image := pairs.where(0)):
+        raise ValueError(f"{where}: row 0 has the image {without_secrets(image)}; {NO_WEB_IMAGES}")
+    checked = index_folder() / f"{key}.unique"
     if pairs.id_column and not checked.exists():
         with faults(where, UnicodeDecodeError):
             _require_unique(pairs.checked.column(pairs.id_column), where, way_out)
@@ -201,8 +213,7 @@ def _require_unique(ids: pa.ChunkedArray, where: str, way_out: str) -> None:
 
 def access_of(data: DataConfig) -> Access:
     """What the user allows."""
-    hosts, links = data.allow_private_hosts, data.allow_links
-    return Access(commands=data.allow_commands, private_hosts=hosts, links=links)
+    return Access(commands=data.allow_commands, links=data.allow_links)
 
 
 def caption_columns(data: DataConfig) -> list[str]:
@@ -252,7 +263,7 @@ def _local_copy(path: str, print_: str, data: DataConfig) -> str:
     """A local path as it is; of a URL, a copy in the cache."""
     if not is_url(path):
         return path
-    copy = index_folder(data.cache_folder) / f"{print_}{_suffixes(path)[-1]}"
+    copy = index_folder() / f"{print_}{_suffixes(path)[-1]}"
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         opened = open_file(path, access_of(data))

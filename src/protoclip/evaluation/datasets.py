@@ -26,11 +26,11 @@ from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.sources import open_source
 from protoclip.data.tables import access_of
+from protoclip.data.view import PairsView
 from protoclip.evaluation import readers
 from protoclip.evaluation.readers import (
     LazySplits,
     ShardFolder,
-    Subset,
     TorchvisionImages,
     class_number,
 )
@@ -315,7 +315,7 @@ def _open_pairs(
             f"{reference}: {len(pairs)} rows are {len(rows)} images with captions; rows without a "
             "caption are left out, and rows with the same image are one"
         )
-        images = Subset(images=pairs, rows=rows)
+        images = PairsView([(pairs, rows)])
     labels, classes = None, list[str]()
     if pairs.class_column is not None:
         texts = classes_of_rows(pairs, rows)
@@ -359,7 +359,7 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     column = str(pairs.class_column)
     values = pairs.kept(pairs.checked.column(column)).take(pa.array(rows, pa.int64())).to_pylist()
     if names := class_labels(pairs):
-        images = Subset(images=pairs, rows=rows)
+        images = PairsView([(pairs, rows)])
         return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]
     for row, value in zip(rows, values, strict=True):
         if value is None or not str(value).strip():
@@ -461,7 +461,7 @@ def named(classes: list[str]) -> tuple[list[str], Sequence[str]]:
 
 
 def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
-    cache = Path(config.cache_folder or cache_folder()) / "evaluation"
+    cache = cache_folder() / "evaluation"
     try:
         shards = ShardFolder.open(place, access=access_of(config), cache=cache)
     except ValueError as error:

@@ -427,29 +427,6 @@ def _torchvision_key(samples: Any) -> str:
     return ""  # unknown: nothing is cached
 
 
-class Subset:
-    """Some rows of other images."""
-
-    def __init__(self, images: ImageTextPairs, rows: Sequence[int]) -> None:
-        self.images, self.rows, self.name = images, rows, images.name
-        self.key = digest({"of": images.key, "rows": rows}) if images.key else ""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def sample_id(self, row: int) -> str:
-        return self.images.sample_id(self.rows[row])
-
-    def image(self, row: int) -> Image.Image:
-        return self.images.image(self.rows[row])
-
-    def encoded(self, row: int) -> bytes:
-        return self.images.encoded(self.rows[row])
-
-    def where(self, row: int) -> str:
-        return self.images.where(self.rows[row])
-
-
 class LazySplits(Mapping[str, Any]):
     """Splits that are opened when they are first asked for: `train` may be large or remote.
 

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 
 from protoclip.config import PERMISSIONS, Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.access import digest
 from protoclip.data.content import content, difference
-from protoclip.data.held_out import MOST, SHARE, Before, Rest, held_out_rows, shared
+from protoclip.data.held_out import MOST, SHARE, Before, held_out_rows, shared
 from protoclip.data.index import index_folder
+from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import drawn
+from protoclip.data.view import NONE, PairsView, Rows, by_source, without
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import (
@@ -31,7 +30,6 @@ from protoclip.evaluation.datasets import (
     named,
     positions,
 )
-from protoclip.evaluation.readers import Subset
 from protoclip.evaluation.suite import quick_tasks
 from protoclip.files import read_json, read_toml
 from protoclip.models.saved import STATE, checkpoints
@@ -42,9 +40,6 @@ FEW = 100  # pairs; with fewer, one moves a value by more than a point, which a 
 # Settings of `data` that name columns of a table, or the folder of its images.
 COLUMNS = ("image_column", "caption_column", "id_column", "class_column", "root")
 MOST_LEARNED = 5000  # training pairs from which kNN and the linear probe learn
-
-Rows = npt.NDArray[np.int64]
-NONE: Rows = np.array([], np.int64)
 
 
 class Judged(NamedTuple):
@@ -69,14 +64,13 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     own = plain_sources(samples)
     if data.validation == "emoji":
         return Judged(samples, [datasets.emoji()], notes)
-    folder = index_folder(data.cache_folder)
+    folder = index_folder()
     if isinstance(data.validation, str):
         other = replace(
             data,
             train=data.validation,
             sources=[],
             read="auto",
-            shuffle_captions=False,
             only=None,  # the lists have ids of the training data
             without=None,
         )
@@ -117,7 +111,9 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by{step}; "
         "data.validation sets a share, another source, or 0 for none"
     )
-    return Judged(Rest(samples, rows), data_sets(by_source(own, rows), learned(own, rows)), notes)
+    return Judged(
+        without(samples, rows), data_sets(by_source(own, rows), learned(own, rows)), notes
+    )
 
 
 def trained_before(config: Config, notes: list[str]) -> list[Before]:
@@ -131,7 +127,7 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
         return []
     try:
         settings = Config.from_dict(read_toml(run / "config.toml"))
-        allowed = {name: getattr(config.data, name) for name in (*PERMISSIONS, "cache_folder")}
+        allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
         settings = replace(settings, data=replace(settings.data, **allowed))
         samples = sources.pairs(settings)
         if not isinstance(samples, Pairs):
@@ -139,11 +135,11 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
         own, before = plain_sources(samples), trained_before(settings, [])
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
-            folder = index_folder(settings.data.cache_folder)
+            folder = index_folder()
             held = held_out_rows(own, share=share, folder=folder, before=before)
         if len(held) < (2 if is_asked(settings) else LEAST):
             held = NONE
-        if rank() == 0 and (differs := changed_since(run, Rest(samples, held))):
+        if rank() == 0 and (differs := changed_since(run, without(samples, held))):
             notes.append(
                 f"model.start: the data of {run} have changed since it was trained ({differs}), so "
                 "pairs that it was trained on may judge this run"
@@ -154,16 +150,7 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
     return by_source(own, held) + before
 
 
-def by_source(of: Sequence[ImageTextPairs], rows: Rows) -> list[tuple[ImageTextPairs, Rows]]:
-    """Rows of sources that follow each other, by source and by their number in it."""
-    starts = np.cumsum([0, *map(len, of)])
-    return [
-        (source, rows[(rows >= start) & (rows < start + len(source))] - start)
-        for source, start in zip(of, starts, strict=False)
-    ]
-
-
-def changed_since(run: Path, training: Rest) -> str | None:
+def changed_since(run: Path, training: PairsView) -> str | None:
     """What differs between the data of a run and those that it was trained on, as it wrote down."""
     saved = checkpoints(run)
     state = read_json(saved[-1] / STATE).get("content", {}) if saved else {}
@@ -238,24 +225,18 @@ def nothing(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judge
 
 
 def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
-    """The sources of pairs, each with its own captions, also where training shuffles them."""
-    found = []
-    for source in getattr(samples, "sources", [samples]):
-        if isinstance(source, ImageTextPairs):
-            found.append(copy.copy(source))
-            found[-1].caption_row = None
-    return found
+    """A copy of each source of pairs; none of a stream."""
+    pairs = [source for source in sources_of(samples) if isinstance(source, ImageTextPairs)]
+    return [copy.copy(source) for source in pairs]
 
 
 def learned(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
     """Rows with classes, drawn evenly from what is not held out, for kNN and the linear probe."""
-    parts, start = [], 0
-    total = sum(map(len, of)) - len(held_out)
-    for source in of:
-        rows = np.setdiff1d(np.arange(start, start + len(source)), held_out) - start
+    parts, total = [], sum(map(len, of)) - len(held_out)
+    for source, left_out in by_source(of, held_out):
+        rows = np.setdiff1d(np.arange(len(source)), left_out)
         number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))
         parts.append((source, rows[drawn(len(rows), number, seed=0)] if number else rows))
-        start += len(source)
     return parts
 
 
@@ -296,49 +277,17 @@ def data_sets(
 
 def joined(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -> Split:
     """Rows of several sources as one split; it has classes if all of them have."""
-    images: list[Subset] = []
+    images: list[tuple[ImageTextPairs, list[int]]] = []
     captions: list[tuple[str, ...]] = []
     labels = []
     for source, given in parts:
         rows, texts = captions_of_rows(source, given.tolist())
-        images.append(Subset(images=source, rows=rows))
+        images.append((source, rows))
         captions += texts
         if source.class_column is not None and len(names) > 1:
             labels.append(positions(classes_of_rows(source, rows), names))
     return Split(
-        images=images[0] if len(images) == 1 else Joined(images),
+        images=PairsView(images),
         captions=captions,
         labels=torch.cat(labels) if len(labels) == len(parts) else None,
     )
-
-
-class Joined:
-    """Images of several sources, one source after the other."""
-
-    def __init__(self, parts: Sequence[Subset]) -> None:
-        self.parts, self.name = parts, " + ".join(part.name for part in parts)
-        self.key = digest({"parts": [part.key for part in parts]})
-        self._ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _find(self, row: int) -> tuple[Subset, int]:
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        return self.parts[number], row - int(self._ends[number]) + len(self.parts[number])
-
-    def sample_id(self, row: int) -> str:
-        part, own = self._find(row)
-        return part.sample_id(own)
-
-    def image(self, row: int) -> Image.Image:
-        part, own = self._find(row)
-        return part.image(own)
-
-    def encoded(self, row: int) -> bytes:
-        part, own = self._find(row)
-        return part.encoded(own)
-
-    def where(self, row: int) -> str:
-        part, own = self._find(row)
-        return part.where(own)

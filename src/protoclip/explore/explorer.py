@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from protoclip.config import Config
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
+from protoclip.data.view import Rows
 from protoclip.evaluation import analysis
 from protoclip.evaluation.features import Encoder, evaluation_mode
 from protoclip.explore.atlas import (
@@ -32,7 +33,7 @@ from protoclip.explore.atlas import (
     read_kept,
 )
 from protoclip.explore.neighbours import Neighbours
-from protoclip.explore.pairs import ExploredPairs, Rows
+from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float

@@ -1,65 +1,32 @@
 """The pairs that are explored: rows of one or several sources, with captions, classes, images."""
 
-import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from protoclip.data.access import digest
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.view import AllBut, PairsView, Rows, by_source
 from protoclip.evaluation.datasets import class_labels
-from protoclip.evaluation.readers import Subset
-from protoclip.evaluation.validation import Joined, plain_sources
+from protoclip.evaluation.validation import plain_sources
 from protoclip.progress import Progress
 
-Rows = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True, kw_only=True)
-class ExploredPairs:
-    """Rows of sources that follow each other, as training sees them, with their sample ids.
+class ExploredPairs(PairsView):
+    """All rows of sources, as training sees them, with their sample ids.
 
     A text is the first caption of its pair.
     """
 
-    name: str
-    sources: Sequence[ImageTextPairs]
-    starts: Sequence[int] = field(default=(0,))
-
-    @property
+    @cached_property
     def key(self) -> str:
         """Changes with the pairs."""
         return digest({"pairs": [source.key for source in self.sources]})
 
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def find(self, row: int) -> tuple[ImageTextPairs, int]:
-        """The source of a row, and the row in it."""
-        number = self.source_of(row)
-        return self.sources[number], row - self.starts[number]
-
-    def source_of(self, row: int) -> int:
-        return bisect.bisect_right(self.starts, row) - 1
-
-    def sample_id(self, row: int) -> str:
-        source, own = self.find(row)
-        return source.sample_id(own)
-
     def caption(self, row: int) -> str:
         """Raises `BadSample` if there is none."""
-        source, own = self.find(row)
-        return source.caption(own)
-
-    def encoded(self, row: int) -> bytes:
-        """The encoded image; raises `BadSample`."""
-        source, own = self.find(row)
-        return source.encoded(own)
+        return self.sample_captions(row)[0]
 
     def with_captions(self) -> Rows:
         """The rows that have a caption."""
@@ -77,20 +44,15 @@ class ExploredPairs:
 
     def images(self, rows: Rows) -> Any:
         """The images of some rows, as `Encoder.images` takes them."""
-        parts = []
-        for number, source in enumerate(self.sources):
-            first, end = np.searchsorted(rows, self.starts[number : number + 2])
-            own = (rows[first:end] - self.starts[number]).tolist()
-            if own:
-                parts.append(Subset(images=source, rows=own))
-        return parts[0] if len(parts) == 1 else Joined(parts)
+        parts = by_source(self.sources, rows)
+        return PairsView([(source, some.tolist()) for source, some in parts if len(some)])
 
     def class_of(self, row: int) -> str:
         """The class by its name; empty where there is none."""
-        source, own = self.find(row)
+        source, number = self.locate(row)
         if source.class_column is None:
             return ""
-        value, names = source.value(source.class_column, own), self._class_names[source.name]
+        value, names = source.value(source.class_column, number), self._class_names[source.name]
         if isinstance(value, int) and 0 <= value < len(names):
             return names[value]
         return "" if value is None else str(value)
@@ -122,5 +84,4 @@ def explored(samples: Pairs | SampleStream, *, class_column: str | None = None) 
         if source.class_column and source.class_column not in source.table.column_names:
             present = ", ".join(source.table.column_names)
             raise ValueError(f"{source.name}: no column '{source.class_column}'; it has {present}")
-    starts = list(accumulate(map(len, sources), initial=0))
-    return ExploredPairs(name=samples.name, sources=sources, starts=starts)
+    return ExploredPairs([(source, AllBut(len(source))) for source in sources], samples.name)

@@ -364,7 +364,7 @@ class Site:
     def pair(self, position: int) -> str:
         """One pair, and what is near to it."""
         row = self.explorer.row(position)
-        source, own = self.pairs.find(row)
+        source, own = self.pairs.locate(row)
         try:
             captions = [shown(text) for text in source.sample_captions(own)]
         except BadSample as error:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from protoclip.config import START, Config
 from protoclip.data.emoji import emoji_teacher_path
-from protoclip.data.mixture import MixedPairs
+from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sources import entries
 from protoclip.distributed import collectives
@@ -353,10 +353,9 @@ def teachers(
     Raises:
         ValueError: There is no such teacher, or it has features of none of the samples.
     """
-    prefixes, whole = [""], getattr(samples, "pairs", samples)  # with what is held out
-    if isinstance(whole, MixedPairs):  # its ids begin with the source's name
-        sources = zip(whole.sources, entries(config.data), strict=True)
-        prefixes = [f"{source.name}/" for source, entry in sources if entry.path == "emoji"]
+    sources = zip(sources_of(samples), entries(config.data), strict=True)
+    # In a mixture ids begin with the source's name.
+    prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
     found = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
@@ -364,7 +363,7 @@ def teachers(
             if not isinstance(samples, Pairs):
                 raise ValueError(
                     f"teacher.features: {START} needs pairs that can be read in any order, not a "
-                    "stream; set data.read = indexed, or leave it out"
+                    "stream; copy the shards, and leave data.read out"
                 )
             continue
         if teacher.features == "emoji":

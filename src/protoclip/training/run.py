@@ -91,7 +91,7 @@ from protoclip.training.trainer import Trainer
 FREE = (
     *("run.name", "run.out", "run.log_every", "run.save_steps", "run.save_minutes"),
     *("run.keep_checkpoints", "run.keep_best", "run.wandb", "run.evaluate", "run.evaluate_every"),
-    *("run.guard", "data.workers", "data.cache", "data.cache_gb", "data.cache_folder"),
+    *("run.guard", "data.workers", "data.cache", "data.cache_gb"),
     "data.max_bad_share",
 )
 # These change memory, time and rounding alone, so a run that lacks memory can go on with others.

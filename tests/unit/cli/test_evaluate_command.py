@@ -83,11 +83,11 @@ def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
     used = []
     monkeypatch.setattr(suite, "results", lambda encoder, *_, **__: used.append(encoder) or [])
     words = "--data a --data.allow_links true --data.image_column x --caption_column y --root /"
-    words += " --device cpu --precision bf16 --json --data.allow-private-hosts"
+    words += " --device cpu --precision bf16 --json --data.allow-commands"
     main(["evaluate", "knowing", *words.split()])
     (_, settings), (encoder,) = made_up[0], used
     columns = {"image_column": "x", "caption_column": "y"}
-    config = DataConfig(**columns, allow_links=True, allow_private_hosts=True)
+    config = DataConfig(**columns, allow_links=True, allow_commands=True)
     assert settings == {"root": "/", "class_column": None, "split": "test", "config": config}
     with encoder.autocast():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16

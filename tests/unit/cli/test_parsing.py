@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("compare a b --json", {"runs": ["a", "b"], "json": True}),
         ("compare a --json=false", {"runs": ["a"], "json": False}),
         ("evaluate --split=validation a", {"models": ["a"], "split": "validation"}),
-        ("data inspect --every true --montage none a", {"source": "a", "montage": None}),
+        ("data inspect --every true --seed 3 a", {"source": "a", "seed": 3}),
         ("train --run.no-evaluate", {"run.evaluate": False}),
         ("train --run.evaluate false --json", {"run.evaluate": False, "json": True}),
         ("train --data.allow-links --resume auto", {"data.allow_links": True, "resume": "auto"}),
@@ -86,9 +86,9 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path / "here")
 
     def located(path: str) -> str:
-        recipe.write_text(f"[data]\ncache_folder = 'more'\n[[data.sources]]\npath = '{path}'\n")
+        recipe.write_text(f"[run]\nname = 'more'\n[[data.sources]]\npath = '{path}'\n")
         config: Config = parse(COMMANDS["train"], ["--config", "../recipes/r.toml"])
-        assert config.data.cache_folder == "more"
+        assert config.run.name == "more"
         return config.data.sources[0].path
 
     for path in ("more", "more/{0..3}.tar", "*.toml"):

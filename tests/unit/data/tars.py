@@ -29,12 +29,9 @@ def numbered(*numbers: int) -> dict[str, bytes]:
     return files
 
 
-def index(pattern: Path | str, cache: Path, keys: list[str] | None = None) -> ImageTextPairs:
+def index(pattern: Path | str, keys: list[str] | None = None) -> ImageTextPairs:
     """The pairs in shards."""
-    cache_folder = str(cache)
-    return open_shards(
-        DataConfig(train=str(pattern), cache_folder=cache_folder, caption_column=keys)
-    )
+    return open_shards(DataConfig(train=str(pattern), caption_column=keys))
 
 
 def facts(items: Iterable[Sample | BadSample]) -> list[tuple]:

@@ -252,13 +252,6 @@ def test_a_validation_source_is_not_filtered(top: Path, tmp_path: Path) -> None:
     assert len(found.training) == 6
 
 
-def test_shuffled_captions_stay_among_the_chosen(top: Path, tmp_path: Path) -> None:
-    only = listed(tmp_path, [f"id {n}" for n in (1, 4, 6, 8)])
-    pairs = opened(train=str(top / "ids.parquet"), only=only, shuffle_captions=True)
-    expected = ["caption 1", "caption 4", "caption 6", "caption 8"]
-    assert sorted(captions_in(pairs)) == expected
-
-
 def streamed(top: Path, **data: object) -> SampleStream:
     stream = opened(train=str(top / "shards"), read="streaming", shuffle_buffer=3, **data)
     assert isinstance(stream, SampleStream)
@@ -319,7 +312,7 @@ def test_a_mixture_of_streams_is_filtered(top: Path, tmp_path: Path) -> None:
     assert any("not counted" in note for note in sources.notes(stream))
 
 
-@pytest.mark.parametrize("read", ["indexed", "streaming"])
+@pytest.mark.parametrize("read", ["auto", "streaming"])
 def test_inspect_reads_the_chosen(read: str, top: Path, tmp_path: Path) -> None:
     only = listed(tmp_path, ["0/001", "2/009"])
     found = inspect(

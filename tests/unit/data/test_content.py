@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip.data.content import content, difference
-from protoclip.data.mixture import MixedPairs
+from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
@@ -83,7 +83,7 @@ def test_equal_images_under_other_ids_and_file_names(tmp_path):
     assert difference(of(plain), of(plain)) is None
     assert difference(of(plain), of(plain, "other")) == "other sample ids, or their order"
     one, other = (
-        content(MixedPairs([ImageTextPairs(TINY, name="a"), ImageTextPairs(table, name="b")]))
+        content(mixed_pairs([ImageTextPairs(TINY, name="a"), ImageTextPairs(table, name="b")]))
         for table in (TINY, TINY[:9])
     )
     assert difference(one, other) == "number of rows of 'b': 40 before, 9 now"

@@ -32,7 +32,6 @@ def pairs() -> ImageTextPairs:
         ({"cache_gb": 0.99 * PIXELS / 1e9}, 8, 8),
         ({"cache_gb": 0.99 * PIXELS / 1e9}, 1, 0),  # a process beside this one brings nothing
         ({"cache": "none"}, 8, 8),
-        ({"cache": "disk"}, 8, 8),
         ({"workers": 3}, 8, 3),
         ({"workers": 0, "cache": "none"}, 8, 0),
     ],
@@ -104,16 +103,13 @@ def test_settings_that_a_source_has_no_use_for_are_said(tmp_path: Path) -> None:
         return sources.notes(samples)
 
     assert notes(DataConfig()) == []
-    emoji = DataConfig(class_column="a", read="indexed", shuffle_buffer=7)
+    emoji = DataConfig(class_column="a", read="streaming", shuffle_buffer=7)
     assert notes(emoji) == [
         "emoji: are bundled, and do not use class_column, read",
         "data.shuffle_buffer: no effect, since nothing is streamed",
     ]
     path = str(tmp_path / "pairs.parquet")
     pq.write_table(tiny_pairs(20), path)
-    assert notes(DataConfig(train=path, read="indexed")) == [
-        f"{path}: is no tar shard, and does not use read"
-    ]
     # In a mixture the columns of `data` are for the sources that have columns.
     both = [SourceConfig(path="emoji"), SourceConfig(path=path)]
     assert notes(DataConfig(sources=both, image_column="image")) == []

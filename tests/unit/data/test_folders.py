@@ -27,13 +27,8 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.fixture
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def opened(path: Path | str, cache: Path, **options: Any) -> ImageTextPairs:
-    return open_folder(DataConfig(train=str(path), cache_folder=str(cache), **options))
+def opened(path: Path | str, **options: Any) -> ImageTextPairs:
+    return open_folder(DataConfig(train=str(path), **options))
 
 
 def ids(pairs: ImageTextPairs) -> list[str]:
@@ -64,7 +59,7 @@ def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
     )
     (tmp_path / "linked").symlink_to(store / "x")
     (tmp_path / "z.jpg").symlink_to(store / "2.jpg")
-    pairs = opened(tmp_path, cache)
+    pairs = opened(tmp_path)
     assert ids(pairs) == ["a", "b", "z", "linked/1", "sub/d", "sub/deep er/c"]
     assert [pairs.encoded(row) for row in range(6)] == [b"A", b"B", b"M", b"L", b"D", b"C"]
     assert [pairs.sample_captions(row) for row in range(6)] == [
@@ -79,18 +74,16 @@ def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
     assert pairs.notes == []
 
 
-def test_ids_are_unique(tmp_path: Path, cache: Path) -> None:
+def test_ids_are_unique(tmp_path: Path) -> None:
     """Pictures that differ in their suffix alone keep it, whatever else is called like them."""
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "a/a.jpg", "a/b.jpg"]
     files = dict.fromkeys(names, b"x")
     captions = {str(Path(name).with_suffix(".txt")): "caption" for name in names}
-    pairs = opened(write(tmp_path, files | captions), cache)
+    pairs = opened(write(tmp_path, files | captions))
     assert ids(pairs) == ["a.jpg", "a.jpg.png", "a.png", "b", "a/a", "a/b"]
 
 
-def test_what_is_left_out_is_counted(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_left_out_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images without a caption, or with one that cannot be read; links that lead nowhere or in a
     circle; names that are not UTF-8; folders that cannot be read. The rest is read."""
     write(
@@ -122,7 +115,7 @@ def test_what_is_left_out_is_counted(
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     (tmp_path / "sub" / "again").symlink_to(tmp_path / "sub")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(b"F")
-    pairs = opened(tmp_path, cache)
+    pairs = opened(tmp_path)
     assert ids(pairs) == ["good", "sub/e"]
     counted = [note.removeprefix(f"{tmp_path}: left out ").split(" (")[0] for note in pairs.notes]
     assert sorted(counted) == [
@@ -136,38 +129,38 @@ def test_what_is_left_out_is_counted(
     assert f"{tmp_path}: left out 3 images without a caption ('alone1.jpg')" in pairs.notes
 
 
-def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, cache: Path) -> None:
+def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": b"A", "a.txt": b"caf\xe9", "b.jpg": b"B", "b.txt": "b"})
     write(tmp_path, {"c.jpg": b"C", "c.json": b'{"caption": "caf\xe9"}'})
     write(tmp_path, {"d.jpg": b"D", "d.json": b'{"caption": "\\ud800"}'})
-    pairs = opened(tmp_path, cache)
+    pairs = opened(tmp_path)
     assert pairs.caption(1) == "b"
     for row in (0, 2, 3):
         with pytest.raises(BadSample, match="not UTF-8"):
             pairs.sample(row)
 
 
-def test_keys_of_json_captions_are_chosen(tmp_path: Path, cache: Path) -> None:
+def test_keys_of_json_captions_are_chosen(tmp_path: Path) -> None:
     """By the usual names, or by the setting; settings without effect are told."""
     content = {"a.jpg": b"A", "a.json": {"text": "usual", "short": "s", "long": ["l", "ll"]}}
     path = str(write(tmp_path, content))
-    assert opened(path, cache).sample_captions(0) == ("usual",)
-    pairs = opened(path, cache, caption_column=["short", "long"], id_column="x")
+    assert opened(path).sample_captions(0) == ("usual",)
+    pairs = opened(path, caption_column=["short", "long"], id_column="x")
     assert pairs.sample_captions(0) == ("s", "l", "ll")
     assert pairs.notes == [f"{path}: has no columns, and does not use id_column"]
 
 
-def test_a_folder_that_changed_is_read_again(tmp_path: Path, cache: Path) -> None:
+def test_a_folder_that_changed_is_read_again(tmp_path: Path) -> None:
     """When a pair or a caption changes; the images themselves are not in the index."""
-    keys = [opened(write(tmp_path, {"a.jpg": b"A", "a.txt": "a"}), cache).table_key]
+    keys = [opened(write(tmp_path, {"a.jpg": b"A", "a.txt": "a"})).table_key]
     for change in ({"a.jpg": b"B"}, {"a.txt": "other"}, {"b.jpg": b"B"}, {"c/d.jpg": b"D"}):
-        keys.append(opened(write(tmp_path, change), cache).table_key)
+        keys.append(opened(write(tmp_path, change)).table_key)
     assert keys[0] == keys[1]
     assert len(set(keys)) == 4
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_metadata_name_the_images(tmp_path: Path, cache: Path, kind: str) -> None:
+def test_metadata_name_the_images(tmp_path: Path, kind: str) -> None:
     """In the column `file_name`, whatever other columns there are; captions beside are unused."""
     rows = {"image": "no", "file_name": "x/a.jpg", "text": "猫"}
     if kind == "parquet":
@@ -176,7 +169,7 @@ def test_metadata_name_the_images(tmp_path: Path, cache: Path, kind: str) -> Non
     write(tmp_path, {"x/a.jpg": b"A", "b.jpg": b"B", "b.txt": "beside"})
     if kind != "parquet":
         write(tmp_path, {f"metadata.{kind}": text})
-    pairs = opened(tmp_path, cache)
+    pairs = opened(tmp_path)
     assert len(pairs) == 1
     assert (pairs.caption(0), pairs.encoded(0)) == ("猫", b"A")
 
@@ -193,34 +186,34 @@ def test_a_saved_dataset(tmp_path: Path, cache: Path) -> None:
     """All its files in order, read where they lie."""
     captions = [f"caption {n} 猫" for n in range(11)]
     dataset(captions).save_to_disk(tmp_path / "data", num_shards=3)
-    pairs = opened(tmp_path / "data", cache)
+    pairs = opened(tmp_path / "data")
     assert [pairs.caption(row) for row in range(11)] == captions
     assert pairs.encoded(10) == "image of caption 10 猫".encode()
     assert pairs.sample_id(10) == "data/10"
     assert not list(cache.rglob("*.arrow"))
 
 
-def test_a_dataset_of_several_splits(tmp_path: Path, cache: Path) -> None:
+def test_a_dataset_of_several_splits(tmp_path: Path) -> None:
     """One of them must be named; a single one need not be."""
     two = datasets.DatasetDict({split: dataset([split]) for split in ("train", "test")})
     two.save_to_disk(tmp_path / "two")
     with pytest.raises(ValueError, match=r"splits \(train, test\); name one, as in .*/two/train"):
-        opened(tmp_path / "two", cache)
-    assert opened(tmp_path / "two" / "test", cache).caption(0) == "test"
+        opened(tmp_path / "two")
+    assert opened(tmp_path / "two" / "test").caption(0) == "test"
     datasets.DatasetDict({"train": dataset(["only"])}).save_to_disk(tmp_path / "one")
-    assert opened(tmp_path / "one", cache).caption(0) == "only"
+    assert opened(tmp_path / "one").caption(0) == "only"
 
 
-def test_a_folder_of_parquet_files(tmp_path: Path, cache: Path) -> None:
+def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
     """One after the other by name; files of several splits are not mixed."""
     for n in range(12):
         part = pa.table({"image": [b"%d" % n], "text": [f"caption {n}"]})
         pq.write_table(part, tmp_path / f"train-{n:05d}-of-00012.parquet")
-    pairs = opened(tmp_path, cache)
+    pairs = opened(tmp_path)
     assert [pairs.caption(row) for row in range(12)] == [f"caption {n}" for n in range(12)]
     pq.write_table(part, tmp_path / "test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=r"splits \(test, train\).*as in .*test-\*\.parquet"):
-        opened(tmp_path, cache)
+        opened(tmp_path)
 
 
 FAULTS = {
@@ -251,12 +244,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_structural_fault_is_named_in_one_line(tmp_path: Path, cache: Path, fault: str) -> None:
+def test_a_structural_fault_is_named_in_one_line(tmp_path: Path, fault: str) -> None:
     """The folder or file, and what to do."""
     files, message = FAULTS[fault]
     (tmp_path / "data").mkdir()
     write(tmp_path / "data", files)
     with pytest.raises(ValueError, match=message) as error:
-        opened(tmp_path / "data", cache)
+        opened(tmp_path / "data")
     assert str(error.value).startswith(str(tmp_path / "data"))
     assert "\n" not in str(error.value)

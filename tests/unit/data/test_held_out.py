@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from protoclip.data.held_out import Rest, held_out_rows, shared
-from protoclip.data.mixture import MixedPairs
+from protoclip.data.held_out import held_out_rows, shared
+from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.view import PairsView, without
 
 
 def source(number: int, name: str, *, captions: int, images: int, seed: int = 0) -> ImageTextPairs:
@@ -28,7 +29,7 @@ def source(number: int, name: str, *, captions: int, images: int, seed: int = 0)
     return ImageTextPairs(table, name=name)
 
 
-def contents(pairs: ImageTextPairs | Rest, rows: Iterable[int]) -> tuple[set[str], set[bytes]]:
+def contents(pairs: ImageTextPairs | PairsView, rows: Iterable[int]) -> tuple[set[str], set[bytes]]:
     samples = [pairs.sample(row) for row in rows]
     return {text for s in samples for text in s.captions}, {s.image for s in samples}
 
@@ -41,7 +42,7 @@ def test_no_caption_and_no_image_is_on_both_sides(
 ) -> None:
     pairs = source(3000, "web", captions=captions, images=images)
     rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
-    rest = Rest(pairs, rows)
+    rest = without(pairs, rows)
     assert 0 < len(rows) <= 300
     assert len(rows) > 200 or captions < 5000 or images < 5000
     assert len(rows) + len(rest) == 3000
@@ -95,14 +96,14 @@ def test_equal_files_and_equal_urls_stay_together(tmp_path: Path) -> None:
 def test_the_rest_of_a_mixture_keeps_ids_and_order(tmp_path: Path) -> None:
     one = source(500, "a", captions=10**9, images=10**9)
     two = source(300, "b", captions=10**9, images=10**9, seed=1)
-    mixed = MixedPairs([one, two])
+    mixed = mixed_pairs([one, two])
     rows = held_out_rows([one, two], share=0.2, folder=tmp_path)
-    rest, left = Rest(mixed, rows), set(rows.tolist())
+    rest, left = without(mixed, rows), set(rows.tolist())
     ids = [sample_id for row, sample_id in enumerate(mixed.sample_ids()) if row not in left]
     assert [*rest.sample_ids()] == [rest.sample_id(row) for row in range(len(rest))] == ids
     assert [rest.sample(row).sample_id for row in range(len(rest))] == ids
     first = sum(rows < 500)
-    assert [len(part) for part in rest.sources] == [500 - first, 300 - len(rows) + first]
+    assert [len(rows) for _, rows in rest.parts] == [500 - first, 300 - len(rows) + first]
 
 
 @pytest.mark.parametrize("number", [10**9, 4000], ids=["all differ", "many are equal"])

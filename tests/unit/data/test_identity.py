@@ -84,7 +84,7 @@ def mixture(kinds: tuple[str, str], root: Path, **data: object) -> Config:
         path = write(kind, folder, source)
         weight = 1.0 if "stream" in kinds else None
         entries.append(SourceConfig(path=str(path), name=NAMES[source], weight=weight))
-    settings = {"cache_folder": str(root / "cache"), "shuffle_buffer": 4, **data}
+    settings = {"shuffle_buffer": 4, **data}
     read = "streaming" if "stream" in kinds else "auto"
     return Config(
         data=DataConfig(sources=entries, read=read, **settings),  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def seen_colours(images: torch.Tensor) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kinds", MIXTURES, ids="+".join)
-@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+@pytest.mark.parametrize("cache", ["none", "ram"])
 def test_a_mixture_serves_the_right_image(
     kinds: tuple[str, str], cache: str, tmp_path: Path
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_mixture_serves_the_right_image(
 
     An episode of that size shows every sample once.
     """
-    workers = 2 if kinds[0] == kinds[1] and cache == "disk" else 0
+    workers = 2 if kinds[0] == kinds[1] and cache == "none" else 0
     config = mixture(kinds, tmp_path, cache=cache, workers=workers)
     own = [OWN.get(kind, "{:04}") for kind in kinds]
     samples = [(source, number) for source in range(2) for number in range(NUMBER)]
@@ -149,21 +149,18 @@ def test_a_mixture_serves_the_right_image(
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
 def test_a_key_changes_with_the_content(kind: str, tmp_path: Path) -> None:
-    """Of images and captions, wherever they are; and with the way that both are paired."""
+    """Of images and captions, wherever they are."""
 
-    def key(source: int, **settings: object) -> str:
-        if settings == {}:
-            write(kind, tmp_path / "data", source)
+    def key(source: int) -> str:
+        write(kind, tmp_path / "data", source)
         found = tmp_path / "data" / ("pairs.parquet" if kind in ("table", "rows") else "")
-        data = DataConfig(train=str(found), cache_folder=str(tmp_path), **settings)  # type: ignore[arg-type]
+        data = DataConfig(train=str(found))
         samples = sources.pairs(Config(data=data))
         assert isinstance(samples, ImageTextPairs)
         return samples.key
 
     (tmp_path / "data").mkdir()
-    keys = [key(0), key(0, shuffle_captions=True)]
-    assert keys[1] == key(0, shuffle_captions=True)
-    assert len({*keys, key(1), key(1, shuffle_captions=True)}) == 4
+    assert len({key(0), key(1)}) == 2
 
 
 def test_equal_bad_samples_of_two_sources_are_two(tmp_path: Path) -> None:

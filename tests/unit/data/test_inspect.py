@@ -6,14 +6,12 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
-from protoclip.data import inspect as module
-from protoclip.data.inspect import CELL, GAP, SIDE, drawn, inspect, montage, show
-from protoclip.data.mixture import MixedPairs
+from protoclip.data.inspect import drawn, inspect, show
+from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
 from protoclip.testing import tiny_pairs
@@ -109,7 +107,7 @@ def test_findings_are_shown_as_lines(
 
 def test_processes_find_what_one_finds(mixed: ImageTextPairs) -> None:
     """Two sources in one, some of them bad: the same facts in the same order."""
-    source = MixedPairs([ImageTextPairs(tiny_pairs(200), name="tiny"), mixed])
+    source = mixed_pairs([ImageTextPairs(tiny_pairs(200), name="tiny"), mixed])
     one, two = (look(source, workers=workers, max_pixels=1_000_000) for workers in (1, 2))
     assert one["read"] == 200 + 10
     assert one == two
@@ -160,36 +158,3 @@ def test_the_kinds_of_reasons_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     table = pa.table({"image": images, "caption": ["x", "x", "x", "", "x"]})
     reasons = look(ImageTextPairs(table, name="bad"))["reasons"]
     assert reasons == {"not an image": 2, "other": 2, "empty file": 1}
-
-
-def test_a_caption_is_drawn_in_the_font_that_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one that does; of fonts that lack something, the one that lacks least."""
-
-    class Font(ImageFont.ImageFont):
-        def __init__(self, known: str) -> None:
-            self.known = known
-
-        def getmask(self, character: str) -> bytes:
-            return character.encode() if character in self.known else b"box"
-
-    latin, both, greek = (Font(known) for known in ("ab ", "abαβ ", "αβγ "))
-    monkeypatch.setattr(module, "_fonts", lambda: [latin, both, greek])
-    captions = {"a b": latin, "α b": both, "γ β": greek, "猫": latin}
-    assert {caption: module._font(caption) for caption in captions} == captions
-
-
-def test_a_montage_shows_pairs_and_leaves_out_bad_ones(
-    mixed: ImageTextPairs, shards: ShardStream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Six good pairs of ten, with captions of any characters; of a stream, the first."""
-    monkeypatch.setattr("protoclip.data.pairs.clean_captions", lambda texts: ("\ud83d\n猫 " * 90,))
-    bad = ImageTextPairs(mixed.table.slice(6, 2), name="bad")
-    good = ImageTextPairs(mixed.table.slice(0, 8), name="good")
-    sheet = montage(good)
-    assert sheet.size == (6 * (SIDE + GAP) + GAP, CELL + 2 * GAP)
-    middles = [GAP + SIDE // 2 + column * (SIDE + GAP) for column in range(6)]
-    assert [sheet.getpixel((x, GAP + SIDE // 2)) for x in middles] == [(0, 0, 0)] * 6
-    assert (np.asarray(sheet)[GAP + SIDE :, GAP : GAP + SIDE] < 100).any()
-    assert montage(shards).height == 4 * (CELL + GAP) + GAP
-    with pytest.raises(ValueError, match="bad: none of its samples that were tried"):
-        montage(bad)

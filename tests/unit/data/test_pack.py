@@ -66,7 +66,7 @@ def test_what_is_packed_reads_back(tmp_path: Path) -> None:
     packed = pack(source(), out, samples_per_shard=10)
     assert packed == Packed(shards=["00000.tar", "00001.tar", "00002.tar"], samples=23, skipped=0)
     expected, before = facts(samples(source())), content(out)
-    assert facts(samples(index(out, tmp_path / "cache"))) == expected
+    assert facts(samples(index(out))) == expected
     found = list(webdataset.WebDataset(str(out / "{00000..00002}.tar"), shardshuffle=False))
     ids = [json.loads(files["json"])["sample_id"] for files in found]
     texts = [(i, f["png"], (f["txt"].decode(),)) for i, f in zip(ids, found, strict=True)]
@@ -90,7 +90,7 @@ def test_any_id_and_several_captions_are_kept(tmp_path: Path) -> None:
         assert {(member.mode, member.mtime, member.uname) for member in tar} == {(0o644, 0, "")}
         names = "0.jpg 0.json 0.txt 1.json 1.png 2.json 2.txt 2.webp 3.gif 3.json 3.txt"
         assert tar.getnames() == [f"00000000{name}" for name in names.split()]
-    found = index(tmp_path / "out", tmp_path / "cache")
+    found = index(tmp_path / "out")
     assert facts(samples(found)) == facts(samples(items))
 
 

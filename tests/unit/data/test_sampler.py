@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
-from protoclip.data.held_out import Rest
-from protoclip.data.mixture import MixedPairs
+from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import EpisodeSampler, episodes, permute, transform_draws
+from protoclip.data.view import without
 from protoclip.testing import tiny_pairs
 
 
@@ -107,7 +107,7 @@ def test_sources_without_weights_are_one_long_source() -> None:
 def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement: bool) -> None:
     """All of it is held out. A permutation of nothing would never end."""
     parts = [ImageTextPairs(tiny_pairs(size), name=f"of {size}") for size in (8, 2)]
-    samples = Rest(MixedPairs(parts), np.array([8, 9]))
+    samples = without(mixed_pairs(parts), np.array([8, 9]))
     config = Config(
         data=DataConfig(sources=[SourceConfig(path=part.name, weight=1.0) for part in parts]),
         episodes=EpisodeConfig(size=8, replacement=replacement),

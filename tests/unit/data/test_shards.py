@@ -20,18 +20,13 @@ from protoclip.data.stream import read_shard
 IMAGE = b"image"
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
 def streamed(path: Path, keys: list[str] | None = None) -> list[tuple]:
     return facts(list(read_shard(str(path), keys)))
 
 
-def indexed(pattern: Path | str, cache: Path, keys: list[str] | None = None) -> list[tuple]:
+def indexed(pattern: Path | str, keys: list[str] | None = None) -> list[tuple]:
     """All rows; a bad one as what it raises."""
-    pairs, found = index(pattern, cache, keys), []
+    pairs, found = index(pattern, keys), []
     for row in range(len(pairs)):
         try:
             found.append(pairs.sample(row))
@@ -40,14 +35,14 @@ def indexed(pattern: Path | str, cache: Path, keys: list[str] | None = None) -> 
     return facts(found)
 
 
-def both(path: Path, cache: Path, keys: list[str] | None = None) -> list[tuple]:
+def both(path: Path, keys: list[str] | None = None) -> list[tuple]:
     """A shard's samples, after checking that index and stream give the same."""
-    found = indexed(path, cache, keys)
+    found = indexed(path, keys)
     assert streamed(path, keys) == found
     return found
 
 
-def test_samples_of_a_shard(tmp_path: Path, cache: Path) -> None:
+def test_samples_of_a_shard(tmp_path: Path) -> None:
     """The key ends at the first dot of the file name; hidden, bare and other files are ignored."""
     kinds = ("jpg", "JPEG", "png", "webp", "gif")
     files = {f"./v1.5/{kind}.{kind}": IMAGE for kind in kinds}
@@ -55,7 +50,7 @@ def test_samples_of_a_shard(tmp_path: Path, cache: Path) -> None:
     files = dict(sorted(files.items()))
     files |= {"0.cls": b"3", "0.seg.png": b"x", "._0.jpg": b"x", "no": b"", "a.b/c": b""}
     expected = [(f"00007/v1.5/{kind}", IMAGE, ("c",)) for kind in sorted(kinds)]
-    assert both(write_tar(tmp_path / "00007.tar", files), cache) == expected
+    assert both(write_tar(tmp_path / "00007.tar", files)) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,12 +66,12 @@ def test_samples_of_a_shard(tmp_path: Path, cache: Path) -> None:
     ],
 )
 def test_what_a_sample_takes_from_its_json(
-    tmp_path: Path, cache: Path, keys, meta, text: bytes | None, expected
+    tmp_path: Path, keys, meta, text: bytes | None, expected
 ) -> None:
     """Its id, and captions if there is no .txt or keys are named; a list is several captions."""
     files = {"x.json": json.dumps(meta).encode(), "x.png": IMAGE}
     path = write_tar(tmp_path / "a.tar", files | ({} if text is None else {"x.txt": text}))
-    assert both(path, cache, keys) == [(meta.get("sample_id", "a/x"), IMAGE, expected)]
+    assert both(path, keys) == [(meta.get("sample_id", "a/x"), IMAGE, expected)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +89,7 @@ def test_ids_start_with_the_stem_of_the_shard(shard: str, stem: str) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_names_of_every_form(tmp_path: Path, cache: Path, form: int) -> None:
+def test_names_of_every_form(tmp_path: Path, form: int) -> None:
     """Long ones, some that are not UTF-8, and some that lead elsewhere, where nothing appears."""
     names = {"a" * 90: "a" * 90, "\udce9": "\\xe9", "../evil": "../evil"}
     names[f"{tmp_path}/evil"] = f"{tmp_path}/evil"
@@ -102,11 +97,11 @@ def test_names_of_every_form(tmp_path: Path, cache: Path, form: int) -> None:
         names["ключ" * 30] = "ключ" * 30
     files = [(f"{n}.{kind}", d) for n in names for kind, d in (("jpg", IMAGE), ("txt", b"c"))]
     path = write_tar(tmp_path / "in" / "s.tar", files, format=form)
-    assert [found[0] for found in both(path, cache)] == [f"s/{name}" for name in names.values()]
-    assert {file.name for file in tmp_path.iterdir()} == {"in", "cache"}
+    assert [found[0] for found in both(path)] == [f"s/{name}" for name in names.values()]
+    assert {file.name for file in tmp_path.iterdir()} == {"in"}
 
 
-def test_links_folders_and_devices_are_ignored(tmp_path: Path, cache: Path) -> None:
+def test_links_folders_and_devices_are_ignored(tmp_path: Path) -> None:
     """Nothing that they name is opened, whatever size they claim, and what follows is read."""
     path = write_tar(tmp_path / "a.tar", numbered(1))
     content = path.read_bytes()
@@ -118,7 +113,7 @@ def test_links_folders_and_devices_are_ignored(tmp_path: Path, cache: Path) -> N
         tar.fileobj.flush()
         headers = path.read_bytes()
     path.write_bytes(headers + content)
-    assert [found[0] for found in both(path, cache)] == ["a/001"]
+    assert [found[0] for found in both(path)] == ["a/001"]
 
 
 @pytest.mark.parametrize(
@@ -136,36 +131,36 @@ def test_links_folders_and_devices_are_ignored(tmp_path: Path, cache: Path) -> N
     ],
 )
 def test_incomplete_samples_are_bad_not_missing(
-    tmp_path: Path, cache: Path, monkeypatch, files: dict[str, bytes], reason: str
+    tmp_path: Path, monkeypatch, files: dict[str, bytes], reason: str
 ) -> None:
     """They are named with a reason, images that are too large too; the next sample is read."""
     if "no image" in reason:
         monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 200)
     path = write_tar(tmp_path / "a.tar", files | {"y.jpg": b"1" * 200, "y.txt": b"c"})
-    assert both(path, cache) == [("a/x", reason), ("a/y", b"1" * 200, ("c",))]
+    assert both(path) == [("a/x", reason), ("a/y", b"1" * 200, ("c",))]
 
 
-def test_an_index_notes_what_is_lost(tmp_path: Path, cache: Path) -> None:
+def test_an_index_notes_what_is_lost(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", numbered(1, 2))
     cut = write_tar(tmp_path / "1.tar", numbered(0, 1, 2))
     cut.write_bytes(cut.read_bytes()[: cut.read_bytes().index(b"001.txt") + 520])
-    assert index(tmp_path, cache).notes == [
+    assert index(tmp_path).notes == [
         f"1 of 2 shards break off, such as {cut}: unexpected end of data in 001.txt after 1 "
         "samples; the rest of the shard is lost",
     ]
 
 
-def test_every_cut_keeps_what_is_whole(tmp_path: Path, cache: Path) -> None:
+def test_every_cut_keeps_what_is_whole(tmp_path: Path) -> None:
     """A shard cut anywhere gives the samples before the cut; a stream adds a bad one."""
     path = write_tar(tmp_path / "a.tar", numbered(0, 1, 2, 3))
-    content, complete, lengths = path.read_bytes(), both(path, cache), set()
+    content, complete, lengths = path.read_bytes(), both(path), set()
     for end in (512 * block + odd for block in range(1, 17) for odd in (0, 100)):
         path.write_bytes(content[:end])
         *good, bad = streamed(path)
         assert bad[1].startswith("unexpected end of data")
         assert bad[1].endswith(f"after {len(good)} samples; the rest of the shard is lost")
         assert good == complete[: len(good)]
-        assert not good or indexed(path, cache) == good
+        assert not good or indexed(path) == good
         lengths.add(len(good))
     assert lengths == {0, 1, 2, 3, 4}
 
@@ -183,9 +178,7 @@ def test_every_cut_keeps_what_is_whole(tmp_path: Path, cache: Path) -> None:
     ],
     ids=["checksum", "1 GB", "exabytes", "negative", "no number", "pax name", "GNU name"],
 )
-def test_a_damaged_header_ends_a_shard(
-    tmp_path: Path, cache: Path, offset: int, value: bytes
-) -> None:
+def test_a_damaged_header_ends_a_shard(tmp_path: Path, offset: int, value: bytes) -> None:
     """What comes before it is kept. Neither memory nor time is spent on sizes without sense."""
     path = write_tar(tmp_path / "a.tar", numbered(0, 1, 2))
     data = bytearray(path.read_bytes())
@@ -198,30 +191,30 @@ def test_a_damaged_header_ends_a_shard(
     *good, (_, reason) = streamed(path)
     assert [sample[0] for sample in good] == ["a/000", "a/001"]
     assert reason.startswith(("damaged header after 2", "unexpected end of data in 002.jpg after"))
-    assert indexed(path, cache) == good
+    assert indexed(path) == good
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>" * 1000])
-def test_garbage_is_named(tmp_path: Path, cache: Path, content: bytes) -> None:
+def test_garbage_is_named(tmp_path: Path, content: bytes) -> None:
     """One line with the file when it is opened; one bad sample in a stream."""
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"^\S+/a\.tar: not a tar file$"):
-        index(path, cache)
+        index(path)
     assert streamed(path) == [("a", "not a tar file; all of the shard is lost")]
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
-def test_compressed_shards_are_streamed_only(tmp_path: Path, cache: Path, kind: str) -> None:
+def test_compressed_shards_are_streamed_only(tmp_path: Path, kind: str) -> None:
     """The same samples as uncompressed. A cut one keeps its beginning."""
     plain = write_tar(tmp_path / "00.tar", numbered(*range(6)))
-    expected, content = both(plain, cache), plain.read_bytes()
+    expected, content = both(plain), plain.read_bytes()
     path = write_tar(tmp_path / f"00.tar.{kind}", numbered(*range(6)), mode=f"w:{kind}")
     if kind == "gz":  # in pieces, as programs write it that compress on several cores
         path.write_bytes(gzip.compress(content[:3000]) + gzip.compress(content[3000:]))
     assert streamed(path) == expected
     with pytest.raises(ValueError, match="is compressed; stream it, or unpack it"):
-        index(path, cache)
+        index(path)
     path.write_bytes(path.read_bytes()[:-100])
     *good, bad = streamed(path)
     assert good == expected[: len(good)]
@@ -239,22 +232,22 @@ NAMED = {"jpg": b"1", "json": b'{"sample_id": "i", "text": "c"}'}
         [(f"{key}.{kind}", data) for key in "xy" for kind, data in NAMED.items()],
     ],
 )
-def test_repeated_ids_in_a_shard(tmp_path: Path, cache: Path, files) -> None:
+def test_repeated_ids_in_a_shard(tmp_path: Path, files) -> None:
     """An index refuses them with their number; a stream takes the first."""
     path = write_tar(tmp_path / "a.tar", files)
     with pytest.raises(ValueError, match=r"a\.tar: [12] sample ids come more than once, such as"):
-        index(path, cache)
+        index(path)
     assert any("the same sample id" in str(found[1]) for found in streamed(path))
 
 
-def test_ids_over_several_shards(tmp_path: Path, cache: Path) -> None:
+def test_ids_over_several_shards(tmp_path: Path) -> None:
     """Equal keys do not clash, and ids do not depend on what else is opened; equal ids do clash."""
     one, two = (write_tar(tmp_path / f"{name}.tar", numbered(0, 1)) for name in "ab")
-    assert indexed(tmp_path, cache) == both(one, cache) + both(two, cache)
+    assert indexed(tmp_path) == both(one) + both(two)
     for name in "ab":
         write_tar(tmp_path / "named" / f"{name}.tar", {f"0.{k}": data for k, data in NAMED.items()})
     with pytest.raises(ValueError, match="1 sample ids come more than once, such as 'i'"):
-        index(tmp_path / "named", cache)
+        index(tmp_path / "named")
     again = write_tar(tmp_path / "other" / "a.tar", numbered(0))
     with pytest.raises(ValueError, match=r"has the file name of .*a\.tar"):
         expand_shards(f"{{{one},{again}}}")
@@ -283,7 +276,7 @@ def test_too_many_names_are_refused_at_once(braces):
 
 
 def test_only_new_and_changed_shards_are_indexed(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     original = shards.read_samples
@@ -295,21 +288,21 @@ def test_only_new_and_changed_shards_are_indexed(
     monkeypatch.setattr(shards, "read_samples", counted)
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", numbered(number))
-    assert len(indexed(tmp_path, cache)) == len(indexed(tmp_path, cache)) == 3
+    assert len(indexed(tmp_path)) == len(indexed(tmp_path)) == 3
     assert read == ["0", "1", "2"]
     write_tar(tmp_path / "3.tar", numbered(3))
     write_tar(tmp_path / "1.tar", numbered(50))
-    assert indexed(tmp_path, cache)[1][2] == ("caption 50",)
+    assert indexed(tmp_path)[1][2] == ("caption 50",)
     assert read[3:] == ["1", "3"]
 
 
-def test_many_shards_are_indexed_in_parallel(tmp_path: Path, cache: Path) -> None:
+def test_many_shards_are_indexed_in_parallel(tmp_path: Path) -> None:
     """Rows come in the order of the shards. The pairs go to a worker as a path, with few files."""
     for number in range(12):
         write_tar(tmp_path / f"{number:02d}.tar", numbered(number))
     files = Path("/proc/self/fd")
     before = len(list(files.iterdir())) if files.exists() else 0
-    pairs = index(tmp_path / "{00..11}.tar", cache)
+    pairs = index(tmp_path / "{00..11}.tar")
     assert not files.exists() or len(list(files.iterdir())) <= before + 2
     assert [pairs.caption(row) for row in range(12)] == [f"caption {n}" for n in range(12)]
     assert len(pickle.dumps(pairs)) < 1000
@@ -317,13 +310,13 @@ def test_many_shards_are_indexed_in_parallel(tmp_path: Path, cache: Path) -> Non
     assert [copy.sample(row) for row in range(12)] == [pairs.sample(row) for row in range(12)]
 
 
-def test_shards_without_a_sample(tmp_path: Path, cache: Path) -> None:
+def test_shards_without_a_sample(tmp_path: Path) -> None:
     """An empty shard beside others is fine; nothing at all is not."""
     empty = write_tar(tmp_path / "0.tar", {"readme.md": b"nothing"})
     with pytest.raises(ValueError, match="holds no sample"):
-        index(empty, cache)
+        index(empty)
     write_tar(tmp_path / "1.tar", numbered(1))
-    assert len(index(tmp_path, cache)) == 1
+    assert len(index(tmp_path)) == 1
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

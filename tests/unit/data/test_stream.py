@@ -22,7 +22,7 @@ from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.stream import ShardStream
 
 SIZES = (5, 3, 7, 4, 6)
-COMMANDS, OWN_HOST = Access(commands=True), Access(private_hosts=True)
+COMMANDS = Access(commands=True)
 
 
 @pytest.fixture
@@ -161,9 +161,9 @@ def test_states_of_other_streams(folder: Path) -> None:
 def test_shards_of_a_web_server(folder: Path, serve: Callable[..., str], handler: str) -> None:
     """The samples of the files, from requests of ranges or of the whole; a missing one is bad."""
     server = serve(handler, folder)
-    remote = take(stream(server + "/{0..4}.tar", access=OWN_HOST), 60)
+    remote = take(stream(server + "/{0..4}.tar"), 60)
     assert facts(remote) == facts(take(stream(folder), 60))
-    found = take(stream(server + "/{0..5}.tar", shuffle=1, access=OWN_HOST), 30)
+    found = take(stream(server + "/{0..5}.tar", shuffle=1), 30)
     (missing,) = {b.where: b for b in found if isinstance(b, BadSample)}.values()
     assert (missing.sample_id, missing.where) == ("5", f"{server}/5.tar")
     assert missing.reason == "no such file; all of the shard is lost"

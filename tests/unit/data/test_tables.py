@@ -75,9 +75,8 @@ FORMATS = {
 REMOTE = ("pairs.csv", "pairs.jsonl.gz", "pairs.parquet", "file.arrow")
 
 
-def table_at(path: Path | str, folder: Path, **options: Any) -> ImageTextPairs:
-    """The table with that path; the cache is in the folder."""
-    return open_table(DataConfig(train=str(path), cache_folder=str(folder / "cache"), **options))
+def table_at(path: Path | str, **options: Any) -> ImageTextPairs:
+    return open_table(DataConfig(train=str(path), **options))
 
 
 @pytest.mark.parametrize(
@@ -89,19 +88,19 @@ def test_every_format_gives_the_same_rows(
 ) -> None:
     """Ids keep their zeros, captions their letters; a copy in another process reads the same."""
     (tmp_path / file).write_bytes(FORMATS[file]())
-    folder = str(tmp_path)
-    if place == "server":
+    folder = root = str(tmp_path)
+    if place == "server":  # whose images are beside this process
         folder = serve("ranges", tmp_path)
     elif place == "bucket":
-        folder = bucket
+        folder = root = bucket
         fsspec.filesystem("s3").pipe(f"{folder}/{file}", FORMATS[file]())
-    pairs = table_at(f"{folder}/{file}", tmp_path, allow_private_hosts=True)
+    pairs = table_at(f"{folder}/{file}", root=root)
     sent = pickle.dumps(pairs)
     assert len(sent) < 2500
     for found in (pairs, pickle.loads(sent)):
         assert (found.name, list(found.sample_ids()), found.notes) == (file, KEYS, [])
         assert [found.sample_captions(row) for row in range(len(found))] == [(c,) for c in CAPTIONS]
-        assert [found.where(row) for row in range(len(found))] == [f"{folder}/{p}" for p in PATHS]
+        assert [found.where(row) for row in range(len(found))] == [f"{root}/{p}" for p in PATHS]
 
 
 def opened(tmp_path: Path, content: bytes | pa.Table, file: str = "", **options: Any) -> Any:
@@ -109,7 +108,7 @@ def opened(tmp_path: Path, content: bytes | pa.Table, file: str = "", **options:
     file = file or ("pairs.parquet" if isinstance(content, pa.Table) else "pairs.csv")
     data = parquet(content) if isinstance(content, pa.Table) else content
     (tmp_path / file).write_bytes(data)
-    return table_at(tmp_path / file, tmp_path, **options)
+    return table_at(tmp_path / file, **options)
 
 
 def captions(pairs: ImageTextPairs) -> list[tuple[str, ...]]:
@@ -260,7 +259,7 @@ def test_a_table_is_read_again_when_it_changes(
     with monkeypatch.context() as patch:
         patch.delattr(tables, "_read_csv")
         patch.setattr(Path, "touch", None)
-        assert table_at(tmp_path / f"pairs.{kind}", tmp_path).caption(0) == "one"
+        assert table_at(tmp_path / f"pairs.{kind}").caption(0) == "one"
     assert write("two").caption(0) == "two"
 
 
@@ -271,12 +270,12 @@ def test_a_pattern_opens_files_as_one(tmp_path: Path) -> None:
         part = pa.table({"path": [f"{n}"], "caption": [f"c{n}"], "key": [f"k{n}"]})
         pq.write_table(part, tmp_path / f"part-{n:05}-of-00003.parquet")
     for kind in ("csv", "parquet"):
-        pairs = table_at(tmp_path / f"part-*.{kind}", tmp_path)
+        pairs = table_at(tmp_path / f"part-*.{kind}")
         assert list(pairs.sample_ids()) == ["k1", "k2", "k10"]
         assert captions(pairs) == [("c1",), ("c2",), ("c10",)]
     (tmp_path / "part-00020.csv").write_text("path,key\nx,k4\n")
     with pytest.raises(ValueError, match=r"part-00020\.csv: no column 'caption', which .*00001"):
-        table_at(tmp_path / "part-*.csv", tmp_path)
+        table_at(tmp_path / "part-*.csv")
 
 
 def many(count: int) -> bytes:
@@ -333,7 +332,7 @@ def test_a_structural_fault_is_one_line(tmp_path: Path, bucket: str, fault: str)
         (tmp_path / file).write_bytes(content)
     for _ in range(2):  # nothing that was cached hides it
         with pytest.raises(ValueError, match=message) as error:
-            table_at(path, tmp_path, **settings)
+            table_at(path, **settings)
         assert str(error.value).startswith(path)
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < len(path) + 400
@@ -356,7 +355,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **more: object())
 
     def hub(reference: str) -> ImageTextPairs:
-        return open_hub(DataConfig(train=reference, cache_folder=str(tmp_path)))
+        return open_hub(DataConfig(train=reference))
 
     pairs = hub("hf:owner/name")
     assert [pairs.encoded(row) for row in range(3)] == rows["image"]
@@ -382,7 +381,7 @@ def test_a_hub_that_does_not_answer_is_one_line_within_seconds(
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", hang)
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"hf:owner/name: the hub does not answer, .*network") as e:
-        open_hub(DataConfig(train="hf:owner/name", cache_folder=str(tmp_path)))
+        open_hub(DataConfig(train="hf:owner/name"))
     assert time.monotonic() - start < 5
     assert "\n" not in str(e.value)
 

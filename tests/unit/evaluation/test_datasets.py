@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample
 from protoclip.evaluation.datasets import WHERE, Images, emoji, open_data, read_templates
 
@@ -240,15 +239,13 @@ def test_only_the_split_that_is_measured_is_read(tmp_path):
         data.splits["train"]
 
 
-def test_a_url_is_read_once(tmp_path, serve):
+def test_a_url_is_read_once(tmp_path, serve, monkeypatch):
     folder = write_wds(tmp_path / "wds_pets")
     reference = f"wds:{serve('ranges', tmp_path)}/wds_pets"
-    with pytest.raises(ValueError, match=r"in a private network; --data.allow_private_hosts"):
-        open_data(reference)
-    config = DataConfig(allow_private_hosts=True, cache_folder=str(tmp_path / "cache"))
-    first = open_data(reference, config=config)
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    first = open_data(reference)
     shutil.rmtree(folder)
-    again = open_data(reference, config=config)
+    again = open_data(reference)
     assert reds(again.splits["test"].images) == list(REDS)
     assert again.splits["test"].images.key == first.splits["test"].images.key
     assert again.name == "pets"
@@ -257,7 +254,7 @@ def test_a_url_is_read_once(tmp_path, serve):
     (layout,) = (tmp_path / "cache").rglob("layout.json")
     layout.write_text("{")
     with pytest.raises(ValueError, match=r"layout\.json: damaged"):
-        open_data(reference, config=config)
+        open_data(reference)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
+from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation.features import Encoder, Reader, encode
-from protoclip.evaluation.readers import Subset
-from protoclip.evaluation.validation import Joined
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed
 
@@ -82,9 +81,9 @@ def test_a_damaged_file_is_named(tmp_path):
     """By its own name, and not by that of the table; also of some rows, and of several sources."""
     (tmp_path / "a.jpg").write_text("no image")
     rows = pa.table({"image": ["a.jpg"], "caption": ["a"]})
-    subset = Subset(ImageTextPairs(rows, name="x.tsv", root=str(tmp_path)), [0])
+    pairs = ImageTextPairs(rows, name="x.tsv", root=str(tmp_path))
     own = EvaluationTransform(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
-    for images in (subset, Joined([subset])):
+    for images in (pairs, PairsView([(pairs, [0])])):
         _, [(_, why)], _ = Reader(images, own)[range(1)]
         assert why.startswith(f"sample 'x.tsv/0' ({tmp_path / 'a.jpg'}): not an image")
 

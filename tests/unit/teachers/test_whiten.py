@@ -88,7 +88,7 @@ def test_a_run_whitens_its_teachers_as_it_is_told(whiten, width, tmp_path):
     (tmp_path / "t").mkdir()
     write_folder(tmp_path / "t", ids, [correlated(60, 6).astype(np.float16)], {"teacher": "test"})
     teacher = {"features": str(tmp_path / "t"), "whiten": whiten}
-    data = {"train": str(tmp_path / "pairs.tsv"), "cache_folder": str(tmp_path / "cache")}
+    data = {"train": str(tmp_path / "pairs.tsv")}
     config = Config.from_dict({"data": data, "teacher": teacher})
     found = teachers(config, sources.pairs(config), print)
     store.whiten(config, found)
