@@ -53,7 +53,7 @@ def train() -> None:
             run = Run(config, model, sources.pairs(config), [], folder=Path(folder))
             for index in range(config.episodes.count):
                 run.trainer.start_episode(run.episode(index))
-                for batch in run.loader.batches(run.episode(index)):
+                for batch in run.loader.batches_of(run.training_pass(index)):
                     run.trainer.train_step(batch, detailed=False)
                 run.trainer.end_episode()
                 ends.append(time.monotonic())

@@ -34,7 +34,6 @@ from protoclip.losses.objective import objective
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.progress import Progress
-from protoclip.prototypes.features import QueuedFeatures
 from protoclip.training import run
 from protoclip.training.precision import resolve
 from protoclip.training.trainer import Trainer
@@ -115,15 +114,14 @@ def episode_seconds(
     parts: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         built = run.Run(config, model, samples, [], folder=Path(folder))
-        trainer, batches = built.trainer, built.loader.batches
+        trainer = built.trainer
+
+        def batches(episode: Episode) -> Iterator[Batch]:
+            return built.loader.batches_of(built.training_pass(episode.index))
+
         if case == "rn50":
             batches = synthetic(config, device)
-            source = trainer.source
-            if isinstance(source, QueuedFeatures):
-                source = replace(source, fallback=replace(source.fallback, batches=batches))
-            else:
-                source = replace(source, batches=batches)
-            trainer.source = source
+            trainer.source = replace(trainer.source, batches=batches)
         ends = [0.0]
         for index in range(1 + COUNTED):
             episode = built.episode(index)

@@ -1,13 +1,18 @@
-"""Batches of an episode, in a fixed order, from any position; and the log of bad samples."""
+"""Batches of an episode, in a fixed order, from any position; and the log of bad samples.
+
+A batch comes in two pieces, the images as bytes and a block of everything else: two copies bring
+it to the device. Worker processes go on with the pass that comes next while this one is used.
+"""
 
 import contextlib
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +25,7 @@ from protoclip import signals
 from protoclip.config import Config
 from protoclip.data.cache import crop, image_cache
 from protoclip.data.defaults import number_of_workers
+from protoclip.data.packed import Packed
 from protoclip.data.pairs import LOST, MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
@@ -33,6 +39,7 @@ Item = int | Sample | BadSample  # a row, or what a stream gave
 Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
 Crop = Callable[..., npt.NDArray[np.uint8]]
 OnRead = Callable[[int, list[BadSample]], None]
+FeaturesOf = dict[str, Callable[[Sequence[str]], Tensor]]  # features of sample ids, by name
 
 # Spare samples that replace the bad ones of a batch, as a share of it, and the least number. Rows
 # cost nothing until they are read; a stream's samples travel to the workers with the batch.
@@ -42,20 +49,66 @@ QUOTED = 3  # reasons in the message of a run that is stopped
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Pairs ready for the model. `position` is each pair's place in its episode."""
+    """Pairs ready for the model.
+
+    Attributes:
+        position: Each pair's number in its episode.
+        captions: The tokens of `text` on the CPU, one string of bytes a pair.
+        features: What else is known of the samples, by name; see `EpisodeLoader.features_of`.
+    """
 
     position: Int[Tensor, " b"]
     sample_id: list[str]
     image: Float[Tensor, "b 3 h w"]
     text: Int[Tensor, "b c"]
+    captions: list[bytes] = field(default_factory=list)
+    features: Mapping[str, Float[Tensor, "b _"]] = field(default_factory=dict)
 
 
-# A batch to make: positions, a row or sample for each and then spare ones, the transform, and the
-# draws for it and for captions.
 _Draws = npt.NDArray[np.float32]
-_Request = tuple[npt.NDArray[np.int64], list[Item], Transform, _Draws, _Draws]
-# Position, sample ids, images as bytes and tokens; no ids if there were not enough good samples.
-_Made = tuple[Tensor, list[str], Tensor, Tensor, list[BadSample]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass over an episode, from batch number `start` on.
+
+    Attributes:
+        stream: Which random numbers the transform draws.
+        with_features: Whether batches bring `features`.
+    """
+
+    episode: Episode
+    start: int
+    transform: Transform
+    stream: int
+    with_features: bool
+
+    def is_same_as(self, other: "Pass") -> bool:
+        """Equal; an episode's rows follow from its number."""
+        mine, others = vars(self) | {"episode": None}, vars(other) | {"episode": None}
+        return mine == others and self.episode.index == other.episode.index
+
+
+class _Request(NamedTuple):
+    """A batch to make; `candidates` has a row or sample for each position, then spare ones."""
+
+    position: npt.NDArray[np.int64]
+    candidates: list[Item]
+    transform: Transform
+    transform_draws: _Draws
+    caption_draws: _Draws
+    with_features: bool
+
+
+class _Made(NamedTuple):
+    """A batch; `packed` is all but the images. No ids if there were not enough good samples."""
+
+    sample_ids: list[str]
+    images: Tensor
+    packed: Packed
+    captions: list[bytes]
+    bad: list[BadSample]
+    error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +118,15 @@ class _Reader(Dataset[_Made]):
     pairs: Pairs | SampleStream
     tokenizer: Tokenizer
     crop: Crop
+    features_of: FeaturesOf
+    on_cpu: bool  # where the transform is applied
 
     def __getitem__(self, request: _Request) -> _Made:
-        position, candidates, transform, transform_draws, caption_draws = request
+        position, candidates, transform = request.position, request.candidates, request.transform
         spare = iter(candidates[len(position) :])
         captions, images, ids, bad = [], [], [], []
         for number, first in enumerate(candidates[: len(position)]):
-            box = partial(transform.box, draws=transform_draws[number])
+            box = partial(transform.box, draws=request.transform_draws[number])
             cut = partial(self.crop, box=box, size=transform.size)
             for candidate in chain([first], spare):
                 try:
@@ -79,14 +134,36 @@ class _Reader(Dataset[_Made]):
                 except BadSample as error:
                     bad.append(error)
                     continue
-                captions.append(sample.captions[int(caption_draws[number] * len(sample.captions))])
+                draw = request.caption_draws[number]
+                captions.append(sample.captions[int(draw * len(sample.captions))])
                 images.append(image)
                 ids.append(sample.sample_id)
                 break
             else:
-                return torch.zeros(0), [], torch.zeros(0), torch.zeros(0), bad
-        pixels = torch.from_numpy(np.stack(images))
-        return torch.from_numpy(position), ids, pixels, self.tokenizer(captions), bad
+                return _Made([], torch.zeros(0), Packed.of({}), [], bad)
+        draws = torch.from_numpy(request.transform_draws)
+        text = self.tokenizer(captions)
+        tensors = {"position": torch.from_numpy(position), "text": text}
+        # A CPU applies a transform to a few images at a time, and so takes the draws themselves.
+        tensors |= {"draws": draws} if self.on_cpu else named("change", transform.changes(draws))
+        if request.with_features:
+            try:
+                tensors |= named("features", {k: of(ids) for k, of in self.features_of.items()})
+            except ValueError as error:  # a worker's traceback would come with it
+                return _Made(ids, torch.zeros(0), Packed.of({}), [], bad, error=str(error))
+        tokens = [row.tobytes() for row in text.numpy()]
+        return _Made(ids, torch.from_numpy(np.stack(images)), Packed.of(tensors), tokens, bad)
+
+
+def named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """These tensors, by names that begin with a prefix."""
+    return {f"{prefix}: {name}": tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the tensors whose name begins with the prefix, by the rest of it."""
+    prefix += ": "
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def read_sample(pairs: Pairs | SampleStream, item: Item) -> Sample:
@@ -111,17 +188,46 @@ def read_image(
 
 
 class _Requests(Sampler[_Request]):
-    """The requests of the iteration at hand: they change, the worker processes stay."""
+    """The requests of the passes to come: they change, the worker processes stay.
 
-    current: Generator[_Request, None, None]
-    error: Exception | None
+    Attributes:
+        passes: Those that were begun and are not used to their end, the oldest first.
+        made: What workers make of the requests.
+        error: Why there are no more of them.
+    """
+
+    def __init__(self, loader: "EpisodeLoader") -> None:
+        self.loader, self.passes = loader, deque[Pass]()
+        self.made: Iterator[_Made] | None = None
+        self.error: Exception | None = None
+        self._newest: Generator[_Request, None, None] | None = None
 
     def __iter__(self) -> Iterator[_Request]:
         try:
-            yield from self.current
+            while self.passes:
+                newest = self.passes[-1]
+                self._newest = self.loader.requests(newest)
+                yield from self._newest
+                if (following := self.loader.after(newest)) is None:
+                    return
+                self.passes.append(following)
         except Exception as error:
             # A `DataLoader` that fails while it starts its workers leaves them in disorder.
             self.error = error
+
+    def is_oldest(self, one: Pass) -> bool:
+        return bool(self.passes) and self.passes[0] is one
+
+    def expects(self, wanted: Pass) -> bool:
+        """Whether the workers have begun with this pass, and no other one is to be used before."""
+        return self.made is not None and bool(self.passes) and self.passes[0].is_same_as(wanted)
+
+    def abandon(self) -> None:
+        """Forget what is to come, and close a stream's thread that reads ahead."""
+        self.passes.clear()
+        if self._newest is not None:
+            self._newest.close()
+        self.made = self.error = self._newest = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +243,8 @@ class EpisodeLoader:
         seed: With the episode's number, determines the random draws of transforms and captions.
         workers: Processes that decode; 0 decodes in this process.
         crop: `cache.crop` with its settings.
+        features_of: What else batches may bring, as functions of sample ids, in workers.
+        after: The pass that will probably follow one; workers begin with it before it is asked for.
         on_read: Called with each batch's number of samples read and the bad ones among them.
         notes: What the user should know, such as how many workers there are.
     """
@@ -151,50 +259,83 @@ class EpisodeLoader:
     rank: int = 0
     world_size: int = 1
     crop: Crop = partial(crop, max_pixels=MAX_IMAGE_PIXELS)  # noqa: RUF009
+    features_of: FeaturesOf = field(default_factory=dict)
+    after: Callable[[Pass], Pass | None] = lambda current: None
     on_read: OnRead = lambda number, bad: None
     notes: tuple[str, ...] = ()
-    _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
-    def batches(
+    def pass_over(
         self,
         episode: Episode,
         start: int = 0,
         *,
         transform: Transform | None = None,
         stream: int = TRANSFORM_STREAM,
-    ) -> Iterator[Batch]:
-        """This rank's batches of an episode from number `start` on, one iteration at a time.
+        with_features: bool = False,
+    ) -> Pass:
+        """A pass over an episode from batch number `start` on, by default through `transform`."""
+        return Pass(
+            episode=episode,
+            start=start,
+            transform=transform or self.transform,
+            stream=stream,
+            with_features=with_features,
+        )
 
-        A pure function of its arguments, with any number of workers and any cache. `transform` and
-        `stream` replace the training transform and the random numbers that it draws.
+    def batches(self, episode: Episode, start: int = 0, **settings: Any) -> Iterator[Batch]:
+        """The batches of `pass_over`."""
+        return self.batches_of(self.pass_over(episode, start, **settings))
+
+    def batches_of(self, wanted: Pass) -> Iterator[Batch]:
+        """This rank's batches of a pass, one pass at a time.
+
+        A pure function of the pass, with any number of workers and any cache.
 
         Raises:
             ValueError: A worker process was killed, or a batch found no good samples to fill it.
         """
-        transform = transform or self.transform
-        shape = (len(episode.rows), transform.num_draws)
-        draws = transform_draws(self.seed, episode.index, *shape, stream)
-        pinned = self._loader.pin_memory
-        requests = self._make_requests(episode, start, transform, draws.numpy())
-        self._requests.current, self._requests.error = requests, None
+        requests = self._requests
+        if not requests.expects(wanted):
+            requests.abandon()
+            requests.passes.append(wanted)
+            requests.made = items_of(self._loader)
+        assert requests.made is not None
+        current, size = requests.passes[0], self.batch_size * self.world_size
+        left = max(0, -(-len(current.episode.rows) // size) - current.start)
         try:
-            for position, ids, image, text, bad in items_of(self._loader):
-                assert self._requests.current is requests, "another iteration has begun"
-                self.on_read(len(ids) + len(bad), bad)
-                if not ids:
-                    what = "a batch found only bad samples to fill it, such as"
-                    raise ValueError(f"{self.pairs.name}: {what} {bad[0]}")
-                send = partial(Tensor.to, device=self.device, non_blocking=pinned)
-                yield Batch(
-                    position=send(position),
-                    sample_id=ids,
-                    image=transform.finish(send(image), draws[position]),
-                    text=send(text),
-                )
-            if self._requests.error is not None:
-                raise self._requests.error
+            for made in islice(requests.made, left):
+                assert requests.is_oldest(current), "another iteration has begun"
+                yield self._batch(made, current)
+                left -= 1
+            if left and requests.error is not None:
+                raise requests.error
         finally:
-            requests.close()  # and with it a stream's thread that reads ahead
+            if requests.is_oldest(current):
+                requests.passes.popleft()
+                if left or not requests.passes:
+                    requests.abandon()
+
+    def _batch(self, made: _Made, current: Pass) -> Batch:
+        self.on_read(len(made.sample_ids) + len(made.bad), made.bad)
+        if made.error is not None:
+            raise ValueError(made.error)
+        if not made.sample_ids:
+            what = "a batch found only bad samples to fill it, such as"
+            raise ValueError(f"{self.pairs.name}: {what} {made.bad[0]}")
+        images = made.images.to(self.device, non_blocking=made.images.is_pinned())
+        tensors = made.packed.unpack(self.device)
+        if "draws" in tensors:
+            image = current.transform.finish(images, tensors["draws"])
+        else:
+            image = current.transform.apply(images, without_prefix("change", tensors))
+        return Batch(
+            position=tensors["position"],
+            sample_id=made.sample_ids,
+            image=image,
+            text=tensors["text"],
+            captions=made.captions,
+            features=without_prefix("features", tensors),
+        )
 
     def state_dict(self, episode: int, batch: int, size: int) -> dict[str, Any]:
         """The position after `batch` batches of an episode of `size` pairs, as JSON values."""
@@ -213,12 +354,23 @@ class EpisodeLoader:
 
         Left to Python's cyclic collector they live on for a while, and it waits 5 s for each.
         """
+        self._requests.abandon()
         self.__dict__.pop("_loader", None)
+
+    @cached_property
+    def _requests(self) -> _Requests:
+        return _Requests(self)
 
     @cached_property
     def _loader(self) -> DataLoader[_Made]:
         return DataLoader(
-            _Reader(pairs=self.pairs, tokenizer=self.tokenizer, crop=self.crop),
+            _Reader(
+                pairs=self.pairs,
+                tokenizer=self.tokenizer,
+                crop=self.crop,
+                features_of=self.features_of,
+                on_cpu=self.device.type == "cpu",
+            ),
             sampler=self._requests,
             batch_size=None,
             num_workers=self.workers,
@@ -227,19 +379,20 @@ class EpisodeLoader:
             generator=torch.Generator(),  # or it would draw from the global one
         )
 
-    def _make_requests(
-        self, episode: Episode, start: int, transform: Transform, draws: _Draws
-    ) -> Generator[_Request, None, None]:
+    def requests(self, current: Pass) -> Generator[_Request, None, None]:
         """The batches to make; all ranks together take the next positions for each."""
+        episode, transform = current.episode, current.transform
         rows, size = episode.rows.numpy(), len(episode.rows)
+        shape = (size, transform.num_draws)
+        draws = transform_draws(self.seed, episode.index, *shape, current.stream).numpy()
         captions = caption_draws(self.seed, episode.index, size)
         stride = self.batch_size * self.world_size
         stream: Iterator[Sample | BadSample] | None = None
         if isinstance(self.pairs, SampleStream):
-            first = episode.index * (size // self.world_size) + start * self.batch_size
+            first = episode.index * (size // self.world_size) + current.start * self.batch_size
             stream = self.pairs.samples(first)
         ahead: list[Any] = []  # samples that the stream gave and no batch has taken
-        for begin in range(start * stride, size, stride):
+        for begin in range(current.start * stride, size, stride):
             end = min(begin + stride, size)
             position = np.array_split(np.arange(begin, end), self.world_size)[self.rank]
             number = len(position)
@@ -252,7 +405,14 @@ class EpisodeLoader:
                 wanted = number + max(MIN_SPARE, int(SPARE_SAMPLES * number))
                 ahead.extend(islice(stream, wanted - len(ahead)))
                 candidates, ahead = ahead, ahead[number:]
-            yield position, candidates, transform, draws[position], captions[position]
+            yield _Request(
+                position=position,
+                candidates=candidates,
+                transform=transform,
+                transform_draws=draws[position],
+                caption_draws=captions[position],
+                with_features=current.with_features,
+            )
 
 
 def items_of(loader: DataLoader[T]) -> Iterator[T]:
@@ -357,6 +517,7 @@ def loader(
     transform: Transform,
     device: torch.device,
     on_read: OnRead,
+    after: Callable[[Pass], Pass | None] = lambda current: None,
 ) -> EpisodeLoader:
     """The loader of this rank; raises `ValueError` if the ranks cannot share a batch evenly."""
     share, rest = divmod(config.episodes.batch_size, world_size())
@@ -381,6 +542,7 @@ def loader(
             max_pixels=config.data.max_image_pixels,
             cache=image_cache(config.data, workers=workers),
         ),
+        after=after,
         on_read=on_read,
         notes=() if note is None else (note,),
     )

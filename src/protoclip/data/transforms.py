@@ -1,20 +1,22 @@
 """Transforms: how an image becomes the image tower's input, for training and for evaluation.
 
-A transform has two steps. `box` chooses the crop of an upright image that becomes `size` x `size`;
-it runs where the image is decoded. `finish` runs once a batch on the device of the images: it
-flips, jitters, blurs and normalises, each image by its own row of `num_draws` uniform draws. Keep
-the draws on the CPU: what to do to which image is then known without waiting.
+A transform has three steps. `box` chooses the crop of an upright image that becomes `size` x
+`size`; it runs where the image is decoded. `changes` turns each image's row of `num_draws` uniform
+draws into what is to be done to which image; it runs on the CPU, so that nothing waits for another
+device. `apply` runs once a batch on the device of the images: it flips, jitters, blurs and
+normalises. `finish` is both for a batch at hand.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
@@ -25,6 +27,7 @@ Channels = tuple[float, float, float]
 Bytes = UInt8[Tensor, "b h w 3"]
 Images = Float[Tensor, "b 3 h w"]
 Draws = Float[Tensor, "b r"]
+Changes = Mapping[str, Tensor]  # rows of images to change, and by how much
 
 CPU_CHUNK = 4  # images that a CPU finishes at a time, so that they stay in its cache
 
@@ -43,11 +46,15 @@ class EvaluationTransform:
         left, top = (width - side) // 2, (height - side) // 2
         return (left, top, left + side, top + side)
 
-    def finish(self, images: Bytes, draws: Draws) -> Images:
+    def changes(self, draws: Draws) -> Changes:
+        return {}
+
+    def apply(self, images: Bytes, changes: Changes) -> Images:
         """The image tower's input, channels last in memory."""
-        return _in_chunks(
-            images, lambda part: normalise(_to_float(images[part]), self.mean, self.std)
-        )
+        return normalise(_to_float(images), self.mean, self.std)
+
+    def finish(self, images: Bytes, draws: Draws) -> Images:
+        return _finish(self, images, draws)
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         """One image as the image tower's input, upright by its EXIF orientation."""
@@ -81,15 +88,20 @@ class PillowTransform:
         centre = resize(np.asarray(image), height, width)[top:, left:][: self.size, : self.size]
         return torch.from_numpy(np.array(centre))
 
-    def finish(self, images: Bytes, draws: Draws) -> Images:
-        """The image tower's input, channels last in memory."""
-        return _in_chunks(images, lambda part: self._finish(images[part]))
+    def changes(self, draws: Draws) -> Changes:
+        return {}
 
-    def _finish(self, images: Bytes) -> Images:
-        """In the order of torchvision's operations, on rows long enough for vector instructions."""
+    def finish(self, images: Bytes, draws: Draws) -> Images:
+        return _finish(self, images, draws)
+
+    def apply(self, images: Bytes, changes: Changes) -> Images:
+        """The image tower's input, channels last in memory.
+
+        In the order of torchvision's operations, on rows long enough for vector instructions.
+        """
         batch, height, width, _ = images.shape
-        mean = torch.tensor(self.mean, device=images.device).repeat(width)
-        std = torch.tensor(self.std, device=images.device).repeat(width)
+        mean = _row_of(self.mean, width, images.device)
+        std = _row_of(self.std, width, images.device)
         rows = images.reshape(batch * height, width * 3).float()
         rows.div_(255).sub_(mean).div_(std)
         return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
@@ -140,32 +152,44 @@ class TrainingTransform:
         (left, right), (top, bottom) = edges
         return (left, top, right, bottom)
 
-    def finish(self, images: Bytes, draws: Draws) -> Images:
-        draws = draws.cpu()
-        return _in_chunks(images, lambda part: self._finish(images[part], draws[part]))
+    def changes(self, draws: Draws) -> Changes:
+        """Rows of the images that each step changes, and by how much; blurs by their radius."""
+        steps = {"flip": self.flip, "jitter": self.jitter, "grayscale": self.grayscale}
+        changes = {
+            step: (draws[:, column] < probability).nonzero()[:, 0]
+            for column, (step, probability) in enumerate(steps.items(), 4)
+        }
+        changes["jitter_draws"] = draws[changes["jitter"], 8:12]
+        blurred = (draws[:, 7] < self.blur).nonzero()[:, 0]
+        sigma = (0.1 + 1.9 * draws[blurred, 12]) * self.size / 224
+        for radius, (chosen, weights) in blur_weights(sigma).items():
+            changes[f"blur/{radius}"] = blurred[chosen]
+            changes[f"blur_weights/{radius}"] = weights
+        return changes
 
-    def _finish(self, images: Bytes, draws: Draws) -> Images:
-        steps: tuple[tuple[float, Callable[[Images, Draws], Tensor]], ...] = (
-            (self.flip, lambda pixels, draws: pixels.flip(3)),
-            (self.jitter, self._jittered),
-            (self.grayscale, lambda pixels, draws: luminance(pixels).expand(-1, 3, -1, -1)),
-            (self.blur, self._blurred),
-        )
+    def apply(self, images: Bytes, changes: Changes) -> Images:
+        """The image tower's input, channels last in memory; `changes` on the images' device."""
         pixels = _to_float(images)
-        for column, (probability, step) in enumerate(steps, 4):
-            chosen = (draws[:, column] < probability).nonzero()[:, 0]
-            if len(chosen):
-                rows = chosen.to(images.device)
-                changed = step(pixels[rows], draws[chosen])
+
+        def change(rows: Tensor, step: Callable[[Images], Tensor]) -> None:
+            if len(rows):
                 # Writing across memory orders takes twice as long.
-                pixels[rows] = changed.contiguous(memory_format=torch.channels_last)
+                changed = step(pixels[rows]).contiguous(memory_format=torch.channels_last)
+                pixels[rows] = changed
+
+        def jittered(chosen: Images) -> Images:
+            return colour_jitter(chosen.contiguous(), changes["jitter_draws"])
+
+        change(changes["flip"], lambda chosen: chosen.flip(3))
+        change(changes["jitter"], jittered)
+        change(changes["grayscale"], lambda chosen: luminance(chosen).expand(-1, 3, -1, -1))
+        for name, weights in changes.items():
+            if name.startswith("blur_weights/"):
+                change(changes[name.replace("_weights", "")], partial(blur, weights=weights))
         return normalise(pixels, self.mean, self.std)
 
-    def _jittered(self, pixels: Images, draws: Draws) -> Images:
-        return colour_jitter(pixels.contiguous(), draws[:, 8:12].to(pixels.device))
-
-    def _blurred(self, pixels: Images, draws: Draws) -> Images:
-        return gaussian_blur(pixels, (0.1 + 1.9 * draws[:, 12]) * self.size / 224)
+    def finish(self, images: Bytes, draws: Draws) -> Images:
+        return _finish(self, images, draws)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,14 +218,18 @@ def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTran
     return replace(plain, flip=0.5, jitter=0.2, grayscale=0.2, blur=0.2)
 
 
-def _in_chunks(images: Bytes, finish: Callable[[slice], Tensor]) -> Images:
+def _finish(
+    transform: "Transform | PillowTransform", images: Bytes, draws: Draws
+) -> Float[Tensor, "b 3 h w"]:
+    """What the transform makes of a batch, on its device, by draws on the CPU."""
     if images.device.type != "cpu":
-        return finish(slice(None))
-    out = torch.empty(images.shape).permute(0, 3, 1, 2)
+        changes = transform.changes(draws)
+        return transform.apply(images, {k: v.to(images.device) for k, v in changes.items()})
+    finished = torch.empty(images.shape).permute(0, 3, 1, 2)
     for first in range(0, len(images), CPU_CHUNK):
         chunk = slice(first, first + CPU_CHUNK)
-        out[chunk] = finish(chunk)
-    return out
+        finished[chunk] = transform.apply(images[chunk], transform.changes(draws[chunk]))
+    return finished
 
 
 def _to_float(images: Bytes) -> Images:
@@ -214,10 +242,17 @@ def normalise(images: Images, mean: Channels, std: Channels) -> Images:
     batch, _, height, width = images.shape
     # Rows of pixels are long enough for vector instructions.
     rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * 3)
-    scale = torch.tensor([1 / s for s in std], device=images.device).repeat(width)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    rows = torch.addcmul(shift.repeat(width), rows, scale)
+    scale = _row_of(tuple(1 / s for s in std), width, images.device)
+    shift = _row_of(tuple(-m / s for m, s in zip(mean, std, strict=True)), width, images.device)
+    rows = torch.addcmul(shift, rows, scale)
     return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+
+
+@cache
+def _row_of(values: tuple[float, ...], width: int, device: torch.device) -> Float[Tensor, " w"]:
+    """A value a channel, once for each pixel of a row. Kept, since a copy makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).repeat(width)
 
 
 def luminance(images: Images) -> Float[Tensor, "b 1 h w"]:
@@ -263,22 +298,42 @@ def rotate_hue(images: Images, shares: Float[Tensor, " b"]) -> Images:
 def gaussian_blur(images: Images, sigma: Float[Tensor, " b"]) -> Images:
     """Gaussian blur of each image by its own standard deviation, in pixels; mirrors the borders."""
     blurred = torch.empty_like(images)
+    for rows, weights in blur_weights(sigma).values():
+        rows = rows.to(images.device)
+        blurred[rows] = blur(images[rows], weights.to(images.device))
+    return blurred
+
+
+def blur_weights(
+    sigma: Float[Tensor, " b"],
+) -> dict[int, tuple[Int[Tensor, " n"], Float[Tensor, "n r"]]]:
+    """By radius, the rows with it, and the weights of a blur from its middle outwards.
+
+    Images of one radius are blurred together.
+    """
     radii = (3 * sigma).ceil().clamp(min=1).long()
-    # Images of one radius together. On a CPU a sum of shifted images costs a quarter of a grouped
-    # convolution.
+    weights = {}
     for radius in sorted(set(radii.tolist())):
         rows = (radii == radius).nonzero()[:, 0]
         kernel = torch.exp(-0.5 * (torch.arange(radius + 1) / sigma[rows, None]) ** 2)
         kernel = kernel / (2 * kernel[:, 1:].sum(1, keepdim=True) + kernel[:, :1])
-        weights = kernel.T.to(images.device)[:, :, None, None, None]
-        rows = rows.to(images.device)
-        planes = F.pad(images[rows], (radius, radius, radius, radius), mode="reflect")
-        for axis in (2, 3):
-            length = images.shape[axis]
-            total = planes.narrow(axis, radius, length) * weights[0]
-            for offset in range(1, radius + 1):
-                total.addcmul_(planes.narrow(axis, radius - offset, length), weights[offset])
-                total.addcmul_(planes.narrow(axis, radius + offset, length), weights[offset])
-            planes = total
-        blurred[rows] = planes
-    return blurred
+        weights[radius] = rows, kernel
+    return weights
+
+
+def blur(images: Images, weights: Float[Tensor, "b r"]) -> Images:
+    """Blur along both axes by weights from the middle outwards.
+
+    On a CPU a sum of shifted images costs a quarter of a grouped convolution.
+    """
+    radius = weights.shape[1] - 1
+    by_offset = weights.T[:, :, None, None, None]
+    planes = F.pad(images, (radius, radius, radius, radius), mode="reflect")
+    for axis in (2, 3):
+        length = images.shape[axis]
+        total = planes.narrow(axis, radius, length) * by_offset[0]
+        for offset in range(1, radius + 1):
+            total.addcmul_(planes.narrow(axis, radius - offset, length), by_offset[offset])
+            total.addcmul_(planes.narrow(axis, radius + offset, length), by_offset[offset])
+        planes = total
+    return planes

@@ -72,16 +72,18 @@ class ExtractedFeatures:
         rows, number = [], 0
         try:
             for batch in self.batches(episode):
-                new, captions = [], map(bytes, batch.text.cpu().numpy())
-                for place, pair in enumerate(zip(batch.sample_id, captions, strict=True)):
+                new = []
+                for row, pair in enumerate(zip(batch.sample_id, batch.captions, strict=True)):
                     if pair not in passed or not self.each_pair_once:
                         passed[pair], number = number, number + 1
-                        new.append(place)
+                        new.append(row)
                     rows.append(passed[pair])
-                # A sharded model needs every rank in every pass, so pass at least one pair.
-                shown = new or [0]
+                image, text = batch.image, batch.text
+                if len(new) < len(image):
+                    # A sharded model needs every rank in every pass, so pass at least one pair.
+                    image, text = image[new or [0]], text[new or [0]]
                 with self.autocast():
-                    embeddings = self.model(batch.image[shown], batch.text[shown])
+                    embeddings = self.model(image, text)
                 images.append(embeddings.image_projections[: len(new)])
                 texts.append(embeddings.text_projections[: len(new)])
                 positions.append(batch.position)
@@ -107,7 +109,7 @@ class ExtractedFeatures:
             image=image,
             text=text,
             teachers={
-                name: each.lookup(sample_ids).to(image.device)
+                name: each.whitened(each.rows(sample_ids).to(image.device))
                 for name, each in self.teachers.items()
             },
             keys=torch.from_numpy(hash_ids(sample_ids).view(np.int64)).to(image.device),
@@ -118,15 +120,19 @@ class ExtractedFeatures:
         self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
     ) -> Assignments:
         """Prototype of each sample in each space; -1 where a teacher has no features for it."""
-        own = self._assign(batch, embeddings, clusters)
-        for name in self.teachers:
+        assignments = self._assign(batch, embeddings, clusters)
+        for name, teacher in self.teachers.items():
             if name in clusters:
                 centroids = clusters[name].centroids
-                rows = self.teachers[name].lookup(batch.sample_id).to(centroids)
+                rows = teacher.whitened(batch.features[name]).to(centroids)
                 known = torch.isfinite(rows).all(1)
-                found = nearest(torch.where(known[:, None], rows, 0.0), centroids)[0]
-                own[name] = torch.where(known, found, -1)
-        return own
+                prototypes = nearest(torch.where(known[:, None], rows, 0.0), centroids)[0]
+                assignments[name] = torch.where(known, prototypes, -1)
+        return assignments
+
+    def extracts_after(self, stage_projects: bool) -> bool:
+        """Whether `features` will pass over an episode, after one whose stage projects or not."""
+        return True
 
     def _assign(
         self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
@@ -176,6 +182,9 @@ class QueuedFeatures(ExtractedFeatures):
         if self.image is None or self.text is None or self.pushed < len(self.sample_ids):
             return super().features(episode)
         return self._with_teachers(self.image, self.text, self.sample_ids, self._positions())
+
+    def extracts_after(self, stage_projects: bool) -> bool:
+        return not stage_projects  # the queue is one episode long
 
     def _assign(
         self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]

@@ -96,7 +96,19 @@ class TeacherFeatures:
     ) -> None:
         self.name, self.features, self.width = name, features, int(features.shape[1])
         self.checksums = checksums
-        self.hashes, self.rows = index[0], index[1].view(np.int64)
+        self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker process that does not begin as a copy of this one, which maps the file."""
+        state = vars(self).copy()
+        if isinstance(self.features, np.memmap):
+            state["features"] = Path(str(self.features.filename))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(self.features, Path):
+            self.features = np.load(self.features, mmap_mode="r")
 
     @classmethod
     def in_memory(
@@ -132,7 +144,7 @@ class TeacherFeatures:
         ascending = wanted[order]
         place = np.searchsorted(self.hashes, ascending).clip(max=len(self.hashes) - 1)
         found = np.empty(len(wanted), dtype=np.int64)
-        found[order] = np.where(self.hashes[place] == ascending, self.rows[place], -1)
+        found[order] = np.where(self.hashes[place] == ascending, self.row_of_hash[place], -1)
         return found
 
     def missing(self, sample_ids: Iterable[str]) -> int:
@@ -170,8 +182,8 @@ class TeacherFeatures:
         """
         # Hashes are as good as random, so every so many of them are a fair sample.
         step = max(1, len(self.hashes) // SAMPLE)
-        order = np.argsort(self.rows[::step])
-        hashes, rows = self.hashes[::step][order], self.rows[::step][order]
+        order = np.argsort(self.row_of_hash[::step])
+        hashes, rows = self.hashes[::step][order], self.row_of_hash[::step][order]
         read = self.features[rows]
         if self.checksums is not None:
             read = read[row_checksums(hashes, read) == self.checksums[rows]]
@@ -181,34 +193,46 @@ class TeacherFeatures:
         return Whitening.fit(torch.from_numpy(read.astype(np.float32)), width)
 
     def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m _"]:
-        """Features of these samples in this order, as float32; a row of NaN for one without.
+        """Features of these samples, as `rows`, in float32; whitened if `whiten` was called."""
+        return self.whitened(self.rows(sample_ids))
 
-        They are whitened if `whiten` was called.
+    def whitened(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
+        """These rows in float32, on their device; whitened if `whiten` was called."""
+        if self.whitening is None:
+            return rows.float()
+        if self.whitening.mean.device != rows.device:  # moved once
+            self.whitening = self.whitening.to(rows.device)
+        return self.whitening(rows.float())
+
+    def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
+        """Features of these samples in this order; a row of NaN for one without.
+
+        They are in half precision if they are stored so, or else in float32.
 
         Raises:
             ValueError: One of them is not what was written.
         """
         hashes = hash_ids(sample_ids)
         rows = self._rows_of(hashes)
-        found = np.full((len(rows), self.width), np.nan, dtype=np.float32)
+        half = self.features.dtype == np.float16
+        features = np.full((len(rows), self.width), np.nan, np.float16 if half else np.float32)
         # In the order of the file each page is read once.
         order = np.argsort(rows, kind="stable")
         order = order[np.searchsorted(rows[order], 0) :]
-        read = self.features[rows[order]]
+        stored = self.features[rows[order]]
         if self.checksums is not None:
-            own = row_checksums(hashes[order], read)
-            if len(wrong := np.flatnonzero(own != self.checksums[rows[order]])):
+            checksums = row_checksums(hashes[order], stored)
+            if len(wrong := np.flatnonzero(checksums != self.checksums[rows[order]])):
                 raise ValueError(
                     f"{self.name}: damaged (the checksum of the features of "
                     f"'{sample_ids[order[wrong[0]]]}' differs in {FEATURES}); delete the folder, "
                     "and run protoclip embed-teacher again"
                 )
-        found[order] = read
+        features[order] = stored
         # Random reads would pile up pages in this process. The system's cache keeps them.
         if isinstance(self.features.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             self.features.base.madvise(mmap.MADV_DONTNEED)
-        features = torch.from_numpy(found)
-        return features if self.whitening is None else self.whitening(features)
+        return torch.from_numpy(features)
 
 
 def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> TeacherFeatures:

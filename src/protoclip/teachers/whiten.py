@@ -44,6 +44,9 @@ class Whitening:
         scaled = axes[kept].T / np.sqrt(variances[kept])
         return cls(mean=torch.from_numpy(mean).float(), axes=torch.from_numpy(scaled).float())
 
+    def to(self, device: torch.device) -> "Whitening":
+        return Whitening(mean=self.mean.to(device), axes=self.axes.to(device))
+
     def __call__(self, features: Float[Tensor, "n q"]) -> Float[Tensor, "n w"]:
         """These rows whitened. A row of NaN stays one."""
         return F.normalize((features - self.mean) @ self.axes)

@@ -9,7 +9,7 @@ import platform
 import re
 import signal
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict
@@ -37,9 +37,9 @@ from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.chosen import read_chosen
 from protoclip.data.content import Facts, content, difference
-from protoclip.data.loader import SkipLog
+from protoclip.data.loader import Pass, SkipLog
 from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.data.sampler import EXTRACTION_STREAM
+from protoclip.data.sampler import EXTRACTION_STREAM, Episode
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.evaluation.compare import read_results
@@ -308,6 +308,7 @@ class Run:
             transform=loading.training_transform(model, config.data.augmentation),
             device=device,
             on_read=self.skips.add,
+            after=self.pass_after,
         )
         teachers = config.external_teachers
         spaces: dict[str, PrototypeConfig | TeacherConfig] = {**teachers}
@@ -348,6 +349,8 @@ class Run:
             clip_norm=config.optim.clip_norm,
             micro_batch_size=config.episodes.micro_batch_size,
         )
+        known = self.trainer.source.teachers
+        self.loader.features_of.update({name: each.rows for name, each in known.items()})
         start = resolve_start(config.model)
         self.writer = CheckpointWriter(
             folder,
@@ -377,9 +380,11 @@ class Run:
         evaluating = config.prototypes.extract_transform == "evaluation"
         if evaluating:
             transform = loading.evaluation_transform(self.model)
+        over = partial(self.loader.pass_over, transform=transform, stream=EXTRACTION_STREAM)
+        self.extraction_pass: Callable[[Episode], Pass] = over
         settings: dict[str, Any] = {
             "model": self.model,
-            "batches": partial(self.loader.batches, transform=transform, stream=EXTRACTION_STREAM),
+            "batches": lambda episode: self.loader.batches_of(self.extraction_pass(episode)),
             "teachers": teachers,
             "autocast": context,
             "each_pair_once": isinstance(samples, Pairs) and evaluating,
@@ -403,7 +408,25 @@ class Run:
                 autocast=self.trainer.autocast,
             )
             teachers.update({name: copy(features) for name in names})
+            self.loader.features_of.update(dict.fromkeys(names, features.rows))
         store.whiten(self.config, teachers)
+
+    def training_pass(self, index: int, start: int = 0) -> Pass:
+        """The pass that trains on an episode; it brings features if they have prototypes then."""
+        with_features = self.trainer.stage(index).needs_prototypes
+        return self.loader.pass_over(self.episode(index), start, with_features=with_features)
+
+    def pass_after(self, current: Pass) -> Pass | None:
+        """The pass that will follow: over each episode to extract its features, then to train."""
+        index, trainer = current.episode.index, self.trainer
+        if current.stream == EXTRACTION_STREAM:
+            return self.training_pass(index)
+        if index + 1 == self.config.episodes.count:
+            return None
+        extracts = trainer.source.extracts_after(trainer.stage(index).projects)
+        if extracts and trainer.stage(index + 1).needs_prototypes:
+            return self.extraction_pass(self.episode(index + 1))
+        return self.training_pass(index + 1)
 
     def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
         """K-means with the settings of a space."""
@@ -433,7 +456,7 @@ class Run:
                 return
             episode = self.episode(index)
             self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
-            for batch in self.loader.batches(episode, trainer.batch):
+            for batch in self.loader.batches_of(self.training_pass(index, trainer.batch)):
                 number = trainer.step + 1
                 detailed = number % config.run.log_every == 0 or number == steps
                 metrics = trainer.train_step(batch, detailed=detailed)

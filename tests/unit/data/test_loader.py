@@ -16,10 +16,11 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from protoclip.data.cache import MemoryCache, crop
-from protoclip.data.loader import Batch, EpisodeLoader, SkipLog
+from protoclip.data.loader import Batch, EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
 from protoclip.data.stream import ShardStream
@@ -115,6 +116,65 @@ def test_workers_serve_episodes_from_any_position(kind: str) -> None:
     assert len(*processes) == 2
 
 
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_workers_go_on_with_the_pass_that_comes_next(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One iteration serves all passes in the order foretold; another order costs a new one."""
+    iterations = []
+    started = DataLoader.__iter__
+    monkeypatch.setattr(
+        DataLoader, "__iter__", lambda loader: iterations.append(1) or started(loader)
+    )
+    stream = NumberedStream() if kind == "stream" else None
+    evaluation = EvaluationTransform(size=12, mean=GREY, std=GREY)
+
+    def extraction(source: EpisodeLoader, index: int) -> Pass:
+        return source.pass_over(
+            episode_of(32, index), transform=evaluation, stream=EXTRACTION_STREAM
+        )
+
+    def after(current: Pass) -> Pass | None:
+        index = current.episode.index
+        if current.stream == EXTRACTION_STREAM:
+            return ours.pass_over(episode_of(32, index))
+        return extraction(ours, index + 1) if index < 2 else None
+
+    ours, alone = loader(2, stream, after=after), loader(0, NumberedStream() if stream else None)
+    for index in range(3):
+        for one in (extraction(ours, index), ours.pass_over(episode_of(32, index))):
+            assert_same(list(ours.batches_of(one)), list(alone.batches_of(one)))
+    assert len(iterations) == 1 + 6  # `alone` has one a pass
+    # An early end, and a pass that nobody foretold.
+    left = ours.batches(episode_of(32, 1))
+    next(left)
+    left.close()
+    for index in (1, 0):
+        one = ours.pass_over(episode_of(32, index), start=1)
+        assert_same(list(ours.batches_of(one)), list(alone.batches_of(one)))
+    ours.close()
+    assert stream is None or stream.open == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_bring_features_of_their_samples(workers: int) -> None:
+    """Only where they are asked for; what is wrong with them is one line."""
+    lengths = {"length": lambda ids: torch.tensor([[float(len(name))] for name in ids]).half()}
+    source = loader(workers, with_bad({3}), features_of=lengths)
+    for batch in source.batches(episode_of(32), with_features=True):
+        expected = [[float(len(name))] for name in batch.sample_id]
+        assert batch.features["length"].tolist() == expected
+        assert batch.captions == [row.numpy().tobytes() for row in batch.text]
+    assert not next(source.batches(episode_of(32))).features
+
+    def damaged(ids: list[str]) -> torch.Tensor:
+        raise ValueError(f"features: damaged at {ids[0]}")
+
+    source = loader(workers, features_of={"length": damaged})
+    with pytest.raises(ValueError, match=r"\Afeatures: damaged at tiny/0\Z"):
+        list(source.batches(episode_of(32), with_features=True))
+
+
 def test_one_iteration_at_a_time() -> None:
     """An older one fails, and does not go on with the batches of the newer."""
     source = loader(1)
@@ -130,14 +190,12 @@ def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) 
     assert not loader(2)._loader.pin_memory
     made = loader(2, with_bad({0}), device=torch.device("cuda"))
     assert made._loader.pin_memory
-    draws = np.zeros((16, 13), np.float32)
-    batch = made._loader.dataset[
-        next(made._make_requests(episode_of(16), 0, made.transform, draws))
-    ]
+    batch = made._loader.dataset[next(made.requests(made.pass_over(episode_of(16))))]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: tensor.clone())
-    for before, after in zip(batch, pin_memory(batch), strict=True):
-        if isinstance(before, torch.Tensor):
-            assert after is not before
+    pinned = pin_memory(batch)
+    for before, after in ((batch.images, pinned.images), (batch.packed, pinned.packed)):
+        assert after is not before
+    for before, after in zip(batch, pinned, strict=True):
         assert str(after) == str(before)
 
 

@@ -31,12 +31,14 @@ def rows(count: int, width: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(values, dim=1)
 
 
-def batch(names: list[str], first: int = 0) -> Batch:
+def batch(names: list[str], first: int = 0, **teachers: TeacherFeatures) -> Batch:
     return Batch(
         position=torch.arange(first, first + len(names)),
         sample_id=names,
         image=torch.zeros(len(names), 3, 1, 1),
         text=torch.zeros(len(names), 1, dtype=torch.long),
+        captions=[b""] * len(names),
+        features={name: each.rows(names) for name, each in teachers.items()},
     )
 
 
@@ -107,7 +109,7 @@ def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment():
     bert = teacher(names[:5])
     spaces = {"image": clusters(5, 4, 1), "text": clusters(5, 4, 2), "bert": clusters(5, 3, 3)}
     now = embeddings(8, 7)
-    found = queued(bert=bert).assign(batch(names), now, spaces)
+    found = queued(bert=bert).assign(batch(names, bert=bert), now, spaces)
     for space, points in (
         ("image", now.image_projections),
         ("text", now.text_projections),
@@ -140,6 +142,7 @@ def test_a_repeated_pair_is_extracted_once():
                 sample_id=[f"image {image}" for image, _ in pairs[first : first + size]],
                 image=images[[image for image, _ in pairs[first : first + size]]],
                 text=captions[[caption for _, caption in pairs[first : first + size]]],
+                captions=[bytes([caption]) for _, caption in pairs[first : first + size]],
             )
             for first in range(0, len(pairs), size)
         ]
