@@ -419,17 +419,18 @@ def _text_batches(
             if not columns:
                 schema = pa.schema([(name, pa.string()) for name in names])
                 columns, facts["notes"] = choose(told, schema, data)
+            single = [columns[f"{which}_column"] for which in ("image", "id", "class")]
             captions = columns["caption_columns"]
-            single = {"image": columns["image_column"], "sample_id": columns["id_column"]}
-            single = {k: v for k, v in (single | {"class": columns["class_column"]}).items() if v}
-            for name in [*single.values(), *captions]:
+            for name in filter(None, [*single, *captions]):
                 if name not in names:
                     raise _missing(path, names, f"no column '{name}', which {paths[0]} has")
-            form = [ROWS.field("image"), ROWS.field("caption")]
-            form = form[: 2 if captions else 1] + [(name, pa.string()) for name in [*single][1:]]
-            numbers = [*map(names.index, single.values())], [*map(names.index, captions)]
+            fields = [pa.field(name, pa.string()) for name in ("image", "sample_id", "class")]
+            schema = pa.schema([f for f, name in zip(fields, single, strict=True) if name])
+            if captions:
+                schema = schema.append(ROWS.field("caption"))
+            numbers = [names.index(name) for name in single if name], [*map(names.index, captions)]
             used = 0
-            for batch in batches((_row(cells, *numbers) for cells in rows), pa.schema(form)):
+            for batch in batches((_row(cells, *numbers) for cells in rows), schema):
                 used += batch.num_rows
                 yield batch
         facts["left_out"] += left_out.notes
@@ -438,12 +439,12 @@ def _text_batches(
 
 
 def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
-    """Image, captions if there are columns of them, and the other single cells."""
+    """The cells of the columns with one text, and the captions of all columns with captions."""
+    row: list[Any] = [cells[n] if isinstance(cells[n], str) else None for n in single]
     texts: list[Any] = []
-    for cell in (cells[number] for number in captions):
+    for cell in (cells[n] for n in captions):
         texts += cell if isinstance(cell, list) else [cell]
-    image, *others = (cells[p] if isinstance(cells[p], str) else None for p in single)
-    return [image, texts, *others] if captions else [image, *others]
+    return [*row, texts] if captions else row
 
 
 @contextmanager

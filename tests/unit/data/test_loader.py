@@ -6,20 +6,16 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from protoclip.data.cache import MemoryCache, crop
 from protoclip.data.loader import Batch, EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
@@ -195,30 +191,6 @@ def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch):
         assert after is not before
     for before, after in zip(batch, pinned, strict=True):
         assert str(after) == str(before)
-
-
-def files_of_images(folder: Path) -> ImageTextPairs:
-    """JPEG and PNG files of many sizes, some of which are decoded at a fraction of theirs."""
-    draw = np.random.default_rng(0)
-    for row in range(24):
-        width, height = (int(side) for side in draw.integers(20, 220, 2))
-        pixels = draw.integers(0, 256, (height // 4, width // 4, 3), np.uint8)
-        form = "png" if row % 3 == 0 else "jpg"
-        Image.fromarray(pixels).resize((width, height)).save(folder / f"{row}.{form}")
-    paths = sorted(str(path) for path in folder.iterdir())
-    table = pa.table({"path": paths, "caption": [f"image {path[-8:]}" for path in paths]})
-    return ImageTextPairs(table, name="files", root=str(folder))
-
-
-def test_batches_do_not_depend_on_workers_or_the_cache(tmp_path):
-    """Bit for bit: none, cold and warm; in this process and in two others."""
-    pairs, episode = files_of_images(tmp_path), EpisodeSampler(24, 32, seed=0).episode(0)
-    memory = MemoryCache(max_bytes=10**7)
-    cut = partial(crop, max_pixels=10**8)
-    expected = list(loader(0, pairs, crop=cut).batches(episode))
-    for cache, workers in [(memory, 0), (memory, 0), (None, 2)]:
-        source = loader(workers, pairs, crop=partial(cut, cache=cache))
-        assert_same(list(source.batches(episode)), expected)
 
 
 def test_ranks_share_each_batch():

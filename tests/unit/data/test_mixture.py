@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protoclip.data.mixture import MixedStreams, mixed_pairs
+from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
 from protoclip.data.view import AllBut, PairsView, by_source
 from protoclip.testing import tiny_pairs
@@ -41,14 +41,6 @@ def ids(stream: SampleStream, first: int, number: int) -> list[str]:
 
 def mixture(names: str = "ab", weights: tuple[float, ...] = (0.7, 0.3), seed: int = 0):
     return MixedStreams([Counting(name) for name in names], weights=weights, seed=seed)
-
-
-@pytest.mark.parametrize(("names", "message"), [("aa", "two are named 'a'"), ("a/", "holds a '/'")])
-def test_names_that_would_mix_up_ids_are_refused(names, message):
-    with pytest.raises(ValueError, match=message):
-        mixed_pairs([ImageTextPairs(tiny_pairs(2), name=name) for name in names])
-    with pytest.raises(ValueError, match=message):
-        mixture(names)
 
 
 def test_a_view_gives_the_rows_of_its_sources():

@@ -354,8 +354,6 @@ def test_remote_patterns(bucket):
         ("s3://nothing/here/*.tar", "no tar shard matches"),
         ("gs://bucket/*.tar", r"gs://bucket/\*.tar: .*gcsfs"),
         ("https://host/*.tar", "a web server does not say what it holds; name the files with bra"),
-        ("memory://bucket/*.tar", "'memory://' is not read; use a local file or one of https"),
-        ("pipe:cat {folder}/none.tar", "--data.allow_commands true"),
     ],
 )
 def test_patterns_without_a_match_are_errors(tmp_path, bucket, pattern, message):
