@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from protoclip.data.access import digest, is_url, join
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.view import Rows, whole
+from protoclip.data.view import AllBut, PairsView, Rows, whole
 from protoclip.files import replacing
 from protoclip.progress import Progress
 
@@ -152,11 +152,11 @@ def _with_before(
     sources: Sequence[ImageTextPairs], before: Sequence[Before]
 ) -> tuple[list[ImageTextPairs], Rows, Rows]:
     """The sources and those of before; of the latter, the rows trained on and those held out."""
-    starts = np.cumsum([sum(map(len, sources)), *(len(pairs) for pairs, _ in before)])
-    held = [start + rows for start, (_, rows) in zip(starts[:-1], before, strict=True)]
-    all_held = np.concatenate([np.array([], np.int64), *held])
-    trained = np.setdiff1d(np.arange(starts[0], starts[-1]), all_held)
-    return [*sources, *(pairs for pairs, _ in before)], trained, all_held
+    view = PairsView([(pairs, AllBut(len(pairs), rows)) for pairs, rows in before])
+    first, everything = sum(map(len, sources)), [*sources, *view.sources]
+    held = first + view.left_out
+    trained = np.setdiff1d(np.arange(first, sum(map(len, everything))), held)
+    return everything, trained, held
 
 
 def _hash(text: str | bytes) -> int:
