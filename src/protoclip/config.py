@@ -25,7 +25,7 @@ SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
 PERMISSIONS = ("allow_commands", "allow_links")
 
-# Settings of earlier versions whose closest name would mislead.
+# Settings of earlier versions, some with a value, and what to do instead.
 RENAMED = {
     "prototypes.start": 'is prototypes.init now, with "k-means++" for "spread"',
     "prototypes.unit_norm": "is gone; prototypes keep the norm that K-means gives them",
