@@ -177,7 +177,7 @@ def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> Arro
             yield pa.RecordBatch.from_pylist(_read_shard(path, extension), ROWS)
 
     where = str(paths[0].parent)
-    return build_index(key, build, folder=folder, where=where, way_out="")
+    return build_index(key, build, folder=folder, label=where, way_out="")
 
 
 def plain(file: io.BufferedReader) -> io.BufferedReader:

@@ -26,7 +26,7 @@ def never(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
 
 
 def opened(build: Any, folder: Path) -> ArrowIndex:
-    return build_index("key", build, folder=folder, where="there", way_out="add some")
+    return build_index("key", build, folder=folder, label="there", way_out="add some")
 
 
 def build_slowly(folder: Path, barrier: Any, answers: Any) -> None:

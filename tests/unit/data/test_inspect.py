@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from protoclip.data.inspect import drawn, inspect, show
+from protoclip.data.inspect import evenly_spaced, inspect, show
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
@@ -116,12 +116,12 @@ def test_processes_find_what_one_finds(mixed: ImageTextPairs) -> None:
 @pytest.mark.parametrize(("total", "number"), [(10, 10), (10, 3), (1000, 7), (10**12, 5)])
 def test_samples_are_drawn_evenly(total: int, number: int) -> None:
     """One from each of equal parts, all different, determined by the seed."""
-    rows = drawn(total, number, 0)
+    rows = evenly_spaced(total, number, 0)
     for place, row in enumerate(rows):
         assert place * total // number <= row < (place + 1) * total // number
     assert len(set(rows)) == number
-    assert rows == drawn(total, number, 0)
-    assert number == total or rows != drawn(total, number, 1)
+    assert rows == evenly_spaced(total, number, 0)
+    assert number == total or rows != evenly_spaced(total, number, 1)
 
 
 @pytest.fixture
