@@ -107,7 +107,7 @@ def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, A
         written = read_json(out / MANIFEST)
         if not _is_manifest(written):
             raise ValueError(f"{out / MANIFEST}: not what pack writes; choose another folder")
-        manifest |= written
+        manifest = written
     elif other := first_name(out):
         what = "tar files" if other.endswith(".tar") else "files"
         raise ValueError(
@@ -139,6 +139,7 @@ def _is_manifest(content: Any) -> bool:
         names = [shard["name"] for shard in content["shards"]]
         counts = [shard[key] for shard in content["shards"] for key in numbers]
         is_whole = isinstance(content["settings"], dict) and isinstance(content["complete"], bool)
+        is_whole &= isinstance(content["key"], str)
     except (KeyError, TypeError):
         return False
     in_order = names == [f"{number:05d}.tar" for number in range(len(names))]
