@@ -105,7 +105,7 @@ def tasks(folder: Path) -> Iterator[tuple[str, Work, Work]]:
     yield f"read a checkpoint of {size:,.0f} MB", read, plainly(read)
 
     rows = np.random.default_rng(0).integers(0, ROWS, DRAWN).tolist()
-    found = index.build_index("key", build, folder=folder, where="there", way_out="wait")
+    found = index.build_index("key", build, folder=folder, label="there", way_out="wait")
     path = found.path
     name = f"{DRAWN:,} of {ROWS:,} captions of an index"
     yield (

@@ -39,6 +39,7 @@ RENAMED = {
     "data.allow_private_hosts": "is gone; data may be on any host, but images of a table on none",
     "data.cache = disk": "is gone; small images decode fast: protoclip data pack --resize 256",
     "data.read = indexed": "is gone; leave it out, and local shards are indexed",
+    "montage": "is gone; protoclip explore shows pairs with their captions",
 }
 
 LONGEST_SHOWN = 80  # characters of a wrong value in a message

@@ -225,9 +225,7 @@ def fits(line: str, pattern: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
-def test_the_answer_is_one_clear_line_and_nothing_is_lost(
-    case: Case, folder: Path, as_built: dict[str, str]
-) -> None:
+def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built):
     try:
         got = answer(case, folder)
     finally:
@@ -248,16 +246,14 @@ def test_the_answer_is_one_clear_line_and_nothing_is_lost(
     assert not made, made
 
 
-def test_the_table_is_large_and_has_no_row_twice() -> None:
+def test_the_table_is_large_and_has_no_row_twice():
     found = cases()
     assert len(found) >= 320
     keys = [(case.line, case.given, case.full, case.held) for case in found]
     assert len(set(keys)) == len(keys), [key for key in keys if keys.count(key) > 1]
 
 
-def test_a_folder_that_was_deleted_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):
     """Libraries would end the process with 'FATAL ERROR'."""
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
@@ -305,7 +301,7 @@ data index gone.tsv
 """
 
 
-def test_typos_in_paths_are_found_before_anything_slow_is_imported() -> None:
+def test_typos_in_paths_are_found_before_anything_slow_is_imported():
     program = f"""
 import sys
 from protoclip.cli import main

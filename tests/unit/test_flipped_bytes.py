@@ -79,14 +79,14 @@ def index(build: Callable[[dict[str, Any]], Iterator[pa.RecordBatch]]) -> Any:
             yield
 
         def read() -> object:
-            found = build_index("key", never, folder=folder, where="there", way_out="wait")
+            found = build_index("key", never, folder=folder, label="there", way_out="wait")
             pairs = ImageTextPairs(found, name="x")
             # Row by row, as in training.
             rows = [(pairs.sample_id(row), pairs.where(row)) for row in range(len(pairs))]
             captions = [pairs.sample_captions(row) for row in range(len(pairs))]
             return rows, captions, found.notes
 
-        build_index("key", build, folder=folder, where="there", way_out="wait")
+        build_index("key", build, folder=folder, label="there", way_out="wait")
         return read
 
     return make
@@ -170,7 +170,7 @@ def test_a_flipped_byte_is_noticed(make: Callable[[Path], Read], tmp_path: Path)
 
 def test_rows_are_checked_when_they_are_used(tmp_path: Path) -> None:
     """A damaged batch does not hinder the others; the message names file and rows."""
-    path = build_index("key", batches, folder=tmp_path, where="there", way_out="wait").path
+    path = build_index("key", batches, folder=tmp_path, label="there", way_out="wait").path
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content.replace(b"caption 6", b"caption 7"))

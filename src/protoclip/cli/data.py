@@ -48,7 +48,7 @@ class Inspect(Recipes):
 
         count_tokens, context_length = tokens_of(self.model)
         pairs, notes = open_source(replace(self.data, train=self.source), seed=self.seed)
-        found = inspect(
+        report = inspect(
             pairs,
             count_tokens=count_tokens,
             context_length=context_length,
@@ -59,9 +59,9 @@ class Inspect(Recipes):
             notes=notes,
         )
         if self.json:
-            print(to_json(found, indent=2))
+            print(to_json(report, indent=2))
         else:
-            show(found)
+            show(report)
 
 
 @dataclass(frozen=True)

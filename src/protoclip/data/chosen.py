@@ -137,12 +137,12 @@ def read_ids(setting: str, path: str) -> IdList:
 
 def _json_ids(text: str) -> set[str]:
     try:
-        found = json.loads(text)
+        entries = json.loads(text)
     except ValueError as error:
         raise ValueError(f"it is not JSON ({reason_of(error)})") from None
-    if not isinstance(found, list):
+    if not isinstance(entries, list):
         raise ValueError("it needs to be a list of ids, or of objects with a sample_id")
-    return set(_texts([each.get(COLUMN) if isinstance(each, dict) else each for each in found]))
+    return set(_texts([each.get(COLUMN) if isinstance(each, dict) else each for each in entries]))
 
 
 def _texts(values: Iterable[Any]) -> Iterable[str]:
@@ -169,15 +169,11 @@ def _csv_ids(text: str) -> tuple[set[str], str]:
             if len(header) > 1 and COLUMN not in header:
                 shown = visible(", ".join(header)[:80])
                 raise ValueError(f"it has no column {COLUMN}, only {shown}")
+            column = header.index(COLUMN) if COLUMN in header else 0
             continue
-        if len(row) != len(header) or not (cell := row[place(header)]):
+        if len(row) != len(header) or not (cell := row[column]):
             raise ValueError(f"line {rows.line_num} has no {COLUMN}")
         ids.add(cell)
     if header and COLUMN not in header:
         return ids | {header[0]}, header[0]
     return ids, ""
-
-
-def place(header: Sequence[str]) -> int:
-    """The number of the column with the ids."""
-    return header.index(COLUMN) if COLUMN in header else 0

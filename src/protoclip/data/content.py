@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from protoclip.data.access import is_url
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
-from protoclip.data.sampler import drawn
+from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import ShardStream
 from protoclip.data.view import PairsView
@@ -78,7 +78,7 @@ def of_pairs(pairs: ImageTextPairs) -> Facts:
         return hash_of([pairs.kept(table.column(name)) for name in names], lengths=lengths)
 
     in_shards = {"offset", "size"} <= {*table.column_names}  # which may lie anywhere
-    rows = drawn(len(pairs), min(IMAGES, len(pairs)), seed=0)
+    rows = evenly_spaced(len(pairs), min(IMAGES, len(pairs)), seed=0)
     return {
         "rows": len(pairs),
         "ids": hash_columns(pairs.id_column) if pairs.id_column else f"{pairs.name}/row",
@@ -100,7 +100,8 @@ def of_stream(stream: Any) -> Facts:
     """The facts of a stream: its shards."""
     if not isinstance(stream, ShardStream):
         return {}
-    read = {stream.shards[n] for n in drawn(len(stream.shards), min(SHARDS, len(stream.shards)), 0)}
+    number = len(stream.shards)
+    read = {stream.shards[n] for n in evenly_spaced(number, min(SHARDS, number), 0)}
     shards = [[shard_stem(shard), shard_facts(shard, shard in read)] for shard in stream.shards]
     return {"shards": checksum(to_json(shards).encode())}
 
@@ -124,15 +125,15 @@ def hash_of(columns: Sequence[pa.ChunkedArray], *, lengths: bool = False) -> str
 
     With `lengths` encoded images count by their number of bytes alone.
     """
-    found = hashlib.blake2b(digest_size=16)
+    whole = hashlib.blake2b(digest_size=16)
     for column in columns:
         kinds = [hashlib.blake2b(digest_size=16) for _ in range(3)]
         for chunk in column.iterchunks():
             for kind, part in zip(kinds, parts_of(chunk, lengths=lengths), strict=True):
                 kind.update(part)
         for kind in kinds:
-            found.update(kind.digest())
-    return found.hexdigest()
+            whole.update(kind.digest())
+    return whole.hexdigest()
 
 
 def parts_of(values: pa.Array, *, lengths: bool) -> Iterator[Any]:

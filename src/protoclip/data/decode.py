@@ -155,7 +155,7 @@ def open_image(encoded: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
     """An image of which only the header was read; raises as `decode_crop`."""
     if not encoded:
         raise ValueError("empty file")
-    reader = next((found for start, found in READERS if encoded.startswith(start)), None)
+    reader = next((kind for start, kind in READERS if encoded.startswith(start)), None)
     if reader is None:
         raise ValueError("not an image (not one of JPEG, PNG, WebP, GIF, BMP, TIFF)")
     try:

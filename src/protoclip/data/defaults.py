@@ -11,7 +11,7 @@ from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, DataConfi
 from protoclip.data import decode
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
-from protoclip.data.sampler import drawn
+from protoclip.data.sampler import evenly_spaced
 from protoclip.data.stream import ShardStream
 from protoclip.distributed.cores import cores
 
@@ -34,7 +34,7 @@ def some_samples(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]
                 return samples.sample(row)
             return None
 
-        rows = drawn(len(samples), min(number, len(samples)), seed=0)
+        rows = evenly_spaced(len(samples), min(number, len(samples)), seed=0)
         with ThreadPoolExecutor(READERS) as pool:
             yield from filter(None, pool.map(read, rows))
         return

@@ -66,13 +66,13 @@ def tables(folder: Path) -> tuple[Path, list[Path]]:
     for metadata in METADATA:
         if (folder / metadata).exists():  # what is no file there is refused
             return folder, [folder / metadata]
-    found = sorted(folder.glob("*.parquet"))
+    files = sorted(folder.glob("*.parquet"))
     # `train-00000-of-00005.parquet`, and the like with a digest at the end.
-    parts = (re.match(r"(.+)-\d+-of-\d+", file.name) for file in found)
+    parts = (re.match(r"(.+)-\d+-of-\d+", file.name) for file in files)
     if len(splits := sorted({part[1] for part in parts if part})) > 1:
         example = folder / f"{splits[0]}-*.parquet"
         raise ValueError(several.format(folder, ", ".join(splits), example))
-    return folder, found
+    return folder, files
 
 
 def _inside(folder: Path, name: Any) -> Path:
@@ -86,12 +86,12 @@ def _inside(folder: Path, name: Any) -> Path:
 def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them."""
     left_out, keys = LeftOut(str(folder)), caption_columns(data)
-    found = list(_walk(folder, left_out))
-    stems = Counter(_split(image)[0] for image, _ in found)
-    names = {image for image, _ in found}
+    images = list(_walk(folder, left_out))
+    stems = Counter(_split(image)[0] for image, _ in images)
+    names = {image for image, _ in images}
 
     def rows() -> Iterator[tuple[str, list[bytes], str]]:
-        for image, caption in found:
+        for image, caption in images:
             if texts := _captions(folder, image, caption, keys, left_out):
                 # Two images that differ only in their suffix keep it.
                 stem = _split(image)[0]
@@ -102,14 +102,13 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
         facts["left_out"] = left_out.notes
 
     # The index changes with a caption, but not with the content of an image.
-    known = [(image, file, file and file_status(str(folder / file))) for image, file in found]
+    known = [(image, file, file and file_status(str(folder / file))) for image, file in images]
     key = digest({"folder": str(folder.resolve()), "known": known, "keys": keys})
-    where, place = str(folder), index_folder()
     way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
-    index = build_index(key, build, folder=place, where=where, way_out=way_out)
+    index = build_index(key, build, folder=index_folder(), label=str(folder), way_out=way_out)
     # The user named the folder; no table names what is in it.
-    own = replace(data, root=None, allow_links=True)
-    pairs = pairs_of(index, own, key=key, where=where, name=name, root=where)
+    settings = replace(data, root=None, allow_links=True)
+    pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))
     pairs.notes += unused(data)
     return pairs
 
@@ -124,8 +123,8 @@ def _walk(top: Path, left_out: LeftOut) -> Iterator[tuple[str, str | None]]:
     def unreadable(error: OSError) -> None:
         left_out.add("folders that cannot be read", f"{error.filename} ({error.strerror})")
 
-    for place, folders, names in os.walk(top, followlinks=True, onerror=unreadable):
-        status, here = Path(place).stat(), Path(place).relative_to(top)
+    for path, folders, names in os.walk(top, followlinks=True, onerror=unreadable):
+        status, here = Path(path).stat(), Path(path).relative_to(top)
         if (status.st_dev, status.st_ino) in seen:
             left_out.add("links to folders already read", str(here))
             folders.clear()

@@ -131,16 +131,16 @@ def _choose(
     hashes = np.fromiter(map(_hash, _ids(sources)), np.uint64, total)
     everything, trained, held = _with_before(sources, before)
     groups = _groups(everything)
-    own = groups[:total]
-    free = ~np.isin(own, groups[trained])
-    again = np.isin(own, groups[held]) & free
+    group = groups[:total]  # of each row
+    unshared = ~np.isin(group, groups[trained])
+    again = np.isin(group, groups[held]) & unshared
     hashes[again] = 0  # their groups come first
-    new = np.flatnonzero(free & ~again)
+    new = np.flatnonzero(unshared & ~again)
     more, largest = max(0, round(wanted * SPARE) - int(again.sum())), round(wanted * LARGEST)
-    lowest = _lowest(hashes[new], own[new], more, largest=max(1, largest))
+    lowest = _lowest(hashes[new], group[new], more, largest=max(1, largest))
     chosen = np.concatenate([np.flatnonzero(again), new[lowest]])
     images, elsewhere = _images(everything, chosen, ignored=held)
-    together = _components([own[chosen], images])
+    together = _components([group[chosen], images])
     clean = ~np.isin(together, together[elsewhere])
     chosen, together = chosen[clean], together[clean]
     wanted = max(wanted, int(np.isin(together, together[again[chosen]]).sum()))
@@ -183,9 +183,9 @@ def _keys(sources: Sequence[ImageTextPairs], columns_of: Columns) -> tuple[Rows,
         for column in columns_of(source):
             start = first
             for chunk in column.iterchunks():
-                found = [(start + at, hash(text)) for at, text in _present(chunk.to_pylist())]
-                rows.append(np.array([row for row, _ in found], np.int64))
-                keys.append(np.array([key for _, key in found], np.int64))
+                texts = [(start + cell, hash(text)) for cell, text in _present(chunk.to_pylist())]
+                rows.append(np.array([row for row, _ in texts], np.int64))
+                keys.append(np.array([key for _, key in texts], np.int64))
                 start += len(chunk)
         first += len(source)
     return np.concatenate(rows), np.concatenate(keys)
@@ -202,9 +202,9 @@ def _components(keys: Sequence[Rows], *, rows: Rows | None = None, total: int = 
     for values in keys:
         _, key, count = np.unique(values, return_inverse=True, return_counts=True)
         shared = count[key] > 1
-        places = (rows[shared], key[shared])
-        own = coo_array((np.ones(shared.sum(), np.int8), places), (total, len(count)))
-        edges = hstack([edges, own])
+        rows_and_keys = (rows[shared], key[shared])
+        more = coo_array((np.ones(shared.sum(), np.int8), rows_and_keys), (total, len(count)))
+        edges = hstack([edges, more])
     whole = bmat([[None, edges], [edges.T, None]]) if edges.nnz else coo_array((total, total))
     groups: Rows = connected_components(whole, directed=False)[1][:total].astype(np.int64)
     return groups
@@ -215,7 +215,7 @@ def captions_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
 
 
 def names_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
-    """The places of images: other folders may have files of the same names."""
+    """Paths and URLs of images: other folders may have files of the same names."""
     return [
         pc.if_else(pc.match_substring(names, "://"), names, pc.binary_join_element_wise(*parts))
         for names in _image_names(source)
@@ -300,14 +300,14 @@ def _contents(sources: Sequence[ImageTextPairs], sizes: Rows, rows: Rows, *, pag
     def contents(of: Rows) -> list[int]:
         return [content(row) for row in of.tolist()]
 
-    found: list[int] = []
+    hashes: list[int] = []
     progress = Progress("comparing images with the held-out ones", len(rows))
     with ThreadPoolExecutor(THREADS) as pool:  # most of the time goes into waiting for the disk
         for part in pool.map(contents, np.array_split(rows, max(1, len(rows) // CHUNK))):
-            found += part
+            hashes += part
             if len(rows) and (page or len(rows) > CHUNK):
-                progress.update(len(found))
-    return np.array(found, np.int64)
+                progress.update(len(hashes))
+    return np.array(hashes, np.int64)
 
 
 def image_names(source: ImageTextPairs) -> pa.ChunkedArray | None:
@@ -341,9 +341,9 @@ def image_sizes(source: ImageTextPairs) -> Rows:
         texts = (name for chunk in names.iterchunks() for name in chunk.to_pylist())
         progress = Progress(f"looking at the images of {source.name}", len(source))
         for row, name in enumerate(texts):
-            if name and not is_url(place := join(source.root, name)):
+            if name and not is_url(path := join(source.root, name)):
                 with suppress(OSError):
-                    sizes[row] = os.stat(place).st_size  # noqa: PTH116 (of millions)
+                    sizes[row] = os.stat(path).st_size  # noqa: PTH116 (of millions)
             if len(source) > STEP and (row % STEP == 0 or row == len(source) - 1):
                 progress.update(row + 1)
     return sizes

@@ -127,12 +127,12 @@ def batches(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.Rec
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def build_index(key: str, build: Build, *, folder: Path, where: str, way_out: str) -> ArrowIndex:
+def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: str) -> ArrowIndex:
     """Open the index of that key; one process builds it if there is none, or half of one.
 
     `build` yields batches, and adds facts to the dictionary that it is given: `notes`, and notes
     of what is `left_out`. Raises `ValueError` if no batch comes, which begins with the first of
-    these or with `where`, and ends with the way out; or if the folder cannot be written.
+    these or with `label`, and ends with the way out; or if the folder cannot be written.
     """
     path = folder / f"{key}.arrow"
     facts: dict[str, Any] = {}
@@ -146,13 +146,13 @@ def build_index(key: str, build: Build, *, folder: Path, where: str, way_out: st
             for left in folder.glob(f".{key}.*.tmp"):  # of a process that was killed
                 left.unlink(missing_ok=True)
             with replacing(path) as scratch:
-                found = iter(build(facts))
-                first = next(found, None)
+                parts = iter(build(facts))
+                first = next(parts, None)
                 if first is None:
-                    what = next(iter(facts.get("left_out", ())), f"{where}: holds no sample")
+                    what = next(iter(facts.get("left_out", ())), f"{label}: holds no sample")
                     raise ValueError(f"{what}; no pair is left: {way_out}")
                 with pa.ipc.new_file(str(scratch), first.schema) as writer:
-                    for batch in chain([first], found):
+                    for batch in chain([first], parts):
                         writer.write_batch(batch)
                 table = read_table(scratch)
                 facts["frame"] = frame(table)

@@ -21,7 +21,7 @@ from protoclip.data.defaults import fitting_context_length
 from protoclip.data.loader import Item, items_of, read_image
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
-from protoclip.data.sampler import drawn
+from protoclip.data.sampler import evenly_spaced
 from protoclip.data.stream import ShardStream
 from protoclip.distributed.cores import cores
 from protoclip.progress import Progress
@@ -62,7 +62,7 @@ def inspect(
     """
     if isinstance(source, Pairs):
         some = samples is not None and samples < len(source)
-        rows = drawn(len(source), samples or 0, seed) if some else range(len(source))
+        rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
         parts: list[Any] = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
     else:
         parts = _shards(source, samples, seed)
@@ -77,8 +77,8 @@ def inspect(
     progress = Progress(f"inspect {source.name}", len(parts))
 
     def samples_of_parts() -> Iterator[_Facts | BadSample]:
-        for done, found in enumerate(items_of(loader), 1):
-            yield from found
+        for done, samples_of_part in enumerate(items_of(loader), 1):
+            yield from samples_of_part
             progress.update(done)
 
     return {
@@ -101,7 +101,7 @@ def _shards(
         return [(*each, None) for each in shards]
     number = min(len(shards), -(-samples // CHUNK))
     most = -(-samples // number)
-    return [(*shards[place], most) for place in drawn(len(shards), number, seed)]
+    return [(*shards[chosen], most) for chosen in evenly_spaced(len(shards), number, seed)]
 
 
 # Values of one sample by name; an image or caption is its hash and how to show it.
@@ -119,20 +119,20 @@ def _examine(
     if not isinstance(source, Pairs):
         stream, shard, most = part
         items = islice(stream.read(shard), most)
-    found: list[_Facts | BadSample] = []
+    samples: list[_Facts | BadSample] = []
     for item in items:
         try:
             sample, facts = read_image(source, item, partial(_measure, max_pixels))
         except BadSample as error:
-            found.append(error)
+            samples.append(error)
             continue
         texts = [text.encode("utf-8", "surrogatepass") for text in sample.captions]
         facts["image"] = [(_hash(sample.image), sample.sample_id)]
         facts["caption"] = list(zip(map(_hash, texts), sample.captions, strict=True))
         facts["captions_per_image"] = [len(texts)]
         facts["tokens"] = count_tokens(list(sample.captions))
-        found.append(facts)
-    return found
+        samples.append(facts)
+    return samples
 
 
 def _measure(max_pixels: int, encoded: bytes) -> _Facts:
@@ -159,22 +159,22 @@ def _tally(samples: Iterable[_Facts | BadSample], context_length: int | None) ->
     hashes = {"image": array("Q"), "caption": array("Q")}
     names: dict[int, str] = {}
     reasons, tokens = counts["reasons"], counts["tokens"]
-    for found in samples:
+    for facts in samples:
         read += 1
-        if isinstance(found, BadSample):
-            unreadable = [*unreadable, str(found)][:EXAMPLES]
+        if isinstance(facts, BadSample):
+            unreadable = [*unreadable, str(facts)][:EXAMPLES]
             # Without the numbers and details of this sample.
-            reason = re.sub(r"\d+", "N", re.sub(r" ?\(.*\)", "", found.reason))[:NAME_LENGTH]
+            reason = re.sub(r"\d+", "N", re.sub(r" ?\(.*\)", "", facts.reason))[:NAME_LENGTH]
             reasons[reason if reason in reasons or len(reasons) < REASONS else "other"] += 1
             continue
         for kind in hashes:
-            for content, name in found.pop(kind):
+            for content, name in facts.pop(kind):
                 hashes[kind].append(content)
                 if content not in names and len(names) < REMEMBERED:
                     names[content] = textwrap.shorten(name, NAME_LENGTH, placeholder="...")
                 if content in names:
                     counts[kind][content] += 1
-        for name, values in found.items():
+        for name, values in facts.items():
             counts[name].update(values)
     if context_length is None:
         context_length = fitting_context_length(tokens.elements())
@@ -201,13 +201,13 @@ def percentiles(counts: Counter[Any]) -> dict[str, int | float]:
     """For each percentage, the least value that so many percent of all values do not exceed."""
     values = sorted(counts)
     below = np.cumsum([counts[value] for value in values])
-    places = {p: int(np.searchsorted(100 * below, p * below[-1])) for p in PERCENTILES if values}
-    return {str(p): values[place] for p, place in places.items()}
+    numbers = {p: int(np.searchsorted(100 * below, p * below[-1])) for p in PERCENTILES if values}
+    return {str(p): values[number] for p, number in numbers.items()}
 
 
-def show(found: dict[str, Any]) -> None:
+def show(report: dict[str, Any]) -> None:
     """Print what `inspect` found, a line each; of what is measured, `50%` is the median."""
-    for name, value in found.items():
+    for name, value in report.items():
         if value in (None, [], {}):
             continue
         if isinstance(value, dict):

@@ -80,8 +80,8 @@ class MixedStreams:
                 f"{self.name}: the names, the weights or the seed are not those of the interrupted "
                 "run, so the streams cannot go on; restore them, or start anew"
             )
-        for stream, own in zip(self.streams, state["streams"], strict=True):
-            stream.load_state_dict(own)
+        for stream, of_stream in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(of_stream)
 
     def _order(self, period: int) -> npt.NDArray[np.int64]:
         sources = np.repeat(np.arange(len(self.streams)), self._shares)

@@ -79,9 +79,9 @@ def pack(
     for shard in shards:
         path, written = out / shard["name"], shard["samples"]
         with path.open("rb") as file:
-            found = list(read_samples(file, path.stem, None, stream=False))
-        whole = sum(bool(s.image and s.captions and not s.fault) for s in found)
-        if not whole == len(found) == written:
+            stored = list(read_samples(file, path.stem, None, stream=False))
+        whole = sum(bool(s.image and s.captions and not s.fault) for s in stored)
+        if not whole == len(stored) == written:
             raise ValueError(
                 f"{path}: {whole} of {written} samples are whole; delete it, and retry"
             )
@@ -91,23 +91,23 @@ def pack(
 
 def content_key(source: Pairs) -> str:
     """Identifies the samples, in their order, by ids and captions, which is quick to read."""
-    found = hashlib.blake2b(digest_size=16)
+    key = hashlib.blake2b(digest_size=16)
     for row in range(len(source)):
         texts = [source.sample_id(row)]
         with suppress(BadSample):
             texts += source.sample_captions(row)
-        found.update("\0".join(texts).encode("utf-8", "surrogatepass") + b"\n")
-    return found.hexdigest()
+        key.update("\0".join(texts).encode("utf-8", "surrogatepass") + b"\n")
+    return key.hexdigest()
 
 
 def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
     """What an earlier run left, up to the first shard that is missing."""
     manifest: dict[str, Any] = {"settings": settings, "key": key, "complete": False, "shards": []}
     if (out / MANIFEST).exists():
-        found = read_json(out / MANIFEST)
-        if not _is_manifest(found):
+        written = read_json(out / MANIFEST)
+        if not _is_manifest(written):
             raise ValueError(f"{out / MANIFEST}: not what pack writes; choose another folder")
-        manifest |= found  # those of earlier versions have no key
+        manifest = written
     elif other := first_name(out):
         what = "tar files" if other.endswith(".tar") else "files"
         raise ValueError(
@@ -128,17 +128,18 @@ def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, A
 
 def first_name(folder: Path) -> str | None:
     """The first name in a folder, of a tar file if there is one; hidden files do not count."""
-    found = [path.name for path in folder.iterdir() if path.name[0] != "."]
-    return min(found, key=lambda name: (not name.endswith(".tar"), name), default=None)
+    names = [path.name for path in folder.iterdir() if path.name[0] != "."]
+    return min(names, key=lambda name: (not name.endswith(".tar"), name), default=None)
 
 
-def _is_manifest(found: Any) -> bool:
+def _is_manifest(content: Any) -> bool:
     """Whether JSON has the form of a manifest."""
     numbers = ("samples", "bytes", "read", "skipped_bytes")
     try:
-        names = [shard["name"] for shard in found["shards"]]
-        counts = [shard[key] for shard in found["shards"] for key in numbers]
-        is_whole = isinstance(found["settings"], dict) and isinstance(found["complete"], bool)
+        names = [shard["name"] for shard in content["shards"]]
+        counts = [shard[key] for shard in content["shards"] for key in numbers]
+        is_whole = isinstance(content["settings"], dict) and isinstance(content["complete"], bool)
+        is_whole &= isinstance(content["key"], str)
     except (KeyError, TypeError):
         return False
     in_order = names == [f"{number:05d}.tar" for number in range(len(names))]

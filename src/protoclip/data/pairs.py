@@ -110,7 +110,7 @@ class ImageTextPairs:
     Raises `ValueError` if a column is missing, or there is no row.
     """
 
-    prefix = ""  # ids of the table's own begin with it
+    prefix = ""  # of ids that the table holds
     rows: npt.NDArray[np.int64] | None = None  # of the table, ascending; unset, all are pairs
 
     def __init__(
@@ -185,21 +185,21 @@ class ImageTextPairs:
         """
         columns = (self.image_column, self.id_column, *self.caption_columns)
         facts = (self.table_key, columns, self.root)
-        found = hashlib.blake2b(repr(facts).encode(), digest_size=16)
+        key = hashlib.blake2b(repr(facts).encode(), digest_size=16)
         for batch in self.checked.to_batches() if not self.table_key else ():
-            found.update(batch.serialize())
+            key.update(batch.serialize())
         if self.rows is not None:
-            found.update(self.rows.tobytes())
+            key.update(self.rows.tobytes())
         images = self.checked.column(self.image_column)
         if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
             images = pc.struct_field(images, "path")
         if self._ranges or "string" not in str(images.type):
-            return found.hexdigest()
+            return key.hexdigest()
         for chunk in self.kept(images).iterchunks():
             for name in chunk.to_pylist():
                 if name and not is_url(path := join(self.root, name)):
-                    found.update(file_status(path).encode())
-        return found.hexdigest()
+                    key.update(file_status(path).encode())
+        return key.hexdigest()
 
     def __len__(self) -> int:
         return int(self.table.num_rows) if self.rows is None else len(self.rows)
@@ -217,15 +217,15 @@ class ImageTextPairs:
 
     def sample_id(self, row: int) -> str:
         if self.id_column is None:
-            return f"{self.name}/{self._place(row)}"
+            return f"{self.name}/{self._table_row(row)}"
         return f"{self.prefix}{self.value(self.id_column, row)}"
 
     def sample_ids(self) -> Iterator[str]:
         if self.id_column is None:
-            yield from (f"{self.name}/{self._place(row)}" for row in range(len(self)))
+            yield from (f"{self.name}/{self._table_row(row)}" for row in range(len(self)))
             return
         for chunk in self.kept(self.checked.column(self.id_column)).iterchunks():
-            yield from (f"{self.prefix}{own}" for own in chunk.to_pylist())
+            yield from (f"{self.prefix}{each}" for each in chunk.to_pylist())
 
     def caption(self, row: int) -> str:
         """The first caption; raises `BadSample`."""
@@ -235,8 +235,8 @@ class ImageTextPairs:
         """The captions without empty ones; raises `BadSample` if none is left."""
         texts: list[Any] = []
         for column in self.caption_columns:
-            found = self.value(column, row)
-            texts += found if isinstance(found, list) else [found]
+            cell = self.value(column, row)
+            texts += cell if isinstance(cell, list) else [cell]
         try:
             return clean_captions(texts)
         except ValueError as error:
@@ -244,20 +244,20 @@ class ImageTextPairs:
 
     def encoded(self, row: int, part: slice | None = None) -> bytes:
         """The encoded image, or only a part of it; raises `BadSample` if it cannot be read."""
-        found = self._image(row, part)
-        if isinstance(found, bytes):
-            return found
-        if found is None or (self._ranges and self.value("offset", row) is None):
+        image = self._image(row, part)
+        if isinstance(image, bytes):
+            return image
+        if image is None or (self._ranges and self.value("offset", row) is None):
             raise self._bad(row, "no image")
         try:
             if self._ranges:
-                place, size = join(self.root, found), self.value("size", row)
+                path, size = join(self.root, image), self.value("size", row)
                 first, end, _ = (part or slice(None)).indices(size)
-                return read_range(place, self.value("offset", row) + first, end - first)
-            place = in_table(self.root, found, self.access)
-            if part is not None and not is_url(place):
-                return read_range(place, part.start, part.stop - part.start)
-            return read_file(place, self.access)[part or slice(None)]
+                return read_range(path, self.value("offset", row) + first, end - first)
+            path = in_table(self.root, image, self.access)
+            if part is not None and not is_url(path):
+                return read_range(path, part.start, part.stop - part.start)
+            return read_file(path, self.access)[part or slice(None)]
         except MemoryError:
             raise
         except Exception as error:  # the clients of stores have exceptions of their own
@@ -267,8 +267,8 @@ class ImageTextPairs:
 
     def where(self, row: int) -> str:
         """The file that holds the image of a row."""
-        found = self._image(row)
-        return join(self.root, found) if isinstance(found, str) else self.name
+        image = self._image(row)
+        return join(self.root, image) if isinstance(image, str) else self.name
 
     def sample(self, row: int) -> Sample:
         return Sample(
@@ -296,7 +296,7 @@ class ImageTextPairs:
             present = ", ".join(self.table.column_names)
             raise ValueError(f"{self.name}: no column '{column}'; it has {present}")
 
-    def _place(self, row: int) -> int:
+    def _table_row(self, row: int) -> int:
         """The row of the table."""
         return row if self.rows is None else int(self.rows[row])
 
@@ -305,10 +305,10 @@ class ImageTextPairs:
         return self._cell(column, row).as_py()
 
     def _cell(self, column: str, row: int) -> pa.Scalar:
-        place = self._place(row)
+        row = self._table_row(row)
         if self._check is not None:
-            self._check(place)
-        return self._arrays[column][place]
+            self._check(row)
+        return self._arrays[column][row]
 
     def _image(self, row: int, part: slice | None = None) -> bytes | str | None:
         """The encoded image itself, or a part of it, or the name of its file."""
@@ -319,8 +319,8 @@ class ImageTextPairs:
             cell = next((each for each in cells if each.as_buffer()), pa.scalar(None))
         if part is not None and "binary" in str(cell.type) and cell.is_valid:
             return bytes(memoryview(cell.as_buffer())[part])  # the rest stays on the disk
-        found: bytes | str | None = cell.as_py()
-        return None if found == "" else found
+        image: bytes | str | None = cell.as_py()
+        return None if image == "" else image
 
     def _bad(self, row: int, reason: str) -> BadSample:
         return BadSample(self.sample_id(row), self.where(row), reason)

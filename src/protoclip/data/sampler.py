@@ -48,7 +48,7 @@ def caption_draws(seed: int, episode: int, size: int) -> npt.NDArray[np.float32]
     return generator(seed, CAPTION_STREAM, episode).random(size, dtype=np.float32)
 
 
-def drawn(total: int, number: int, seed: int) -> list[int]:
+def evenly_spaced(total: int, number: int, seed: int) -> list[int]:
     """`number` different row numbers below `total`, one from each of equal parts."""
     bounds = np.arange(number + 1, dtype=np.int64) * total // number
     chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()

@@ -50,7 +50,7 @@ MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 INDEX_FORM = "tar shards, 3"
 MAX_SHARDS = 1_000_000  # that a pattern may name
 PARALLEL_FROM = 8  # this many shards are indexed by several processes
-# The place of the image in the tar (null if there is none).
+# Where the image is in the tar; null if there is none.
 SHARD_ROWS = pa.schema([*ROWS.remove(0), ("offset", pa.int64()), ("size", pa.int64())])
 SET_ROWS = SHARD_ROWS.append(pa.field("image", pa.dictionary(pa.int32(), pa.string())))
 NOT_ENOUGH = "unexpected end of data"
@@ -137,8 +137,8 @@ class ShardSample:
 
 def shard_stem(shard: str) -> str:
     """The file name without `.tar` and what follows; of a command, the last such name in it."""
-    found = re.findall(r"([^/\\\s'\"=]+?)\.(?:tar|tgz|tbz|txz)\b", shard)
-    return str(found[-1]) if found else re.split(r"[/\\]", shard.rstrip("/"))[-1]
+    names = re.findall(r"([^/\\\s'\"=]+?)\.(?:tar|tgz|tbz|txz)\b", shard)
+    return str(names[-1]) if names else re.split(r"[/\\]", shard.rstrip("/"))[-1]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -147,8 +147,8 @@ def split_name(name: str) -> tuple[str, str]:
     >>> split_name("./a.b/000.seg.PNG")
     ('a.b/000', 'seg.png')
     """
-    found = re.fullmatch(r"(?:\./)*((?:.*/|)[^./][^./]*)\.([^/]+)", name, re.DOTALL)
-    return (found[1], found[2].lower()) if found else ("", "")
+    parts = re.fullmatch(r"(?:\./)*((?:.*/|)[^./][^./]*)\.([^/]+)", name, re.DOTALL)
+    return (parts[1], parts[2].lower()) if parts else ("", "")
 
 
 def read_samples(
@@ -210,13 +210,13 @@ def read_samples(
     except Exception as error:
         fault = reason_of(error)
     cut = split_name(reading)[0]
-    # After a fault, complete if the next sample had begun, or with all files the one before had.
+    # The last sample counts if a later file had begun, or it has all parts that the one before had.
     if files and (not fault or (key != cut if cut else set(files) == before)):
         yield sample_of(key, files)
         files, number = {}, number + 1
     if fault:
-        where = f" in {visible(reading[:200])}" if reading else ""
-        reason = f"{fault}{where} after {number} samples; the rest {LOST}"
+        file_name = f" in {visible(reading[:200])}" if reading else ""
+        reason = f"{fault}{file_name} after {number} samples; the rest {LOST}"
         sample_id = _sample_id(stem, key if files else cut)
         yield ShardSample(sample_id=sample_id, captions=[], fault=reason)
 
@@ -285,21 +285,21 @@ def number_of_names(pattern: str) -> int:
     levels = [[0, 1]]  # names of the alternatives before, and of this one so far
     numbers = r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}"
     letters = r"\{([A-Za-z])\.\.([A-Za-z])(?:\.\.-?\d+)?\}"
-    for found in re.finditer(rf"\\.|{numbers}|{letters}|[{{}},]", pattern, re.DOTALL):
-        first, last, step, letter, end = found.groups()
+    for sign in re.finditer(rf"\\.|{numbers}|{letters}|[{{}},]", pattern, re.DOTALL):
+        first, last, step, letter, end = sign.groups()
         if first is not None:
             size = sys.maxsize
-            if len(found[0]) < 100:  # Python makes no number of thousands of digits
+            if len(sign[0]) < 100:  # Python makes no number of thousands of digits
                 size = abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
             levels[-1][1] *= size
         elif letter is not None:
             levels[-1][1] *= abs(ord(end) - ord(letter)) + 1
-        elif found[0] == "{":
+        elif sign[0] == "{":
             levels.append([0, 1])
-        elif found[0] == "}" and len(levels) > 1:
+        elif sign[0] == "}" and len(levels) > 1:
             inner = sum(levels.pop())
             levels[-1][1] *= inner
-        elif found[0] == "," and len(levels) > 1:
+        elif sign[0] == "," and len(levels) > 1:
             levels[-1] = [sum(levels[-1]), 1]
     return levels[0][1]
 
@@ -341,12 +341,10 @@ def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     index_one = partial(_index_shard, caption_keys=captions, folder=folder)
     join = partial(_join_indexes, dict(zip(paths, keys, strict=True)), index_one)
     way_out = "name the files of a sample as in 000.jpg, 000.txt"
-    index = build_index(key, join, folder=folder, where=pattern, way_out=way_out)
+    index = build_index(key, join, folder=folder, label=pattern, way_out=way_out)
     way_out = "keys must differ, and the files of a sample follow each other (tar --sort=name)"
-    data, where = replace(data, root=None), paths[0]
-    return pairs_of(
-        index, data, key=key, where=where, name=name or pattern, root="", way_out=way_out
-    )
+    data, name = replace(data, root=None), name or pattern
+    return pairs_of(index, data, key=key, label=paths[0], name=name, root="", way_out=way_out)
 
 
 def _index_shard(
@@ -374,7 +372,7 @@ def _index_shard(
         }
         yield pa.RecordBatch.from_pydict(columns, SHARD_ROWS)
 
-    return build_index(key, build, folder=folder, where=path, way_out="")
+    return build_index(key, build, folder=folder, label=path, way_out="")
 
 
 def _join_indexes(

@@ -41,12 +41,12 @@ def pairs(config: Config) -> Pairs | SampleStream:
     """
     data, seed = config.data, config.run.seed
     chosen = read_chosen(data)
-    found = [open_source(data, entry, seed=seed) for entry in entries(data)]
-    for source in found:
+    opened = [open_source(data, entry, seed=seed) for entry in entries(data)]
+    for source in opened:
         if isinstance(source, ImageTextPairs) and not source.caption_columns:
             raise ValueError(f"{source.name}: no column with captions; set caption_column to one")
-    indexed = [source for source in found if isinstance(source, ImageTextPairs)]
-    streams = [source for source in found if isinstance(source, ShardStream)]
+    indexed = [source for source in opened if isinstance(source, ImageTextPairs)]
+    streams = [source for source in opened if isinstance(source, ShardStream)]
     if chosen is not None and not streams:
         indexed = chosen.apply(indexed)
         for source, entry in zip(indexed, entries(data), strict=True):
@@ -56,7 +56,7 @@ def pairs(config: Config) -> Pairs | SampleStream:
                     "weight; take it out of data.sources"
                 )
     for stream in streams if chosen is not None else ():
-        stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(found) > 1 else ""
+        stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(opened) > 1 else ""
         stream.notes.append(
             f"{stream.name}: is filtered as it is read, so ids of no sample are not counted"
         )
@@ -65,7 +65,7 @@ def pairs(config: Config) -> Pairs | SampleStream:
     if indexed and data.shuffle_buffer != DataConfig().shuffle_buffer:
         why = "since nothing is streamed"
         indexed[0].notes = [*indexed[0].notes, f"data.shuffle_buffer: no effect, {why}"]
-    if len(found) == 1:
+    if len(opened) == 1:
         return streams[0] if streams else indexed[0]
     if not streams:
         return mixed_pairs(indexed)
@@ -111,15 +111,15 @@ def open_source(
     """One source; what its entry leaves unset is taken from `data`."""
     path, mixed = entry.path, len(data.sources) > 1
     settings = ("image_column", "caption_column", "id_column", "class_column", "root")
-    own = {each: value for each in settings if (value := getattr(entry, each)) is not None}
-    data = replace(data, train=path, sources=[], **own)
+    given = {each: value for each in settings if (value := getattr(entry, each)) is not None}
+    data = replace(data, train=path, sources=[], **given)
     told = without_secrets(path)
     # In a mixture tar shards are named after their folder, as other sources are.
     name = entry.name or (Path(path).resolve().name if mixed and Path(path).exists() else None)
     if path == "emoji":
-        asked = replace(DataConfig(), train=path, **own) if mixed else data
-        given = changed(asked, EMOJI_LACK)
-        notes = [f"emoji: are bundled, and do not use {given}"] if given else []
+        asked = replace(DataConfig(), train=path, **given) if mixed else data
+        lacking = changed(asked, EMOJI_LACK)
+        notes = [f"emoji: are bundled, and do not use {lacking}"] if lacking else []
         return ImageTextPairs(emoji_table("train"), name=name or "emoji", notes=notes)
     for setting, location in (("data.root: ", data.root or ""), ("", path)):
         try:

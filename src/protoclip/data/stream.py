@@ -71,7 +71,7 @@ class ShardStream:
         self.caption_keys, self.access = caption_keys and list(caption_keys), access
         self.chosen = chosen
         self.prefix = ""  # with which `chosen` knows ids, in a mixture
-        # First sample of a block -> which of this rank's shards holds it, and its place there.
+        # First sample of a block -> which of this rank's shards holds it, and its number there.
         self._blocks_at: dict[int, tuple[int, int]] = {0: (0, 0)}
 
     def samples(self, first: int = 0) -> Iterator[Item]:
@@ -90,7 +90,7 @@ class ShardStream:
                 # No other block of any rank has this number.
                 draw = generator(self.seed, BLOCK_STREAM, start * self.world_size + self.rank)
                 order = draw.permutation(len(block))[max(0, first - start) :]
-                left = [block[place] for place in order[::-1]]
+                left = [block[number] for number in order[::-1]]
                 block.clear()  # samples are freed as they are used
                 while left:
                     yield left.pop()
@@ -100,8 +100,8 @@ class ShardStream:
     def state_dict(self, first: int) -> dict[str, Any]:
         """JSON values from which this rank's stream resumes at sample number `first`."""
         start = self._block_before(first)
-        shard, place = self._blocks_at[start]
-        state = {"sample": start, "shard": shard, "place": place, "stream": self._identity()}
+        shard, skip = self._blocks_at[start]
+        state = {"sample": start, "shard": shard, "place": skip, "stream": self._identity()}
         return {**state, "rank": [self.rank, self.world_size]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -136,8 +136,8 @@ class ShardStream:
     def _blocks(self, start: int, stopped: Event) -> Iterator[Block]:
         block: list[Item] = []
         held = last_epoch = 0
-        for number, place, item in self._items(*self._blocks_at[start], stopped):
-            epoch = (number * self.world_size + self.rank) // len(self.shards)
+        for shard, skip, item in self._items(*self._blocks_at[start], stopped):
+            epoch = (shard * self.world_size + self.rank) // len(self.shards)
             # A block also ends with its pass, or a sample could come twice before another came.
             full = len(block) == self.shuffle or held >= BLOCK_BYTES or epoch != last_epoch
             if block and full:
@@ -145,13 +145,13 @@ class ShardStream:
                 yield start - len(block), block
                 block, held = [], 0
             if not block:
-                self._blocks_at[start] = (number, place)
+                self._blocks_at[start] = (shard, skip)
             block.append(item)
             held += len(item.image) if isinstance(item, Sample) else 0
             last_epoch = epoch
 
     def _items(self, number: int, skip: int, stopped: Event) -> Iterator[tuple[int, int, Item]]:
-        """This rank's shard, place in it, and sample there, from a place in a shard on."""
+        """Number of this rank's shard, number in it, and sample, from a sample of a shard on."""
         failed = set[str]()
         # Any number of shards may hold none of the few samples that are chosen.
         most, reason = min(len(self.shards), MAX_FAILED), "it holds no sample"
@@ -160,15 +160,15 @@ class ShardStream:
         while True:
             shard = self._shard(number * self.world_size + self.rank)
             failed.add(shard)
-            for place, item in enumerate(self.read(shard)):
+            for number_in_shard, item in enumerate(self.read(shard)):
                 if stopped.is_set():
                     return
                 if isinstance(item, Sample):
                     failed.clear()
                 else:
                     reason = item.reason
-                if place >= skip:
-                    yield number, place, item
+                if number_in_shard >= skip:
+                    yield number, number_in_shard, item
             if len(failed) >= most:
                 raise ValueError(
                     f"{self.name}: {len(failed)} shards in a row without a sample that can be "
@@ -178,24 +178,24 @@ class ShardStream:
 
     def _shard(self, position: int) -> str:
         """The shard at a position in the endless sequence that all ranks share."""
-        epoch, place = divmod(position, len(self.shards))
+        epoch, number = divmod(position, len(self.shards))
         order = generator(self.seed, SHARD_STREAM, epoch).permutation(len(self.shards))
-        return self.shards[int(order[place])]
+        return self.shards[int(order[number])]
 
 
 def _read_ahead(blocks: Iterator[Block]) -> "Future[Block]":
     """Start to read the next block in a thread."""
-    found: Future[Block] = Future()
+    block: Future[Block] = Future()
 
     def run() -> None:
         try:
-            found.set_result(next(blocks))
+            block.set_result(next(blocks))
         except BaseException as error:
-            found.set_exception(error)
+            block.set_exception(error)
 
     # A daemon, or a read that hangs would keep the process from ending.
     Thread(target=run, name="protoclip-read-ahead", daemon=True).start()
-    return found
+    return block
 
 
 def read_shard(
@@ -211,24 +211,25 @@ def read_shard(
     stem, seen = shard_stem(shard), set[str]()
     try:
         with _open(shard, access) as file:
-            for found in read_samples(file, stem, caption_keys, stream=True):
-                if found.fault or keeps(found.sample_id):
-                    yield _checked(found, shard, repeated=found.sample_id in seen)
-                seen.add(found.sample_id)
+            for sample in read_samples(file, stem, caption_keys, stream=True):
+                if sample.fault or keeps(sample.sample_id):
+                    yield _checked(sample, shard, repeated=sample.sample_id in seen)
+                seen.add(sample.sample_id)
     except Exception as error:  # file systems, commands and decompressors have their own errors
         yield BadSample(stem, shard, f"{reason_of(error)}; all {LOST}")
 
 
-def _checked(found: ShardSample, shard: str, *, repeated: bool) -> Item:
-    reason = found.fault or ("the same sample id as one before it in the shard" if repeated else "")
-    image = found.image.data if found.image else None
+def _checked(sample: ShardSample, shard: str, *, repeated: bool) -> Item:
+    again = "the same sample id as one before it in the shard" if repeated else ""
+    reason = sample.fault or again
+    image = sample.image.data if sample.image else None
     if not reason and image is not None:
         try:
-            texts = clean_captions(found.captions)
-            return Sample(sample_id=found.sample_id, image=image, captions=texts, where=shard)
+            texts = clean_captions(sample.captions)
+            return Sample(sample_id=sample.sample_id, image=image, captions=texts, where=shard)
         except ValueError as error:
             reason = str(error)
-    return BadSample(found.sample_id, shard, reason or "no image")
+    return BadSample(sample.sample_id, shard, reason or "no image")
 
 
 @contextmanager

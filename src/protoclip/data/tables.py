@@ -76,11 +76,11 @@ def open_table(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     folder, _, file = path.partition("?")[0].rpartition("/")
     if is_url(path):
         return open_files([path], data, name=name or file, root=folder)
-    place = Path(path)
-    paths = sorted(map(str, place.parent.glob(place.name))) if "*" in path else [path]
+    parent, file = Path(path).parent, Path(path).name
+    paths = sorted(map(str, parent.glob(file))) if "*" in path else [path]
     if not paths:
         raise ValueError(f"{path}: no such file")
-    return open_files(paths, data, name=name or place.name, root=str(place.parent))
+    return open_files(paths, data, name=name or file, root=str(parent))
 
 
 def open_files(
@@ -90,7 +90,7 @@ def open_files(
 
     Relative paths in the table start at `data.root`, else at `root`.
     """
-    where, folder = without_secrets(paths[0]), index_folder()
+    label, folder = without_secrets(paths[0]), index_folder()
     prints = [fingerprint(path, access_of(data)) for path in paths]
     columns = [data.image_column, caption_columns(data), data.id_column]
     columns += [data.class_column] if data.class_column else []
@@ -98,16 +98,16 @@ def open_files(
     *_, before, last = ("", "", *_suffixes(paths[0]))
     if not saved and (before if last in COMPRESSED else last) in TEXT_SUFFIXES:
         build, way_out = partial(_text_batches, paths, data), "check the separator and the quotes"
-        index = build_index(key, build, folder=folder, where=where, way_out=way_out)
-        return pairs_of(index, data, key=key, where=where, name=name, root=root)
+        index = build_index(key, build, folder=folder, label=label, way_out=way_out)
+        return pairs_of(index, data, key=key, label=label, name=name, root=root)
     with _library() as datasets:
         builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(last, ("folder",))[0]
         if not saved and builder not in ("parquet", "arrow", "json"):
             raise ValueError(
-                f"{where}: not a table that can be read; use {', '.join(TEXT_SUFFIXES)} (also "
+                f"{label}: not a table that can be read; use {', '.join(TEXT_SUFFIXES)} (also "
                 f"compressed: {', '.join(COMPRESSED)}), .parquet, .arrow, .json"
             )
-        with faults(where, Exception):
+        with faults(label, Exception):
             if saved:
                 loaded = datasets.load_from_disk(root)
             else:
@@ -116,7 +116,7 @@ def open_files(
                 loaded = datasets.load_dataset(
                     builder, data_files=files, split="train", cache_dir=cache
                 )
-    return pairs_of(loaded.data, data, key=key, where=where, name=name, root=root)
+    return pairs_of(loaded.data, data, key=key, label=label, name=name, root=root)
 
 
 def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
@@ -126,26 +126,26 @@ def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """
     from huggingface_hub import HfApi, constants
 
-    where, folder = data.train, index_folder()
+    label, folder = data.train, index_folder()
     form = re.compile(r"hf:(\w[\w.-]*/(\w[\w.-]*))((?:,(?:config|split)=[^,]*)*)")
-    if (found := form.fullmatch(where)) is None:
-        raise ValueError(f"{where}: write hf:OWNER/NAME[,config=NAME][,split=SPLIT]")
-    given = dict(part.split("=", 1) for part in found[3].split(",")[1:])
+    if (parts := form.fullmatch(label)) is None:
+        raise ValueError(f"{label}: write hf:OWNER/NAME[,config=NAME][,split=SPLIT]")
+    given = dict(part.split("=", 1) for part in parts[3].split(",")[1:])
     # If the hub answers with an error, `load_dataset` says what is wrong.
-    online = hub_answer(partial(HfApi().dataset_info, found[1])) is not None
+    online = hub_answer(partial(HfApi().dataset_info, parts[1])) is not None
     options = {"split": given.get("split", "train"), "cache_dir": str(folder / "datasets")}
     try:
-        with _library(offline=not online) as datasets, faults(where, Exception):
-            loaded = datasets.load_dataset(found[1], given.get("config"), **options)
+        with _library(offline=not online) as datasets, faults(label, Exception):
+            loaded = datasets.load_dataset(parts[1], given.get("config"), **options)
     except ValueError as error:
         if online:
             raise
         raise ValueError(
-            f"{where}: the hub does not answer, and there is no earlier download in {folder}; "
+            f"{label}: the hub does not answer, and there is no earlier download in {folder}; "
             "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
     key, root = digest({"hub": loaded._fingerprint, "id": data.id_column}), constants.HF_HUB_CACHE
-    return pairs_of(loaded.data, data, key=key, where=where, name=name or found[2], root=root)
+    return pairs_of(loaded.data, data, key=key, label=label, name=name or parts[2], root=root)
 
 
 def pairs_of(
@@ -153,7 +153,7 @@ def pairs_of(
     data: DataConfig,
     *,
     key: str,
-    where: str,
+    label: str,
     name: str,
     root: str,
     way_out: str = "make ids unique, set id_column to another, or to '' for row numbers",
@@ -169,7 +169,7 @@ def pairs_of(
         columns["caption_columns"] = ["caption"] if "caption" in present else []
         columns["class_column"] = "class" if "class" in present else None
     else:
-        columns, notes = choose(where, source.table.schema, data)
+        columns, notes = choose(label, source.table.schema, data)
     pairs = ImageTextPairs(
         source,
         name=name,
@@ -180,33 +180,33 @@ def pairs_of(
         **columns,
     )
     if is_web(image := pairs.where(0)):
-        raise ValueError(f"{where}: row 0 has the image {without_secrets(image)}; {NO_WEB_IMAGES}")
+        raise ValueError(f"{label}: row 0 has the image {without_secrets(image)}; {NO_WEB_IMAGES}")
     checked = index_folder() / f"{key}.unique"
     if pairs.id_column and not checked.exists():
-        with faults(where, UnicodeDecodeError):
-            _require_unique(pairs.checked.column(pairs.id_column), where, way_out)
+        with faults(label, UnicodeDecodeError):
+            _require_unique(pairs.checked.column(pairs.id_column), label, way_out)
         checked.parent.mkdir(parents=True, exist_ok=True)
         checked.touch()
     return pairs
 
 
-def _require_unique(ids: pa.ChunkedArray, where: str, way_out: str) -> None:
+def _require_unique(ids: pa.ChunkedArray, label: str, way_out: str) -> None:
     """Eight bytes an id tell which may repeat; only those are compared."""
 
     def texts() -> Iterator[str]:
         values = chain.from_iterable(chunk.to_pylist() for chunk in ids.iterchunks())
         for row, value in enumerate(values):
             if value is None or value == "":
-                raise ValueError(f"{where}: row {row} has no id; {way_out}")
+                raise ValueError(f"{label}: row {row} has no id; {way_out}")
             yield str(value)
 
     hashes = np.fromiter((hash(text) for text in texts()), np.int64, len(ids))
     values, counts = np.unique(hashes, return_counts=True)
     suspects = set(values[counts > 1].tolist())
-    found = Counter(text for text in texts() if hash(text) in suspects) if suspects else {}
-    if repeated := [text for text, count in found.items() if count > 1]:
+    counted = Counter(text for text in texts() if hash(text) in suspects) if suspects else {}
+    if repeated := [text for text, count in counted.items() if count > 1]:
         raise ValueError(
-            f"{where}: {len(repeated)} sample ids come more than once, such as "
+            f"{label}: {len(repeated)} sample ids come more than once, such as "
             f"'{line(repeated[0], 60)}'; {way_out}"
         )
 
@@ -272,7 +272,7 @@ def _local_copy(path: str, print_: str, data: DataConfig) -> str:
     return str(copy)
 
 
-def choose(where: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, Any], list[str]]:
+def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, Any], list[str]]:
     """The columns that settings name, or that have a usual name and type; and notes.
 
     They are called as in `ImageTextPairs`. Raises `ValueError` if a table has no such column.
@@ -293,34 +293,34 @@ def choose(where: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
             present = []
         used = [name for name in named if name]
         if clash := repeated & {*used, *present}:
-            raise _missing(where, schema.names, f"more than one column '{min(clash)}'")
+            raise _missing(label, schema.names, f"more than one column '{min(clash)}'")
         fit = [name for name in present if _holds(what, schema.field(name).type)]
         if len(fit) > 1 and not used:
             notes.append(
-                f"{where}: {what} are taken from column '{fit[0]}', not from '{fit[1]}'; "
+                f"{label}: {what} are taken from column '{fit[0]}', not from '{fit[1]}'; "
                 f"{setting} names another"
             )
         chosen.append(used or fit[:1])
         if not chosen[-1] and what not in optional and present:
             kind = line(str(schema.field(present[0]).type), 60)
             lack = f"column '{present[0]}' holds {kind}, not {what}; set {setting} to another"
-            raise _missing(where, schema.names, lack)
+            raise _missing(label, schema.names, lack)
         if not chosen[-1] and what not in optional:
             lack = f"no column with {what}; set {setting} to one, or add it"
-            raise _missing(where, schema.names, lack)
+            raise _missing(label, schema.names, lack)
         for column in chosen[-1]:
             if column not in schema.names:
-                raise _missing(where, schema.names, f"no column '{column}'")
+                raise _missing(label, schema.names, f"no column '{column}'")
             if not _holds(what, type_ := schema.field(column).type):
                 raise ValueError(
-                    f"{where}: column '{column}' holds {line(str(type_), 60)}, not {what}; set "
+                    f"{label}: column '{column}' holds {line(str(type_), 60)}, not {what}; set "
                     f"{setting} to another"
                 )
     images, captions, ids, classes = chosen
-    found: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
-    found["id_column"] = ids[0] if ids else None
-    found["class_column"] = classes[0] if classes else None
-    return found, notes
+    columns: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
+    columns["id_column"] = ids[0] if ids else None
+    columns["class_column"] = classes[0] if classes else None
+    return columns, notes
 
 
 def _holds(what: str, type_: pa.DataType) -> bool:
@@ -337,9 +337,9 @@ def _holds(what: str, type_: pa.DataType) -> bool:
     return str(type_) in ("string", "large_string", "string_view", "null")
 
 
-def _missing(where: str, names: Sequence[str], what: str) -> ValueError:
+def _missing(label: str, names: Sequence[str], what: str) -> ValueError:
     present = ", ".join(f"'{name}'" for name in names)
-    return ValueError(f"{where}: {what}; it has {line(present, 300) or 'none'}")
+    return ValueError(f"{label}: {what}; it has {line(present, 300) or 'none'}")
 
 
 def line(text: str, limit: int = 200) -> str:
@@ -380,9 +380,9 @@ class LeftOut:
 
     @property
     def notes(self) -> list[str]:
-        places = {what: f"line {', '.join(lines)}: " for what, lines in self.lines.items()}
+        numbers = {what: f"line {', '.join(lines)}: " for what, lines in self.lines.items()}
         return [
-            f"{self.path}: left out {self.counts[what]} {what} ({places.get(what, '')}{example})"
+            f"{self.path}: left out {self.counts[what]} {what} ({numbers.get(what, '')}{example})"
             for what, example in self.examples.items()
         ]
 
@@ -392,11 +392,13 @@ def captions_in(record: Any, keys: Sequence[str] = ()) -> list[bytes]:
     record = record if isinstance(record, dict) else {}
     present = {key.lower(): key for key in reversed(record)}
     usual = [present[key] for key in CAPTION_COLUMNS if key in present][:1]
-    found: list[bytes] = []
+    captions: list[bytes] = []
     for value in map(record.get, keys or usual):
         texts = value if isinstance(value, list) else [value]
-        found += [text.encode("utf-8", "surrogatepass") for text in texts if isinstance(text, str)]
-    return found
+        captions += [
+            text.encode("utf-8", "surrogatepass") for text in texts if isinstance(text, str)
+        ]
+    return captions
 
 
 def _text_batches(
@@ -425,9 +427,9 @@ def _text_batches(
                     raise _missing(path, names, f"no column '{name}', which {paths[0]} has")
             form = [ROWS.field("image"), ROWS.field("caption")]
             form = form[: 2 if captions else 1] + [(name, pa.string()) for name in [*single][1:]]
-            places = [*map(names.index, single.values())], [*map(names.index, captions)]
+            numbers = [*map(names.index, single.values())], [*map(names.index, captions)]
             used = 0
-            for batch in batches((_row(cells, *places) for cells in rows), pa.schema(form)):
+            for batch in batches((_row(cells, *numbers) for cells in rows), pa.schema(form)):
                 used += batch.num_rows
                 yield batch
         facts["left_out"] += left_out.notes
@@ -438,7 +440,7 @@ def _text_batches(
 def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
     """Image, captions if there are columns of them, and the other single cells."""
     texts: list[Any] = []
-    for cell in (cells[place] for place in captions):
+    for cell in (cells[number] for number in captions):
         texts += cell if isinstance(cell, list) else [cell]
     image, *others = (cells[p] if isinstance(cells[p], str) else None for p in single)
     return [image, texts, *others] if captions else [image, *others]
@@ -498,7 +500,7 @@ def _read_csv(
     path: str, lines: Iterator[str], left_out: LeftOut
 ) -> tuple[list[str], Iterator[list[Cell]]]:
     """The header and the rows of a CSV or TSV file; the separator is the one in the header."""
-    number, header = next((found for found in enumerate(lines, 1) if found[1].strip()), (0, ""))
+    number, header = next((line for line in enumerate(lines, 1) if line[1].strip()), (0, ""))
     usual = "\t" if ".tsv" in _suffixes(path) else ","
     separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)
     if len(header) > LONGEST_HEADER:

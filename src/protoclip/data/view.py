@@ -89,8 +89,8 @@ class PairsView:
 
     def sample(self, row: int) -> Sample:
         source, number = self.locate(row)
-        found: Sample = source.sample(number)
-        return found
+        sample: Sample = source.sample(number)
+        return sample
 
     def sample_id(self, row: int) -> str:
         source, number = self.locate(row)
@@ -139,5 +139,6 @@ def by_source(sources: Sequence[Any], rows: Rows) -> list[tuple[Any, Rows]]:
 
 def without(pairs: Any, left_out: Rows) -> PairsView:
     """A source or view of whole sources, without some of its rows, which ascend."""
-    parts = by_source(getattr(pairs, "sources", [pairs]), left_out)
+    sources = pairs.sources if isinstance(pairs, PairsView) else [pairs]
+    parts = by_source(sources, left_out)
     return PairsView([(source, AllBut(len(source), rows)) for source, rows in parts], pairs.name)

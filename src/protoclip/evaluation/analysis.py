@@ -21,7 +21,7 @@ from protoclip.data import sources
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample, SampleStream
-from protoclip.data.sampler import drawn
+from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Bad, Batch, Encoder, Reader
@@ -190,7 +190,7 @@ decoded = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
 def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
     """Pairs of a source, drawn evenly; of a stream the first ones."""
     if isinstance(source, Pairs):
-        items: Any = drawn(len(source), min(samples, len(source)), seed=0)
+        items: Any = evenly_spaced(len(source), min(samples, len(source)), seed=0)
     else:
         items = islice(source.samples(), samples)
     known: dict[str, Sample] = {}  # a stream starts again at its end
@@ -221,7 +221,7 @@ def of_split(data: EvaluationData, samples: int) -> HeldOut:
     split = data.splits["validation"]
     given: Any = split.images  # a run's own data always have encoded images and captions
     assert split.captions is not None
-    drawn_rows = drawn(len(given), min(samples, len(given)), seed=0)
+    drawn_rows = evenly_spaced(len(given), min(samples, len(given)), seed=0)
 
     def good(row: int) -> bytes | None:
         with suppress(ValueError):  # BadSample too

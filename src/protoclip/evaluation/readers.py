@@ -187,7 +187,7 @@ def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> Arro
                 raise ValueError(f"{path}: {reason_of(error)}") from None
             yield pa.RecordBatch.from_pylist(rows, ROWS)
 
-    return build_index(key, build, folder=folder, where=str(paths[0].parent), way_out="")
+    return build_index(key, build, folder=folder, label=str(paths[0].parent), way_out="")
 
 
 def _shard_rows(path: Path, extension: str) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from protoclip.data.held_out import MOST, SHARE, Before, held_out_rows, shared
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
-from protoclip.data.sampler import drawn
+from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import NONE, PairsView, Rows, by_source, without
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import datasets
@@ -236,7 +236,7 @@ def learned(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTex
     for source, left_out in by_source(of, held_out):
         rows = np.setdiff1d(np.arange(len(source)), left_out)
         number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))
-        parts.append((source, rows[drawn(len(rows), number, seed=0)] if number else rows))
+        parts.append((source, rows[evenly_spaced(len(rows), number, seed=0)] if number else rows))
     return parts
 
 

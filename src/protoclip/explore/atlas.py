@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from torch import Tensor
 
-from protoclip.data.sampler import drawn
+from protoclip.data.sampler import evenly_spaced
 from protoclip.explore.neighbours import Neighbours, near_duplicates
 from protoclip.files import (
     checksum,
@@ -149,7 +149,7 @@ def make_atlas(
     if pairs < 2:
         raise ValueError(f"{pairs} pair can be read; exploring needs two or more")
     number = number or num_prototypes(pairs)
-    shown = torch.tensor(drawn(pairs, min(pairs, MAP_PAIRS), seed))
+    shown = torch.tensor(evenly_spaced(pairs, min(pairs, MAP_PAIRS), seed))
     show("prototypes")
     found: dict[str, Array] = {}
     dead: dict[str, list[int]] = {}
@@ -210,7 +210,7 @@ def group(
     seed: int,
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """The prototype of each row, and the cosine to its centroid."""
-    fitted = torch.tensor(drawn(len(rows), min(len(rows), FITTED_ROWS), seed))
+    fitted = torch.tensor(evenly_spaced(len(rows), min(len(rows), FITTED_ROWS), seed))
     sample = torch.cat(list(inside(rows[fitted], head)))
     centroids = kmeans(sample, number, iterations=ITERATIONS, seed=seed).centroids
     assigned, similarity = [], []
@@ -261,7 +261,7 @@ def disagreement(
     The loss is the mean of both directions, against at most 1,024 pairs that are drawn evenly.
     """
     pairs = len(features.rows)
-    others = torch.tensor(drawn(pairs, min(pairs, OTHERS), seed))
+    others = torch.tensor(evenly_spaced(pairs, min(pairs, OTHERS), seed))
     sets = {"image": unit(features.image[others]), "text": unit(features.text[others])}
     distance, loss = [], []
     for rows in torch.split(torch.arange(pairs), CHUNK):
@@ -282,7 +282,7 @@ def duplicates(
     images: Float[Tensor, "n d"], *, seed: int
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"], int]:
     """Near-duplicate images, their cosines, and among how many images they were looked for."""
-    chosen = torch.tensor(drawn(len(images), min(len(images), COMPARED_ROWS), seed))
+    chosen = torch.tensor(evenly_spaced(len(images), min(len(images), COMPARED_ROWS), seed))
     neighbours = Neighbours(images[chosen])
     pairs, values = near_duplicates(neighbours, least=LEAST_SIMILAR, most=MOST_DUPLICATES)
     return chosen[pairs], values, len(chosen)

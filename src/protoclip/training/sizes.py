@@ -15,7 +15,7 @@ from protoclip.data.defaults import (
     some_samples,
 )
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
-from protoclip.data.sampler import drawn
+from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation.validation import judged
 from protoclip.files import read_toml
 from protoclip.models.towers import TokenCounter, build_tokenizer
@@ -154,7 +154,7 @@ def number_of_prototypes(samples: Pairs | SampleStream, size: int) -> int:
 def different_captions(samples: Pairs, size: int) -> int:
     """How many first captions differ among the pairs of an episode, drawn evenly."""
     found = set()
-    for row in drawn(len(samples), min(len(samples), size), seed=0):
+    for row in evenly_spaced(len(samples), min(len(samples), size), seed=0):
         with suppress(BadSample):
             found.add(samples.sample_captions(row)[0])
     return len(found)

@@ -85,7 +85,7 @@ def table(place: Path) -> ImageTextPairs:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_cell_that_leads_astray_costs_its_row(table: ImageTextPairs, cell: str) -> None:
+def test_a_cell_that_leads_astray_costs_its_row(table, cell):
     """At once, with a reason of one line; nothing is run, asked or waited for."""
     if cell == "closed.jpg" and os.geteuid() == 0:
         pytest.skip("root may read everything")
@@ -100,12 +100,12 @@ def test_a_cell_that_leads_astray_costs_its_row(table: ImageTextPairs, cell: str
     assert "\n" not in str(error.value)
 
 
-def test_the_rows_beside_them_are_read(table: ImageTextPairs) -> None:
+def test_the_rows_beside_them_are_read(table):
     """By a path below the root, relative or absolute, and by a link that stays there."""
     assert [table.sample(row).image for row in range(3)] == [b"good"] * 3
 
 
-def test_the_user_says_what_a_table_may_name(place: Path, tmp_path: Path) -> None:
+def test_the_user_says_what_a_table_may_name(place, tmp_path):
     """Links that lead out, but not `..`; any path below a root, which may itself be a link."""
     allowed, secret = Access(links=True), str(place.parent / "secret.jpg")
     assert read_file(in_table(str(place), "link.jpg", allowed), allowed) == b"secret"
@@ -119,7 +119,7 @@ def test_the_user_says_what_a_table_may_name(place: Path, tmp_path: Path) -> Non
         assert in_table(str(tmp_path / "short"), cell, Access()) == f"{place}/good.jpg"
 
 
-def test_a_root_that_is_a_url_holds_its_table(bucket: str) -> None:
+def test_a_root_that_is_a_url_holds_its_table(bucket):
     """Names below it and other URLs; no local path, no way up."""
     assert in_table(bucket, "a/b.jpg", Access()) == f"{bucket}/a/b.jpg"
     assert in_table(bucket, "gs://other/b.jpg", Access()) == "gs://other/b.jpg"
@@ -137,7 +137,7 @@ def test_a_root_that_is_a_url_holds_its_table(bucket: str) -> None:
         ("s3://bucket/a.tar::tar://b", "chained with '::'"),
     ],
 )
-def test_a_source_that_may_not_be_read_is_one_line(source: str, message: str) -> None:
+def test_a_source_that_may_not_be_read_is_one_line(source, message):
     """Before anything is opened."""
     with pytest.raises(ValueError, match=message):
         sources.pairs(Config(data=DataConfig(train=source)))
@@ -146,9 +146,7 @@ def test_a_source_that_may_not_be_read_is_one_line(source: str, message: str) ->
 
 
 @pytest.mark.parametrize("where", ["local", "bucket"])
-def test_a_file_without_end_is_not_read_whole(
-    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_a_file_without_end_is_not_read_whole(tmp_path, bucket, monkeypatch, where):
     """One of the largest size is."""
     path = str(tmp_path / "a.jpg") if where == "local" else f"{bucket}/a.jpg"
     (tmp_path / "a.jpg").write_bytes(bytes(1000))
@@ -160,9 +158,7 @@ def test_a_file_without_end_is_not_read_whole(
         read_file(path, Access())
 
 
-def test_what_takes_the_place_of_a_file_does_not_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_the_place_of_a_file_does_not_block(tmp_path, monkeypatch):
     """A pipe that is put there between looking and opening."""
     (tmp_path / "a").write_bytes(b"x")
     regular = (tmp_path / "a").stat()
@@ -173,9 +169,7 @@ def test_what_takes_the_place_of_a_file_does_not_block(
         open_file(str(tmp_path / "fifo"), Access())
 
 
-def test_a_store_that_never_answers_costs_one_sample(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_never_answers_costs_one_sample(bucket, monkeypatch):
     """After the time for a sample's file."""
     free = threading.Event()
     monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", lambda *args, **more: free.wait(9))
@@ -186,9 +180,7 @@ def test_a_store_that_never_answers_costs_one_sample(
 
 
 @pytest.mark.parametrize("error", [IndexError("out of range"), ImportError("Install s3fs")])
-def test_any_error_of_a_store_is_a_bad_sample(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_any_error_of_a_store_is_a_bad_sample(bucket, monkeypatch, error):
     """With its own words; but no room in memory is not the sample's fault."""
     failing = Mock(side_effect=[error, MemoryError()])
     monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", failing)
@@ -200,7 +192,7 @@ def test_any_error_of_a_store_is_a_bad_sample(
         pairs.sample(0)
 
 
-def test_reasons_show_what_a_terminal_would_obey() -> None:
+def test_reasons_show_what_a_terminal_would_obey():
     """Escapes, ends of lines and turned text; letters of any script stay."""
     bad = BadSample("a\x1b]0;x\x07", "b\u202egpj.exe\u2028", "c\r\n\x9b")
     assert str(bad) == r"sample 'a\x1b]0;x\x07' (b\u202egpj.exe\u2028): c\r\n\x9b"
@@ -282,7 +274,7 @@ def read(url: str) -> bytes:
     ("name", "requests"),
     [("good", 1), ("500", 2), ("reset", 2), ("resume", 2), ("to:/good", 1)],
 )
-def test_what_may_pass_is_tried_again(server: str, name: str, requests: int) -> None:
+def test_what_may_pass_is_tried_again(server, name, requests):
     """And what was read before the connection broke is not asked for again."""
     assert read(f"{server}/{name}") == CONTENT
     assert Odd.counts[name] == requests
@@ -301,7 +293,7 @@ def test_what_may_pass_is_tried_again(server: str, name: str, requests: int) -> 
         ("to:ftp://127.0.0.1/a", "unsupported protocol 'ftp://'", 1),
     ],
 )
-def test_what_will_not_pass_is_an_error(server: str, name: str, reason: str, requests: int) -> None:
+def test_what_will_not_pass_is_an_error(server, name, reason, requests):
     """After as many requests as make sense, in one line."""
     with pytest.raises(OSError, match=reason) as error:
         read(f"{server}/{name}")
@@ -309,7 +301,7 @@ def test_what_will_not_pass_is_an_error(server: str, name: str, reason: str, req
     assert "\n" not in str(error.value)
 
 
-def test_urls_as_people_write_them(server: str) -> None:
+def test_urls_as_people_write_them(server):
     """Letters of any script, blanks, a fragment; a password goes to its own host alone."""
     place = server.replace("//", "//me:s%40fe@")
     assert read(f"{place}/a ü%20b.jpg?x=ö&y=1#part") == CONTENT
@@ -320,9 +312,7 @@ def test_urls_as_people_write_them(server: str) -> None:
 
 
 @pytest.mark.parametrize("table", ["bucket", "server"])
-def test_a_table_of_images_on_the_web_is_refused(
-    bucket: str, tmp_path: Path, serve: Callable[..., str], table: str
-) -> None:
+def test_a_table_of_images_on_the_web_is_refused(bucket, tmp_path, serve, table):
     """As URLs in its cells, or as names beside a table that is on the web itself."""
     cell = "https://host/0.jpg" if table == "bucket" else "0.jpg"
     text = f"image,caption\n{cell},a\n"
@@ -333,9 +323,7 @@ def test_a_table_of_images_on_the_web_is_refused(
         open_table(DataConfig(train=f"{folder}/pairs.csv"))
 
 
-def test_a_fingerprint_follows_the_content(
-    tmp_path: Path, bucket: str, serve: Callable[..., str]
-) -> None:
+def test_a_fingerprint_follows_the_content(tmp_path, bucket, serve):
     """Of a file also if size and time stay the same; of a URL as far as its headers tell."""
     path, url = tmp_path / "a.csv", f"{serve('ranges', tmp_path)}/a.csv"
     found: dict[str, list[str]] = {str(path): [], url: [], f"{bucket}/a.csv": []}

@@ -37,7 +37,7 @@ def everything(width: int, height: int) -> Box:
 
 
 @pytest.mark.parametrize(("form", "mode"), FORMS)
-def test_crops_are_the_same_with_any_cache(form: str, mode: str) -> None:
+def test_crops_are_the_same_with_any_cache(form, mode):
     """Bit for bit, of images and results of many sizes, with the cache cold, warm and full."""
     draw = np.random.default_rng(0)
     cache = MemoryCache(max_bytes=10**8)
@@ -58,7 +58,7 @@ def test_crops_are_the_same_with_any_cache(form: str, mode: str) -> None:
     assert min(reduced, served) > 2
 
 
-def test_what_is_kept_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_is_not_decoded_again(monkeypatch):
     """Except for another size or limit. A reduced JPEG is not kept, since each crop may be reduced
     by another factor."""
     cache, small, large = MemoryCache(max_bytes=10**7), encoded(80, 64, 0), encoded(800, 800, 0)
@@ -75,7 +75,7 @@ def test_what_is_kept_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> N
             crop(data, everything, size, max_pixels=limit, cache=cache)
 
 
-def test_the_cache_is_bounded() -> None:
+def test_the_cache_is_bounded():
     """It keeps what came first."""
     image = Decoded(pixels=np.zeros((64, 80, 3), np.uint8))
     cache = MemoryCache(max_bytes=5 * image.pixels.nbytes)

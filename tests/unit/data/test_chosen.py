@@ -102,13 +102,13 @@ def captions_in(pairs: Pairs | SampleStream) -> list[str]:
         ("a.txt", '["1", "b/c", "1"]'),
     ],
 )
-def test_forms_of_a_list(name: str, text: str, tmp_path: Path) -> None:
+def test_forms_of_a_list(name, text, tmp_path):
     (tmp_path / name).write_text(text, encoding="utf-8")
     found = read_ids("only", str(tmp_path / name))
     assert found.ids - {found.header} == {"1", "b/c"}
 
 
-def test_a_list_without_a_header_loses_no_id(top: Path, tmp_path: Path) -> None:
+def test_a_list_without_a_header_loses_no_id(top, tmp_path):
     (tmp_path / "a.csv").write_text("id 3\nid 5\n")
     pairs = opened(train=str(top / "ids.parquet"), only=str(tmp_path / "a.csv"))
     assert list(pairs.sample_ids()) == ["id 3", "id 5"]
@@ -133,7 +133,7 @@ def test_a_list_without_a_header_loses_no_id(top: Path, tmp_path: Path) -> None:
         (b"sample_id\n\xff\n", "it is not UTF-8"),
     ],
 )
-def test_what_is_no_list_is_named(text: bytes, reason: str, tmp_path: Path) -> None:
+def test_what_is_no_list_is_named(text, reason, tmp_path):
     path = tmp_path / "list"
     path.write_bytes(text)
     with pytest.raises(ValueError, match=reason) as caught:
@@ -143,13 +143,13 @@ def test_what_is_no_list_is_named(text: bytes, reason: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("place", ["nothing", "."])
-def test_a_list_that_cannot_be_opened_is_named(place: str, tmp_path: Path) -> None:
+def test_a_list_that_cannot_be_opened_is_named(place, tmp_path):
     with pytest.raises(ValueError, match=r"^data.only: .*(no such file|is a folder)"):
         read_chosen(DataConfig(only=str(tmp_path / place)))
 
 
 @pytest.mark.parametrize("source", IDS)
-def test_every_source_is_filtered(source: str, top: Path, tmp_path: Path) -> None:
+def test_every_source_is_filtered(source, top, tmp_path):
     """Samples keep their ids; `without` wins; unknown ids are counted."""
     only = listed(tmp_path, [id_of(source, n) for n in (2, 5, 9, 11)] + ["no such"])
     without = listed(tmp_path, [id_of(source, 5)], "without.json")
@@ -166,7 +166,7 @@ def test_every_source_is_filtered(source: str, top: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("source", IDS)
-def test_keys_and_images_are_those_of_the_chosen(source: str, top: Path, tmp_path: Path) -> None:
+def test_keys_and_images_are_those_of_the_chosen(source, top, tmp_path):
     whole = opened(train=str(top / source))
     some = opened(train=str(top / source), without=listed(tmp_path, [id_of(source, 0)]))
     assert isinstance(whole, ImageTextPairs)
@@ -179,7 +179,7 @@ def test_keys_and_images_are_those_of_the_chosen(source: str, top: Path, tmp_pat
         assert names.to_pylist() == all_names.to_pylist()[1:]
 
 
-def test_nothing_left_is_one_line(top: Path, tmp_path: Path) -> None:
+def test_nothing_left_is_one_line(top, tmp_path):
     path = str(top / "ids.parquet")
     with pytest.raises(ValueError, match=r"^data.only: no sample is left of 12; .* 'id 0'$"):
         opened(train=path, only=listed(tmp_path, ["x"]))
@@ -196,14 +196,14 @@ def mixture(top: Path, **settings: object) -> dict[str, object]:
     return {"sources": entries}
 
 
-def test_a_mixture_is_filtered_by_ids_with_the_source_name(top: Path, tmp_path: Path) -> None:
+def test_a_mixture_is_filtered_by_ids_with_the_source_name(top, tmp_path):
     pairs = opened(**mixture(top), only=listed(tmp_path, ["a/id 3", "b/7", "id 4"]))
     assert list(pairs.sample_ids()) == ["a/id 3", "b/7"]
     assert captions_in(pairs) == ["caption 3", "caption 7"]
     assert "1 of 3 ids are of no sample, such as 'id 4'" in sources.notes(pairs)[-1]
 
 
-def test_a_source_without_samples_needs_to_have_no_weight(top: Path, tmp_path: Path) -> None:
+def test_a_source_without_samples_needs_to_have_no_weight(top, tmp_path):
     only = listed(tmp_path, ["b/1", "b/7"])
     pairs = opened(**mixture(top), only=only)
     assert captions_in(pairs) == ["caption 1", "caption 7"]
@@ -214,7 +214,7 @@ def test_a_source_without_samples_needs_to_have_no_weight(top: Path, tmp_path: P
         opened(**mixture(top, weight=1.0), only=only)
 
 
-def test_held_out_pairs_are_among_the_chosen(tmp_path: Path) -> None:
+def test_held_out_pairs_are_among_the_chosen(tmp_path):
     table = pa.table(
         {
             "sample_id": [str(row) for row in range(400)],
@@ -242,7 +242,7 @@ def test_held_out_pairs_are_among_the_chosen(tmp_path: Path) -> None:
         assert held_out.class_names[int(split.labels[row])] == ("even", "odd")[number % 2]
 
 
-def test_a_validation_source_is_not_filtered(top: Path, tmp_path: Path) -> None:
+def test_a_validation_source_is_not_filtered(top, tmp_path):
     only = listed(tmp_path, [f"id {n}" for n in range(6)])
     data = DataConfig(
         train=str(top / "ids.parquet"), only=only, validation=str(top / "plain.parquet")
@@ -265,7 +265,7 @@ def ids(stream: SampleStream, number: int, first: int = 0) -> list[str]:
     return found
 
 
-def test_a_stream_is_filtered_as_it_passes(top: Path, tmp_path: Path) -> None:
+def test_a_stream_is_filtered_as_it_passes(top, tmp_path):
     """Each pass has the chosen samples, also when it goes on from a state."""
     chosen = ["0/001", "1/004", "1/006", "1/007", "2/009"]
     only = listed(tmp_path, chosen)
@@ -282,19 +282,19 @@ def test_a_stream_is_filtered_as_it_passes(top: Path, tmp_path: Path) -> None:
         other.load_state_dict(first.state_dict(3))
 
 
-def test_a_stream_of_which_nothing_is_left_ends(top: Path, tmp_path: Path) -> None:
+def test_a_stream_of_which_nothing_is_left_ends(top, tmp_path):
     with pytest.raises(ValueError, match=r"no sample is left by data.only"):
         ids(streamed(top, only=listed(tmp_path, ["x"])), 1)
 
 
-def test_few_chosen_samples_in_many_shards_are_found(tmp_path: Path) -> None:
+def test_few_chosen_samples_in_many_shards_are_found(tmp_path):
     for shard in range(40):
         write_tar(tmp_path / "shards" / f"{shard:02d}.tar", numbered(shard))
     only = listed(tmp_path, ["17/017"])
     assert ids(streamed(tmp_path, only=only), 3) == ["17/017"] * 3
 
 
-def test_a_broken_shard_of_a_filtered_stream_is_reported(tmp_path: Path) -> None:
+def test_a_broken_shard_of_a_filtered_stream_is_reported(tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.tar").write_bytes(b"no tar")
     write_tar(tmp_path / "shards" / "1.tar", numbered(1, 2))
@@ -304,7 +304,7 @@ def test_a_broken_shard_of_a_filtered_stream_is_reported(tmp_path: Path) -> None
     assert sum(isinstance(item, BadSample) for item in found) == 1
 
 
-def test_a_mixture_of_streams_is_filtered(top: Path, tmp_path: Path) -> None:
+def test_a_mixture_of_streams_is_filtered(top, tmp_path):
     entries = [SourceConfig(path=str(top / "shards"), name=name, weight=1.0) for name in "ab"]
     only = listed(tmp_path, ["a/0/001", "b/2/009"])
     stream = opened(sources=entries, read="streaming", only=only)
@@ -313,7 +313,7 @@ def test_a_mixture_of_streams_is_filtered(top: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", ["auto", "streaming"])
-def test_inspect_reads_the_chosen(read: str, top: Path, tmp_path: Path) -> None:
+def test_inspect_reads_the_chosen(read, top, tmp_path):
     only = listed(tmp_path, ["0/001", "2/009"])
     found = inspect(
         opened(train=str(top / "shards"), read=read, only=only),
@@ -324,7 +324,7 @@ def test_inspect_reads_the_chosen(read: str, top: Path, tmp_path: Path) -> None:
     assert found["read"] == 2
 
 
-def test_teacher_features_of_the_chosen(tmp_path: Path) -> None:
+def test_teacher_features_of_the_chosen(tmp_path):
     """A teacher of the chosen has their ids; a file of all serves them too."""
     table = tiny_pairs(20)
     pq.write_table(table, tmp_path / "a.parquet")

@@ -1,7 +1,6 @@
 """What a run compares when it goes on: equal content is equal, however it is stored."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -110,7 +109,7 @@ def test_a_stream_is_known_by_its_shards(tmp_path):
     assert difference(known, content(stream(TINY.take(list(range(40))[::-1])))) == "other shards"
 
 
-def test_tables_on_disk(tmp_path: Path) -> None:
+def test_tables_on_disk(tmp_path):
     """Other row groups and compression are the same content."""
     pq.write_table(TINY, tmp_path / "a.parquet", row_group_size=3)
     assert difference(of(TINY), of(pq.read_table(tmp_path / "a.parquet"))) is None

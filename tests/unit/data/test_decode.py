@@ -57,9 +57,7 @@ def pil_crop(data: bytes, box: Box, size: int) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
-def test_a_jpeg_crop_is_pils_to_40_db(
-    side: int, box: Box, size: int, options: dict[str, Any]
-) -> None:
+def test_a_jpeg_crop_is_pils_to_40_db(side, box, size, options):
     """Whether all pixels are decoded or fewer."""
     data = encoded(photo(side, side), "JPEG", quality=90, **options)
     ours = decode_crop(data, fixed(box), size, max_pixels=PIXELS)
@@ -67,9 +65,7 @@ def test_a_jpeg_crop_is_pils_to_40_db(
 
 
 @pytest.mark.parametrize(("size", "expected"), [(140, 320), (70, 160), (35, 80), (200, 640)])
-def test_a_large_jpeg_is_decoded_at_a_fraction(
-    size: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_jpeg_is_decoded_at_a_fraction(size, expected, monkeypatch):
     """The resizing step gets no more pixels than twice the size wanted needs."""
     seen = []
 
@@ -85,7 +81,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_orientation_is_obeyed(orientation: int, form: str) -> None:
+def test_orientation_is_obeyed(orientation, form):
     """In whole images, in crops, in dimensions, and where a JPEG is scaled: as PIL does it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -103,7 +99,7 @@ def test_orientation_is_obeyed(orientation: int, form: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL's, of the EXIF data
-def test_broken_exif_data_do_not_spoil_an_image() -> None:
+def test_broken_exif_data_do_not_spoil_an_image():
     data = encoded(photo(32, 32), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\0")
     assert decode(data, max_pixels=PIXELS).shape == (32, 32, 3)
 
@@ -136,20 +132,20 @@ def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
 
 
 @pytest.mark.parametrize("name", list(odd_images()))
-def test_odd_modes_show_their_colour(name: str) -> None:
+def test_odd_modes_show_their_colour(name):
     data, colour = odd_images()[name]
     whole = decode(data, max_pixels=PIXELS)
     crop = decode_crop(data, fixed((2, 2, 14, 14)), 8, max_pixels=PIXELS)
     assert max(np.abs(pixels.astype(int) - colour).max() for pixels in (whole, crop)) <= 3
 
 
-def test_sixteen_bits_keep_their_shades() -> None:
+def test_sixteen_bits_keep_their_shades():
     ramp = np.arange(256, dtype=np.uint16)[None] * 256
     pixels = decode(encoded(Image.fromarray(ramp), "PNG"), max_pixels=PIXELS)
     assert pixels[0].tolist() == [[shade] * 3 for shade in range(256)]
 
 
-def test_at_least_keeps_the_shorter_side() -> None:
+def test_at_least_keeps_the_shorter_side():
     """A JPEG comes at the smallest fraction that is large enough, other files in full."""
     wide = photo(832, 640)
     for at_least, height in ((None, 640), (321, 640), (320, 320), (100, 160), (1, 80)):
@@ -176,7 +172,7 @@ FILES = {
 @pytest.mark.parametrize("name", list(FILES))
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.filterwarnings("ignore")  # PIL's, of metadata cut off
-def test_a_truncated_file_is_refused(name: str, size: int) -> None:
+def test_a_truncated_file_is_refused(name, size):
     """Wherever it is cut: it is refused, or every pixel was there already."""
     data, box, refused = FILES[name], fixed((0, 0, 96, 64)), 0
     expected = decode_crop(data, box, size, max_pixels=PIXELS)
@@ -195,7 +191,7 @@ def test_a_truncated_file_is_refused(name: str, size: int) -> None:
 @pytest.mark.parametrize("name", list(FILES))
 @pytest.mark.usefixtures("capfd")  # libjpeg and libtiff print what they find
 @pytest.mark.filterwarnings("ignore")
-def test_damage_is_a_value_error_or_an_image(name: str) -> None:
+def test_damage_is_a_value_error_or_an_image(name):
     """Whatever bytes are changed, nothing comes out but an image or a `ValueError` of one line."""
     draw, data = np.random.default_rng(0), FILES[name]
     for _ in range(40):
@@ -209,16 +205,14 @@ def test_damage_is_a_value_error_or_an_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\xff\xd8\xff", b"%!PS-Adobe"])
-def test_what_is_no_image_says_so(data: bytes) -> None:
+def test_what_is_no_image_says_so(data):
     for action in (decode, dimensions):
         with pytest.raises(ValueError, match=r"^(empty file|not an image)"):
             action(data, max_pixels=PIXELS)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_too_many_pixels_are_refused_from_the_header(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_pixels_are_refused_from_the_header(form, monkeypatch):
     """Before anything is decoded, by our limit and, but for two formats, not by PIL's."""
     data = encoded(Image.new("RGB", (300, 200)), form)
     if form not in ("WEBP", "TIFF"):
@@ -235,7 +229,7 @@ def test_too_many_pixels_are_refused_from_the_header(
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_short_memory_is_not_the_images_fault(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_memory_is_not_the_images_fault(form, monkeypatch):
     """Or training would go on with other images. Where there is room, the image asks for it."""
 
     def fail(*given: Any, **more: Any) -> None:

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -37,8 +36,8 @@ def pairs() -> ImageTextPairs:
     ],
 )
 def test_images_that_fit_in_memory_are_decoded_in_this_process(
-    settings: dict[str, Any], cores: int, number: int, pairs: ImageTextPairs, monkeypatch: Any
-) -> None:
+    settings, cores, number, pairs, monkeypatch
+):
     monkeypatch.setattr(defaults, "cores", lambda: cores)
     data = DataConfig(**settings)
     found, note = defaults.number_of_workers(data, pairs, image_size=40)
@@ -47,7 +46,7 @@ def test_images_that_fit_in_memory_are_decoded_in_this_process(
     assert note is None or note.startswith(f"data.workers = {number}, ")
 
 
-def test_a_stream_is_decoded_by_all_cores(pairs: ImageTextPairs, tmp_path: Path, monkeypatch: Any):
+def test_a_stream_is_decoded_by_all_cores(pairs, tmp_path, monkeypatch):
     """Since its length is not known."""
     pack(pairs, tmp_path / "shards")
     data = DataConfig(train=str(tmp_path / "shards"), read="streaming")
@@ -69,9 +68,7 @@ def test_a_stream_is_decoded_by_all_cores(pairs: ImageTextPairs, tmp_path: Path,
         ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_ON_NODE": "96"}, 12),
     ],
 )
-def test_ranks_of_a_host_share_its_cores(
-    environment: dict[str, str], expected: int, monkeypatch: Any
-) -> None:
+def test_ranks_of_a_host_share_its_cores(environment, expected, monkeypatch):
     for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -84,7 +81,7 @@ def test_ranks_of_a_host_share_its_cores(
     assert cores.cores() == 1
 
 
-def test_a_container_may_have_fewer_cores_than_its_host(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_container_may_have_fewer_cores_than_its_host(tmp_path, monkeypatch):
     monkeypatch.setattr(cores, "CGROUPS", tmp_path)
     assert cores.quota() is None
     (tmp_path / "cpu.max").write_text("max 100000\n", encoding="utf-8")
@@ -97,7 +94,7 @@ def test_a_container_may_have_fewer_cores_than_its_host(tmp_path: Path, monkeypa
     assert cores.quota() == 1
 
 
-def test_settings_that_a_source_has_no_use_for_are_said(tmp_path: Path) -> None:
+def test_settings_that_a_source_has_no_use_for_are_said(tmp_path):
     def notes(data: DataConfig, **episodes: Any) -> list[str]:
         samples = sources.pairs(Config(data=data, episodes=EpisodeConfig(**episodes)))
         return sources.notes(samples)

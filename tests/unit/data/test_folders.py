@@ -35,7 +35,7 @@ def ids(pairs: ImageTextPairs) -> list[str]:
     return list(pairs.sample_ids())
 
 
-def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
+def test_images_with_captions_beside_them(tmp_path, cache):
     """At any depth and behind links, in order of the names, each with its image and captions."""
     store = write(cache / "store", {"x/1.jpg": b"L", "x/1.txt": "linked", "2.jpg": b"M"})
     write(
@@ -74,7 +74,7 @@ def test_images_with_captions_beside_them(tmp_path: Path, cache: Path) -> None:
     assert pairs.notes == []
 
 
-def test_ids_are_unique(tmp_path: Path) -> None:
+def test_ids_are_unique(tmp_path):
     """Pictures that differ in their suffix alone keep it, whatever else is called like them."""
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "a/a.jpg", "a/b.jpg"]
     files = dict.fromkeys(names, b"x")
@@ -83,7 +83,7 @@ def test_ids_are_unique(tmp_path: Path) -> None:
     assert ids(pairs) == ["a.jpg", "a.jpg.png", "a.png", "b", "a/a", "a/b"]
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     """Images without a caption, or with one that cannot be read; links that lead nowhere or in a
     circle; names that are not UTF-8; folders that cannot be read. The rest is read."""
     write(
@@ -129,7 +129,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert f"{tmp_path}: left out 3 images without a caption ('alone1.jpg')" in pairs.notes
 
 
-def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path) -> None:
+def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path):
     write(tmp_path, {"a.jpg": b"A", "a.txt": b"caf\xe9", "b.jpg": b"B", "b.txt": "b"})
     write(tmp_path, {"c.jpg": b"C", "c.json": b'{"caption": "caf\xe9"}'})
     write(tmp_path, {"d.jpg": b"D", "d.json": b'{"caption": "\\ud800"}'})
@@ -140,7 +140,7 @@ def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path) -> None
             pairs.sample(row)
 
 
-def test_keys_of_json_captions_are_chosen(tmp_path: Path) -> None:
+def test_keys_of_json_captions_are_chosen(tmp_path):
     """By the usual names, or by the setting; settings without effect are told."""
     content = {"a.jpg": b"A", "a.json": {"text": "usual", "short": "s", "long": ["l", "ll"]}}
     path = str(write(tmp_path, content))
@@ -150,7 +150,7 @@ def test_keys_of_json_captions_are_chosen(tmp_path: Path) -> None:
     assert pairs.notes == [f"{path}: has no columns, and does not use id_column"]
 
 
-def test_a_folder_that_changed_is_read_again(tmp_path: Path) -> None:
+def test_a_folder_that_changed_is_read_again(tmp_path):
     """When a pair or a caption changes; the images themselves are not in the index."""
     keys = [opened(write(tmp_path, {"a.jpg": b"A", "a.txt": "a"})).table_key]
     for change in ({"a.jpg": b"B"}, {"a.txt": "other"}, {"b.jpg": b"B"}, {"c/d.jpg": b"D"}):
@@ -160,7 +160,7 @@ def test_a_folder_that_changed_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_metadata_name_the_images(tmp_path: Path, kind: str) -> None:
+def test_metadata_name_the_images(tmp_path, kind):
     """In the column `file_name`, whatever other columns there are; captions beside are unused."""
     rows = {"image": "no", "file_name": "x/a.jpg", "text": "猫"}
     if kind == "parquet":
@@ -182,7 +182,7 @@ def dataset(captions: list[str]) -> datasets.Dataset:
     )
 
 
-def test_a_saved_dataset(tmp_path: Path, cache: Path) -> None:
+def test_a_saved_dataset(tmp_path, cache):
     """All its files in order, read where they lie."""
     captions = [f"caption {n} 猫" for n in range(11)]
     dataset(captions).save_to_disk(tmp_path / "data", num_shards=3)
@@ -193,7 +193,7 @@ def test_a_saved_dataset(tmp_path: Path, cache: Path) -> None:
     assert not list(cache.rglob("*.arrow"))
 
 
-def test_a_dataset_of_several_splits(tmp_path: Path) -> None:
+def test_a_dataset_of_several_splits(tmp_path):
     """One of them must be named; a single one need not be."""
     two = datasets.DatasetDict({split: dataset([split]) for split in ("train", "test")})
     two.save_to_disk(tmp_path / "two")
@@ -204,7 +204,7 @@ def test_a_dataset_of_several_splits(tmp_path: Path) -> None:
     assert opened(tmp_path / "one").caption(0) == "only"
 
 
-def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
+def test_a_folder_of_parquet_files(tmp_path):
     """One after the other by name; files of several splits are not mixed."""
     for n in range(12):
         part = pa.table({"image": [b"%d" % n], "text": [f"caption {n}"]})
@@ -244,7 +244,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_structural_fault_is_named_in_one_line(tmp_path: Path, fault: str) -> None:
+def test_a_structural_fault_is_named_in_one_line(tmp_path, fault):
     """The folder or file, and what to do."""
     files, message = FAULTS[fault]
     (tmp_path / "data").mkdir()

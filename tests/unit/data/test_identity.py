@@ -114,9 +114,7 @@ def seen_colours(images: torch.Tensor) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("kinds", MIXTURES, ids="+".join)
 @pytest.mark.parametrize("cache", ["none", "ram"])
-def test_a_mixture_serves_the_right_image(
-    kinds: tuple[str, str], cache: str, tmp_path: Path
-) -> None:
+def test_a_mixture_serves_the_right_image(kinds, cache, tmp_path):
     """Image, caption, id and teacher features belong together, with the cache cold and warm.
 
     An episode of that size shows every sample once.
@@ -148,7 +146,7 @@ def test_a_mixture_serves_the_right_image(
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
-def test_a_key_changes_with_the_content(kind: str, tmp_path: Path) -> None:
+def test_a_key_changes_with_the_content(kind, tmp_path):
     """Of images and captions, wherever they are."""
 
     def key(source: int) -> str:
@@ -163,7 +161,7 @@ def test_a_key_changes_with_the_content(kind: str, tmp_path: Path) -> None:
     assert len({key(0), key(1)}) == 2
 
 
-def test_equal_bad_samples_of_two_sources_are_two(tmp_path: Path) -> None:
+def test_equal_bad_samples_of_two_sources_are_two(tmp_path):
     """A skip list has both."""
     config = mixture(("folder", "folder"), tmp_path)
     for name in NAMES:
@@ -174,7 +172,7 @@ def test_equal_bad_samples_of_two_sources_are_two(tmp_path: Path) -> None:
     assert {sample.sample_id for sample in bad} == {"a/0003", "b/0003"}
 
 
-def test_names_are_taken_from_the_path_or_asked_for(tmp_path: Path) -> None:
+def test_names_are_taken_from_the_path_or_asked_for(tmp_path):
     """Shards go by their folder's name; one name for two, and a path, are refused in a line."""
     config = mixture(("shards", "shards"), tmp_path)
     a, b = (replace(source, name=None) for source in config.data.sources)
@@ -194,7 +192,7 @@ def test_names_are_taken_from_the_path_or_asked_for(tmp_path: Path) -> None:
             opened(a, wrong)
 
 
-def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path: Path) -> None:
+def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path):
     """By the ids that they have there."""
     config = mixture(("table", "table"), tmp_path)
     three = [*config.data.sources, SourceConfig(path="emoji", name="drawn")]

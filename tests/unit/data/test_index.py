@@ -26,7 +26,7 @@ def never(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
 
 
 def opened(build: Any, folder: Path) -> ArrowIndex:
-    return build_index("key", build, folder=folder, where="there", way_out="add some")
+    return build_index("key", build, folder=folder, label="there", way_out="add some")
 
 
 def build_slowly(folder: Path, barrier: Any, answers: Any) -> None:
@@ -41,7 +41,7 @@ def build_slowly(folder: Path, barrier: Any, answers: Any) -> None:
     answers.put((found.path.stat().st_ino, found.table.to_pydict(), found.facts))
 
 
-def test_of_four_processes_at_once_one_builds(tmp_path: Path) -> None:
+def test_of_four_processes_at_once_one_builds(tmp_path):
     """The others wait for it, and all see the same file, rows and facts."""
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(4), context.Queue()
@@ -60,7 +60,7 @@ def test_of_four_processes_at_once_one_builds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyError("broken"), KeyboardInterrupt("stop")])
-def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+def test_a_build_that_fails_leaves_nothing(tmp_path, error):
     """Not even a part of a file; the next attempt starts afresh."""
 
     def fail(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
@@ -73,14 +73,14 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: BaseException)
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
-def test_half_an_index_is_built_again(tmp_path: Path, kept: int) -> None:
+def test_half_an_index_is_built_again(tmp_path, kept):
     """What a crash of the machine may leave."""
     path = opened(build, tmp_path).path
     path.write_bytes(path.read_bytes()[:kept])
     assert opened(build, tmp_path).table.to_pydict() == ROWS
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"file/cache: cannot be written .* set PROTOCLIP_CACHE"):
         opened(build, tmp_path / "file" / "cache")

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 
 from protoclip.data.mixture import MixedStreams, mixed_pairs
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
+from protoclip.data.view import AllBut, PairsView, by_source
 from protoclip.testing import tiny_pairs
 
 
@@ -42,22 +44,36 @@ def mixture(names: str = "ab", weights: tuple[float, ...] = (0.7, 0.3), seed: in
 
 
 @pytest.mark.parametrize(("names", "message"), [("aa", "two are named 'a'"), ("a/", "holds a '/'")])
-def test_names_that_would_mix_up_ids_are_refused(names: str, message: str) -> None:
+def test_names_that_would_mix_up_ids_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         mixed_pairs([ImageTextPairs(tiny_pairs(2), name=name) for name in names])
     with pytest.raises(ValueError, match=message):
         mixture(names)
 
 
+def test_a_view_gives_the_rows_of_its_sources():
+    """All but some of one, and some of another in any order; rows are numbered over both."""
+    one, two = (ImageTextPairs(tiny_pairs(5), name=name).in_mixture() for name in "ab")
+    view = PairsView([(one, AllBut(5, np.array([1, 3]))), (two, [4, 0])])
+    expected = [(one, 0), (one, 2), (one, 4), (two, 4), (two, 0)]
+    assert [view.locate(row) for row in range(len(view))] == expected
+    ids = [source.sample_id(row) for source, row in expected]
+    assert [*view.sample_ids()] == [view.sample_id(row) for row in range(5)] == ids
+    assert [view.encoded(row) for row in range(5)] == [s.encoded(row) for s, row in expected]
+    assert view.left_out.tolist() == [1, 3]
+    found = by_source([one, two], np.array([0, 4, 5, 9]))
+    assert [(source, rows.tolist()) for source, rows in found] == [(one, [0, 4]), (two, [0, 4])]
+
+
 @pytest.mark.parametrize("first", [0, 1, 999, 1000, 2345])
-def test_a_mixed_stream_is_the_same_from_anywhere(first: int) -> None:
+def test_a_mixed_stream_is_the_same_from_anywhere(first):
     """Starting at a number equals reading from the beginning and dropping so many."""
     mixed = mixture("abc", (5.0, 3.0, 2.0), seed=1)
     assert isinstance(mixed, SampleStream)
     assert ids(mixed, first, 500) == ids(mixed, 0, first + 500)[first:]
 
 
-def test_a_mixed_stream_keeps_its_shares_and_skips_nothing() -> None:
+def test_a_mixed_stream_keeps_its_shares_and_skips_nothing():
     """Exact shares over each thousand; every stream is read in its order, without a gap."""
     found = ids(mixture(), 0, 3000)
     for name, share in (("a", 700), ("b", 300)):
@@ -69,7 +85,7 @@ def test_a_mixed_stream_keeps_its_shares_and_skips_nothing() -> None:
         mixture(weights=(1.0, 5000.0))
 
 
-def test_the_state_of_a_mixed_stream_holds_that_of_each_stream() -> None:
+def test_the_state_of_a_mixed_stream_holds_that_of_each_stream():
     """Each for the number of its own samples before that place; other mixtures refuse it."""
     mixed = mixture()
     state = mixed.state_dict(1500)

@@ -59,7 +59,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_what_is_packed_reads_back(tmp_path: Path) -> None:
+def test_what_is_packed_reads_back(tmp_path):
     """The same ids, captions and bytes in order, from an index and by WebDataset. A second call
     reads nothing of the source."""
     out = tmp_path / "out"
@@ -77,7 +77,7 @@ def test_what_is_packed_reads_back(tmp_path: Path) -> None:
     assert content(out) == before
 
 
-def test_any_id_and_several_captions_are_kept(tmp_path: Path) -> None:
+def test_any_id_and_several_captions_are_kept(tmp_path):
     """Ids with slashes, dots and every script; one caption as .txt, several in the .json."""
     items = source(
         4,
@@ -98,9 +98,7 @@ def test_any_id_and_several_captions_are_kept(tmp_path: Path) -> None:
     ("size", "expected"), [((40, 30), (21, 16)), ((30, 60), (16, 32)), ((16, 400), (16, 400))]
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_images_are_shrunk_never_enlarged(
-    tmp_path: Path, kind: str, size: tuple[int, int], expected: tuple[int, int]
-) -> None:
+def test_images_are_shrunk_never_enlarged(tmp_path, kind, size, expected):
     """The shorter side is at most that asked for; what is small keeps its bytes."""
     original = encoded(*size, kind)
     pack(source(1, image=[original]), tmp_path, resize=16)
@@ -116,7 +114,7 @@ def test_images_are_shrunk_never_enlarged(
             assert np.sqrt((error**2).mean()) < 3
 
 
-def test_shrunk_images_are_upright_and_of_high_quality(tmp_path: Path) -> None:
+def test_shrunk_images_are_upright_and_of_high_quality(tmp_path):
     """EXIF orientation is applied, as nothing states it afterwards; the tables are those of PIL."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -128,7 +126,7 @@ def test_shrunk_images_are_upright_and_of_high_quality(tmp_path: Path) -> None:
         assert not image.getexif()
 
 
-def test_images_of_other_kinds_become_jpeg(tmp_path: Path) -> None:
+def test_images_of_other_kinds_become_jpeg(tmp_path):
     """BMP is not read from shards; what is no image is skipped with a reason."""
     packed = pack(source(2, image=[encoded(20, 10, "BMP"), b"nonsense"]), tmp_path)
     assert (packed.samples, packed.skipped) == (1, 1)
@@ -137,7 +135,7 @@ def test_images_of_other_kinds_become_jpeg(tmp_path: Path) -> None:
     assert '"reason": "not an image' in (tmp_path / "skipped.jsonl").read_text()
 
 
-def test_bad_samples_are_listed(tmp_path: Path) -> None:
+def test_bad_samples_are_listed(tmp_path):
     """Each once, with where and why; bad samples alone are an error."""
     packed = pack(source(4, caption=["a", "", "b", None]), tmp_path / "some", samples_per_shard=1)
     assert (packed.samples, packed.skipped) == (2, 2)
@@ -149,7 +147,7 @@ def test_bad_samples_are_listed(tmp_path: Path) -> None:
         pack(source(2, caption=["", ""]), tmp_path / "none")
 
 
-def test_shards_end_by_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_end_by_bytes_too(tmp_path, monkeypatch):
     """As soon as they hold that much."""
     monkeypatch.setattr(packing, "SHARD_BYTES", 3000)
     packed = pack(source(10, image=[b"\xff\xd8" + bytes(998)] * 10), tmp_path)
@@ -162,9 +160,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [0, 3, 4, 12, 22])
-def test_a_run_that_was_killed_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
+def test_a_run_that_was_killed_resumes(tmp_path, monkeypatch, after):
     """At any row: the folder ends equal to that of a run that was not; complete shards stay."""
     pack(with_holes(), tmp_path / "whole", samples_per_shard=3)
     out, original = tmp_path / "out", ImageTextPairs.sample
@@ -187,9 +183,7 @@ def test_a_run_that_was_killed_resumes(
 
 
 @pytest.mark.parametrize("limit", range(7))
-def test_a_run_killed_between_any_two_renames_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_a_run_killed_between_any_two_renames_resumes(tmp_path, monkeypatch, limit):
     """A shard that is there before the manifest lists it is written again, as is a lost one."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     packed = pack(with_holes(), whole, samples_per_shard=6)
@@ -210,9 +204,7 @@ def test_a_run_killed_between_any_two_renames_resumes(
         assert content(folder) == before
 
 
-def test_what_was_skipped_in_an_unfinished_shard_is_forgotten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_skipped_in_an_unfinished_shard_is_forgotten(tmp_path, monkeypatch):
     """What could not be read for a moment may be readable when the same command goes on."""
 
     def unreadable(pairs: ImageTextPairs, row: int) -> Sample:
@@ -243,9 +235,7 @@ def test_what_was_skipped_in_an_unfinished_shard_is_forgotten(
         ({"source": source(24)}, "source_samples = 23, not 24"),
     ],
 )
-def test_a_restart_with_another_source_or_settings_is_refused(
-    tmp_path: Path, options, message: str
-) -> None:
+def test_a_restart_with_another_source_or_settings_is_refused(tmp_path, options, message):
     """In one line that names both values."""
     usual = {"source": source(), "samples_per_shard": 10}
     pack(**usual, out=tmp_path)
@@ -254,14 +244,14 @@ def test_a_restart_with_another_source_or_settings_is_refused(
     assert "\n" not in str(error.value)
 
 
-def test_foreign_shards_are_not_touched(tmp_path: Path) -> None:
+def test_foreign_shards_are_not_touched(tmp_path):
     (tmp_path / "00000.tar").write_bytes(b"precious")
     with pytest.raises(ValueError, match="holds tar files of another origin"):
         pack(source(), tmp_path)
     assert content(tmp_path) == {"00000.tar": b"precious"}
 
 
-def test_shards_are_counted_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_counted_at_the_end(tmp_path, monkeypatch):
     """A writer that loses a sample is found out."""
     original, calls = webdataset.TarWriter.write, []
 

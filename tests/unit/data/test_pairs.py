@@ -1,7 +1,5 @@
 """Pairs in an Arrow table: ids, captions, and what is bad about a sample."""
 
-from pathlib import Path
-
 import pyarrow as pa
 import pytest
 
@@ -23,7 +21,7 @@ def table(captions: pa.Array, **columns: list[object]) -> pa.Table:
         (pa.array([b"\xff\xfe", b"x"]), "not UTF-8"),
     ],
 )
-def test_a_pair_without_a_caption_is_bad(captions: pa.Array, reason: str) -> None:
+def test_a_pair_without_a_caption_is_bad(captions, reason):
     """It names sample and reason; its neighbour is fine."""
     pairs = ImageTextPairs(table(captions), name="a")
     with pytest.raises(BadSample, match=reason) as error:
@@ -32,7 +30,7 @@ def test_a_pair_without_a_caption_is_bad(captions: pa.Array, reason: str) -> Non
     assert pairs.sample(1).captions == ("x",)
 
 
-def test_images_are_found_below_the_root(tmp_path: Path) -> None:
+def test_images_are_found_below_the_root(tmp_path):
     """Relative and absolute paths, ranges of a larger file; what is missing or short is bad."""
     (tmp_path / "one.png").write_bytes(b"first")
     (tmp_path / "many.bin").write_bytes(b"..second..")
@@ -54,7 +52,7 @@ def test_images_are_found_below_the_root(tmp_path: Path) -> None:
         shards.sample(1)
 
 
-def test_an_unreadable_image_names_its_sample() -> None:
+def test_an_unreadable_image_names_its_sample():
     """Broken bytes raise with the sample's id; so does a row without any."""
     broken = tiny_pairs(4).set_column(0, "image", pa.array([b"junk", None] * 2, pa.binary()))
     pairs = ImageTextPairs(broken, name="broken")
@@ -64,7 +62,7 @@ def test_an_unreadable_image_names_its_sample() -> None:
         pairs.sample(3)
 
 
-def test_structural_faults_are_named() -> None:
+def test_structural_faults_are_named():
     """A missing column is named beside those present; an empty table is refused."""
     with pytest.raises(ValueError, match="tiny: no column 'caption'; it has image, sample_id"):
         ImageTextPairs(tiny_pairs().drop_columns(["caption"]), name="tiny")

@@ -15,7 +15,7 @@ from protoclip.testing import tiny_pairs
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_an_episode_depends_on_seed_and_number_alone(replacement: bool) -> None:
+def test_an_episode_depends_on_seed_and_number_alone(replacement):
     """In any order, from a fresh sampler, after the global generator moved: the same rows."""
     first = EpisodeSampler(1000, 100, seed=3, replacement=replacement)
     forward = [first.episode(i).rows for i in range(5)]
@@ -30,7 +30,7 @@ def test_an_episode_depends_on_seed_and_number_alone(replacement: bool) -> None:
 
 
 @pytest.mark.parametrize(("samples", "size"), [(100, 30), (97, 97), (64, 64), (10, 3), (1, 1)])
-def test_without_replacement_each_pass_holds_every_row_once(samples: int, size: int) -> None:
+def test_without_replacement_each_pass_holds_every_row_once(samples, size):
     """Cut the stream of episodes into passes over the data: each is a permutation of all rows."""
     sampler = EpisodeSampler(samples, size, seed=0, replacement=False)
     stream = torch.cat([sampler.episode(i).rows for i in range(3 * samples // size + 1)])
@@ -41,7 +41,7 @@ def test_without_replacement_each_pass_holds_every_row_once(samples: int, size: 
         assert not torch.equal(passes[0], passes[1])
 
 
-def test_with_replacement_rows_are_uniform() -> None:
+def test_with_replacement_rows_are_uniform():
     """Counts over many episodes stay within five standard deviations of even."""
     sampler = EpisodeSampler(50, 1000, seed=0)
     counts = collections.Counter(
@@ -51,7 +51,7 @@ def test_with_replacement_rows_are_uniform() -> None:
     assert max(abs(count - 400) for count in counts.values()) < 5 * 20
 
 
-def test_the_permutation_mixes() -> None:
+def test_the_permutation_mixes():
     """Neighbours do not stay neighbours; a hundred billion rows cost no memory."""
     image = permute(np.arange(5000), 5000, seed=1, number=0)
     assert sorted(image.tolist()) == list(range(5000))
@@ -62,14 +62,14 @@ def test_the_permutation_mixes() -> None:
     assert int(rows.max()) < 10**11
 
 
-def test_an_episode_larger_than_the_data_needs_replacement() -> None:
+def test_an_episode_larger_than_the_data_needs_replacement():
     """Refused without replacement, in a line that names the setting; drawn with it."""
     with pytest.raises(ValueError, match=r"episodes\.size: 11 .* 10 training samples"):
         EpisodeSampler(10, 11, seed=0, replacement=False)
     assert len(EpisodeSampler(10, 11, seed=0).episode(0).rows) == 11
 
 
-def test_transform_draws_repeat_and_change_with_the_episode() -> None:
+def test_transform_draws_repeat_and_change_with_the_episode():
     draws = transform_draws(0, 5, 20, 13)
     assert torch.equal(draws, transform_draws(0, 5, 20, 13))
     assert not torch.equal(draws, transform_draws(0, 6, 20, 13))
@@ -77,7 +77,7 @@ def test_transform_draws_repeat_and_change_with_the_episode() -> None:
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_weights_set_the_shares_of_an_episode(replacement: bool) -> None:
+def test_weights_set_the_shares_of_an_episode(replacement):
     """Three to one, whatever the sizes: exactly without replacement, else by expectation."""
     sampler = EpisodeSampler([50, 4000], 400, seed=2, replacement=replacement, weights=[3.0, 1.0])
     small = [int((sampler.episode(i).rows < 50).sum()) for i in range(20)]
@@ -87,7 +87,7 @@ def test_weights_set_the_shares_of_an_episode(replacement: bool) -> None:
         assert set(small) == {300}
 
 
-def test_passes_over_weighted_sources_are_even() -> None:
+def test_passes_over_weighted_sources_are_even():
     """Without replacement each source's draws cover it evenly: every row as often as any other."""
     sampler = EpisodeSampler([30, 70], 40, seed=2, replacement=False, weights=[1.0, 1.0])
     rows = np.concatenate([sampler.episode(i).rows.numpy() for i in range(21)])  # 420 of each
@@ -97,14 +97,14 @@ def test_passes_over_weighted_sources_are_even() -> None:
     assert not np.array_equal(np.sort(rows[:40]), rows[:40])
 
 
-def test_sources_without_weights_are_one_long_source() -> None:
+def test_sources_without_weights_are_one_long_source():
     """The same rows as from one source of their total size."""
     joined, single = (EpisodeSampler(s, 40, seed=5, replacement=False) for s in ([30, 70], 100))
     assert torch.equal(joined.episode(3).rows, single.episode(3).rows)
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement: bool) -> None:
+def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement):
     """All of it is held out. A permutation of nothing would never end."""
     parts = [ImageTextPairs(tiny_pairs(size), name=f"of {size}") for size in (8, 2)]
     samples = without(mixed_pairs(parts), np.array([8, 9]))

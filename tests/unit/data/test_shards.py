@@ -42,7 +42,7 @@ def both(path: Path, keys: list[str] | None = None) -> list[tuple]:
     return found
 
 
-def test_samples_of_a_shard(tmp_path: Path) -> None:
+def test_samples_of_a_shard(tmp_path):
     """The key ends at the first dot of the file name; hidden, bare and other files are ignored."""
     kinds = ("jpg", "JPEG", "png", "webp", "gif")
     files = {f"./v1.5/{kind}.{kind}": IMAGE for kind in kinds}
@@ -65,9 +65,7 @@ def test_samples_of_a_shard(tmp_path: Path) -> None:
         (None, {"sample_id": "emoji/😀 a.b"}, b"t", ("t",)),
     ],
 )
-def test_what_a_sample_takes_from_its_json(
-    tmp_path: Path, keys, meta, text: bytes | None, expected
-) -> None:
+def test_what_a_sample_takes_from_its_json(tmp_path, keys, meta, text, expected):
     """Its id, and captions if there is no .txt or keys are named; a list is several captions."""
     files = {"x.json": json.dumps(meta).encode(), "x.png": IMAGE}
     path = write_tar(tmp_path / "a.tar", files | ({} if text is None else {"x.txt": text}))
@@ -83,13 +81,13 @@ def test_what_a_sample_takes_from_its_json(
         ("https://host/00001.tgz?token=abc", "00001"),
     ],
 )
-def test_ids_start_with_the_stem_of_the_shard(shard: str, stem: str) -> None:
+def test_ids_start_with_the_stem_of_the_shard(shard, stem):
     """Copying or unpacking a shard keeps its ids."""
     assert shard_stem(shard) == stem
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_names_of_every_form(tmp_path: Path, form: int) -> None:
+def test_names_of_every_form(tmp_path, form):
     """Long ones, some that are not UTF-8, and some that lead elsewhere, where nothing appears."""
     names = {"a" * 90: "a" * 90, "\udce9": "\\xe9", "../evil": "../evil"}
     names[f"{tmp_path}/evil"] = f"{tmp_path}/evil"
@@ -101,7 +99,7 @@ def test_names_of_every_form(tmp_path: Path, form: int) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"in"}
 
 
-def test_links_folders_and_devices_are_ignored(tmp_path: Path) -> None:
+def test_links_folders_and_devices_are_ignored(tmp_path):
     """Nothing that they name is opened, whatever size they claim, and what follows is read."""
     path = write_tar(tmp_path / "a.tar", numbered(1))
     content = path.read_bytes()
@@ -130,9 +128,7 @@ def test_links_folders_and_devices_are_ignored(tmp_path: Path) -> None:
         ({"x.jpg": b"1", "x.json": b'{"caption": "\\ud800"}'}, "the caption is not UTF-8"),
     ],
 )
-def test_incomplete_samples_are_bad_not_missing(
-    tmp_path: Path, monkeypatch, files: dict[str, bytes], reason: str
-) -> None:
+def test_incomplete_samples_are_bad_not_missing(tmp_path, monkeypatch, files, reason):
     """They are named with a reason, images that are too large too; the next sample is read."""
     if "no image" in reason:
         monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 200)
@@ -140,7 +136,7 @@ def test_incomplete_samples_are_bad_not_missing(
     assert both(path) == [("a/x", reason), ("a/y", b"1" * 200, ("c",))]
 
 
-def test_an_index_notes_what_is_lost(tmp_path: Path) -> None:
+def test_an_index_notes_what_is_lost(tmp_path):
     write_tar(tmp_path / "0.tar", numbered(1, 2))
     cut = write_tar(tmp_path / "1.tar", numbered(0, 1, 2))
     cut.write_bytes(cut.read_bytes()[: cut.read_bytes().index(b"001.txt") + 520])
@@ -150,7 +146,7 @@ def test_an_index_notes_what_is_lost(tmp_path: Path) -> None:
     ]
 
 
-def test_every_cut_keeps_what_is_whole(tmp_path: Path) -> None:
+def test_every_cut_keeps_what_is_whole(tmp_path):
     """A shard cut anywhere gives the samples before the cut; a stream adds a bad one."""
     path = write_tar(tmp_path / "a.tar", numbered(0, 1, 2, 3))
     content, complete, lengths = path.read_bytes(), both(path), set()
@@ -178,7 +174,7 @@ def test_every_cut_keeps_what_is_whole(tmp_path: Path) -> None:
     ],
     ids=["checksum", "1 GB", "exabytes", "negative", "no number", "pax name", "GNU name"],
 )
-def test_a_damaged_header_ends_a_shard(tmp_path: Path, offset: int, value: bytes) -> None:
+def test_a_damaged_header_ends_a_shard(tmp_path, offset, value):
     """What comes before it is kept. Neither memory nor time is spent on sizes without sense."""
     path = write_tar(tmp_path / "a.tar", numbered(0, 1, 2))
     data = bytearray(path.read_bytes())
@@ -195,7 +191,7 @@ def test_a_damaged_header_ends_a_shard(tmp_path: Path, offset: int, value: bytes
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>" * 1000])
-def test_garbage_is_named(tmp_path: Path, content: bytes) -> None:
+def test_garbage_is_named(tmp_path, content):
     """One line with the file when it is opened; one bad sample in a stream."""
     path = tmp_path / "a.tar"
     path.write_bytes(content)
@@ -205,7 +201,7 @@ def test_garbage_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
-def test_compressed_shards_are_streamed_only(tmp_path: Path, kind: str) -> None:
+def test_compressed_shards_are_streamed_only(tmp_path, kind):
     """The same samples as uncompressed. A cut one keeps its beginning."""
     plain = write_tar(tmp_path / "00.tar", numbered(*range(6)))
     expected, content = both(plain), plain.read_bytes()
@@ -232,7 +228,7 @@ NAMED = {"jpg": b"1", "json": b'{"sample_id": "i", "text": "c"}'}
         [(f"{key}.{kind}", data) for key in "xy" for kind, data in NAMED.items()],
     ],
 )
-def test_repeated_ids_in_a_shard(tmp_path: Path, files) -> None:
+def test_repeated_ids_in_a_shard(tmp_path, files):
     """An index refuses them with their number; a stream takes the first."""
     path = write_tar(tmp_path / "a.tar", files)
     with pytest.raises(ValueError, match=r"a\.tar: [12] sample ids come more than once, such as"):
@@ -240,7 +236,7 @@ def test_repeated_ids_in_a_shard(tmp_path: Path, files) -> None:
     assert any("the same sample id" in str(found[1]) for found in streamed(path))
 
 
-def test_ids_over_several_shards(tmp_path: Path) -> None:
+def test_ids_over_several_shards(tmp_path):
     """Equal keys do not clash, and ids do not depend on what else is opened; equal ids do clash."""
     one, two = (write_tar(tmp_path / f"{name}.tar", numbered(0, 1)) for name in "ab")
     assert indexed(tmp_path) == both(one) + both(two)
@@ -275,9 +271,7 @@ def test_too_many_names_are_refused_at_once(braces):
         expand_shards(f"{braces}.tar")
 
 
-def test_only_new_and_changed_shards_are_indexed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_new_and_changed_shards_are_indexed(tmp_path, monkeypatch):
     read: list[str] = []
     original = shards.read_samples
 
@@ -296,7 +290,7 @@ def test_only_new_and_changed_shards_are_indexed(
     assert read[3:] == ["1", "3"]
 
 
-def test_many_shards_are_indexed_in_parallel(tmp_path: Path) -> None:
+def test_many_shards_are_indexed_in_parallel(tmp_path):
     """Rows come in the order of the shards. The pairs go to a worker as a path, with few files."""
     for number in range(12):
         write_tar(tmp_path / f"{number:02d}.tar", numbered(number))
@@ -310,7 +304,7 @@ def test_many_shards_are_indexed_in_parallel(tmp_path: Path) -> None:
     assert [copy.sample(row) for row in range(12)] == [pairs.sample(row) for row in range(12)]
 
 
-def test_shards_without_a_sample(tmp_path: Path) -> None:
+def test_shards_without_a_sample(tmp_path):
     """An empty shard beside others is fine; nothing at all is not."""
     empty = write_tar(tmp_path / "0.tar", {"readme.md": b"nothing"})
     with pytest.raises(ValueError, match="holds no sample"):
@@ -319,7 +313,7 @@ def test_shards_without_a_sample(tmp_path: Path) -> None:
     assert len(index(tmp_path)) == 1
 
 
-def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns(tmp_path, monkeypatch):
     """Braces, globs and folders: sorted, each shard once."""
     for name in ("00", "01", "02", "10"):
         write_tar(tmp_path / f"{name}.tar", {})
@@ -335,7 +329,7 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert expand_shards("odd{1..2}.tar") == ["odd{1..2}.tar"]
 
 
-def test_remote_patterns(bucket: str) -> None:
+def test_remote_patterns(bucket):
     """Braces always; globs and folders where the store lists its files; commands as they are."""
     for name in ("a/0.tar", "a/1.tar", "a/x.txt"):
         with fsspec.open(f"{bucket}/{name}", "wb") as file:
@@ -364,9 +358,7 @@ def test_remote_patterns(bucket: str) -> None:
         ("pipe:cat {folder}/none.tar", "--data.allow_commands true"),
     ],
 )
-def test_patterns_without_a_match_are_errors(
-    tmp_path: Path, bucket: str, pattern: str, message: str
-) -> None:
+def test_patterns_without_a_match_are_errors(tmp_path, bucket, pattern, message):
     """In one line that names the pattern."""
     with pytest.raises(ValueError, match=message) as error:
         expand_shards(pattern.format(folder=tmp_path))

@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +82,7 @@ def table_at(path: Path | str, **options: Any) -> ImageTextPairs:
     ("file", "place"),
     [*((f, "folder") for f in FORMATS), *((f, p) for f in REMOTE for p in ("server", "bucket"))],
 )
-def test_every_format_gives_the_same_rows(
-    tmp_path: Path, file: str, place: str, bucket: str, serve: Callable[..., str]
-) -> None:
+def test_every_format_gives_the_same_rows(tmp_path, file, place, bucket, serve):
     """Ids keep their zeros, captions their letters; a copy in another process reads the same."""
     (tmp_path / file).write_bytes(FORMATS[file]())
     folder = root = str(tmp_path)
@@ -126,9 +123,7 @@ def captions(pairs: ImageTextPairs) -> list[tuple[str, ...]]:
     ],
 )
 @pytest.mark.parametrize("root", [None, "elsewhere"])
-def test_images_in_the_table_and_in_files(
-    tmp_path: Path, image: pa.Array, root: str | None
-) -> None:
+def test_images_in_the_table_and_in_files(tmp_path, image, root):
     """As bytes, as structs of `datasets`, or paths below the table's own folder or a root."""
     folder = tmp_path / (root or "")
     folder.mkdir(exist_ok=True)
@@ -140,7 +135,7 @@ def test_images_in_the_table_and_in_files(
     assert [pairs.sample_id(row) for row in (0, 1)] == ["pairs.parquet/0", "pairs.parquet/1"]
 
 
-def test_lists_of_captions(tmp_path: Path) -> None:
+def test_lists_of_captions(tmp_path):
     """All are kept, without the empty ones; in JSON a single text too, and no other type."""
     several = pa.array([["a", "b"], ["c", None]], pa.large_list(pa.large_string()))
     pairs = opened(tmp_path, pa.table({"path": ["x", "y"], "captions": several, "uid": [7, 8]}))
@@ -179,9 +174,7 @@ WIDTH = "lines with another number of fields than the header"
         ("pairs.jsonl", SPOILED_JSON, 1, "2 lines that are no JSON object (line 6, 7: '{"),
     ],
 )
-def test_a_malformed_line_is_counted_and_named(
-    tmp_path: Path, file: str, text: bytes, first: int, ragged: str
-) -> None:
+def test_a_malformed_line_is_counted_and_named(tmp_path, file, text, first, ragged):
     """And costs no other line; numbers of lines add up."""
     pairs = opened(tmp_path, text, file)
     assert captions(pairs) == [("fine",), ("also fine",), ("last",)]
@@ -199,7 +192,7 @@ def test_a_malformed_line_is_counted_and_named(
 
 @pytest.mark.parametrize("separator", [",", "\t"])
 @pytest.mark.parametrize("later", ["", "quoted", "open", "closing", "end"])
-def test_an_open_quote_costs_its_line_alone(tmp_path: Path, separator: str, later: str) -> None:
+def test_an_open_quote_costs_its_line_alone(tmp_path, separator, later):
     """Wherever it stands, with good, open and closing quotes behind it; lines and rows add up."""
     texts = [f"caption {n}" for n in range(300)]
     wrong = {40: '"open at 40'}
@@ -226,14 +219,14 @@ def test_an_open_quote_costs_its_line_alone(tmp_path: Path, separator: str, late
     assert f"{len(wrong)} lines with an open quote (line {', '.join(map(str, lines))}: '40" in note
 
 
-def test_quotes_that_are_no_quotes_are_kept(tmp_path: Path) -> None:
+def test_quotes_that_are_no_quotes_are_kept(tmp_path):
     """Text after a closing quote, and inches."""
     text = b'path\tcaption\na\t"Seven" (1995)\nb\t5" pipe\ne\tclosing"\n'
     pairs = opened(tmp_path, text, "pairs.tsv")
     assert captions(pairs) == [("Seven (1995)",), ('5" pipe',), ('closing"',)]
 
 
-def test_columns_are_detected_by_name_and_type(tmp_path: Path) -> None:
+def test_columns_are_detected_by_name_and_type(tmp_path):
     """A choice between several is noted; settings name other columns."""
     content = pa.table({"image": [1], "url": ["x"], "text": ["a"], "title": ["c"], "b": ["y"]})
     pairs = opened(tmp_path, content)
@@ -245,9 +238,7 @@ def test_columns_are_detected_by_name_and_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_is_read_again_when_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_table_is_read_again_when_it_changes(tmp_path, monkeypatch, kind):
     """Otherwise nothing is parsed or checked twice."""
 
     def write(caption: str) -> Any:
@@ -263,7 +254,7 @@ def test_a_table_is_read_again_when_it_changes(
     assert write("two").caption(0) == "two"
 
 
-def test_a_pattern_opens_files_as_one(tmp_path: Path) -> None:
+def test_a_pattern_opens_files_as_one(tmp_path):
     """In order of their names, with ids that are unique over all."""
     for n in (10, 2, 1):
         (tmp_path / f"part-{n:05}.csv").write_text(f"path,caption,key\n{n},c{n},k{n}\n")
@@ -283,7 +274,7 @@ def many(count: int) -> bytes:
     return b"path,caption,key\n" + b"".join(rows)
 
 
-def test_equal_hashes_are_no_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_hashes_are_no_equal_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "hash", lambda text: 1, raising=False)
     assert len(opened(tmp_path, many(50))) == 50
 
@@ -324,7 +315,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_structural_fault_is_one_line(tmp_path: Path, bucket: str, fault: str) -> None:
+def test_a_structural_fault_is_one_line(tmp_path, bucket, fault):
     """The file, what is wrong with it, and what to do."""
     file, content, settings, message = FAULTS[fault]
     path = file if "://" in file else str(tmp_path / file)
@@ -338,7 +329,7 @@ def test_a_structural_fault_is_one_line(tmp_path: Path, bucket: str, fault: str)
         assert len(str(error.value)) < len(path) + 400
 
 
-def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     """With the config and split that its name gives."""
     import datasets
 
@@ -371,9 +362,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             hub(wrong)
 
 
-def test_a_hub_that_does_not_answer_is_one_line_within_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_does_not_answer_is_one_line_within_seconds(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(access, "HUB_SECONDS", 0.1)

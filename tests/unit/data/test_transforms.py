@@ -2,7 +2,6 @@
 
 import colorsys
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,6 @@ from protoclip.data.decode import reduction
 from protoclip.data.transforms import (
     EvaluationTransform,
     PillowTransform,
-    TrainingTransform,
     clip_transform,
     colour_jitter,
     gaussian_blur,
@@ -38,7 +36,7 @@ def random_image() -> Image.Image:
     return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1))
 
 
-def test_evaluation_is_resize_and_centre_crop() -> None:
+def test_evaluation_is_resize_and_centre_crop():
     """PIL's crop of the central square and bicubic resize to a grey level, (x - mean) / std."""
     image = random_image()
     square = image.crop((5, 0, 35, 30)).resize((16, 16), Image.Resampling.BICUBIC)
@@ -48,7 +46,7 @@ def test_evaluation_is_resize_and_centre_crop() -> None:
 
 @pytest.mark.parametrize("side", [24, 32, 96])
 @pytest.mark.parametrize("shape", [(48, 48), (51, 80), (83, 40)])
-def test_the_fast_resize_differs_by_rounding(shape: tuple[int, int], side: int) -> None:
+def test_the_fast_resize_differs_by_rounding(shape, side):
     """The same crop: a crop that is off by one pixel would differ by far more."""
     exact = PillowTransform(size=side, mean=(0.5,) * 3, std=(0.5,) * 3)
     noise = np.random.default_rng(0).integers(50, 200, size=(*shape, 3)).astype(np.uint8)
@@ -58,7 +56,7 @@ def test_the_fast_resize_differs_by_rounding(shape: tuple[int, int], side: int) 
     assert apart.abs().float().mean() < 0.3
 
 
-def test_crops_have_the_areas_ratios_and_places_that_are_drawn() -> None:
+def test_crops_have_the_areas_ratios_and_places_that_are_drawn():
     """Between 50 and 100% of the area, ratios from 3/4 to 4/3, up to each side of the image."""
     transform = light_transform(size=32, mean=MEAN, std=STD)
     draws = np.random.default_rng(0).random((300, 13), dtype=np.float32)
@@ -76,9 +74,7 @@ def test_crops_have_the_areas_ratios_and_places_that_are_drawn() -> None:
     ("width", "height"), [(1, 1), (1, 500), (3, 2), (64, 64), (499, 333), (3001, 2003), (700, 9)]
 )
 @pytest.mark.parametrize("make", [clip_transform, light_transform])
-def test_crops_lie_inside_images_of_any_shape(
-    make: Callable[..., TrainingTransform], width: int, height: int
-) -> None:
+def test_crops_lie_inside_images_of_any_shape(make, width, height):
     """At least one pixel, none outside, and in strides that allow a JPEG to be reduced."""
     transform = make(size=16, mean=MEAN, std=STD)
     corners = [np.zeros(13, np.float32), np.full(13, np.nextafter(np.float32(1), np.float32(0)))]
@@ -91,7 +87,7 @@ def test_crops_lie_inside_images_of_any_shape(
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, 37])
-def test_each_image_of_a_batch_has_its_own_parameters(number: int) -> None:
+def test_each_image_of_a_batch_has_its_own_parameters(number):
     """A batch of any size is its images one at a time; arguments stay as they are."""
     transform = light_transform(size=32, mean=MEAN, std=STD)
     images, draws = random_bytes(number, 32), uniform(number, 13)
@@ -105,7 +101,7 @@ def test_each_image_of_a_batch_has_its_own_parameters(number: int) -> None:
     torch.testing.assert_close((images, draws), before, rtol=0, atol=0)
 
 
-def test_the_light_transform_is_its_steps_in_order() -> None:
+def test_the_light_transform_is_its_steps_in_order():
     """Flip, jitter, grayscale, blur, normalise, each with draws of its own."""
     transform = light_transform(size=32, mean=MEAN, std=STD)
     images, draws = random_bytes(8, 32), uniform(8, 13, seed=4)
@@ -127,7 +123,7 @@ def test_the_light_transform_is_its_steps_in_order() -> None:
         torch.testing.assert_close(finished[i].permute(1, 2, 0), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_jitter_is_its_four_steps() -> None:
+def test_jitter_is_its_four_steps():
     """Brightness, contrast about the mean grey, saturation, hue; by plain numbers in float64."""
     images, draws = uniform(3, 3, 4, 4, seed=5), uniform(3, 4, seed=6)
     draws[2] = 0.5  # changes nothing
@@ -151,7 +147,7 @@ def test_jitter_is_its_four_steps() -> None:
             assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_blur_is_a_sum_over_neighbours() -> None:
+def test_blur_is_a_sum_over_neighbours():
     """In float64: a Gaussian of up to three deviations, mirrored at the borders."""
     images, sigma = uniform(4, 3, 7, 9, seed=7), torch.tensor([0.2, 1.4, 0.9, 1.3])
     for image, deviation, result in zip(
