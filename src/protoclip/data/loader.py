@@ -196,24 +196,31 @@ class _Requests(Sampler[_Request]):
         error: Why there are no more of them.
     """
 
-    def __init__(self, loader: "EpisodeLoader") -> None:
-        self.loader, self.passes = loader, deque[Pass]()
+    def __init__(self) -> None:
+        self.passes = deque[Pass]()
         self.made: Iterator[_Made] | None = None
         self.error: Exception | None = None
+        self._loader: EpisodeLoader | None = None
         self._newest: Generator[_Request, None, None] | None = None
 
     def __iter__(self) -> Iterator[_Request]:
         try:
-            while self.passes:
+            while self._loader is not None:
                 newest = self.passes[-1]
-                self._newest = self.loader.requests(newest)
+                self._newest = self._loader.requests(newest)
                 yield from self._newest
-                if (following := self.loader.after(newest)) is None:
+                if (following := self._loader.after(newest)) is None:
                     return
                 self.passes.append(following)
         except Exception as error:
             # A `DataLoader` that fails while it starts its workers leaves them in disorder.
             self.error = error
+
+    def begin(self, first: Pass, loader: "EpisodeLoader", made: Iterator[_Made]) -> None:
+        """Let the workers make this pass of the loader, and then those that follow it."""
+        self.abandon()
+        self.passes.append(first)
+        self._loader, self.made = loader, made
 
     def is_oldest(self, one: Pass) -> bool:
         return bool(self.passes) and self.passes[0] is one
@@ -227,7 +234,8 @@ class _Requests(Sampler[_Request]):
         self.passes.clear()
         if self._newest is not None:
             self._newest.close()
-        self.made = self.error = self._newest = None
+        # The loader too: it holds these requests, and a cycle would keep its workers alive.
+        self.made = self.error = self._newest = self._loader = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +271,7 @@ class EpisodeLoader:
     after: Callable[[Pass], Pass | None] = lambda current: None
     on_read: OnRead = lambda number, bad: None
     notes: tuple[str, ...] = ()
+    _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
     def pass_over(
         self,
@@ -296,9 +305,7 @@ class EpisodeLoader:
         """
         requests = self._requests
         if not requests.expects(wanted):
-            requests.abandon()
-            requests.passes.append(wanted)
-            requests.made = items_of(self._loader)
+            requests.begin(wanted, self, items_of(self._loader))
         assert requests.made is not None
         current, size = requests.passes[0], self.batch_size * self.world_size
         left = max(0, -(-len(current.episode.rows) // size) - current.start)
@@ -356,10 +363,6 @@ class EpisodeLoader:
         """
         self._requests.abandon()
         self.__dict__.pop("_loader", None)
-
-    @cached_property
-    def _requests(self) -> _Requests:
-        return _Requests(self)
 
     @cached_property
     def _loader(self) -> DataLoader[_Made]:

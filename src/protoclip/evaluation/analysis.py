@@ -1,6 +1,6 @@
 """The grouping of a run's representations over its checkpoints: what `protoclip analyze` does."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample
 from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import Reader
+from protoclip.evaluation.features import Bad, Batch, Encoder, Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
 from protoclip.files import read_toml, require_regular
@@ -46,37 +46,40 @@ class HeldOut:
     """Pairs to analyse, and the class of each where the data has classes."""
 
     name: str
-    images: Sequence[bytes]  # Encoded.
+    images: Sequence[bytes]  # encoded
     captions: Sequence[str]
     classes: Int[Tensor, " n"] | None
-    skipped: int  # Samples that could not be read.
-    groups: Sequence[int] | None = None  # Pairs of one group fit each other, where data say so.
-    # Batches of decoded images, and the transform that they are for.
-    decoded: list[tuple[Any, list[Tensor]]] = field(default_factory=list, repr=False)
+    skipped: int  # samples that could not be read
+    groups: Sequence[int] | None = None  # pairs of one group fit each other, where data say so
+    _readers: "list[KeptReader]" = field(default_factory=list, repr=False)
 
-    def batches(self, transform: Callable[[Image.Image], Tensor]) -> Iterator[Tensor]:
-        """The images as the input of a model, in batches.
+    def reader(self, transform: Callable[[Image.Image], Tensor]) -> "KeptReader":
+        """Reads the images; for several models of one transform it is the same reader."""
+        if not self._readers or self._readers[0].transform != transform:
+            table = pa.table({"image": pa.array(self.images, pa.large_binary())})
+            images = ImageTextPairs(table, name=self.name, caption_columns=())
+            self._readers[:] = [KeptReader(images, transform)]
+        return self._readers[0]
 
-        They are decoded by threads, and for several models of one transform only once, unless they
-        take more memory than `KEPT_BYTES`.
-        """
-        images = pa.array(self.images, pa.large_binary())
-        rows = ImageTextPairs(pa.table({"image": images, "caption": self.captions}), name=self.name)
-        reader = Reader(rows, transform)
-        if self.decoded and self.decoded[0][0] == transform:
-            yield from map(reader.finish, self.decoded[0][1])
-            return
-        found, size = list[Tensor](), 0
-        self.decoded.clear()
+
+class KeptReader(Reader):
+    """Decodes images by threads, and only once unless they take more memory than `KEPT_BYTES`."""
+
+    def __init__(self, images: ImageTextPairs, transform: Callable[[Image.Image], Tensor]) -> None:
+        super().__init__(images, transform)
+        self.kept: dict[range, Batch] = {}
+        self.bytes_left = KEPT_BYTES
+
+    def __getitem__(self, rows: range) -> Batch:
+        if rows in self.kept:
+            return self.kept[rows]
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(rows), BATCH_SIZE):
-                share = range(start, min(start + BATCH_SIZE, len(rows)))
-                batch = torch.stack([pixels for pixels, _ in pool.map(reader.read, share)])
-                size += batch.nbytes
-                found = [*found, batch] if size <= KEPT_BYTES else []
-                yield reader.finish(batch)
-        if found:
-            self.decoded.append((transform, found))
+            pixels, content = zip(*pool.map(self.read, rows), strict=True)
+        batch = torch.stack(pixels), list[Bad](), list(zip(rows, content, strict=True))
+        self.bytes_left -= batch[0].nbytes
+        if self.bytes_left >= 0:
+            self.kept[rows] = batch
+        return batch
 
 
 def analyze(
@@ -263,16 +266,20 @@ def embed_with(
 ) -> Spaces:
     """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
     model = loading.to_device(model, device).eval()
+    encoder = Encoder(
+        model=model, transform=transform, tokenizer=tokenizer, batch_size=BATCH_SIZE, workers=0
+    )
+    images = encoder.images(pairs.reader(transform), stage="images").features
+    texts = encoder.texts(pairs.captions, stage="texts")
     parts: dict[str, list[Tensor]] = {}
-    for number, inputs in enumerate(pairs.batches(transform)):
-        start = number * BATCH_SIZE
-        tokens = tokenizer(list(pairs.captions[start : start + BATCH_SIZE]))
-        for name, rows in vars(model(inputs.to(device), tokens.to(device), project)).items():
+    for image, text in zip(*(torch.split(of, BATCH_SIZE) for of in (images, texts)), strict=True):
+        embeddings = model.embeddings(image.to(device), text.to(device), project)
+        for name, rows in vars(embeddings).items():
             if rows is not None and rows.ndim == 2:
                 parts.setdefault(name, []).append(rows.float().cpu())
     joined = {name: torch.cat(rows) for name, rows in parts.items()}
     if not all(rows.isfinite().all() for rows in joined.values()):
-        raise ValueError("the model's features are not finite; it has diverged")
+        raise ValueError("the model's projections are not finite; it has diverged")
     return {
         space: {"images": joined[f"image_{space}"], "texts": joined[f"text_{space}"]}
         for space in ("features", "projections")

@@ -131,13 +131,17 @@ class Encoder:
                 digest.update(" ".join(f"{value:.3g}" for value in first).encode())
         return digest.hexdigest()
 
-    def images(self, images: Images, *, stage: str) -> Encoded:
+    def images(self, images: "Images | Reader", *, stage: str) -> Encoded:
         """Features of all images that can be used.
+
+        Args:
+            images: Or what reads them by this encoder's transform.
 
         Raises:
             ValueError: No image can be used, or features are not finite; on every rank.
         """
-        reader = Reader(images, self.transform)
+        reader = images if isinstance(images, Reader) else Reader(images, self.transform)
+        images = reader.images
 
         def forward(batch: Tensor) -> Tensor:
             return self.model.encode_image(reader.finish(batch), normalize=False)

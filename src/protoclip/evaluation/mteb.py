@@ -5,7 +5,7 @@ and `mteb_model_meta`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ class MtebModel:
 
     def __init__(self, reference: str | Path, *, device: str | None = None) -> None:
         self.reference = str(reference)
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, self.transform, self.tokenizer = loading.load(reference)
-        self.model = model.to(self.device).eval()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, transform, tokenizer = loading.load(reference)
+        model = model.to(device).eval()
+        self.encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
 
     def encode(
         self,
@@ -88,37 +89,51 @@ class MtebModel:
         """
         from mteb.models import ModelMeta
 
-        encoder = Encoder(model=self.model, transform=self.transform, tokenizer=self.tokenizer)
         name = re.sub(r"[^\w.-]+", "-", self.reference).strip("-.")
         facts = {
             "name": f"protoclip/{name}",
-            "revision": encoder.key,
+            "revision": self.encoder.key,
             "modalities": ["image", "text"],
-            "n_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "n_parameters": sum(parameter.numel() for parameter in self.encoder.model.parameters()),
             "framework": ["PyTorch"],
             "similarity_fn_name": "cosine",
         }
         return ModelMeta.create_empty(overwrites=facts)
 
-    @torch.inference_mode()
     def _encode(self, batch: Mapping[str, Any]) -> Float[Tensor, "b d"]:
         if unreadable := [kind for kind in UNREADABLE if kind in batch]:
             raise ValueError(f"{self.reference}: cannot read {unreadable[0]}, only image and text")
         features = []
         if "image" in batch:
-            images = torch.stack([self.transform(opaque(image)) for image in batch["image"]])
-            features.append(self.model.encode_image(images.to(self.device)))
+            encoded = self.encoder.images(GivenImages(batch["image"]), stage=self.reference)
+            if encoded.bad:
+                raise ValueError(encoded.bad[0][1])
+            features.append(encoded.features)
         if "text" in batch:
-            tokens = self.tokenizer(list(batch["text"]))
-            features.append(self.model.encode_text(tokens.to(self.device)))
+            features.append(self.encoder.texts(batch["text"], stage=self.reference))
         if not features:
             raise ValueError(f"{self.reference}: a batch has neither image nor text")
-        return torch.stack(features).sum(dim=0).float().cpu()
+        return torch.stack(features).sum(dim=0)
 
 
-def opaque(image: Image.Image) -> Image.Image:
-    """An image in any of Pillow's modes as RGB, on white where it is transparent."""
-    return image if image.mode == "RGB" else Image.fromarray(rgb(image))
+class GivenImages:
+    """Images in memory, in any of Pillow's modes."""
+
+    name, key = "batch", ""
+
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        self.given = images
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def sample_id(self, row: int) -> str:
+        return str(row)
+
+    def image(self, row: int) -> Image.Image:
+        """The image as RGB, on white where it is transparent."""
+        image = self.given[row]
+        return image if image.mode == "RGB" else Image.fromarray(rgb(image))
 
 
 def unit(vectors: Vectors) -> Float[Tensor, "*n d"]:

@@ -21,18 +21,18 @@ from protoclip.data.access import is_url
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.tables import line
 from protoclip.evaluation.compare import intervals_of, read_results
+from protoclip.evaluation.features import Encoder
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import MODEL, RESUME, checkpoints, find_checkpoint, read_tensors
-from protoclip.progress import Progress
 from protoclip.prototypes.targets import back_translate
 from protoclip.terminal import visible, without_secrets
 from protoclip.training.run import as_kept, flat
 
 CARD, PROTOTYPES = "README.md", "prototypes"
 # Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
-PAIRS, BATCH, NEAREST = 20_000, 256, 5
+PAIRS, NEAREST = 20_000, 5
 YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # are no texts in YAML
 # Sections of a run's settings that the card shows.
 SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "loss", "optim")
@@ -189,14 +189,12 @@ def captions_of(run: Path) -> list[str]:
 @torch.inference_mode()
 def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
     """The normalised projections of captions."""
-    progress = Progress("captions of prototypes", len(captions))
-    projections = []
-    for first in range(0, len(captions), BATCH):
-        tokens = source.tokenizer(list(captions[first : first + BATCH]))
-        projected = source.model.text_head(source.model.encode_text(tokens))  # type: ignore[operator]
-        projections.append(torch.nn.functional.normalize(projected, dim=1))
-        progress.update(min(first + BATCH, len(captions)))
-    return torch.cat(projections)
+    encoder = Encoder(
+        model=source.model, transform=source.transform, tokenizer=source.tokenizer, show=True
+    )
+    features = encoder.texts(captions, stage="captions of prototypes")
+    projected = source.model.text_head(features)  # type: ignore[operator]
+    return torch.nn.functional.normalize(projected, dim=1)
 
 
 def scalar(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from protoclip.data import sources
 from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs
 from protoclip.evaluation.analysis import (
-    BATCH_SIZE,
     PAIRS_PER_GROUP,
     HeldOut,
     embed,
@@ -27,6 +26,7 @@ from protoclip.evaluation.analysis import (
     of_source,
     of_split,
 )
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.grouping import MODALITIES, measure
 from protoclip.evaluation.validation import judged
@@ -234,7 +234,11 @@ def look(
         retrieval=retrieval_examples(
             **features, captions=pairs.captions, groups=groups_of(pairs), seed=seed
         ),
-        confusions=confusions(model, tokenizer, examples, features["images"], device=device),
+        confusions=confusions(
+            Encoder(model=model, transform=transform, tokenizer=tokenizer),
+            examples,
+            features["images"],
+        ),
         maps=[*before, *maps],
         grouping=grouping,
     )
@@ -447,26 +451,16 @@ def retrieval_examples(
     return found
 
 
-@torch.inference_mode()
 def confusions(
-    model: ProtoCLIP,
-    tokenizer: Callable[[list[str]], Tensor],
-    examples: Examples,
-    images: Float[Tensor, "n d"],
-    *,
-    device: torch.device,
+    encoder: Encoder, examples: Examples, images: Float[Tensor, "n d"]
 ) -> Confusions | None:
     """Zero-shot classification of the examples; None if they do not have one class each."""
     classes, names = examples.pairs.classes, list(examples.class_names)
     if classes is None or classes.ndim != 1 or len(names) < 2:
         return None
     templates = list(examples.templates)[: max(1, MOST_PROMPTS // len(names))]
-    texts = prompts(names, templates)
-    parts = [
-        model.encode_text(tokenizer(texts[start : start + BATCH_SIZE]).to(device)).float().cpu()
-        for start in range(0, len(texts), BATCH_SIZE)
-    ]
-    classifier = zero_shot_classifier(torch.cat(parts).view(len(names), len(templates), -1))
+    texts = encoder.texts(prompts(names, templates), stage="class names")
+    classifier = zero_shot_classifier(texts.view(len(names), len(templates), -1))
     return confused(classes, (images @ classifier.T).argmax(dim=1), names, len(templates))
 
 
