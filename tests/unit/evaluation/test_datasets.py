@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from protoclip.data.pairs import BadSample
-from protoclip.evaluation.datasets import WHERE, Images, emoji, open_data, read_templates
+from protoclip.evaluation.datasets import DOWNLOADS, Images, emoji, open_data, read_templates
 
 # The images of every split below, by the red of their pixels, with class and captions.
 REDS, NAMES, CLASSES = (10, 20, 30), ["cat", "big dog"], [1, 0, 1]
@@ -531,7 +531,7 @@ BAD = [
 def test_the_documentation_says_where_data_sets_are_to_be_had():
     page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
     page = page.replace("HUB/", "https://huggingface.co/datasets/clip-benchmark/")
-    assert [place for place in WHERE.values() if place not in page] == []
+    assert [place for place in DOWNLOADS.values() if place not in page] == []
 
 
 def test_all_data_sets_of_the_documentation_are_known_where_they_are_missing():
