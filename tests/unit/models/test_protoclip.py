@@ -1,7 +1,6 @@
 """The model: its weights, its outputs, and what it reads."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.models import loading
-from protoclip.models.saved import model_config, write_checkpoint
+from protoclip.models.saved import write_checkpoint
 from protoclip.models.start import resolve_start
-from protoclip.models.towers import image_normalisation, named_towers
 from protoclip.testing import tiny_config, tiny_model
 from protoclip.training import run
 
@@ -98,15 +96,6 @@ def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide():
     odd = replace(config, image=replace(config.image, size=40))
     with pytest.raises(ValueError, match=r"model\.image\.size: 40 is no multiple of the 16 pixels"):
         loading.model(odd, seed=0)
-
-
-def test_images_are_normalised_as_published_weights_want_it():
-    """Also if the towers have no weights yet, or get those of a checkpoint."""
-    towers = named_towers("ViT-L-14", pretrained="laion2b_s32b_b82k", weights="none")
-    assert image_normalisation(towers) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    saved = asdict(replace(tiny_model(), name="ViT-L-14", pretrained="laion2b_s32b_b82k"))
-    loaded = model_config({"model": saved}, Path("run"))
-    assert (loaded.pretrained, loaded.start) == ("laion2b_s32b_b82k", "run")
 
 
 def gradients(config: Config) -> tuple[dict[str, Tensor], int]:

@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import protoclip
-from protoclip.config import HeadConfig
+from protoclip.config import HeadConfig, ModelConfig
 from protoclip.data import access
 from protoclip.data.transforms import LibraryTransform, PillowTransform
+from protoclip.models.architecture import NamedTowers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.towers import named_towers
 
 TEXTS = ["a red square", "b", "a photo of two green corners on a very long stripe"]
 PIXELS = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
@@ -150,7 +150,8 @@ def test_published_weights_get_their_own_activation_and_normalisation(tiny, caps
         tokens = open_clip.get_tokenizer("tiny")(TEXTS)
         assert_same_features(loaded, tiny.encode_image(images), tiny.encode_text(tokens))
         # Those of a run that began from such weights are loaded into new ones.
-        again = named_towers("tiny", pretrained="mine", weights="new")
+        named = NamedTowers(model=ModelConfig(name="tiny", pretrained="mine"))
+        again = named.towers("new")
         again.load_state_dict(tiny.state_dict())
         torch.testing.assert_close(again.encode_text(tokens), tiny.encode_text(tokens))
 
