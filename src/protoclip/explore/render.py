@@ -41,31 +41,17 @@ from protoclip.explore.atlas import (
     prototypes,
 )
 from protoclip.explore.explorer import Answer, Explorer, Near
-from protoclip.explore.pairs import ExploredPairs
+from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 from protoclip.files import read_sealed, sealed, to_json, write_atomically
 from protoclip.terminal import visible
 
-CAPTION_LENGTH, MAP_CAPTION_LENGTH, ID_LENGTH = 300, 120, 120
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
 PAGE_SIZE = 60  # pairs on a page
 FLOWS = 40  # movements between groups that are listed
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
-CATEGORIES = 20  # colours; later categories share the last one
-# Colours that can be told apart on light and dark ground.
-PALETTE = (
-    *("#3b82f6", "#e8590c", "#2f9e44", "#d6336c", "#9c36b5", "#0c8599", "#b08900", "#e03131"),
-    *("#5f3dc4", "#66a80f", "#1098ad", "#f06595", "#845ef7", "#20c997", "#fd7e14", "#4c6ef5"),
-    *("#a61e4d", "#087f5b", "#c2255c", "#868e96"),
-)
 DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
-
-
-def shown(text: str, limit: int = CAPTION_LENGTH) -> str:
-    """A text of others on one line, cut, with what turns or breaks lines made visible."""
-    cut = visible(" ".join(text[: 2 * limit].split()))
-    return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 1]}…"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +223,7 @@ class Site:
                 return str(read_sealed(path)["map"])
         from protoclip.explore.map import map_json
 
-        made = json.dumps(map_json(self))
+        made = json.dumps(map_json(self.atlas, self.pairs))
         with suppress(OSError):  # it is drawn again the next time
             if path is not None:
                 write_atomically(path, to_json(sealed({"map": made})))

@@ -1,10 +1,10 @@
 """What an explorer answers, of which pairs, and what it keeps."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from protoclip.explore import explorer as explorer_module
 from protoclip.explore import map as map_module
 from protoclip.explore.explorer import heads_of, open_explorer
 from protoclip.explore.pairs import ExploredPairs, explored
-from protoclip.explore.render import Pages, Site
+from protoclip.explore.render import Pages
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import train
@@ -169,13 +169,8 @@ def test_the_map_is_kept_until_what_it_shows_changes(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    made: list[Site] = []
-
-    def counted(site: Site, draw: Callable[[Site], Any] = map_module.map_json) -> Any:
-        made.append(site)
-        return draw(site)
-
-    monkeypatch.setattr(map_module, "map_json", counted)
+    made = Mock(side_effect=map_module.map_json)
+    monkeypatch.setattr(map_module, "map_json", made)
 
     def ways(**settings: Any) -> list[str]:
         (one,) = explorers(DataConfig(train=str(table)), **settings)
@@ -183,14 +178,14 @@ def test_the_map_is_kept_until_what_it_shows_changes(
 
     first = ways()
     assert ways() == first
-    assert len(made) == 1
+    assert made.call_count == 1
     assert "class" in ways(class_column="kind")
     assert "class" not in ways(cache=False)
-    assert len(made) == 3
+    assert made.call_count == 3
     for path in tmp_path.rglob("*.map.json"):
         path.write_text(path.read_text().replace("distance", "distanCe"))
     assert ways() == first
-    assert len(made) == 4
+    assert made.call_count == 4
 
 
 def test_data_whose_images_are_gone_is_one_line(tmp_path: Path) -> None:
