@@ -66,7 +66,8 @@ def home(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / f"{number}.png").write_bytes(image)
     rows = [f"{number % 8}.png,caption {number}" for number in range(500)]
     (home / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
-    call(["data", "index", str(home / "pairs.csv")])  # so that not its index is what finds no room
+    for name in ("pairs.parquet", "pairs.csv"):  # so that not an index is what finds no room
+        call(["data", "index", str(home / name)])
     return home
 
 
