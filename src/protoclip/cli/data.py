@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.parsing import Recipes
-from protoclip.config import (
-    Config,
-    Count,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    Seed,
-    check,
-)
+from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed, check
 from protoclip.files import SOFTWARE, replacing, require_ours, to_json
 from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration
@@ -56,7 +48,7 @@ class Inspect(Recipes):
 
         count_tokens, context_length = tokens_of(self.model)
         pairs, notes = open_source(replace(self.data, train=self.source), seed=self.seed)
-        found = inspect(
+        findings = inspect(
             pairs,
             count_tokens=count_tokens,
             context_length=context_length,
@@ -67,9 +59,9 @@ class Inspect(Recipes):
             notes=notes,
         )
         if self.json:
-            print(to_json(found, indent=2))
+            print(to_json(findings, indent=2))
         else:
-            show(found)
+            show(findings)
         if self.montage is not None:
             path = Path(self.montage)
             path.parent.mkdir(parents=True, exist_ok=True)

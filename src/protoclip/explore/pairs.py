@@ -56,18 +56,18 @@ class ExploredPairs:
         return bisect.bisect_right(self.starts, row) - 1
 
     def sample_id(self, row: int) -> str:
-        source, own = self.find(row)
-        return source.sample_id(own)
+        source, index = self.find(row)
+        return source.sample_id(index)
 
     def caption(self, row: int) -> str:
         """Raises `BadSample` if there is none."""
-        source, own = self.find(row)
-        return source.caption(own)
+        source, index = self.find(row)
+        return source.caption(index)
 
     def encoded(self, row: int) -> bytes:
         """The encoded image; raises `BadSample`."""
-        source, own = self.find(row)
-        return source.encoded(own)
+        source, index = self.find(row)
+        return source.encoded(index)
 
     def with_captions(self) -> Rows:
         """The rows that have a caption."""
@@ -88,17 +88,17 @@ class ExploredPairs:
         parts = []
         for number, source in enumerate(self.sources):
             first, end = np.searchsorted(rows, self.starts[number : number + 2])
-            own = (rows[first:end] - self.starts[number]).tolist()
-            if own:
-                parts.append(Subset(images=source, rows=own))
+            inside = (rows[first:end] - self.starts[number]).tolist()
+            if inside:
+                parts.append(Subset(images=source, rows=inside))
         return parts[0] if len(parts) == 1 else Joined(parts)
 
     def class_of(self, row: int) -> str:
         """The class by its name; empty where there is none."""
-        source, own = self.find(row)
+        source, index = self.find(row)
         if source.class_column is None:
             return ""
-        value, names = source.value(source.class_column, own), self._class_names[source.name]
+        value, names = source.value(source.class_column, index), self._class_names[source.name]
         if isinstance(value, int) and 0 <= value < len(names):
             return names[value]
         return "" if value is None else str(value)

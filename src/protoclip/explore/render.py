@@ -146,13 +146,13 @@ class Site:
     @cached_property
     def _members(self) -> dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """For each modality all pairs by prototype, the nearest first; and where each begins."""
-        found = {}
+        members = {}
         for modality in MODALITIES:
-            own = self.atlas.prototype(modality)
-            order = np.lexsort((-self.atlas.similarity(modality), own))
-            starts = np.searchsorted(own[order], np.arange(self.atlas.number + 1))
-            found[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
-        return found
+            assigned = self.atlas.prototype(modality)
+            order = np.lexsort((-self.atlas.similarity(modality), assigned))
+            starts = np.searchsorted(assigned[order], np.arange(self.atlas.number + 1))
+            members[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
+        return members
 
     def members(self, modality: str, number: int) -> npt.NDArray[np.int64]:
         """The members of a prototype, those nearest to its centroid first."""
@@ -177,8 +177,8 @@ class Site:
     def id_shown(self, sample_id: str) -> str:
         return shown(sample_id, ID_LENGTH)
 
-    def near(self, title: str, found: Near, note: str = "") -> Section:
-        cards = [self.card(position, f"cosine {value:.3f}") for position, value in found]
+    def near(self, title: str, nearest: Near, note: str = "") -> Section:
+        cards = [self.card(position, f"cosine {value:.3f}") for position, value in nearest]
         return Section(title=title, cards=cards, note=note)
 
     def page(self, name: str, title: str, *, here: str = "index.html", **values: Any) -> str:
@@ -257,10 +257,10 @@ class Site:
 
     def prototype(self, modality: Literal["image", "text"], number: int, page: int = 1) -> str:
         """The members of a prototype, in both modalities."""
-        one, found = self.prototypes[modality][number], self.members(modality, number)
+        one, members = self.prototypes[modality][number], self.members(modality, number)
         other = "text" if modality == "image" else "image"
-        partners = Counter(self.atlas.prototype(other)[found].tolist()).most_common(12)
-        part, pages = paged(found, page)
+        partners = Counter(self.atlas.prototype(other)[members].tolist()).most_common(12)
+        part, pages = paged(members, page)
         similarity = self.atlas.similarity(modality)
         cards = [
             self.card(int(each), f"cosine to centroid {similarity[each]:.3f}") for each in part
@@ -326,12 +326,12 @@ class Site:
 
     def moved(self, modality: Literal["image", "text"], page: int = 1) -> str:
         """What two models group differently."""
-        found = self.pages.moved(modality)
-        part, pages = paged(np.arange(len(found.pairs)), page)
+        movements = self.pages.moved(modality)
+        part, pages = paged(np.arange(len(movements.pairs)), page)
         cards = [
             self.card(
-                int(found.pairs[each, self.number - 1]),
-                "group {} became {}".format(*found.groups[each]),
+                int(movements.pairs[each, self.number - 1]),
+                "group {} became {}".format(*movements.groups[each]),
             )
             for each in part
         ]
@@ -340,8 +340,8 @@ class Site:
             f"Moved {modality}s",
             here=f"moved-{modality}.html",
             modality=modality,
-            moved=found,
-            flows=found.flows[:FLOWS].tolist(),
+            moved=movements,
+            flows=movements.flows[:FLOWS].tolist(),
             cards=cards,
             page=page,
             pages=pages,
@@ -350,9 +350,9 @@ class Site:
     def pair(self, position: int) -> str:
         """One pair, and what is near to it."""
         row = self.explorer.row(position)
-        source, own = self.pairs.find(row)
+        source, index = self.pairs.find(row)
         try:
-            captions = [shown(text) for text in source.sample_captions(own)]
+            captions = [shown(text) for text in source.sample_captions(index)]
         except BadSample as error:
             captions = [shown(str(error))]
         nearest = {m: self.explorer.nearest(position, m) for m in MODALITIES}
@@ -369,21 +369,21 @@ class Site:
             here="index.html" if other is None else f"pair-{other}.html",
             card=self.card(position),
             captions=captions,
-            place=shown(source.where(own), 200),
+            origin=shown(source.where(index), 200),
             source=shown(source.name, 60),
             group=shown(self.pairs.class_of(row), 80),
             distance=float(self.atlas.distance[position]),
             loss=float(self.atlas.loss[position]),
-            own={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
+            prototypes={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
             sections=sections,
         )
 
-    def answer(self, question: str, found: Answer) -> str:
-        """What was found for a text or an image."""
+    def answer(self, question: str, answer: Answer) -> str:
+        """The images and captions nearest to a text or an image."""
         note = "" if self.explorer.space("image").exact else "By an index, so some may be missed."
         sections = [
-            self.near("Images", found.images, note),
-            self.near("Captions", found.texts, note),
+            self.near("Images", answer.images, note),
+            self.near("Captions", answer.texts, note),
         ]
         here = f"search.html?{urlencode({'text': question}, errors='replace')}"
         asked = shown(question, 200)
@@ -394,8 +394,8 @@ class Site:
 
     def ids(self, modality: str, number: int) -> list[str]:
         """The sample ids of a prototype's members."""
-        found = self.members(modality, number)
-        return [self.pairs.sample_id(self.explorer.row(int(each))) for each in found]
+        members = self.members(modality, number)
+        return [self.pairs.sample_id(self.explorer.row(int(each))) for each in members]
 
 
 def paged(
@@ -433,11 +433,11 @@ def template(name: str) -> Any:
 
 @lru_cache
 def assets() -> Files:
-    """Style and scripts, by name: our own, and Bokeh's out of its package."""
+    """Style and scripts, by name: ours, and Bokeh's out of its package."""
     bokeh = find_spec("bokeh")  # not imported, which takes time
     assert bokeh is not None
     assert bokeh.origin is not None
-    own = files("protoclip.explore") / "assets"
-    found = {name: (own / name).read_bytes() for name in ("explore.css", "explore.js")}
+    folder = files("protoclip.explore") / "assets"
+    ours = {name: (folder / name).read_bytes() for name in ("explore.css", "explore.js")}
     bokeh_js = Path(bokeh.origin).parent / "server" / "static" / "js" / "bokeh.min.js"
-    return {**found, "bokeh.min.js": bokeh_js.read_bytes()}
+    return {**ours, "bokeh.min.js": bokeh_js.read_bytes()}

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from protoclip.evaluation import compare
-from protoclip.evaluation.samples import (
-    SampleResults,
-    influences,
-    interval,
-    interval_of_difference,
-)
+from protoclip.evaluation.samples import SampleResults, influences, interval, interval_of_difference
 from protoclip.report.findings import findings, minus, sentence_case, table
 
 KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
