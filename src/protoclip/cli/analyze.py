@@ -57,11 +57,7 @@ class Analyze:
             require_ours(together, SOFTWARE)
         analyses = [
             analyze(
-                folder,
-                data=self.data,
-                samples=self.samples,
-                num_groups=self.groups,
-                device=device,
+                folder, data=self.data, samples=self.samples, num_groups=self.groups, device=device
             )
             for folder in folders
         ]
@@ -150,8 +146,8 @@ def show(analyses: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
                 table.add_column(heading, justify="right")
     for measure in sorted({key for values in columns for key in values}):
         digits = ".4g" if measure.startswith(("groups/", "prototypes/")) else ".3f"
-        cells = [values.get(measure) for values in columns]
-        table.add_row(measure, *("-" if v is None else format(v, digits) for v in cells))
+        row = [values.get(measure) for values in columns]
+        table.add_row(measure, *("-" if v is None else format(v, digits) for v in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=40 + 32 * len(columns))  # as wide as it needs to be
