@@ -7,7 +7,7 @@ from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from protoclip.config import Config, Count, DataConfig, RunConfig, check
+from protoclip.config import Count, DataConfig
 from protoclip.files import locked
 from protoclip.paths import (
     require_file,
@@ -136,14 +136,11 @@ class Explore:
 
     def pairs(self) -> "ExploredPairs":
         """The pairs to look at. Prints what was noticed about them."""
-        from protoclip.cli.data import print_notes
-        from protoclip.data import sources
+        from protoclip.cli.data import open_source, print_notes
         from protoclip.explore.pairs import explored
 
-        config = Config(data=self.settings(), run=RunConfig())
-        check(config)
-        samples = sources.pairs(config)
-        print_notes(sources.notes(samples))
+        samples, notes = open_source(self.settings())
+        print_notes(notes)
         return explored(samples, class_column=self.class_column)
 
     def settings(self) -> DataConfig:

@@ -33,8 +33,9 @@ from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.nearest import nearest
 
 Layout = Literal["pca", "umap"]
+Modality = Literal["image", "text"]
 Array = npt.NDArray[Any]
-MODALITIES: tuple[Literal["image", "text"], ...] = ("image", "text")
+MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
 FORM = 3
@@ -302,7 +303,7 @@ class Prototype:
     partner: int
 
 
-def prototypes(atlas: Atlas, modality: Literal["image", "text"]) -> list[Prototype]:
+def prototypes(atlas: Atlas, modality: Modality) -> list[Prototype]:
     """The prototypes of a modality by number, empty ones included."""
     assigned = atlas.prototype(modality)
     other = atlas.prototype("text" if modality == "image" else "image")

@@ -37,6 +37,13 @@ class ExploredPairs(PairsView):
         """Raises `BadSample` if there is none."""
         return self.sample_captions(row)[0]
 
+    def caption_or_reason(self, row: int) -> str:
+        """The caption, or why there is none."""
+        try:
+            return self.caption(row)
+        except BadSample as error:
+            return str(error)
+
     def with_captions(self) -> Rows:
         """The rows that have a caption."""
         progress, rows = Progress("reading captions", len(self)), []

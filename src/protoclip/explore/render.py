@@ -34,6 +34,7 @@ from protoclip.explore.atlas import (
     LEAST_SIMILAR,
     MODALITIES,
     MOST_DUPLICATES,
+    Modality,
     Moved,
     Prototype,
     moved,
@@ -162,15 +163,11 @@ class Site:
     def card(self, position: int, *facts: str) -> Card:
         row = self.explorer.row(position)
         self.on_card(row)
-        try:
-            caption = self.pairs.caption(row)
-        except BadSample as error:
-            caption = str(error)
         return Card(
             position=position,
             row=row,
             sample_id=self.pairs.sample_id(row),
-            caption=shown(caption),
+            caption=shown(self.pairs.caption_or_reason(row)),
             facts=facts,
         )
 
@@ -243,7 +240,7 @@ class Site:
         """The map for a page that is a file, which may fetch nothing; no text in it ends a tag."""
         return Markup(self.map.replace("<", "\\u003c"))
 
-    def prototype_list(self, modality: Literal["image", "text"]) -> str:
+    def prototype_list(self, modality: Modality) -> str:
         rows = []
         for each in self.prototypes[modality]:
             nearest = self.members(modality, each.number)[: max(MEMBERS, CAPTIONS)]
@@ -255,7 +252,7 @@ class Site:
         here = f"prototypes-{modality}.html"
         return self.page("prototypes.html", title, here=here, modality=modality, rows=rows)
 
-    def prototype(self, modality: Literal["image", "text"], number: int, page: int = 1) -> str:
+    def prototype(self, modality: Modality, number: int, page: int = 1) -> str:
         """The members of a prototype, in both modalities."""
         one, members = self.prototypes[modality][number], self.members(modality, number)
         other = "text" if modality == "image" else "image"
@@ -324,7 +321,7 @@ class Site:
             pages=pages,
         )
 
-    def moved(self, modality: Literal["image", "text"], page: int = 1) -> str:
+    def moved(self, modality: Modality, page: int = 1) -> str:
         """What two models group differently."""
         movements = self.pages.moved(modality)
         part, pages = paged(np.arange(len(movements.pairs)), page)

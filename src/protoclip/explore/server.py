@@ -10,7 +10,7 @@ import ipaddress
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 from urllib.parse import parse_qsl, quote, urlencode
 
 import h11
@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from protoclip.explore.atlas import MODALITIES
+from protoclip.explore.atlas import MODALITIES, Modality
 from protoclip.explore.render import LARGE_SIDE, THUMBNAIL_SIDE, Pages, Site, assets, ids_as
 from protoclip.files import checksum
 from protoclip.terminal import visible
@@ -60,10 +60,10 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
             raise HTTPException(404)
         return pages.site(number)
 
-    def modality(request: Request) -> Literal["image", "text"]:
+    def modality(request: Request) -> Modality:
         if (name := request.path_params["modality"]) not in MODALITIES:
             raise HTTPException(404)
-        return cast(Literal["image", "text"], name)
+        return cast(Modality, name)
 
     def page(request: Request) -> int:
         text = request.query_params.get("page", "1")
@@ -72,7 +72,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
             raise HTTPException(400, "page: needs to be a whole number from 1")
         return number
 
-    def prototype_of(request: Request) -> tuple[Site, Literal["image", "text"], int]:
+    def prototype_of(request: Request) -> tuple[Site, Modality, int]:
         of, kind, number = site(request), modality(request), request.path_params["number"]
         if not 0 <= number < of.atlas.number:
             raise HTTPException(404)

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from protoclip.data.pairs import BadSample
 from protoclip.explore.atlas import MAP_PAIRS, MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.render import THUMBNAIL_SIDE, Pages, Site, assets, ids_as, thumbnail
@@ -150,7 +149,7 @@ def write_table(explorer: Explorer, path: Path) -> int:
             rows = atlas.rows[part]
             ids = [pairs.sample_id(row) for row in rows.tolist()]
             columns: dict[str, Any] = {
-                "text": [text_of(explorer, row) for row in rows.tolist()],
+                "text": [whole_characters(pairs.caption_or_reason(row)) for row in rows.tolist()],
                 "sample_id": ids,
                 "image_row": rows,
                 "source": [pairs.sources[pairs.source_of(row)].name for row in rows.tolist()],
@@ -177,8 +176,6 @@ def write_table(explorer: Explorer, path: Path) -> int:
     return 2 * len(atlas)
 
 
-def text_of(explorer: Explorer, row: int) -> str:
-    try:
-        return explorer.pairs.caption(row).encode("utf-8", "replace").decode()
-    except BadSample as error:
-        return str(error)
+def whole_characters(text: str) -> str:
+    """A text that UTF-8 can hold."""
+    return text.encode("utf-8", "replace").decode()
