@@ -209,7 +209,7 @@ def image(draw: st.DrawFn) -> bytes:
         Image.new(mode, draw(st.sampled_from([(24, 24), (1, 1), (1, 300), (300, 2)]))).save(
             out, kind
         )
-    except OSError:  # the format has no such mode
+    except (OSError, ValueError):  # the format has no such mode
         return draw(st.binary(max_size=60))
     return draw(mutated(out.getvalue()) | st.just(out.getvalue()))
 
