@@ -131,9 +131,10 @@ def save(figure: Any, path: Path) -> None:
 
 def show(analyses: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
     """Print a table of the last checkpoints: one row a measure, one column a run and space."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from protoclip.evaluation.compare import print_table
 
     table = Table("measure", title="Last checkpoint, held-out pairs")
     columns: list[Mapping[str, float]] = []
@@ -146,12 +147,9 @@ def show(analyses: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
                 table.add_column(heading, justify="right")
     for measure in sorted({key for values in columns for key in values}):
         digits = ".4g" if measure.startswith(("groups/", "prototypes/")) else ".3f"
-        row = [values.get(measure) for values in columns]
-        table.add_row(measure, *("-" if v is None else format(v, digits) for v in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=40 + 32 * len(columns))  # as wide as it needs to be
-    console.print(table)
+        cells = [values.get(measure) for values in columns]
+        table.add_row(measure, *("-" if v is None else format(v, digits) for v in cells))
+    print_table(table, columns=len(columns))
 
 
 def note(text: str) -> None:

@@ -1,13 +1,13 @@
 """The grouping of a run's representations over its checkpoints: what `protoclip analyze` does."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
@@ -33,6 +33,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.nearest import nearest
 
+T = TypeVar("T")
 PAIRS_PER_GROUP = 5  # at least, in the mean
 BATCH_SIZE = 256
 KEPT_BYTES = 1 << 31  # of decoded images
@@ -134,8 +135,8 @@ def analyze(
                 previous=before.get(space),
                 seed=config.run.seed,
             )
-        own = prototypes(checkpoint) if "projections" in spaces else {}
-        for modality, centroids in own.items():
+        of_run = prototypes(checkpoint) if "projections" in spaces else {}
+        for modality, centroids in of_run.items():
             projections = spaces["projections"][f"{modality}s"]
             sizes = group_sizes(nearest(projections, centroids)[0], len(centroids))
             named = {f"prototypes/{name}/{modality}": size for name, size in sizes.items()}
@@ -187,51 +188,51 @@ def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldO
 decoded = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
 
 
+def read_all(read: Callable[[Any], T], items: Iterable[Any]) -> list[T | None]:
+    """What `read` makes of each item, by threads; None for one that cannot be read."""
+
+    def read_or_none(item: Any) -> T | None:
+        with suppress(ValueError):  # BadSample too
+            return read(item)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(read_or_none, items))
+
+
 def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
     """Pairs of a source, drawn evenly; of a stream the first ones."""
     if isinstance(source, Pairs):
-        items: Any = evenly_spaced(len(source), min(samples, len(source)), seed=0)
+        items: Iterable[Any] = evenly_spaced(len(source), min(samples, len(source)), seed=0)
     else:
         items = islice(source.samples(), samples)
-    known: dict[str, Sample] = {}  # a stream starts again at its end
-
-    def good(item: Any) -> Sample | None:
-        with suppress(ValueError):  # BadSample too
-            return read_image(source, item, decoded)[0]
-        return None
-
-    skipped = 0
-    with ThreadPoolExecutor() as pool:
-        for sample in pool.map(good, items):
-            if sample is None:
-                skipped += 1
-            else:
-                known.setdefault(sample.sample_id, sample)
+    read = read_all(lambda item: read_image(source, item, decoded)[0], items)
+    good: dict[str, Sample] = {}  # a stream starts again at its end
+    for sample in read:
+        if sample is not None:
+            good.setdefault(sample.sample_id, sample)
     return HeldOut(
         name=source.name,
-        images=[sample.image for sample in known.values()],
-        captions=[sample.captions[0] for sample in known.values()],
+        images=[sample.image for sample in good.values()],
+        captions=[sample.captions[0] for sample in good.values()],
         classes=None,
-        skipped=skipped,
+        skipped=sum(sample is None for sample in read),
     )
 
 
 def of_split(data: EvaluationData, samples: int) -> HeldOut:
     """Pairs of what a run is judged by on the way, drawn evenly."""
     split = data.splits["validation"]
-    given: Any = split.images  # a run's own data always have encoded images and captions
+    source: Any = split.images  # the data of a run always have encoded images and captions
     assert split.captions is not None
-    drawn_rows = evenly_spaced(len(given), min(samples, len(given)), seed=0)
 
-    def good(row: int) -> bytes | None:
-        with suppress(ValueError):  # BadSample too
-            encoded: bytes = given.encoded(row)
-            decoded(encoded)
-            return encoded
-        return None
+    def encoded(row: int) -> bytes:
+        image: bytes = source.encoded(row)
+        decoded(image)  # raises if it cannot be
+        return image
 
-    with ThreadPoolExecutor() as pool:
-        read = dict(zip(drawn_rows, pool.map(good, drawn_rows), strict=True))
+    chosen = evenly_spaced(len(source), min(samples, len(source)), seed=0)
+    read = dict(zip(chosen, read_all(encoded, chosen), strict=True))
     images = {row: image for row, image in read.items() if image is not None}
     rows = [*images]
     return HeldOut(
@@ -239,7 +240,7 @@ def of_split(data: EvaluationData, samples: int) -> HeldOut:
         images=[*images.values()],
         captions=[split.captions[row][0] for row in rows],
         classes=None if split.labels is None else split.labels[rows],
-        skipped=len(drawn_rows) - len(rows),
+        skipped=len(chosen) - len(rows),
         groups=None if split.groups is None else [split.groups[row] for row in rows],
     )
 

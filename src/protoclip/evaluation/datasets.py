@@ -34,6 +34,7 @@ from protoclip.evaluation.readers import (
     TorchvisionImages,
     class_number,
 )
+from protoclip.evaluation.zero_shot import check_templates
 from protoclip.files import read_local
 from protoclip.paths import DATA_HINT, with_options
 from protoclip.terminal import visible
@@ -271,12 +272,7 @@ def _templates(text: str, source: str) -> list[str]:
     templates = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
     if not templates:
         raise ValueError(f"{source}: holds no prompt")
-    for template in templates:
-        if "{c}" not in template:
-            raise ValueError(
-                f"{source}: '{visible(template[:60])}' has no place for the class; write {{c}} "
-                "there"
-            )
+    check_templates(templates, source)
     return templates
 
 

@@ -24,7 +24,7 @@ class Metric:
     A mean over samples has the `column` of their results: a sample is right if that is true, or is
     a rank below `k` (ranks count from zero). With `by` the mean is first taken over the samples of
     each class, which that column has. `crowding` is the column of the candidates with what each
-    takes from the mean.
+    takes from the mean. These means and the mean average precision have intervals.
 
     Attributes:
         task: The task of `evaluate` that measures it.
@@ -58,29 +58,19 @@ class Metric:
         return self.task != "geometry"
 
 
-def at(ks: Sequence[int], *names: str, column: str, **facts: str) -> list[Metric]:
-    """Metrics that ask for a rank below each `k`, which `{k}` in names and facts stands for."""
-    return [
-        Metric(
-            *(name.format(k=k) for name in names),
-            column=column,
-            k=k,
-            **{name: fact.format(k=k) for name, fact in facts.items()},  # type: ignore[arg-type]
-        )
-        for k in ks
-    ]
-
-
 MULTILABEL = "zero_shot/mean_average_precision"  # instead of the accuracies
 #: In the order in which they are shown.
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        *at(
-            (1, 5),
-            *("zero_shot", "zero_shot/acc{k}", "acc{k}", "zero-shot, acc{k}"),
-            column="zero_shot_rank",
-            emoji_label="zero-shot, unseen concepts, acc{k}",
+        *(
+            Metric(
+                *("zero_shot", f"zero_shot/acc{k}", f"acc{k}", f"zero-shot, acc{k}"),
+                emoji_label=f"zero-shot, unseen concepts, acc{k}",
+                column="zero_shot_rank",
+                k=k,
+            )
+            for k in (1, 5)
         ),
         Metric(
             *("zero_shot", "zero_shot/mean_per_class_recall", "mean_per_class_recall"),
@@ -90,29 +80,29 @@ METRICS: dict[str, Metric] = {
             by="zero_shot_class",
             in_runs=False,
         ),
-        *at(
-            (1, 5),
-            *("zero_shot", "zero_shot_subgroup/acc{k}", "subgroup_acc{k}"),
-            "zero-shot, subgroups, acc{k}",
-            column="zero_shot_subgroup_rank",
+        *(
+            Metric(
+                *("zero_shot", f"zero_shot_subgroup/acc{k}", f"subgroup_acc{k}"),
+                f"zero-shot, subgroups, acc{k}",
+                column="zero_shot_subgroup_rank",
+                k=k,
+            )
+            for k in (1, 5)
         ),
         Metric(
             *("zero_shot", MULTILABEL, "mean_average_precision"),
             "zero-shot, mean average precision",
         ),
-        *at(
-            (1, 5, 10),
-            *("retrieval", "retrieval/image_to_text@{k}", "text_retrieval_recall@{k}"),
-            "image-to-text recall@{k}",
-            column="image_to_text_rank",
-            crowding="image_to_text_crowding_{k}",
-        ),
-        *at(
-            (1, 5, 10),
-            *("retrieval", "retrieval/text_to_image@{k}", "image_retrieval_recall@{k}"),
-            "text-to-image recall@{k}",
-            column="text_to_image_rank",
-            crowding="text_to_image_crowding_{k}",
+        *(
+            Metric(
+                *("retrieval", f"retrieval/{way}@{k}", f"{of}_retrieval_recall@{k}"),
+                f"{way.replace('_', '-')} recall@{k}",
+                column=f"{way}_rank",
+                k=k,
+                crowding=f"{way}_crowding_{k}",
+            )
+            for way, of in (("image_to_text", "text"), ("text_to_image", "image"))
+            for k in (1, 5, 10)
         ),
         Metric(
             *("linear_probe", "linear_probe/acc1", "lp_acc1", "linear probe"),
@@ -135,12 +125,14 @@ METRICS: dict[str, Metric] = {
         Metric("clustering", "clustering/ami", "ami", "K-means AMI"),
         Metric("clustering", "clustering/ari", "ari", "K-means ARI"),
         *(
-            Metric("geometry", f"modality_gap/{name}", name, name.replace("_", " "))
-            for name in ("gap", "alignment", "uniformity_image", "uniformity_text")
-        ),
-        *(
-            Metric("geometry", f"modality_gap/{name}", name, name.replace("_", " "), in_runs=False)
-            for name in ("effective_rank_image", "effective_rank_text")
+            Metric(
+                *("geometry", f"modality_gap/{key}", key, key.replace("_", " ")), in_runs=in_runs
+            )
+            for key, in_runs in (
+                *(("gap", True), ("alignment", True)),
+                *(("uniformity_image", True), ("uniformity_text", True)),
+                *(("effective_rank_image", False), ("effective_rank_text", False)),
+            )
         ),
     )
 }

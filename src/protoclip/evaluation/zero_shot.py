@@ -9,19 +9,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from protoclip.evaluation.retrieval import best_relevant_rank
+from protoclip.terminal import visible
+
+
+def check_templates(templates: Sequence[str], source: str) -> None:
+    """Raises `ValueError`, which names their source, if a template has no place for the class."""
+    for template in templates:
+        if "{c}" not in template:
+            shown = visible(template[:60])
+            raise ValueError(f"{source}: '{shown}' has no place for the class; write {{c}} there")
 
 
 def prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Each class name in each template, class after class.
-
-    Raises:
-        ValueError: A template has no place for the class.
-    """
-    for template in templates:
-        if "{c}" not in template:
-            raise ValueError(
-                f"templates: '{template[:60]}' has no place for the class; write {{c}} there"
-            )
+    """Each class name in each template, class after class; raises as `check_templates`."""
+    check_templates(templates, "templates")
     return [template.replace("{c}", name) for name in class_names for template in templates]
 
 
