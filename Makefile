@@ -22,7 +22,9 @@ ARGS ?=
 
 BIN = .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# Each process takes tests that stand side by side, since they share fixtures.
+PYTEST_ON = -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST_ON)
 NOTE = once, some minutes: 0.5 GB to download, on Linux 3 GB unless PyTorch is the CPU wheel
 
 # "stale" if .venv cannot be used as it is. `home` is written last, and holds the folder it was made in.
@@ -48,7 +50,7 @@ test-fast: .venv/dev ## Run the tests that are not marked slow
 	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-lowest: .venv-lowest/dev ## Run them with the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python $(PYTEST_ON) -m 'not slow' $(ARGS)
 
 lint: .venv/dev ## Check style, format, types and the direction of imports
 	$(BIN)/ruff check .

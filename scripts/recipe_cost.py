@@ -55,11 +55,12 @@ class Forward:
 
 def forward_flops(config: ModelConfig) -> Forward:
     """Count the towers' FLOPs on the meta device, at the recipe's sizes. Needs no weights."""
-    model = resolve_start(config).build("none")
+    start = resolve_start(config)
+    model = start.build("none")
     pair: Any = model.towers
     size, length = towers.image_size(pair), int(pair.context_length)
     if config.name is None and config.start is None:
-        size, length = towers.small_sizes(config)
+        size, length = start.architecture.sizes.values()
     samples = 2  # BatchNorm needs more than one
 
     def counted(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:

@@ -1,9 +1,8 @@
 """Every test runs on one thread per process, with shapes and types checked at run time."""
 
-import jaxtyping
+import checked
 
-# Before the first import from the package.
-jaxtyping.install_import_hook("protoclip", "beartype.beartype")
+checked.install()  # before the first import from the package
 
 import http.server  # noqa: E402
 import io  # noqa: E402

@@ -1,9 +1,10 @@
 """Several ranks train what one process trains: gradients of every loss, weights of short runs."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -66,10 +67,7 @@ def gradients(
     trainer.model, trainer._module, trainer._stage = model, distribute(model), stage
     trainer.autocast, trainer.micro_batch_size = nullcontext, micro_batch
     batch = Batch(
-        position=torch.arange(share),
-        sample_id=[""] * share,
-        image=images[own],
-        text=captions[own],
+        position=torch.arange(share), sample_id=[""] * share, image=images[own], text=captions[own]
     )
     embeddings, finish = trainer._forward(batch)
     rows = torch.randn(2, PAIRS, 16, generator=generator, dtype=torch.float64)[:, own]
@@ -197,15 +195,28 @@ def trained(config: Config, out: str) -> dict[str, Tensor]:
     return read_tensors(find_checkpoint(out) / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[Any]]:
+    """The weights with which a way ends on so many ranks, which tests share; on one rank without
+    micro-batches."""
+
+    @cache
+    def run(way: str, ranks: int) -> list[Any]:
+        config = short(**WAYS[way])
+        if ranks == 1:
+            config = with_changes(config, {"episodes": {"micro_batch_size": None}})
+        return run_distributed(trained, ranks, config, str(tmp_path_factory.mktemp("run")))
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_short_run_ends_with_the_weights_of_one_process(way, tmp_path):
+def test_a_short_run_ends_with_the_weights_of_one_process(way, finished):
     """Up to 1e-4 of the way that all weights went; with micro-batches those of whole batches."""
-    config = short(**WAYS[way])
-    whole = with_changes(config, {"episodes": {"micro_batch_size": None}})
-    expected = run_distributed(trained, 1, whole, str(tmp_path / "one"))[0]
-    for weights in run_distributed(trained, 2, config, str(tmp_path / "many")):
-        assert relative_difference(weights, expected, config) < 1e-4
+    expected = finished(way, 1)[0]
+    for weights in finished(way, 2):
+        assert relative_difference(weights, expected, short(**WAYS[way])) < 1e-4
 
 
 @pytest.mark.slow
@@ -237,20 +248,21 @@ def interrupted(config: Config, out: str, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "after"), [("queue", 1), ("queue", 2), ("FSDP2", 2), ("FSDP2", 4)])
-def test_a_stopped_run_of_two_ranks_goes_on(way, after, tmp_path):
+@pytest.mark.parametrize(("way", "after"), [("queue", (1, 2)), ("FSDP2", (2, 4))])
+def test_a_stopped_run_of_two_ranks_goes_on(way, after, finished, tmp_path):
     """One rank gets the signal; both stop after the same step, within a prototypical episode. With
     two ranks again the run ends bit for bit as if it had not stopped, with others but for rounding.
     """
     config = short(**WAYS[way])
-    whole = 2 if after == 2 else 1
-    expected = run_distributed(trained, whole, config, str(tmp_path / "whole"))[0]
-    run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
-    for weights in run_distributed(trained, after, config, str(tmp_path / "parts")):
-        if after == 2:
-            assert all(torch.equal(weights[name], value) for name, value in expected.items())
-        else:
-            assert relative_difference(weights, expected, config) < 1e-4
+    run_distributed(interrupted, 2, config, str(tmp_path / "stopped"), 3)
+    for ranks in after:
+        folder = shutil.copytree(tmp_path / "stopped", tmp_path / f"{ranks}")
+        expected = finished(way, 2 if ranks == 2 else 1)[0]
+        for weights in run_distributed(trained, ranks, config, str(folder)):
+            if ranks == 2:
+                assert all(torch.equal(weights[name], value) for name, value in expected.items())
+            else:
+                assert relative_difference(weights, expected, config) < 1e-4
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import faulthandler
 import io
 import os
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -155,6 +156,18 @@ def within(seconds: float) -> Iterator[None]:
         for number, clock in clocks.items():
             signal.setitimer(clock, 0)
             signal.signal(number, before[number])
+
+
+@contextmanager
+def full(after: int | None) -> Iterator[None]:
+    """Let no file grow beyond so many bytes, as on a full disk but for the number of the error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if after is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (after, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:

@@ -10,15 +10,12 @@ import hashlib
 import io
 import os
 import re
-import resource
 import shlex
 import shutil
-import signal
 import socket
 import stat
 import subprocess
 import sys
-import time
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -29,14 +26,13 @@ from typing import Any
 
 import pytest
 import world
+from audited import ERROR, SECONDS, full, within
 from filelock import FileLock
 
 from protoclip.cli import main
 from protoclip.training import checkpoint
 
 TABLE = tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding="utf-8"))
-ERROR = "protoclip: error: "
-SECONDS = 60  # no case may take longer, on a busy machine either
 # Lines on standard error that may come before an error: notes, and progress.
 BESIDE = re.compile(r"(note|warning|computing): |training on |going on from |.*: \d+%, ")
 
@@ -130,13 +126,12 @@ def as_built(folder: Path) -> dict[str, str]:
     return contents(folder)
 
 
-def restore(folder: Path, as_built: dict[str, str]) -> None:
+def restore(folder: Path, now: dict[str, str], as_built: dict[str, str]) -> None:
     """Make the world what it was."""
-    now = contents(folder)
     for name in sorted(now.keys() | as_built.keys()):
-        path, original = folder / name, folder.with_name("pristine") / name
         if now.get(name) == as_built.get(name):
             continue
+        path, original = folder / name, folder.with_name("pristine") / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -148,56 +143,23 @@ def restore(folder: Path, as_built: dict[str, str]) -> None:
                 copy(str(original), str(path))
 
 
-class TooSlow(BaseException):
-    """No exception that a command may catch."""
-
-
-@contextlib.contextmanager
-def limited(full: int | None) -> Iterator[None]:
-    """With a time limit, and a disk that holds no longer files."""
-
-    def ring(*_: Any) -> None:
-        raise TooSlow
-
-    before = signal.signal(signal.SIGALRM, ring)
-    sizes = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.alarm(SECONDS)
-    try:
-        if full is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (full, sizes[1]))
-        yield
-    finally:
-        signal.alarm(0)
-        resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
-        signal.signal(signal.SIGALRM, before)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     code: int
     out: list[str]
     err: list[str]
-    seconds: float
-    changed: list[str]
 
 
-def answer(case: Case, folder: Path) -> Answer:
+def answer(case: Case) -> Answer:
     """Run a case."""
-    if case.given:
-        subprocess.run(["sh", "-ec", case.given], check=True, cwd=folder, timeout=20)
-    lock = contextlib.nullcontext() if case.held is None else FileLock(case.held)
-    with lock:
-        return answer_to(case, folder)
-
-
-def answer_to(case: Case, folder: Path) -> Answer:
-    before, code = contents(folder), 0
-    out, err, started = io.StringIO(), io.StringIO(), time.monotonic()
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with (
+        contextlib.nullcontext() if case.held is None else FileLock(case.held),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(record=True) as warned,
-        limited(case.full),
+        within(SECONDS),
+        full(case.full),
     ):
         warnings.simplefilter("default")
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning):
@@ -206,15 +168,11 @@ def answer_to(case: Case, folder: Path) -> Answer:
             main(shlex.split(case.line))
         except SystemExit as end:
             code = int(str(end.code or 0))
-    seconds, after = time.monotonic() - started, contents(folder)
-    names = sorted(before.keys() | after.keys())
     shown = err.getvalue().split("\n") + [f"{w.category.__name__}: {w.message}" for w in warned]
     return Answer(
         code=code,
         out=[line for line in out.getvalue().split("\n") if line.strip()],
         err=[line for line in shown if line.strip()],
-        seconds=seconds,
-        changed=[name for name in names if before.get(name) != after.get(name)],
     )
 
 
@@ -226,10 +184,15 @@ def fits(line: str, pattern: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
 def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built):
+    before = as_built
+    if case.given:
+        subprocess.run(["sh", "-ec", case.given], check=True, cwd=folder, timeout=20)
+        before = contents(folder)
     try:
-        got = answer(case, folder)
+        got = answer(case)
     finally:
-        restore(folder, as_built)
+        after = contents(folder)
+        restore(folder, after, as_built)
     assert got.code == case.code, got
     lines = [*got.err, *got.out]
     if case.code:
@@ -242,7 +205,8 @@ def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built
         assert any(fits(line, pattern) for line in lines), "\n".join([pattern, *lines])
     unclean = [line for line in lines if not line.isprintable()]
     assert not unclean, unclean
-    made = [name for name in got.changed if not any(fnmatchcase(name, p) for p in case.makes)]
+    changed = {name for name, _ in before.items() ^ after.items()}
+    made = sorted(n for n in changed if not any(fnmatchcase(n, p) for p in case.makes))
     assert not made, made
 
 

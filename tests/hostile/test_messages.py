@@ -1,24 +1,20 @@
 """Messages: setting, file and way out; the path of a full disk; rows that are left out."""
 
 import re
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import tomli_w
-from audited import call
+from audited import call, full
 from near_valid import IMAGES
 
 import protoclip
 from protoclip.config import Config, DataConfig
 from protoclip.data.tables import open_table
 from protoclip.files import to_json
-from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import checkpoint, run
+from protoclip.training import checkpoint
 
 # Setting, a wrong value, and what is said: what is wrong, and what would be right.
 WRONG: dict[str, tuple[Any, str]] = {
@@ -62,30 +58,16 @@ def test_a_wrong_setting_is_named_alike_from_everywhere(setting, tmp_path, monke
 # Full disks
 
 
-@contextmanager
-def full(after: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes, as on a full disk but for the number of the error."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (after, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs and a run of them."""
-    home = tmp_path_factory.mktemp("home")
-    pq.write_table(tiny_pairs(64), home / "pairs.parquet")
-    pairs = str(home / "pairs.parquet")
-    (home / "recipe.toml").write_text(run.to_toml(tiny_config(pairs, out=str(home / "run"))))
-    call(["train", "--config", f"{home}/recipe.toml", "--data.validation", "0.4"], writes=[home])
+    home = shutil.copytree(trained, tmp_path_factory.mktemp("messages") / "home")
     for number, image in enumerate(IMAGES):
         (home / f"{number}.png").write_bytes(image)
     rows = [f"{number % 8}.png,caption {number}" for number in range(500)]
     (home / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
-    call(["data", "index", str(home / "pairs.csv")])  # so that not its index is what finds no room
+    for name in ("pairs.parquet", "pairs.csv"):  # so that not an index is what finds no room
+        call(["data", "index", str(home / name)])
     return home
 
 

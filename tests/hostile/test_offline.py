@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-import pyarrow.parquet as pq
 import pytest
 from audited import call
-
-from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
 
 SECONDS = 5.0  # that may pass before the line
 PAUSE = 60.0  # that a network without an answer lets a caller wait
@@ -79,14 +75,6 @@ NEEDS: dict[str, str] = {
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    pq.write_table(tiny_pairs(64), home / "pairs.parquet")
-    run.train(tiny_config(str(home / "pairs.parquet"), out=str(home / "run")))
-    return home
-
-
 @pytest.fixture
 def cut(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, of one kind; no earlier download; no proxy."""
@@ -117,12 +105,12 @@ WAYS = ("evaluate hf:", "evaluate open_clip:RN50", "train --model.text", "data i
     ],
     indirect=["cut"],
 )
-def test_without_a_network_there_is_one_line_within_seconds(cut, command, home, tmp_path):
-    words = command.replace("{out}", str(tmp_path)).replace("{}", str(home)).split()
+def test_without_a_network_there_is_one_line_within_seconds(cut, command, trained, tmp_path):
+    words = command.replace("{out}", str(tmp_path)).replace("{}", str(trained)).split()
     if words[0] == "train":
         words += ["--run.out", f"{tmp_path}/run"]
     began = blocked()
-    ended = call(words, writes=[tmp_path], keeps=home, seconds=2 * PAUSE)
+    ended = call(words, writes=[tmp_path], keeps=trained, seconds=2 * PAUSE)
     assert ended.code == 2
     assert NEEDS[command] in ended.error
     assert blocked() - began < SECONDS

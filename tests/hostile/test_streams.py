@@ -6,34 +6,24 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from protoclip.cli import main
 from protoclip.models import saved
 from protoclip.progress import Progress
 from protoclip.terminal import say
-from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
 
 LOST = "protoclip: error: standard output: {}; what is printed was lost, so give the command again"
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Pairs, a run on them, and the settings of another; the current folder."""
-    home = tmp_path_factory.mktemp("streams")
-    pq.write_table(tiny_pairs(64), home / "pairs.parquet")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        (home / "recipe.toml").write_text(run.to_toml(tiny_config("pairs.parquet", out="again")))
-        run.train(tiny_config("pairs.parquet", out="run"))
-        yield home
+@pytest.fixture
+def home(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a run as the current folder."""
+    monkeypatch.chdir(trained)
 
 
 @dataclass(frozen=True)

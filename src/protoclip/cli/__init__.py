@@ -74,13 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     output = protect_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     # The command may stand behind options: `protoclip --json compare a b`.
-    places = {
-        place: name
+    starts = {
+        start: name
         for name in COMMANDS
-        for place in range(len(words))
-        if words[place : place + len(name.split())] == name.split()
+        for start in range(len(words))
+        if words[start : start + len(name.split())] == name.split()
     }
-    name = places[min(places)] if places else ""
+    name = starts[min(starts)] if starts else ""
     for part in name.split():
         words.remove(part)
     try:

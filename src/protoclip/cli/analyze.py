@@ -55,17 +55,13 @@ class Analyze:
             require_ours(Path(f"{stem}.png"), SOFTWARE)
         if len(folders) > 1 and not self.overwrite:
             require_ours(together, SOFTWARE)
-        found = [
+        analyses = [
             analyze(
-                folder,
-                data=self.data,
-                samples=self.samples,
-                num_groups=self.groups,
-                device=device,
+                folder, data=self.data, samples=self.samples, num_groups=self.groups, device=device
             )
             for folder in folders
         ]
-        for analysis in found:
+        for analysis in analyses:
             if len(analysis["checkpoints"]) == 1:
                 note(f"{analysis['folder']}: a single checkpoint, so no curves; {HINT}")
             if analysis["pairs"] < FEW:
@@ -75,17 +71,17 @@ class Analyze:
                 )
             if analysis["skipped"]:
                 note(f"{analysis['data']}: {analysis['skipped']} pairs could not be read")
-        if len({(analysis["data"], analysis["groups"]) for analysis in found}) > 1:
+        if len({(analysis["data"], analysis["groups"]) for analysis in analyses}) > 1:
             note("the runs differ in data or in the number of groups; see --data and --groups")
-        for stem, analysis in zip(stems, found, strict=True):
+        for stem, analysis in zip(stems, analyses, strict=True):
             stem.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(f"{stem}.json"), to_json(analysis, indent=2) + "\n")
-        labels = names(found)
+        labels = names(analyses)
         if self.json:
-            print(to_json(found, indent=2))
+            print(to_json(analyses, indent=2))
         else:
-            show(found, labels)
-        draw(found, labels, stems, together)
+            show(analyses, labels)
+        draw(analyses, labels, stems, together)
 
     def stems(self, folders: Sequence[Path]) -> list[Path]:
         """Where each run's files go, without their suffixes."""
@@ -100,26 +96,31 @@ class Analyze:
         return stems
 
 
-def names(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def names(analyses: Sequence[Mapping[str, Any]]) -> list[str]:
     """The runs' names, with their folders where names are alike."""
-    counts = Counter(analysis["name"] for analysis in found)
-    return [a["name"] if counts[a["name"]] == 1 else f"{a['name']} ({a['folder']})" for a in found]
+    counts = Counter(analysis["name"] for analysis in analyses)
+    return [
+        a["name"] if counts[a["name"]] == 1 else f"{a['name']} ({a['folder']})" for a in analyses
+    ]
 
 
 def draw(
-    found: Sequence[Mapping[str, Any]], labels: Sequence[str], stems: Sequence[Path], together: Path
+    analyses: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    stems: Sequence[Path],
+    together: Path,
 ) -> None:
-    """Write the figures, and say where everything was written."""
+    """Write the figures, and name all files that were written."""
     try:
         from protoclip.evaluation.analysis_figure import run_figure, runs_figure
     except ImportError:
         note("no figures: they need matplotlib; pip install 'protoclip[figures]'")
         return
-    for stem, analysis in zip(stems, found, strict=True):
+    for stem, analysis in zip(stems, analyses, strict=True):
         save(run_figure(analysis), Path(f"{stem}.png"))
         say(f"written to {stem}.json and {stem}.png")
-    if len(found) > 1:
-        save(runs_figure(found, labels), together)
+    if len(analyses) > 1:
+        save(runs_figure(analyses, labels), together)
         say(f"written to {together}")
 
 
@@ -128,40 +129,29 @@ def save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
-def show(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+def show(analyses: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
     """Print a table of the last checkpoints: one row a measure, one column a run and space."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("measure", title="Last checkpoint, held-out pairs")
-    table.caption_justify = "left"
     columns: list[Mapping[str, float]] = []
-    for analysis, label in zip(found, labels, strict=True):
-        *earlier, last = analysis["checkpoints"]
+    for analysis, label in zip(analyses, labels, strict=True):
+        last = analysis["checkpoints"][-1]
         for space in ("features", "projections"):
             if space in last:
-                columns.append({**own_prototypes(earlier, space), **last[space]})
+                columns.append(last[space])
                 heading = f"{escape(visible(label))}\n{space}, step {last['step']}"
                 table.add_column(heading, justify="right")
     for measure in sorted({key for values in columns for key in values}):
         digits = ".4g" if measure.startswith(("groups/", "prototypes/")) else ".3f"
-        found_values = [values.get(measure) for values in columns]
-        table.add_row(measure, *("-" if v is None else format(v, digits) for v in found_values))
-    if any(measure.startswith("prototypes/") for values in columns for measure in values):
-        table.caption = "prototypes/...: of the last checkpoint that has some"
+        row = [values.get(measure) for values in columns]
+        table.add_row(measure, *("-" if v is None else format(v, digits) for v in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=40 + 32 * len(columns))  # as wide as it needs to be
     console.print(table)
-
-
-def own_prototypes(checkpoints: Sequence[Mapping[str, Any]], space: str) -> dict[str, float]:
-    """The newest sizes of the run's own prototypes; not all earlier versions kept them."""
-    found: dict[str, float] = {}
-    for values in (entry[space] for entry in checkpoints):
-        found.update({name: values[name] for name in values if name.startswith("prototypes/")})
-    return found
 
 
 def note(text: str) -> None:

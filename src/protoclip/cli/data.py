@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.parsing import Recipes
-from protoclip.config import (
-    Config,
-    Count,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    Seed,
-    check,
-)
+from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed, check
 from protoclip.files import to_json
 from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration

@@ -84,8 +84,8 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
                     "another folder with --out"
                 )
             if (folder / "results.json").is_file():
-                where = visible(str(folder))
-                print(f"{name}: finished earlier, kept ({where}; remove it to train again)")
+                shown = visible(str(folder))
+                print(f"{name}: finished earlier, kept ({shown}; remove it to train again)")
                 continue
         exit_if_stopped(run.train(config, resume="auto"))
     entries = compare.compare([compare.read_results(folder) for folder in folders.values()])
@@ -94,12 +94,12 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
     report = write_report(folders.values(), out / "report.html")
     print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
-    where = visible(str(out))
+    shown = visible(str(out))
     if report:
-        print(f"  {where}/report.html           the runs to look at, in a browser")
-    print(f"  {where}/results.json          this table")
-    print(f"  {where}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
-    print(f"  tensorboard --logdir {where}  curves")
+        print(f"  {shown}/report.html           the runs to look at, in a browser")
+    print(f"  {shown}/results.json          this table")
+    print(f"  {shown}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
+    print(f"  tensorboard --logdir {shown}  curves")
     return entries
 
 

@@ -127,19 +127,19 @@ class Evaluate:
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
             suite.announce(data, self.split, self.tasks)  # before models are loaded
-            found = {reference: records.with_means(judge(reference)) for reference in references}
+            judged = {reference: records.with_means(judge(reference)) for reference in references}
         if collectives.launched()[0] > 0:
             return
         if self.compare_to is not None:
-            first = found[self.compare_to]
-            for reference in found:
+            first = judged[self.compare_to]
+            for reference in judged:
                 if reference != self.compare_to:
-                    found[reference] = records.with_differences(found[reference], first)
-        all_records = [result.record for of_model in found.values() for result in of_model]
+                    judged[reference] = records.with_differences(judged[reference], first)
+        all_records = [result.record for of_model in judged.values() for result in of_model]
         if self.json:
             print(to_json(all_records, indent=2))
         else:
-            records.show(list(found.values()))
+            records.show(list(judged.values()))
         if self.out is not None:
             of_sets = [record for record in all_records if "datasets" not in record]
             records.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
@@ -170,9 +170,9 @@ def trained_on(reference: str, data: str) -> bool:
         ]
     except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
         return False
-    place = os.path.realpath(without_secrets(data.removeprefix("wds:")))
+    path_of_data = os.path.realpath(without_secrets(data.removeprefix("wds:")))
     paths = [without_secrets(path) for path in trained if isinstance(path, str)]
-    return any(os.path.realpath(path) == place for path in paths)
+    return any(os.path.realpath(path) == path_of_data for path in paths)
 
 
 def names_of(reference: str) -> tuple[str, str]:

@@ -6,23 +6,19 @@ and nested dataclasses sections (`--section.name value`). The comment behind a f
 
 import ast
 import inspect
-import io
 import json
 import re
 import shutil
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from glob import iglob
-from itertools import pairwise
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
-
-import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from protoclip.config import PERMISSIONS, Config, build, unknown
 from protoclip.files import read_local
@@ -30,11 +26,19 @@ from protoclip.paths import require_file
 
 Command = TypeVar("Command")
 # Settings that may name a file or folder beside the recipe.
-PLACES = {"train", "path", "root", "start", "features", "guard", "only", "without", "validation"}
+PATH_SETTINGS = {
+    "train",
+    "path",
+    "root",
+    "start",
+    "features",
+    "guard",
+    "only",
+    "without",
+    "validation",
+}
 # In a guard, what may stand before a file or folder.
-BEFORE_PLACES = ("wds:", "karpathy:", "root=")
-NOT_GIVEN = "\0"  # stands for an option that the command line does not mention
-REGISTRY = ConstructorRegistry()
+PATH_PREFIXES = ("wds:", "karpathy:", "root=")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,32 +51,15 @@ class Recipes:
     given: ClassVar[Mapping[str, Any]] = {}
 
 
-def parse(kind: type[Command], arguments: list[str]) -> Command:
+def parse(kind: type[Command], words: list[str]) -> Command:
     """Later recipes override earlier ones; options override recipes. Any order of words will do.
 
     Raises:
         ValueError: In one line that names the option, or the recipe and its setting.
     """
-    if "--" in arguments:
-        raise ValueError("--: has no meaning here; leave it out")
-    hints, known = get_type_hints(kind), dict(options(kind))
-    words, given = with_values(arguments, known), cast(Any, None)
-    with redirect_stderr(io.StringIO()) as said:
-        try:
-            given, rest = tyro.cli(
-                kind, args=words, registry=REGISTRY, return_unknown_args=True, add_help=False
-            )
-        except SystemExit:
-            found = re.search(r"Missing value for argument '\(?'?(.+?)'", said.getvalue())
-            raise ValueError(f"{found[1]}: needs a value" if found else said.getvalue()) from None
-    for word in rest:
-        if word.startswith("-"):
-            name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in known:
-                raise ValueError(f"{word}: is an argument, not an option; give it without {word}")
-            raise ValueError(unknown(name, [*known]))
-    # Arguments are what is left, since tyro wants those of a list side by side.
-    for name in (e.name for e in fields(kind) if not e.kw_only):  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    given, rest = read_options(kind, words)
+    for name in arguments(kind):
         if rest and get_origin(hints[name]) is list:
             given[name], rest = rest, []
         elif rest:
@@ -91,8 +78,13 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     return command
 
 
+def arguments(kind: type[Any]) -> list[str]:
+    """The fields of a command that are given without their names."""
+    return [entry.name for entry in fields(kind) if not entry.kw_only]
+
+
 def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Name and type of all arguments of a command, those of its sections included."""
+    """Name and type of all arguments and options of a command, those of its sections included."""
     hints = get_type_hints(kind)
     for name in (entry.name for entry in fields(kind)):
         if is_dataclass(hints[name]):
@@ -101,59 +93,65 @@ def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, hints[name]
 
 
-def with_values(words: list[str], known: Mapping[str, Any]) -> list[str]:
-    """Flags with a value: `--json` as `--json true`, `--run.no-evaluate` as `... false`.
+def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options among the words as a tree of settings, and the other words.
 
-    A command whose `--data` names data takes `--data.root` as `--root`, since messages say so.
+    `--no-NAME` switches a flag off. A list grows with each option. A command whose `--data` names
+    data takes `--data.root` as `--root`, since messages say so.
 
     Raises:
-        ValueError: An option for a list has none.
+        ValueError: There is no such option, or its value is missing.
     """
-    result = []
-    for word, following in pairwise([*words, ""]):
-        if "data" in known and word.startswith("--data."):
-            word = f"--{word.removeprefix('--data.')}"
-        name = word.removeprefix("--").replace("-", "_")
-        kinds = {get_origin(known.get(name)), *map(get_origin, get_args(known.get(name)))}
-        if word.startswith("--") and {list, tuple} & kinds and following[:2] in ("", "--"):
-            raise ValueError(f"{word}: needs a value")
-        positive = re.sub(r"(^|\.)no_", r"\1", name)
-        if name not in known and known.get(positive) is bool:
-            result += [f"--{positive}", "false"]
+    known, left, rest = dict(options(kind)), list(words), list[str]()
+    given: dict[str, list[str]] = {}
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            rest.append(word)
             continue
-        result.append(word)
-        if known.get(name) is bool and following.lower() not in ("true", "false"):
-            result.append("true")
-    return result
+        if word == "--":
+            raise ValueError("--: has no meaning here; leave it out")
+        option, is_joined, value = word.partition("=")
+        name = option.lstrip("-").replace("-", "_")
+        if "data" in known:
+            name = name.removeprefix("data.")
+        if name in arguments(kind):
+            raise ValueError(f"{option}: is an argument, not an option; give it without {option}")
+        flag = re.sub(r"(^|\.)no_", r"\1", name)
+        if name in known:
+            values = [value] if is_joined else take_values(left, known[name])
+        elif known.get(flag) is bool and not is_joined:
+            name, values = flag, ["false"]
+        else:
+            raise ValueError(unknown(name, [*known]))
+        is_list = list in origins(known[name])
+        if not values or (is_list and values == [""]):
+            raise ValueError(f"{option}: needs a value")
+        given[name] = [*given.get(name, ()), *values] if is_list else values
+    tree: dict[str, Any] = {}
+    for name, values in given.items():
+        several = {list, tuple} & origins(known[name])
+        setting = value_of(values if several else values[0], known[name])
+        for part in reversed(name.split(".")):
+            setting = {part: setting}
+        tree = merged(tree, setting)
+    return tree, rest
 
 
-@REGISTRY.struct_rule
-def as_tree(info: Any) -> StructConstructorSpec | None:
-    """Make tyro give a dict of what the command line mentions, instead of a dataclass."""
-    if not is_dataclass(info.type):
-        return None
-    hints = get_type_hints(info.type)
+def take_values(left: list[str], hint: Any) -> list[str]:
+    """Remove the value of an option from the words behind it: all up to the next one for a tuple,
+    one for others, none for a flag but `true` or `false`."""
+    if hint is bool and (not left or left[0].lower() not in ("true", "false")):
+        return ["true"]
+    most = len(left) if tuple in origins(hint) else 1
+    values = [*takewhile(lambda word: not word.startswith("--"), left[:most])]
+    del left[: len(values)]
+    return values
 
-    def instantiate(**values: Any) -> dict[str, Any]:
-        given = {k: v for k, v in values.items() if v not in ({}, [], NOT_GIVEN)}
-        return {k: value_of(v, hints[k]) for k, v in given.items()}
 
-    specs = []
-    for entry in fields(info.type):
-        if not entry.kw_only:
-            continue
-        hint = hints[entry.name]
-        kinds = {get_origin(hint), *map(get_origin, get_args(hint))}
-        kind: Any = str
-        default: Any = NOT_GIVEN
-        if is_dataclass(hint):
-            kind, default = hint, tyro.MISSING_NONPROP
-        elif list in kinds:  # repeat the option to add more
-            kind, default = tyro.conf.UseAppendAction[list[str]], []
-        elif {list, tuple} & kinds:
-            kind, default = list[str], []
-        specs.append(StructFieldSpec(name=entry.name, type=kind, default=default, helptext=None))
-    return StructConstructorSpec(instantiate=instantiate, fields=tuple(specs))
+def origins(hint: Any) -> set[Any]:
+    """The kinds of container that a value may be, such as `list` of `list[str] | None`."""
+    return {get_origin(hint), *map(get_origin, get_args(hint))}
 
 
 def value_of(words: Any, hint: Any) -> Any:
@@ -208,7 +206,7 @@ def located(value: Any, folder: Path, name: str = "") -> Any:
         return {key: located(inner, folder, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
-    if name not in PLACES or not isinstance(value, str) or value == "emoji":
+    if name not in PATH_SETTINGS or not isinstance(value, str) or value == "emoji":
         return value
     if name == "guard":  # may have settings of its own, one of which is a folder
         return ",".join(located_part(part, folder) for part in value.split(","))
@@ -216,7 +214,7 @@ def located(value: Any, folder: Path, name: str = "") -> Any:
 
 
 def located_part(part: str, folder: Path) -> str:
-    before = next((each for each in BEFORE_PLACES if part.startswith(each)), "")
+    before = next((each for each in PATH_PREFIXES if part.startswith(each)), "")
     return before + located_path(part.removeprefix(before), folder)
 
 

@@ -66,10 +66,10 @@ def curve(analysis: Mapping[str, Any], space: str, measure: str) -> Points:
 
 def curves(analysis: Mapping[str, Any], space: str, panel: Panel) -> dict[str, Points]:
     """The curves of a panel that have points, by measure; recall is one curve, a mean."""
-    found = {measure: curve(analysis, space, measure) for measure in panel.measures}
+    by_measure = {measure: curve(analysis, space, measure) for measure in panel.measures}
     if panel.measures == RECALL:
-        found = {"recall@10": recall(analysis, space)}
-    return {measure: points for measure, points in found.items() if points[0]}
+        by_measure = {"recall@10": recall(analysis, space)}
+    return {measure: points for measure, points in by_measure.items() if points[0]}
 
 
 def recall(analysis: Mapping[str, Any], space: str) -> Points:
@@ -83,8 +83,8 @@ def grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     columns = -(-len(titles) // 2)
     figure = Figure(figsize=(3.6 * columns, 6.8), dpi=130, layout="constrained")
     panels = []
-    for place, title in enumerate(titles, 1):
-        axes = figure.add_subplot(2, columns, place)
+    for number, title in enumerate(titles, 1):
+        axes = figure.add_subplot(2, columns, number)
         axes.set_title(title, fontsize=10)
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

@@ -23,11 +23,11 @@ def clustering(
         clusters that are the classes, 0 by chance.
     """
     k = len(torch.unique(labels))
-    found = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=seed)
-    clusters = found.assignments.cpu()
-    partitions = labels.numpy(), clusters.numpy()
+    clusters = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=seed)
+    assignments = clusters.assignments.cpu()
+    partitions = labels.numpy(), assignments.numpy()
     return {
-        "cluster": clusters,
+        "cluster": assignments,
         "ami": float(adjusted_mutual_info_score(*partitions)),
         "ari": float(adjusted_rand_score(*partitions)),
     }

@@ -55,8 +55,9 @@ TORCHVISION = {
 SPLIT_ALIASES = {"": "test", "trainval": "train", "val": "validation", "valid": "validation"}
 HUB = "wds:https://huggingface.co/datasets/clip-benchmark/wds_"
 CLOOB = "https://github.com/ml-jku/cloob#downstream-tasks"
-#: Where data sets are to be had. Keys are in lower case without signs; docs/evaluation.md has more.
-WHERE = {
+#: What data sets can be downloaded from. Keys are lower case without signs; docs/evaluation.md has
+#: more.
+DOWNLOADS = {
     **{
         name: f"{HUB}{name}" for name in ("country211", "gtsrb", "imagenetv2", "objectnet", "stl10")
     },
@@ -193,19 +194,19 @@ def open_data(
     """
     if split not in SPLITS:
         raise ValueError(f"split: '{split}' is none of {', '.join(SPLITS)}")
-    reference, own = with_options(reference)
-    class_column = own.get("class_column", class_column)
+    reference, options = with_options(reference)
+    class_column = options.get("class_column", class_column)
     settings = replace(config or DataConfig(), sources=[], read="auto")
-    settings = replace(settings, root=own.get("root", root) or settings.root)
-    kind, _, place = reference.partition(":")
+    settings = replace(settings, root=options.get("root", root) or settings.root)
+    kind, _, location = reference.partition(":")
     if reference == "emoji":
         data = emoji()
     elif kind == "wds":
-        data = _open_wds(place, settings, split)
+        data = _open_wds(location, settings, split)
     elif kind == "torchvision":
-        data = _open_torchvision(place, settings.root, split)
+        data = _open_torchvision(location, settings.root, split)
     elif kind == "karpathy":
-        data = _open_captions(place, settings.root, split)
+        data = _open_captions(location, settings.root, split)
     elif folders := readers.class_folders(Path(reference)):
         data = _open_class_folders(Path(reference), folders, split)
     elif kind in ("hf", "pipe") or is_url(reference) or _exists(reference):
@@ -213,7 +214,7 @@ def open_data(
     else:
         raise ValueError(
             f"{reference}: no such file, and no reference to a data set ({DATA_HINT})"
-            f"{where(reference)}"
+            f"{download_hint(reference)}"
         )
     if data.splits[split].labels is not None and len(data.class_names) < 2:
         shown = visible(", ".join(data.class_names)[:60]) or "no names"
@@ -226,17 +227,17 @@ def open_data(
     return data
 
 
-def where(reference: str) -> str:
-    """Where a known data set is to be had, to be put behind a message; or nothing."""
+def download_hint(reference: str) -> str:
+    """What stands behind a message on a data set that can be downloaded; or nothing."""
     last = reference.rstrip("/").rpartition("/")[2].rpartition(":")[2].lower()
     plain = re.sub(r"[^a-z0-9]", "", last)
-    found = max((name for name in WHERE if name in plain), key=len, default="")
-    return f"; {found} is to be had from {WHERE[found]}" if found else ""
+    known = max((name for name in DOWNLOADS if name in plain), key=len, default="")
+    return f"; {known} is to be had from {DOWNLOADS[known]}" if known else ""
 
 
 def fetching(name: str, root: str) -> str:
-    """What fetches a set of torchvision, and where else it is to be had."""
-    return f"torchvision.datasets.{name}({root!r}, download=True) may fetch it{where(name)}"
+    """What downloads a set of torchvision, and what else there is to download."""
+    return f"torchvision.datasets.{name}({root!r}, download=True) may fetch it{download_hint(name)}"
 
 
 def read_templates(reference: str) -> list[str]:
@@ -266,16 +267,17 @@ def read_templates(reference: str) -> list[str]:
     return _templates(text, reference)
 
 
-def _templates(text: str, where: str) -> list[str]:
-    found = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
-    if not found:
-        raise ValueError(f"{where}: holds no prompt")
-    for template in found:
+def _templates(text: str, source: str) -> list[str]:
+    templates = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
+    if not templates:
+        raise ValueError(f"{source}: holds no prompt")
+    for template in templates:
         if "{c}" not in template:
             raise ValueError(
-                f"{where}: '{visible(template[:60])}' has no place for the class; write {{c}} there"
+                f"{source}: '{visible(template[:60])}' has no place for the class; write {{c}} "
+                "there"
             )
-    return found
+    return templates
 
 
 def _names(text: str) -> list[str]:
@@ -338,12 +340,12 @@ def captions_of_rows(
     for row in rows:
         image = (names[row].as_py() if names is not None else None) or row
         try:
-            found = pairs.sample_captions(row)
+            texts = pairs.sample_captions(row)
         except BadSample:
             continue
-        own = captions.setdefault(image, [])
-        for text, number in Counter(found).items():  # a copy of a pair adds nothing
-            own += [text] * (number - own.count(text))
+        of_image = captions.setdefault(image, [])
+        for text, number in Counter(texts).items():  # a copy of a pair adds nothing
+            of_image += [text] * (number - of_image.count(text))
         first.setdefault(image, row)
     return list(first.values()), [tuple(captions[image]) for image in first]
 
@@ -384,14 +386,14 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
-    classes = in_order(name for place in splits.values() for name in readers.classes_in(place))
-    own = _beside(folder, readers.CLASS_NAMES)
-    if own and len(_names(own)) != len(classes):
+    classes = in_order(name for path in splits.values() for name in readers.classes_in(path))
+    listed = _names(_beside(folder, readers.CLASS_NAMES))
+    if listed and len(listed) != len(classes):
         raise ValueError(
-            f"{folder / readers.CLASS_NAMES}: names {len(_names(own))} classes, but there are "
+            f"{folder / readers.CLASS_NAMES}: names {len(listed)} classes, but there are "
             f"{len(classes)} folders"
         )
-    imagenet = None if own else imagenet_names(classes, numbers=True)
+    imagenet = None if listed else imagenet_names(classes, numbers=True)
     synsets = dict(line.partition(" ")[::2] for line in _names(_beside(folder, SYNSETS)))
     # A synset has several names; the first one is the usual one.
     known = {wnid: names.partition(",")[0] for wnid, names in synsets.items()}
@@ -412,7 +414,7 @@ def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Ev
     return EvaluationData(
         name=name,
         splits=LazySplits(read, splits, first=first, of=str(folder)),
-        class_names=_names(own) if own else names,
+        class_names=listed or names,
         templates=templates,
     )
 
@@ -460,26 +462,26 @@ def named(classes: list[str]) -> tuple[list[str], Sequence[str]]:
     return classes, DEFAULT_TEMPLATES if classes else ("{c}",)
 
 
-def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
+def _open_wds(location: str, config: DataConfig, split: str) -> EvaluationData:
     cache = cache_folder() / "evaluation"
     try:
-        shards = ShardFolder.open(place, access=access_of(config), cache=cache)
+        shards = ShardFolder.open(location, access=access_of(config), cache=cache)
     except ValueError as error:
-        raise ValueError(f"{error}{where(place)}") from None
+        raise ValueError(f"{error}{download_hint(location)}") from None
     kind = shards.texts.get(readers.DATASET_TYPE, "classification").strip().lower()
     if kind not in readers.BESIDE_IMAGE:
         known = ", ".join(readers.BESIDE_IMAGE)
         shown = visible(kind[:30])
-        raise ValueError(f"{place}/{readers.DATASET_TYPE}: '{shown}' is none of {known}")
+        raise ValueError(f"{location}/{readers.DATASET_TYPE}: '{shown}' is none of {known}")
     names, templates = _names(shards.texts.get(readers.CLASS_NAMES, "")), ["{c}"]
     if kind != "retrieval":
         if not names:
             raise ValueError(
-                f"{place}: has no class names; write them into {readers.CLASS_NAMES}, one a line"
+                f"{location}: has no class names; write them into {readers.CLASS_NAMES}, one a line"
             )
         names, usual = named(names)
         text = shards.texts.get(readers.TEMPLATES, "\n".join(usual))
-        templates = _templates(text, f"{place}/{readers.TEMPLATES}")
+        templates = _templates(text, f"{location}/{readers.TEMPLATES}")
 
     def read(split: str) -> Split:
         pairs, contents = shards.read_split(split, readers.BESIDE_IMAGE[kind])
@@ -492,12 +494,12 @@ def _open_wds(place: str, config: DataConfig, split: str) -> EvaluationData:
         numbers = parse_each(readers.class_number, len(names))
         return Split(images=pairs, labels=torch.tensor(numbers, dtype=torch.long))
 
-    plain = Path(place).resolve().name
-    if is_url(place):
-        plain = re.sub(r"/(tree|raw|blob|resolve)/.*", "", place.rstrip("/")).rpartition("/")[2]
+    plain = Path(location).resolve().name
+    if is_url(location):
+        plain = re.sub(r"/(tree|raw|blob|resolve)/.*", "", location.rstrip("/")).rpartition("/")[2]
     return EvaluationData(
         name=plain.removeprefix("wds_"),
-        splits=LazySplits(read, shards.folders, first=split, of=place),
+        splits=LazySplits(read, shards.folders, first=split, of=location),
         class_names=names if kind != "retrieval" else (),
         templates=templates,
     )
@@ -508,12 +510,12 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
     if name not in TORCHVISION:
         raise ValueError(
             f"{reference}: not a known classification set; known are {', '.join(TORCHVISION)}"
-            f"{where(name)}"
+            f"{download_hint(name)}"
         )
     if root is None or not Path(root).is_dir():
-        place = f"{root}: no such folder" if root else "root is not set"
+        problem = f"{root}: no such folder" if root else "root is not set"
         raise ValueError(
-            f"{reference}: {place}; root is the folder that torchvision keeps it in; "
+            f"{reference}: {problem}; root is the folder that torchvision keeps it in; "
             f"{fetching(name, 'FOLDER')}"
         )
 
@@ -566,7 +568,7 @@ def _open_captions(file: str, root: str | None, split: str) -> EvaluationData:
     try:
         name, captions = readers.read_captions_json(file)
     except ValueError as error:
-        raise ValueError(f"{error}{where(file)}") from None
+        raise ValueError(f"{error}{download_hint(file)}") from None
     folder = root or str(Path(file).parent)
 
     def read(split: str) -> Split:

@@ -118,7 +118,7 @@ class Encoder:
             content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(content.numpy())
-        # Functions and objects without a text of their own show where in memory they lie.
+        # Functions and objects without a text show their address in memory.
         facts = f"{self.model!r} {self.transform!r}"
         facts += "" if self.autocast is nullcontext else repr(self.autocast)
         digest.update(re.sub(r" at 0x[0-9a-f]+", "", facts).encode())
@@ -126,8 +126,8 @@ class Encoder:
         with evaluation_mode(self.model), torch.inference_mode():
             image = self.transform(Image.fromarray(ramp)).unsqueeze(0).to(self.device)
             text = self.tokenizer(["a photo of a red dog"]).to(self.device)
-            for found in (self.model.encode_image(image), self.model.encode_text(text)):
-                first = found.float().flatten()[:16].tolist()
+            for features in (self.model.encode_image(image), self.model.encode_text(text)):
+                first = features.float().flatten()[:16].tolist()
                 digest.update(" ".join(f"{value:.3g}" for value in first).encode())
         return digest.hexdigest()
 
@@ -156,17 +156,17 @@ class Encoder:
             some = kept.bad[:: len(kept.bad) // RETRIED + 1]
             return all(len(reader[range(row, row + 1)][1]) for row, _ in some)
 
-        found = self._kept("image", images.key, compute, holds)
-        if not len(found.features):
-            reason = f", such as {found.bad[0][1]}" if found.bad else ""
+        encoded = self._kept("image", images.key, compute, holds)
+        if not len(encoded.features):
+            reason = f", such as {encoded.bad[0][1]}" if encoded.bad else ""
             raise ValueError(f"{stage}: no image can be used{reason}")
-        return found
+        return encoded
 
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
         """Features of texts.
 
         Args:
-            content: Identifies the texts; then kept features are found without reading these.
+            content: Identifies the texts; then kept features are read without these.
         """
         if not content:
             texts = list(texts)
@@ -244,17 +244,17 @@ class Encoder:
             return compute()
         key = checksum(f"{self.key} {kind} {content}".encode())
         path = self.cache / f"{key}.npy"
-        found = read_kept(path)
-        (missing,) = any_rank([found is None or not holds(found)])
-        if found is not None and not missing:
-            return found
-        found = compute()
+        kept = read_kept(path)
+        (missing,) = any_rank([kept is None or not holds(kept)])
+        if kept is not None and not missing:
+            return kept
+        encoded = compute()
         if rank() == 0:
             try:
-                keep(path, found)
+                keep(path, encoded)
             except OSError as error:
                 say(f"warning: features are not kept ({error})")
-        return found
+        return encoded
 
 
 class Reader(Dataset[Batch]):
@@ -304,8 +304,8 @@ class Reader(Dataset[Batch]):
         except BadSample:
             raise
         except (ValueError, OSError) as error:
-            where = images.where(row) if hasattr(images, "where") else images.name
-            raise BadSample(images.sample_id(row), where, str(error)) from error
+            source = images.where(row) if hasattr(images, "where") else images.name
+            raise BadSample(images.sample_id(row), source, str(error)) from error
 
     def finish(self, batch: Tensor) -> Tensor:
         """The model's input, of what `read` gave."""
@@ -343,7 +343,7 @@ def encode(
     """Features of `number` rows; the ranks take turns at the batches.
 
     A batch has the same rows, and so its features the same bits, for any number of ranks. A sharded
-    forward is collective, so a rank without good rows of its own encodes a blank one and drops it.
+    forward is collective, so a rank without good rows encodes a blank one and drops it.
 
     Args:
         forward: A batch of inputs to features.
@@ -357,8 +357,8 @@ def encode(
 
     def read(first: int) -> tuple[Tensor, int]:
         """This rank's input, and how many of its rows count."""
-        ready, found, keys = next(batches) if first < number else (torch.zeros(0), [], [])
-        bad.extend((row, why) for row, why in found)
+        ready, left_out, keys = next(batches) if first < number else (torch.zeros(0), [], [])
+        bad.extend((row, why) for row, why in left_out)
         content.extend((row, key) for row, key in keys)
         return (ready, len(ready)) if len(ready) else (blank(), 0)
 

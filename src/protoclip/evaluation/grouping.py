@@ -49,8 +49,8 @@ def neighbours_in_group(
     for start in range(0, len(rows), size):
         similarity = rows[start : start + size] @ rows.T
         similarity.diagonal(offset=start).fill_(float("-inf"))  # a row is not its own neighbour
-        found = similarity.topk(min(neighbours, len(rows) - 1)).indices
-        shares.append((groups[found] == groups[start : start + size, None]).float().mean(dim=1))
+        nearest = similarity.topk(min(neighbours, len(rows) - 1)).indices
+        shares.append((groups[nearest] == groups[start : start + size, None]).float().mean(dim=1))
     return float(torch.cat(shares).mean())
 
 
@@ -111,23 +111,23 @@ def measure(
         )
         for modality, rows in spaces.items()
     }
-    found = {"agreement": mean(map(agreement, groups["image"], groups["text"]))}
+    measures = {"agreement": mean(map(agreement, groups["image"], groups["text"]))}
 
     for modality, other in partner.items():
-        rows, own, partners = spaces[modality], groups[modality], groups[other]
+        rows, of_rows, of_partners = spaces[modality], groups[modality], groups[other]
         values = {
-            "neighbours": mean(neighbours_in_group(rows, of) for of in partners),
-            "neighbours_by_chance": mean(map(same_group_by_chance, partners)),
+            "neighbours": mean(neighbours_in_group(rows, of) for of in of_partners),
+            "neighbours_by_chance": mean(map(same_group_by_chance, of_partners)),
             "effective_rank": effective_rank(rows),
             "spread": spread(rows),
         }
         if classes is not None:
-            values["classes"] = mean(agreement(of, classes) for of in own)
+            values["classes"] = mean(agreement(of, classes) for of in of_rows)
         if previous is not None:
-            values["stability"] = mean(map(agreement, own, previous[modality]))
-        sizes = [group_sizes(of, num_groups) for of in own]
+            values["stability"] = mean(map(agreement, of_rows, previous[modality]))
+        sizes = [group_sizes(of, num_groups) for of in of_rows]
         values |= {f"groups/{name}": mean(of[name] for of in sizes) for name in sizes[0]}
-        found |= {f"{name}/{modality}": value for name, value in values.items()}
+        measures |= {f"{name}/{modality}": value for name, value in values.items()}
     known = retrieval.captions_of(
         [(caption,) for caption in captions], [""] * len(captions), concepts, content
     )
@@ -135,6 +135,8 @@ def measure(
     of_texts = texts[[row_of[caption] for caption in known.texts]]
     ranks = retrieval.retrieval_ranks(images[known.rows], of_texts, known)
     for modality, of_modality in zip(MODALITIES, ranks, strict=True):
-        found[f"recall@10/{modality}_to_{partner[modality]}"] = retrieval.recall_at(of_modality, 10)
-    found |= modality_gap(images, texts)
-    return found, groups
+        measures[f"recall@10/{modality}_to_{partner[modality]}"] = retrieval.recall_at(
+            of_modality, 10
+        )
+    measures |= modality_gap(images, texts)
+    return measures, groups

@@ -35,11 +35,11 @@ class LinearProbe:
         return float((self.predict(features) == labels).double().mean())
 
     def ranks(self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """How many other classes are at least as probable as each row's own; k if it is unseen."""
-        logits, own = self.logits(features), labels.to(self.classes)
-        position = torch.searchsorted(self.classes, own).clamp(max=len(self.classes) - 1)
+        """How many others are at least as probable as the class of each row; k if it is unseen."""
+        logits, wanted = self.logits(features), labels.to(self.classes)
+        position = torch.searchsorted(self.classes, wanted).clamp(max=len(self.classes) - 1)
         ranks = (logits >= logits.gather(1, position.unsqueeze(1))).sum(dim=1) - 1
-        ranks = ranks.where(self.classes[position] == own, len(self.classes))
+        ranks = ranks.where(self.classes[position] == wanted, len(self.classes))
         return ranks.to(features.device)
 
 

@@ -5,7 +5,7 @@ intervals follow from.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 FEWEST = 5  # groups that an interval of a difference may rest on
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """One metric.
 
@@ -27,18 +27,19 @@ class Metric:
     takes from the mean.
 
     Attributes:
-        name: Ours, which stands behind `eval/<data set>/`.
         task: The task of `evaluate` that measures it.
+        name: Ours, which stands behind `eval/<data set>/`.
         key: Its name in records of the task: CLIP_benchmark's, where that has one.
         label: What people call it.
         emoji_label: What people call it on the emoji, if that differs.
         in_runs: Whether a run's own evaluation gives it.
     """
 
-    name: str
     task: str
+    name: str
     key: str
     label: str
+    _: KW_ONLY
     emoji_label: str = ""
     in_runs: bool = True
     column: str | None = None
@@ -57,113 +58,89 @@ class Metric:
         return self.task != "geometry"
 
 
-def among_best(*ks: int, **facts: Any) -> list[Metric]:
-    """Metrics that ask for a rank below each `k`; their names have it in the place of `{k}`."""
-    metrics = []
-    for k in ks:
-        named: dict[str, Any] = {
-            key: of.format(k=k) if isinstance(of, str) else of for key, of in facts.items()
-        }
-        metrics.append(Metric(k=k, **named))
-    return metrics
+def at(ks: Sequence[int], *names: str, column: str, **facts: str) -> list[Metric]:
+    """Metrics that ask for a rank below each `k`, which `{k}` in names and facts stands for."""
+    return [
+        Metric(
+            *(name.format(k=k) for name in names),
+            column=column,
+            k=k,
+            **{name: fact.format(k=k) for name, fact in facts.items()},  # type: ignore[arg-type]
+        )
+        for k in ks
+    ]
 
 
-MULTILABEL = "zero_shot/mean_average_precision"  # in place of the accuracies
+MULTILABEL = "zero_shot/mean_average_precision"  # instead of the accuracies
 #: In the order in which they are shown.
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        *among_best(
-            *(1, 5),
-            task="zero_shot",
-            name="zero_shot/acc{k}",
-            key="acc{k}",
-            label="zero-shot, acc{k}",
-            emoji_label="zero-shot, unseen concepts, acc{k}",
+        *at(
+            (1, 5),
+            *("zero_shot", "zero_shot/acc{k}", "acc{k}", "zero-shot, acc{k}"),
             column="zero_shot_rank",
+            emoji_label="zero-shot, unseen concepts, acc{k}",
         ),
         Metric(
-            task="zero_shot",
-            name="zero_shot/mean_per_class_recall",
-            key="mean_per_class_recall",
-            label="zero-shot, mean recall of classes",
-            in_runs=False,
+            *("zero_shot", "zero_shot/mean_per_class_recall", "mean_per_class_recall"),
+            "zero-shot, mean recall of classes",
             column="zero_shot_rank",
             k=1,
             by="zero_shot_class",
+            in_runs=False,
         ),
-        *among_best(
-            *(1, 5),
-            task="zero_shot",
-            name="zero_shot_subgroup/acc{k}",
-            key="subgroup_acc{k}",
-            label="zero-shot, subgroups, acc{k}",
+        *at(
+            (1, 5),
+            *("zero_shot", "zero_shot_subgroup/acc{k}", "subgroup_acc{k}"),
+            "zero-shot, subgroups, acc{k}",
             column="zero_shot_subgroup_rank",
         ),
         Metric(
-            task="zero_shot",
-            name=MULTILABEL,
-            key="mean_average_precision",
-            label="zero-shot, mean average precision",
+            *("zero_shot", MULTILABEL, "mean_average_precision"),
+            "zero-shot, mean average precision",
         ),
-        *among_best(
-            *(1, 5, 10),
-            task="retrieval",
-            name="retrieval/image_to_text@{k}",
-            key="text_retrieval_recall@{k}",
-            label="image-to-text recall@{k}",
+        *at(
+            (1, 5, 10),
+            *("retrieval", "retrieval/image_to_text@{k}", "text_retrieval_recall@{k}"),
+            "image-to-text recall@{k}",
             column="image_to_text_rank",
             crowding="image_to_text_crowding_{k}",
         ),
-        *among_best(
-            *(1, 5, 10),
-            task="retrieval",
-            name="retrieval/text_to_image@{k}",
-            key="image_retrieval_recall@{k}",
-            label="text-to-image recall@{k}",
+        *at(
+            (1, 5, 10),
+            *("retrieval", "retrieval/text_to_image@{k}", "image_retrieval_recall@{k}"),
+            "text-to-image recall@{k}",
             column="text_to_image_rank",
             crowding="text_to_image_crowding_{k}",
         ),
         Metric(
-            task="linear_probe",
-            name="linear_probe/acc1",
-            key="lp_acc1",
-            label="linear probe",
+            *("linear_probe", "linear_probe/acc1", "lp_acc1", "linear probe"),
             column="linear_probe_correct",
-        ),
-        *among_best(
-            5,
-            task="linear_probe",
-            name="linear_probe/acc{k}",
-            key="lp_acc{k}",
-            label="linear probe, acc{k}",
-            in_runs=False,
-            column="linear_probe_rank",
         ),
         Metric(
-            task="linear_probe",
-            name="linear_probe/mean_per_class_recall",
-            key="lp_mean_per_class_recall",
-            label="linear probe, mean recall of classes",
+            *("linear_probe", "linear_probe/acc5", "lp_acc5", "linear probe, acc5"),
+            column="linear_probe_rank",
+            k=5,
             in_runs=False,
+        ),
+        Metric(
+            *("linear_probe", "linear_probe/mean_per_class_recall", "lp_mean_per_class_recall"),
+            "linear probe, mean recall of classes",
             column="linear_probe_correct",
             by="class",
+            in_runs=False,
         ),
-        Metric(task="knn", name="knn/acc1", key="acc1", label="kNN", column="knn_correct"),
-        Metric(task="clustering", name="clustering/ami", key="ami", label="K-means AMI"),
-        Metric(task="clustering", name="clustering/ari", key="ari", label="K-means ARI"),
+        Metric("knn", "knn/acc1", "acc1", "kNN", column="knn_correct"),
+        Metric("clustering", "clustering/ami", "ami", "K-means AMI"),
+        Metric("clustering", "clustering/ari", "ari", "K-means ARI"),
         *(
-            Metric(
-                task="geometry",
-                name=f"modality_gap/{key}",
-                key=key,
-                label=key.replace("_", " "),
-                in_runs=not key.startswith("effective_rank"),
-            )
-            for key in (
-                *("gap", "alignment", "uniformity_image", "uniformity_text"),
-                *("effective_rank_image", "effective_rank_text"),
-            )
+            Metric("geometry", f"modality_gap/{name}", name, name.replace("_", " "))
+            for name in ("gap", "alignment", "uniformity_image", "uniformity_text")
+        ),
+        *(
+            Metric("geometry", f"modality_gap/{name}", name, name.replace("_", " "), in_runs=False)
+            for name in ("effective_rank_image", "effective_rank_text")
         ),
     )
 }
@@ -175,8 +152,8 @@ def columns_of(*, texts: bool) -> list[str]:
     """The columns of results of images, or of texts, that metrics follow from."""
     columns = dict.fromkeys(["group"])
     for metric in METRICS.values():
-        own = [metric.column, metric.by] if metric.of_texts == texts else [metric.crowding]
-        columns |= dict.fromkeys(filter(None, own))
+        names = [metric.column, metric.by] if metric.of_texts == texts else [metric.crowding]
+        columns |= dict.fromkeys(filter(None, names))
     return list(columns)
 
 

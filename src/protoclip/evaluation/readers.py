@@ -1,5 +1,8 @@
-"""Readers of evaluation data where it lies: tars in CLIP_benchmark's layout, folders of classes,
-caption files of COCO and Flickr30k, and torchvision's data sets."""
+"""Readers of other people's evaluation data: tars in CLIP_benchmark's layout, folders of classes,
+caption files of COCO and Flickr30k, and torchvision's data sets.
+
+They give images, labels and captions; `datasets` makes data sets of them.
+"""
 
 import hashlib
 import io
@@ -73,39 +76,39 @@ class ShardFolder:
     Remote files are copied to `cache` once, the shards of a split when it is first read.
     """
 
-    place: str
+    location: str
     texts: Mapping[str, str]  # by path below the folder; only those that exist
     access: Access
     cache: Path
 
     @classmethod
-    def open(cls, place: str, *, access: Access, cache: Path) -> "ShardFolder":
+    def open(cls, location: str, *, access: Access, cache: Path) -> "ShardFolder":
         """Read the describing files; raises `ValueError` if none tells of a split."""
-        if found := HUB_PAGE.fullmatch(place.rstrip("/")):
-            place = f"{found[1]}/resolve/{found[2] or 'main'}"
-        place = place.rstrip("/")
-        if not is_url(place) and not Path(place).is_dir():
-            raise ValueError(f"{place}: no such folder")
-        cache = cache / digest({"url": place})
+        if page := HUB_PAGE.fullmatch(location.rstrip("/")):
+            location = f"{page[1]}/resolve/{page[2] or 'main'}"
+        location = location.rstrip("/")
+        if not is_url(location) and not Path(location).is_dir():
+            raise ValueError(f"{location}: no such folder")
+        cache = cache / digest({"url": location})
         folders = [folder for names in SPLIT_FOLDERS.values() for folder in names]
         names = [CLASS_NAMES, TEMPLATES, DATASET_TYPE]
         names += [f"{folder}/{NUM_SHARDS}" for folder in folders]
         known = cache / "layout.json"
-        if is_url(place) and known.is_file():
+        if is_url(location) and known.is_file():
             texts = read_json(known)
             if not all(isinstance(text, str) for text in texts.values()):
                 raise ValueError(f"{known}: damaged (not what was written); delete it")
         else:
-            texts = {name: text for name in names if (text := _text(f"{place}/{name}", access))}
+            texts = {name: text for name in names if (text := _text(f"{location}/{name}", access))}
         if not any(name.endswith(NUM_SHARDS) for name in texts):
             raise ValueError(
-                f"{place}: no split in CLIP_benchmark's layout, such as test/{NUM_SHARDS} with "
+                f"{location}: no split in CLIP_benchmark's layout, such as test/{NUM_SHARDS} with "
                 "test/0.tar"
             )
-        if is_url(place):
+        if is_url(location):
             known.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(known, json.dumps(texts))
-        return cls(place=place, texts=texts, access=access, cache=cache)
+        return cls(location=location, texts=texts, access=access, cache=cache)
 
     @property
     def folders(self) -> dict[str, str]:
@@ -121,7 +124,7 @@ class ShardFolder:
         """The images of a split, and the content of the file beside each."""
         folder = self.folders[split]
         index = index_shards(self._shards(folder), extension, folder=self.cache.parent / "index")
-        name, key = f"{self.place}/{folder}", index.path.stem
+        name, key = f"{self.location}/{folder}", index.path.stem
         pairs = ImageTextPairs(index, name=name, caption_columns=(), table_key=key)
         index.check()
         return pairs, index.table.column("content").to_pylist()
@@ -129,27 +132,27 @@ class ShardFolder:
     def _shards(self, folder: str) -> list[Path]:
         number = self.texts[f"{folder}/{NUM_SHARDS}"].strip()
         if not re.fullmatch(r"0*[1-9]\d{0,5}", number):
-            place = f"{self.place}/{folder}/{NUM_SHARDS}"
-            raise ValueError(f"{place}: holds '{visible(number[:20])}', not a number of tars")
-        places = [f"{self.place}/{folder}/{shard}.tar" for shard in range(int(number))]
-        if not is_url(self.place):
-            return [Path(place) for place in places]
-        copies = [self.cache / folder / f"{shard}.tar" for shard in range(len(places))]
-        progress = Progress(f"Downloading {self.place}/{folder}", len(copies))
-        for done, (place, copy) in enumerate(zip(places, copies, strict=True), 1):
-            _download(place, copy, self.access)
+            path = f"{self.location}/{folder}/{NUM_SHARDS}"
+            raise ValueError(f"{path}: holds '{visible(number[:20])}', not a number of tars")
+        shards = [f"{self.location}/{folder}/{shard}.tar" for shard in range(int(number))]
+        if not is_url(self.location):
+            return [Path(shard) for shard in shards]
+        copies = [self.cache / folder / f"{shard}.tar" for shard in range(len(shards))]
+        progress = Progress(f"Downloading {self.location}/{folder}", len(copies))
+        for done, (shard, copy) in enumerate(zip(shards, copies, strict=True), 1):
+            _download(shard, copy, self.access)
             progress.update(done)
         return copies
 
 
-def _text(place: str, access: Access) -> str:
+def _text(file: str, access: Access) -> str:
     """The content of a text file; empty if there is none."""
     try:
-        return read_file(place, access).decode()
+        return read_file(file, access).decode()
     except FileNotFoundError:
         return ""
     except Exception as error:  # the clients of stores have exceptions of their own
-        raise ValueError(f"{place}: {reason_of(error)}") from None
+        raise ValueError(f"{file}: {reason_of(error)}") from None
 
 
 def _download(url: str, copy: Path, access: Access) -> None:
@@ -230,14 +233,14 @@ def parse_each(
     images: Any, contents: Iterable[Any], parse: Callable[[Any, int], T], num_classes: int = 0
 ) -> list[T]:
     """What is known of each image; raises `ValueError`, which names a sample that is wrong."""
-    found: list[T] = []
+    parsed: list[T] = []
     for row, content in enumerate(contents):
         try:
-            found.append(parse(content, num_classes))
+            parsed.append(parse(content, num_classes))
         except (ValueError, EOFError, MemoryError) as error:
-            where = f"{images.name}: sample '{images.sample_id(row)}'"
-            raise ValueError(visible(f"{where}: {reason_of(error)}")) from None
-    return found
+            sample = f"{images.name}: sample '{images.sample_id(row)}'"
+            raise ValueError(visible(f"{sample}: {reason_of(error)}")) from None
+    return parsed
 
 
 def class_number(content: Any, num_classes: int) -> int:
@@ -276,12 +279,12 @@ def class_folders(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir() or _holds_table(folder):
         return {}
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for split, names in SPLIT_FOLDERS.items():
         for name in names:
-            if split not in found and _has_classes(folder / name):
-                found[split] = folder / name
-    return found or ({"test": folder} if _has_classes(folder) else {})
+            if split not in folders and _has_classes(folder / name):
+                folders[split] = folder / name
+    return folders or ({"test": folder} if _has_classes(folder) else {})
 
 
 def _holds_table(folder: Path) -> bool:
@@ -316,8 +319,8 @@ def read_class_folder(
     names: list[str] = []
     labels: list[int] = []
     for number, class_ in enumerate(classes):
-        place = folder / class_
-        files = sorted(filter(_is_image, place.iterdir())) if place.is_dir() else []
+        of_class = folder / class_
+        files = sorted(filter(_is_image, of_class.iterdir())) if of_class.is_dir() else []
         names += [f"{class_}/{path.name}" for path in files]
         labels += [number] * len(files)
     return image_files(names, root=str(folder), name=name), torch.tensor(labels)
@@ -406,10 +409,10 @@ class TorchvisionImages:
             raise BadSample(self.sample_id(row), self.name, reason_of(error)) from error
 
     def labels(self) -> Iterable[Any]:
-        """The class numbers, without reading the images where the data set lists them."""
+        """The class numbers, without reading the images if the data set lists them."""
         for attribute in ("targets", "labels", "_labels", "y"):
-            if (found := getattr(self.samples, attribute, None)) is not None:
-                return np.asarray(found)
+            if (labels := getattr(self.samples, attribute, None)) is not None:
+                return np.asarray(labels)
         return (sample[1] for sample in getattr(self.samples, "_samples", self.samples))
 
 

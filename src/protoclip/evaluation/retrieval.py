@@ -59,7 +59,7 @@ def captions_of(
     ]
     rows = {image: row for row, image in reversed([*enumerate(image_of)])}
     shared, groups = groups is not None, image_of if groups is None else groups
-    place: dict[tuple[int, str, int], int] = {}
+    position: dict[tuple[int, str, int], int] = {}
     number: dict[str, int] = {}
     pairs: dict[tuple[int, int], None] = {}
     of_group: dict[int, set[int]] = {}
@@ -71,10 +71,10 @@ def captions_of(
             of_group.setdefault(group, set()).add(number.setdefault(text, len(number)))
             # CLIP_benchmark counts a caption as often as an image has it; a copy adds none.
             again = 0 if shared else captions[row][:nth].count(text)
-            if (key_of_text := (group, text, again)) not in place:
-                place[key_of_text] = len(place)
+            if (key_of_text := (group, text, again)) not in position:
+                position[key_of_text] = len(position)
                 text_ids.append(f"{ids[rows[image]]}: {text}")
-            pairs[image, place[key_of_text]] = None
+            pairs[image, position[key_of_text]] = None
     # Images of equal content in several groups have the captions of all of them.
     matches = [
         (image, text)
@@ -85,12 +85,12 @@ def captions_of(
     image_of_pair, text_of_pair = torch.tensor([*pairs]).T
     return Captions(
         rows=[rows[image] for image in range(len(images))],
-        texts=[text for _, text, _ in place],
+        texts=[text for _, text, _ in position],
         ids=text_ids,
-        groups=torch.tensor([group for group, *_ in place]),
+        groups=torch.tensor([group for group, *_ in position]),
         image_of_pair=image_of_pair,
         text_of_pair=text_of_pair,
-        numbers=torch.tensor([number[text] for _, text, _ in place]),
+        numbers=torch.tensor([number[text] for _, text, _ in position]),
         matches=torch.tensor(matches).T,
     )
 
@@ -186,15 +186,15 @@ def crowding(
     for rows in torch.split(near, max(1, CHUNK // max(len(candidates), most**2))):
         similarity = queries[rows].float() @ candidates.float().T
         # The best relevant candidate stands behind as many as the rank says.
-        nearest, own = similarity.topk(most).indices, query_clusters[rows].unsqueeze(1)
+        nearest, cluster_of_query = similarity.topk(most).indices, query_clusters[rows].unsqueeze(1)
         cluster, rank = candidate_clusters[nearest], ranks[rows].unsqueeze(1)
-        before = (torch.arange(most) <= rank) & (cluster != own)
+        before = (torch.arange(most) <= rank) & (cluster != cluster_of_query)
         same = (cluster.unsqueeze(2) == cluster.unsqueeze(1)) & before.unsqueeze(1)
         is_first = before & ~same.tril(-1).any(dim=2)
         for k in ks:
             alone = is_first & (rank >= k) & (rank - same.sum(dim=2) < k)
-            right_without[k].append((own * number + cluster)[alone])
-    found = {}
+            right_without[k].append((cluster_of_query * number + cluster)[alone])
+    by_k = {}
     for k, pairs in right_without.items():
         pair, count = torch.unique(torch.cat(pairs), return_counts=True)
         share = torch.bincount(pair % number, count.double(), minlength=number) / len(queries)
@@ -202,5 +202,5 @@ def crowding(
         noise = float((count.double() / len(queries)).square().sum())
         variance = float(taken[sizes > 0].square().sum())
         taken *= max(0.0, 1 - noise / variance) if variance else 0.0
-        found[k] = (taken / sizes)[candidate_clusters]
-    return found
+        by_k[k] = (taken / sizes)[candidate_clusters]
+    return by_k

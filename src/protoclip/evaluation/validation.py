@@ -56,12 +56,12 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     A mixture is judged by each of its sources, and by all together.
 
     Raises:
-        ValueError: No pairs are left to judge by, where the settings ask for some.
+        ValueError: No pairs are left to judge by, though the settings ask for some.
     """
     data, notes = config.data, list[str]()
     if data.is_emoji and data.validation is None:
         return Judged(samples, [datasets.emoji()], notes)
-    own = plain_sources(samples)
+    given_sources = plain_sources(samples)
     if data.validation == "emoji":
         return Judged(samples, [datasets.emoji()], notes)
     folder = index_folder()
@@ -78,25 +78,25 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         if not isinstance(given, Pairs):
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
         judging = plain_sources(given)
-        trained = [*[(source, NONE) for source in own], *trained_before(config, notes)]
+        trained = [*[(source, NONE) for source in given_sources], *trained_before(config, notes)]
         if trained:  # what a stream holds is not known
             notes += overlap(data.validation, shared(judging, trained, folder=folder))
         parts = [(source, np.arange(len(source))) for source in judging]
-        return Judged(samples, data_sets(parts, learned(own, NONE)), notes)
+        return Judged(samples, data_sets(parts, probe_rows(given_sources, NONE)), notes)
     share = SHARE if data.validation is None else data.validation
     if share == 0:
         return Judged(samples, [], notes)
     asked = is_asked(config)
     if not isinstance(samples, Pairs):
         reason = "data.validation: a stream is not held out; name a source to judge the run by"
-        return nothing(samples, reason, asked=asked)
+        return refuse_or_note(samples, reason, asked=asked)
     before = trained_before(config, notes)
-    rows = held_out_rows(own, share=share, folder=folder, before=before)
+    rows = held_out_rows(given_sources, share=share, folder=folder, before=before)
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, since "
         reason += "model.start was trained on the others, " if before else ""
         reason += "they are few, or many share a caption; give a larger share or a source"
-        return nothing(samples, reason, asked=asked)
+        return refuse_or_note(samples, reason, asked=asked)
     if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):
         notes.append(
             f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since model.start "
@@ -112,7 +112,9 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         "data.validation sets a share, another source, or 0 for none"
     )
     return Judged(
-        without(samples, rows), data_sets(by_source(own, rows), learned(own, rows)), notes
+        without(samples, rows),
+        data_sets(by_source(given_sources, rows), probe_rows(given_sources, rows)),
+        notes,
     )
 
 
@@ -132,11 +134,11 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
         samples = sources.pairs(settings)
         if not isinstance(samples, Pairs):
             raise ValueError("it was a stream")
-        own, before = plain_sources(samples), trained_before(settings, [])
+        trained, before = plain_sources(samples), trained_before(settings, [])
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
             folder = index_folder()
-            held = held_out_rows(own, share=share, folder=folder, before=before)
+            held = held_out_rows(trained, share=share, folder=folder, before=before)
         if len(held) < (2 if is_asked(settings) else LEAST):
             held = NONE
         if rank() == 0 and (differs := changed_since(run, without(samples, held))):
@@ -147,7 +149,7 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
     except (OSError, ValueError) as error:
         notes.append(f"model.start: what {run} was trained on is not known ({error})")
         return []
-    return by_source(own, held) + before
+    return by_source(trained, held) + before
 
 
 def changed_since(run: Path, training: PairsView) -> str | None:
@@ -200,8 +202,8 @@ def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Evaluatio
     """
     # The columns of the training data say nothing about other tables.
     usual = DataConfig()
-    own = {name: getattr(usual, name) for name in COLUMNS}
-    settings, found = replace(config.data, **own), list[EvaluationData]()
+    columns = {name: getattr(usual, name) for name in COLUMNS}
+    settings, guards = replace(config.data, **columns), list[EvaluationData]()
     for reference in config.run.guard:
         try:
             data = datasets.open_data(reference, config=settings)
@@ -209,16 +211,16 @@ def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Evaluatio
                 quick_tasks(data, split)
         except ValueError as error:
             raise ValueError(f"run.guard: {error}") from error
-        if data.name in [other.name for other in (*held_out, *found)]:
+        if data.name in [other.name for other in (*held_out, *guards)]:
             raise ValueError(
                 f"run.guard: {reference}: two data sets of this run are called '{data.name}'; "
                 "rename one, or leave it out"
             )
-        found.append(data)
-    return found
+        guards.append(data)
+    return guards
 
 
-def nothing(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judged:
+def refuse_or_note(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judged:
     if asked:
         raise ValueError(reason)
     return Judged(samples, [], [reason])
@@ -230,7 +232,7 @@ def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
     return [copy.copy(source) for source in pairs]
 
 
-def learned(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
+def probe_rows(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
     """Rows with classes, drawn evenly from what is not held out, for kNN and the linear probe."""
     parts, total = [], sum(map(len, of)) - len(held_out)
     for source, left_out in by_source(of, held_out):
@@ -267,12 +269,12 @@ def data_sets(
             templates=templates if has_classes else ("{c}",),
         )
 
-    found = [data_set(NAME, parts)]
+    sets = [data_set(NAME, parts)]
     if len(held_out) > 1:
         # Numbers of few pairs say nothing.
         large = [part for part in parts if len(part[1]) >= LEAST]
-        found += [data_set(f"{NAME}-{part[0].name}", [part]) for part in large]
-    return found
+        sets += [data_set(f"{NAME}-{part[0].name}", [part]) for part in large]
+    return sets
 
 
 def joined(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -> Split:

@@ -37,7 +37,7 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Literal["image", "text"], ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 2
+FORM = 3
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -78,8 +78,8 @@ class Atlas:
         duplicates: Pairs of near-duplicate images `(p, 2)`; `duplicate_similarity` is their cosine.
         space: What was clustered, `projections` or `features`.
         compared: Images among which near-duplicates were looked for.
-        own: For each modality, how many prototypes the run itself has, and how many of them are
-            dead, which means nearest to no pair.
+        run_prototypes: For each modality, how many prototypes the run itself has, and how many of
+            them are dead, which means nearest to no pair.
     """
 
     captioned: Array
@@ -99,22 +99,22 @@ class Atlas:
     space: str
     layout: str
     compared: int
-    own: Mapping[str, Sequence[int]]
+    run_prototypes: Mapping[str, Sequence[int]]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def prototype(self, modality: str) -> Array:
-        found: Array = getattr(self, f"{modality}_prototype")
-        return found
+        values: Array = getattr(self, f"{modality}_prototype")
+        return values
 
     def similarity(self, modality: str) -> Array:
-        found: Array = getattr(self, f"{modality}_similarity")
-        return found
+        values: Array = getattr(self, f"{modality}_similarity")
+        return values
 
     def place(self, modality: str) -> Array:
-        found: Array = getattr(self, f"{modality}_place")
-        return found
+        values: Array = getattr(self, f"{modality}_place")
+        return values
 
 
 def num_prototypes(pairs: int) -> int:
@@ -130,7 +130,7 @@ def make_atlas(
     scale: float = USUAL_SCALE,
     layout: Layout = "pca",
     number: int | None = None,
-    own: Mapping[str, Float[Tensor, "k p"]] | None = None,
+    run_prototypes: Mapping[str, Float[Tensor, "k p"]] | None = None,
     seed: int = 0,
     show: Callable[[str], None] = lambda stage: None,
 ) -> Atlas:
@@ -140,7 +140,7 @@ def make_atlas(
         heads: Projection heads by modality, whose outputs are clustered; without, features are.
         scale: Inverse temperature of the loss.
         number: Prototypes of each modality; see `num_prototypes`.
-        own: Prototypes of the run's own, by modality, of which the dead are counted.
+        run_prototypes: Those of the run itself, by modality, of which the dead are counted.
 
     Raises:
         ValueError: Fewer than two pairs, or UMAP is not installed.
@@ -151,19 +151,19 @@ def make_atlas(
     number = number or num_prototypes(pairs)
     shown = torch.tensor(evenly_spaced(pairs, min(pairs, MAP_PAIRS), seed))
     show("prototypes")
-    found: dict[str, Array] = {}
+    groups: dict[str, Array] = {}
     dead: dict[str, list[int]] = {}
     for modality in MODALITIES:
         rows = getattr(features, modality)
         head = None if heads is None else heads[modality]
         assigned, similarity = group(rows, head, number=number, seed=seed)
-        found[f"{modality}_prototype"] = assigned.int().numpy()
-        found[f"{modality}_similarity"] = similarity.numpy()
-        if own and modality in own:
-            used = [nearest(part, own[modality])[0] for part in inside(rows, head)]
+        groups[f"{modality}_prototype"] = assigned.int().numpy()
+        groups[f"{modality}_similarity"] = similarity.numpy()
+        if run_prototypes and modality in run_prototypes:
+            used = [nearest(part, run_prototypes[modality])[0] for part in inside(rows, head)]
             dead[modality] = [
-                len(own[modality]),
-                len(own[modality]) - len(torch.unique(torch.cat(used))),
+                len(run_prototypes[modality]),
+                len(run_prototypes[modality]) - len(torch.unique(torch.cat(used))),
             ]
     show("map")
     image_place, text_place = places(features, shown, layout=layout, seed=seed)
@@ -185,8 +185,8 @@ def make_atlas(
         space="features" if heads is None else "projections",
         layout=layout,
         compared=compared,
-        own=dead,
-        **found,
+        run_prototypes=dead,
+        **groups,
     )
 
 
@@ -203,11 +203,7 @@ def inside(
 
 
 def group(
-    rows: Float[Tensor, "n d"],
-    head: Callable[[Tensor], Tensor] | None,
-    *,
-    number: int,
-    seed: int,
+    rows: Float[Tensor, "n d"], head: Callable[[Tensor], Tensor] | None, *, number: int, seed: int
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """The prototype of each row, and the cosine to its centroid."""
     fitted = torch.tensor(evenly_spaced(len(rows), min(len(rows), FITTED_ROWS), seed))
@@ -215,9 +211,9 @@ def group(
     centroids = kmeans(sample, number, iterations=ITERATIONS, seed=seed).centroids
     assigned, similarity = [], []
     for part in inside(rows, head):
-        own = nearest(part, centroids)[0]
-        assigned.append(own)
-        similarity.append((part * unit(centroids)[own]).sum(1))
+        numbers = nearest(part, centroids)[0]
+        assigned.append(numbers)
+        similarity.append((part * unit(centroids)[numbers]).sum(1))
     return torch.cat(assigned), torch.cat(similarity)
 
 
@@ -266,14 +262,14 @@ def disagreement(
     distance, loss = [], []
     for rows in torch.split(torch.arange(pairs), CHUNK):
         image, text = unit(features.image[rows]), unit(features.text[rows])
-        own = (image * text).sum(1)
-        is_own = others.unsqueeze(0) == rows.unsqueeze(1)
+        cosine = (image * text).sum(1)
+        is_self = others.unsqueeze(0) == rows.unsqueeze(1)
         both = []
         for mine, theirs in ((image, sets["text"]), (text, sets["image"])):
-            logits = (scale * mine @ theirs.T).masked_fill(is_own, float("-inf"))
-            joined = torch.cat([logits, scale * own.unsqueeze(1)], dim=1)
-            both.append(joined.logsumexp(1) - scale * own)
-        distance.append(1 - own)
+            logits = (scale * mine @ theirs.T).masked_fill(is_self, float("-inf"))
+            joined = torch.cat([logits, scale * cosine.unsqueeze(1)], dim=1)
+            both.append(joined.logsumexp(1) - scale * cosine)
+        distance.append(1 - cosine)
         loss.append((both[0] + both[1]) / 2)
     return torch.cat(distance), torch.cat(loss)
 
@@ -308,20 +304,20 @@ class Prototype:
 
 def prototypes(atlas: Atlas, modality: Literal["image", "text"]) -> list[Prototype]:
     """The prototypes of a modality by number, empty ones included."""
-    own = atlas.prototype(modality)
+    assigned = atlas.prototype(modality)
     other = atlas.prototype("text" if modality == "image" else "image")
-    sizes = np.bincount(own, minlength=atlas.number)
-    sums = np.bincount(own, atlas.similarity(modality), minlength=atlas.number)
-    together = contingency(own, other, atlas.number)
+    sizes = np.bincount(assigned, minlength=atlas.number)
+    sums = np.bincount(assigned, atlas.similarity(modality), minlength=atlas.number)
+    together = contingency(assigned, other, atlas.number)
     # The first entry of each row is its largest, and of equal ones that of the lowest column.
     order = np.lexsort((together.col, -together.data, together.row))
     rows, first = np.unique(together.row[order], return_index=True)
     partners, shared = np.zeros((2, atlas.number), np.int64)
     partners[rows], shared[rows] = together.col[order][first], together.data[order][first]
-    found = []
+    all_prototypes = []
     for number in range(atlas.number):
         size = int(sizes[number])
-        found.append(
+        all_prototypes.append(
             Prototype(
                 number=number,
                 modality=modality,
@@ -331,7 +327,7 @@ def prototypes(atlas: Atlas, modality: Literal["image", "text"]) -> list[Prototy
                 partner=int(partners[number]),
             )
         )
-    return found
+    return all_prototypes
 
 
 def contingency(one: Array, other: Array, number: int) -> coo_array:

@@ -76,8 +76,8 @@ class Explorer:
 
     @cached_property
     def _spaces(self) -> dict[str, Neighbours]:
-        found = self.features()
-        return {modality: Neighbours(getattr(found, modality)) for modality in MODALITIES}
+        features = self.features()
+        return {modality: Neighbours(getattr(features, modality)) for modality in MODALITIES}
 
     def space(self, modality: str) -> Neighbours:
         """The features of a modality, to be searched."""
@@ -99,16 +99,16 @@ class Explorer:
 
     def position(self, row: int) -> int | None:
         """Where in the atlas a row of the data is; None if it is not there."""
-        found = int(np.searchsorted(self.atlas.rows, row))
-        return found if row in self.atlas.rows[found : found + 1] else None
+        position = int(np.searchsorted(self.atlas.rows, row))
+        return position if row in self.atlas.rows[position : position + 1] else None
 
     def near(self, query: Float[Tensor, "1 d"], number: int) -> Answer:
-        found = {}
+        by_modality = {}
         for modality in MODALITIES:
             similarity, rows = self.space(modality).search(query, number)
             near = zip(rows[0].tolist(), similarity[0].tolist(), strict=True)
-            found[modality] = [(row, value) for row, value in near if row >= 0]
-        return Answer(images=found["image"], texts=found["text"])
+            by_modality[modality] = [(row, value) for row, value in near if row >= 0]
+        return Answer(images=by_modality["image"], texts=by_modality["text"])
 
     def search_text(self, text: str, number: int = 24) -> Answer:
         """The pairs nearest to a text, of which the first 1,000 characters count.
@@ -142,12 +142,12 @@ class Explorer:
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
         """What is nearest to a pair's image or text; the pair itself is left out."""
         query = self.space(modality).rows(torch.tensor([position]))
-        found = self.near(query, number + 1)
+        answer = self.near(query, number + 1)
 
         def others(near: Near) -> Near:
             return [entry for entry in near if entry[0] != position][:number]
 
-        return Answer(images=others(found.images), texts=others(found.texts))
+        return Answer(images=others(answer.images), texts=others(answer.texts))
 
 
 def open_explorer(
@@ -197,7 +197,7 @@ def open_explorer(
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,
-            own=own_prototypes(reference) if heads else {},
+            run_prototypes=run_prototypes(reference) if heads else {},
             show=show,
         )
         if cache:
@@ -250,7 +250,7 @@ def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]
     return {modality: partial(projections, head) for modality, head in heads.items()}
 
 
-def own_prototypes(reference: str) -> Mapping[str, Tensor]:
+def run_prototypes(reference: str) -> Mapping[str, Tensor]:
     """The prototypes that a run's checkpoint holds, by modality; none for other models."""
     checkpoint = find_start(reference).checkpoint
     return {} if checkpoint is None else analysis.prototypes(checkpoint)
@@ -259,8 +259,8 @@ def own_prototypes(reference: str) -> Mapping[str, Tensor]:
 def run_config(reference: str) -> Config | None:
     """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
     folder = Path(reference)
-    for place in (folder, *folder.resolve().parents[:2]):
-        path = place / "config.toml"
+    for parent in (folder, *folder.resolve().parents[:2]):
+        path = parent / "config.toml"
         if path.is_file():
             tree = read_toml(path)
             try:

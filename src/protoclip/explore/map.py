@@ -1,7 +1,7 @@
 """The map of images and texts, drawn by Bokeh."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from bokeh.core.properties import field
@@ -20,11 +20,17 @@ from bokeh.models import (
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 
-from protoclip.explore.render import CATEGORIES, ID_LENGTH, MAP_CAPTION_LENGTH, PALETTE, shown
+from protoclip.explore.atlas import MODALITIES, Atlas
+from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 
-if TYPE_CHECKING:
-    from protoclip.explore.render import Site
-
+MAP_CAPTION_LENGTH = 120
+CATEGORIES = 20  # colours; later categories share the last one
+# Colours that can be told apart on light and dark ground.
+PALETTE = (
+    *("#3b82f6", "#e8590c", "#2f9e44", "#d6336c", "#9c36b5", "#0c8599", "#b08900", "#e03131"),
+    *("#5f3dc4", "#66a80f", "#1098ad", "#f06595", "#845ef7", "#20c997", "#fd7e14", "#4c6ef5"),
+    *("#a61e4d", "#087f5b", "#c2255c", "#868e96"),
+)
 # Bokeh escapes what it puts in the place of a column's name.
 TOOLTIP = """
 <div class="tooltip">
@@ -36,9 +42,8 @@ TOOLTIP = """
 """
 
 
-def map_json(site: "Site") -> dict[str, Any]:
+def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
     """What the page draws: the plot, and for each way of colouring its columns and its legend."""
-    atlas, pairs = site.atlas, site.pairs
     drawn = atlas.drawn
     rows = atlas.rows[drawn]
     ids = [pairs.sample_id(row) for row in rows.tolist()]
@@ -55,9 +60,9 @@ def map_json(site: "Site") -> dict[str, Any]:
         "loss": atlas.loss[drawn].astype(np.float32),
     }
     ways: dict[str, Any] = {"modality": {"kind": "modality", "labels": ["images", "texts"]}}
-    for modality in ("image", "text"):
-        own = atlas.prototype(modality)[drawn]
-        add_categories(data, ways, f"{modality} prototype", [str(each) for each in own])
+    for modality in MODALITIES:
+        numbers = atlas.prototype(modality)[drawn].tolist()
+        add_categories(data, ways, f"{modality} prototype", [*map(str, numbers)])
     if pairs.has_classes:
         add_categories(data, ways, "class", [pairs.class_of(row) for row in rows.tolist()])
     if len(pairs.sources) > 1:
@@ -136,10 +141,10 @@ def add_categories(
 ) -> None:
     """A way of colouring by categories: the most frequent have colours of their own."""
     distinct = [value for value, _ in Counter(values).most_common()]
-    rank = {value: min(place, CATEGORIES - 1) for place, value in enumerate(distinct)}
+    rank = {value: min(number, CATEGORIES - 1) for number, value in enumerate(distinct)}
     data[f"by {name}"] = np.array([rank[value] for value in values], np.uint8)
-    own = distinct if len(distinct) <= CATEGORIES else distinct[: CATEGORIES - 1]
-    labels = [shown(value, 40) or "none" for value in own]
+    named = distinct if len(distinct) <= CATEGORIES else distinct[: CATEGORIES - 1]
+    labels = [shown(value, 40) or "none" for value in named]
     if len(distinct) > CATEGORIES:
         labels.append(f"{len(distinct) - CATEGORIES + 1} others")
     ways[name] = {"kind": "categories", "labels": labels, "colours": list(PALETTE)}

@@ -53,14 +53,14 @@ class Neighbours:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             similarity = queries @ self.features[part].T / self.norms[part]
-            found = similarity.topk(min(number, similarity.shape[1]), dim=1)
-            rows = found.indices + start
+            nearest = similarity.topk(min(number, similarity.shape[1]), dim=1)
+            rows = nearest.indices + start
             if best is not None:
-                joined = torch.cat([best[0], found.values], 1)
+                joined = torch.cat([best[0], nearest.values], 1)
                 top = joined.topk(min(number, joined.shape[1]), dim=1)
                 best = top.values, torch.cat([best[1], rows], 1).gather(1, top.indices)
             else:
-                best = found.values, rows
+                best = nearest.values, rows
         assert best is not None
         return best
 
@@ -93,12 +93,12 @@ def near_duplicates(
     pairs, values = [], []
     for start in range(0, len(neighbours), batch):
         rows = torch.arange(start, min(start + batch, len(neighbours)))
-        similarity, found = neighbours.search(neighbours.rows(rows), 2)
-        own = found == rows.unsqueeze(1)
-        # A row may not be among its own two nearest, if it has many copies.
-        place = own[:, 0].long().clamp(max=found.shape[1] - 1)
-        other = found.gather(1, place.unsqueeze(1)).squeeze(1)
-        value = similarity.gather(1, place.unsqueeze(1)).squeeze(1)
+        similarity, nearest = neighbours.search(neighbours.rows(rows), 2)
+        is_self = nearest == rows.unsqueeze(1)
+        # A row may not be among its two nearest, if it has many copies.
+        column = is_self[:, 0].long().clamp(max=nearest.shape[1] - 1)
+        other = nearest.gather(1, column.unsqueeze(1)).squeeze(1)
+        value = similarity.gather(1, column.unsqueeze(1)).squeeze(1)
         near = (value >= least) & (other != rows) & (other >= 0)
         pairs.append(torch.stack([rows, other], 1)[near].sort(dim=1).values)
         values.append(value[near])

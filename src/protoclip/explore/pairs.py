@@ -11,6 +11,15 @@ from protoclip.data.view import AllBut, PairsView, Rows, by_source
 from protoclip.evaluation.datasets import class_labels
 from protoclip.evaluation.validation import plain_sources
 from protoclip.progress import Progress
+from protoclip.terminal import visible
+
+CAPTION_LENGTH, ID_LENGTH = 300, 120  # characters that pages show
+
+
+def shown(text: str, limit: int = CAPTION_LENGTH) -> str:
+    """A text of others on one line, cut, with what turns or breaks lines made visible."""
+    cut = visible(" ".join(text[: 2 * limit].split()))
+    return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 1]}…"
 
 
 class ExploredPairs(PairsView):

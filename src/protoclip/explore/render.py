@@ -41,31 +41,17 @@ from protoclip.explore.atlas import (
     prototypes,
 )
 from protoclip.explore.explorer import Answer, Explorer, Near
-from protoclip.explore.pairs import ExploredPairs
+from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 from protoclip.files import read_sealed, sealed, to_json, write_atomically
 from protoclip.terminal import visible
 
-CAPTION_LENGTH, MAP_CAPTION_LENGTH, ID_LENGTH = 300, 120, 120
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
 PAGE_SIZE = 60  # pairs on a page
 FLOWS = 40  # movements between groups that are listed
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
-CATEGORIES = 20  # colours; later categories share the last one
-# Colours that can be told apart on light and dark ground.
-PALETTE = (
-    *("#3b82f6", "#e8590c", "#2f9e44", "#d6336c", "#9c36b5", "#0c8599", "#b08900", "#e03131"),
-    *("#5f3dc4", "#66a80f", "#1098ad", "#f06595", "#845ef7", "#20c997", "#fd7e14", "#4c6ef5"),
-    *("#a61e4d", "#087f5b", "#c2255c", "#868e96"),
-)
 DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
-
-
-def shown(text: str, limit: int = CAPTION_LENGTH) -> str:
-    """A text of others on one line, cut, with what turns or breaks lines made visible."""
-    cut = visible(" ".join(text[: 2 * limit].split()))
-    return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 1]}…"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +146,13 @@ class Site:
     @cached_property
     def _members(self) -> dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """For each modality all pairs by prototype, the nearest first; and where each begins."""
-        found = {}
+        members = {}
         for modality in MODALITIES:
-            own = self.atlas.prototype(modality)
-            order = np.lexsort((-self.atlas.similarity(modality), own))
-            starts = np.searchsorted(own[order], np.arange(self.atlas.number + 1))
-            found[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
-        return found
+            assigned = self.atlas.prototype(modality)
+            order = np.lexsort((-self.atlas.similarity(modality), assigned))
+            starts = np.searchsorted(assigned[order], np.arange(self.atlas.number + 1))
+            members[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
+        return members
 
     def members(self, modality: str, number: int) -> npt.NDArray[np.int64]:
         """The members of a prototype, those nearest to its centroid first."""
@@ -191,8 +177,8 @@ class Site:
     def id_shown(self, sample_id: str) -> str:
         return shown(sample_id, ID_LENGTH)
 
-    def near(self, title: str, found: Near, note: str = "") -> Section:
-        cards = [self.card(position, f"cosine {value:.3f}") for position, value in found]
+    def near(self, title: str, nearest: Near, note: str = "") -> Section:
+        cards = [self.card(position, f"cosine {value:.3f}") for position, value in nearest]
         return Section(title=title, cards=cards, note=note)
 
     def page(self, name: str, title: str, *, here: str = "index.html", **values: Any) -> str:
@@ -237,7 +223,7 @@ class Site:
                 return str(read_sealed(path)["map"])
         from protoclip.explore.map import map_json
 
-        made = json.dumps(map_json(self))
+        made = json.dumps(map_json(self.atlas, self.pairs))
         with suppress(OSError):  # it is drawn again the next time
             if path is not None:
                 write_atomically(path, to_json(sealed({"map": made})))
@@ -271,10 +257,10 @@ class Site:
 
     def prototype(self, modality: Literal["image", "text"], number: int, page: int = 1) -> str:
         """The members of a prototype, in both modalities."""
-        one, found = self.prototypes[modality][number], self.members(modality, number)
+        one, members = self.prototypes[modality][number], self.members(modality, number)
         other = "text" if modality == "image" else "image"
-        partners = Counter(self.atlas.prototype(other)[found].tolist()).most_common(12)
-        part, pages = paged(found, page)
+        partners = Counter(self.atlas.prototype(other)[members].tolist()).most_common(12)
+        part, pages = paged(members, page)
         similarity = self.atlas.similarity(modality)
         cards = [
             self.card(int(each), f"cosine to centroid {similarity[each]:.3f}") for each in part
@@ -340,12 +326,12 @@ class Site:
 
     def moved(self, modality: Literal["image", "text"], page: int = 1) -> str:
         """What two models group differently."""
-        found = self.pages.moved(modality)
-        part, pages = paged(np.arange(len(found.pairs)), page)
+        movements = self.pages.moved(modality)
+        part, pages = paged(np.arange(len(movements.pairs)), page)
         cards = [
             self.card(
-                int(found.pairs[each, self.number - 1]),
-                "group {} became {}".format(*found.groups[each]),
+                int(movements.pairs[each, self.number - 1]),
+                "group {} became {}".format(*movements.groups[each]),
             )
             for each in part
         ]
@@ -354,8 +340,8 @@ class Site:
             f"Moved {modality}s",
             here=f"moved-{modality}.html",
             modality=modality,
-            moved=found,
-            flows=found.flows[:FLOWS].tolist(),
+            moved=movements,
+            flows=movements.flows[:FLOWS].tolist(),
             cards=cards,
             page=page,
             pages=pages,
@@ -364,9 +350,9 @@ class Site:
     def pair(self, position: int) -> str:
         """One pair, and what is near to it."""
         row = self.explorer.row(position)
-        source, own = self.pairs.locate(row)
+        source, index = self.pairs.locate(row)
         try:
-            captions = [shown(text) for text in source.sample_captions(own)]
+            captions = [shown(text) for text in source.sample_captions(index)]
         except BadSample as error:
             captions = [shown(str(error))]
         nearest = {m: self.explorer.nearest(position, m) for m in MODALITIES}
@@ -383,21 +369,21 @@ class Site:
             here="index.html" if other is None else f"pair-{other}.html",
             card=self.card(position),
             captions=captions,
-            place=shown(source.where(own), 200),
+            origin=shown(source.where(index), 200),
             source=shown(source.name, 60),
             group=shown(self.pairs.class_of(row), 80),
             distance=float(self.atlas.distance[position]),
             loss=float(self.atlas.loss[position]),
-            own={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
+            prototypes={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
             sections=sections,
         )
 
-    def answer(self, question: str, found: Answer) -> str:
-        """What was found for a text or an image."""
+    def answer(self, question: str, answer: Answer) -> str:
+        """The images and captions nearest to a text or an image."""
         note = "" if self.explorer.space("image").exact else "By an index, so some may be missed."
         sections = [
-            self.near("Images", found.images, note),
-            self.near("Captions", found.texts, note),
+            self.near("Images", answer.images, note),
+            self.near("Captions", answer.texts, note),
         ]
         here = f"search.html?{urlencode({'text': question}, errors='replace')}"
         asked = shown(question, 200)
@@ -408,8 +394,8 @@ class Site:
 
     def ids(self, modality: str, number: int) -> list[str]:
         """The sample ids of a prototype's members."""
-        found = self.members(modality, number)
-        return [self.pairs.sample_id(self.explorer.row(int(each))) for each in found]
+        members = self.members(modality, number)
+        return [self.pairs.sample_id(self.explorer.row(int(each))) for each in members]
 
 
 def paged(
@@ -447,11 +433,11 @@ def template(name: str) -> Any:
 
 @lru_cache
 def assets() -> Files:
-    """Style and scripts, by name: our own, and Bokeh's out of its package."""
+    """Style and scripts, by name: ours, and Bokeh's out of its package."""
     bokeh = find_spec("bokeh")  # not imported, which takes time
     assert bokeh is not None
     assert bokeh.origin is not None
-    own = files("protoclip.explore") / "assets"
-    found = {name: (own / name).read_bytes() for name in ("explore.css", "explore.js")}
+    folder = files("protoclip.explore") / "assets"
+    ours = {name: (folder / name).read_bytes() for name in ("explore.css", "explore.js")}
     bokeh_js = Path(bokeh.origin).parent / "server" / "static" / "js" / "bokeh.min.js"
-    return {**found, "bokeh.min.js": bokeh_js.read_bytes()}
+    return {**ours, "bokeh.min.js": bokeh_js.read_bytes()}

@@ -61,9 +61,9 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         return pages.site(number)
 
     def modality(request: Request) -> Literal["image", "text"]:
-        if (found := request.path_params["modality"]) not in MODALITIES:
+        if (name := request.path_params["modality"]) not in MODALITIES:
             raise HTTPException(404)
-        return cast(Literal["image", "text"], found)
+        return cast(Literal["image", "text"], name)
 
     def page(request: Request) -> int:
         text = request.query_params.get("page", "1")
@@ -232,8 +232,8 @@ class Guard:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", ()), *own]}
+                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *ours]}
             await send(message)
 
         refused = self.refused(scope)
@@ -351,20 +351,20 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: The port is taken, or the host is none of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    listening = socket.socket(family, socket.SOCK_STREAM)
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-        found.listen(256)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(256)
     except (OSError, OverflowError, UnicodeError) as error:
-        found.close()
+        listening.close()
         reason = getattr(error, "strerror", None) or str(error)
         of_port = isinstance(error, OverflowError) or getattr(error, "errno", None) in OF_PORT
         setting = "--port" if of_port else "--host"
         raise ValueError(
             f"{setting}: cannot listen on {host} port {port} ({reason}); choose another"
         ) from None
-    return found
+    return listening
 
 
 def url_of(listening: socket.socket, host: str, token: str) -> str:

@@ -62,8 +62,8 @@ def run_of(checkpoint: Path | None) -> Path | None:
     """The run folder that a checkpoint is in."""
     if checkpoint is None:
         return None
-    found = checkpoint.resolve()
-    folders = (found, found.parent.parent)  # the run may have a model in its own folder
+    folder = checkpoint.resolve()
+    folders = (folder, folder.parent.parent)  # the run may have a model in its own folder
     return next((run for run in folders if (run / "config.toml").is_file()), None)
 
 
@@ -88,24 +88,16 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         checkpoint = end
     if checkpoint is None or not (checkpoint / RESUME).is_file():
         return "no checkpoint of a run"
-    stored = read_tensors(checkpoint / RESUME)
-    prefix, suffix = "clusters/", "/centroids"
-    spaces = [
-        key[len(prefix) : -len(suffix)]
-        for key in stored
-        if key.startswith(prefix) and key.endswith(suffix)
-    ]
-    if not spaces:
+    clusters = clusters_of(checkpoint)
+    if not clusters:
         return "the checkpoint holds none"
     tensors: dict[str, Tensor] = {}
-    for space in spaces:
-        centroids = stored[f"{prefix}{space}{suffix}"]
-        assignments = stored[f"{prefix}{space}/assignments"]
-        tensors[f"{space}.centroids"] = centroids
+    for space, (centroids, assignments) in clusters.items():
         known = assignments >= 0
+        tensors[f"{space}.centroids"] = centroids
         tensors[f"{space}.sizes"] = torch.bincount(assignments[known], minlength=len(centroids))
-        if space != "text" and "text" in spaces:
-            of_members = stored["clusters/text/centroids"][stored["clusters/text/assignments"]]
+        if space != "text" and "text" in clusters:
+            of_members = clusters["text"][0][clusters["text"][1]]
             tensors[f"{space}.in_text"] = back_translate(
                 assignments[known], of_members[known], len(centroids)
             )
@@ -113,31 +105,40 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         for name in ("image_head", "text_head"):
             head = getattr(source.model, name).state_dict()
             tensors |= {f"{name}.{key}": value for key, value in head.items()}
-    save_file(
-        {key: value.contiguous() for key, value in tensors.items()},
-        folder / f"{PROTOTYPES}.safetensors",
-    )
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(contiguous, folder / f"{PROTOTYPES}.safetensors")
+    spaces = {
+        space: {
+            "number": len(centroids),
+            "width": centroids.shape[1],
+            "sizes": tensors[f"{space}.sizes"].tolist(),
+        }
+        for space, (centroids, _) in clusters.items()
+    }
     facts = {
         "about": "K-means of one episode's projections: h = normalize(head(features))",
-        "spaces": {
-            space: {
-                "number": len(tensors[f"{space}.centroids"]),
-                "width": tensors[f"{space}.centroids"].shape[1],
-                "sizes": tensors[f"{space}.sizes"].tolist(),
-            }
-            for space in spaces
-        },
+        "spaces": spaces,
         "heads": str(getattr(source.model, "image_head", None)),
     }
     write_atomically(folder / f"{PROTOTYPES}.json", to_json(facts, indent=2) + "\n")
     return None
 
 
+def clusters_of(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Centroids `(k, p)` and assignments `(m,)` that a checkpoint holds, by space."""
+    stored = read_tensors(checkpoint / RESUME)
+    names = [key.split("/")[1] for key in stored if re.fullmatch("clusters/[^/]+/centroids", key)]
+    return {
+        name: (stored[f"clusters/{name}/centroids"], stored[f"clusters/{name}/assignments"])
+        for name in names
+    }
+
+
 def add_captions(source: Source, folder: Path) -> str | None:
     """Add the captions nearest to each prototype to `prototypes.json`, by the model itself.
 
     Nothing brings images and captions close by their projections, so those of an image prototype
-    are the captions nearest to its `in_text`. They are found among those of at most `PAIRS` of the
+    are the captions nearest to its `in_text`. They are chosen among those of at most `PAIRS` of the
     run's pairs, evenly spread; a prototype without members has none.
 
     Returns:
@@ -158,13 +159,13 @@ def add_captions(source: Source, folder: Path) -> str | None:
         return "the run's data has none"
     tensors = read_tensors(path.with_suffix(".safetensors"))
     projected = project(source, captions)
-    for space, found in facts["spaces"].items():
+    for space, about in facts["spaces"].items():
         means = tensors["text.centroids" if space == "text" else f"{space}.in_text"]
         # Projections have unit norm, so the largest product is the smallest distance.
         order = (means @ projected.T).topk(min(NEAREST, len(captions))).indices.tolist()
-        found["nearest_captions"] = [
+        about["nearest_captions"] = [
             [captions[number] for number in row] if size else []
-            for row, size in zip(order, found["sizes"], strict=True)
+            for row, size in zip(order, about["sizes"], strict=True)
         ]
     write_atomically(path, to_json(facts, indent=2) + "\n")
     return None
@@ -179,11 +180,11 @@ def captions_of(run: Path) -> list[str]:
     pairs = sources.pairs(config)
     if not isinstance(pairs, Pairs):
         raise ValueError("a stream has no order to draw from")
-    found: dict[str, None] = {}
+    captions: dict[str, None] = {}
     for row in np.unique(np.linspace(0, len(pairs) - 1, PAIRS).astype(int)):
         with suppress(BadSample):
-            found |= dict.fromkeys(pairs.sample_captions(int(row)))
-    return list(found)
+            captions |= dict.fromkeys(pairs.sample_captions(int(row)))
+    return list(captions)
 
 
 @torch.inference_mode()
@@ -203,18 +204,17 @@ def scalar(text: str) -> str:
     return text if plain else json.dumps(text)
 
 
-def metrics_of(run: Path | None, checkpoint: Path | None) -> dict[str, dict[str, Any]]:
-    """Metrics of a finished run with their 95% intervals, if they are of this checkpoint."""
+def metrics_of(
+    run: Path | None, checkpoint: Path | None
+) -> dict[str, tuple[float, list[float] | None]]:
+    """Metrics of a finished run, each with its 95% interval, if they are of this checkpoint."""
     if run is None or checkpoint is None or not (run / "results.json").is_file():
         return {}
     if checkpoint.resolve() != find_checkpoint(run.resolve()):
         return {}
     results = read_results(run)
     ends = intervals_of(results)
-    return {
-        name: {"value": value, "interval": ends.get(name)}
-        for name, value in results["metrics"].items()
-    }
+    return {name: (value, ends.get(name)) for name, value in results["metrics"].items()}
 
 
 def write_card(
@@ -224,7 +224,7 @@ def write_card(
     checkpoint = source.checkpoint
     run = run_of(checkpoint)
     settings = as_kept(read_toml(run / "config.toml")) if run else {}
-    own_name = flat(settings).get("run.name") or Path(facts["folder"]).name
+    name_of_run = flat(settings).get("run.name") or Path(facts["folder"]).name
     differences = facts["differences"]
     library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
     known = [library[name] for name in facts["formats"] if name in library]
@@ -236,7 +236,7 @@ def write_card(
         f"tags: [clip, protoclip{''.join(f', {name}' for name in known[1:])}]",
         "---",
         "",
-        f"# {visible(str(own_name))}",
+        f"# {visible(str(name_of_run))}",
         "",
         f"An image tower and a text tower with one joint space, exported from "
         f"`{visible(source.reference)}` by protoclip {protoclip.__version__}.",
@@ -253,16 +253,15 @@ def write_card(
         "|---|---|---|---|",
     ]
     for name, kind in {**facts["formats"], "protoclip": "`protoclip.load`"}.items():
-        found = differences.get(name)
-        if found is not None:
-            cells = (("-" if found[m] is None else f"{found[m]:.1e}") for m in ("image", "text"))
-            lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+        if name in differences:
+            of = [differences[name][modality] for modality in ("image", "text")]
+            cells = " | ".join("-" if value is None else f"{value:.1e}" for value in of)
+            lines.append(f"| {name} | {kind} | {cells} |")
     lines += [f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()]
     located = f'folder = "{Path(facts["folder"]).name}"'
     if hub_name is not None:
-        located = (
-            f'import huggingface_hub\nfolder = huggingface_hub.snapshot_download("{hub_name}")'
-        )
+        located = f'folder = huggingface_hub.snapshot_download("{hub_name}")'
+        located = f"import huggingface_hub\n{located}"
     commands = [text for name, text in LOADING.items() if name in differences]
     lines += ["", "```python", located, *commands, "```"]
     lines += ["", "## Data and settings", ""]
@@ -274,14 +273,10 @@ def write_card(
     lines += ["", "## Metrics", ""]
     if metrics := metrics_of(run, checkpoint):
         lines += ["| metric | value | 95% interval |", "|---|---|---|"]
-        for name, found in metrics.items():
-            ends = found["interval"]
+        for name, (value, ends) in metrics.items():
             interval = "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
-            lines.append(f"| `{name}` | {found['value']:.4f} | {interval} |")
-        lines += [
-            "",
-            "Intervals are over groups of test samples; they leave out other seeds.",
-        ]
+            lines.append(f"| `{name}` | {value:.4f} | {interval} |")
+        lines += ["", "Intervals are over groups of test samples; they leave out other seeds."]
     else:
         lines.append("None: there are no results of this checkpoint.")
     lines += ["", "## Prototypes", ""]

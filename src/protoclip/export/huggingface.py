@@ -24,6 +24,7 @@ from protoclip.export.source import (
     plain_blocks,
 )
 from protoclip.export.timm import has_linear_projection, trunk_arguments
+from protoclip.models import conversion
 from protoclip.models.hugging_face import (
     MASKED_KIND,
     HuggingFaceTowers,
@@ -32,22 +33,7 @@ from protoclip.models.hugging_face import (
     pooled,
 )
 
-# open_clip's names and Hugging Face's (`pre_layrnorm` is spelt so).
-NAMES = {
-    "transformer.resblocks.": "encoder.layers.",
-    "attn.": "self_attn.",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "ln_pre": "pre_layrnorm",
-    "ln_post": "post_layernorm",
-    "ln_final": "final_layer_norm",
-    "conv1": "embeddings.patch_embedding",
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "token_embedding": "embeddings.token_embedding",
-}
+NAMES = {ours: theirs for theirs, ours in conversion.NAMES.items()}  # from open_clip's
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC.value,
@@ -138,9 +124,8 @@ def build(source: Source) -> Any:
         kind = type(visual).__name__
         raise Unavailable(f"no model of transformers has its image tower ({kind}) and projection")
     text = getattr(source.towers, "text", source.towers)
-    # transformers 4 has one more module inside these.
-    getattr(model.vision_model, "vision_model", model.vision_model).load_state_dict(weights)
-    getattr(model.text_model, "text_model", model.text_model).load_state_dict(renamed(text))
+    model.vision_model.load_state_dict(weights)
+    model.text_model.load_state_dict(renamed(text))
     with torch.no_grad():
         model.visual_projection.weight.copy_(projection)
         model.text_projection.weight.copy_(matrix(text.text_projection).T)
@@ -194,19 +179,19 @@ def transformer_settings(transformer: Any, norm: Any) -> dict[str, Any]:
 
 
 def renamed(tower: nn.Module) -> dict[str, Tensor]:
-    """The weights of a tower by Hugging Face's names; queries, keys and values are apart there."""
-    found: dict[str, Tensor] = {}
+    """The weights of a tower by Hugging Face's names, with queries, keys and values apart."""
+    weights: dict[str, Tensor] = {}
     for key, value in tower.state_dict().items():
         if not key.startswith(tuple(NAMES)):  # the projection, and what is not of this tower
             continue
-        for theirs, name in NAMES.items():
-            key = key.replace(theirs, name)
+        for ours, theirs in NAMES.items():
+            key = key.replace(ours, theirs)
         if "in_proj_" not in key:
-            found[key] = value
+            weights[key] = value
             continue
-        for name, part in zip(("q_proj.", "k_proj.", "v_proj."), value.chunk(3), strict=True):
-            found[key.replace("in_proj_", name)] = part
-    return found
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
+            weights[key.replace("attn.in_proj_", f"self_attn.{name}.")] = part
+    return weights
 
 
 def clip_tokenizer(source: Source) -> Any:

@@ -86,8 +86,8 @@ def features(
     import onnxruntime
 
     def run(name: str, inputs: dict[str, Tensor]) -> Tensor:
-        place = str(folder / FOLDER / name)
-        session = onnxruntime.InferenceSession(place, providers=["CPUExecutionProvider"])
+        graph = str(folder / FOLDER / name)
+        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         known = [entry.name for entry in session.get_inputs()]
         arrays = {key: inputs[key].numpy() for key in known}
         return torch.from_numpy(session.run(None, arrays)[0])

@@ -45,10 +45,10 @@ def write(source: Source, folder: Path) -> str:
     return type(built).__name__
 
 
-def point_to(folder: Path, place: str) -> None:
-    """Let a Hugging Face text tower that has no name on the hub be looked up at `place`.
+def point_to(folder: Path, address: str) -> None:
+    """Let a Hugging Face text tower that has no name on the hub be looked up at `address`.
 
-    open_clip reads its configuration from there, which is the folder's own path or hub name.
+    open_clip reads its configuration from there: the path of the folder itself, or its hub name.
     """
     path = folder / OPEN_CLIP_CONFIG
     if not path.is_file():
@@ -57,7 +57,7 @@ def point_to(folder: Path, place: str) -> None:
     text = settings["model_cfg"]["text_cfg"]
     names = [name for name in ("hf_model_name", "hf_tokenizer_name") if text.get(name)]
     if any(Path(text[name]).is_absolute() or Path(text[name]).exists() for name in names):
-        text |= dict.fromkeys(names, place)
+        text |= dict.fromkeys(names, address)
         path.write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -80,11 +80,11 @@ def export(
     folder = Path(folder)
     check(folder, formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
-    with locked(folder), place_of(folder) as temporary:
+    with locked(folder), appearing(folder) as temporary:
         facts = write(source, temporary, formats, opset=opset)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
-        # The folder's own name, once every library has read it.
+        # The name that the folder will have, once every library has read it.
         open_clip.point_to(temporary, push_to_hub or str(folder.absolute()))
         facts["prototypes"] = card.write_prototypes(source, temporary)
         facts["captions"] = card.add_captions(source, temporary)
@@ -97,7 +97,7 @@ def export(
 
 
 @contextmanager
-def place_of(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path) -> Iterator[Path]:
     """An empty folder that becomes `folder` when the block ends without an error.
 
     Raises:
@@ -189,21 +189,21 @@ def check_features(
         "hf": lambda: huggingface.features(folder, images, captions),
         "timm": lambda: timm.features(folder, images, captions),
         "onnx": lambda: onnx.features(folder, images, tokens),
-        "protoclip": lambda: own_features(folder, images, captions),
+        "protoclip": lambda: reloaded_features(folder, images, captions),
     }
-    own = ["protoclip"] * bool({"open_clip", "hf"} & set(formats))
+    loads = bool({"open_clip", "hf"} & set(formats))
     differences: dict[str, dict[str, float | None]] = {}
-    for name in [*formats, *own]:
+    for name in [*formats, *["protoclip"] * loads]:
         try:
             with quiet():
-                found = readers[name]()
+                computed = readers[name]()
         except Exception as error:
             raise ValueError(
                 f"{source.reference}: not exported: {name} cannot load what was written "
                 f"({line(str(error))})"
             ) from error
         differences[name] = {
-            modality: difference(getattr(found, modality), getattr(expected, modality))
+            modality: difference(getattr(computed, modality), getattr(expected, modality))
             for modality in ("image", "text")
         }
         for modality, value in differences[name].items():
@@ -215,7 +215,9 @@ def check_features(
     return differences
 
 
-def own_features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+def reloaded_features(
+    folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
+) -> Features:
     model, _, tokenizer = loading.load(folder)
     return Features(image=model.encode_image(images), text=model.encode_text(tokenizer(captions)))
 
@@ -229,11 +231,11 @@ def samples(source: Source) -> tuple[Tensor, list[str]]:
     return images, [*captions, ", ".join(captions), "It's A TEST: 2 cats & 3 dogs!"]
 
 
-def difference(found: Tensor | None, expected: Tensor) -> float | None:
+def difference(computed: Tensor | None, expected: Tensor) -> float | None:
     """The largest difference, relative to the mean norm of the features; None without any."""
-    if found is None:
+    if computed is None:
         return None
-    return float((found.float() - expected).abs().max() / expected.norm(dim=1).mean())
+    return float((computed.float() - expected).abs().max() / expected.norm(dim=1).mean())
 
 
 def upload(folder: Path, name: str) -> str:

@@ -3,18 +3,23 @@
 Those of `transformers` are in `hugging_face.py`, small towers and two halves in `halves.py`.
 """
 
+import json
+import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import open_clip
 from torch import nn
 
 from protoclip.config import ModelConfig
 from protoclip.models import towers
 from protoclip.models.opening import readable_errors, text_repository
-from protoclip.models.towers import Tokenizer, TowerKind, Weights
+from protoclip.models.towers import OPEN_CLIP_CONFIG, Tokenizer, TowerKind, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +66,31 @@ class Architecture:
 
     def towers(self, weights: Weights) -> nn.Module:
         """Towers with new weights, or those that `model` names without a start: `published`."""
-        raise NotImplementedError
+        with self._reading(self.repository(weights)):
+            return self.read_towers(weights)
 
     def tokenizer(self) -> Tokenizer:
+        with self._reading(self.repository("new")):
+            return self.read_tokenizer()
+
+    def repository(self, weights: Weights) -> str | None:
+        """What is read from the hub; "" for a folder, and None if no other library reads."""
         raise NotImplementedError
+
+    def read_towers(self, weights: Weights) -> nn.Module:
+        raise NotImplementedError
+
+    def read_tokenizer(self) -> Tokenizer:
+        raise NotImplementedError
+
+    def _reading(self, repository: str | None) -> AbstractContextManager[None]:
+        model = self.model
+        setting = f"model.pretrained: {model.name}/{model.pretrained}"
+        if model.pretrained is None:
+            setting = f"model.name: {model.name}"
+        if model.start is not None:
+            setting = f"model.start: {model.start}"
+        return nullcontext() if repository is None else readable_errors(setting, repository)
 
 
 class DescribedTowers(Architecture):
@@ -75,44 +101,73 @@ class DescribedTowers(Architecture):
         assert self.towers_json is not None
         return dict(self.towers_json["model_cfg"])
 
-    def towers(self, weights: Weights) -> nn.Module:
+    def repository(self, weights: Weights) -> str | None:
+        return None if self.text_files else text_repository(self.open_clip_config)
+
+    def read_towers(self, weights: Weights) -> nn.Module:
         assert self.towers_json is not None
         assert weights != "published"
-        with self._hub():
-            return towers.described_towers(
-                self.towers_json, weights=weights, text_files=self.text_files, **self.sizes
+        description = deepcopy(dict(self.towers_json))
+        text, size = description["model_cfg"]["text_cfg"], self.sizes["image_size"]
+        if text.get("hf_model_name"):
+            text["hf_model_name"] = str(self.text_files or text["hf_model_name"])
+            towers.refuse_code(text["hf_model_name"])
+        towers.require_fitting_size(size, description["model_cfg"]["vision_cfg"], "this model")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # open_clip warns that there are no weights
+        with TemporaryDirectory() as folder, ExitStack() as stack:
+            stack.callback(logging.disable, before)
+            Path(folder, OPEN_CLIP_CONFIG).write_text(json.dumps(description), encoding="utf-8")
+            built: nn.Module = open_clip.create_model(
+                f"local-dir:{folder}",
+                load_weights=False,
+                pretrained_text=False,
+                device="meta" if weights == "none" else "cpu",
+                force_image_size=size,
+                force_context_length=self.sizes["context_length"],
             )
+        towers.set_trunk_size(built, size, "this model")
+        return built
 
-    def tokenizer(self) -> Tokenizer:
-        length, source = self.sizes["context_length"], self.tokenizer_source
-        with self._hub():
-            return towers.described_tokenizer(
-                self.open_clip_config["text_cfg"], context_length=length, source=source
-            )
-
-    def _hub(self) -> AbstractContextManager[None]:
-        """Reads a text tower of Hugging Face from the hub, unless its files are here."""
-        text = self.open_clip_config["text_cfg"]
-        if self.text_files or not (text.get("hf_model_name") or text.get("hf_tokenizer_name")):
-            return nullcontext()
-        return readable_errors(
-            f"model.start: {self.model.start}", text_repository(self.open_clip_config)
-        )
+    def read_tokenizer(self) -> Tokenizer:
+        text, length = self.open_clip_config["text_cfg"], self.sizes["context_length"]
+        return towers.described_tokenizer(text, context_length=length, source=self.tokenizer_source)
 
 
 class NamedTowers(Architecture):
-    """open_clip's, by the name of a model and maybe the tag of its weights."""
+    """open_clip's, by the name of a model and maybe the tag of its weights.
+
+    They read images normalised as these weights need, and have QuickGELU where these were trained
+    with it, also while their own weights are new.
+    """
 
     @property
     def open_clip_config(self) -> dict[str, Any]:
         return towers.named_config(str(self.model.name))
 
-    def towers(self, weights: Weights) -> nn.Module:
+    def repository(self, weights: Weights) -> str | None:
         name, tag = str(self.model.name), self.model.pretrained
-        repository = towers.repository_of(name, tag) if weights == "published" else ""
-        reads = readable_errors(f"model.pretrained: {name}/{tag}", repository)
-        with reads if repository else nullcontext():
-            return towers.named_towers(name, pretrained=tag, weights=weights, **self.sizes)
+        published = towers.repository_of(name, tag) if weights == "published" else ""
+        return published or text_repository(self.open_clip_config)
 
-    def tokenizer(self) -> Tokenizer:
-        return towers.build_tokenizer(self.model.name, context_length=self.sizes["context_length"])
+    def read_towers(self, weights: Weights) -> nn.Module:
+        name, tag, size = str(self.model.name), self.model.pretrained, self.sizes["image_size"]
+        towers.require_fitting_size(size, self.open_clip_config["vision_cfg"], name)
+        known = towers.published_weights(name, tag) if tag else {}
+        is_published = weights == "published"
+        built: nn.Module = open_clip.create_model(
+            name,
+            pretrained=tag if is_published else None,
+            pretrained_text=is_published,
+            device="meta" if weights == "none" else "cpu",
+            force_quick_gelu=bool(known.get("quick_gelu")),
+            force_preprocess_cfg=None if is_published else known or None,
+            force_image_size=size,
+            force_context_length=self.sizes["context_length"],
+        )
+        towers.set_trunk_size(built, size, name)
+        return built
+
+    def read_tokenizer(self) -> Tokenizer:
+        length = self.sizes["context_length"]
+        return towers.build_tokenizer(self.model.name, context_length=length)

@@ -7,8 +7,10 @@ import open_clip
 import torch
 from torch import Tensor
 
+from protoclip.config import ModelConfig
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.models import hugging_face, towers
+from protoclip.models import hugging_face
+from protoclip.models.architecture import DescribedTowers
 from protoclip.models.hugging_face import HuggingFaceTowers, image_transform
 from protoclip.models.opening import Loaded, hub_name, readable_errors
 from protoclip.models.protoclip import TowerPair
@@ -106,7 +108,8 @@ def converted(reference: str, name: str, loaded: Loaded) -> TowerPair:
     if theirs.kind != "clip":
         return pair
     check_tokenizer(reference, tokenizer, eos=theirs.config.text_config.eos_token_id)
-    built = towers.described_towers(towers_json(reference, name))
+    described = DescribedTowers(model=ModelConfig(), towers_json=towers_json(reference, name))
+    built = described.read_towers("new")
     model = theirs.library_model()
     weights = {f"visual.{key}": value for key, value in renamed(model.vision_model).items()}
     weights |= renamed(model.text_model)

@@ -1,22 +1,27 @@
-"""Pretrained halves of a dual encoder: timm's image weights, and Hugging Face text models."""
+"""Small towers, and pretrained halves: timm's image weights, and Hugging Face text models."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import open_clip
 import timm
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES
 from protoclip.models import towers
 from protoclip.models.architecture import Architecture
 from protoclip.models.hugging_face import read_model
 from protoclip.models.opening import hub_name, misfits, readable_errors, require_safetensors
 from protoclip.models.towers import Tokenizer, TowerKind, Weights, examples_of
 
+NAMED_CONTEXT_LENGTH = 77  # tokens that a Hugging Face text tower reads, unless set
 # The kinds of Hugging Face text model that open_clip can hold.
 TEXT_KINDS = ("bert", "roberta", "xlm-roberta")
 PUBLISHED = "published"
@@ -47,29 +52,61 @@ class SmallTowers(Architecture):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        size, length = towers.small_sizes(self.model)
-        return {"image_size": size, "context_length": length}
+        image, text = self.model.image, self.model.text
+        size, length = SMALL_IMAGE_SIZES[0], SMALL_CONTEXT_LENGTHS[0]
+        if image.weights is not None:
+            size = towers.timm_settings(image.name).input_size[-1]
+        if text.name is not None:
+            length = NAMED_CONTEXT_LENGTH
+        return {"image_size": image.size or size, "context_length": text.context_length or length}
 
     def towers(self, weights: Weights) -> nn.Module:
-        """As `towers.small_towers`; each half has the weights that the settings name, or new ones.
+        """A timm model, projected to the joint width, and a text transformer.
+
+        Where the image tower is to have timm's weights, it reads images normalised as these need.
 
         Raises:
-            ValueError: There are no such weights, or they are of another model or pickled.
+            ValueError: timm has no such model, the sizes do not fit, or there are no such weights,
+                or they are of another model or pickled.
         """
-        name, source = self.model.text.name, self._text_source
-        reads: AbstractContextManager[None] = nullcontext()
-        if name is not None:
-            check_text(name, source, context_length=towers.small_sizes(self.model)[1])
-            reads = hub(name, source)
-        with reads:
-            built = towers.small_towers(self.model, text_source=source)
-        image = self.model.image
+        image, text, source = self.model.image, self.model.text, self._text_source
+        towers.require_image_name(image.name)
+        size, length = self.sizes["image_size"], self.sizes["context_length"]
+        vision = CLIPVisionCfg(
+            timm_model_name=image.name, timm_pool="avg", timm_proj="linear", image_size=size
+        )
+        if text.name is None:
+            settings = CLIPTextCfg(
+                context_length=length, width=text.width, heads=text.heads, layers=text.layers
+            )
+            built: Any = open_clip.CLIP(self.embed_dim, vision, settings)
+        else:
+            check_text(text.name, source, context_length=length)
+            settings = CLIPTextCfg(
+                context_length=length,
+                hf_model_name=source,
+                hf_model_pretrained=False,
+                hf_proj_type="linear",
+                hf_pooler_type="mean_pooler",
+            )
+            with hub(text.name, source):
+                built = open_clip.CustomTextCLIP(self.embed_dim, vision, settings).float()
+        if image.weights is not None:
+            known = towers.timm_settings(image.name)
+            preprocessing = PreprocessCfg(size=size, mean=known.mean, std=known.std)
+            set_model_preprocess_cfg(built, asdict(preprocessing))
+        trunk = built.visual.trunk
+        if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
+            raise ValueError(
+                f"model.image.name: {image.name} widens its features in its head, which open_clip "
+                "does not project; choose another, such as resnet10t or mobilenetv2_050"
+            )
+        towers.set_input_size(trunk, size, image.name)
         if weights == "published" and image.weights is not None:
-            trunk = image_weights(image.name, image.weights, towers.image_size(built))
-            built.get_submodule("visual.trunk").load_state_dict(trunk)
-        if weights == "published" and name is not None:
-            built.get_submodule("text.transformer").load_state_dict(text_weights(name, source))
-        return built
+            trunk.load_state_dict(image_weights(image.name, image.weights, size))
+        if weights == "published" and text.name is not None:
+            built.text.transformer.load_state_dict(text_weights(text.name, source))
+        return built  # type: ignore[no-any-return]
 
     def tokenizer(self) -> Tokenizer:
         length = self.sizes["context_length"]

@@ -4,7 +4,6 @@ import copy
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform
 from protoclip.models.architecture import Architecture
-from protoclip.models.opening import ImageTransform, hub_name, readable_errors
+from protoclip.models.opening import ImageTransform, hub_name
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.towers import (
     Misfit,
@@ -255,7 +254,7 @@ class TransformersTowers(Architecture):
         return bool(self._config.model_type == "siglip")
 
     def towers(self, weights: Weights) -> HuggingFaceTowers:
-        """New towers.
+        """New towers; nothing is read.
 
         Raises:
             ValueError: They cannot have the sizes that `model` asks for.
@@ -283,11 +282,12 @@ class TransformersTowers(Architecture):
         built.visual.prepare(images)
         return built
 
-    def tokenizer(self) -> Tokenizer:
+    def repository(self, weights: Weights) -> str | None:
+        return None if self.text_files else hub_name(str(self.tokenizer_source))
+
+    def read_tokenizer(self) -> Tokenizer:
         source, length = str(self.tokenizer_source), self.sizes["context_length"]
-        reads = readable_errors(f"model.start: {self.model.start}", hub_name(source))
-        with nullcontext() if self.text_files else reads:
-            return open_tokenizer(source, self._config, context_length=length)
+        return open_tokenizer(source, self._config, context_length=length)
 
     @property
     def _config(self) -> Any:

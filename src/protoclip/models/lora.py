@@ -61,20 +61,20 @@ def add_adapters(
     for tower in ("image", "text"):
         if tower in locked:
             continue
-        own = {n: k for n, k in called.items() if n.startswith("visual.") == (tower == "image")}
-        own = {n: k for n, k in own.items() if not f"{n}.".startswith(new)}
-        behind = [n for n, kind in own.items() if kind != "convolutional" and not is_projection(n)]
-        if behind:
-            own = {n: kind for n, kind in own.items() if kind != "convolutional"}
-        if not own:
+        of_image = tower == "image"
+        layers = {n: k for n, k in called.items() if n.startswith("visual.") == of_image}
+        layers = {n: k for n, k in layers.items() if not f"{n}.".startswith(new)}
+        if any(k != "convolutional" and not is_projection(n) for n, k in layers.items()):
+            layers = {n: k for n, k in layers.items() if k != "convolutional"}
+        if not layers:
             raise ValueError(
                 f"model.lora: peft can adapt no layer of the {tower} tower; leave model.lora out, "
                 f"or lock that tower: model.locked = ['{tower}']"
             )
-        kinds = [*own.values()]
+        kinds = [*layers.values()]
         counts = [f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds]
         parts.append(f"{' and '.join(counts)} layers of the {tower} tower")
-        chosen |= own
+        chosen |= layers
     settings: Any = {
         "r": rank,
         "lora_alpha": rank,

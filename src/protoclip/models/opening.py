@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from jaxtyping import Float, Int
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
@@ -28,25 +26,6 @@ Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
 
 HUGGING_FACE_CONFIG = "config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-
-class CocaTowers(TowerPair):
-    """CoCa normalises features unless it is told not to."""
-
-    def encode_image(
-        self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
-    ) -> Float[Tensor, "b d"]:
-        return self.towers.encode_image(images, normalize=normalize)  # type: ignore[operator,no-any-return]
-
-    def encode_text(
-        self, tokens: Int[Tensor, "b c"], normalize: bool = False
-    ) -> Float[Tensor, "b d"]:
-        return self.towers.encode_text(tokens, normalize=normalize)  # type: ignore[operator,no-any-return]
-
-
-def open_clip_pair(built: nn.Module) -> TowerPair:
-    is_coca = isinstance(built, open_clip.CoCa)
-    return (CocaTowers if is_coca else TowerPair)(built).eval()
 
 
 def open_clip_transform(built: Any) -> ImageTransform:
@@ -96,11 +75,14 @@ def hub_name(name: str | Path) -> str:
     return "" if Path(name).is_dir() or Path(name).is_absolute() else str(name)
 
 
-def text_repository(config: Mapping[str, Any]) -> str:
-    """Where on the hub the text tower or tokenizer of an open_clip model is; "" if nowhere."""
+def text_repository(config: Mapping[str, Any]) -> str | None:
+    """Where on the hub the text tower or tokenizer of an open_clip model is.
+
+    "" if it is in a folder, and None if it is not of Hugging Face.
+    """
     text = config["text_cfg"]
     name = text.get("hf_model_name") or text.get("hf_tokenizer_name")
-    return hub_name(name) if name else ""
+    return hub_name(name) if name else None
 
 
 @contextmanager
@@ -140,6 +122,8 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
     except Misfit as error:
         raise ValueError(f"{reference}: {error}") from error
     except Exception as error:  # what these libraries raise has no common class
+        if isinstance(error, ValueError) and str(error).startswith("model."):
+            raise  # it is of ours, and says it all
         if repository and answer is None:
             raise ValueError(
                 f"{reference}: the hub does not answer, and there is no earlier download; check "

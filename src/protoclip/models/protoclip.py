@@ -47,24 +47,25 @@ class TowerPair(nn.Module):
 
     Args:
         towers: A model with `encode_image` and `encode_text`, such as open_clip's.
+        settings: For both, such as `normalize=False` for a CoCa, which else gives unit norm.
     """
 
-    def __init__(self, towers: nn.Module) -> None:
+    def __init__(self, towers: nn.Module, **settings: Any) -> None:
         super().__init__()
-        self.towers = towers
+        self.towers, self.settings = towers, settings
 
     def encode_image(
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
         """Image features in the joint space; of unit norm if `normalize` is set."""
-        features = to_float(self.towers.encode_image(images))  # type: ignore[operator]
+        features = to_float(self.towers.encode_image(images, **self.settings))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
         self, tokens: Int[Tensor, "b c"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
         """Text features in the joint space; of unit norm if `normalize` is set."""
-        features = to_float(self.towers.encode_text(tokens))  # type: ignore[operator]
+        features = to_float(self.towers.encode_text(tokens, **self.settings))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
 
 

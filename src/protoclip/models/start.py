@@ -33,12 +33,10 @@ from protoclip.models.opening import (
     Loaded,
     hub_name,
     misfits,
-    open_clip_pair,
     open_clip_transform,
     readable_errors,
     require_safetensors,
     seeded,
-    text_repository,
 )
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.resize import adopt
@@ -67,22 +65,22 @@ class Start:
 
     Attributes:
         reference: As messages name it.
-        architecture: Its towers and tokenizer. `resolve_start` gives them the sizes of a run.
-        settings: The `[model]` section that follows from it, at its own sizes.
+        unresized: Its towers and tokenizer at its own sizes, and the settings that follow from it.
+        model: The `[model]` section that builds a model from it, once it is resolved.
         has_heads: Whether it has projection heads, as runs have.
         notes: For the user.
     """
 
     reference: str
-    architecture: Architecture
-    settings: ModelConfig
+    unresized: Architecture
+    model: ModelConfig
     has_heads: bool = False
     notes: tuple[str, ...] = ()
 
     @property
-    def model(self) -> ModelConfig:
-        """The `[model]` section that builds the model, complete once it is resolved."""
-        return self.architecture.model
+    def architecture(self) -> Architecture:
+        """Its towers and tokenizer at the sizes of `model`."""
+        return replace(self.unresized, model=self.model)
 
     @property
     def has_logit_bias(self) -> bool:
@@ -115,10 +113,10 @@ class Start:
 
     def build(self, weights: Weights) -> ProtoCLIP:
         """The model with weights from torch's global generator; with `none` on the meta device."""
+        architecture = self.architecture
         with torch.device("meta") if weights == "none" else nullcontext():
-            both = self.architecture.towers(weights)
-            head = projection_head(self.architecture.embed_dim, self.model.heads)
-            built = ProtoCLIP(both, head)
+            both = architecture.towers(weights)
+            built = ProtoCLIP(both, projection_head(architecture.embed_dim, self.model.heads))
             if self.has_logit_bias:
                 built.add_logit_bias()
         return built
@@ -156,23 +154,18 @@ class RunStart(Start):
 
     @property
     def is_resized(self) -> bool:
-        given, saved = self.model, self.settings
-        return (given.image.size, given.text.context_length) != (
-            saved.image.size,
-            saved.text.context_length,
-        )
+        return self.architecture.sizes != self.unresized.sizes
 
     def build(self, weights: Weights) -> ProtoCLIP:
         with buildable(self.folder):
             return super().build(weights)
 
     def open(self) -> Loaded:
-        architecture = replace(self.architecture, model=self.settings)
-        built: ProtoCLIP = seeded(replace(self, architecture=architecture).build, "new")
+        built: ProtoCLIP = seeded(replace(self, model=self.unresized.model).build, "new")
         self._load(built)
         with buildable(self.folder):
             transform = EvaluationTransform(**towers.image_input(built.towers))
-            return built.eval(), transform, architecture.tokenizer()
+            return built.eval(), transform, self.unresized.tokenizer()
 
     def fill(self, built: ProtoCLIP) -> list[str]:
         if self.is_resized:
@@ -218,8 +211,8 @@ def run_start(reference: str) -> RunStart:
     )
     return RunStart(
         reference=reference,
-        architecture=architecture,
-        settings=saved.model,
+        unresized=architecture,
+        model=saved.model,
         has_heads=True,
         folder=saved.folder,
     )
@@ -227,9 +220,9 @@ def run_start(reference: str) -> RunStart:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenClipStart(Start):
-    """A model of open_clip by its name, with published weights, those of a file, or new ones."""
+    """A model of open_clip, with published weights, those of a file, or new ones."""
 
-    file: str | None = None
+    file: Path | None = None
 
     @property
     def is_resized(self) -> bool:
@@ -242,65 +235,57 @@ class OpenClipStart(Start):
         return given[0] not in (None, image_size) or given[1] not in (None, context_length)
 
     def open(self) -> Loaded:
-        name, tag = str(self.model.name), self.model.pretrained
-        repository = towers.repository_of(name, tag) or text_repository(towers.named_config(name))
-        with readable_errors(self.reference, repository):
-            weights: Weights = "new" if tag is None else "published"
-            built = seeded(towers.named_towers, name, pretrained=tag, weights=weights)
+        tag = self.unresized.model.pretrained
+        weights: Weights = "new" if tag is None else "published"
+        with readable_errors(self.reference, self.unresized.repository(weights) or ""):
+            built: Any = seeded(self.unresized.read_towers, weights)
+            settings = {"normalize": False} if isinstance(built, open_clip.CoCa) else {}
+            pair = TowerPair(built, **settings)
             if self.file is not None:
-                open_clip.load_checkpoint(built, self.file)
-            tokenizer = towers.build_tokenizer(name)
+                pair = self._filled(pair, self.file)
+            tokenizer = self.unresized.read_tokenizer()
         if tag is None and self.file is None:
             say(f"note: {self.reference}: untrained, with seed 0; no weights are named")
-        return open_clip_pair(built), open_clip_transform(built), tokenizer
+        return pair.eval(), open_clip_transform(built), tokenizer
+
+    def _filled(self, pair: TowerPair, file: Path) -> TowerPair:
+        """The model with the weights of a file."""
+        if file.suffix == ".safetensors" and (wrong := misshapen(file, pair.towers)):
+            name = self.unresized.model.name or OPEN_CLIP_CONFIG
+            raise Misfit(f"does not fit {name}: {examples_of(wrong)}")
+        open_clip.load_checkpoint(pair.towers, str(file))
+        return pair
+
+
+def misshapen(weights: Path, built: nn.Module) -> list[str]:
+    """The tensors of a file that are of another shape than the model's, which open_clip would list.
+
+    Names that the model does not have may be of an older version, which open_clip still reads.
+    """
+    shapes = {name: [*value.shape] for name, value in built.state_dict().items()}
+    require_regular(weights)
+    with safe_open(weights, "pt") as stored:
+        both = shapes.keys() & stored.keys()
+        wrong = [name for name in both if stored.get_slice(name).get_shape() != shapes[name]]
+    return sorted(name for name in wrong if "positional_embedding" not in name)
 
 
 def open_clip_start(reference: str, name: str) -> OpenClipStart:
     """`NAME/TAG`, `NAME/FILE` for weights in a file, or `NAME` for an untrained model."""
     name, _, tag = name.partition("/")
     towers.named_config(name, reference)
-    file = tag if Path(tag).is_file() else None
+    file = Path(tag) if Path(tag).is_file() else None
     if tag and file is None:
         towers.published_weights(name, tag, reference)
     model = ModelConfig(name=name, pretrained=None if file else tag or None)
     notes = () if tag else (f"model.start: {reference}: untrained; no weights are named",)
     return OpenClipStart(
-        reference=reference,
-        architecture=NamedTowers(model=model),
-        settings=model,
-        notes=notes,
-        file=file,
+        reference=reference, unresized=NamedTowers(model=model), model=model, notes=notes, file=file
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class FolderStart(Start):
-    """A folder in open_clip's format, with a model's configuration and weights."""
-
-    folder: Path
-
-    def open(self) -> Loaded:
-        """As open_clip's `local-dir:` reads it."""
-        description, files = self.architecture.towers_json, self.architecture.text_files
-        assert description is not None
-        weights = next(
-            path for path in map(self.folder.joinpath, OPEN_CLIP_WEIGHTS) if path.is_file()
-        )
-        repository = "" if files else text_repository(description["model_cfg"])
-        with readable_errors(self.reference, repository):
-            expected = towers.described_towers(description, weights="none", text_files=files)
-            if wrong := misshapen(weights, expected):  # open_clip would list every tensor
-                raise Misfit(f"does not fit {OPEN_CLIP_CONFIG}: {examples_of(wrong)}")
-            if files is None:
-                built = seeded(open_clip.create_model, f"local-dir:{self.folder}")
-            else:
-                built = seeded(towers.described_towers, description, text_files=files)
-                open_clip.load_checkpoint(built, str(weights))
-            tokenizer = towers.build_tokenizer(f"local-dir:{self.folder}")
-        return open_clip_pair(built), open_clip_transform(built), tokenizer
-
-
-def folder_start(reference: str, name: str) -> FolderStart:
+def folder_start(reference: str, name: str) -> OpenClipStart:
+    """A folder in open_clip's format, as its `local-dir:` reads it."""
     folder = Path(name)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
@@ -309,16 +294,16 @@ def folder_start(reference: str, name: str) -> FolderStart:
         description = dict(json.loads(read_local(folder / OPEN_CLIP_CONFIG)))
         text = description["model_cfg"]["text_cfg"]
         has_text_files = text.get("hf_model_name") and text_kind(folder) in HF_TEXT_KINDS
+    model = ModelConfig(start=reference)
     architecture = DescribedTowers(
-        model=ModelConfig(start=reference),
+        model=model,
         towers_json=description,
         # Then `hf_model_name` may name a folder that is gone, as in one that was moved.
         text_files=folder if has_text_files else None,
         tokenizer_source=str(folder),
     )
-    return FolderStart(
-        reference=reference, architecture=architecture, settings=ModelConfig(), folder=folder
-    )
+    file = next(path for path in map(folder.joinpath, OPEN_CLIP_WEIGHTS) if path.is_file())
+    return OpenClipStart(reference=reference, unresized=architecture, model=model, file=file)
 
 
 def text_kind(folder: Path) -> str | None:
@@ -327,19 +312,6 @@ def text_kind(folder: Path) -> str | None:
         return str(json.loads(read_local(folder / HUGGING_FACE_CONFIG))["model_type"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def misshapen(weights: Path, expected: nn.Module) -> list[str]:
-    """The tensors of a file that are of another shape than the model's.
-
-    Names that the model does not have may be of an older version, which open_clip still reads.
-    """
-    shapes = {name: [*value.shape] for name, value in expected.state_dict().items()}
-    require_regular(weights)
-    with safe_open(weights, "pt") as stored:
-        both = shapes.keys() & stored.keys()
-        wrong = [name for name in both if stored.get_slice(name).get_shape() != shapes[name]]
-    return sorted(name for name in wrong if "positional_embedding" not in name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,7 +338,7 @@ class HuggingFaceStart(Start):
         is_open_clip = "model_cfg" in towers_json
         kind = DescribedTowers if is_open_clip else hugging_face.TransformersTowers
         architecture = kind(model=self.model, towers_json=towers_json, tokenizer_source=self.name)
-        return replace(self, architecture=architecture)
+        return replace(self, unresized=architecture)
 
 
 def hugging_face_start(reference: str, name: str) -> HuggingFaceStart:
@@ -374,36 +346,26 @@ def hugging_face_start(reference: str, name: str) -> HuggingFaceStart:
         require_safetensors(reference, [path.name for path in Path(name).iterdir()])
     elif not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
         raise ValueError(f"{reference}: no such folder")
-    architecture = Architecture(model=ModelConfig(start=reference))
-    return HuggingFaceStart(
-        reference=reference, architecture=architecture, settings=ModelConfig(), name=name
-    )
+    model = ModelConfig(start=reference)
+    unknown = Architecture(model=model)
+    return HuggingFaceStart(reference=reference, unresized=unknown, model=model, name=name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReferenceStart(Start):
+class ReferenceStart(OpenClipStart):
     """A checkpoint of the paper's reference code, of a model of open_clip.
 
     Without projection heads in the file, as for the code's CLIP baselines, the model has none.
     """
 
-    file: Path
-
-    def open(self) -> Loaded:
-        description, name = self.architecture.towers_json, str(self.settings.name)
-        assert description is not None
-        with readable_errors(self.reference, text_repository(description["model_cfg"])):
-            built = seeded(towers.described_towers, description)
-            tokenizer = towers.build_tokenizer(name)
-        model: TowerPair = TowerPair(built)
+    def _filled(self, pair: TowerPair, file: Path) -> TowerPair:
         if self.has_heads:
-            head = projection_head(self.architecture.embed_dim, self.settings.heads)
-            model = ProtoCLIP(built, head)
-        weights = reference_weights(self.reference, self.file)
-        if wrong := misfits(model, weights):
-            raise ValueError(f"{self.reference}: does not fit {name}: {examples_of(wrong)}")
-        model.load_state_dict(weights)
-        return model.eval(), open_clip_transform(built), tokenizer
+            heads = self.unresized.model.heads
+            pair = ProtoCLIP(pair.towers, projection_head(self.unresized.embed_dim, heads))
+        weights = reference_weights(self.reference, file)
+        if wrong := misfits(pair, weights):
+            raise Misfit(f"does not fit {self.unresized.model.name}: {examples_of(wrong)}")
+        pair.load_state_dict(weights)
+        return pair
 
 
 def reference_start(reference: str, given: str) -> ReferenceStart:
@@ -418,17 +380,16 @@ def reference_start(reference: str, given: str) -> ReferenceStart:
         config["quick_gelu"] = True
     weights = reference_weights(reference, Path(file))
     first, last = weights.get("image_head.0.weight"), weights.get("image_head.3.weight")
-    heads = None
+    model, has_heads = ModelConfig(name=name), first is not None and last is not None
     if first is not None and last is not None:
         heads = HeadConfig(hidden_layers=1, hidden_dim=len(first), projection_dim=len(last))
+        model = replace(model, heads=heads)
+    description = {"model_cfg": config, "preprocess_cfg": {}}
     return ReferenceStart(
         reference=reference,
-        architecture=DescribedTowers(
-            model=ModelConfig(start=reference),
-            towers_json={"model_cfg": config, "preprocess_cfg": {}},
-        ),
-        settings=ModelConfig(name=name, heads=heads or HeadConfig()),
-        has_heads=heads is not None,
+        unresized=DescribedTowers(model=model, towers_json=description),
+        model=model,
+        has_heads=has_heads,
         file=Path(file),
     )
 
@@ -486,13 +447,13 @@ def resolve_start(given: ModelConfig) -> Start:
     reference, name = given.start, given.name
     if reference is None and name is None:
         small = SmallTowers(model=given)
-        return NewStart(reference=given.image.name, architecture=small, settings=given)
+        return NewStart(reference=given.image.name, unresized=small, model=given)
     if reference is None:
         named = NamedTowers(model=given)
         refuse_coca(f"model.name: {name}", named)
-        return OpenClipStart(
-            reference=f"{name}/{given.pretrained}", architecture=named, settings=given
-        )
+        own_sizes = NamedTowers(model=ModelConfig(name=name, pretrained=given.pretrained))
+        label = f"open_clip:{name}/{given.pretrained}"
+        return OpenClipStart(reference=label, unresized=own_sizes, model=given)
     if name is not None and reference.startswith("reference:") and ",model=" not in reference:
         reference = f"{reference},model={name}"
     try:
@@ -506,19 +467,18 @@ def resolve_start(given: ModelConfig) -> Start:
 def _resolved(start: Start, given: ModelConfig) -> Start:
     if isinstance(start, HuggingFaceStart):
         start = start.trainable()
-    model = merged(given, start.settings, has_heads=start.has_heads)
+    model = merged(given, start.unresized.model, has_heads=start.has_heads)
     if isinstance(start, OpenClipStart) and start.file is None:
         model = replace(model, start=None)  # its name and tag say it all
-    start = replace(start, architecture=replace(start.architecture, model=model))
-    refuse_coca(f"model.start: {start.reference}", start.architecture)
-    preprocessing = (start.architecture.towers_json or {}).get("preprocess_cfg", {})
-    if (mode := preprocessing.get("resize_mode", "shortest")) == "shortest":
-        return start
-    note = (
-        f"model.start: {start.reference} resizes images by '{mode}'; this run crops them, and so "
-        "does the evaluation of what it trains"
-    )
-    return replace(start, notes=(*start.notes, note))
+    refuse_coca(f"model.start: {start.reference}", start.unresized)
+    notes, towers_json = start.notes, start.unresized.towers_json or {}
+    mode = towers_json.get("preprocess_cfg", {}).get("resize_mode", "shortest")
+    if mode != "shortest":
+        notes += (
+            f"model.start: {start.reference} resizes images by '{mode}'; this run crops them, and "
+            "so does the evaluation of what it trains",
+        )
+    return replace(start, model=model, notes=notes)
 
 
 def refuse_coca(setting: str, architecture: Architecture) -> None:

@@ -1,15 +1,8 @@
 """Image and text towers and their tokenizers, built by open_clip and timm."""
 
 import difflib
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from copy import deepcopy
-from dataclasses import asdict
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import open_clip
@@ -17,19 +10,13 @@ import timm
 import torch
 from jaxtyping import Int
 from open_clip.model import (
-    CLIPTextCfg,
-    CLIPVisionCfg,
     resize_pos_embed,
     resize_text_pos_embed,
-    set_model_preprocess_cfg,
 )
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
-from open_clip.transform import PreprocessCfg
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
-
-from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, ModelConfig
 
 Tokenizer = Callable[[list[str]], Tensor]
 Weights = Literal["published", "new", "none"]  # "none" is for towers on the meta device
@@ -39,9 +26,6 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 # Linear layers from a trunk into the joint space: of timm's image and Hugging Face's text trunks in
 # open_clip, and of models of `transformers`.
 PROJECTIONS = ("visual.head.", "text.proj.", "visual.projection.", "text.projection.")
-# Tokens that a Hugging Face text tower reads, unless set.
-NAMED_CONTEXT_LENGTH = 77
-
 # Parts of the names of timm's transformers among open_clip's image towers.
 TIMM_TRANSFORMERS = ("vit", "eva", "swin")
 
@@ -91,42 +75,6 @@ def tower_kind(vision: Mapping[str, Any]) -> TowerKind:
     return "transformer" if transformer else "convolutional"
 
 
-def named_towers(
-    name: str,
-    *,
-    pretrained: str | None = None,
-    image_size: int | None = None,
-    context_length: int | None = None,
-    weights: Weights = "published",
-    quick_gelu: bool = False,
-) -> nn.Module:
-    """An open_clip model; sizes are the model's own unless given.
-
-    Weights that are `published` are those of `pretrained`, if given; `new` ones are drawn; with
-    `none` the model is on the meta device. It reads images normalised as `pretrained` needs, and
-    has QuickGELU where `pretrained` was trained with it, or `quick_gelu` asks for it.
-
-    Raises:
-        ValueError: open_clip has no such model or weights, or the image size does not fit.
-    """
-    require_fitting_size(image_size, named_config(name)["vision_cfg"], name)
-    preprocessing = published_weights(name, pretrained) if pretrained else None
-    published = weights == "published"
-    model: nn.Module = open_clip.create_model(
-        name,
-        pretrained=pretrained if published else None,
-        pretrained_text=published,
-        device="meta" if weights == "none" else "cpu",
-        force_quick_gelu=quick_gelu or bool((preprocessing or {}).get("quick_gelu")),
-        force_preprocess_cfg=None if published else preprocessing,
-        force_image_size=image_size,
-        force_context_length=context_length,
-    )
-    if image_size is not None and hasattr(model.visual, "trunk"):
-        set_input_size(model.visual.trunk, image_size, name)
-    return model
-
-
 def require_fitting_size(size: int | None, vision: Mapping[str, Any], name: str) -> None:
     """Refuse an image size that the patches of an open_clip image tower do not divide."""
     if size is not None:
@@ -135,103 +83,11 @@ def require_fitting_size(size: int | None, vision: Mapping[str, Any], name: str)
         require_multiple(size, vision.get("patch_size") or stride, name)
 
 
-def described_towers(
-    description: Mapping[str, Any],
-    *,
-    image_size: int | None = None,
-    context_length: int | None = None,
-    weights: Literal["new", "none"] = "new",
-    text_files: Path | None = None,
-) -> nn.Module:
-    """Towers without trained weights, from the content of an `open_clip_config.json`.
-
-    Sizes are the description's own unless given. `text_files` is a folder with the configuration
-    of a Hugging Face text tower, which is otherwise looked up by its name.
-    """
-    description = deepcopy(dict(description))
-    text = description["model_cfg"]["text_cfg"]
-    if text.get("hf_model_name") and text_files is not None:
-        text["hf_model_name"] = str(text_files)
-    if text.get("hf_model_name"):
-        refuse_code(text["hf_model_name"])
-    require_fitting_size(image_size, description["model_cfg"]["vision_cfg"], "this model")
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # open_clip warns that there are no weights
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-        stack.callback(logging.disable, before)
-        (Path(folder) / OPEN_CLIP_CONFIG).write_text(json.dumps(description), encoding="utf-8")
-        model: nn.Module = open_clip.create_model(
-            f"local-dir:{folder}",
-            load_weights=False,
-            pretrained_text=False,
-            device="meta" if weights == "none" else "cpu",
-            force_image_size=image_size,
-            force_context_length=context_length,
-        )
-    if image_size is not None and hasattr(model.visual, "trunk"):
-        set_input_size(model.visual.trunk, image_size, "this model")
-    return model
-
-
 def refuse_code(name: str) -> None:
     """Raise for a Hugging Face text model with code, which open_clip offers to run."""
     from transformers import AutoConfig
 
     AutoConfig.from_pretrained(name, trust_remote_code=False)
-
-
-def small_towers(config: ModelConfig, *, text_source: str = "") -> nn.Module:
-    """A timm image model, projected to the joint width, and a text transformer, all untrained.
-
-    The text transformer is a small one, or a Hugging Face model, whose configuration is read from
-    `text_source`, a folder or name. Where the image tower is to have timm's weights, it reads
-    images normalised as these need.
-
-    Raises:
-        ValueError: timm has no such model, or the sizes do not fit.
-    """
-    image, text = config.image, config.text
-    require_image_name(image.name)
-    size, length = small_sizes(config)
-    vision = CLIPVisionCfg(
-        timm_model_name=image.name, timm_pool="avg", timm_proj="linear", image_size=size
-    )
-    if text.name is None:
-        settings = CLIPTextCfg(
-            context_length=length, width=text.width, heads=text.heads, layers=text.layers
-        )
-        model: nn.Module = open_clip.CLIP(config.embed_dim, vision, settings)
-    else:
-        settings = CLIPTextCfg(
-            context_length=length,
-            hf_model_name=text_source,
-            hf_model_pretrained=False,
-            hf_proj_type="linear",
-            hf_pooler_type="mean_pooler",
-        )
-        model = open_clip.CustomTextCLIP(config.embed_dim, vision, settings).float()
-    if image.weights is not None:
-        known = timm_settings(image.name)
-        preprocessing = PreprocessCfg(size=size, mean=known.mean, std=known.std)
-        set_model_preprocess_cfg(model, asdict(preprocessing))
-    trunk: Any = model.visual.trunk  # type: ignore[union-attr]
-    if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
-        raise ValueError(
-            f"model.image.name: {image.name} widens its features in its head, which open_clip does "
-            "not project; choose another, such as resnet10t or mobilenetv2_050"
-        )
-    set_input_size(trunk, size, image.name)
-    return model
-
-
-def small_sizes(config: ModelConfig) -> tuple[int, int]:
-    """Image size in pixels and context length in tokens of `small_towers`."""
-    size, length = SMALL_IMAGE_SIZES[0], SMALL_CONTEXT_LENGTHS[0]
-    if config.image.weights is not None:
-        size = timm_settings(config.image.name).input_size[-1]
-    if config.text.name is not None:
-        length = NAMED_CONTEXT_LENGTH
-    return config.image.size or size, config.text.context_length or length
 
 
 def require_image_name(name: str) -> None:
@@ -275,6 +131,12 @@ def set_input_size(trunk: Any, size: int, name: str) -> None:
         patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
         require_multiple(size, patch, name)
         trunk.set_input_size(img_size=(size, size))
+
+
+def set_trunk_size(built: Any, size: int | None, name: str) -> None:
+    """Set the image size of a model of open_clip where its image tower is timm's; None for none."""
+    if size is not None and hasattr(built.visual, "trunk"):
+        set_input_size(built.visual.trunk, size, name)
 
 
 def require_multiple(size: int, patch: int, name: str) -> None:

@@ -57,9 +57,9 @@ def findings(entries: Sequence[Entry]) -> list[Finding]:
 
     If the first one is the best, against the one that comes next.
     """
-    found: list[Finding] = []
+    sentences: list[Finding] = []
     if len(entries) < 2:
-        return found
+        return sentences
     first = entries[0]
     for key in first["metrics"]:
         data, metric = parts(key)
@@ -82,8 +82,8 @@ def findings(entries: Sequence[Entry]) -> list[Finding]:
         if not better:
             says = f"and {other['name']} cannot be told apart on {on}: {numbers}."
         verdict: Literal["better", "open"] = "better" if better else "open"
-        found.append(Finding(verdict=verdict, model=best["name"], rest=minus(says)))
-    return found
+        sentences.append(Finding(verdict=verdict, model=best["name"], rest=minus(says)))
+    return sentences
 
 
 def parts(key: str) -> tuple[str, str]:
@@ -164,9 +164,5 @@ def cell(
             low, high = (text(end, "+") for end in given["interval"])
             difference += f" [{low}, {high}]"
     return Cell(
-        value=text(value["mean"]),
-        interval=around,
-        difference=difference,
-        best=best,
-        beyond=beyond,
+        value=text(value["mean"]), interval=around, difference=difference, best=best, beyond=beyond
     )

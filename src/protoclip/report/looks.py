@@ -158,19 +158,19 @@ def find_examples(config: Config, samples: int) -> Examples:
         if data:
             pairs = of_split(data[0], samples)
             names = data[0].class_names if pairs.classes is not None else ()
-            found = Examples(
+            examples = Examples(
                 pairs=pairs, held_out=True, class_names=names, templates=data[0].templates
             )
         else:
             given = min(samples, len(training)) if isinstance(training, Pairs) else samples
-            found = Examples(pairs=of_source(training, given), held_out=False)
+            examples = Examples(pairs=of_source(training, given), held_out=False)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"the data cannot be read ({error})") from error
-    if not found.pairs.images:
-        raise ValueError(f"{found.pairs.name}: none of the images can be read")
-    if len(found.pairs.images) < 2 * PAIRS_PER_GROUP:
-        raise ValueError(f"{len(found.pairs.images)} pairs are too few to show anything")
-    return found
+    if not examples.pairs.images:
+        raise ValueError(f"{examples.pairs.name}: none of the images can be read")
+    if len(examples.pairs.images) < 2 * PAIRS_PER_GROUP:
+        raise ValueError(f"{len(examples.pairs.images)} pairs are too few to show anything")
+    return examples
 
 
 def look(
@@ -248,7 +248,7 @@ def groups_of(pairs: HeldOut) -> list[int]:
     """Which pairs fit each other: those of one group of the data, or of equal captions."""
     if pairs.groups is not None:
         return list(pairs.groups)
-    number = {caption: place for place, caption in enumerate(dict.fromkeys(pairs.captions))}
+    number = {caption: group for group, caption in enumerate(dict.fromkeys(pairs.captions))}
     return [number[caption] for caption in pairs.captions]
 
 
@@ -297,13 +297,13 @@ def map_of(
     """The two directions in which images and texts together vary most (PCA)."""
     images, texts = features["images"][rows], features["texts"][rows]
     pca = PCA(n_components=2, random_state=0)
-    places = pca.fit_transform(torch.cat([images, texts]).double().numpy())
-    if places[: len(images), 0].mean() > 0:  # the sign of a component is free: images to the left
-        places[:, 0] *= -1
+    points = pca.fit_transform(torch.cat([images, texts]).double().numpy())
+    if points[: len(images), 0].mean() > 0:  # the sign of a component is free: images to the left
+        points[:, 0] *= -1
     return Map(
         title=title,
-        images=places[: len(images)],
-        texts=places[len(images) :],
+        images=points[: len(images)],
+        texts=points[len(images) :],
         explained=float(np.nan_to_num(pca.explained_variance_ratio_.sum())),
         gap=modality_gap(images, texts)["gap"],
     )
@@ -322,43 +322,45 @@ def gallery(
     The other modality's side of a prototype is the mean over its pairs, as in back-translation.
     """
     spaces, gallery = {"image": images, "text": texts}, dict[str, list[Prototype]]()
-    found = {
+    clusters = {
         m: kmeans(rows, number, iterations=ITERATIONS, seed=seed) for m, rows in spaces.items()
     }
     for modality, other in zip(MODALITIES, reversed(MODALITIES), strict=True):
-        own, partner = found[modality].assignments, found[other].assignments
+        assigned, partner = clusters[modality].assignments, clusters[other].assignments
         sides = {
-            modality: found[modality].centroids,
-            other: back_translate(own, spaces[other], number),
+            modality: clusters[modality].centroids,
+            other: back_translate(assigned, spaces[other], number),
         }
         near = {m: spaces[m] @ F.normalize(sides[m], dim=1).T for m in MODALITIES}
-        sizes, tightness, together = describe(own, partner, near[modality])
+        sizes, tightness, together = describe(assigned, partner, near[modality])
         gallery[modality] = [
             Prototype(
                 kind=kind,
-                size=int(sizes[place]),
-                tightness=float(tightness[place]),
-                together=float(together[place]),
+                size=int(sizes[index]),
+                tightness=float(tightness[index]),
+                together=float(together[index]),
                 images=[
                     Picture(row=row, caption=captions[row])
-                    for row in best_first(near["image"][:, place])[:NEAREST_IMAGES]
+                    for row in best_first(near["image"][:, index])[:NEAREST_IMAGES]
                 ],
-                captions=different(captions, best_first(near["text"][:, place]))[:NEAREST_CAPTIONS],
+                captions=different(captions, best_first(near["text"][:, index]))[:NEAREST_CAPTIONS],
             )
-            for kind, place in chosen(sizes, tightness, together)
+            for kind, index in chosen(sizes, tightness, together)
         ]
     return gallery
 
 
 def describe(
-    own: Int[Tensor, " n"], partner: Int[Tensor, " n"], near: Float[Tensor, "n k"]
+    assigned: Int[Tensor, " n"], partner: Int[Tensor, " n"], near: Float[Tensor, "n k"]
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, " k"]]:
     """Size, tightness and `together` of each prototype; 0 for an empty one."""
     number = near.shape[1]
-    shared = torch.bincount(own * number + partner, minlength=number * number).view(number, number)
+    shared = torch.bincount(assigned * number + partner, minlength=number * number).view(
+        number, number
+    )
     sizes = shared.sum(dim=1).float()
-    cosines = near.gather(1, own[:, None])[:, 0]
-    summed = torch.zeros(number).index_add_(0, own, cosines)
+    cosines = near.gather(1, assigned[:, None])[:, 0]
+    summed = torch.zeros(number).index_add_(0, assigned, cosines)
     return sizes, summed / sizes.clamp(min=1), shared.amax(dim=1) / sizes.clamp(min=1)
 
 
@@ -373,17 +375,17 @@ def chosen(
         "tightest": torch.where(enough, tightness, never),
         "most mixed": torch.where(enough, -together, never),
     }
-    found: dict[int, str] = {}
+    kinds: dict[int, str] = {}
     for kind in KINDS:
         left = [
-            place
-            for place in best_first(scores[kind])
-            if place not in found
-            and float(scores[kind][place]) > float("-inf")
-            and sizes[place] > 0
+            index
+            for index in best_first(scores[kind])
+            if index not in kinds
+            and float(scores[kind][index]) > float("-inf")
+            and sizes[index] > 0
         ]
-        found |= dict.fromkeys(left[:PICKS], kind)
-    return [(kind, place) for place, kind in found.items()]
+        kinds |= dict.fromkeys(left[:PICKS], kind)
+    return [(kind, index) for index, kind in kinds.items()]
 
 
 def best_first(scores: Float[Tensor, " n"]) -> list[int]:
@@ -413,11 +415,11 @@ def retrieval_examples(
     texts_rows = sorted(first.values())
     similarity = images @ texts[texts_rows].T
     group = torch.tensor(groups)
-    own = group[:, None] == group[texts_rows]
-    found = {}
+    fits = group[:, None] == group[texts_rows]
+    by_direction = {}
     for way, scores, right in (
-        ("image to text", similarity, own),
-        ("text to image", similarity.T, own.T),
+        ("image to text", similarity, fits),
+        ("text to image", similarity.T, fits.T),
     ):
         best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
         # Equal similarities count against the model, as in the recalls.
@@ -429,13 +431,13 @@ def retrieval_examples(
             row: int, rank: int, way: str = way, scores: Tensor = scores, right: Tensor = right
         ) -> Answer:
             top = best_first(scores[row])[:ANSWERS]
-            marks = [bool(right[row, place]) for place in top]
+            marks = [bool(right[row, column]) for column in top]
             if way == "image to text":
-                given = [captions[texts_rows[place]] for place in top]
+                given = [captions[texts_rows[column]] for column in top]
                 query = Picture(row=row, caption=captions[row])
                 answers = list(zip(given, marks, strict=True))
                 return Answer(image=query, caption=captions[row], rank=rank, captions=answers)
-            shown = [Picture(row=place, caption=captions[place]) for place in top]
+            shown = [Picture(row=column, caption=captions[column]) for column in top]
             return Answer(
                 image=None,
                 caption=captions[texts_rows[row]],
@@ -443,12 +445,12 @@ def retrieval_examples(
                 images=list(zip(shown, marks, strict=True)),
             )
 
-        found[way] = Retrieval(
+        by_direction[way] = Retrieval(
             right=[answer(*of) for of in answers if of[1] == 1][:QUERIES],
             wrong=[answer(*of) for of in answers if of[1] > 1][:QUERIES],
             share=float((ranks == 1).double().mean()),
         )
-    return found
+    return by_direction
 
 
 def confusions(
@@ -472,14 +474,14 @@ def confused(
     counts = Counter(zip(classes.tolist(), taken_for.tolist(), strict=True))
     wrong = [pair for pair in counts if pair[0] != pair[1]]
     wrong.sort(key=lambda pair: (-counts[pair], pair))
-    most = list(dict.fromkeys(place for pair in wrong for place in pair))[:CONFUSED]
+    most = list(dict.fromkeys(number for pair in wrong for number in pair))[:CONFUSED]
     return Confusions(
         pairs=[
             (names[one], names[other], counts[one, other], sizes[one])
             for one, other in wrong[:CONFUSED]
         ],
-        classes=[names[place] for place in most],
-        sizes=[sizes[place] for place in most],
+        classes=[names[number] for number in most],
+        sizes=[sizes[number] for number in most],
         shares=[[counts[one, other] / max(1, sizes[one]) for other in most] for one in most],
         accuracy=float((classes == taken_for).double().mean()),
         templates=templates,

@@ -95,7 +95,7 @@ GROUPING = {
     "recall@10/text_to_image": "Recall@10, text to image",
 }
 # Settings that say where and not how a run was made.
-PLACES = ("run.out", "run.name")
+NAMES_OF_RUN = ("run.out", "run.name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,9 +225,9 @@ def number(value: float) -> str:
     return findings.minus(f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}")
 
 
-def named_rows(found: Confusions) -> list[tuple[str, int, list[float]]]:
+def named_rows(confusions: Confusions) -> list[tuple[str, int, list[float]]]:
     """The rows of the table of confusions: class, images, shares; the last one is what is left."""
-    rows = zip(found.classes, found.sizes, found.shares, strict=True)
+    rows = zip(confusions.classes, confusions.sizes, confusions.shares, strict=True)
     return [
         (name, size, [*shares, max(0.0, 1 - sum(shares)) if size else 0.0])
         for name, size, shares in rows
@@ -334,7 +334,7 @@ def charts(
     """The charts under each heading; those that no run has anything for are left out."""
     curves = [all_curves(run) for run in runs]
     known = list(dict.fromkeys(name for of in curves for name in of))
-    found: dict[str, Charts] = {}
+    sections: dict[str, Charts] = {}
     for heading, patterns in CHARTS.items():
         for pattern, title in patterns.items():
             before, star, after = pattern.partition("*")
@@ -347,14 +347,14 @@ def charts(
             for name in sorted(fitting):
                 rest = name[len(before) : len(name) - len(after)].replace("_", " ")
                 full = f"{title}, {rest}" if len(fitting) > 1 else title
-                section = found.setdefault(heading, Charts(drawn=[], same=[]))
+                section = sections.setdefault(heading, Charts(drawn=[], same=[]))
                 values = np.unique(np.concatenate([of[name][1] for of in curves if name in of]))
                 if len(values) == 1:
                     section.same.append(f"{clipped(full)}: {values[0]:.3g}")
                 else:
                     chart = chart_of(name, clipped(full), runs, curves, names, models)
                     section.drawn.append(chart)
-    return found
+    return sections
 
 
 def chart_of(
@@ -382,14 +382,14 @@ def chart_of(
 
 def all_curves(run: RunFolder) -> dict[str, Curve]:
     """The logged curves, temperatures from logit scales, and measures of several checkpoints."""
-    found = dict(run.curves)
+    curves = dict(run.curves)
     for scale, name in (
         ("train/logit_scale", "temperature"),
         ("train/prototype_logit_scale", "prototype_temperature"),
     ):
-        if scale in found:
-            steps, values = found[scale]
-            found[name] = (steps, 1 / np.maximum(values, 1e-12))
+        if scale in curves:
+            steps, values = curves[scale]
+            curves[name] = (steps, 1 / np.maximum(values, 1e-12))
     checkpoints = run.analysis["checkpoints"] if run.analysis else []
     if len(checkpoints) > 1:
         steps = np.array([entry["step"] for entry in checkpoints], np.float64)
@@ -397,8 +397,8 @@ def all_curves(run: RunFolder) -> dict[str, Curve]:
             measured = [entry["features"].get(key) for entry in checkpoints]
             known = np.array([value is not None for value in measured])
             given = np.array([value for value in measured if value is not None], np.float64)
-            found[f"features/{key}"] = (steps[known], given)
-    return found
+            curves[f"features/{key}"] = (steps[known], given)
+    return curves
 
 
 def seconds(run: RunFolder) -> dict[str, float]:
@@ -432,16 +432,16 @@ def show_models(
 ) -> list[Shown]:
     """Run the first run of each name that has a checkpoint on example pairs."""
     by_name: dict[str, list[int]] = {}
-    for place, run in enumerate(runs):
-        by_name.setdefault(run.name, []).append(place)
-    places = [min(of, key=lambda place: not runs[place].checkpoints) for of in by_name.values()]
-    progress = Progress("report", len(places))
+    for index, run in enumerate(runs):
+        by_name.setdefault(run.name, []).append(index)
+    chosen = [min(of, key=lambda index: not runs[index].checkpoints) for of in by_name.values()]
+    progress = Progress("report", len(chosen))
 
     started, shown = time.monotonic(), []
     # Runs on the same data share their examples, the maps before training, and the images.
     known: dict[str, tuple[Examples, dict[str, Map], Callable[[int], str]]] = {}
-    for done, place in enumerate(places):
-        run, label = runs[place], names[place]
+    for done, index in enumerate(chosen):
+        run, label = runs[index], names[index]
         progress.update(done, printable(label))
         if run.config is None:
             shown.append(Shown(label=label, problem=run.problem))
@@ -456,7 +456,7 @@ def show_models(
                 examples = looks.find_examples(run.config, samples)
                 known[data] = examples, {}, cache(partial(data_uri, examples))
             examples, firsts, images = known[data]
-            found = looks.look(
+            look = looks.look(
                 examples,
                 run.config,
                 run.checkpoints,
@@ -468,9 +468,9 @@ def show_models(
             reason = " ".join(str(error).split())
             shown.append(Shown(label=label, problem=clipped(reason, 400)))
             continue
-        drawn = maps(found, label)
-        shown.append(Shown(label=label, examples=examples, look=found, images=images, maps=drawn))
-    progress.update(len(places))
+        drawn = maps(look, label)
+        shown.append(Shown(label=label, examples=examples, look=look, images=images, maps=drawn))
+    progress.update(len(chosen))
     return shown
 
 
@@ -525,7 +525,7 @@ def grouping(
 def settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Settings that differ between the runs, and those that all share but are no defaults."""
     defaults = flat(tomllib.loads(to_toml(resolved(Config())[0])))
-    keys = sorted({key for run in runs for key in run.settings} - set(PLACES))
+    keys = sorted({key for run in runs for key in run.settings} - set(NAMES_OF_RUN))
     values = {key: [run.settings.get(key) for run in runs] for key in keys}
     differ = {key: of for key, of in values.items() if any(value != of[0] for value in of)}
     shared = {

@@ -128,7 +128,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: There is something that cannot be read; names it.
     """
-    found = []
+    objects = []
     try:
         text = read_local(path, errors="replace") if path.exists() else ""
     except (OSError, ValueError) as error:
@@ -140,23 +140,23 @@ def lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            objects.append(value)
+    return objects
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
     """The finite values of each metric in `metrics.jsonl`, by name."""
-    found: dict[str, dict[float, float]] = {}
+    by_step: dict[str, dict[float, float]] = {}
     for line in lines(path):
         step: Any = line.get("step")
         if not is_number(step):
             continue
         for name, value in line.items():
             if "/" in name and is_number(value):
-                found.setdefault(name, {})[step] = value
+                by_step.setdefault(name, {})[step] = value
     return {
         name: (np.array(sorted(of), np.float64), np.array([of[s] for s in sorted(of)], np.float64))
-        for name, of in found.items()
+        for name, of in by_step.items()
     }
 
 
@@ -169,12 +169,12 @@ def is_number(value: Any) -> bool:
 def read_environment(path: Path) -> dict[str, Any]:
     """Hardware and versions, and how the run ended, from `results.json`; empty without it."""
     try:
-        found = read_json(path)
-        given = dict(found.get("environment", {}))
+        results = read_json(path)
+        given = dict(results.get("environment", {}))
         known: dict[str, Any] = {str(name): str(value) for name, value in given.items()}
         numbers = ("train_seconds", "samples_seen", "samples_skipped")
-        known |= {name: found[name] for name in numbers if is_number(found.get(name))}
-        return known | ({"precision": str(found["precision"])} if "precision" in found else {})
+        known |= {name: results[name] for name in numbers if is_number(results.get(name))}
+        return known | ({"precision": str(results["precision"])} if "precision" in results else {})
     except (ValueError, TypeError):
         return {}
 
@@ -182,11 +182,11 @@ def read_environment(path: Path) -> dict[str, Any]:
 def read_analysis(path: Path) -> dict[str, Any] | None:
     """What `protoclip analyze` wrote; None if it did not, or the file is damaged."""
     try:
-        found = read_json(path)
+        analysis = read_json(path)
         checkpoints = [
-            {"step": int(entry["step"]), **spaces_of(entry)} for entry in found["checkpoints"]
+            {"step": int(entry["step"]), **spaces_of(entry)} for entry in analysis["checkpoints"]
         ]
-        known = {"data": str(found["data"]), "pairs": int(found["pairs"])}
+        known = {"data": str(analysis["data"]), "pairs": int(analysis["pairs"])}
         return {**known, "checkpoints": checkpoints} if checkpoints[-1]["features"] else None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return None
@@ -204,8 +204,8 @@ def spaces_of(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def read_sweep(path: Path) -> dict[str, Any] | None:
     """The chosen alpha and each point's scores by data set; None without a whole sweep."""
     try:
-        found = read_json(path)
-        if has_changed(found):  # people may edit it
+        sweep = read_json(path)
+        if has_changed(sweep):  # people may edit it
             say(f"warning: {path}: not what the run wrote: its checksum differs")
         points = [
             {
@@ -213,8 +213,8 @@ def read_sweep(path: Path) -> dict[str, Any] | None:
                 "scores": {str(name): float(value) for name, value in point["scores"].items()},
                 "mean": float(point["mean"]),
             }
-            for point in found["points"]
+            for point in sweep["points"]
         ]
-        return {"alpha": float(found["alpha"]), "points": points} if points else None
+        return {"alpha": float(sweep["alpha"]), "points": points} if points else None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return None

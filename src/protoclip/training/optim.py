@@ -13,7 +13,6 @@ from protoclip.config import Config
 from protoclip.models.halves import SmallTowers
 from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.start import resolve_start
-from protoclip.models.towers import small_sizes
 
 LOCKED_WARM_UP = 2  # steps
 SLOW_HEADS = 0.01  # of the towers' learning rate
@@ -98,8 +97,9 @@ def resolved(config: Config) -> tuple[Config, list[str]]:
         if sigmoid:
             decided.append("loss.instance = sigmoid, since the model has a logit bias")
     if isinstance(start.architecture, SmallTowers):
-        size, length = small_sizes(model)
-        image, text = replace(model.image, size=size), replace(model.text, context_length=length)
+        sizes = start.architecture.sizes
+        image = replace(model.image, size=sizes["image_size"])
+        text = replace(model.text, context_length=sizes["context_length"])
         model = replace(model, image=image, text=text)
     optim = replace(config.optim, **settings)
     return replace(config, model=model, loss=loss, optim=optim), notes + decided

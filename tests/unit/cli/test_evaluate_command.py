@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,36 +60,33 @@ def test_several_models_on_several_data_sets(made_up, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 8
 
 
-@pytest.mark.parametrize("words", [[], ["--fast-resize"]])
-def test_the_fast_resize_reaches_the_images(words, made_up, monkeypatch, capsys):
-    exact, used = PillowTransform(size=8, mean=(0.5,) * 3, std=(0.5,) * 3), []
-    monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
-    monkeypatch.setattr(loading, "load", lambda name: (Knowing(), exact, tokenizer))
-    monkeypatch.setattr(suite, "results", lambda encoder, *_, **__: used.append(encoder) or [])
-    main(["evaluate", "knowing", "--json", *words])
-    assert [encoder.transform.fast for encoder in used] == [bool(words)]
-
-
-def test_the_table_is_the_default_and_emoji_are_the_default_data(made_up, capsys):
+def test_the_table_is_the_default_and_emoji_are_the_default_data(
+    made_up, tmp_path, monkeypatch, capsys
+):
+    """And features are kept in the cache folder."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     main(["evaluate", "--templates", "simple", "knowing", "--workers", "0"])
     shown = capsys.readouterr().out
     assert made_up[0][0] == "emoji"
     assert "mean_per_class_recall" in shown
     assert re.search(r"100\.0 \[\d\d\.\d, 100\.0\]", shown)
     assert not {"linear_probe", "knn", "clustering"} & {*shown.split()}
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 3
 
 
 def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
     """Those of data under the names in messages, which are those of `train`."""
-    used = []
+    exact, used = PillowTransform(size=8, mean=(0.5,) * 3, std=(0.5,) * 3), []
+    monkeypatch.setattr(loading, "load", lambda name: (Knowing(), exact, tokenizer))
     monkeypatch.setattr(suite, "results", lambda encoder, *_, **__: used.append(encoder) or [])
     words = "--data a --data.allow_links true --data.image_column x --caption_column y --root /"
-    words += " --device cpu --precision bf16 --json --data.allow-commands"
+    words += " --device cpu --fast-resize --precision bf16 --json --data.allow-commands"
     main(["evaluate", "knowing", *words.split()])
     (_, settings), (encoder,) = made_up[0], used
     columns = {"image_column": "x", "caption_column": "y"}
     config = DataConfig(**columns, allow_links=True, allow_commands=True)
     assert settings == {"root": "/", "class_column": None, "split": "test", "config": config}
+    assert encoder.transform == replace(exact, fast=True)
     with encoder.autocast():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
         assert torch.is_autocast_enabled("cpu")
@@ -129,13 +127,6 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(data, tmp_path, made_up, m
         assert (said in capsys.readouterr().err) == (data != "other.tsv")
 
 
-def test_features_are_kept_in_the_cache_folder(made_up, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    main(["evaluate", "knowing", "--tasks", "knn", "--json"])
-    assert len(list((tmp_path / "features").glob("*.npy"))) == 2
-    capsys.readouterr()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -160,12 +151,9 @@ def test_bad_input_is_one_line(words, message, made_up, capsys):
     ("model", "message"),
     [
         ("hf:bert", "hf:bert: cannot be opened (BertModel is no CLIP-like model; known are clip"),
-        ("bert", "bert: cannot be opened (BertModel is no CLIP-like model"),
         ("hf:brt", "hf:brt: the hub does not answer, and there is no earlier download"),
         ("open_clip:RN51", "open_clip:RN51: open_clip has no model 'RN51'"),
         ("open_clip:RN50/mine", "open_clip:RN50/mine: open_clip has no weights 'mine' for RN50"),
-        ("local-dir:bert", "local-dir:bert: no folder with open_clip_config.json"),
-        ("reference:none.pt,model=RN50", "reference:none.pt,model=RN50: no such file"),
         ("pairs.tsv", "pairs.tsv: no checkpoint here"),
     ],
 )

@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from protoclip.data.pairs import BadSample
-from protoclip.evaluation.datasets import WHERE, Images, emoji, open_data, read_templates
+from protoclip.evaluation.datasets import DOWNLOADS, Images, emoji, open_data, read_templates
 
 # The images of every split below, by the red of their pixels, with class and captions.
 REDS, NAMES, CLASSES = (10, 20, 30), ["cat", "big dog"], [1, 0, 1]
@@ -440,7 +440,6 @@ BAD = [
     (lambda t: wds_with(t, without=["classnames.txt"]), r"has no class names; write them into cl"),
     (lambda t: wds_with(t, classnames="cat"), r"sample '0/s00': class 1, but the class names go"),
     (lambda t: wds_with(t, beside=[b"0", b"-1", b"0"]), r"sample '0/s01': class -1, but"),
-    (lambda t: wds_with(t, beside=[b"0", b"x", b"0"]), r"sample '0/s01': b'x' is not a class num"),
     (lambda t: wds_with(t, beside=[b"0", b"0_1", b"0"]), r"'0/s01': b'0_1' is not a class number$"),
     (
         lambda t: wds_with(t, "npy", beside=[npy(0, 1), npy(0, np.nan), npy(1, 0)]),
@@ -484,7 +483,10 @@ BAD = [
     (lambda t: folder_of(t, "train/a/1.png", "train/b/2.png"), r"no split 'test', only train$"),
     (lambda t: folder_of(t, A), r"has fewer than two classes \(a\)$"),
     (lambda t: folder_of(t, "train/a/1.png", "train/b/1.png", "test/c.txt"), r"no split 'test'"),
-    (lambda t: folder_of(t, A, B, "classnames.txt"), r"utf-8|names 1 classes"),
+    (
+        lambda t: folder_of(t, A, B, "classnames.txt"),
+        r"classnames\.txt: cannot be read as UTF-8 \(",
+    ),
     (lambda t: table_with(t), r"no column with captions; set caption_column to one"),
     (lambda t: table_with(t, caption=[None, "", " "]), r"no image has a caption$"),
     (lambda t: table_with(t, "kind", caption=list("abc")), r"no column 'kind'; it has 'image', 'c"),
@@ -509,7 +511,6 @@ BAD = [
     ),
     (lambda t: json_with(t, "[]"), r"c.json: is neither Karpathy's JSON .* nor COCO's captions"),
     (lambda t: json_with(t, '{"images": [{"filename": "a"}]}'), r"COCO's captions \(no 'split'\)$"),
-    (lambda t: json_with(t, "{"), r"c.json: is neither Karpathy's JSON"),
     (lambda t: json_with(t, KARPATHY), r"a.jpg: no such image; set root to the folder"),
     (lambda t: {"reference": f"karpathy:{t}/dataset_flickr30k.json"}, r"file; flickr30k is to be"),
     (lambda t: {"reference": "torchvision:Dogs", "root": str(t)}, r"not a known .*; known are CIF"),
@@ -528,14 +529,10 @@ BAD = [
 ]
 
 
-def test_the_documentation_says_where_data_sets_are_to_be_had():
-    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
-    page = page.replace("HUB/", "https://huggingface.co/datasets/clip-benchmark/")
-    assert [place for place in WHERE.values() if place not in page] == []
-
-
 def test_all_data_sets_of_the_documentation_are_known_where_they_are_missing():
     page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
+    whole = page.replace("HUB/", "https://huggingface.co/datasets/clip-benchmark/")
+    assert [source for source in DOWNLOADS.values() if source not in whole] == []
     table = page.partition("### Where to get them")[2].partition("## Tasks")[0]
     found = re.findall(r"`(wds:|torchvision:|karpathy:)(?:HUB/)?([^`]+)`", table)
     assert len(found) > 25
@@ -565,12 +562,3 @@ def test_bad_templates_are_refused(content, message, tmp_path):
         write(path, content)
     with pytest.raises(ValueError, match=message):
         read_templates(str(path))
-
-
-def test_class_names_that_are_not_utf_8_are_named(tmp_path):
-    for number in range(2):
-        (tmp_path / "test" / f"{number}").mkdir(parents=True)
-        (tmp_path / "test" / f"{number}" / "a.png").write_bytes(b"x")
-    (tmp_path / "classnames.txt").write_bytes("Bär\nIgel\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"classnames\.txt: cannot be read as UTF-8 \(.*\)$"):
-        open_data(str(tmp_path))

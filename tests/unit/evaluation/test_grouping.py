@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.evaluation import analysis, datasets, geometry, grouping, retrieval
+from protoclip.evaluation import analysis, datasets, grouping, retrieval
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import to_toml, train
@@ -31,15 +31,6 @@ def blocks(groups: torch.Tensor, seed: int) -> torch.Tensor:
     """Unit-norm rows that lie together if they are in one group."""
     centres = unit(int(groups.max()) + 1, 32, seed)
     return F.normalize(centres[groups] + 0.01 * unit(len(groups), 32, seed + 1))
-
-
-def test_effective_rank_is_the_entropy_of_singular_values():
-    assert geometry.effective_rank(torch.eye(6)) == pytest.approx(6)
-    assert geometry.effective_rank(torch.ones(5, 4)) == pytest.approx(1)
-    rows = unit(30, 8)
-    values = np.linalg.svd(rows.double().numpy(), compute_uv=False)
-    entropy = -sum(v / sum(values) * math.log(v / sum(values)) for v in values)
-    assert geometry.effective_rank(rows) == pytest.approx(math.exp(entropy))
 
 
 def test_spread_is_0_for_one_point_and_1_for_opposite_ones():

@@ -122,9 +122,9 @@ def test_heads_are_clustered_and_dead_prototypes_counted() -> None:
     own = F.normalize(
         torch.cat([found.image[:CLUSTERS] @ weight, -found.image[:1] @ weight]), dim=1
     )
-    atlas = make_atlas(found, heads=heads, number=CLUSTERS, own={"image": own})
+    atlas = make_atlas(found, heads=heads, number=CLUSTERS, run_prototypes={"image": own})
     assert atlas.space == "projections"
-    assert atlas.own == {"image": [5, 1]}
+    assert atlas.run_prototypes == {"image": [5, 1]}
 
 
 @pytest.mark.parametrize(("pairs", "number"), [(2, 2), (5, 2), (400, 40), (10**6, 1000)])

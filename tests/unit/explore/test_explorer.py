@@ -1,10 +1,10 @@
 """What an explorer answers, of which pairs, and what it keeps."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,9 @@ from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.explore import explorer as explorer_module
 from protoclip.explore import map as map_module
-from protoclip.explore.explorer import heads_of, open_explorer
+from protoclip.explore.explorer import Explorer, heads_of, open_explorer
 from protoclip.explore.pairs import ExploredPairs, explored
-from protoclip.explore.render import Pages, Site
+from protoclip.explore.render import Pages
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import train
@@ -38,16 +38,20 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_rows_that_cannot_be_read_are_left_out(table: Path) -> None:
-    (one,) = explorers(DataConfig(train=str(table)))
+@pytest.fixture(scope="module")
+def one(table: Path) -> Explorer:
+    """An explorer of all pairs."""
+    (explorer,) = explorers(DataConfig(train=str(table)))
+    return explorer
+
+
+def test_rows_that_cannot_be_read_are_left_out(one: Explorer) -> None:
     assert one.atlas.rows.tolist() == [row for row in range(60) if row not in (7, 9)]
     assert one.pairs.sample_id(one.row(7)) == "tiny/8"
     assert [one.position(row) for row in (0, 7, 8, 9, 59, 60)] == [0, None, 7, None, 57, None]
 
 
-def test_search_by_text_and_image_and_neighbours(table: Path) -> None:
-    (one,) = explorers(DataConfig(train=str(table)))
-
+def test_search_by_text_and_image_and_neighbours(one: Explorer) -> None:
     def captions(near: list[tuple[int, float]]) -> set[str]:
         return {one.pairs.caption(one.row(position)) for position, _ in near}
 
@@ -62,26 +66,20 @@ def test_search_by_text_and_image_and_neighbours(table: Path) -> None:
     assert [value for _, value in near.images] == sorted((v for _, v in near.images), reverse=True)
 
 
-def test_an_article_before_everything_else_is_left_out(table: Path) -> None:
-    (one,) = explorers(DataConfig(train=str(table)))
+def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:
     for text in ("a red square", " The  red square", "an red square"):
         assert one.search_text(text, 3) == one.search_text("red square", 3)
     assert len(one.search_text("the", 3).images) == 3
 
 
-@pytest.mark.parametrize("text", ["", " \n", "\0"])
-def test_an_empty_question_is_one_line(text: str, table: Path) -> None:
-    (one,) = explorers(DataConfig(train=str(table)))
-    with pytest.raises(ValueError, match=r"an empty text finds nothing"):
-        one.search_text(text)
-    with pytest.raises(ValueError, match=r"image"):
-        one.search_image(b"no image")
-
-
-def test_a_question_of_any_text_is_answered(table: Path) -> None:
-    (one,) = explorers(DataConfig(train=str(table)))
+def test_any_question_is_answered_and_an_empty_one_is_one_line(one: Explorer) -> None:
     for text in ("\ud800 red", "x" * 10**6, "<script>", "\u202ered"):
         assert len(one.search_text(text, 2).images) == 2
+    for text in ("", " \n", "\0"):
+        with pytest.raises(ValueError, match=r"an empty text finds nothing"):
+            one.search_text(text)
+    with pytest.raises(ValueError, match=r"image"):
+        one.search_image(b"no image")
 
 
 def test_swapped_captions_are_found_in_the_data(table: Path) -> None:
@@ -125,11 +123,8 @@ def test_a_class_of_a_million_characters_is_cut() -> None:
 def test_only_chosen_samples_are_explored(table: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text('["tiny/3", "tiny/4", "tiny/50"]')
     (one,) = explorers(DataConfig(train=str(table), only=str(tmp_path / "ids.json")))
-    assert [one.pairs.sample_id(row) for row in one.atlas.rows.tolist()] == [
-        "tiny/3",
-        "tiny/4",
-        "tiny/50",
-    ]
+    ids = [one.pairs.sample_id(row) for row in one.atlas.rows.tolist()]
+    assert ids == ["tiny/3", "tiny/4", "tiny/50"]
 
 
 def test_the_next_start_encodes_nothing(
@@ -169,13 +164,8 @@ def test_the_map_is_kept_until_what_it_shows_changes(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    made: list[Site] = []
-
-    def counted(site: Site, draw: Callable[[Site], Any] = map_module.map_json) -> Any:
-        made.append(site)
-        return draw(site)
-
-    monkeypatch.setattr(map_module, "map_json", counted)
+    made = Mock(side_effect=map_module.map_json)
+    monkeypatch.setattr(map_module, "map_json", made)
 
     def ways(**settings: Any) -> list[str]:
         (one,) = explorers(DataConfig(train=str(table)), **settings)
@@ -183,33 +173,27 @@ def test_the_map_is_kept_until_what_it_shows_changes(
 
     first = ways()
     assert ways() == first
-    assert len(made) == 1
+    assert made.call_count == 1
     assert "class" in ways(class_column="kind")
     assert "class" not in ways(cache=False)
-    assert len(made) == 3
+    assert made.call_count == 3
     for path in tmp_path.rglob("*.map.json"):
         path.write_text(path.read_text().replace("distance", "distanCe"))
     assert ways() == first
-    assert len(made) == 4
+    assert made.call_count == 4
 
 
 def test_data_whose_images_are_gone_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text(
-        "image,caption\n" + "".join(f"{n}.png,a {n}\n" for n in range(5))
-    )
-    with pytest.raises(
-        ValueError, match=r"^images: no image can be used, such as .*0.png.*no such file"
-    ):
+    rows = [f"{n}.png,a {n}" for n in range(5)]
+    (tmp_path / "a.csv").write_text("\n".join(["image,caption", *rows]))
+    with pytest.raises(ValueError, match=r"^images: no image can be used, .*0.png.*no such file"):
         explorers(DataConfig(train=str(tmp_path / "a.csv")))
 
 
-def test_a_stream_is_refused(tmp_path: Path) -> None:
+def test_a_stream_and_a_missing_class_column_are_refused(table: Path) -> None:
     stream = sources.pairs(Config(data=DataConfig(train="pipe:true", allow_commands=True)))
     with pytest.raises(ValueError, match="a stream cannot be explored"):
         explored(stream)
-
-
-def test_a_class_column_that_is_missing_is_named(table: Path) -> None:
     samples = sources.pairs(Config(data=DataConfig(train=str(table))))
     with pytest.raises(ValueError, match="no column 'nothing'; it has "):
         explored(samples, class_column="nothing")
@@ -233,7 +217,7 @@ def test_a_run_is_grouped_by_what_it_trained(
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000000003"  # within an episode
     one = open_explorer(str(checkpoint), explored(samples), device=torch.device("cpu"))
     assert one.atlas.space == space
-    assert {modality: counts[0] for modality, counts in one.atlas.own.items()} == (
+    assert {modality: counts[0] for modality, counts in one.atlas.run_prototypes.items()} == (
         {"image": 8, "text": 8} if prototypical else {}
     )
     found = one.search_text("a red square", 5)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +73,7 @@ def port(served: tuple[Any, int]) -> int:
 
 
 def ask(
-    port: int, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str
+    port: int, path: str, *, method: str = "GET", body: Any = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """A request that brings the token; header names have `_` for `-`."""
     given = {"Cookie": f"{cookie_name(TOKEN)}={TOKEN}"}
@@ -94,35 +93,27 @@ PAGES = [
     *("/1/duplicates.html", "/2/moved-image.html", "/1/moved-text.html", "/1/pair-5.html"),
     *("/2/index.html", "/1/search.html?text=a+red+square", "/images/3.webp"),
     *("/images/large-3.webp", "/assets/explore.css", "/assets/explore.js", "/assets/bokeh.min.js"),
+    "/1/search.html?text=%22%27%3E%3Cscript%3Ealert(1)%3C/script%3E",
 ]
+MARKUP = ("<script", "<img src=x", "<h1>no", "<b>id", "<i>pairs", "\u202e", "\u2066", "\x1b")
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_every_page_is_served_with_its_headers(path: str, port: int) -> None:
+def test_every_page_has_its_headers_and_no_element_that_is_not_its_own(
+    path: str, port: int
+) -> None:
+    """Captions, ids and questions are text, and no page is long for a long caption."""
     status, headers, body = ask(port, path)
     assert status == 200
     assert body
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
-
-
-@pytest.mark.parametrize("path", [page for page in PAGES if ".html" in page])
-def test_captions_and_ids_are_text(path: str, port: int) -> None:
-    """No page holds an element that is not its own, and none is long for a long caption."""
-    text = ask(port, path)[2].decode()
+    if ".html" not in path:
+        return
+    text = body.decode()
     own = re.sub(r'<script src="\.\./assets/[\w.]+" defer></script>', "", text)
     own = re.sub(r'data-id="[^"<>]*"', "", own)  # exact, for the selection; nobody sees it
-    for markup in (
-        "<script",
-        "<img src=x",
-        "<h1>no",
-        "<b>id",
-        "<i>pairs",
-        "\u202e",
-        "\u2066",
-        "\x1b",
-    ):
-        assert markup not in own
+    assert not [markup for markup in MARKUP if markup in own]
     assert "a 49 green square" not in own
     assert len(text) < 300_000
 
@@ -195,11 +186,8 @@ def test_links_of_every_page_lead_somewhere(port: int) -> None:
         *(("/images/file:%2f%2f%2fetc%2fpasswd", 404), ("/images/0.webp/../../etc/passwd", 404)),
         *(("http://127.0.0.1/etc/passwd", 404), ("/1/%2e%2e%2f%2e%2e/etc/passwd", 404)),
         *(("/images/%ef%bc%8e%ef%bc%8e%2fetc%2fpasswd", 404), ("/images/1e1.webp", 404)),
-        *(
-            ("/1/search.html", 200),
-            ("/1/search.html?text=%00", 200),
-            ("/1/search.html?text=%ff", 200),
-        ),
+        *(("/1/search.html", 200), ("/1/search.html?text=%00", 200)),
+        *(("/1/search.html?text=%ff", 200), ("/1/search.html?text=" + "a" * 50_000, 200)),
         *(("/1/odd-loss.html?page=999999", 200),),
     ],
 )
@@ -275,37 +263,26 @@ def test_foreign_hosts_and_sites_are_refused(
 
 def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
     encoded = two[0].pairs.encoded(10)
-    status, _, body = ask(port, "/1/search-image", method="POST", body=encoded)
+
+    def post(body: Any = None, **headers: str) -> tuple[int, str]:
+        status, _, found = ask(port, "/1/search-image", method="POST", body=body, **headers)
+        return status, found.decode()
+
+    status, text = post(encoded)
     assert status == 200
-    assert two[0].pairs.caption(10) in body.decode()
-    status, _, body = ask(port, "/1/search-image", method="POST", body=b"<script>")
+    assert two[0].pairs.caption(10) in text
+    status, text = post(b"<script>")
     assert status == 200
-    assert b"This is no image that can be read" in body
+    assert "This is no image that can be read" in text
     assert ask(port, "/1/search-image", method="GET")[0] == 405
-    assert (
-        ask(port, "/1/search-image", method="POST", body=encoded, Origin="http://evil.example")[0]
-        == 403
-    )
+    assert post(encoded, Origin="http://evil.example")[0] == 403
     # A body that is announced as too large is not read; one that is not announced is dropped.
-    assert (
-        ask(port, "/1/search-image", method="POST", Content_Length=str(MAX_BODY_BYTES + 1))[0]
-        == 413
-    )
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    chunks = (bytes(1_000_000) for _ in range(MAX_BODY_BYTES // 1_000_000 + 2))
-    connection.request(
-        "POST",
-        "/1/search-image",
-        chunks,
-        {"Cookie": f"{cookie_name(TOKEN)}={TOKEN}"},
-        encode_chunked=True,
-    )
-    assert connection.getresponse().status == 413
+    assert post(Content_Length=str(MAX_BODY_BYTES + 1))[0] == 413
+    assert post(bytes(1_000_000) for _ in range(MAX_BODY_BYTES // 1_000_000 + 2))[0] == 413
     # Nor is an image decoded that would take gigabytes of memory.
     large = io.BytesIO()
     Image.new("1", (13_000, 13_000)).save(large, "PNG")
-    _, _, body = ask(port, "/1/search-image", method="POST", body=large.getvalue())
-    assert b"13000 x 13000 pixels are more than" in body
+    assert "13000 x 13000 pixels are more than" in post(large.getvalue())[1]
     assert ask(port, "/1/index.html")[0] == 200
 
 
@@ -587,13 +564,3 @@ def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
         assert Explore(models=[str(folder)]).settings() == config.data
         other = Explore(models=[str(folder)], data="x.tsv", root="y").settings()
         assert other == DataConfig(train="x.tsv", root="y")
-
-
-def test_quotes_in_addresses(port: int) -> None:
-    text = quote("\"'><script>alert(1)</script>")
-    status, _, body = ask(port, f"/1/search.html?text={text}")
-    assert status == 200
-    assert b"<script>alert" not in body
-    started = time.monotonic()
-    assert ask(port, "/1/search.html?text=" + "a" * 50_000)[0] == 200
-    assert time.monotonic() - started < 10

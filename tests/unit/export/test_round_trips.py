@@ -14,14 +14,13 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import protoclip
 from interrupting import stop_after
 from protoclip.config import (
     Config,
     EpisodeConfig,
-    HeadConfig,
     ImageTowerConfig,
     ModelConfig,
     OptimConfig,
@@ -36,13 +35,9 @@ from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.optim import resolved
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
+from tiny_starts import CLIP, HEADS, RESNET, TEXT, save_open_clip
 
-HEADS = HeadConfig(hidden_dim=32, projection_dim=8)
-VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
-TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
 TIMM = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "avg"}
-CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
-RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
 SIGLIP = {
     "embed_dim": 64,
     "init_logit_bias": -10,
@@ -76,14 +71,6 @@ def training(train: str, out: Path, model: ModelConfig, **changes: Any) -> Confi
     )
 
 
-def save_open_clip(folder: Path, config: dict[str, Any]) -> str:
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    model = open_clip.create_model(f"local-dir:{folder}")
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return str(folder)
-
-
 def small_run(folder: Path, train: str) -> str:
     run.train(training(train, folder, tiny_model()))
     return str(folder)
@@ -103,16 +90,16 @@ def with_text_tower(folder: Path, train: str) -> str:
 
 KINDS: dict[str, tuple[Callable[[Path, str], str], list[str]]] = {
     "small timm pair": (small_run, ["open_clip", "hf"]),
-    "CLIP": (lambda folder, _: save_open_clip(folder, CLIP), ["open_clip", "hf"]),
+    "CLIP": (lambda folder, _: str(save_open_clip(folder)), ["open_clip", "hf"]),
     "QuickGELU": (
-        lambda folder, _: save_open_clip(folder, {**CLIP, "quick_gelu": True}),
+        lambda folder, _: str(save_open_clip(folder, {**CLIP, "quick_gelu": True})),
         ["open_clip", "hf"],
     ),
     "RN50": (
-        lambda folder, _: save_open_clip(folder, {**CLIP, "vision_cfg": RESNET}),
+        lambda folder, _: str(save_open_clip(folder, {**CLIP, "vision_cfg": RESNET})),
         ["open_clip"],
     ),
-    "SigLIP-shaped": (lambda folder, _: save_open_clip(folder, SIGLIP), ["open_clip"]),
+    "SigLIP-shaped": (lambda folder, _: str(save_open_clip(folder, SIGLIP)), ["open_clip"]),
     "HF text tower": (with_text_tower, ["open_clip"]),
     "SiglipModel": (lambda folder, _: f"hf:{save_siglip(folder)}", ["hf"]),
     "dual encoder": (lambda folder, _: f"hf:{save_dual_encoder(folder)}", ["hf"]),
@@ -216,38 +203,6 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
         resolved(Config(model=ModelConfig(start=str(tmp_path / "parts"))))[0].model, seed=1
     )
     assert all(torch.equal(value, whole[key]) for key, value in again.state_dict().items())
-
-
-def test_siglip_at_other_sizes(tmp_path):
-    """Position embeddings are interpolated, those of images on their grid."""
-    start = f"hf:{save_siglip(tmp_path / 'start')}"
-    given = ModelConfig(
-        start=start,
-        image=ImageTowerConfig(size=64),
-        text=TextTowerConfig(context_length=12),
-        heads=HEADS,
-    )
-    notes: list[str] = []
-    config = resolved(Config(model=given))[0].model
-    built = loading.model(config, seed=0, notes=notes).eval()
-    name = f"position embeddings of {start} interpolated, from"
-    assert notes == [
-        f"model.image.size: {name} 32 to 64 pixels",
-        f"model.text.context_length: {name} 24 to 12 tokens",
-    ]
-    own = protoclip.load(start)[0].state_dict()
-    found = built.state_dict()
-    key = "towers.{}.model.embeddings.position_embedding.weight"
-    grid, wide = (
-        weights[key.format("visual")].reshape(side, side, 32)
-        for weights, side in ((own, 4), (found, 8))
-    )
-    # The mean of four neighbours is near the embedding that they came from.
-    means = wide.reshape(4, 2, 4, 2, 32).mean((1, 3))
-    assert (means - grid).abs().mean() < (means.transpose(0, 1) - grid).abs().mean() / 2
-    assert len(found[key.format("text")]) == 12
-    assert built.encode_image(torch.zeros(2, 3, 64, 64)).shape == (2, 32)
-    assert loading.tokenizer(config)(TEXTS).shape == (2, 12)
 
 
 @pytest.mark.parametrize(

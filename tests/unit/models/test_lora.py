@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -10,7 +9,6 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
@@ -19,6 +17,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import tiny_model
 from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited
 from tiny_hugging_face import save_dual_encoder, save_siglip
+from tiny_starts import halves
 
 OWN = {
     "ViT": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -41,23 +40,6 @@ TOWERS = {
     # Of its fused queries, keys and values it reads the weight alone.
     "eva02_tiny_patch14_224": "36 linear",
 }
-
-
-def halves(folder: Path, image: str = "test_vit") -> ModelConfig:
-    """A timm image tower and a BERT, both with random weights in files."""
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
-    transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)}).save_pretrained(
-        folder / "bert"
-    )
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    config = transformers.BertConfig(**sizes, num_attention_heads=2, vocab_size=len(names))
-    transformers.BertModel(config).save_pretrained(folder / "bert")
-    save_file(timm.create_model(image).state_dict(), folder / "weights.safetensors")
-    return replace(
-        tiny_model(),
-        image=ImageTowerConfig(name=image, weights=f"{folder}/weights.safetensors", size=32),
-        text=TextTowerConfig(name=f"{folder}/bert", context_length=8),
-    )
 
 
 def config_of(name: str, patch: pytest.MonkeyPatch) -> ModelConfig:
@@ -94,7 +76,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
     """At first they change no bit. All of them train, nothing else of the towers does but scales,
     and merged into the plain model they compute what they computed beside it."""
     if name == "BERT":
-        config = halves(tmp_path)
+        config = halves(tmp_path, size=32)
         expected = "6 linear layers of the text tower"
     elif name in STARTS:
         save, kinds = STARTS[name]
@@ -143,7 +125,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
 
 
 def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
-    config = halves(tmp_path)
+    config = halves(tmp_path, size=32)
     model = loading.model(config, seed=0)
     note = with_adapters(model, locked=["image"], new_projections=True)
     assert "image tower" not in note

@@ -1,7 +1,6 @@
 """The model: its weights, its outputs, and what it reads."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +15,11 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.models import loading
-from protoclip.models.saved import model_config, write_checkpoint
+from protoclip.models.saved import write_checkpoint
 from protoclip.models.start import resolve_start
-from protoclip.models.towers import image_normalisation, named_towers
-from protoclip.testing import tiny_config, tiny_model
+from protoclip.testing import tiny_model
 from protoclip.training import run
+from tiny_starts import halves
 
 
 def test_weights_are_a_function_of_the_seed(monkeypatch):
@@ -100,24 +99,16 @@ def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide():
         loading.model(odd, seed=0)
 
 
-def test_images_are_normalised_as_published_weights_want_it():
-    """Also if the towers have no weights yet, or get those of a checkpoint."""
-    towers = named_towers("ViT-L-14", pretrained="laion2b_s32b_b82k", weights="none")
-    assert image_normalisation(towers) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    saved = asdict(replace(tiny_model(), name="ViT-L-14", pretrained="laion2b_s32b_b82k"))
-    loaded = model_config({"model": saved}, Path("run"))
-    assert (loaded.pretrained, loaded.start) == ("laion2b_s32b_b82k", "run")
-
-
-def gradients(config: Config) -> tuple[dict[str, Tensor], int]:
+def gradients(given: ModelConfig, *, again: bool) -> tuple[dict[str, Tensor], int]:
     """Gradients of a sum of features, and how often a layer of the image tower was computed."""
-    model = loading.model(config.model, seed=0)
+    model = loading.model(given, seed=0).train()
+    config = Config(model=given, parallel=ParallelConfig(activation_checkpointing=again))
     loading.parallelise(config, model)
     layer, calls = model.towers.visual.trunk.blocks[0], []
     layer.register_forward_pre_hook(lambda *given: calls.append(1))
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, 3, 48, 48, generator=generator)
-    output = model(images, torch.ones(3, 8, dtype=torch.long))
+    torch.manual_seed(0)
+    images, length = torch.randn(3, 3, 48, 48), given.text.context_length
+    output = model(images, torch.randint(5, 30, (3, length)))
     (output.image_features[0] @ output.text_features[1]).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found, len(calls)
@@ -165,14 +156,15 @@ def test_a_run_says_what_it_trains():
     assert said.startswith("trains RN50, at 32 pixels and 77 tokens, ")
 
 
-def test_activations_computed_again_give_the_same_gradients():
-    """A transformer's layer runs once more in the backward pass."""
-    config = tiny_config(out="unused")
-    image = ImageTowerConfig(name="vit_tiny_patch16_224", size=48)
-    config = replace(config, model=replace(tiny_model(), image=image))
-    expected, once = gradients(config)
-    again = replace(config, parallel=ParallelConfig(activation_checkpointing=True))
-    found, twice = gradients(again)
+@pytest.mark.parametrize("kind", ["small text tower", "halves"])
+def test_activations_computed_again_give_the_same_gradients(kind, tmp_path):
+    """With the same dropout. A transformer's layer runs once more in the backward pass."""
+    model = halves(tmp_path, size=48)
+    if kind != "halves":
+        image = ImageTowerConfig(name="vit_tiny_patch16_224", size=48)
+        model = replace(tiny_model(), image=image)
+    (expected, once), (found, twice) = (gradients(model, again=again) for again in (False, True))
     assert (once, twice) == (1, 2)
+    assert any(name.startswith(("towers.text.", "towers.transformer.")) for name in expected)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())

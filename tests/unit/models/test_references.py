@@ -22,28 +22,25 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import protoclip
-from protoclip.config import HeadConfig
+from protoclip.config import HeadConfig, ModelConfig
 from protoclip.data import access
 from protoclip.data.transforms import LibraryTransform, PillowTransform
+from protoclip.models.architecture import NamedTowers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.towers import named_towers
+from tiny_hugging_face import save_bert
+from tiny_starts import CLIP, save_open_clip
 
 TEXTS = ["a red square", "b", "a photo of two green corners on a very long stripe"]
 PIXELS = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
 # Their centre crops begin at whole pixels, also once they are resized.
 IMAGES = [Image.fromarray(PIXELS[:64]), Image.fromarray(PIXELS[:96, :64]), Image.new("RGB", (9, 9))]
 ROUNDING = 0.04  # about 2 of 255 steps, on the scale that models read
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "width": 32, "heads": 2, "layers": 2},
-}
 COCA = {
     "embed_dim": 16,
-    "vision_cfg": {**TINY["vision_cfg"], "attentional_pool": True, "output_tokens": True},
-    "text_cfg": {**TINY["text_cfg"], "embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": {**TINY["text_cfg"], "attn_pooler_heads": 2},
+    "vision_cfg": {**CLIP["vision_cfg"], "attentional_pool": True, "output_tokens": True},
+    "text_cfg": {**CLIP["text_cfg"], "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {**CLIP["text_cfg"], "attn_pooler_heads": 2},
     "custom_text": True,
 }
 
@@ -51,23 +48,13 @@ COCA = {
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> open_clip.CLIP:
     """open_clip's model `tiny`; its weights `mine` were trained with QuickGELU."""
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", TINY)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
     model = open_clip.create_model("tiny", force_quick_gelu=True).eval()
     file = tmp_path / "mine.safetensors"
     save_file(model.state_dict(), file)
     tag = {"file": str(file), "quick_gelu": True, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": tag})
     return model
-
-
-def save_open_clip(folder: Path, config: dict[str, Any] = TINY, **preprocessing: Any) -> Path:
-    folder.mkdir()
-    text = {"model_cfg": config, "preprocess_cfg": preprocessing}
-    (folder / "open_clip_config.json").write_text(json.dumps(text))
-    with torch.random.fork_rng():
-        model = open_clip.create_model(f"local-dir:{folder}")
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return folder
 
 
 def assert_same_inside(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -97,9 +84,9 @@ def assert_same_features(loaded: Any, image_features: Any, text_features: Any) -
 @pytest.mark.parametrize(
     ("config", "preprocessing", "kind"),
     [
-        (TINY, {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, PillowTransform),
-        (TINY, {"resize_mode": "squash", "interpolation": "bilinear"}, LibraryTransform),
-        (TINY, {"interpolation": "bilinear"}, LibraryTransform),
+        (CLIP, {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, PillowTransform),
+        (CLIP, {"resize_mode": "squash", "interpolation": "bilinear"}, LibraryTransform),
+        (CLIP, {"interpolation": "bilinear"}, LibraryTransform),
         (COCA, {"resize_mode": "longest"}, LibraryTransform),
     ],
 )
@@ -150,7 +137,8 @@ def test_published_weights_get_their_own_activation_and_normalisation(tiny, caps
         tokens = open_clip.get_tokenizer("tiny")(TEXTS)
         assert_same_features(loaded, tiny.encode_image(images), tiny.encode_text(tokens))
         # Those of a run that began from such weights are loaded into new ones.
-        again = named_towers("tiny", pretrained="mine", weights="new")
+        named = NamedTowers(model=ModelConfig(name="tiny", pretrained="mine"))
+        again = named.towers("new")
         again.load_state_dict(tiny.state_dict())
         torch.testing.assert_close(again.encode_text(tokens), tiny.encode_text(tokens))
 
@@ -199,12 +187,6 @@ def clip_tokenizer() -> Any:
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def bert_tokenizer() -> Any:
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
-    names += [f"##{letter}" for letter in string.ascii_lowercase]
-    return transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)})
-
-
 IMAGE = {
     **{"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2},
     **{"num_attention_heads": 2, "image_size": 32, "patch_size": 8},
@@ -246,7 +228,7 @@ def save_hugging_face(kind: str, folder: Path) -> tuple[Any, Any, Any]:
             text_config: Any = transformers.CLIPTextConfig(**TEXT)
         else:
             text_config = transformers.BertConfig(**{**TEXT, "pad_token_id": 0})
-            tokenizer = bert_tokenizer()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(save_bert(folder))
         model = transformers.VisionTextDualEncoderModel(
             transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
                 transformers.ViTConfig(**IMAGE), text_config, projection_dim=16
@@ -331,7 +313,7 @@ def spoil_architecture(file: Path) -> None:
     if config.exists():
         config.write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     else:
-        other = copy.deepcopy(TINY)
+        other = copy.deepcopy(CLIP)
         other["embed_dim"] = 8
         file.with_name("open_clip_config.json").write_text(json.dumps({"model_cfg": other}))
 

@@ -7,8 +7,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
 from protoclip.cli import main
+from protoclip.report import page as report_page
 from protoclip.report.page import clipped, printable, write_report
 from protoclip.training.finetune import finetune
 from reported import hostile_pairs, trained
@@ -51,11 +53,16 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def two(runs, tmp_path_factory) -> Page:
     """The page of both."""
-    return page_of(tmp_path_factory.mktemp("page"), runs / "clip", runs / "proto")
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    return Page(write_report([runs / "clip", runs / "proto"], out))
 
 
 def page_of(tmp_path, *folders, **more) -> Page:
-    return Page(write_report(folders, tmp_path / "report.html", **more))
+    """A page without what is inside its charts, which take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("line_chart", "map_chart"):
+            patch.setattr(report_page, name, lambda *given, **more: Markup("<svg></svg>"))
+        return Page(write_report(folders, tmp_path / "report.html", **more))
 
 
 def test_a_report_of_two_models_has_every_section(two):

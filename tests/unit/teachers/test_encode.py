@@ -20,9 +20,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import protoclip
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.distributed import collectives
-from protoclip.models.towers import build_tokenizer, image_normalisation, named_towers
+from protoclip.models.towers import build_tokenizer, image_normalisation
 from protoclip.teachers import encode
 from protoclip.teachers.encode import Encoder, embed_teacher, open_encoder
 from protoclip.teachers.store import read_teacher
@@ -113,7 +114,7 @@ def test_timm_models_give_pooled_features(tmp_path):
 
 def test_open_clip_models_give_either_tower(tmp_path):
     """The image tower unless text is asked. The weights may be in a file."""
-    towers = named_towers("ViT-S-32-alt").eval()
+    towers = protoclip.load("open_clip:ViT-S-32-alt")[0].towers
     tokenizer = build_tokenizer("ViT-S-32-alt")
     torch.save(towers.state_dict(), tmp_path / "weights.pt")
     image = opened(f"open_clip:ViT-S-32-alt/{tmp_path}/weights.pt")

@@ -1,0 +1,88 @@
+"""Checks the shapes and types of every call in the package, as jaxtyping does but cheaper.
+
+Its import hook compiles two checks of each function, one of the arguments and one of all, and binds
+the arguments for both. Here is one check, and only functions with shapes bind their arguments.
+"""
+
+import ast
+import builtins
+import sys
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType, ModuleType, SimpleNamespace
+from typing import Any, get_args, get_type_hints
+
+import jaxtyping
+from beartype import BeartypeConf, beartype
+
+BEARTYPE = beartype(conf=BeartypeConf(violation_type=TypeError))
+DECORATOR = "_check_shapes_and_types"  # a name that every module sees
+
+
+def install() -> None:
+    """Check all modules of the package that are imported from now on."""
+    setattr(builtins, DECORATOR, checked)
+    sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
+
+
+def checked(thing: Any) -> Any:
+    """A function that checks each call, or a dataclass that checks its fields."""
+    if isinstance(thing, type):
+        if is_dataclass(thing) and "__init__" in vars(thing):
+            thing.__init__ = checked(thing.__init__)
+        return thing
+    hints = getattr(thing, "__annotations__", {})
+    if not hints:
+        return thing
+    for name in hints:
+        carrier = SimpleNamespace(__annotations__={name: hints[name]})
+        try:
+            get_type_hints(carrier, thing.__globals__)
+        except NameError:  # what only type checkers import, or what stands further down
+            hints[name] = Any
+    function = BEARTYPE(thing)
+    # Lets equal letters stand for equal sizes in all arguments and the result.
+    shapes = has_shapes([*hints.values()])
+    return jaxtyping.jaxtyped(typechecker=None)(function) if shapes else function
+
+
+def has_shapes(hint: Any) -> bool:
+    """Whether a part of an annotation is like `Float[Tensor, "b d"]`."""
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    parts = hint if isinstance(hint, list) else get_args(hint)
+    return any(map(has_shapes, parts))
+
+
+class Decorate(ast.NodeTransformer):
+    """Puts the decorator closest to each function, and farthest from each class."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.decorator_list.append(ast.Name(DECORATOR, ast.Load()))
+        return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        node.decorator_list.insert(0, ast.Name(DECORATOR, ast.Load()))
+        return self.generic_visit(node)
+
+
+class Loader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        """Always from the source: bytecode on disk is without the checks."""
+        path = self.get_filename(fullname)
+        tree = Decorate().visit(ast.parse(self.get_data(path)))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+
+class Finder:
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name.partition(".")[0] != "protoclip":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = Loader(spec.loader.name, spec.loader.path)
+        return spec

@@ -1,0 +1,21 @@
+"""One small run for the tests that give commands a run in good order."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from interrupting import with_changes
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pairs, a recipe, and the run of it; copy it before changing it."""
+    home = tmp_path_factory.mktemp("trained")
+    pq.write_table(tiny_pairs(64), home / "pairs.parquet")
+    config = tiny_config(str(home / "pairs.parquet"), out=str(home / "run"))
+    (home / "recipe.toml").write_text(run.to_toml(config))
+    run.train(with_changes(config, {"data": {"validation": 0.4}}))
+    return home
