@@ -37,7 +37,7 @@ from protoclip.training.run import train
 FEATURES = {
     "source": ("csv", "parquet", "folder", "shards", "stream", "emoji"),
     "mixture": ("no", "yes"),
-    "cache": ("none", "ram", "disk"),
+    "cache": ("none", "ram"),
     "augmentation": ("light", "clip"),
     "workers": (0, 1),
     "teacher": ("no", "one", "two"),
@@ -365,7 +365,7 @@ def test_chosen_samples_end_as_data_without_the_others(data, tmp_path):
     (tmp_path / "kept.json").write_text(json.dumps(kept))
     (tmp_path / "dropped.csv").write_text("\n".join(["sample_id", *dropped]) + "\n")
     (expected, _), *_ = run_distributed(trained, 1, config_for(row, fewer, tmp_path / "twin"))
-    for kind, chosen in (("disk", {"only": "kept.json"}), ("ram", {"without": "dropped.csv"})):
+    for kind, chosen in (("none", {"only": "kept.json"}), ("ram", {"without": "dropped.csv"})):
         lists = {"data": {key: str(tmp_path / name) for key, name in chosen.items()}}
         out = tmp_path / kind
         first, config = (

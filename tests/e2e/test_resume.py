@@ -123,7 +123,7 @@ def test_other_settings_do_not_go_on(whole, stopped):
             "keep_checkpoints": 3,
             "evaluate": False,
         },
-        "data": {"workers": 1, "cache": "disk", "cache_gb": 0.5, "max_bad_share": 0.5},
+        "data": {"workers": 1, "cache": "none", "max_bad_share": 0.5},
     }
     assert run.train(with_changes(stopped, free), resume="auto")["steps"] == 16
     assert [path.name[-2:] for path in checkpoints(folder)] == ["10", "15", "16"]
