@@ -30,7 +30,6 @@ from protoclip.models.hugging_face import (
     HuggingFaceTowers,
     auto_model,
     draw_on_terminals_alone,
-    pooled,
 )
 
 NAMES = {ours: theirs for theirs, ours in conversion.NAMES.items()}  # from open_clip's
@@ -71,7 +70,7 @@ def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
     with torch.inference_mode():
         return Features(
             image=HuggingFaceTowers(model).encode_image(images),
-            text=pooled(model.get_text_features(**tokens)),
+            text=model.get_text_features(**tokens).pooler_output,
         )
 
 

@@ -1,5 +1,6 @@
 """Models of `transformers` to start from: a `CLIPModel` becomes the same model of open_clip."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -8,10 +9,9 @@ import torch
 from torch import Tensor
 
 from protoclip.config import ModelConfig
-from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import hugging_face
 from protoclip.models.architecture import DescribedTowers
-from protoclip.models.hugging_face import HuggingFaceTowers, image_transform
+from protoclip.models.hugging_face import HuggingFaceTowers, image_transform, preprocessing
 from protoclip.models.opening import Loaded, hub_name, readable_errors
 from protoclip.models.protoclip import TowerPair
 
@@ -49,22 +49,28 @@ def towers_json(reference: str, name: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoImageProcessor
 
     open_processor: Any = AutoImageProcessor.from_pretrained
-    with readable_errors(f"model.start: {reference}", hub_name(name)):
+    kinds, setting = ("clip", *hugging_face.TRAINABLE), f"model.start: {reference}"
+    with readable_errors(setting, hub_name(name)):
         config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if config.model_type in hugging_face.TRAINABLE:
-            return hugging_face.description(name)
-        if config.model_type == "clip":
+        if config.model_type in kinds:
             processor = open_processor(name, trust_remote_code=False)
-    if config.model_type != "clip":
+            images = preprocessing(processor, image_transform(processor))
+    if config.model_type not in kinds:
         raise ValueError(
-            f"model.start: {reference}: models of kind {config.model_type} cannot be trained here; "
-            f"of transformers, {', '.join(('clip', *hugging_face.TRAINABLE))} can"
+            f"{setting}: models of kind {config.model_type} cannot be trained here; "
+            f"of transformers, {', '.join(kinds)} can"
         )
+    if config.model_type != "clip":
+        if images["size"] is None:
+            raise ValueError(f"{setting}: its images are not square, and training crops squares")
+        return {
+            "transformers": json.loads(config.to_json_string(use_diff=False)),
+            "preprocess_cfg": images,
+        }
     image, text = config.vision_config, config.text_config
     if image.hidden_act != text.hidden_act or image.hidden_act not in ACTIVATIONS:
         acts = f"{image.hidden_act} and {text.hidden_act}"
-        raise ValueError(f"model.start: {reference}: open_clip has no towers with {acts}")
-    is_ours = isinstance(image_transform(processor), EvaluationTransform)
+        raise ValueError(f"{setting}: open_clip has no towers with {acts}")
     return {
         "model_cfg": {
             "embed_dim": config.projection_dim,
@@ -88,11 +94,7 @@ def towers_json(reference: str, name: str) -> dict[str, Any]:
                 "norm_kwargs": {"eps": text.layer_norm_eps},
             },
         },
-        "preprocess_cfg": {
-            "mean": list(processor.image_mean),
-            "std": list(processor.image_std),
-            "resize_mode": "shortest" if is_ours else "squash",
-        },
+        "preprocess_cfg": {key: images[key] for key in ("mean", "std", "resize_mode")},
     }
 
 

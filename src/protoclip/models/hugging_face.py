@@ -133,7 +133,7 @@ class ImageTower(nn.Module):
         self.image_mean, self.image_std = tuple(images["mean"]), tuple(images["std"])
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "b d"]:
-        return self.projection(pooled(self.model(**inputs)))  # type: ignore[no-any-return]
+        return self.projection(self.model(**inputs).pooler_output)  # type: ignore[no-any-return]
 
 
 class TextTower(nn.Module):
@@ -145,7 +145,7 @@ class TextTower(nn.Module):
         self.projection = getattr(model, "text_projection", nn.Identity())
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "b d"]:
-        return self.projection(pooled(self.model(**inputs)))  # type: ignore[no-any-return]
+        return self.projection(self.model(**inputs).pooler_output)  # type: ignore[no-any-return]
 
 
 class HuggingFaceTowers(nn.Module):
@@ -209,27 +209,8 @@ class HuggingFaceTowers(nn.Module):
         return model.eval()
 
 
-def description(name: str) -> dict[str, Any]:
-    """What builds the towers again without their weights, from a folder or name; JSON values.
-
-    Raises:
-        ValueError: Its images are not squares.
-    """
-    from transformers import AutoConfig, AutoImageProcessor
-
-    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    open_processor: Any = AutoImageProcessor.from_pretrained
-    processor = open_processor(name, trust_remote_code=False)
-    images = preprocessing(processor, image_transform(processor))
-    if images["size"] is None:
-        raise ValueError("its images are not square, and training crops squares")
-    # JSON, since checkpoints hold it.
-    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {"transformers": settings, "preprocess_cfg": images}
-
-
 class TransformersTowers(Architecture):
-    """The towers of a model of `transformers`, by what `description` returns."""
+    """The towers of a model of `transformers`, by its settings, which are its `towers_json`."""
 
     @property
     def open_clip_config(self) -> None:
@@ -320,11 +301,6 @@ def interpolate(weights: dict[str, Tensor], towers: HuggingFaceTowers) -> None:
     if text in wanted and wanted[text] != len(weights[text]):
         line = weights[text].T[None]
         weights[text] = F.interpolate(line, wanted[text], mode="linear")[0].T
-
-
-def pooled(outputs: Any) -> Tensor:
-    """The features; `transformers` 4 returns them alone, and 5 among others."""
-    return getattr(outputs, "pooler_output", outputs)  # type: ignore[no-any-return]
 
 
 class PaddedTokenizer:

@@ -63,6 +63,8 @@ TRAINING = ("locked", "lora", "frozen_batch_norm")
 class Start:
     """A model to start from or to open, which is there; its weights are unread.
 
+    Small towers and two halves are no more than this: their weights come with their towers.
+
     Attributes:
         reference: As messages name it.
         unresized: Its towers and tokenizer at its own sizes, and the settings that follow from it.
@@ -125,10 +127,6 @@ class Start:
         """Give a model of `build` the weights of the start; returns notes on what was resized."""
         name = self.model.start or f"{self.model.name}/{self.model.pretrained}"
         return adopt(built, self.pretrained(), name=name)
-
-
-class NewStart(Start):
-    """No model, but small towers with new weights, or two halves that each bring weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,7 +445,7 @@ def resolve_start(given: ModelConfig) -> Start:
     reference, name = given.start, given.name
     if reference is None and name is None:
         small = SmallTowers(model=given)
-        return NewStart(reference=given.image.name, unresized=small, model=given)
+        return Start(reference=given.image.name, unresized=small, model=given)
     if reference is None:
         named = NamedTowers(model=given)
         refuse_coca(f"model.name: {name}", named)
