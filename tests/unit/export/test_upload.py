@@ -16,6 +16,7 @@ import protoclip
 from protoclip.cli import main
 from protoclip.data import access
 from tiny_hugging_face import save_bert
+from tiny_starts import CLIP
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -84,22 +85,8 @@ def use_hub(serve, monkeypatch):
 
 
 @pytest.fixture
-def model(tmp_path_factory, monkeypatch):
-    monkeypatch.setitem(
-        open_clip.factory._MODEL_CONFIGS,
-        "tiny",
-        {
-            "embed_dim": 16,
-            "vision_cfg": {
-                "image_size": 32,
-                "layers": 1,
-                "width": 32,
-                "head_width": 16,
-                "patch_size": 8,
-            },
-            "text_cfg": {"context_length": 8, "width": 16, "heads": 2, "layers": 1},
-        },
-    )
+def model(monkeypatch):
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
     return "open_clip:tiny"
 
 

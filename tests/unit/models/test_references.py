@@ -28,7 +28,7 @@ from protoclip.data.transforms import LibraryTransform, PillowTransform
 from protoclip.models.architecture import NamedTowers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
-from tiny_hugging_face import save_bert
+from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import CLIP, save_open_clip
 
 TEXTS = ["a red square", "b", "a photo of two green corners on a very long stripe"]
@@ -200,8 +200,16 @@ SQUARE = {"height": 32, "width": 32}
 
 
 def save_hugging_face(kind: str, folder: Path) -> tuple[Any, Any, Any]:
-    """A tiny model with random weights, its tokenizer and its image processor, also saved."""
+    """A tiny model with random weights, its tokenizer and its image processor, also saved.
+
+    The text towers of dual encoders are models of any kind; these two pool differently.
+    """
     torch.manual_seed(0)
+    if kind in ("siglip", "dual_bert"):
+        {"siglip": save_siglip, "dual_bert": save_dual_encoder}[kind](folder)
+        auto = (transformers.AutoModel, transformers.AutoTokenizer, transformers.AutoImageProcessor)
+        model, tokenizer, processor = (kind.from_pretrained(folder) for kind in auto)
+        return model.eval(), tokenizer, processor
     tokenizer: Any = clip_tokenizer()
     if kind == "clip":
         config = transformers.CLIPConfig(text_config=TEXT, vision_config=IMAGE, projection_dim=16)
@@ -209,12 +217,6 @@ def save_hugging_face(kind: str, folder: Path) -> tuple[Any, Any, Any]:
         processor: Any = transformers.CLIPImageProcessor(
             size={"shortest_edge": 32}, crop_size=SQUARE, image_mean=[0.1, 0.2, 0.3]
         )
-    elif kind == "siglip":
-        text = {**TEXT, "projection_size": 32}
-        model = transformers.SiglipModel(
-            transformers.SiglipConfig(text_config=text, vision_config=IMAGE)
-        )
-        processor = transformers.SiglipImageProcessor(size=SQUARE)
     elif kind == "siglip2":
         text, image = {**TEXT, "projection_size": 32}, {**IMAGE, "num_patches": 16}
         model = transformers.Siglip2Model(
@@ -223,15 +225,11 @@ def save_hugging_face(kind: str, folder: Path) -> tuple[Any, Any, Any]:
         tokenizer.padding_side = "right"
         processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
     else:
-        # The text towers of dual encoders are models of any kind; these two pool differently.
-        if kind == "dual_clip":
-            text_config: Any = transformers.CLIPTextConfig(**TEXT)
-        else:
-            text_config = transformers.BertConfig(**{**TEXT, "pad_token_id": 0})
-            tokenizer = transformers.AutoTokenizer.from_pretrained(save_bert(folder))
         model = transformers.VisionTextDualEncoderModel(
             transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-                transformers.ViTConfig(**IMAGE), text_config, projection_dim=16
+                transformers.ViTConfig(**IMAGE),
+                transformers.CLIPTextConfig(**TEXT),
+                projection_dim=16,
             )
         )
         processor = transformers.ViTImageProcessor(size=SQUARE)
@@ -251,8 +249,8 @@ def test_a_hugging_face_model(kind, tmp_path):
     library, tokenizer, processor = save_hugging_face(kind, tmp_path)
     loaded = protoclip.load(f"hf:{tmp_path}")
     images = dict(processor(IMAGES, return_tensors="pt"))
-    if kind == "clip":
-        assert loaded[1].mean == (0.1, 0.2, 0.3)
+    if kind in ("clip", "dual_bert"):  # whose transforms are ours
+        assert (loaded[1].mean == (0.1, 0.2, 0.3)) == (kind == "clip")
         found = torch.stack([loaded[1](image) for image in IMAGES])
         assert_same_inside(found, images["pixel_values"])
         images = {"pixel_values": found}
