@@ -82,13 +82,17 @@ def context_length(given: ModelConfig | Start) -> int:
     return int(tokenizer(given)(["a"]).shape[1])
 
 
-def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, list[str]]:
+def training_model(
+    config: Config, device: torch.device, start: Start | None = None
+) -> tuple[ProtoCLIP, list[str]]:
     """The model that a run trains, parallel as `[parallel]` says, and notes for the user.
+
+    `start` is that of `config.model`, where it is known.
 
     Collective. With FSDP only rank 0 holds the whole model, on its CPU, until every rank has its
     shard. The sigmoid loss gets the logit bias that it needs.
     """
-    start = resolve_start(config.model)
+    start = start or resolve_start(config.model)
     sigmoid = config.loss.instance == "sigmoid" and config.loss.info_nce > 0
     sharded = config.parallel.strategy == "fsdp" and world_size() > 1
 
@@ -125,12 +129,12 @@ def training_model(config: Config, device: torch.device) -> tuple[ProtoCLIP, lis
     return built, notes
 
 
-def frozen_start(config: Config, device: torch.device) -> TowerPair:
+def frozen_start(config: Config, device: torch.device, start: Start | None = None) -> TowerPair:
     """The towers as they are before a run's first step, at the run's sizes, which stay so.
 
     In evaluation mode and without gradients. Every rank holds them whole.
     """
-    pair = TowerPair(model(config.model, seed=config.run.seed).towers)
+    pair = TowerPair(model(start or config.model, seed=config.run.seed).towers)
     return to_device(pair.eval().requires_grad_(False), device)
 
 
@@ -163,14 +167,14 @@ def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
     return notes
 
 
-def check_parallel(config: Config) -> None:
+def check_parallel(config: Config, start: Start | None = None) -> None:
     """Refuse what `[parallel]` asks of towers that cannot do it, before data and weights are read.
 
     Raises:
         ValueError: As `recompute_activations` and `resolve_start`.
     """
     if config.parallel.activation_checkpointing:
-        start = resolve_start(config.model)
+        start = start or resolve_start(config.model)
         recompute_activations(start.build("none").towers, start.model)
 
 

@@ -360,7 +360,6 @@ def error(given: ModelConfig) -> str:
 @pytest.mark.parametrize(
     ("start", "more", "message"),
     [
-        ("none", {}, "none: no such run or checkpoint folder"),
         ("hf:none/at-all", {}, "model.start: hf:none/at-all: the hub does not answer"),
         ("hf:{}/words", {}, "its tokenizer is not CLIP's"),
         (
@@ -368,8 +367,7 @@ def error(given: ModelConfig) -> str:
             {},
             "models of kind bert cannot be trained here; of transformers, clip, siglip, vision-",
         ),
-        ("local-dir:none", {}, "local-dir:none: no folder with open_clip_config.json"),
-        ("open_clip:tinny", {}, "open_clip has no model 'tinny'; the closest: "),
+        ("none", {}, "model.start: none: no such run or checkpoint folder"),
         ("open_clip:tiny/none", {}, "open_clip has no weights 'none' for tiny; it has mine"),
         ("open_clip:tiny/mine", {"name": "RN50"}, "model.name: RN50 does not go with model.start"),
         ("{}/folder", {"embed_dim": 32}, "model.embed_dim: 32 does not go with model.start"),
@@ -398,7 +396,6 @@ def error(given: ModelConfig) -> str:
             {"name": "RN50", "text": TextTowerConfig(name="minilm")},
             "model.text.name: does not go with model.name",
         ),
-        ("reference:{}/with_heads.pt", {}, "name its model too, as in reference:FILE,model=RN50"),
         (
             "reference:{}/with_heads.pt,model=tiny",
             {"name": "RN50"},
