@@ -148,6 +148,7 @@ class RunStart(Start):
             with safe_open(path, "pt") as weights:
                 return "towers.logit_bias" in weights.keys()  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:
+            require_intact(self.folder, WEIGHTS)  # its line names the way out
             raise ValueError(f"{path}: damaged ({error})") from error
 
     @property
