@@ -43,7 +43,7 @@ from protoclip.data.view import PairsView
 from protoclip.evaluation import datasets
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
-from protoclip.training.run import environment
+from protoclip.training.run_folder import environment
 
 RETRIEVAL = "retrieval"  # the folder made of the first data set's captions
 CAPTIONS = 372

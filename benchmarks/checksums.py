@@ -29,7 +29,7 @@ from protoclip.files import checksum, file_checksum
 from protoclip.models import loading, saved
 from protoclip.progress import Progress
 from protoclip.teachers import store
-from protoclip.training import run
+from protoclip.training import run_folder
 
 ROWS, WIDTH, DRAWN = 200_000, 512, 20_000
 Work = Callable[[], object]
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    facts = run.environment(torch.device("cpu"))
+    facts = run_folder.environment(torch.device("cpu"))
     lines = [
         "# Checksums: what they cost",
         "",

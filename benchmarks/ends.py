@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from protoclip.testing import tiny_pairs
-from protoclip.training import run
+from protoclip.training import run, run_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from interrupting import quick_config
@@ -34,7 +34,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     """Words of each command; all but `train` take the run of `train`, and write to `out`."""
     data, recipe = folder / "pairs.parquet", folder / "quick.toml"
     pq.write_table(tiny_pairs(48), data)
-    recipe.write_text(run.to_toml(quick_config(str(data), folder / "run")), encoding="utf-8")
+    recipe.write_text(run_folder.to_toml(quick_config(str(data), folder / "run")), encoding="utf-8")
     trained, out = str(folder / "run"), str(folder / "out")
     source = ["--data.train", str(data)]
     return {
@@ -81,7 +81,7 @@ def main() -> None:
     finally:
         for neighbour in neighbours:
             neighbour.kill()
-    facts = run.environment(torch.device("cpu"))
+    facts = run_folder.environment(torch.device("cpu"))
     text = "\n".join(
         [
             "# Ends: does a finished command end well on two ranks?",

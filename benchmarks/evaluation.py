@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader
 import protoclip
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.evaluation.retrieval import best_relevant_rank, recall_at
-from protoclip.training.run import environment
+from protoclip.training.run_folder import environment
 
 SHARDS = 4  # CLIP_benchmark's workers must have one each
 THEIR_WORKERS, THEIR_BATCH = 4, 64

@@ -54,7 +54,7 @@ from protoclip.data.emoji import emoji_table
 from protoclip.export.run import SAMPLES, difference, samples
 from protoclip.export.source import open_source
 from protoclip.testing import tiny_pairs
-from protoclip.training.run import environment
+from protoclip.training.run_folder import environment
 
 SCRIPT = Path(__file__).with_name("transformers_js.mjs")
 FORMATS = ("open_clip", "hf", "timm", "onnx")

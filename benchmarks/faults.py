@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from protoclip.training import run
+from protoclip.training import run_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from faulting import COMMANDS, KINDS, Fault, Outcome, Scene, drawn
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tally, began, facts = Tally(), time.monotonic(), run.environment(torch.device("cpu"))
+    tally, began, facts = Tally(), time.monotonic(), run_folder.environment(torch.device("cpu"))
     text = ""
     with tempfile.TemporaryDirectory(prefix="protoclip-faults-") as folder:
         scene = Scene(Path(folder))

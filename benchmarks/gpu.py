@@ -69,8 +69,9 @@ from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.prototypes.nearest import Bfloat16Search, bfloat16_pays, nearest
 from protoclip.prototypes.targets import back_translate
 from protoclip.testing import tiny_config, tiny_model
-from protoclip.training import run
-from protoclip.training.guard import Guard
+from protoclip.training import run, run_folder
+from protoclip.training.guard import NonFiniteGuard
+from protoclip.training.plan import make_plan
 from protoclip.training.precision import Precision, autocast, grad_scaler
 
 # In float32 the losses lose up to five digits, since logits go up to 100. TF32 would lose seven.
@@ -459,7 +460,7 @@ def moved_by_infinity(machine: Machine, name: Precision) -> float:
     layer = nn.Linear(8, 8).to(machine.device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
     scaler = grad_scaler(name, machine.device)
-    guard = Guard(optimizer, scaler, Path("diverged.json"))
+    guard = NonFiniteGuard(optimizer, scaler, Path("diverged.json"))
     rows, before = torch.ones(4, 8, device=machine.device), torch.zeros(())
     for number, factor in enumerate((1.0, float("inf")), 1):
         before = layer.weight.detach().clone()
@@ -640,7 +641,7 @@ def timed_steps(config: Config, machine: Machine) -> tuple[list[float], float, s
     machine.reset_peak()
     model = loading.to_device(loading.model(config.model, seed=0), machine.device)
     with tempfile.TemporaryDirectory() as folder:
-        built = run.Run(config, model, sources.pairs(config), [], folder=Path(folder))
+        built = run.Run(make_plan(config), model, folder=Path(folder))
     trainer, size = built.trainer, config.episodes.batch_size
     side, length = towers.image_size(model.towers), loading.context_length(config.model)
     device = machine.device
@@ -843,7 +844,7 @@ def measure(part: Part, budget: float) -> Done:
 
 def environment(machine: Machine) -> Iterator[Row]:
     """What the numbers depend on."""
-    facts = run.environment(machine.device)
+    facts = run_folder.environment(machine.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     about = [facts["device"], f"{cores} cores", f"protoclip {facts['protoclip']}"]
     if not machine.small:

@@ -34,7 +34,7 @@ from protoclip.evaluation.retrieval import best_relevant_rank, crowding
 from protoclip.evaluation.samples import SampleResults, by_group, influences
 from protoclip.evaluation.zero_shot import mean_average_precision, zero_shot_ranks
 from protoclip.progress import Progress
-from protoclip.training.run import environment
+from protoclip.training.run_folder import environment
 
 WIDTH, CLASSES, CAPTIONS, TRAIN = 24, 8, 5, 400
 ERRORS = (0.9, 1.0)  # of the two models

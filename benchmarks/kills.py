@@ -20,7 +20,7 @@ import torch
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.testing import tiny_pairs
-from protoclip.training import run
+from protoclip.training import run, run_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from interrupting import assert_equal_ends, kill_at_random, matrix, quick_config, with_out
@@ -50,7 +50,7 @@ def main() -> None:
             assert_equal_ends(out, Path(f"{out}-whole"), 6)
             rows.append(f"| {way.replace(', ', ' | ')} | {kills} | equal |")
             print(rows[-1], flush=True)
-    facts = run.environment(torch.device("cpu"))
+    facts = run_folder.environment(torch.device("cpu"))
     text = "\n".join(
         [
             "# Kills: does a run survive SIGKILL?",

@@ -37,7 +37,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import TrainingTransform, clip_transform, light_transform
 from protoclip.progress import Progress
-from protoclip.training import run
+from protoclip.training import run_folder
 
 SIZE, BATCH, PACKED_SIDE = 224, 32, 256
 PACKED = "the workers' part, images packed with `data pack --resize 256`"
@@ -223,7 +223,7 @@ def main() -> None:
                     value = load(many, name, workers) / (time.perf_counter() - start)
                     loaders.setdefault((owner, name), []).append(value)
 
-    facts = run.environment(torch.device("cpu"))
+    facts = run_folder.environment(torch.device("cpu"))
     lines = [
         "# Loading: images a second for a core",
         "",

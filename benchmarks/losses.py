@@ -34,7 +34,7 @@ from protoclip.losses.prototypical import make_targets
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.testing import run_distributed
-from protoclip.training import run
+from protoclip.training import run_folder
 
 NUM_PROTOTYPES, WIDTH, TEMPERATURE = 20_000, 128, 0.01
 Step = Callable[[], None]
@@ -305,7 +305,7 @@ def table(repeats: int, threads: int) -> list[str]:
 
 
 def facts() -> str:
-    found = run.environment(torch.device("cpu"))
+    found = run_folder.environment(torch.device("cpu"))
     return (
         f"{datetime.date.today().isoformat()}; {found['device']}, torch {found['torch']}, float32, "
         "forward and backward. Median [least, most] milliseconds, forms in turn; extra memory is "

@@ -32,7 +32,7 @@ from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.models import loading, start
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
+from protoclip.training import run, run_folder
 from protoclip.training.trainer import Trainer
 
 MOMENTS = ("model built", "first step", "checkpoint written")
@@ -133,7 +133,7 @@ def main() -> None:
         config = config_of(arguments.model, arguments.train, arguments.folder)
         train(config, arguments.folder)
         return
-    facts = run.environment(torch.device("cpu"))
+    facts = run_folder.environment(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(tiny_pairs(16), Path(folder) / "pairs.parquet")
         found = {way: peaks_of(arguments.model, way, Path(folder)) for way in ("ddp", "fsdp")}

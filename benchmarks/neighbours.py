@@ -35,22 +35,21 @@ def train() -> None:
     import torch
 
     from protoclip.cli import demo
-    from protoclip.data import sources
     from protoclip.models import loading
+    from protoclip.training.plan import make_plan
     from protoclip.training.run import Run
 
     torch.set_flush_denormal(True)
     config = demo.arms()["CLIP"]
-    config = replace(
-        config,
-        episodes=replace(config.episodes, size=PAIRS, count=1 + QUIET + BUSY, locked_image=0),
-    )
+    episodes = replace(config.episodes, size=PAIRS, count=1 + QUIET + BUSY, locked_image=0)
+    plan = make_plan(replace(config, episodes=episodes))
+    config = plan.config
     model = loading.model(config.model, seed=0)
     ends: list[float] = []
     neighbour: list[subprocess.Popen[bytes]] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(config, model, sources.pairs(config), [], folder=Path(folder))
+            run = Run(plan, model, folder=Path(folder))
             for index in range(config.episodes.count):
                 run.trainer.start_episode(run.episode(index))
                 for batch in run.loader.batches_of(run.training_pass(index)):

@@ -22,17 +22,17 @@ import torch
 
 from protoclip.cli import demo
 from protoclip.config import Config, ModelConfig
-from protoclip.data import sources
 from protoclip.models import loading
 from protoclip.progress import Progress
-from protoclip.training import checkpoint, run
+from protoclip.training import checkpoint, run, run_folder
 from protoclip.training.checkpoint import CheckpointWriter
+from protoclip.training.plan import make_plan
 
 MODELS = {"demonstration": None, "RN50": "RN50"}
 
 
 def config_of(out: Path) -> Config:
-    config = demo.arms()["ProtoCLIP + teacher"]
+    config = make_plan(demo.arms()["ProtoCLIP + teacher"]).config
     return replace(
         config,
         run=replace(config.run, out=str(out), device="cpu", evaluate=False),
@@ -74,7 +74,7 @@ def one_checkpoint(model_name: str | None) -> tuple[float, float, float]:
         if model_name is not None:
             config = replace(config, model=ModelConfig(name=model_name))
         model = loading.model(config.model, seed=0)
-        built = run.Run(config, model, sources.pairs(config), [], folder=Path(folder))
+        built = run.Run(make_plan(config), model, folder=Path(folder))
         built.open_log(0)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -101,7 +101,7 @@ def main() -> None:
         for saving in seconds:
             seconds[saving].append(training_seconds(saving=saving))
             progress.update(2 * repeat + saving + 1)
-    facts = run.environment(torch.device("cpu"))
+    facts = run_folder.environment(torch.device("cpu"))
     base = statistics.median(seconds[False])
     lines = [
         "# Saving: checkpoints beside training",

@@ -25,18 +25,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from protoclip.cli import demo
 from protoclip.config import Config
-from protoclip.data import sources
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.progress import Progress
-from protoclip.training import optim, run
+from protoclip.training import run, run_folder
+from protoclip.training.plan import make_plan
 from protoclip.training.precision import resolve
 
 COUNTED = 2
 
 
 def config_of(arm: str) -> Config:
-    config = demo.arms()[arm]
+    config = make_plan(demo.arms()[arm]).config
     return replace(
         config,
         run=replace(config.run, device="cpu"),
@@ -54,7 +54,7 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
     with collectives.process_group(device), tempfile.TemporaryDirectory() as folder:
         model = loading.to_device(loading.model(config.model, seed=0), device)
         loading.parallelise(config, model)
-        built = run.Run(config, model, sources.pairs(config), [], folder=Path(folder))
+        built = run.Run(make_plan(config), model, folder=Path(folder))
         for index in range(2 if profiled else config.episodes.count):
             if profiler is not None and index == 1:
                 profiler.start()
@@ -124,8 +124,8 @@ def main() -> None:
                 seconds.setdefault((arm, way), []).extend(launched(arm, processes, cores))
                 done += 1
                 progress.update(done, f"{arm}, {way}")
-    config, _ = optim.resolved(config_of(arms[0]))
-    facts = run.environment(torch.device("cpu"))
+    config = config_of(arms[0])
+    facts = run_folder.environment(torch.device("cpu"))
     lines = [
         "# Scaling: more processes at equal batch",
         "",

@@ -31,7 +31,7 @@ from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.models.saved import checkpoints, damage
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
+from protoclip.training import run_folder
 
 PAIRS, EVERY = 600, 5.0  # seconds between two looks
 LOGS = ("metrics.jsonl", "tensorboard")  # these grow by a line a step, as they should
@@ -203,12 +203,12 @@ def main() -> None:
         recipes = {}
         for name, config in configs(Path(folder)).items():
             recipes[name] = Path(folder) / f"{name}.toml"
-            recipes[name].write_text(run.to_toml(config), encoding="utf-8")
+            recipes[name].write_text(run_folder.to_toml(config), encoding="utf-8")
         while time.monotonic() - began < 60 * arguments.minutes - 1:
             name = ("table", "stream")[len(turns) % 2]
             turns.append(train(name, recipes[name], Path(folder) / name, 60 * arguments.turn))
             print(table(turns)[-1], flush=True)
-    facts = run.environment(torch.device("cpu"))
+    facts = run_folder.environment(torch.device("cpu"))
     lines = [
         "# Soak: training with evaluation, saving and resuming",
         "",

@@ -33,8 +33,10 @@ from protoclip.distributed import collectives
 from protoclip.losses.objective import objective
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
+from protoclip.models.start import resolve_start
 from protoclip.progress import Progress
-from protoclip.training import run
+from protoclip.training import run, run_folder
+from protoclip.training.plan import Plan, make_plan
 from protoclip.training.precision import resolve
 from protoclip.training.trainer import Trainer
 
@@ -44,7 +46,7 @@ PARTS = ("extract", "cluster", "back_translate", "data", "loss")
 
 def base(case: str) -> Config:
     """The CLIP arm of a case."""
-    config = demo.arms()["CLIP"]
+    config = make_plan(demo.arms()["CLIP"]).config
     if case == "vit":
         tower = ImageTowerConfig(name="vit_small_patch16_224", size=112)
         return replace(
@@ -67,7 +69,8 @@ def arms(case: str) -> dict[str, Config]:
     """CLIP, and ProtoCLIP with its teacher and either source of prototypes."""
     clip = base(case)
     # The bundled teacher knows 7,077 samples; the synthetic ones have none.
-    with_teacher = demo.arms()["CLIP" if case == "rn50" else "ProtoCLIP + teacher"]
+    arm = demo.arms()["CLIP" if case == "rn50" else "ProtoCLIP + teacher"]
+    with_teacher = make_plan(arm).config
     grouped = replace(
         clip,
         loss=replace(with_teacher.loss, prototypical=1.0),
@@ -113,7 +116,8 @@ def episode_seconds(
     model = loading.to_device(loading.model(config.model, seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        built = run.Run(config, model, samples, [], folder=Path(folder))
+        plan = Plan(config=config, start=resolve_start(config.model), samples=samples)
+        built = run.Run(plan, model, folder=Path(folder))
         trainer = built.trainer
 
         def batches(episode: Episode) -> Iterator[Batch]:
@@ -190,7 +194,7 @@ def measure(case: str, repeats: int) -> list[str]:
             progress.update(repeat * len(configs) + number + 1, name)
     config = configs["CLIP"]
     device = collectives.device(config.run.device)
-    facts = run.environment(device)
+    facts = run_folder.environment(device)
     lines = [
         f"## {case}",
         "",

@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip.cli.parsing import Recipes, parse
-from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive, check
+from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
 from protoclip.models import towers
+from protoclip.models.halves import NAMED_CONTEXT_LENGTH, SmallTowers
 from protoclip.models.start import resolve_start
-from protoclip.training import sizes
-from protoclip.training.optim import resolved
-from protoclip.training.stages import LOCKED_IMAGE, stage_of
+from protoclip.training import optim, plan, sizes
+from protoclip.training.stages import stage_of
 
 # TFLOP/s of 16-bit matrix products that are summed in 32 bits, without sparsity, by NVIDIA.
 PEAK = {"A100": 312.0, "H100": 989.0, "RTX-4090": 165.0, "RTX-2080-Ti": 54.0}
@@ -92,7 +92,7 @@ def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
     spaces = [prototypes.number] * (2 if cost.loss.prototypical else 0)
     spaces += [teacher.number for teacher in cost.external_teachers.values()]
     for stage in stages:
-        backward_image = 0 if stage == LOCKED_IMAGE else 2 * forward.image
+        backward_image = 0 if stage.locks_image else 2 * forward.image
         training += forwards * (forward.image + forward.text) + backward_image + 2 * forward.text
         training += 3 * forward.heads if stage.projects else 0
         if stage.needs_prototypes:
@@ -113,7 +113,7 @@ def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
 
 def context_length(config: ModelConfig) -> int:
     """Tokens of a caption, at most."""
-    return config.text.context_length or towers.NAMED_CONTEXT_LENGTH
+    return config.text.context_length or NAMED_CONTEXT_LENGTH
 
 
 def hours(cost: Cost, flops: float) -> float:
@@ -135,16 +135,23 @@ def read(words: Sequence[str]) -> Cost:
         raise ValueError("name a recipe, such as recipes/cc3m_rn50.toml")
     cost = parse(Cost, ["--config", *words])
     given = Config(**{entry.name: getattr(cost, entry.name) for entry in fields(Config)})
-    check(given)
-    if sizes.is_open(given):
-        if not given.episodes.size and not cost.pairs:
-            raise ValueError(
-                "--pairs: the recipe leaves episodes.size to the data; give their number"
-            )
-        size = given.episodes.size or sizes.episode_size(cost.pairs, given.episodes.batch_size)
-        given = sizes.filled(given, sizes.sizes_of(given, size, size // sizes.PAIRS_A_PROTOTYPE))
-    decided, _ = resolved(given)
-    return replace(cost, **vars(decided))
+    outlined = plan.outline(given)
+    config, architecture = outlined.config, outlined.start.architecture
+    if not config.episodes.size and not cost.pairs:
+        raise ValueError("--pairs: the recipe leaves episodes.size to the data; give their number")
+    size = config.episodes.size or sizes.episode_size(cost.pairs, config.episodes.batch_size)
+    config = plan.with_sizes(config, size, size // sizes.PAIRS_A_PROTOTYPE)
+    if isinstance(architecture, SmallTowers):
+        pixels, length = architecture.sizes["image_size"], architecture.sizes["context_length"]
+        image, text = config.model.image, config.model.text
+        model = replace(
+            config.model,
+            image=replace(image, size=pixels),
+            text=replace(text, context_length=length),
+        )
+        config = replace(config, model=model)
+    values = optim.defaults(config, architecture.tower_kind)
+    return replace(cost, **vars(replace(config, optim=plan.fill(config.optim, values))))
 
 
 def report(words: Sequence[str]) -> list[str]:

@@ -37,7 +37,7 @@ from protoclip.data.index import ArrowIndex, read_table
 from protoclip.models.saved import checkpoints, damage
 from protoclip.teachers import encode
 from protoclip.testing import tiny_pairs
-from protoclip.training import checkpoint, run
+from protoclip.training import checkpoint, run_folder
 
 PATIENCE = 600.0  # seconds for one call, on a busy machine
 PROCESSOR_SECONDS = 60  # that a call may compute: one that hangs in a loop is ended
@@ -359,7 +359,7 @@ class Scene:
         for out in ("run", "stopped", "fresh"):
             changes = {"run": {"save_steps": 2}, "data": {"cache": "disk"}}
             config = quick_config(f"{self.folder}/pairs.tsv", self.folder / out, **changes)
-            text = run.to_toml(config)
+            text = run_folder.to_toml(config)
             (self.folder / f"{out}.toml").write_text(text, encoding="utf-8")
         self.must("train", "--config", f"{self.folder}/run.toml")
         shutil.copytree(self.folder / "run", self.folder / "stopped")
@@ -610,8 +610,8 @@ def invalid(folder: Path, *, torn: bool = True) -> list[tuple[str, str]]:
                 raise ValueError("its last line is torn")
         except Exception as error:
             wrong.append((name, f"not valid: {name}: {error!r}"[:200]))
-    for run_folder in ("run", "stopped", "fresh"):
-        for found in checkpoints(folder / run_folder):
+    for out in ("run", "stopped", "fresh"):
+        for found in checkpoints(folder / out):
             if (what := damage(found)) is not None:
                 name = (found / what.partition(" ")[0]).relative_to(folder).as_posix()
                 wrong.append((name, f"not valid: {found.name}: {what}"))

@@ -65,7 +65,8 @@ from protoclip.models import loading
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import resolve_start
 from protoclip.progress import Progress, duration
-from protoclip.training import optim, run
+from protoclip.training import run, run_folder
+from protoclip.training.plan import make_plan
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
 OWN = ("name", "group", "schedule", "start", "rotate", "shift")  # keys that are no settings
@@ -202,7 +203,7 @@ def folder_of(task: Task) -> Path:
     """Runs of equal settings share a folder, whatever study and arm they are of."""
     config = config_of(task)
     nameless = replace(config, run=replace(config.run, name="", seed=0))
-    known: dict[str, Any] = {"config": run.to_toml(nameless), "shift": task.arm.shift}
+    known: dict[str, Any] = {"config": run_folder.to_toml(nameless), "shift": task.arm.shift}
     known["rotate"] = task.arm.rotate
     if task.arm.start is not None:
         known["start"] = str(folder_of(replace(task, arm=task.study.arms[task.arm.start])))
@@ -252,7 +253,7 @@ def displaced(
     text tower, so that the model stays what it is. The start is a run, or untrained.
     """
     seed = config.run.seed
-    resolved = optim.resolved(config)[0].model
+    resolved = make_plan(config).config.model
     model = loading.load(before)[0] if before is not None else loading.model(resolved, seed=seed)
     towers: Any = model.towers
     if not isinstance(getattr(towers, "text_projection", None), torch.Tensor):
@@ -477,7 +478,7 @@ def report(
     split = runs[0].task.split
     tried = {group: len(arms) for group, arms in study.groups.items()}
     seeds = sorted({each.task.seed for each in runs})
-    facts = run.environment(torch.device("cpu"))
+    facts = run_folder.environment(torch.device("cpu"))
     counts = ", ".join(f"{group} {number}" for group, number in tried.items())
     lines = [
         f"# {study.name}: {study.question}",

@@ -8,6 +8,7 @@ The defaults train ProtoCLIP on the bundled emoji.
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +17,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 START = "start"  # `teacher.features` of the frozen start
-NO_START = (
-    "model.start: fine-tuning needs a model to start from, such as a run folder or "
-    "open_clip:NAME/TAG"
-)
+NO_START = "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
@@ -40,6 +38,7 @@ RENAMED = {
     "data.cache = disk": "is gone; small images decode fast: protoclip data pack --resize 256",
     "data.read = indexed": "is gone; leave it out, and local shards are indexed",
     "montage": "is gone; protoclip explore shows pairs with their captions",
+    "teacher.weight": "is gone; loss.teacher is the weight of each teacher",
 }
 
 LONGEST_SHOWN = 80  # characters of a wrong value in a message
@@ -62,6 +61,15 @@ NotNegative = Annotated[float, 0, math.inf]
 Decay = Annotated[float, 0, BELOW_1]
 Share = Annotated[float, 0, BELOW_1]
 LayerDecay = Annotated[float, ABOVE_0, 1]
+# `Open` settings are unset (None) until a run's plan fills them (training/plan.py). What comes
+# after the plan finds a value in each, so that is what mypy sees, for which `MYPY` is true.
+UNSET: Any = None
+MYPY = False
+Setting = TypeVar("Setting")
+if MYPY:  # noqa: SIM108 (mypy knows aliases in this form alone)
+    Open = Annotated[Setting, UNSET]
+else:
+    Open = Setting | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +190,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
-    size: CountOrZero = 0  # Pairs in an episode; 0: from the data.
+    size: Open[Count] = UNSET  # Pairs in an episode; else from the data.
     count: Count = 35  # Episodes in the run.
     batch_size: BatchSize = 256  # Pairs in a step, of all ranks together.
     micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
@@ -195,7 +203,7 @@ class EpisodeConfig:
 class PrototypeConfig:
     source: Literal["auto", "extract", "queue"] = "auto"  # Features to cluster.
     extract_transform: Literal["evaluation", "training"] = "evaluation"  # Its transform.
-    number: CountOrZero = 0  # Prototypes per modality; 0: a tenth.
+    number: Open[Count] = UNSET  # Prototypes per modality; else a tenth.
     init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
     iterations: Count = 6  # K-means iterations.
     restarts: Count = 1  # K-means runs; the best counts.
@@ -209,8 +217,7 @@ class PrototypeConfig:
 class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
     features: str | None = None  # Folder of embed-teacher, file, emoji or start.
-    weight: NotNegative = 1.0  # Factor to loss.teacher.
-    number: CountOrZero = 0  # Prototypes of its space; 0: a tenth.
+    number: Open[Count] = UNSET  # Prototypes of its space; else a tenth.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = True  # One-hot targets, as in the paper.
     whiten: CountOrZero = 64  # Whiten wider features; 0: none.
@@ -221,7 +228,7 @@ class LossConfig:
     instance: Literal["auto", "info_nce", "sigmoid"] = "auto"  # auto: sigmoid for SigLIP models.
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
-    teacher: NotNegative = 2.0  # Weight of the external teachers' loss.
+    teacher: NotNegative = 2.0  # Weight of each external teacher's loss.
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
@@ -229,17 +236,17 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    learning_rate: Positive | None = None  # Peak rate; else from the model.
+    learning_rate: Open[Positive] = UNSET  # Peak rate; else from the model.
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
-    heads_lr_scale: Positive | None = None  # Factor for the heads; else from the model.
+    heads_lr_scale: Open[Positive] = UNSET  # Factor for the heads; else from the model.
     layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
-    warm_up_steps: CountOrZero | None = None  # Linear warm-up; else from the model.
-    locked_learning_rate: NotNegative | None = None  # Peak of the locked stage; 0: one cosine.
-    betas: tuple[Decay, Decay] | None = None  # Of AdamW, such as 0.9 0.98; else from the model.
-    eps: Positive | None = None  # Of AdamW; else from the model.
-    weight_decay: NotNegative | None = None  # Of matrices and filters; else from the model.
-    heads_weight_decay: NotNegative | None = None  # Of the heads; else from the model.
+    warm_up_steps: Open[CountOrZero] = UNSET  # Linear warm-up; else from the model.
+    locked_learning_rate: Open[NotNegative] = UNSET  # Peak of the locked stage; 0: one cosine.
+    betas: Open[tuple[Decay, Decay]] = UNSET  # Of AdamW, such as 0.9 0.98; else from the model.
+    eps: Open[Positive] = UNSET  # Of AdamW; else from the model.
+    weight_decay: Open[NotNegative] = UNSET  # Of matrices and filters; else from the model.
+    heads_weight_decay: Open[NotNegative] = UNSET  # Of the heads; else from the model.
     clip_norm: Positive = 10.0  # Largest norm of the whole gradient.
 
 
@@ -312,11 +319,11 @@ class Config:
 
     @property
     def external_teachers(self) -> dict[str, TeacherConfig]:
-        """The teachers that have features and a weight, by name."""
+        """The teachers that have features, by name, if their loss has a weight."""
         return {
             teacher.name: teacher
             for teacher in self.teachers or [self.teacher]
-            if teacher.features is not None and teacher.weight * self.loss.teacher > 0
+            if teacher.features is not None and self.loss.teacher > 0
         }
 
 
@@ -341,8 +348,8 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
 
 def unknown(name: str, known: list[str]) -> str:
     """What to say about a setting that does not exist."""
-    if name in RENAMED:
-        return f"{name}: {RENAMED[name]}"
+    if (former := RENAMED.get(re.sub(r"s\[\d+\]", "", name))) is not None:
+        return f"{name}: {former}"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"{name}: no such setting; did you mean {close[0]}?"
 
@@ -413,7 +420,9 @@ def within(name: str, value: Any, least: int | float, most: int | float) -> Any:
         hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
         raise ValueError(f"{name}: {value} needs to be above 0{hint}")
     if value < least:
-        raise ValueError(f"{name}: {value} is too small; at least {least}")
+        was_open = value == 0 and name.endswith(("episodes.size", ".number"))
+        hint = "; leave it out, and it follows from the data" if was_open else ""
+        raise ValueError(f"{name}: {value} is too small; at least {least}{hint}")
     if value > most:
         limit = "below 1" if most == BELOW_1 else f"at most {most}"
         raise ValueError(f"{name}: {value} is too large; {limit}")
@@ -447,7 +456,7 @@ def check(config: Config) -> list[str]:
     check_fine_tuning(config)
     check_sources(config.data)
     check_teachers(config)
-    if size % batch_size:
+    if size and size % batch_size:
         nearest = max(size - size % batch_size, batch_size)
         raise ValueError(
             f"episodes.size: {size} is no multiple of episodes.batch_size ({batch_size}); "
@@ -580,8 +589,6 @@ def without_effect(config: Config) -> list[str]:
             continue
         if teacher.features is None:
             notes.append("teacher.*: no effect, since teacher.features is not set")
-        elif teacher.weight == 0:
-            notes.append(f"{teacher.name}.*: no effect, since {teacher.name}.weight is 0")
         elif teacher.hard_targets and teacher.target_temperature != known.target_temperature:
             what, why = "target_temperature", f"{teacher.name}.hard_targets is set"
             notes.append(f"{teacher.name}.{what}: no effect, since {why}")

@@ -17,7 +17,8 @@ from protoclip.cli import main
 from protoclip.config import Config
 from protoclip.models.saved import checkpoints, read_tensors
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
-from protoclip.training.run import to_toml, train
+from protoclip.training.run import train
+from protoclip.training.run_folder import to_toml
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluation"))
 from tiny_open_clip import save_tiny_open_clip

@@ -18,7 +18,7 @@ from protoclip import cli
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints, damage, read_tensors
 from protoclip.testing import tiny_config
-from protoclip.training import checkpoint, run
+from protoclip.training import checkpoint, run, run_folder
 from protoclip.training.trainer import Trainer
 
 
@@ -217,7 +217,7 @@ def test_what_takes_memory_away_is_one_line(
     """It names the settings to lower, without a traceback."""
     monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
     recipe = tmp_path / "tiny.toml"
-    recipe.write_text(run.to_toml(tiny_config(tiny_parquet, out=str(tmp_path / "run"))))
+    recipe.write_text(run_folder.to_toml(tiny_config(tiny_parquet, out=str(tmp_path / "run"))))
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(recipe)])
     shown = capsys.readouterr().err.strip().splitlines()[-1]

@@ -33,9 +33,9 @@ from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint
 from protoclip.testing import tiny_config
-from protoclip.training import optim, run
-from protoclip.training.run import flat
-from protoclip.training.sizes import sized
+from protoclip.training import run, run_folder
+from protoclip.training.plan import make_plan
+from protoclip.training.run_folder import flat
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,26 +157,26 @@ def test_a_run_leaves_no_worker_process(stopped, tiny_parquet, tmp_path, monkeyp
 
 
 def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, capsys):
-    """Each teacher has its own prototypes, losses and weight."""
+    """Each teacher has its own prototypes and losses."""
     generator = np.random.default_rng(0)
     teachers = []
-    for name, known, weight in (("all", 96, 1.0), ("some", 32, 0.5)):
+    for name, known in (("all", 96), ("some", 32)):
         flat = pa.array(generator.normal(size=known * 5).astype(np.float32))
         features = pa.FixedSizeListArray.from_arrays(flat, 5)
         table = {"sample_id": [f"tiny/{row}" for row in range(known)], "features": features}
         path = str(tmp_path / f"{name}.parquet")
         pq.write_table(pa.table(table), path)
-        given = {"name": name, "features": path, "number": 4, "weight": weight}
+        given = {"name": name, "features": path, "number": 4}
         teachers.append(TeacherConfig(**given, hard_targets=name == "all"))
     config = replace(tiny_config(tiny_parquet, out=""), teachers=teachers)
-    run.train(short(config, tmp_path / "run", loss={"strengths": "constant", "teacher": 1.0}))
+    run.train(short(config, tmp_path / "run", loss={"strengths": "constant", "teacher": 0.5}))
     assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
     grouped = metrics_of(tmp_path / "run", "train/loss/prototypical/image_from_some")
     assert len(grouped) == 4
     for line in grouped:
         loss = {k.split("/")[-1]: v for k, v in line.items() if "train/loss" in k}
         expected = loss["info_nce"] + (loss["image_from_text"] + loss["text_from_image"]) / 2
-        expected += (loss["image_from_all"] + loss["text_from_all"]) / 2
+        expected += 0.5 * (loss["image_from_all"] + loss["text_from_all"]) / 2
         expected += 0.5 * (loss["image_from_some"] + loss["text_from_some"]) / 2
         assert loss["total"] == pytest.approx(expected, rel=1e-5)
 
@@ -243,14 +243,15 @@ def test_recipes_are_configurations(tmp_path, seen):
     the arms of the demonstration but for their length, and say how to run them."""
     recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
     for recipe, arm in zip(recipes, demo.arms().values(), strict=True):
-        (tmp_path / "config.toml").write_text(run.to_toml(arm), encoding="utf-8")
+        whole = make_plan(replace(arm, episodes=replace(arm.episodes, count=35))).config
+        (tmp_path / "config.toml").write_text(run_folder.to_toml(whole), encoding="utf-8")
         main(["train", "--config", str(tmp_path / "config.toml")])
-        assert seen[-1] == arm
+        assert seen[-1] == whole
         path = ROOT / "recipes" / f"{recipe}.toml"
         main(["train", "--config", str(path)])
         # The demonstration has a length of its own, and its sizes are those that emoji give.
         assert seen[-1].run.name == arm.run.name
-        assert sized(seen[-1])[0] == replace(arm, episodes=replace(arm.episodes, count=35))
+        assert make_plan(seen[-1]).config == whole
         for word in ("# command:", "# hardware:", "# expected:"):
             assert word in path.read_text(encoding="utf-8")
 
@@ -271,7 +272,7 @@ def test_the_reference_is_one_recipe_away(seen):
         main(["train", "--config", str(path)])
         without = ["teacher.*: no effect, since teacher.features is not set"]
         assert check(seen[-1]) == (without if path == recipe else [])
-        assert optim.resolved(seen[-1])[0].optim.learning_rate == 5e-4
+        assert seen[-1].optim.learning_rate == 5e-4
 
 
 def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys):

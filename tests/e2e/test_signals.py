@@ -22,7 +22,7 @@ from protoclip.distributed import collectives
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints
 from protoclip.training import checkpoint, run
-from protoclip.training.run import to_toml
+from protoclip.training.run_folder import to_toml
 from protoclip.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -181,7 +181,7 @@ def test_no_thread_of_the_process_group_is_left_at_the_end(tiny_parquet, tmp_pat
             del sys.modules[name]  # as in a new process
         with collectives.process_group(torch.device("cpu")):
             import_module("torch.distributed.nn")  # as PyTorch does, some time
-            run.train_together(config, torch.device("cpu"), resume=False, notes=[])
+            run.train_together(config, torch.device("cpu"), resume=False)
         names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
         assert not [name for name in names if "gloo" in name], names
 

@@ -7,7 +7,7 @@ import pytest
 
 from interrupting import with_changes
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
+from protoclip.training import run, run_folder
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +16,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("trained")
     pq.write_table(tiny_pairs(64), home / "pairs.parquet")
     config = tiny_config(str(home / "pairs.parquet"), out=str(home / "run"))
-    (home / "recipe.toml").write_text(run.to_toml(config))
+    (home / "recipe.toml").write_text(run_folder.to_toml(config))
     run.train(with_changes(config, {"data": {"validation": 0.4}}))
     return home

@@ -16,7 +16,7 @@ from protoclip.files import to_json
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
+from protoclip.training import run_folder
 
 # A title for the window, an end of line, a mark that turns text, a C1 control; markup of rich,
 # HTML and matplotlib.
@@ -108,7 +108,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_recipe(config: Config, path: Path) -> None:
-    path.write_text(run.to_toml(config), encoding="utf-8")
+    path.write_text(run_folder.to_toml(config), encoding="utf-8")
 
 
 def on(home: Path, *words: str) -> Ended:

@@ -28,6 +28,8 @@ from protoclip.cli.parsing import options
 from protoclip.files import checksum
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
+from protoclip.training.plan import make_plan
+from protoclip.training.run_folder import to_toml
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 
@@ -194,7 +196,7 @@ def _packed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 # Recipes
 
-BASE: dict[str, Any] = tomllib.loads(run.to_toml(run.optim.resolved(tiny_config(out="x"))[0]))
+BASE: dict[str, Any] = tomllib.loads(to_toml(make_plan(tiny_config(out="x")).config))
 # What starts processes, or says where to write; the command line sets these.
 for section, setting in (("data", "workers"), ("run", "out")):
     BASE[section].pop(setting, None)

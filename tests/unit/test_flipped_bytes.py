@@ -23,8 +23,9 @@ from protoclip.evaluation.samples import SampleResults
 from protoclip.files import read_toml
 from protoclip.teachers.store import read_teacher, write_folder
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
 from protoclip.training.checkpoint import newest_intact
+from protoclip.training.plan import outline
+from protoclip.training.run_folder import look
 
 IDS = [f"sample/{row}" for row in range(12)]
 FLIPS = 150  # of each file
@@ -214,7 +215,7 @@ def test_a_byte_in_each_file_of_a_run_is_noticed(
         errors = []
         for use in (
             lambda: newest_intact(folder, notes),
-            lambda: run.check_folder(folder, config, resume=True),
+            lambda: look(outline(config), resume=True),
             lambda: [SampleResults.read(path) for path in folder.glob("results/*.parquet")],
         ):
             try:

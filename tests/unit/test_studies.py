@@ -20,7 +20,7 @@ from interrupting import few_emoji
 from protoclip.data.emoji import emoji_table
 from protoclip.evaluation import datasets
 from protoclip.models import loading
-from protoclip.training import optim
+from protoclip.training.plan import make_plan
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "studies"
 sys.path.insert(0, str(FOLDER))
@@ -134,7 +134,7 @@ def test_a_displaced_start_moves_all_text_features_alike(tiny, tmp_path, way):
     config = studies.config_of(task_of(studies.read_study(tiny), "CLIP", tmp_path))
     given = {"rotate": way != "shift", "shift": 0.0 if way == "rotate" else 2.0}
     studies.displaced(config, None, tmp_path / "start", **given)
-    model = optim.resolved(config)[0].model
+    model = make_plan(config).config.model
     before = loading.model(model, seed=0).eval()
     after, _, tokenizer = loading.load(tmp_path / "start")
     tokens = tokenizer(emoji_table("train")["caption"][:256].to_pylist())

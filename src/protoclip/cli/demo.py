@@ -38,15 +38,14 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
 
     `recipes/emoji_*.toml` are the same runs with 20 passes.
     """
-    from protoclip.training.run import slug
-    from protoclip.training.sizes import sized
+    from protoclip.training.run_folder import slug
 
     losses = {
         "CLIP": (LossConfig(prototypical=0.0), TeacherConfig()),
         "ProtoCLIP": (LossConfig(), TeacherConfig()),
         "ProtoCLIP + teacher": (LossConfig(), TeacherConfig(features="emoji")),
     }
-    configs = {
+    return {
         name: Config(
             run=RunConfig(name=name, seed=seed, out=f"{out}/{slug(name)}" if out else None),
             episodes=EpisodeConfig(count=EPISODES),
@@ -55,7 +54,6 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
         )
         for name, (loss, teacher) in losses.items()
     }
-    return {name: sized(config)[0] for name, config in configs.items()}
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]]:
@@ -68,6 +66,8 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     """
     from protoclip.evaluation import compare
     from protoclip.training import run
+    from protoclip.training.plan import make_plan
+    from protoclip.training.run_folder import to_toml
 
     started, out = time.monotonic(), Path(out)
     require_ours(out / "results.json", '"seeds"', "with --out")
@@ -77,7 +77,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     for name, config in configs.items():
         if (folder := folders[name]).exists():
             written = folder / "config.toml"
-            settings = run.to_toml(run.resolved(config)[0])
+            settings = to_toml(make_plan(config).config)
             if not written.is_file() or written.read_text(encoding="utf-8") != settings:
                 raise ValueError(
                     f"{folder}: holds another run than this demonstration's; remove it, or choose "

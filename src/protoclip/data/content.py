@@ -1,28 +1,39 @@
 """What a source holds, in a few facts: a run that goes on compares them with those it began with.
 
-They cost seconds at ten million rows. Ids, captions and images' names or sizes are hashed whole, in
-the order of the rows, which decides what a step sees. Of the images themselves a few are read.
+Ids, captions and images' names or sizes are hashed whole, in the order of the rows, which decides
+what a step sees: once for a table, since that takes seconds at ten million rows. Of the images
+themselves a few are read, each time.
 """
 
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from protoclip.data.access import is_url
+from protoclip.data.access import digest, is_url
+from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import ShardStream
 from protoclip.data.view import PairsView
-from protoclip.files import checksum, open_local, to_json
+from protoclip.files import (
+    checksum,
+    open_local,
+    read_sealed,
+    sealed,
+    to_json,
+    write_atomically,
+)
 
 Facts = dict[str, Any]
+FORM = 1  # changes when rows are hashed in another way
 IMAGES = 64  # of each source that are read
 SHARDS, BLOCK = 1000, 1 << 14  # of each stream that are read, and how many bytes of a part
 # What each fact is called in messages, the most telling first. `sample` is one image each.
@@ -72,19 +83,36 @@ def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, A
 
 def of_pairs(pairs: ImageTextPairs) -> Facts:
     """The facts of pairs in a table."""
+    rows = evenly_spaced(len(pairs), min(IMAGES, len(pairs)), seed=0)
+    return {**facts_of_rows(pairs), "sample": [image_hash(pairs, row) for row in rows]}
+
+
+def facts_of_rows(pairs: ImageTextPairs) -> Facts:
+    """The facts of all rows; of a table that has a key they are kept beside its index."""
+    if not pairs.table_key:
+        return hash_rows(pairs)
+    path = index_folder() / f"{digest({'content': FORM, 'rows': pairs.rows_key})}.json"
+    with suppress(OSError, ValueError):
+        return read_sealed(path)
+    facts = hash_rows(pairs)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, to_json(sealed(facts)))
+    return facts
+
+
+def hash_rows(pairs: ImageTextPairs) -> Facts:
     table = pairs.checked
 
     def hash_columns(*names: str, lengths: bool = False) -> str:
         return hash_of([pairs.kept(table.column(name)) for name in names], lengths=lengths)
 
     in_shards = {"offset", "size"} <= {*table.column_names}  # which may lie anywhere
-    rows = evenly_spaced(len(pairs), min(IMAGES, len(pairs)), seed=0)
     return {
         "rows": len(pairs),
         "ids": hash_columns(pairs.id_column) if pairs.id_column else f"{pairs.name}/row",
         "captions": hash_columns(*pairs.caption_columns),
         "images": hash_columns("size" if in_shards else pairs.image_column, lengths=True),
-        "sample": [image_hash(pairs, row) for row in rows],
     }
 
 

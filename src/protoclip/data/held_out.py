@@ -21,7 +21,8 @@ from scipy.sparse import bmat, coo_array, hstack
 from scipy.sparse.csgraph import connected_components
 
 from protoclip.data.access import digest, is_url, join
-from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.pairs import BadSample, ImageTextPairs, file_status
+from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import AllBut, PairsView, Rows, whole
 from protoclip.files import replacing
 from protoclip.progress import Progress
@@ -36,6 +37,7 @@ SHARE, MOST = 0.02, 5000  # held out unless the user says otherwise: this share,
 LARGEST = 0.25
 CHUNK, THREADS = 64, 32  # images that a thread reads at a time, and threads
 PAGE = 4096  # bytes of an image that are compared before all of it is
+LOOKED_AT = 64  # image files of a source that tell whether it is the same as before
 STEP = 100_000  # sizes between lines of progress
 SPARE = 1.25  # pairs that are looked at for each that is wanted, since some share an image
 # Part of the name of every file of rows. Change it when the choice changes.
@@ -63,7 +65,7 @@ def held_out_rows(
             held out then, still is.
     """
     total = sum(map(len, sources))
-    known = {"form": FORM, "share": share, "most": most, "sources": [s.key for s in sources]}
+    known = {"form": FORM, "share": share, "most": most, "sources": [*map(key_of, sources)]}
     if before:
         known["before"] = _facts(before)
     wanted = min(most, round(share * total))
@@ -79,7 +81,7 @@ def shared(
         How many pairs were looked at (of many, `MOST`), of how many of these the image was trained
         on, and of how many a caption.
     """
-    known = {"form": FORM, "judging": [source.key for source in judging], "before": _facts(before)}
+    known = {"form": FORM, "judging": [*map(key_of, judging)], "before": _facts(before)}
 
     def count() -> Rows:
         total = sum(map(len, judging))
@@ -98,7 +100,17 @@ def shared(
 
 
 def _facts(before: Sequence[Before]) -> list[list[Any]]:
-    return [[pairs.key, rows.tolist()] for pairs, rows in before]
+    return [[key_of(pairs), rows.tolist()] for pairs, rows in before]
+
+
+def key_of(source: ImageTextPairs) -> str:
+    """Identifies the pairs of a source, without a look at each of its image files.
+
+    Of some files size and time count, so that a folder whose images were all made anew is noticed.
+    """
+    rows = evenly_spaced(len(source), min(LOOKED_AT, len(source)), seed=0)
+    files = [file_status(source.where(row)) for row in rows]
+    return digest({"rows": source.rows_key, "files": files})
 
 
 def _kept(known: dict[str, Any], folder: Path, compute: Callable[[], Rows]) -> Rows:
@@ -310,10 +322,10 @@ def _contents(sources: Sequence[ImageTextPairs], sizes: Rows, rows: Rows, *, pag
     return np.array(hashes, np.int64)
 
 
-def image_names(source: ImageTextPairs) -> pa.ChunkedArray | None:
+def image_names(source: ImageTextPairs, table: pa.Table | None = None) -> pa.ChunkedArray | None:
     """The file or URL of each image, null where the table holds the image itself; None if it holds
-    all, or they are in shards."""
-    values = source.checked.column(source.image_column)
+    all, or they are in shards. Of the whole `table` that is checked, or of this one of its rows."""
+    values = (source.checked if table is None else table).column(source.image_column)
     if "offset" in source.table.column_names:
         return None
     if pa.types.is_struct(values.type):

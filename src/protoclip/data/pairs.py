@@ -156,7 +156,7 @@ class ImageTextPairs:
         return self.table
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("table", "_arrays", "_check", "key")
+        opened = ("table", "_arrays", "_check", "key", "rows_key")
         return {k: v for k, v in self.__dict__.items() if k not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -172,17 +172,15 @@ class ImageTextPairs:
     def subset(self, rows: npt.NDArray[np.int64]) -> "ImageTextPairs":
         """Some of these pairs, in the same order and with the same ids; `rows` ascend."""
         some = copy.copy(self)
-        some.__dict__.pop("key", None)
+        for key in ("key", "rows_key"):
+            some.__dict__.pop(key, None)
         some.rows = rows if self.rows is None else self.rows[rows]
         return some
 
     @cached_property
-    def key(self) -> str:
-        """Changes with the pairs, for caches of what is made of them.
-
-        It depends on the table, on the columns in use, and on size and time of every local image
-        file, which takes a few seconds for a million files. What is behind URLs is taken to stay.
-        """
+    def rows_key(self) -> str:
+        """Changes with the rows: the table, the columns in use, and where images are. At once, but
+        for a table without a `table_key`, which is read."""
         columns = (self.image_column, self.id_column, *self.caption_columns)
         facts = (self.table_key, columns, self.root)
         key = hashlib.blake2b(repr(facts).encode(), digest_size=16)
@@ -190,11 +188,21 @@ class ImageTextPairs:
             key.update(batch.serialize())
         if self.rows is not None:
             key.update(self.rows.tobytes())
+        return key.hexdigest()
+
+    @cached_property
+    def key(self) -> str:
+        """Changes with the pairs, for caches of what is made of them.
+
+        Besides the rows it depends on size and time of every local image file, which takes a few
+        seconds for a million files. What is behind URLs is taken to stay.
+        """
         images = self.checked.column(self.image_column)
         if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
             images = pc.struct_field(images, "path")
         if self._ranges or "string" not in str(images.type):
-            return key.hexdigest()
+            return self.rows_key
+        key = hashlib.blake2b(self.rows_key.encode(), digest_size=16)
         for chunk in self.kept(images).iterchunks():
             for name in chunk.to_pylist():
                 if name and not is_url(path := join(self.root, name)):

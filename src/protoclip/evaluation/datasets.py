@@ -330,15 +330,15 @@ def captions_of_rows(
     pairs: ImageTextPairs, rows: Iterable[int]
 ) -> tuple[list[int], list[tuple[str, ...]]]:
     """The first row of each image that has captions, and the captions of all its rows."""
-    names = image_names(pairs)
+    names = image_names(pairs, pairs.table)
     first: dict[Any, int] = {}
     captions: dict[Any, list[str]] = {}
     for row in rows:
-        image = (names[row].as_py() if names is not None else None) or row
         try:
-            texts = pairs.sample_captions(row)
+            texts = pairs.sample_captions(row)  # compares the row with its checksum
         except BadSample:
             continue
+        image = (names[row].as_py() if names is not None else None) or row
         of_image = captions.setdefault(image, [])
         for text, number in Counter(texts).items():  # a copy of a pair adds nothing
             of_image += [text] * (number - of_image.count(text))

@@ -236,7 +236,7 @@ def probe_rows(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[Image
     """Rows with classes, drawn evenly from what is not held out, for kNN and the linear probe."""
     parts, total = [], sum(map(len, of)) - len(held_out)
     for source, left_out in by_source(of, held_out):
-        rows = np.setdiff1d(np.arange(len(source)), left_out)
+        rows = np.delete(np.arange(len(source)), left_out)
         number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))
         parts.append((source, rows[evenly_spaced(len(rows), number, seed=0)] if number else rows))
     return parts

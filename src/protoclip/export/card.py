@@ -28,7 +28,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import MODEL, RESUME, checkpoints, find_checkpoint, read_tensors
 from protoclip.prototypes.targets import back_translate
 from protoclip.terminal import visible, without_secrets
-from protoclip.training.run import as_kept, flat
+from protoclip.training.run_folder import as_kept, flat
 
 CARD, PROTOTYPES = "README.md", "prototypes"
 # Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.

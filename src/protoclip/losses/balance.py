@@ -36,9 +36,9 @@ def measure(squares: Mapping[str, Float[Tensor, ""]]) -> dict[str, Float[Tensor,
         student: [f"{student}_features", f"{student}_projections"] for student in ("image", "text")
     }
     return {
-        student: all_reduce(torch.stack([squares[branch] for branch in own])).sqrt()
-        for student, own in branches.items()
-        if squares.keys() >= set(own)
+        student: all_reduce(torch.stack([squares[name] for name in names])).sqrt()
+        for student, names in branches.items()
+        if squares.keys() >= set(names)
     }
 
 
@@ -52,31 +52,35 @@ class Balance:
     It is 1 before the first step, and where a tower gets no gradient.
 
     Attributes:
-        weights: By student modality, the sum of the weights of its prototypical losses. Set it
-            before a step.
         means: Both running means by student modality. They start from 0, which cancels in the
             ratio.
     """
 
-    weights: dict[str, float] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
 
-    def of(self, student: str) -> Tensor | float:
-        """The factor to the losses of a student modality."""
-        return self.factor(student) if student in self.means else 1.0
-
-    def factor(self, student: str) -> Float[Tensor, ""]:
-        """The same for a modality that was measured."""
+    def factor(self, student: str) -> Tensor | float:
+        """The factor to the losses of a student modality; 1.0 if it was not measured yet."""
+        if student not in self.means:
+            return 1.0
         instance, prototypes = self.means[student]
         return torch.where(prototypes > 0, (instance / prototypes).clamp(max=MOST), 1.0)
 
-    def update(self, pulls: Mapping[str, Float[Tensor, " 2"]], taken: Bool[Tensor, ""]) -> None:
-        """Take in what `measure` found in a step, if it was taken and both losses pull."""
-        for student, weight in self.weights.items():
+    def update(
+        self,
+        pulls: Mapping[str, Float[Tensor, " 2"]],
+        weights: Mapping[str, float],
+        taken: Bool[Tensor, ""],
+    ) -> None:
+        """Take in what `measure` gave in a step, if it was taken and both losses pull.
+
+        Args:
+            weights: By student modality, the sum of the weights of its prototypical losses.
+        """
+        for student, weight in weights.items():
             if student not in pulls:
                 continue
             instance, prototypes = pulls[student]
-            now = torch.stack([instance, prototypes / self.of(student) / max(weight, TINY)])
+            now = torch.stack([instance, prototypes / self.factor(student) / max(weight, TINY)])
             before = self.means.get(student, torch.zeros_like(now))
             sound = taken & torch.isfinite(now).all() & (now > 0).all()
             self.means[student] = torch.where(sound, torch.lerp(now, before, DECAY), before)

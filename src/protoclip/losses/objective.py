@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
@@ -111,7 +112,7 @@ def objective(
         projections, own = students[student], assignments[teacher]
         assert projections is not None
         loss = target.loss(projections, own, embeddings.prototype_logit_scale)
-        factor = balance.of(student) * target.confidence if balance is not None else 1.0
+        factor = balance.factor(student) * target.confidence if balance is not None else 1.0
         losses[name] = weights.of(teacher) * factor * loss / 2
         report[f"train/loss/prototypical/{name}"] = loss.detach()
         if detailed:
@@ -119,5 +120,6 @@ def objective(
     if targets:
         report["train/prototype_logit_scale"] = embeddings.prototype_logit_scale.detach()
         if balance is not None:
-            report |= {f"train/balance/{name}": balance.factor(name) for name in balance.means}
+            for name in balance.means:
+                report[f"train/balance/{name}"] = torch.as_tensor(balance.factor(name))
     return losses, report

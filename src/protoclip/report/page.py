@@ -28,7 +28,8 @@ from protoclip.report.figures import COLOURS, Series, dash, line_chart, map_char
 from protoclip.report.looks import Confusions, Examples, Look, Map
 from protoclip.report.runs import Curve, RunFolder, labels, read_run
 from protoclip.terminal import OBEYED
-from protoclip.training.run import flat, resolved, to_toml
+from protoclip.training.plan import make_plan
+from protoclip.training.run_folder import flat, to_toml
 
 HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="protoclip report">'  # of a page that may be replaced
@@ -524,7 +525,7 @@ def grouping(
 
 def settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Settings that differ between the runs, and those that all share but are no defaults."""
-    defaults = flat(tomllib.loads(to_toml(resolved(Config())[0])))
+    defaults = flat(tomllib.loads(to_toml(make_plan(Config()).config)))
     keys = sorted({key for run in runs for key in run.settings} - set(NAMES_OF_RUN))
     values = {key: [run.settings.get(key) for run in runs] for key in keys}
     differ = {key: of for key, of in values.items() if any(value != of[0] for value in of)}

@@ -16,7 +16,7 @@ from protoclip.evaluation.compare import read_results
 from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import saved
 from protoclip.terminal import say
-from protoclip.training.run import as_kept, flat
+from protoclip.training.run_folder import as_kept, flat
 
 Numbers = npt.NDArray[np.float64]
 # A metric over the run: steps, and its value at each.

@@ -2,22 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-from protoclip.config import NO_START, Config, check, shown
-from protoclip.data import sources
-from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.config import NO_START, START, Config, shown
+from protoclip.data.pairs import Pairs
 from protoclip.distributed import collectives
-from protoclip.evaluation.validation import judged
-from protoclip.models import loading
-from protoclip.models.start import resolve_start
-from protoclip.training import optim, sizes
+from protoclip.evaluation.validation import Judged
+from protoclip.models.start import Start
+from protoclip.training import optim, wise_ft
 from protoclip.training.run import train_together
-from protoclip.training.wise_ft import WiseFT
+from protoclip.training.run_folder import folder_of, read_settings
 
 PASSES = 5  # over the data
 LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
 LEAST_STEPS = 32  # in a pass over the data, if batches can be small enough
+# What fine-tuning chooses where it is not given.
+CHOSEN = {
+    *("run.name", "run.evaluate_every", "model.frozen_batch_norm", "teacher.features"),
+    *("episodes.batch_size", "episodes.size", "episodes.count", "episodes.replacement"),
+    *("episodes.locked_image", "episodes.warm_up", "optim.learning_rate", "optim.layer_decay"),
+    *("optim.warm_up_steps", "optim.weight_decay", "optim.heads_lr_scale", "loss.strengths"),
+    *("loss.teacher", "teacher.whiten"),
+}
 
 
 def finetune(
@@ -30,7 +38,8 @@ def finetune(
 
     Args:
         settings: Those of `Config` as a recipe holds them, such as `{"model": {"start":
-            "runs/small"}, "data": {"train": "pairs.tsv"}}`. `finetune_settings` decides the rest.
+            "runs/small"}, "data": {"train": "pairs.tsv"}}`. Others get the values that suit
+            fine-tuning: see `before_data` and `with_data`.
         alpha: The weights to choose, from 0 (the start) to 1 (the end); unset, the best ones by the
             rule of `wise_ft.RULE`.
         resume: As for `train`. On a finished run another `alpha` costs no training.
@@ -45,111 +54,134 @@ def finetune(
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
     device = collectives.device(Config.from_dict(settings).run.device)
+
+    def begin() -> Choices:
+        choices = before_data(settings)
+        if resume == "auto":
+            choices = before_data(with_begun(settings, folder_of(choices.config)))
+        return choices
+
     with collectives.process_group(device):
-        config, notes = collectives.raise_on_all_ranks(lambda: finetune_settings(settings))
-        notes += check(config)
-        config, decided = optim.resolved(config)
+        choices = collectives.rank0_first(begin)
         return train_together(
-            config, device, resume=resume == "auto", notes=notes + decided, ending=WiseFT(alpha)
+            choices.config,
+            device,
+            resume=resume == "auto",
+            defaults=partial(with_data, choices, alpha=alpha),
+            ending=partial(wise_ft.choose_weights, alpha=alpha),
+            is_done=partial(wise_ft.is_done, alpha=alpha),
         )
 
 
-class Defaults:
-    """The settings of a run that are left out, with the values that fine-tuning gives them.
+def with_begun(given: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The settings that are given, and below them what a run in this folder chose for others."""
+    if not (folder / "config.toml").is_file():
+        return given
+    saved = read_settings(folder)
+    tree = dict(given)
+    for name in saved.keys() & CHOSEN:
+        section, key = name.split(".")
+        tree[section] = {key: saved[name], **tree.get(section, {})}
+    return tree
 
-    `given` are settings as a recipe holds them; `config` holds the same, checked.
+
+class Choices:
+    """What fine-tuning chooses for settings that are not `given`, as a recipe holds them.
+
+    `config` has the settings that are given and those that were chosen so far.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.config = given, Config.from_dict(given)
-        self.decided: dict[str, dict[str, Any]] = {}
+        self.chosen: dict[str, dict[str, Any]] = {}
 
-    def has(self, name: str) -> bool:
-        """Whether a setting is given."""
+    def is_given(self, name: str) -> bool:
         section, key = name.split(".")
         return key in self.given.get(section, {})
 
-    def decide(self, name: str, value: Any) -> Any:
+    def choose(self, name: str, value: Any) -> Any:
         """The value of a setting: what is given, else this one."""
         section, key = name.split(".")
-        if self.has(name):
-            return getattr(getattr(self.config, section), key)
-        self.decided.setdefault(section, {})[key] = value
+        values = getattr(self.config, section)
+        if self.is_given(name):
+            return getattr(values, key)
+        self.chosen.setdefault(section, {})[key] = value
+        self.config = replace(self.config, **{section: replace(values, **{key: value})})
         return value
 
-    def filled(self) -> Config:
-        own = {
-            name: {**values, **self.given.get(name, {})} for name, values in self.decided.items()
-        }
-        return Config.from_dict({**self.given, **own})
-
+    @property
     def notes(self) -> list[str]:
+        """One for each section."""
         return [
             "for fine-tuning: "
             + ", ".join(f"{section}.{key} = {shown(value)}" for key, value in values.items())
-            for section, values in self.decided.items()
+            for section, values in self.chosen.items()
         ]
 
 
-def finetune_settings(given: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """The settings of a fine-tuning run, and a note on each section with those that were left out.
+def before_data(given: Mapping[str, Any]) -> Choices:
+    """What is chosen before the data are opened.
 
     Learning rate, decay, warm-up and the largest batch are those of FLYP (arXiv 2212.00638), which
     fine-tunes CLIP by its own loss too. LoRA moves few weights, and learns at ten times the rate.
     The rate falls by 0.7 from layer to layer, as is usual for pretrained transformers and ConvNeXt
-    (arXiv 2201.03545, 2212.06138). A pass over the data is an episode, if it is not too large.
-
-    Args:
-        given: Settings as a recipe holds them.
+    (arXiv 2201.03545, 2212.06138).
 
     Raises:
-        ValueError: There is no start, it cannot be trained, or the data are wrong.
+        ValueError: There is no start, or a setting is wrong.
     """
-    settings = Defaults(given)
-    config, decide = settings.config, settings.decide
-    if config.model.start is None:
+    choices = Choices(given)
+    if choices.config.model.start is None:
         raise ValueError(NO_START)
-    start = resolve_start(config.model)
-    loading.check_parallel(config)
-    decide("run.name", "finetuned")
-    evaluate_every = decide("run.evaluate_every", 1)
-    decide("model.frozen_batch_norm", True)
-    samples = training_samples(config, evaluate_every)
-    rows = len(samples) if isinstance(samples, Pairs) else None
-    batch, size, count = episodes(settings, rows)
-    decide("episodes.locked_image", 0)
-    if config.model.lora is None:
-        decide("optim.learning_rate", 1e-5)
-        decide("optim.layer_decay", 0.7)
+    choices.choose("run.name", "finetuned")
+    choices.choose("run.evaluate_every", 1)
+    choices.choose("model.frozen_batch_norm", True)
+    choices.choose("episodes.locked_image", 0)
+    if choices.config.model.lora is None:
+        choices.choose("optim.learning_rate", 1e-5)
+        choices.choose("optim.layer_decay", 0.7)
     else:
-        decide("optim.learning_rate", 1e-4)
-    decide("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
-    decide("optim.weight_decay", 0.1)
-    number = sizes.number_of_prototypes(samples, size)
-    if config.loss.prototypical > 0:
-        decide("prototypes.number", number)
+        choices.choose("optim.learning_rate", 1e-4)
+    return choices
+
+
+def with_data(
+    choices: Choices, config: Config, start: Start, data: Judged, *, alpha: float | None
+) -> tuple[Config, list[str]]:
+    """The defaults of fine-tuning for `plan.complete`: a pass over the data is an episode.
+
+    Raises:
+        ValueError: A stream has no number of episodes, or nothing judges the weights.
+    """
+    if alpha is None and not data.data and not config.run.guard:
+        raise ValueError(
+            "alpha: nothing judges the models between start and end; hold out pairs "
+            "(data.validation), name a guard, or give an alpha"
+        )
+    choices.config, choose = config, choices.choose
+    rows = len(data.training) if isinstance(data.training, Pairs) else None
+    batch, size, count = episodes(choices, rows)
+    choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
+    choose("optim.weight_decay", 0.1)
     features = None
     if config.loss.teacher > 0 and not config.teachers:
         # A stream has no end, so its captions cannot all be embedded before the run.
-        features = decide("teacher.features", "start" if rows is not None else None)
-        if features is not None:
-            decide("teacher.number", number)
+        features = choose("teacher.features", START if rows is not None else None)
     if config.loss.prototypical > 0 or features is not None or config.external_teachers:
         # With these the gains of docs/LOG.md were measured.
-        decide("loss.strengths", "constant")
-        decide("loss.teacher", 1.0)
-        if features == "start":
-            decide("teacher.whiten", 0)
-            decide("episodes.warm_up", 0)  # its features are good from the beginning
-        decide("optim.heads_lr_scale", optim.SLOW_HEADS if start.has_heads else 1.0)
-    config = settings.filled()
-    return sizes.filled(config, sizes.sizes_of(config, size, number)), settings.notes()
+        choose("loss.strengths", "constant")
+        choose("loss.teacher", 1.0)
+        if features == START:
+            choose("teacher.whiten", 0)
+            choose("episodes.warm_up", 0)  # its features are good from the beginning
+        choose("optim.heads_lr_scale", optim.SLOW_HEADS if start.has_heads else 1.0)
+    return choices.config, choices.notes
 
 
-def episodes(settings: Defaults, rows: int | None) -> tuple[int, int, int]:
+def episodes(choices: Choices, rows: int | None) -> tuple[int, int, int]:
     """Pairs in a batch and in an episode, and episodes: some passes over so many rows."""
-    decide, given = settings.decide, settings.config.episodes
-    if rows is None and not (given.size and settings.has("episodes.count")):
+    choose, given = choices.choose, choices.config.episodes
+    if rows is None and not (given.size and choices.is_given("episodes.count")):
         raise ValueError(
             "episodes.size: a stream has no length; give episodes.size and episodes.count"
         )
@@ -160,15 +192,9 @@ def episodes(settings: Defaults, rows: int | None) -> tuple[int, int, int]:
     batch = min(batch, wanted)
     while given.size and wanted % batch and batch > 2:
         batch //= 2
-    batch = decide("episodes.batch_size", max(2, batch))
-    size = decide("episodes.size", max(batch, wanted // batch * batch))
+    batch = choose("episodes.batch_size", max(2, batch))
+    size = choose("episodes.size", max(batch, wanted // batch * batch))
     if rows is not None and size <= rows:
-        decide("episodes.replacement", False)
+        choose("episodes.replacement", False)
     passes = 1 if rows is None else round(PASSES * rows / size)
-    return batch, size, decide("episodes.count", max(1, passes))
-
-
-def training_samples(config: Config, evaluate_every: int) -> Pairs | SampleStream:
-    """The samples that are not held out."""
-    config = replace(config, run=replace(config.run, evaluate_every=evaluate_every))
-    return judged(config, sources.pairs(config)).training
+    return batch, size, choose("episodes.count", max(1, passes))

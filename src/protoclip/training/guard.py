@@ -28,7 +28,7 @@ MOST_EMPTY, MOST_DEAD = 0.5, 0.75
 QUIET_STEPS = 1000  # before a warning about the same metric is repeated
 
 
-class Guard:
+class NonFiniteGuard:
     """Takes optimizer steps, skips those that are not finite, and ends a run that diverged.
 
     A step that is skipped counts in the schedule, and leaves nothing else behind but a lower loss
@@ -130,17 +130,17 @@ class Watch:
 
     def warnings(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """One line for each metric that looks bad, at most one in 1,000 steps."""
-        found = {
+        warnings = {
             name: f"{name} is {value:.2g}{advice}"
             for name, value in metrics.items()
             for prefix, (is_bad, advice) in BAD.items()
             if name.startswith(prefix) and is_bad(step, value)
         }
         if spike := self._spike(metrics):
-            found["train/loss/total"] = spike
-        new = [n for n in found if step >= self._warned.get(n, -QUIET_STEPS) + QUIET_STEPS]
+            warnings["train/loss/total"] = spike
+        new = [n for n in warnings if step >= self._warned.get(n, -QUIET_STEPS) + QUIET_STEPS]
         self._warned |= dict.fromkeys(new, step)
-        return [f"step {step}: {found[name]}" for name in new]
+        return [f"step {step}: {warnings[name]}" for name in new]
 
     def _spike(self, metrics: Mapping[str, float]) -> str | None:
         value = metrics.get("train/loss/total")
@@ -192,17 +192,17 @@ def out_of_memory(error: BaseException) -> str | None:
         "could not create a primitive",
     )
     if isinstance(error, MemoryError) or any(words in text for words in on_host):
-        where, others, sizes = "", "lower data.cache_gb or data.workers", "episodes.size"
+        device, others, sizes = "", "lower data.cache_gb or data.workers", "episodes.size"
     elif isinstance(error, RuntimeError) and (
         isinstance(error, torch.OutOfMemoryError)
         or "out of memory" in text
         or "CUBLAS_STATUS_ALLOC_FAILED" in text
     ):
-        where, others, sizes = " on the device", "set run.precision = bf16", "prototypes.number"
+        device, others, sizes = " on the device", "set run.precision = bf16", "prototypes.number"
     else:
         return None
     return (
-        f"out of memory{where}: set episodes.micro_batch_size (or lower it; gradients stay those "
+        f"out of memory{device}: set episodes.micro_batch_size (or lower it; gradients stay those "
         f"of the whole batch) or {others}, and go on with --resume auto; or start anew with a "
         f"lower episodes.batch_size or {sizes}"
     )

@@ -1,8 +1,7 @@
-"""The optimizer, its learning rate, and the settings of `[optim]` that a recipe leaves unset."""
+"""The optimizer, its learning rate by step, and the defaults of `[optim]` for a model."""
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +9,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from protoclip.config import Config
-from protoclip.models.halves import SmallTowers
 from protoclip.models.hugging_face import HuggingFaceTowers
-from protoclip.models.start import resolve_start
 
 LOCKED_WARM_UP = 2  # steps
 SLOW_HEADS = 0.01  # of the towers' learning rate
@@ -26,13 +23,13 @@ LAYERS = {
 }
 
 
-def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """The settings of `[optim]` whose defaults depend on the model, and a note on each decision.
+def defaults(config: Config, kind: str | None) -> dict[str, Any]:
+    """The settings of `[optim]` that depend on the model.
 
-    Small towers that start untrained get values that suit the bundled emoji. Other models get
-    values between the recipes known for such models. With extraction their heads learn as fast as
-    the towers, as in the paper, and with a queue slowly. As batch, peak rate, warm-up of all
-    steps, decay:
+    Small towers that start untrained, of no `kind`, get values that suit the bundled emoji. Other
+    models, transformers or convolutional, get values between the recipes known for such models.
+    With extraction their heads learn as fast as the towers, as in the paper, and with a queue
+    slowly. As batch, peak rate, warm-up of all steps, decay:
 
     - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
     - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
@@ -41,68 +38,31 @@ def optim_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
       of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
     """
     episodes, given = config.episodes, config.optim
-    kind = resolve_start(config.model).architecture.tower_kind
     if kind is None:
-        decay = 0.2 if given.weight_decay is None else given.weight_decay
-        settings: dict[str, Any] = {
+        return {
             "learning_rate": 2e-3,
             "warm_up_steps": 50,
             "locked_learning_rate": 2e-4,
             "betas": (0.9, 0.98),
             "eps": 1e-6,
-            "weight_decay": decay,
-            "heads_weight_decay": decay,
+            "weight_decay": 0.2,
+            "heads_weight_decay": 0.2 if given.weight_decay is None else given.weight_decay,
             "heads_lr_scale": SLOW_HEADS,
         }
-    else:
-        is_transformer, batch = kind == "transformer", episodes.batch_size
-        steps = episodes.count * (episodes.size // batch)
-        rate = 5e-4 * min(1.0, batch / 512)
-        settings = {
-            "learning_rate": rate,
-            "warm_up_steps": min(max(steps // 50, 500_000 // batch), max(steps // 10, 1)),
-            "locked_learning_rate": (given.learning_rate or rate) / 10,
-            "betas": (0.9, 0.98) if is_transformer else (0.9, 0.999),
-            "eps": 1e-6 if is_transformer else 1e-8,
-            "weight_decay": 0.2 if is_transformer else 0.1,
-            "heads_weight_decay": 0.0,
-            # In a queue, fast heads leave their own projections behind (docs/LOG.md).
-            "heads_lr_scale": 1.0 if config.prototype_source == "extract" else SLOW_HEADS,
-        }
-    notes = []
-    model = config.model
-    name = model.name or model.start or model.image.name
-    for setting, value in settings.items():
-        if getattr(given, setting) is not None:
-            settings[setting] = getattr(given, setting)
-        elif kind is not None:
-            notes.append(f"optim.{setting} = {value}, from {name} at batch {episodes.batch_size}")
-    return settings, notes
-
-
-def resolved(config: Config) -> tuple[Config, list[str]]:
-    """The configuration with every default that depends on the model decided, and notes on these.
-
-    Raises:
-        ValueError: There is no such model or checkpoint.
-    """
-    start = resolve_start(config.model)
-    model, notes = start.model, [*start.notes]
-    config = replace(config, model=model)
-    settings, decided = optim_settings(config)
-    loss = config.loss
-    if loss.instance == "auto":
-        sigmoid = start.has_logit_bias
-        loss = replace(loss, instance="sigmoid" if sigmoid else "info_nce")
-        if sigmoid:
-            decided.append("loss.instance = sigmoid, since the model has a logit bias")
-    if isinstance(start.architecture, SmallTowers):
-        sizes = start.architecture.sizes
-        image = replace(model.image, size=sizes["image_size"])
-        text = replace(model.text, context_length=sizes["context_length"])
-        model = replace(model, image=image, text=text)
-    optim = replace(config.optim, **settings)
-    return replace(config, model=model, loss=loss, optim=optim), notes + decided
+    is_transformer, batch = kind == "transformer", episodes.batch_size
+    steps = episodes.count * (episodes.size // batch)
+    rate = 5e-4 * min(1.0, batch / 512)
+    return {
+        "learning_rate": rate,
+        "warm_up_steps": min(max(steps // 50, 500_000 // batch), max(steps // 10, 1)),
+        "locked_learning_rate": (given.learning_rate or rate) / 10,
+        "betas": (0.9, 0.98) if is_transformer else (0.9, 0.999),
+        "eps": 1e-6 if is_transformer else 1e-8,
+        "weight_decay": 0.2 if is_transformer else 0.1,
+        "heads_weight_decay": 0.0,
+        # In a queue, fast heads leave their own projections behind (docs/LOG.md).
+        "heads_lr_scale": 1.0 if config.prototype_source == "extract" else SLOW_HEADS,
+    }
 
 
 def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float:
@@ -122,9 +82,8 @@ def schedule(config: Config) -> Callable[[int], float]:
     The reference cools the text tower's rate to nearly zero before the locked-image stage starts.
     A second cosine lets it move there. `locked_learning_rate = 0` gives the reference's one cosine.
     """
-    settings, _ = optim_settings(config)
-    peak, warm_up = settings["learning_rate"], settings["warm_up_steps"]
-    locked_peak = settings["locked_learning_rate"]
+    peak, warm_up = config.optim.learning_rate, config.optim.warm_up_steps
+    locked_peak = config.optim.locked_learning_rate
     steps = config.episodes.size // config.episodes.batch_size
     locked = config.locked_episodes * steps if locked_peak else 0
     main = config.episodes.count * steps - locked
@@ -145,22 +104,22 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     the further from the output, the lower the rate, as in fine-tuning by ELECTRA (arXiv 2003.10555)
     and BEiT (arXiv 2106.08254).
     """
-    settings, _ = optim_settings(config)
-    image, text = config.optim.image_lr_scale, config.optim.text_lr_scale
+    settings = config.optim
+    image, text = settings.image_lr_scale, settings.text_lr_scale
     # Learning-rate scale and weight decay by prefix of names; the first prefix that matches counts.
-    common = (1.0, settings["weight_decay"])
-    heads = (settings["heads_lr_scale"], settings["heads_weight_decay"])
-    own: dict[str, tuple[float, float]] = {}
+    common = (1.0, settings.weight_decay)
+    heads = (settings.heads_lr_scale, settings.heads_weight_decay)
+    by_prefix: dict[str, tuple[float, float]] = {}
     if (image, text) != (1.0, 1.0):
         # open_clip's image tower is `visual`; its text tower may be several modules.
         scales = {"towers.visual.": image, "towers.logit_": 1.0, "towers.": text}
-        own = {prefix: (scale, common[1]) for prefix, scale in scales.items()}
+        by_prefix = {prefix: (scale, common[1]) for prefix, scale in scales.items()}
     if heads != common:
-        own |= {"image_head.": heads, "text_head.": heads}
-    layer_decay = config.optim.layer_decay
+        by_prefix |= {"image_head.": heads, "text_head.": heads}
+    layer_decay = settings.layer_decay
     distance = layer_distances(model) if layer_decay < 1 else {}
     groups, remaining = [], dict(model.named_parameters())
-    for prefix, (scale, weight_decay) in {**own, "": common}.items():
+    for prefix, (scale, weight_decay) in {**by_prefix, "": common}.items():
         named = {name: remaining.pop(name) for name in [*remaining] if name.startswith(prefix)}
         # FSDP2 does not shard scalars, so they get their own group.
         for dimensions, decay in ((2, weight_decay), (1, 0.0), (0, 0.0)):
@@ -169,10 +128,11 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
                 if min(parameter.ndim, 2) == dimensions:
                     layers.setdefault(distance.get(name, 0), []).append(parameter)
             for layer, parameters in sorted(layers.items()):
-                own_scale = scale * layer_decay**layer
-                groups.append({"params": parameters, "weight_decay": decay, "scale": own_scale})
-    rate, betas, eps = settings["learning_rate"], settings["betas"], settings["eps"]
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
+                factor = scale * layer_decay**layer
+                groups.append({"params": parameters, "weight_decay": decay, "scale": factor})
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
+    )
 
 
 def layer_distances(model: Any) -> dict[str, int]:
@@ -185,10 +145,11 @@ def layer_distances(model: Any) -> dict[str, int]:
         ValueError: It is not known which layers a tower has.
     """
     towers = model.towers
-    trunk, place = getattr(towers.visual, "trunk", None), "visual.trunk."
+    trunk, prefix_of_trunk = getattr(towers.visual, "trunk", None), "visual.trunk."
     behind = [*getattr(towers.visual, "head", nn.Identity()).parameters()]
     if isinstance(towers, HuggingFaceTowers):
-        trunk, place = getattr(towers.visual.model, "timm_model", None), "visual.model.timm_model."
+        trunk = getattr(towers.visual.model, "timm_model", None)
+        prefix_of_trunk = "visual.model.timm_model."
         behind = [*towers.visual.projection.parameters()]
     parts: list[tuple[str, nn.Module, Any, int]] = [("", towers, LAYERS, 0)]
     if hasattr(towers, "text"):
@@ -201,8 +162,8 @@ def layer_distances(model: Any) -> dict[str, int]:
         )
     else:
         matcher = trunk.group_matcher(coarse=True)
-        parts.append((place, trunk, matcher, 1 if behind else 0))
-    found: dict[str, int] = {}
+        parts.append((prefix_of_trunk, trunk, matcher, 1 if behind else 0))
+    distances: dict[str, int] = {}
     for prefix, part, matcher, beyond in parts:
         numbers = group_parameters(part, matcher, reverse=True)
         if max(numbers.values()) == 0:
@@ -213,8 +174,8 @@ def layer_distances(model: Any) -> dict[str, int]:
         last = max(numbers.values()) + beyond
         for name, number in numbers.items():
             if prefix or not name.startswith(("visual.", "logit_")):
-                found[f"towers.{prefix}{name}"] = last - number
-    return found
+                distances[f"towers.{prefix}{name}"] = last - number
+    return distances
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

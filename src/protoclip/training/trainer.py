@@ -24,13 +24,13 @@ from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import Assignments, ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import cluster_spaces, in_order
-from protoclip.training.guard import Guard
+from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
 from protoclip.training.precision import Autocast
 from protoclip.training.stages import Stage, enter_stage
 
-PROGRESS = ("episode", "batch", "step", "samples_seen", "seconds")
+PROGRESS = ("episode", "batch", "seconds")
 
 
 @dataclass(kw_only=True)
@@ -47,8 +47,9 @@ class Trainer:
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: The frozen towers that the model started from, where a loss keeps it close to them.
         micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
-        episode, batch, step: Episodes finished, batches of the next one, and optimizer steps.
-        samples_seen, seconds: Pairs trained on by all ranks, and wall clock without evaluation.
+        batches, batch_size: Batches of an episode, and pairs in one, of all ranks.
+        episode, batch: Episodes finished, and batches of the next one.
+        seconds: Wall clock without evaluation.
         clusters: Of the episode under way, or else of the last one that had prototypes.
         reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
             first entry is for samples without an assignment (-1).
@@ -63,16 +64,16 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]
     scaler: torch.amp.GradScaler
-    guard: Guard
+    guard: NonFiniteGuard
     autocast: Autocast
     clip_norm: float
     micro_batch_size: int | None
+    batches: int
+    batch_size: int
     balance: Balance | None = None
     start: TowerPair | None = None
     episode: int = 0
     batch: int = 0
-    step: int = 0
-    samples_seen: int = 0
     seconds: float = 0.0
     clusters: dict[str, KMeans] = field(default_factory=dict)
     targets: dict[tuple[str, str], Target] = field(default_factory=dict)
@@ -85,6 +86,16 @@ class Trainer:
         self._waited = self._trained = 0.0  # seconds of this episode
         self._reported = (0.0, 0)  # time and samples seen when a step was last reported
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far, those that were skipped included."""
+        return self.episode * self.batches + self.batch
+
+    @property
+    def samples_seen(self) -> int:
+        """Pairs trained on by all ranks."""
+        return self.step * self.batch_size
+
     def start_episode(self, episode: Episode) -> dict[str, float]:
         """Make the prototypes if the stage needs any, freeze and wrap the model."""
         self._now = time.monotonic()
@@ -93,8 +104,8 @@ class Trainer:
             metrics = self._prepare(episode)
         enter_stage(self.model, stage)
         if stage != self._stage:
-            own = batch_norm.has_own_statistics(self.model)
-            self._module = parallel.distribute(self.model, broadcast_buffers=own)
+            local = batch_norm.has_own_statistics(self.model)
+            self._module = parallel.distribute(self.model, broadcast_buffers=local)
             self._stage = stage
         self._statistics = batch_norm.Statistics(self.model)
         self._tick()
@@ -123,10 +134,10 @@ class Trainer:
             f"train/prototypes/agreement/{student}_from_{teacher}": target.confidence
             for (student, teacher), target in self.targets.items()
         }
-        for space, found in self.clusters.items():
-            number = len(found.centroids)
-            self.reached[space] = torch.zeros(number + 1, device=found.centroids.device)
-            sizes = torch.bincount(found.assignments[found.assignments >= 0], minlength=number)
+        for space, clustering in self.clusters.items():
+            number, assigned = len(clustering.centroids), clustering.assignments
+            self.reached[space] = torch.zeros(number + 1, device=clustering.centroids.device)
+            sizes = torch.bincount(assigned[assigned >= 0], minlength=number)
             metrics[f"train/prototypes/empty/{space}"] = float((sizes == 0).float().mean())
         seconds["back_translate"] = self._tick()
         return metrics | {f"train/seconds/{part}": spent for part, spent in seconds.items()}
@@ -141,8 +152,6 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         embeddings, finish_backward = self._forward(batch)
         assignments = {}
-        if self.balance is not None:
-            self.balance.weights = self.weights.by_student(self.targets)
         if self.targets:
             assignments = self.source.assign(batch, embeddings, self.clusters)
         losses, report = objective(
@@ -169,8 +178,7 @@ class Trainer:
             checked = total + parallel.reach_everything(embeddings)
         taken = self.guard.step(self.step + 1, checked, norm, batch.sample_id)
         self._record(batch, embeddings, assignments, pulls, taken)
-        self.step, self.batch = self.step + 1, self.batch + 1
-        self.samples_seen += len(batch.position) * world_size()
+        self.batch += 1
         metrics = {}
         if detailed:
             report |= feature_statistics(
@@ -201,10 +209,10 @@ class Trainer:
         self._statistics.update(taken)
         self.model.clamp_scales(taken, sigmoid=self.weights.sigmoid > 0)
         if self.balance is not None:
-            self.balance.update(pulls, taken)
+            self.balance.update(pulls, self.weights.by_student(self.targets), taken)
         for space, prototypes in assignments.items():
-            marks, places = self.reached[space], prototypes + 1
-            marks[places] = torch.maximum(marks[places], taken.to(marks))
+            marks, entries = self.reached[space], prototypes + 1
+            marks[entries] = torch.maximum(marks[entries], taken.to(marks))
         self.source.observe(batch, embeddings, taken)
 
     def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
@@ -300,7 +308,7 @@ class Trainer:
             "random": collectives.all_gather_object(random_state()),
             "source": self.source.state_dict(),
             "balance": self.balance.state_dict() if self.balance is not None else {},
-            "clusters": {space: vars(found) for space, found in self.clusters.items()},
+            "clusters": {space: vars(each) for space, each in self.clusters.items()},
             # In order, since the sum of the losses depends on it.
             "targets": [[*key, vars(target)] for key, target in self.targets.items()],
             "reached": {space: all_reduce(marks, "max") for space, marks in self.reached.items()},
@@ -331,8 +339,8 @@ class Trainer:
         if self.balance is not None:
             self.balance.load_state_dict(state.get("balance", {}))
         self.clusters = {
-            space: KMeans(**{**found, "history": tuple(found["history"])})  # JSON has no tuples
-            for space, found in state["clusters"].items()
+            space: KMeans(**{**fields, "history": tuple(fields["history"])})  # JSON has no tuples
+            for space, fields in state["clusters"].items()
         }
-        self.targets = {(to, by): Target(**found) for to, by, found in state["targets"]}
+        self.targets = {(to, by): Target(**fields) for to, by, fields in state["targets"]}
         self.reached = dict(state["reached"])

@@ -1,10 +1,10 @@
 """WiSE-FT: models between a start and what fine-tuning made of it (arXiv 2109.01903).
 
 Fine-tuning gains on its own data and loses on others. The weights on the line between both ends
-often keep most of the gain at little of the loss; `WiseFT` looks for the best ones.
+often keep most of the gain at little of the loss; `choose_weights` looks for the best.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,11 @@ def scores(metrics: Mapping[str, float]) -> dict[str, float]:
     Args:
         metrics: By `eval/<data set>/<task>/<metric>`.
     """
-    found: dict[str, dict[str, float]] = {}
+    by_data: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         _, data, metric = name.split("/", 2)
-        found.setdefault(data, {})[metric] = value
-    return {data: score(own) for data, own in found.items()}
+        by_data.setdefault(data, {})[metric] = value
+    return {data: score(values) for data, values in by_data.items()}
 
 
 def score(metrics: Mapping[str, float]) -> float:
@@ -94,113 +94,100 @@ def best(points: Sequence[Point]) -> float | None:
     return float(min(usual, key=lambda point: (-point["mean"], point["alpha"]))["alpha"])
 
 
-class WiseFT:
+def is_done(folder: Path, results: Mapping[str, Any], *, alpha: float | None) -> bool:
+    """Whether the model of a finished run is that of this alpha; unset, of the best one."""
+    wanted = results.get("best_alpha") if alpha is None else alpha
+    if wanted is None or results.get("alpha") != wanted:
+        return False
+    model = folder / saved.MODEL
+    return model.is_file() and read_json(model).get("alpha") == wanted
+
+
+def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None) -> None:
     """The ending of a fine-tuning run: a sweep over alpha, and the best weights as its model.
 
     `wise_ft.json` holds the points of the sweep, and is written when it is complete. Then the
     chosen weights are written to the run folder itself, and `results.json`, last, has their
-    metrics beside those of the start.
+    metrics beside those of the start. All ranks call it.
 
     Args:
+        start: The weights before the first step, on rank 0.
         alpha: The weights to choose, in [0, 1]; unset, the best ones by `RULE`.
     """
+    end = parallel.weights(run.model)
 
-    def __init__(self, alpha: float | None = None) -> None:
-        self.alpha = alpha
-        self._start: Mapping[str, Tensor] = {}
-        self._end: Mapping[str, Tensor] = {}
-
-    def is_done(self, folder: Path, results: Mapping[str, Any]) -> bool:
-        wanted = results.get("best_alpha") if self.alpha is None else self.alpha
-        if wanted is None or results.get("alpha") != wanted:
-            return False
-        model = folder / saved.MODEL
-        return model.is_file() and read_json(model).get("alpha") == wanted
-
-    def begin(self, run: Run) -> None:
-        """Keep a copy of the weights before the first step, on rank 0."""
-        if self.alpha is None and not run.held_out and not run.guards:
-            raise ValueError(
-                "alpha: nothing judges the models between start and end; hold out pairs "
-                "(data.validation), name a guard, or give an alpha"
-            )
-        self._start = parallel.weights(run.model)
-
-    def finish(self, run: Run) -> None:
-        self._end = parallel.weights(run.model)
-        points = self._sweep(run)
-        if points is None:  # a signal stopped it
-            return
-        by_rule = best(points)
-        alpha = by_rule if self.alpha is None else self.alpha
-        assert alpha is not None
-        start_metrics = {}
-        if run.config.run.evaluate:
-            self._load(run, 0.0)
-            start_metrics = run.evaluate("test")
-        self._load(run, alpha)
-        record = {
-            "rule": RULE,
-            "steps": run.trainer.step,
-            "alpha": alpha,
-            "best_alpha": by_rule,
-            "points": points,
-        }
-        weights, _ = lora.merged(run.model, parallel.weights(run.model))
-        raise_on_all_ranks(lambda: self._write(run, weights, record))
-        run.more_results = {
-            "alpha": alpha,
-            "best_alpha": by_rule,
-            "start_metrics": start_metrics,
-        }
-        run.ending = None
-
-    def _sweep(self, run: Run) -> list[Point] | None:
-        """Judge each alpha; those of an earlier sweep of this run are known."""
-        known = {point["alpha"]: point for point in self._known(run)}
-        if not run.held_out and not run.guards:
-            return []
-        wanted = sorted({*ALPHAS, *known, *([] if self.alpha is None else [self.alpha])})
-        missing = [alpha for alpha in wanted if alpha not in known]
-        progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
-        for done, alpha in enumerate(missing):
-            if run.asked_to_stop():
-                return None
-            if rank() == 0:
-                progress.update(done, f"alpha {alpha:g}")
-            self._load(run, alpha)
-            metrics = run.evaluate("validation", quick=True, show=False)
-            own = scores(metrics)
-            mean = float(np.mean([*own.values()]))
-            known[alpha] = {"alpha": alpha, "scores": own, "mean": mean, "metrics": metrics}
-        if rank() == 0 and missing:
-            progress.update(len(missing))
-        return [known[alpha] for alpha in wanted]
-
-    def _known(self, run: Run) -> list[Point]:
-        """The points of a complete sweep of this run, on each rank."""
-
-        def read() -> list[Point]:
-            record = read_record(run.folder) if (run.folder / FILE).is_file() else {}
-            of_this = record.get("steps") == run.trainer.step
-            return list(record["points"]) if of_this else []
-
-        return rank0_first(read)  # hosts may not share the folder
-
-    def _load(self, run: Run, alpha: float) -> None:
-        """Make weights between the ends those of the run's model. Collective."""
-        weights = interpolated(self._start, self._end, alpha) if rank() == 0 else {}
+    def load(alpha: float) -> None:
+        weights = interpolated(start, end, alpha) if rank() == 0 else {}
         parallel.load_weights(run.model, weights)
 
-    def _write(self, run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        if rank() != 0:
-            return
-        description = {**run.writer.description, "alpha": record["alpha"]}
-        write_model(run.folder, weights, description, run.writer.text_files)
-        # Those of another alpha; on a full disk they stay, with their model.
-        (run.folder / "results.json").unlink(missing_ok=True)
-        write_atomically(run.folder / FILE, to_json(sealed(record), indent=2) + "\n")
-        draw(record, run.folder / FIGURE)
+    points = sweep(run, load, alpha)
+    if points is None:  # a signal stopped it
+        return
+    by_rule = best(points)
+    chosen = by_rule if alpha is None else alpha
+    assert chosen is not None
+    start_metrics = {}
+    if run.config.run.evaluate:
+        load(0.0)
+        start_metrics = run.evaluate("test")
+    load(chosen)
+    record = {
+        "rule": RULE,
+        "steps": run.trainer.step,
+        "alpha": chosen,
+        "best_alpha": by_rule,
+        "points": points,
+    }
+    weights, _ = lora.merged(run.model, parallel.weights(run.model))
+    raise_on_all_ranks(lambda: write(run, weights, record))
+    run.more_results = {"alpha": chosen, "best_alpha": by_rule, "start_metrics": start_metrics}
+
+
+def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[Point] | None:
+    """Judge the model at each alpha; what an earlier sweep of this run judged is known."""
+    plan = run.plan
+    known = {point["alpha"]: point for point in known_points(run)}
+    if not plan.held_out and not plan.guards:
+        return []
+    wanted = sorted({*ALPHAS, *known, *([] if alpha is None else [alpha])})
+    missing = [alpha for alpha in wanted if alpha not in known]
+    progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
+    for done, each in enumerate(missing):
+        if run.asked_to_stop():
+            return None
+        if rank() == 0:
+            progress.update(done, f"alpha {each:g}")
+        load(each)
+        metrics = run.evaluate("validation", quick=True, show=False)
+        by_data = scores(metrics)
+        mean = float(np.mean([*by_data.values()]))
+        known[each] = {"alpha": each, "scores": by_data, "mean": mean, "metrics": metrics}
+    if rank() == 0 and missing:
+        progress.update(len(missing))
+    return [known[each] for each in wanted]
+
+
+def known_points(run: Run) -> list[Point]:
+    """The points of a complete sweep of this run, on each rank."""
+
+    def read() -> list[Point]:
+        record = read_record(run.folder) if (run.folder / FILE).is_file() else {}
+        of_this = record.get("steps") == run.trainer.step
+        return list(record["points"]) if of_this else []
+
+    return rank0_first(read)  # hosts may not share the folder
+
+
+def write(run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write the chosen model, the sweep and its figure, on rank 0."""
+    if rank() != 0:
+        return
+    description = {**run.writer.description, "alpha": record["alpha"]}
+    write_model(run.folder, weights, description, run.writer.text_files)
+    # Those of another alpha; on a full disk they stay, with their model.
+    (run.folder / "results.json").unlink(missing_ok=True)
+    write_atomically(run.folder / FILE, to_json(sealed(record), indent=2) + "\n")
+    draw(record, run.folder / FIGURE)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

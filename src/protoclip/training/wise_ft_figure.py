@@ -16,15 +16,15 @@ def figure(record: Mapping[str, Any]) -> Figure:
         record: As in `wise_ft.json`.
     """
     points, alpha = record["points"], record["alpha"]
-    places = [point["alpha"] for point in points]
+    alphas = [point["alpha"] for point in points]
     drawn = Figure(figsize=(6.0, 4.0), dpi=130, layout="constrained")
     axes = drawn.add_subplot()
     *colours, black = COLOURS
     for data, colour in zip(points[0]["scores"], cycle(colours), strict=False):
         values = [100 * point["scores"][data] for point in points]
-        axes.plot(places, values, color=colour, marker="o", markersize=3, label=plain(data))
+        axes.plot(alphas, values, color=colour, marker="o", markersize=3, label=plain(data))
     means = [100 * point["mean"] for point in points]
-    axes.plot(places, means, color=black, linestyle="--", label="mean")
+    axes.plot(alphas, means, color=black, linestyle="--", label="mean")
     axes.axvline(alpha, color="#888888", linewidth=1, label=f"chosen: {alpha:g}")
     axes.set_xlabel("alpha: 0 is the start, 1 the end of fine-tuning")
     axes.set_ylabel("zero-shot accuracy or mean recall, percent")

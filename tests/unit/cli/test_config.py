@@ -165,7 +165,6 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
         (TEACHER, "prototypes.extract_transform", "training", "come from the queue"),
         ({}, "loss.teacher", 3.0, "no teacher has features"),
         ({}, "teacher.whiten", 0, "teacher.*: no effect, since teacher.features is not set"),
-        (TEACHER, "teacher.weight", 0.0, "since teacher.weight is 0"),
         (TEACHER, "teacher.target_temperature", 0.1, "since teacher.hard_targets is set"),
         (CLIP | TEACHER, "prototypes.back_translation", False, "since loss.prototypical is 0"),
         (CLIP, "model.heads.hidden_layers", 0, "model.heads.*: no effect, since no loss uses"),

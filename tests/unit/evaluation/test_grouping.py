@@ -18,7 +18,8 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import analysis, datasets, grouping, retrieval
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training.run import to_toml, train
+from protoclip.training.run import train
+from protoclip.training.run_folder import to_toml
 
 BOTH = ("image", "text")
 

@@ -32,7 +32,7 @@ from protoclip.explore.render import Pages, ids_as, shown, thumbnail
 from protoclip.explore.server import MAX_BODY_BYTES, cookie_name, listen, server, url_of
 from protoclip.explore.static import write_static, write_table
 from protoclip.testing import tiny_config
-from protoclip.training.run import to_toml
+from protoclip.training.run_folder import to_toml
 
 HOSTILE = {
     2: "<script>document.title='x'</script> <img src=x onerror=alert(1)> a red square",

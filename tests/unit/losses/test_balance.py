@@ -20,6 +20,7 @@ from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model
 
 TAKEN = torch.tensor(True)
+EQUAL = {"image": 1.0, "text": 1.0}  # weights
 
 
 def pulls(**norms: tuple[float, float]) -> dict[str, torch.Tensor]:
@@ -29,28 +30,28 @@ def pulls(**norms: tuple[float, float]) -> dict[str, torch.Tensor]:
 
 def test_factors_settle_where_the_pulls_have_the_target_ratio():
     """Measured with the factor that was in use, by tower, and smoothed over steps."""
-    balance = Balance(weights={"image": 0.5, "text": 2.0})
-    assert balance.of("image") == balance.of("text") == 1.0
+    balance, weights = Balance(), {"image": 0.5, "text": 2.0}
+    assert balance.factor("image") == balance.factor("text") == 1.0
     for _ in range(3):
-        image, text = float(balance.of("image")), float(balance.of("text"))
-        balance.update(pulls(image=(3.0, 2.0 * image), text=(1.0, 4.0 * text)), TAKEN)
+        image, text = float(balance.factor("image")), float(balance.factor("text"))
+        balance.update(pulls(image=(3.0, 2.0 * image), text=(1.0, 4.0 * text)), weights, TAKEN)
         # The pulls are 0.5 * 3.0 and 2.0 * 1.0.
-        assert 2.0 * float(balance.of("image")) == pytest.approx(1.5)
-        assert 4.0 * float(balance.of("text")) == pytest.approx(2.0)
+        assert 2.0 * float(balance.factor("image")) == pytest.approx(1.5)
+        assert 4.0 * float(balance.factor("text")) == pytest.approx(2.0)
     # The prototypes pull twice as hard as before.
-    balance.update(pulls(image=(3.0, 4.0 * 0.75)), TAKEN)
-    assert 0.375 < float(balance.of("image")) < 0.75
-    assert float(balance.of("text")) == pytest.approx(0.5)
+    balance.update(pulls(image=(3.0, 4.0 * 0.75)), weights, TAKEN)
+    assert 0.375 < float(balance.factor("image")) < 0.75
+    assert float(balance.factor("text")) == pytest.approx(0.5)
 
 
 def test_other_weights_change_the_pull_at_once():
     """As they do from episode to episode, with the confidence of targets."""
-    balance = Balance(weights={"image": 1.0})
-    balance.update(pulls(image=(3.0, 2.0)), TAKEN)
-    balance.weights = {"image": 0.1}  # so the prototypes pull a tenth as hard, at factor 1
-    assert 0.2 * float(balance.of("image")) == pytest.approx(0.1 * 3.0)
-    balance.update(pulls(image=(3.0, 0.2 * float(balance.of("image")))), TAKEN)
-    assert 0.2 * float(balance.of("image")) == pytest.approx(0.1 * 3.0)
+    balance = Balance()
+    balance.update(pulls(image=(3.0, 2.0)), {"image": 1.0}, TAKEN)
+    # Now the prototypes pull a tenth as hard, at factor 1.
+    assert 0.2 * float(balance.factor("image")) == pytest.approx(0.1 * 3.0)
+    balance.update(pulls(image=(3.0, 0.2 * float(balance.factor("image")))), {"image": 0.1}, TAKEN)
+    assert 0.2 * float(balance.factor("image")) == pytest.approx(0.1 * 3.0)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.0])
@@ -58,30 +59,27 @@ def test_other_weights_change_the_pull_at_once():
 @pytest.mark.parametrize("first", [True, False])
 def test_steps_without_a_pull_change_nothing(wrong, place, first):
     """Those of a batch that is not finite, or in which no sample has a prototype."""
-    balance = Balance(weights={"image": 1.0, "text": 1.0})
+    balance = Balance()
     if not first:
-        balance.update(pulls(image=(2.0, 1.0)), TAKEN)
-    before = float(balance.of("image"))
+        balance.update(pulls(image=(2.0, 1.0)), EQUAL, TAKEN)
+    before = float(balance.factor("image"))
     pair = (wrong, 1.0) if place == 0 else (1.0, wrong)
-    balance.update(pulls(image=pair), TAKEN)
-    assert float(balance.of("image")) == before == (1.0 if first else 2.0)
+    balance.update(pulls(image=pair), EQUAL, TAKEN)
+    assert float(balance.factor("image")) == before == (1.0 if first else 2.0)
 
 
 def test_prototypes_that_hardly_pull_are_not_blown_up():
-    balance = Balance(weights={"image": 1.0, "text": 1.0})
-    balance.update(pulls(text=(1.0, 1e-9)), TAKEN)
-    assert float(balance.of("text")) == MOST
+    balance = Balance()
+    balance.update(pulls(text=(1.0, 1e-9)), EQUAL, TAKEN)
+    assert float(balance.factor("text")) == MOST
 
 
 def test_the_state_goes_on_to_the_bit():
-    first, second = (
-        Balance(weights={"image": 1.0, "text": 1.0}),
-        Balance(weights={"image": 1.0, "text": 1.0}),
-    )
-    first.update(pulls(image=(0.3, 0.7), text=(0.1, 0.9)), TAKEN)
+    first, second = Balance(), Balance()
+    first.update(pulls(image=(0.3, 0.7), text=(0.1, 0.9)), EQUAL, TAKEN)
     second.load_state_dict(first.state_dict())
     for each in (first, second):
-        each.update(pulls(image=(0.2, 0.5), text=(0.6, 0.2)), TAKEN)
+        each.update(pulls(image=(0.2, 0.5), text=(0.6, 0.2)), EQUAL, TAKEN)
     assert all(torch.equal(first.means[name], second.means[name]) for name in ("image", "text"))
 
 

@@ -18,7 +18,7 @@ from protoclip.models import loading
 from protoclip.models.saved import write_checkpoint
 from protoclip.models.start import resolve_start
 from protoclip.testing import tiny_model
-from protoclip.training import run
+from protoclip.training.plan import make_plan
 from tiny_starts import halves
 
 
@@ -127,7 +127,7 @@ def test_image_towers_that_cannot_compute_again_are_refused_before_data(model, m
     again = ParallelConfig(activation_checkpointing=True)
     config = Config(model=model, data=DataConfig(train="no such file"), parallel=again)
     with pytest.raises(ValueError, match=f"^parallel.activation_checkpointing: {message}"):
-        run.resolved(config)
+        make_plan(config)
 
 
 def test_settings_for_several_ranks_have_no_effect_on_one():

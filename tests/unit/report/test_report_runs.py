@@ -8,7 +8,7 @@ import pytest
 from protoclip.cli import main
 from protoclip.report.runs import labels, read_run
 from protoclip.testing import tiny_config
-from protoclip.training.run import to_toml
+from protoclip.training.run_folder import to_toml
 
 
 def begun(folder, **settings):

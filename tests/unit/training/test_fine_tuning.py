@@ -31,8 +31,10 @@ from protoclip.models import loading
 from protoclip.models.start import resolve_start
 from protoclip.teachers import encode
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
-from protoclip.training.optim import layer_distances, optimizer
-from protoclip.training.run import check_settings, flat, to_toml, train
+from protoclip.training.optim import defaults, layer_distances, optimizer
+from protoclip.training.plan import fill
+from protoclip.training.run import train
+from protoclip.training.run_folder import check_settings, flat, to_toml
 from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited, stage_of
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -181,6 +183,7 @@ def test_layer_decay_lowers_the_rate_of_early_layers():
         tiny_config(out="unused"),
         optim=OptimConfig(layer_decay=0.5, image_lr_scale=0.1, heads_lr_scale=0.3),
     )
+    config = replace(config, optim=fill(config.optim, defaults(config, None)))
     model = loading.model(config.model, seed=0)
     groups = {id(p): g for g in optimizer(config, model).param_groups for p in g["params"]}
     scales = {name: groups[id(p)]["scale"] for name, p in model.named_parameters()}

@@ -9,28 +9,27 @@ from numbered import Numbered
 
 from protoclip.config import Config
 from protoclip.data.pairs import SampleStream
+from protoclip.evaluation.validation import Judged
+from protoclip.models.start import Start
 from protoclip.training import finetune
-from protoclip.training.finetune import finetune_settings
+from protoclip.training.plan import with_episodes
 
 
-@pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the number of training pairs, and makes every start one that can be trained."""
-    monkeypatch.setattr(
-        finetune, "resolve_start", lambda model: Mock(has_heads=":" not in model.start)
-    )
-
-    def put(number: int | None, different: int = 10**9) -> None:
-        samples = Mock(SampleStream) if number is None else Numbered(number, different)
-        monkeypatch.setattr(finetune, "training_samples", lambda config, every: samples)
-
-    put(40_000)
-    return put
+def planned(
+    given: dict[str, Any], number: int | None = 40_000, different: int = 10**9
+) -> tuple[Config, list[str]]:
+    """The settings with which fine-tuning on so many pairs begins, and its notes."""
+    samples = Mock(SampleStream) if number is None else Numbered(number, different)
+    choices = finetune.before_data(given)
+    start = Mock(Start, has_heads=":" not in str(choices.config.model.start))
+    data = Judged(samples, [Mock()], [])
+    config, notes = finetune.with_data(choices, choices.config, start, data, alpha=None)
+    return with_episodes(config, samples)[0], notes
 
 
-def settings(**sections: dict[str, Any]) -> Config:
+def settings(rows: int | None = 40_000, **sections: dict[str, Any]) -> Config:
     model = {"start": "open_clip:RN50/openai", **sections.pop("model", {})}
-    return finetune_settings({"model": model, **sections})[0]
+    return planned({"model": model, **sections}, rows)[0]
 
 
 @pytest.mark.parametrize(
@@ -47,14 +46,13 @@ def settings(**sections: dict[str, Any]) -> Config:
         (None, {"size": 64_000, "count": 3}, (512, 64_000, 3)),
     ],
 )
-def test_episodes_are_passes_over_the_data(number, given, expected, rows):
-    rows(number)
-    found = settings(episodes=given).episodes
+def test_episodes_are_passes_over_the_data(number, given, expected):
+    found = settings(number, episodes=given).episodes
     assert (found.batch_size, found.size, found.count) == expected
     assert found.replacement is (number is None or found.size > number)
 
 
-def test_what_is_given_stays(rows):
+def test_what_is_given_stays():
     """Also where it is the value that `train` would take."""
     given: dict[str, Any] = {
         "run": {"name": "mine", "evaluate_every": 2},
@@ -71,8 +69,8 @@ def test_what_is_given_stays(rows):
     assert (config.optim.weight_decay, config.optim.warm_up_steps) == (0.1, 19)
 
 
-def test_defaults_and_their_notes(rows):
-    config, notes = finetune_settings({"model": {"start": "open_clip:RN50/openai"}})
+def test_defaults_and_their_notes():
+    config, notes = planned({"model": {"start": "open_clip:RN50/openai"}})
     assert (config.run.name, config.run.evaluate_every) == ("finetuned", 1)
     assert config.model.frozen_batch_norm
     optim = config.optim
@@ -84,7 +82,7 @@ def test_defaults_and_their_notes(rows):
     assert config.prototypes.number == config.teacher.number == 3_993
     assert notes[0] == "for fine-tuning: run.name = 'finetuned', run.evaluate_every = 1"
     assert [note.split(": ")[1].split(".")[0] for note in notes] == [
-        *("run", "model", "episodes", "optim", "prototypes", "teacher", "loss")
+        *("run", "model", "episodes", "optim", "teacher", "loss")
     ]
 
 
@@ -99,7 +97,7 @@ def test_defaults_and_their_notes(rows):
         ({"model": {"lora": 4}}, {"warm_up": 0, "heads": 1.0, "rate": 1e-4, "decay": 1.0}),
     ],
 )
-def test_defaults_follow_what_is_given(given, expected, rows):
+def test_defaults_follow_what_is_given(given, expected):
     """No setting is decided that has no effect."""
     config = settings(**given)
     found = {
@@ -115,16 +113,14 @@ def test_defaults_follow_what_is_given(given, expected, rows):
     ("number", "different", "prototypes"),
     [(4, 4, 4), (50, 50, 8), (900_000, 900_000, 19_968), (40_000, 81, 81), (40_000, 1, 2)],
 )
-def test_prototypes_are_a_tenth_of_an_episode(number, different, prototypes, rows):
+def test_prototypes_are_a_tenth_of_an_episode(number, different, prototypes):
     """But no more than there are captions."""
-    rows(number, different)
-    config = settings()
+    config, _ = planned({"model": {"start": "open_clip:RN50/openai"}}, number, different)
     assert config.prototypes.number == config.teacher.number == prototypes
 
 
-def test_without_a_start_or_a_length(rows, tmp_path: Path):
+def test_without_a_start_or_a_length(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^model\.start: fine-tuning needs a model to start"):
-        finetune_settings({"data": {"train": str(tmp_path)}})
-    rows(None)
+        planned({"data": {"train": str(tmp_path)}})
     with pytest.raises(ValueError, match=r"^episodes\.size: a stream has no length; give"):
-        settings(episodes={"size": 64})
+        settings(None, episodes={"size": 64})

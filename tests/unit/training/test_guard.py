@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.training.guard import MOST_SKIPPED, QUIET_STEPS, Guard, Watch, out_of_memory
+from protoclip.training.guard import MOST_SKIPPED, QUIET_STEPS, NonFiniteGuard, Watch, out_of_memory
 
 NAN, INF = math.nan, math.inf
 
 
-def guard_of(folder: Path, *, fp16: bool = False) -> Guard:
+def guard_of(folder: Path, *, fp16: bool = False) -> NonFiniteGuard:
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
     optimizer = torch.optim.AdamW([parameter], lr=1.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     scaler.scale(torch.ones(()))
     scaler.unscale_(optimizer)
-    return Guard(optimizer, scaler, folder / "diverged.json")
+    return NonFiniteGuard(optimizer, scaler, folder / "diverged.json")
 
 
-def step(guard: Guard, number: int, loss: float, norm: float = 1.0) -> Tensor:
+def step(guard: NonFiniteGuard, number: int, loss: float, norm: float = 1.0) -> Tensor:
     return guard.step(number, torch.tensor(loss), torch.tensor(norm), [f"x/{number}"])
 
 
@@ -73,9 +73,9 @@ def test_steps_that_wait_count_like_prompt_ones(tmp_path, monkeypatch):
     """On a GPU the host looks at many steps at once; counts and the last step are the same."""
     generator = random.Random(0)
     losses = [generator.choice([1.0, NAN]) for _ in range(40)] + [NAN] * 20
-    look, found = Guard.look, []
+    look, found = NonFiniteGuard.look, []
     for late in (False, True):
-        monkeypatch.setattr(Guard, "look", (lambda guard: None) if late else look)
+        monkeypatch.setattr(NonFiniteGuard, "look", (lambda guard: None) if late else look)
         guard = guard_of(tmp_path)
         with pytest.raises(ValueError, match="diverged") as error:  # noqa: PT012
             for number, loss in enumerate(losses, start=1):

@@ -1,9 +1,7 @@
-"""Stages, precision, learning rates, and the settings that a configuration leaves open."""
+"""The optimizer and its learning rate, stages, and precision."""
 
 import math
-import tomllib
 from dataclasses import replace
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -15,123 +13,38 @@ from protoclip.config import (
     LossConfig,
     ModelConfig,
     OptimConfig,
-    PrototypeConfig,
-    TeacherConfig,
 )
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model
 from protoclip.training.optim import (
-    optim_settings,
+    defaults,
     optimizer,
-    resolved,
     schedule,
     set_learning_rate,
     warm_up_cosine,
 )
+from protoclip.training.plan import fill, outline
 from protoclip.training.precision import autocast, grad_scaler, resolve
 from protoclip.training.stages import (
-    CONTRASTIVE,
     LOCKED_IMAGE,
     PROTOTYPICAL,
-    WARM_UP,
     enter_stage,
     stage_of,
 )
 
 
-def named(name: str | None, *, batch: int = 512, steps: int = 1000, **optim: object) -> Config:
-    """A run of two episodes with this many steps together."""
-    return Config(
-        model=ModelConfig(name=name),
-        episodes=EpisodeConfig(size=steps // 2 * batch, count=2, batch_size=batch),
-        optim=OptimConfig(**optim),
-    )
-
-
-def test_small_towers_get_what_suits_the_emoji():
-    """The values that the bundled recipes were measured with, at any batch and without a note."""
-    expected = {"learning_rate": 2e-3, "warm_up_steps": 50, "locked_learning_rate": 2e-4}
-    expected |= {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2, "heads_weight_decay": 0.2}
-    expected |= {"heads_lr_scale": 0.01}
-    for batch in (64, 4096):
-        assert optim_settings(named(None, batch=batch)) == (expected, [])
-    lower, _ = optim_settings(named(None, weight_decay=0.1))
-    assert lower["heads_weight_decay"] == 0.1
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["EVA02-B-16", "swin_base_patch4_window7_224"], ((0.9, 0.98), 1e-6, 0.2)),
-        (["RN50", "convnext_base"], ((0.9, 0.999), 1e-8, 0.1)),
-    ],
-)
-def test_a_named_model_gets_the_usual_values(names, expected):
-    """They depend on the kind of image tower, as the README says."""
-    for name in names:
-        settings, _ = optim_settings(named(name))
-        assert (settings["betas"], settings["eps"], settings["weight_decay"]) == expected
-        assert settings["heads_weight_decay"] == 0
-
-
-def test_heads_of_a_named_model_learn_as_fast_as_the_paper_has_it_with_extraction():
-    """And as the recipes have it. A queue needs slow heads."""
-    queue = PrototypeConfig(source="queue")
-    for changes, scale in (
-        ({}, 1.0),
-        ({"prototypes": queue}, 0.01),
-        ({"teacher": TeacherConfig(features="emoji")}, 0.01),
-        ({"optim": OptimConfig(heads_lr_scale=0.3), "prototypes": queue}, 0.3),
-    ):
-        settings, _ = optim_settings(replace(named("RN50"), **changes))
-        assert settings["heads_lr_scale"] == scale
-    checked = 0
-    for recipe in Path(__file__).parents[3].glob("recipes/*.toml"):
-        config = Config.from_dict(tomllib.loads(recipe.read_text(encoding="utf-8")))
-        if scale := config.optim.heads_lr_scale:
-            unset = replace(config, optim=replace(config.optim, heads_lr_scale=None))
-            assert optim_settings(unset)[0]["heads_lr_scale"] == scale, recipe
-            checked += 1
-    assert checked == 6
-
-
-@pytest.mark.parametrize(
-    ("batch", "steps", "rate", "warm_up"),
-    [
-        (64, 100_000, 6.25e-5, 7812),  # 500,000 samples
-        (1000, 100_000, 5e-4, 2000),  # 2%
-        (1000, 1000, 5e-4, 100),  # a tenth of a short run
-        (1000, 4, 5e-4, 1),
-    ],
-)
-def test_the_rate_grows_with_the_batch_and_the_warm_up_with_the_run(batch, steps, rate, warm_up):
-    settings, _ = optim_settings(named("ViT-B-32", batch=batch, steps=steps))
-    assert settings["learning_rate"] == pytest.approx(rate)
-    assert settings["locked_learning_rate"] == pytest.approx(rate / 10)
-    assert settings["warm_up_steps"] == warm_up
-
-
-def test_what_is_set_counts_and_what_is_not_gets_a_note():
-    """Zeros count as set."""
-    settings, notes = optim_settings(named("ViT-B-32"))
-    assert "optim.learning_rate = 0.0005, from ViT-B-32 at batch 512" in notes
-    assert len(notes) == len(settings)
-    own = {"learning_rate": 2e-3, "warm_up_steps": 0, "locked_learning_rate": 0.0}
-    own |= {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0, "heads_weight_decay": 0.3}
-    own |= {"heads_lr_scale": 0.2}
-    for name in (None, "ViT-B-32", "RN50"):
-        assert optim_settings(named(name, **own)) == (own, [])
-    settings, notes = optim_settings(named("ViT-B-32", learning_rate=1e-4))
-    assert settings["locked_learning_rate"] == pytest.approx(1e-5)
-    assert not any("optim.learning_rate" in note for note in notes)
+def short(**optim: object) -> Config:
+    """A run of 100 steps of a small model, with its optimizer's defaults."""
+    episodes = EpisodeConfig(size=50 * 16, count=2, batch_size=16, locked_image=1)
+    config = replace(tiny_config(out="unused"), episodes=episodes, optim=OptimConfig(**optim))
+    return replace(config, optim=fill(config.optim, defaults(config, None)))
 
 
 @pytest.mark.parametrize("heads_decay", [0.2, 0.3])
 def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
     """Gains, biases and scales have no decay, and temperatures keep the common rate."""
     scales = {"image_lr_scale": 0.1, "text_lr_scale": 0.5, "heads_lr_scale": 0.05}
-    settings = OptimConfig(**scales, heads_weight_decay=heads_decay)
-    config = replace(tiny_config(out="unused"), optim=settings)
+    config = short(**scales, heads_weight_decay=heads_decay)
     model = loading.model(config.model, seed=0)
     model.add_logit_bias()
     adamw = optimizer(config, model)
@@ -156,8 +69,7 @@ def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
 
 def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero():
     """It starts low, reaches its own peak and comes down. Else one cosine covers the whole run."""
-    config = named(None, steps=100, warm_up_steps=10, locked_learning_rate=5e-4)
-    config = replace(config, episodes=replace(config.episodes, locked_image=1))
+    config = short(warm_up_steps=10, locked_learning_rate=5e-4)
     rates = [schedule(config)(step) for step in range(100)]
     assert rates[49] < 1e-5
     assert rates[50] == pytest.approx(2.5e-4)
@@ -175,13 +87,13 @@ def test_models_with_a_logit_bias_get_the_sigmoid_loss():
         if name is not None and name.startswith("coca"):
             continue
         sigmoid = name is not None and "siglip" in name.lower()
-        config, notes = resolved(named(name))
-        assert config.loss.instance == ("sigmoid" if sigmoid else "info_nce"), name
-        assert any("loss.instance = sigmoid" in note for note in notes) == sigmoid
+        outlined = outline(Config(model=ModelConfig(name=name)))
+        assert outlined.config.loss.instance == ("sigmoid" if sigmoid else "info_nce"), name
+        assert any("loss.instance = sigmoid" in note for note in outlined.notes) == sigmoid
     for instance in ("info_nce", "sigmoid"):
         for name in ("RN50", "ViT-B-16-SigLIP"):
-            config = replace(named(name), loss=LossConfig(instance=instance))
-            assert resolved(config)[0].loss == config.loss
+            config = Config(model=ModelConfig(name=name), loss=LossConfig(instance=instance))
+            assert outline(config).config.loss == config.loss
 
 
 def test_the_schedule_is_linear_then_cosine():
@@ -199,11 +111,11 @@ def test_the_schedule_is_linear_then_cosine():
 def test_the_order_of_the_stages():
     """Warm-up, prototypical, locked image. Without prototypes it is CLIP, with the same lock."""
     config = Config(episodes=EpisodeConfig(count=4, warm_up=1, locked_image=1))
-    stages = [stage_of(config, index) for index in range(4)]
-    assert stages == [WARM_UP, PROTOTYPICAL, PROTOTYPICAL, LOCKED_IMAGE]
+    stages = [stage_of(config, index).name for index in range(4)]
+    assert stages == ["warm-up", "prototypical", "prototypical", "locked image"]
     clip = replace(config, loss=LossConfig(prototypical=0.0))
-    stages = [stage_of(clip, index) for index in range(4)]
-    assert stages == [CONTRASTIVE] * 3 + [LOCKED_IMAGE]
+    stages = [stage_of(clip, index).name for index in range(4)]
+    assert stages == ["contrastive"] * 3 + ["locked image"]
 
 
 def test_the_locked_stage_fixes_the_image_tower():

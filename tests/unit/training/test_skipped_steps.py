@@ -52,8 +52,7 @@ def ended(config: Config, left_out: bool) -> tuple[dict[str, Tensor], dict[str, 
 
     def poisoned(trainer: Trainer, batch: Batch, **more: Any) -> dict[str, float]:
         if trainer.step in LEFT_OUT and left_out:
-            trainer.step, trainer.batch = trainer.step + 1, trainer.batch + 1
-            trainer.samples_seen += len(batch.position) * world_size()
+            trainer.batch += 1
             return {"train/loss/total": math.nan}
         if trainer.step in LEFT_OUT[::2] and rank() == world_size() - 1:
             batch.image.fill_(math.nan)

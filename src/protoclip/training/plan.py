@@ -1,0 +1,209 @@
+"""The plan of a run: all that is decided before it starts, each thing once.
+
+It reads the start, opens the data, holds out the pairs that judge the run, and fills every setting
+that is unset. What comes after it asks no more whether a setting was left out.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from protoclip.config import Config, check
+from protoclip.data import sources
+from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
+from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.suite import metric_names
+from protoclip.evaluation.validation import Judged, guards, judged
+from protoclip.models import loading
+from protoclip.models.halves import SmallTowers
+from protoclip.models.start import Start, resolve_start
+from protoclip.paths import require_paths
+from protoclip.training import optim, sizes
+
+Section = TypeVar("Section")
+# Other defaults than those of `train`, for settings that nobody gave; and a note on them.
+Defaults = Callable[[Config, Start, Judged], tuple[Config, list[str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What is decided before the data are opened: `config` follows its start, as `notes` say."""
+
+    config: Config
+    start: Start
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run is going to do, and with which data.
+
+    Attributes:
+        config: The settings, none of them unset.
+        start: What the model starts from.
+        samples: The pairs to train on.
+        held_out: The data sets that judge the run, of pairs that are not trained on.
+        guards: The data sets of `run.guard`.
+        notes: What the user should know of all this.
+    """
+
+    config: Config
+    start: Start
+    samples: Pairs | SampleStream
+    held_out: Sequence[EvaluationData] = ()
+    guards: Sequence[EvaluationData] = ()
+    notes: Sequence[str] = ()
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of a run that is new. All ranks call it; raises as `outline` and `complete` do."""
+    return complete(rank0_first(lambda: outline(config)))
+
+
+def outline(config: Config) -> Outline:
+    """Check the settings, and let the model follow its start.
+
+    Raises:
+        ValueError: A setting is wrong, there is no such start, or it cannot be trained so.
+    """
+    notes = check(config)
+    start = resolve_start(config.model)
+    notes += start.notes
+    config = replace(config, model=start.model)
+    loading.check_parallel(config, start)
+    if config.loss.instance == "auto":
+        sigmoid = start.has_logit_bias
+        loss = replace(config.loss, instance="sigmoid" if sigmoid else "info_nce")
+        config = replace(config, loss=loss)
+        if sigmoid:
+            notes.append("loss.instance = sigmoid, since the model has a logit bias")
+    return Outline(config=config, start=start, notes=notes)
+
+
+def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
+    """Open the data, hold out pairs, and fill what is unset. Collective.
+
+    Every rank opens the data. The first one decides for all: each reading may miss other samples.
+
+    Raises:
+        ValueError: The data are wrong or too few, or a setting does not go with them.
+    """
+    config, start = outlined.config, outlined.start
+    raise_on_all_ranks(lambda: require_paths(config))
+    divided = raise_on_all_ranks(lambda: judged(config, sources.pairs(config)))
+
+    def decide() -> tuple[Config, list[str]]:
+        adapted, notes = (config, []) if defaults is None else defaults(config, start, divided)
+        decided, said = filled(adapted, start, divided.training)
+        check(decided)
+        return decided, notes + said
+
+    config, notes = rank0_first(decide)
+    watched = raise_on_all_ranks(lambda: guards(config, divided.data))
+    raise_on_all_ranks(lambda: check_metrics(config, divided.data, watched))
+    notes = [*outlined.notes, *notes, *divided.notes]
+    for guard in watched:
+        notes += guard.notes
+    notes += sources.notes(divided.training)
+    if config.run.evaluate and not divided.data and not watched:
+        notes.append("no evaluation at the end, since no pairs are held out")
+    return Plan(
+        config=config,
+        start=replace(start, model=config.model),
+        samples=divided.training,
+        held_out=divided.data,
+        guards=watched,
+        notes=notes,
+    )
+
+
+def fill(section: Section, values: Mapping[str, Any]) -> Section:
+    """A section of the settings with these values where its own are unset."""
+    unset = {name: value for name, value in values.items() if getattr(section, name) is None}
+    return replace(section, **unset)  # type: ignore[type-var]
+
+
+def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple[Config, list[str]]:
+    """Every unset setting by the training pairs and the model, and a note on each decision.
+
+    An episode is the largest power of two that the pairs fill, at most 131,072 and at least a
+    batch; so many for a stream, whose length is not known. A prototype stands for ten pairs.
+    """
+    notes = list[str]()
+    model, data = config.model, config.data
+    open_size, open_length = model.leaves_image_size_open, model.leaves_context_length_open
+    if open_size or open_length:
+        size, length, reason = sizes.size_and_length(
+            samples, max_image_pixels=data.max_image_pixels
+        )
+        if open_size:
+            model = replace(model, image=replace(model.image, size=size))
+            notes.append(f"model.image.size = {size}, {reason}")
+        if open_length:
+            model = replace(model, text=replace(model.text, context_length=length))
+            notes.append(f"model.text.context_length = {length}, {reason}")
+    architecture = replace(start, model=model).architecture
+    if isinstance(architecture, SmallTowers):  # towers that timm or `transformers` knows have sizes
+        size, length = architecture.sizes["image_size"], architecture.sizes["context_length"]
+        image, text = replace(model.image, size=size), replace(model.text, context_length=length)
+        model = replace(model, image=image, text=text)
+    config = replace(config, model=model)
+    config, said = with_episodes(config, samples)
+    kind = architecture.tower_kind
+    values = optim.defaults(config, kind)
+    if kind is not None:
+        name = model.name or model.start or model.image.name
+        said += [
+            f"optim.{setting} = {value}, from {name} at batch {config.episodes.batch_size}"
+            for setting, value in values.items()
+            if getattr(config.optim, setting) is None
+        ]
+    return replace(config, optim=fill(config.optim, values)), notes + said
+
+
+def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config, list[str]]:
+    """The size of episodes and the numbers of prototypes, and notes on these."""
+    notes, rows = list[str](), len(samples) if isinstance(samples, Pairs) else None
+    size = config.episodes.size
+    if size is None:
+        size = sizes.episode_size(rows, config.episodes.batch_size)
+        of = "a stream" if rows is None else f"{rows:,} pairs"
+        notes.append(f"episodes.size = {size}, for {of}")
+    numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
+    numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
+    # Captions are read for a number that is used.
+    names = [f"{name}.number" for name, number in numbers.items() if number is None]
+    number = sizes.number_of_prototypes(size, samples if names else None)
+    if names:
+        few = number < size // sizes.PAIRS_A_PROTOTYPE
+        reason = "since captions repeat" if few else "a tenth of an episode"
+        notes.append(f"{' and '.join(names)} = {number}, {reason}")
+    return with_sizes(config, size, number), notes
+
+
+def with_sizes(config: Config, size: int, number: int) -> Config:
+    """The settings with this size of episodes and number of prototypes, where these are unset."""
+    return replace(
+        config,
+        episodes=fill(config.episodes, {"size": size}),
+        prototypes=fill(config.prototypes, {"number": number}),
+        teacher=fill(config.teacher, {"number": number}),
+        teachers=[fill(teacher, {"number": number}) for teacher in config.teachers],
+    )
+
+
+def check_metrics(
+    config: Config, held_out: Sequence[EvaluationData], watched: Sequence[EvaluationData]
+) -> None:
+    """Refuse the name of a metric that no evaluation of this run gives."""
+    known = [name for data in held_out for name in metric_names(data)]
+    for data in watched:
+        split = "validation" if "validation" in data.splits else "test"
+        known += metric_names(data, split, quick=True)
+    for setting in ("keep_best", "stop_by"):
+        metric = getattr(config.run, setting)
+        if metric is not None and metric not in known:
+            close = ", ".join(difflib.get_close_matches(metric, known, n=3, cutoff=0.0)) or "none"
+            raise ValueError(f"run.{setting}: no metric {metric!r}; the closest are {close}")

@@ -1,0 +1,321 @@
+"""The folder of a run: what it holds of a run that was begun, and whether that may go on.
+
+A run goes on with equal settings, data and arithmetic, or is refused with what differs. Nothing
+here knows how a run trains.
+"""
+
+import platform
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from filelock import FileLock, Timeout
+
+import protoclip
+from protoclip.config import PERMISSIONS, Config, build, shown
+from protoclip.data.content import Facts, difference
+from protoclip.evaluation.compare import read_results
+from protoclip.files import SEAL, has_changed, read_json, read_toml
+from protoclip.models.saved import facts_of, remove_unfinished
+from protoclip.terminal import say, without_secrets
+from protoclip.training.plan import Outline, fill
+
+# Settings that may change when a run goes on; all others decide which samples a step sees, or what
+# is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
+FREE = (
+    *("run.name", "run.out", "run.log_every", "run.save_steps", "run.save_minutes"),
+    *("run.keep_checkpoints", "run.keep_best", "run.wandb", "run.evaluate", "run.evaluate_every"),
+    *("run.guard", "data.workers", "data.cache", "data.cache_gb"),
+    "data.max_bad_share",
+)
+# These change memory, time and rounding alone, so a run that lacks memory can go on with others.
+ROUNDING = (
+    *("run.device", "run.precision", "episodes.micro_batch_size", "parallel.strategy"),
+    *("parallel.activation_checkpointing", "parallel.compile"),
+)
+# These say where data are, as `data.root` does. They may move, if what is there is the same.
+MOVABLE = ("data.train", "data.sources", "data.validation", "data.only", "data.without")
+# Settings that are gone, with the value that changed nothing; None stands for any.
+GONE = {
+    **{"teacher.weight": 1.0, "data.small_copies": False, "data.shuffle_captions": False},
+    "data.cache_folder": None,
+}
+# With `run.stop_by` these decide when the run ends.
+STOPS = ("run.evaluate_every", "run.guard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """What a folder holds of a run; nothing, if the run is new.
+
+    Attributes:
+        outline: That of the run that begins or goes on now. What its settings leave open is as the
+            run in the folder began with.
+        is_begun: Whether there is such a run.
+        results: The content of its `results.json`, if it is finished.
+    """
+
+    outline: Outline
+    is_begun: bool = False
+    results: dict[str, Any] | None = None
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
+
+
+def look(outline: Outline, *, resume: bool) -> Begun:
+    """What the folder of a run holds of it; writes nothing.
+
+    Raises:
+        ValueError: It exists, and there is no run to go on with; or as `check_settings`.
+    """
+    folder = folder_of(outline.config)
+    is_begun = (folder / "config.toml").is_file()
+    # A run that was killed at its very start leaves hidden files at most.
+    empty = folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    if folder.exists() and not (resume and (is_begun or empty)):
+        way = ", or go on with --resume auto" if is_begun else ""
+        raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
+    if not is_begun:
+        return Begun(outline=outline)
+    path = folder / "results.json"
+    config = as_begun(outline.config, folder)
+    notes = check_settings(folder, to_toml(config), finished=path.is_file())
+    outline = replace(outline, config=config, notes=[*outline.notes, *notes])
+    if not path.is_file():
+        return Begun(outline=outline, is_begun=True)
+    read_results(folder)  # or they are damaged
+    results = read_json(path)
+    if has_changed(results):  # people may edit it
+        say(f"warning: {path}: not what the run wrote: its checksum differs")
+    results = {key: value for key, value in results.items() if key != SEAL}
+    return Begun(outline=outline, is_begun=True, results={**results, "folder": str(folder)})
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a run began with, by dotted name.
+
+    Raises:
+        ValueError: `config.toml` is damaged.
+    """
+    path = folder / "config.toml"
+    try:
+        saved = flat(as_kept(read_toml(path)))
+        for name in ("teachers", "data.sources"):
+            tables = saved.get(name, [])
+            if not (isinstance(tables, list) and all(isinstance(each, dict) for each in tables)):
+                raise ValueError(f"{path}: damaged ({name} holds no tables)")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; restore it from a copy, or choose another folder with --run.out"
+        ) from error
+    return saved
+
+
+def as_begun(config: Config, folder: Path) -> Config:
+    """The settings with those that are open as the run in a folder began with.
+
+    Raises:
+        ValueError: `config.toml` is damaged.
+    """
+    saved = read_settings(folder)
+
+    def begun(section: Any, prefix: str, *names: str) -> Any:
+        """A section, with what is open as the run began with."""
+        values = {n: saved[f"{prefix}.{n}"] for n in names if f"{prefix}.{n}" in saved}
+        try:
+            return fill(section, vars(build(type(section), values, f"{prefix}.")))
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / 'config.toml'}: damaged ({error}); restore it from a copy, or choose "
+                "another folder with --run.out"
+            ) from error
+
+    model = config.model
+    if model.projections_are_new:  # others have the sizes of their start
+        image = begun(model.image, "model.image", "size")
+        text = begun(model.text, "model.text", "context_length")
+        model = replace(model, image=image, text=text)
+    for number, each in enumerate(saved.get("teachers", [])):
+        saved |= flat(each, f"teachers.{number}.")
+    teachers = [begun(each, f"teachers.{n}", "number") for n, each in enumerate(config.teachers)]
+    return replace(
+        config,
+        model=model,
+        episodes=begun(config.episodes, "episodes", "size"),
+        prototypes=begun(config.prototypes, "prototypes", "number"),
+        teacher=begun(config.teacher, "teacher", "number"),
+        teachers=teachers,
+        optim=begun(config.optim, "optim", *vars(config.optim)),
+    )
+
+
+def check_settings(folder: Path, config: str, *, finished: bool = False) -> list[str]:
+    """Refuse to go on with settings that would make another run; returns notes on the others.
+
+    Raises:
+        ValueError: `config.toml` is damaged, or a setting differs that may not; see `FREE`.
+    """
+    # What earlier versions did, without a setting for it.
+    known: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
+    saved = read_settings(folder)
+    if "teacher.features" in saved:
+        known["teacher.whiten"] = 0
+    for teacher in saved.get("teachers", []):
+        teacher.setdefault("whiten", 0)
+        if teacher.get("weight") == GONE["teacher.weight"]:
+            del teacher["weight"]
+    before = known | saved
+    before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
+    if "model.checkpoint" in before:  # what version 0.2 called it
+        before["model.start"] = before.pop("model.checkpoint")
+    now = flat(tomllib.loads(config))
+    for key in GONE.keys() - now.keys():
+        if GONE[key] in (None, before.get(key)):
+            before.pop(key, None)
+    differ = {
+        key: f"{key} ({told(before, key)} before, {told(now, key)} now)"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+    stops = STOPS if before.get("run.stop_by") or now.get("run.stop_by") else ()
+    free = {*FREE, *ROUNDING} - {*stops}
+    if not finished:  # of a finished run nobody opens the data to compare
+        free |= {"data.root"}
+        free |= {
+            key for key in MOVABLE if without_paths(before.get(key)) == without_paths(now.get(key))
+        }
+    if refused := [text for key, text in differ.items() if key not in free]:
+        raise ValueError(
+            f"{folder}: the run was started with other settings: {', '.join(refused)}; "
+            "restore them, or choose another folder with --run.out"
+        )
+    noted = {key: text for key, text in differ.items() if key in ROUNDING}
+    parts = {"episodes.micro_batch_size", "parallel.strategy"} & noted.keys()
+    also = ", and of BatchNorm the statistics" if parts else ""
+    told_of = ", ".join(noted.values())
+    return [f"going on with {told_of}: batches stay, rounding changes{also}"] if noted else []
+
+
+@contextmanager
+def claimed(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be, and remove what killed processes left.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=resume)
+    try:
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another process is running in this folder; wait for it, or choose "
+            "another with --run.out"
+        ) from None
+    with lock:
+        remove_unfinished(folder)
+        yield
+
+
+def check_checkpoint(
+    checkpoint: Path,
+    config: Config,
+    *,
+    arithmetic: Mapping[str, str],
+    chosen: Mapping[str, str],
+    content: Sequence[Facts],
+    name: str,
+) -> None:
+    """Refuse to go on from a checkpoint with other arithmetic or other data.
+
+    Another device or precision would round differently, unless the settings name it. Other lists
+    of sample ids, and other pairs, would mean that what judges the run may have been trained on.
+
+    Args:
+        arithmetic: Device and precision by setting.
+        chosen: What identifies the lists of sample ids, by setting.
+        content: What identifies the pairs, which are called `name`.
+    """
+    for setting, before in facts_of(checkpoint, "arithmetic").items():
+        named = flat(asdict(config))[setting] != "auto"
+        if not named and before != arithmetic.get(setting, before):
+            raise ValueError(
+                f"{setting}: this run was computed with {before}, and here it would be "
+                f"{arithmetic[setting]}; go on on a machine like the first, or name it "
+                f"(--{setting} {arithmetic[setting]}) to go on with other rounding"
+            )
+    lists = facts_of(checkpoint, "chosen")
+    for setting, key in chosen.items():
+        if lists.get(setting) != key:
+            path = getattr(config.data, setting.removeprefix("data."))
+            raise ValueError(
+                f"{setting}: the ids in {path} have changed since the run began; restore them, "
+                "or choose another folder with --run.out"
+            )
+    facts = facts_of(checkpoint, "content").get("sources")
+    if facts and (differs := difference(facts, content)):
+        raise ValueError(
+            f"{name}: not the data that the run began with ({differs}), so what judges "
+            "it may have been trained on; restore them, or choose another folder with --run.out"
+        )
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Hardware and versions, without which a number means little."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "protoclip": protoclip.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+    }
+
+
+def without_paths(value: Any) -> Any:
+    """A setting without the paths in it, since data may move; a share is no path."""
+    if isinstance(value, list):
+        return [{k: v for k, v in source.items() if k not in ("path", "root")} for source in value]
+    return "" if isinstance(value, str) and value != "emoji" else value
+
+
+def told(settings: Mapping[str, Any], key: str) -> str:
+    """A setting as a recipe holds it; texts without quotes."""
+    value = settings.get(key, "unset")
+    return value if isinstance(value, str) else shown(value)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested settings by dotted name."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        values |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return values
+
+
+def slug(name: str) -> str:
+    """A run's name as a folder name: `ProtoCLIP + teacher` is `protoclip-teacher`."""
+    return "-".join(re.findall(r"[a-z0-9._]+", name.lower())) or "run"
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML, without what is unset, permissions, and secrets in URLs.
+
+    A run that goes on reads the URLs that it is given then.
+    """
+    tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+    for permission in PERMISSIONS:
+        del tree["data"][permission]
+    return without_secrets(tomli_w.dumps(tree))
+
+
+def as_kept(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run folder, of which earlier versions kept secrets in URLs, without these."""
+    return tomllib.loads(without_secrets(tomli_w.dumps(tree)))

@@ -1,0 +1,270 @@
+"""What a plan decides: by one rule each, said at the start, and of no setting that is given."""
+
+import os
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from numbered import Numbered
+
+import protoclip
+from protoclip.config import (
+    Config,
+    EpisodeConfig,
+    ImageTowerConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PrototypeConfig,
+    TeacherConfig,
+)
+from protoclip.data.index import ArrowIndex
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.view import PairsView
+from protoclip.testing import tiny_config, tiny_model, tiny_pairs
+from protoclip.training.plan import Plan, filled, make_plan, outline
+from protoclip.training.run_folder import as_begun
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+USUAL = Config(model=tiny_model(), episodes=EpisodeConfig(size=4096))
+
+
+def decided(config: Config, samples: Numbered | None = None) -> tuple[Config, list[str]]:
+    outlined = outline(config)
+    return filled(outlined.config, outlined.start, samples or Numbered(7_077, 10**9))
+
+
+@pytest.mark.parametrize(
+    ("rows", "captions", "batch", "size", "number"),
+    [
+        (7_077, 10**9, 256, 4096, 409),
+        (8_192, 10**9, 256, 8192, 819),
+        (10**6, 10**9, 256, 131_072, 13_107),
+        (30_000, 300, 256, 16_384, 300),  # captions repeat
+        (5_000, 10**9, 300, 3_900, 390),  # a multiple of the batch
+        (100, 10**9, 256, 256, 25),  # at least a batch
+        (20, 1, 16, 16, 2),
+    ],
+)
+def test_sizes_follow_from_the_data(rows, captions, batch, size, number):
+    config, notes = decided(
+        Config(episodes=EpisodeConfig(batch_size=batch)), Numbered(rows, captions)
+    )
+    assert config.episodes.size == size
+    assert config.prototypes.number == config.teacher.number == number
+    reason = "since captions repeat" if number < size // 10 else "a tenth of an episode"
+    assert notes == [
+        f"model.image.size = 40, by {min(rows, 256)} of the samples",
+        f"model.text.context_length = 16, by {min(rows, 256)} of the samples",
+        f"episodes.size = {size}, for {rows:,} pairs",
+        f"prototypes.number = {number}, {reason}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("side", "words", "sizes"),
+    [
+        (64, 5, (40, 16)),
+        (79, 5, (40, 16)),
+        (80, 5, (64, 16)),
+        (500, 20, (64, 32)),
+        (20, 99, (40, 64)),
+    ],
+)
+def test_small_towers_suit_the_images_and_captions(side, words, sizes):
+    """Photographs of 80 pixels get 64, and captions are hardly ever cut."""
+    samples = Numbered(1000, 10**9, words=words, side=side)
+    model = decided(Config(), samples)[0].model
+    assert (model.image.size, model.text.context_length) == sizes
+    given = Config(model=ModelConfig(image=ImageTowerConfig(size=48)))
+    model = decided(given, samples)[0].model
+    assert (model.image.size, model.text.context_length) == (48, sizes[1])
+    other = ModelConfig(name="RN50")
+    assert decided(Config(model=other), samples)[0].model == other
+
+
+def test_notes_name_what_is_decided_and_nothing_else():
+    prototypes = PrototypeConfig(number=500)
+    teacher = TeacherConfig(features="emoji")
+    assert decided(replace(USUAL, prototypes=prototypes))[1] == []
+    (note,) = decided(replace(USUAL, prototypes=prototypes, teacher=teacher))[1]
+    assert note == "teacher.number = 409, a tenth of an episode"
+    (note,) = decided(replace(USUAL, teacher=teacher))[1]
+    assert note.startswith("prototypes.number and teacher.number = 409, ")
+    # Groups of images and texts measure how far to trust the teacher; constant weights need none.
+    alone = replace(USUAL, teacher=teacher, loss=LossConfig(prototypical=0.0))
+    assert "prototypes.number" in decided(alone)[1][0]
+    constant = replace(alone, loss=replace(alone.loss, strengths="constant"))
+    assert "prototypes.number" not in decided(constant)[1][0]
+
+
+def test_what_is_set_stays_and_a_plan_is_its_own_plan():
+    teachers = [TeacherConfig(name=n, features=n, number=k) for n, k in (("a", 7), ("b", None))]
+    config = Config(
+        episodes=EpisodeConfig(size=512), prototypes=PrototypeConfig(number=9), teachers=teachers
+    )
+    whole = decided(config)[0]
+    assert (whole.episodes.size, whole.prototypes.number) == (512, 9)
+    assert [teacher.number for teacher in whole.teachers] == [7, 51]
+    assert decided(whole) == (whole, [])
+    assert not [name for name, value in asdict(whole.optim).items() if value is None]
+
+
+def named(name: str | None, *, batch: int = 512, steps: int = 1000, **optim: object) -> Config:
+    """A run of two episodes with this many steps together."""
+    return Config(
+        model=ModelConfig(name=name),
+        episodes=EpisodeConfig(size=steps // 2 * batch, count=2, batch_size=batch),
+        optim=OptimConfig(**optim),
+    )
+
+
+def test_small_towers_get_what_suits_the_emoji():
+    """The values that the bundled recipes were measured with, at any batch and without a note."""
+    expected = {"learning_rate": 2e-3, "warm_up_steps": 50, "locked_learning_rate": 2e-4}
+    expected |= {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2, "heads_weight_decay": 0.2}
+    expected |= {"heads_lr_scale": 0.01}
+    for batch in (64, 4096):
+        config, notes = decided(named(None, batch=batch))
+        assert config.optim == OptimConfig(**expected)
+        assert not [note for note in notes if note.startswith("optim.")]
+    assert decided(named(None, weight_decay=0.1))[0].optim.heads_weight_decay == 0.1
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["EVA02-B-16", "swin_base_patch4_window7_224"], ((0.9, 0.98), 1e-6, 0.2)),
+        (["RN50", "convnext_base"], ((0.9, 0.999), 1e-8, 0.1)),
+    ],
+)
+def test_a_named_model_gets_the_usual_values(names, expected):
+    """They depend on the kind of image tower, as the README says."""
+    for name in names:
+        optim = decided(named(name))[0].optim
+        assert (optim.betas, optim.eps, optim.weight_decay) == expected
+        assert optim.heads_weight_decay == 0
+
+
+def test_heads_of_a_named_model_learn_as_fast_as_the_paper_has_it_with_extraction():
+    """And as the recipes have it. A queue needs slow heads."""
+    queue = PrototypeConfig(source="queue")
+    for changes, scale in (
+        ({}, 1.0),
+        ({"prototypes": queue}, 0.01),
+        ({"teacher": TeacherConfig(features="emoji")}, 0.01),
+        ({"optim": OptimConfig(heads_lr_scale=0.3), "prototypes": queue}, 0.3),
+    ):
+        assert decided(replace(named("RN50"), **changes))[0].optim.heads_lr_scale == scale
+    checked = 0
+    for recipe in RECIPES.glob("*.toml"):
+        config = Config.from_dict(tomllib.loads(recipe.read_text(encoding="utf-8")))
+        if scale := config.optim.heads_lr_scale:
+            unset = replace(config, optim=replace(config.optim, heads_lr_scale=None))
+            assert decided(unset)[0].optim.heads_lr_scale == scale, recipe
+            checked += 1
+    assert checked == 6
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "rate", "warm_up"),
+    [
+        (64, 100_000, 6.25e-5, 7812),  # 500,000 samples
+        (1000, 100_000, 5e-4, 2000),  # 2%
+        (1000, 1000, 5e-4, 100),  # a tenth of a short run
+        (1000, 4, 5e-4, 1),
+    ],
+)
+def test_the_rate_grows_with_the_batch_and_the_warm_up_with_the_run(batch, steps, rate, warm_up):
+    optim = decided(named("ViT-B-32", batch=batch, steps=steps))[0].optim
+    assert optim.learning_rate == pytest.approx(rate)
+    assert optim.locked_learning_rate == pytest.approx(rate / 10)
+    assert optim.warm_up_steps == warm_up
+
+
+def test_a_rate_that_is_set_counts_and_what_is_not_gets_a_note():
+    """Zeros count as set."""
+    notes = decided(named("ViT-B-32"))[1]
+    assert "optim.learning_rate = 0.0005, from ViT-B-32 at batch 512" in notes
+    assert len([note for note in notes if note.startswith("optim.")]) == 8
+    given = {"learning_rate": 2e-3, "warm_up_steps": 0, "locked_learning_rate": 0.0}
+    given |= {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0, "heads_weight_decay": 0.3}
+    given |= {"heads_lr_scale": 0.2}
+    for name in (None, "ViT-B-32", "RN50"):
+        assert decided(named(name, **given))[0].optim == OptimConfig(**given)
+    config, notes = decided(named("ViT-B-32", learning_rate=1e-4))
+    assert config.optim.locked_learning_rate == pytest.approx(1e-5)
+    assert not any("optim.learning_rate" in note for note in notes)
+
+
+def test_a_run_that_goes_on_has_the_plan_that_it_began_with(tmp_path: Path, capsys):
+    """Also where its data have gone; and it says what it decided as it starts."""
+    config = tiny_config(out=str(tmp_path / "run"))
+    config = replace(
+        config,
+        run=replace(config.run, evaluate=False),
+        episodes=EpisodeConfig(batch_size=16, count=2, warm_up=1, locked_image=1),
+        prototypes=PrototypeConfig(),
+    )
+    small = replace(config, episodes=replace(config.episodes, size=32))
+    protoclip.train(small)
+    assert "note: prototypes.number = 8, a tenth of an episode" in capsys.readouterr().err
+    gone = replace(config, data=replace(config.data, train="no such file"))
+    again = as_begun(outline(gone).config, tmp_path / "run")
+    assert replace(again, data=config.data) == make_plan(small).config
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts what takes long on a large table."""
+    counts: Counter[str] = Counter()
+
+    def count(owner: Any, name: str, what: Callable[..., str | None]) -> None:
+        original = getattr(owner, name)
+
+        def counted(*arguments: Any, **more: Any) -> Any:
+            if (kind := what(*arguments)) is not None:
+                counts[kind] += 1
+            return original(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    # For the keys of images, by which nothing is looked up here, jaxtyping asks in tests alone.
+    monkeypatch.setattr(PairsView, "key", "")
+    count(os, "stat", lambda path, *_: "stat" if ".png" in str(path) else None)
+    count(ImageTextPairs, "sample_captions", lambda *_: "captions")
+    count(ArrowIndex, "check", lambda index, row=None: "whole table" if row is None else None)
+    return counts
+
+
+def test_a_table_that_is_known_is_opened_without_a_look_at_each_row(tmp_path, work, monkeypatch):
+    """Neither at its captions, nor at its image files, nor at the checksums of the whole table."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    rows, (image,) = 1_500, tiny_pairs(1)["image"].to_pylist()
+    lines = [f"{row}.png\tcaption {row}" for row in range(rows)]
+    for row in range(rows):
+        (tmp_path / f"{row}.png").write_bytes(image + b"%d" % row)
+    (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
+    config = tiny_config(str(tmp_path / "pairs.tsv"), out=str(tmp_path / "run"))
+    config = replace(config, episodes=replace(config.episodes, size=1024))
+
+    def opened(**changes: Any) -> tuple[Plan, Counter[str]]:
+        work.clear()
+        plan = make_plan(replace(config, **changes))
+        protoclip.training.run.content(plan.samples)
+        return plan, Counter(work)
+
+    first, cold = opened()
+    assert cold["stat"] >= rows  # images of equal size are compared with the held-out ones
+    second, warm = opened()
+    assert second.config == first.config
+    assert warm["whole table"] == 0
+    assert max(warm.values()) <= 500
+    # Captions are counted for prototypes whose number nobody set, up to that number.
+    assert opened(prototypes=PrototypeConfig())[1]["captions"] - warm["captions"] == 102
+    clip = {"prototypes": PrototypeConfig(), "loss": LossConfig(prototypical=0.0)}
+    assert opened(**clip)[1] == warm
