@@ -357,7 +357,7 @@ class Scene:
             lines.append(f"{image}\t{row['caption']}\t{row['sample_id']}")
         (self.folder / "pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         for out in ("run", "stopped", "fresh"):
-            changes = {"run": {"save_steps": 2}, "data": {"cache": "disk"}}
+            changes = {"run": {"save_steps": 2}}
             config = quick_config(f"{self.folder}/pairs.tsv", self.folder / out, **changes)
             text = run_folder.to_toml(config)
             (self.folder / f"{out}.toml").write_text(text, encoding="utf-8")
