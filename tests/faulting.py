@@ -590,7 +590,7 @@ def leftovers(folder: Path, *, killed: bool) -> list[str]:
     """
     hidden = (path for path in folder.rglob(".*") if not path.name.endswith(".lock"))
     names = (path.relative_to(folder).as_posix() for path in hidden)
-    shared = ("records/", "cache/features/", "cache/images", "run/results/", ".report.html")
+    shared = ("records/", "cache/features/", "run/results/", ".report.html")
     return [name for name in names if not (killed and name.startswith(shared))]
 
 
