@@ -30,7 +30,14 @@ from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.evaluation import datasets
 from protoclip.models import loading
-from protoclip.models.saved import MODEL, WEIGHTS, find_checkpoint, read_tensors, write_checkpoint
+from protoclip.models.saved import (
+    MODEL,
+    WEIGHTS,
+    find_checkpoint,
+    model_json,
+    read_tensors,
+    write_checkpoint,
+)
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 
