@@ -16,7 +16,8 @@ them. Arms of one group are settings tried for the same thing; unset, an arm is 
 
 More keys of an arm: `schedule`, a factor to the number of episodes; `start`, the arm whose weights
 it starts from; `rotate` and `shift`, which take the start's text features away from the images'
-(see `displaced`). A teacher's `features = "own"` are those of the data set at hand.
+(see `displaced`). A teacher's `features = "own"` are those of the data set at hand. `unset` names
+settings of photographs.toml that an arm leaves open, such as `["episodes.size"]`.
 
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
@@ -69,7 +70,15 @@ from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
-OWN = ("name", "group", "schedule", "start", "rotate", "shift")  # keys that are no settings
+OWN = (
+    "name",
+    "group",
+    "schedule",
+    "start",
+    "rotate",
+    "shift",
+    "unset",
+)  # keys that are no settings
 NORMAL = 1.96  # half the width of a 95% interval, in standard deviations
 
 
@@ -84,6 +93,7 @@ class Arm:
     start: str | None = None
     rotate: bool = False
     shift: float = 0.0
+    unset: Sequence[str] = ()
 
     @property
     def displaces(self) -> bool:
@@ -174,6 +184,9 @@ def config_of(task: Task) -> Config:
     """The configuration of a run, without the folder and the weights that it starts from."""
     arm, data = task.arm, task.data
     tree = merged(data.settings, arm.settings)
+    for name in arm.unset:
+        section, _, key = name.partition(".")
+        tree[section] = {k: value for k, value in tree.get(section, {}).items() if k != key}
 
     def resolved(teacher: Mapping[str, Any]) -> dict[str, Any]:
         if teacher.get("features") != "own":

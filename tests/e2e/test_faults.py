@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from interrupting import WAYS, assert_equal_ends, config_for, stop_after, with_out
 from protoclip import cli
+from protoclip.files import checksum
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints, damage, read_tensors
 from protoclip.testing import tiny_config
@@ -47,7 +48,7 @@ def rewrite(checkpoint_folder: Path, name: str, data: bytes) -> None:
     (checkpoint_folder / name).write_bytes(data)
     path = checkpoint_folder / "checksums.json"
     sums = json.loads(path.read_text())
-    path.write_text(json.dumps(sums | {name: checkpoint.checksum(data)}))
+    path.write_text(json.dumps(sums | {name: checksum(data)}))
 
 
 def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped):
