@@ -27,7 +27,7 @@ import matplotlib.font_manager  # noqa: F401 (makes folders of its own when it i
 
 from protoclip.cli import main
 
-SECONDS = 20.0  # of computing that one call may take; it may wait for ten times as long
+SECONDS = 60.0  # of computing, beyond which a call counts as hung; waiting may take ten times that
 PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty"}
 PROCESSES |= {"os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn"}
 CONNECTIONS = {"socket.connect", "socket.sendto", "socket.sendmsg"}

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from audited import Ended, call
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from protoclip.cli import COMMANDS
@@ -41,6 +41,7 @@ def examples(number: int, *, long: int = 3000) -> Callable[[Any], Any]:
         derandomize=not LONG,
         database=None,
         deadline=None,  # `call` has its own
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining traces every line
         print_blob=False,
         suppress_health_check=[*HealthCheck],
     )

@@ -33,7 +33,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import find_checkpoint
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
-from protoclip.training.optim import resolved
+from protoclip.training.plan import outline
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, save_open_clip
 
@@ -142,7 +142,8 @@ def test_out_in_on_and_out(kind, pairs, tmp_path):
     assert all(map(torch.equal, features(loaded, pixels), expected))
 
     given = ModelConfig(start=str(tmp_path / "moved"), heads=HEADS)
-    config, notes = resolved(training(pairs, tmp_path / "run", given))
+    planned = outline(training(pairs, tmp_path / "run", given))
+    config, notes = planned.config, planned.notes
     assert config.loss.instance == ("sigmoid" if kind in SIGMOID else "info_nce")
     if kind == "SiglipModel":
         assert any("resizes images by 'squash'" in note for note in notes)
@@ -200,7 +201,7 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
     assert all(torch.equal(states[0][name], states[1][name]) for name in names)
     # The checkpoint itself starts a run, with its heads.
     again = loading.model(
-        resolved(Config(model=ModelConfig(start=str(tmp_path / "parts"))))[0].model, seed=1
+        outline(Config(model=ModelConfig(start=str(tmp_path / "parts")))).config.model, seed=1
     )
     assert all(torch.equal(value, whole[key]) for key, value in again.state_dict().items())
 
@@ -225,7 +226,7 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
 def test_sizes_that_cannot_be(save, given, message, tmp_path):
     start = f"hf:{save(tmp_path / 'start')}"
     with pytest.raises(ValueError, match=message):
-        loading.model(resolved(Config(model=ModelConfig(start=start, **given)))[0].model, seed=0)
+        loading.model(outline(Config(model=ModelConfig(start=start, **given))).config.model, seed=0)
 
 
 def test_a_dual_encoder_with_the_sigmoid_loss(pairs, tmp_path):
