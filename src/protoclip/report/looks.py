@@ -204,8 +204,9 @@ def look(
     spaces = embed_with(model, transform, tokenizer, pairs, project=project, device=device)
     space = "projections" if "projections" in spaces else "features"
     count = len(pairs.images)
-    number = max(2, min(config.prototypes.number, count // PAIRS_PER_PROTOTYPE))
-    num_groups = max(2, min(config.prototypes.number, count // PAIRS_PER_GROUP))
+    most = config.prototypes.number or count  # a config.toml that was emptied names none
+    number = max(2, min(most, count // PAIRS_PER_PROTOTYPE))
+    num_groups = max(2, min(most, count // PAIRS_PER_GROUP))
     classes = pairs.classes
     if classes is not None and classes.ndim != 1:  # several classes an image
         classes = None
