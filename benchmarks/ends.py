@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from interrupting import quick_config
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SMALL = ["--run.evaluate", "false", "--episodes.warm_up", "0"]
+SMALL = ["--data.validation", "0", "--run.evaluate", "false", "--run.evaluate_every", "0"]
+SMALL += ["--episodes.warm_up", "0"]
 SMALL += ["--episodes.size", "16", "--episodes.batch_size", "8", "--episodes.count", "2"]
 
 
