@@ -25,10 +25,10 @@ import torch
 from protoclip.config import ModelConfig
 from protoclip.data import index
 from protoclip.evaluation import features
+from protoclip.features import store, teachers
 from protoclip.files import checksum, file_checksum
 from protoclip.models import loading, saved
 from protoclip.progress import Progress
-from protoclip.teachers import store
 from protoclip.training import run_folder
 
 ROWS, WIDTH, DRAWN = 200_000, 512, 20_000
@@ -124,7 +124,7 @@ def tasks(folder: Path) -> Iterator[tuple[str, Work, Work]]:
     blocks = np.random.default_rng(0).normal(size=(10, ROWS // 10, WIDTH)).astype(np.float16)
     (folder / "teacher").mkdir()
     store.write_folder(folder / "teacher", ids, blocks, {"teacher": "benchmark"})
-    checked, plain = (store.read_teacher(folder / "teacher") for _ in range(2))
+    checked, plain = (teachers.read_teacher(folder / "teacher") for _ in range(2))
     plain.checksums = None
     wanted = [str(row) for row in rows]
     yield (

@@ -34,8 +34,8 @@ from safetensors import safe_open
 from interrupting import quick_config
 from protoclip import cli
 from protoclip.data.index import ArrowIndex, read_table
+from protoclip.features import encode
 from protoclip.models.saved import checkpoints, damage
-from protoclip.teachers import encode
 from protoclip.testing import tiny_pairs
 from protoclip.training import checkpoint, run_folder
 

@@ -31,9 +31,9 @@ from protoclip.evaluation.suite import chosen_tasks
 from protoclip.evaluation.task_features import task_features
 from protoclip.evaluation.validation import judged
 from protoclip.evaluation.zero_shot import zero_shot_ranks
+from protoclip.features.store import hash_ids
 from protoclip.files import replacing
 from protoclip.models import loading
-from protoclip.teachers.store import hash_ids
 
 Metrics = dict[str, npt.NDArray[np.float64]]
 Judged = tuple[Sequence[str], Metrics]  # the names of the groups, and the metrics of one data set

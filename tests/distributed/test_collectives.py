@@ -14,7 +14,7 @@ import torch
 
 from interrupting import with_changes
 from protoclip.distributed import collectives
-from protoclip.teachers import store
+from protoclip.features import teachers
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
 from protoclip.training.run import train
 
@@ -109,10 +109,11 @@ def teacher_of(folder: str) -> tuple[str, str]:
         tiny_config(f"{folder}/pairs.parquet", out=f"{folder}/run"),
         {"teacher": {"features": f"{folder}/teacher.parquet", "whiten": 4}},
     )
-    read = store.read_teacher
+    read = teachers.read_teacher
     with pytest.MonkeyPatch.context() as patch:
         if collectives.rank() == 1:
-            patch.setattr(store, "read_teacher", lambda _, **ids: read(f"{folder}/bad.npy", **ids))
+            bad = f"{folder}/bad.npy"
+            patch.setattr(teachers, "read_teacher", lambda _, **ids: read(bad, **ids))
         try:
             train(config)
         except Exception as error:

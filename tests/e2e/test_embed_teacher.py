@@ -9,8 +9,8 @@ import torch
 import protoclip
 from protoclip.data.emoji import emoji_table, emoji_teacher_path
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.teachers.encode import embed_teacher
-from protoclip.teachers.store import read_teacher
+from protoclip.features.encode import embed_teacher
+from protoclip.features.teachers import read_teacher
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.validation import judged
-from protoclip.teachers.store import teachers
+from protoclip.features.teachers import teachers
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 

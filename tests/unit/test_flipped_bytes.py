@@ -20,8 +20,9 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
 from protoclip.evaluation.features import Encoded, keep, read_kept
 from protoclip.evaluation.samples import SampleResults
+from protoclip.features.store import write_folder
+from protoclip.features.teachers import read_teacher
 from protoclip.files import read_toml
-from protoclip.teachers.store import read_teacher, write_folder
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.checkpoint import newest_intact
 from protoclip.training.plan import outline

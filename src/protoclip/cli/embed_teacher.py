@@ -37,7 +37,7 @@ class EmbedTeacher(Recipes):
 
         from protoclip.cli.data import open_source, print_notes
         from protoclip.distributed import collectives
-        from protoclip.teachers.encode import embed_teacher
+        from protoclip.features.encode import embed_teacher
 
         torch.set_flush_denormal(True)
         device = collectives.device(self.device, setting="--device")

@@ -18,10 +18,10 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank, world_size
+from protoclip.features.store import StoredFeatures, hash_ids
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.nearest import nearest
-from protoclip.teachers.store import TeacherFeatures, hash_ids
 
 Assignments = dict[str, Int[Tensor, " b"]]
 
@@ -54,7 +54,7 @@ class ExtractedFeatures:
 
     model: ProtoCLIP
     batches: Callable[[Episode], Iterable[Batch]]
-    teachers: dict[str, TeacherFeatures]
+    teachers: dict[str, StoredFeatures]
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
 

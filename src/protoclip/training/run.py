@@ -29,6 +29,8 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import evaluate_run
+from protoclip.features import teachers as external
+from protoclip.features.encode import embed_start
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
@@ -39,8 +41,6 @@ from protoclip.models.saved import MODEL, checkpoints, model_json, read_checkpoi
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
-from protoclip.teachers import store
-from protoclip.teachers.encode import embed_start
 from protoclip.terminal import say
 from protoclip.training import optim
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
@@ -216,7 +216,7 @@ class Run:
             after=self.pass_after,
         )
         # The same dict as that of the features to cluster: `prepare_teachers` adds to it.
-        self.teachers = store.teachers(config, samples, self.notes.append)
+        self.teachers = external.teachers(config, samples, self.notes.append)
         teachers = config.external_teachers
         spaces: dict[str, PrototypeConfig | TeacherConfig] = {**teachers}
         spaces |= {"image": config.prototypes, "text": config.prototypes}
@@ -314,7 +314,7 @@ class Run:
         names = [n for n, t in self.config.external_teachers.items() if t.features == START]
         if names:
             assert self.start is not None
-            assert isinstance(samples, Pairs)  # `store.teachers` refuses streams
+            assert isinstance(samples, Pairs)  # `external.teachers` refuses streams
             features = embed_start(
                 self.start,
                 self.loader.tokenizer,
@@ -324,7 +324,7 @@ class Run:
             )
             self.teachers.update({name: copy(features) for name in names})
             self.loader.features_of.update(dict.fromkeys(names, features.rows))
-        store.whiten(self.config, self.teachers)
+        external.whiten(self.config, self.teachers)
 
     def training_pass(self, index: int, start: int = 0) -> Pass:
         """The pass that trains on an episode; it brings features if they have prototypes then."""

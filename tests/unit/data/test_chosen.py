@@ -22,8 +22,8 @@ from protoclip.data.inspect import inspect
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import episodes
 from protoclip.evaluation.validation import judged
-from protoclip.teachers.encode import embed_teacher
-from protoclip.teachers.store import read_teacher
+from protoclip.features.encode import embed_teacher
+from protoclip.features.teachers import read_teacher
 from protoclip.testing import tiny_pairs
 
 

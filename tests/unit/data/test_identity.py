@@ -21,8 +21,8 @@ from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.teachers import store
-from protoclip.teachers.store import TeacherFeatures
+from protoclip.features import teachers
+from protoclip.features.store import StoredFeatures
 
 NUMBER, SIDE = 6, 32
 NAMES = ("a", "b")
@@ -125,7 +125,7 @@ def test_a_mixture_serves_the_right_image(kinds, cache, tmp_path):
     samples = [(source, number) for source in range(2) for number in range(NUMBER)]
     ids = [f"{NAMES[s]}/{own[s].format(n)}" for s, n in samples]
     features = np.array(samples, dtype=np.float32)
-    teacher = TeacherFeatures.in_memory(name="teacher", sample_ids=ids, features=features)
+    teacher = StoredFeatures.in_memory(name="teacher", sample_ids=ids, features=features)
     loader = loader_of(config)
     if isinstance(loader.pairs, Pairs):
         assert list(loader.pairs.sample_ids()) == ids
@@ -204,7 +204,7 @@ def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path):
     samples = sources.pairs(config)
     assert isinstance(samples, Pairs)
     notes: list[str] = []
-    teacher = store.teachers(config, samples, notes.append)["teacher"]
+    teacher = teachers.teachers(config, samples, notes.append)["teacher"]
     assert len(notes) == 1
     assert f"no features of {2 * NUMBER} of" in notes[0]
     first = samples.sample_id(2 * NUMBER)

@@ -14,10 +14,10 @@ from interrupting import with_changes
 from protoclip import KMeans
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
+from protoclip.features.store import StoredFeatures
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
-from protoclip.teachers.store import TeacherFeatures
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.plan import make_plan
@@ -31,7 +31,7 @@ def rows(count: int, width: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(values, dim=1)
 
 
-def batch(names: list[str], first: int = 0, **teachers: TeacherFeatures) -> Batch:
+def batch(names: list[str], first: int = 0, **teachers: StoredFeatures) -> Batch:
     return Batch(
         position=torch.arange(first, first + len(names)),
         sample_id=names,
@@ -53,9 +53,9 @@ def embeddings(count: int, seed: int, *, project: bool = True) -> Embeddings:
     )
 
 
-def teacher(names: list[str]) -> TeacherFeatures:
+def teacher(names: list[str]) -> StoredFeatures:
     features = np.random.default_rng(0).normal(size=(len(names), 3)).astype(np.float32)
-    return TeacherFeatures.in_memory(name="bert", sample_ids=names, features=features)
+    return StoredFeatures.in_memory(name="bert", sample_ids=names, features=features)
 
 
 def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None) -> KMeans:
@@ -63,7 +63,7 @@ def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None
     return KMeans(centroids=rows(k, width, seed), assignments=given, inertia=0.0, history=())
 
 
-def settings(batches: Callable[[Episode], list[Batch]], **teachers: TeacherFeatures) -> dict:
+def settings(batches: Callable[[Episode], list[Batch]], **teachers: StoredFeatures) -> dict:
     model = loading.model(tiny_model(), seed=0)
     return {"model": model, "batches": batches, "teachers": teachers, "autocast": nullcontext}
 
@@ -72,7 +72,7 @@ def no_pass(episode: Episode) -> list[Batch]:
     raise AssertionError("an extraction pass")
 
 
-def queued(**teachers: TeacherFeatures) -> QueuedFeatures:
+def queued(**teachers: StoredFeatures) -> QueuedFeatures:
     return QueuedFeatures(**settings(no_pass, **teachers), size=8)
 
 

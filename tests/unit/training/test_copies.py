@@ -13,12 +13,12 @@ from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import light_transform
+from protoclip.features.store import StoredFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import Target
 from protoclip.models import loading
 from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.teachers.store import TeacherFeatures
 from protoclip.testing import tiny_model, tiny_pairs
 
 META, NUMBER, PROTOTYPES = torch.device("meta"), 64, 5
@@ -50,7 +50,7 @@ def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     pairs = ImageTextPairs(tiny_pairs(), name="tiny")
     model = loading.model(tiny_model(), seed=0).to(META)
     rows = np.random.default_rng(0).normal(size=(len(pairs), 24)).astype(np.float16)
-    teacher = TeacherFeatures.in_memory(
+    teacher = StoredFeatures.in_memory(
         name="bert", sample_ids=list(pairs.sample_ids()), features=rows
     )
     teacher.whiten(8)

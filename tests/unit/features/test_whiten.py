@@ -8,9 +8,9 @@ from sklearn.decomposition import PCA
 
 from protoclip.config import Config
 from protoclip.data import sources
-from protoclip.teachers import store
-from protoclip.teachers.store import TeacherFeatures, read_teacher, teachers, write_folder
-from protoclip.teachers.whiten import Whitening, fit_pca
+from protoclip.features.store import StoredFeatures, write_folder
+from protoclip.features.teachers import read_teacher, teachers
+from protoclip.features.whiten import Whitening, fit_pca
 
 
 def correlated(rows: int, width: int, *, rank: int | None = None) -> np.ndarray:
@@ -75,7 +75,7 @@ def test_a_teacher_whitens_what_is_looked_up(damaged, tmp_path):
 @pytest.mark.parametrize(("width", "equal"), [(3, False), (2, True)])
 def test_narrow_or_equal_features_stay_as_they_are(width, equal):
     features = np.ones((5, 3), np.float32) if equal else correlated(5, 3).astype(np.float32)
-    teacher = TeacherFeatures.in_memory(name="mine", sample_ids=list("abcde"), features=features)
+    teacher = StoredFeatures.in_memory(name="mine", sample_ids=list("abcde"), features=features)
     teacher.whiten(width)
     assert teacher.lookup(["c"]).tolist() == [features[2].tolist()]
 
@@ -90,8 +90,8 @@ def test_a_run_whitens_its_teachers_as_it_is_told(whiten, width, tmp_path):
     teacher = {"features": str(tmp_path / "t"), "whiten": whiten}
     data = {"train": str(tmp_path / "pairs.tsv")}
     config = Config.from_dict({"data": data, "teacher": teacher})
-    found = teachers(config, sources.pairs(config), print)
-    store.whiten(config, found)
+    found = teachers.teachers(config, sources.pairs(config), print)
+    teachers.whiten(config, found)
     assert found["teacher"].lookup(ids).shape == (60, width)
 
 
@@ -100,7 +100,7 @@ def test_few_rows_keep_their_groups():
     centres = np.repeat(10 * np.eye(5, 80), 8, axis=0)
     features = centres + np.random.default_rng(0).normal(size=centres.shape)
     ids = [str(row) for row in range(40)]
-    teacher = TeacherFeatures.in_memory(name="mine", sample_ids=ids, features=features)
+    teacher = StoredFeatures.in_memory(name="mine", sample_ids=ids, features=features)
     teacher.whiten(64)
     found = teacher.lookup(ids)
     assert found.shape == (40, 5)

@@ -8,7 +8,7 @@ before). Features are memory-mapped, and each row is compared with its checksum 
 
 import mmap
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -18,18 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip.config import START, Config
-from protoclip.data.emoji import emoji_teacher_path
-from protoclip.data.mixture import sources_of
-from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.data.sources import entries
 from protoclip.distributed import collectives
+from protoclip.features.whiten import Features, Whitening
 from protoclip.files import (
     SEAL,
     file_checksum,
@@ -41,10 +35,8 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
-from protoclip.teachers.whiten import Features, Whitening
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
-FILES = (".npy", ".parquet")  # of a user's own features
 SAMPLE, ROWS_A_DIRECTION = 2**14, 8  # rows that a whitening is fitted to; fewest a direction
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
@@ -77,7 +69,7 @@ def row_checksums(
     return np.fromiter((zlib.crc32(row, start) for row, start in rows), np.uint32, len(features))
 
 
-class TeacherFeatures:
+class StoredFeatures:
     """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages.
 
     `checksums`, if given, are `row_checksums` of the features. `whitening`, once `whiten` was
@@ -113,7 +105,7 @@ class TeacherFeatures:
     @classmethod
     def in_memory(
         cls, *, name: str, sample_ids: Sequence[str], features: npt.NDArray[Any]
-    ) -> "TeacherFeatures":
+    ) -> "StoredFeatures":
         """Features that are not in a teacher folder.
 
         Raises:
@@ -235,53 +227,7 @@ class TeacherFeatures:
         return torch.from_numpy(features)
 
 
-def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> TeacherFeatures:
-    """Open a teacher folder, or a user's file of features.
-
-    The file is Parquet with the columns `sample_id` and `features` (lists of numbers), or an array
-    `NAME.npy` `(n, q)` with its sample ids in `NAME.ids.txt`, one a line. Without that file the
-    rows are those of `sample_ids`, if given.
-
-    Raises:
-        ValueError: There is no such teacher, it is damaged, or its features cannot be used.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return open_folder(path)
-    if not path.is_file():
-        what = "is neither a file nor a folder" if path.exists() else "no such file"
-        raise ValueError(f"teacher.features: {path}: {what}")
-    try:
-        if path.suffix == ".npy":
-            features, text = np.load(path, mmap_mode="r"), path.with_suffix(".ids.txt")
-            if text.is_file():
-                sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
-            elif sample_ids is None:
-                raise ValueError(f"needs its sample ids, one a line, in {text}")
-        else:
-            sample_ids, features = read_parquet(path)
-        if features.ndim != 2 or not features.size or not np.issubdtype(features.dtype, np.number):
-            raise ValueError(
-                f"needs numbers of shape (samples, width), not {features.dtype} {features.shape}"
-            )
-    except DAMAGED as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
-    return TeacherFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
-
-
-def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
-    table = pq.read_table(path, columns=["sample_id", "features"])
-    lengths = pc.list_value_length(table["features"]).fill_null(0).to_numpy()
-    width = lengths.max(initial=0)
-    if wrong := int((lengths != width).sum() + table["sample_id"].null_count):
-        raise ValueError(f"{wrong} of {len(table)} rows lack an id or are not of width {width}")
-    rows = [part.flatten().to_numpy(zero_copy_only=False) for part in table["features"].chunks]
-    ids = table["sample_id"].cast(pa.string()).to_pylist()
-    return ids, np.concatenate([np.zeros(0, np.int8), *rows]).reshape(len(table), width)
-
-
-def open_folder(folder: Path) -> TeacherFeatures:
+def open_folder(folder: Path) -> StoredFeatures:
     facts = read_facts(folder)
     if "rows" not in facts:
         raise ValueError(
@@ -305,7 +251,7 @@ def open_folder(folder: Path) -> TeacherFeatures:
         raise ValueError(
             f"{folder}: damaged ({reason}); delete it, and run protoclip embed-teacher again"
         ) from None
-    return TeacherFeatures(name=str(folder), index=index, features=features, checksums=checksums)
+    return StoredFeatures(name=str(folder), index=index, features=features, checksums=checksums)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -365,48 +311,3 @@ def write_folder(
     content = to_json(sealed({**facts, "checksums": checked}), indent=2)
     write_atomically(folder / FACTS, content + "\n", durable=True)
     return facts
-
-
-def teachers(
-    config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
-) -> dict[str, TeacherFeatures]:
-    """The external teachers by name, without the frozen start, which is not embedded yet.
-
-    `whiten` is the next step. Notes how many samples a teacher has no features of.
-
-    Raises:
-        ValueError: There is no such teacher, or it has features of none of the samples.
-    """
-    sources = zip(sources_of(samples), entries(config.data), strict=True)
-    # In a mixture ids begin with the source's name.
-    prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
-    found = {}
-    for name, teacher in config.external_teachers.items():
-        assert teacher.features is not None
-        if teacher.features == START:  # `encode.embed_start` makes these, when the run begins
-            if not isinstance(samples, Pairs):
-                raise ValueError(
-                    f"teacher.features: {START} needs pairs that can be read in any order, not a "
-                    "stream; copy the shards, and leave data.read out"
-                )
-            continue
-        if teacher.features == "emoji":
-            plain, features = read_parquet(emoji_teacher_path())
-            ids = [prefix + own for prefix in prefixes or [""] for own in plain]
-            features = np.tile(features, (len(ids) // len(plain), 1))
-            found[name] = TeacherFeatures.in_memory(name=name, sample_ids=ids, features=features)
-        else:
-            found[name] = read_teacher(teacher.features)
-        if isinstance(samples, Pairs) and (missing := found[name].missing(samples.sample_ids())):
-            note(
-                f"{name}: no features of {missing} of {len(samples)} training samples, which its "
-                "loss leaves out"
-            )
-    return found
-
-
-def whiten(config: Config, found: Mapping[str, TeacherFeatures]) -> None:
-    """Whiten each teacher as its settings say. Collective."""
-    for name, teacher in config.external_teachers.items():
-        if teacher.whiten:
-            found[name].whiten(teacher.whiten)

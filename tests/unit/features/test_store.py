@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from protoclip.teachers.store import TeacherFeatures, read_teacher, write_folder
+from protoclip.features.store import StoredFeatures, write_folder
+from protoclip.features.teachers import read_teacher
 
 
 def names(count: int) -> list[str]:
@@ -19,23 +20,23 @@ def rows(count: int, width: int = 6) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, width)).astype(np.float16)
 
 
-def in_memory(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
-    return TeacherFeatures.in_memory(name="mine", sample_ids=ids, features=features)
+def in_memory(ids: list[str], features: np.ndarray, folder: Path) -> StoredFeatures:
+    return StoredFeatures.in_memory(name="mine", sample_ids=ids, features=features)
 
 
-def from_folder(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
+def from_folder(ids: list[str], features: np.ndarray, folder: Path) -> StoredFeatures:
     (folder / "t").mkdir(parents=True)
     write_folder(folder / "t", ids, np.array_split(features, 4), {"teacher": "test"})
     return read_teacher(folder / "t")
 
 
-def from_parquet(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
+def from_parquet(ids: list[str], features: np.ndarray, folder: Path) -> StoredFeatures:
     flat = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
     pq.write_table(pa.table({"sample_id": ids, "features": flat}), folder / "mine.parquet")
     return read_teacher(folder / "mine.parquet")
 
 
-def from_array(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
+def from_array(ids: list[str], features: np.ndarray, folder: Path) -> StoredFeatures:
     np.save(folder / "mine.npy", features)
     (folder / "mine.ids.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
     return read_teacher(folder / "mine.npy")
@@ -97,7 +98,7 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path):
 def test_different_ids_of_one_hash_are_refused(monkeypatch):
     """The index holds hashes alone, so both ids are named."""
     monkeypatch.setattr(
-        "protoclip.teachers.store.hash_ids",
+        "protoclip.features.store.hash_ids",
         lambda ids: np.array([len(i) for i in ids], dtype=np.uint64),
     )
     with pytest.raises(ValueError, match="the hash of another, such as 'aa' and 'bb'"):

@@ -31,14 +31,14 @@ from protoclip.data.loader import Item, Tokenizer, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.cores import cores
+from protoclip.features import store, teachers
+from protoclip.features.store import StoredFeatures
+from protoclip.features.whiten import Features, fit_pca
 from protoclip.files import checksum, file_checksum, locked, sealed, to_json, write_atomically
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.protoclip import TowerPair
 from protoclip.progress import Progress
-from protoclip.teachers import store
-from protoclip.teachers.store import TeacherFeatures
-from protoclip.teachers.whiten import Features, fit_pca
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -236,7 +236,7 @@ def embed_teacher(
     }
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
-        if Path(teacher).suffix in store.FILES and not is_stream:
+        if Path(teacher).suffix in teachers.FILES and not is_stream:
             return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
         encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
         settings |= {
@@ -251,7 +251,7 @@ def embed_teacher(
 
 def embed_start(
     start: TowerPair, tokenizer: Tokenizer, samples: Pairs, out: Path, *, autocast: Any
-) -> TeacherFeatures:
+) -> StoredFeatures:
     """Text features of the model that a run starts from, for all its samples; or those in `out`.
 
     All ranks call it. What an earlier call left unfinished is finished.
@@ -451,7 +451,7 @@ def convert(
     file: Path, ids: Sequence[str], out: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Make a teacher folder of a file's features of these samples; `bad` counts those without."""
-    own = store.read_teacher(file, sample_ids=ids)
+    own = teachers.read_teacher(file, sample_ids=ids)
     bad = own.missing(ids)  # refuses features of other data
     facts, _ = claim(out, {**settings, "weights": file_checksum(file)}, own.width)
     if "rows" in facts:

@@ -23,11 +23,11 @@ from torch import nn
 import protoclip
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.distributed import collectives
+from protoclip.features import encode
+from protoclip.features.encode import Encoder, embed_teacher, open_encoder
+from protoclip.features.teachers import read_teacher
+from protoclip.features.whiten import fit_pca
 from protoclip.models.towers import build_tokenizer, image_normalisation
-from protoclip.teachers import encode
-from protoclip.teachers.encode import Encoder, embed_teacher, open_encoder
-from protoclip.teachers.store import read_teacher
-from protoclip.teachers.whiten import fit_pca
 from protoclip.testing import run_distributed
 
 CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"]

@@ -1,0 +1,115 @@
+"""The external teachers of a run: features that its settings name, whitened as they say.
+
+A teacher is a folder of the store, a user's own file, the bundled emoji's, or the frozen start,
+whose features are made when the run begins.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from protoclip.config import START, Config
+from protoclip.data.emoji import emoji_teacher_path
+from protoclip.data.mixture import sources_of
+from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.sources import entries
+from protoclip.features.store import DAMAGED, StoredFeatures, open_folder
+
+FILES = (".npy", ".parquet")  # of a user's own features
+
+
+def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> StoredFeatures:
+    """Open a teacher folder, or a user's file of features.
+
+    The file is Parquet with the columns `sample_id` and `features` (lists of numbers), or an array
+    `NAME.npy` `(n, q)` with its sample ids in `NAME.ids.txt`, one a line. Without that file the
+    rows are those of `sample_ids`, if given.
+
+    Raises:
+        ValueError: There is no such teacher, it is damaged, or its features cannot be used.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return open_folder(path)
+    if not path.is_file():
+        what = "is neither a file nor a folder" if path.exists() else "no such file"
+        raise ValueError(f"teacher.features: {path}: {what}")
+    try:
+        if path.suffix == ".npy":
+            features, text = np.load(path, mmap_mode="r"), path.with_suffix(".ids.txt")
+            if text.is_file():
+                sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
+            elif sample_ids is None:
+                raise ValueError(f"needs its sample ids, one a line, in {text}")
+        else:
+            sample_ids, features = read_parquet(path)
+        if features.ndim != 2 or not features.size or not np.issubdtype(features.dtype, np.number):
+            raise ValueError(
+                f"needs numbers of shape (samples, width), not {features.dtype} {features.shape}"
+            )
+    except DAMAGED as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
+    return StoredFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
+
+
+def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
+    table = pq.read_table(path, columns=["sample_id", "features"])
+    lengths = pc.list_value_length(table["features"]).fill_null(0).to_numpy()
+    width = lengths.max(initial=0)
+    if wrong := int((lengths != width).sum() + table["sample_id"].null_count):
+        raise ValueError(f"{wrong} of {len(table)} rows lack an id or are not of width {width}")
+    rows = [part.flatten().to_numpy(zero_copy_only=False) for part in table["features"].chunks]
+    ids = table["sample_id"].cast(pa.string()).to_pylist()
+    return ids, np.concatenate([np.zeros(0, np.int8), *rows]).reshape(len(table), width)
+
+
+def teachers(
+    config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
+) -> dict[str, StoredFeatures]:
+    """The external teachers by name, without the frozen start, which is not embedded yet.
+
+    `whiten` is the next step. Notes how many samples a teacher has no features of.
+
+    Raises:
+        ValueError: There is no such teacher, or it has features of none of the samples.
+    """
+    sources = zip(sources_of(samples), entries(config.data), strict=True)
+    # In a mixture ids begin with the source's name.
+    prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
+    found = {}
+    for name, teacher in config.external_teachers.items():
+        assert teacher.features is not None
+        if teacher.features == START:  # `encode.embed_start` makes these, when the run begins
+            if not isinstance(samples, Pairs):
+                raise ValueError(
+                    f"teacher.features: {START} needs pairs that can be read in any order, not a "
+                    "stream; copy the shards, and leave data.read out"
+                )
+            continue
+        if teacher.features == "emoji":
+            plain, features = read_parquet(emoji_teacher_path())
+            ids = [prefix + own for prefix in prefixes or [""] for own in plain]
+            features = np.tile(features, (len(ids) // len(plain), 1))
+            found[name] = StoredFeatures.in_memory(name=name, sample_ids=ids, features=features)
+        else:
+            found[name] = read_teacher(teacher.features)
+        if isinstance(samples, Pairs) and (missing := found[name].missing(samples.sample_ids())):
+            note(
+                f"{name}: no features of {missing} of {len(samples)} training samples, which its "
+                "loss leaves out"
+            )
+    return found
+
+
+def whiten(config: Config, found: Mapping[str, StoredFeatures]) -> None:
+    """Whiten each teacher as its settings say. Collective."""
+    for name, teacher in config.external_teachers.items():
+        if teacher.whiten:
+            found[name].whiten(teacher.whiten)
