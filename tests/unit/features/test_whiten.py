@@ -8,8 +8,9 @@ from sklearn.decomposition import PCA
 
 from protoclip.config import Config
 from protoclip.data import sources
+from protoclip.features import teachers
 from protoclip.features.store import StoredFeatures, write_folder
-from protoclip.features.teachers import read_teacher, teachers
+from protoclip.features.teachers import read_teacher
 from protoclip.features.whiten import Whitening, fit_pca
 
 
