@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from protoclip.prototypes.kmeans import KMeans as KMeans
     from protoclip.prototypes.kmeans import kmeans as kmeans
     from protoclip.prototypes.targets import back_translate as back_translate
+    from protoclip.training.align import align as align
     from protoclip.training.finetune import finetune as finetune
     from protoclip.training.run import train as train
 
@@ -38,6 +39,7 @@ _MODULES = {
     "models.protoclip": ["Embeddings", "ProtoCLIP"],
     "prototypes.kmeans": ["KMeans", "kmeans"],
     "prototypes.targets": ["back_translate"],
+    "training.align": ["align"],
     "training.finetune": ["finetune"],
     "training.run": ["train"],
 }

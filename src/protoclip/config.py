@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 START = "start"  # `teacher.features` of the frozen start
+HALVES = {"image_half": "image-half", "text_half": "text-half"}  # ... and of halves to align
 NO_START = "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
@@ -145,6 +146,7 @@ class ImageTowerConfig:
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
     name: str | None = None  # Hugging Face text model; else small.
+    pooling: Literal["mean", "cls"] | None = None  # Of its tokens; else as its files say.
     context_length: ContextLength | None = None  # Tokens; else from the data or the weights.
     width: Width = 128  # Width of the transformer.
     heads: Width = 2  # Attention heads; they divide the width.
@@ -167,6 +169,7 @@ class ModelConfig:
     lora: Rank | None = None  # Train LoRA adapters of this rank; towers frozen.
     frozen_batch_norm: bool = False  # BatchNorm statistics of the towers stay.
     embed_dim: Width = 256  # Joint feature width of the small towers.
+    projection: Literal["linear", "mlp"] = "linear"  # Of two halves, into the joint space.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
@@ -251,6 +254,15 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    head: Literal["auto", "linear", "mlp"] = "auto"  # auto: mlp where there are enough pairs.
+    views: Annotated[int, 1, 64] = 1  # Stored images of an image; all but one are augmented.
+    features: str | None = None  # Folder of the halves' features; else in the cache.
+    dropout: Share = 0.0  # Share of a half's features that a step leaves out.
+    geometry: NotNegative = 0.0  # Weight of keeping each half's neighbourhoods.
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards the model (FSDP2).
     activation_checkpointing: bool = False  # Less memory; not with BatchNorm.
@@ -271,6 +283,7 @@ class Config:
     teachers: list[TeacherConfig] = field(default_factory=list)  # Several, instead of teacher.
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @classmethod

@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from protoclip.config import START, Config, DataConfig
+from protoclip.config import HALVES, START, Config, DataConfig
 from protoclip.files import kind_of
 
 # What names something else than a local file or folder, as the beginning of a reference.
@@ -33,7 +33,7 @@ def require_paths(config: Config) -> None:
     require_data_paths(config.data)
     require_model("model.start", config.model.start)
     for teacher in (config.teacher, *config.teachers):
-        if teacher.features not in ("emoji", START):
+        if teacher.features not in ("emoji", START, *HALVES.values()):
             require_file("teacher.features", teacher.features)
     for guard in config.run.guard:
         require_data_set("run.guard", guard)

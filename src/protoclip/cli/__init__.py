@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from protoclip import signals
+from protoclip.cli.align import Align
 from protoclip.cli.analyze import Analyze
 from protoclip.cli.compare import Compare
 from protoclip.cli.data import Index, Inspect, Pack
@@ -26,6 +27,7 @@ from protoclip.terminal import Stream, protect_streams, say
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
+    "align": Align,
     "finetune": Finetune,
     "evaluate": Evaluate,
     "compare": Compare,

@@ -31,27 +31,33 @@ class Train(Config, Recipes):
             require_place("run.out", config.run.out, is_folder=True)
         import torch
 
-        from protoclip.distributed import collectives
         from protoclip.training import run
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
         results = run.train(config, resume=self.resume)
-        if collectives.launched()[0] > 0:
-            exit_if_stopped(results)
-            return
-        if self.json:
-            print(to_json(results, indent=2))
-        else:
-            for name, value in results["metrics"].items():
-                print(f"{visible(name):<45} {'-' if value is None else format(value, '.4f')}")
-        if "stopped" in results:
-            say(
-                f"{results['stopped']}: stopped after step {results['steps']}; the same command "
-                "with --resume auto goes on"
-            )
-            exit_if_stopped(results)
-        elif not self.json:
-            print(f"written to {visible(results['folder'])}")
+        show_results(results, as_json=self.json)
+
+
+def show_results(results: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the results of a run on rank 0, or where it stands if a signal stopped it."""
+    from protoclip.distributed import collectives
+
+    if collectives.launched()[0] > 0:
+        exit_if_stopped(results)
+        return
+    if as_json:
+        print(to_json(results, indent=2))
+    else:
+        for name, value in results["metrics"].items():
+            print(f"{visible(name):<45} {'-' if value is None else format(value, '.4f')}")
+    if "stopped" in results:
+        say(
+            f"{results['stopped']}: stopped after step {results['steps']}; the same command "
+            "with --resume auto goes on"
+        )
+        exit_if_stopped(results)
+    elif not as_json:
+        print(f"written to {visible(results['folder'])}")
 
 
 def exit_if_stopped(results: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -53,14 +53,16 @@ class Batch:
 
     Attributes:
         position: Each pair's number in its episode.
-        captions: The tokens of `text` on the CPU, one string of bytes a pair.
+        image: Pixels `(b, 3, h, w)`; or what a frozen half made of them `(b, q)`.
+        text: Tokens `(b, c)`; or what a frozen half made of a caption `(b, q)`.
+        captions: What tells a sample's captions apart, such as the tokens of `text`, as bytes.
         features: What else is known of the samples, by name; see `EpisodeLoader.features_of`.
     """
 
     position: Int[Tensor, " b"]
     sample_id: list[str]
-    image: Float[Tensor, "b 3 h w"]
-    text: Int[Tensor, "b c"]
+    image: Float[Tensor, "b *_"]
+    text: Shaped[Tensor, "b _"]
     captions: list[bytes] = field(default_factory=list)
     features: Mapping[str, Float[Tensor, "b _"]] = field(default_factory=dict)
 
@@ -521,6 +523,7 @@ def loader(
     device: torch.device,
     on_read: OnRead,
     after: Callable[[Pass], Pass | None] = lambda current: None,
+    kind: Callable[..., EpisodeLoader] = EpisodeLoader,
 ) -> EpisodeLoader:
     """The loader of this rank; raises `ValueError` if the ranks cannot share a batch evenly."""
     share, rest = divmod(config.episodes.batch_size, world_size())
@@ -530,7 +533,7 @@ def loader(
             f"{world_size()} ranks, two or more each; try {max(2, share) * world_size()}"
         )
     workers, note = number_of_workers(config.data, samples, image_size=transform.size)
-    return EpisodeLoader(
+    return kind(
         pairs=samples,
         tokenizer=tokenizer,
         transform=transform,

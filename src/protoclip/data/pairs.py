@@ -273,6 +273,11 @@ class ImageTextPairs:
             missing = isinstance(error, FileNotFoundError)
             raise self._bad(row, reason if missing else f"cannot be read ({reason})") from None
 
+    def image_file(self, row: int) -> str | None:
+        """The path or URL of the file that is the image of a row; None for one in the data."""
+        image = None if self._ranges else self._image(row, slice(0, 0))  # bytes stay unread
+        return join(self.root, image) if isinstance(image, str) else None
+
     def where(self, row: int) -> str:
         """The file that holds the image of a row."""
         image = self._image(row)

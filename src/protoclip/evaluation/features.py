@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -45,6 +45,7 @@ from protoclip.progress import Progress
 from protoclip.terminal import say
 
 FEW_IMAGES = 300  # are read faster than worker processes start
+PROJECTED = 8192  # rows at once
 RETRIED = 20  # bad images that are tried again before kept features are used
 
 Transform = Callable[[Image.Image], Tensor]
@@ -255,6 +256,36 @@ class Encoder:
             except OSError as error:
                 say(f"warning: features are not kept ({error})")
         return encoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedEncoder(Encoder):
+    """An encoder of two frozen halves with projections that train.
+
+    Attributes:
+        model: The projections, which read what the halves gave.
+        frozen: Encodes by the halves alone. It keeps what it encoded, so that an image passes its
+            half once however often a run is evaluated.
+    """
+
+    frozen: Encoder
+
+    def images(self, images: "Images | Reader", *, stage: str) -> Encoded:
+        encoded = self.frozen.images(images, stage=stage)
+        return replace(encoded, features=self._projected(encoded.features, "image"))
+
+    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
+        features = self.frozen.texts(texts, stage=stage, content=content)
+        return self._projected(features, "text")
+
+    @torch.no_grad()
+    def _projected(self, features: Float[Tensor, "n q"], kind: str) -> Float[Tensor, "n d"]:
+        project = self.model.encode_image if kind == "image" else self.model.encode_text
+        with evaluation_mode(self.model):
+            parts = [
+                project(rows.to(self.device)).cpu() for rows in torch.split(features, PROJECTED)
+            ]
+        return torch.cat(parts)
 
 
 class Reader(Dataset[Batch]):

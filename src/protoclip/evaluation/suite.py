@@ -3,7 +3,7 @@
 `task_features` encodes what they need, and `measured` has what is computed from it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -230,6 +230,7 @@ def evaluate_run(
     quick: bool = False,
     show: bool = True,
     samples_to: Path | None = None,
+    encoder_of: Callable[..., Encoder] = Encoder,
 ) -> dict[str, float]:
     """A run's own evaluation, on the bundled emoji if no other data are given.
 
@@ -253,10 +254,11 @@ def evaluate_run(
         workers: Processes that read images; the same metrics with any number.
         quick: Zero-shot and retrieval alone, which encode no image but those measured.
         samples_to: Folder for the results of each sample; only a warning if it cannot be written.
+        encoder_of: Makes the encoder of these arguments.
     """
     data = data or datasets.emoji()
     tasks = raise_on_all_ranks(lambda: run_tasks(data, split, quick=quick))
-    encoder = Encoder(
+    encoder = encoder_of(
         model=model, transform=transform, tokenizer=tokenizer, workers=workers, show=show
     )
     features = task_features(encoder, data, tasks, split=split)

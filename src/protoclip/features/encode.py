@@ -28,7 +28,7 @@ from torch import Tensor
 from protoclip.config import START
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, Tokenizer, read_sample
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.cores import cores
 from protoclip.features import store, teachers
@@ -52,8 +52,10 @@ class Encoder:
     """A frozen model that reads images if it has a `transform`, else captions.
 
     `collate` turns a list of captions or transformed images into a batch, and `forward` turns that
-    into features of any norm.
+    into features of any norm; `unit_norm` brings them to norm 1.
     """
+
+    unit_norm = True
 
     def __init__(
         self,
@@ -71,9 +73,14 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
-        """Features of unit norm, on the CPU."""
-        features = self.forward(self.collate(inputs).to(self.device))
-        return F.normalize(features.float(), dim=-1).cpu()
+        """Features on the CPU."""
+        features = self.forward(self.collate(inputs).to(self.device)).float()
+        return (F.normalize(features, dim=-1) if self.unit_norm else features).cpu()
+
+    def read_image(self, sample: Sample) -> Tensor:
+        """The input that a sample's image is; raises `ValueError` for a bad one."""
+        assert self.transform is not None
+        return self.transform(Image.fromarray(decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)))
 
     def checksum(self) -> str:
         """A checksum of the weights."""
@@ -405,8 +412,7 @@ def encode_items(
         except BadSample as error:
             return error
         try:
-            pixels = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
-            return sample.sample_id, [encoder.transform(Image.fromarray(pixels))]
+            return sample.sample_id, [encoder.read_image(sample)]
         except ValueError as error:
             return BadSample(sample.sample_id, sample.where, str(error))
 
@@ -430,7 +436,8 @@ def encode_items(
                 rows, batch = zip(*inputs[start : start + batch_size], strict=True)
                 sums.index_add_(0, torch.tensor(rows), encoder.encode(list(batch)))
                 show(done + first + len(found) * start // len(inputs))
-            features.append((F.normalize(sums) if is_text else sums).numpy())
+            is_mean = is_text and encoder.unit_norm
+            features.append((F.normalize(sums) if is_mean else sums).numpy())
     return ids, np.concatenate(features), bad
 
 

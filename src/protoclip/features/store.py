@@ -8,7 +8,7 @@ before). Features are memory-mapped, and each row is compared with its checksum 
 
 import mmap
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -22,8 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip.distributed import collectives
-from protoclip.features.whiten import Features, Whitening
+from protoclip.features.whiten import Features, Whitens
 from protoclip.files import (
     SEAL,
     file_checksum,
@@ -37,7 +36,7 @@ from protoclip.files import (
 )
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
-SAMPLE, ROWS_A_DIRECTION = 2**14, 8  # rows that a whitening is fitted to; fewest a direction
+SAMPLE = 2**14  # rows that a whitening is fitted to
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
 
@@ -69,14 +68,14 @@ def row_checksums(
     return np.fromiter((zlib.crc32(row, start) for row, start in rows), np.uint32, len(features))
 
 
-class StoredFeatures:
+class StoredFeatures(Whitens):
     """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages.
 
     `checksums`, if given, are `row_checksums` of the features. `whitening`, once `whiten` was
     called, is applied to what is looked up.
     """
 
-    whitening: Whitening | None = None
+    way_out = "run protoclip embed-teacher"  # makes damaged features anew
 
     def __init__(
         self,
@@ -127,9 +126,9 @@ class StoredFeatures:
 
     def find(self, sample_ids: Iterable[str]) -> npt.NDArray[np.int64]:
         """The row of each id, or -1."""
-        return self._rows_of(hash_ids(sample_ids))
+        return self.find_hashes(hash_ids(sample_ids))
 
-    def _rows_of(self, wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    def find_hashes(self, wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """The row of the id with each hash, or -1."""
         # A search in ascending order reuses the processor's caches: ten times as fast.
         order = np.argsort(wanted)
@@ -156,45 +155,20 @@ class StoredFeatures:
             )
         return int(missing.sum())
 
-    def whiten(self, width: int) -> None:
-        """Whiten what is looked up from now on, if it is wider. Collective.
-
-        Rank 0 fits the whitening for all: processors may round differently, and the rows of all
-        ranks are clustered together.
-        """
-        if self.width > width:
-            self.whitening = collectives.rank0_first(lambda: self._fit_whitening(width))
-
-    def _fit_whitening(self, width: int) -> Whitening | None:
-        """The whitening of a sample of the rows; None if too few of them differ.
-
-        Damaged ones have no part in it; `lookup` tells of them when it meets one. Few different
-        rows would lie equally far from each other along as many directions, so there are
-        `ROWS_A_DIRECTION` times as many rows as directions.
-        """
+    def sample(self) -> Features:
+        """Damaged rows have no part in it; `lookup` tells of them when it meets one."""
         # Hashes are as good as random, so every so many of them are a fair sample.
         step = max(1, len(self.hashes) // SAMPLE)
         order = np.argsort(self.row_of_hash[::step])
         hashes, rows = self.hashes[::step][order], self.row_of_hash[::step][order]
-        read = self.features[rows]
+        read: Features = self.features[rows]
         if self.checksums is not None:
             read = read[row_checksums(hashes, read) == self.checksums[rows]]
-        width = min(width, len(np.unique(read, axis=0)) // ROWS_A_DIRECTION)
-        if not width:
-            return None
-        return Whitening.fit(torch.from_numpy(read.astype(np.float32)), width)
+        return read
 
     def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m _"]:
         """Features of these samples, as `rows`, in float32; whitened if `whiten` was called."""
         return self.whitened(self.rows(sample_ids))
-
-    def whitened(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
-        """These rows in float32, on their device; whitened if `whiten` was called."""
-        if self.whitening is None:
-            return rows.float()
-        if self.whitening.mean.device != rows.device:  # moved once
-            self.whitening = self.whitening.to(rows.device)
-        return self.whitening(rows.float())
 
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
         """Features of these samples in this order; a row of NaN for one without.
@@ -205,26 +179,39 @@ class StoredFeatures:
             ValueError: One of them is not what was written.
         """
         hashes = hash_ids(sample_ids)
-        rows = self._rows_of(hashes)
+        rows = self.find_hashes(hashes)
+        known = np.flatnonzero(rows >= 0)
         half = self.features.dtype == np.float16
         features = np.full((len(rows), self.width), np.nan, np.float16 if half else np.float32)
-        # In the order of the file each page is read once.
-        order = np.argsort(rows, kind="stable")
-        order = order[np.searchsorted(rows[order], 0) :]
+        features[known] = self.read(
+            rows[known], hashes[known], name=lambda number: sample_ids[known[number]]
+        )
+        return torch.from_numpy(features)
+
+    def read(
+        self,
+        rows: npt.NDArray[np.int64],
+        hashes: npt.NDArray[np.uint64],
+        *,
+        name: Callable[[int], str],
+    ) -> Features:
+        """These rows, whose ids have these hashes; `name` names one of them in a message."""
+        order = np.argsort(rows, kind="stable")  # in the order of the file each page is read once
         stored = self.features[rows[order]]
         if self.checksums is not None:
             checksums = row_checksums(hashes[order], stored)
             if len(wrong := np.flatnonzero(checksums != self.checksums[rows[order]])):
                 raise ValueError(
                     f"{self.name}: damaged (the checksum of the features of "
-                    f"'{sample_ids[order[wrong[0]]]}' differs in {FEATURES}); delete the folder, "
-                    "and run protoclip embed-teacher again"
+                    f"'{name(int(order[wrong[0]]))}' differs in {FEATURES}); delete the folder, "
+                    f"and {self.way_out} again"
                 )
+        features: Features = np.empty(stored.shape, stored.dtype)
         features[order] = stored
         # Random reads would pile up pages in this process. The system's cache keeps them.
         if isinstance(self.features.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             self.features.base.madvise(mmap.MADV_DONTNEED)
-        return torch.from_numpy(features)
+        return features
 
 
 def open_folder(folder: Path) -> StoredFeatures:

@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from protoclip.config import START, Config
+from protoclip.config import HALVES, START, Config
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sources import entries
 from protoclip.features.store import DAMAGED, StoredFeatures, open_folder
+from protoclip.features.whiten import Whitens
 
 FILES = (".npy", ".parquet")  # of a user's own features
 
@@ -72,7 +73,7 @@ def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
 
 def teachers(
     config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
-) -> dict[str, StoredFeatures]:
+) -> dict[str, Whitens]:
     """The external teachers by name, without the frozen start, which is not embedded yet.
 
     `whiten` is the next step. Notes how many samples a teacher has no features of.
@@ -83,7 +84,7 @@ def teachers(
     sources = zip(sources_of(samples), entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
-    found = {}
+    found: dict[str, Whitens] = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
         if teacher.features == START:  # `encode.embed_start` makes these, when the run begins
@@ -93,14 +94,17 @@ def teachers(
                     "stream; copy the shards, and leave data.read out"
                 )
             continue
+        if teacher.features in HALVES.values():  # `align` has them
+            continue
         if teacher.features == "emoji":
             plain, features = read_parquet(emoji_teacher_path())
             ids = [prefix + own for prefix in prefixes or [""] for own in plain]
             features = np.tile(features, (len(ids) // len(plain), 1))
-            found[name] = StoredFeatures.in_memory(name=name, sample_ids=ids, features=features)
+            stored = StoredFeatures.in_memory(name=name, sample_ids=ids, features=features)
         else:
-            found[name] = read_teacher(teacher.features)
-        if isinstance(samples, Pairs) and (missing := found[name].missing(samples.sample_ids())):
+            stored = read_teacher(teacher.features)
+        found[name] = stored
+        if isinstance(samples, Pairs) and (missing := stored.missing(samples.sample_ids())):
             note(
                 f"{name}: no features of {missing} of {len(samples)} training samples, which its "
                 "loss leaves out"
@@ -108,7 +112,7 @@ def teachers(
     return found
 
 
-def whiten(config: Config, found: Mapping[str, StoredFeatures]) -> None:
+def whiten(config: Config, found: Mapping[str, Whitens]) -> None:
     """Whiten each teacher as its settings say. Collective."""
     for name, teacher in config.external_teachers.items():
         if teacher.whiten:

@@ -4,7 +4,7 @@ Directions in which features vary more count more in their distances, so K-means
 first, and hardly by what only some samples have.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from protoclip.distributed import collectives
+
 Features = npt.NDArray[np.floating]
+ROWS_A_DIRECTION = 8  # fewest rows that a whitening is fitted to
 LEAST_VARIANCE = 1e-6  # of the largest: directions with less are rounding errors
 
 
@@ -68,3 +71,51 @@ def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features,
     axes = axes * np.sign(axes[np.arange(width), np.abs(axes).argmax(1)])[:, None]
     everything = max(float(variances.sum()), np.finfo(np.float64).tiny)
     return mean, axes, float(np.clip(variances[-width:].sum() / everything, 0, 1))
+
+
+class Whitens:
+    """Features by sample id, which are whitened when they are looked up, once `whiten` was called.
+
+    Attributes:
+        width: Of the features before.
+    """
+
+    width: int
+    whitening: Whitening | None = None
+
+    def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
+        """Features of these samples in this order; a row of NaN for one without."""
+        raise NotImplementedError
+
+    def sample(self) -> Features:
+        """Some thousand of the features, evenly drawn."""
+        raise NotImplementedError
+
+    def whiten(self, width: int) -> None:
+        """Whiten what is looked up from now on, if it is wider. Collective.
+
+        Rank 0 fits the whitening for all: processors may round differently, and the rows of all
+        ranks are clustered together.
+        """
+        if self.width > width:
+            self.whitening = collectives.rank0_first(lambda: self._fit_whitening(width))
+
+    def _fit_whitening(self, width: int) -> Whitening | None:
+        """The whitening of a sample of the rows; None if too few of them differ.
+
+        Few different rows would lie equally far from each other along as many directions, so there
+        are `ROWS_A_DIRECTION` times as many rows as directions.
+        """
+        rows = self.sample()
+        width = min(width, len(np.unique(rows, axis=0)) // ROWS_A_DIRECTION)
+        if not width:
+            return None
+        return Whitening.fit(torch.from_numpy(rows.astype(np.float32)), width)
+
+    def whitened(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
+        """These rows in float32, on their device; whitened if `whiten` was called."""
+        if self.whitening is None:
+            return rows.float()
+        if self.whitening.mean.device != rows.device:  # moved once
+            self.whitening = self.whitening.to(rows.device)
+        return self.whitening(rows.float())

@@ -1,11 +1,12 @@
 """Small towers, and pretrained halves: timm's image weights, and Hugging Face text models."""
 
+import json
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import timm
@@ -15,6 +16,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES
+from protoclip.files import read_local
 from protoclip.models import towers
 from protoclip.models.architecture import Architecture
 from protoclip.models.hugging_face import read_model
@@ -24,6 +26,9 @@ from protoclip.models.towers import Tokenizer, TowerKind, Weights, examples_of
 NAMED_CONTEXT_LENGTH = 77  # tokens that a Hugging Face text tower reads, unless set
 # The kinds of Hugging Face text model that open_clip can hold.
 TEXT_KINDS = ("bert", "roberta", "xlm-roberta")
+# What open_clip calls the ways from a caption's tokens to one feature.
+POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
+POOLING = "1_Pooling/config.json"  # where sentence-transformers says which one a model was made for
 PUBLISHED = "published"
 MINILM = "minilm"
 
@@ -37,11 +42,12 @@ class SmallTowers(Architecture):
         described = {name: text[name] for name in ("width", "heads", "layers")}
         if self.model.text.name is not None:
             names = dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), self._text_source)
-            described = {**names, "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
+            described = {**names, "hf_proj_type": self.model.projection}
+            described["hf_pooler_type"] = self._pooler
         vision = {"timm_model_name": self.model.image.name, "timm_pool": "avg"}
         return {
             "embed_dim": self.model.embed_dim,
-            "vision_cfg": {**vision, "timm_proj": "linear"},
+            "vision_cfg": {**vision, "timm_proj": self.model.projection},
             "text_cfg": described,
         }
 
@@ -73,7 +79,10 @@ class SmallTowers(Architecture):
         towers.require_image_name(image.name)
         size, length = self.sizes["image_size"], self.sizes["context_length"]
         vision = CLIPVisionCfg(
-            timm_model_name=image.name, timm_pool="avg", timm_proj="linear", image_size=size
+            timm_model_name=image.name,
+            timm_pool="avg",
+            timm_proj=self.model.projection,
+            image_size=size,
         )
         if text.name is None:
             settings = CLIPTextCfg(
@@ -86,8 +95,8 @@ class SmallTowers(Architecture):
                 context_length=length,
                 hf_model_name=source,
                 hf_model_pretrained=False,
-                hf_proj_type="linear",
-                hf_pooler_type="mean_pooler",
+                hf_proj_type=self.model.projection,
+                hf_pooler_type=self._pooler,
             )
             with hub(text.name, source):
                 built = open_clip.CustomTextCLIP(self.embed_dim, vision, settings).float()
@@ -114,6 +123,10 @@ class SmallTowers(Architecture):
             return towers.build_tokenizer(None, context_length=length)
         text = {"hf_tokenizer_name": self._text_source}
         return towers.described_tokenizer(text, context_length=length)
+
+    @property
+    def _pooler(self) -> str:
+        return POOLERS[self.model.text.pooling or "mean"]
 
     @property
     def _text_source(self) -> str:
@@ -173,6 +186,31 @@ def text_source(name: str | None) -> str:
         files = [path.name for path in Path(name).iterdir()]
         require_safetensors(f"model.text.name: {name}", files)
     return name
+
+
+def pooling_of(name: str) -> Literal["mean", "cls"]:
+    """How a text model's tokens become one feature, by its own files; the mean if these are silent.
+
+    Raises:
+        ValueError: It is neither the mean nor the first token.
+    """
+    from transformers.utils.hub import cached_file
+
+    source = text_source(name)
+    with hub(name, source):
+        found = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        return "mean"
+    settings = json.loads(read_local(Path(found)))
+    ways = {key for key, value in settings.items() if key.startswith("pooling_mode_") and value}
+    if ways == {"pooling_mode_cls_token"}:
+        return "cls"
+    if ways != {"pooling_mode_mean_tokens"}:
+        raise ValueError(
+            f"model.text.name: {name} pools its tokens by {' and '.join(sorted(ways))}; text "
+            "towers take the mean or the first token, so choose one with model.text.pooling"
+        )
+    return "mean"
 
 
 def check_text(name: str, source: str, *, context_length: int) -> None:

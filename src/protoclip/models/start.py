@@ -26,7 +26,7 @@ from protoclip.data.transforms import EvaluationTransform
 from protoclip.files import read_local, require_regular
 from protoclip.models import conversion, hugging_face, towers
 from protoclip.models.architecture import Architecture, DescribedTowers, NamedTowers
-from protoclip.models.halves import SmallTowers
+from protoclip.models.halves import SmallTowers, pooling_of
 from protoclip.models.heads import projection_head
 from protoclip.models.opening import (
     HUGGING_FACE_CONFIG,
@@ -445,6 +445,9 @@ def resolve_start(given: ModelConfig) -> Start:
     """
     reference, name = given.start, given.name
     if reference is None and name is None:
+        if given.text.name is not None and given.text.pooling is None:
+            text = replace(given.text, pooling=pooling_of(given.text.name))
+            given = replace(given, text=text)
         small = SmallTowers(model=given)
         return Start(reference=given.image.name, unresized=small, model=given)
     if reference is None:

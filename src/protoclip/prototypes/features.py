@@ -18,7 +18,8 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank, world_size
-from protoclip.features.store import StoredFeatures, hash_ids
+from protoclip.features.store import hash_ids
+from protoclip.features.whiten import Whitens
 from protoclip.models.protoclip import Embeddings, ProtoCLIP
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.nearest import nearest
@@ -54,7 +55,7 @@ class ExtractedFeatures:
 
     model: ProtoCLIP
     batches: Callable[[Episode], Iterable[Batch]]
-    teachers: dict[str, StoredFeatures]
+    teachers: dict[str, Whitens]
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
 

@@ -1,19 +1,18 @@
 """Fine-tuning: `train` with other defaults, then WiSE-FT. What `protoclip finetune` does."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from protoclip.config import NO_START, START, Config, shown
+from protoclip.config import NO_START, START, Config
 from protoclip.data.pairs import Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
 from protoclip.training import optim, wise_ft
+from protoclip.training.choices import Choices, with_begun
 from protoclip.training.run import train_together
-from protoclip.training.run_folder import folder_of, read_settings
+from protoclip.training.run_folder import folder_of
 
 PASSES = 5  # over the data
 LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
@@ -58,7 +57,7 @@ def finetune(
     def begin() -> Choices:
         choices = before_data(settings)
         if resume == "auto":
-            choices = before_data(with_begun(settings, folder_of(choices.config)))
+            choices = before_data(with_begun(settings, folder_of(choices.config), CHOSEN))
         return choices
 
     with collectives.process_group(device):
@@ -73,52 +72,6 @@ def finetune(
         )
 
 
-def with_begun(given: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The settings that are given, and below them what a run in this folder chose for others."""
-    if not (folder / "config.toml").is_file():
-        return given
-    saved = read_settings(folder)
-    tree = dict(given)
-    for name in saved.keys() & CHOSEN:
-        section, key = name.split(".")
-        tree[section] = {key: saved[name], **tree.get(section, {})}
-    return tree
-
-
-class Choices:
-    """What fine-tuning chooses for settings that are not `given`, as a recipe holds them.
-
-    `config` has the settings that are given and those that were chosen so far.
-    """
-
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given, self.config = given, Config.from_dict(given)
-        self.chosen: dict[str, dict[str, Any]] = {}
-
-    def is_given(self, name: str) -> bool:
-        section, key = name.split(".")
-        return key in self.given.get(section, {})
-
-    def choose(self, name: str, value: Any) -> Any:
-        """The value of a setting: what is given, else this one."""
-        section, key = name.split(".")
-        values = getattr(self.config, section)
-        if self.is_given(name):
-            return getattr(values, key)
-        self.chosen.setdefault(section, {})[key] = value
-        self.config = replace(self.config, **{section: replace(values, **{key: value})})
-        return value
-
-    @property
-    def notes(self) -> list[str]:
-        """One for each section."""
-        return [
-            "for fine-tuning: "
-            + ", ".join(f"{section}.{key} = {shown(value)}" for key, value in values.items())
-            for section, values in self.chosen.items()
-        ]
-
-
 def before_data(given: Mapping[str, Any]) -> Choices:
     """What is chosen before the data are opened.
 
@@ -130,7 +83,7 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     Raises:
         ValueError: There is no start, or a setting is wrong.
     """
-    choices = Choices(given)
+    choices = Choices(given, "fine-tuning")
     if choices.config.model.start is None:
         raise ValueError(NO_START)
     choices.choose("run.name", "finetuned")

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,30 +18,35 @@ import torch
 from torch import Tensor
 
 from protoclip import signals
-from protoclip.config import START, Config, PrototypeConfig, TeacherConfig
+from protoclip.config import HALVES, START, Config, PrototypeConfig, TeacherConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.chosen import read_chosen
 from protoclip.data.content import Facts, content
-from protoclip.data.loader import Pass, SkipLog
+from protoclip.data.loader import EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.features import AlignedEncoder, Encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.features import teachers as external
 from protoclip.features.encode import embed_start
+from protoclip.features.halves import HalfRows, features_folder, half_teachers
+from protoclip.features.row_loader import RowLoader
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
+from protoclip.models.aligned import AlignedModel, FrozenHalves
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import MODEL, checkpoints, model_json, read_checkpoint, understood
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
+from protoclip.prototypes.nearest import nearest
 from protoclip.terminal import say
 from protoclip.training import optim
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
@@ -94,12 +100,15 @@ def train_together(
     resume: bool,
     defaults: Defaults | None = None,
     ending: Ending | None = None,
+    encode: Callable[[Plan, ProtoCLIP], tuple[Plan, HalfRows]] | None = None,
     is_done: Callable[[Path, Mapping[str, Any]], bool] = lambda folder, results: True,
 ) -> dict[str, Any]:
     """`train` on each rank of a process group, or in the only process.
 
     Args:
         defaults: Other ones than those of `train`; see `plan.complete`.
+        encode: Encodes the pairs by two frozen halves, whose projections alone train then; the
+            plan that it returns leaves bad pairs out.
         is_done: Whether the results in a run folder are already those of this `ending`.
     """
     folder = folder_of(config)
@@ -120,7 +129,10 @@ def train_together(
         return begun.results
     plan = complete(begun.outline, defaults=defaults)
     model, said = loading.training_model(plan.config, device, plan.start)
-    run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder))
+    halves = None
+    if encode is not None:
+        plan, halves = encode(plan, model)
+    run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
     start = {} if ending is None else parallel.weights(model)
     trains = loading.in_words(plan.config.model, model, run.loader.tokenizer)
     notes = [trains, *plan.notes, *said, *run.notes]
@@ -179,12 +191,25 @@ class Run:
     """A run on one rank: its parts, the loop over episodes, saving, going on, and results.
 
     Making one writes nothing. Rank 0 alone has a `log`, writes checkpoints and shows progress.
-    `model` is on its device, or sharded.
+    `model` is on its device, or sharded. With `halves` only its projections train, on these rows.
     """
 
-    def __init__(self, plan: Plan, model: ProtoCLIP, *, folder: Path) -> None:
+    def __init__(
+        self, plan: Plan, model: ProtoCLIP, *, folder: Path, halves: HalfRows | None = None
+    ) -> None:
         config, samples = plan.config, plan.samples
         self.plan, self.config, self.folder, self.model = plan, config, folder, model
+        self.trained = model  # what a step trains
+        self.frozen: Encoder | None = None  # the halves, to judge with
+        if halves is not None:
+            self.trained = AlignedModel(model, dropout=config.align.dropout)
+            self.frozen = Encoder(
+                model=FrozenHalves(model.towers).eval(),
+                transform=loading.evaluation_transform(model),
+                tokenizer=loading.tokenizer(plan.start),
+                cache=features_folder() / "evaluation",
+            )
+        self.fixed: dict[str, KMeans] = {}  # clusters of the halves, which never change
         self.log: MetricsLog | None = None
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
         self.early_stop: EarlyStop | None = None
@@ -214,14 +239,18 @@ class Run:
             device=device,
             on_read=self.skips.add,
             after=self.pass_after,
+            kind=EpisodeLoader if halves is None else partial(RowLoader, halves=halves),
         )
         # The same dict as that of the features to cluster: `prepare_teachers` adds to it.
         self.teachers = external.teachers(config, samples, self.notes.append)
+        if halves is not None:
+            assert isinstance(samples, Pairs)
+            self.teachers.update(half_teachers(config, samples, halves))
         teachers = config.external_teachers
         spaces: dict[str, PrototypeConfig | TeacherConfig] = {**teachers}
         spaces |= {"image": config.prototypes, "text": config.prototypes}
         sigmoid = config.loss.instance == "sigmoid"
-        optimizer, scaler = optim.optimizer(config, model), grad_scaler(precision, device)
+        optimizer, scaler = optim.optimizer(config, self.trained), grad_scaler(precision, device)
         self.start = loading.frozen_start(config, device, plan.start) if config.uses_start else None
         weights = LossWeights(
             info_nce=0.0 if sigmoid else config.loss.info_nce,
@@ -232,7 +261,7 @@ class Run:
             keep_by=config.loss.keep_by,
         )
         self.trainer = Trainer(
-            model=model,
+            model=self.trained,
             stage=partial(stage_of, config),
             source=self.feature_source(autocast(precision, device)),
             cluster=self.cluster,
@@ -298,7 +327,7 @@ class Run:
         over = partial(self.loader.pass_over, transform=transform, stream=EXTRACTION_STREAM)
         self.extraction_pass: Callable[[Episode], Pass] = over
         settings: dict[str, Any] = {
-            "model": self.model,
+            "model": self.trained,
             "batches": lambda episode: self.loader.batches_of(self.extraction_pass(episode)),
             "teachers": self.teachers,
             "autocast": context,
@@ -347,9 +376,11 @@ class Run:
         """K-means with the settings of a space."""
         settings, teacher = self.config.prototypes, self.config.external_teachers.get(space)
         number = settings.number if teacher is None else teacher.number
+        if (fixed := self.fixed.get(space)) is not None:
+            return replace(fixed, assignments=nearest(rows, fixed.centroids)[0])
         # A teacher may know fewer samples of an episode than it has prototypes.
         known = collectives.all_reduce(torch.tensor(len(rows), device=rows.device))
-        return kmeans(
+        made = kmeans(
             rows,
             min(number, int(known)),
             iterations=settings.iterations,
@@ -358,6 +389,9 @@ class Run:
             seed=self.config.run.seed,
             positions=positions,
         )
+        if teacher is not None and teacher.features in HALVES.values():
+            self.fixed[space] = made
+        return made
 
     def train_episodes(self) -> None:
         """The episodes that remain (paper, "online episodic training"), until a signal stops it."""
@@ -453,13 +487,14 @@ class Run:
         tokenizer = self.loader.tokenizer
         metrics: dict[str, float] = {}
         more["workers"] = self.loader.workers
+        if self.frozen is not None:
+            more["encoder_of"] = partial(AlignedEncoder, frozen=self.frozen)
 
         def measure(
             data: EvaluationData, split: Literal["validation", "test"], *, quick: bool
         ) -> dict[str, float]:
-            model = self.model
             return evaluate_run(
-                model, transform, tokenizer, data=data, split=split, quick=quick, **more
+                self.trained, transform, tokenizer, data=data, split=split, quick=quick, **more
             )
 
         for data in self.plan.held_out[:1] if quick else self.plan.held_out:
@@ -508,6 +543,8 @@ class Run:
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
         }
+        if self.trained is not self.model:
+            state["model"] = parallel.weights(self.model)
 
         def write() -> None:
             """The one before may still be on its way to a slow disk."""
@@ -534,7 +571,12 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Load what `save` saved; returns the bytes of the metrics that were logged until then."""
         config = self.config
+        if self.trained is not self.model:
+            state["model"] = {name: state["model"][name] for name in self.trained.state_dict()}
         self.trainer.load_state_dict(state)
+        for space, teacher in config.external_teachers.items():
+            if teacher.features in HALVES.values() and space in self.trainer.clusters:
+                self.fixed[space] = self.trainer.clusters[space]
         for position in state["loader"]:
             self.loader.load_state_dict(position)
         counts = [(int(read), int(skipped)) for read, skipped in state["skips"]]

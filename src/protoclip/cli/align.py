@@ -1,0 +1,31 @@
+"""`protoclip align`."""
+
+from dataclasses import dataclass, fields
+
+from protoclip.cli.train import Train, show_results
+from protoclip.config import Config
+from protoclip.paths import require_paths, require_place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align(Train):
+    """Train heads between two pretrained halves, which encode the pairs once.
+
+    The defaults differ from those of train; notes say how. Name the halves by
+    --model.image.name and --model.text.name.
+    """
+
+    def __call__(self) -> None:
+        sections = [section.name for section in fields(Config)]
+        settings = {name: self.given[name] for name in sections if name in self.given}
+        config = Config.from_dict(settings)
+        if self.resume == "never":
+            require_paths(config)
+        if config.run.out is not None:
+            require_place("run.out", config.run.out, is_folder=True)
+        import torch
+
+        from protoclip.training.align import align
+
+        torch.set_flush_denormal(True)
+        show_results(align(settings, resume=self.resume), as_json=self.json)

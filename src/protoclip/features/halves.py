@@ -1,0 +1,461 @@
+"""What two frozen halves make of the pairs of a run: each image and each caption encoded once.
+
+Features are in a folder for each half, by its weights and its transform, and there in segments: a
+segment has the images or captions that were new when a run began. An image is known by its file,
+or by its row in data that hold it; a caption by its text. So runs over the same or over more data
+encode what is new.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from protoclip.config import HALVES, Config
+from protoclip.data.decode import decode_crop
+from protoclip.data.index import cache_folder
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, file_status
+from protoclip.data.transforms import Transform
+from protoclip.data.view import PairsView
+from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
+from protoclip.features import store
+from protoclip.features.encode import (
+    PART_ROWS,
+    PARTS,
+    Encoder,
+    encode_missing,
+    join_parts,
+    read_part,
+)
+from protoclip.features.store import StoredFeatures, hash_ids
+from protoclip.features.whiten import Features, Whitens
+from protoclip.files import checksum, locked
+from protoclip.models.aligned import FrozenHalves
+from protoclip.models.towers import Tokenizer
+
+Hashes = npt.NDArray[np.uint64]
+Numbers = npt.NDArray[np.int64]
+BLOCK = 2**14  # pairs whose keys are in memory at once
+SAMPLE = 2**14  # pairs that a whitening is fitted to
+
+
+def features_folder() -> Path:
+    return cache_folder() / "features"
+
+
+class HalfEncoder(Encoder):
+    """A frozen half: its features are of any norm, since the projection reads them as they are.
+
+    Args:
+        halves: Both, on their device.
+        reads: The half: an image, or a text by the tokenizer.
+        transform: Of images. One that draws gets draws of its own for each image.
+        autocast: Makes the context of forward passes.
+    """
+
+    unit_norm = False
+
+    def __init__(
+        self,
+        halves: FrozenHalves,
+        *,
+        tokenizer: Tokenizer | None = None,
+        transform: Transform | None = None,
+        max_pixels: int,
+        autocast: Any,
+    ) -> None:
+        self.module: Any = halves.visual if transform else halves.text
+        self.halves, self.images, self.tokenizer = halves, transform, tokenizer
+        self.max_pixels, self.autocast = max_pixels, autocast
+        # `encode_items` asks whether there is one, and calls `read_image` then.
+        self.transform = None if transform is None else self._unused
+        self.reads = "text" if transform is None else "image"
+        self.device = next(halves.parameters()).device
+        size = 0 if transform is None else transform.size
+        blank = (torch.zeros(size, size, 3, dtype=torch.uint8), self._draws("")) if size else "a"
+        self.width = self.encode([blank]).shape[1]
+
+    @torch.inference_mode()
+    def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
+        with self.autocast():
+            if self.images is None:
+                assert self.tokenizer is not None
+                features = self.halves.encode_text(self.tokenizer(inputs).to(self.device))
+            else:
+                pixels, draws = (torch.stack(list(each)) for each in zip(*inputs, strict=True))
+                images = self.images.finish(pixels.to(self.device), draws)
+                features = self.halves.encode_image(images)
+        return features.float().cpu()
+
+    def read_image(self, sample: Sample) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The crop of an image as bytes, and the draws of its transform."""
+        assert self.images is not None
+        draws, transform = self._draws(sample.sample_id), self.images
+        crop = decode_crop(
+            sample.image,
+            lambda width, height: transform.box(width, height, draws.numpy()),
+            transform.size,
+            max_pixels=self.max_pixels,
+        )
+        return torch.from_numpy(np.require(crop, requirements="W")), draws
+
+    def _draws(self, key: str) -> Float[Tensor, " r"]:
+        """Of an image, the same on every call."""
+        assert self.images is not None
+        generator = np.random.Generator(np.random.Philox(key=int(hash_ids([key])[0])))
+        return torch.from_numpy(generator.random(self.images.num_draws, dtype=np.float32))
+
+    def _unused(self, image: Any) -> Tensor:
+        raise NotImplementedError
+
+    def key(self) -> str:
+        """Identifies what the features depend on: weights, transform or tokenizer, pooling."""
+        if self.images is not None:
+            facts = repr(self.images)
+        else:
+            assert self.tokenizer is not None
+            text = ["a photo of a dog", "two words"]
+            facts = f"{type(self.halves.pooler).__name__} {self.tokenizer(text).tolist()}"
+        facts += "" if self.autocast is nullcontext else repr(self.autocast)
+        return checksum(f"{self.checksum()} {facts}".encode())
+
+
+class ImagesOnce:
+    """Images of pairs as pairs of their own, each with its key as id; see `pairs.Pairs`."""
+
+    def __init__(self, pairs: Pairs, rows: Numbers) -> None:
+        self.name, self.pairs, self.rows = pairs.name, pairs, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample_id(self, row: int) -> str:
+        return image_key(self.pairs, int(self.rows[row]))
+
+    def sample_ids(self) -> Iterator[str]:
+        return map(self.sample_id, range(len(self)))
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        return ()
+
+    def sample(self, row: int) -> Sample:
+        number, key = int(self.rows[row]), self.sample_id(row)
+        source, at = located(self.pairs, number)
+        try:
+            encoded = source.encoded(at)
+        except BadSample as error:
+            raise BadSample(key, error.where, error.reason) from None
+        return Sample(sample_id=key, image=encoded, captions=(), where=source.where(at))
+
+
+class CaptionsOnce(ImagesOnce):
+    """Captions of pairs as pairs of their own, each with its text as id.
+
+    Args:
+        at: Which caption of its row each is.
+    """
+
+    def __init__(self, pairs: Pairs, rows: Numbers, at: Numbers) -> None:
+        super().__init__(pairs, rows)
+        self.at = at
+
+    def sample_id(self, row: int) -> str:
+        captions: tuple[str, ...] = self.pairs.sample_captions(int(self.rows[row]))
+        text: str = captions[self.at[row]]
+        return text
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        return (self.sample_id(row),)
+
+
+def located(pairs: Pairs, row: int) -> tuple[Any, int]:
+    """The source that holds a row, and its number there."""
+    return pairs.locate(row) if isinstance(pairs, PairsView) else (pairs, row)
+
+
+def image_key(pairs: Pairs, row: int) -> str:
+    """Names an image: its file with size and time, or its place in data that hold it."""
+    source, number = located(pairs, row)
+    if isinstance(source, ImageTextPairs) and (path := source.image_file(number)) is not None:
+        return f"{file_status(path)}{path}"
+    return f"{source.key} {source.sample_id(number)}"
+
+
+class HalfFeatures:
+    """The features of one half `(n, q)`, segment after segment, found by key."""
+
+    def __init__(self, segments: Sequence[StoredFeatures], width: int) -> None:
+        self.segments, self.width = list(segments), width
+        self.starts = np.cumsum([0, *(len(each.features) for each in segments)])
+        self._hashes = [np.empty(len(each.hashes), np.uint64) for each in segments]
+        for hashes, segment in zip(self._hashes, segments, strict=True):
+            hashes[segment.row_of_hash] = segment.hashes
+
+    def find(self, hashes: Hashes) -> Numbers:
+        """The number of each, or -1."""
+        numbers = np.full(len(hashes), -1, np.int64)
+        for segment, start in zip(self.segments, self.starts, strict=False):
+            rows = segment.find_hashes(hashes)
+            numbers[rows >= 0] = rows[rows >= 0] + start
+        return numbers
+
+    def rows(self, numbers: Numbers) -> npt.NDArray[np.float16]:
+        """Features by number, in half precision; raises `ValueError` for a damaged one."""
+        features = np.empty((len(numbers), self.width), np.float16)
+        of = np.searchsorted(self.starts, numbers, side="right") - 1
+        for number in np.unique(of):
+            chosen, segment = np.flatnonzero(of == number), self.segments[number]
+            rows = numbers[chosen] - self.starts[number]
+            features[chosen] = segment.read(rows, self._hashes[number][rows], name=str)
+        return features
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfRows:
+    """What both halves know of some pairs, by row.
+
+    Attributes:
+        image: A store for each view; the first is of plain images.
+        text: The captions.
+        images: The number of each row's image in each view `(n, v)`; -1 if it is bad.
+        captions: The numbers of all rows' captions, row after row.
+        first: Where each row's captions begin `(n + 1)`.
+    """
+
+    image: Sequence[HalfFeatures]
+    text: HalfFeatures
+    images: Numbers
+    captions: Numbers
+    first: Numbers
+
+    @property
+    def bad(self) -> Numbers:
+        """Rows that cannot be trained on: an image is bad, or there is no caption."""
+        return np.flatnonzero((self.images < 0).any(1) | (np.diff(self.first) == 0))
+
+    def without(self, rows: Numbers) -> "HalfRows":
+        """The same of all other rows."""
+        kept = np.ones(len(self.images), bool)
+        kept[rows] = False
+        counts = np.diff(self.first)
+        return HalfRows(
+            image=self.image,
+            text=self.text,
+            images=self.images[kept],
+            captions=self.captions[np.repeat(kept, counts)],
+            first=np.concatenate([[0], np.cumsum(counts[kept])]),
+        )
+
+    def image_rows(self, rows: Numbers, draws: npt.NDArray[np.float32] | None = None) -> Tensor:
+        """The image features of rows `(b, q)`: of a drawn view, or of the plain image."""
+        if draws is None or len(self.image) == 1:
+            return torch.from_numpy(self.image[0].rows(self.images[rows, 0]))
+        views = (draws * len(self.image)).astype(np.int64)
+        features = np.empty((len(rows), self.image[0].width), np.float16)
+        for view in np.unique(views):
+            chosen = np.flatnonzero(views == view)
+            features[chosen] = self.image[view].rows(self.images[rows[chosen], view])
+        return torch.from_numpy(features)
+
+    def text_rows(self, numbers: Numbers) -> Tensor:
+        return torch.from_numpy(self.text.rows(numbers))
+
+    def drawn_captions(self, rows: Numbers, draws: npt.NDArray[np.float32]) -> Numbers:
+        """The number of one caption of each row, by a draw in [0, 1)."""
+        counts = self.first[rows + 1] - self.first[rows]
+        return self.captions[self.first[rows] + (draws * counts).astype(np.int64)]
+
+    def mean_text_rows(self, rows: Numbers) -> Tensor:
+        """The mean over the captions of each row `(b, q)`."""
+        counts = self.first[rows + 1] - self.first[rows]
+        owner = np.repeat(np.arange(len(rows)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        features = self.text_rows(self.captions[np.repeat(self.first[rows], counts) + within])
+        sums = torch.zeros(len(rows), self.text.width)
+        sums.index_add_(0, torch.from_numpy(owner), features.float())
+        return (sums / torch.from_numpy(counts)[:, None]).half()
+
+
+class HalfTeacher(Whitens):
+    """A frozen half as an external teacher: it groups pairs by its own features of them.
+
+    Args:
+        of: The features of rows.
+        index: Sample ids and rows, as `store.build_index` gives them.
+    """
+
+    def __init__(
+        self, of: Callable[[Numbers], Tensor], index: npt.NDArray[np.uint64], width: int
+    ) -> None:
+        self.of, self.width = of, width
+        self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
+
+    def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
+        """Features of these samples, all of which are known."""
+        return self.of(self.row_of_hash[np.searchsorted(self.hashes, hash_ids(sample_ids))])
+
+    def sample(self) -> Features:
+        step = max(1, len(self.hashes) // SAMPLE)
+        rows: Features = self.of(np.sort(self.row_of_hash[::step])).numpy()
+        return rows
+
+
+def encode_halves(
+    halves: FrozenHalves,
+    pairs: Pairs,
+    *,
+    tokenizer: Tokenizer,
+    views: Sequence[Transform],
+    root: Path,
+    max_pixels: int,
+    autocast: Any,
+    threads: int | None = None,
+    batch_size: int = 64,
+) -> HalfRows:
+    """Encode what is not in the store yet, and open it. All ranks call it.
+
+    Args:
+        halves: On their device, in evaluation mode.
+        views: The transform of the plain image, then of each augmented one.
+        root: Folder of the store.
+
+    Raises:
+        ValueError: The folder cannot be used, or is damaged; or no image can be read.
+    """
+    image_hashes, caption_hashes, first, of_row = keys_of(pairs)
+    unique, rows = np.unique(image_hashes, return_index=True)
+    stores, numbers = [], []
+    for view, transform in enumerate(views):
+        encoder = HalfEncoder(halves, transform=transform, max_pixels=max_pixels, autocast=autocast)
+        named = f"view {view} " if view else ""  # views of one transform differ by their draws
+        folder = root / checksum(f"{named}{encoder.key()}".encode())
+        images = of_view(ImagesOnce(pairs, rows), view)
+        hashes = unique if not view else hash_ids(images.sample_ids())
+        stored = completed(encoder, images, hashes, folder, batch_size, threads)
+        stores.append(stored)
+        numbers.append(stored.find(hashes)[np.searchsorted(unique, image_hashes)])
+    encoder = HalfEncoder(halves, tokenizer=tokenizer, max_pixels=max_pixels, autocast=autocast)
+    unique, at = np.unique(caption_hashes, return_index=True)
+    captions = CaptionsOnce(pairs, of_row[at], at - first[of_row[at]])
+    folder = root / checksum(encoder.key().encode())
+    text = completed(encoder, captions, unique, folder, 4 * batch_size, threads)
+    found = text.find(unique)[np.searchsorted(unique, caption_hashes)]
+    return HalfRows(
+        image=stores, text=text, images=np.stack(numbers, axis=1), captions=found, first=first
+    )
+
+
+def half_teachers(config: Config, pairs: Pairs, halves: HalfRows) -> dict[str, HalfTeacher]:
+    """The frozen halves that group the pairs of a run, by the names of its teachers."""
+    index = store.build_index(list(pairs.sample_ids()), name=pairs.name)
+    of = {
+        HALVES["image_half"]: (halves.image_rows, halves.image[0].width),
+        HALVES["text_half"]: (halves.mean_text_rows, halves.text.width),
+    }
+    return {
+        name: HalfTeacher(of[teacher.features][0], index, of[teacher.features][1])
+        for name, teacher in config.external_teachers.items()
+        if teacher.features in of
+    }
+
+
+def of_view(images: ImagesOnce, view: int) -> ImagesOnce:
+    """The images under the keys that they have in a view."""
+    if not view:
+        return images
+
+    class View(ImagesOnce):
+        def sample_id(self, row: int) -> str:
+            return f"{super().sample_id(row)} view {view}"
+
+    return View(images.pairs, images.rows)
+
+
+def keys_of(pairs: Pairs) -> tuple[Hashes, Hashes, Numbers, Numbers]:
+    """Hashes of each row's image and of all captions, where each row's captions begin, their rows.
+
+    A row without captions has none.
+    """
+    image_parts, caption_parts, counts = [], [], np.zeros(len(pairs) + 1, np.int64)
+    for start in range(0, len(pairs), BLOCK):
+        rows = range(start, min(start + BLOCK, len(pairs)))
+        image_parts.append(hash_ids(image_key(pairs, row) for row in rows))
+        texts: list[str] = []
+        for row in rows:
+            try:
+                own = pairs.sample_captions(row)
+            except BadSample:
+                own = ()
+            counts[row + 1] = len(own)
+            texts += own
+        caption_parts.append(hash_ids(texts))
+    of_row = np.repeat(np.arange(len(pairs)), counts[1:])
+    return np.concatenate(image_parts), np.concatenate(caption_parts), np.cumsum(counts), of_row
+
+
+def completed(
+    encoder: HalfEncoder,
+    items: ImagesOnce,
+    hashes: Hashes,
+    folder: Path,
+    batch_size: int,
+    threads: int | None,
+) -> HalfFeatures:
+    """A half's features of all items that can be read; those that are missing are encoded now.
+
+    `hashes` are those of the items' ids. Ranks share the work; one process at a time adds to a
+    half's folder.
+    """
+    with ExitStack() as stack:
+        rank0_first(lambda: stack.enter_context(locked(folder)))
+        stored = raise_on_all_ranks(lambda: opened(folder, encoder.width))
+        missing = np.flatnonzero(stored.find(hashes) < 0)
+        if not len(missing):
+            return stored
+        if isinstance(items, CaptionsOnce):
+            missing = missing[np.argsort(items.rows[missing], kind="stable")]
+            new: ImagesOnce = CaptionsOnce(items.pairs, items.rows[missing], items.at[missing])
+        else:
+            missing = missing[np.argsort(items.rows[missing], kind="stable")]
+            new = type(items)(items.pairs, items.rows[missing])
+        ids = checksum(np.sort(hashes[missing]).tobytes())
+        out = folder / ids
+        settings = {
+            "teacher": f"the {encoder.reads} half",
+            "source": items.name,
+            "samples": len(missing),
+            "ids": ids,
+            "reduced_to": None,
+            "weights": encoder.checksum(),
+            "modality": encoder.reads,
+            "part_rows": PART_ROWS[encoder.reads],
+        }
+        if not encode_missing(encoder, new, out, settings, batch_size, threads):
+            rank0_first(lambda: joined(out, settings))
+        return raise_on_all_ranks(lambda: opened(folder, encoder.width))
+
+
+def joined(out: Path, settings: dict[str, Any]) -> None:
+    """Make the parts a segment, unless all items are bad; the next run tries those again."""
+    if any(read_part(file)[0]["ids"] for file in (out / PARTS).glob("*.npz")):
+        join_parts(out, settings)
+    else:
+        shutil.rmtree(out)
+
+
+def opened(folder: Path, width: int) -> HalfFeatures:
+    """The finished segments of a half's folder."""
+    segments = []
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if (path / store.FACTS).is_file() and "rows" in store.read_facts(path):
+            segments.append(store.open_folder(path))
+            segments[-1].way_out = "give the command"
+    return HalfFeatures(segments, width)

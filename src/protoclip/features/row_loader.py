@@ -1,0 +1,50 @@
+"""Batches of what two frozen halves made of images and captions, in the place of these."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from protoclip.data.loader import Batch, EpisodeLoader, Pass
+from protoclip.data.sampler import caption_draws, transform_draws
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.features.halves import HalfRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLoader(EpisodeLoader):
+    """An `EpisodeLoader` whose images and captions are rows that the halves made of them.
+
+    Every pair is good, and nothing is decoded, so it needs no workers.
+    """
+
+    halves: HalfRows
+
+    def batches_of(self, wanted: Pass) -> Iterator[Batch]:
+        """This rank's batches of a pass: a pure function of it, with any number of ranks."""
+        episode, all_rows = wanted.episode, wanted.episode.rows.numpy()
+        size, stride = len(all_rows), self.batch_size * self.world_size
+        captions = caption_draws(self.seed, episode.index, size)
+        views = None
+        if not isinstance(wanted.transform, EvaluationTransform):
+            views = transform_draws(self.seed, episode.index, size, 1, wanted.stream)[:, 0].numpy()
+        for begin in range(wanted.start * stride, size, stride):
+            numbers = np.arange(begin, min(begin + stride, size))
+            position = np.array_split(numbers, self.world_size)[self.rank]
+            rows = all_rows[position]
+            chosen = self.halves.drawn_captions(rows, captions[position])
+            image = self.halves.image_rows(rows, None if views is None else views[position])
+            sample_ids = [self.pairs.sample_id(int(row)) for row in rows]  # type: ignore[union-attr]
+            features = {}
+            if wanted.with_features:
+                features = {name: of(sample_ids) for name, of in self.features_of.items()}
+            self.on_read(len(rows), [])
+            yield Batch(
+                position=torch.from_numpy(position).to(self.device),
+                sample_id=sample_ids,
+                image=image.to(self.device),
+                text=self.halves.text_rows(chosen).to(self.device),
+                captions=[number.tobytes() for number in chosen],
+                features={name: rows.to(self.device) for name, rows in features.items()},
+            )

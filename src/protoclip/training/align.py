@@ -1,0 +1,242 @@
+"""Aligning two frozen halves: what `protoclip align` does.
+
+An image half and a text half that have never met encode each image and each caption once. Then
+their projections into a joint space train on these features, as `train` trains towers on images,
+with other defaults. The halves group the pairs too, each as an external teacher (PBT).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from protoclip.config import HALVES, Config, TeacherConfig
+from protoclip.data.pairs import Pairs
+from protoclip.data.view import PairsView, without
+from protoclip.distributed import collectives
+from protoclip.evaluation.validation import Judged
+from protoclip.features.halves import HalfRows, encode_halves, features_folder
+from protoclip.models import loading
+from protoclip.models.aligned import FrozenHalves, is_aligned
+from protoclip.models.halves import PUBLISHED
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.start import Start
+from protoclip.terminal import say
+from protoclip.training.choices import Choices, with_begun
+from protoclip.training.plan import Plan
+from protoclip.training.precision import autocast, resolve
+from protoclip.training.run import train_together
+from protoclip.training.run_folder import folder_of
+
+PASSES = 100  # over the data
+LARGEST_BATCH = 1024
+MLP_FROM = 2000  # pairs; with fewer, heads with a hidden layer learn them by heart
+# What aligning chooses where it is not given.
+CHOSEN = {
+    *("run.name", "model.embed_dim", "model.projection"),
+    *("episodes.batch_size", "episodes.size", "episodes.count", "episodes.replacement"),
+    *("episodes.locked_image", "episodes.warm_up", "optim.learning_rate", "optim.warm_up_steps"),
+    *("optim.weight_decay", "optim.heads_weight_decay", "optim.heads_lr_scale", "optim.betas"),
+}
+NEEDS = (
+    "needs two pretrained halves, as in --model.image.name timm:vit_small_patch14_dinov2.lvd142m "
+    "--model.text.name minilm"
+)
+
+
+def align(
+    settings: Mapping[str, Any] | Config, *, resume: Literal["never", "auto"] = "never"
+) -> dict[str, Any]:
+    """Train the heads between a frozen image half and a frozen text half.
+
+    Args:
+        settings: Those of `Config` as a recipe holds them, such as `{"model": {"image": {"name":
+            "timm:vit_small_patch14_dinov2.lvd142m"}, "text": {"name": "minilm"}}, "data":
+            {"train": "pairs.tsv"}}`. Others get the values that suit aligning: see `before_data`
+            and `with_data`.
+        resume: As for `train`.
+
+    Returns:
+        The content of `results.json`, as `train` returns.
+
+    Raises:
+        ValueError: As for `train`; or a half is missing, or cannot be one.
+    """
+    given = given_settings(settings)
+    device = collectives.device(Config.from_dict(given).run.device)
+
+    def begin() -> Choices:
+        choices = before_data(given)
+        if resume == "auto":
+            choices = before_data(with_begun(given, folder_of(choices.config), CHOSEN))
+        return choices
+
+    with collectives.process_group(device):
+        choices = collectives.rank0_first(begin)
+        return train_together(
+            choices.config,
+            device,
+            resume=resume == "auto",
+            defaults=partial(with_data, choices),
+            encode=encode,
+        )
+
+
+def given_settings(settings: Mapping[str, Any] | Config) -> dict[str, Any]:
+    """The settings as a recipe holds them: of a `Config`, those that differ from the defaults."""
+    if not isinstance(settings, Config):
+        return dict(settings)
+    tree: dict[str, Any] = {}
+    for name, section in vars(settings).items():
+        usual = getattr(Config(), name)
+        if isinstance(section, list):
+            tree |= {name: section} if section != usual else {}
+        elif changed := {k: v for k, v in vars(section).items() if v != getattr(usual, k)}:
+            tree[name] = changed
+    return tree
+
+
+def before_data(given: Mapping[str, Any]) -> Choices:
+    """What is chosen before the data are opened: the halves, and what depends on nothing else.
+
+    Raises:
+        ValueError: A half is missing, or a setting is wrong or is for towers that train.
+    """
+    choices = Choices(given, "aligning")
+    config = choices.config
+    model, image = config.model, config.model.image
+    for setting, value in (("name", model.name), ("start", model.start)):
+        if value is not None:
+            raise ValueError(f"model.{setting}: is a whole model, but align {NEEDS}")
+    if model.text.name is None:
+        raise ValueError(f"model.text.name: align {NEEDS}")
+    if "name" not in given.get("model", {}).get("image", {}):
+        raise ValueError(f"model.image.name: align {NEEDS}")
+    refuse(config)
+    image = replace(
+        image, name=image.name.removeprefix("timm:"), weights=image.weights or PUBLISHED
+    )
+    choices.config = replace(config, model=replace(model, image=image))
+    choices.choose("run.name", "aligned")
+    choices.choose("model.embed_dim", 512)
+    choices.choose("episodes.locked_image", 0)
+    choices.choose("episodes.warm_up", 0 if config.loss.prototypical == 0 else 1)
+    choices.choose("optim.learning_rate", 1e-3)
+    choices.choose("optim.weight_decay", 0.1)
+    choices.choose("optim.heads_weight_decay", 0.1)
+    choices.choose("optim.heads_lr_scale", 1.0)
+    choices.choose("optim.betas", (0.9, 0.98))
+    teacher = config.teacher
+    if config.loss.teacher > 0 and teacher.features is None and not config.teachers:
+        halves = [replace(teacher, name=name, features=kind) for name, kind in HALVES.items()]
+        teachers: list[TeacherConfig] = halves
+        usual = TeacherConfig()
+        choices.config = replace(choices.config, teachers=teachers, teacher=usual)
+    return choices
+
+
+def refuse(config: Config) -> None:
+    """Refuse settings of towers that train."""
+    model, parallel = config.model, config.parallel
+    after = "align leaves the halves as they are; protoclip finetune trains them afterwards"
+    frozen = {
+        "model.locked": model.locked,
+        "model.lora": model.lora,
+        "parallel.activation_checkpointing": parallel.activation_checkpointing,
+        "parallel.compile": parallel.compile,
+        "parallel.sync_batch_norm": parallel.sync_batch_norm,
+        "loss.keep": config.loss.keep,
+    }
+    for setting, value in frozen.items():
+        if value:
+            raise ValueError(f"{setting}: {after}; leave it out")
+    if config.optim.layer_decay < 1:
+        raise ValueError(f"optim.layer_decay: {after}; leave it out")
+    if parallel.strategy == "fsdp":
+        raise ValueError("parallel.strategy: fsdp shards towers that train; align takes ddp")
+    if config.data.read == "streaming":
+        raise ValueError("data.read: align encodes each pair once, so it takes no stream")
+
+
+def with_data(
+    choices: Choices, config: Config, start: Start, data: Judged
+) -> tuple[Config, list[str]]:
+    """The defaults of aligning for `plan.complete`: a pass over the data is an episode.
+
+    Raises:
+        ValueError: The data are a stream.
+    """
+    if not isinstance(data.training, Pairs):
+        raise ValueError(
+            f"{data.training.name}: align encodes each pair once, and a stream has no end; copy "
+            "the shards, and leave data.read out"
+        )
+    choices.config, choose = config, choices.choose
+    rows = len(data.training)
+    head = config.align.head
+    if head == "auto":
+        head = "mlp" if rows >= MLP_FROM else "linear"
+    choose("model.projection", head)
+    given = config.episodes
+    batch = 2
+    while batch < LARGEST_BATCH and 4 * batch <= (given.size or rows):
+        batch *= 2
+    batch = choose("episodes.batch_size", batch)
+    size = choose("episodes.size", max(batch, rows // batch * batch))
+    if size <= rows:
+        choose("episodes.replacement", False)
+    count = choose("episodes.count", max(1, round(PASSES * rows / size)))
+    choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
+    return choices.config, choices.notes
+
+
+def encode(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
+    """Encode all pairs of a plan by the halves of a model, and leave bad pairs out. Collective.
+
+    Raises:
+        ValueError: The store cannot be used, or more pairs are bad than `data.max_bad_share` says.
+    """
+    config, samples = plan.config, plan.samples
+    assert isinstance(samples, Pairs)
+    assert is_aligned(model.towers)
+    halves = FrozenHalves(model.towers).eval().requires_grad_(False)
+    device = next(model.parameters()).device
+    plain = loading.evaluation_transform(model)
+    augmented = loading.training_transform(model, config.data.augmentation)
+    workers = config.data.workers
+    rows = encode_halves(
+        halves,
+        samples,
+        tokenizer=loading.tokenizer(plan.start),
+        views=[plain, *[augmented] * (config.align.views - 1)],
+        root=Path(config.align.features) if config.align.features else features_folder(),
+        max_pixels=config.data.max_image_pixels,
+        autocast=autocast(resolve(config.run.precision, device), device),
+        threads=None if workers == "auto" else max(1, workers),
+    )
+    bad = rows.bad
+    if not len(bad):
+        return plan, rows
+    example = samples.sample_id(int(bad[0]))
+    said = f"{len(bad):,} of {len(samples):,} pairs cannot be used, such as '{example}'"
+    if len(bad) > config.data.max_bad_share * len(samples):
+        raise ValueError(
+            f"{said}; that is more than data.max_bad_share ({config.data.max_bad_share:g}) allows; "
+            "mend the data or raise it"
+        )
+    if collectives.rank() == 0:
+        say(f"note: {said}; they are left out")
+    return replace(plan, samples=left(samples, bad)), rows.without(bad)
+
+
+def left(samples: Pairs, bad: Any) -> Pairs:
+    """The samples without rows that cannot be used."""
+    if not isinstance(samples, PairsView):
+        return without(samples, bad)
+    # Rows of the view are rows of its sources without those that it leaves out already.
+    starts = np.cumsum([0, *(len(source) for source in samples.sources)])
+    numbers = [int(starts[samples.source_of(row)]) + samples.locate(row)[1] for row in bad.tolist()]
+    return without(samples, np.union1d(samples.left_out, np.array(numbers, np.int64)))

@@ -1,0 +1,58 @@
+"""Other defaults than those of `train`, for the commands that have some: fine-tuning, aligning."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from protoclip.config import Config, shown
+from protoclip.training.run_folder import read_settings
+
+
+class Choices:
+    """What a command chooses for settings that are not `given`, as a recipe holds them.
+
+    `config` has the settings that are given and those that were chosen so far. `what` the choices
+    are for is what notes say.
+    """
+
+    def __init__(self, given: Mapping[str, Any], what: str) -> None:
+        self.given, self.config, self.what = given, Config.from_dict(given), what
+        self.chosen: dict[str, dict[str, Any]] = {}
+
+    def is_given(self, name: str) -> bool:
+        section, key = name.split(".")
+        return key in self.given.get(section, {})
+
+    def choose(self, name: str, value: Any) -> Any:
+        """The value of a setting: what is given, else this one."""
+        section, key = name.split(".")
+        values = getattr(self.config, section)
+        if self.is_given(name):
+            return getattr(values, key)
+        self.chosen.setdefault(section, {})[key] = value
+        self.config = replace(self.config, **{section: replace(values, **{key: value})})
+        return value
+
+    @property
+    def notes(self) -> list[str]:
+        """One for each section."""
+        return [
+            f"for {self.what}: "
+            + ", ".join(f"{section}.{key} = {shown(value)}" for key, value in values.items())
+            for section, values in self.chosen.items()
+        ]
+
+
+def with_begun(
+    given: Mapping[str, Any], folder: Path, chosen: Collection[str]
+) -> Mapping[str, Any]:
+    """The settings that are given, and below them what a run in this folder chose for others."""
+    if not (folder / "config.toml").is_file():
+        return given
+    saved = read_settings(folder)
+    tree = dict(given)
+    for name in saved.keys() & {*chosen}:
+        section, key = name.split(".")
+        tree[section] = {key: saved[name], **tree.get(section, {})}
+    return tree

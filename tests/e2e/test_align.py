@@ -1,0 +1,327 @@
+"""Aligning two frozen halves: heads train on features that were encoded once."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import protoclip
+from protoclip.config import Config
+from protoclip.data import sources
+from protoclip.data.loader import EpisodeLoader
+from protoclip.data.sampler import EpisodeSampler
+from protoclip.evaluation.suite import evaluate_run
+from protoclip.evaluation.validation import judged
+from protoclip.features import encode as encoding
+from protoclip.features.row_loader import RowLoader
+from protoclip.models import loading
+from protoclip.models.aligned import AlignedModel
+from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.testing import run_distributed, tiny_pairs
+from protoclip.training import align as aligning
+from protoclip.training import plan as planning
+from protoclip.training.align import align
+from tiny_hugging_face import NO_DROPOUT, save_bert
+from tiny_starts import halves
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> dict[str, Any]:
+    """Settings of a short run between tiny halves over 96 pairs, some with two captions."""
+    folder = tmp_path_factory.mktemp("halves")
+    torch.manual_seed(0)
+    model = halves(folder, "test_resnet", size=32)
+    save_bert(folder / "bert", **NO_DROPOUT)
+    table = tiny_pairs(96)
+    captions = [
+        [text, f"{text} again"] if row % 3 else [text]
+        for row, text in enumerate(table["caption"].to_pylist())
+    ]
+    pq.write_table(table.set_column(1, "caption", pa.array(captions)), folder / "pairs.parquet")
+    pq.write_table(tiny_pairs(16, seed=1), folder / "validation.parquet")
+    return {
+        "model": {
+            "image": {"name": "timm:test_resnet", "weights": model.image.weights, "size": 32},
+            "text": {"name": model.text.name, "context_length": 20},
+            "embed_dim": 16,
+            "heads": {"hidden_dim": 32, "projection_dim": 8},
+        },
+        "data": {
+            "train": str(folder / "pairs.parquet"),
+            "validation": str(folder / "validation.parquet"),
+            "workers": 0,
+        },
+        "run": {"device": "cpu", "precision": "fp32", "log_every": 1},
+        "episodes": {"size": 64, "count": 3, "batch_size": 16},
+        "prototypes": {"number": 4},
+        "teacher": {"number": 4},
+    }
+
+
+def changed(given: dict[str, Any], out: Path | None = None, **sections: Any) -> dict[str, Any]:
+    if out is not None:
+        sections["run"] = {**sections.get("run", {}), "out": str(out)}
+    return {**given, **{name: {**given.get(name, {}), **of} for name, of in sections.items()}}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(find_checkpoint(folder) / "model.safetensors")
+
+
+def rows_of(settings: dict[str, Any]) -> tuple[planning.Plan, Any, Any]:
+    choices = aligning.before_data(settings)
+    plan = planning.complete(
+        planning.outline(choices.config),
+        defaults=lambda *data: aligning.with_data(choices, *data),
+    )
+    model, _ = loading.training_model(plan.config, torch.device("cpu"), plan.start)
+    return *aligning.encode(plan, model), model
+
+
+def test_only_what_lies_between_the_halves_trains(given, tmp_path):
+    """With both kinds of prototypes, of the halves and of the projections."""
+    results = align(changed(given, tmp_path / "run"))
+    assert results["steps"] == 12
+    after = weights_of(tmp_path / "run")
+    before = loading.model(aligning.before_data(given).config.model, seed=0).state_dict()
+    between = (
+        "towers.visual.head.",
+        "towers.text.proj.",
+        "towers.logit_",
+        "image_head",
+        "text_head",
+    )
+    for name, value in after.items():
+        if name.startswith(("towers.visual.trunk.", "towers.text.transformer.")):
+            assert torch.equal(value, before[name])
+        elif name.endswith("weight") and not name.endswith("1.weight"):
+            assert name.startswith(between)
+            assert not torch.equal(value, before[name])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for teacher in ("image_half", "text_half", "image", "text"):
+        assert f"train/loss/prototypical/image_from_{teacher}" in lines or teacher == "image"
+    assert "eval/validation/retrieval/image_to_text@1" in results["metrics"]
+
+
+def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given):
+    """The store holds half precision, so features agree to its rounding."""
+    plan, halves_rows, model = rows_of(given)
+    settings: dict[str, Any] = {
+        "pairs": plan.samples,
+        "tokenizer": loading.tokenizer(plan.start),
+        "transform": loading.evaluation_transform(model),
+        "batch_size": 16,
+        "seed": 0,
+        "device": torch.device("cpu"),
+    }
+    episode = EpisodeSampler(len(plan.samples), 32, seed=0).episode(0)
+    rows = RowLoader(**settings, halves=halves_rows).batches(episode)
+    pixels = EpisodeLoader(**settings).batches(episode)
+    on_rows = AlignedModel(model).eval()
+    model.eval()
+    number = 0
+    for stored, plain in zip(rows, pixels, strict=True):
+        assert stored.sample_id == plain.sample_id
+        with torch.no_grad():
+            mine = on_rows(stored.image, stored.text)
+            whole = model(plain.image, plain.text)
+        for name in ("image_features", "text_features", "image_projections"):
+            torch.testing.assert_close(
+                getattr(mine, name), getattr(whole, name), atol=5e-3, rtol=5e-3
+            )
+        number += 1
+    assert number == 2
+
+
+def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
+    results = align(changed(given, tmp_path / "run", run={"evaluate_every": 1}))
+    model, transform, tokenizer = protoclip.load(tmp_path / "run")
+    settings = Config.from_dict(aligning.before_data(given).given)
+    (data,) = judged(settings, sources.pairs(settings)).data
+    whole = evaluate_run(model, transform, tokenizer, data=data, split="validation", show=False)
+    assert {k for k in results["metrics"] if "retrieval" in k}
+    for name, value in whole.items():
+        assert results["metrics"][name] == pytest.approx(value, abs=1e-4)
+
+
+def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypatch):
+    """The same pairs not at all, and of more pairs those that are new."""
+    encoded: list[str] = []
+    items = encoding.encode_items
+
+    def watched(encoder: Any, samples: Any, rows: Any, *rest: Any) -> Any:
+        encoded.extend(samples.sample_id(row) for row in rows)
+        return items(encoder, samples, rows, *rest)
+
+    monkeypatch.setattr(encoding, "encode_items", watched)
+    rows_of(given)
+    plan, *_ = rows_of(given)
+    captions = {
+        text for row in range(len(plan.samples)) for text in plan.samples.sample_captions(row)
+    }
+    assert len(encoded) == len({*encoded}) == len(plan.samples) + len(captions)
+
+
+def kill(given: dict[str, Any], at: int) -> None:
+    """Encode, and end at a part."""
+    import os
+
+    write, left = encoding.write_atomically, [at]
+
+    def writing(path: Path, *rest: Any, **more: Any) -> None:
+        write(path, *rest, **more)
+        if path.suffix == ".npz":
+            left[0] -= 1
+            if not left[0]:
+                os._exit(9)
+
+    encoding.write_atomically = writing  # type: ignore[assignment]
+    encoding.PART_ROWS.update(image=16, text=4)
+    rows_of(given)
+
+
+@pytest.mark.parametrize("part", [2, 7])
+def test_encoding_goes_on_after_a_kill(part, given, tmp_path, store, monkeypatch):
+    import multiprocessing
+
+    monkeypatch.setitem(encoding.PART_ROWS, "image", 16)
+    monkeypatch.setitem(encoding.PART_ROWS, "text", 4)
+    process = multiprocessing.get_context("fork").Process(target=kill, args=(given, part))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    parts = len(list(store.rglob("*.npz")))
+    assert parts
+    _, rows, _ = rows_of(given)
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "other"))
+    _, undisturbed, _ = rows_of(given)
+    every = np.arange(len(rows.images))
+    assert torch.equal(rows.image_rows(every), undisturbed.image_rows(every))
+    assert torch.equal(rows.mean_text_rows(every), undisturbed.mean_text_rows(every))
+
+
+def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", cache)
+        return align(settings)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"align": {"head": "mlp", "views": 2}, "loss": {"instance": "sigmoid"}},
+        {"episodes": {"micro_batch_size": 4}, "prototypes": {"source": "extract", "number": 4}},
+    ],
+)
+def test_ranks_train_what_one_process_trains(more, given, tmp_path):
+    for ranks in (1, 2):
+        settings = changed(given, tmp_path / f"{ranks}", **more)
+        run_distributed(on_ranks, ranks, settings, str(tmp_path / f"cache{ranks}"))
+    one, two = (weights_of(tmp_path / name) for name in ("1", "2"))
+    for name, value in one.items():
+        # BatchNorm takes this bias out, so it moves by rounding, and the mean with it.
+        if not name.endswith(("head.0.bias", "head.1.running_mean")):
+            torch.testing.assert_close(two[name], value, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("source", ["queue", "extract"])
+def test_a_stopped_run_goes_on_bit_for_bit(source, given, tmp_path, monkeypatch):
+    more = {"prototypes": {"source": source, "number": 4}, "align": {"dropout": 0.1, "head": "mlp"}}
+    align(changed(given, tmp_path / "whole", **more))
+    step = aligning.train_together.__globals__["Trainer"].train_step
+    left = [7]
+
+    def stopping(self: Any, *batch: Any, **how: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *batch, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("protoclip.training.trainer.Trainer.train_step", stopping)
+        settings = changed(given, tmp_path / "stopped", **more)
+        assert align(settings)["stopped"] == "SIGTERM"
+    align(settings, resume="auto")
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_bad_images_are_left_out(given, tmp_path, capsys):
+    table = pq.read_table(given["data"]["train"])
+    images = table["image"].to_pylist()
+    images[3], images[40] = b"no image", images[40][:50]
+    pq.write_table(table.set_column(0, "image", pa.array(images)), tmp_path / "bad.parquet")
+    settings = changed(given, data={"train": str(tmp_path / "bad.parquet"), "validation": 0.0})
+    plan, rows, _ = rows_of(settings)
+    assert len(plan.samples) == len(rows.images) == 94
+    assert {"tiny/3", "tiny/40"}.isdisjoint(plan.samples.sample_ids())
+    assert "2 of 96 pairs cannot be used, such as 'tiny/3'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"more than data\.max_bad_share"):
+        rows_of(changed(settings, data={"max_bad_share": 0.01}))
+
+
+def test_fine_tuning_and_exports_take_what_was_aligned(given, tmp_path):
+    align(changed(given, tmp_path / "run", align={"head": "mlp"}))
+    facts = protoclip.export(tmp_path / "run", tmp_path / "out", ("open_clip",))
+    assert [*facts["formats"]] == ["open_clip"]
+    protoclip.finetune(
+        {
+            "model": {"start": str(tmp_path / "run")},
+            "data": given["data"],
+            "run": {**given["run"], "out": str(tmp_path / "tuned"), "evaluate_every": 1},
+            "episodes": {"size": 64, "count": 1, "batch_size": 16},
+            "loss": {"prototypical": 0.0, "teacher": 0.0},
+        },
+        alpha=1.0,
+    )
+    before, after = weights_of(tmp_path / "run"), weights_of(tmp_path / "tuned")
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any("trunk" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"model": {"name": "RN50"}}, "model.name: is a whole model, but align needs two"),
+        ({"model": {"image": {}}}, "model.image.name: align needs two pretrained halves"),
+        ({"model": {"text": {}}}, "model.text.name: align needs two pretrained halves"),
+        ({"parallel": {"strategy": "fsdp"}}, "parallel.strategy: fsdp shards towers"),
+        ({"optim": {"layer_decay": 0.9}}, "optim.layer_decay: align leaves the halves"),
+        ({"model": {"lora": 4}}, "model.lora: align leaves the halves"),
+        ({"loss": {"keep": 1.0}}, "loss.keep: align leaves the halves"),
+        ({"data": {"read": "streaming"}}, "data.read: align encodes each pair once"),
+    ],
+)
+def test_settings_that_align_cannot_follow(more, message, given):
+    with pytest.raises(ValueError, match=message):
+        align(changed(given, **more))
+
+
+def test_a_damaged_store_says_what_to_do(given, store):
+    rows_of(given)
+    file = next(store.rglob("features.npy"))
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 4
+    file.write_bytes(content)
+    _, rows, _ = rows_of(given)
+
+    def read() -> None:
+        every = np.arange(len(rows.images))
+        rows.image_rows(every)
+        rows.mean_text_rows(every)
+
+    with pytest.raises(ValueError, match=r"damaged \(the checksum .* delete the folder, and give"):
+        read()
