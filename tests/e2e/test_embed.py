@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,26 @@ def test_a_file_of_something_else_is_kept(tiny_run, pairs, tmp_path):
         protoclip.embed(tiny_run, other, out)
     protoclip.embed(tiny_run, other, out, overwrite=True)
     assert pq.read_table(out)["captions"].to_pylist()[0] == ["blue"]
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny_run, pairs, tmp_path):
+    """The error names the file; the same call joins the parts that are there."""
+    out = tmp_path / "vectors.parquet"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "join_parts", stop)
+        with pytest.raises(KeyboardInterrupt):
+            embedded(tiny_run, pairs, out)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            embedded(tiny_run, pairs, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(out)
+    assert not list(tmp_path.glob("*.parquet"))
+    assert embedded(tiny_run, pairs, out) == []
+    assert len(pq.read_table(out)) == 58
 
 
 @pytest.mark.parametrize("read", ["auto", "streaming"])

@@ -163,7 +163,7 @@ def encode_parts(
         position = samples.state_dict(end) if is_stream else None
         note = {"ids": part.ids, "bad": part.bad, "position": position, **part.values}
         content = io.BytesIO()
-        np.savez(content, note=np.array(json.dumps(note)), **part.arrays)  # type: ignore[arg-type]
+        np.savez(content, note=np.array(json.dumps(note).encode()), **part.arrays)  # type: ignore[arg-type]
         path = folder / PARTS / f"{number:06d}.npz"
         write_atomically(path, content.getvalue(), durable=True)
         show((done + 1) * size)
@@ -172,14 +172,14 @@ def encode_parts(
 def read_note(path: Path) -> dict[str, Any]:
     """What is known of the samples of a part: `ids`, `bad` and more."""
     with np.load(path) as part:  # arrays are read when they are asked for
-        return json.loads(str(part["note"]))  # type: ignore[no-any-return]
+        return json.loads(part["note"].item())  # type: ignore[no-any-return]
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     """The note of a part, and its arrays."""
     with np.load(path) as part:
         arrays = {name: part[name] for name in part.files if name != "note"}
-        return json.loads(str(part["note"])), arrays
+        return json.loads(part["note"].item()), arrays
 
 
 def write_skipped(files: Sequence[Path], path: Path, source: str) -> tuple[int, int]:
