@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,17 @@ def test_a_file_of_something_else_is_kept(tiny_run, pairs, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             protoclip.embed(tiny_run, by_class, out, overwrite=True)
     assert "class" not in pq.read_schema(out).names
+    part = tmp_path / ".vectors.parquet.parts" / "parts" / "000000.npz"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    with pytest.raises(ValueError, match=r"000000.npz: damaged .*; delete .*\.parts, and give the"):
+        protoclip.embed(tiny_run, by_class, out, overwrite=True)
     out.unlink()
     other = DataConfig(train=str(pairs), caption_column="kind")
     with pytest.raises(ValueError, match=r"was made with class_column kind, not None"):
         protoclip.embed(tiny_run, other, out)
+    with pytest.raises(ValueError, match=r"was made with other data, or before these were changed"):
+        protoclip.embed(tiny_run, replace(other, class_column="kind"), out)
     protoclip.embed(tiny_run, other, out, overwrite=True)
     assert pq.read_table(out)["captions"].to_pylist()[0] == ["blue"]
 

@@ -15,10 +15,11 @@ OF_DATA = (
 
 @dataclass(frozen=True)
 class Embed:
-    """Write a model's vectors of images and captions to a Parquet file.
+    """Write a model's vectors of a data set as Parquet.
 
-    It is for search engines: docs/embed.md has its columns, and searches.
-    After an interruption the same command continues.
+    One vector for each image and each caption, for search engines;
+    docs/embed.md has the columns. After an interruption the same command
+    continues.
     """
 
     model: str  # A run, or whatever else protoclip.load opens.

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def embed(
             finite, or the file or its parts are of something else.
     """
     reference, out = str(reference), Path(out)
+    name = without_secrets(reference)
     config = Config(data=data if isinstance(data, DataConfig) else DataConfig(train=str(data)))
     check(config)
     samples: Any = raise_on_all_ranks(lambda: sources.pairs(config))
@@ -111,7 +113,7 @@ def embed(
         images = Encoder(model, device, torch.stack, model.encode_image, transform)
         texts = Encoder(model, device, tokenizer, model.encode_text)
         settings = {
-            "reference": without_secrets(reference),
+            "reference": name,
             **ids,
             "class_column": config.data.class_column,
             "data": digest(samples.state_dict(0)) if is_stream else samples.key,
@@ -120,24 +122,19 @@ def embed(
             "part_rows": PART_ROWS,
         }
         has_classes = any(getattr(each, "class_column", None) for each in sources_of(samples))
-        workers = config.data.workers
-
-        def encode(items: Sequence[Item], show: Show) -> Part:
-            return encode_pairs(
-                images,
-                texts,
-                samples,
-                items,
-                batch_size=batch_size,
-                threads=None if workers == "auto" else workers,
-                has_classes=has_classes,
-                name=reference,
-                show=show,
-            )
-
-        working = out.with_name(f".{out.name}.parts")
-        claimed = lambda: claim_file(out, working, settings, overwrite)  # noqa: E731
-        finished = encode_missing(encode, samples, claimed, working, settings, label=reference)
+        workers, working = config.data.workers, out.with_name(f".{out.name}.parts")
+        encode = partial(
+            encode_pairs,
+            images,
+            texts,
+            samples,
+            batch_size=batch_size,
+            threads=None if workers == "auto" else workers,
+            has_classes=has_classes,
+            name=name,
+        )
+        claimed = partial(claim_file, out, working, settings, overwrite)
+        finished = encode_missing(encode, samples, claimed, working, settings, label=name)
         facts = finished or rank0_first(lambda: join_parts(out, working, settings, has_classes))
     if rank() == 0:
         announce(out, facts, f"{out}: is finished" if finished else f"written to {out}")
@@ -205,12 +202,12 @@ def encode_pairs(
     texts: Encoder,
     samples: Any,
     items: Sequence[Item],
+    show: Show,
     *,
     batch_size: int,
     threads: int | None,
     has_classes: bool,
     name: str,
-    show: Show,
 ) -> Part:
     """The vectors of samples and of all their captions, which stand one after another."""
     assert images.transform is not None

@@ -9,10 +9,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,9 @@ from protoclip.files import checksum, sealed, to_json, write_atomically
 from protoclip.progress import Progress
 
 PARTS = "parts"
+# Settings that are checksums, and what it means if they differ.
+CHECKSUMS = {"ids": "other sample ids", "data": "other data, or before these were changed"}
+CHECKSUMS |= {"weights": "other weights"}
 Show = Callable[[int], None]  # is told how many samples of a part are done
 
 
@@ -79,7 +84,8 @@ def require_same(
     """Refuse facts that differ from the settings."""
     for key, value in settings.items():
         if (old := facts.get(key)) != value:
-            raise ValueError(f"{name}: was made with {key} {old}, not {value}; {way_out}")
+            what = CHECKSUMS.get(key, f"{key} {old}, not {value}")
+            raise ValueError(f"{name}: was made with {what}; {way_out}")
 
 
 def claim(
@@ -169,15 +175,27 @@ def encode_parts(
         show((done + 1) * size)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A part, to read from; raises `ValueError` if it is damaged."""
+    try:
+        with np.load(path) as part:
+            yield part
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); delete {path.parent.parent}, and give the command again"
+        ) from error
+
+
 def read_note(path: Path) -> dict[str, Any]:
     """What is known of the samples of a part: `ids`, `bad` and more."""
-    with np.load(path) as part:  # arrays are read when they are asked for
+    with opened(path) as part:  # arrays are read when they are asked for
         return json.loads(part["note"].item())  # type: ignore[no-any-return]
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     """The note of a part, and its arrays."""
-    with np.load(path) as part:
+    with opened(path) as part:
         arrays = {name: part[name] for name in part.files if name != "note"}
         return json.loads(part["note"].item()), arrays
 
