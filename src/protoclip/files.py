@@ -119,7 +119,7 @@ def require_ours(path: Path, mark: str, way_out: str = "or give --overwrite") ->
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing a folder, which need not exist yet.
+    """Keep other processes from writing a folder or file, which need not exist yet.
 
     Raises:
         ValueError: Another process writes it.
@@ -134,7 +134,7 @@ def locked(folder: Path) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise ValueError(
-                f"{folder}: another process writes here; wait for it, or choose another folder"
+                f"{folder}: another process writes here; wait for it, or choose another place"
             ) from None
     try:
         yield

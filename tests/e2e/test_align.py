@@ -1,5 +1,7 @@
 """Aligning two frozen halves: heads train on features that were encoded once."""
 
+import multiprocessing
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from protoclip.data.sampler import EpisodeSampler
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.features import encode as encoding
+from protoclip.features import parts
 from protoclip.features.row_loader import RowLoader
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel
@@ -158,13 +161,14 @@ def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
 def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypatch):
     """The same pairs not at all, and of more pairs those that are new."""
     encoded: list[str] = []
-    items = encoding.encode_items
+    for kind in ("encode_images", "encode_captions"):
+        of_kind = getattr(encoding, kind)
 
-    def watched(encoder: Any, samples: Any, rows: Any, *rest: Any) -> Any:
-        encoded.extend(samples.sample_id(row) for row in rows)
-        return items(encoder, samples, rows, *rest)
+        def watched(*given: Any, of_kind: Any = of_kind) -> Any:
+            encoded.extend(given[1].sample_id(row) for row in given[2])
+            return of_kind(*given)
 
-    monkeypatch.setattr(encoding, "encode_items", watched)
+        monkeypatch.setattr(encoding, kind, watched)
     rows_of(given)
     plan, *_ = rows_of(given)
     captions = {
@@ -175,9 +179,7 @@ def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypat
 
 def kill(given: dict[str, Any], at: int) -> None:
     """Encode, and end at a part."""
-    import os
-
-    write, left = encoding.write_atomically, [at]
+    write, left = parts.write_atomically, [at]
 
     def writing(path: Path, *rest: Any, **more: Any) -> None:
         write(path, *rest, **more)
@@ -186,23 +188,21 @@ def kill(given: dict[str, Any], at: int) -> None:
             if not left[0]:
                 os._exit(9)
 
-    encoding.write_atomically = writing  # type: ignore[assignment]
+    parts.write_atomically = writing  # type: ignore[assignment]
     encoding.PART_ROWS.update(image=16, text=4)
     rows_of(given)
 
 
 @pytest.mark.parametrize("part", [2, 7])
 def test_encoding_goes_on_after_a_kill(part, given, tmp_path, store, monkeypatch):
-    import multiprocessing
-
     monkeypatch.setitem(encoding.PART_ROWS, "image", 16)
     monkeypatch.setitem(encoding.PART_ROWS, "text", 4)
     process = multiprocessing.get_context("fork").Process(target=kill, args=(given, part))
     process.start()
     process.join()
     assert process.exitcode == 9
-    parts = len(list(store.rglob("*.npz")))
-    assert parts
+    begun = len(list(store.rglob("*.npz")))
+    assert begun
     _, rows, _ = rows_of(given)
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "other"))
     _, undisturbed, _ = rows_of(given)

@@ -98,6 +98,7 @@ def test_other_commands_name_what_is_missing(tmp_path, capsys):
         f"compare {tmp_path}": "not the results of a run",
         "compare": "runs: is missing",
         "evaluate": "models: is missing",
+        "embed here": "data: is missing",
         "embed-teacher --out here": "teacher: is missing",
         "unknown": "unknown: choose one of train, finetune",
         "trian": "trian: did you mean train?",

@@ -67,6 +67,7 @@ def test_notes_and_progress_are_visible(capsys):
         ["explore", ODD],
         ["explore", "a", "b", ODD],
         ["export", ODD, "out"],
+        ["embed", ODD, "--data", "emoji", "--out", "out.parquet"],
         ["embed-teacher", "--teacher", ODD, "--out", "out"],
         ["data", "inspect", ODD],
         [ODD],

@@ -256,6 +256,10 @@ explore . --data gone.tsv
 explore . --atlas .
 export gone new
 export . test_hostile.py/new
+embed gone --data test_hostile.py --out new.parquet
+embed . --data gone.tsv --out new.parquet
+embed . --data test_hostile.py --root gone --out new.parquet
+embed . --data test_hostile.py --out .
 embed-teacher --teacher gone --out new
 embed-teacher --teacher . --out new --data.train gone.tsv
 data inspect gone.tsv

@@ -67,6 +67,7 @@ NEEDS: dict[str, str] = {
     "train --data.workers 0 --data.train https://example.com/{0..1}.tar": "https://example.com/",
     "train --data.train https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
     "evaluate {}/run --data https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
+    "embed hf:nobody/model --data {}/pairs.parquet --out {out}/v.parquet": "hub does not answer",
     "embed-teacher --teacher hf:nobody/model --data.train {}/pairs.parquet --out {out}/f": "hub",
     "embed-teacher --teacher timm:resnet18 --data.train {}/pairs.parquet --out {out}/f": "resnet18",
     "export hf:nobody/model {out}/exported": "hf:nobody/model: the hub does not answer",

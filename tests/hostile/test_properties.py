@@ -257,6 +257,7 @@ COMMANDS_ON_RUNS = (
     ("report", "{}", "--out", "{out}/report.html", "--samples", "16"),
     ("evaluate", "{}", "--data", "{data}/pairs.parquet", "--workers", "0"),
     ("analyze", "{}", "--samples", "16", "--out", "{out}"),
+    ("embed", "{}", "--data", "{data}/pairs.parquet", "--out", "{out}/vectors.parquet"),
     ("export", "{}", "{out}/exported", "--formats", "open_clip"),
     ("train", "--config", "{data}/recipe.toml", "--run.out", "{}", "--resume", "auto"),
     ("train", "--config", "{data}/recipe.toml", "--run.out", "{out}/n", "--model.start", "{}"),

@@ -15,6 +15,7 @@ from protoclip.cli.analyze import Analyze
 from protoclip.cli.compare import Compare
 from protoclip.cli.data import Index, Inspect, Pack
 from protoclip.cli.demo import Demo
+from protoclip.cli.embed import Embed
 from protoclip.cli.embed_teacher import EmbedTeacher
 from protoclip.cli.evaluate import Evaluate
 from protoclip.cli.explore import Explore
@@ -35,6 +36,7 @@ COMMANDS: dict[str, type[Any]] = {
     "report": Report,
     "explore": Explore,
     "export": Export,
+    "embed": Embed,
     "demo": Demo,
     "embed-teacher": EmbedTeacher,
     "data inspect": Inspect,

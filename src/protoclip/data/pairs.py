@@ -6,6 +6,7 @@ it and reports it. A fault of the whole source is a `ValueError` when the source
 
 import copy
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ class ImageTextPairs:
         return self.table
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("table", "_arrays", "_check", "key", "rows_key")
+        opened = ("table", "_arrays", "_check", "key", "rows_key", "class_labels")
         return {k: v for k, v in self.__dict__.items() if k not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -249,6 +250,22 @@ class ImageTextPairs:
             return clean_captions(texts)
         except ValueError as error:
             raise self._bad(row, str(error)) from None
+
+    @cached_property
+    def class_labels(self) -> list[str]:
+        """The names of a column of `ClassLabel`s, by number; empty for other columns."""
+        facts = json.loads((self.table.schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = facts.get("info", {}).get("features", {})
+        return list(features.get(self.class_column, {}).get("names") or ())
+
+    def class_of(self, row: int) -> str:
+        """The class by its name; empty where there is none."""
+        if self.class_column is None:
+            return ""
+        value, names = self.value(self.class_column, row), self.class_labels
+        if isinstance(value, int) and 0 <= value < len(names):
+            return names[value]
+        return "" if value is None else str(value)
 
     def encoded(self, row: int, part: slice | None = None) -> bytes:
         """The encoded image, or only a part of it; raises `BadSample` if it cannot be read."""

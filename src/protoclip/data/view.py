@@ -100,6 +100,10 @@ class PairsView:
         source, number = self.locate(row)
         return tuple(source.sample_captions(number))
 
+    def class_of(self, row: int) -> str:
+        source, number = self.locate(row)
+        return str(source.class_of(number))
+
     def image(self, row: int) -> Image.Image:
         source, number = self.locate(row)
         image: Image.Image = source.image(number)

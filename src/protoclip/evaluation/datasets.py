@@ -1,7 +1,6 @@
 """Data sets that models are evaluated on, and the references that name them."""
 
 import inspect
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -317,7 +316,7 @@ def _open_pairs(
     labels, classes = None, list[str]()
     if pairs.class_column is not None:
         texts = classes_of_rows(pairs, rows)
-        classes = class_labels(pairs) or in_order(texts)
+        classes = pairs.class_labels or in_order(texts)
         labels = positions(texts, classes)
     only = Split(images=images, labels=labels, captions=captions)
     names, templates = named(classes)
@@ -356,7 +355,7 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     """
     column = str(pairs.class_column)
     values = pairs.kept(pairs.checked.column(column)).take(pa.array(rows, pa.int64())).to_pylist()
-    if names := class_labels(pairs):
+    if names := pairs.class_labels:
         images = PairsView([(pairs, rows)])
         return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]
     for row, value in zip(rows, values, strict=True):
@@ -366,13 +365,6 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
                 "fill it in, or leave its row out"
             )
     return list(map(str, values))
-
-
-def class_labels(pairs: ImageTextPairs) -> list[str]:
-    """The names of a column of `ClassLabel`s, by number; empty for other columns."""
-    facts = json.loads((pairs.table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = facts.get("info", {}).get("features", {})
-    return list(features.get(pairs.class_column, {}).get("names") or ())
 
 
 def in_order(names: Iterable[str]) -> list[str]:

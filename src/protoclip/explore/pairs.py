@@ -8,7 +8,6 @@ import numpy as np
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.view import AllBut, PairsView, Rows, by_source
-from protoclip.evaluation.datasets import class_labels
 from protoclip.evaluation.validation import plain_sources
 from protoclip.progress import Progress
 from protoclip.terminal import visible
@@ -62,21 +61,6 @@ class ExploredPairs(PairsView):
         """The images of some rows, as `Encoder.images` takes them."""
         parts = by_source(self.sources, rows)
         return PairsView([(source, some.tolist()) for source, some in parts if len(some)])
-
-    def class_of(self, row: int) -> str:
-        """The class by its name; empty where there is none."""
-        source, number = self.locate(row)
-        if source.class_column is None:
-            return ""
-        value, names = source.value(source.class_column, number), self._class_names[source.name]
-        if isinstance(value, int) and 0 <= value < len(names):
-            return names[value]
-        return "" if value is None else str(value)
-
-    @cached_property
-    def _class_names(self) -> dict[str, list[str]]:
-        """For each source, by its name, the names of classes that are numbers."""
-        return {source.name: class_labels(source) for source in self.sources}
 
     @property
     def has_classes(self) -> bool:

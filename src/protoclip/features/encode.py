@@ -1,19 +1,15 @@
 """Frozen models that turn captions or images into teacher features, and the pass over a data set.
 
-The pass writes parts of some thousand samples, each whole or not at all. Ranks share the parts out,
-and the same command goes on with those that are missing. At the end the first rank joins them into
-a teacher folder (see `store.py`), after PCA if asked.
+The pass writes parts (see `parts.py`). At the end the first rank joins them into a teacher folder
+(see `store.py`), after PCA if asked.
 """
 
-import io
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,26 +22,39 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import START
-from protoclip.data.decode import decode
 from protoclip.data.loader import Item, Tokenizer, read_sample
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
-from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.distributed.cores import cores
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
+from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store, teachers
+from protoclip.features.parts import (
+    PARTS,
+    Part,
+    Show,
+    claim,
+    encode_missing,
+    identity,
+    parts_of,
+    read_images,
+    read_note,
+    read_part,
+    transformed,
+    write_skipped,
+)
 from protoclip.features.store import StoredFeatures
 from protoclip.features.whiten import Features, fit_pca
-from protoclip.files import checksum, file_checksum, locked, sealed, to_json, write_atomically
+from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.protoclip import TowerPair
-from protoclip.progress import Progress
 
 Pooling = Literal["mean", "cls", "pooler"]
 
 MAX_TOKENS = 512  # longer captions are cut, if the model's own limit is not lower
 PART_ROWS = {"text": 8192, "image": 2048}
 PAIRS = ("open_clip", "local-dir", "reference")  # references to models with two towers
-PARTS, SKIPPED = "parts", "skipped.jsonl"
+SKIPPED = "skipped.jsonl"
+# Ids of samples that could be read, their features, and what is wrong with the others.
+Encoded = tuple[list[str], Float[Tensor, "n q"], list[dict[str, str]]]
 
 
 class Encoder:
@@ -80,7 +89,7 @@ class Encoder:
     def read_image(self, sample: Sample) -> Tensor:
         """The input that a sample's image is; raises `ValueError` for a bad one."""
         assert self.transform is not None
-        return self.transform(Image.fromarray(decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)))
+        return transformed(self.transform, sample)
 
     def checksum(self) -> str:
         """A checksum of the weights."""
@@ -228,19 +237,13 @@ def embed_teacher(
         ValueError: The teacher, the ids or the folder cannot be used.
     """
     is_stream = isinstance(samples, SampleStream)
-    if is_stream and (num_samples is None or world_size() > 1):
-        raise ValueError(f"{samples.name}: a stream needs --num_samples, and runs on one rank")
-    if not is_stream and num_samples is not None:
-        raise ValueError(f"--num_samples: {samples.name} is no stream; all of it is encoded")
     ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())
-    store.build_index(ids, name=samples.name)  # refuses duplicates
     settings = {
         "teacher": teacher,
-        "source": samples.name,
-        "samples": num_samples or len(ids),
-        "ids": checksum(store.hash_ids(ids).tobytes()),
+        **identity(samples, ids, num_samples),
         "reduced_to": width,
     }
+    store.build_index(ids, name=samples.name)  # refuses duplicates
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
         if Path(teacher).suffix in teachers.FILES and not is_stream:
@@ -252,8 +255,7 @@ def embed_teacher(
             "pooling": pooling,
             "part_rows": PART_ROWS[encoder.reads],
         }
-        facts = encode_missing(encoder, samples, out, settings, batch_size, threads)
-        return facts or rank0_first(lambda: join_parts(out, settings))
+        return finish(encoder, samples, out, settings, batch_size, threads)
 
 
 def embed_start(
@@ -276,25 +278,21 @@ def embed_start(
         with autocast():
             return start.encode_text(tokens)
 
-    ids = list(samples.sample_ids())
     device = next(start.parameters()).device
     encoder = Encoder(start, device, tokenizer, forward)
     settings = {
         "teacher": START,
-        "source": samples.name,
-        "samples": len(ids),
-        "ids": checksum(store.hash_ids(ids).tobytes()),
+        **identity(samples, samples.sample_ids(), None),
         "reduced_to": None,
         "weights": encoder.checksum(),
         "modality": "text",
         "part_rows": PART_ROWS["text"],
     }
-    if not encode_missing(encoder, samples, out, settings, batch_size=256):
-        rank0_first(lambda: join_parts(out, settings))
+    finish(encoder, samples, out, settings, batch_size=256)
     return raise_on_all_ranks(lambda: store.open_folder(out))
 
 
-def encode_missing(
+def finish(
     encoder: Encoder,
     samples: Any,
     out: Path,
@@ -302,156 +300,114 @@ def encode_missing(
     batch_size: int,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """The facts of a finished folder; otherwise none, once the ranks wrote all its parts."""
-    facts, written = rank0_first(lambda: claim(out, settings, encoder.width))
-    if "rows" in facts:
-        return facts
-    raise_on_all_ranks(
-        lambda: encode_parts(encoder, samples, written, out, settings, batch_size, threads)
-    )
-    return {}
-
-
-def claim(
-    out: Path, settings: Mapping[str, Any], own_width: int
-) -> tuple[dict[str, Any], list[Path]]:
-    """The facts of the folder, which these settings own or now get, and its parts so far.
-
-    The facts have `rows` at the end.
-    """
-    width = settings["reduced_to"]
-    if width is not None and not 0 < width <= own_width:
-        teacher = settings["teacher"]
-        raise ValueError(f"--width: {width} is not between 1 and {own_width}, {teacher}'s own")
-    if not (out / store.FACTS).is_file():
-        if others := [path.name for path in out.glob("[!.]*")]:
-            raise ValueError(f"{out}: holds {others[0]}; choose a new or empty folder with --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / store.FACTS, to_json(sealed(settings)), durable=True)
-    for left in out.rglob(".*.tmp"):  # of a process that was killed
-        left.unlink(missing_ok=True)
-    facts = {key: value for key, value in store.read_facts(out).items() if key != "checksums"}
-    for key, value in settings.items():
-        if (old := facts.get(key)) != value:
-            raise ValueError(f"{out}: was made with {key} {old}, not {value}; choose another --out")
-    if "rows" in facts:  # parts stay if the process was killed, or could not remove them
-        shutil.rmtree(out / PARTS, ignore_errors=True)
-    else:
-        (out / PARTS).mkdir(exist_ok=True)
-    return facts, sorted((out / PARTS).glob("*.npz"))
+    """The facts of the folder, once the ranks have encoded what it lacks."""
+    facts = encode_parts(encoder, samples, out, settings, batch_size, threads)
+    return facts or rank0_first(lambda: join_parts(out, settings))
 
 
 def encode_parts(
     encoder: Encoder,
     samples: Any,
-    written: Sequence[Path],
     out: Path,
     settings: Mapping[str, Any],
     batch_size: int,
     threads: int | None,
-) -> None:
-    """Write this rank's share of the parts that are missing."""
-    is_stream, size = isinstance(samples, SampleStream), settings["part_rows"]
-    numbers = range(-(-settings["samples"] // size))
-    missing = sorted(set(numbers) - {int(path.stem) for path in written})
-    share = missing[rank() :: world_size()]
-    progress = Progress(f"embed {settings['teacher']}", len(share) * size)
-    show: Callable[[int], None] = progress.update if rank() == 0 else lambda done: None
-    known: set[str] = set()
-    if is_stream:
-        for note, _ in map(read_part, written):
-            known.update(note["ids"], (entry["sample_id"] for entry in note["bad"]))
-            samples.load_state_dict(note["position"])
-        stream = samples.samples(len(written) * size)
-    for done, number in enumerate(share):
-        first, end = number * size, min((number + 1) * size, settings["samples"])
-        items: Sequence[Item] = range(first, end)
-        if is_stream:  # it gives samples again, which are left out
-            items = []
-            for item in islice(stream, end - first):
-                if item.sample_id not in known:
-                    known.add(item.sample_id)
-                    items.append(item)
-        ids, features, bad = encode_items(
-            encoder, samples, items, batch_size, show, done * size, threads
-        )
-        note = {"ids": ids, "bad": bad, "position": samples.state_dict(end) if is_stream else None}
-        half, content = store.to_half(features, ids, name=settings["teacher"]), io.BytesIO()
-        np.savez(content, note=np.array(json.dumps(note)), features=half)
-        write_atomically(out / PARTS / f"{number:06d}.npz", content.getvalue(), durable=True)
-        show((done + 1) * size)
+) -> dict[str, Any]:
+    """The facts of a folder that is finished; otherwise none, once the ranks wrote all parts."""
+
+    def claimed() -> tuple[dict[str, Any], list[Path]]:
+        require_width(settings, encoder.width)
+        return claim(out, settings, name=out)
+
+    def encode(items: Sequence[Item], show: Show) -> Part:
+        if encoder.transform is None:
+            ids, features, bad = encode_captions(encoder, samples, items, batch_size, show)
+        else:
+            ids, features, bad = encode_images(encoder, samples, items, batch_size, show, threads)
+        half = store.to_half(features.numpy(), ids, name=settings["teacher"])
+        return Part(ids=ids, bad=bad, arrays={"features": half})
+
+    return encode_missing(encode, samples, claimed, out, settings, label=settings["teacher"])
 
 
-def read_part(path: Path) -> tuple[dict[str, Any], Features]:
-    with np.load(path) as part:
-        return json.loads(str(part["note"])), part["features"]
+def require_width(settings: Mapping[str, Any], own_width: int) -> None:
+    """Refuse to reduce features to a width that they do not have."""
+    width = settings["reduced_to"]
+    if width is not None and not 0 < width <= own_width:
+        teacher = settings["teacher"]
+        raise ValueError(f"--width: {width} is not between 1 and {own_width}, {teacher}'s own")
 
 
-def encode_items(
+def encode_captions(
+    encoder: Encoder, samples: Any, items: Sequence[Item], batch_size: int, show: Show
+) -> Encoded:
+    """The mean feature of each sample's captions. Images are left alone."""
+    ids, captions, bad = [], [], []
+    for item in items:
+        try:
+            if isinstance(item, int):
+                own, texts = samples.sample_id(item), samples.sample_captions(item)
+            else:
+                sample = read_sample(samples, item)
+                own, texts = sample.sample_id, sample.captions
+        except BadSample as error:
+            bad.append(vars(error))
+            continue
+        ids.append(own)
+        captions.append(texts)
+    rows = torch.tensor([row for row, texts in enumerate(captions) for _ in texts])
+    sums = torch.zeros(len(ids), encoder.width)
+    done = 0
+    for numbers, features in encode_texts(encoder, list(chain(*captions)), batch_size):
+        sums.index_add_(0, rows[numbers], features)
+        done += len(numbers)
+        show(len(items) * done // len(rows))
+    return ids, F.normalize(sums) if encoder.unit_norm else sums, bad
+
+
+def encode_texts(
+    encoder: Encoder, texts: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[int], Float[Tensor, "b q"]]]:
+    """The numbers and features of texts, a batch at a time.
+
+    A text shares its batch with those of similar length, so that little is padding.
+    """
+    numbers = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+    for start in range(0, len(numbers), batch_size):
+        batch = numbers[start : start + batch_size]
+        yield batch, encoder.encode([texts[number] for number in batch])
+
+
+def encode_images(
     encoder: Encoder,
     samples: Any,
     items: Sequence[Item],
     batch_size: int,
-    show: Callable[[int], None],
-    done: int,
-    threads: int | None = None,
-) -> tuple[list[str], Features, list[dict[str, str]]]:
-    """The ids and features of samples that can be read, and what is wrong with the others.
-
-    A caption shares its batch with those of similar length, so that little is padding. Threads read
-    images one batch ahead of the model.
-    """
-
-    def read(item: Item) -> tuple[str, Sequence[Any]] | BadSample:
-        try:
-            if isinstance(item, int) and not encoder.transform:  # leaves the image alone
-                return samples.sample_id(item), samples.sample_captions(item)
-            sample = read_sample(samples, item)
-            if not encoder.transform:
-                return sample.sample_id, sample.captions
-        except BadSample as error:
-            return error
-        try:
-            return sample.sample_id, [encoder.read_image(sample)]
-        except ValueError as error:
-            return BadSample(sample.sample_id, sample.where, str(error))
-
-    is_text = encoder.transform is None
-    ids, features, bad = [], [np.zeros((0, encoder.width), np.float32)], []
-    step = max(1, len(items)) if is_text else batch_size
-    with ThreadPoolExecutor(cores() if threads is None else max(1, threads)) as pool:
-        read_all = map if is_text else pool.map
-        coming = read_all(read, items[:step])
-        for first in range(0, len(items), step):
-            found = list(coming)
-            coming = read_all(read, items[first + step : first + 2 * step])
-            bad += [vars(one) for one in found if isinstance(one, BadSample)]
-            good = [one for one in found if not isinstance(one, BadSample)]
-            ids += [own for own, _ in good]
-            inputs = [(row, value) for row, (_, values) in enumerate(good) for value in values]
-            sums = torch.zeros(len(good), encoder.width)
-            if is_text:
-                inputs.sort(key=lambda entry: -len(entry[1]))
-            for start in range(0, len(inputs), batch_size):
-                rows, batch = zip(*inputs[start : start + batch_size], strict=True)
-                sums.index_add_(0, torch.tensor(rows), encoder.encode(list(batch)))
-                show(done + first + len(found) * start // len(inputs))
-            is_mean = is_text and encoder.unit_norm
-            features.append((F.normalize(sums) if is_mean else sums).numpy())
-    return ids, np.concatenate(features), bad
+    show: Show,
+    threads: int | None,
+) -> Encoded:
+    """The feature of each sample's image."""
+    assert encoder.transform is not None
+    ids, features, bad, done = [], [torch.zeros(0, encoder.width)], [], 0
+    for found in read_images(samples, items, encoder.read_image, batch_size, threads):
+        bad += [vars(one) for one in found if isinstance(one, BadSample)]
+        good = [one for one in found if not isinstance(one, BadSample)]
+        ids += [sample.sample_id for _, sample, _ in good]
+        if good:
+            features.append(encoder.encode([pixels for *_, pixels in good]))
+        done += len(found)
+        show(done)
+    return ids, torch.cat(features), bad
 
 
 def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Make the parts a teacher folder."""
-    files = sorted((out / PARTS).glob("*.npz"))
-    notes = [read_part(file)[0] for file in files]
-    ids = [own for note in notes for own in note["ids"]]
-    bad = [to_json(entry) + "\n" for note in notes for entry in note["bad"]]
-    if bad:
-        write_atomically(out / SKIPPED, "".join(bad))
-    if not ids:
-        raise ValueError(f"{settings['source']}: no sample could be read; see {out / SKIPPED}")
-    return write(out, ids, lambda: (read_part(file)[1] for file in files), settings, len(bad))
+    files = parts_of(out)
+    _, bad = write_skipped(files, out / SKIPPED, settings["source"])
+    ids = [own for file in files for own in read_note(file)["ids"]]
+    return write(
+        out, ids, lambda: (read_part(file)[1]["features"] for file in files), settings, bad
+    )
 
 
 def convert(
@@ -460,7 +416,8 @@ def convert(
     """Make a teacher folder of a file's features of these samples; `bad` counts those without."""
     own = teachers.read_teacher(file, sample_ids=ids)
     bad = own.missing(ids)  # refuses features of other data
-    facts, _ = claim(out, {**settings, "weights": file_checksum(file)}, own.width)
+    require_width(settings, own.width)
+    facts, _ = claim(out, {**settings, "weights": file_checksum(file)}, name=out)
     if "rows" in facts:
         return facts
     found = own.find(ids)

@@ -27,14 +27,8 @@ from protoclip.data.transforms import Transform
 from protoclip.data.view import PairsView
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store
-from protoclip.features.encode import (
-    PART_ROWS,
-    PARTS,
-    Encoder,
-    encode_missing,
-    join_parts,
-    read_part,
-)
+from protoclip.features.encode import PART_ROWS, Encoder, encode_parts, join_parts
+from protoclip.features.parts import parts_of, read_note
 from protoclip.features.store import StoredFeatures, hash_ids
 from protoclip.features.whiten import Features, Whitens
 from protoclip.files import checksum, locked
@@ -438,14 +432,14 @@ def completed(
             "modality": encoder.reads,
             "part_rows": PART_ROWS[encoder.reads],
         }
-        if not encode_missing(encoder, new, out, settings, batch_size, threads):
+        if not encode_parts(encoder, new, out, settings, batch_size, threads):
             rank0_first(lambda: joined(out, settings))
         return raise_on_all_ranks(lambda: opened(folder, encoder.width))
 
 
 def joined(out: Path, settings: dict[str, Any]) -> None:
     """Make the parts a segment, unless all items are bad; the next run tries those again."""
-    if any(read_part(file)[0]["ids"] for file in (out / PARTS).glob("*.npz")):
+    if any(read_note(file)["ids"] for file in parts_of(out)):
         join_parts(out, settings)
     else:
         shutil.rmtree(out)

@@ -1,0 +1,291 @@
+"""`protoclip.embed`: the vectors of images and captions in one Parquet file, for search engines.
+
+The pass writes parts (see `parts.py`) into a hidden folder beside the file. At the end the first
+rank joins them, a row group each, so that no more than one part is in memory.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from protoclip import __version__
+from protoclip.config import Config, DataConfig, check
+from protoclip.data import sources
+from protoclip.data.access import digest
+from protoclip.data.loader import Item
+from protoclip.data.mixture import sources_of
+from protoclip.data.pairs import BadSample, SampleStream
+from protoclip.distributed import collectives
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
+from protoclip.features import store
+from protoclip.features.encode import Encoder, encode_texts
+from protoclip.features.parts import (
+    Part,
+    Show,
+    claim,
+    encode_missing,
+    identity,
+    parts_of,
+    read_images,
+    read_part,
+    require_same,
+    write_skipped,
+)
+from protoclip.files import locked, replacing, require_ours, require_regular, to_json
+from protoclip.models import loading
+from protoclip.terminal import say, without_secrets
+
+PART_ROWS = 2048
+FACTS = b"protoclip"  # key of the schema's metadata
+WAY_OUT = "choose another --out, or give --overwrite"
+HALF = pa.list_(pa.float16())
+
+
+def embed(
+    reference: str | Path,
+    data: str | Path | DataConfig,
+    out: str | Path,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "auto",
+    num_samples: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model's vectors of a data set to a Parquet file, or finish one. All ranks call it.
+
+    A row is a sample whose image can be read. The others are listed in `NAME.skipped.jsonl` beside
+    `NAME.parquet`. After an interruption the same call goes on; until the end, what it has done is
+    in the folder `.NAME.parquet.parts`.
+
+    | column | |
+    |---|---|
+    | `sample_id` | string, unique |
+    | `image_vector` | list of float16, unit norm, in the joint space |
+    | `text_vectors` | list of such lists, one a caption |
+    | `captions` | list of strings |
+    | `class` | string, if the data have classes; null where there is none |
+
+    Args:
+        reference: A model, as `protoclip.load` takes it.
+        data: What `data.train` names: a table, a folder, shards, `hf:OWNER/NAME` or `emoji`; or a
+            `[data]` section, which may also name columns.
+        out: The file. One of the same model, data and settings is left as it is.
+        batch_size: Images or captions encoded at once.
+        device: As `run.device`.
+        num_samples: Samples to read of a stream.
+        overwrite: Replace a file that is of something else.
+
+    Returns:
+        The path of the file. The metadata of its schema have the facts as JSON, under `protoclip`:
+        `reference`, `weights` (a checksum), `width`, `version`, `source`, `rows`, `bad` and more.
+
+    Raises:
+        ValueError: The model or the data cannot be used, no sample can be read, vectors are not
+            finite, or the file or its parts are of something else.
+    """
+    reference, out = str(reference), Path(out)
+    name = without_secrets(reference)
+    config = Config(data=data if isinstance(data, DataConfig) else DataConfig(train=str(data)))
+    check(config)
+    samples: Any = raise_on_all_ranks(lambda: sources.pairs(config))
+    for note in sources.notes(samples) if rank() == 0 else ():
+        say(f"note: {note}")
+    is_stream = isinstance(samples, SampleStream)
+    ids = identity(samples, () if is_stream else samples.sample_ids(), num_samples)
+    with ExitStack() as stack:
+        rank0_first(lambda: stack.enter_context(locked(out)))
+        rank0_first(lambda: None if overwrite else require_free(out))
+        model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(reference))
+        if not isinstance(device, torch.device):
+            device = collectives.device(device, setting="device")
+        images = Encoder(model, device, torch.stack, model.encode_image, transform)
+        texts = Encoder(model, device, tokenizer, model.encode_text)
+        settings = {
+            "reference": name,
+            **ids,
+            "class_column": config.data.class_column,
+            "data": digest(samples.state_dict(0)) if is_stream else samples.key,
+            "weights": images.checksum(),
+            "width": images.width,
+            "part_rows": PART_ROWS,
+        }
+        has_classes = any(getattr(each, "class_column", None) for each in sources_of(samples))
+        workers, working = config.data.workers, out.with_name(f".{out.name}.parts")
+        encode = partial(
+            encode_pairs,
+            images,
+            texts,
+            samples,
+            batch_size=batch_size,
+            threads=None if workers == "auto" else workers,
+            has_classes=has_classes,
+            name=name,
+        )
+        claimed = partial(claim_file, out, working, settings, overwrite)
+        finished = encode_missing(encode, samples, claimed, working, settings, label=name)
+        facts = finished or rank0_first(lambda: join_parts(out, working, settings, has_classes))
+    if rank() == 0:
+        announce(out, facts, f"{out}: is finished" if finished else f"written to {out}")
+    return out
+
+
+def announce(out: Path, facts: Mapping[str, Any], what: str) -> None:
+    """Say how many samples a file holds, and where those are listed that it lacks."""
+    if facts["bad"]:
+        number = facts["rows"] + facts["bad"]
+        say(
+            f"note: {facts['bad']:,} of {number:,} samples could not be read and have no row; "
+            f"{skipped_of(out)} lists them"
+        )
+    say(f"{what}; {facts['rows']:,} rows, vectors of width {facts['width']}")
+
+
+def skipped_of(out: Path) -> Path:
+    """Where the samples are listed that cannot be read."""
+    return out.with_name(f"{out.stem}.skipped.jsonl")
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What an embedded file says of itself; empty for other files."""
+    try:
+        require_regular(path)
+        return dict(json.loads((pq.read_schema(path).metadata or {}).get(FACTS, b"{}")))
+    except (*store.DAMAGED, TypeError, RecursionError):
+        return {}
+
+
+def require_free(out: Path) -> None:
+    """Refuse to replace files that `embed` did not write."""
+    if out.exists() and not read_facts(out):
+        raise ValueError(f"{out}: exists, and was not made by this command; {WAY_OUT}")
+    require_ours(skipped_of(out), '"reason"')
+
+
+def claim_file(
+    out: Path, working: Path, settings: Mapping[str, Any], overwrite: bool
+) -> tuple[dict[str, Any], list[Path]]:
+    """The facts of the file if it is of these settings; else those of its parts, and the parts."""
+    facts = read_facts(out)
+    is_finished = settings.items() <= facts.items()
+    if is_finished:
+        shutil.rmtree(working, ignore_errors=True)  # it stays if the process was killed at the end
+        return facts, []
+    if not overwrite and out.exists():
+        require_same(facts, settings, name=out, way_out=WAY_OUT)
+    if overwrite and is_of_others(working, settings):
+        shutil.rmtree(working)
+    return claim(working, settings, name=out, way_out=WAY_OUT)
+
+
+def is_of_others(working: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the parts in a folder are of other settings, or nobody can tell."""
+    try:
+        return store.read_facts(working) not in ({}, settings)
+    except ValueError:
+        return True
+
+
+def encode_pairs(
+    images: Encoder,
+    texts: Encoder,
+    samples: Any,
+    items: Sequence[Item],
+    show: Show,
+    *,
+    batch_size: int,
+    threads: int | None,
+    has_classes: bool,
+    name: str,
+) -> Part:
+    """The vectors of samples and of all their captions, which stand one after another."""
+    assert images.transform is not None
+    ids, captions, classes, bad = list[str](), list[tuple[str, ...]](), list[str | None](), []
+    vectors, done = [torch.zeros(0, images.width)], 0
+    for found in read_images(samples, items, images.read_image, batch_size, threads):
+        bad += [vars(one) for one in found if isinstance(one, BadSample)]
+        good = [one for one in found if not isinstance(one, BadSample)]
+        ids += [sample.sample_id for _, sample, _ in good]
+        captions += [sample.captions for _, sample, _ in good]
+        if has_classes:
+            classes += [samples.class_of(row) or None for row, *_ in good]
+        if good:
+            vectors.append(images.encode([pixels for *_, pixels in good]))
+        done += len(found)
+        show(done)
+    text_vectors = torch.zeros(sum(map(len, captions)), images.width)
+    for numbers, batch in encode_texts(texts, list(chain(*captions)), batch_size):
+        text_vectors[numbers] = batch
+    owners = [own for own, several in zip(ids, captions, strict=True) for _ in several]
+    return Part(
+        ids=ids,
+        bad=bad,
+        arrays={
+            "image": store.to_half(torch.cat(vectors).numpy(), ids, name=name),
+            "text": store.to_half(text_vectors.numpy(), owners, name=name),
+        },
+        values={"captions": captions, "classes": classes},
+    )
+
+
+def join_parts(
+    out: Path, working: Path, settings: Mapping[str, Any], has_classes: bool
+) -> dict[str, Any]:
+    """Make the parts a Parquet file, and remove them."""
+    files, skipped = parts_of(working), skipped_of(out)
+    rows, bad = write_skipped(files, skipped, settings["source"])
+    if not bad:
+        skipped.unlink(missing_ok=True)  # of a file that is replaced
+    facts = {**settings, "rows": rows, "bad": bad, "version": __version__}
+    types = {
+        "sample_id": pa.string(),
+        "image_vector": HALF,
+        "text_vectors": pa.list_(HALF),
+        "captions": pa.list_(pa.string()),
+    }
+    types |= {"class": pa.string()} if has_classes else {}
+    schema = pa.schema(types, metadata={FACTS: to_json(facts)})
+    with replacing(out) as temporary, temporary.open("wb") as file:
+        # A dictionary of vectors, which all differ, would be made for nothing.
+        with pq.ParquetWriter(file, schema, use_dictionary=["class"]) as writer:
+            for part in files:
+                note, arrays = read_part(part)
+                if note["ids"]:
+                    writer.write_table(pa.table(columns(note, arrays), schema=schema))
+        file.flush()
+        os.fsync(file.fileno())  # before the parts go
+    shutil.rmtree(working, ignore_errors=True)  # or the next call does
+    return facts
+
+
+def columns(
+    note: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[np.float16]]
+) -> dict[str, pa.Array]:
+    """The rows of a part."""
+    captions = note["captions"]
+    ends = list(accumulate(map(len, captions), initial=0))
+    return {
+        "sample_id": pa.array(note["ids"], pa.string()),
+        "image_vector": lists(arrays["image"]),
+        "text_vectors": pa.ListArray.from_arrays(ends, lists(arrays["text"])),
+        "captions": pa.array(captions, pa.list_(pa.string())),
+        **({"class": pa.array(note["classes"], pa.string())} if note["classes"] else {}),
+    }
+
+
+def lists(vectors: npt.NDArray[np.float16]) -> pa.Array:
+    """Each row of an array as a list."""
+    number, width = vectors.shape
+    starts = np.arange(number + 1, dtype=np.int32) * width
+    return pa.ListArray.from_arrays(starts, pa.array(vectors.reshape(-1)))

@@ -1,0 +1,254 @@
+"""A pass of a frozen model over samples, in parts of some thousand, each whole or not at all.
+
+Ranks share the parts out, and the same command goes on with those that are missing. A working
+folder holds what the pass is made of (`facts.json`) and the parts; who asked for them joins them.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from protoclip.data.decode import decode
+from protoclip.data.loader import Item, read_sample
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.distributed.cores import cores
+from protoclip.features import store
+from protoclip.files import checksum, sealed, to_json, write_atomically
+from protoclip.progress import Progress
+
+T = TypeVar("T")
+PARTS = "parts"
+# Settings that are checksums, and what it means if they differ.
+CHECKSUMS = {"ids": "other sample ids", "data": "other data, or before these were changed"}
+CHECKSUMS |= {"weights": "other weights"}
+Show = Callable[[int], None]  # is told how many samples of a part are done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a model makes of some samples.
+
+    Attributes:
+        ids: The samples that could be read.
+        bad: What is wrong with each of the others: `sample_id`, `where` and `reason`.
+        arrays: What was computed, by name.
+        values: What else is known of the samples, as JSON.
+    """
+
+    ids: list[str]
+    bad: list[dict[str, str]]
+    arrays: Mapping[str, npt.NDArray[Any]]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+Encode = Callable[[Sequence[Item], Show], Part]
+
+
+def identity(
+    samples: Pairs | SampleStream, ids: Iterable[str], num_samples: int | None
+) -> dict[str, Any]:
+    """What tells these samples from others. `num_samples` are read of a stream, which has no ids.
+
+    Raises:
+        ValueError: A stream lacks the number or has several ranks, or other samples have a number.
+    """
+    is_stream = isinstance(samples, SampleStream)
+    if is_stream and (num_samples is None or world_size() > 1):
+        raise ValueError(f"{samples.name}: a stream needs --num_samples, and runs on one rank")
+    if not is_stream and num_samples is not None:
+        raise ValueError(f"--num_samples: {samples.name} is no stream; all of it is encoded")
+    hashes = store.hash_ids(ids)
+    return {
+        "source": samples.name,
+        "samples": num_samples or len(hashes),
+        "ids": checksum(hashes.tobytes()),
+    }
+
+
+def require_same(
+    facts: Mapping[str, Any], settings: Mapping[str, Any], *, name: Path, way_out: str
+) -> None:
+    """Refuse facts that differ from the settings."""
+    for key, value in settings.items():
+        if (old := facts.get(key)) != value:
+            what = CHECKSUMS.get(key, f"{key} {old}, not {value}")
+            raise ValueError(f"{name}: was made with {what}; {way_out}")
+
+
+def claim(
+    folder: Path, settings: Mapping[str, Any], *, name: Path, way_out: str = "choose another --out"
+) -> tuple[dict[str, Any], list[Path]]:
+    """The facts of the folder, which these settings own or now get, and its parts so far.
+
+    The facts have `rows` at the end. `name` is what the user knows of the folder.
+    """
+    if not (folder / store.FACTS).is_file():
+        if others := [path.name for path in folder.glob("[!.]*")]:
+            raise ValueError(f"{name}: holds {others[0]}; choose a new or empty folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / store.FACTS, to_json(sealed(settings)), durable=True)
+    for left in folder.rglob(".*.tmp"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    facts = {key: value for key, value in store.read_facts(folder).items() if key != "checksums"}
+    require_same(facts, settings, name=name, way_out=way_out)
+    if "rows" in facts:  # parts stay if the process was killed, or could not remove them
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+    else:
+        (folder / PARTS).mkdir(exist_ok=True)
+    return facts, parts_of(folder)
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The parts that are written, in the order of the samples."""
+    return sorted((folder / PARTS).glob("*.npz"))
+
+
+def encode_missing(
+    encode: Encode,
+    samples: Any,
+    claimed: Callable[[], tuple[dict[str, Any], list[Path]]],
+    folder: Path,
+    settings: Mapping[str, Any],
+    label: str,
+) -> dict[str, Any]:
+    """The facts of what is finished; otherwise none, once the ranks wrote all parts. Collective.
+
+    Rank 0 alone calls `claimed`, which answers as `claim` does.
+    """
+    facts, written = rank0_first(claimed)
+    if "rows" in facts:
+        return facts
+    raise_on_all_ranks(lambda: encode_parts(encode, samples, written, folder, settings, label))
+    return {}
+
+
+def encode_parts(
+    encode: Encode,
+    samples: Any,
+    written: Sequence[Path],
+    folder: Path,
+    settings: Mapping[str, Any],
+    label: str,
+) -> None:
+    """Write this rank's share of the parts that are missing."""
+    is_stream, size = isinstance(samples, SampleStream), settings["part_rows"]
+    numbers = range(-(-settings["samples"] // size))
+    missing = sorted(set(numbers) - {int(path.stem) for path in written})
+    share = missing[rank() :: world_size()]
+    progress = Progress(f"embed {label}", len(share) * size)
+    show: Show = progress.update if rank() == 0 else lambda done: None
+    known: set[str] = set()
+    if is_stream:
+        for note in map(read_note, written):
+            known.update(note["ids"], (entry["sample_id"] for entry in note["bad"]))
+            samples.load_state_dict(note["position"])
+        stream = samples.samples(len(written) * size)
+    for done, number in enumerate(share):
+        first, end = number * size, min((number + 1) * size, settings["samples"])
+        items: Sequence[Item] = range(first, end)
+        if is_stream:  # it gives samples again, which are left out
+            items = []
+            for item in islice(stream, end - first):
+                if item.sample_id not in known:
+                    known.add(item.sample_id)
+                    items.append(item)
+        part = encode(items, lambda within, before=done * size: show(before + within))  # type: ignore[misc]
+        position = samples.state_dict(end) if is_stream else None
+        note = {"ids": part.ids, "bad": part.bad, "position": position, **part.values}
+        content = io.BytesIO()
+        np.savez(content, note=np.array(json.dumps(note).encode()), **part.arrays)  # type: ignore[arg-type]
+        path = folder / PARTS / f"{number:06d}.npz"
+        write_atomically(path, content.getvalue(), durable=True)
+        show((done + 1) * size)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A part, to read from; raises `ValueError` if it is damaged."""
+    try:
+        with np.load(path) as part:
+            yield part
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); delete {path.parent.parent}, and give the command again"
+        ) from error
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What is known of the samples of a part: `ids`, `bad` and more."""
+    with opened(path) as part:  # arrays are read when they are asked for
+        return json.loads(part["note"].item())  # type: ignore[no-any-return]
+
+
+def read_part(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """The note of a part, and its arrays."""
+    with opened(path) as part:
+        arrays = {name: part[name] for name in part.files if name != "note"}
+        return json.loads(part["note"].item()), arrays
+
+
+def write_skipped(files: Sequence[Path], path: Path, source: str) -> tuple[int, int]:
+    """List the bad samples of all parts in a file; the numbers of good and of bad samples.
+
+    Raises:
+        ValueError: There is no good one.
+    """
+    good, bad = 0, list[str]()
+    for note in map(read_note, files):
+        good += len(note["ids"])
+        bad += [to_json(entry) + "\n" for entry in note["bad"]]
+    if bad:
+        write_atomically(path, "".join(bad))
+    if not good:
+        raise ValueError(f"{source}: no sample could be read; see {path}")
+    return good, len(bad)
+
+
+def transformed(transform: Callable[[Image.Image], Tensor], sample: Sample) -> Tensor:
+    """What a transform makes of a sample's image; raises `ValueError` for a bad one."""
+    return transform(Image.fromarray(decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)))
+
+
+def read_images(
+    samples: Any,
+    items: Sequence[Item],
+    prepare: Callable[[Sample], T],
+    batch_size: int,
+    threads: int | None,
+) -> Iterator[list[tuple[Item, Sample, T] | BadSample]]:
+    """Samples with what `prepare` makes of their images, a batch at a time.
+
+    Threads (one a core if unset) read and decode one batch ahead of the model. A `ValueError` of
+    `prepare` marks a bad sample.
+    """
+
+    def read(item: Item) -> tuple[Item, Sample, T] | BadSample:
+        try:
+            sample = read_sample(samples, item)
+        except BadSample as error:
+            return error
+        try:
+            return item, sample, prepare(sample)
+        except ValueError as error:
+            return BadSample(sample.sample_id, sample.where, str(error))
+
+    with ThreadPoolExecutor(cores() if threads is None else max(1, threads)) as pool:
+        coming = pool.map(read, items[:batch_size])
+        for first in range(0, len(items), batch_size):
+            found = list(coming)
+            coming = pool.map(read, items[first + batch_size : first + 2 * batch_size])
+            yield found

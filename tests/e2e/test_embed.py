@@ -1,0 +1,203 @@
+"""`protoclip.embed`: the vectors of a model in a Parquet file."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import protoclip
+from protoclip.cli import main
+from protoclip.config import DataConfig
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.features import embed as module
+from protoclip.testing import run_distributed, tiny_pairs
+
+ROWS = 60
+HALF = pa.list_(pa.float16())
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs with classes, several captions of some, a broken image and one without a caption."""
+    table = tiny_pairs(ROWS)
+    images, captions = table["image"].to_pylist(), table["caption"].to_pylist()
+    kinds = [None if row == 3 else caption.split()[1] for row, caption in enumerate(captions)]
+    several = [[caption, f"{row} times"][: 1 + row % 2] for row, caption in enumerate(captions)]
+    images[7], several[41] = b"no image", [" "]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    columns = {"image": images, "caption": several, "sample_id": table["sample_id"], "kind": kinds}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def embedded(run: Path, pairs: Path, out: Path, *, kill_at: int | None = None) -> list[int]:
+    """Embed in parts of ten samples and batches of four; the sizes of the parts that were made.
+
+    At the part `kill_at` the process is killed, once its images are encoded.
+    """
+    sizes, encode_texts = [], module.encode_texts
+
+    def watched(encoder: Any, texts: Any, batch_size: int) -> Any:
+        if len(sizes) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sizes.append(len(texts))
+        return encode_texts(encoder, texts, batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PART_ROWS", 10)
+        patch.setattr(module, "encode_texts", watched)
+        protoclip.embed(run, DataConfig(train=str(pairs), class_column="kind"), out, batch_size=4)
+    return sizes
+
+
+def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
+    """Of its image and of each caption, in half precision; bad samples are listed."""
+    out = tmp_path / "vectors.parquet"
+    main(f"embed {tiny_run} --data {pairs} --out {out} --class-column kind --batch-size 7".split())
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"note: 2 of 60 samples could not be read and have no row; {out.with_suffix('')}.skipped"
+        ".jsonl lists them",
+        f"written to {out}; 58 rows, vectors of width 16",
+    ]
+    bad = (tmp_path / "vectors.skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    reasons = {entry["sample_id"]: entry["reason"] for entry in map(json.loads, bad)}
+    assert (list(reasons), reasons["tiny/41"]) == (["tiny/7", "tiny/41"], "empty caption")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("vectors.parquet", "vectors.skipped.jsonl"),
+    ]
+    found, given = pq.read_table(out), pq.read_table(pairs).to_pylist()
+    types = [pa.string(), HALF, pa.list_(HALF), pa.list_(pa.string()), pa.string()]
+    names = ["sample_id", "image_vector", "text_vectors", "captions", "class"]
+    assert (found.column_names, found.schema.types) == (names, types)
+    given = [row for number, row in enumerate(given) if number not in (7, 41)]
+    for ours, its in (("sample_id", "sample_id"), ("captions", "caption"), ("class", "kind")):
+        assert found[ours].to_pylist() == [row[its] for row in given]
+
+    model, transform, tokenizer = protoclip.load(tiny_run)
+    source = ImageTextPairs(pa.Table.from_pylist(given), name="given")
+    with torch.inference_mode():
+        pixels = torch.stack([transform(source.image(row)) for row in range(len(source))])
+        image = model.encode_image(pixels, normalize=True)
+        text = [model.encode_text(tokenizer(row["caption"]), normalize=True) for row in given]
+    vectors = np.stack(found["image_vector"].to_pylist())
+    np.testing.assert_allclose(vectors, image, atol=5e-4)  # half of the last place below 1
+    for row, several in zip(found["text_vectors"].to_pylist(), text, strict=True):
+        np.testing.assert_allclose(np.stack(row), several, atol=5e-4)
+    facts = json.loads(found.schema.metadata[b"protoclip"])
+    expected = {"reference": str(tiny_run), "width": 16, "rows": 58, "bad": 2}
+    expected |= {"source": "pairs.parquet", "version": protoclip.__version__}
+    assert expected.items() <= facts.items()
+
+
+def test_a_killed_pass_goes_on_after_its_last_part(tiny_run, pairs, tmp_path, capsys):
+    """After SIGKILL in the third of six parts the first two are not encoded again, and the file is,
+    byte for byte, that of a pass that was not interrupted. A finished one is left alone."""
+    whole, out = tmp_path / "whole.parquet", tmp_path / "vectors.parquet"
+    sizes = embedded(tiny_run, pairs, whole)
+    fork = multiprocessing.get_context("fork")
+    arguments = {"run": tiny_run, "pairs": pairs, "out": out, "kill_at": 2}
+    process = fork.Process(target=embedded, kwargs=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    parts = tmp_path / ".vectors.parquet.parts"
+    assert not out.exists()
+    assert len(list((parts / "parts").glob("*.npz"))) == 2
+    assert embedded(tiny_run, pairs, out) == sizes[2:]
+    assert out.read_bytes() == whole.read_bytes()
+    assert pq.ParquetFile(out).num_row_groups == 6
+    parts.mkdir()  # as a kill leaves it that comes at the very end
+    assert embedded(tiny_run, pairs, out) == []
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{out}: is finished; 58 rows")
+    assert out.read_bytes() == whole.read_bytes()
+    assert not parts.exists()
+
+
+def test_two_ranks_make_the_file_of_one(tiny_run, pairs, tmp_path):
+    one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
+    sizes = embedded(tiny_run, pairs, one)
+    made = run_distributed(embedded, 2, tiny_run, pairs, two)
+    assert made == [sizes[::2], sizes[1::2]]
+    assert two.read_bytes() == one.read_bytes()
+    skipped = [path.with_suffix(".skipped.jsonl").read_bytes() for path in (one, two)]
+    assert skipped[0] == skipped[1]
+
+
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_file_of_something_else_is_kept(tiny_run, pairs, tmp_path):
+    """It is replaced with --overwrite alone, and so are parts that were begun."""
+    out = tmp_path / "vectors.parquet"
+    pq.write_table(pa.table({"mine": [1]}), out)
+    with pytest.raises(ValueError, match=r"exists, and was not made by this command; .*overwrite"):
+        protoclip.embed(tiny_run, pairs, out)
+    assert protoclip.embed(tiny_run, pairs, str(out), overwrite=True) == out
+    assert "class" not in pq.read_schema(out).names
+    by_class = DataConfig(train=str(pairs), class_column="kind")
+    with pytest.raises(ValueError, match=r"made with class_column None, not kind; .*--overwrite"):
+        protoclip.embed(tiny_run, by_class, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "join_parts", stop)
+        with pytest.raises(KeyboardInterrupt):
+            protoclip.embed(tiny_run, by_class, out, overwrite=True)
+    assert "class" not in pq.read_schema(out).names
+    part = tmp_path / ".vectors.parquet.parts" / "parts" / "000000.npz"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    with pytest.raises(ValueError, match=r"000000.npz: damaged .*; delete .*\.parts, and give the"):
+        protoclip.embed(tiny_run, by_class, out, overwrite=True)
+    out.unlink()
+    other = DataConfig(train=str(pairs), caption_column="kind")
+    with pytest.raises(ValueError, match=r"was made with class_column kind, not None"):
+        protoclip.embed(tiny_run, other, out)
+    with pytest.raises(ValueError, match=r"was made with other data, or before these were changed"):
+        protoclip.embed(tiny_run, replace(other, class_column="kind"), out)
+    protoclip.embed(tiny_run, other, out, overwrite=True)
+    assert pq.read_table(out)["captions"].to_pylist()[0] == ["blue"]
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny_run, pairs, tmp_path):
+    """The error names the file; the same call joins the parts that are there."""
+    out = tmp_path / "vectors.parquet"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "join_parts", stop)
+        with pytest.raises(KeyboardInterrupt):
+            embedded(tiny_run, pairs, out)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            embedded(tiny_run, pairs, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(out)
+    assert not list(tmp_path.glob("*.parquet"))
+    assert embedded(tiny_run, pairs, out) == []
+    assert len(pq.read_table(out)) == 58
+
+
+@pytest.mark.parametrize("read", ["auto", "streaming"])
+def test_shards_give_each_sample_once(read, tiny_run, shards, tmp_path):
+    """A stream comes in another order, and gives samples again."""
+    data = DataConfig(train=shards, read=read, shuffle_buffer=20)
+    number = 150 if read == "streaming" else None
+    out = protoclip.embed(tiny_run, data, tmp_path / "v.parquet", num_samples=number)
+    found = {row["sample_id"].split("/")[-1]: row for row in pq.read_table(out).to_pylist()}
+    assert len(found) == pq.read_metadata(out).num_rows == 96
+    model, _, tokenizer = protoclip.load(tiny_run)
+    for row in list(found.values())[:3]:
+        with torch.inference_mode():
+            text = model.encode_text(tokenizer(row["captions"]), normalize=True)
+        np.testing.assert_allclose(row["text_vectors"], text, atol=5e-4)
