@@ -22,6 +22,7 @@ from protoclip.evaluation.validation import judged
 from protoclip.features import encode as encoding
 from protoclip.features import parts
 from protoclip.features.row_loader import RowLoader
+from protoclip.features.store import hash_ids
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel
 from protoclip.models.saved import find_checkpoint, read_tensors
@@ -258,7 +259,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(source, given, tmp_path, monkeypatch)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_bad_images_are_left_out(given, tmp_path, capsys):
+def test_bad_images_are_left_out(given, tmp_path):
     table = pq.read_table(given["data"]["train"])
     images = table["image"].to_pylist()
     images[3], images[40] = b"no image", images[40][:50]
@@ -267,9 +268,28 @@ def test_bad_images_are_left_out(given, tmp_path, capsys):
     plan, rows, _ = rows_of(settings)
     assert len(plan.samples) == len(rows.images) == 94
     assert {"tiny/3", "tiny/40"}.isdisjoint(plan.samples.sample_ids())
-    assert "2 of 96 pairs cannot be used, such as 'tiny/3'" in capsys.readouterr().err
+    assert "2 of 96 pairs cannot be used, such as 'tiny/3'" in "".join(plan.notes)
     with pytest.raises(ValueError, match=r"more than data\.max_bad_share"):
         rows_of(changed(settings, data={"max_bad_share": 0.01}))
+
+
+def test_rows_with_one_image_are_one_sample_with_all_captions(given, tmp_path):
+    """As in tables with a row for each of an image's captions."""
+    images = tiny_pairs(6)["image"].to_pylist()
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    names = [0, 1, 0, 2, 3, 1, 4, 5, 0]
+    lines = [f"{name}.png\tcaption {row}" for row, name in enumerate(names)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
+    data = {"train": str(tmp_path / "pairs.tsv"), "validation": 0.0}
+    plan, rows, _ = rows_of(changed(given, data=data, episodes={"size": 6, "batch_size": 2}))
+    assert len(plan.samples) == 6
+    assert np.diff(rows.first).tolist() == [3, 2, 1, 1, 1, 1]
+    assert "3 of 9 pairs have the image of another one" in "".join(plan.notes)
+    sample = plan.samples.sample_id(0)
+    assert sample.endswith("/0")
+    numbers = rows.text.find(hash_ids(f"caption {row}" for row in (0, 2, 8)))
+    assert rows.captions[:3].tolist() == numbers.tolist()
 
 
 def test_fine_tuning_and_exports_take_what_was_aligned(given, tmp_path):

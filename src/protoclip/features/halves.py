@@ -8,7 +8,7 @@ encode what is new.
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from protoclip.data.decode import decode_crop
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, file_status
 from protoclip.data.transforms import Transform
-from protoclip.data.view import PairsView
+from protoclip.data.view import NONE, PairsView
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store
 from protoclip.features.encode import PART_ROWS, Encoder, encode_parts, join_parts
@@ -37,7 +37,7 @@ from protoclip.models.towers import Tokenizer
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
-BLOCK = 2**14  # pairs whose keys are in memory at once
+BLOCK = 2**14  # pairs whose captions are in memory at once
 SAMPLE = 2**14  # pairs that a whitening is fitted to
 
 
@@ -222,6 +222,7 @@ class HalfRows:
         images: The number of each row's image in each view `(n, v)`; -1 if it is bad.
         captions: The numbers of all rows' captions, row after row.
         first: Where each row's captions begin `(n + 1)`.
+        repeated: Rows whose image an earlier row has too, which then has their captions.
     """
 
     image: Sequence[HalfFeatures]
@@ -229,11 +230,13 @@ class HalfRows:
     images: Numbers
     captions: Numbers
     first: Numbers
+    repeated: Numbers
 
     @property
     def bad(self) -> Numbers:
         """Rows that cannot be trained on: an image is bad, or there is no caption."""
-        return np.flatnonzero((self.images < 0).any(1) | (np.diff(self.first) == 0))
+        bad = np.flatnonzero((self.images < 0).any(1) | (np.diff(self.first) == 0))
+        return np.setdiff1d(bad, self.repeated)
 
     def without(self, rows: Numbers) -> "HalfRows":
         """The same of all other rows."""
@@ -246,6 +249,7 @@ class HalfRows:
             images=self.images[kept],
             captions=self.captions[np.repeat(kept, counts)],
             first=np.concatenate([[0], np.cumsum(counts[kept])]),
+            repeated=NONE,
         )
 
     def image_rows(self, rows: Numbers, draws: npt.NDArray[np.float32] | None = None) -> Tensor:
@@ -324,8 +328,10 @@ def encode_halves(
     Raises:
         ValueError: The folder cannot be used, or is damaged; or no image can be read.
     """
-    image_hashes, caption_hashes, first, of_row = keys_of(pairs)
-    unique, rows = np.unique(image_hashes, return_index=True)
+    image_hashes = hashes_of_images(pairs)
+    caption_hashes, counts = hashes_of_captions(pairs)
+    first, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(pairs)), counts)
+    unique, rows, inverse = np.unique(image_hashes, return_index=True, return_inverse=True)
     stores, numbers = [], []
     for view, transform in enumerate(views):
         encoder = HalfEncoder(halves, transform=transform, max_pixels=max_pixels, autocast=autocast)
@@ -342,8 +348,15 @@ def encode_halves(
     folder = root / checksum(encoder.key().encode())
     text = completed(encoder, captions, unique, folder, 4 * batch_size, threads)
     found = text.find(unique)[np.searchsorted(unique, caption_hashes)]
+    shown_by = rows[inverse]  # the first row with the image of each row
+    owner = shown_by[of_row]
     return HalfRows(
-        image=stores, text=text, images=np.stack(numbers, axis=1), captions=found, first=first
+        image=stores,
+        text=text,
+        images=np.stack(numbers, axis=1),
+        captions=found[np.argsort(owner, kind="stable")],
+        first=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(pairs)))]),
+        repeated=np.flatnonzero(shown_by != np.arange(len(pairs))),
     )
 
 
@@ -373,26 +386,23 @@ def of_view(images: ImagesOnce, view: int) -> ImagesOnce:
     return View(images.pairs, images.rows)
 
 
-def keys_of(pairs: Pairs) -> tuple[Hashes, Hashes, Numbers, Numbers]:
-    """Hashes of each row's image and of all captions, where each row's captions begin, their rows.
+def hashes_of_images(pairs: Pairs) -> Hashes:
+    """Equal for rows that name the same image file."""
+    return hash_ids(image_key(pairs, row) for row in range(len(pairs)))
 
-    A row without captions has none.
-    """
-    image_parts, caption_parts, counts = [], [], np.zeros(len(pairs) + 1, np.int64)
+
+def hashes_of_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
+    """Of all captions, row after row; and how many each row has, which may be none."""
+    parts, counts = [], np.zeros(len(pairs), np.int64)
     for start in range(0, len(pairs), BLOCK):
-        rows = range(start, min(start + BLOCK, len(pairs)))
-        image_parts.append(hash_ids(image_key(pairs, row) for row in rows))
         texts: list[str] = []
-        for row in rows:
-            try:
+        for row in range(start, min(start + BLOCK, len(pairs))):
+            with suppress(BadSample):
                 own = pairs.sample_captions(row)
-            except BadSample:
-                own = ()
-            counts[row + 1] = len(own)
-            texts += own
-        caption_parts.append(hash_ids(texts))
-    of_row = np.repeat(np.arange(len(pairs)), counts[1:])
-    return np.concatenate(image_parts), np.concatenate(caption_parts), np.cumsum(counts), of_row
+                counts[row] = len(own)
+                texts += own
+        parts.append(hash_ids(texts))
+    return np.concatenate(parts), counts
 
 
 def completed(

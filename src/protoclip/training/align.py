@@ -18,13 +18,17 @@ from protoclip.data.pairs import Pairs
 from protoclip.data.view import PairsView, without
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
-from protoclip.features.halves import HalfRows, encode_halves, features_folder
+from protoclip.features.halves import (
+    HalfRows,
+    encode_halves,
+    features_folder,
+    hashes_of_images,
+)
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, is_aligned
 from protoclip.models.halves import PUBLISHED
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
-from protoclip.terminal import say
 from protoclip.training.choices import Choices, with_begun
 from protoclip.training.plan import Plan
 from protoclip.training.precision import autocast, resolve
@@ -175,7 +179,8 @@ def with_data(
             "the shards, and leave data.read out"
         )
     choices.config, choose = config, choices.choose
-    rows = len(data.training)
+    # An image that several rows show is one sample with all their captions.
+    rows = len(np.unique(hashes_of_images(data.training)))
     head = config.align.head
     if head == "auto":
         head = "mlp" if rows >= MLP_FROM else "linear"
@@ -217,26 +222,35 @@ def encode(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
         autocast=autocast(resolve(config.run.precision, device), device),
         threads=None if workers == "auto" else max(1, workers),
     )
-    bad = rows.bad
-    if not len(bad):
-        return plan, rows
-    example = samples.sample_id(int(bad[0]))
-    said = f"{len(bad):,} of {len(samples):,} pairs cannot be used, such as '{example}'"
-    if len(bad) > config.data.max_bad_share * len(samples):
-        raise ValueError(
-            f"{said}; that is more than data.max_bad_share ({config.data.max_bad_share:g}) allows; "
-            "mend the data or raise it"
+    bad, notes = rows.bad, [*plan.notes]
+    if len(rows.repeated):
+        notes.append(
+            f"{len(rows.repeated):,} of {len(samples):,} pairs have the image of another one, "
+            "which has their captions too"
         )
-    if collectives.rank() == 0:
-        say(f"note: {said}; they are left out")
-    return replace(plan, samples=left(samples, bad)), rows.without(bad)
+    if len(bad):
+        example = samples.sample_id(int(bad[0]))
+        said = f"{len(bad):,} of {len(samples):,} pairs cannot be used, such as '{example}'"
+        if len(bad) > config.data.max_bad_share * len(samples):
+            raise ValueError(
+                f"{said}; that is more than data.max_bad_share ({config.data.max_bad_share:g}) "
+                "allows; mend the data or raise it"
+            )
+        notes.append(f"{said}; they are left out")
+    left_out = np.union1d(bad, rows.repeated)
+    if not len(left_out):
+        return plan, rows
+    kept = without_rows(samples, left_out)
+    return replace(plan, samples=kept, notes=notes), rows.without(left_out)
 
 
-def left(samples: Pairs, bad: Any) -> Pairs:
-    """The samples without rows that cannot be used."""
+def without_rows(samples: Pairs, left_out: Any) -> Pairs:
+    """The samples without some of their rows."""
     if not isinstance(samples, PairsView):
-        return without(samples, bad)
+        return without(samples, left_out)
     # Rows of the view are rows of its sources without those that it leaves out already.
     starts = np.cumsum([0, *(len(source) for source in samples.sources)])
-    numbers = [int(starts[samples.source_of(row)]) + samples.locate(row)[1] for row in bad.tolist()]
+    numbers = [
+        int(starts[samples.source_of(row)]) + samples.locate(row)[1] for row in left_out.tolist()
+    ]
     return without(samples, np.union1d(samples.left_out, np.array(numbers, np.int64)))
