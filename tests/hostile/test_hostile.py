@@ -256,6 +256,9 @@ explore . --data gone.tsv
 explore . --atlas .
 export gone new
 export . test_hostile.py/new
+match --images gone --texts minilm --data test_hostile.py
+match --images timm:resnet10t --texts gone --data test_hostile.py
+match --images timm:resnet10t --texts minilm --data gone.tsv
 embed-teacher --teacher gone --out new
 embed-teacher --teacher . --out new --data.train gone.tsv
 data inspect gone.tsv
