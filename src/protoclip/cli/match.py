@@ -14,7 +14,7 @@ FEW = 1000  # pairs; with fewer a note says that numbers say little
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Rank pretrained halves by how well they fit, before any training.
+    """Rank pretrained halves before anything is trained.
 
     Each half encodes some pairs once. A row shows an image half with a text
     half. The first row has the highest recall@10 of ridge regressions between

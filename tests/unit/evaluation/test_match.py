@@ -5,10 +5,14 @@ import pyarrow as pa
 import pytest
 import torch
 from sklearn.linear_model import Ridge
+from torch import nn
 
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.evaluation import match, retrieval
+from protoclip.features.encode import Encoder
 from protoclip.testing import tiny_pairs
+
+CPU = torch.device("cpu")
 
 
 def rows(number, width, seed):
@@ -212,3 +216,22 @@ def test_equal_images_and_captions_are_read_once():
     assert drawn.text_of_pair[2] == drawn.text_of_pair[3]
     fewer = match.draw(ImageTextPairs(table, name="tiny"), 20, 1)
     assert len(fewer.image_of_pair) in (19, 20)
+
+
+def test_a_half_of_the_wrong_kind_is_refused_before_anything_is_read():
+    class Unread(ImageTextPairs):
+        def sample(self, row):
+            raise AssertionError
+
+    pairs = Unread(tiny_pairs(60), name="tiny")
+    with pytest.raises(ValueError, match=r"^--images: minilm reads text only$"):
+        match.match(["minilm"], ["minilm"], pairs, device=CPU)
+    with pytest.raises(ValueError, match=r"^--texts: timm:test_vit reads image only$"):
+        match.match([], ["timm:test_vit"], pairs, device=CPU)
+
+
+def test_features_that_are_not_finite_are_refused():
+    broken = Encoder(nn.Identity(), CPU, lambda texts: torch.ones(len(texts), 2), lambda x: x / 0)
+    texts = [Sample(sample_id="0", image=b"", captions=("a",), where="")]
+    with pytest.raises(ValueError, match=r"^broken: its features are not finite"):
+        match.encode("broken", broken, ImageTextPairs(tiny_pairs(1), name="tiny"), texts, ["0"], 8)
