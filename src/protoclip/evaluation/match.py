@@ -35,7 +35,7 @@ RECALL_AT = 10
 LEAST = 30  # pairs of which no two share an image or a caption; half of them are judged
 PAIRS_PER_GROUP, ITERATIONS = 10, 20  # of K-means, as in training
 # Of the ridge, in pairs: what it adds to the variance of each feature, over what a pair adds.
-STRENGTHS = tuple(float(10 ** (power / 2)) for power in range(-2, 11))
+STRENGTHS = tuple(float(10 ** (power / 2)) for power in range(11))
 READERS = 16  # threads; the images may be behind URLs
 
 Record = dict[str, Any]
@@ -149,24 +149,25 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
     else:
         items = list(islice(source.samples(), number))
 
-    def read(item: Item) -> tuple[str, str, str] | None:
+    def read(item: Item) -> tuple[str, str, str] | BadSample:
         try:
             sample = read_sample(source, item)
-        except BadSample:
-            return None
+        except BadSample as error:
+            return error
         return sample.sample_id, checksum(sample.image), sample.captions[0]
 
     image_of: dict[str, int] = {}
     text_of: dict[str, int] = {}
-    images, ids, known, of_pairs, skipped = [], [], set[str](), dict[tuple[int, int], None](), 0
+    images, ids, known, bad = [], [], set[str](), set[str]()
+    of_pairs: dict[tuple[int, int], None] = {}
     progress = Progress(f"read {source.name}", len(items))
     with ThreadPoolExecutor(READERS) as pool:
-        for done, (item, found) in enumerate(zip(items, pool.map(read, items), strict=True), 1):
+        for done, (item, facts) in enumerate(zip(items, pool.map(read, items), strict=True), 1):
             progress.update(done)
-            if found is None:
-                skipped += 1
+            if isinstance(facts, BadSample):
+                bad.add(facts.sample_id)  # a stream gives samples again
                 continue
-            sample_id, content, caption = found
+            sample_id, content, caption = facts
             if content not in image_of:
                 if sample_id in known:
                     raise ValueError(f"{source.name}: sample id '{sample_id}' is not unique")
@@ -182,7 +183,7 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
         captions=[*text_of],
         image_of_pair=numbers[:, 0],
         text_of_pair=numbers[:, 1],
-        skipped=skipped,
+        skipped=len(bad),
     )
 
 
@@ -222,15 +223,15 @@ def encode(
 ) -> Half:
     """Let a half encode each item once."""
     progress, started = Progress(f"encode {name}", len(items)), time.monotonic()
-    found, rows, _ = encode_items(encoder, source, items, batch_size, progress.update, 0)
+    ids_read, rows, _ = encode_items(encoder, source, items, batch_size, progress.update, 0)
     seconds = time.monotonic() - started
     progress.update(len(items))
     if not np.isfinite(rows).all():
         raise ValueError(f"{name}: its features are not finite; choose another model")
-    place = {own: number for number, own in enumerate(ids)}
+    number_of = {sample_id: number for number, sample_id in enumerate(ids)}
     features = torch.full((len(items), encoder.width), torch.nan)
-    features[[place[own] for own in found]] = torch.from_numpy(rows)
-    return Half(name=name, features=features, per_second=len(found) / max(seconds, 1e-9))
+    features[[number_of[sample_id] for sample_id in ids_read]] = torch.from_numpy(rows)
+    return Half(name=name, features=features, per_second=len(ids_read) / max(seconds, 1e-9))
 
 
 def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int) -> list[Record]:
@@ -262,13 +263,13 @@ def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: i
         for half in halves:
             spaces[modality].append(space(half, of_pair))
             progress.update(sum(map(len, spaces.values())))
-    found: list[Record] = []
+    measured: list[Record] = []
     for image, text in product(spaces["image"], spaces["text"]):
         ways = {
             "agreement/text_from_image": agreement(image.groups, text.groups),
             "agreement/image_from_text": agreement(text.groups, image.groups),
         }
-        found.append(
+        measured.append(
             {
                 "image": image.half.name,
                 "text": text.half.name,
@@ -288,8 +289,8 @@ def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: i
                 "skipped": drawn.skipped,
             }
         )
-        progress.update(len(images) + len(texts) + len(found))
-    return sorted(found, key=lambda record: -record[f"recall@{RECALL_AT}"])
+        progress.update(len(images) + len(texts) + len(measured))
+    return sorted(measured, key=lambda record: -record[f"recall@{RECALL_AT}"])
 
 
 def sharing(image_of_pair: Int[Tensor, " p"], text_of_pair: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
@@ -322,13 +323,13 @@ def nearest_others(
     features: Float[Tensor, "n d"], neighbours: int = NEIGHBOURS
 ) -> Int[Tensor, "n k"]:
     """The most similar other rows of each row, by cosine."""
-    rows, found = F.normalize(features.float(), dim=1), []
+    rows, nearest = F.normalize(features.float(), dim=1), []
     size = max(1, retrieval.CHUNK // len(rows))
     for start in range(0, len(rows), size):
         similarity = rows[start : start + size] @ rows.T
         similarity.diagonal(offset=start).fill_(float("-inf"))  # a row is not its own neighbour
-        found.append(similarity.topk(min(neighbours, len(rows) - 1)).indices)
-    return torch.cat(found)
+        nearest.append(similarity.topk(min(neighbours, len(rows) - 1)).indices)
+    return torch.cat(nearest)
 
 
 def shared_neighbours(one: Int[Tensor, "n k"], other: Int[Tensor, "n k"]) -> float:
@@ -389,8 +390,9 @@ def ridge_recall(
         `recall@10/text_to_image` and `recall@10/image_to_text` as `retrieval` defines them, their
         mean `recall@10`, about what that is by chance, and `judged`, the number of judged pairs.
     """
-    text_numbers = torch.from_numpy(np.unique(list(captions), return_inverse=True)[1])
-    groups = sharing(image_of_pair, text_numbers)
+    number_of: dict[str, int] = {}
+    text_of_pair = torch.tensor([number_of.setdefault(text, len(number_of)) for text in captions])
+    groups = sharing(image_of_pair, text_of_pair)
     judged = half_of(groups, seed)
     inner = half_of(torch.unique(groups[~judged], return_inverse=True)[1], seed)
     (fitted,), (judged_rows,) = (~judged).nonzero(as_tuple=True), judged.nonzero(as_tuple=True)
@@ -412,24 +414,24 @@ def ridge_recall(
             spaces, rows, candidates = (images, texts), of_images, of_texts
             keys = numbers, known.numbers, known.matches
         inputs, targets = (of.double() - of[train].double().mean(dim=0) for of in spaces)
-        there, found = F.normalize(targets[candidates], dim=1), []
+        there, by_strength = F.normalize(targets[candidates], dim=1), []
         for weights in ridge(inputs[train], targets[train], strengths):
             led = F.normalize(inputs[rows] @ weights, dim=1)
-            found.append(retrieval.best_relevant_rank(led, there, *keys))
-        return found
+            by_strength.append(retrieval.best_relevant_rank(led, there, *keys))
+        return by_strength
 
-    found = {}
+    recalls = {}
     for way in ("text_to_image", "image_to_text"):
         tried = ranks(way, fitted[~inner], fitted[inner], STRENGTHS)
         reciprocal = [float((1 / (each + 1)).mean()) for each in tried]  # finer than a recall
         best = max(zip(reciprocal, STRENGTHS, strict=True))[1]
         (judged_ranks,) = ranks(way, fitted, judged_rows, [best])
-        found[way] = retrieval.recall_at(judged_ranks, RECALL_AT)
-    candidates = [len(torch.unique(of[judged])) for of in (image_of_pair, text_numbers)]
+        recalls[way] = retrieval.recall_at(judged_ranks, RECALL_AT)
+    candidates = [len(torch.unique(of[judged])) for of in (image_of_pair, text_of_pair)]
     by_chance = sum(min(1.0, RECALL_AT / number) for number in candidates) / len(candidates)
     return {
-        f"recall@{RECALL_AT}": sum(found.values()) / len(found),
-        **{f"recall@{RECALL_AT}/{way}": value for way, value in found.items()},
+        f"recall@{RECALL_AT}": sum(recalls.values()) / len(recalls),
+        **{f"recall@{RECALL_AT}/{way}": value for way, value in recalls.items()},
         f"recall@{RECALL_AT}/by_chance": by_chance,
         "judged": len(judged_rows),
     }
