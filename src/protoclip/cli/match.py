@@ -36,7 +36,7 @@ class Match:
     allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_links: bool = False  # Follow symbolic links that leave the root.
     pooling: Literal["mean", "cls", "pooler"] = "mean"  # From tokens to one feature.
-    batch_size: Count = 256  # Captions or images at once.
+    batch_size: Count = 64  # Captions or images at once.
     device: str = "auto"  # As run.device.
     json: bool = False  # Print the records as JSON.
 

@@ -90,7 +90,7 @@ def match(
     pairs: int = 4000,
     seed: int = 0,
     pooling: Pooling = "mean",
-    batch_size: int = 256,
+    batch_size: int = 64,
     device: torch.device,
 ) -> list[Record]:
     """Hold each image half against each text half.
