@@ -122,6 +122,14 @@ def require_teacher(setting: str, reference: str) -> None:
         require_path(setting, reference, what)
 
 
+def require_half(setting: str, reference: str) -> None:
+    """Refuse a pretrained half that is a local path and does not exist."""
+    if reference != "minilm" and not reference.startswith(MODEL_KINDS):
+        what = "no such run folder; other halves are written minilm, hf:NAME_OR_FOLDER, "
+        what += "timm:MODEL or open_clip:MODEL/TAG"
+        require_path(setting, reference, what)
+
+
 def require_run(folder: str) -> None:
     """Refuse a run folder that does not exist."""
     require_path("", folder, "no such run folder")

@@ -260,6 +260,9 @@ embed gone --data test_hostile.py --out new.parquet
 embed . --data gone.tsv --out new.parquet
 embed . --data test_hostile.py --root gone --out new.parquet
 embed . --data test_hostile.py --out .
+match --images gone --texts minilm --data test_hostile.py
+match --images timm:resnet10t --texts gone --data test_hostile.py
+match --images timm:resnet10t --texts minilm --data gone.tsv
 embed-teacher --teacher gone --out new
 embed-teacher --teacher . --out new --data.train gone.tsv
 data inspect gone.tsv

@@ -21,6 +21,7 @@ from protoclip.cli.evaluate import Evaluate
 from protoclip.cli.explore import Explore
 from protoclip.cli.export import Export
 from protoclip.cli.finetune import Finetune
+from protoclip.cli.match import Match
 from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.report import Report
 from protoclip.cli.train import Train
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type[Any]] = {
     "export": Export,
     "embed": Embed,
     "demo": Demo,
+    "match": Match,
     "embed-teacher": EmbedTeacher,
     "data inspect": Inspect,
     "data pack": Pack,
@@ -59,7 +61,7 @@ WAYS_OUT = {
     errno.ELOOP: "choose another place",
 }
 # Commands whose result is what they print, as that of any command with --json.
-PRINT_RESULTS = ("evaluate", "compare", "data inspect")
+PRINT_RESULTS = ("evaluate", "compare", "match", "data inspect")
 # Seconds that other ranks wait for rank 0 to report the same error.
 PATIENCE = 5.0
 

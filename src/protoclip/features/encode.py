@@ -100,8 +100,12 @@ class Encoder:
         )
 
 
-def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch.device) -> Encoder:
+def open_encoder(
+    teacher: str, *, modality: str, pooling: Pooling, device: torch.device, setting: str = ""
+) -> Encoder:
     """Open a frozen model; `embed_teacher` says what the other arguments mean.
+
+    `setting` is what messages name; unset, the options of `embed-teacher`.
 
     `teacher` is `hf:NAME_OR_FOLDER` (a text model), `minilm` (all-MiniLM-L6-v2 as a package),
     `timm:MODEL[/FILE]` (an image model, its weights in a file if one is named), or what
@@ -113,7 +117,7 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
     kind, _, name = teacher.partition(":")
     reads = {"minilm": "text", "hf": "text", "timm": "image"}.get(kind, modality)
     if modality not in ("auto", reads):
-        raise ValueError(f"--modality {modality}: {teacher} reads {reads} only")
+        raise ValueError(f"{setting or f'--modality {modality}'}: {teacher} reads {reads} only")
     try:
         if teacher == "minilm" or (kind == "hf" and name):
             with hub(teacher, "" if Path(name).is_dir() else name):
@@ -123,17 +127,17 @@ def open_encoder(teacher: str, *, modality: str, pooling: Pooling, device: torch
         if kind == "open_clip" and name and "/" not in name:
             raise ValueError("name the weights too, as in open_clip:RN50/openai")
         if not Path(teacher).is_dir() and not (name and kind in PAIRS):
-            raise ValueError(
-                "no run folder, and none of hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, "
-                "timm:MODEL, or a .npy or .parquet file"
-            )
+            models = "hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, timm:MODEL"
+            models += "" if setting else ", or a .npy or .parquet file"
+            raise ValueError(f"no run folder, and none of {models}")
         model, transform, tokenizer = loading.load(teacher)
     except ImportError as error:
         raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
     except Exception as error:  # what these libraries raise has no common class
         reason = " ".join(str(error).removeprefix(f"{teacher}: ").split())[:300]
         reason = re.sub(r"^cannot be opened \((.*)\)$", r"\1", reason)
-        raise ValueError(f"--teacher: '{teacher}' cannot be opened: {reason}") from None
+        start = setting or "--teacher"
+        raise ValueError(f"{start}: '{teacher}' cannot be opened: {reason}") from None
     if modality == "text":
         return Encoder(model, device, tokenizer, model.encode_text)
     return Encoder(model, device, torch.stack, model.encode_image, transform)

@@ -1,0 +1,136 @@
+"""`protoclip match`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from protoclip.config import Count, DataConfig, Seed
+from protoclip.files import to_json
+from protoclip.paths import require_data_paths, require_half, require_source
+from protoclip.terminal import say, visible
+
+FEW = 1000  # pairs; with fewer a note says that numbers say little
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Rank pretrained halves before anything is trained.
+
+    Each half encodes some pairs once. A row shows an image half with a text
+    half. The first row has the highest recall@10 of ridge regressions between
+    them, on pairs that these have not seen. docs/match.md explains the rest.
+    """
+
+    images: tuple[str, ...]  # Image halves: timm:MODEL[/FILE], runs, open_clip:NAME/TAG.
+    texts: tuple[str, ...]  # Text halves: minilm, hf:NAME, runs, open_clip:NAME/TAG.
+    data: str  # Pairs, as data.train.
+    pairs: Count = 4000  # Pairs to draw; of a stream the first ones.
+    seed: Seed = 0  # Seed of the draw and of the splits.
+    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
+    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
+    id_column: str | None = None  # Column of sample ids; else detected.
+    root: str | None = None  # Folder that holds all images of a table.
+    only: str | None = None  # As data.only.
+    without: str | None = None  # As data.without.
+    read: Literal["auto", "streaming"] = "auto"  # As data.read.
+    allow_commands: bool = False  # Run the commands of pipe: sources.
+    allow_links: bool = False  # Follow symbolic links that leave the root.
+    pooling: Literal["mean", "cls", "pooler"] = "mean"  # From tokens to one feature.
+    batch_size: Count = 64  # Captions or images at once.
+    device: str = "auto"  # As run.device.
+    json: bool = False  # Print the records as JSON.
+
+    def __call__(self) -> None:
+        for half in self.images:
+            require_half("--images", half)
+        for half in self.texts:
+            require_half("--texts", half)
+        require_source("--data", self.data)
+        data = DataConfig(
+            train=self.data,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            id_column=self.id_column,
+            root=self.root,
+            only=self.only,
+            without=self.without,
+            read=self.read,
+            allow_commands=self.allow_commands,
+            allow_links=self.allow_links,
+        )
+        require_data_paths(data)
+        import torch
+
+        from protoclip.cli.data import open_source, print_notes
+        from protoclip.distributed import collectives
+        from protoclip.evaluation.match import match
+
+        torch.set_flush_denormal(True)
+        device = collectives.device(self.device, setting="--device")
+        source, _ = open_source(data, seed=self.seed)
+        print_notes([*getattr(source, "notes", ())])  # but not those on ids, which nothing keeps
+        records = match(
+            self.images,
+            self.texts,
+            source,
+            pairs=self.pairs,
+            seed=self.seed,
+            pooling=self.pooling,
+            batch_size=self.batch_size,
+            device=device,
+        )
+        if skipped := records[0]["skipped"]:
+            what = (
+                "pair could not be read, and is"
+                if skipped == 1
+                else "pairs could not be read, and are"
+            )
+            say(f"note: {source.name}: {skipped:,} {what} left out")
+        if (number := records[0]["apart"]) < FEW:
+            say(f"note: {source.name}: only {number:,} pairs that share nothing, which say little")
+        if self.json:
+            print(to_json(records, indent=2))
+        else:
+            show(records)
+
+
+def show(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table with one row a pair of halves."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from protoclip.evaluation.compare import print_table
+
+    first = records[0]
+    table = Table(title="Pretrained halves, the best pair first")
+    for name in ("image half", "text half"):
+        table.add_column(name, overflow="fold")
+    for name in (
+        "recall@10",
+        "mutual\n10-NN",
+        "linear\nCKA",
+        "groups\nagree",
+        "widths",
+        "images/s\ncaptions/s",
+    ):
+        table.add_column(name, justify="right")
+    for record in records:
+        rates = (record["images_per_second"], record["captions_per_second"])
+        table.add_row(
+            *(escape(visible(record[half])) for half in ("image", "text")),
+            f"{100 * record['recall@10']:.1f}%",
+            f"{100 * record['mutual_neighbours']:.1f}%",
+            f"{record['cka']:.3f}",
+            f"{record['agreement']:.3f}",
+            f"{record['image_width']}\n{record['text_width']}",
+            "\n".join(f"{rate:,.0f}" for rate in rates),
+        )
+    table.caption_justify = "left"
+    table.caption = (
+        f"Ordered by recall@10: the mean of both ways between an image and its text, by ridge "
+        f"regressions fitted on {first['pairs'] - first['judged']:,} pairs and judged on "
+        f"{first['judged']:,} others (by chance {100 * first['recall@10/by_chance']:.1f}%). The "
+        f"other measures are of {first['apart']:,} pairs, of which no two share an image or a "
+        "caption."
+    )
+    print_table(table, columns=2)

@@ -1,0 +1,453 @@
+"""Which pretrained halves fit each other, measured on pairs before anything is trained.
+
+Halves are an image tower and a text tower that have never met. Each encodes the images or the
+captions of the same pairs once. Then every image half is held against every text half, by pure
+functions of features.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice, product
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from protoclip.data.loader import Item, read_sample
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
+from protoclip.data.sampler import evenly_spaced
+from protoclip.evaluation import retrieval
+from protoclip.features.encode import Encoder, Pooling, encode_items, open_encoder
+from protoclip.files import checksum
+from protoclip.progress import Progress
+from protoclip.prototypes.kmeans import kmeans
+from protoclip.prototypes.targets import agreement
+
+NEIGHBOURS = 10
+RECALL_AT = 10
+LEAST = 30  # pairs of which no two share an image or a caption; half of them are judged
+PAIRS_PER_GROUP, ITERATIONS = 10, 20  # of K-means, as in training
+# Of the ridge, in pairs: what it adds to the variance of each feature, over what a pair adds.
+STRENGTHS = tuple(float(10 ** (power / 2)) for power in range(11))
+READERS = 16  # threads; the images may be behind URLs
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Pairs of a source. Equal images are one, and equal captions.
+
+    Attributes:
+        images: How to read each image: its row, or the sample that a stream gave.
+        ids: The sample id of each image.
+        captions: The captions.
+        image_of_pair, text_of_pair: The numbers of each pair's image and caption.
+        skipped: Pairs that could not be read.
+    """
+
+    images: Sequence[Item]
+    ids: Sequence[str]
+    captions: Sequence[str]
+    image_of_pair: Int[Tensor, " p"]
+    text_of_pair: Int[Tensor, " p"]
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    """What a half makes of the images, or of the captions; NaN where one cannot be read."""
+
+    name: str
+    features: Float[Tensor, "n d"]
+    per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What is known of a half alone: its features by pair, and of the apart pairs the nearest
+    others and the groups."""
+
+    half: Half
+    of_pairs: Float[Tensor, "p d"]
+    apart: Float[Tensor, "n d"]
+    nearest: Int[Tensor, "n k"]
+    groups: Int[Tensor, " n"]
+
+
+def match(
+    images: Sequence[str],
+    texts: Sequence[str],
+    source: Pairs | SampleStream,
+    *,
+    pairs: int = 4000,
+    seed: int = 0,
+    pooling: Pooling = "mean",
+    batch_size: int = 64,
+    device: torch.device,
+) -> list[Record]:
+    """Hold each image half against each text half.
+
+    Mutual neighbours, CKA and groups are those of pairs of which no two share an image or a
+    caption; the first of those that do is taken.
+
+    Args:
+        images, texts: Halves, as `open_encoder` takes them.
+        pairs: How many pairs to draw, evenly; of a stream the first ones. Of several captions of a
+            sample the first is taken.
+        seed: Of the draw, of K-means and of the split for the regression.
+        pooling: How a Hugging Face model's tokens become one feature.
+
+    Returns:
+        A record for each image half and text half, the highest `recall@10` first. docs/match.md
+        lists what is in it.
+
+    Raises:
+        ValueError: A half cannot be opened, which is seen before any encodes, or its features are
+            not finite; or the pairs that can be read are too few.
+    """
+    if pairs < LEAST:
+        raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
+    opened = {
+        modality: {
+            name: open_encoder(name, modality=modality, pooling=pooling, device=device, setting=way)
+            for name in dict.fromkeys(names)
+        }
+        for modality, way, names in (("image", "--images", images), ("text", "--texts", texts))
+    }
+    drawn = draw(source, pairs, seed)
+    require_enough(drawn, source.name)
+    captions = [
+        Sample(sample_id=str(number), image=b"", captions=(caption,), where=source.name)
+        for number, caption in enumerate(drawn.captions)
+    ]
+    image_halves = [
+        encode(name, encoder, source, drawn.images, drawn.ids, batch_size)
+        for name, encoder in opened["image"].items()
+    ]
+    can_be_read = torch.stack([half.features.isfinite().all(dim=1) for half in image_halves]).all(0)
+    drawn = keep(drawn, can_be_read)
+    require_enough(drawn, source.name)
+    text_halves = [
+        encode(name, encoder, source, captions, [one.sample_id for one in captions], batch_size)
+        for name, encoder in opened["text"].items()
+    ]
+    return records(image_halves, text_halves, drawn, seed)
+
+
+def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
+    """Draw pairs, and read them to see which images are equal."""
+    if isinstance(source, Pairs):
+        items: list[Any] = evenly_spaced(len(source), min(number, len(source)), seed)
+    else:
+        items = list(islice(source.samples(), number))
+
+    def read(item: Item) -> tuple[str, str, str] | BadSample:
+        try:
+            sample = read_sample(source, item)
+        except BadSample as error:
+            return error
+        return sample.sample_id, checksum(sample.image), sample.captions[0]
+
+    image_of: dict[str, int] = {}
+    text_of: dict[str, int] = {}
+    images, ids, known, bad = [], [], set[str](), set[str]()
+    of_pairs: dict[tuple[int, int], None] = {}
+    progress = Progress(f"read {source.name}", len(items))
+    with ThreadPoolExecutor(READERS) as pool:
+        for done, (item, facts) in enumerate(zip(items, pool.map(read, items), strict=True), 1):
+            progress.update(done)
+            if isinstance(facts, BadSample):
+                bad.add(facts.sample_id)  # a stream gives samples again
+                continue
+            sample_id, content, caption = facts
+            if content not in image_of:
+                if sample_id in known:
+                    raise ValueError(f"{source.name}: sample id '{sample_id}' is not unique")
+                images.append(item)
+                ids.append(sample_id)
+            known.add(sample_id)
+            image = image_of.setdefault(content, len(image_of))
+            of_pairs[image, text_of.setdefault(caption, len(text_of))] = None
+    numbers = torch.tensor([*of_pairs], dtype=torch.long).reshape(-1, 2)
+    return Drawn(
+        images=images,
+        ids=ids,
+        captions=[*text_of],
+        image_of_pair=numbers[:, 0],
+        text_of_pair=numbers[:, 1],
+        skipped=len(bad),
+    )
+
+
+def keep(drawn: Drawn, images: Bool[Tensor, " i"]) -> Drawn:
+    """Only the pairs of these images; the others are skipped."""
+    kept = images[drawn.image_of_pair]
+    return Drawn(
+        images=drawn.images,
+        ids=drawn.ids,
+        captions=drawn.captions,
+        image_of_pair=drawn.image_of_pair[kept],
+        text_of_pair=drawn.text_of_pair[kept],
+        skipped=drawn.skipped + int((~kept).sum()),
+    )
+
+
+def require_enough(drawn: Drawn, name: str) -> None:
+    """Refuse pairs that say nothing."""
+    number = len(torch.unique(sharing(drawn.image_of_pair, drawn.text_of_pair)))
+    if number < LEAST:
+        total, skipped = len(drawn.image_of_pair), drawn.skipped
+        read = f"{total} pair{'s' * (total != 1)}"
+        read += f", and {skipped} that cannot be read" * bool(skipped)
+        raise ValueError(
+            f"{name}: {read}, of which {number} share{'s' * (number == 1)} no image and no "
+            f"caption: too few, at least {LEAST} are needed; raise --pairs, or name other data"
+        )
+
+
+def encode(
+    name: str,
+    encoder: Encoder,
+    source: Pairs | SampleStream,
+    items: Sequence[Item],
+    ids: Sequence[str],
+    batch_size: int,
+) -> Half:
+    """Let a half encode each item once."""
+    progress, started = Progress(f"encode {name}", len(items)), time.monotonic()
+    ids_read, rows, _ = encode_items(encoder, source, items, batch_size, progress.update, 0)
+    seconds = time.monotonic() - started
+    progress.update(len(items))
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{name}: its features are not finite; choose another model")
+    number_of = {sample_id: number for number, sample_id in enumerate(ids)}
+    features = torch.full((len(items), encoder.width), torch.nan)
+    features[[number_of[sample_id] for sample_id in ids_read]] = torch.from_numpy(rows)
+    return Half(name=name, features=features, per_second=len(ids_read) / max(seconds, 1e-9))
+
+
+def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int) -> list[Record]:
+    """Measure each image half with each text half, from their features."""
+    groups = sharing(drawn.image_of_pair, drawn.text_of_pair)
+    first = {group: pair for pair, group in reversed([*enumerate(groups.tolist())])}
+    apart = torch.tensor(sorted(first.values()))
+    captions = [drawn.captions[number] for number in drawn.text_of_pair.tolist()]
+    total = len(images) + len(texts) + len(images) * len(texts)
+    progress = Progress("match", total)
+
+    def space(half: Half, of_pair: Tensor) -> Space:
+        of_pairs = half.features[of_pair]
+        rows = of_pairs[apart]
+        number = max(2, len(rows) // PAIRS_PER_GROUP)
+        return Space(
+            half=half,
+            of_pairs=of_pairs,
+            apart=rows,
+            nearest=nearest_others(rows),
+            groups=kmeans(rows, number, iterations=ITERATIONS, seed=seed).assignments,
+        )
+
+    spaces: dict[str, list[Space]] = {"image": [], "text": []}
+    for modality, halves, of_pair in (
+        ("image", images, drawn.image_of_pair),
+        ("text", texts, drawn.text_of_pair),
+    ):
+        for half in halves:
+            spaces[modality].append(space(half, of_pair))
+            progress.update(sum(map(len, spaces.values())))
+    measured: list[Record] = []
+    for image, text in product(spaces["image"], spaces["text"]):
+        ways = {
+            "agreement/text_from_image": agreement(image.groups, text.groups),
+            "agreement/image_from_text": agreement(text.groups, image.groups),
+        }
+        measured.append(
+            {
+                "image": image.half.name,
+                "text": text.half.name,
+                **ridge_recall(
+                    image.of_pairs, text.of_pairs, drawn.image_of_pair, captions, seed=seed
+                ),
+                "mutual_neighbours": shared_neighbours(image.nearest, text.nearest),
+                "cka": linear_cka(image.apart, text.apart),
+                "agreement": sum(ways.values()) / 2,
+                **ways,
+                "image_width": image.apart.shape[1],
+                "text_width": text.apart.shape[1],
+                "images_per_second": image.half.per_second,
+                "captions_per_second": text.half.per_second,
+                "pairs": len(captions),
+                "apart": len(apart),
+                "skipped": drawn.skipped,
+            }
+        )
+        progress.update(len(images) + len(texts) + len(measured))
+    return sorted(measured, key=lambda record: -record[f"recall@{RECALL_AT}"])
+
+
+def sharing(image_of_pair: Int[Tensor, " p"], text_of_pair: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
+    """The group of each pair, from 0: pairs that share an image or a caption are in one, and so are
+    those that further pairs join."""
+    if not len(image_of_pair):
+        return image_of_pair
+    texts = text_of_pair + image_of_pair.max() + 1
+    size = int(texts.max()) + 1
+    ones = np.ones(len(texts), np.int8)
+    graph = coo_array((ones, (image_of_pair.numpy(), texts.numpy())), shape=(size, size))
+    of_nodes = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
+    groups: Tensor = torch.unique(of_nodes[image_of_pair], return_inverse=True)[1]
+    return groups
+
+
+def half_of(groups: Int[Tensor, " p"], seed: int) -> Bool[Tensor, " p"]:
+    """Half of the rows, drawn by group: the largest groups first, each to the smaller side."""
+    sizes = torch.bincount(groups)
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
+    order = order[torch.argsort(sizes[order], descending=True, stable=True)]
+    chosen, balance = torch.zeros(len(sizes), dtype=torch.bool), 0
+    for group, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        chosen[group] = balance <= 0
+        balance += size if balance <= 0 else -size
+    return chosen[groups]
+
+
+def nearest_others(
+    features: Float[Tensor, "n d"], neighbours: int = NEIGHBOURS
+) -> Int[Tensor, "n k"]:
+    """The most similar other rows of each row, by cosine."""
+    rows, nearest = F.normalize(features.float(), dim=1), []
+    size = max(1, retrieval.CHUNK // len(rows))
+    for start in range(0, len(rows), size):
+        similarity = rows[start : start + size] @ rows.T
+        similarity.diagonal(offset=start).fill_(float("-inf"))  # a row is not its own neighbour
+        nearest.append(similarity.topk(min(neighbours, len(rows) - 1)).indices)
+    return torch.cat(nearest)
+
+
+def shared_neighbours(one: Int[Tensor, "n k"], other: Int[Tensor, "n k"]) -> float:
+    """Share of the neighbours in one space that are neighbours in the other too, in [0, 1].
+
+    The mutual k-NN alignment of Huh et al. 2024 (arXiv 2405.07987); k / (n - 1) by chance.
+    """
+    return float((one.unsqueeze(2) == other.unsqueeze(1)).any(dim=2).double().mean())
+
+
+def linear_cka(one: Float[Tensor, "n d"], other: Float[Tensor, "n e"]) -> float:
+    """Linear CKA (Kornblith et al. 2019, arXiv 1905.00414) of the same samples in two spaces.
+
+    1 if they are equal up to rotation and scale, about 0 by chance: it is made of unbiased
+    estimates of HSIC (Song et al. 2012), or wide spaces would seem alike. 0 if all rows of a space
+    are equal.
+
+    Args:
+        one, other: Four rows or more.
+    """
+    rows, others = (of.double() - of.double().mean(dim=0) for of in (one, other))
+    between = unbiased_hsic(rows, others)
+    within = unbiased_hsic(rows, rows) * unbiased_hsic(others, others)
+    return between / within**0.5 if within > 0 else 0.0
+
+
+def unbiased_hsic(rows: Float[Tensor, "n d"], others: Float[Tensor, "n e"]) -> float:
+    """HSIC of two linear kernels times n (n - 3), from centred rows: no matrix of n times n."""
+    number = len(rows)
+    norms, of_others = rows.square().sum(dim=1), others.square().sum(dim=1)
+    joint = (rows.T @ others).square().sum()
+    same = (norms @ of_others) * number / (number - 2)
+    means = norms.sum() * of_others.sum() / ((number - 1) * (number - 2))
+    return float(joint - same + means)
+
+
+def ridge_recall(
+    images: Float[Tensor, "p d"],
+    texts: Float[Tensor, "p e"],
+    image_of_pair: Int[Tensor, " p"],
+    captions: Sequence[str],
+    *,
+    seed: int = 0,
+) -> Record:
+    """How often ridge regressions between two spaces find the partner of an image or a text.
+
+    One regression leads from texts to images, another one back. Both are fitted on half of the
+    pairs; on the other half a text that was led to the images' space looks for its image there, and
+    an image for its text. Pairs that share an image or a caption are in one half. Each strength is
+    the one with the highest mean reciprocal rank in a split of the fitted half.
+
+    Args:
+        images, texts: Features of each pair's image and text.
+        image_of_pair: Equal for pairs of one image.
+        captions: Of each pair.
+
+    Returns:
+        `recall@10/text_to_image` and `recall@10/image_to_text` as `retrieval` defines them, their
+        mean `recall@10`, about what that is by chance, and `judged`, the number of judged pairs.
+    """
+    number_of: dict[str, int] = {}
+    text_of_pair = torch.tensor([number_of.setdefault(text, len(number_of)) for text in captions])
+    groups = sharing(image_of_pair, text_of_pair)
+    judged = half_of(groups, seed)
+    inner = half_of(torch.unique(groups[~judged], return_inverse=True)[1], seed)
+    (fitted,), (judged_rows,) = (~judged).nonzero(as_tuple=True), judged.nonzero(as_tuple=True)
+
+    def ranks(way: str, train: Tensor, test: Tensor, strengths: Sequence[float]) -> list[Tensor]:
+        known = retrieval.captions_of(
+            [(captions[pair],) for pair in test.tolist()],
+            [""] * len(test),
+            content=image_of_pair[test].tolist(),
+        )
+        pair_of = {captions[pair]: pair for pair in test.tolist()}
+        of_images = test[known.rows]
+        of_texts = torch.tensor([pair_of[text] for text in known.texts])
+        numbers = torch.arange(len(of_images))
+        if way == "text_to_image":
+            spaces, rows, candidates = (texts, images), of_texts, of_images
+            keys = known.numbers, numbers, known.matches.flip(0)
+        else:
+            spaces, rows, candidates = (images, texts), of_images, of_texts
+            keys = numbers, known.numbers, known.matches
+        inputs, targets = (of.double() - of[train].double().mean(dim=0) for of in spaces)
+        there, by_strength = F.normalize(targets[candidates], dim=1), []
+        for weights in ridge(inputs[train], targets[train], strengths):
+            led = F.normalize(inputs[rows] @ weights, dim=1)
+            by_strength.append(retrieval.best_relevant_rank(led, there, *keys))
+        return by_strength
+
+    recalls = {}
+    for way in ("text_to_image", "image_to_text"):
+        tried = ranks(way, fitted[~inner], fitted[inner], STRENGTHS)
+        reciprocal = [float((1 / (each + 1)).mean()) for each in tried]  # finer than a recall
+        best = max(zip(reciprocal, STRENGTHS, strict=True))[1]
+        (judged_ranks,) = ranks(way, fitted, judged_rows, [best])
+        recalls[way] = retrieval.recall_at(judged_ranks, RECALL_AT)
+    candidates = [len(torch.unique(of[judged])) for of in (image_of_pair, text_of_pair)]
+    by_chance = sum(min(1.0, RECALL_AT / number) for number in candidates) / len(candidates)
+    return {
+        f"recall@{RECALL_AT}": sum(recalls.values()) / len(recalls),
+        **{f"recall@{RECALL_AT}/{way}": value for way, value in recalls.items()},
+        f"recall@{RECALL_AT}/by_chance": by_chance,
+        "judged": len(judged_rows),
+    }
+
+
+def ridge(
+    inputs: Float[Tensor, "n d"], targets: Float[Tensor, "n e"], strengths: Sequence[float]
+) -> list[Float[Tensor, "d e"]]:
+    """The weights of ridge regressions from inputs to targets, a strength each, in float64.
+
+    They minimise `|(x - mean x) W - (y - mean y)|^2 + strength * v * |W|^2` over all rows, with v
+    the mean variance of a column of x. So a strength is a number of rows.
+    """
+    rows, wanted = (of.double() - of.double().mean(dim=0) for of in (inputs, targets))
+    squares, products = rows.T @ rows, rows.T @ wanted
+    unit = max(float(squares.diagonal().mean()) / len(rows), 1e-12)  # it is 0 if rows are equal
+    penalty = unit * torch.eye(len(squares), dtype=torch.float64)
+    factors = (torch.linalg.cholesky(squares + strength * penalty) for strength in strengths)
+    return [torch.cholesky_solve(products, factor) for factor in factors]

@@ -1,0 +1,106 @@
+"""`protoclip match` on tiny data, with tiny halves."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from protoclip.cli import main
+from protoclip.data import pack
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.features.encode import Encoder
+from protoclip.testing import tiny_pairs
+
+PAIRS, BAD = 120, 7
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shapes whose captions differ; one image is damaged, and another one is there twice."""
+    table = tiny_pairs(PAIRS)
+    images = table["image"].to_pylist()
+    captions = [f"{text} {row}" for row, text in enumerate(table["caption"].to_pylist())]
+    images[BAD], images[9] = b"no image", images[8]
+    path = tmp_path_factory.mktemp("data") / "pairs.parquet"
+    pq.write_table(pa.table({"image": images, "caption": captions}), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A timm model in a file, and a BERT in a folder, of random weights."""
+    pytest.importorskip("transformers")
+    from tiny_hugging_face import save_bert
+
+    folder = tmp_path_factory.mktemp("halves")
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t").state_dict(), folder / "weights.safetensors")
+    return f"timm:resnet10t/{folder}/weights.safetensors", f"hf:{save_bert(folder / 'bert')}"
+
+
+def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
+    data, halves, tiny_run, capsys, monkeypatch
+):
+    """Towers of a run are halves too. What cannot be read is left out, and counted."""
+    encoded: Counter[int] = Counter()
+
+    def encode(self, inputs, before=Encoder.encode):
+        encoded[id(self)] += len(inputs)
+        return before(self, inputs)
+
+    monkeypatch.setattr(Encoder, "encode", encode)
+    image, text = halves
+    words = ["match", "--images", image, str(tiny_run), "--texts", text, str(tiny_run), text]
+    words += ["--data", str(data), "--seed", "1", "--batch_size", "32"]
+    main([*words, "--json"])
+    out = capsys.readouterr()
+    records = json.loads(out.out)
+    assert {(one["image"], one["text"]) for one in records} == {
+        (of_images, of_texts)
+        for of_images in (image, str(tiny_run))
+        for of_texts in (text, str(tiny_run))
+    }
+    assert [one["recall@10"] for one in records] == sorted(
+        (one["recall@10"] for one in records), reverse=True
+    )
+    # One more image and one more caption when a half is opened, to see how wide its features are.
+    different = len({*pq.read_table(data)["image"].to_pylist()} - {b"no image"})
+    assert sorted(encoded.values()) == sorted([different + 1] * 2 + [PAIRS + 1] * 2)
+    for one in records:
+        assert (one["pairs"], one["skipped"]) == (PAIRS - 1, 1)
+        assert one["recall@10"] == pytest.approx(
+            (one["recall@10/text_to_image"] + one["recall@10/image_to_text"]) / 2
+        )
+        assert one["images_per_second"] > 0 < one["captions_per_second"]
+        widths = (512 if one["image"] == image else 16, 32 if one["text"] == text else 16)
+        assert (one["image_width"], one["text_width"]) == widths
+    (of_run,) = (one for one in records if one["image"] == one["text"])
+    assert of_run["recall@10"] > 1.5 * of_run["recall@10/by_chance"]
+    assert "pairs.parquet: 1 pair could not be read, and is left out" in out.err
+    main(words)
+    again = capsys.readouterr().out
+    assert again.index(f"{100 * records[0]['recall@10']:.1f}%") > 0
+    assert "Ordered by recall@10" in again
+
+
+def test_a_stream_gives_its_first_pairs(tmp_path, tiny_run, capsys):
+    """Those that a table has, in another order, and each once."""
+    table = tiny_pairs(64)
+    captions = [f"{text} {row}" for row, text in enumerate(table["caption"].to_pylist())]
+    table = table.set_column(1, "caption", pa.array(captions))
+    pack.pack(ImageTextPairs(table, name="tiny"), tmp_path / "shards", samples_per_shard=32)
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    common = ["--images", str(tiny_run), "--texts", str(tiny_run), "--json"]
+    found = []
+    for words in (["shards", "--read", "streaming", "--pairs", "90"], ["pairs.parquet"]):
+        main(["match", "--data", f"{tmp_path}/{words[0]}", *words[1:], *common])
+        found += json.loads(capsys.readouterr().out)
+    streamed, read = found
+    assert streamed["pairs"] == read["pairs"] == 64
+    assert 30 <= streamed["apart"] == read["apart"] < 64
