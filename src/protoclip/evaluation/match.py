@@ -223,14 +223,14 @@ def encode(
 ) -> Half:
     """Let a half encode each item once."""
     progress, started = Progress(f"encode {name}", len(items)), time.monotonic()
-    ids_read, rows, _ = encode_items(encoder, source, items, batch_size, progress.update, 0)
+    ids_read, rows, _ = encode_items(encoder, source, items, batch_size, progress.update)
     seconds = time.monotonic() - started
     progress.update(len(items))
-    if not np.isfinite(rows).all():
+    if not torch.isfinite(rows).all():
         raise ValueError(f"{name}: its features are not finite; choose another model")
     number_of = {sample_id: number for number, sample_id in enumerate(ids)}
     features = torch.full((len(items), encoder.width), torch.nan)
-    features[[number_of[sample_id] for sample_id in ids_read]] = torch.from_numpy(rows)
+    features[[number_of[sample_id] for sample_id in ids_read]] = rows
     return Half(name=name, features=features, per_second=len(ids_read) / max(seconds, 1e-9))
 
 

@@ -324,10 +324,7 @@ def encode_parts(
         return claim(out, settings, name=out)
 
     def encode(items: Sequence[Item], show: Show) -> Part:
-        if encoder.transform is None:
-            ids, features, bad = encode_captions(encoder, samples, items, batch_size, show)
-        else:
-            ids, features, bad = encode_images(encoder, samples, items, batch_size, show, threads)
+        ids, features, bad = encode_items(encoder, samples, items, batch_size, show, threads)
         half = store.to_half(features.numpy(), ids, name=settings["teacher"])
         return Part(ids=ids, bad=bad, arrays={"features": half})
 
@@ -340,6 +337,20 @@ def require_width(settings: Mapping[str, Any], own_width: int) -> None:
     if width is not None and not 0 < width <= own_width:
         teacher = settings["teacher"]
         raise ValueError(f"--width: {width} is not between 1 and {own_width}, {teacher}'s own")
+
+
+def encode_items(
+    encoder: Encoder,
+    samples: Any,
+    items: Sequence[Item],
+    batch_size: int,
+    show: Show,
+    threads: int | None = None,
+) -> Encoded:
+    """The features of samples that can be read, and what is wrong with the others."""
+    if encoder.transform is None:
+        return encode_captions(encoder, samples, items, batch_size, show)
+    return encode_images(encoder, samples, items, batch_size, show, threads)
 
 
 def encode_captions(
