@@ -19,7 +19,7 @@ from protoclip.files import checksum
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints, damage, read_tensors
 from protoclip.testing import tiny_config
-from protoclip.training import checkpoint, run, run_folder
+from protoclip.training import checkpoint, judge, run, run_folder
 from protoclip.training.trainer import Trainer
 
 
@@ -185,7 +185,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     """Besides the newest. One that could not be written is not the best."""
     values = iter([0.5, 0.4, 0.3, 0.2] * 2)
     metric = "eval/emoji/knn/acc1"
-    monkeypatch.setattr(run, "evaluate_run", lambda *given, **more: {metric: next(values)})
+    monkeypatch.setattr(judge, "evaluate_run", lambda *given, **more: {metric: next(values)})
     keep = {"evaluate_every": 1, "keep_best": metric, "keep_checkpoints": 1, "evaluate": False}
     results = run.train(config_for("emoji", tmp_path / "run", run=keep))
     names = [found.name for found in checkpoints(tmp_path / "run")]

@@ -345,7 +345,7 @@ def test_what_chooses_is_not_what_is_reported(top, tmp_path, monkeypatch):
         measured.append((data.name, split))
         return {f"eval/{data.name}/zero_shot/acc1": 0.5}
 
-    monkeypatch.setattr("protoclip.training.run.evaluate_run", evaluate_run)
+    monkeypatch.setattr("protoclip.training.judge.evaluate_run", evaluate_run)
     finetune(settings(top, tmp_path / "run", run={"guard": [str(folder)]}))
     splits = [split for name, split in measured if name == "guard"]
     assert splits == ["validation"] * (3 + 11) + ["test"] * 2  # the start's and the chosen one's

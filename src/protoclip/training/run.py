@@ -28,19 +28,16 @@ from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import AlignedEncoder, Encoder
-from protoclip.evaluation.suite import evaluate_run
 from protoclip.features import teachers as external
 from protoclip.features.encode import embed_start
-from protoclip.features.halves import HalfRows, features_folder, half_teachers
+from protoclip.features.halves import HalfRows, half_teachers
 from protoclip.features.row_loader import RowLoader
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
-from protoclip.models.aligned import AlignedModel, FrozenHalves
+from protoclip.models.aligned import AlignedModel
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import MODEL, checkpoints, model_json, read_checkpoint, understood
 from protoclip.progress import Progress
@@ -52,6 +49,7 @@ from protoclip.training import optim
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
 from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import NonFiniteGuard
+from protoclip.training.judge import judge_of
 from protoclip.training.logging import MetricsLog
 from protoclip.training.plan import Defaults, Plan, complete, outline
 from protoclip.training.precision import Autocast, autocast, grad_scaler, resolve
@@ -200,15 +198,8 @@ class Run:
         config, samples = plan.config, plan.samples
         self.plan, self.config, self.folder, self.model = plan, config, folder, model
         self.trained = model  # what a step trains
-        self.frozen: Encoder | None = None  # the halves, to judge with
         if halves is not None:
             self.trained = AlignedModel(model, dropout=config.align.dropout)
-            self.frozen = Encoder(
-                model=FrozenHalves(model.towers).eval(),
-                transform=loading.evaluation_transform(model),
-                tokenizer=loading.tokenizer(plan.start),
-                cache=features_folder() / "evaluation",
-            )
         self.fixed: dict[str, KMeans] = {}  # clusters of the halves, which never change
         self.log: MetricsLog | None = None
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
@@ -288,6 +279,13 @@ class Run:
             batch_size=config.episodes.batch_size,
         )
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
+        self.evaluate = judge_of(
+            plan,
+            model,
+            self.trained,
+            tokenizer=self.loader.tokenizer,
+            workers=self.loader.workers,
+        )
         self.writer = CheckpointWriter(
             folder,
             description=model_json(plan.start.model, plan.start.architecture.towers_json),
@@ -473,36 +471,6 @@ class Run:
     def write(self, episode: int, metrics: Mapping[str, float]) -> None:
         if self.log is not None:
             self.log.write(self.trainer.step, episode, metrics)
-
-    def evaluate(
-        self, split: Literal["validation", "test"], *, quick: bool = False, **more: Any
-    ) -> dict[str, float]:
-        """Metrics on what is held out, and on each guard: on the split, if they have it.
-
-        Held-out pairs but the emoji have no test split, and not all guards have a validation split.
-        `quick` is for a comparison of models: zero-shot and retrieval, and of a mixture all sources
-        together.
-        """
-        transform = loading.evaluation_transform(self.model)
-        tokenizer = self.loader.tokenizer
-        metrics: dict[str, float] = {}
-        more["workers"] = self.loader.workers
-        if self.frozen is not None:
-            more["encoder_of"] = partial(AlignedEncoder, frozen=self.frozen)
-
-        def measure(
-            data: EvaluationData, split: Literal["validation", "test"], *, quick: bool
-        ) -> dict[str, float]:
-            return evaluate_run(
-                self.trained, transform, tokenizer, data=data, split=split, quick=quick, **more
-            )
-
-        for data in self.plan.held_out[:1] if quick else self.plan.held_out:
-            present = split if split in data.splits else "validation"
-            metrics |= measure(data, present, quick=quick)
-        for data in self.plan.guards:
-            metrics |= measure(data, split if split in data.splits else "test", quick=True)
-        return metrics
 
     def stop(self, by: signal.Signals) -> None:
         """Stop after the step under way. Launchers send a signal twice; the first one counts."""
