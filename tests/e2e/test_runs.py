@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 
 import protoclip
 from interrupting import end_of, few_emoji, stop_after, with_changes
+from protoclip.checks import check
 from protoclip.cli import demo, main
 from protoclip.config import (
     Config,
     ImageTowerConfig,
     TeacherConfig,
     TextTowerConfig,
-    check,
 )
 from protoclip.evaluation import datasets
 from protoclip.files import to_json
