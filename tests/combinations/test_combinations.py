@@ -10,6 +10,7 @@ in one process, without cache, workers or interruption. On one process they are 
 import io
 import itertools
 import json
+import random
 from dataclasses import replace
 from functools import cache, partialmethod
 from pathlib import Path
@@ -21,6 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import test_vit as vit_of_six_blocks
 from torch import Tensor
 
 import interrupting
@@ -113,17 +117,22 @@ def wanted() -> list[frozenset[Choice]]:
 @cache
 def rows() -> list[Row]:
     """Few runs that hold every pair: each starts from a pair that is missing and adds, feature by
-    feature, the choice that brings the most of the others."""
+    feature, a choice that brings the most of the others. Chance decides among equal ones, and this
+    seed has the cheapest rows of some hundred: 20, of which 7 compile."""
+    chance = random.Random(13)
     found = [PLAIN | dict(SEPARATE)]
     missing = set(wanted()) - pairs_of(found[0])
     while missing:
-        seed = next(pair for pair in wanted() if pair in missing)
-        row = dict(seed)
-        for feature in FEATURES:
+        row = dict(chance.choice([pair for pair in wanted() if pair in missing]))
+        features = list(FEATURES)
+        chance.shuffle(features)
+        for feature in sorted(features, key=lambda each: -len(FEATURES[each])):
             if feature in row:
                 continue
             candidates = [row | {feature: choice} for choice in FEATURES[feature]]
-            row = max(filter(allowed, candidates), key=lambda r: len(missing & pairs_of(r)))
+            brings = {n: len(missing & pairs_of(r)) for n, r in enumerate(candidates) if allowed(r)}
+            most = [n for n in brings if brings[n] == max(brings.values())]
+            row = candidates[chance.choice(most)]
         missing -= pairs_of(row)
         found.append({feature: row[feature] for feature in FEATURES})
     return found
@@ -247,7 +256,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
 
 def model_for(row: Row, base: ModelConfig, data: Path) -> ModelConfig:
     if row["towers"] == "vit":
-        base = replace(base, image=replace(base.image, name="test_vit"))
+        base = replace(base, image=replace(base.image, name="two_blocks"))
     if row["start"] == "yes":
         start = data / f"start-{base.image.name}"
         if not start.exists():
@@ -276,6 +285,12 @@ def write_teacher(config: Config, path: Path, *, seed: int) -> None:
     known = [sample_id for row, sample_id in enumerate(sorted(set(ids))) if row % 7]
     features = [np.random.default_rng([seed, *key.encode()]).normal(size=8) for key in known]
     pq.write_table(pa.table({"sample_id": known, "features": [f.tolist() for f in features]}), path)
+
+
+@register_model
+def two_blocks(pretrained: bool = False, **more: Any) -> VisionTransformer:
+    """timm's test_vit with two blocks of its six, since each is compiled anew."""
+    return vit_of_six_blocks(pretrained, **{"depth": 2, **more})
 
 
 # Runs, in the processes of a group or in this one.

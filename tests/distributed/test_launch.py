@@ -1,4 +1,4 @@
-"""Processes that a launcher starts; torchrun stops and loses some, the others end, the run goes on."""
+"""A launcher starts, stops and loses processes; the others end soon, and the run goes on."""
 
 import json
 import multiprocessing
