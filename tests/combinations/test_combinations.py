@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch._dynamo
 from PIL import Image
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -32,6 +33,7 @@ from interrupting import few_emoji, relative_difference, with_changes
 from protoclip.config import Config, ModelConfig, SourceConfig
 from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs, Pairs
+from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
 from protoclip.models import loading
 from protoclip.models.saved import (
@@ -302,7 +304,10 @@ def trained(config: Config, stop_after: int | None = None, first: Config | None 
     With `stop_after` the run begins with the settings of `first`, is told to stop after that step,
     and goes on with its own.
     """
-    with pytest.MonkeyPatch.context() as patch:
+    # One process compiles its towers for all cases, each of several for the first, training.
+    torch._dynamo.reset()
+    cases = torch._dynamo.config.patch(recompile_limit=8 if collectives.world_size() == 1 else 1)
+    with pytest.MonkeyPatch.context() as patch, cases:
         patch.setattr(datasets, "emoji", few_emoji)
         # Without the minutes of its compiler, and bit for bit; tests/compile has that one.
         eager = partialmethod(torch.nn.Module.compile, backend="eager")
