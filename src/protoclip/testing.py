@@ -157,7 +157,8 @@ class _Pool:
 
     def __init__(self, world_size: int) -> None:
         # Ranks are forks of one process that has imported what they need, which takes it seconds.
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        way = "forkserver" if sys.platform == "linux" else "spawn"
+        context: Any = multiprocessing.get_context(way)
         context.set_forkserver_preload(["protoclip.training.run", "open_clip", "transformers"])
         self.owner = os.getpid()
         self.store = tempfile.TemporaryDirectory()
