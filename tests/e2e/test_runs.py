@@ -329,6 +329,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
         return {}
 
     monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(demo, "write_report", lambda *_: True)  # which takes seconds
     demo.demo(Path("demo"))
     assert trained == ["ProtoCLIP"]
     with pytest.raises(ValueError, match="holds another run"):
