@@ -285,6 +285,8 @@ class HalfRows:
 class HalfTeacher(Whitens):
     """A frozen half as an external teacher: it groups pairs by its own features of them.
 
+    These never change, so all are whitened at once, and kept in memory: 128 bytes a pair.
+
     Args:
         of: The features of rows.
         index: Sample ids and rows, as `store.build_index` gives them.
@@ -299,6 +301,15 @@ class HalfTeacher(Whitens):
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
         """Features of these samples, all of which are known."""
         return self.of(self.row_of_hash[np.searchsorted(self.hashes, hash_ids(sample_ids))])
+
+    def whiten(self, width: int) -> None:
+        super().whiten(width)
+        if self.whitening is None:
+            return
+        rows = np.arange(len(self.hashes))
+        blocks = np.array_split(rows, -(-len(rows) // BLOCK))
+        kept = torch.cat([self.whitened(self.of(block)).half() for block in blocks])
+        self.of, self.width, self.whitening = kept.__getitem__, kept.shape[1], None
 
     def sample(self) -> Features:
         step = max(1, len(self.hashes) // SAMPLE)
