@@ -9,9 +9,10 @@ from protoclip.paths import require_paths, require_place
 
 @dataclass(frozen=True, kw_only=True)
 class Align(Train):
-    """Train heads between two pretrained halves, which encode the pairs once.
+    """Train heads between two frozen pretrained halves.
 
-    The defaults differ from those of train; notes say how. Name the halves by
+    Each image and each caption is encoded once. The defaults differ from those
+    of train; notes say how. Name the halves by
     --model.image.name and --model.text.name.
     """
 

@@ -398,5 +398,5 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
     assert (tmp_path / "features" / "features.npy").stat().st_mtime_ns == before
     with torch.no_grad():
         start.towers.text_projection.mul_(2)
-    with pytest.raises(ValueError, match="was made with weights"):
+    with pytest.raises(ValueError, match="was made with other weights"):
         encode.embed_start(*given, autocast=torch.no_grad)
