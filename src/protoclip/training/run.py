@@ -295,7 +295,7 @@ class Run:
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,
         )
-        self.notes += self.loader.notes
+        self.notes += self.loader.notes if halves is None else ()  # rows need no workers
         part = config.episodes.micro_batch_size
         if part is not None and part >= self.loader.batch_size:
             why = f"since this rank's share of a batch is {self.loader.batch_size} pairs"

@@ -30,3 +30,11 @@ def test_the_frozen_space_itself_costs_nothing():
     rows = F.normalize(torch.randn(6, 4), dim=1)
     assert geometry_loss(rows, 3 * rows).item() < 1e-6
     assert geometry_loss(rows, torch.randn(6, 4)).item() > 0.01
+
+
+def test_large_batches_are_compared_part_by_part():
+    torch.manual_seed(0)
+    features, frozen = F.normalize(torch.randn(7, 5), dim=1), torch.randn(7, 9)
+    parts = [(slice(0, 4), 4), (slice(4, 7), 3)]
+    expected = sum(number * geometry_loss(features[p], frozen[p]) for p, number in parts) / 7
+    torch.testing.assert_close(geometry_loss(features, frozen, among=4), expected)
