@@ -112,6 +112,8 @@ def train_together(
     folder = folder_of(config)
 
     def plan_without_data() -> tuple[Begun, bool]:
+        if encode is None:
+            external.refuse_halves(config)
         outlined = outline(config)
         begun = look(outlined, resume=resume)
         done = begun.results is not None and is_done(folder, begun.results)
@@ -127,7 +129,7 @@ def train_together(
         return begun.results
     plan = complete(begun.outline, defaults=defaults)
     model, said = loading.training_model(plan.config, device, plan.start)
-    halves = None
+    halves, samples = None, plan.samples
     if encode is not None:
         plan, halves = encode(plan, model)
     run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
@@ -143,7 +145,7 @@ def train_together(
             else:
                 notes.clear()  # the run is known
             checkpoint = newest_intact(folder, notes) if begun.is_begun else None
-            run.content = content(plan.samples)
+            run.content = content(samples, encoded=None if halves is None else plan.samples)
             if checkpoint is not None:
                 check_checkpoint(
                     checkpoint,
