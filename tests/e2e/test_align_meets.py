@@ -1,8 +1,9 @@
-"""`protoclip align` where it meets other features of a run."""
+"""`protoclip align` where it meets other features of a run, other commands, and bad input."""
 
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,18 @@ import pytest
 
 import protoclip
 from protoclip import cli
+from protoclip.config import Config
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.features import encode as encoding
+from protoclip.features import parts
 from protoclip.features.store import hash_ids
+from protoclip.files import locked
+from protoclip.models import loading
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.align import align
+from protoclip.training.run import train
+from protoclip.training.trainer import Trainer
 from tiny_align import changed, rows_of, tiny_alignment, weights_of
 
 
@@ -86,7 +94,7 @@ def test_each_row_has_the_features_of_its_own_image_and_captions(kind, given, so
     )
     samples = plan.samples
     assert len(samples) == len(rows.images)
-    transform = protoclip.models.loading.evaluation_transform(model)
+    transform = loading.evaluation_transform(model)
     for row in (0, len(samples) // 2, len(samples) - 1):
         image = rows.image_rows(np.array([row])).float()
         whole = model.eval().towers.visual.trunk(transform(samples.image(row))[None])
@@ -104,7 +112,7 @@ def test_a_source_can_be_aligned_from_end_to_end(kind, given, sources, tmp_path)
     names = [name for name in results["metrics"] if name.endswith("image_to_text@1")]
     assert names
     if kind == "classes":
-        assert "eval/validation/zero_shot/accuracy@1" in results["metrics"]
+        assert "eval/validation/zero_shot/acc1" in results["metrics"]
     if kind == "weighted":
         assert len(names) == 3
 
@@ -125,7 +133,7 @@ def test_without_prototypes_it_is_clip(given, tmp_path, capsys):
     align(changed(given, tmp_path / "run", loss={"prototypical": 0.0, "teacher": 0.0}))
     assert "prototypical" not in logged(tmp_path / "run")
     assert "train/loss/info_nce" in logged(tmp_path / "run")
-    assert "no effect" not in capsys.readouterr().err
+    assert "optim.heads_lr_scale: no effect" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -210,8 +218,6 @@ def test_a_finished_run_is_not_trained_again(given, tmp_path, monkeypatch):
 
 
 def stop_in_episode(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    from protoclip.training.trainer import Trainer
-
     train_step, left = Trainer.train_step, [step]
 
     def stopping(self: Any, *batch: Any, **how: Any) -> Any:
@@ -270,4 +276,166 @@ def test_a_run_goes_on_with_another_number_of_ranks(first, then, given, tmp_path
     run_distributed(aligned_by, then, settings, cache, "auto", 0)
     whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "run")
     for name, value in whole.items():
-        np.testing.assert_allclose(resumed[name], value, atol=2e-4, rtol=2e-3)
+        # BatchNorm takes this bias out, so it moves by rounding, and the mean with it.
+        if not name.endswith(("head.0.bias", "head.1.running_mean")):
+            np.testing.assert_allclose(resumed[name], value, atol=2e-4, rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def ended(given, sources, tmp_path_factory) -> dict[str, Path]:
+    """Finished runs, by their head."""
+    folder = tmp_path_factory.mktemp("ended")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", str(folder / "cache"))
+        for head in ("linear", "mlp"):
+            data = {**sources["shared"], "workers": 0}
+            more = {"align": {"head": head}, "run": {"out": str(folder / head)}}
+            align(of_source(given, data, **more))
+    return {head: folder / head for head in ("linear", "mlp")}
+
+
+def tuned(start: Path, data: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
+    return protoclip.finetune(
+        {
+            "model": {"start": str(start), **more},
+            "data": {**data, "workers": 0},
+            "run": {"device": "cpu", "precision": "fp32", "out": str(out)},
+            "episodes": {"size": 16, "count": 1, "batch_size": 8},
+        }
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"lora": 2}])
+def test_the_towers_move_by_finetune_on_the_same_data(more, ended, sources, tmp_path, capsys):
+    """Rows with one image are no other data."""
+    results = tuned(ended["mlp"], sources["shared"], tmp_path / "tuned", **more)
+    assert results["steps"] == 2
+    said = capsys.readouterr().err
+    assert "the data of" not in said
+    assert "15 of 96 pairs are held out" in said
+
+
+def test_what_an_mlp_closes_is_said_before_training(given, ended, tmp_path, capsys):
+    """And it is true, and nothing else is closed."""
+    align(changed(given, tmp_path / "run", align={"head": "mlp"}))
+    said = capsys.readouterr().err
+    note = "note: model.projection = mlp: its image tower cannot be exported as timm"
+    assert said.index(note) < said.index("training on")
+    wanted = {"linear": ("open_clip", "timm"), "mlp": ("open_clip", "timm", "onnx")}
+    made = {
+        head: {*protoclip.export(run, tmp_path / head, formats=wanted[head])["formats"]}
+        for head, run in ended.items()
+    }
+    assert made == {"linear": {"open_clip", "timm"}, "mlp": {"open_clip", "onnx"}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate {run} --data {pairs}",
+        "explore {run} --data {pairs} --static {out}",
+        "report {run} --out {out}.html",
+        "analyze {run} --data {pairs} --samples 60",
+        "embed {run} --data {pairs} --out {out}.parquet",
+        "embed-teacher --teacher {run} --data.train {pairs} --out {out}",
+    ],
+)
+def test_commands_take_an_aligned_run(line, given, ended, tmp_path):
+    run = shutil.copytree(ended["linear"], tmp_path / "run")
+    words = line.format(run=run, pairs=given["data"]["validation"], out=tmp_path / "out").split()
+    cli.main(words)
+    if "{out}" in line:
+        assert list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("half", ["image-half", "text-half"])
+def test_train_and_finetune_refuse_a_half_as_teacher_before_data_are_opened(half, ended, tmp_path):
+    settings: dict[str, Any] = {
+        "data": {"train": "missing.tsv"},
+        "teacher": {"features": half},
+        "run": {"out": str(tmp_path / "run"), "device": "cpu"},
+    }
+    message = f"teacher.features: {half} is a half of protoclip align; name a file"
+    with pytest.raises(ValueError, match=message):
+        train(Config.from_dict(settings))
+    with pytest.raises(ValueError, match=message):
+        protoclip.finetune({**settings, "model": {"start": str(ended["linear"])}})
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.unlink()
+    if how != "gone":
+        file.write_bytes(content if how == "changed" else content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+@pytest.mark.parametrize("name", ["facts.json", "index.npy", "features.npy", "checksums.npy"])
+def test_a_damaged_store_names_what_to_delete(name, how, given, tmp_path, store):
+    settings = changed(given, tmp_path / "run")
+    _, before, _ = rows_of(settings)
+    file = min(store.rglob(name))
+    damage(file, how)
+    with pytest.raises(ValueError, match=r"damaged .* delete .*, and give the command") as said:
+        align(settings)
+    assert str(file.parent) in str(said.value)
+    shutil.rmtree(file.parent)
+    _, after, _ = rows_of(settings)
+    every = np.arange(96)
+    assert after.image_rows(every).equal(before.image_rows(every))
+    assert after.mean_text_rows(every).equal(before.mean_text_rows(every))
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, by: Callable[[], None]) -> None:
+    """Encode in small parts, and call a function after one of them."""
+    write, left = parts.write_atomically, [after]
+
+    def writing(path: Path, *rest: Any, **more: Any) -> None:
+        write(path, *rest, **more)
+        left[0] -= path.suffix == ".npz"
+        if not left[0] and path.suffix == ".npz":
+            by()
+
+    monkeypatch.setattr(parts, "write_atomically", writing)
+    monkeypatch.setitem(encoding.PART_ROWS, "image", 16)
+    monkeypatch.setitem(encoding.PART_ROWS, "text", 16)
+
+
+def raise_error() -> None:
+    raise OSError(28, "No space left on device", "000001.npz")
+
+
+def test_encoding_goes_on_in_a_table_of_another_name(given, tmp_path, store, monkeypatch):
+    """The captions are the same, and the images are the same files."""
+    with monkeypatch.context() as patch:
+        interrupted(patch, 8, raise_error)  # among the captions
+        with pytest.raises(OSError, match="No space left"):
+            rows_of(given)
+    shutil.copy(given["data"]["train"], tmp_path / "other.parquet")
+    monkeypatch.setitem(encoding.PART_ROWS, "text", 16)
+    plan, rows, _ = rows_of(changed(given, data={"train": str(tmp_path / "other.parquet")}))
+    assert len(plan.samples) == len(rows.images) == 96
+
+
+@pytest.mark.parametrize("how", ["cut", "changed"])
+def test_a_damaged_part_names_what_to_delete(how, given, store, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupted(patch, 2, raise_error)
+        with pytest.raises(OSError, match="No space left"):
+            rows_of(given)
+    file = next(store.rglob("000001.npz"))
+    damage(file, how)
+    monkeypatch.setitem(encoding.PART_ROWS, "image", 16)
+    with pytest.raises(ValueError, match=r"000001\.npz: damaged .*; delete .*, and give the comm"):
+        rows_of(given)
+
+
+def test_a_store_that_is_being_added_to_can_be_read(given, sources, store):
+    rows_of(given)
+    held = [path for path in store.iterdir() if path.is_dir() and path.name != "evaluation"]
+    assert len(held) == 2
+    with locked(held[0]), locked(held[1]):
+        rows_of(given)
+        with pytest.raises(ValueError, match=r"another process encodes by this half; wait for it"):
+            rows_of(of_source(given, sources["mixture"]))

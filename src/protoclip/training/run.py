@@ -542,7 +542,8 @@ class Run:
         """Load what `save` saved; returns the bytes of the metrics that were logged until then."""
         config = self.config
         if self.trained is not self.model:
-            state["model"] = {name: state["model"][name] for name in self.trained.state_dict()}
+            trains = self.trained.state_dict().keys()  # rank 0 alone has read any weights
+            state["model"] = {n: value for n, value in state["model"].items() if n in trains}
         self.trainer.load_state_dict(state)
         for space, teacher in config.external_teachers.items():
             if teacher.features in HALVES.values() and space in self.trainer.clusters:
