@@ -214,14 +214,19 @@ def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(
         ended = codes(started(lambda: cli.main(words), ranks))
     assert ended == [128 + signal.SIGTERM] * ranks, capfd.readouterr().err
     assert "Traceback" not in capfd.readouterr().err
-    begun = len(list((tmp_path / "cache").rglob("*.npz")))
-    assert 0 < begun < 6
+    begun = {path.name for path in (tmp_path / "cache").rglob("parts/*.npz")}
+    assert 0 < len(begun) < 6
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(
-        parts,
-        "write_atomically",
-        lambda path, *r, **m: (write(path, *r, **m), written.append(path)),
-    )
+
+    def noted(path: Path, *rest: object, **more: object) -> None:
+        write(path, *rest, **more)  # type: ignore[arg-type]
+        written.append(path)
+
+    monkeypatch.setattr(parts, "write_atomically", noted)
     cli.main(words)
-    assert len([path for path in written if path.suffix == ".npz"]) == 6 - begun + 1
+    images = [path.name for path in written if path.parent.name == "parts"][
+        :-1
+    ]  # captions come last
+    assert sorted({*images} | begun) == [f"{number:06d}.npz" for number in range(6)]
+    assert begun.isdisjoint(images), (begun, written)
     assert (tmp_path / "run" / "results.json").exists()
