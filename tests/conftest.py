@@ -4,6 +4,7 @@ import checked
 
 checked.install()  # before the first import from the package
 
+import gc  # noqa: E402
 import http.server  # noqa: E402
 import io  # noqa: E402
 import re  # noqa: E402
@@ -104,6 +105,11 @@ def serve() -> Iterator[Callable[..., str]]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """What tests import stays: the cyclic collector need not look at it again and again."""
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

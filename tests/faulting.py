@@ -121,17 +121,17 @@ class Outcome:
 
 
 def drawn(number: int, seed: int = 0) -> list[Fault]:
-    """Faults that go round commands and kinds, at random moments."""
+    """Faults at random moments; kinds and commands come in turn, until all have met."""
     generator = random.Random(seed)
-    cells = [
-        (command, kind)
-        for kind in KINDS
-        for command in COMMANDS
-        if kind != "worker killed" or command in HAS_WORKERS
-    ]
     found: list[Fault] = []
     while len(found) < number:
-        generator.shuffle(cells)
+        kinds, commands = (generator.sample([*of], len(of)) for of in (KINDS, COMMANDS))
+        cells = [
+            (commands[(place + turn) % len(commands)], kind)
+            for turn in range(len(commands))
+            for place, kind in enumerate(kinds)
+        ]
+        cells = [(of, kind) for of, kind in cells if kind != "worker killed" or of in HAS_WORKERS]
         for command, kind in cells[: number - len(found)]:
             own, share = generator.randrange(10**6), generator.random()
             found.append(Fault(seed=own, command=command, kind=kind, share=share))

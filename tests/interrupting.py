@@ -39,8 +39,10 @@ WAYS: dict[str, dict[str, Any]] = {
         "episodes": {"replacement": False},
         "prototypes": {"extract_transform": "training"},
     },
-    "micro-batches": {"episodes": {"micro_batch_size": 8}},
-    "sigmoid": {"loss": {"instance": "sigmoid"}, "episodes": {"micro_batch_size": 8}},
+    "sigmoid, micro-batches": {
+        "loss": {"instance": "sigmoid"},
+        "episodes": {"micro_batch_size": 8},
+    },
     "stream": {
         "data": {"read": "streaming", "shuffle_buffer": 20, "workers": 0},
         "prototypes": {"source": "queue"},

@@ -55,8 +55,9 @@ import numpy as np
 import torch
 from judge import ALL, DECIDING, Metrics, judge
 
+from protoclip.checks import check
 from protoclip.cli.parsing import merged
-from protoclip.config import Config, check
+from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import Pairs

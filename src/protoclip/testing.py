@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -155,7 +156,10 @@ class _Pool:
     """The ranks of one group, waiting for functions to call."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Ranks are forks of one process that has imported what they need, which takes it seconds.
+        way = "forkserver" if sys.platform == "linux" else "spawn"
+        context: Any = multiprocessing.get_context(way)
+        context.set_forkserver_preload(["protoclip.training.run", "open_clip", "transformers"])
         self.owner = os.getpid()
         self.store = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []

@@ -1,11 +1,14 @@
-"""torchrun starts, stops and loses processes; the others end soon, and the run goes on."""
+"""A launcher starts, stops and loses processes; the others end soon, and the run goes on."""
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -35,22 +38,41 @@ def trained(config: Config) -> None:
     train(config, resume="auto")
 
 
-def started(*words: str, stderr: int = subprocess.STDOUT) -> "subprocess.Popen[str]":
-    """Start two processes of a command by `torchrun`."""
+def launch(folder: Path, *more: str) -> "subprocess.Popen[str]":
+    """Start two processes by `torchrun` that train into a folder."""
+    recipe = folder.parent / "tiny.toml"
+    recipe.write_text(to_toml(config_for(folder)), encoding="utf-8")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "protoclip", *words),
+        *("-m", "protoclip", "train", "--config", str(recipe), *more),
     ]
-    output = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, **output, env=env, start_new_session=True)
 
 
-def launch(folder: Path, *more: str) -> "subprocess.Popen[str]":
-    """Start two processes that train into a folder."""
-    recipe = folder.parent / "tiny.toml"
-    recipe.write_text(to_toml(config_for(folder)), encoding="utf-8")
-    return started("train", "--config", str(recipe), *more)
+def on_a_rank(rank: int, port: int, words: list[str], folder: Path) -> None:
+    """A command with the environment that torchrun gives, which prints into files."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "localhost", **{key: str(names[key]) for key in names}}
+    out, err = ((folder / f"{rank}.{stream}").open("w") for stream in ("out", "err"))
+    with out, err, redirect_stdout(out), redirect_stderr(err):
+        main(words)
+
+
+def forked(words: list[str], folder: Path, *, well: bool) -> tuple[list[str], list[str]]:
+    """What two processes of a command print, which are forked: importing takes them seconds."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork").Process
+    ranks = [fork(target=on_a_rank, args=(rank, port, words, folder)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(180)
+    out, err = ([(folder / f"{n}.{of}").read_text() for n in range(2)] for of in ("out", "err"))
+    assert [rank.exitcode == 0 for rank in ranks] == [well, well], err
+    return out, err
 
 
 def wait_for_checkpoint(run: "subprocess.Popen[str]", folder: Path, number: int) -> None:
@@ -111,19 +133,21 @@ def test_two_processes_judge_as_one_does(tmp_path, capsys):
         pq.write_table(tiny_pairs(60, seed=seed), tmp_path / f"pairs-{seed}.parquet")
         words += ["--data", str(tmp_path / f"pairs-{seed}.parquet")]
     words += ["--compare-to", str(tmp_path / "model-0"), "--json", "--no-cache"]
-    run = started(*words, stderr=subprocess.DEVNULL)
+    (first, second), _ = forked(words, tmp_path, well=True)
     main(words)
     alone = json.loads(capsys.readouterr().out)
-    assert json.loads(ended(run, well=True)) == alone
+    assert json.loads(first) == alone
+    assert second == ""
     assert len(alone) == 2 * (2 + 1) * 2  # models, data sets and their mean, tasks
     assert sum("differences" in record for record in alone) == 6
 
 
 def test_a_mistake_is_told_once(tmp_path):
     """All ranks meet it; the first one says what is wrong, in one line."""
-    run = launch(tmp_path / "run", "--data.train", str(tmp_path / "nothing.csv"))
-    output = ended(run, well=False)
-    told = [line for line in output.splitlines() if line.startswith("protoclip: error")]
+    words = ["train", "--data.train", str(tmp_path / "nothing.csv")]
+    words += ["--run.out", str(tmp_path / "run"), "--run.device", "cpu"]
+    _, output = forked(words, tmp_path, well=False)
+    told = [line for line in "".join(output).splitlines() if line.startswith("protoclip: error")]
     assert len(told) == 1, output
     assert "nothing.csv" in told[0]
     assert not (tmp_path / "run").exists()

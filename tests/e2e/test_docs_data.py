@@ -24,7 +24,8 @@ BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)```", re.DOTALL
 # A run of two steps.
 TINY = """
     --run.device cpu --run.precision fp32
-    --model.embed_dim 16 --model.text.context_length 8 --model.text.width 16 --model.text.layers 1
+    --model.image.name test_resnet --model.image.size 32 --model.embed_dim 16
+    --model.text.context_length 8 --model.text.width 16 --model.text.layers 1
     --model.heads.hidden_dim 32 --model.heads.projection_dim 8
     --episodes.size 32 --episodes.batch_size 16 --episodes.count 1 --episodes.locked_image 0
     --prototypes.number 4 --prototypes.iterations 2

@@ -1,4 +1,4 @@
-"""A sample of `benchmarks/faults.py`: what is left when something breaks while a command runs."""
+"""What is left when something breaks while a command runs: a sample of `benchmarks/faults.py`."""
 
 import sys
 
@@ -17,9 +17,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return Scene(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("fault", drawn(20), ids=str)
+@pytest.mark.parametrize("fault", drawn(12, seed=2), ids=str)
 def test_a_fault_loses_nothing_and_the_next_call_goes_on(fault: Fault, scene: Scene) -> None:
     """It ends in a success or in one line, all files are valid, and the next call makes the same
-    as one that nothing disturbed."""
+    as one that nothing disturbed. The sample has each kind once and each command twice."""
     first, second, wrong = scene.suffer(fault)
     assert not wrong, f"{first.said}\n{second.said}"

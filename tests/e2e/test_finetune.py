@@ -29,6 +29,7 @@ from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.finetune import finetune
+from protoclip.training.judge import Judge
 from protoclip.training.run import Run, train
 from protoclip.training.wise_ft import ALPHAS, interpolated
 
@@ -247,16 +248,16 @@ def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
 
 def interrupt_sweep(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
     """Do something when the sweep judges its fourth alpha."""
-    evaluate, calls = Run.evaluate, []
+    evaluate, calls = Judge.__call__, []
 
-    def and_work(run: Run, *given: Any, **more: Any) -> dict[str, float]:
+    def and_work(judge: Judge, *given: Any, **more: Any) -> dict[str, float]:
         if more.get("quick"):
-            calls.append(run)
+            calls.append(judge)
             if len(calls) == 4:
                 work()
-        return evaluate(run, *given, **more)
+        return evaluate(judge, *given, **more)
 
-    monkeypatch.setattr(Run, "evaluate", and_work)
+    monkeypatch.setattr(Judge, "__call__", and_work)
 
 
 @pytest.mark.parametrize("way", ["signal", "error"])

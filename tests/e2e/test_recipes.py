@@ -20,9 +20,10 @@ import timm
 import transformers
 from safetensors.torch import save_file
 
+from protoclip.checks import check
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
-from protoclip.config import Config, ModelConfig, check
+from protoclip.config import Config, ModelConfig
 from protoclip.testing import tiny_pairs
 from protoclip.training import trainer
 from protoclip.training.stages import stage_of

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 
 import protoclip
 from interrupting import end_of, few_emoji, stop_after, with_changes
+from protoclip.checks import check
 from protoclip.cli import demo, main
 from protoclip.config import (
     Config,
     ImageTowerConfig,
     TeacherConfig,
     TextTowerConfig,
-    check,
 )
 from protoclip.evaluation import datasets
 from protoclip.files import to_json
@@ -329,6 +329,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
         return {}
 
     monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(demo, "write_report", lambda *_: True)  # which takes seconds
     demo.demo(Path("demo"))
     assert trained == ["ProtoCLIP"]
     with pytest.raises(ValueError, match="holds another run"):

@@ -65,22 +65,32 @@ def cases() -> list[Case]:
     return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The world as the current folder, without a network."""
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world, and beside it a copy."""
     place = tmp_path_factory.mktemp("hostile") / "world"
     place.mkdir()
+    with (
+        contextlib.chdir(place),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        world.build()
+    shutil.copytree(place, place.with_name("pristine"), symlinks=True, copy_function=copy)
+    return place
+
+
+@pytest.fixture(scope="module")
+def folder(built: Path) -> Iterator[Path]:
+    """The world as the current folder, without a network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
+        patch.chdir(built)
         patch.setattr(socket, "getaddrinfo", no_network(socket.getaddrinfo))
         patch.setenv("COLUMNS", "300")
         # Commands that start a worker for each core then read in this process.
         patch.setattr(checkpoint, "LAST_RETRIES", (0.0, 0.0))
         patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            world.build()
-        shutil.copytree(place, place.with_name("pristine"), symlinks=True, copy_function=copy)
-        yield place
+        yield built
 
 
 def no_network(before: Any) -> Any:

@@ -315,7 +315,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 @given(drawn=st.data())
-@examples(20, long=1500)
+@examples(12, long=1500)
 def test_any_run_folder(home, drawn):
     """One file changed, and sometimes its checksum with it."""
     state = drawn.draw(st.sampled_from(["finished", "stopped"]))

@@ -3,10 +3,13 @@
 import importlib.util
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from protoclip.testing import tiny_config
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -36,7 +39,13 @@ FAST = [
 
 # Not `compile`: the shape checks of the tests would be compiled too.
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
-def test_every_part_passes_on_a_cpu(gpu, name):
+def test_every_part_passes_on_a_cpu(gpu, name, monkeypatch):
+    def shorter(**given):
+        """Episodes of two steps."""
+        config = tiny_config(**given)
+        return replace(config, episodes=replace(config.episodes, size=32))
+
+    monkeypatch.setattr(gpu, "tiny_config", shorter)
     rows = list(gpu.PARTS[name].rows(gpu.Machine(device=torch.device("cpu"))))
     assert rows
     failed = [row for row in rows if isinstance(row, gpu.Check) and not row.passed]

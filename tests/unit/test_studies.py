@@ -3,8 +3,11 @@
 import io
 import json
 import math
-import subprocess
+import multiprocessing
+import os
+import select
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,19 +57,16 @@ SIZES = """
 episodes = {size = 32, batch_size = 16, count = 4}
 model = {embed_dim = 16, image.size = 32, text = {width = 16, layers = 1}, heads.hidden_dim = 32}
 """
-# A study's pool, with a worker that is busy for a minute.
-KILLED = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import study
 
-if __name__ == "__main__":
-    pool = study.workers(1)
+
+def busy_study(output):
+    """A study's pool, with a worker that is busy for a minute and prints there."""
+    os.dup2(output, 1)
+    pool = studies.workers(1)
     pool.submit(time.sleep, 0).result()
     minute = pool.submit(time.sleep, 60)
-    print("busy", flush=True)
+    os.write(1, b"busy\n")
     minute.result()
-"""
 
 
 def pretraining(settings=None):
@@ -315,12 +315,15 @@ def test_a_study_from_its_file_to_its_tables(tiny, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_killed_study(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(KILLED)
-    command = [sys.executable, str(script), str(FOLDER)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout.readline() == "busy\n"
+def test_workers_end_with_a_killed_study():
+    ours, theirs = os.pipe()
+    parent = multiprocessing.get_context("fork").Process(target=busy_study, args=(theirs,))
+    parent.start()
+    os.close(theirs)
+    with os.fdopen(ours) as pipe:
+        assert pipe.readline() == "busy\n"
         parent.kill()
         # The pipe ends when no process holds it any more.
-        assert parent.communicate(timeout=20)[0] == ""
+        assert select.select([pipe], [], [], 20)[0]
+        assert pipe.read() == ""
+    parent.join()

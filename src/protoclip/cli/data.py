@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from protoclip.checks import check
 from protoclip.cli.parsing import Recipes
-from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed, check
+from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed
 from protoclip.files import to_json
 from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from protoclip.checks import check
 from protoclip.cli.parsing import Recipes
-from protoclip.config import Config, check
+from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
 from protoclip.terminal import say, visible

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 
 from protoclip import __version__
-from protoclip.config import Config, DataConfig, check
+from protoclip.checks import check
+from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.loader import Item

@@ -288,6 +288,8 @@ class HalfRows:
 class HalfTeacher(Whitens):
     """A frozen half as an external teacher: it groups pairs by its own features of them.
 
+    These never change, so all are whitened at once, and kept in memory: 128 bytes a pair.
+
     Args:
         of: The features of rows.
         index: Sample ids and rows, as `store.build_index` gives them.
@@ -302,6 +304,15 @@ class HalfTeacher(Whitens):
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
         """Features of these samples, all of which are known."""
         return self.of(self.row_of_hash[np.searchsorted(self.hashes, hash_ids(sample_ids))])
+
+    def whiten(self, width: int) -> None:
+        super().whiten(width)
+        if self.whitening is None:
+            return
+        rows = np.arange(len(self.hashes))
+        blocks = np.array_split(rows, -(-len(rows) // BLOCK))
+        kept = torch.cat([self.whitened(self.of(block)).half() for block in blocks])
+        self.of, self.width, self.whitening = kept.__getitem__, kept.shape[1], None
 
     def sample(self) -> Features:
         step = max(1, len(self.hashes) // SAMPLE)
@@ -319,7 +330,6 @@ def encode_halves(
     max_pixels: int,
     autocast: Any,
     threads: int | None = None,
-    batch_size: int = 64,
 ) -> HalfRows:
     """Encode what is not in the store yet, and open it. All ranks call it.
 
@@ -331,6 +341,9 @@ def encode_halves(
     Raises:
         ValueError: The folder cannot be used, or is damaged; or no image can be read.
     """
+    # What a CPU computes of more images at once leaves its caches.
+    on_cpu = next(halves.parameters()).device.type == "cpu"
+    images_at_once, texts_at_once = (16, 64) if on_cpu else (256, 1024)
     image_hashes = hashes_of_images(pairs)
     caption_hashes, counts = hashes_of_captions(pairs)
     first, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(pairs)), counts)
@@ -342,14 +355,14 @@ def encode_halves(
         folder = root / checksum(f"{named}{encoder.key()}".encode())
         images = of_view(ImagesOnce(pairs, rows), view)
         hashes = unique if not view else hash_ids(images.sample_ids())
-        stored = completed(encoder, images, hashes, folder, batch_size, threads)
+        stored = completed(encoder, images, hashes, folder, images_at_once, threads)
         stores.append(stored)
         numbers.append(stored.find(hashes)[np.searchsorted(unique, image_hashes)])
     encoder = HalfEncoder(halves, tokenizer=tokenizer, max_pixels=max_pixels, autocast=autocast)
     unique, at = np.unique(caption_hashes, return_index=True)
     captions = CaptionsOnce(pairs, of_row[at], at - first[of_row[at]])
     folder = root / checksum(encoder.key().encode())
-    text = completed(encoder, captions, unique, folder, 4 * batch_size, threads)
+    text = completed(encoder, captions, unique, folder, texts_at_once, threads)
     found = text.find(unique)[np.searchsorted(unique, caption_hashes)]
     shown_by = rows[inverse]  # the first row with the image of each row
     owner = shown_by[of_row]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.balance import Balance
+from protoclip.losses.geometry import geometry_loss
 from protoclip.losses.info_nce import info_nce, sharded_info_nce
 from protoclip.losses.keep import StartFeatures, keep
 from protoclip.losses.prototypical import Target
@@ -28,6 +29,7 @@ class LossWeights:
     teachers: Mapping[str, float] = field(default_factory=dict)
     keep: float = 0.0
     keep_by: Literal["relations", "features"] = "relations"
+    geometry: float = 0.0
 
     def of(self, teacher: str) -> float:
         """Weight of one teacher's prototypes: `image`, `text`, or the name of an external one."""
@@ -49,6 +51,7 @@ def objective(
     weights: LossWeights,
     balance: Balance | None = None,
     start: StartFeatures | None = None,
+    frozen: tuple[Tensor, Tensor] | None = None,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted losses by name, whose sum is minimised, and a report of them, unweighted.
@@ -56,6 +59,7 @@ def objective(
     L = w_i InfoNCE + w_s sigmoid loss + w_p (L_image<-text + L_text<-image) / 2
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
       + w_k (distance from the frozen start)
+      + w_g (geometry of images + geometry of texts) / 2
 
     With `balance` each prototypical loss has two more factors: its target's confidence, and the one
     that makes the weights of a student relative to the pull of InfoNCE.
@@ -77,6 +81,7 @@ def objective(
         weights: Weight of each loss.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
+        frozen: What two frozen halves make of the batch; needed where `weights.geometry` is.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
     """
@@ -104,6 +109,15 @@ def objective(
         loss = keep(image, text, start, by=weights.keep_by)
         losses["keep"] = weights.keep * loss
         report["train/loss/keep"] = loss.detach()
+    if weights.geometry:
+        assert frozen is not None, "a weight needs the features of the halves"
+        image, text = embeddings.image_outputs, embeddings.text_outputs
+        assert image is not None
+        assert text is not None
+        outputs = zip((image, text), frozen, strict=True)
+        parts = [geometry_loss(F.normalize(out, dim=-1), rows) for out, rows in outputs]
+        losses["geometry"] = weights.geometry * torch.stack(parts).mean()
+        report["train/loss/geometry"] = torch.stack(parts).mean().detach()
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}
     for (student, teacher), target in (targets or {}).items():
         if not weights.of(teacher):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from protoclip.config import Config, check
+from protoclip.checks import check
+from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first

@@ -252,6 +252,7 @@ class Run:
             teachers=dict.fromkeys(teachers, config.loss.teacher),
             keep=config.loss.keep,
             keep_by=config.loss.keep_by,
+            geometry=0.0 if halves is None else config.align.geometry,
         )
         self.trainer = Trainer(
             model=self.trained,

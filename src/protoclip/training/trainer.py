@@ -161,6 +161,7 @@ class Trainer:
             weights=self.weights,
             balance=self.balance,
             start=self._start_features(batch),
+            frozen=(batch.image, batch.text) if self.weights.geometry else None,
             detailed=detailed,
         )
         total = torch.stack(list(losses.values())).sum()

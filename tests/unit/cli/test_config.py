@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 
+from protoclip.checks import check
 from protoclip.cli.parsing import descriptions
 from protoclip.config import (
     Config,
@@ -19,7 +20,6 @@ from protoclip.config import (
     TeacherConfig,
     TextTowerConfig,
     build,
-    check,
     shown,
 )
 

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -98,7 +99,11 @@ def test_the_map_shows_groups_apart(atlas: atlases.Atlas) -> None:
 @pytest.mark.slow
 def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """All pairs that are drawn, or some of them with the others placed among these."""
-    pytest.importorskip("umap")
+    numba = pytest.importorskip("numba")
+    # Compiling takes half a minute, and so few pairs and epochs need none.
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    umap = pytest.importorskip("umap")
+    monkeypatch.setattr(umap, "UMAP", partial(umap.UMAP, n_epochs=30))
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
     for most in (atlases.MAP_PAIRS, 40):
         monkeypatch.setattr(atlases, "MAP_PAIRS", most)

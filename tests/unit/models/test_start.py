@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import protoclip
 from interrupting import stop_after
+from protoclip.checks import check
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -28,7 +29,6 @@ from protoclip.config import (
     ModelConfig,
     OptimConfig,
     TextTowerConfig,
-    check,
 )
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import loading, towers

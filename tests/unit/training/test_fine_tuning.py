@@ -17,13 +17,13 @@ import transformers
 
 import protoclip
 from interrupting import assert_equal_ends, config_for, end_of, stop_after, with_changes
+from protoclip.checks import check
 from protoclip.config import (
     Config,
     ImageTowerConfig,
     ModelConfig,
     OptimConfig,
     SourceConfig,
-    check,
 )
 from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs

@@ -1,0 +1,134 @@
+"""What is worth what between two frozen halves? Recalls of `protoclip align` by setting.
+
+    python benchmarks/studies/align.py benchmarks/studies/align.toml --train TABLE \\
+        --validation TABLE --root FOLDER --image-weights FILE [--seeds 0 1 2] [--arms NAME ...]
+
+An arm is a table of settings. All arms share halves, pairs and number of steps, and are judged on
+the validation pairs by the mean of the six recalls, image to text and text to image at 1, 5 and 10.
+The interval of a difference joins two things: the images (with their captions, one draw for all six
+recalls and all seeds), and the seeds. What is trained stays in --folder, so that a study that was
+interrupted goes on.
+"""
+
+import argparse
+import json
+import tomllib
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from protoclip.cli.parsing import merged
+from protoclip.evaluation.compare import read_results
+from protoclip.evaluation.metrics import t_interval
+from protoclip.evaluation.samples import SampleResults, influences
+from protoclip.training.align import align
+
+RECALLS = [f"retrieval/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+NORMAL = 1.96  # standard errors that a 95% interval reaches, of a thousand images
+
+
+def trained(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The results of a run, which is trained unless it was already."""
+    if not (folder / "results.json").is_file():
+        given = merged(deepcopy(settings), {"run": {"out": str(folder)}})
+        align(given, resume="auto" if folder.exists() else "never")
+    return read_results(folder)
+
+
+def mean_recall(results: dict[str, Any]) -> float:
+    return float(np.mean([100 * results["metrics"][f"eval/validation/{name}"] for name in RECALLS]))
+
+
+def mean_influence(results: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """What each image, with its captions, adds to the mean recall."""
+    by_metric = influences(SampleResults.read(results["samples"]["validation"]))
+    mean: npt.NDArray[np.float64] = np.mean([100 * by_metric[name] for name in RECALLS], axis=0)
+    return mean
+
+
+def difference(
+    runs: list[dict[str, Any]], reference: list[dict[str, Any]]
+) -> tuple[float, tuple[float, float]]:
+    """The mean difference over seeds, and its 95% interval."""
+    gains = [
+        mean_recall(run) - mean_recall(other) for run, other in zip(runs, reference, strict=True)
+    ]
+    both = zip(runs, reference, strict=True)
+    of_images = np.mean(
+        [mean_influence(run) - mean_influence(other) for run, other in both], axis=0
+    )
+    variance = float(np.square(of_images).sum())
+    mean, half = float(np.mean(gains)), NORMAL * variance**0.5
+    if len(gains) > 1:
+        low, high = t_interval(gains)
+        half = (half**2 + ((high - low) / 2) ** 2) ** 0.5
+    return mean, (mean - half, mean + half)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--root")
+    parser.add_argument("--image-weights", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+")
+    parser.add_argument("--folder", type=Path, default=Path("runs/study_align"))
+    parser.add_argument("--out", type=Path, help="JSON of the table")
+    given = parser.parse_args()
+    torch.set_flush_denormal(True)
+    study = tomllib.loads(given.study.read_text(encoding="utf-8"))
+    places = {"train": given.train, "validation": given.validation, "root": given.root}
+    base = merged(
+        study["base"],
+        {
+            "data": {name: place for name, place in places.items() if place is not None},
+            "model": {"image": {"weights": given.image_weights}},
+        },
+    )
+    arms = {arm["name"]: {k: v for k, v in arm.items() if k != "name"} for arm in study["arms"]}
+    if unknown := {*(given.arms or ())} - arms.keys():
+        raise ValueError(f"--arms: the study has no {sorted(unknown)[0]}")
+    table: dict[str, list[dict[str, Any]]] = {}
+    for seed in given.seeds:  # each seed of all arms, so that an interrupted study compares them
+        for name in given.arms or arms:
+            run = {"run": {"seed": seed, "name": name, "save_minutes": 0.0}}
+            folder = given.folder / f"{name}-{seed}"
+            table.setdefault(name, []).append(
+                trained(merged(merged(base, arms[name]), run), folder)
+            )
+    reference = next(iter(table))
+    print(f"\n{study['question']}\nSeeds {given.seeds}; reference: {reference}\n")
+    ways = "image to text @1 / 5 / 10 | text to image @1 / 5 / 10"
+    print(f"| arm | mean recall | {ways} | difference | s |")
+    print("|---|---|---|---|---|---|")
+    facts = []
+    for name, runs in table.items():
+        recalls = [
+            float(np.mean([100 * run["metrics"][f"eval/validation/{metric}"] for run in runs]))
+            for metric in RECALLS
+        ]
+        gain, ends = difference(runs, table[reference])
+        seconds = float(np.mean([run["train_seconds"] for run in runs]))
+        each = [mean_recall(run) for run in runs]
+        said = "-" if name == reference else f"{gain:+.1f} [{ends[0]:.1f}, {ends[1]:.1f}]"
+        one, other = (" / ".join(f"{r:.1f}" for r in part) for part in (recalls[:3], recalls[3:]))
+        print(f"| {name} | {np.mean(each):.1f} | {one} | {other} | {said} | {seconds:.0f} |")
+        facts.append(
+            {
+                **{"arm": name, "settings": arms[name], "seeds": given.seeds, "by_seed": each},
+                **{"recalls": recalls, "difference": gain, "interval": ends, "seconds": seconds},
+            }
+        )
+    if given.out is not None:
+        content = {"question": study["question"], "reference": reference, "arms": facts}
+        given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

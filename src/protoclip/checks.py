@@ -1,0 +1,173 @@
+"""What is refused of a run's settings before anything is opened, and what has no effect there."""
+
+from functools import reduce
+
+from protoclip.config import START, Config, DataConfig, ModelConfig, TeacherConfig, build
+
+
+def check(config: Config) -> list[str]:
+    """Refuse wrong values and combinations; return notes on settings without effect.
+
+    Raises:
+        ValueError: In one line that names the setting and the way out.
+    """
+    build(Config, vars(config))
+    episodes, run, text = config.episodes, config.run, config.model.text
+    size, batch_size = episodes.size, episodes.batch_size
+    stages = episodes.warm_up + config.locked_episodes
+    if text.width % text.heads:
+        raise ValueError(f"model.text.heads: {text.heads} does not divide model.text.width")
+    share = config.data.validation
+    if isinstance(share, float) and config.data.is_emoji:
+        raise ValueError("data.validation: the emoji have held-out splits; leave it out")
+    if run.evaluate_every and share == 0 and not run.guard:
+        raise ValueError("run.evaluate_every: data.validation is 0, so no pairs are held out")
+    if run.keep_best is not None and not run.evaluate_every:
+        raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
+    if run.stop_by is not None and not run.evaluate_every:
+        raise ValueError("run.stop_by: needs run.evaluate_every; set it, or leave this out")
+    if config.model.pretrained and not config.model.name:
+        raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
+    check_halves(config.model)
+    check_fine_tuning(config)
+    check_sources(config.data)
+    check_teachers(config)
+    if size and size % batch_size:
+        nearest = max(size - size % batch_size, batch_size)
+        raise ValueError(
+            f"episodes.size: {size} is no multiple of episodes.batch_size ({batch_size}); "
+            f"try {nearest}"
+        )
+    if stages > episodes.count:
+        raise ValueError(
+            f"episodes.count: {episodes.count} is less than episodes.warm_up + "
+            f"episodes.locked_image ({stages})"
+        )
+    numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
+    numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
+    for name, number in numbers.items():
+        if size and number and not 2 <= number <= size:
+            raise ValueError(
+                f"{name}.number: {number} needs to be between 2 and episodes.size ({size})"
+            )
+    if not (config.loss.info_nce or config.uses_prototypes or config.loss.keep):
+        raise ValueError("loss: all weights are 0, so there is nothing to train; raise one")
+    if not (config.loss.info_nce or config.loss.keep) and stages:
+        raise ValueError(
+            "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
+            "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
+        )
+    return without_effect(config)
+
+
+def check_halves(model: ModelConfig) -> None:
+    """Refuse weights of single towers beside those of a whole model."""
+    halves = {"model.image.weights": model.image.weights, "model.text.name": model.text.name}
+    for setting, value in halves.items():
+        if value is not None and model.name is not None:
+            raise ValueError(f"{setting}: does not go with model.name; leave one of them out")
+
+
+def check_fine_tuning(config: Config) -> None:
+    """Refuse what leaves nothing to train, or needs a start where there is none."""
+    model, both_locked = config.model, {*config.model.locked} == {"image", "text"}
+    if both_locked and not model.projections_are_new:
+        raise ValueError("model.locked: with both towers locked nothing is left to train")
+    if model.lora is not None and both_locked:
+        raise ValueError("model.lora: both towers are locked (model.locked); leave one of them out")
+    if model.lora is not None and config.parallel.strategy == "fsdp":
+        raise ValueError("model.lora: does not go with parallel.strategy = fsdp; choose ddp")
+    if model.lora is not None and config.parallel.compile:
+        raise ValueError("model.lora: does not go with parallel.compile; leave one of them out")
+    if config.uses_start and model.start is None and model.pretrained is None:
+        setting = "loss.keep" if config.loss.keep else f"teacher.features = {START}"
+        raise ValueError(f"{setting}: needs model.start, the model to keep to; set it")
+
+
+def check_sources(data: DataConfig) -> None:
+    if data.sources and data.train != DataConfig().train:
+        raise ValueError("data.sources: takes the place of data.train; leave one of them out")
+    if len({source.weight is None for source in data.sources}) > 1:
+        raise ValueError("data.sources: give every source a weight, or none")
+
+
+def check_teachers(config: Config) -> None:
+    if config.teachers and config.teacher.features is not None:
+        raise ValueError("teachers: take the place of teacher; leave one of them out")
+    names = [teacher.name for teacher in config.teachers]
+    for name in [*names, config.teacher.name]:
+        if name in ("image", "text") or "_from_" in name or names.count(name) > 1:
+            raise ValueError(f"teachers: '{name}' is taken; give each teacher a name of its own")
+    for teacher in config.teachers:
+        if teacher.features is None:
+            raise ValueError(f"teachers: '{teacher.name}' has no features; name their file")
+
+
+def without_effect(config: Config) -> list[str]:
+    """One note for each setting that differs from its default and changes nothing in this run."""
+    data, episodes, loss, model = config.data, config.episodes, config.loss, config.model
+    clip, no_prototypical = not config.uses_prototypes, loss.prototypical == 0
+    queue = config.prototype_source == "queue" and not clip and episodes.warm_up > 0
+    in_workers = data.cache == "ram" and data.workers not in (0, "auto")
+    hard = config.prototypes.hard_targets and not no_prototypical
+    no_balance = loss.info_nce == 0 and "loss.info_nce is 0"
+    has_teacher = bool(config.teachers or config.teacher.features)
+    unused = clip and "no loss uses prototypes"
+    no_target = no_prototypical and not clip and "loss.prototypical is 0"
+    no_groups = not config.groups_modalities and not clip and "loss.prototypical is 0"
+    no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
+    no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
+    locked = [] if model.projections_are_new else model.locked
+    named = model.name is not None and f"model.name is {model.name}"
+    text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
+    reasons = {
+        "run.patience": config.run.stop_by is None and "run.stop_by is not set",
+        "data.cache_gb": (in_workers and "worker processes keep no images in memory")
+        or (data.cache == "none" and "data.cache is none"),
+        "data.class_column": data.validation == 0 and "data.validation is 0",
+        "model.heads.*": unused,
+        "prototypes.*": clip and "loss.prototypical is 0",
+        "prototypes.number": no_groups,
+        "prototypes.hard_targets": no_target,
+        "prototypes.back_translation": no_target,
+        "prototypes.target_temperature": no_target or (hard and "prototypes.hard_targets is set"),
+        "prototypes.extract_transform": queue and "prototypes come from the queue",
+        "episodes.warm_up": unused,
+        "optim.heads_lr_scale": unused,
+        "optim.heads_weight_decay": unused,
+        "teacher.*": no_teacher,
+        "teachers.*": no_teacher,
+        "loss.teacher": no_features,
+        "loss.strengths": unused or no_balance,
+        "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
+        "loss.instance": loss.info_nce == 0 and "loss.info_nce is 0",
+        "optim.locked_learning_rate": not config.locked_episodes
+        and "there is no locked-image stage",
+        "optim.image_lr_scale": "image" in locked and "the image tower is locked",
+        "optim.text_lr_scale": "text" in locked and "the text tower is locked",
+        "model.embed_dim": named,
+        "model.image.name": named,
+        "model.text.width": text_named,
+        "model.text.heads": text_named,
+        "model.text.layers": text_named,
+    }
+
+    def is_set(name: str) -> bool:
+        path = name.removesuffix(".*").split(".")
+        return bool(reduce(getattr, path, config) != reduce(getattr, path, Config()))
+
+    notes = [
+        f"{name}: no effect, since {why}" for name, why in reasons.items() if why and is_set(name)
+    ]
+    for teacher in config.teachers or [config.teacher]:
+        known = TeacherConfig(name=teacher.name, number=teacher.number)
+        if loss.teacher == 0 or teacher == known:
+            continue
+        if teacher.features is None:
+            notes.append("teacher.*: no effect, since teacher.features is not set")
+        elif teacher.hard_targets and teacher.target_temperature != known.target_temperature:
+            what, why = "target_temperature", f"{teacher.name}.hard_targets is set"
+            notes.append(f"{teacher.name}.{what}: no effect, since {why}")
+    if config.locked_episodes < episodes.locked_image:
+        notes.append("episodes.locked_image = 0, since model.locked keeps the text tower too")
+    return notes
