@@ -17,13 +17,16 @@ import torch
 
 from interrupting import after_step, quick_config
 from protoclip import cli, signals
+from protoclip.config import Config
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
+from protoclip.features import encode, parts
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints
 from protoclip.training import checkpoint, run
 from protoclip.training.run_folder import to_toml
 from protoclip.training.trainer import Trainer
+from tiny_align import changed, tiny_alignment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -186,3 +189,44 @@ def test_no_thread_of_the_process_group_is_left_at_the_end(tiny_parquet, tmp_pat
         assert not [name for name in names if "gloo" in name], names
 
     assert codes(started(work, 2)) == [0, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(
+    ranks, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(encode.PART_ROWS, "image", 16)
+    settings = changed(tiny_alignment(tmp_path / "halves"), tmp_path / "run")
+    recipe = tmp_path / "align.toml"
+    recipe.write_text(to_toml(Config.from_dict(settings)), encoding="utf-8")
+    write, written = parts.write_atomically, []
+
+    def signalled(path: Path, *rest: object, **more: object) -> None:
+        write(path, *rest, **more)  # type: ignore[arg-type]
+        written.append(path)
+        if len(written) == 4 - ranks and collectives.rank() == ranks - 1:
+            to_group("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "write_atomically", signalled)
+        words = ["align", "--config", str(recipe)]
+        ended = codes(started(lambda: cli.main(words), ranks))
+    assert ended == [128 + signal.SIGTERM] * ranks, capfd.readouterr().err
+    assert "Traceback" not in capfd.readouterr().err
+    begun = {path.name for path in (tmp_path / "cache").rglob("parts/*.npz")}
+    assert 0 < len(begun) < 6
+    assert not (tmp_path / "run").exists()
+
+    def noted(path: Path, *rest: object, **more: object) -> None:
+        write(path, *rest, **more)  # type: ignore[arg-type]
+        written.append(path)
+
+    monkeypatch.setattr(parts, "write_atomically", noted)
+    cli.main(words)
+    images = [path.name for path in written if path.parent.name == "parts"][
+        :-1
+    ]  # captions come last
+    assert sorted({*images} | begun) == [f"{number:06d}.npz" for number in range(6)]
+    assert begun.isdisjoint(images), (begun, written)
+    assert (tmp_path / "run" / "results.json").exists()

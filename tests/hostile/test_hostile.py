@@ -249,6 +249,8 @@ train --teacher.features gone.npy
 train --run.guard gone.tsv
 train --run.out test_hostile.py/new
 train --config gone.toml
+align --data.train gone.tsv
+align --align.features test_hostile.py --data.train test_hostile.py
 finetune gone
 finetune . --guard gone.tsv
 evaluate gone

@@ -15,6 +15,7 @@ from PIL import Image
 
 from protoclip.cli import main
 from protoclip.testing import tiny_pairs
+from tiny_starts import halves
 
 PAIRS = 64
 # What a run of seconds needs beside a table and a folder.
@@ -47,6 +48,34 @@ locked_image = 0
 [prototypes]
 number = 8
 iterations = 2
+"""
+ALIGN = """
+[run]
+device = "cpu"
+precision = "fp32"
+evaluate = false
+keep_checkpoints = 1
+[data]
+train = "pairs.tsv"
+validation = 0.0
+[model]
+embed_dim = 16
+[model.image]
+name = "test_resnet"
+weights = "halves/test_resnet.safetensors"
+size = 32
+[model.text]
+name = "halves/bert"
+context_length = 20
+[model.heads]
+hidden_dim = 32
+projection_dim = 8
+[episodes]
+size = 32
+count = 2
+batch_size = 16
+[align]
+features = "store"
 """
 TUNE = """
 [run]
@@ -84,11 +113,15 @@ def build() -> None:
     write_odd_images()
     Path("tiny.toml").write_text(TINY)
     Path("tune.toml").write_text(TUNE)
+    Path("align.toml").write_text(ALIGN)
+    with torch.random.fork_rng():
+        halves(Path("halves"), "test_resnet", size=32)
     Path("ids.csv").write_text("sample_id\ntiny/0\ntiny/1\n")
     Path("notes.txt").write_text("keep me\n")
     called("train --config tiny.toml --run.out run --run.evaluate true --data.validation 0.4")
     called("train --config tiny.toml --run.out short")
     called("finetune --config tune.toml --run.out tuned --alpha 0.5")
+    called("align --config align.toml --run.out aligned")
     called("export run exported --formats open_clip")
     called("embed-teacher --teacher run --data.train pairs.parquet --out teacher")
     called("data pack pairs.parquet shards --samples_per_shard 24")

@@ -24,6 +24,8 @@ class Align(Train):
             require_paths(config)
         if config.run.out is not None:
             require_place("run.out", config.run.out, is_folder=True)
+        if config.align.features is not None:
+            require_place("align.features", config.align.features, is_folder=True)
         import torch
 
         from protoclip.training.align import align

@@ -46,20 +46,29 @@ WORDS = {
     "images": "images",
     "sample": "images",
     "held_out": "pairs that are held out",
+    "encoded": "pairs whose images can be read",
 }
 
 
-def content(samples: Pairs | SampleStream) -> list[Facts]:
+def content(
+    samples: Pairs | SampleStream, *, encoded: Pairs | SampleStream | None = None
+) -> list[Facts]:
     """The facts of each source of the samples, as JSON values.
 
     What is behind URLs is taken to stay, and of local shards of a stream a few parts are compared.
+
+    Args:
+        encoded: What is left of the samples where frozen halves encoded all of them.
     """
     sources = sources_of(samples)
     facts = [of_pairs(s) if isinstance(s, ImageTextPairs) else of_stream(s) for s in sources]
     if len(facts) > 1:  # sample ids begin with the name
         facts = [{"name": s.name, **of_one} for s, of_one in zip(sources, facts, strict=True)]
-    if isinstance(samples, PairsView) and len(samples.left_out):
-        facts[0]["held_out"] = checksum(samples.left_out.astype("<i8").tobytes())
+    for name, pairs in (("held_out", samples), ("encoded", encoded)):
+        if isinstance(pairs, PairsView) and len(pairs.left_out):
+            facts[0][name] = checksum(pairs.left_out.astype("<i8").tobytes())
+        elif name == "encoded" and pairs is not None:
+            facts[0][name] = ""  # all of them, which none left out would not tell
     return facts
 
 

@@ -8,10 +8,10 @@ encode what is new.
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,12 +37,15 @@ from protoclip.models.towers import Tokenizer
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
+Read = TypeVar("Read")
 BLOCK = 2**14  # pairs whose captions are in memory at once
 SAMPLE = 2**14  # pairs that a whitening is fitted to
 
 
-def features_folder() -> Path:
-    return cache_folder() / "features"
+def features_folder(config: Config) -> Path:
+    """The store of a run's halves."""
+    given = config.align.features
+    return cache_folder() / "features" if given is None else Path(given)
 
 
 class HalfEncoder(Encoder):
@@ -431,9 +434,12 @@ def completed(
     `hashes` are those of the items' ids. Ranks share the work; one process at a time adds to a
     half's folder.
     """
+    stored = opened(folder, encoder.width)
+    if (stored.find(hashes) >= 0).all():  # reading disturbs nobody
+        return stored
     with ExitStack() as stack:
-        rank0_first(lambda: stack.enter_context(locked(folder)))
-        stored = raise_on_all_ranks(lambda: opened(folder, encoder.width))
+        rank0_first(lambda: stack.enter_context(alone(folder)))
+        stored = opened(folder, encoder.width)
         missing = np.flatnonzero(stored.find(hashes) < 0)
         if not len(missing):
             return stored
@@ -447,7 +453,7 @@ def completed(
         out = folder / ids
         settings = {
             "teacher": f"the {encoder.reads} half",
-            "source": items.name,
+            "source": f"{encoder.reads}s",  # whatever table has them
             "samples": len(missing),
             "ids": ids,
             "reduced_to": None,
@@ -457,7 +463,21 @@ def completed(
         }
         if not encode_parts(encoder, new, out, settings, batch_size, threads):
             rank0_first(lambda: joined(out, settings))
-        return raise_on_all_ranks(lambda: opened(folder, encoder.width))
+        return opened(folder, encoder.width)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from adding to a half's folder."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except ValueError:
+            raise ValueError(
+                f"{folder}: another process encodes by this half; wait for it, or name another "
+                "folder by align.features"
+            ) from None
+        yield
 
 
 def joined(out: Path, settings: dict[str, Any]) -> None:
@@ -469,10 +489,35 @@ def joined(out: Path, settings: dict[str, Any]) -> None:
 
 
 def opened(folder: Path, width: int) -> HalfFeatures:
-    """The finished segments of a half's folder."""
-    segments = []
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if (path / store.FACTS).is_file() and "rows" in store.read_facts(path):
-            segments.append(store.open_folder(path))
-            segments[-1].way_out = "give the command"
+    """The finished segments of a half's folder, which are the same for all ranks. Collective.
+
+    Raises:
+        ValueError: One is damaged.
+    """
+
+    def finished() -> list[Path]:
+        paths = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+        return [path for path in paths if "rows" in read(path, facts_of)]
+
+    paths = rank0_first(finished)
+    segments = raise_on_all_ranks(lambda: [read(path, store.open_folder) for path in paths])
+    for segment in segments:
+        segment.way_out = "give the command"
     return HalfFeatures(segments, width)
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """The facts of a segment, which are the first of it that is written."""
+    facts = store.read_facts(path)
+    if not facts and any(path.glob("[!.]*")):
+        raise ValueError(f"{path}: damaged (it has no {store.FACTS})")
+    return facts
+
+
+def read(path: Path, by: Callable[[Path], Read]) -> Read:
+    """What is read of a segment; a message tells what to do about a damaged one."""
+    try:
+        return by(path)
+    except ValueError as error:
+        reason = str(error).partition("; delete it")[0]
+        raise ValueError(f"{reason}; delete {path}, and give the command again") from None

@@ -112,6 +112,16 @@ def teachers(
     return found
 
 
+def refuse_halves(config: Config) -> None:
+    """Refuse teachers that `align` alone has."""
+    for teacher in config.external_teachers.values():
+        if teacher.features in HALVES.values():
+            raise ValueError(
+                f"teacher.features: {teacher.features} is a half of protoclip align; name a file, "
+                "a folder of protoclip embed-teacher, or emoji"
+            )
+
+
 def whiten(config: Config, found: Mapping[str, Whitens]) -> None:
     """Whiten each teacher as its settings say. Collective."""
     for name, teacher in config.external_teachers.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import timm
 
 from protoclip.config import HALVES, Config, TeacherConfig
 from protoclip.data.pairs import Pairs
@@ -29,6 +30,7 @@ from protoclip.models.aligned import FrozenHalves, is_aligned
 from protoclip.models.halves import PUBLISHED
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
+from protoclip.paths import require_place
 from protoclip.training.choices import Choices, with_begun
 from protoclip.training.plan import Plan
 from protoclip.training.precision import autocast, resolve
@@ -85,7 +87,7 @@ def align(
             device,
             resume=resume == "auto",
             defaults=partial(with_data, choices),
-            encode=encode,
+            encode=partial(encode, choices),
         )
 
 
@@ -119,6 +121,8 @@ def before_data(given: Mapping[str, Any]) -> Choices:
         raise ValueError(f"model.text.name: align {NEEDS}")
     if "name" not in given.get("model", {}).get("image", {}):
         raise ValueError(f"model.image.name: align {NEEDS}")
+    if config.align.features is not None:
+        require_place("align.features", config.align.features, is_folder=True)
     refuse(config)
     image = replace(
         image, name=image.name.removeprefix("timm:"), weights=image.weights or PUBLISHED
@@ -130,8 +134,6 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     choices.choose("episodes.warm_up", 0 if config.loss.prototypical == 0 else 1)
     choices.choose("optim.learning_rate", 1e-3)
     choices.choose("optim.weight_decay", 0.1)
-    choices.choose("optim.heads_weight_decay", 0.1)
-    choices.choose("optim.heads_lr_scale", 1.0)
     choices.choose("optim.betas", (0.9, 0.98))
     teacher = config.teacher
     if config.loss.teacher > 0 and teacher.features is None and not config.teachers:
@@ -139,12 +141,27 @@ def before_data(given: Mapping[str, Any]) -> Choices:
         teachers: list[TeacherConfig] = halves
         usual = TeacherConfig()
         choices.config = replace(choices.config, teachers=teachers, teacher=usual)
+    if choices.config.uses_prototypes:  # or nothing trains the heads that they are of
+        choices.choose("optim.heads_weight_decay", 0.1)
+        choices.choose("optim.heads_lr_scale", 1.0)
     return choices
 
 
 def refuse(config: Config) -> None:
-    """Refuse settings of towers that train."""
+    """Refuse what is no text half, and settings of towers that train."""
     model, parallel = config.model, config.parallel
+    text = model.text.name or ""
+    folder = Path(text.removeprefix("hf:"))
+    if folder.is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
+        raise ValueError(
+            f"model.text.name: {text}: is no folder of a text model, which has a config.json; "
+            "name one, or one of the hub"
+        )
+    if text.startswith("timm:") or timm.is_model(text):
+        raise ValueError(
+            f"model.text.name: {text}: is an image model of timm; name it by model.image.name, and "
+            "a text model here, such as minilm"
+        )
     after = "align leaves the halves as they are; protoclip finetune trains them afterwards"
     frozen = {
         "model.locked": model.locked,
@@ -184,7 +201,16 @@ def with_data(
     head = config.align.head
     if head == "auto":
         head = "mlp" if rows >= MLP_FROM else "linear"
-    choose("model.projection", head)
+    projection, closed = choose("model.projection", head), list[str]()
+    if config.align.head not in ("auto", projection):
+        raise ValueError(
+            f"align.head: {head}, but model.projection is {projection}; leave one of them out"
+        )
+    if projection == "mlp":
+        closed.append(
+            "model.projection = mlp: its image tower cannot be exported as timm, which holds "
+            "linear projections only; align.head = linear can"
+        )
     given = config.episodes
     batch = 2
     while batch < LARGEST_BATCH and 4 * batch <= (given.size or rows):
@@ -195,11 +221,13 @@ def with_data(
         choose("episodes.replacement", False)
     count = choose("episodes.count", max(1, round(PASSES * rows / size)))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
-    return choices.config, choices.notes
+    return choices.config, choices.notes + closed
 
 
-def encode(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
+def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
     """Encode all pairs of a plan by the halves of a model, and leave bad pairs out. Collective.
+
+    An episode that was chosen shrinks to what is left.
 
     Raises:
         ValueError: The store cannot be used, or more pairs are bad than `data.max_bad_share` says.
@@ -217,7 +245,7 @@ def encode(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
         samples,
         tokenizer=loading.tokenizer(plan.start),
         views=[plain, *[augmented] * (config.align.views - 1)],
-        root=Path(config.align.features) if config.align.features else features_folder(),
+        root=features_folder(config),
         max_pixels=config.data.max_image_pixels,
         autocast=autocast(resolve(config.run.precision, device), device),
         threads=None if workers == "auto" else max(1, workers),
@@ -241,7 +269,14 @@ def encode(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
     if not len(left_out):
         return plan, rows
     kept = without_rows(samples, left_out)
-    return replace(plan, samples=kept, notes=notes), rows.without(left_out)
+    episodes = config.episodes
+    if len(kept) < episodes.size and not choices.is_given("episodes.size"):
+        batch = episodes.batch_size
+        size = max(batch, len(kept) // batch * batch)
+        config = replace(config, episodes=replace(episodes, size=size))
+        notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
+    plan = replace(plan, config=config, samples=kept, notes=notes)
+    return plan, rows.without(left_out)
 
 
 def without_rows(samples: Pairs, left_out: Any) -> Pairs:

@@ -63,7 +63,7 @@ def judge_of(
             transform=transform,
             tokenizer=tokenizer,
             workers=workers,
-            cache=features_folder() / "evaluation",
+            cache=features_folder(plan.config) / "evaluation",
             show=True,
         )
         more["encoder_of"] = partial(AlignedEncoder, frozen=frozen)

@@ -112,6 +112,8 @@ def train_together(
     folder = folder_of(config)
 
     def plan_without_data() -> tuple[Begun, bool]:
+        if encode is None:
+            external.refuse_halves(config)
         outlined = outline(config)
         begun = look(outlined, resume=resume)
         done = begun.results is not None and is_done(folder, begun.results)
@@ -127,7 +129,7 @@ def train_together(
         return begun.results
     plan = complete(begun.outline, defaults=defaults)
     model, said = loading.training_model(plan.config, device, plan.start)
-    halves = None
+    halves, samples = None, plan.samples
     if encode is not None:
         plan, halves = encode(plan, model)
     run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
@@ -143,7 +145,7 @@ def train_together(
             else:
                 notes.clear()  # the run is known
             checkpoint = newest_intact(folder, notes) if begun.is_begun else None
-            run.content = content(plan.samples)
+            run.content = content(samples, encoded=None if halves is None else plan.samples)
             if checkpoint is not None:
                 check_checkpoint(
                     checkpoint,
@@ -541,7 +543,8 @@ class Run:
         """Load what `save` saved; returns the bytes of the metrics that were logged until then."""
         config = self.config
         if self.trained is not self.model:
-            state["model"] = {name: state["model"][name] for name in self.trained.state_dict()}
+            trains = self.trained.state_dict().keys()  # rank 0 alone has read any weights
+            state["model"] = {n: value for n, value in state["model"].items() if n in trains}
         self.trainer.load_state_dict(state)
         for space, teacher in config.external_teachers.items():
             if teacher.features in HALVES.values() and space in self.trainer.clusters:

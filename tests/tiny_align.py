@@ -1,0 +1,67 @@
+"""Runs of `protoclip align` between tiny halves, small enough for tests."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from protoclip.models import loading
+from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.testing import tiny_pairs
+from protoclip.training import align as aligning
+from protoclip.training import plan as planning
+from tiny_hugging_face import NO_DROPOUT, save_bert
+from tiny_starts import halves
+
+
+def tiny_alignment(folder: Path) -> dict[str, Any]:
+    """Settings of a short run between tiny halves over 96 pairs, some with two captions."""
+    torch.manual_seed(0)
+    model = halves(folder, "test_resnet", size=32)
+    save_bert(folder / "bert", **NO_DROPOUT)
+    table = tiny_pairs(96)
+    captions = [
+        [text, f"{text} again"] if row % 3 else [text]
+        for row, text in enumerate(table["caption"].to_pylist())
+    ]
+    pq.write_table(table.set_column(1, "caption", pa.array(captions)), folder / "pairs.parquet")
+    pq.write_table(tiny_pairs(16, seed=1), folder / "validation.parquet")
+    return {
+        "model": {
+            "image": {"name": "timm:test_resnet", "weights": model.image.weights, "size": 32},
+            "text": {"name": model.text.name, "context_length": 20},
+            "embed_dim": 16,
+            "heads": {"hidden_dim": 32, "projection_dim": 8},
+        },
+        "data": {
+            "train": str(folder / "pairs.parquet"),
+            "validation": str(folder / "validation.parquet"),
+            "workers": 0,
+        },
+        "run": {"device": "cpu", "precision": "fp32", "log_every": 1},
+        "episodes": {"size": 64, "count": 3, "batch_size": 16},
+        "prototypes": {"number": 4},
+        "teacher": {"number": 4},
+    }
+
+
+def changed(given: dict[str, Any], out: Path | None = None, **sections: Any) -> dict[str, Any]:
+    if out is not None:
+        sections["run"] = {**sections.get("run", {}), "out": str(out)}
+    return {**given, **{name: {**given.get(name, {}), **of} for name, of in sections.items()}}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(find_checkpoint(folder) / "model.safetensors")
+
+
+def rows_of(settings: dict[str, Any]) -> tuple[planning.Plan, Any, Any]:
+    choices = aligning.before_data(settings)
+    plan = planning.complete(
+        planning.outline(choices.config),
+        defaults=lambda *data: aligning.with_data(choices, *data),
+    )
+    model, _ = loading.training_model(plan.config, torch.device("cpu"), plan.start)
+    return *aligning.encode(choices, plan, model), model
