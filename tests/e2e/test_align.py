@@ -109,7 +109,7 @@ def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
 
 
 def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypatch):
-    """The same pairs not at all, and of more pairs those that are new."""
+    """Neither for the same pairs, nor for some of them under other names."""
     encoded: list[str] = []
     for kind in ("encode_images", "encode_captions"):
         of_kind = getattr(encoding, kind)
@@ -125,6 +125,14 @@ def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypat
         text for row in range(len(plan.samples)) for text in plan.samples.sample_captions(row)
     }
     assert len(encoded) == len({*encoded}) == len(plan.samples) + len(captions)
+    left_out = tmp_path / "left_out.json"
+    left_out.write_text('["tiny/3"]')
+    data = {key: value for key, value in given["data"].items() if key != "train"}
+    mixture = [{"path": given["data"]["train"]}]
+    for other in ({"without": str(left_out)}, {**data, "sources": mixture, "train": "emoji"}):
+        rows_of(changed(given, data=other))
+    assert len(encoded) == len({*encoded})
+    assert len(encoded) == len(plan.samples) + len(captions)
 
 
 def kill(given: dict[str, Any], at: int) -> None:

@@ -295,6 +295,14 @@ class ImageTextPairs:
         image = None if self._ranges else self._image(row, slice(0, 0))  # bytes stay unread
         return join(self.root, image) if isinstance(image, str) else None
 
+    def image_key(self, row: int) -> str:
+        """Names the image of a row, also among other rows of the table: its file with size and
+        time, or its row in the table."""
+        path = self.image_file(row)
+        if path is not None:
+            return f"{file_status(path)}{path}"
+        return f"{self.table_key or self.rows_key} {self.image_column} {self._table_row(row)}"
+
     def where(self, row: int) -> str:
         """The file that holds the image of a row."""
         image = self._image(row)

@@ -22,7 +22,7 @@ from torch import Tensor
 from protoclip.config import HALVES, Config
 from protoclip.data.decode import decode_crop
 from protoclip.data.index import cache_folder
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, file_status
+from protoclip.data.pairs import BadSample, Pairs, Sample
 from protoclip.data.transforms import Transform
 from protoclip.data.view import NONE, PairsView
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
@@ -179,11 +179,9 @@ def located(pairs: Pairs, row: int) -> tuple[Any, int]:
 
 
 def image_key(pairs: Pairs, row: int) -> str:
-    """Names an image: its file with size and time, or its place in data that hold it."""
+    """Names the image of a row, whatever else the run reads of its source."""
     source, number = located(pairs, row)
-    if isinstance(source, ImageTextPairs) and (path := source.image_file(number)) is not None:
-        return f"{file_status(path)}{path}"
-    return f"{source.key} {source.sample_id(number)}"
+    return str(source.image_key(number))
 
 
 class HalfFeatures:

@@ -160,6 +160,7 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
             f"optim.{setting} = {value}, from {name} at batch {config.episodes.batch_size}"
             for setting, value in values.items()
             if getattr(config.optim, setting) is None
+            and (setting != "locked_learning_rate" or config.locked_episodes)
         ]
     return replace(config, optim=fill(config.optim, values)), notes + said
 

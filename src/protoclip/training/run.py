@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from protoclip import signals
-from protoclip.config import HALVES, START, Config, PrototypeConfig, TeacherConfig
+from protoclip.config import HALVES, START, AlignConfig, Config, PrototypeConfig, TeacherConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.chosen import read_chosen
@@ -136,6 +136,8 @@ def train_together(
     start = {} if ending is None else parallel.weights(model)
     trains = loading.in_words(plan.config.model, model, run.loader.tokenizer)
     notes = [trains, *plan.notes, *said, *run.notes]
+    if encode is None and config.align != AlignConfig():
+        notes.append("align.*: no effect, since protoclip align alone aligns halves")
     with ExitStack() as stack:
 
         def claim() -> Path | None:
