@@ -257,8 +257,8 @@ class AlignConfig:
     head: Literal["auto", "linear", "mlp"] = "auto"  # auto: mlp where there are enough pairs.
     views: Annotated[int, 1, 64] = 1  # Stored images of an image; all but one are augmented.
     features: str | None = None  # Folder of the halves' features; else in the cache.
-    dropout: Share = 0.0  # Share of a half's features that a step leaves out.
-    geometry: NotNegative = 0.0  # Weight of keeping each half's neighbourhoods.
+    dropout: Share = 0.5  # Share of a half's features that a step leaves out.
+    geometry: NotNegative = 10.0  # Weight of keeping each half's neighbourhoods.
 
 
 @dataclass(frozen=True, kw_only=True)

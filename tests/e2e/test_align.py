@@ -67,6 +67,17 @@ def test_only_what_lies_between_the_halves_trains(given, tmp_path):
     assert "eval/validation/retrieval/image_to_text@1" in results["metrics"]
 
 
+def test_the_default_leaves_features_out_and_keeps_the_geometry(given, tmp_path):
+    """And has no prototypes, which cost where the geometry is kept (docs/LOG.md)."""
+    align(changed({**given, "loss": {}, "align": {}}, tmp_path / "run"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "train/loss/geometry" in lines
+    assert "prototypical" not in lines
+    config = (tmp_path / "run" / "config.toml").read_text()
+    for setting in ("dropout = 0.5", "geometry = 10.0", "teacher = 0.0", "prototypical = 0.0"):
+        assert setting in config
+
+
 def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given):
     """The store holds half precision, so features agree to its rounding."""
     plan, halves_rows, model = rows_of(given)

@@ -46,6 +46,7 @@ CHOSEN = {
     *("episodes.batch_size", "episodes.size", "episodes.count", "episodes.replacement"),
     *("episodes.locked_image", "episodes.warm_up", "optim.learning_rate", "optim.warm_up_steps"),
     *("optim.weight_decay", "optim.heads_weight_decay", "optim.heads_lr_scale", "optim.betas"),
+    *("loss.prototypical", "loss.teacher"),
 }
 NEEDS = (
     "needs two pretrained halves, as in --model.image.name timm:vit_small_patch14_dinov2.lvd142m "
@@ -131,12 +132,15 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     choices.choose("run.name", "aligned")
     choices.choose("model.embed_dim", 512)
     choices.choose("episodes.locked_image", 0)
-    choices.choose("episodes.warm_up", 0 if config.loss.prototypical == 0 else 1)
+    if choices.choose("loss.prototypical", 0.0) == 0:  # docs/LOG.md: they cost here
+        choices.choose("episodes.warm_up", 0)
+    if config.teacher.features is None and not config.teachers:
+        choices.choose("loss.teacher", 0.0)
     choices.choose("optim.learning_rate", 1e-3)
     choices.choose("optim.weight_decay", 0.1)
     choices.choose("optim.betas", (0.9, 0.98))
     teacher = config.teacher
-    if config.loss.teacher > 0 and teacher.features is None and not config.teachers:
+    if choices.config.loss.teacher > 0 and teacher.features is None and not config.teachers:
         halves = [replace(teacher, name=name, features=kind) for name, kind in HALVES.items()]
         teachers: list[TeacherConfig] = halves
         usual = TeacherConfig()
