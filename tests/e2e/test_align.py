@@ -298,6 +298,14 @@ def test_settings_that_align_cannot_follow(more, message, given):
         align(changed(given, **more))
 
 
+def test_settings_may_come_as_a_config(given):
+    """Of which those at their default count as not given."""
+    given = changed(given, loss={"prototypical": 0.5, "teacher": 1.0})
+    config = Config.from_dict(given)
+    mine, theirs = (aligning.before_data(aligning.given_settings(g)) for g in (config, given))
+    assert mine.config == theirs.config
+
+
 def test_a_damaged_store_says_what_to_do(given, store):
     rows_of(given)
     file = next(store.rglob("features.npy"))

@@ -6,7 +6,7 @@ with other defaults. The halves group the pairs too, each as an external teacher
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +63,7 @@ def align(
         settings: Those of `Config` as a recipe holds them, such as `{"model": {"image": {"name":
             "timm:vit_small_patch14_dinov2.lvd142m"}, "text": {"name": "minilm"}}, "data":
             {"train": "pairs.tsv"}}`. Others get the values that suit aligning: see `before_data`
-            and `with_data`.
+            and `with_data`. Those of a `Config` that are at their default count as not given.
         resume: As for `train`.
 
     Returns:
@@ -92,17 +92,15 @@ def align(
         )
 
 
-def given_settings(settings: Mapping[str, Any] | Config) -> dict[str, Any]:
+def given_settings(settings: Any, usual: Any = None) -> dict[str, Any]:
     """The settings as a recipe holds them: of a `Config`, those that differ from the defaults."""
-    if not isinstance(settings, Config):
+    if isinstance(settings, Mapping):
         return dict(settings)
     tree: dict[str, Any] = {}
-    for name, section in vars(settings).items():
-        usual = getattr(Config(), name)
-        if isinstance(section, list):
-            tree |= {name: section} if section != usual else {}
-        elif changed := {k: v for k, v in vars(section).items() if v != getattr(usual, k)}:
-            tree[name] = changed
+    for name, value in vars(settings).items():
+        default = getattr(usual or Config(), name)
+        if value != default:
+            tree[name] = given_settings(value, default) if is_dataclass(value) else value
     return tree
 
 
