@@ -35,7 +35,7 @@ class Match:
     read: Literal["auto", "streaming"] = "auto"  # As data.read.
     allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_links: bool = False  # Follow symbolic links that leave the root.
-    pooling: Literal["mean", "cls", "pooler"] = "mean"  # From tokens to one feature.
+    pooling: Literal["mean", "cls", "pooler"] | None = None  # Of tokens; else by its files.
     batch_size: Count = 64  # Captions or images at once.
     device: str = "auto"  # As run.device.
     json: bool = False  # Print the records as JSON.

@@ -300,7 +300,7 @@ class ImageTextPairs:
         time, or its row in the table."""
         path = self.image_file(row)
         if path is not None:
-            return f"{file_status(path)}{path}"
+            return f"{file_status(path)}{path if is_url(path) else os.path.abspath(path)}"  # noqa: PTH100
         return f"{self.table_key or self.rows_key} {self.image_column} {self._table_row(row)}"
 
     def where(self, row: int) -> str:

@@ -8,6 +8,7 @@ functions of features.
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
@@ -26,6 +27,7 @@ from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import retrieval
 from protoclip.features.encode import Encoder, Pooling, encode_items, open_encoder
 from protoclip.files import checksum
+from protoclip.models.halves import MINILM, pooling_of
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import agreement
@@ -82,6 +84,14 @@ class Space:
     groups: Int[Tensor, " n"]
 
 
+def usual_pooling(name: str) -> Pooling:
+    """As the files of a text half say, and `align` has it; the mean of others."""
+    with suppress(ValueError):  # `open_encoder` tells what is wrong with a half
+        if name == MINILM or name.startswith("hf:"):
+            return pooling_of(name)
+    return "mean"
+
+
 def match(
     images: Sequence[str],
     texts: Sequence[str],
@@ -89,7 +99,7 @@ def match(
     *,
     pairs: int = 4000,
     seed: int = 0,
-    pooling: Pooling = "mean",
+    pooling: Pooling | None = None,
     batch_size: int = 64,
     device: torch.device,
 ) -> list[Record]:
@@ -103,7 +113,7 @@ def match(
         pairs: How many pairs to draw, evenly; of a stream the first ones. Of several captions of a
             sample the first is taken.
         seed: Of the draw, of K-means and of the split for the regression.
-        pooling: How a Hugging Face model's tokens become one feature.
+        pooling: How a Hugging Face model's tokens become one feature; unset, as its files say.
 
     Returns:
         A record for each image half and text half, the highest `recall@10` first. docs/match.md
@@ -115,11 +125,13 @@ def match(
     """
     if pairs < LEAST:
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
+
+    def open_half(name: str, modality: str, way: str) -> Encoder:
+        pools = pooling or usual_pooling(name)
+        return open_encoder(name, modality=modality, pooling=pools, device=device, setting=way)
+
     opened = {
-        modality: {
-            name: open_encoder(name, modality=modality, pooling=pooling, device=device, setting=way)
-            for name in dict.fromkeys(names)
-        }
+        modality: {name: open_half(name, modality, way) for name in dict.fromkeys(names)}
         for modality, way, names in (("image", "--images", images), ("text", "--texts", texts))
     }
     drawn = draw(source, pairs, seed)

@@ -6,6 +6,7 @@ or by its row in data that hold it; a caption by its text. So runs over the same
 encode what is new.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -40,6 +41,8 @@ Numbers = npt.NDArray[np.int64]
 Read = TypeVar("Read")
 BLOCK = 2**14  # pairs whose captions are in memory at once
 SAMPLE = 2**14  # pairs that a whitening is fitted to
+# What a text model's configuration says of its files, and nothing of what it computes.
+FILE_SETTINGS = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
 def features_folder(config: Config) -> Path:
@@ -114,15 +117,27 @@ class HalfEncoder(Encoder):
         raise NotImplementedError
 
     def key(self) -> str:
-        """Identifies what the features depend on: weights, transform or tokenizer, pooling."""
+        """Identifies what the features depend on: weights, layers, transform or tokenizer, pooling.
+
+        Weights alone do not: activations and numbers of heads have none. So settings count too, and
+        the features of an example, to three digits, since the last ones depend on the hardware.
+        """
+        example: Any = "a photo of a red dog"
         if self.images is not None:
-            facts = repr(self.images)
+            size = self.images.size
+            ramp = torch.arange(size * size * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
+            name = getattr(self.module, "pretrained_cfg", {}).get("architecture")
+            facts, example = f"{name} {self.images}", (ramp.view(size, size, 3), self._draws("key"))
         else:
             assert self.tokenizer is not None
-            text = ["a photo of a dog", "two words"]
-            facts = f"{type(self.halves.pooler).__name__} {self.tokenizer(text).tolist()}"
+            settings = self.module.config.to_dict()
+            settings = {name: settings[name] for name in sorted(settings.keys() - FILE_SETTINGS)}
+            facts = f"{type(self.halves.pooler).__name__} {settings}"
+            facts += f" {self.tokenizer([example, 'two words']).tolist()}"
         facts += "" if self.autocast is nullcontext else repr(self.autocast)
-        return checksum(f"{self.checksum()} {facts}".encode())
+        layers = re.sub(r" at 0x[0-9a-f]+", "", repr(self.module))
+        first = " ".join(f"{value:.3g}" for value in self.encode([example])[0, :16].tolist())
+        return checksum(f"{self.checksum()} {layers} {facts} {first}".encode())
 
 
 class ImagesOnce:
@@ -342,7 +357,8 @@ def encode_halves(
     # What a CPU computes of more images at once leaves its caches.
     on_cpu = next(halves.parameters()).device.type == "cpu"
     images_at_once, texts_at_once = (16, 64) if on_cpu else (256, 1024)
-    image_hashes = hashes_of_images(pairs)
+    # The first rank decides for all: files may have other times on other hosts.
+    image_hashes = rank0_first(lambda: hashes_of_images(pairs))
     caption_hashes, counts = hashes_of_captions(pairs)
     first, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(pairs)), counts)
     unique, rows, inverse = np.unique(image_hashes, return_index=True, return_inverse=True)
@@ -447,7 +463,7 @@ def completed(
         else:
             missing = missing[np.argsort(items.rows[missing], kind="stable")]
             new = type(items)(items.pairs, items.rows[missing])
-        ids = checksum(np.sort(hashes[missing]).tobytes())
+        ids = checksum(hashes[missing].tobytes())  # in order, as parts are numbered
         out = folder / ids
         settings = {
             "teacher": f"the {encoder.reads} half",

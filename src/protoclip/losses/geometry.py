@@ -27,8 +27,8 @@ def geometry_loss(
     Args:
         features: Of unit norm, with gradient.
         frozen: Of the same samples, of any norm, in any precision.
-        among: A row is compared with others of about so many that follow each other, so that the
-            cost grows as the batch does.
+        among: A row is compared with others of about so many that follow each other, of its own
+            rank, so that the cost grows as the batch does.
     """
     (rows,) = tiles.widened(features)
     parts = -(-len(rows) // among)

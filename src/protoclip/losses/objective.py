@@ -65,7 +65,7 @@ def objective(
     that makes the weights of a student relative to the pull of InfoNCE.
 
     With several ranks each value is of the local rows. The means of values and gradients over ranks
-    are those of the whole batch.
+    are those of the whole batch; but geometry compares the rows of a rank with each other.
 
         >>> rows, one = torch.eye(2), torch.tensor(1.0)
         >>> batch = Embeddings(image_features=rows, image_projections=None, logit_scale=one,

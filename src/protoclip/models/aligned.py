@@ -5,8 +5,10 @@ joint space. These projections, with the projection heads and the temperatures, 
 trains. They are shared: what trains on rows is at once the whole model's.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -96,3 +98,20 @@ class FrozenHalves(nn.Module):
 def is_aligned(towers: Any) -> bool:
     """Whether towers are two halves: a timm trunk and a Hugging Face text model."""
     return hasattr(towers.visual, "trunk") and hasattr(getattr(towers, "text", None), "transformer")
+
+
+def require_same_halves(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse to go on between other halves than those of a checkpoint.
+
+    Args:
+        saved: The weights of the checkpoint; none on ranks that have not read it.
+        own: The weights of the model, as it was begun.
+    """
+    halves = {"towers.visual.trunk.": "image.weights", "towers.text.transformer.": "text.name"}
+    for prefix, setting in halves.items():
+        for name in saved:
+            if name.startswith(prefix) and not torch.equal(saved[name].cpu(), own[name].cpu()):
+                raise ValueError(
+                    f"model.{setting}: has other weights than when this run began; put those back, "
+                    "or train in another folder"
+                )

@@ -130,7 +130,7 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     choices.choose("run.name", "aligned")
     choices.choose("model.embed_dim", 512)
     choices.choose("episodes.locked_image", 0)
-    if choices.choose("loss.prototypical", 0.0) == 0:  # docs/LOG.md: they cost here
+    if choices.choose("loss.prototypical", 0.0) == 0:  # docs/LOG.md: no prototypes helped here
         choices.choose("episodes.warm_up", 0)
     if config.teacher.features is None and not config.teachers:
         choices.choose("loss.teacher", 0.0)
@@ -217,7 +217,8 @@ def with_data(
     batch = 2
     while batch < LARGEST_BATCH and 4 * batch <= (given.size or rows):
         batch *= 2
-    batch = choose("episodes.batch_size", batch)
+    ranks = collectives.world_size()  # which share a batch evenly
+    batch = choose("episodes.batch_size", max(2 * ranks, batch // ranks * ranks))
     size = choose("episodes.size", max(batch, rows // batch * batch))
     if size <= rows:
         choose("episodes.replacement", False)

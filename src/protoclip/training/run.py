@@ -37,7 +37,7 @@ from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
-from protoclip.models.aligned import AlignedModel
+from protoclip.models.aligned import AlignedModel, require_same_halves
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import MODEL, checkpoints, model_json, read_checkpoint, understood
 from protoclip.progress import Progress
@@ -546,6 +546,7 @@ class Run:
         config = self.config
         if self.trained is not self.model:
             trains = self.trained.state_dict().keys()  # rank 0 alone has read any weights
+            raise_on_all_ranks(lambda: require_same_halves(state["model"], self.model.state_dict()))
             state["model"] = {n: value for n, value in state["model"].items() if n in trains}
         self.trainer.load_state_dict(state)
         for space, teacher in config.external_teachers.items():
