@@ -218,7 +218,7 @@ class PrototypeConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
-    features: str | None = None  # Folder of embed-teacher, file, emoji, start or a half.
+    features: str | None = None  # Folder of embed-teacher, file, emoji or start.
     number: Open[Count] = UNSET  # Prototypes of its space; else a tenth.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = True  # One-hot targets, as in the paper.

@@ -100,7 +100,7 @@ def test_other_commands_name_what_is_missing(tmp_path, capsys):
         "evaluate": "models: is missing",
         "embed here": "data: is missing",
         "embed-teacher --out here": "teacher: is missing",
-        "unknown": "unknown: choose one of train, finetune",
+        "unknown": "unknown: choose one of train, align",
         "trian": "trian: did you mean train?",
         "": "no command: choose one of",
     }.items():

@@ -194,10 +194,13 @@ def pooling_of(name: str) -> Literal["mean", "cls"]:
     Raises:
         ValueError: It is neither the mean nor the first token.
     """
+    from transformers import AutoConfig
     from transformers.utils.hub import cached_file
 
     source = text_source(name)
     with hub(name, source):
+        # What cannot be had is told here, and not after the hub was waited for again.
+        AutoConfig.from_pretrained(source, trust_remote_code=False)
         found = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
     if found is None:
         return "mean"

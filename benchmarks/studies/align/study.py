@@ -1,6 +1,6 @@
 """What is worth what between two frozen halves? Recalls of `protoclip align` by setting.
 
-    python benchmarks/studies/align.py benchmarks/studies/align.toml --train TABLE \\
+    python benchmarks/studies/align/study.py benchmarks/studies/align/arms.toml --train TABLE \\
         --validation TABLE --root FOLDER --image-weights FILE [--seeds 0 1 2] [--arms NAME ...]
 
 An arm is a table of settings. All arms share halves, pairs and number of steps, and are judged on
