@@ -348,7 +348,7 @@ def encode_items(
     threads: int | None = None,
 ) -> Encoded:
     """The features of samples that can be read, and what is wrong with the others."""
-    if encoder.transform is None:
+    if encoder.reads == "text":
         return encode_captions(encoder, samples, items, batch_size, show)
     return encode_images(encoder, samples, items, batch_size, show, threads)
 
@@ -402,7 +402,6 @@ def encode_images(
     threads: int | None,
 ) -> Encoded:
     """The feature of each sample's image."""
-    assert encoder.transform is not None
     ids, features, bad, done = [], [torch.zeros(0, encoder.width)], [], 0
     for found in read_images(samples, items, encoder.read_image, batch_size, threads):
         bad += [vars(one) for one in found if isinstance(one, BadSample)]

@@ -75,8 +75,6 @@ class HalfEncoder(Encoder):
         self.module: Any = halves.visual if transform else halves.text
         self.halves, self.images, self.tokenizer = halves, transform, tokenizer
         self.max_pixels, self.autocast = max_pixels, autocast
-        # `encode_items` asks whether there is one, and calls `read_image` then.
-        self.transform = None if transform is None else self._unused
         self.reads = "text" if transform is None else "image"
         self.device = next(halves.parameters()).device
         size = 0 if transform is None else transform.size
@@ -112,9 +110,6 @@ class HalfEncoder(Encoder):
         assert self.images is not None
         generator = np.random.Generator(np.random.Philox(key=int(hash_ids([key])[0])))
         return torch.from_numpy(generator.random(self.images.num_draws, dtype=np.float32))
-
-    def _unused(self, image: Any) -> Tensor:
-        raise NotImplementedError
 
     def key(self) -> str:
         """Identifies what the features depend on: weights, layers, transform or tokenizer, pooling.

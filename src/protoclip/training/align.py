@@ -31,11 +31,10 @@ from protoclip.models.halves import PUBLISHED
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
 from protoclip.paths import require_place
-from protoclip.training.choices import Choices, with_begun
+from protoclip.training.choices import Choices, choices_of
 from protoclip.training.plan import Plan
 from protoclip.training.precision import autocast, resolve
 from protoclip.training.run import train_together
-from protoclip.training.run_folder import folder_of
 
 PASSES = 100  # over the data
 LARGEST_BATCH = 1024
@@ -75,14 +74,8 @@ def align(
     given = given_settings(settings)
     device = collectives.device(Config.from_dict(given).run.device)
 
-    def begin() -> Choices:
-        choices = before_data(given)
-        if resume == "auto":
-            choices = before_data(with_begun(given, folder_of(choices.config), CHOSEN))
-        return choices
-
     with collectives.process_group(device):
-        choices = collectives.rank0_first(begin)
+        choices = choices_of(before_data, given, resume=resume == "auto", chosen=CHOSEN)
         return train_together(
             choices.config,
             device,

@@ -1,12 +1,13 @@
 """Other defaults than those of `train`, for the commands that have some: fine-tuning, aligning."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from protoclip.config import Config, shown
-from protoclip.training.run_folder import read_settings
+from protoclip.distributed.collectives import rank0_first
+from protoclip.training.run_folder import folder_of, read_settings
 
 
 class Choices:
@@ -42,6 +43,27 @@ class Choices:
             + ", ".join(f"{section}.{key} = {shown(value)}" for key, value in values.items())
             for section, values in self.chosen.items()
         ]
+
+
+def choices_of(
+    before_data: Callable[[Mapping[str, Any]], Choices],
+    given: Mapping[str, Any],
+    *,
+    resume: bool,
+    chosen: Collection[str],
+) -> Choices:
+    """What `before_data` chooses for the given settings. Collective.
+
+    With `resume` a run that was begun keeps what it chose of the settings `chosen`.
+    """
+
+    def begin() -> Choices:
+        choices = before_data(given)
+        if resume:
+            choices = before_data(with_begun(given, folder_of(choices.config), chosen))
+        return choices
+
+    return rank0_first(begin)
 
 
 def with_begun(

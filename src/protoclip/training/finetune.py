@@ -10,9 +10,8 @@ from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
 from protoclip.training import optim, wise_ft
-from protoclip.training.choices import Choices, with_begun
+from protoclip.training.choices import Choices, choices_of
 from protoclip.training.run import train_together
-from protoclip.training.run_folder import folder_of
 
 PASSES = 5  # over the data
 LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
@@ -54,14 +53,8 @@ def finetune(
         raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
     device = collectives.device(Config.from_dict(settings).run.device)
 
-    def begin() -> Choices:
-        choices = before_data(settings)
-        if resume == "auto":
-            choices = before_data(with_begun(settings, folder_of(choices.config), CHOSEN))
-        return choices
-
     with collectives.process_group(device):
-        choices = collectives.rank0_first(begin)
+        choices = choices_of(before_data, settings, resume=resume == "auto", chosen=CHOSEN)
         return train_together(
             choices.config,
             device,
