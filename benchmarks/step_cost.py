@@ -33,7 +33,7 @@ from protoclip.distributed import collectives
 from protoclip.losses.objective import objective
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
-from protoclip.models.start import resolve_start
+from protoclip.models.resolve import resolve_start
 from protoclip.progress import Progress
 from protoclip.training import run, run_folder
 from protoclip.training.plan import Plan, make_plan

@@ -23,7 +23,7 @@ from protoclip.cli.parsing import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
 from protoclip.models import towers
 from protoclip.models.halves import NAMED_CONTEXT_LENGTH, SmallTowers
-from protoclip.models.start import resolve_start
+from protoclip.models.resolve import resolve_start
 from protoclip.training import optim, plan, sizes
 from protoclip.training.stages import stage_of
 

@@ -41,6 +41,18 @@ def save_dual_encoder(folder: Path, **more: Any) -> Path:
     return folder
 
 
+def save_mpnet(folder: Path) -> Path:
+    """A tiny MPNet with its tokenizer, one token a letter."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *string.ascii_lowercase]
+    names += [f"##{letter}" for letter in string.ascii_lowercase]
+    transformers.MPNetTokenizer(
+        vocab={name: n for n, name in enumerate(names)}, unk_token="<unk>"
+    ).save_pretrained(folder)
+    config = transformers.MPNetConfig(**SIZES, vocab_size=60, max_position_embeddings=26)
+    transformers.MPNetModel(config).save_pretrained(folder)
+    return folder
+
+
 def save_siglip(folder: Path) -> Path:
     text = {**SIZES, "max_position_embeddings": 24, "vocab_size": 60, "projection_size": 32}
     save_bert(folder)

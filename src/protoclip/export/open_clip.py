@@ -11,6 +11,7 @@ from torch import Tensor
 
 from protoclip.export.source import Features, Source, Unavailable
 from protoclip.files import read_json, to_json
+from protoclip.models.halves import OPEN_CLIP_KINDS
 from protoclip.models.start import OPEN_CLIP_WEIGHTS
 from protoclip.models.towers import OPEN_CLIP_CONFIG
 
@@ -31,6 +32,9 @@ def write(source: Source, folder: Path) -> str:
                 f"it builds {config['vision_cfg']['timm_model_name']} for images of {usual} "
                 f"pixels alone, and this model reads {size}"
             )
+    kind = getattr(getattr(getattr(built, "text", None), "config", None), "model_type", None)
+    if kind is not None and kind not in OPEN_CLIP_KINDS:
+        raise Unavailable(f"it knows no text models of kind {kind}")
     settings = {"model_cfg": dict(config), "preprocess_cfg": source.preprocessing}
     text = to_json(settings, indent=2)
     (folder / OPEN_CLIP_CONFIG).write_text(text + "\n", encoding="utf-8")

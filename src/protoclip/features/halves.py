@@ -125,7 +125,7 @@ class HalfEncoder(Encoder):
             facts, example = f"{name} {self.images}", (ramp.view(size, size, 3), self._draws("key"))
         else:
             assert self.tokenizer is not None
-            settings = self.module.config.to_dict()
+            settings = self.module.config.to_dict() if hasattr(self.module, "config") else {}
             settings = {name: settings[name] for name in sorted(settings.keys() - FILE_SETTINGS)}
             facts = f"{type(self.halves.pooler).__name__} {settings}"
             facts += f" {self.tokenizer([example, 'two words']).tolist()}"

@@ -1,11 +1,13 @@
 """A model of two frozen halves, divided: the halves encode once, the heads train on what they gave.
 
-The halves are a timm image tower and a Hugging Face text model without their projections into the
-joint space. These projections, with the projection heads and the temperatures, are all that
-trains. They are shared: what trains on rows is at once the whole model's.
+The halves are the towers without their projections into the joint space. These projections, with
+the projection heads and the temperatures, are all that trains. They are shared: what trains on rows
+is at once the whole model's.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +16,27 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from protoclip.models.protoclip import Embeddings, ProtoCLIP, to_float
+from protoclip.models.towers import PROJECTIONS
+
+NAMES = ("head", "proj", "text_projection")  # of a tower's projection, which is the first it has
+
+
+def projection_name(tower: nn.Module) -> str:
+    return next(name for name in NAMES if getattr(tower, name, None) is not None)
+
+
+class Projection(nn.Module):
+    """The projection of a tower, under the name that it has there."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.name = projection_name(tower)
+        setattr(self, self.name, getattr(tower, self.name))
+
+    def forward(self, rows: Float[Tensor, "b q"]) -> Float[Tensor, "b d"]:
+        through: Any = getattr(self, self.name)  # open_clip has a matrix where others have layers
+        projected: Tensor = rows @ through if isinstance(through, Tensor) else through(rows)
+        return projected
 
 
 class Projections(nn.Module):
@@ -21,18 +44,17 @@ class Projections(nn.Module):
 
     def __init__(self, towers: Any) -> None:
         super().__init__()
-        self.visual = nn.ModuleDict({"head": towers.visual.head})
-        self.text = nn.ModuleDict({"proj": towers.text.proj})
+        self.visual, self.text = Projection(towers.visual), Projection(towers.text)
         self.logit_scale = towers.logit_scale
         if getattr(towers, "logit_bias", None) is not None:
             self.logit_bias = towers.logit_bias
 
     def encode_image(self, rows: Float[Tensor, "b q"]) -> Float[Tensor, "b d"]:
-        projected: Tensor = self.visual["head"](rows)
+        projected: Tensor = self.visual(rows)
         return projected
 
     def encode_text(self, rows: Float[Tensor, "b q"]) -> Float[Tensor, "b d"]:
-        projected: Tensor = self.text["proj"](rows)
+        projected: Tensor = self.text(rows)
         return projected
 
 
@@ -75,8 +97,11 @@ class FrozenHalves(nn.Module):
 
     def __init__(self, towers: Any) -> None:
         super().__init__()
-        self.visual, self.text = towers.visual.trunk, towers.text.transformer
-        self.pooler, self.padding = towers.text.pooler, int(towers.text.config.pad_token_id)
+        self.visual: Any = getattr(towers.visual, "trunk", None) or unprojected(towers.visual)
+        text = towers.text
+        self.pooler = getattr(text, "pooler", None)  # of Hugging Face's text models
+        self.text: Any = unprojected(text) if self.pooler is None else text.transformer
+        self.padding = 0 if self.pooler is None else int(text.config.pad_token_id)
 
     def encode_image(
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
@@ -87,6 +112,8 @@ class FrozenHalves(nn.Module):
     def encode_text(
         self, tokens: Int[Tensor, "b c"], normalize: bool = False
     ) -> Float[Tensor, "b q"]:
+        if self.pooler is None:
+            return to_float(self.text(tokens))
         mask = tokens != self.padding
         # What all captions of the batch leave empty costs as much as words.
         length = max(1, int(mask.any(0).nonzero().max()) + 1) if bool(mask.any()) else 1
@@ -95,9 +122,12 @@ class FrozenHalves(nn.Module):
         return to_float(self.pooler(states, mask))
 
 
-def is_aligned(towers: Any) -> bool:
-    """Whether towers are two halves: a timm trunk and a Hugging Face text model."""
-    return hasattr(towers.visual, "trunk") and hasattr(getattr(towers, "text", None), "transformer")
+def unprojected(tower: nn.Module) -> nn.Module:
+    """A tower of open_clip's own that ends before its projection; it shares the weights."""
+    shared = {id(one): one for one in chain(tower.parameters(), tower.buffers())}
+    half = deepcopy(tower, shared)
+    setattr(half, projection_name(tower), None)
+    return half
 
 
 def require_same_halves(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -107,11 +137,14 @@ def require_same_halves(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) 
         saved: The weights of the checkpoint; none on ranks that have not read it.
         own: The weights of the model, as it was begun.
     """
-    halves = {"towers.visual.trunk.": "image.weights", "towers.text.transformer.": "text.name"}
-    for prefix, setting in halves.items():
-        for name in saved:
-            if name.startswith(prefix) and not torch.equal(saved[name].cpu(), own[name].cpu()):
-                raise ValueError(
-                    f"model.{setting}: has other weights than when this run began; put those back, "
-                    "or train in another folder"
-                )
+    halves = {"visual.": "image.weights", "text.": "text.name"}
+    for name, value in saved.items():
+        named = name.removeprefix("towers.")
+        setting = next((of for part, of in halves.items() if named.startswith(part)), None)
+        if setting is None or named.startswith(PROJECTIONS):
+            continue
+        if not torch.equal(value.cpu(), own[name].cpu()):
+            raise ValueError(
+                f"model.{setting}: has other weights than when this run began; put those back, "
+                "or train in another folder"
+            )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import open_clip
 import timm
+from open_clip import hf_configs
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg
 from timm.models import load_state_dict
@@ -24,8 +25,12 @@ from protoclip.models.opening import hub_name, misfits, readable_errors, require
 from protoclip.models.towers import Tokenizer, TowerKind, Weights, examples_of
 
 NAMED_CONTEXT_LENGTH = 77  # tokens that a Hugging Face text tower reads, unless set
-# The kinds of Hugging Face text model that open_clip can hold.
-TEXT_KINDS = ("bert", "roberta", "xlm-roberta")
+# The kinds of Hugging Face text model that open_clip can hold, and others that are built alike, of
+# which it is told here.
+OPEN_CLIP_KINDS = ("bert", "roberta", "xlm-roberta")
+TEXT_KINDS = (*OPEN_CLIP_KINDS, "mpnet", "camembert")
+for kind in TEXT_KINDS:
+    hf_configs.arch_dict.setdefault(kind, hf_configs.arch_dict["roberta"])
 # What open_clip calls the ways from a caption's tokens to one feature.
 POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 POOLING = "1_Pooling/config.json"  # where sentence-transformers says which one a model was made for
@@ -194,13 +199,12 @@ def pooling_of(name: str) -> Literal["mean", "cls"]:
     Raises:
         ValueError: It is neither the mean nor the first token.
     """
-    from transformers import AutoConfig
     from transformers.utils.hub import cached_file
 
     source = text_source(name)
+    # What cannot be had is told here, and not after the hub was waited for again.
+    text_config(name, source)
     with hub(name, source):
-        # What cannot be had is told here, and not after the hub was waited for again.
-        AutoConfig.from_pretrained(source, trust_remote_code=False)
         found = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
     if found is None:
         return "mean"
@@ -218,10 +222,7 @@ def pooling_of(name: str) -> Literal["mean", "cls"]:
 
 def check_text(name: str, source: str, *, context_length: int) -> None:
     """Refuse a text model that open_clip cannot hold, or that reads fewer tokens."""
-    from transformers import AutoConfig
-
-    with hub(name, source):
-        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = text_config(name, source)
     if config.model_type not in TEXT_KINDS:
         raise ValueError(
             f"model.text.name: {name} is of kind {config.model_type}; text towers are of "
@@ -231,6 +232,14 @@ def check_text(name: str, source: str, *, context_length: int) -> None:
         raise ValueError(
             f"model.text.context_length: {context_length} is too large; {name} reads at most {most}"
         )
+
+
+def text_config(name: str, source: str) -> Any:
+    """The configuration of a Hugging Face text model; raises `ValueError` if there is none."""
+    from transformers import AutoConfig
+
+    with hub(name, source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def hub(name: str, source: str) -> AbstractContextManager[None]:

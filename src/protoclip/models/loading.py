@@ -15,7 +15,8 @@ from protoclip.distributed.parallel import shard, spread
 from protoclip.models import batch_norm, halves, lora, towers
 from protoclip.models.opening import Loaded
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
-from protoclip.models.start import Start, find_start, resolve_start
+from protoclip.models.resolve import resolve_start
+from protoclip.models.start import Start, find_start
 from protoclip.models.towers import Tokenizer
 
 Pair = TypeVar("Pair", bound=TowerPair)

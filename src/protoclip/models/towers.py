@@ -23,9 +23,9 @@ Weights = Literal["published", "new", "none"]  # "none" is for towers on the met
 TowerKind = Literal["transformer", "convolutional"]
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-# Linear layers from a trunk into the joint space: of timm's image and Hugging Face's text trunks in
-# open_clip, and of models of `transformers`.
-PROJECTIONS = ("visual.head.", "text.proj.", "visual.projection.", "text.projection.")
+# How the names of what leads from a tower into the joint space begin: of timm's image and Hugging
+# Face's text trunks in open_clip, of open_clip's own towers, and of models of `transformers`.
+PROJECTIONS = ("visual.head.", "visual.proj", "text.proj", "text.text_projection")
 # Parts of the names of timm's transformers among open_clip's image towers.
 TIMM_TRANSFORMERS = ("vit", "eva", "swin")
 
@@ -120,8 +120,10 @@ def interpolate(weights: dict[str, Tensor], model: Any) -> None:
 
 def max_tokens(config: Any) -> int:
     """The most tokens that a text model of `transformers` reads."""
-    # RoBERTa counts positions from the padding token's number on.
-    first = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    kind = config.model_type
+    # RoBERTa and its kin count positions from the padding token's number on.
+    is_kin = "roberta" in kind or kind in ("mpnet", "camembert")
+    first = config.pad_token_id + 1 if is_kin else 0
     return int(config.max_position_embeddings) - first
 
 

@@ -26,10 +26,11 @@ from protoclip.features.halves import (
     hashes_of_images,
 )
 from protoclip.models import loading
-from protoclip.models.aligned import FrozenHalves, is_aligned
-from protoclip.models.halves import PUBLISHED
+from protoclip.models.aligned import FrozenHalves
+from protoclip.models.halves import OPEN_CLIP_KINDS, PUBLISHED, text_config, text_source
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
+from protoclip.models.two_halves import TwoHalves, names_model
 from protoclip.paths import require_place
 from protoclip.training.choices import Choices, choices_of
 from protoclip.training.plan import Plan
@@ -116,9 +117,9 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     if config.align.features is not None:
         require_place("align.features", config.align.features, is_folder=True)
     refuse(config)
-    image = replace(
-        image, name=image.name.removeprefix("timm:"), weights=image.weights or PUBLISHED
-    )
+    image = replace(image, name=image.name.removeprefix("timm:"))
+    if not names_model("image", image.name):
+        image = replace(image, weights=image.weights or PUBLISHED)
     choices.config = replace(config, model=replace(model, image=image))
     choices.choose("run.name", "aligned")
     choices.choose("model.embed_dim", 512)
@@ -147,10 +148,9 @@ def refuse(config: Config) -> None:
     model, parallel = config.model, config.parallel
     text = model.text.name or ""
     folder = Path(text.removeprefix("hf:"))
-    if folder.is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
+    if folder.is_file():
         raise ValueError(
-            f"model.text.name: {text}: is no folder of a text model, which has a config.json; "
-            "name one, or one of the hub"
+            f"model.text.name: {text}: is a file; name a folder, or a text model of the hub"
         )
     if text.startswith("timm:") or timm.is_model(text):
         raise ValueError(
@@ -193,18 +193,38 @@ def with_data(
     choices.config, choose = config, choices.choose
     # An image that several rows show is one sample with all their captions.
     rows = len(np.unique(hashes_of_images(data.training)))
-    head = config.align.head
+    head, closed = config.align.head, list[str]()
+    hidden = set(start.choices) if isinstance(start, TwoHalves) else {"vision_cfg", "text_cfg"}
     if head == "auto":
-        head = "mlp" if rows >= MLP_FROM else "linear"
-    projection, closed = choose("model.projection", head), list[str]()
+        head = "mlp" if rows >= MLP_FROM and hidden else "linear"
+    projection = choose("model.projection", head)
     if config.align.head not in ("auto", projection):
         raise ValueError(
             f"align.head: {head}, but model.projection is {projection}; leave one of them out"
         )
-    if projection == "mlp":
+    if projection == "mlp" and not hidden:
+        raise ValueError(
+            f"align.head: {head}, but both halves are open_clip's own towers, which hold linear "
+            "projections only; leave it out, or name timm's image tower"
+        )
+    if projection == "mlp" and len(hidden) == 1:
+        linear = "text" if "vision_cfg" in hidden else "image"
+        closed.append(
+            f"model.projection = mlp: the {linear} half is open_clip's own tower, whose projection "
+            "stays linear"
+        )
+    if projection == "mlp" and "vision_cfg" in hidden:
         closed.append(
             "model.projection = mlp: its image tower cannot be exported as timm, which holds "
             "linear projections only; align.head = linear can"
+        )
+    text = str(config.model.text.name)
+    is_tower = names_model("text", text)  # of a model, and not a text model by itself
+    kind = None if is_tower else text_config(text, text_source(text)).model_type
+    if kind is not None and kind not in OPEN_CLIP_KINDS:
+        closed.append(
+            f"model.text.name: open_clip itself knows no text models of kind {kind}, so the model "
+            "can be exported as ONNX, and not as open_clip"
         )
     given = config.episodes
     batch = 2
@@ -230,7 +250,6 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
     """
     config, samples = plan.config, plan.samples
     assert isinstance(samples, Pairs)
-    assert is_aligned(model.towers)
     halves = FrozenHalves(model.towers).eval().requires_grad_(False)
     device = next(model.parameters()).device
     plain = loading.evaluation_transform(model)

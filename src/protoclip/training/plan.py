@@ -19,7 +19,8 @@ from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.validation import Judged, guards, judged
 from protoclip.models import loading
 from protoclip.models.halves import SmallTowers
-from protoclip.models.start import Start, resolve_start
+from protoclip.models.resolve import resolve_start
+from protoclip.models.start import Start
 from protoclip.paths import require_paths
 from protoclip.training import optim, sizes
 

@@ -7,10 +7,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from protoclip.config import Config, ModelConfig
 from protoclip.distributed import parallel
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.towers import PROJECTIONS
 
 HEADS = ("image_head.", "text_head.", "prototype_logit_scale")
-# Where projections into the joint space are, by tower; those of two halves are new.
-PROJECTIONS = {"image": "towers.visual.head.", "text": "towers.text.proj."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ def trains(name: str, stage: Stage) -> bool:
     tower = "image" if name.startswith("towers.visual.") else "text"
     if tower == "image" and stage.locks_image:
         return False
-    if stage.new_projections and name.startswith(PROJECTIONS[tower]):
+    if stage.new_projections and name.removeprefix("towers.").startswith(PROJECTIONS):
         return True
     return tower not in stage.locked and (not stage.lora or ".lora_" in name)
 

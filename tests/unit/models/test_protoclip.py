@@ -15,8 +15,8 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.models import loading
+from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import write_checkpoint
-from protoclip.models.start import resolve_start
 from protoclip.testing import tiny_model
 from protoclip.training.plan import make_plan
 from tiny_starts import halves

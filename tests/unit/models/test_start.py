@@ -34,8 +34,8 @@ from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import loading, towers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import find_checkpoint
-from protoclip.models.start import resolve_start
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.plan import make_plan, outline

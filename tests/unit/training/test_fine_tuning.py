@@ -29,7 +29,7 @@ from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import encode
 from protoclip.models import loading
-from protoclip.models.start import resolve_start
+from protoclip.models.resolve import resolve_start
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training.optim import defaults, layer_distances, optimizer
 from protoclip.training.plan import fill

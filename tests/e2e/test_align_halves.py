@@ -1,0 +1,173 @@
+"""Halves of `protoclip align` that are towers of other models: of runs, open_clip, transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import protoclip
+from interrupting import stop_after
+from protoclip.config import ModelConfig, build
+from protoclip.models import loading
+from protoclip.models.aligned import FrozenHalves, Projections
+from protoclip.testing import tiny_config
+from protoclip.training.align import align
+from tiny_align import changed, tiny_alignment, weights_of
+from tiny_hugging_face import save_mpnet
+from tiny_starts import CLIP, RESNET, save_open_clip
+
+PIXELS, TEXTS = torch.linspace(-2, 2, 2 * 3 * 32 * 32).view(2, 3, 32, 32), ["a cat", "two dogs run"]
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> dict[str, Any]:
+    settings = tiny_alignment(tmp_path_factory.mktemp("halves"))
+    return {
+        **settings,
+        "episodes": {"size": 32, "count": 1, "batch_size": 16},
+        "loss": {},
+        "align": {},
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """References to models that have towers, by kind."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    protoclip.train(tiny_config(out=str(folder / "run")))
+    save_open_clip(folder / "open_clip")
+    protoclip.export(folder / "open_clip", folder / "exported", ("hf",))
+    return {
+        "run": str(folder / "run"),
+        "open_clip": str(folder / "open_clip"),
+        "transformers": f"hf:{folder / 'exported'}",
+        "mpnet": str(save_mpnet(folder / "mpnet")),
+    }
+
+
+def settings_of(given: dict[str, Any], image: str | None, text: str | None) -> dict[str, Any]:
+    """Those of `given` with other halves."""
+    model = dict(given["model"])
+    if image is not None:
+        model["image"] = {"name": image}
+    if text is not None:
+        model["text"] = {"name": text}
+        if text.endswith("mpnet"):
+            model["text"]["context_length"] = 12
+    return {**given, "model": model}
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        ("run", "open_clip"),
+        ("transformers", "mpnet"),
+        ("open_clip", "run"),
+        (None, "transformers"),
+    ],
+)
+def test_a_half_is_the_tower_of_another_model(image, text, given, models, tmp_path):
+    """It stays what it was there; the run opens by itself, and computes what its halves do."""
+    settings = settings_of(given, models.get(image), models.get(text))
+    results = align(changed(settings, tmp_path / "run"))
+    assert results["metrics"]["eval/validation/retrieval/image_to_text@10"] > 0
+    model, _, tokenizer = protoclip.load(results["folder"])
+    tokens = tokenizer(TEXTS)
+    assert tokens.shape == (2, {"run": 8, None: 20}.get(text, 12))
+    halves, between = FrozenHalves(model.towers).eval(), Projections(model.towers)
+    with torch.inference_mode():
+        features = {"image": halves.encode_image(PIXELS), "text": halves.encode_text(tokens)}
+        torch.testing.assert_close(
+            between.encode_image(features["image"]), model.encode_image(PIXELS)
+        )
+        torch.testing.assert_close(between.encode_text(features["text"]), model.encode_text(tokens))
+        for tower, reference in (("image", image), ("text", text)):
+            if reference not in (None, "mpnet"):
+                start = loading.model(ModelConfig(start=models[reference]), seed=0).eval()
+                known = original(start, tower, tokens)
+                torch.testing.assert_close(features[tower], known, atol=1e-5, rtol=1e-5)
+
+
+def original(start: Any, tower: str, tokens: torch.Tensor) -> torch.Tensor:
+    """What the projection of a model's tower reads, caught there or found by its inverse."""
+    towers = start.towers
+    if tower == "image":
+        if hasattr(towers.visual, "trunk"):
+            return towers.visual.trunk(PIXELS)
+        towers.visual.proj = None
+        return towers.encode_image(PIXELS)
+    width = towers.text_projection.shape[0]
+    towers.text_projection = torch.nn.Parameter(torch.eye(width))
+    return towers.encode_text(tokens)
+
+
+def test_mpnet_is_read_as_its_library_reads_it(given, models, tmp_path):
+    settings = settings_of(given, None, models["mpnet"])
+    model = loading.model(build(ModelConfig, {**settings["model"], "image": {}}, "model."), seed=0)
+    tokens = loading.tokenizer(build(ModelConfig, {**settings["model"], "image": {}}, "model."))(
+        TEXTS
+    )
+    theirs = transformers.AutoModel.from_pretrained(models["mpnet"]).eval()
+    words = transformers.AutoTokenizer.from_pretrained(models["mpnet"])
+    with torch.inference_mode():
+        found = FrozenHalves(model.towers).eval().encode_text(tokens)
+        inputs = words(TEXTS, return_tensors="pt", padding=True)
+        states, mask = theirs(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        torch.testing.assert_close(found, (states * mask).sum(1) / mask.sum(1))
+
+
+def test_a_run_between_towers_of_other_models_goes_on_and_leaves(
+    given, models, tmp_path, monkeypatch, capsys
+):
+    """To the bit after a stop, and then by fine-tuning, which moves the halves."""
+    settings = settings_of(given, models["run"], models["mpnet"])
+    three = changed(settings, episodes={"size": 32, "count": 3, "batch_size": 16})
+    align(changed(three, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        align(changed(three, tmp_path / "parts"))
+    assert "open_clip itself knows no text models of kind mpnet" in capsys.readouterr().err
+    align(changed(three, tmp_path / "parts"), resume="auto")
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    tuned = protoclip.finetune(
+        {
+            "model": {"start": str(tmp_path / "whole")},
+            "data": settings["data"],
+            "episodes": {"size": 32, "count": 1, "batch_size": 16},
+            "run": {"out": str(tmp_path / "tuned"), "device": "cpu", "precision": "fp32"},
+        },
+        alpha=1.0,
+    )
+    moved = weights_of(Path(tuned["folder"]))
+    assert any("visual.trunk" in n and not torch.equal(v, whole[n]) for n, v in moved.items())
+
+
+def test_halves_that_fit_no_format_are_refused_in_one_line(given, models, tmp_path):
+    resnet = str(save_open_clip(tmp_path / "resnet", {**CLIP, "vision_cfg": RESNET}))
+    quick = str(save_open_clip(tmp_path / "quick", {**CLIP, "quick_gelu": True}))
+    cases = {
+        (resnet, None): "model.image.name: .*project within their pooling; name timm's tower",
+        (quick, models["open_clip"]): "model.text.name: .*other activations",
+        (str(tmp_path), None): f"model.image.name: {tmp_path}: no checkpoint here",
+        (None, str(tmp_path)): f"model.text.name: {tmp_path}: no checkpoint here",
+    }
+    for (image, text), message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            align(changed(settings_of(given, image, text), tmp_path / "run"))
+    weights = settings_of(given, models["run"], None)
+    weights["model"]["image"]["weights"] = "published"
+    with pytest.raises(ValueError, match=r"model.image.weights: .*has weights of its own"):
+        align(changed(weights, tmp_path / "run"))
+    both = settings_of(given, models["open_clip"], models["open_clip"])
+    with pytest.raises(ValueError, match=r"align.head: mlp, but both halves are open_clip's own"):
+        align(changed(both, tmp_path / "run", align={"head": "mlp"}))
+    assert not (tmp_path / "run").exists()
