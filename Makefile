@@ -14,7 +14,7 @@
 SHELL = /bin/sh
 .DEFAULT_GOAL = help
 .NOTPARALLEL:
-.PHONY: help venv install demo test test-fast test-lowest lint format bench docs ci clean stale
+.PHONY: help venv install demo test test-fast test-lowest lint format bench docs site ci clean stale
 
 PYTHON ?=
 WORKERS ?= 2
@@ -70,7 +70,11 @@ bench: .venv/runtime ## Run every benchmark, one after another
 docs: .venv/home ## Check that the links in the documentation resolve
 	$(BIN)/python scripts/check_docs.py
 
-ci: lint test ## What .ci/run runs: lint, then test
+site: .venv/docs docs ## Build the site of the documentation into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server -d build/site"
+
+ci: lint site test ## What .ci/run runs: lint, the site, then test
 
 clean: ## Remove .venv, .venv-lowest, caches and builds
 	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
@@ -87,6 +91,11 @@ clean: ## Remove .venv, .venv-lowest, caches and builds
 	@echo "Installing protoclip and the tools to test it into .venv ($(NOTE))"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch .venv/runtime $@
+
+.venv/docs: .venv/home pyproject.toml
+	@echo "Installing protoclip and the tools that build the site into .venv ($(NOTE))"
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
 
 # Compiled at once, or the processes that tests start would each compile PyTorch.
 .venv-lowest/dev: .venv/home pyproject.toml

@@ -1,7 +1,12 @@
-"""Check that relative links in the Markdown files lead to a file, and fragments to a heading."""
+"""Check that links in the Markdown files lead to a file, and fragments to a heading.
+
+Links are relative, or absolute ones into the repository, whose address `[project.urls]` of
+pyproject.toml has. The README has absolute ones alone, since a package index shows it elsewhere.
+"""
 
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -17,6 +22,14 @@ LINK = re.compile(
 INLINE_CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
 EXTERNAL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//")
 FENCE = re.compile(r"\s*(?P<ticks>`{3,}|~{3,})")
+
+
+def addresses() -> list[str]:
+    """What absolute links to files of the repository start with: to pages, and to pictures."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    source = project["urls"]["Source"]
+    pictures = source.replace("https://github.com", "https://raw.githubusercontent.com")
+    return [f"{source}/blob/main/", f"{source}/tree/main/", f"{pictures}/main/"]
 
 
 def markdown_files() -> list[Path]:
@@ -53,17 +66,21 @@ def anchors(path: Path) -> set[str]:
     return found
 
 
-def broken_links(path: Path) -> Iterator[str]:
+def broken_links(path: Path, ours: list[str]) -> Iterator[str]:
     for number, line in prose(path):
         for match in LINK.finditer(INLINE_CODE.sub("", line)):
             target = match["inline"] or match["reference"] or match["html"]
-            if EXTERNAL.match(target):
+            address = next((start for start in ours if target.startswith(start)), "")
+            if EXTERNAL.match(target) and not address:
                 continue
-            name, _, fragment = target.partition("#")
-            name = unquote(name.partition("?")[0])
-            base = ROOT if name.startswith("/") else path.parent
-            file = base / name.lstrip("/") if name else path
             where = f"{path.relative_to(ROOT)}:{number}: {target}"
+            name, _, fragment = target.removeprefix(address).partition("#")
+            name = unquote(name.partition("?")[0])
+            if name and not address and path == ROOT / "README.md":
+                yield f"{where}: relative; begin it with {ours[0]}"
+                continue
+            base = ROOT if address or name.startswith("/") else path.parent
+            file = base / name.lstrip("/") if name else path
             if not file.exists():
                 yield f"{where}: no such file"
             elif fragment and file.suffix == ".md" and unquote(fragment) not in anchors(file):
@@ -71,8 +88,8 @@ def broken_links(path: Path) -> Iterator[str]:
 
 
 def main() -> int:
-    files = markdown_files()
-    broken = [message for path in files for message in broken_links(path)]
+    files, ours = markdown_files(), addresses()
+    broken = [message for path in files for message in broken_links(path, ours)]
     print("\n".join([*broken, f"{len(files)} Markdown files, {len(broken)} broken links"]))
     return 1 if broken else 0
 

@@ -257,11 +257,11 @@ def test_recipes_are_configurations(tmp_path, seen):
 
 
 def test_the_reference_is_one_recipe_away(seen):
-    """Its recipe has each setting with which the README restores the reference."""
+    """Its recipe has each setting with which docs/method.md restores the reference."""
     recipe = ROOT / "recipes" / "reference.toml"
     written = flat(tomllib.loads(recipe.read_text(encoding="utf-8")))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, departures = readme.partition("### Where it departs")
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    _, _, departures = page.partition("### Where it departs")
     departures, _, _ = departures.partition("\n## ")
     restoring = re.findall(r"`(\w+\.[\w.]+ = [^`]+)`", departures)
     assert len(restoring) == 13
@@ -336,14 +336,15 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
         demo.demo(Path("demo"), seed=5)
 
 
-def test_the_readmes_library_example_works(tmp_path, monkeypatch):
-    """The Python block of the README, with a smaller run."""
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_library_example_works(tmp_path, monkeypatch):
+    """The Python block of docs/training.md, with a smaller run."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert block is not None
     code = block[1].replace('"runs/small"', '"runs/small", "evaluate": False')
     tiny = '"prototypes": {"number": 8}, "episodes": {"batch_size": 16, "size": 32'
     smaller = code.replace('"episodes": {"size": 512', tiny)
     assert len(smaller) > len(code) > len(block[1])
     monkeypatch.chdir(tmp_path)
-    exec(compile(smaller, "README.md", "exec"), {})
+    exec(compile(smaller, "training.md", "exec"), {})
     assert Path("runs/small/results.json").is_file()

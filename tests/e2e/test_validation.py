@@ -26,7 +26,7 @@ from protoclip.features.teachers import teachers
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
         *("zero_shot", "retrieval", "linear_probe", "knn", "clustering", "modality_gap")
     }
     assert all(np.isfinite(value) for value in metrics.values())
-    shown = re.findall(r"^(eval/validation/\S+) ", README.read_text(encoding="utf-8"), re.M)
+    shown = re.findall(r"^(eval/validation/\S+) ", PAGE.read_text(encoding="utf-8"), re.M)
     assert shown == [m for m in metrics if m.split("/")[2] in ("retrieval", "modality_gap")]
     assert "eval/validation/zero_shot/acc5" not in metrics  # of three classes
     events = EventAccumulator(str(tmp_path / "one" / "tensorboard"))

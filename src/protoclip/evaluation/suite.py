@@ -75,7 +75,8 @@ def evaluate(
 
     Args:
         model: A module with `encode_image` and `encode_text`, on the device where it shall run.
-        image_transform, tokenizer: A PIL image to `(3, h, w)`; texts to tokens `(b, c)`.
+        image_transform: A PIL image to `(3, h, w)`.
+        tokenizer: Texts to tokens `(b, c)`.
         data: Data sets, or references to them as `datasets.open_data` takes.
         tasks: Unset, those of `zero_shot`, `retrieval` and `geometry` that the data can serve. The
             others encode `train` or fit something, and a note says how many images they encode.
@@ -84,7 +85,8 @@ def evaluate(
         batch_size: Images or texts encoded at once.
         workers: Processes that read images; unset, one a core if there are many images.
         cache: Folder in which features are kept; unset, none are.
-        model_name, pretrained: What records call the model.
+        model_name: What records call the model.
+        pretrained: What they call its weights.
         show: Show progress.
 
     Returns:

@@ -143,7 +143,7 @@ def test_small_towers_get_what_suits_the_emoji():
     ],
 )
 def test_a_named_model_gets_the_usual_values(names, expected):
-    """They depend on the kind of image tower, as the README says."""
+    """They depend on the kind of image tower, as docs/training.md says."""
     for name in names:
         optim = decided(named(name))[0].optim
         assert (optim.betas, optim.eps, optim.weight_decay) == expected

@@ -1,0 +1,145 @@
+"""What mkdocs.yml leaves to code: pages from the code, links into the repository, formulas, texts.
+
+Nothing here needs a network, and what the site shows asks for none.
+"""
+
+import posixpath
+import re
+import tomllib
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import draw_rooms
+import reference
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"(\]\()(\.\./[^)\s]+)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+MERMAID = re.compile(r"```mermaid\n.*?```\n", re.DOTALL)
+PAGES = {
+    "reference/settings.md": reference.settings,
+    "reference/commands.md": reference.commands,
+    "reference/python.md": reference.python,
+}
+# Pages of the reference that are written by hand.
+WRITTEN = ("metrics.md", "run_folder.md")
+PLAIN_TEXT = """# As plain text
+
+For people who work with an assistant, and for whoever searches with `grep`:
+
+- [llms.txt](../llms.txt) lists the pages of this site, each as Markdown, with a line on each.
+- [reference.txt](../reference.txt) is the whole reference in one file: settings, commands, Python,
+  metrics, and the files of a run folder.
+
+The Markdown of any page lies beside it: `data.html` is made from `data.md`.
+"""
+SUMMARY = """# ProtoCLIP
+
+> A Python package that pretrains, aligns, fine-tunes, judges and explores image-text models such
+> as CLIP, and lets them learn by groups of similar pairs (ProtoCLIP, arXiv 2206.10996). The command
+> line is `protoclip COMMAND`; in Python, `import protoclip`.
+
+- [The whole reference](reference.txt): settings, commands, Python, metrics, files of a run folder
+"""
+
+
+def on_config(config: Any) -> Any:
+    """The address of the repository is in pyproject.toml, and nowhere else.
+
+    It is no `repo_url`, for which the theme would ask GitHub when a page is viewed.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    config.extra["source"] = project["urls"]["Source"]
+    link = {
+        "icon": "fontawesome/brands/github",
+        "link": project["urls"]["Source"],
+        "name": "Source",
+    }
+    config.extra["social"] = [link]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that are made from the code, and the reference as one text."""
+    for name, make in PAGES.items():
+        files.append(File.generated(config, name, content=make()))
+    files.append(File.generated(config, "reference/plain_text.md", content=PLAIN_TEXT))
+    helps = [
+        f"## {name}\n\n{reference.full_help(name, kind)}"
+        for name, kind in reference.COMMANDS.items()
+    ]
+    texts = [
+        re.sub(r'<span id="[^"]+"></span>', "", reference.settings()),
+        "\n\n".join(["# Commands", *helps]),
+        reference.python_as_text(),
+        *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in WRITTEN),
+    ]
+    files.append(File.generated(config, "reference.txt", content="\n\n".join(texts)))
+    files.append(File.generated(config, "llms.txt", content=""))  # on_nav fills it
+    return files
+
+
+def on_nav(nav: Any, config: Any, files: Any) -> Any:
+    """llms.txt: the pages by their kinds."""
+    lines = [SUMMARY]
+    for section in nav.items:
+        if section.children:
+            lines += [f"## {section.title}", ""]
+            for page in section.children:
+                lines.append(f"- [{page.title}]({page.file.src_uri}): {first_sentence(page.file)}")
+            lines.append("")
+    files.get_file_from_path("llms.txt").content_string = "\n".join(lines)
+    return nav
+
+
+def first_sentence(file: Any) -> str:
+    """What a page says first, without links."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", file.content_string)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    paragraphs = [part.strip() for part in text.split("\n\n")]
+    prose = next((part for part in paragraphs if re.match(r"[`*]*\w", part)), "")
+    return re.split(r"(?<=\.)\s", " ".join(prose.split()), maxsplit=1)[0].rstrip(":")
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Lead links that leave docs/ to the repository, and draw the rooms without a script."""
+    folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
+
+    def absolute(match: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, match[2].partition("#")[0]))
+        if path.startswith("docs/"):
+            return match[0]
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        _, mark, fragment = match[2].partition("#")
+        return f"{match[1]}{config.extra['source']}/{kind}/main/{path}{mark}{fragment}"
+
+    markdown = LINK.sub(absolute, markdown)
+    if page.file.src_uri == "LOG.md":  # or its tables would be most answers of a search
+        page.meta["search"] = {"exclude": True}
+    page.meta["source_text"] = (
+        MERMAID.sub("", markdown) if "reference/python" not in page.file.src_uri else ""
+    )
+    return MERMAID.sub(lambda _: draw_rooms.svg(draw_rooms.rooms()) + "\n", markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Formulas as MathML, which browsers show by themselves."""
+
+    def formula(match: re.Match[str]) -> str:
+        return convert(
+            unescape(match[2].strip()), display="block" if match[1] == "div" else "inline"
+        )
+
+    return FORMULA.sub(formula, html)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """The Markdown of a page beside it."""
+    text = page.meta.pop("source_text") or reference.python_as_text()
+    path = Path(config.site_dir) / page.file.src_uri
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return output

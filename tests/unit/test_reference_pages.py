@@ -1,0 +1,106 @@
+"""Pages that readers look things up in: made from the code, or held against it."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import protoclip
+from protoclip.cli import COMMANDS
+from protoclip.cli.parsing import options, parse
+from protoclip.config import Config
+from protoclip.evaluation.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts/reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_setting_has_a_row(reference: ModuleType) -> None:
+    rows = re.findall(r"^\| <span id=.*?`([\w.\[\]]+)` \|", reference.settings(), re.MULTILINE)
+    own = [name for name in rows if "[]" not in name]
+    assert sorted(own) == sorted(name for name, _ in options(Config))
+    assert "data.sources[].weight" in rows
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("run.seed", ["whole number", "`0`", "from 0 to 2^63 - 1"]),
+        ("data.validation", ["number or text", "unset", "from 0 below 1"]),
+        ("data.workers", ["whole number or `auto`", "`'auto'`", "from 0 to 4,096"]),
+        ("episodes.size", ["whole number", "unset", "from 1 to 2^31 - 1"]),
+        ("optim.betas", ["2 numbers", "unset", "from 0 below 1"]),
+        ("optim.layer_decay", ["number", "`1.0`", "above 0 to 1"]),
+        ("loss.teacher", ["number", "`2.0`", "from 0"]),
+        ("parallel.strategy", ["`ddp`, `fsdp`", "`'ddp'`", ""]),
+    ],
+)
+def test_a_row_has_type_default_and_limits(
+    reference: ModuleType, name: str, cells: list[str]
+) -> None:
+    (row,) = re.findall(rf"^\|[^|]*`{re.escape(name)}` \|(.*)\|$", reference.settings(), re.M)
+    assert [cell.strip() for cell in row.split("|")][1:] == cells
+
+
+def test_every_command_and_option_is_there(reference: ModuleType) -> None:
+    page = reference.commands()
+    sections = dict(re.findall(r"^## (.+?)\n\n```text\n(.*?)```", page, re.DOTALL | re.MULTILINE))
+    assert list(sections) == list(COMMANDS)
+    for name, kind in COMMANDS.items():
+        for option, _ in options(kind):
+            shown = f"--{option} " in sections[name] or f" {option.upper()} " in sections[name]
+            assert shown or "." in option, (name, option)
+
+
+def test_every_public_name_is_there(reference: ModuleType) -> None:
+    for name in protoclip.__all__:
+        assert f"::: protoclip.{name}" in re.sub(
+            r"protoclip(\.\w+)+\.", "protoclip.", reference.python()
+        )
+        assert f"## protoclip.{name}\n" in reference.python_as_text()
+
+
+def test_every_metric_is_explained() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \| (`.+?) \| `(\w+)` \|", page, re.MULTILINE)
+    found = [
+        (name, key, task)
+        for names, keys, task in rows
+        for name, key in zip(names.split(", "), keys.split(", "), strict=True)
+    ]
+    known = [(f"`{each.name}`", f"`{each.key}`", each.task) for each in METRICS.values()]
+    assert sorted(found) == sorted(known)
+
+
+def test_commands_of_pages_can_be_read() -> None:
+    """Each `protoclip` line of a shell block names a command and options that exist."""
+    seen = set()
+    for path in PAGES:
+        for block in BLOCK.findall(path.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if "protoclip" not in words or words[-1].endswith("pip") or "..." in words:
+                    continue
+                words = words[words.index("protoclip") + 1 :]
+                names = [name for name in COMMANDS if words[: len(name.split())] == name.split()]
+                assert names, f"{path.name}: {line}"
+                words = words[len(names[0].split()) :]
+                if "--config" not in words:  # which would be read
+                    parse(COMMANDS[names[0]], words)
+                    seen.add((path.name, names[0]))
+    assert {("README.md", name) for name in ("data inspect", "align", "explore")} <= seen
+    assert len(seen) > 30
