@@ -133,7 +133,7 @@ def tasks(folder: Path) -> Iterator[tuple[str, Work, Work]]:
         lambda: plain.lookup(wanted),
     )
 
-    kept = folder / "kept.npy"
+    kept = folder / "kept"
     encoded = torch.from_numpy(blocks.reshape(-1, WIDTH)[:50_000].astype(np.float32))
     features.keep(kept, features.Encoded(features=encoded, bad=[]))
 

@@ -93,12 +93,12 @@ def features_of(number: int, folder: Path) -> None:
         found = torch.randn(number, WIDTH, generator=generator)
         for rows in torch.split(torch.arange(number), 50_000):
             found[rows] += centres[rows % CENTRES]
-        features.keep(folder / f"{modality}.npy", features.Encoded(features=found))
+        features.keep(folder / modality, features.Encoded(features=found))
 
 
 def open_features(number: int, folder: Path) -> Features:
     def read(modality: str) -> torch.Tensor:
-        found = features.read_kept(folder / f"{modality}.npy")
+        found = features.read_kept(folder / modality)
         assert found is not None
         return found.features
 

@@ -27,10 +27,10 @@ from protoclip.cli import demo
 from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.models import loading
+from protoclip.models.precision import resolve
 from protoclip.progress import Progress
 from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan
-from protoclip.training.precision import resolve
 
 COUNTED = 2
 

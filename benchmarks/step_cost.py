@@ -32,12 +32,12 @@ from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.losses.objective import objective
 from protoclip.models import loading
+from protoclip.models.precision import resolve
 from protoclip.models.protoclip import Embeddings
 from protoclip.models.resolve import resolve_start
 from protoclip.progress import Progress
 from protoclip.training import run, run_folder
 from protoclip.training.plan import Plan, make_plan
-from protoclip.training.precision import resolve
 from protoclip.training.trainer import Trainer
 
 COUNTED = 2

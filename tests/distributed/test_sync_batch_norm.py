@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from protoclip.models.batch_norm import SyncBatchNorm, has_own_statistics, synchronise
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize(
     ("name", "number"), [("efficientnet_b0", 49), ("resnet10t", 14), ("nfnet_l0", 0)]
@@ -16,11 +18,11 @@ def test_every_batch_norm_of_a_tower_is_converted(name, number):
     with torch.device("meta"):
         tower = timm.create_model(name)
     names = list(tower.state_dict())
-    assert synchronise(tower) == number
+    assert synchronise(tower, CPU) == number
     assert sum(isinstance(part, SyncBatchNorm) for part in tower.modules()) == number
     assert not has_own_statistics(tower)
     assert list(tower.state_dict()) == names
-    assert synchronise(tower) == number  # and again changes nothing
+    assert synchronise(tower, CPU) == number  # and again changes nothing
 
 
 def test_a_batch_norm_that_computes_something_else_is_refused():
@@ -31,4 +33,4 @@ def test_a_batch_norm_that_computes_something_else_is_refused():
             return 2 * super().forward(input)
 
     with pytest.raises(ValueError, match=r"sync_batch_norm: Doubled layers cannot be synchronised"):
-        synchronise(nn.Sequential(Doubled(3)))
+        synchronise(nn.Sequential(Doubled(3)), CPU)

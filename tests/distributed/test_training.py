@@ -41,7 +41,7 @@ def gradients(
     if "sigmoid" in terms:
         model.add_logit_bias()
     if collectives.world_size() > 1:
-        batch_norm.synchronise(model)
+        batch_norm.synchronise(model, torch.device("cpu"))
     stage = replace(PROTOTYPICAL, frozen_batch_norm=frozen)
     enter_stage(model, stage)
     generator = torch.Generator().manual_seed(3)

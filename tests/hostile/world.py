@@ -19,12 +19,23 @@ from tiny_starts import halves
 
 PAIRS = 64
 # What a run of seconds needs beside a table and a folder.
-TINY = """
+RUN = """
 [run]
 device = "cpu"
 precision = "fp32"
 evaluate = false
 keep_checkpoints = 1
+"""
+SMALL = """
+[model.heads]
+hidden_dim = 32
+projection_dim = 8
+[episodes]
+size = 32
+count = 2
+batch_size = 16
+"""
+TINY = f"""{RUN}
 [data]
 train = "pairs.parquet"
 [model]
@@ -36,25 +47,14 @@ size = 32
 context_length = 8
 width = 16
 layers = 1
-[model.heads]
-hidden_dim = 32
-projection_dim = 8
-[episodes]
-size = 32
-count = 2
-batch_size = 16
+{SMALL}
 warm_up = 0
 locked_image = 0
 [prototypes]
 number = 8
 iterations = 2
 """
-ALIGN = """
-[run]
-device = "cpu"
-precision = "fp32"
-evaluate = false
-keep_checkpoints = 1
+ALIGN = f"""{RUN}
 [data]
 train = "pairs.tsv"
 validation = 0.0
@@ -67,22 +67,11 @@ size = 32
 [model.text]
 name = "halves/bert"
 context_length = 20
-[model.heads]
-hidden_dim = 32
-projection_dim = 8
-[episodes]
-size = 32
-count = 2
-batch_size = 16
+{SMALL}
 [align]
 features = "store"
 """
-TUNE = """
-[run]
-device = "cpu"
-precision = "fp32"
-evaluate = false
-keep_checkpoints = 1
+TUNE = f"""{RUN}
 guard = ["classes.parquet,class_column=kind"]
 [data]
 train = "pairs.parquet"

@@ -113,10 +113,10 @@ def held_out(folder: Path) -> Read:
 
 
 def kept_features(folder: Path) -> Read:
-    keep(folder / "a.npy", Encoded(features=torch.eye(5), bad=[(3, "broken")]))
+    keep(folder / "a", Encoded(features=torch.eye(5), bad=[(3, "broken")]))
 
     def read() -> object:
-        found = read_kept(folder / "a.npy")
+        found = read_kept(folder / "a")
         if found is None:
             raise ValueError("damaged, and made again")
         return found.features.tolist(), found.bad

@@ -63,7 +63,7 @@ class Evaluate:
         from protoclip.evaluation import datasets, records, suite
         from protoclip.evaluation.features import Encoder
         from protoclip.models import loading
-        from protoclip.training.precision import autocast, resolve
+        from protoclip.models.precision import autocast, resolve
 
         torch.set_flush_denormal(True)
         device = collectives.device(self.device, setting="--device")

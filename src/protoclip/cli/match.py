@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from protoclip.config import Count, DataConfig, Seed
+from protoclip.cli.parsing import OfPairs
+from protoclip.config import Count, Seed
 from protoclip.files import to_json
 from protoclip.paths import require_data_paths, require_half, require_source
 from protoclip.terminal import say, visible
@@ -13,7 +14,7 @@ FEW = 1000  # pairs; with fewer a note says that numbers say little
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match:
+class Match(OfPairs):
     """Rank pretrained halves before anything is trained.
 
     Each half encodes some pairs once. A row shows an image half with a text
@@ -23,18 +24,8 @@ class Match:
 
     images: tuple[str, ...]  # Image halves: timm:MODEL[/FILE], runs, open_clip:NAME/TAG.
     texts: tuple[str, ...]  # Text halves: minilm, hf:NAME, runs, open_clip:NAME/TAG.
-    data: str  # Pairs, as data.train.
     pairs: Count = 4000  # Pairs to draw; of a stream the first ones.
     seed: Seed = 0  # Seed of the draw and of the splits.
-    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
-    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
-    id_column: str | None = None  # Column of sample ids; else detected.
-    root: str | None = None  # Folder that holds all images of a table.
-    only: str | None = None  # As data.only.
-    without: str | None = None  # As data.without.
-    read: Literal["auto", "streaming"] = "auto"  # As data.read.
-    allow_commands: bool = False  # Run the commands of pipe: sources.
-    allow_links: bool = False  # Follow symbolic links that leave the root.
     pooling: Literal["mean", "cls", "pooler"] | None = None  # Of tokens; else by its files.
     batch_size: Count = 64  # Captions or images at once.
     device: str = "auto"  # As run.device.
@@ -46,18 +37,7 @@ class Match:
         for half in self.texts:
             require_half("--texts", half)
         require_source("--data", self.data)
-        data = DataConfig(
-            train=self.data,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            id_column=self.id_column,
-            root=self.root,
-            only=self.only,
-            without=self.without,
-            read=self.read,
-            allow_commands=self.allow_commands,
-            allow_links=self.allow_links,
-        )
+        data = self.data_config()
         require_data_paths(data)
         import torch
 

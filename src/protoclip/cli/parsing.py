@@ -13,14 +13,14 @@ import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from glob import iglob
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from protoclip.config import PERMISSIONS, Config, build, unknown
+from protoclip.config import PERMISSIONS, Config, DataConfig, build, unknown
 from protoclip.files import read_local
 from protoclip.paths import require_file
 
@@ -49,6 +49,27 @@ class Recipes:
 
     # What recipes and the command line set, as they say it; the rest has defaults.
     given: ClassVar[Mapping[str, Any]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfPairs:
+    """A command that reads pairs, and takes settings of `data` by their own names."""
+
+    data: str  # Pairs, as data.train.
+    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
+    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
+    id_column: str | None = None  # Column of sample ids; else detected.
+    root: str | None = None  # Folder that holds all images of a table.
+    only: str | None = None  # As data.only.
+    without: str | None = None  # As data.without.
+    read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
+    allow_commands: bool = False  # Run the commands of pipe: sources.
+    allow_links: bool = False  # Follow symbolic links that leave the root.
+
+    def data_config(self, **more: Any) -> DataConfig:
+        """These settings, and more of them."""
+        settings = {entry.name: getattr(self, entry.name) for entry in fields(OfPairs)}
+        return DataConfig(train=settings.pop("data"), **settings, **more)
 
 
 def parse(kind: type[Command], words: list[str]) -> Command:
@@ -244,7 +265,7 @@ def section_help(kind: type[Any], prefix: str = "") -> Iterator[str]:
     hints, texts = get_type_hints(kind), descriptions(kind)
     rows: dict[str, str] = {}
     sections: list[str] = []
-    for entry in fields(kind):
+    for entry in sorted(fields(kind), key=is_optional):
         hint, default = hints[entry.name], "on" if entry.default is True else entry.default
         if is_dataclass(hint):
             sections += section_help(hint, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
@@ -255,6 +276,11 @@ def section_help(kind: type[Any], prefix: str = "") -> Iterator[str]:
         silent = default is None or default is False or default is MISSING
         rows[name] = texts[entry.name] + ("" if silent else f" [{shown}]")
     return iter(["", *aligned(rows), *sections])
+
+
+def is_optional(entry: Field[Any]) -> tuple[bool, bool]:
+    """Sorts arguments before what must be given by name, and that before the rest."""
+    return bool(entry.kw_only), not entry.default is entry.default_factory is MISSING
 
 
 def aligned(rows: Mapping[str, str]) -> Iterator[str]:

@@ -59,7 +59,11 @@ class PairsView:
 
     @cached_property
     def key(self) -> str:
-        """Changes with the pairs; empty if a source does not tell."""
+        """Changes with the pairs; empty if a source does not tell. All of a source have its key."""
+        source, rows = self.parts[0]
+        all_rows = len(rows) == len(source) and all(n == row for n, row in enumerate(rows))
+        if all_rows and len(self.parts) == 1:
+            return str(source.key)
         keys = [
             digest({"of": source.key, "rows": [int(row) for row in rows]}) if source.key else ""
             for source, rows in self.parts

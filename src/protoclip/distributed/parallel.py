@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -33,21 +39,30 @@ FORWARDS = (
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device, *, gathered: torch.dtype | None = None) -> None:
     """Shard the parameters of a model on the meta device over the ranks (FSDP2), in place.
 
     Load its weights with `spread` next, before an optimizer is made. A transformer gathers layer
     by layer. FSDP2 does not shard scalars, so they stay whole.
+
+    Args:
+        gathered: Type in which layers gather their parameters and compute; unset, that of the
+            parameters, in which shards and sums of gradients stay.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy()
+    if gathered is not None:
+        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
+        for part in [part for part in model.modules() if isinstance(part, _BatchNorm)]:
+            fully_shard(part, mesh=mesh)  # its weights have the type of its statistics
     # From the inside out, as FSDP2 wants it: some towers have lists within lists.
     for name, part in reversed([*model.named_modules()]):
         lists = isinstance(part, nn.ModuleList | nn.Sequential)
         if lists and name.rpartition(".")[2] in LAYERS:
             for layer in part.children():
-                fully_shard(layer, mesh=mesh)
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    fully_shard(model, mesh=mesh, ignored_params=scalars)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     model.to_empty(device=device)
     for method in FORWARDS:
         register_fsdp_forward_method(model, method)

@@ -19,6 +19,7 @@ from torch import Tensor
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.decode import decode
+from protoclip.data.index import cache_folder
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
@@ -29,6 +30,7 @@ from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, 
 from protoclip.evaluation.validation import judged
 from protoclip.files import read_toml, require_regular
 from protoclip.models import loading, saved
+from protoclip.models.precision import on_card
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.nearest import nearest
@@ -52,6 +54,7 @@ class HeldOut:
     classes: Int[Tensor, " n"] | None
     skipped: int  # samples that could not be read
     groups: Sequence[int] | None = None  # pairs of one group fit each other, where data say so
+    key: str = ""  # of the images, as `Images.key`; unset, it is made of them
     _readers: "list[KeptReader]" = field(default_factory=list, repr=False)
 
     def reader(self, transform: Callable[[Image.Image], Tensor]) -> "KeptReader":
@@ -59,17 +62,24 @@ class HeldOut:
         if not self._readers or self._readers[0].transform != transform:
             table = pa.table({"image": pa.array(self.images, pa.large_binary())})
             images = ImageTextPairs(table, name=self.name, caption_columns=())
-            self._readers[:] = [KeptReader(images, transform)]
+            self._readers[:] = [KeptReader(images, transform, self.key)]
         return self._readers[0]
 
 
 class KeptReader(Reader):
     """Decodes images by threads, and only once unless they take more memory than `KEPT_BYTES`."""
 
-    def __init__(self, images: ImageTextPairs, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(
+        self, images: ImageTextPairs, transform: Callable[[Image.Image], Tensor], key: str
+    ) -> None:
         super().__init__(images, transform)
+        self.given_key = key
         self.kept: dict[range, Batch] = {}
         self.bytes_left = KEPT_BYTES
+
+    @property
+    def key(self) -> str:
+        return self.given_key or super().key
 
     def __getitem__(self, rows: range) -> Batch:
         if rows in self.kept:
@@ -211,12 +221,14 @@ def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
     for sample in read:
         if sample is not None:
             good.setdefault(sample.sample_id, sample)
+    whole = isinstance(source, Pairs) and len(good) == len(source)
     return HeldOut(
         name=source.name,
         images=[sample.image for sample in good.values()],
         captions=[sample.captions[0] for sample in good.values()],
         classes=None,
         skipped=sum(sample is None for sample in read),
+        key=getattr(source, "key", "") if whole else "",
     )
 
 
@@ -242,6 +254,7 @@ def of_split(data: EvaluationData, samples: int) -> HeldOut:
         classes=None if split.labels is None else split.labels[rows],
         skipped=len(chosen) - len(rows),
         groups=None if split.groups is None else [split.groups[row] for row in rows],
+        key=source.key if rows == [*range(len(source))] else "",
     )
 
 
@@ -267,9 +280,7 @@ def embed_with(
 ) -> Spaces:
     """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
     model = loading.to_device(model, device).eval()
-    encoder = Encoder(
-        model=model, transform=transform, tokenizer=tokenizer, batch_size=BATCH_SIZE, workers=0
-    )
+    encoder = encoder_of(model, transform, tokenizer)
     images = encoder.images(pairs.reader(transform), stage="images").features
     texts = encoder.texts(pairs.captions, stage="texts")
     parts: dict[str, list[Tensor]] = {}
@@ -286,6 +297,23 @@ def embed_with(
         for space in ("features", "projections")
         if f"image_{space}" in joined
     }
+
+
+def encoder_of(
+    model: ProtoCLIP,
+    transform: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+) -> Encoder:
+    """Encodes what `evaluate` and `explore` have not encoded yet, since all share a store."""
+    return Encoder(
+        model=model,
+        transform=transform,
+        tokenizer=tokenizer,
+        batch_size=BATCH_SIZE,
+        workers=0,
+        cache=cache_folder() / "features",
+        autocast=on_card("auto", next(model.parameters()).device),
+    )
 
 
 def prototypes(checkpoint: Path) -> Mapping[str, Float[Tensor, "k p"]]:

@@ -32,15 +32,8 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.distributed.cores import cores
 from protoclip.evaluation.datasets import Images
-from protoclip.files import (
-    checksum,
-    file_checksum,
-    read_sealed,
-    replacing,
-    sealed,
-    to_json,
-    write_atomically,
-)
+from protoclip.features import store
+from protoclip.files import checksum, locked
 from protoclip.progress import Progress
 from protoclip.terminal import say
 
@@ -89,7 +82,7 @@ class Encoder:
     Attributes:
         batch_size: Images or texts encoded at once.
         workers: Processes that read images; unset, one a core if there are many images.
-        cache: Folder in which features are kept; `None` for none.
+        cache: Folder of the store in which features are kept; `None` for none.
         show: Show progress.
         autocast: Makes the context of a forward pass, such as one of less precision.
     """
@@ -157,7 +150,7 @@ class Encoder:
             some = kept.bad[:: len(kept.bad) // RETRIED + 1]
             return all(len(reader[range(row, row + 1)][1]) for row, _ in some)
 
-        encoded = self._kept("image", images.key, compute, holds)
+        encoded = self._kept("image", reader.key, compute, holds)
         if not len(encoded.features):
             reason = f", such as {encoded.bad[0][1]}" if encoded.bad else ""
             raise ValueError(f"{stage}: no image can be used{reason}")
@@ -244,17 +237,18 @@ class Encoder:
         if self.cache is None or not content:
             return compute()
         key = checksum(f"{self.key} {kind} {content}".encode())
-        path = self.cache / f"{key}.npy"
-        kept = read_kept(path)
+        kept = read_kept(self.cache / key)
         (missing,) = any_rank([kept is None or not holds(kept)])
         if kept is not None and not missing:
             return kept
         encoded = compute()
         if rank() == 0:
             try:
-                keep(path, encoded)
+                keep(self.cache / key, encoded)
             except OSError as error:
                 say(f"warning: features are not kept ({error})")
+            except ValueError:
+                pass  # another process keeps the same
         return encoded
 
 
@@ -299,6 +293,11 @@ class Reader(Dataset[Batch]):
         self.images, self.transform = images, transform
         crops = isinstance(transform, EvaluationTransform) and hasattr(images, "encoded")
         self.as_bytes = crops or isinstance(transform, PillowTransform)
+
+    @property
+    def key(self) -> str:
+        """Identifies the images, as `Images.key`."""
+        return self.images.key
 
     def __getitem__(self, rows: range) -> Batch:
         good: list[Tensor] = []
@@ -429,25 +428,27 @@ def evaluation_mode(model: Model) -> Iterator[None]:
             module.training = training
 
 
-def keep(path: Path, encoded: Encoded) -> None:
-    """Write features, and beside them what is bad and the checksum of the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch, scratch.open("wb") as file:
-        np.save(file, encoded.features.numpy())
-    content = encoded.content.numpy().tobytes().hex()
-    facts = {"features": file_checksum(path), "bad": encoded.bad, "content": content}
-    write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
+def keep(folder: Path, encoded: Encoded) -> None:
+    """Add features to the store, each by the number of its row, with what is bad.
+
+    Raises:
+        ValueError: Another process does so.
+    """
+    facts = {"bad": encoded.bad, "content": encoded.content.numpy().tobytes().hex()}
+    features = encoded.features.numpy()
+    with locked(folder):
+        folder.mkdir(exist_ok=True)
+        numbers = [*map(str, range(len(features)))]
+        store.write_folder(folder, numbers, [features], facts, dtype=store.FULL)
 
 
-def read_kept(path: Path) -> Encoded | None:
+def read_kept(folder: Path) -> Encoded | None:
     """Features that `keep` wrote, mapped into memory; None if they are missing or damaged."""
     try:
-        facts = read_sealed(path.with_suffix(".json"))
-        if facts["features"] != file_checksum(path):
-            return None
-        features = torch.from_numpy(np.load(path, mmap_mode="c"))
+        features = torch.from_numpy(store.open_folder(folder, mode="c").whole())
+        facts = store.read_facts(folder)
         bad = [(int(row), str(why)) for row, why in facts["bad"]]
         content = np.frombuffer(bytearray.fromhex(facts["content"]), np.int64)
         return Encoded(features=features, bad=bad, content=torch.from_numpy(content))
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -36,6 +36,7 @@ from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import read_toml
 from protoclip.models import loading
+from protoclip.models.precision import on_card
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.start import find_start
 from protoclip.terminal import say
@@ -126,7 +127,8 @@ class Explorer:
         encoder = self.encoder
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
             tokens = encoder.tokenizer([text]).to(encoder.device)
-            query = encoder.model.encode_text(tokens).float().cpu()
+            with encoder.autocast():
+                query = encoder.model.encode_text(tokens).float().cpu()
         return self.near(query, number)
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
@@ -136,7 +138,8 @@ class Explorer:
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
             image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
             pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
-            query = encoder.model.encode_image(pixels).float().cpu()
+            with encoder.autocast():
+                query = encoder.model.encode_image(pixels).float().cpu()
         return self.near(query, number)
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
@@ -181,6 +184,7 @@ def open_explorer(
         workers=workers,
         cache=cache_folder() / "features" if cache else None,
         show=True,
+        autocast=on_card("auto", device),
     )
     heads = heads_of(model, reference)
     path = path_of(cache_folder() / "atlas", encoder.key, pairs.key, layout, number, bool(heads))

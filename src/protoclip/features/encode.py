@@ -7,7 +7,7 @@ The pass writes parts (see `parts.py`). At the end the first rank joins them int
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -45,6 +45,8 @@ from protoclip.features.whiten import Features, fit_pca
 from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
+from protoclip.models.loading import to_device
+from protoclip.models.precision import Autocast, on_card
 from protoclip.models.protoclip import TowerPair
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -61,7 +63,8 @@ class Encoder:
     """A frozen model that reads images if it has a `transform`, else captions.
 
     `collate` turns a list of captions or transformed images into a batch, and `forward` turns that
-    into features of any norm; `unit_norm` brings them to norm 1.
+    into features of any norm; `unit_norm` brings them to norm 1. `autocast` makes the context of
+    forward passes.
     """
 
     unit_norm = True
@@ -73,8 +76,11 @@ class Encoder:
         collate: Callable[[list[Any]], Any],
         forward: Callable[[Any], Tensor],
         transform: Callable[[Image.Image], Tensor] | None = None,
+        autocast: Autocast = nullcontext,
     ) -> None:
-        self.module = module.float().eval().requires_grad_(False).to(device)
+        module = module.float().eval().requires_grad_(False)
+        self.module = to_device(module, device) if device.type == "cuda" else module.to(device)
+        self.autocast = autocast
         self.device, self.collate, self.forward = device, collate, forward
         self.transform, self.reads = transform, "image" if transform else "text"
         example = transform(Image.new("RGB", (64, 64))) if transform else "a"
@@ -83,7 +89,8 @@ class Encoder:
     @torch.inference_mode()
     def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
         """Features on the CPU."""
-        features = self.forward(self.collate(inputs).to(self.device)).float()
+        with self.autocast():
+            features = self.forward(self.collate(inputs).to(self.device)).float()
         return (F.normalize(features, dim=-1) if self.unit_norm else features).cpu()
 
     def read_image(self, sample: Sample) -> Tensor:
@@ -138,9 +145,10 @@ def open_encoder(
         reason = re.sub(r"^cannot be opened \((.*)\)$", r"\1", reason)
         start = setting or "--teacher"
         raise ValueError(f"{start}: '{teacher}' cannot be opened: {reason}") from None
+    context = on_card("auto", device)
     if modality == "text":
-        return Encoder(model, device, tokenizer, model.encode_text)
-    return Encoder(model, device, torch.stack, model.encode_image, transform)
+        return Encoder(model, device, tokenizer, model.encode_text, autocast=context)
+    return Encoder(model, device, torch.stack, model.encode_image, transform, context)
 
 
 def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
@@ -165,7 +173,7 @@ def timm_model(name: str, device: torch.device) -> Encoder:
             raise ValueError(f"{file} lacks {found.missing_keys[0]}")
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
-    return Encoder(model, device, torch.stack, model, transform)
+    return Encoder(model, device, torch.stack, model, transform, on_card("auto", device))
 
 
 def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
@@ -193,7 +201,8 @@ def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
     def forward(batch: Any) -> Tensor:
         return pooled(model(**batch), batch["attention_mask"], pooling)
 
-    return Encoder(model, device, partial(tokenizer, **settings), forward)
+    context = on_card("auto", device)
+    return Encoder(model, device, partial(tokenizer, **settings), forward, autocast=context)
 
 
 def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:

@@ -1,6 +1,6 @@
-"""Features of external teachers on disk, found by sample id.
+"""What a frozen model made of samples, on disk: features of teachers, of halves, of evaluations.
 
-`protoclip embed-teacher` writes a folder with `features.npy` (half precision), `index.npy` (the
+A folder has `features.npy` (in half precision, those of evaluations in float32), `index.npy` (the
 ids' 64-bit hashes in ascending order, and the row of each), `checksums.npy` (a CRC-32 of each row
 and its id) and `facts.json` (what the features were made of, and checksums of the two files
 before). Features are memory-mapped, and each row is compared with its checksum when it is read.
@@ -13,7 +13,7 @@ from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from protoclip.files import (
 )
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
+HALF, FULL = "<f2", "<f4"  # how features are stored
 SAMPLE = 2**14  # rows that a whitening is fitted to
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
@@ -59,9 +60,7 @@ def build_index(sample_ids: Sequence[str], *, name: str) -> npt.NDArray[np.uint6
     return index
 
 
-def row_checksums(
-    hashes: npt.NDArray[np.uint64], features: npt.NDArray[np.float16]
-) -> npt.NDArray[np.uint32]:
+def row_checksums(hashes: npt.NDArray[np.uint64], features: Features) -> npt.NDArray[np.uint32]:
     """CRC-32 of each row, which begins with the low bits of its id's hash."""
     starts = (hashes & np.uint64(0xFFFFFFFF)).tolist()
     rows = zip(np.ascontiguousarray(features), starts, strict=True)
@@ -213,8 +212,26 @@ class StoredFeatures(Whitens):
             self.features.base.madvise(mmap.MADV_DONTNEED)
         return features
 
+    def whole(self) -> Features:
+        """All rows in their order, mapped into memory.
 
-def open_folder(folder: Path) -> StoredFeatures:
+        Raises:
+            ValueError: One of them is not what was written.
+        """
+        assert self.checksums is not None
+        hashes = np.empty_like(self.hashes)
+        hashes[self.row_of_hash] = self.hashes
+        if not np.array_equal(row_checksums(hashes, self.features), self.checksums):
+            raise ValueError(f"{self.name}: damaged (a checksum differs in {FEATURES})")
+        return self.features
+
+
+def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeatures:
+    """The features in a folder that is finished; `c` maps them as PyTorch wants them, writable.
+
+    Raises:
+        ValueError: It is not finished, or damaged.
+    """
     facts = read_facts(folder)
     if "rows" not in facts:
         raise ValueError(
@@ -224,11 +241,12 @@ def open_folder(folder: Path) -> StoredFeatures:
     try:
         for name in (FEATURES, INDEX):
             require_regular(folder / name)
-        features, index = (np.load(folder / name, mmap_mode="r") for name in (FEATURES, INDEX))
+        features, index = (np.load(folder / name, mmap_mode=mode) for name in (FEATURES, INDEX))
         if features.shape != (facts["rows"], facts["width"]) or index.shape != (2, len(features)):
             raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")
-        if features.dtype != "<f2" or not features.flags.c_contiguous:
-            raise ValueError(f"{FEATURES} is not in half precision, row by row")
+        precision = facts.get("dtype", HALF)  # earlier versions knew half precision alone
+        if features.dtype != precision or not features.flags.c_contiguous:
+            raise ValueError(f"{FEATURES} is not in {np.dtype(precision)}, row by row")
         for name, written in facts.get("checksums", {}).items():  # earlier versions wrote none
             if file_checksum(folder / name) != written:
                 raise ValueError(f"{name} is not what was written: its checksum differs")
@@ -268,9 +286,14 @@ def to_half(features: Features, sample_ids: Sequence[str], *, name: str) -> npt.
 
 
 def write_folder(
-    folder: Path, sample_ids: Sequence[str], blocks: Iterable[Features], facts: Mapping[str, Any]
+    folder: Path,
+    sample_ids: Sequence[str],
+    blocks: Iterable[Features],
+    facts: Mapping[str, Any],
+    *,
+    dtype: str = HALF,
 ) -> dict[str, Any]:
-    """Write features, which come some rows at a time, as a teacher folder; returns its facts."""
+    """Write features, which come some rows at a time, into a folder; returns its facts."""
     index = build_index(sample_ids, name=str(folder))
     # Not through a memory map: a full disk would then crash the process.
     with replacing(folder / FEATURES) as temporary, temporary.open("wb") as file:
@@ -282,14 +305,16 @@ def write_folder(
         for features in blocks:
             width = features.shape[1]
             if not file.tell():
-                header = {"descr": "<f2", "fortran_order": False, "shape": (len(index[0]), width)}
+                header = {"descr": dtype, "fortran_order": False, "shape": (len(index[0]), width)}
                 np.lib.format.write_array_header_1_0(file, header)
-            half = to_half(features, sample_ids[done : done + len(features)], name=str(folder))
-            file.write(half.tobytes())
-            end = done + len(half)
-            checksums[done:end] = row_checksums(hashes[done:end], half)
+            end = done + len(features)
+            if dtype == HALF:
+                features = to_half(features, sample_ids[done:end], name=str(folder))
+            rows = np.ascontiguousarray(features, dtype)
+            file.write(rows.tobytes())
+            checksums[done:end] = row_checksums(hashes[done:end], rows)
             done = end
-    facts = {**facts, "rows": done, "width": width}
+    facts = {**facts, "rows": done, "width": width, "dtype": dtype}
     checked: dict[str, str] = {}
     for name, array in ((INDEX, index), (CHECKSUMS, checksums)):
         with replacing(folder / name) as temporary, temporary.open("wb") as file:

@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Bool, Float
-from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -12,7 +12,7 @@ from protoclip.distributed.collectives import all_gather_with_gradient, broadcas
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm of any number of dimensions over ranks with equal batch sizes.
 
-    torch's class of this name needs a GPU; this one runs on any device.
+    torch's class of this name needs a card, where it takes less memory; this one is for others.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -56,24 +56,32 @@ class SyncBatchNormAct(SyncBatchNorm, BatchNormAct2d):
         return activated
 
 
-def synchronise(module: nn.Module) -> int:
-    """Turn every BatchNorm into a `SyncBatchNorm`, in place; returns the number of layers.
+SYNCHRONISED = (SyncBatchNorm, nn.SyncBatchNorm)
+
+
+def synchronise(module: nn.Module, device: torch.device) -> int:
+    """Turn every BatchNorm within a module into one over all ranks; returns the number of layers.
+
+    On a card that is torch's, or timm's where a layer activates too; else our `SyncBatchNorm`.
 
     Raises:
         ValueError: A BatchNorm class computes something unknown.
     """
     layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    # Compare `forward` and not the class: subclasses that keep it compute the same.
+    known = {_BatchNorm.forward: SyncBatchNorm, BatchNormAct2d.forward: SyncBatchNormAct}
     for part in layers:
-        # Compare `forward` and not the class: subclasses that keep it compute the same.
-        if type(part).forward is _BatchNorm.forward:
-            part.__class__ = SyncBatchNorm
-        elif type(part).forward is BatchNormAct2d.forward:
-            part.__class__ = SyncBatchNormAct
-        elif not isinstance(part, SyncBatchNorm):
+        if not isinstance(part, SYNCHRONISED) and type(part).forward not in known:
             raise ValueError(
                 f"parallel.sync_batch_norm: {type(part).__name__} layers cannot be synchronised; "
                 "set it to false and parallel.strategy to ddp, or choose other towers"
             )
+    if device.type == "cuda":
+        convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        return len(layers)
+    for part in layers:
+        if not isinstance(part, SYNCHRONISED):
+            part.__class__ = known[type(part).forward]
     return len(layers)
 
 
@@ -110,7 +118,7 @@ def joined(buffers: list[Tensor]) -> Tensor:
 def has_own_statistics(module: nn.Module) -> bool:
     """Whether a BatchNorm keeps running statistics that differ between ranks."""
     return any(
-        isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm)
+        isinstance(part, _BatchNorm) and not isinstance(part, SYNCHRONISED)
         for part in module.modules()
     )
 

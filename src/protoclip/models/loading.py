@@ -14,6 +14,7 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_si
 from protoclip.distributed.parallel import shard, spread
 from protoclip.models import batch_norm, halves, lora, towers
 from protoclip.models.opening import Loaded
+from protoclip.models.precision import resolve
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start, find_start
@@ -121,11 +122,12 @@ def training_model(
             for made in filter(None, (whole, built)):
                 made.add_logit_bias()
             said.append("loss.instance = sigmoid: the logits start with scale 10 and bias -10")
-        return built, whole, said + parallelise(config, built)
+        return built, whole, said + parallelise(config, built, device)
 
     built, whole, notes = raise_on_all_ranks(build)
     if sharded:
-        shard(built, device)
+        bf16 = device.type == "cuda" and resolve(config.run.precision, device) == "bf16"
+        shard(built, device, gathered=torch.bfloat16 if bf16 else None)
         spread(built, whole)
     return built, notes
 
@@ -144,15 +146,18 @@ def to_device(built: Pair, device: torch.device) -> Pair:
     return built.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def parallelise(config: Config, built: ProtoCLIP) -> list[str]:
-    """Apply `[parallel]` to a model's layers, in place; returns notes for the user."""
+def parallelise(config: Config, built: ProtoCLIP, device: torch.device) -> list[str]:
+    """Apply `[parallel]` to the layers of a model that will be on a device, in place.
+
+    Returns notes for the user.
+    """
     parallel, notes = config.parallel, []
     if world_size() > 1:
         for head in (built.image_head, built.text_head):
-            batch_norm.synchronise(head)
+            batch_norm.synchronise(head, device)
         # FSDP saves one set of statistics, so ranks cannot keep their own.
         if parallel.sync_batch_norm or parallel.strategy == "fsdp":
-            number = batch_norm.synchronise(built.towers)
+            number = batch_norm.synchronise(built.towers, device)
             setting = "sync_batch_norm" if parallel.sync_batch_norm else "strategy = fsdp"
             notes = [f"parallel.{setting}: {number or 'no'} BatchNorm layers synchronised"]
     else:

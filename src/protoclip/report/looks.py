@@ -23,6 +23,7 @@ from protoclip.evaluation.analysis import (
     HeldOut,
     embed,
     embed_with,
+    encoder_of,
     of_source,
     of_split,
 )
@@ -236,9 +237,7 @@ def look(
             **features, captions=pairs.captions, groups=groups_of(pairs), seed=seed
         ),
         confusions=confusions(
-            Encoder(model=model, transform=transform, tokenizer=tokenizer),
-            examples,
-            features["images"],
+            encoder_of(model, transform, tokenizer), examples, features["images"]
         ),
         maps=[*before, *maps],
         grouping=grouping,

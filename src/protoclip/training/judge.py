@@ -10,6 +10,7 @@ from protoclip.evaluation.suite import evaluate_run
 from protoclip.features.halves import features_folder
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, FrozenHalves
+from protoclip.models.precision import on_card
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.towers import Tokenizer
 from protoclip.training.plan import Plan
@@ -57,6 +58,8 @@ def judge_of(
     """The judge of a run, which trains the whole `model`, or what lies between its halves."""
     transform = loading.evaluation_transform(model)
     more: dict[str, Any] = {"transform": transform, "tokenizer": tokenizer, "workers": workers}
+    context = on_card(plan.config.run.precision, next(model.parameters()).device)
+    more["encoder_of"] = partial(Encoder, autocast=context)
     if isinstance(trained, AlignedModel):
         frozen = Encoder(
             model=FrozenHalves(model.towers).eval(),
@@ -65,6 +68,7 @@ def judge_of(
             workers=workers,
             cache=features_folder(plan.config) / "evaluation",
             show=True,
+            autocast=context,
         )
         more["encoder_of"] = partial(AlignedEncoder, frozen=frozen)
     return Judge(plan=plan, measured=trained, more=more)

@@ -38,6 +38,7 @@ from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, require_same_halves
+from protoclip.models.precision import Autocast, autocast, measured_convolutions, resolve
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import MODEL, checkpoints, model_json, read_checkpoint, understood
 from protoclip.progress import Progress
@@ -52,7 +53,7 @@ from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.judge import judge_of
 from protoclip.training.logging import MetricsLog
 from protoclip.training.plan import Defaults, Plan, complete, outline
-from protoclip.training.precision import Autocast, autocast, grad_scaler, resolve
+from protoclip.training.precision import grad_scaler
 from protoclip.training.run_folder import (
     Begun,
     check_checkpoint,
@@ -172,6 +173,7 @@ def train_together(
         # Dropout and the like draw from the global generator, so the seed sets it too.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(plan.config.run.seed + rank())
+        stack.enter_context(measured_convolutions(device))
         logged = 0 if checkpoint is None else run.restore(checkpoint)
         raise_on_all_ranks(lambda: run.open_log(logged))
         try:

@@ -20,6 +20,7 @@ from protoclip.losses.keep import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import Target
 from protoclip.models import batch_norm, lora
+from protoclip.models.precision import Autocast
 from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import Assignments, ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
@@ -27,7 +28,6 @@ from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
-from protoclip.training.precision import Autocast
 from protoclip.training.stages import Stage, enter_stage
 
 PROGRESS = ("episode", "batch", "seconds")

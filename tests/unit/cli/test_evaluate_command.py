@@ -71,7 +71,7 @@ def test_the_table_is_the_default_and_emoji_are_the_default_data(
     assert "mean_per_class_recall" in shown
     assert re.search(r"100\.0 \[\d\d\.\d, 100\.0\]", shown)
     assert not {"linear_probe", "knn", "clustering"} & {*shown.split()}
-    assert len(list((tmp_path / "features").glob("*.npy"))) == 3
+    assert len(list((tmp_path / "features").glob("*/facts.json"))) == 3
 
 
 def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):

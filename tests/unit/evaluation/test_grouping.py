@@ -194,7 +194,7 @@ def test_features_are_those_of_the_checkpoint(runs):
     assert (first["texts"] - texts).abs().max() > 1e-3
 
 
-def test_images_are_decoded_once_for_all_checkpoints(runs, monkeypatch):
+def test_images_are_decoded_once_for_all_checkpoints(runs, tmp_path, monkeypatch):
     """Unless they take too much memory; the analysis is the same."""
     cpu, read = torch.device("cpu"), analysis.Reader.read
     rows, found = [], []
@@ -204,6 +204,7 @@ def test_images_are_decoded_once_for_all_checkpoints(runs, monkeypatch):
     for size in (1 << 31, 0):
         rows.clear()
         monkeypatch.setattr(analysis, "KEPT_BYTES", size)
+        monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / str(size)))  # or none are read again
         data = str(runs / "held_out.parquet")
         found.append(analysis.analyze(runs / "proto", data=data, device=cpu))
         assert len(rows) == found[-1]["pairs"] * (1 if size else 3)

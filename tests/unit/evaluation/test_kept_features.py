@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
 from protoclip.evaluation.features import Encoder, Reader, encode
+from protoclip.files import locked
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed
 
@@ -157,7 +159,7 @@ def test_features_are_computed_once_and_kept(tmp_path):
     images.key = ""
     again.images(images, stage="x")
     assert again.model.calls["image"] == 1 + 6 + 6
-    assert len(list(tmp_path.glob("*.npy"))) == 4
+    assert len(list(tmp_path.glob("*/facts.json"))) == 4
 
 
 @pytest.mark.parametrize("bad", [{2}, {*NUMBERS}])
@@ -178,22 +180,33 @@ def test_images_that_were_bad_for_a_moment_are_encoded_once_they_are_good(bad, t
     assert again.model.calls["image"] == 1  # of the key alone
 
 
-@pytest.mark.parametrize("damage", ["shorter", "unlisted"])
+@pytest.mark.parametrize("damage", ["shorter", "without facts"])
 def test_damaged_features_are_computed_anew(damage, tmp_path):
     """tests/unit/test_flipped_bytes.py damages them in other ways."""
     images = Solid("x", NUMBERS)
     expected = encoder(cache=tmp_path).images(images, stage="x").features
-    (path,) = tmp_path.glob("*.npy")
+    (path,) = tmp_path.glob("*/features.npy")
     whole = path.read_bytes()
     if damage == "shorter":
         path.write_bytes(whole[:50])
     else:
-        path.with_suffix(".json").unlink()
+        path.with_name("facts.json").unlink()
     for _ in range(2):
         own = encoder(Guessing(), cache=tmp_path)
         assert torch.equal(own.images(images, stage="x").features, expected)
     assert own.model.calls["image"] == 1
     assert path.read_bytes() == whole
+
+
+def test_while_another_process_keeps_the_same_nothing_is_written(tmp_path, capsys):
+    images = Solid("x", NUMBERS)
+    encoder(cache=tmp_path).images(images, stage="x")
+    (folder,) = tmp_path.glob("[!.]*")
+    shutil.rmtree(folder)
+    with locked(folder):
+        found = encoder(cache=tmp_path).images(images, stage="x")
+    assert len(found.features) == len(NUMBERS)
+    assert (folder.exists(), capsys.readouterr().err) == (False, "")
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):

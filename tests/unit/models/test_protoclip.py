@@ -103,7 +103,7 @@ def gradients(given: ModelConfig, *, again: bool) -> tuple[dict[str, Tensor], in
     """Gradients of a sum of features, and how often a layer of the image tower was computed."""
     model = loading.model(given, seed=0).train()
     config = Config(model=given, parallel=ParallelConfig(activation_checkpointing=again))
-    loading.parallelise(config, model)
+    loading.parallelise(config, model, torch.device("cpu"))
     layer, calls = model.towers.visual.trunk.blocks[0], []
     layer.register_forward_pre_hook(lambda *given: calls.append(1))
     torch.manual_seed(0)

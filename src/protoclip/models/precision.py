@@ -1,0 +1,55 @@
+"""How forward passes compute: their numerical precision, and the choice of convolutions."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+def resolve(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
+    """The precision that `auto` means on a device: bf16 where the hardware computes it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        # Older cards only imitate bf16, slower than fp32.
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    # A private function, which another version of torch may lack.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and native() else "fp32"
+
+
+def autocast(precision: Precision, device: torch.device) -> Autocast:
+    """A function that makes the context for a forward pass; for fp32 the context does nothing.
+
+    Every forward pass needs a context of its own: the cache of cast weights is wrong when passes
+    with and without gradients share one.
+    """
+    if precision == "fp32":
+        return nullcontext
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return partial(torch.autocast, device.type, dtype=dtype)
+
+
+def on_card(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
+    """The same of what is computed without training: as in training on a card, else in fp32."""
+    return autocast(resolve(name, device), device) if device.type == "cuda" else nullcontext
+
+
+@contextmanager
+def measured_convolutions(device: torch.device) -> Iterator[None]:
+    """On a card, cuDNN tries its convolutions on each new shape and takes the fastest.
+
+    That is for shapes that stay. Who asked PyTorch for determinism gets that.
+    """
+    before = torch.backends.cudnn.benchmark
+    if device.type == "cuda" and not torch.backends.cudnn.deterministic:
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

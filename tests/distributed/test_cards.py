@@ -1,0 +1,137 @@
+"""What a card gets that a CPU does not, by what is passed on: no test here needs a card."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import timm
+import torch
+from timm.layers.norm_act import SyncBatchNormAct
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from protoclip.distributed import collectives, parallel
+from protoclip.models import batch_norm, loading
+from protoclip.models.precision import measured_convolutions, on_card
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.testing import run_distributed, tiny_config
+
+CARD, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def test_features_have_the_precision_of_training_on_a_card_alone():
+    assert on_card("fp32", CARD)().__enter__() is None
+    assert on_card("bf16", CARD).keywords == {"dtype": torch.bfloat16}
+    assert on_card("bf16", CPU)().__enter__() is None
+
+
+@pytest.mark.parametrize(("device", "expected"), [(CARD, True), (CPU, False)])
+def test_convolutions_are_measured_on_a_card_alone(device, expected, monkeypatch):
+    with measured_convolutions(device):
+        assert torch.backends.cudnn.benchmark is expected
+    assert not torch.backends.cudnn.benchmark
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with measured_convolutions(device):
+        assert not torch.backends.cudnn.benchmark
+
+
+def test_a_card_has_the_batch_norm_of_torch_and_of_timm():
+    """timm's also activates. Names of parameters and buffers stay, and so do the parameters."""
+    tower = timm.create_model("resnet10t")
+    towers = nn.ModuleDict({"timm": timm.create_model("efficientnet_b0"), "torch": tower})
+    names, weight = list(towers.state_dict()), tower.bn1.weight
+    number = batch_norm.synchronise(towers, CARD)
+    types = [type(part) for part in towers.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert types == []
+    synced = [type(part) for part in towers.modules() if isinstance(part, nn.SyncBatchNorm)]
+    assert (len(synced), {*synced}) == (number, {nn.SyncBatchNorm, SyncBatchNormAct})
+    assert not batch_norm.has_own_statistics(towers)
+    assert list(towers.state_dict()) == names
+    assert tower.bn1.weight is weight
+    assert batch_norm.synchronise(towers, CARD) == number
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        (CARD, "bf16", torch.bfloat16),
+        (CARD, "fp16", None),
+        (CARD, "fp32", None),
+        (CPU, "bf16", None),
+    ],
+)
+def test_layers_are_gathered_in_bf16_on_a_card_that_trains_in_it(
+    device, precision, expected, tmp_path, monkeypatch
+):
+    config = tiny_config(out=str(tmp_path))
+    config = replace(
+        config,
+        run=replace(config.run, precision=precision),
+        parallel=replace(config.parallel, strategy="fsdp"),
+    )
+    shard = Mock()
+    for name, value in {"shard": shard, "spread": Mock(), "world_size": lambda: 2}.items():
+        monkeypatch.setattr(loading, name, value)
+    loading.training_model(config, device)
+    assert shard.call_args.kwargs == {"gathered": expected}
+
+
+@pytest.mark.parametrize("gathered", [None, torch.bfloat16])
+def test_policies_of_layers(gathered, monkeypatch):
+    """BatchNorm keeps the precision of its statistics."""
+    policies = {}
+
+    def fully_shard(part, *, mesh, mp_policy=None, ignored_params=()):
+        policies[type(part).__name__] = mp_policy or MixedPrecisionPolicy()
+
+    monkeypatch.setattr(parallel, "fully_shard", fully_shard)
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *given: SimpleNamespace())
+    monkeypatch.setattr(parallel, "register_fsdp_forward_method", Mock())
+    parallel.shard(Layered().to("meta"), CPU, gathered=gathered)
+    plain = MixedPrecisionPolicy()
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if gathered is None:
+        assert policies == {"Linear": plain, "Layered": plain}
+    else:
+        assert policies == {"Linear": mixed, "Layered": mixed, "BatchNorm1d": plain}
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.norm, self.last = nn.BatchNorm1d(6), nn.Linear(6, 4)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        rows = images.flatten(1)
+        for block in self.blocks:
+            rows = block(rows).relu()
+        return self.last(self.norm(rows).to(self.last.weight.dtype))
+
+
+def features_and_gradient(gathered: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """In evaluation, of a model on one rank or sharded over all."""
+    torch.manual_seed(0)
+    model = ProtoCLIP(Layered(), nn.Linear(4, 4)).eval()
+    images = torch.randn(8, 3, 1, 2)
+    if collectives.world_size() > 1:
+        whole = model
+        model = ProtoCLIP(Layered(), nn.Linear(4, 4)).to("meta").eval()
+        parallel.shard(model, CPU, gathered=gathered)
+        parallel.spread(model, whole if collectives.rank() == 0 else None)
+    features = model.encode_image(images)
+    features.float().square().sum().backward()
+    gradient = model.towers.blocks[0].weight.grad
+    whole_gradient = gradient if collectives.world_size() == 1 else gradient.full_tensor()
+    return features.detach(), whole_gradient
+
+
+def test_a_model_gathered_in_bf16_computes_the_same_up_to_its_rounding():
+    """Its gradients are summed and kept in float32."""
+    features, gradient = features_and_gradient(None)
+    for rows, of_shards in run_distributed(features_and_gradient, 2, torch.bfloat16):
+        assert of_shards.dtype == torch.float32
+        assert not torch.allclose(rows, features)
+        torch.testing.assert_close(rows, features, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(of_shards, gradient, atol=0.05, rtol=0.05)

@@ -1,0 +1,76 @@
+"""The same model over the same data is encoded once, whoever asks first."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from worded import distinct_pairs
+
+from interrupting import with_changes
+from protoclip.cli import main
+from protoclip.config import Config, DataConfig
+from protoclip.data import sources
+from protoclip.data.view import NONE, without
+from protoclip.evaluation.features import Reader
+from protoclip.explore.explorer import open_explorer
+from protoclip.explore.pairs import explored
+from protoclip.report import looks
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training.run import train
+
+CPU = torch.device("cpu")
+PAIRS = 40
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one checkpoint, and beside it pairs of which no two images are equal."""
+    folder = tmp_path_factory.mktemp("once")
+    pq.write_table(tiny_pairs(seed=1), folder / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(distinct_pairs(PAIRS)), folder / "pairs.parquet")
+    config = tiny_config(str(folder / "train.parquet"), out=str(folder / "run"))
+    train(with_changes(config, {"episodes": {"count": 2}, "data": {"validation": 0.0}}))
+    return folder / "run"
+
+
+def evaluate(run: Path, data: str) -> None:
+    main(["evaluate", str(run), "--data", data, "--workers", "0"])
+
+
+def analyze(run: Path, data: str) -> None:
+    main(["analyze", str(run), "--data", data, "--json"])
+
+
+def explore(run: Path, data: str) -> None:
+    pairs = explored(sources.pairs(Config(data=DataConfig(train=data))))
+    open_explorer(str(run), pairs, device=CPU, workers=0)
+
+
+def report(run: Path, data: str) -> None:
+    config = Config(data=DataConfig(train=data, validation=0.0))
+    examples = looks.find_examples(config, PAIRS)
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    looks.look(examples, tiny_config(out=""), checkpoints, seed=0, device=CPU, firsts={})
+
+
+@pytest.mark.parametrize("first", [evaluate, analyze, explore, report])
+def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(looks, "first_model", lambda *given, **more: [])  # another model
+    read, rows = Reader.read, []
+    monkeypatch.setattr(Reader, "read", lambda self, row: rows.append(row) or read(self, row))
+    data = str(run.parent / "pairs.parquet")
+    first(run, data)
+    assert sorted(rows) == [*range(PAIRS)]
+    for other in (evaluate, analyze, explore, report):
+        other(run, data)
+    assert len(rows) == PAIRS
+
+
+def test_a_view_of_all_rows_has_the_key_of_its_source(run):
+    pairs = sources.pairs(Config(data=DataConfig(train=str(run.parent / "pairs.parquet"))))
+    assert without(pairs, NONE).key == pairs.key
+    assert without(pairs, np.array([3])).key != pairs.key
