@@ -64,8 +64,8 @@ from protoclip.data.pairs import Pairs
 from protoclip.evaluation.metrics import beyond, t_interval
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
-from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.resolve import resolve_start
+from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.progress import Progress, duration
 from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan
