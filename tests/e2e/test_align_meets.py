@@ -130,10 +130,15 @@ def logged(folder: Path) -> str:
 
 
 def test_without_prototypes_it_is_clip(given, tmp_path, capsys):
-    align(changed(given, tmp_path / "run", loss={"prototypical": 0.0, "teacher": 0.0}))
+    """As by default; notes name what was given without effect, and nothing that was chosen."""
+    settings = {**given, "loss": {}}
+    align(changed(settings, tmp_path / "run", data={"augmentation": "clip"}))
     assert "prototypical" not in logged(tmp_path / "run")
     assert "train/loss/info_nce" in logged(tmp_path / "run")
-    assert "optim.heads_lr_scale: no effect" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for chosen in ("optim.heads_lr_scale", "episodes.warm_up"):
+        assert f"{chosen}: no effect" not in said
+    assert "data.augmentation: no effect, since align.views is 1" in said
 
 
 @pytest.mark.parametrize(

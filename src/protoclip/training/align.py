@@ -124,10 +124,11 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     choices.choose("run.name", "aligned")
     choices.choose("model.embed_dim", 512)
     choices.choose("episodes.locked_image", 0)
-    if choices.choose("loss.prototypical", 0.0) == 0:  # docs/LOG.md: no prototypes helped here
-        choices.choose("episodes.warm_up", 0)
+    choices.choose("loss.prototypical", 0.0)  # docs/LOG.md: no prototypes helped here
     if config.teacher.features is None and not config.teachers:
         choices.choose("loss.teacher", 0.0)
+    if choices.config.loss.prototypical == 0 < choices.config.loss.teacher:
+        choices.choose("episodes.warm_up", 0)
     choices.choose("optim.learning_rate", 1e-3)
     choices.choose("optim.weight_decay", 0.1)
     choices.choose("optim.betas", (0.9, 0.98))
@@ -226,6 +227,12 @@ def with_data(
             f"model.text.name: open_clip itself knows no text models of kind {kind}, so the model "
             "can be exported as ONNX, and not as open_clip"
         )
+    idle = dict.fromkeys(("data.cache", "data.cache_gb"), "each image is read once")
+    if config.align.views == 1:
+        idle["data.augmentation"] = "align.views is 1"
+    closed += [
+        f"{name}: no effect, since {why}" for name, why in idle.items() if choices.is_given(name)
+    ]
     given = config.episodes
     batch = 2
     while batch < LARGEST_BATCH and 4 * batch <= (given.size or rows):

@@ -174,6 +174,8 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
         (TEACHER, "loss.teacher", 0.0, "teacher.*: no effect, since loss.teacher is 0"),
         ({"model": ModelConfig(name="RN50")}, "model.text.width", 64, "since model.name is RN50"),
         ({"data": DataConfig(workers=2)}, "data.cache_gb", 1.0, "keep no images in memory"),
+        ({"model": ModelConfig(name="RN50")}, "model.projection", "mlp", "model.name is RN50"),
+        ({}, "model.text.pooling", "cls", "model.text.name is not set"),
         (UNLOCKED, "optim.locked_learning_rate", 1e-4, "there is no locked-image stage"),
         (HARD, "prototypes.target_temperature", 0.5, "prototypes.hard_targets is set"),
     ],
