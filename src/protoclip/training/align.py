@@ -15,7 +15,9 @@ import numpy as np
 import timm
 
 from protoclip.config import HALVES, Config, TeacherConfig
-from protoclip.data.pairs import Pairs
+from protoclip.data.decode import decode
+from protoclip.data.loader import read_image
+from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.view import PairsView, without
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
@@ -279,8 +281,8 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
             "which has their captions too"
         )
     if len(bad):
-        example = samples.sample_id(int(bad[0]))
-        said = f"{len(bad):,} of {len(samples):,} pairs cannot be used, such as '{example}'"
+        example = why_bad(samples, int(bad[0]), config.data.max_image_pixels)
+        said = f"{len(bad):,} of {len(samples):,} pairs cannot be used, such as {example}"
         if len(bad) > config.data.max_bad_share * len(samples):
             raise ValueError(
                 f"{said}; that is more than data.max_bad_share ({config.data.max_bad_share:g}) "
@@ -299,6 +301,15 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
     plan = replace(plan, config=config, samples=kept, notes=notes)
     return plan, rows.without(left_out)
+
+
+def why_bad(samples: Pairs, row: int, max_pixels: int) -> str:
+    """What is wrong with a pair, in words."""
+    try:
+        read_image(samples, row, partial(decode, max_pixels=max_pixels))
+    except BadSample as error:
+        return str(error)
+    return f"sample '{samples.sample_id(row)}', which can be read by now"
 
 
 def without_rows(samples: Pairs, left_out: Any) -> Pairs:
