@@ -3,11 +3,15 @@
 CLIP, and ProtoCLIP with the bundled teacher and prototypes from extraction or from the queue, in
 alternation, each for one episode of warm-up (not counted) and two counted ones.
 
-    python benchmarks/step_cost.py [--repeats 3] [--case demo vit] [--out FILE]
+    python benchmarks/step_cost.py [--repeats 3] [--case demo vit] [--workers N] [--out FILE]
 
 Cases: `demo`, the demonstration's towers; `vit`, a ViT-S/16 at 112 pixels on the same images;
 `rn50`, an RN50 at 224 pixels with batch 512, 20,000 prototypes and images made on the device, for
 GPUs. Without `--case`, `demo` and `vit` on a CPU, all of them on a GPU.
+
+`waits` is the share of an episode in which nothing is computed, since the next batch is not read
+yet; it should be at most 2% with workers on cores of their own. The first batch of a pass should
+be waited for no longer than others.
 """
 
 import argparse
@@ -17,15 +21,17 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from protoclip.cli import demo
 from protoclip.config import Config, ImageTowerConfig, ModelConfig
-from protoclip.data import sources
+from protoclip.data import loader, sources
 from protoclip.data.loader import Batch
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import Episode
@@ -105,6 +111,30 @@ def synthetic(config: Config, device: torch.device) -> Callable[..., Iterator[Ba
     return batches
 
 
+@contextmanager
+def timed_batches() -> Iterator[list[float]]:
+    """How long each batch is waited for, which this process reads or its workers do."""
+    seconds: list[float] = []
+    items_of = loader.items_of
+
+    def timed(batches: Any) -> Iterator[Any]:
+        items = items_of(batches)
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            seconds.append(time.perf_counter() - started)
+            yield item
+
+    loader.items_of = timed  # type: ignore[assignment]
+    try:
+        yield seconds
+    finally:
+        loader.items_of = items_of
+
+
 def episode_seconds(
     case: str, config: Config, samples: Pairs | SampleStream
 ) -> dict[str, list[float]]:
@@ -115,7 +145,7 @@ def episode_seconds(
     device = collectives.device(config.run.device)
     model = loading.to_device(loading.model(config.model, seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, timed_batches() as waits:
         plan = Plan(config=config, start=resolve_start(config.model), samples=samples)
         built = run.Run(plan, model, folder=Path(folder))
         trainer = built.trainer
@@ -128,7 +158,7 @@ def episode_seconds(
             trainer.source = replace(trainer.source, batches=batches)
         ends = [0.0]
         for index in range(1 + COUNTED):
-            episode = built.episode(index)
+            episode, before = built.episode(index), len(waits)
             metrics = trainer.start_episode(episode)
             for batch in batches(episode):
                 logged = (trainer.step + 1) % config.run.log_every == 0
@@ -140,6 +170,11 @@ def episode_seconds(
             for name in ("extract", "cluster", "back_translate", "data"):
                 if index and f"train/seconds/{name}" in metrics:
                     parts[name].append(metrics[f"train/seconds/{name}"])
+            if index and (waited := waits[before:]):
+                a_pass = config.episodes.size // config.episodes.batch_size
+                parts["waits"].append(sum(waited))
+                parts["first"] += waited[::a_pass]
+                parts["others"] += [w for n, w in enumerate(waited) if n % a_pass]
         parts["episode"] = [end - start for start, end in pairwise(ends[1:])]
         parts["loss"] = [loss_seconds(trainer, config, built.episode(COUNTED), device)]
     return parts
@@ -181,9 +216,15 @@ def loss_seconds(trainer: Trainer, config: Config, episode: Episode, device: tor
     return statistics.median(times) * (config.episodes.size // size)
 
 
-def measure(case: str, repeats: int) -> list[str]:
+def measure(case: str, repeats: int, workers: int | None) -> list[str]:
     """The table of one case."""
-    configs = arms(case)
+    configs, given = arms(case), ""
+    if workers is not None:
+        given = f" --workers {workers}"
+        configs = {
+            name: replace(config, data=replace(config.data, workers=workers))
+            for name, config in configs.items()
+        }
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in configs}
     samples = sources.pairs(configs["CLIP"])
     progress = Progress(f"benchmark: step cost, {case}", repeats * len(configs))
@@ -198,21 +239,29 @@ def measure(case: str, repeats: int) -> list[str]:
     lines = [
         f"## {case}",
         "",
-        f"`python benchmarks/step_cost.py --repeats {repeats} --case {case}`, "
+        f"`python benchmarks/step_cost.py --repeats {repeats} --case {case}{given}`, "
         f"{datetime.date.today().isoformat()}; {facts['device']}, torch {facts['torch']}, "
         f"{resolve(config.run.precision, device)}; episodes of {config.episodes.size} pairs, "
         f"batch {config.episodes.batch_size}, {config.model.name or config.model.image.name}, "
         f"{config.prototypes.number} prototypes a space. Seconds an episode: median "
-        f"[least, most] of {repeats * COUNTED}, arms in turn; parts are medians.",
+        f"[least, most] of {repeats * COUNTED}, arms in turn; parts are medians, and so are the "
+        "milliseconds that the first batch of a pass and another one are waited for.",
         "",
-        "| arm | episode | ratio to CLIP | " + " | ".join(PARTS).replace("_", "-") + " |",
-        "|---" * (3 + len(PARTS)) + "|",
+        "| arm | episode | ratio to CLIP | "
+        + " | ".join(PARTS).replace("_", "-")
+        + " | waits | first | another |",
+        "|---" * (6 + len(PARTS)) + "|",
     ]
     baseline = statistics.median(seconds["CLIP"]["episode"])
     for name, parts in seconds.items():
         whole = parts["episode"]
         span = f"{statistics.median(whole):.2f} [{min(whole):.2f}, {max(whole):.2f}]"
         shown = [f"{statistics.median(parts[p]):.3f}" if parts[p] else "-" for p in PARTS]
+        shown += ["-"] * 3
+        if parts["waits"]:
+            shares = [waited / all_of for waited, all_of in zip(parts["waits"], whole, strict=True)]
+            batches = [1000 * statistics.median(parts[name]) for name in ("first", "others")]
+            shown[-3:] = [f"{statistics.median(shares):.1%}", *(f"{ms:.1f}" for ms in batches)]
         ratio = statistics.median(whole) / baseline
         lines.append(f"| {name} | {span} | {ratio:.2f} | " + " | ".join(shown) + " |")
     return [*lines, ""]
@@ -222,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", nargs="+", choices=["demo", "vit", "rn50"])
+    parser.add_argument("--workers", type=int, help="processes that read; as data.workers")
     parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -230,7 +280,7 @@ def main() -> None:
     )
     lines = ["# Step cost: ProtoCLIP over CLIP at equal samples", ""]
     for case in arguments.case or default:
-        lines += measure(case, arguments.repeats)
+        lines += measure(case, arguments.repeats, arguments.workers)
     text = "\n".join(lines)
     print(text)
     if arguments.out:

@@ -352,7 +352,8 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
     for name in tree:
         if name not in hints:
             raise ValueError(unknown(prefix + name, [prefix + known for known in hints]))
-    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
+    settings = dataclasses.fields(kind)  # type: ignore[arg-type]
+    for entry in sorted(settings, key=lambda entry: bool(entry.kw_only)):  # arguments first
         if entry.name not in tree and entry.default is entry.default_factory:  # neither is set
             raise ValueError(f"{prefix}{entry.name}: is missing; give one")
     return kind(**{name: read(prefix + name, tree[name], hints[name]) for name in tree})
