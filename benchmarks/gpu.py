@@ -62,7 +62,7 @@ from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import make_targets, prototypical_loss
 from protoclip.losses.sigmoid import sigmoid_loss
 from protoclip.models import loading, saved, towers
-from protoclip.models.precision import Precision, autocast
+from protoclip.models.precision import Precision, autocast, grad_scaler
 from protoclip.models.saved import OPTIMIZER, WEIGHTS
 from protoclip.progress import Progress
 from protoclip.prototypes.features import EpisodeFeatures
@@ -73,7 +73,6 @@ from protoclip.testing import tiny_config, tiny_model
 from protoclip.training import run, run_folder
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.plan import make_plan
-from protoclip.training.precision import grad_scaler
 
 # In float32 the losses lose up to five digits, since logits go up to 100. TF32 would lose seven.
 FLOAT32 = 1e-4

@@ -53,3 +53,8 @@ def measured_convolutions(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; for other precisions a scaler that changes nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -30,13 +30,13 @@ from protoclip.features.halves import (
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves
 from protoclip.models.halves import OPEN_CLIP_KINDS, PUBLISHED, text_config, text_source
+from protoclip.models.precision import autocast, resolve
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
 from protoclip.models.two_halves import TwoHalves, names_model
 from protoclip.paths import require_place
 from protoclip.training.choices import Choices, choices_of
 from protoclip.training.plan import Plan
-from protoclip.training.precision import autocast, resolve
 from protoclip.training.run import train_together
 
 PASSES = 100  # over the data

@@ -38,7 +38,13 @@ from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, require_same_halves
-from protoclip.models.precision import Autocast, autocast, measured_convolutions, resolve
+from protoclip.models.precision import (
+    Autocast,
+    autocast,
+    grad_scaler,
+    measured_convolutions,
+    resolve,
+)
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import MODEL, checkpoints, model_json, read_checkpoint, understood
 from protoclip.progress import Progress
@@ -53,7 +59,6 @@ from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.judge import judge_of
 from protoclip.training.logging import MetricsLog
 from protoclip.training.plan import Defaults, Plan, complete, outline
-from protoclip.training.precision import grad_scaler
 from protoclip.training.run_folder import (
     Begun,
     check_checkpoint,

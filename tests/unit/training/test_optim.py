@@ -15,7 +15,7 @@ from protoclip.config import (
     OptimConfig,
 )
 from protoclip.models import loading
-from protoclip.models.precision import autocast, resolve
+from protoclip.models.precision import autocast, grad_scaler, resolve
 from protoclip.testing import tiny_config, tiny_model
 from protoclip.training.optim import (
     defaults,
@@ -25,7 +25,6 @@ from protoclip.training.optim import (
     warm_up_cosine,
 )
 from protoclip.training.plan import fill, outline
-from protoclip.training.precision import grad_scaler
 from protoclip.training.stages import (
     LOCKED_IMAGE,
     PROTOTYPICAL,
