@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from protoclip.losses.positives import Groups
+
 ROWS = 512
 # Scores of a tile. 1 MB stays in the cache of a CPU; a GPU needs more to be busy.
 CPU_SCORES, GPU_SCORES = 2**18, 2**23
@@ -33,6 +35,11 @@ def blocks(features: Float[Tensor, "b _"]) -> Iterator[tuple[slice, slice]]:
     for top in range(0, len(features), height):
         for left in range(0, len(features), width):
             yield slice(top, top + height), slice(left, left + width)
+
+
+def parts_of(rows: Float[Tensor, "n _"], size: int) -> Iterator[tuple[int, Tensor]]:
+    """Parts of so many rows, each with the number of its first."""
+    return zip(range(0, max(1, len(rows)), size), torch.split(rows, size), strict=True)
 
 
 @cache
@@ -82,19 +89,27 @@ def without_autocast(x: Tensor) -> torch.autocast:
 
 @torch.no_grad()
 def attend(
-    queries: Float[Tensor, "b q"], keys: Float[Tensor, "n q"], values: Float[Tensor, "n p"]
+    queries: Float[Tensor, "b q"],
+    keys: Float[Tensor, "n q"],
+    values: Float[Tensor, "n p"],
+    groups: Groups | None = None,
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b p"]]:
-    """`logsumexp(queries @ keys.T, 1)` and `softmax(queries @ keys.T, 1) @ values`; no gradient."""
+    """`logsumexp(queries @ keys.T, 1)` and `softmax(queries @ keys.T, 1) @ values`; no gradient.
+
+    With `groups`, others of a row's group are left out.
+    """
     height, width = shape(queries)
     log_sums, means = [], []
     with without_autocast(queries):
-        for rows in torch.split(queries, height):
+        for top, rows in parts_of(queries, height):
             peak = rows.new_full((len(rows), 1), float("-inf"))
             total = rows.new_zeros(len(rows), 1)
             weighted = rows.new_zeros(len(rows), values.shape[1])
-            pairs = zip(torch.split(keys, width), torch.split(values, width), strict=True)
-            for key, value in pairs:
+            pairs = zip(parts_of(keys, width), torch.split(values, width), strict=True)
+            for (left, key), value in pairs:
                 tile = scores(rows, key)
+                if groups is not None:
+                    groups.hide(tile, top, left)
                 higher = torch.maximum(peak, tile.amax(1, keepdim=True))
                 shares = exponential(tile.sub_(higher))
                 shrink = (peak - higher).exp_()
@@ -111,34 +126,41 @@ class LogSumExp(torch.autograd.Function):
     too. If keys need a gradient, the backward pass computes the scores again."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor) -> Tensor:
-        log_sums, means = attend(queries, keys, keys)
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, groups: Groups | None) -> Tensor:
+        log_sums, means = attend(queries, keys, keys, groups)
+        ctx.groups = groups
         again = (queries, keys, log_sums) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(means, *again)
         return log_sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         means, *again = ctx.saved_tensors
         to_queries = gradient.unsqueeze(1) * means
         if not again:
-            return to_queries, None
+            return to_queries, None, None
         queries, keys, log_sums = again
         height, width = shape(queries)
         to_keys = torch.zeros_like(keys)
-        parts = (torch.split(each, height) for each in (queries, log_sums, gradient))
+        parts = (torch.split(each, height) for each in (log_sums, gradient))
         with without_autocast(queries):
-            for rows, sums, weights in zip(*parts, strict=True):
+            for (top, rows), sums, weights in zip(parts_of(queries, height), *parts, strict=True):
                 weighted = (weights.unsqueeze(1) * rows).T
-                pairs = zip(torch.split(keys, width), torch.split(to_keys, width), strict=True)
-                for key, to in pairs:
-                    shares = exponential(scores(rows, key).sub_(sums.unsqueeze(1)))
+                pairs = zip(parts_of(keys, width), torch.split(to_keys, width), strict=True)
+                for (left, key), to in pairs:
+                    tile = scores(rows, key)
+                    if ctx.groups is not None:
+                        ctx.groups.hide(tile, top, left)
+                    shares = exponential(tile.sub_(sums.unsqueeze(1)))
                     to += scores(shares.T, weighted)
-        return to_queries, to_keys
+        return to_queries, to_keys, None
 
 
-def log_sum_exp(queries: Float[Tensor, "b p"], keys: Float[Tensor, "n p"]) -> Float[Tensor, " b"]:
-    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys."""
-    log_sums: Tensor = LogSumExp.apply(queries, keys)  # type: ignore[no-untyped-call]
+def log_sum_exp(
+    queries: Float[Tensor, "b p"], keys: Float[Tensor, "n p"], groups: Groups | None = None
+) -> Float[Tensor, " b"]:
+    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys; with `groups`, without
+    the others of a row's group."""
+    log_sums: Tensor = LogSumExp.apply(queries, keys, groups)  # type: ignore[no-untyped-call]
     return log_sums

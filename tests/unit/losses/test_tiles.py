@@ -1,5 +1,6 @@
 """Tiled losses: exact, small in memory, and independent of private entry points."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -114,6 +115,12 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     with Largest() as classified:
         sigmoid_loss(h, text, s, -10.0).backward()
     assert classified.elements == 2 * b * p  # texts and their gradient, in one tensor
+    groups = torch.arange(2 * b).view(b, 2) // 6
+    for positives in ("masked", "shared"):
+        with Largest() as matched:
+            info_nce(h, text, s, groups, positives=positives).backward()
+            sigmoid_loss(h, text, s, -10.0, groups, positives=positives).backward()
+        assert matched.elements == 2 * b * p
 
 
 def plain_info_nce(image, text, scale):
@@ -124,6 +131,21 @@ def plain_info_nce(image, text, scale):
 def plain_sigmoid(image, text, scale):
     truth = 2 * torch.eye(len(image), dtype=image.dtype) - 1
     return -(truth * (scale * image @ text.T - 13)).sigmoid().log().sum() / len(image)
+
+
+# The captions and images of 131 pairs.
+GROUPS = torch.stack([torch.arange(131) // 5, torch.arange(131) % 64], dim=1)
+SAME = (GROUPS[:, None] == GROUPS).any(2)
+
+
+def plain_shared(image, text, scale):
+    logits, share = scale * image @ text.T, SAME / SAME.sum(1, keepdim=True)
+    return -(share * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
+
+
+def plain_masked(image, text, scale):
+    logits = (scale * image @ text.T).masked_fill(SAME ^ torch.eye(131).bool(), -math.inf)
+    return -(logits.log_softmax(0) + logits.log_softmax(1)).diagonal().mean() / 2
 
 
 def weighted(log_sum_exp):
@@ -137,10 +159,12 @@ def weighted(log_sum_exp):
     ("tiled", "plain"),
     [
         (info_nce, plain_info_nce),
+        (lambda *pairs: info_nce(*pairs, GROUPS), plain_shared),
+        (lambda *pairs: info_nce(*pairs, GROUPS, positives="masked"), plain_masked),
         (lambda image, text, scale: sigmoid_loss(image, text, scale, -13.0), plain_sigmoid),
         (weighted(tiles.log_sum_exp), weighted(lambda q, k: (q @ k.T).logsumexp(1))),
     ],
-    ids=["InfoNCE", "sigmoid", "log-sum-exp"],
+    ids=["InfoNCE", "shared", "masked", "sigmoid", "log-sum-exp"],
 )
 def test_tiled_losses_keep_their_precision_in_float32(tiled, plain, scale, monkeypatch):
     """Value and gradients for rows, columns and scale against float64, flat and peaked."""
@@ -179,6 +203,11 @@ def test_losses_inside_autocast_are_those_outside(rows, dtype):
                 info_nce(given, other, s),
                 sharded_info_nce(given, other, s),
                 sigmoid_loss(given, other, s, -10.0),
+                *(
+                    loss(given, other, s, *bias, index, positives=positives)
+                    for loss, *bias in ((info_nce,), (sharded_info_nce,), (sigmoid_loss, -10.0))
+                    for positives in ("masked", "shared")
+                ),
             ]
             sum(losses).backward()
         assert all(loss.dtype == torch.float32 for loss in losses)
