@@ -88,8 +88,8 @@ class Groups:
                 yield (-1) ** (size + 1), segments
 
 
-def groups_of(groups: Int[Tensor, "b *k"] | None, pairs: int) -> Groups | None:
-    """The groups of a batch of pairs on one rank, by one key each or several.
+def groups_of(groups: Tensor | None, pairs: int) -> Groups | None:
+    """The groups of a batch of pairs on one rank, by one key each `(b,)` or several `(b, k)`.
 
     Raises:
         ValueError: They are no integers, or not as many as there are pairs.

@@ -21,6 +21,7 @@ from protoclip.distributed import collectives
 from protoclip.losses import info_nce as instance
 from protoclip.losses import prototypical, tiles
 from protoclip.losses.objective import LossWeights
+from protoclip.losses.positives import groups_of, mean_positives
 from protoclip.losses.prototypical import make_targets
 from protoclip.losses.sigmoid import sharded_sigmoid_loss
 from protoclip.testing import run_distributed
@@ -188,6 +189,19 @@ def test_a_loss_of_pairs_is_its_papers_formula(kind, world_size, tile):
         for ours in found:
             for mine, theirs in zip(ours, expected, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_pairs_that_match_in_any_key_count_once(number):
+    groups = matching(keys(number))
+    expected = sum(map(len, groups)) / len(groups) - 1
+    assert mean_positives(torch.tensor(keys(number))).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("groups", [torch.zeros(3), torch.zeros(4).long(), torch.zeros(2, 2).int()])
+def test_groups_of_other_pairs_are_refused(groups):
+    with pytest.raises(ValueError, match=r"groups: .* for 3 pairs; give an integer"):
+        groups_of(groups, 3)
 
 
 def all_of(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
