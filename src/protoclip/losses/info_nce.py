@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
-from protoclip.losses.positives import Groups, Positives, groups_of
+from protoclip.losses.positives import EVERY, Groups, Positives, groups_of
 
 TILED_ABOVE = 2**20  # logits; with fewer, the plain form is as fast, and its memory small
 
@@ -47,21 +47,15 @@ def info_nce(
         ValueError: The groups are no integers, or not as many as the pairs.
     """
     images, texts = tiles.widened(image_features, text_features)
+    known = groups_of(groups, len(images), positives)
     scaled = logit_scale * images
-    known = groups_of(groups, len(images))
-    masked = known if positives == "masked" else None
-    loss: Tensor
     if by_tiles(scaled, texts):
-        loss = TiledInfoNCE.apply(scaled, texts, masked)  # type: ignore[no-untyped-call]
-    else:
-        logits = scaled @ texts.T
-        if masked is not None:
-            logits = masked.hide(logits)
-        labels = torch.arange(len(logits), device=logits.device)
-        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-    if known is not None and positives == "shared":
-        loss = loss + logit_scale * sharing(images, texts, images, texts, known)
-    return loss
+        loss: Tensor = TiledInfoNCE.apply(scaled, texts, known)  # type: ignore[no-untyped-call]
+        return loss
+    logits, labels = scaled @ texts.T, labels_of(known, len(images), images)
+    if known is not None:
+        logits = known.hide(logits, EVERY, EVERY)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def sharded_info_nce(
@@ -78,39 +72,29 @@ def sharded_info_nce(
     """
     images, texts = tiles.widened(image_features, text_features)
     all_images, all_texts = map(collectives.all_gather_with_gradient, (images, texts))
-    first = collectives.rank() * len(images)
-    known = groups_of(groups, len(images))
-    known = known.gathered() if known is not None and positives != "pair" else None
-    masked = known if positives == "masked" else None
+    known = groups_of(groups, len(images), positives)
+    known = None if known is None else known.gathered()
     if by_tiles(images, all_texts):
-        sums = tiles.log_sum_exp(logit_scale * images, all_texts, masked)
-        sums = sums + tiles.log_sum_exp(logit_scale * texts, all_images, masked)
-        loss = (sums / 2 - logit_scale * (images * texts).sum(1)).mean()
-    else:
-        of_images = logit_scale * images @ all_texts.T
-        of_texts = logit_scale * texts @ all_images.T
-        if masked is not None:
-            of_images, of_texts = masked.hide(of_images), masked.hide(of_texts)
-        labels = torch.arange(first, first + len(images), device=images.device)
-        loss = (F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
-    if known is not None and positives == "shared":
-        loss = loss + logit_scale * sharing(images, texts, all_images, all_texts, known)
-    return loss
+        sums = tiles.log_sum_exp(logit_scale * images, all_texts, known)
+        sums = sums + tiles.log_sum_exp(logit_scale * texts, all_images, known)
+        if known is None or not known.shared:
+            sums = sums - 2 * logit_scale * (images * texts).sum(1)
+        return sums.mean() / 2
+    of_images, of_texts = logit_scale * images @ all_texts.T, logit_scale * texts @ all_images.T
+    labels = labels_of(known, len(images), images, collectives.rank() * len(images))
+    if known is not None:
+        of_images, of_texts = (known.hide(each, EVERY, EVERY) for each in (of_images, of_texts))
+    return (F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
 
 
-def sharing(
-    images: Float[Tensor, "b d"],
-    texts: Float[Tensor, "b d"],
-    all_images: Float[Tensor, "n d"],
-    all_texts: Float[Tensor, "n d"],
-    groups: Groups,
-) -> Float[Tensor, ""]:
-    """What shared positives add to InfoNCE at scale 1: they leave its softmaxes as they are, and
-    put the mean of a group's logits, which is the logit of its mean, in the place of the pair's."""
-    sums, counts = groups.sums(torch.cat([all_images, all_texts], dim=1))
-    mean_images, mean_texts = (sums / counts.unsqueeze(1)).chunk(2, dim=1)
-    shared = (images * mean_texts + mean_images * texts).sum(1) / 2
-    return ((images * texts).sum(1) - shared).mean()
+def labels_of(
+    groups: Groups | None, pairs: int, like: Tensor, first: int = 0
+) -> Int[Tensor, " b"] | Float[Tensor, "b n"]:
+    """What each row is to predict: the column of its own pair, from `first` on, or equal shares of
+    all columns that it matches."""
+    if groups is not None and groups.shared:
+        return groups.targets(EVERY, EVERY, like)
+    return torch.arange(first, first + pairs, device=like.device)
 
 
 def by_tiles(rows: Float[Tensor, "b d"], columns: Float[Tensor, "n d"]) -> bool:
@@ -125,37 +109,45 @@ class TiledInfoNCE(torch.autograd.Function):
 
         2 b dL / d logits_ij = softmax over row i + softmax over column j - 2 [i = j]
 
-    Others of a pair's group are left out, if `masked` has the groups.
+    Where positives are shared, the last term is the share of j in the group of i, and of i in that
+    of j.
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, texts: Tensor, masked: Groups | None) -> Tensor:
+    def forward(ctx: Any, images: Tensor, texts: Tensor, groups: Groups | None) -> Tensor:
         rows = images.new_full((len(images),), float("-inf"))
         columns = rows.clone()
+        shared, agreed = groups is not None and groups.shared, torch.zeros_like(images[:, 0])
         with tiles.without_autocast(images):
             for i, j in tiles.blocks(images):
                 tile = tiles.scores(images[i], texts[j])
-                if masked is not None:
-                    masked.hide(tile, i.start, j.start)
+                if groups is not None:
+                    groups.hide(tile, i, j)
                 rows[i] = rows[i].logaddexp(tiles.log_sum(tile, dim=1))
                 columns[j] = columns[j].logaddexp(tiles.log_sum(tile, dim=0))
+                if groups is not None and shared:
+                    agreed[i] += groups.both_targets(i, j, tile).mul_(tile).sum(1)
+        if not shared:
+            agreed = 2 * (images * texts).sum(1)
         ctx.save_for_backward(images, texts, rows, columns)
-        ctx.masked = masked
-        return ((rows + columns) / 2 - (images * texts).sum(1)).mean()
+        ctx.groups = groups
+        return (rows + columns - agreed).mean() / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        images, texts, rows, columns = ctx.saved_tensors
-        masked = ctx.masked
-        to_images, to_texts = -2 * texts, -2 * images
+        (images, texts, rows, columns), groups = ctx.saved_tensors, ctx.groups
+        shared = groups is not None and groups.shared
+        to_images, to_texts = (-2 * (not shared) * each for each in (texts, images))
         with tiles.without_autocast(images):
             for i, j in tiles.blocks(images):
                 tile = tiles.scores(images[i], texts[j])
-                if masked is not None:
-                    masked.hide(tile, i.start, j.start)
+                if groups is not None:
+                    groups.hide(tile, i, j)
                 shares = tiles.exponential(tile - rows[i].unsqueeze(1))
                 shares += tiles.exponential(tile.sub_(columns[j]))
+                if groups is not None and shared:
+                    shares -= groups.both_targets(i, j, tile)
                 to_images[i] += tiles.scores(shares, texts[j].T)
                 to_texts[j] += tiles.scores(shares.T, images[i].T)
         scale = gradient / (2 * len(images))

@@ -85,10 +85,8 @@ def compute(
 ) -> Float[Tensor, ""]:
     images, texts = tiles.widened(images, texts)
     bias = images.new_zeros(()) + bias
-    known = groups_of(groups, len(images)) if positives != "pair" else None
-    loss: Tensor = SigmoidLoss.apply(  # type: ignore[no-untyped-call]
-        scale * images, texts, bias, known, positives == "shared", ranks
-    )
+    known = groups_of(groups, len(images), positives)
+    loss: Tensor = SigmoidLoss.apply(scale * images, texts, bias, known, ranks)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -99,7 +97,8 @@ class SigmoidLoss(torch.autograd.Function):
 
     The forward pass computes the gradients too, so that a tile is computed once. A rank's texts
     travel from rank to rank until they are home again, with the gradient that they collect. Their
-    groups travel with them: others of an image's group count as pairs if `shared`, else not at all.
+    groups travel with them: others of an image's group count as pairs if they are shared, else not
+    at all.
     """
 
     @staticmethod
@@ -109,7 +108,6 @@ class SigmoidLoss(torch.autograd.Function):
         texts: Tensor,
         bias: Tensor,
         groups: Groups | None,
-        shared: bool,
         ranks: int,
     ) -> Tensor:
         losses = images.new_zeros(len(images))
@@ -125,11 +123,11 @@ class SigmoidLoss(torch.autograd.Function):
                     pairs = tile.diagonal(i.start - j.start) if step == 0 else tile[:0]
                     pairs.neg_()  # the logits are -z_ij times those of the formula now
                     signs = None
-                    if groups is not None and shared:
-                        signs = 1 - 2 * groups.others(tile, i.start, j.start).to(tile)
+                    if groups is not None and groups.shared:
+                        signs = 1 - 2 * groups.others(i, j).to(tile)
                         tile.mul_(signs)
                     elif groups is not None:
-                        groups.hide(tile, i.start, j.start)
+                        groups.hide(tile, i, j)
                     tile.clamp_(min=tiles.LEAST_EXPONENT)
                     losses[i] -= F.logsigmoid(-tile).sum(1)
                     shares = tile.sigmoid_()
@@ -150,4 +148,4 @@ class SigmoidLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_images, to_texts, to_bias = ctx.saved_tensors
         scale = gradient / len(to_images)
-        return scale * to_images, scale * to_texts, scale * to_bias, None, None, None
+        return scale * to_images, scale * to_texts, scale * to_bias, None, None

@@ -37,9 +37,11 @@ def blocks(features: Float[Tensor, "b _"]) -> Iterator[tuple[slice, slice]]:
             yield slice(top, top + height), slice(left, left + width)
 
 
-def parts_of(rows: Float[Tensor, "n _"], size: int) -> Iterator[tuple[int, Tensor]]:
-    """Parts of so many rows, each with the number of its first."""
-    return zip(range(0, max(1, len(rows)), size), torch.split(rows, size), strict=True)
+def parts_of(rows: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of so many rows, each with where it stands."""
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        yield part, rows[part]
 
 
 @cache
@@ -96,25 +98,24 @@ def attend(
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b p"]]:
     """`logsumexp(queries @ keys.T, 1)` and `softmax(queries @ keys.T, 1) @ values`; no gradient.
 
-    With `groups`, others of a row's group are left out.
+    With `groups` that are masked, others of a query's group are left out.
     """
     height, width = shape(queries)
     log_sums, means = [], []
     with without_autocast(queries):
-        for top, rows in parts_of(queries, height):
+        for i, rows in parts_of(queries, height):
             peak = rows.new_full((len(rows), 1), float("-inf"))
             total = rows.new_zeros(len(rows), 1)
             weighted = rows.new_zeros(len(rows), values.shape[1])
-            pairs = zip(parts_of(keys, width), torch.split(values, width), strict=True)
-            for (left, key), value in pairs:
+            for j, key in parts_of(keys, width):
                 tile = scores(rows, key)
                 if groups is not None:
-                    groups.hide(tile, top, left)
+                    groups.hide(tile, i, j)
                 higher = torch.maximum(peak, tile.amax(1, keepdim=True))
                 shares = exponential(tile.sub_(higher))
                 shrink = (peak - higher).exp_()
                 total.mul_(shrink).add_(shares.sum(1, keepdim=True))
-                weighted.mul_(shrink).add_(scores(shares, value.T))
+                weighted.mul_(shrink).add_(scores(shares, values[j].T))
                 peak = higher
             log_sums.append((peak + total.log()).squeeze(1))
             means.append(weighted.div_(total))
@@ -123,44 +124,57 @@ def attend(
 
 class LogSumExp(torch.autograd.Function):
     """See `log_sum_exp`. Its gradient for a query is the mean key, which the forward pass computes
-    too. If keys need a gradient, the backward pass computes the scores again."""
+    too, less the mean key of its group. If keys need a gradient, the backward pass computes the
+    scores again."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, groups: Groups | None) -> Tensor:
         log_sums, means = attend(queries, keys, keys, groups)
-        ctx.groups = groups
         again = (queries, keys, log_sums) if ctx.needs_input_grad[1] else ()
+        if groups is not None and groups.shared:
+            of_group = torch.zeros_like(means)
+            height, width = shape(queries)
+            with without_autocast(queries):
+                for i, _ in parts_of(queries, height):
+                    for j, key in parts_of(keys, width):
+                        of_group[i] += scores(groups.targets(i, j, key), key.T)
+            log_sums = log_sums - (queries * of_group).sum(1)
+            means -= of_group
+        ctx.groups = groups
         ctx.save_for_backward(means, *again)
         return log_sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        means, *again = ctx.saved_tensors
+        (means, *again), groups = ctx.saved_tensors, ctx.groups
         to_queries = gradient.unsqueeze(1) * means
         if not again:
             return to_queries, None, None
         queries, keys, log_sums = again
         height, width = shape(queries)
         to_keys = torch.zeros_like(keys)
-        parts = (torch.split(each, height) for each in (log_sums, gradient))
         with without_autocast(queries):
-            for (top, rows), sums, weights in zip(parts_of(queries, height), *parts, strict=True):
-                weighted = (weights.unsqueeze(1) * rows).T
-                pairs = zip(parts_of(keys, width), torch.split(to_keys, width), strict=True)
-                for (left, key), to in pairs:
+            for i, rows in parts_of(queries, height):
+                weighted = (gradient[i].unsqueeze(1) * rows).T
+                for j, key in parts_of(keys, width):
                     tile = scores(rows, key)
-                    if ctx.groups is not None:
-                        ctx.groups.hide(tile, top, left)
-                    shares = exponential(tile.sub_(sums.unsqueeze(1)))
-                    to += scores(shares.T, weighted)
+                    if groups is not None:
+                        groups.hide(tile, i, j)
+                    shares = exponential(tile.sub_(log_sums[i].unsqueeze(1)))
+                    if groups is not None and groups.shared:
+                        shares -= groups.targets(i, j, key)
+                    to_keys[j] += scores(shares.T, weighted)
         return to_queries, to_keys, None
 
 
 def log_sum_exp(
     queries: Float[Tensor, "b p"], keys: Float[Tensor, "n p"], groups: Groups | None = None
 ) -> Float[Tensor, " b"]:
-    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys; with `groups`, without
-    the others of a row's group."""
+    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys.
+
+    With `groups` others of a query's group are left out if they are masked; if they are shared, the
+    mean score of the group is subtracted, which makes it a cross-entropy.
+    """
     log_sums: Tensor = LogSumExp.apply(queries, keys, groups)  # type: ignore[no-untyped-call]
     return log_sums

@@ -254,23 +254,17 @@ def segment_mean(
     With `shared`, they are over the rows of all ranks, without gradient.
     """
     counts = torch.bincount(assignments, minlength=num_segments)
-    sums = segment_sum(features, assignments, counts)
+    if features.device.type == "mps":  # not every version has embedding_bag there
+        zeros = features.new_zeros(num_segments, features.shape[1])
+        sums = zeros.index_add(0, assignments, features)
+    else:
+        # Sorted by segment, each segment is summed by one thread, first row first: the same bits
+        # every time. `index_add_` is not deterministic on a GPU.
+        order = torch.argsort(assignments, stable=True)
+        sums = F.embedding_bag(order, features, counts.cumsum(0) - counts, mode="sum")
     if shared:
         sums, counts = collectives.all_reduce(sums), collectives.all_reduce(counts)
     return sums / counts.clamp(min=1).unsqueeze(1), counts
-
-
-def segment_sum(
-    features: Float[Tensor, "m d"], assignments: Int[Tensor, " m"], counts: Int[Tensor, " k"]
-) -> Float[Tensor, "k d"]:
-    """Sum of the rows with each assignment, given how many there are."""
-    if features.device.type == "mps":  # not every version has embedding_bag there
-        zeros = features.new_zeros(len(counts), features.shape[1])
-        return zeros.index_add(0, assignments, features)
-    # Sorted by segment, each segment is summed by one thread, first row first: the same bits
-    # every time. `index_add_` is not deterministic on a GPU.
-    order = torch.argsort(assignments, stable=True)
-    return F.embedding_bag(order, features, counts.cumsum(0) - counts, mode="sum")
 
 
 @dataclass(frozen=True, kw_only=True)

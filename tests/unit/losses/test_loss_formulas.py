@@ -201,7 +201,7 @@ def test_pairs_that_match_in_any_key_count_once(number):
 @pytest.mark.parametrize("groups", [torch.zeros(3), torch.zeros(4).long(), torch.zeros(2, 2).int()])
 def test_groups_of_other_pairs_are_refused(groups):
     with pytest.raises(ValueError, match=r"groups: .* for 3 pairs; give an integer"):
-        groups_of(groups, 3)
+        groups_of(groups, 3, "masked")
 
 
 def all_of(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:

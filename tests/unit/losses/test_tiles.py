@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from protoclip import KMeans, info_nce, prototypical_loss, sigmoid_loss
 from protoclip.losses import info_nce as instance
-from protoclip.losses import tiles
+from protoclip.losses import positives, tiles
 from protoclip.losses.info_nce import sharded_info_nce
 from protoclip.losses.prototypical import make_targets
 
@@ -97,6 +97,7 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     monkeypatch.setattr(tiles, "ROWS", 16)
     monkeypatch.setattr(tiles, "CPU_SCORES", 16 * 25)
     monkeypatch.setattr(instance, "TILED_ABOVE", 0)
+    monkeypatch.setattr(positives, "ROWS", 8)
     b, k, p = 120, 400, 4
     centroids = unit(k, p, seed=1).float()
     centroids[0] = 0
@@ -116,10 +117,10 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
         sigmoid_loss(h, text, s, -10.0).backward()
     assert classified.elements == 2 * b * p  # texts and their gradient, in one tensor
     groups = torch.arange(2 * b).view(b, 2) // 6
-    for positives in ("masked", "shared"):
+    for way in ("masked", "shared"):
         with Largest() as matched:
-            info_nce(h, text, s, groups, positives=positives).backward()
-            sigmoid_loss(h, text, s, -10.0, groups, positives=positives).backward()
+            info_nce(h, text, s, groups, positives=way).backward()
+            sigmoid_loss(h, text, s, -10.0, groups, positives=way).backward()
         assert matched.elements == 2 * b * p
 
 
@@ -204,9 +205,9 @@ def test_losses_inside_autocast_are_those_outside(rows, dtype):
                 sharded_info_nce(given, other, s),
                 sigmoid_loss(given, other, s, -10.0),
                 *(
-                    loss(given, other, s, *bias, index, positives=positives)
+                    loss(given, other, s, *bias, index, positives=way)
                     for loss, *bias in ((info_nce,), (sharded_info_nce,), (sigmoid_loss, -10.0))
-                    for positives in ("masked", "shared")
+                    for way in ("masked", "shared")
                 ),
             ]
             sum(losses).backward()
