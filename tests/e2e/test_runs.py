@@ -146,7 +146,8 @@ def test_a_run_says_how_many_pairs_match(positives, others, tmp_path):
     pq.write_table(table.append_column("kind", pa.array(["one"] * len(table))), path)
     data = {"class_column": "kind", "validation": 0.0}
     changes = {"data": data, "loss": {"positives": positives, "prototypical": 0.0}}
-    run.train(short(tiny_config(path, out=""), tmp_path / "run", count=1, **changes))
+    config = short(tiny_config(str(path), out=""), tmp_path / "run", count=1, **changes)
+    run.train(config)
     lines = metrics_of(tmp_path / "run", "train/loss/info_nce")
     assert {line.get("train/positives") for line in lines} == {others}
 
