@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip import KMeans, Target, info_nce
+from protoclip import KMeans, Target, info_nce, sigmoid_loss
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.losses import info_nce as instance
 from protoclip.losses import tiles
@@ -88,15 +89,19 @@ def look_up(form: str) -> Step:
     return step
 
 
-def pairs(form: str, b: int, d: int) -> Step:
-    """A step of InfoNCE."""
+def pairs(form: str, b: int, d: int, *, sigmoid: bool = False) -> Step:
+    """A step of InfoNCE, or of the sigmoid loss; two of five pairs match another by a key."""
     text = unit(b, d, seed=1)
     image = F.normalize(text + unit(b, d, seed=2), dim=1)
     leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(20.0, requires_grad=True)]
 
+    groups = torch.randint(0, 4 * b, (b, 2), generator=torch.Generator().manual_seed(3))
+    positives: Any = form if form in MATCHING else "pair"
+    loss = partial(sigmoid_loss, *leaves, -10.0) if sigmoid else partial(info_nce, *leaves)
+
     def step() -> None:
         instance.TILED_ABOVE = b * b if form == "plain" else 0
-        info_nce(*leaves).backward()
+        loss(groups, positives=positives).backward()
 
     return step
 
@@ -141,6 +146,10 @@ def batch(form: str, b: int, chunk: int) -> Step:
     return step
 
 
+MATCHING = {
+    "masked": "tiled, those that match masked",
+    "shared": "tiled, those that match shared",
+}
 TILED = {"plain": "plain", "tiled": "tiled", "torch": "tiled, without oneDNN"}
 # Name, forms of a step (the first is the measure of the others), the step, and a small step first.
 Case = tuple[str, dict[str, str], Callable[[str], Step], Callable[[str], Step]]
@@ -159,12 +168,18 @@ CASES: dict[str, Case] = {
     **{
         f"info-nce-{b}": (
             f"InfoNCE, b = {b:,}, d = 512",
-            TILED,
+            TILED | MATCHING,
             partial(pairs, b=b, d=512),
             partial(pairs, b=8, d=512),
         )
         for b in (1024, 4096)
     },
+    "sigmoid-4096": (
+        "sigmoid, b = 4,096, d = 512",
+        {"tiled": "tiled", **MATCHING},
+        partial(pairs, b=4096, d=512, sigmoid=True),
+        partial(pairs, b=8, d=512, sigmoid=True),
+    ),
     "chunks": (
         "whole step, b = 512",
         {"plain": "one pass", "chunks": "chunks of 64"},

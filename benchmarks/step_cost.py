@@ -1,7 +1,8 @@
 """What does grouping cost? Wall clock of ProtoCLIP over CLIP at equal samples, and where it goes.
 
-CLIP, and ProtoCLIP with the bundled teacher and prototypes from extraction or from the queue, in
-alternation, each for one episode of warm-up (not counted) and two counted ones.
+CLIP, also with positives shared and masked, and ProtoCLIP with the bundled teacher and prototypes
+from extraction or from the queue, in alternation, each for one episode of warm-up (not counted)
+and two counted ones.
 
     python benchmarks/step_cost.py [--repeats 3] [--case demo vit] [--workers N] [--out FILE]
 
@@ -72,7 +73,8 @@ def base(case: str) -> Config:
 
 
 def arms(case: str) -> dict[str, Config]:
-    """CLIP, and ProtoCLIP with its teacher and either source of prototypes."""
+    """CLIP, also with pairs that match, and ProtoCLIP with its teacher and either source of
+    prototypes."""
     clip = base(case)
     # The bundled teacher knows 7,077 samples; the synthetic ones have none.
     arm = demo.arms()["CLIP" if case == "rn50" else "ProtoCLIP + teacher"]
@@ -82,8 +84,12 @@ def arms(case: str) -> dict[str, Config]:
         loss=replace(with_teacher.loss, prototypical=1.0),
         teacher=replace(with_teacher.teacher, number=clip.prototypes.number),
     )
+    sharing = replace(clip, loss=replace(clip.loss, positives="shared"))
+    masking = replace(clip, loss=replace(clip.loss, positives="masked"))
     return {
         "CLIP": clip,
+        "CLIP, positives shared": sharing,
+        "CLIP, positives masked": masking,
         "ProtoCLIP, extract": replace(
             grouped, prototypes=replace(grouped.prototypes, source="extract")
         ),
@@ -106,7 +112,8 @@ def synthetic(config: Config, device: torch.device) -> Callable[..., Iterator[Ba
             position = torch.arange(first, first + size, device=device)
             # The same images each time, but pairs that are new.
             names = [str(place) for place in range(first, first + size)]
-            yield Batch(position=position, sample_id=names, image=image, text=text)
+            keys = torch.stack([position, position // 2], dim=1)
+            yield Batch(position=position, sample_id=names, image=image, text=text, groups=keys)
 
     return batches
 
@@ -207,7 +214,12 @@ def loss_seconds(trainer: Trainer, config: Config, episode: Episode, device: tor
             prototype_logit_scale=scale,
         )
         losses, _ = objective(
-            embeddings, targets, assignments, weights=trainer.weights, detailed=False
+            embeddings,
+            targets,
+            assignments,
+            weights=trainer.weights,
+            groups=torch.arange(2 * size, device=device).view(size, 2) // 4,
+            detailed=False,
         )
         torch.stack(list(losses.values())).sum().backward()
         if device.type == "cuda":

@@ -110,7 +110,7 @@ def without_effect(config: Config) -> list[str]:
     queue = config.prototype_source == "queue" and not clip and episodes.warm_up > 0
     in_workers = data.cache == "ram" and data.workers not in (0, "auto")
     hard = config.prototypes.hard_targets and not no_prototypical
-    no_balance = loss.info_nce == 0 and "loss.info_nce is 0"
+    no_instance = loss.info_nce == 0 and "loss.info_nce is 0"
     has_teacher = bool(config.teachers or config.teacher.features)
     unused = clip and "no loss uses prototypes"
     no_target = no_prototypical and not clip and "loss.prototypical is 0"
@@ -124,7 +124,9 @@ def without_effect(config: Config) -> list[str]:
         "run.patience": config.run.stop_by is None and "run.stop_by is not set",
         "data.cache_gb": (in_workers and "worker processes keep no images in memory")
         or (data.cache == "none" and "data.cache is none"),
-        "data.class_column": data.validation == 0 and "data.validation is 0",
+        "data.class_column": data.validation == 0
+        and loss.positives != "class"
+        and "data.validation is 0",
         "model.heads.*": unused,
         "prototypes.*": clip and "loss.prototypical is 0",
         "prototypes.number": no_groups,
@@ -138,9 +140,10 @@ def without_effect(config: Config) -> list[str]:
         "teacher.*": no_teacher,
         "teachers.*": no_teacher,
         "loss.teacher": no_features,
-        "loss.strengths": unused or no_balance,
+        "loss.strengths": unused or no_instance,
         "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
-        "loss.instance": loss.info_nce == 0 and "loss.info_nce is 0",
+        "loss.instance": no_instance,
+        "loss.positives": no_instance,
         "optim.locked_learning_rate": not config.locked_episodes
         and "there is no locked-image stage",
         "optim.image_lr_scale": "image" in locked and "the image tower is locked",

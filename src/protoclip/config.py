@@ -229,6 +229,7 @@ class TeacherConfig:
 class LossConfig:
     instance: Literal["auto", "info_nce", "sigmoid"] = "auto"  # auto: sigmoid for SigLIP models.
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
+    positives: Literal["pair", "masked", "shared", "class"] = "pair"  # What equal pairs count as.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 2.0  # Weight of each external teacher's loss.
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.

@@ -72,12 +72,15 @@ def gradients(
     embeddings, finish = trainer._forward(batch)
     rows = torch.randn(2, PAIRS, 16, generator=generator, dtype=torch.float64)[:, own]
     image, text = torch.nn.functional.normalize(rows, dim=-1)
+    keys = torch.stack([torch.arange(PAIRS) // 3, torch.arange(PAIRS) % 7], dim=1)[own]
     losses, _ = objective(
         embeddings,
         targets or None,
+        groups=keys,
         start=StartFeatures(image=image, text=text, logit_scale=torch.tensor(5.0).double()),
         assignments=dict(zip(("image", "text", "teacher"), assigned[:, own], strict=True)),
         weights=LossWeights(
+            positives=next((term for term in terms if term in ("masked", "shared")), "pair"),
             info_nce=float("info_nce" in terms),
             sigmoid=float("sigmoid" in terms),
             teachers={"teacher": 2.0},
@@ -96,12 +99,15 @@ def gradients(
 TERMS = {
     "InfoNCE": ("info_nce",),
     "sigmoid": ("sigmoid",),
+    "masked": ("info_nce", "sigmoid", "masked"),
+    "shared": ("info_nce", "sigmoid", "shared"),
     "keep": ("relations",),
     "keep features": ("features",),
     "prototypical": ("image_from_text", "text_from_image"),
     "teacher": ("image_from_teacher", "text_from_teacher"),
 }
-TERMS["all"] = sum((own for name, own in TERMS.items() if name != "keep features"), start=())
+APART = ("keep features", "masked")
+TERMS["all"] = sum((own for name, own in TERMS.items() if name not in APART), start=())
 
 
 @pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in TERMS), ("all", 4)])

@@ -79,8 +79,15 @@ def test_the_default_leaves_features_out_and_keeps_the_geometry(given, tmp_path)
         assert setting in config
 
 
-def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given):
-    """The store holds half precision, so features agree to its rounding."""
+def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_path):
+    """The store holds half precision, so features agree to its rounding; the same captions match,
+    but for case."""
+    table = pq.read_table(given["data"]["train"])
+    texts = [own[0] for own in table["caption"].to_pylist()]
+    captions = [[texts[row // 2].upper(), texts[row]] for row in range(len(texts))]
+    path = str(tmp_path / "pairs.parquet")
+    pq.write_table(table.set_column(1, "caption", pa.array(captions)), path)
+    given = changed(given, data={"train": path}, loss={"positives": "shared"})
     plan, halves_rows, model = rows_of(given)
     settings: dict[str, Any] = {
         "pairs": plan.samples,
@@ -91,13 +98,17 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given):
         "device": torch.device("cpu"),
     }
     episode = EpisodeSampler(len(plan.samples), 32, seed=0).episode(0)
-    rows = RowLoader(**settings, halves=halves_rows).batches(episode)
-    pixels = EpisodeLoader(**settings).batches(episode)
+    by = {"group_by": ("caption", "image")}
+    rows = RowLoader(**settings, halves=halves_rows).batches(episode, **by)
+    pixels = EpisodeLoader(**settings).batches(episode, **by)
     on_rows = AlignedModel(model).eval()
     model.eval()
     number = 0
     for stored, plain in zip(rows, pixels, strict=True):
         assert stored.sample_id == plain.sample_id
+        same = [(b.groups[:, None] == b.groups) for b in (stored, plain)]
+        assert torch.equal(*same)
+        assert same[0][..., 0].sum() > len(stored.sample_id)
         with torch.no_grad():
             mine = on_rows(stored.image, stored.text)
             whole = model(plain.image, plain.text)

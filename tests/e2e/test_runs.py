@@ -32,7 +32,7 @@ from protoclip.evaluation import datasets
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint
-from protoclip.testing import tiny_config
+from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan
 from protoclip.training.run_folder import flat
@@ -136,6 +136,20 @@ def test_the_sigmoid_loss_trains_beside_prototypes(
     run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "next", count=1, **given))
     first = metrics_of(tmp_path / "next", "train/loss/sigmoid")[0]
     assert first["train/logit_bias"] == trained.towers.logit_bias.item()
+
+
+@pytest.mark.parametrize(("positives", "others"), [("pair", None), ("class", 15.0)])
+def test_a_run_says_how_many_pairs_match(positives, others, tmp_path):
+    """All of a batch of 16, where all are of one class."""
+    table = tiny_pairs(96)
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(table.append_column("kind", pa.array(["one"] * len(table))), path)
+    data = {"class_column": "kind", "validation": 0.0}
+    changes = {"data": data, "loss": {"positives": positives, "prototypical": 0.0}}
+    config = short(tiny_config(str(path), out=""), tmp_path / "run", count=1, **changes)
+    run.train(config)
+    lines = metrics_of(tmp_path / "run", "train/loss/info_nce")
+    assert {line.get("train/positives") for line in lines} == {others}
 
 
 def test_equal_seeds_give_equal_runs_bit_for_bit(tiny_run, tiny_parquet, tmp_path):

@@ -25,6 +25,7 @@ from protoclip import signals
 from protoclip.config import Config
 from protoclip.data.cache import crop, image_cache
 from protoclip.data.defaults import number_of_workers
+from protoclip.data.groups import Key, keys_of
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import LOST, MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
@@ -57,6 +58,7 @@ class Batch:
         text: Tokens `(b, c)`; or what a frozen half made of a caption `(b, q)`.
         captions: What tells a sample's captions apart, such as the tokens of `text`, as bytes.
         features: What else is known of the samples, by name; see `EpisodeLoader.features_of`.
+        groups: Keys by which pairs are positives of each other, if the pass asks for them.
     """
 
     position: Int[Tensor, " b"]
@@ -65,6 +67,7 @@ class Batch:
     text: Shaped[Tensor, "b _"]
     captions: list[bytes] = field(default_factory=list)
     features: Mapping[str, Float[Tensor, "b _"]] = field(default_factory=dict)
+    groups: Int[Tensor, "b k"] | None = None
 
 
 _Draws = npt.NDArray[np.float32]
@@ -77,6 +80,7 @@ class Pass:
     Attributes:
         stream: Which random numbers the transform draws.
         with_features: Whether batches bring `features`.
+        group_by: The keys of `groups` that batches bring.
     """
 
     episode: Episode
@@ -84,6 +88,7 @@ class Pass:
     transform: Transform
     stream: int
     with_features: bool
+    group_by: tuple[Key, ...] = ()
 
     def is_same_as(self, other: "Pass") -> bool:
         """Equal; an episode's rows follow from its number."""
@@ -100,6 +105,7 @@ class _Request(NamedTuple):
     transform_draws: _Draws
     caption_draws: _Draws
     with_features: bool
+    group_by: tuple[Key, ...]
 
 
 class _Made(NamedTuple):
@@ -126,7 +132,7 @@ class _Reader(Dataset[_Made]):
     def __getitem__(self, request: _Request) -> _Made:
         position, candidates, transform = request.position, request.candidates, request.transform
         spare = iter(candidates[len(position) :])
-        captions, images, ids, bad = [], [], [], []
+        captions, images, ids, groups, bad = [], [], [], [], []
         for number, first in enumerate(candidates[: len(position)]):
             box = partial(transform.box, draws=request.transform_draws[number])
             cut = partial(self.crop, box=box, size=transform.size)
@@ -137,9 +143,12 @@ class _Reader(Dataset[_Made]):
                     bad.append(error)
                     continue
                 draw = request.caption_draws[number]
-                captions.append(sample.captions[int(draw * len(sample.captions))])
+                caption = sample.captions[int(draw * len(sample.captions))]
+                captions.append(caption)
                 images.append(image)
                 ids.append(sample.sample_id)
+                row = candidate if isinstance(candidate, int) else None
+                groups.append(keys_of(request.group_by, self.pairs, row, sample, caption))
                 break
             else:
                 return _Made([], torch.zeros(0), Packed.of({}), [], bad)
@@ -148,6 +157,8 @@ class _Reader(Dataset[_Made]):
         tensors = {"position": torch.from_numpy(position), "text": text}
         # A CPU applies a transform to a few images at a time, and so takes the draws themselves.
         tensors |= {"draws": draws} if self.on_cpu else named("change", transform.changes(draws))
+        if request.group_by:
+            tensors["groups"] = torch.tensor(groups)
         if request.with_features:
             try:
                 tensors |= named("features", {k: of(ids) for k, of in self.features_of.items()})
@@ -283,6 +294,7 @@ class EpisodeLoader:
         transform: Transform | None = None,
         stream: int = TRANSFORM_STREAM,
         with_features: bool = False,
+        group_by: tuple[Key, ...] = (),
     ) -> Pass:
         """A pass over an episode from batch number `start` on, by default through `transform`."""
         return Pass(
@@ -291,6 +303,7 @@ class EpisodeLoader:
             transform=transform or self.transform,
             stream=stream,
             with_features=with_features,
+            group_by=group_by,
         )
 
     def batches(self, episode: Episode, start: int = 0, **settings: Any) -> Iterator[Batch]:
@@ -344,6 +357,7 @@ class EpisodeLoader:
             text=tensors["text"],
             captions=made.captions,
             features=without_prefix("features", tensors),
+            groups=tensors.get("groups"),
         )
 
     def state_dict(self, episode: int, batch: int, size: int) -> dict[str, Any]:
@@ -417,6 +431,7 @@ class EpisodeLoader:
                 transform_draws=draws[position],
                 caption_draws=captions[position],
                 with_features=current.with_features,
+                group_by=current.group_by,
             )
 
 

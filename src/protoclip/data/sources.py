@@ -46,6 +46,11 @@ def pairs(config: Config) -> Pairs | SampleStream:
         if isinstance(source, ImageTextPairs) and not source.caption_columns:
             raise ValueError(f"{source.name}: no column with captions; set caption_column to one")
     indexed = [source for source in opened if isinstance(source, ImageTextPairs)]
+    if config.loss.positives == "class" and not any(each.class_column for each in indexed):
+        raise ValueError(
+            "loss.positives: class needs a table with classes, named by data.class_column; name "
+            "it, or choose shared"
+        )
     streams = [source for source in opened if isinstance(source, ShardStream)]
     if chosen is not None and not streams:
         indexed = chosen.apply(indexed)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
@@ -148,8 +148,9 @@ def all_gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def all_gather_with_gradient(rows: Float[Tensor, "b *d"]) -> Float[Tensor, "B *d"]:
-    """The rows of all ranks, which have equally many. Gradients are summed over ranks."""
+def all_gather_with_gradient(rows: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "B *d"]:
+    """The rows of all ranks, which have equally many; it does not wait for a GPU. Gradients, of
+    rows that have some, are summed over ranks."""
     if world_size() == 1:
         return rows
     # torch 2.13 renamed it; earlier versions do not have the new name.

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from protoclip.config import HALVES, Config
 from protoclip.data.decode import decode_crop
+from protoclip.data.groups import Key, class_number, normalised, number_of
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs, Sample
 from protoclip.data.transforms import Transform
@@ -232,6 +233,9 @@ class HalfRows:
         text: The captions.
         images: The number of each row's image in each view `(n, v)`; -1 if it is bad.
         captions: The numbers of all rows' captions, row after row.
+        same_text: A key of each of these captions, equal for texts that differ in nothing but case
+            and space; nobody asked for keys if there are none.
+        same_image: A key of each row's plain image, equal where the half makes the same of two.
         first: Where each row's captions begin `(n + 1)`.
         repeated: Rows whose image an earlier row has too, which then has their captions.
     """
@@ -242,6 +246,8 @@ class HalfRows:
     captions: Numbers
     first: Numbers
     repeated: Numbers
+    same_text: Numbers = field(default_factory=NONE.copy)
+    same_image: Numbers = field(default_factory=NONE.copy)
 
     @property
     def bad(self) -> Numbers:
@@ -258,7 +264,9 @@ class HalfRows:
             image=self.image,
             text=self.text,
             images=self.images[kept],
-            captions=self.captions[np.repeat(kept, counts)],
+            captions=self.captions[of_kept := np.repeat(kept, counts)],
+            same_text=self.same_text[of_kept] if len(self.same_text) else NONE,
+            same_image=self.same_image[kept] if len(self.same_image) else NONE,
             first=np.concatenate([[0], np.cumsum(counts[kept])]),
             repeated=NONE,
         )
@@ -278,9 +286,20 @@ class HalfRows:
         return torch.from_numpy(self.text.rows(numbers))
 
     def drawn_captions(self, rows: Numbers, draws: npt.NDArray[np.float32]) -> Numbers:
-        """The number of one caption of each row, by a draw in [0, 1)."""
+        """One of `captions` of each row, by a draw in [0, 1)."""
         counts = self.first[rows + 1] - self.first[rows]
-        return self.captions[self.first[rows] + (draws * counts).astype(np.int64)]
+        return self.first[rows] + (draws * counts).astype(np.int64)
+
+    def groups(
+        self, pairs: Pairs, rows: Numbers, captions: Numbers, by: tuple[Key, ...]
+    ) -> Numbers:
+        """The keys of rows with the drawn captions `(b, k)`, as batches of images have them."""
+        keys: dict[Key, Callable[[], Numbers]] = {
+            "caption": lambda: self.same_text[captions],
+            "image": lambda: self.same_image[rows],
+            "class": lambda: np.array([class_number(pairs, int(row)) for row in rows]),
+        }
+        return np.stack([keys[key]() for key in by], axis=1)
 
     def mean_text_rows(self, rows: Numbers) -> Tensor:
         """The mean over the captions of each row `(b, q)`."""
@@ -338,6 +357,7 @@ def encode_halves(
     max_pixels: int,
     autocast: Any,
     threads: int | None = None,
+    with_groups: bool = False,
 ) -> HalfRows:
     """Encode what is not in the store yet, and open it. All ranks call it.
 
@@ -345,6 +365,7 @@ def encode_halves(
         halves: On their device, in evaluation mode.
         views: The transform of the plain image, then of each augmented one.
         root: Folder of the store.
+        with_groups: Whether batches will bring `groups`.
 
     Raises:
         ValueError: The folder cannot be used, or is damaged; or no image can be read.
@@ -375,11 +396,19 @@ def encode_halves(
     found = text.find(unique)[np.searchsorted(unique, caption_hashes)]
     shown_by = rows[inverse]  # the first row with the image of each row
     owner = shown_by[of_row]
+    order = np.argsort(owner, kind="stable")
+    of_rows = np.stack(numbers, axis=1)
+    same_text = same_image = NONE
+    if with_groups:
+        same_text = hashes_of_captions(pairs, normalised)[0].view(np.int64)[order]
+        same_image = keys_of_images(stores[0], of_rows[:, 0])
     return HalfRows(
         image=stores,
         text=text,
-        images=np.stack(numbers, axis=1),
-        captions=found[np.argsort(owner, kind="stable")],
+        images=of_rows,
+        captions=found[order],
+        same_text=same_text,
+        same_image=same_image,
         first=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(pairs)))]),
         repeated=np.flatnonzero(shown_by != np.arange(len(pairs))),
     )
@@ -416,8 +445,8 @@ def hashes_of_images(pairs: Pairs) -> Hashes:
     return hash_ids(image_key(pairs, row) for row in range(len(pairs)))
 
 
-def hashes_of_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
-    """Of all captions, row after row; and how many each row has, which may be none."""
+def hashes_of_captions(pairs: Pairs, form: Callable[[str], str] = str) -> tuple[Hashes, Numbers]:
+    """Of all captions in this form, row after row; and how many each row has, which may be none."""
     parts, counts = [], np.zeros(len(pairs), np.int64)
     for start in range(0, len(pairs), BLOCK):
         texts: list[str] = []
@@ -425,9 +454,19 @@ def hashes_of_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
             with suppress(BadSample):
                 own = pairs.sample_captions(row)
                 counts[row] = len(own)
-                texts += own
+                texts += map(form, own)
         parts.append(hash_ids(texts))
     return np.concatenate(parts), counts
+
+
+def keys_of_images(stored: HalfFeatures, numbers: Numbers) -> Numbers:
+    """A key of the features of each of these numbers; 0 for bad images, which have none."""
+    keys = np.zeros(len(numbers), np.int64)
+    good = np.flatnonzero(numbers >= 0)
+    for rows in np.array_split(good, max(1, -(-len(good) // BLOCK))):
+        features = stored.rows(numbers[rows])
+        keys[rows] = [number_of(row.tobytes()) for row in features]
+    return keys
 
 
 def completed(

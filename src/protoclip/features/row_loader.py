@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from protoclip.data.loader import Batch, EpisodeLoader, Pass
+from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import caption_draws, transform_draws
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.features.halves import HalfRows
@@ -23,6 +24,7 @@ class RowLoader(EpisodeLoader):
 
     def batches_of(self, wanted: Pass) -> Iterator[Batch]:
         """This rank's batches of a pass: a pure function of it, with any number of ranks."""
+        assert isinstance(self.pairs, Pairs)
         episode, all_rows = wanted.episode, wanted.episode.rows.numpy()
         size, stride = len(all_rows), self.batch_size * self.world_size
         captions = caption_draws(self.seed, episode.index, size)
@@ -33,12 +35,18 @@ class RowLoader(EpisodeLoader):
             numbers = np.arange(begin, min(begin + stride, size))
             position = np.array_split(numbers, self.world_size)[self.rank]
             rows = all_rows[position]
-            chosen = self.halves.drawn_captions(rows, captions[position])
+            drawn = self.halves.drawn_captions(rows, captions[position])
+            chosen = self.halves.captions[drawn]
             image = self.halves.image_rows(rows, None if views is None else views[position])
-            sample_ids = [self.pairs.sample_id(int(row)) for row in rows]  # type: ignore[union-attr]
+            sample_ids = [self.pairs.sample_id(int(row)) for row in rows]
             features = {}
             if wanted.with_features:
                 features = {name: of(sample_ids) for name, of in self.features_of.items()}
+            groups = None
+            if wanted.group_by:
+                groups = torch.from_numpy(
+                    self.halves.groups(self.pairs, rows, drawn, wanted.group_by)
+                )
             self.on_read(len(rows), [])
             yield Batch(
                 position=torch.from_numpy(position).to(self.device),
@@ -47,4 +55,5 @@ class RowLoader(EpisodeLoader):
                 text=self.halves.text_rows(chosen).to(self.device),
                 captions=[number.tobytes() for number in chosen],
                 features={name: rows.to(self.device) for name, rows in features.items()},
+                groups=None if groups is None else groups.to(self.device),
             )

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
+from protoclip.losses.positives import EVERY, Groups, Positives, groups_of
 
 TILED_ABOVE = 2**20  # logits; with fewer, the plain form is as fast, and its memory small
 
@@ -18,6 +19,9 @@ def info_nce(
     image_features: Float[Tensor, "b d"],
     text_features: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
+    groups: Int[Tensor, "b *k"] | None = None,
+    *,
+    positives: Positives = "shared",
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE over a batch of pairs (Radford et al. 2021).
 
@@ -26,19 +30,31 @@ def info_nce(
         >>> images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
         >>> round(info_nce(images, texts, 1.0).item(), 4)
         0.8133
+        >>> round(info_nce(images, texts, 1.0, torch.tensor([7, 7]), positives="masked").item(), 4)
+        0.0
 
     Args:
         image_features: Of unit norm. Row `i` pairs with text row `i`.
         text_features: Of unit norm.
         logit_scale: Inverse temperature, in [1, 100].
+        groups: Of each pair an integer, or several: pairs that have one of them in common, at the
+            same place, are no negatives of each other.
+        positives: What others of a pair's group are: `shared`, positives, by the mean of their
+            log-probabilities (SupCon, arXiv 2004.11362); `masked`, left out of the softmax; or
+            `pair`, negatives all the same.
+
+    Raises:
+        ValueError: The groups are no integers, or not as many as the pairs.
     """
     images, texts = tiles.widened(image_features, text_features)
+    known = groups_of(groups, len(images), positives)
     scaled = logit_scale * images
     if by_tiles(scaled, texts):
-        loss: Tensor = TiledInfoNCE.apply(scaled, texts)  # type: ignore[no-untyped-call]
+        loss: Tensor = TiledInfoNCE.apply(scaled, texts, known)  # type: ignore[no-untyped-call]
         return loss
-    logits = scaled @ texts.T
-    labels = torch.arange(len(logits), device=logits.device)
+    logits, labels = scaled @ texts.T, labels_of(known, len(images), images)
+    if known is not None:
+        logits = known.hide(logits, EVERY, EVERY)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
@@ -46,6 +62,9 @@ def sharded_info_nce(
     image_features: Float[Tensor, "b d"],
     text_features: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
+    groups: Int[Tensor, "b *k"] | None = None,
+    *,
+    positives: Positives = "shared",
 ) -> Float[Tensor, ""]:
     """`info_nce` of the local rows against the features of all ranks, each with `b` pairs.
 
@@ -53,15 +72,29 @@ def sharded_info_nce(
     """
     images, texts = tiles.widened(image_features, text_features)
     all_images, all_texts = map(collectives.all_gather_with_gradient, (images, texts))
+    known = groups_of(groups, len(images), positives)
+    known = None if known is None else known.gathered()
     if by_tiles(images, all_texts):
-        sums = tiles.log_sum_exp(logit_scale * images, all_texts)
-        sums = sums + tiles.log_sum_exp(logit_scale * texts, all_images)
-        return (sums / 2 - logit_scale * (images * texts).sum(1)).mean()
-    first = collectives.rank() * len(images)
-    labels = torch.arange(first, first + len(images), device=images.device)
-    from_images = F.cross_entropy(logit_scale * images @ all_texts.T, labels)
-    from_texts = F.cross_entropy(logit_scale * texts @ all_images.T, labels)
-    return (from_images + from_texts) / 2
+        sums = tiles.log_sum_exp(logit_scale * images, all_texts, known)
+        sums = sums + tiles.log_sum_exp(logit_scale * texts, all_images, known)
+        if known is None or not known.shared:
+            sums = sums - 2 * logit_scale * (images * texts).sum(1)
+        return sums.mean() / 2
+    of_images, of_texts = logit_scale * images @ all_texts.T, logit_scale * texts @ all_images.T
+    labels = labels_of(known, len(images), images, collectives.rank() * len(images))
+    if known is not None:
+        of_images, of_texts = (known.hide(each, EVERY, EVERY) for each in (of_images, of_texts))
+    return (F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
+
+
+def labels_of(
+    groups: Groups | None, pairs: int, like: Tensor, first: int = 0
+) -> Int[Tensor, " b"] | Float[Tensor, "b n"]:
+    """What each row is to predict: the column of its own pair, from `first` on, or equal shares of
+    all columns that it matches."""
+    if groups is not None and groups.shared:
+        return groups.targets(EVERY, EVERY, like)
+    return torch.arange(first, first + pairs, device=like.device)
 
 
 def by_tiles(rows: Float[Tensor, "b d"], columns: Float[Tensor, "n d"]) -> bool:
@@ -75,31 +108,47 @@ class TiledInfoNCE(torch.autograd.Function):
     and columns, and again for the gradient:
 
         2 b dL / d logits_ij = softmax over row i + softmax over column j - 2 [i = j]
+
+    Where positives are shared, the last term is the share of j in the group of i, and of i in that
+    of j.
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, texts: Tensor) -> Tensor:
+    def forward(ctx: Any, images: Tensor, texts: Tensor, groups: Groups | None) -> Tensor:
         rows = images.new_full((len(images),), float("-inf"))
         columns = rows.clone()
+        shared, agreed = groups is not None and groups.shared, torch.zeros_like(images[:, 0])
         with tiles.without_autocast(images):
             for i, j in tiles.blocks(images):
                 tile = tiles.scores(images[i], texts[j])
+                if groups is not None:
+                    groups.hide(tile, i, j)
                 rows[i] = rows[i].logaddexp(tiles.log_sum(tile, dim=1))
                 columns[j] = columns[j].logaddexp(tiles.log_sum(tile, dim=0))
+                if groups is not None and shared:
+                    agreed[i] += groups.both_targets(i, j, tile).mul_(tile).sum(1)
+        if not shared:
+            agreed = 2 * (images * texts).sum(1)
         ctx.save_for_backward(images, texts, rows, columns)
-        return ((rows + columns) / 2 - (images * texts).sum(1)).mean()
+        ctx.groups = groups
+        return (rows + columns - agreed).mean() / 2
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        images, texts, rows, columns = ctx.saved_tensors
-        to_images, to_texts = -2 * texts, -2 * images
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (images, texts, rows, columns), groups = ctx.saved_tensors, ctx.groups
+        shared = groups is not None and groups.shared
+        to_images, to_texts = (-2 * (not shared) * each for each in (texts, images))
         with tiles.without_autocast(images):
             for i, j in tiles.blocks(images):
                 tile = tiles.scores(images[i], texts[j])
+                if groups is not None:
+                    groups.hide(tile, i, j)
                 shares = tiles.exponential(tile - rows[i].unsqueeze(1))
                 shares += tiles.exponential(tile.sub_(columns[j]))
+                if groups is not None and shared:
+                    shares -= groups.both_targets(i, j, tile)
                 to_images[i] += tiles.scores(shares, texts[j].T)
                 to_texts[j] += tiles.scores(shares.T, images[i].T)
         scale = gradient / (2 * len(images))
-        return to_images.mul_(scale), to_texts.mul_(scale)
+        return to_images.mul_(scale), to_texts.mul_(scale), None

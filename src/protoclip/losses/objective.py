@@ -14,6 +14,7 @@ from protoclip.losses.balance import Balance
 from protoclip.losses.geometry import geometry_loss
 from protoclip.losses.info_nce import info_nce, sharded_info_nce
 from protoclip.losses.keep import StartFeatures, keep
+from protoclip.losses.positives import Positives
 from protoclip.losses.prototypical import Target
 from protoclip.losses.sigmoid import sharded_sigmoid_loss, sigmoid_loss
 from protoclip.models.protoclip import Embeddings
@@ -21,10 +22,15 @@ from protoclip.models.protoclip import Embeddings
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weight of each loss. A loss of weight 0 is not computed."""
+    """Weight of each loss. A loss of weight 0 is not computed.
+
+    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group, and `keep_by`
+    what is to be kept of the start.
+    """
 
     info_nce: float = 1.0
     sigmoid: float = 0.0
+    positives: Positives = "pair"
     prototypical: float = 1.0
     teachers: Mapping[str, float] = field(default_factory=dict)
     keep: float = 0.0
@@ -52,6 +58,7 @@ def objective(
     balance: Balance | None = None,
     start: StartFeatures | None = None,
     frozen: tuple[Tensor, Tensor] | None = None,
+    groups: Int[Tensor, "b k"] | None = None,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted losses by name, whose sum is minimised, and a report of them, unweighted.
@@ -82,20 +89,23 @@ def objective(
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
         frozen: What two frozen halves make of the batch; needed where `weights.geometry` is.
+        groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
     """
     losses: dict[str, Tensor] = {}
     report: dict[str, Tensor] = {"train/logit_scale": embeddings.logit_scale.detach()}
     pairs = (embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
+    assert weights.positives == "pair" or groups is not None, "positives need the pairs' keys"
     if weights.info_nce:
-        loss = (info_nce if world_size() == 1 else sharded_info_nce)(*pairs)
+        loss_of = info_nce if world_size() == 1 else sharded_info_nce
+        loss = loss_of(*pairs, groups, positives=weights.positives)
         losses["info_nce"] = weights.info_nce * loss
         report["train/loss/info_nce"] = loss.detach()
     if weights.sigmoid:
         assert embeddings.logit_bias is not None, "add_logit_bias comes first"
-        loss_of = sigmoid_loss if world_size() == 1 else sharded_sigmoid_loss
-        loss = loss_of(*pairs, embeddings.logit_bias)
+        sigmoid_of = sigmoid_loss if world_size() == 1 else sharded_sigmoid_loss
+        loss = sigmoid_of(*pairs, embeddings.logit_bias, groups, positives=weights.positives)
         losses["sigmoid"] = weights.sigmoid * loss
         report["train/loss/sigmoid"] = loss.detach()
         report["train/logit_bias"] = embeddings.logit_bias.detach()

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
+from protoclip.losses.positives import Groups, Positives, groups_of
 
 
 def sigmoid_loss(
@@ -21,6 +22,9 @@ def sigmoid_loss(
     text_features: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
     logit_bias: Float[Tensor, ""] | float,
+    groups: Int[Tensor, "b *k"] | None = None,
+    *,
+    positives: Positives = "shared",
 ) -> Float[Tensor, ""]:
     """Sigmoid loss over a batch of pairs (Zhai et al. 2023, arXiv 2303.15343).
 
@@ -40,8 +44,15 @@ def sigmoid_loss(
         text_features: Of unit norm.
         logit_scale: Inverse temperature; 10 at the start of training, in the paper.
         logit_bias: Added to every logit; -10 at the start, since few of them are of pairs.
+        groups: As for `info_nce`.
+        positives: What others of a pair's group are: `shared`, pairs too, with z_ij = 1; `masked`,
+            left out of the sum; or `pair`, no pairs all the same.
+
+    Raises:
+        ValueError: The groups are no integers, or not as many as the pairs.
     """
-    return compute(image_features, text_features, logit_scale, logit_bias, ranks=1)
+    pairs = (image_features, text_features, logit_scale, logit_bias)
+    return compute(*pairs, groups, positives, ranks=1)
 
 
 def sharded_sigmoid_loss(
@@ -49,22 +60,33 @@ def sharded_sigmoid_loss(
     text_features: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
     logit_bias: Float[Tensor, ""] | float,
+    groups: Int[Tensor, "b *k"] | None = None,
+    *,
+    positives: Positives = "shared",
 ) -> Float[Tensor, ""]:
     """`sigmoid_loss` of the local images and the texts of all ranks, each with `b` pairs.
 
     The means of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
     Every rank must multiply the loss by the same factor before its backward pass.
     """
-    ranks = collectives.world_size()
-    return compute(image_features, text_features, logit_scale, logit_bias, ranks=ranks)
+    pairs = (image_features, text_features, logit_scale, logit_bias)
+    return compute(*pairs, groups, positives, ranks=collectives.world_size())
 
 
 def compute(
-    images: Tensor, texts: Tensor, scale: Tensor | float, bias: Tensor | float, *, ranks: int
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    groups: Tensor | None,
+    positives: Positives,
+    *,
+    ranks: int,
 ) -> Float[Tensor, ""]:
     images, texts = tiles.widened(images, texts)
     bias = images.new_zeros(()) + bias
-    loss: Tensor = SigmoidLoss.apply(scale * images, texts, bias, ranks)  # type: ignore[no-untyped-call]
+    known = groups_of(groups, len(images), positives)
+    loss: Tensor = SigmoidLoss.apply(scale * images, texts, bias, known, ranks)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -74,11 +96,20 @@ class SigmoidLoss(torch.autograd.Function):
         b dL / d logits_ij = sigmoid(logits_ij) - [i = j]
 
     The forward pass computes the gradients too, so that a tile is computed once. A rank's texts
-    travel from rank to rank until they are home again, with the gradient that they collect.
+    travel from rank to rank until they are home again, with the gradient that they collect. Their
+    groups travel with them: others of an image's group count as pairs if they are shared, else not
+    at all.
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, texts: Tensor, bias: Tensor, ranks: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        bias: Tensor,
+        groups: Groups | None,
+        ranks: int,
+    ) -> Tensor:
         losses = images.new_zeros(len(images))
         slopes = torch.zeros_like(losses)
         to_images = torch.zeros_like(images)
@@ -91,21 +122,30 @@ class SigmoidLoss(torch.autograd.Function):
                     # The first texts are this rank's own, so some tiles hold pairs.
                     pairs = tile.diagonal(i.start - j.start) if step == 0 else tile[:0]
                     pairs.neg_()  # the logits are -z_ij times those of the formula now
+                    signs = None
+                    if groups is not None and groups.shared:
+                        signs = 1 - 2 * groups.others(i, j).to(tile)
+                        tile.mul_(signs)
+                    elif groups is not None:
+                        groups.hide(tile, i, j)
                     tile.clamp_(min=tiles.LEAST_EXPONENT)
                     losses[i] -= F.logsigmoid(-tile).sum(1)
                     shares = tile.sigmoid_()
                     pairs.neg_()
+                    if signs is not None:
+                        shares.mul_(signs)
                     slopes[i] += shares.sum(1)
                     to_images[i] += tiles.scores(shares, visiting[j].T)
                     to_visiting[j] += tiles.scores(shares.T, images[i].T)
                 if ranks > 1:
                     visitors = collectives.pass_on(visitors)
+                    groups = None if groups is None else groups.passed_on()
         ctx.save_for_backward(to_images, visitors[1], slopes.sum())
         return losses.mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_images, to_texts, to_bias = ctx.saved_tensors
         scale = gradient / len(to_images)
-        return scale * to_images, scale * to_texts, scale * to_bias, None
+        return scale * to_images, scale * to_texts, scale * to_bias, None, None

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from protoclip.losses.positives import Groups
+
 ROWS = 512
 # Scores of a tile. 1 MB stays in the cache of a CPU; a GPU needs more to be busy.
 CPU_SCORES, GPU_SCORES = 2**18, 2**23
@@ -33,6 +35,13 @@ def blocks(features: Float[Tensor, "b _"]) -> Iterator[tuple[slice, slice]]:
     for top in range(0, len(features), height):
         for left in range(0, len(features), width):
             yield slice(top, top + height), slice(left, left + width)
+
+
+def parts_of(rows: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of so many rows, each with where it stands."""
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        yield part, rows[part]
 
 
 @cache
@@ -82,24 +91,31 @@ def without_autocast(x: Tensor) -> torch.autocast:
 
 @torch.no_grad()
 def attend(
-    queries: Float[Tensor, "b q"], keys: Float[Tensor, "n q"], values: Float[Tensor, "n p"]
+    queries: Float[Tensor, "b q"],
+    keys: Float[Tensor, "n q"],
+    values: Float[Tensor, "n p"],
+    groups: Groups | None = None,
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b p"]]:
-    """`logsumexp(queries @ keys.T, 1)` and `softmax(queries @ keys.T, 1) @ values`; no gradient."""
+    """`logsumexp(queries @ keys.T, 1)` and `softmax(queries @ keys.T, 1) @ values`; no gradient.
+
+    With `groups` that are masked, others of a query's group are left out.
+    """
     height, width = shape(queries)
     log_sums, means = [], []
     with without_autocast(queries):
-        for rows in torch.split(queries, height):
+        for i, rows in parts_of(queries, height):
             peak = rows.new_full((len(rows), 1), float("-inf"))
             total = rows.new_zeros(len(rows), 1)
             weighted = rows.new_zeros(len(rows), values.shape[1])
-            pairs = zip(torch.split(keys, width), torch.split(values, width), strict=True)
-            for key, value in pairs:
+            for j, key in parts_of(keys, width):
                 tile = scores(rows, key)
+                if groups is not None:
+                    groups.hide(tile, i, j)
                 higher = torch.maximum(peak, tile.amax(1, keepdim=True))
                 shares = exponential(tile.sub_(higher))
                 shrink = (peak - higher).exp_()
                 total.mul_(shrink).add_(shares.sum(1, keepdim=True))
-                weighted.mul_(shrink).add_(scores(shares, value.T))
+                weighted.mul_(shrink).add_(scores(shares, values[j].T))
                 peak = higher
             log_sums.append((peak + total.log()).squeeze(1))
             means.append(weighted.div_(total))
@@ -108,37 +124,57 @@ def attend(
 
 class LogSumExp(torch.autograd.Function):
     """See `log_sum_exp`. Its gradient for a query is the mean key, which the forward pass computes
-    too. If keys need a gradient, the backward pass computes the scores again."""
+    too, less the mean key of its group. If keys need a gradient, the backward pass computes the
+    scores again."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor) -> Tensor:
-        log_sums, means = attend(queries, keys, keys)
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, groups: Groups | None) -> Tensor:
+        log_sums, means = attend(queries, keys, keys, groups)
         again = (queries, keys, log_sums) if ctx.needs_input_grad[1] else ()
+        if groups is not None and groups.shared:
+            of_group = torch.zeros_like(means)
+            height, width = shape(queries)
+            with without_autocast(queries):
+                for i, _ in parts_of(queries, height):
+                    for j, key in parts_of(keys, width):
+                        of_group[i] += scores(groups.targets(i, j, key), key.T)
+            log_sums = log_sums - (queries * of_group).sum(1)
+            means -= of_group
+        ctx.groups = groups
         ctx.save_for_backward(means, *again)
         return log_sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        means, *again = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (means, *again), groups = ctx.saved_tensors, ctx.groups
         to_queries = gradient.unsqueeze(1) * means
         if not again:
-            return to_queries, None
+            return to_queries, None, None
         queries, keys, log_sums = again
         height, width = shape(queries)
         to_keys = torch.zeros_like(keys)
-        parts = (torch.split(each, height) for each in (queries, log_sums, gradient))
         with without_autocast(queries):
-            for rows, sums, weights in zip(*parts, strict=True):
-                weighted = (weights.unsqueeze(1) * rows).T
-                pairs = zip(torch.split(keys, width), torch.split(to_keys, width), strict=True)
-                for key, to in pairs:
-                    shares = exponential(scores(rows, key).sub_(sums.unsqueeze(1)))
-                    to += scores(shares.T, weighted)
-        return to_queries, to_keys
+            for i, rows in parts_of(queries, height):
+                weighted = (gradient[i].unsqueeze(1) * rows).T
+                for j, key in parts_of(keys, width):
+                    tile = scores(rows, key)
+                    if groups is not None:
+                        groups.hide(tile, i, j)
+                    shares = exponential(tile.sub_(log_sums[i].unsqueeze(1)))
+                    if groups is not None and groups.shared:
+                        shares -= groups.targets(i, j, key)
+                    to_keys[j] += scores(shares.T, weighted)
+        return to_queries, to_keys, None
 
 
-def log_sum_exp(queries: Float[Tensor, "b p"], keys: Float[Tensor, "n p"]) -> Float[Tensor, " b"]:
-    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys."""
-    log_sums: Tensor = LogSumExp.apply(queries, keys)  # type: ignore[no-untyped-call]
+def log_sum_exp(
+    queries: Float[Tensor, "b p"], keys: Float[Tensor, "n p"], groups: Groups | None = None
+) -> Float[Tensor, " b"]:
+    """`logsumexp(queries @ keys.T, 1)` with gradients for queries and keys.
+
+    With `groups` others of a query's group are left out if they are masked; if they are shared, the
+    mean score of the group is subtracted, which makes it a cross-entropy.
+    """
+    log_sums: Tensor = LogSumExp.apply(queries, keys, groups)  # type: ignore[no-untyped-call]
     return log_sums

@@ -44,6 +44,7 @@ CHARTS: dict[str, dict[str, str]] = {
         "train/loss/info_nce": "InfoNCE loss",
         "train/loss/sigmoid": "Sigmoid loss",
         "train/loss/prototypical/*": "Prototypical loss",
+        "train/positives": "Other pairs of a batch that match one",
     },
     "Prototypes": {
         "train/prototypes/accuracy/*": "Accuracy of prototypes",

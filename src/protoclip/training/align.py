@@ -273,6 +273,7 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         max_pixels=config.data.max_image_pixels,
         autocast=autocast(resolve(config.run.precision, device), device),
         threads=None if workers == "auto" else max(1, workers),
+        with_groups=config.loss.positives != "pair",
     )
     bad, notes = rows.bad, [*plan.notes]
     if len(rows.repeated):

@@ -183,6 +183,8 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
         few = number < size // sizes.PAIRS_A_PROTOTYPE
         reason = "since captions repeat" if few else "a tenth of an episode"
         notes.append(f"{' and '.join(names)} = {number}, {reason}")
+        if few and config.loss.positives == "pair" and config.loss.info_nce:
+            notes.append("loss.positives = pair, so equal captions are negatives of each other")
     return with_sizes(config, size, number), notes
 
 

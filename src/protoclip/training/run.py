@@ -23,6 +23,7 @@ from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.chosen import read_chosen
 from protoclip.data.content import Facts, content
+from protoclip.data.groups import KEYS
 from protoclip.data.loader import EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode
@@ -257,6 +258,7 @@ class Run:
         weights = LossWeights(
             info_nce=0.0 if sigmoid else config.loss.info_nce,
             sigmoid=config.loss.info_nce if sigmoid else 0.0,
+            positives="shared" if config.loss.positives == "class" else config.loss.positives,
             prototypical=config.loss.prototypical,
             teachers=dict.fromkeys(teachers, config.loss.teacher),
             keep=config.loss.keep,
@@ -367,8 +369,10 @@ class Run:
 
     def training_pass(self, index: int, start: int = 0) -> Pass:
         """The pass that trains on an episode; it brings features if they have prototypes then."""
-        with_features = self.trainer.stage(index).needs_prototypes
-        return self.loader.pass_over(self.episode(index), start, with_features=with_features)
+        features, by = self.trainer.stage(index).needs_prototypes, KEYS[self.config.loss.positives]
+        return self.loader.pass_over(
+            self.episode(index), start, with_features=features, group_by=by
+        )
 
     def pass_after(self, current: Pass) -> Pass | None:
         """The pass that will follow: over each episode to extract its features, then to train."""

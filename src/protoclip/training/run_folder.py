@@ -165,6 +165,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     """
     # What earlier versions did, without a setting for it.
     known: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
+    known["loss.positives"] = "pair"
     saved = read_settings(folder)
     if "teacher.features" in saved:
         known["teacher.whiten"] = 0

@@ -18,6 +18,7 @@ from protoclip.losses.balance import Balance, measure
 from protoclip.losses.grad_cache import forward_in_chunks, random_state
 from protoclip.losses.keep import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
+from protoclip.losses.positives import mean_positives
 from protoclip.losses.prototypical import Target
 from protoclip.models import batch_norm, lora
 from protoclip.models.precision import Autocast
@@ -162,6 +163,7 @@ class Trainer:
             balance=self.balance,
             start=self._start_features(batch),
             frozen=(batch.image, batch.text) if self.weights.geometry else None,
+            groups=batch.groups,
             detailed=detailed,
         )
         total = torch.stack(list(losses.values())).sum()
@@ -186,6 +188,8 @@ class Trainer:
                 all_gather(embeddings.image_features.detach()),
                 all_gather(embeddings.text_features.detach()),
             )
+            if batch.groups is not None:
+                report["train/positives"] = mean_positives(all_gather(batch.groups))
             report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()

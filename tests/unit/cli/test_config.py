@@ -150,6 +150,10 @@ UNJUDGED = DataConfig(train="pairs.tsv", validation=0.0)
 CONSTANT = {"loss": LossConfig(prototypical=0.0, strengths="constant")}
 TEACHER = {"teacher": TeacherConfig(features="emoji")}
 UNLOCKED = {"episodes": EpisodeConfig(locked_image=0)}
+NO_PAIRS = {
+    "loss": LossConfig(info_nce=0.0),
+    "episodes": EpisodeConfig(warm_up=0, locked_image=0),
+}
 HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
 
 
@@ -171,6 +175,7 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
         (CLIP, "loss.strengths", "constant", "since no loss uses prototypes"),
         ({"data": DataConfig(cache="none")}, "data.cache_gb", 1.0, "since data.cache is none"),
         ({"data": UNJUDGED}, "data.class_column", "class", "since data.validation is 0"),
+        (NO_PAIRS, "loss.positives", "shared", "since loss.info_nce is 0"),
         (TEACHER, "loss.teacher", 0.0, "teacher.*: no effect, since loss.teacher is 0"),
         ({"model": ModelConfig(name="RN50")}, "model.text.width", 64, "since model.name is RN50"),
         ({"data": DataConfig(workers=2)}, "data.cache_gb", 1.0, "keep no images in memory"),

@@ -82,6 +82,33 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
         assert torch.equal(a.position, b.position)
         assert torch.equal(a.text, b.text)
         assert torch.equal(a.image, b.image)
+        assert (a.groups is None) == (b.groups is None)
+        assert a.groups is None or torch.equal(a.groups, b.groups)
+
+
+def test_pairs_that_show_the_same_have_a_key_in_common():
+    """Captions but for case and space, images to the byte, classes by name. A row without a class
+    is alone; a bad one leaves no key behind."""
+    images = tiny_pairs()["image"].to_pylist()[:2]
+    rows = [
+        (images[0], "A red  dog", "a"),
+        (images[1], " a Red dog", "b"),
+        (images[0], "a cat", "b"),
+        (b"nonsense", "a cat", "a"),
+        (images[0] + b"\0", "straße", None),
+        (images[0] + b"\1", "STRASSE", "c"),
+        (images[1], "a red dog!", None),  # takes the place of the bad one
+    ]
+    named = zip(("image", "caption", "kind"), zip(*rows, strict=True), strict=True)
+    table = pa.table({name: list(values) for name, values in named})
+    made = loader(pairs=ImageTextPairs(table, name="p", class_column="kind"), batch_size=6)
+    by = ("caption", "image", "class")
+    batch = next(made.batches(episode_of(7), group_by=by))
+    assert batch.sample_id == [f"p/{row}" for row in (0, 1, 2, 6, 4, 5)]
+    same = (batch.groups[:, None] == batch.groups).permute(2, 0, 1)
+    expected = [{(0, 1), (4, 5)}, {(0, 2), (1, 3)}, {(1, 2)}]
+    for key, matches in zip(same, expected, strict=True):
+        assert set(map(tuple, key.triu(1).nonzero().tolist())) == matches
 
 
 @pytest.mark.parametrize("kind", ["rows", "stream"])
@@ -103,7 +130,7 @@ def test_workers_serve_episodes_from_any_position(kind):
         assert_same([next(left)], everything[:1])
         left.close()
         assert stream is None or stream.open == 0
-        for settings in ({}, extraction, {"start": 3}):
+        for settings in ({}, extraction, {"group_by": ("caption", "image")}, {"start": 3}):
             expected = list(alone.batches(episode, **settings))
             assert_same(list(ours.batches(episode, **settings)), expected)
         assert_same(expected, everything[3:])

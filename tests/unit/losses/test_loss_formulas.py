@@ -1,6 +1,8 @@
 """Losses against independent restatements of the paper's formulas, in float64."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from protoclip.distributed import collectives
 from protoclip.losses import info_nce as instance
 from protoclip.losses import prototypical, tiles
 from protoclip.losses.objective import LossWeights
+from protoclip.losses.positives import groups_of, mean_positives
 from protoclip.losses.prototypical import make_targets
 from protoclip.losses.sigmoid import sharded_sigmoid_loss
 from protoclip.testing import run_distributed
@@ -35,21 +38,44 @@ def scale(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
 
-def slow_info_nce(image: Tensor, text: Tensor, s: Tensor) -> Tensor:
-    """-log of a pair's share of its row and of its column."""
-    terms = (s * image @ text.T).exp()
-    shares = terms / terms.sum(1, keepdim=True), terms / terms.sum(0)
-    return -sum(share.diagonal().log().mean() for share in shares) / 2
+def slow_info_nce(
+    image: Tensor, text: Tensor, s: Tensor, own: list[set[int]] | None = None, way: str = "pair"
+) -> Tensor:
+    """-log of a pair's share of its row and of its column; `own` has the group of each pair."""
+    terms, total = (s * image @ text.T).exp(), torch.zeros((), dtype=torch.float64)
+    for i in range(len(image)):
+        group = {i} if way == "pair" else own[i]
+        right = group if way == "shared" else {i}
+        rivals = [j for j in range(len(image)) if way != "masked" or j == i or j not in group]
+        for row in (terms[i], terms[:, i]):
+            shares = torch.stack([row[j] for j in sorted(right)]) / row[rivals].sum()
+            total = total - shares.log().mean() / (2 * len(image))
+    return total
 
 
-def slow_sigmoid(image: Tensor, text: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+def slow_sigmoid(
+    image: Tensor,
+    text: Tensor,
+    s: Tensor,
+    bias: Tensor,
+    own: list[set[int]] | None = None,
+    way: str = "pair",
+) -> Tensor:
     """-log of the probability that each logit gives to the truth, one by one."""
     total = torch.zeros((), dtype=torch.float64)
     for i, x in enumerate(image):
         for j, y in enumerate(text):
-            z = 1 if i == j else -1
+            related = way != "pair" and j in own[i]
+            if way == "masked" and related and i != j:
+                continue
+            z = 1 if i == j or related else -1
             total = total - torch.log(1 / (1 + torch.exp(-z * (s * x @ y + bias))))
     return total / len(image)
+
+
+# Captions and images of twenty pairs, of which the third joins two groups; a hash may be negative.
+KEYS = [[-(2**63) + min(row // 3, 4), 5 * (row % 13) + 2**40] for row in range(20)]
+KEYS[2][1] = KEYS[10][1]
 
 
 def slow_prototypical(
@@ -100,68 +126,87 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "CPU_SCORES", 6)
 
 
-def shared_info_nce(rows: Tensor, s: Tensor, tiled_above: int) -> list[Tensor]:
-    """Means over ranks of the loss and of the gradients of features and scale."""
-    world_size = collectives.world_size()
-    own = rows.chunk(world_size, 1)[collectives.rank()]
-    leaves = [value.clone().requires_grad_() for value in (*own, s)]
+WAYS = [("pair", 1), ("masked", 1), ("masked", 2), ("shared", 1), ("shared", 2), ("shared", 3)]
+
+
+def keys(number: int) -> list[list[int]]:
+    """Of each pair one to three keys."""
+    return [[*own, row % 9][:number] for row, own in enumerate(KEYS)]
+
+
+def matching(keys: list[list[int]]) -> list[set[int]]:
+    """Who has a key in common with each pair, itself included."""
+    return [
+        {j for j, other in enumerate(keys) if any(a == b for a, b in zip(own, other, strict=True))}
+        for own in keys
+    ]
+
+
+def sums_over_ranks(
+    loss_of: Callable[..., Tensor],
+    leaves: list[Tensor],
+    tile: tuple[int, int],
+    number: int,
+    way: str,
+) -> list[Tensor]:
+    """Means over ranks of the loss, and of its gradients: all rows of features, and the others."""
+    world_size, rank = collectives.world_size(), collectives.rank()
+    own = [leaf.chunk(world_size)[rank] if leaf.dim() else leaf for leaf in leaves]
+    own = [value.clone().requires_grad_() for value in own]
+    groups = torch.tensor(keys(number)).chunk(world_size)[rank]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(instance, "TILED_ABOVE", tiled_above)
-        patch.setattr(tiles, "ROWS", 3)
-        patch.setattr(tiles, "CPU_SCORES", 6)
-        loss = instance.sharded_info_nce(*leaves)
-        loss.backward()
-    image, text, temperature = (leaf.grad for leaf in leaves)
-    sums = [collectives.all_reduce(loss.detach()), collectives.all_gather(image)]
-    sums += [collectives.all_gather(text), collectives.all_reduce(temperature)]
-    return [value / world_size for value in sums]
-
-
-@pytest.mark.parametrize("tiled_above", [0, 10**6], ids=["tiled", "plain"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_info_nce_is_the_papers_formula(world_size, tiled_above):
-    """Plain and tiled, on any number of ranks; with the gradients of features and temperature."""
-    leaves = image, text, s = unit(20, D, seed=1), unit(20, D, seed=2), scale(14.0)
-    slow = slow_info_nce(image, text, s)
-    assert info_nce(image, text, s).item() == pytest.approx(slow.item(), rel=1e-9)
-    expected = [slow.detach(), *torch.autograd.grad(slow, leaves)]
-    rows = torch.stack([image, text]).detach()
-    for found in run_distributed(shared_info_nce, world_size, rows, s.detach(), tiled_above):
-        for ours, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
-
-
-def shared_sigmoid(rows: Tensor, s: Tensor, bias: Tensor, tile: int) -> list[Tensor]:
-    """Means over ranks of the loss and of the gradients of features, scale and bias."""
-    world_size = collectives.world_size()
-    own = rows.chunk(world_size, 1)[collectives.rank()]
-    leaves = [value.clone().requires_grad_() for value in (*own, s, bias)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "ROWS", tile)
-        patch.setattr(tiles, "CPU_SCORES", 2 * tile)
+        patch.setattr(instance, "TILED_ABOVE", 0 if tile[0] < 100 else 10**6)
+        patch.setattr(tiles, "ROWS", tile[0])
+        patch.setattr(tiles, "CPU_SCORES", tile[0] * tile[1])
         # A factor reaches the gradients, as that of a loss scaler does.
-        loss = 3 * sharded_sigmoid_loss(*leaves)
+        loss = 3 * loss_of(*own, groups.squeeze(1) if number == 1 else groups, positives=way)
         loss.backward()
-    image, text, temperature, shift = (leaf.grad for leaf in leaves)
-    sums = [collectives.all_reduce(loss.detach()), collectives.all_gather(image)]
-    sums += [collectives.all_gather(text), collectives.all_reduce(temperature)]
-    sums += [collectives.all_reduce(shift)]
-    return [value / world_size for value in sums]
+    gather = collectives.all_gather
+    sums = [gather(x.grad) if x.dim() else collectives.all_reduce(x.grad) for x in own]
+    return [value / world_size for value in (collectives.all_reduce(loss.detach()), *sums)]
 
 
-@pytest.mark.parametrize("tile", [3, 100], ids=["tiles of 3 x 2", "one tile"])
+@pytest.mark.parametrize("tile", [(3, 2), (100, 100)], ids=["tiles of 3 x 2", "one tile"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_sigmoid_loss_is_its_papers_formula(world_size, tile):
-    """On any number of ranks, with the gradients of features, temperature and bias."""
-    leaves = image, text, s, bias = unit(20, D, seed=1), unit(20, D, seed=2), scale(14), scale(-6)
-    slow = slow_sigmoid(*leaves)
-    assert sigmoid_loss(*leaves).item() == pytest.approx(slow.item(), rel=1e-9)
-    expected = [3 * slow.detach(), *torch.autograd.grad(3 * slow, leaves)]
-    rows = torch.stack([image, text]).detach()
-    arguments = rows, s.detach(), bias.detach(), tile
-    for found in run_distributed(shared_sigmoid, world_size, *arguments):
-        for ours, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("kind", ["InfoNCE", "sigmoid"])
+def test_a_loss_of_pairs_is_its_papers_formula(kind, world_size, tile):
+    """Plain and tiled, on any number of ranks, with all gradients; and with groups of pairs that
+    have a key in common: in SupCon's form, which has their mean, or left out."""
+    leaves = [unit(20, D, seed=1), unit(20, D, seed=2), scale(14.0)]
+    leaves += [scale(-6.0)] if kind == "sigmoid" else []
+    slow, alone, several = {
+        "InfoNCE": (slow_info_nce, info_nce, instance.sharded_info_nce),
+        "sigmoid": (slow_sigmoid, sigmoid_loss, sharded_sigmoid_loss),
+    }[kind]
+    fixed = [leaf.detach() for leaf in leaves]
+    arguments = [(several, fixed, tile, number, way) for way, number in WAYS]
+    if world_size == 1:
+        arguments += [(alone, *rest) for _, *rest in arguments]
+    ends = run_distributed(all_of, world_size, sums_over_ranks, arguments)
+    for case, *found in zip(arguments, *ends, strict=True):
+        loss = 3 * slow(*leaves, matching(keys(case[3])), case[4])
+        expected = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        for ours in found:
+            for mine, theirs in zip(ours, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_pairs_that_match_in_any_key_count_once(number):
+    groups = matching(keys(number))
+    expected = sum(map(len, groups)) / len(groups) - 1
+    assert mean_positives(torch.tensor(keys(number))).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("groups", [torch.zeros(3), torch.zeros(4).long(), torch.zeros(2, 2).int()])
+def test_groups_of_other_pairs_are_refused(groups):
+    with pytest.raises(ValueError, match=r"groups: .* for 3 pairs; give an integer"):
+        groups_of(groups, 3, "masked")
+
+
+def all_of(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """What a function gives for each of several arguments, in one group of processes."""
+    return [function(*each) for each in arguments]
 
 
 @pytest.mark.usefixtures("small_tiles")

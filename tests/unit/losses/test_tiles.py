@@ -1,5 +1,6 @@
 """Tiled losses: exact, small in memory, and independent of private entry points."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from protoclip import KMeans, info_nce, prototypical_loss, sigmoid_loss
 from protoclip.losses import info_nce as instance
-from protoclip.losses import tiles
+from protoclip.losses import positives, tiles
 from protoclip.losses.info_nce import sharded_info_nce
 from protoclip.losses.prototypical import make_targets
 
@@ -96,6 +97,7 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     monkeypatch.setattr(tiles, "ROWS", 16)
     monkeypatch.setattr(tiles, "CPU_SCORES", 16 * 25)
     monkeypatch.setattr(instance, "TILED_ABOVE", 0)
+    monkeypatch.setattr(positives, "ROWS", 8)
     b, k, p = 120, 400, 4
     centroids = unit(k, p, seed=1).float()
     centroids[0] = 0
@@ -114,6 +116,12 @@ def test_no_matrix_of_rows_times_classes_exists(monkeypatch):
     with Largest() as classified:
         sigmoid_loss(h, text, s, -10.0).backward()
     assert classified.elements == 2 * b * p  # texts and their gradient, in one tensor
+    groups = torch.arange(2 * b).view(b, 2) // 6
+    for way in ("masked", "shared"):
+        with Largest() as matched:
+            info_nce(h, text, s, groups, positives=way).backward()
+            sigmoid_loss(h, text, s, -10.0, groups, positives=way).backward()
+        assert matched.elements == 2 * b * p
 
 
 def plain_info_nce(image, text, scale):
@@ -124,6 +132,21 @@ def plain_info_nce(image, text, scale):
 def plain_sigmoid(image, text, scale):
     truth = 2 * torch.eye(len(image), dtype=image.dtype) - 1
     return -(truth * (scale * image @ text.T - 13)).sigmoid().log().sum() / len(image)
+
+
+# The captions and images of 131 pairs.
+GROUPS = torch.stack([torch.arange(131) // 5, torch.arange(131) % 64], dim=1)
+SAME = (GROUPS[:, None] == GROUPS).any(2)
+
+
+def plain_shared(image, text, scale):
+    logits, share = scale * image @ text.T, SAME / SAME.sum(1, keepdim=True)
+    return -(share * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
+
+
+def plain_masked(image, text, scale):
+    logits = (scale * image @ text.T).masked_fill(SAME ^ torch.eye(131).bool(), -math.inf)
+    return -(logits.log_softmax(0) + logits.log_softmax(1)).diagonal().mean() / 2
 
 
 def weighted(log_sum_exp):
@@ -137,10 +160,12 @@ def weighted(log_sum_exp):
     ("tiled", "plain"),
     [
         (info_nce, plain_info_nce),
+        (lambda *pairs: info_nce(*pairs, GROUPS), plain_shared),
+        (lambda *pairs: info_nce(*pairs, GROUPS, positives="masked"), plain_masked),
         (lambda image, text, scale: sigmoid_loss(image, text, scale, -13.0), plain_sigmoid),
         (weighted(tiles.log_sum_exp), weighted(lambda q, k: (q @ k.T).logsumexp(1))),
     ],
-    ids=["InfoNCE", "sigmoid", "log-sum-exp"],
+    ids=["InfoNCE", "shared", "masked", "sigmoid", "log-sum-exp"],
 )
 def test_tiled_losses_keep_their_precision_in_float32(tiled, plain, scale, monkeypatch):
     """Value and gradients for rows, columns and scale against float64, flat and peaked."""
@@ -179,6 +204,11 @@ def test_losses_inside_autocast_are_those_outside(rows, dtype):
                 info_nce(given, other, s),
                 sharded_info_nce(given, other, s),
                 sigmoid_loss(given, other, s, -10.0),
+                *(
+                    loss(given, other, s, *bias, index, positives=way)
+                    for loss, *bias in ((info_nce,), (sharded_info_nce,), (sigmoid_loss, -10.0))
+                    for way in ("masked", "shared")
+                ),
             ]
             sum(losses).backward()
         assert all(loss.dtype == torch.float32 for loss in losses)

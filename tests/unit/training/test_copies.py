@@ -9,12 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from protoclip.data.groups import Key
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import light_transform
 from protoclip.features.store import StoredFeatures
 from protoclip.losses.objective import LossWeights, objective
+from protoclip.losses.positives import Positives
 from protoclip.losses.prototypical import Target
 from protoclip.models import loading
 from protoclip.prototypes.features import ExtractedFeatures
@@ -42,8 +44,12 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two copies a batch, with augmentation and a whitened teacher; none from then to the loss."""
+@pytest.mark.parametrize("positives", ["masked", "shared"])
+def test_a_step_copies_its_batch_at_once(
+    monkeypatch: pytest.MonkeyPatch, positives: Positives
+) -> None:
+    """Two copies a batch, with augmentation, a whitened teacher and groups of positives; none from
+    then to the loss."""
     autocast = torch.autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # `meta` has none
     monkeypatch.setattr(torch, "autocast", lambda kind, **settings: autocast("cpu", **settings))
@@ -86,7 +92,9 @@ def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
                 lookup=empty(PROTOTYPES, width),
             )
     episode = Episode(index=0, rows=torch.arange(NUMBER))
-    batches, number = loader.batches(episode, with_features=True), 0
+    by: tuple[Key, ...] = ("caption", "image")
+    batches, number = loader.batches(episode, with_features=True, group_by=by), 0
+    weights = LossWeights(teachers={"bert": 1.0}, positives=positives)
     for number in range(1, 5):
         with Copies() as of_batch:
             batch = next(batches)
@@ -94,7 +102,7 @@ def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
             embeddings = model(batch.image, batch.text)
             assignments = source.assign(batch, embeddings, clusters)
             losses, _ = objective(
-                embeddings, targets, assignments, weights=LossWeights(teachers={"bert": 1.0})
+                embeddings, targets, assignments, weights=weights, groups=batch.groups
             )
             torch.stack(list(losses.values())).sum().backward()
         assert len(losses) == 1 + 4

@@ -301,14 +301,16 @@ def test_settings_that_an_earlier_version_lacks_are_at_their_default(tmp_path):
     check_settings(tmp_path, to_toml(config))
     with pytest.raises(ValueError, match=r"loss.keep \(0.0 before, 1.0 now\)"):
         check_settings(tmp_path, to_toml(with_changes(config, {"loss": {"keep": 1.0}})))
+    with pytest.raises(ValueError, match=r"loss.positives \(pair before, shared now\)"):
+        check_settings(tmp_path, to_toml(with_changes(config, {"loss": {"positives": "shared"}})))
 
 
 def flat_out(config: Config) -> str:
-    """`config.toml` without the settings of fine-tuning."""
+    """`config.toml` without settings that came later."""
     tree = tomllib.loads(to_toml(config))
     for section, names in {
         "model": ("locked", "frozen_batch_norm"),
-        "loss": ("keep", "keep_by"),
+        "loss": ("keep", "keep_by", "positives"),
         "optim": ("layer_decay",),
     }.items():
         for name in names:

@@ -62,6 +62,8 @@ def test_sizes_follow_from_the_data(rows, captions, batch, size, number):
         f"model.text.context_length = 16, by {min(rows, 256)} of the samples",
         f"episodes.size = {size}, for {rows:,} pairs",
         f"prototypes.number = {number}, {reason}",
+        *["loss.positives = pair, so equal captions are negatives of each other"]
+        * ("repeat" in reason),
     ]
 
 

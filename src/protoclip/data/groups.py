@@ -1,0 +1,53 @@
+"""Keys of a pair, equal for pairs that show the same: its caption, its image and its class.
+
+`losses/positives.py` says what is made of pairs that share one.
+"""
+
+import hashlib
+from typing import Literal
+
+from protoclip.data.pairs import Pairs, Sample, SampleStream
+
+Key = Literal["caption", "image", "class"]
+# By which keys pairs are positives, for each value of `loss.positives`.
+KEYS: dict[str, tuple[Key, ...]] = {
+    "pair": (),
+    "masked": ("caption", "image"),
+    "shared": ("caption", "image"),
+    "class": ("caption", "image", "class"),
+}
+
+
+def number_of(content: bytes | str) -> int:
+    """64 bits of BLAKE2b, as a signed integer."""
+    data = content.encode() if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def normalised(caption: str) -> str:
+    """A caption without what makes no other text of it: case, and how its words are spaced."""
+    return " ".join(caption.split()).casefold()
+
+
+def class_number(pairs: Pairs, row: int) -> int:
+    """The key of a row's class. A row without one is alone, but for further visits to it."""
+    name = pairs.class_of(row)  # type: ignore[attr-defined]
+    return number_of(f"class {name}" if name else f"sample {pairs.sample_id(row)}")
+
+
+def keys_of(
+    by: tuple[Key, ...], pairs: Pairs | SampleStream, row: int | None, sample: Sample, caption: str
+) -> list[int]:
+    """The keys of a sample and of its caption on this visit. An image is known by its bytes, which
+    costs a microsecond a kilobyte; `row` is that of pairs with classes."""
+    keys = []
+    for key in by:
+        if key == "caption":
+            keys.append(number_of(normalised(caption)))
+        elif key == "image":
+            keys.append(number_of(sample.image))
+        else:
+            assert isinstance(pairs, Pairs)
+            assert row is not None, "sources.pairs refuses classes of streams"
+            keys.append(class_number(pairs, row))
+    return keys
