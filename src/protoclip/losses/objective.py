@@ -1,6 +1,6 @@
 """The objective of a training step: the weighted sum of all losses."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from protoclip.config import LossConfig
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.balance import Balance
 from protoclip.losses.geometry import geometry_loss
@@ -47,6 +48,21 @@ class LossWeights:
         for (student, teacher), target in targets.items():
             sums[student] = sums.get(student, 0.0) + self.of(teacher) * target.confidence
         return sums
+
+
+def loss_weights(loss: LossConfig, teachers: Iterable[str], *, geometry: float) -> LossWeights:
+    """The weights that settings name; each external teacher has the same."""
+    sigmoid = loss.instance == "sigmoid"
+    return LossWeights(
+        info_nce=0.0 if sigmoid else loss.info_nce,
+        sigmoid=loss.info_nce if sigmoid else 0.0,
+        positives="shared" if loss.positives == "class" else loss.positives,
+        prototypical=loss.prototypical,
+        teachers=dict.fromkeys(teachers, loss.teacher),
+        keep=loss.keep,
+        keep_by=loss.keep_by,
+        geometry=geometry,
+    )
 
 
 def objective(

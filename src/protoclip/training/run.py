@@ -35,7 +35,7 @@ from protoclip.features.halves import HalfRows, half_teachers
 from protoclip.features.row_loader import RowLoader
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
-from protoclip.losses.objective import LossWeights
+from protoclip.losses.objective import loss_weights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, require_same_halves
@@ -252,19 +252,10 @@ class Run:
         teachers = config.external_teachers
         spaces: dict[str, PrototypeConfig | TeacherConfig] = {**teachers}
         spaces |= {"image": config.prototypes, "text": config.prototypes}
-        sigmoid = config.loss.instance == "sigmoid"
         optimizer, scaler = optim.optimizer(config, self.trained), grad_scaler(precision, device)
         self.start = loading.frozen_start(config, device, plan.start) if config.uses_start else None
-        weights = LossWeights(
-            info_nce=0.0 if sigmoid else config.loss.info_nce,
-            sigmoid=config.loss.info_nce if sigmoid else 0.0,
-            positives="shared" if config.loss.positives == "class" else config.loss.positives,
-            prototypical=config.loss.prototypical,
-            teachers=dict.fromkeys(teachers, config.loss.teacher),
-            keep=config.loss.keep,
-            keep_by=config.loss.keep_by,
-            geometry=0.0 if halves is None else config.align.geometry,
-        )
+        geometry = 0.0 if halves is None else config.align.geometry
+        weights = loss_weights(config.loss, teachers, geometry=geometry)
         self.trainer = Trainer(
             model=self.trained,
             stage=partial(stage_of, config),
