@@ -175,11 +175,13 @@ def half(tower: Tower, given: ModelConfig) -> Start:
             small = replace(small, text_files=Path(folder), tokenizer_source=folder)
         return Start(reference=name or "a small text transformer", unresized=small, model=model)
     assert name is not None
-    if tower == "image" and given.image.weights is not None:
-        raise ValueError(f"model.image.weights: {name} has weights of its own; leave it out")
     with as_half(tower):
         start = find_start(name)
-        return start.trainable() if isinstance(start, HuggingFaceStart) else start
+        if isinstance(start, HuggingFaceStart):
+            start = start.trainable()
+    if tower == "image" and given.image.weights is not None:
+        raise ValueError(f"model.image.weights: {name} has weights of its own; leave it out")
+    return start
 
 
 @contextmanager
