@@ -520,7 +520,7 @@ def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> N
         ("open_clip:RN50", "open_clip:RN50: is no run that says which data it was trained on"),
         ("hf:x --data nothing.csv", "nothing.csv: no such file"),
         ("x --data emoji --port 70000", "port: 70000 is too large; at most 65535"),
-        ("x --data emoji --map tsne", "map: 'tsne' is not one of pca, umap"),
+        ("x --data emoji --map tsne", "map: 'tsne' is not one of auto, pca, umap"),
         ("hf:x --data {}/plain.csv --port 0", "no column with captions"),
     ],
 )
@@ -546,7 +546,7 @@ def test_the_command_writes_pages_and_a_table(
     samples = sources.pairs(Config(data=DataConfig(train=str(tmp_path / "pairs.parquet"))))
     with loaded(WordModel(samples)) as (name,):
         words = ["explore", name, "--data", str(tmp_path / "pairs.parquet")]
-        words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4"]
+        words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4", "--map", "pca"]
         main([*words, "--static", str(tmp_path / "out"), "--atlas", str(tmp_path / "a.parquet")])
     said = capsys.readouterr()
     assert f"embedding-atlas {tmp_path / 'a.parquet'} --x x --y y" in said.out
