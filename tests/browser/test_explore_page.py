@@ -117,6 +117,10 @@ def selected(page: Any) -> int:
 def test_the_map_reacts(watched: Watched) -> None:
     """It zooms, shows a pair under the pointer, changes colours, and selects."""
     page = watched.page
+    page.select_option("#colour-by", "distance")
+    assert " to " in page.inner_text("#legend")
+    page.select_option("#colour-by", "image prototype")
+    assert page.locator("#legend span").count() > 3
     box = page.locator("#map").bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     extent = "(range => range.end - range.start)(Bokeh.documents[0].roots()[0].x_range)"
@@ -148,10 +152,6 @@ def test_the_map_reacts(watched: Watched) -> None:
     image = page.locator(".tooltip img").first
     image.wait_for()
     assert image.get_attribute("src").endswith(".webp")
-    page.select_option("#colour-by", "distance")
-    assert " to " in page.inner_text("#legend")
-    page.select_option("#colour-by", "image prototype")
-    assert page.locator("#legend span").count() > 3
     pairs = "Bokeh.documents[0].get_model_by_name('pairs')"
     page.evaluate(f"() => {{ {pairs}.selected.indices = [0, 2, 5] }}")
     assert selected(page) == 3
@@ -197,6 +197,14 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watche
             assert each["box"]["right"] <= frame["x"] + frame["width"]
         seen |= {each["name"] for each in shown}
     assert len(seen) > len(first)
+    page.evaluate(
+        """() => {
+          const doc = Bokeh.documents[0];
+          const [plot, data] = [doc.roots()[0], doc.get_model_by_name("pairs").data];
+          for (const [range, at] of [[plot.x_range, data.image_x[0]], [plot.y_range, data.image_y[0]]])
+            range.setv({ start: at - 1e-3, end: at + 1e-3 });
+        }"""
+    )
     page.wait_for_selector("#thumbs img")
     assert page.eval_on_selector("#thumbs img", "image => image.decode().then(() => true)")
 

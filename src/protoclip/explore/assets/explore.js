@@ -209,7 +209,12 @@ function label(plot, source, groups) {
     };
     const shown = new Set();
     groups.forEach((group, index) => {
-      const [[width, height], [px, py]] = [sizes[index], at(group.x, group.y)];
+      const [width, height] = sizes[index];
+      let [px, py] = at(group.x, group.y);
+      if (px > frame.left && px < frame.right && py > frame.top && py < frame.bottom) {
+        px = Math.min(Math.max(px, frame.left + (width + GAP) / 2), frame.right - (width + GAP) / 2);
+        py = Math.min(Math.max(py, frame.top + (height + GAP) / 2), frame.bottom - (height + GAP) / 2);
+      }
       const free = group.name && !shown.has(group.name) && fits(px, py, width + GAP, height + GAP);
       buttons[index].style.visibility = free ? "visible" : "hidden";
       if (free) put(buttons[index], px - width / 2, py - height / 2);
