@@ -201,8 +201,9 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watche
         """() => {
           const doc = Bokeh.documents[0];
           const [plot, data] = [doc.roots()[0], doc.get_model_by_name("pairs").data];
-          for (const [range, at] of [[plot.x_range, data.image_x[0]], [plot.y_range, data.image_y[0]]])
-            range.setv({ start: at - 1e-3, end: at + 1e-3 });
+          const [x, y] = [data.image_x[0], data.image_y[0]];
+          plot.x_range.setv({ start: x - 1e-3, end: x + 1e-3 });
+          plot.y_range.setv({ start: y - 1e-3, end: y + 1e-3 });
         }"""
     )
     page.wait_for_selector("#thumbs img")

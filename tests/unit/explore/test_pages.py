@@ -555,6 +555,16 @@ def test_the_command_writes_pages_and_a_table(
     assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
 
 
+def test_the_map_is_by_umap_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for there, layout, said in (("spec", "umap", ""), (None, "pca", "pip install umap-learn")):
+        monkeypatch.setattr("protoclip.cli.explore.find_spec", lambda name, found=there: found)
+        assert Explore(models=["x"]).layout() == layout
+        assert Explore(models=["x"], map="pca").layout() == "pca"
+        assert said in capsys.readouterr().err
+
+
 def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
     config = tiny_config("own.parquet", out=str(tmp_path / "run"))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000000001"
