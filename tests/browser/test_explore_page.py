@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from http.server import SimpleHTTPRequestHandler
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -116,6 +117,10 @@ def selected(page: Any) -> int:
 def test_the_map_reacts(watched: Watched) -> None:
     """It zooms, shows a pair under the pointer, changes colours, and selects."""
     page = watched.page
+    page.select_option("#colour-by", "distance")
+    assert " to " in page.inner_text("#legend")
+    page.select_option("#colour-by", "image prototype")
+    assert page.locator("#legend span").count() > 3
     box = page.locator("#map").bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     extent = "(range => range.end - range.start)(Bokeh.documents[0].roots()[0].x_range)"
@@ -136,7 +141,8 @@ def test_the_map_reacts(watched: Watched) -> None:
             const x = view.frame.x_scale.compute(source.data.image_x[index]);
             const y = view.frame.y_scale.compute(source.data.image_y[index]);
             const inside = (value, low, high) => value > low + 20 && value < high - 20;
-            if (inside(x, inner.left, inner.right) && inside(y, inner.top, inner.bottom))
+            const free = !document.elementFromPoint(box.x + x, box.y + y)?.closest("#names");
+            if (free && inside(x, inner.left, inner.right) && inside(y, inner.top, inner.bottom))
               return { x: box.x + x, y: box.y + y };
           }
         }"""
@@ -146,10 +152,6 @@ def test_the_map_reacts(watched: Watched) -> None:
     image = page.locator(".tooltip img").first
     image.wait_for()
     assert image.get_attribute("src").endswith(".webp")
-    page.select_option("#colour-by", "distance")
-    assert " to " in page.inner_text("#legend")
-    page.select_option("#colour-by", "image prototype")
-    assert page.locator("#legend span").count() > 3
     pairs = "Bokeh.documents[0].get_model_by_name('pairs')"
     page.evaluate(f"() => {{ {pairs}.selected.indices = [0, 2, 5] }}")
     assert selected(page) == 3
@@ -160,6 +162,52 @@ def test_the_map_reacts(watched: Watched) -> None:
     page.evaluate(f"() => {{ {pairs}.selected.indices = [4] }}")
     page.click("text=Open the selected pair")
     page.wait_for_url("**/pair-*.html")
+
+
+NAMES = """() => [...document.querySelectorAll("#names button")]
+  .filter((button) => button.style.visibility === "visible")
+  .map((button) => ({ name: button.textContent, box: button.getBoundingClientRect().toJSON() }))"""
+
+
+def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watched: Watched) -> None:
+    """By the keyboard alone; and near enough, points are images."""
+    page = watched.page
+    page.set_viewport_size({"width": 600, "height": 700})
+    page.wait_for_timeout(1000)
+    frame = page.locator("#map").bounding_box()
+    first = page.evaluate(NAMES)
+    assert any("heart" in each["name"] for each in first)
+    seen = {each["name"] for each in first}
+    assert page.locator("#thumbs img").count() == 0
+    for _ in range(3):
+        name = page.evaluate(NAMES)[-1]["name"]
+        page.get_by_role("button", name=name, exact=True).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(500)
+        shown = page.evaluate(NAMES)
+        for each, other in combinations([each["box"] for each in shown], 2):
+            assert (
+                each["right"] <= other["left"]
+                or other["right"] <= each["left"]
+                or each["bottom"] <= other["top"]
+                or other["bottom"] <= each["top"]
+            )
+        for each in shown:
+            assert frame["x"] <= each["box"]["left"]
+            assert each["box"]["right"] <= frame["x"] + frame["width"]
+        seen |= {each["name"] for each in shown}
+    assert len(seen) > len(first)
+    page.evaluate(
+        """() => {
+          const doc = Bokeh.documents[0];
+          const [plot, data] = [doc.roots()[0], doc.get_model_by_name("pairs").data];
+          const [x, y] = [data.image_x[0], data.image_y[0]];
+          plot.x_range.setv({ start: x - 1e-3, end: x + 1e-3 });
+          plot.y_range.setv({ start: y - 1e-3, end: y + 1e-3 });
+        }"""
+    )
+    page.wait_for_selector("#thumbs img")
+    assert page.eval_on_selector("#thumbs img", "image => image.decode().then(() => true)")
 
 
 def test_a_hostile_caption_is_shown_and_does_nothing(watched: Watched, pages: Pages) -> None:
@@ -219,7 +267,7 @@ def test_a_prototype_shows_its_members(watched: Watched, pages: Pages) -> None:
     assert values == sorted(values, reverse=True)
     page.click("thead button:has-text('Size')")
     first = page.locator("tbody tr").first
-    number = int(first.locator("th").inner_text())
+    number = int(first.locator("th a").inner_text())
     first.locator("th a").click()
     page.wait_for_url(f"**/prototype-image-{number}.html")
     size = len(pages.site(1).members("image", number))
@@ -277,6 +325,7 @@ def test_pages_as_files_work_on_any_web_server_and_from_a_folder(
         found.page.goto(f"{address}/index.html")
         found.page.wait_for_selector("#map[data-ready]")
         assert found.page.locator("#colour-by option").count() > 3
+        assert found.page.evaluate(NAMES)
         found.page.click("text=What moved")
         found.page.wait_for_selector(".card img")
         assert found.page.eval_on_selector(".card img", "image => image.decode().then(() => true)")

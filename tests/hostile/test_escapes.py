@@ -162,7 +162,7 @@ def test_a_warning_shows_an_odd_folder_as_text(odd):
 def test_report_and_pages_hold_no_raw_character(odd):
     """The exact ids that pages hold for the selection are no text; nobody sees them."""
     on(odd, "report", "{}", "--out", "{}.html", "--samples", "40")
-    on(odd, "explore", "{}", "--static", "{}-pages", "--workers", "0")
+    on(odd, "explore", "{}", "--static", "{}-pages", "--workers", "0", "--map", "pca")
     pages = [odd / f"{FOLDER}.html", *(odd / f"{FOLDER}-pages").rglob("*.html")]
     assert len(pages) > 5
     for page in pages:

@@ -262,7 +262,7 @@ COMMANDS_ON_RUNS = (
     ("train", "--config", "{data}/recipe.toml", "--run.out", "{}", "--resume", "auto"),
     ("train", "--config", "{data}/recipe.toml", "--run.out", "{out}/n", "--model.start", "{}"),
     ("finetune", "{}", "--config", "{data}/recipe.toml", "--run.out", "{out}/tuned"),
-    ("explore", "{}", "--static", "{out}/pages", "--workers", "0"),
+    ("explore", "{}", "--static", "{out}/pages", "--workers", "0", "--map", "pca"),
 )
 
 

@@ -40,7 +40,7 @@ class Explore:
     root: str | None = None  # Folder that holds all images of a table.
     only: str | None = None  # As data.only.
     without: str | None = None  # As data.without.
-    map: Literal["pca", "umap"] = "pca"  # How the map is made.
+    map: Literal["auto", "pca", "umap"] = "auto"  # auto: umap where umap-learn is installed.
     groups: Count | None = None  # Prototypes of each modality; else a tenth of the pairs.
     port: Annotated[int, 0, 65535] = 8000  # Port; 0 for any that is free.
     host: str = "127.0.0.1"  # Address to serve on.
@@ -103,13 +103,13 @@ class Explore:
         from protoclip.distributed import collectives
         from protoclip.explore.explorer import open_explorer
 
-        pairs = self.pairs()
+        pairs, layout = self.pairs(), self.layout()
         return [
             open_explorer(
                 model,
                 pairs,
                 device=collectives.device("auto"),
-                layout=self.map,
+                layout=layout,
                 number=self.groups,
                 batch_size=self.batch_size,
                 workers=self.workers,
@@ -118,6 +118,15 @@ class Explore:
             )
             for model in self.models
         ]
+
+    def layout(self) -> Literal["pca", "umap"]:
+        """How the map is made. Says so where a better one could be."""
+        if self.map != "auto":
+            return self.map
+        if find_spec("umap") is not None:
+            return "umap"
+        say("note: the map is by PCA; pip install umap-learn for one of neighbourhoods")
+        return "pca"
 
     def serve(self, explorers: "list[Explorer]", listening: socket) -> None:
         import secrets

@@ -4,6 +4,7 @@ Everything is computed once and kept in the cache, so that the next start shows 
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -38,7 +39,7 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 3
+FORM = 4
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -46,6 +47,8 @@ OTHERS = 1024  # pairs that each pair's loss is computed against
 # Images are near-duplicates from this cosine on; of more images only some are compared without an
 # index.
 LEAST_SIMILAR, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 500, 20_000
+# Of UMAP. An image or text is placed by this many that are near, the nearest by far the most.
+EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
 CHUNK = 4096
 USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
 
@@ -166,7 +169,8 @@ def make_atlas(
                 len(run_prototypes[modality]),
                 len(run_prototypes[modality]) - len(torch.unique(torch.cat(used))),
             ]
-    show("map")
+    compiling = ", by UMAP, which is compiled first" if layout == "umap" else ""
+    show(f"map{compiling}")
     image_place, text_place = places(features, shown, layout=layout, seed=seed)
     show("agreement of pairs")
     distance, loss = disagreement(features, scale=scale, seed=seed)
@@ -221,33 +225,75 @@ def group(
 def places(
     features: Features, shown: Int[Tensor, " m"], *, layout: Layout, seed: int
 ) -> tuple[Array, Array]:
-    """Where images and texts lie on one map of both, fitted to the pairs that are shown."""
-    fitted = torch.cat([unit(features.image[shown]), unit(features.text[shown])]).numpy()
-    if layout == "umap":
-        try:
-            import umap
-        except ImportError:
-            raise ValueError(
-                "--map: umap needs umap-learn; pip install 'protoclip[explore]'"
-            ) from None
-        few = min(15, max(2, len(fitted) - 1))  # it needs more points than neighbours
-        reducer = umap.UMAP(n_neighbors=few, metric="cosine", random_state=seed, n_jobs=1)
-        on_map = reducer.fit_transform(fitted).astype(np.float32)
-        if len(shown) == len(features.rows):
-            return on_map[: len(shown)], on_map[len(shown) :]
-    else:
+    """Where images and texts lie on one map of both, fitted to the pairs that are shown.
+
+    The features of images and of texts lie in two clouds apart, so a map of all of them shows the
+    gap and not what they mean. Therefore each modality is centred at its own mean first, and the
+    map is fitted to pairs: to the mean of a pair's image and text. An image then lies where the
+    pairs of the images nearest to it lie, itself the first; and likewise a text.
+    """
+    means = {m: unit(getattr(features, m)[shown]).mean(0) for m in MODALITIES}
+
+    def centred(rows: Tensor, modality: Modality) -> Tensor:
+        return unit(unit(rows) - means[modality])
+
+    own = {m: centred(getattr(features, m)[shown], m) for m in MODALITIES}
+    fitted = unit(own["image"] + own["text"])
+    if layout == "pca":
         from sklearn.decomposition import PCA
 
-        reducer = PCA(
-            2, svd_solver="randomized" if fitted.shape[1] > 50 else "full", random_state=0
-        )
-        reducer.fit(fitted)
+        solver = "randomized" if fitted.shape[1] > 50 else "full"
+        flat = PCA(2, svd_solver=solver, random_state=0).fit(fitted.numpy())
+    else:
+        on_map = torch.from_numpy(by_umap(fitted, seed=seed))
 
-    def placed(rows: Tensor) -> Array:
-        parts = [reducer.transform(unit(part).numpy()) for part in torch.split(rows, CHUNK)]
+    def placed(modality: Modality) -> Array:
+        parts = []
+        for rows in torch.split(getattr(features, modality), CHUNK):
+            rows = centred(rows, modality)
+            if layout == "pca":
+                parts.append(flat.transform(rows.numpy()))
+                continue
+            cosine, near = (rows @ own[modality].T).topk(min(NEAR, len(shown)), dim=1)
+            weights = torch.softmax(cosine / SOFTNESS, dim=1)
+            parts.append((on_map[near] * weights.unsqueeze(2)).sum(1).numpy())
         return np.concatenate(parts).astype(np.float32)
 
-    return placed(features.image), placed(features.text)
+    return placed("image"), placed("text")
+
+
+def by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
+    """Two coordinates of each unit-norm row by UMAP.
+
+    Its neighbours are found here, exactly: finding them by UMAP's own index takes longer to compile
+    than all the rest.
+    """
+    try:
+        import umap
+    except ImportError:
+        raise ValueError("--map: umap needs umap-learn; pip install 'protoclip[explore]'") from None
+    few = min(15, len(rows))
+    found = [(part @ rows.T).topk(few, dim=1) for part in torch.split(rows, CHUNK)]
+    cosine = torch.cat([part.values for part in found])
+    near = torch.cat([part.indices for part in found])
+    # UMAP expects a row to be the first of its own neighbours, also among equal ones.
+    own = torch.arange(len(rows)).unsqueeze(1)
+    order = torch.argsort((near != own).int(), dim=1, stable=True)
+    near, distance = near.gather(1, order), (1 - cosine.gather(1, order)).clamp(min=0)
+    near[:, :1], distance[:, 0] = own, 0
+    reducer = umap.UMAP(
+        n_neighbors=few,
+        precomputed_knn=(near.numpy(), distance.numpy()),
+        n_epochs=EPOCHS,
+        init="pca",
+        metric="cosine",
+        random_state=seed,
+        n_jobs=1,
+    )
+    with warnings.catch_warnings():  # that it cannot place others later
+        warnings.simplefilter("ignore")
+        on_map: Array = reducer.fit_transform(rows.numpy()).astype(np.float32)
+    return on_map
 
 
 def disagreement(

@@ -13,6 +13,7 @@ from bokeh.models import (
     LassoSelectTool,
     LinearColorMapper,
     PanTool,
+    Range1d,
     ResetTool,
     TapTool,
     WheelZoomTool,
@@ -20,10 +21,12 @@ from bokeh.models import (
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 
-from protoclip.explore.atlas import MODALITIES, Atlas
+from protoclip.explore.atlas import MODALITIES, Array, Atlas
+from protoclip.explore.names import groups_of_map
 from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 
-MAP_CAPTION_LENGTH = 120
+MAP_CAPTION_LENGTH, NAME_LENGTH = 120, 40
+OUTER = 0.003  # share of the points at each side that the first view may leave out
 CATEGORIES = 20  # colours; later categories share the last one
 # Colours that can be told apart on light and dark ground.
 PALETTE = (
@@ -43,10 +46,12 @@ TOOLTIP = """
 
 
 def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
-    """What the page draws: the plot, and for each way of colouring its columns and its legend."""
+    """What the page draws: the plot, the names of groups, the coarse ones first, and for each way
+    of colouring its columns and its legend."""
     drawn = atlas.drawn
     rows = atlas.rows[drawn]
     ids = [pairs.sample_id(row) for row in rows.tolist()]
+    captions = [pairs.caption(row) for row in rows.tolist()]
     data: dict[str, Any] = {
         "image_x": atlas.image_place[drawn, 0],
         "image_y": atlas.image_place[drawn, 1],
@@ -54,12 +59,16 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         "text_y": atlas.text_place[drawn, 1],
         "row": rows.astype(np.int32),
         "position": drawn.astype(np.int32),
-        "caption": [shown(pairs.caption(row), MAP_CAPTION_LENGTH) for row in rows.tolist()],
+        "caption": [shown(caption, MAP_CAPTION_LENGTH) for caption in captions],
         "id": [shown(sample_id, ID_LENGTH) for sample_id in ids],
         "distance": atlas.distance[drawn].astype(np.float32),
         "loss": atlas.loss[drawn].astype(np.float32),
     }
-    ways: dict[str, Any] = {"modality": {"kind": "modality", "labels": ["images", "texts"]}}
+    places = np.stack([atlas.place(modality)[drawn] for modality in MODALITIES], axis=1)
+    groups, group_names = groups_of_map(places, captions)
+    ways: dict[str, Any] = {}
+    add_categories(data, ways, "group", group_names)
+    ways["modality"] = {"kind": "modality", "labels": ["images", "texts"]}
     for modality in MODALITIES:
         numbers = atlas.prototype(modality)[drawn].tolist()
         add_categories(data, ways, f"{modality} prototype", [*map(str, numbers)])
@@ -79,7 +88,10 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
             "colours": list(Viridis256[::32]),
         }
     source = ColumnDataSource(data, name="pairs")
+    x, y = (range_of(places[..., axis]) for axis in (0, 1))
     plot = figure(
+        x_range=x,
+        y_range=y,
         tools="",
         sizing_mode="stretch_both",
         min_height=320,
@@ -88,6 +100,7 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         background_fill_alpha=0,
         border_fill_alpha=0,
         outline_line_color=None,
+        name="map",
     )
     plot.axis.visible = False
     plot.grid.visible = False
@@ -133,7 +146,25 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         nothing = ColumnDataSource({"x": [], "y": [], "fill": []})
         glyph = plot.scatter("x", "y", source=nothing, fill_color=field("fill", mapper))
         glyph.visible = False
-    return {"plot": json_item(plot), "ways": ways, "ids": ids}
+    named = [
+        {
+            "name": shown(each.name, NAME_LENGTH),
+            "x": each.middle[0],
+            "y": each.middle[1],
+            "level": each.level,
+            "example": each.example,
+            "size": each.size,
+        }
+        for each in groups
+    ]
+    return {"plot": json_item(plot), "ways": ways, "ids": ids, "groups": named}
+
+
+def range_of(values: Array) -> Range1d:
+    """What the map shows first: all but a few points that lie far off."""
+    low, high = np.quantile(values, [OUTER, 1 - OUTER]).tolist()
+    margin = 0.06 * (high - low) or 1.0
+    return Range1d(low - margin, high + margin)
 
 
 def add_categories(

@@ -42,6 +42,7 @@ from protoclip.explore.atlas import (
     prototypes,
 )
 from protoclip.explore.explorer import Answer, Explorer, Near
+from protoclip.explore.names import names
 from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 from protoclip.files import read_sealed, sealed, to_json, write_atomically
 from protoclip.terminal import visible
@@ -50,6 +51,7 @@ THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
 PAGE_SIZE = 60  # pairs on a page
 FLOWS = 40  # movements between groups that are listed
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
+NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
 DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
@@ -160,6 +162,25 @@ class Site:
         order, starts = self._members[modality]
         return order[starts[number] : starts[number + 1]]
 
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """For each modality the names of its prototypes, by their nearest members."""
+        found = {}
+        for modality in MODALITIES:
+            nearest = [self.members(modality, each)[:NAMED_BY] for each in range(self.atlas.number)]
+            captions = [
+                self.pairs.caption(self.explorer.row(int(position)))
+                for members in nearest
+                for position in members
+            ]
+            assigned = np.repeat(np.arange(self.atlas.number), [len(each) for each in nearest])
+            found[str(modality)] = names(captions, assigned, self.atlas.number)
+        return found
+
+    def name(self, modality: str, number: int) -> str:
+        """The words that set a prototype's captions apart; empty if there are none."""
+        return shown(self._names[modality][number], 60)
+
     def card(self, position: int, *facts: str) -> Card:
         row = self.explorer.row(position)
         self.on_card(row)
@@ -255,6 +276,7 @@ class Site:
     def prototype(self, modality: Modality, number: int, page: int = 1) -> str:
         """The members of a prototype, in both modalities."""
         one, members = self.prototypes[modality][number], self.members(modality, number)
+        name = self.name(modality, number)
         other = "text" if modality == "image" else "image"
         partners = Counter(self.atlas.prototype(other)[members].tolist()).most_common(12)
         part, pages = paged(members, page)
@@ -264,7 +286,7 @@ class Site:
         ]
         return self.page(
             "prototype.html",
-            f"{modality.capitalize()} prototype {number}",
+            f"{modality.capitalize()} prototype {number}" + (name and f": {name}"),
             one=one,
             other=other,
             partners=partners,

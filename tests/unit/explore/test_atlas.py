@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -33,6 +32,18 @@ def clustered(seed: int = 0, *, swapped: tuple[int, ...] = ()) -> Features:
         image=3 * (centres[groups] + noise[0]),
         text=centres[texts] + noise[1],
     )
+
+
+def gap_apart() -> Features:
+    """The same pairs with images and texts in two clouds far from each other."""
+    found, away = clustered(), 5 * torch.eye(WIDTH)[0]
+    return replace(found, image=found.image / 3 + away, text=found.text - away)
+
+
+def partners_nearer(atlas: atlases.Atlas) -> float:
+    """The share of texts that lie nearer to an image than its own, on average; 0.5 by chance."""
+    apart = np.linalg.norm(atlas.image_place[:, None] - atlas.text_place[None], axis=2)
+    return float((apart < np.diag(apart)[:, None]).mean())
 
 
 def subset(features: Features, rows: list[int]) -> Features:
@@ -96,18 +107,26 @@ def test_the_map_shows_groups_apart(atlas: atlases.Atlas) -> None:
     assert between > inside
 
 
+def test_partners_are_near_on_the_map_whatever_lies_between_the_modalities() -> None:
+    found = gap_apart()
+    assert F.cosine_similarity(found.image, found.text).max() < -0.8
+    assert partners_nearer(make_atlas(found, heads=None, number=CLUSTERS)) < 0.3
+
+
 @pytest.mark.slow
 def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """All pairs that are drawn, or some of them with the others placed among these."""
     numba = pytest.importorskip("numba")
     # Compiling takes half a minute, and so few pairs and epochs need none.
     monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
-    umap = pytest.importorskip("umap")
-    monkeypatch.setattr(umap, "UMAP", partial(umap.UMAP, n_epochs=30))
+    pytest.importorskip("umap")
+    monkeypatch.setattr(atlases, "EPOCHS", 30)
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
     for most in (atlases.MAP_PAIRS, 40):
         monkeypatch.setattr(atlases, "MAP_PAIRS", most)
-        place = make_atlas(clustered(), heads=None, number=CLUSTERS, layout="umap").image_place
+        atlas = make_atlas(gap_apart(), heads=None, number=CLUSTERS, layout="umap")
+        assert partners_nearer(atlas) < 0.3  # those of the same group are as near
+        place = atlas.image_place
         assert place.shape == (CLUSTERS * EACH, 2)
         means = np.stack([place[groups == group].mean(0) for group in range(CLUSTERS)])
         nearest = np.linalg.norm(place[:, None] - means, axis=2).argmin(1)

@@ -520,7 +520,7 @@ def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> N
         ("open_clip:RN50", "open_clip:RN50: is no run that says which data it was trained on"),
         ("hf:x --data nothing.csv", "nothing.csv: no such file"),
         ("x --data emoji --port 70000", "port: 70000 is too large; at most 65535"),
-        ("x --data emoji --map tsne", "map: 'tsne' is not one of pca, umap"),
+        ("x --data emoji --map tsne", "map: 'tsne' is not one of auto, pca, umap"),
         ("hf:x --data {}/plain.csv --port 0", "no column with captions"),
     ],
 )
@@ -546,13 +546,23 @@ def test_the_command_writes_pages_and_a_table(
     samples = sources.pairs(Config(data=DataConfig(train=str(tmp_path / "pairs.parquet"))))
     with loaded(WordModel(samples)) as (name,):
         words = ["explore", name, "--data", str(tmp_path / "pairs.parquet")]
-        words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4"]
+        words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4", "--map", "pca"]
         main([*words, "--static", str(tmp_path / "out"), "--atlas", str(tmp_path / "a.parquet")])
     said = capsys.readouterr()
     assert f"embedding-atlas {tmp_path / 'a.parquet'} --x x --y y" in said.out
     assert "note: data.without: 31 of 60 samples are used" in said.err
     assert pq.read_metadata(tmp_path / "a.parquet").num_rows == 62
     assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
+
+
+def test_the_map_is_by_umap_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for there, layout, said in (("spec", "umap", ""), (None, "pca", "pip install umap-learn")):
+        monkeypatch.setattr("protoclip.cli.explore.find_spec", lambda name, found=there: found)
+        assert Explore(models=["x"]).layout() == layout
+        assert Explore(models=["x"], map="pca").layout() == "pca"
+        assert said in capsys.readouterr().err
 
 
 def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:

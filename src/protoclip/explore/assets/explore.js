@@ -6,6 +6,8 @@
 const KEY = `protoclip-selection of ${document.body.dataset.pairs}`;
 const selection = new Set(JSON.parse(sessionStorage.getItem(KEY) || "[]"));
 let onMap = () => {};
+// Of the map: pixels between names, of an image, and how many points in view show theirs.
+const [GAP, THUMB, FEW] = [12, 36, 150];
 
 function store() {
   try {
@@ -145,7 +147,111 @@ async function drawMap(place) {
   source.selected.properties.indices.change.connect(selected);
   chooser.addEventListener("change", colour);
   colour();
+  label(doc.get_model_by_name("map"), source, found.groups);
   place.dataset.ready = "yes";
+}
+
+// Names of groups lie over the plot, of the coarse ones with an image; and all images when few are
+// in view. Coarse and large groups come first; what would overlap is left out, so there is room for
+// more of them as one zooms in.
+function label(plot, source, groups) {
+  const [names, thumbs] = ["names", "thumbs"].map((id) => document.getElementById(id));
+  const view = Bokeh.index.get(plot);
+  const [x, y] = [source.data.image_x, source.data.image_y];
+  const [xs, ys] = [plot.x_range, plot.y_range];
+  const first = [xs.start, xs.end, ys.start, ys.end];
+
+  function picture(index) {
+    const image = new Image(THUMB, THUMB);
+    image.alt = "";
+    image.src = `../images/${source.data.row[index]}.webp`;
+    return image;
+  }
+  const pictures = new Map(); // by point, so that none is asked for twice
+
+  const buttons = groups.map((group) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = `level-${group.level}`;
+    if (group.level === 0) button.append(picture(group.example));
+    button.append(group.name); // as text: it is made of captions
+    button.title = `${group.size.toLocaleString("en")} pairs: zoom in`;
+    button.addEventListener("click", () => zoomTo(group));
+    return button;
+  });
+  names.append(...buttons);
+  const sizes = buttons.map((button) => [button.offsetWidth, button.offsetHeight]);
+
+  // As far in as the next level needs, and never out.
+  function zoomTo(group) {
+    const share = Math.min(1, 0.5 ** (group.level + 1));
+    const width = Math.min((first[1] - first[0]) * share, (xs.end - xs.start) / 1.5);
+    const height = Math.min((first[3] - first[2]) * share, (ys.end - ys.start) / 1.5);
+    xs.setv({ start: group.x - width / 2, end: group.x + width / 2 });
+    ys.setv({ start: group.y - height / 2, end: group.y + height / 2 });
+  }
+
+  const put = (element, left, top) => {
+    element.style.transform = `translate(${Math.round(left)}px, ${Math.round(top)}px)`;
+  };
+
+  function draw() {
+    const frame = view.frame.bbox;
+    const [across, down] = [view.frame.x_scale, view.frame.y_scale];
+    const at = (px, py) => [across.compute(px), down.compute(py)];
+    const boxes = [];
+    // A box of this size around a point, if it is inside and free.
+    const fits = (px, py, width, height) => {
+      const box = { left: px - width / 2, right: px + width / 2, top: py - height / 2, bottom: py + height / 2 };
+      if (box.left < frame.left || box.right > frame.right || box.top < frame.top || box.bottom > frame.bottom) return false;
+      if (boxes.some((other) => box.left < other.right && other.left < box.right && box.top < other.bottom && other.top < box.bottom)) return false;
+      return boxes.push(box);
+    };
+    const shown = new Set();
+    groups.forEach((group, index) => {
+      const [width, height] = sizes[index];
+      let [px, py] = at(group.x, group.y);
+      if (px > frame.left && px < frame.right && py > frame.top && py < frame.bottom) {
+        px = Math.min(Math.max(px, frame.left + (width + GAP) / 2), frame.right - (width + GAP) / 2);
+        py = Math.min(Math.max(py, frame.top + (height + GAP) / 2), frame.bottom - (height + GAP) / 2);
+      }
+      const free = group.name && !shown.has(group.name) && fits(px, py, width + GAP, height + GAP);
+      buttons[index].style.visibility = free ? "visible" : "hidden";
+      if (free) put(buttons[index], px - width / 2, py - height / 2);
+      if (free) shown.add(group.name);
+    });
+
+    const inside = [];
+    for (let index = 0; index < x.length && inside.length <= FEW; index++) {
+      if (x[index] > xs.start && x[index] < xs.end && y[index] > ys.start && y[index] < ys.end) inside.push(index);
+    }
+    const images = [];
+    for (const index of inside.length > FEW ? [] : inside) {
+      const [px, py] = at(x[index], y[index]);
+      if (!fits(px, py, THUMB, THUMB)) continue;
+      if (!pictures.has(index)) pictures.set(index, picture(index));
+      const image = pictures.get(index);
+      put(image, px - THUMB / 2, py - THUMB / 2);
+      images.push(image);
+    }
+    thumbs.replaceChildren(...images);
+  }
+
+  let waiting = 0;
+  const later = () => {
+    cancelAnimationFrame(waiting);
+    waiting = requestAnimationFrame(draw);
+  };
+  for (const range of [xs, ys]) {
+    for (const side of ["start", "end"]) range.properties[side].change.connect(later);
+  }
+  for (const side of ["inner_width", "inner_height"]) plot.properties[side].change.connect(later);
+  // The wheel over a name zooms the map too.
+  names.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    view.canvas_view.events_el.dispatchEvent(new WheelEvent("wheel", event));
+  }, { passive: false });
+  draw();
 }
 
 function legend(way, plain) {

@@ -1,0 +1,105 @@
+"""Names of groups of pairs: the words that set the captions of a group apart from the others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+COARSE, FINER, LEVELS = 12, 3, 3  # 12 groups of the map, then 36, then 108
+PAIRS_PER_GROUP = 8  # on average at least, so that a group's words are not those of one caption
+WORDS, LEAST = 3, 0.4  # in a name; each scores at least this share of what the first scores
+READ = 300  # characters of a caption
+WORD = r"(?u)\b[^\W\d_]\w+\b"  # begins with a letter, so no number is a name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A group of the map.
+
+    Attributes:
+        level: 0 is the coarsest.
+        middle: The median of its points, x and y.
+        example: A pair that has the first word of the name, and whose image lies near the middle.
+        size: Its pairs.
+    """
+
+    level: int
+    name: str
+    middle: tuple[float, float]
+    example: int
+    size: int
+
+
+def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
+    """One to three words for each group, by class-based TF-IDF; empty where no word is found.
+
+    A word scores the share of the group's captions that have it, times log(1 + A / f): f captions
+    have the word, and a group has A captions on average.
+
+    Args:
+        assigned: The group of each caption `(n,)`, in `0..number - 1`.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(binary=True, stop_words="english", token_pattern=WORD)
+    try:
+        has = counter.fit_transform([caption[:READ] for caption in captions])
+    except ValueError:  # no caption has a word
+        return [""] * number
+    vocabulary = counter.get_feature_names_out()
+    rarity = np.log1p(len(captions) / number / np.asarray(has.sum(0)).ravel())
+    found = []
+    for group in range(number):
+        members = np.flatnonzero(assigned == group)
+        score = np.asarray(has[members].sum(0)).ravel() / max(1, len(members)) * rarity
+        best = np.argsort(-score, kind="stable")[: 4 * WORDS]
+        chosen: list[str] = []
+        for word, value in zip(vocabulary[best], score[best], strict=True):
+            if value <= LEAST * score[best[0]]:
+                break
+            if not any(word.startswith(each) or each.startswith(word) for each in chosen):
+                chosen.append(str(word))
+        found.append(", ".join(chosen[:WORDS]))
+    return found
+
+
+def groups_of_map(places: Array, captions: Sequence[str]) -> tuple[list[Group], list[str]]:
+    """Groups of pairs that lie together, coarse ones and large ones first; and of each pair the
+    name of its coarse group.
+
+    Args:
+        places: Where image and text of each pair lie `(n, 2, 2)`.
+    """
+    from sklearn.cluster import KMeans
+
+    middles = places.mean(1)
+    most = min(max(1, len(places) // PAIRS_PER_GROUP), len(np.unique(middles, axis=0)))
+    numbers = sorted({min(most, COARSE * FINER**level) for level in range(LEVELS)})
+    groups: list[Group] = []
+    coarse: list[str] = []
+    for level, number in enumerate(numbers):
+        assigned = KMeans(number, n_init=1, random_state=0).fit_predict(middles)
+        called = names(captions, assigned, number)
+        coarse = coarse or [called[group] for group in assigned]
+        sizes = np.bincount(assigned, minlength=number)
+        for group in np.argsort(-sizes, kind="stable").tolist():
+            members = np.flatnonzero(assigned == group)
+            middle = np.median(places[members].reshape(-1, 2), axis=0)
+            word = called[group].partition(",")[0]
+            having = [row for row in members.tolist() if word in captions[row].lower()]
+            having = having or members.tolist()  # a word is not always lowered as `lower` does it
+            from_middle = np.linalg.norm(places[having, 0] - middle, axis=1)
+            groups.append(
+                Group(
+                    level=level,
+                    name=called[group],
+                    middle=(float(middle[0]), float(middle[1])),
+                    example=having[int(from_middle.argmin())],
+                    size=len(members),
+                )
+            )
+    return groups, coarse

@@ -1,0 +1,53 @@
+"""Names of groups, on captions whose words are known."""
+
+import numpy as np
+
+from protoclip.explore.names import groups_of_map, names
+
+CAPTIONS = ["a small icon of a red heart", "a small icon of a moon", "a small icon of a pale moon"]
+
+
+def test_names_are_the_words_that_set_a_group_apart() -> None:
+    """Not those that all have, and the plural is no second word."""
+    captions = [*CAPTIONS, "a small icon of red hearts, or of a heart"] * 5
+    heart, moon = (each.split(", ") for each in names(captions, np.array([0, 1, 1, 0] * 5), 2))
+    assert {"red", "heart"} <= set(heart)
+    assert moon[0] == "moon"
+    assert not {"hearts", "of", "or"} & {*heart, *moon}
+
+
+def test_groups_without_words_have_no_name() -> None:
+    assert names(["1 2 3", "", "!"], np.array([0, 1, 1]), 2) == ["", ""]
+    assert names(["a red heart", "", ""], np.array([0, 2, 2]), 3)[1:] == ["", ""]
+
+
+def test_a_name_holds_no_markup() -> None:
+    hostile = ["<script>alert('x')</script> \u202e<b onclick=y>bold</b>", "a green square"]
+    for name in names(hostile * 3, np.array([0, 1] * 3), 2):
+        assert name
+        assert all(part.isalnum() for part in name.split(", "))
+
+
+def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first() -> None:
+    draw = np.random.default_rng(0)
+    kinds = draw.choice(3, 300, p=[0.5, 0.3, 0.2])
+    corners = np.array([[0, 0], [50, 0], [0, 50]])
+    places = corners[kinds][:, None] + draw.normal(size=(300, 2, 2))
+    groups, coarse = groups_of_map(places, [CAPTIONS[kind] for kind in kinds])
+    assert [each.level for each in groups] == sorted(each.level for each in groups)
+    for level in {each.level for each in groups}:
+        sizes = [each.size for each in groups if each.level == level]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sum(sizes) == 300
+    for each in groups:
+        kind = np.linalg.norm(corners - each.middle, axis=1).argmin()
+        assert np.linalg.norm(corners[kind] - each.middle) < 4
+        assert kinds[each.example] == kind
+    assert len(coarse) == 300
+    assert all("heart" in name for name, kind in zip(coarse, kinds, strict=True) if kind == 0)
+
+
+def test_pairs_in_one_place_are_one_group() -> None:
+    groups, coarse = groups_of_map(np.zeros((40, 2, 2)), ["a moon"] * 40)
+    assert [each.size for each in groups] == [40]
+    assert coarse == ["moon"] * 40
