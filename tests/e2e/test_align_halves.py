@@ -1,5 +1,7 @@
 """Halves of `protoclip align` that are towers of other models: of runs, open_clip, transformers."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import transformers
 
 import protoclip
 from interrupting import stop_after
-from protoclip.config import ModelConfig, build
+from protoclip.config import ModelConfig, TextTowerConfig, build
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projections
+from protoclip.models.resolve import resolve_start
 from protoclip.testing import tiny_config
 from protoclip.training.align import align
 from tiny_align import changed, tiny_alignment, weights_of
@@ -149,6 +152,47 @@ def test_a_run_between_towers_of_other_models_goes_on_and_leaves(
     )
     moved = weights_of(Path(tuned["folder"]))
     assert any("visual.trunk" in n and not torch.equal(v, whole[n]) for n, v in moved.items())
+
+
+def test_a_half_of_a_run_is_read_at_the_length_of_the_run(models, tmp_path):
+    """Not at that of the model which it started from; a half that starts untrained has none yet."""
+    config = tiny_config(out=str(tmp_path / "run"))
+    start = ModelConfig(
+        start=models["open_clip"], text=TextTowerConfig(context_length=9), heads=config.model.heads
+    )
+    episodes = replace(config.episodes, size=16, count=1)
+    protoclip.train(replace(config, model=start, episodes=episodes))
+    found = resolve_start(ModelConfig(text=TextTowerConfig(name=str(tmp_path / "run")))).model
+    assert found.text.context_length == 9
+    assert found.image.size is None
+
+
+def test_a_trunk_whose_classifier_projects_is_a_half(given, tmp_path):
+    """As open_clip has EVA's and MobileCLIP's."""
+    vision = {"timm_model_name": "test_resnet", "timm_model_pretrained": False, "timm_proj": None}
+    vision |= {"image_size": 32, "timm_pool": "avg"}
+    model = str(save_open_clip(tmp_path / "model", {**CLIP, "vision_cfg": vision}))
+    start = resolve_start(build(ModelConfig, settings_of(given, model, None)["model"], "model."))
+    halves = FrozenHalves(loading.model(start, seed=0).towers).eval()
+    trunk = protoclip.load(model)[0].towers.visual.trunk.eval()
+    with torch.inference_mode():
+        expected = trunk.forward_head(trunk.forward_features(PIXELS), pre_logits=True)
+        torch.testing.assert_close(halves.encode_image(PIXELS), expected)
+
+
+def test_an_aligned_run_is_exported_with_its_text_files(given, models, tmp_path):
+    """Its text model may be gone by then."""
+    moved = shutil.copytree(given["model"]["text"]["name"], tmp_path / "bert")
+    settings = settings_of(given, models["run"], None)
+    settings["model"]["text"] = {"name": str(moved), "context_length": 20}
+    align(changed(settings, tmp_path / "run"))
+    shutil.rmtree(moved)
+    protoclip.export(tmp_path / "run", tmp_path / "out", ("open_clip",))
+    model, _, tokenizer = protoclip.load(tmp_path / "run")
+    theirs, _, _ = protoclip.load(tmp_path / "out")
+    with torch.inference_mode():
+        ours = model.encode_text(tokenizer(TEXTS))
+        torch.testing.assert_close(theirs.encode_text(tokenizer(TEXTS)), ours)
 
 
 def test_halves_that_fit_no_format_are_refused_in_one_line(given, models, tmp_path):

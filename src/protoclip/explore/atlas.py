@@ -268,6 +268,8 @@ def by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
     Its neighbours are found here, exactly: finding them by UMAP's own index takes longer to compile
     than all the rest.
     """
+    if bool((rows == rows[0]).all()):  # UMAP would scale by their spread
+        return np.zeros((len(rows), 2), np.float32)
     try:
         import umap
     except ImportError:

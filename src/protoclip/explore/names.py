@@ -1,7 +1,10 @@
 """Names of groups of pairs: the words that set the captions of a group apart from the others."""
 
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,6 @@ COARSE, FINER, LEVELS = 12, 3, 3  # 12 groups of the map, then 36, then 108
 PAIRS_PER_GROUP = 8  # on average at least, so that a group's words are not those of one caption
 WORDS, LEAST = 3, 0.4  # in a name; each scores at least this share of what the first scores
 READ = 300  # characters of a caption
-WORD = r"(?u)\b[^\W\d_]\w+\b"  # begins with a letter, so no number is a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,14 @@ class Group:
     size: int
 
 
+@cache
+def word_pattern() -> str:
+    """Matches words, which begin with a letter, so that no number is a name. Many scripts write
+    vowels as marks, which `re` counts to no word."""
+    marks = [c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M")]
+    return rf"(?u)\b[^\W\d_][\w{''.join(marks)}]+"
+
+
 def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
     """One to three words for each group, by class-based TF-IDF; empty where no word is found.
 
@@ -45,7 +55,7 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
-    counter = CountVectorizer(binary=True, stop_words="english", token_pattern=WORD)
+    counter = CountVectorizer(binary=True, stop_words="english", token_pattern=word_pattern())
     try:
         has = counter.fit_transform([caption[:READ] for caption in captions])
     except ValueError:  # no caption has a word
@@ -75,6 +85,7 @@ def groups_of_map(places: Array, captions: Sequence[str]) -> tuple[list[Group], 
         places: Where image and text of each pair lie `(n, 2, 2)`.
     """
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     middles = places.mean(1)
     most = min(max(1, len(places) // PAIRS_PER_GROUP), len(np.unique(middles, axis=0)))
@@ -82,12 +93,16 @@ def groups_of_map(places: Array, captions: Sequence[str]) -> tuple[list[Group], 
     groups: list[Group] = []
     coarse: list[str] = []
     for level, number in enumerate(numbers):
-        assigned = KMeans(number, n_init=1, random_state=0).fit_predict(middles)
+        with warnings.catch_warnings():  # that copies are fewer groups than asked for
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            assigned = KMeans(number, n_init=1, random_state=0).fit_predict(middles)
         called = names(captions, assigned, number)
         coarse = coarse or [called[group] for group in assigned]
         sizes = np.bincount(assigned, minlength=number)
         for group in np.argsort(-sizes, kind="stable").tolist():
             members = np.flatnonzero(assigned == group)
+            if not len(members):  # fewer places differ in K-means' precision
+                continue
             middle = np.median(places[members].reshape(-1, 2), axis=0)
             word = called[group].partition(",")[0]
             having = [row for row in members.tolist() if word in captions[row].lower()]

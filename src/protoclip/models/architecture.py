@@ -99,7 +99,11 @@ class DescribedTowers(Architecture):
     @property
     def open_clip_config(self) -> dict[str, Any]:
         assert self.towers_json is not None
-        return dict(self.towers_json["model_cfg"])
+        config = deepcopy(dict(self.towers_json["model_cfg"]))
+        if self.text_files is not None:  # whatever they are called where the model was made
+            names = {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys()
+            config["text_cfg"] |= dict.fromkeys(names, str(self.text_files))
+        return config
 
     def repository(self, weights: Weights) -> str | None:
         return None if self.text_files else text_repository(self.open_clip_config)

@@ -109,6 +109,7 @@ class ProtoCLIP(TowerPair):
         The heads read these outputs before normalisation, as in the reference.
         """
         logit_bias: Tensor | None = getattr(self.towers, "logit_bias", None)
+        image, text = to_float(image), to_float(text)  # FSDP2 casts what comes in
         # The order of these operations decides how gradients are summed, so runs depend on it.
         return Embeddings(
             image_features=F.normalize(self.watched("image_features", image), dim=-1),

@@ -17,11 +17,17 @@ from torch import Tensor
 from protoclip.config import ModelConfig
 from protoclip.models import towers
 from protoclip.models.architecture import Architecture, DescribedTowers
-from protoclip.models.halves import SmallTowers, pooling_of, text_config, text_source
+from protoclip.models.halves import (
+    SmallTowers,
+    classifier_names,
+    pooling_of,
+    text_config,
+    text_source,
+)
 from protoclip.models.opening import HUGGING_FACE_CONFIG, misfits
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import KINDS, HuggingFaceStart, Start, find_start
-from protoclip.models.towers import PROJECTIONS, Weights, examples_of
+from protoclip.models.towers import OPEN_CLIP_CONFIG, PROJECTIONS, Weights, examples_of
 
 Tower = Literal["image", "text"]
 PARTS = {"image": "visual.", "text": "text."}  # how the names of a tower's weights begin
@@ -41,6 +47,8 @@ def names_model(tower: Tower, name: str | None) -> bool:
     if tower == "image":
         return Path(name).is_dir()
     folder = Path(name.removeprefix("hf:"))
+    if folder.is_dir() and (folder / OPEN_CLIP_CONFIG).is_file():
+        return True
     if folder.is_dir() and not (folder / HUGGING_FACE_CONFIG).is_file():
         return True
     return hasattr(text_config(name, text_source(name)), "vision_config")
@@ -97,10 +105,14 @@ class TwoHalves(Start):
                 name if name.startswith(outside) else f"text.{name}": value
                 for name, value in weights.items()
             }
+        # open_clip lets the classifier of some of timm's models project.
+        trunk = getattr(source.visual, "trunk", None)
+        inside = () if trunk is None else classifier_names(trunk)
+        projections = (*PROJECTIONS, *(f"visual.trunk.{name}" for name in inside))
         own = {
             name: value
             for name, value in weights.items()
-            if name.startswith(PARTS[tower]) and not name.startswith(PROJECTIONS)
+            if name.startswith(PARTS[tower]) and not name.startswith(projections)
         }
         towers.interpolate(own, built.towers)
         return own
@@ -123,13 +135,16 @@ def two_halves(given: ModelConfig) -> TwoHalves:
         )
     built = image.build("none").towers
     mean, std = towers.image_normalisation(built)
-    own = towers.image_size(built), reads.get("context_length") or DEFAULT_CONTEXT_LENGTH
+    own = towers.image_size(built), int(reads["context_length"])
     size, length = given.image.size or own[0], given.text.context_length or own[1]
     notes = []
     if size != own[0]:
         notes.append(f"model.image.size = {size}: the image half was made for {own[0]} pixels")
-    if length > own[1]:
-        notes.append(f"model.text.context_length = {length}: the text half reads {own[1]} tokens")
+    if length > own[1] or (length < own[1] and "hf_model_name" not in reads):
+        notes.append(f"model.text.context_length = {length}: the text half was made for {own[1]}")
+    # Sizes of a half that starts untrained follow from the data.
+    untrained_image = type(image) is Start and given.image.weights is None
+    untrained_text = type(text) is Start and given.text.name is None
     config: dict[str, Any] = {
         "embed_dim": given.embed_dim,
         "custom_text": True,
@@ -141,8 +156,8 @@ def two_halves(given: ModelConfig) -> TwoHalves:
     source = text.unresized
     model = replace(
         given,
-        image=replace(given.image, size=size),
-        text=replace(given.text, context_length=length),
+        image=given.image if untrained_image else replace(given.image, size=size),
+        text=given.text if untrained_text else replace(given.text, context_length=length),
     )
     return TwoHalves(
         reference=f"{image.reference} and {text.reference}",
@@ -175,6 +190,8 @@ def half(tower: Tower, given: ModelConfig) -> Start:
             small = replace(small, text_files=Path(folder), tokenizer_source=folder)
         return Start(reference=name or "a small text transformer", unresized=small, model=model)
     assert name is not None
+    if tower == "text" and ":" not in name and not Path(name).is_dir():
+        name = f"hf:{name}"  # a dual encoder of the hub
     with as_half(tower):
         start = find_start(name)
         if isinstance(start, HuggingFaceStart):
@@ -225,10 +242,13 @@ def described(tower: Tower, start: Start) -> tuple[dict[str, bool], dict[str, An
         part |= {"timm_proj": "linear", "timm_model_pretrained": False}
     else:
         part |= {"hf_proj_type": "linear", "hf_model_pretrained": False}
-        if type(start) is Start:  # a folder is of this machine
-            part |= dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), start.reference)
-    if tower == "text" and part.get("context_length") is None:
-        part["context_length"] = start.architecture.sizes["context_length"]
+        if type(start) is Start or start.unresized.text_files is not None:
+            # How it was named; the path of its files is of this machine.
+            name = start.reference.removeprefix("hf:")
+            part |= dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), name)
+    if tower == "text":  # of a run its own, which may differ from the published one
+        own = start.architecture.sizes["context_length"]
+        part["context_length"] = own or part.get("context_length") or DEFAULT_CONTEXT_LENGTH
     return facts, part
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from protoclip.explore import atlas as atlases
-from protoclip.explore.atlas import Features, make_atlas, moved, num_prototypes
+from protoclip.explore.atlas import Features, by_umap, make_atlas, moved, num_prototypes
 from protoclip.explore.neighbours import Neighbours, near_duplicates
 
 CLUSTERS, EACH, WIDTH = 4, 15, 16
@@ -131,6 +131,10 @@ def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         means = np.stack([place[groups == group].mean(0) for group in range(CLUSTERS)])
         nearest = np.linalg.norm(place[:, None] - means, axis=2).argmin(1)
         assert (nearest == groups).mean() > 0.9
+
+
+def test_equal_rows_are_in_one_place() -> None:
+    assert not by_umap(torch.ones(5, 4) / 2, seed=0).any()
 
 
 def test_umap_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,3 +51,18 @@ def test_pairs_in_one_place_are_one_group() -> None:
     groups, coarse = groups_of_map(np.zeros((40, 2, 2)), ["a moon"] * 40)
     assert [each.size for each in groups] == [40]
     assert coarse == ["moon"] * 40
+
+
+def test_copies_that_differ_in_rounding_are_no_groups() -> None:
+    """K-means counts in fewer digits than they differ in, so some of its groups are empty."""
+    draw = np.random.default_rng(0)
+    places = np.repeat(draw.normal(size=(30, 2, 2)), 20, axis=0).astype(np.float32)
+    apart = np.where(draw.random(places.shape) < 0.3, np.nextafter(places, np.float32(9)), places)
+    groups, _ = groups_of_map(apart, ["a moon", "a heart"] * 300)
+    assert all(each.size for each in groups)
+
+
+def test_words_keep_their_marks() -> None:
+    """Hindi writes vowels as marks; `re` alone would tear its words apart."""
+    found = names(["कुत्ता घास", "बिल्ली घर"] * 3, np.array([0, 1] * 3), 2)
+    assert set(found[0].split(", ")) == {"कुत्ता", "घास"}
