@@ -1,7 +1,11 @@
 """Every test runs on one thread per process, with shapes and types checked at run time."""
 
+import os
+
 import checked
 
+# numba starts OpenMP's threads for all of the process, and a fork of it would wait for them.
+os.environ["NUMBA_NUM_THREADS"] = "1"
 checked.install()  # before the first import from the package
 
 import gc  # noqa: E402
