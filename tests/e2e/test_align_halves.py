@@ -160,7 +160,7 @@ def test_a_half_of_a_run_is_read_at_the_length_of_the_run(models, tmp_path):
     start = ModelConfig(
         start=models["open_clip"], text=TextTowerConfig(context_length=9), heads=config.model.heads
     )
-    episodes = replace(config.episodes, size=16, count=1)
+    episodes = replace(config.episodes, size=16, count=2)
     protoclip.train(replace(config, model=start, episodes=episodes))
     found = resolve_start(ModelConfig(text=TextTowerConfig(name=str(tmp_path / "run")))).model
     assert found.text.context_length == 9

@@ -39,7 +39,7 @@ def names_model(tower: Tower, name: str | None) -> bool:
     Raises:
         ValueError: There is no such text model.
     """
-    if name is None:
+    if not name:
         return False
     kind, _, rest = name.partition(":")
     if rest and kind in KINDS and (tower, kind) != ("text", "hf"):
