@@ -4,8 +4,7 @@ Each is of a model that `protoclip.load` opens and open_clip can describe. The o
 timm image tower or a Hugging Face text model; two of those need no more than `halves.SmallTowers`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ PARTS = {"image": "visual.", "text": "text."}  # how the names of a tower's weig
 
 
 def names_model(tower: Tower, name: str | None) -> bool:
-    """Whether a half is named by a whole model, as `protoclip.load` takes it, whose tower it is.
+    """Whether the name of a half is that of a whole model, which `protoclip.load` takes.
 
     Raises:
         ValueError: There is no such text model.
@@ -47,9 +46,8 @@ def names_model(tower: Tower, name: str | None) -> bool:
     if tower == "image":
         return Path(name).is_dir()
     folder = Path(name.removeprefix("hf:"))
-    if folder.is_dir() and (folder / OPEN_CLIP_CONFIG).is_file():
-        return True
-    if folder.is_dir() and not (folder / HUGGING_FACE_CONFIG).is_file():
+    has_config = (folder / HUGGING_FACE_CONFIG).is_file()
+    if folder.is_dir() and ((folder / OPEN_CLIP_CONFIG).is_file() or not has_config):
         return True
     return hasattr(text_config(name, text_source(name)), "vision_config")
 
@@ -75,7 +73,7 @@ class TwoHalves(Start):
     def choices(self) -> dict[str, str]:
         """The settings of open_clip's for projections with a hidden layer, by part.
 
-        timm's and Hugging Face's trunks have them; open_clip's own towers are linear.
+        timm's and Hugging Face's trunks have them; open_clip's own towers project linearly.
         """
         config = (self.unresized.towers_json or {})["model_cfg"]
         known = {"vision_cfg": "timm_proj", "text_cfg": "hf_proj_type"}
@@ -129,7 +127,7 @@ def two_halves(given: ModelConfig) -> TwoHalves:
     activations = {*image_facts.values(), *text_facts.values()}
     if len(activations) > 1:
         raise ValueError(
-            f"model.text.name: {text.reference} and {image.reference} have other activations "
+            f"model.text.name: {text.reference} and {image.reference} have different activations "
             "(GELU and QuickGELU), which open_clip's format cannot say of one model; take a timm "
             "image tower, or a Hugging Face text model"
         )
@@ -192,23 +190,16 @@ def half(tower: Tower, given: ModelConfig) -> Start:
     assert name is not None
     if tower == "text" and ":" not in name and not Path(name).is_dir():
         name = f"hf:{name}"  # a dual encoder of the hub
-    with as_half(tower):
+    try:
         start = find_start(name)
         if isinstance(start, HuggingFaceStart):
             start = start.trainable()
-    if tower == "image" and given.image.weights is not None:
-        raise ValueError(f"model.image.weights: {name} has weights of its own; leave it out")
-    return start
-
-
-@contextmanager
-def as_half(tower: Tower) -> Iterator[None]:
-    """Let a message of a start that cannot be had name the setting of the half."""
-    try:
-        yield
     except ValueError as error:
         said = str(error).removeprefix("model.start: ")
         raise ValueError(f"model.{tower}.name: {said}") from error
+    if tower == "image" and given.image.weights is not None:
+        raise ValueError(f"model.image.weights: {name} has weights of its own; leave it out")
+    return start
 
 
 def described(tower: Tower, start: Start) -> tuple[dict[str, bool], dict[str, Any]]:
