@@ -24,7 +24,11 @@ import torch  # noqa: E402
 from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 from fsspec.registry import _registry  # noqa: E402
 
+from interrupting import few_emoji  # noqa: E402
+from protoclip.evaluation import datasets  # noqa: E402
 from protoclip.testing import return_memory  # noqa: E402
+
+EMOJI = datasets.emoji
 
 torch.set_num_threads(1)
 
@@ -35,6 +39,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def judge_by_few_emoji() -> Iterator[None]:
+    """Judge runs by every 25th of the bundled emoji, unless a test asks for `all_emoji`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "emoji", few_emoji)
+        yield
+
+
+@pytest.fixture
+def all_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "emoji", EMOJI)
 
 
 class Bucket(MemoryFileSystem):
