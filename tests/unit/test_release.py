@@ -1,0 +1,22 @@
+"""What a release says of itself, in every place that says it."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+import protoclip
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_version_is_one():
+    """`__version__` is where it is said; hatch reads it from there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["hatch"]["version"]["path"] == "src/protoclip/__init__.py"
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.findall(r"^## \[(\d.*)\] - (.*)$", changes, re.MULTILINE)[0]
+    assert (cited["version"], cited["date-released"]) == newest == (protoclip.__version__, newest[1])
