@@ -25,14 +25,14 @@ PAGES = {
     "reference/python.md": reference.python,
 }
 # Pages of the reference that are written by hand.
-WRITTEN = ("metrics.md", "run_folder.md")
+WRITTEN = ("metrics.md", "run_folder.md", "compatibility.md")
 PLAIN_TEXT = """# As plain text
 
 For people who work with an assistant, and for whoever searches with `grep`:
 
 - [llms.txt](../llms.txt) lists the pages of this site, each as Markdown, with a line on each.
 - [reference.txt](../reference.txt) is the whole reference in one file: settings, commands, Python,
-  metrics, and the files of a run folder.
+  metrics, the files of a run folder, and what stays from version to version.
 
 The Markdown of any page lies beside it: `data.html` is made from `data.md`.
 """

@@ -40,6 +40,11 @@ RENAMED = {
     "montage": "is gone; protoclip explore shows pairs with their captions",
     "teacher.weight": "is gone; loss.teacher is the weight of each teacher",
 }
+# Of these the value that changed nothing, as old run folders have it: it is passed over.
+GONE = {
+    **{"data.small_copies": False, "data.shuffle_captions": False, "prototypes.unit_norm": False},
+    **{"optim.locked_warm_up_steps": 2, "teacher.weight": 1.0},
+}
 
 LONGEST_SHOWN = 80  # characters of a wrong value in a message
 
@@ -350,6 +355,8 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
         ValueError: A setting is unknown, missing, of the wrong type or out of range.
     """
     hints = get_type_hints(kind, include_extras=True)
+    former = without_number(prefix)
+    tree = {n: v for n, v in tree.items() if n in hints or (former + n, v) not in GONE.items()}
     for name in tree:
         if name not in hints:
             raise ValueError(unknown(prefix + name, [prefix + known for known in hints]))
@@ -360,9 +367,14 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
     return kind(**{name: read(prefix + name, tree[name], hints[name]) for name in tree})
 
 
+def without_number(name: str) -> str:
+    """`teachers[0].number` as `teacher.number`."""
+    return re.sub(r"s\[\d+\]", "", name)
+
+
 def unknown(name: str, known: list[str]) -> str:
     """What to say about a setting that does not exist."""
-    if (former := RENAMED.get(re.sub(r"s\[\d+\]", "", name))) is not None:
+    if (former := RENAMED.get(without_number(name))) is not None:
         return f"{name}: {former}"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"{name}: no such setting; did you mean {close[0]}?"

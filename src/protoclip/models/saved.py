@@ -91,6 +91,7 @@ def model_config(content: Mapping[str, Any], folder: Path) -> ModelConfig:
     """The `[model]` section in a `model.json`, with the folder as its start."""
     try:
         settings = {**content["model"], "start": str(folder)}
+        settings.pop("checkpoint", None)  # what `start` was in 0.1 and 0.2
         if missing := {"image", "text", "heads"} - settings.keys():
             raise KeyError(min(missing))
         return build(ModelConfig, settings, "model.")

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import protoclip
-from protoclip.config import PERMISSIONS, Config, build, shown
+from protoclip.config import GONE, PERMISSIONS, Config, build, shown
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
 from protoclip.files import SEAL, has_changed, read_json, read_toml
@@ -41,11 +41,6 @@ ROUNDING = (
 )
 # These say where data are, as `data.root` does. They may move, if what is there is the same.
 MOVABLE = ("data.train", "data.sources", "data.validation", "data.only", "data.without")
-# Settings that are gone, with the value that changed nothing; None stands for any.
-GONE = {
-    **{"teacher.weight": 1.0, "data.small_copies": False, "data.shuffle_captions": False},
-    "data.cache_folder": None,
-}
 # With `run.stop_by` these decide when the run ends.
 STOPS = ("run.evaluate_every", "run.guard")
 
@@ -178,9 +173,8 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     if "model.checkpoint" in before:  # what version 0.2 called it
         before["model.start"] = before.pop("model.checkpoint")
     now = flat(tomllib.loads(config))
-    for key in GONE.keys() - now.keys():
-        if GONE[key] in (None, before.get(key)):
-            before.pop(key, None)
+    before.pop("data.cache_folder", None)
+    before = {key: value for key, value in before.items() if (key, value) not in GONE.items()}
     differ = {
         key: f"{key} ({told(before, key)} before, {told(now, key)} now)"
         for key in sorted(before.keys() | now.keys())

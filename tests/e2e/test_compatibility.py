@@ -1,0 +1,89 @@
+"""Runs that earlier versions stopped half-way (tests/fixtures/make.py), opened by this version."""
+
+import json
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import protoclip
+import tiny_tower  # noqa: F401 (timm knows it then)
+from protoclip.cli import main
+from protoclip.models.saved import find_checkpoint
+from protoclip.testing import tiny_pairs
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+RESUME = "train --config run/config.toml --resume auto"
+
+
+def unpack(version: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The folders `run` and `data` of a version, in the current folder."""
+    with tarfile.open(FIXTURES / f"run-{version}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "1.0.0"])
+def test_the_model_of_an_old_run_computes_the_same(version, monkeypatch, tmp_path):
+    unpack(version, monkeypatch, tmp_path)
+    then = json.loads((FIXTURES / f"run-{version}.json").read_text())
+    pairs = tiny_pairs().slice(0, len(then["image"]))
+    captions = pairs["caption"].to_pylist()
+    opened = [Image.open(BytesIO(data)).convert("RGB") for data in pairs["image"].to_pylist()]
+
+    model, transform, tokenizer = protoclip.load("run")
+    protoclip.export("run", "out", ["open_clip"])
+    exported, _, prepare = open_clip.create_model_and_transforms("local-dir:out")
+    exported.eval()
+    tokenize = open_clip.get_tokenizer("local-dir:out")
+    with torch.inference_mode():
+        for each, image, text in ((model, transform, tokenizer), (exported, prepare, tokenize)):
+            features = {
+                "image": each.encode_image(torch.stack([image(one) for one in opened])),
+                "text": each.encode_text(text(captions)),
+            }
+            for modality, computed in features.items():
+                expected = torch.tensor(then[modality])
+                torch.testing.assert_close(computed, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [("0.2.0", "--loss.strengths constant"), ("1.0.0", "")]
+)
+def test_an_old_run_goes_on(version, words, monkeypatch, tmp_path, capsys):
+    unpack(version, monkeypatch, tmp_path)
+    main([*RESUME.split(), *words.split()])
+    assert "going on from run/checkpoints/step-000000006, step 6\n" in capsys.readouterr().err
+    assert find_checkpoint("run").name == "step-000000016"
+
+
+@pytest.mark.parametrize(
+    ("version", "words", "message"),
+    [
+        ("0.2.0", "", "loss.strengths (constant before, automatic now); restore them, or choose"),
+        ("0.1.0", "--loss.strengths constant", "start a new run from its weights with --model.st"),
+    ],
+)
+def test_an_old_run_that_cannot_go_on_is_one_line(
+    version, words, message, monkeypatch, tmp_path, capsys
+):
+    unpack(version, monkeypatch, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit):
+        main([*RESUME.split(), *words.split()])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("protoclip: error: run")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_new_run_starts_from_the_weights_of_an_old_one(monkeypatch, tmp_path):
+    """The way out that the refusal names."""
+    unpack("0.1.0", monkeypatch, tmp_path)
+    words = "--model.start run --loss.strengths constant --run.out new --episodes.count 2"
+    main(["train", "--config", "run/config.toml", *words.split(), "--episodes.locked_image", "0"])
+    assert find_checkpoint("new").name == "step-000000008"
