@@ -17,7 +17,7 @@ from protoclip.config import Config, HeadConfig, ImageTowerConfig, ModelConfig, 
 from protoclip.data.loader import Batch
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, reach_everything
-from protoclip.losses.keep import StartFeatures
+from protoclip.losses.distil import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare
 from protoclip.models import batch_norm, loading

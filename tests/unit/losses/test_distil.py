@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from protoclip.losses import tiles
-from protoclip.losses.keep import StartFeatures, keep_features, keep_relations
+from protoclip.losses.distil import StartFeatures, keep_features, keep_relations
 
 B, D, SCALE = 7, 5, 9.0
 
