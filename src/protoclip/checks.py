@@ -143,7 +143,7 @@ def without_effect(config: Config) -> list[str]:
         "loss.teacher": no_features,
         "loss.strengths": unused or no_instance,
         "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
-        "loss.distil_by": not config.distilled_teachers and "no teacher has a weight distil",
+        "loss.distil_by": not config.distilled_teachers and "teacher.distil is 0",
         "loss.instance": no_instance,
         "loss.positives": no_instance,
         "optim.locked_learning_rate": not config.locked_episodes

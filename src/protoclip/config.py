@@ -352,6 +352,16 @@ class Config:
         """Those of them whose features a tower learns."""
         return {name: each for name, each in self.external_teachers.items() if each.distil > 0}
 
+    @property
+    def uses_of_teachers(self) -> str:
+        """The external teachers, each with what is learned of it: `minilm (groups and features)`."""
+        told = []
+        for name in self.external_teachers:
+            uses = ["groups"] if name in self.grouping_teachers else []
+            uses += [self.loss.distil_by] if name in self.distilled_teachers else []
+            told.append(f"{name} ({' and '.join(uses)})")
+        return ", ".join(told)
+
 
 Section = TypeVar("Section")
 
