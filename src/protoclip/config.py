@@ -354,7 +354,7 @@ class Config:
 
     @property
     def uses_of_teachers(self) -> str:
-        """The external teachers, each with what is learned of it: `minilm (groups and features)`."""
+        """The external teachers, and what is learned of each: `minilm (groups and features)`."""
         told = []
         for name in self.external_teachers:
             uses = ["groups"] if name in self.grouping_teachers else []

@@ -12,7 +12,10 @@ import pytest
 import protoclip
 from interrupting import assert_equal_ends, quick_config, stop_after, with_changes
 from protoclip.config import Config, TeacherConfig
+from protoclip.explore.explorer import teachers_of
 from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.report.page import run_facts
+from protoclip.report.runs import read_run
 from protoclip.testing import tiny_pairs
 from protoclip.training import trainer
 from protoclip.training.run import train
@@ -49,21 +52,44 @@ def losses(folder: Path) -> list[set[str]]:
     return [{key.removeprefix("train/loss/") for key in line if "/loss/" in key} for line in steps]
 
 
-def test_distillation_alone_clusters_nothing_and_goes_on_exactly(data, tmp_path, monkeypatch):
-    """The locked image tower learns no features. Heads come back with a run, and are in no model."""
-    alone = {"teacher": 0.0, "prototypical": 0.0}
-    config = distilled(data, tmp_path / "run", **alone)
-    monkeypatch.setattr(trainer, "cluster_spaces", None)
-    train(config)
+ALONE = {"teacher": 0.0, "prototypical": 0.0}
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that learns features and nothing else of its teachers."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "cluster_spaces", None)  # nothing may be clustered
+        train(distilled(data, out, **ALONE))
+    return out
+
+
+def test_every_stage_learns_but_a_locked_tower(alone):
     both = {"total", "info_nce", "distil/a.image", "distil/a.text"}
-    assert losses(tmp_path / "run") == [both] * 4 + [both - {"distil/a.image"}] * 2
+    assert losses(alone) == [both] * 4 + [both - {"distil/a.image"}] * 2
+
+
+def test_a_run_goes_on_exactly(alone, data, tmp_path, monkeypatch):
+    """With the heads of its teachers."""
+    config = distilled(data, tmp_path / "stopped", **ALONE)
     with monkeypatch.context() as patch:
         stop_after(3, patch)
-        train(distilled(data, tmp_path / "stopped", **alone))
-    train(distilled(data, tmp_path / "stopped", **alone), resume="auto")
-    assert_equal_ends(tmp_path / "stopped", tmp_path / "run", steps=6)
-    checkpoint = find_checkpoint(tmp_path / "run")
-    heads = [key for key in read_tensors(checkpoint / "resume.safetensors") if "_heads" in key]
-    assert sum(key.endswith(".weight") for key in heads) == 2
-    model, *_ = protoclip.load(tmp_path / "run")
+        train(config)
+    train(config, resume="auto")
+    assert_equal_ends(tmp_path / "stopped", alone, steps=6)
+    resumed = read_tensors(find_checkpoint(alone) / "resume.safetensors")
+    shapes = {n: [*t.shape] for n, t in resumed.items() if n.endswith(".weight") and "heads" in n}
+    assert sorted(shapes.values()) == [[6, 16], [7, 16]]
+
+
+def test_no_model_has_heads_and_everyone_is_told_of_its_teachers(alone, tmp_path):
+    model, *_ = protoclip.load(alone)
     assert not hasattr(model, "teacher_heads")
+    told = "a.image (features), a.text (features)"
+    protoclip.export(alone, tmp_path / "exported", formats=("open_clip",))
+    card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert f"Taught by {told}." in card
+    assert "[[teachers]]" in card
+    assert run_facts(read_run(alone), "run")["teachers"] == told
+    assert teachers_of(str(alone)) == told
