@@ -40,6 +40,7 @@ class Cost(Config, Recipes):
     share: Annotated[float, ABOVE_0, 1] = 0.12  # Share of the card's peak that is reached.
     pairs: Count | None = None  # Pairs of the data, which a teacher reads once.
     teacher_parameters: Positive = 303e6  # Of the teacher without its embeddings; RoBERTa-large.
+    teacher_flops: Positive | None = None  # Of all teachers a pair, in place of these parameters.
     images_per_core: Positive = 1000.0  # Images that a core decodes in a second.
 
 
@@ -90,7 +91,7 @@ def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
     stages = [stage_of(cost, index) for index in range(episodes.count)]
     training = extraction = clustering = 0.0
     spaces = [prototypes.number] * (2 if cost.loss.prototypical else 0)
-    spaces += [teacher.number for teacher in cost.external_teachers.values()]
+    spaces += [teacher.number for teacher in cost.grouping_teachers.values()]
     for stage in stages:
         backward_image = 0 if stage.locks_image else 2 * forward.image
         training += forwards * (forward.image + forward.text) + backward_image + 2 * forward.text
@@ -102,7 +103,8 @@ def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
             clustering += 2 * sum(spaces) * cost.model.heads.projection_dim * rounds
     teacher = 0.0
     if cost.external_teachers and cost.pairs:
-        teacher = 2 * cost.teacher_parameters * cost.pairs * context_length(cost.model)
+        of_text = 2 * cost.teacher_parameters * context_length(cost.model)
+        teacher = cost.pairs * (cost.teacher_flops or of_text)
     return {
         "training": training * episodes.size,
         "extraction": extraction * episodes.size,

@@ -44,15 +44,16 @@ def check(config: Config) -> list[str]:
             f"episodes.locked_image ({stages})"
         )
     numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
-    numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
+    numbers |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
     for name, number in numbers.items():
         if size and number and not 2 <= number <= size:
             raise ValueError(
                 f"{name}.number: {number} needs to be between 2 and episodes.size ({size})"
             )
-    if not (config.loss.info_nce or config.uses_prototypes or config.loss.keep):
+    always, distils = config.loss.info_nce or config.loss.keep, bool(config.distilled_teachers)
+    if not (always or config.uses_prototypes or distils):
         raise ValueError("loss: all weights are 0, so there is nothing to train; raise one")
-    if not (config.loss.info_nce or config.loss.keep) and stages:
+    if not always and (config.locked_episodes if distils else stages):
         raise ValueError(
             "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
             "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
@@ -115,8 +116,8 @@ def without_effect(config: Config) -> list[str]:
     unused = clip and "no loss uses prototypes"
     no_target = no_prototypical and not clip and "loss.prototypical is 0"
     no_groups = not config.groups_modalities and not clip and "loss.prototypical is 0"
-    no_teacher = loss.teacher == 0 and has_teacher and "loss.teacher is 0"
-    no_features = not config.external_teachers and loss.teacher > 0 and "no teacher has features"
+    no_teacher = not config.external_teachers and has_teacher and "loss.teacher is 0"
+    no_features = not config.grouping_teachers and loss.teacher > 0 and "no teacher has features"
     locked = [] if model.projections_are_new else model.locked
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
@@ -142,6 +143,7 @@ def without_effect(config: Config) -> list[str]:
         "loss.teacher": no_features,
         "loss.strengths": unused or no_instance,
         "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
+        "loss.distil_by": not config.distilled_teachers and "teacher.distil is 0",
         "loss.instance": no_instance,
         "loss.positives": no_instance,
         "optim.locked_learning_rate": not config.locked_episodes
@@ -166,13 +168,23 @@ def without_effect(config: Config) -> list[str]:
     ]
     for teacher in config.teachers or [config.teacher]:
         known = TeacherConfig(name=teacher.name, number=teacher.number)
-        if loss.teacher == 0 or teacher == known:
+        if teacher == known or (loss.teacher == 0 and not teacher.distil):
             continue
         if teacher.features is None:
             notes.append("teacher.*: no effect, since teacher.features is not set")
-        elif teacher.hard_targets and teacher.target_temperature != known.target_temperature:
-            what, why = "target_temperature", f"{teacher.name}.hard_targets is set"
-            notes.append(f"{teacher.name}.{what}: no effect, since {why}")
+            continue
+        hard_targets = teacher.hard_targets and f"{teacher.name}.hard_targets is set"
+        no_loss = loss.teacher == 0 and "loss.teacher is 0"
+        causes = {
+            **dict.fromkeys(("whiten", "hard_targets"), no_loss),
+            "target_temperature": no_loss or hard_targets,
+            "tower": not teacher.distil and f"{teacher.name}.distil is 0",
+        }
+        notes += [
+            f"{teacher.name}.{name}: no effect, since {why}"
+            for name, why in causes.items()
+            if why and getattr(teacher, name) != getattr(known, name)
+        ]
     if config.locked_episodes < episodes.locked_image:
         notes.append("episodes.locked_image = 0, since model.locked keeps the text tower too")
     return notes

@@ -227,7 +227,9 @@ class TeacherConfig:
     number: Open[Count] = UNSET  # Prototypes of its space; else a tenth.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = True  # One-hot targets, as in the paper.
-    whiten: CountOrZero = 64  # Whiten wider features; 0: none.
+    whiten: CountOrZero = 64  # Whiten wider features to group; 0: none.
+    distil: NotNegative = 0.0  # Weight of learning its features themselves.
+    tower: Literal["image", "text"] | None = None  # That learns them; else of its modality.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +242,7 @@ class LossConfig:
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
+    distil_by: Literal["features", "relations"] = "features"  # What to learn of teacher.distil.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +301,7 @@ class Config:
 
     @property
     def uses_prototypes(self) -> bool:
-        return self.loss.prototypical > 0 or bool(self.external_teachers)
+        return self.loss.prototypical > 0 or bool(self.grouping_teachers)
 
     @property
     def sets_strengths(self) -> bool:
@@ -333,16 +336,36 @@ class Config:
         """`prototypes.source`; `auto` is queue with a teacher, else extract, as in the paper."""
         if self.prototypes.source != "auto":
             return self.prototypes.source
-        return "queue" if self.external_teachers else "extract"
+        return "queue" if self.grouping_teachers else "extract"
 
     @property
     def external_teachers(self) -> dict[str, TeacherConfig]:
-        """The teachers that have features, by name, if their loss has a weight."""
+        """The teachers that have features, by name, if a loss of theirs has a weight."""
         return {
             teacher.name: teacher
             for teacher in self.teachers or [self.teacher]
-            if teacher.features is not None and self.loss.teacher > 0
+            if teacher.features is not None and (self.loss.teacher > 0 or teacher.distil > 0)
         }
+
+    @property
+    def grouping_teachers(self) -> dict[str, TeacherConfig]:
+        """Those of them that group the samples."""
+        return self.external_teachers if self.loss.teacher > 0 else {}
+
+    @property
+    def distilled_teachers(self) -> dict[str, TeacherConfig]:
+        """Those of them whose features a tower learns."""
+        return {name: each for name, each in self.external_teachers.items() if each.distil > 0}
+
+    @property
+    def uses_of_teachers(self) -> str:
+        """The external teachers, and what is learned of each: `minilm (groups and features)`."""
+        told = []
+        for name in self.external_teachers:
+            uses = ["groups"] if name in self.grouping_teachers else []
+            uses += [self.loss.distil_by] if name in self.distilled_teachers else []
+            told.append(f"{name} ({' and '.join(uses)})")
+        return ", ".join(told)
 
 
 Section = TypeVar("Section")

@@ -17,7 +17,7 @@ from protoclip.config import Config, HeadConfig, ImageTowerConfig, ModelConfig, 
 from protoclip.data.loader import Batch
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, reach_everything
-from protoclip.losses.keep import StartFeatures
+from protoclip.losses.distil import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare
 from protoclip.models import batch_norm, loading
@@ -40,6 +40,12 @@ def gradients(
     model = loading.model(tiny_model(), seed=0).double()
     if "sigmoid" in terms:
         model.add_logit_bias()
+    distils = [term for term in terms if term.startswith("distil")]
+    if distils:
+        torch.manual_seed(0)  # of the heads
+        width = None if distils == ["distil_relations"] else WIDTH
+        model.add_teacher_heads(16, {"image": ("image", width), "text": ("text", width)})
+        model.double()
     if collectives.world_size() > 1:
         batch_norm.synchronise(model, torch.device("cpu"))
     stage = replace(PROTOTYPICAL, frozen_batch_norm=frozen)
@@ -72,11 +78,14 @@ def gradients(
     embeddings, finish = trainer._forward(batch)
     rows = torch.randn(2, PAIRS, 16, generator=generator, dtype=torch.float64)[:, own]
     image, text = torch.nn.functional.normalize(rows, dim=-1)
+    taught = torch.randn(2, PAIRS, WIDTH, generator=generator, dtype=torch.float64)
+    taught[0, : PAIRS // 2 - 2] = taught[1, 3] = torch.nan  # samples that these do not know
     keys = torch.stack([torch.arange(PAIRS) // 3, torch.arange(PAIRS) % 7], dim=1)[own]
     losses, _ = objective(
         embeddings,
         targets or None,
         groups=keys,
+        teachers=dict(zip(("image", "text"), taught[:, own], strict=True)),
         start=StartFeatures(image=image, text=text, logit_scale=torch.tensor(5.0).double()),
         assignments=dict(zip(("image", "text", "teacher"), assigned[:, own], strict=True)),
         weights=LossWeights(
@@ -86,6 +95,8 @@ def gradients(
             teachers={"teacher": 2.0},
             keep=float("relations" in terms or "features" in terms),
             keep_by="features" if "features" in terms else "relations",
+            distil={"image": 2.0 * bool(distils), "text": 3.0 * bool(distils)},
+            distil_by="relations" if "distil_relations" in terms else "features",
         ),
     )
     total = torch.stack(list(losses.values())).sum()
@@ -103,10 +114,12 @@ TERMS = {
     "shared": ("info_nce", "sigmoid", "shared"),
     "keep": ("relations",),
     "keep features": ("features",),
+    "distil": ("distil_features",),
+    "distil relations": ("distil_relations",),
     "prototypical": ("image_from_text", "text_from_image"),
     "teacher": ("image_from_teacher", "text_from_teacher"),
 }
-APART = ("keep features", "masked")
+APART = ("keep features", "masked", "distil relations")
 TERMS["all"] = sum((own for name, own in TERMS.items() if name not in APART), start=())
 
 
@@ -142,7 +155,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "CLIP": {"loss": {"prototypical": 0.0}},
     "queue": {"prototypes": {"source": "queue"}},
     # It synchronises BatchNorm without being asked.
-    "FSDP2": {"parallel": {"strategy": "fsdp", "sync_batch_norm": False}},
+    "FSDP2": {
+        "parallel": {"strategy": "fsdp", "sync_batch_norm": False},
+        "teacher": {"features": "emoji", "distil": 1.0},
+        "loss": {"teacher": 0.0},
+    },
     "sigmoid, FSDP2": {
         "loss": {"instance": "sigmoid"},
         "parallel": {"strategy": "fsdp"},
@@ -157,9 +174,10 @@ WAYS: dict[str, dict[str, Any]] = {
         "model": {"image": ImageTowerConfig(name="test_vit", size=32)},
         "episodes": {"micro_batch_size": 3},
         "prototypes": {"source": "queue"},
-        "teacher": {"features": "emoji"},
+        "teacher": {"features": "emoji", "distil": 1.0},
     },
     "micro-batches, FSDP2, checkpointing": {
+        "teacher": {"features": "emoji", "distil": 1.0},
         "model": {"image": ImageTowerConfig(name="test_vit", size=32)},
         "episodes": {"micro_batch_size": 3},
         "parallel": {"strategy": "fsdp", "activation_checkpointing": True},

@@ -200,6 +200,8 @@ def test_what_the_flops_of_a_run_are_made_of(cost):
     assert with_teacher["K-means"] == 1.5 * usual["K-means"]
     assert with_teacher["teacher"] == 2 * 50 * 1000 * 77
     assert flops(loss={"prototypical": 0.0})["K-means"] == 0
+    alone = {"loss": {"teacher": 0.0}, "teacher": {"features": "emoji", "distil": 1.0}}
+    assert flops(**alone) == {**usual, "teacher": with_teacher["teacher"]}
 
 
 def test_a_card_that_is_not_known_is_a_line(cost):
@@ -282,6 +284,11 @@ def test_three_steps_visit_every_stage(recipe, pairs, starts, tmp_path):
         settings["episodes.micro_batch_size"] = 8
     if config.teacher.features is not None:
         settings["teacher.features"] = pairs / "teacher.parquet"
+    if config.teachers:  # a file does not say which tower learns it, as a teacher folder does
+        towers = zip(config.teachers, ("image", "text"), strict=True)
+        features = str(pairs / "teacher.parquet")
+        taught = [{"name": t.name, "distil": t.distil, "tower": tower} for t, tower in towers]
+        settings["teachers"] = json.dumps([{**one, "features": features} for one in taught])
     command = commands(recipe)[-1][0]
     if command == "finetune":
         settings |= {"alpha": 1}  # no data are held out to choose by

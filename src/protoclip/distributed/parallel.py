@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._pytree import tree_leaves
 
 from protoclip.distributed.collectives import (
     all_gather_object,
@@ -66,6 +67,13 @@ def shard(model: nn.Module, device: torch.device, *, gathered: torch.dtype | Non
     model.to_empty(device=device)
     for method in FORWARDS:
         register_fsdp_forward_method(model, method)
+
+
+def shard_linear(part: nn.Module, model: nn.Module) -> None:
+    """Shard the linear layers of a part that was added to a sharded model, equal on every rank."""
+    mesh = next(each.device_mesh for each in model.parameters() if isinstance(each, DTensor))
+    for layer in [layer for layer in part.modules() if isinstance(layer, nn.Linear)]:
+        fully_shard(layer, mesh=mesh)
 
 
 def spread(model: nn.Module, whole: nn.Module | None) -> None:
@@ -142,7 +150,7 @@ def reach_everything(output: object, *unused: nn.Module) -> Tensor:
 
     DDP would wait for a parameter that no loss reaches.
     """
-    parts = [value.sum() for value in vars(output).values() if value is not None]
+    parts = [value.sum() for value in tree_leaves(output) if value is not None]
     parts += [p.sum() for module in unused for p in module.parameters() if p.requires_grad]
     return 0.0 * torch.stack(parts).sum()
 

@@ -64,6 +64,7 @@ class Explorer:
 
     Attributes:
         name: The model's reference.
+        teachers: Of the run that trained it, and what was learned of each.
         kept: Where the atlas is kept; None if it is not.
     """
 
@@ -72,6 +73,7 @@ class Explorer:
     encoder: Encoder
     atlas: Atlas
     features: Callable[[], Features]
+    teachers: str = ""
     kept: Path | None = None
     _lock: Any = field(default_factory=Lock, repr=False)
 
@@ -211,6 +213,7 @@ def open_explorer(
                 say(f"warning: the map is not kept ({error})")
     return Explorer(
         name=reference,
+        teachers=teachers_of(reference),
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,
@@ -252,6 +255,12 @@ def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]
 
     heads = {"image": model.image_head, "text": model.text_head}
     return {modality: partial(projections, head) for modality, head in heads.items()}
+
+
+def teachers_of(reference: str) -> str:
+    """The teachers of the run that trained a model, and what was learned of each."""
+    config = None if find_start(reference).checkpoint is None else run_config(reference)
+    return "" if config is None else config.uses_of_teachers
 
 
 def run_prototypes(reference: str) -> Mapping[str, Tensor]:

@@ -35,7 +35,7 @@ CARD, PROTOTYPES = "README.md", "prototypes"
 PAIRS, NEAREST = 20_000, 5
 YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # are no texts in YAML
 # Sections of a run's settings that the card shows.
-SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "loss", "optim")
+SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "teachers", "loss", "optim")
 LOADING = {
     "open_clip": """
 import open_clip
@@ -268,6 +268,9 @@ def write_card(
     if settings:
         shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
         lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
+        with suppress(ValueError):  # another version of the package wrote them
+            if taught := Config.from_dict(settings).uses_of_teachers:
+                lines += ["", f"Taught by {visible(taught)}."]
     else:
         lines.append("Not known: the model does not come from a run folder.")
     lines += ["", "## Metrics", ""]

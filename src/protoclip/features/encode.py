@@ -53,7 +53,7 @@ Pooling = Literal["mean", "cls", "pooler"]
 
 MAX_TOKENS = 512  # longer captions are cut, if the model's own limit is not lower
 PART_ROWS = {"text": 8192, "image": 2048}
-PAIRS = ("open_clip", "local-dir", "reference")  # references to models with two towers
+PAIRS = ("open_clip", "local-dir", "reference", "hf")  # references to models with two towers
 SKIPPED = "skipped.jsonl"
 # Ids of samples that could be read, their features, and what is wrong with the others.
 Encoded = tuple[list[str], Float[Tensor, "n q"], list[dict[str, str]]]
@@ -114,21 +114,24 @@ def open_encoder(
 
     `setting` is what messages name; unset, the options of `embed-teacher`.
 
-    `teacher` is `hf:NAME_OR_FOLDER` (a text model), `minilm` (all-MiniLM-L6-v2 as a package),
-    `timm:MODEL[/FILE]` (an image model, its weights in a file if one is named), or what
-    `protoclip.load` takes: `open_clip:MODEL/TAG`, a run folder and others.
+    `teacher` is `hf:NAME_OR_FOLDER` (a text model, or one with two towers), `minilm`
+    (all-MiniLM-L6-v2 as a package), `timm:MODEL[/FILE]` (an image model, its weights in a file if
+    one is named), or what `protoclip.load` takes: `open_clip:MODEL/TAG`, a run folder and others.
 
     Raises:
         ValueError: There is no such model, or it does not read that modality.
     """
     kind, _, name = teacher.partition(":")
-    reads = {"minilm": "text", "hf": "text", "timm": "image"}.get(kind, modality)
+    reads = {"minilm": "text", "timm": "image"}.get(kind, modality)
     if modality not in ("auto", reads):
         raise ValueError(f"{setting or f'--modality {modality}'}: {teacher} reads {reads} only")
     try:
         if teacher == "minilm" or (kind == "hf" and name):
             with hub(teacher, "" if Path(name).is_dir() else name):
-                return hugging_face(name, pooling, device)
+                if not name or not has_two_towers(name):
+                    if modality == "image":
+                        raise ValueError("reads text only")
+                    return hugging_face(name, pooling, device)
         if kind == "timm" and name:
             return timm_model(name, device)
         if kind == "open_clip" and name and "/" not in name:
@@ -174,6 +177,13 @@ def timm_model(name: str, device: torch.device) -> Encoder:
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
     return Encoder(model, device, torch.stack, model, transform, on_card("auto", device))
+
+
+def has_two_towers(name: str) -> bool:
+    """Whether a model of `transformers` reads images too, as CLIP does."""
+    from transformers import AutoConfig
+
+    return hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "vision_config")
 
 
 def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:

@@ -256,7 +256,9 @@ def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeature
         raise ValueError(
             f"{folder}: damaged ({reason}); delete it, and run protoclip embed-teacher again"
         ) from None
-    return StoredFeatures(name=str(folder), index=index, features=features, checksums=checksums)
+    opened = StoredFeatures(name=str(folder), index=index, features=features, checksums=checksums)
+    opened.modality = facts.get("modality")
+    return opened
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

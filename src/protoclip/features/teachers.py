@@ -101,6 +101,7 @@ def teachers(
             ids = [prefix + own for prefix in prefixes or [""] for own in plain]
             features = np.tile(features, (len(ids) // len(plain), 1))
             stored = StoredFeatures.in_memory(name=name, sample_ids=ids, features=features)
+            stored.modality = "text"
         else:
             stored = read_teacher(teacher.features)
         found[name] = stored
@@ -124,6 +125,30 @@ def refuse_halves(config: Config) -> None:
 
 def whiten(config: Config, found: Mapping[str, Whitens]) -> None:
     """Whiten each teacher as its settings say. Collective."""
-    for name, teacher in config.external_teachers.items():
+    for name, teacher in config.grouping_teachers.items():
         if teacher.whiten:
             found[name].whiten(teacher.whiten)
+
+
+def towers_of(config: Config, found: Mapping[str, Whitens]) -> dict[str, str]:
+    """The tower that learns the features of each teacher to be distilled, `image` or `text`.
+
+    Raises:
+        ValueError: It is not known, or the run leaves it as it is.
+    """
+    towers = dict[str, str]()
+    for name, teacher in config.distilled_teachers.items():
+        modality = "text" if teacher.features == START else found[name].modality
+        tower = teacher.tower or modality
+        if tower not in ("image", "text"):
+            raise ValueError(
+                f"teacher.tower: {teacher.features} does not say what it was made of; name the "
+                "tower that learns it, image or text"
+            )
+        if tower in config.model.locked and not config.model.projections_are_new:
+            raise ValueError(
+                f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
+                f"it is; set teacher.distil = 0, or unlock the tower"
+            )
+        towers[name] = tower
+    return towers

@@ -78,9 +78,11 @@ class Whitens:
 
     Attributes:
         width: Of the features before.
+        modality: What they were made of, `image` or `text`, where that is known.
     """
 
     width: int
+    modality: str | None = None
     whitening: Whitening | None = None
 
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:

@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.losses import tiles
+from protoclip.losses.distil import TEMPERATURE, divergences
 
-TEMPERATURE = 0.1  # of both softmaxes over neighbours
 AMONG = 512  # rows
 
 
@@ -31,21 +31,10 @@ def geometry_loss(
             rank, so that the cost grows as the batch does.
     """
     (rows,) = tiles.widened(features)
+    targets = F.normalize(frozen.float(), dim=-1).to(rows)
     parts = -(-len(rows) // among)
-    both = zip(rows.tensor_split(parts), frozen.tensor_split(parts), strict=True)
-    return torch.stack([divergence(*part) * len(part[0]) for part in both]).sum() / len(rows)
-
-
-def divergence(rows: Float[Tensor, "n d"], frozen: Float[Tensor, "n q"]) -> Float[Tensor, ""]:
-    """`geometry_loss` of rows that are all compared with each other."""
-    with torch.no_grad():
-        targets = F.normalize(frozen.float(), dim=-1).to(rows)
-        expected = F.log_softmax(without_diagonal(targets @ targets.T) / TEMPERATURE, dim=1)
-    given = F.log_softmax(without_diagonal(rows @ rows.T) / TEMPERATURE, dim=1)
-    return F.kl_div(given, expected, log_target=True, reduction="batchmean")
-
-
-def without_diagonal(square: Float[Tensor, "b b"]) -> Float[Tensor, "b _"]:
-    """A square matrix without the entries of each row with itself."""
-    size = len(square)
-    return square.flatten()[1:].view(size - 1, size + 1)[:, :-1].reshape(size, size - 1)
+    found = []
+    for part, target in zip(rows.tensor_split(parts), targets.tensor_split(parts), strict=True):
+        own = torch.arange(len(part), device=part.device)
+        found.append(divergences(part, part, target, target, 1 / TEMPERATURE, numbers=(own, own)))
+    return torch.cat(found).mean()

@@ -1,6 +1,6 @@
 """The objective of a training step: the weighted sum of all losses."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from protoclip.config import LossConfig
+from protoclip.config import Config
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.balance import Balance
+from protoclip.losses.distil import StartFeatures, distil, keep
 from protoclip.losses.geometry import geometry_loss
 from protoclip.losses.info_nce import info_nce, sharded_info_nce
-from protoclip.losses.keep import StartFeatures, keep
 from protoclip.losses.positives import Positives
 from protoclip.losses.prototypical import Target
 from protoclip.losses.sigmoid import sharded_sigmoid_loss, sigmoid_loss
@@ -25,8 +25,8 @@ from protoclip.models.protoclip import Embeddings
 class LossWeights:
     """Weight of each loss. A loss of weight 0 is not computed.
 
-    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group, and `keep_by`
-    what is to be kept of the start.
+    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group, `keep_by` what is
+    to be kept of the start, and `distil_by` what is to be learned of the teachers in `distil`.
     """
 
     info_nce: float = 1.0
@@ -36,6 +36,8 @@ class LossWeights:
     teachers: Mapping[str, float] = field(default_factory=dict)
     keep: float = 0.0
     keep_by: Literal["relations", "features"] = "relations"
+    distil: Mapping[str, float] = field(default_factory=dict)
+    distil_by: Literal["features", "relations"] = "features"
     geometry: float = 0.0
 
     def of(self, teacher: str) -> float:
@@ -50,17 +52,20 @@ class LossWeights:
         return sums
 
 
-def loss_weights(loss: LossConfig, teachers: Iterable[str], *, geometry: float) -> LossWeights:
-    """The weights that settings name; each external teacher has the same."""
+def loss_weights(config: Config, *, geometry: float) -> LossWeights:
+    """The weights that settings name; each external teacher that groups has the same."""
+    loss = config.loss
     sigmoid = loss.instance == "sigmoid"
     return LossWeights(
         info_nce=0.0 if sigmoid else loss.info_nce,
         sigmoid=loss.info_nce if sigmoid else 0.0,
         positives="shared" if loss.positives == "class" else loss.positives,
         prototypical=loss.prototypical,
-        teachers=dict.fromkeys(teachers, loss.teacher),
+        teachers=dict.fromkeys(config.grouping_teachers, loss.teacher),
         keep=loss.keep,
         keep_by=loss.keep_by,
+        distil={name: teacher.distil for name, teacher in config.distilled_teachers.items()},
+        distil_by=loss.distil_by,
         geometry=geometry,
     )
 
@@ -74,6 +79,7 @@ def objective(
     balance: Balance | None = None,
     start: StartFeatures | None = None,
     frozen: tuple[Tensor, Tensor] | None = None,
+    teachers: Mapping[str, Tensor] | None = None,
     groups: Int[Tensor, "b k"] | None = None,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -82,6 +88,7 @@ def objective(
     L = w_i InfoNCE + w_s sigmoid loss + w_p (L_image<-text + L_text<-image) / 2
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
       + w_k (distance from the frozen start)
+      + sum over distilled teachers of w_d (distance from the teacher)
       + w_g (geometry of images + geometry of texts) / 2
 
     With `balance` each prototypical loss has two more factors: its target's confidence, and the one
@@ -105,6 +112,7 @@ def objective(
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
         frozen: What two frozen halves make of the batch; needed where `weights.geometry` is.
+        teachers: Features of the batch by teacher; needed of those in `embeddings.distilled`.
         groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
@@ -135,13 +143,18 @@ def objective(
         loss = keep(image, text, start, by=weights.keep_by)
         losses["keep"] = weights.keep * loss
         report["train/loss/keep"] = loss.detach()
+    for name, outputs in embeddings.distilled.items():
+        assert teachers is not None, "a weight needs the teacher's features"
+        loss = distil(outputs, teachers[name], by=weights.distil_by)
+        losses[f"distil_{name}"] = weights.distil[name] * loss
+        report[f"train/loss/distil/{name}"] = loss.detach()
     if weights.geometry:
         assert frozen is not None, "a weight needs the features of the halves"
         image, text = embeddings.image_outputs, embeddings.text_outputs
         assert image is not None
         assert text is not None
-        outputs = zip((image, text), frozen, strict=True)
-        parts = [geometry_loss(F.normalize(out, dim=-1), rows) for out, rows in outputs]
+        halves = zip((image, text), frozen, strict=True)
+        parts = [geometry_loss(F.normalize(out, dim=-1), rows) for out, rows in halves]
         losses["geometry"] = weights.geometry * torch.stack(parts).mean()
         report["train/loss/geometry"] = torch.stack(parts).mean().detach()
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}

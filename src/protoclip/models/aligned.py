@@ -75,9 +75,13 @@ class AlignedModel(ProtoCLIP):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, images: Float[Tensor, "b q"], tokens: Float[Tensor, "b r"], project: bool = True
+        self,
+        images: Float[Tensor, "b q"],
+        tokens: Float[Tensor, "b r"],
+        project: bool = True,
+        teach: bool = False,
     ) -> Embeddings:
-        return self.embeddings(self.encode_image(images), self.encode_text(tokens), project)
+        return self.embeddings(self.encode_image(images), self.encode_text(tokens), project, teach)
 
     def encode_image(
         self, images: Float[Tensor, "b q"], normalize: bool = False

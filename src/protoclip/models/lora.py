@@ -2,7 +2,8 @@
 
 A layer with weight W gets two matrices of rank r, A and B, and computes with W + B A. Only A and B
 train; B starts at 0, so that nothing changes at first. A model with adapters has other names of
-parameters than the plain one: checkpoints hold the plain one, with W + B A in place of W.
+parameters than the plain one: checkpoints hold the plain one, with W + B A in place of W. The heads
+by which towers learn the features of teachers are no part of the plain model either.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from protoclip.models import towers
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.protoclip import TEACHER_HEADS, ProtoCLIP
 
 ADAPTER = "default"  # peft's name of the only adapter
 # What peft adds to the names of parameters.
@@ -151,8 +152,12 @@ def plain_name(name: str) -> str:
 
 
 def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names of the model without adapters, as they are: not merged."""
-    return {plain_name(name): value for name, value in weights.items() if ADDED not in name}
+    """Weights by the names of the plain model, as they are: not merged."""
+    return {
+        plain_name(name): value
+        for name, value in weights.items()
+        if ADDED not in name and not name.startswith(TEACHER_HEADS)
+    }
 
 
 @torch.no_grad()
@@ -165,11 +170,11 @@ def merged(
         weights: Whole copies of the model's weights; empty on ranks that do not save.
 
     Returns:
-        The merged weights, and W, A and B of each adapted layer by their names in `model`. Without
-        adapters these are `weights`, and nothing.
+        The merged weights, and by their names in `model` W, A and B of each adapted layer, and the
+        heads of teachers. Without both these are `weights`, and nothing.
     """
     plain = without_adapters(weights)
-    rest: dict[str, Tensor] = {}
+    rest = {name: value for name, value in weights.items() if name.startswith(TEACHER_HEADS)}
     for name, layer in adapted(model) if weights else ():
         matrix = f"{name}{WRAPPED}{getattr(layer, 'parameter_name', 'weight')}"
         added = [key for key in weights if key.startswith(f"{name}{ADDED}")]

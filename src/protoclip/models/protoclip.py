@@ -2,7 +2,8 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,8 @@ class Embeddings:
 
     Features and projections have unit norm; scales are inverse temperatures.
     Projections are `None` if the forward pass was called with `project=False`. Only models of the
-    sigmoid loss have a `logit_bias`. Outputs are what the towers gave, of any norm.
+    sigmoid loss have a `logit_bias`. Outputs are what the towers gave, of any norm. `distilled` is
+    what is to become the features of teachers, by their names.
     """
 
     image_features: Float[Tensor, "b d"]
@@ -31,6 +33,10 @@ class Embeddings:
     logit_bias: Float[Tensor, ""] | None = None
     image_outputs: Float[Tensor, "b d"] | None = None
     text_outputs: Float[Tensor, "b d"] | None = None
+    distilled: Mapping[str, Float[Tensor, "b _"]] = field(default_factory=dict)
+
+
+TEACHER_HEADS = "teacher_heads."  # how the names of parameters begin that serve training alone
 
 
 # Or FSDP of PyTorch 2.10 and earlier would not find the tensors of an output.
@@ -95,14 +101,42 @@ class ProtoCLIP(TowerPair):
             with torch.no_grad():
                 towers.logit_scale.fill_(math.log(10))
 
+    def add_teacher_heads(self, width: int, teachers: Mapping[str, tuple[str, int | None]]) -> None:
+        """Let towers learn the features of teachers, each by a linear head from its outputs.
+
+        The heads serve training alone: no weights of a model that is saved hold them.
+
+        Args:
+            width: Of the towers' outputs.
+            teachers: By name, the tower that learns, `image` or `text`, and the width of the
+                teacher's features; None for no head, where the outputs themselves are to learn.
+        """
+        self.taught: dict[str, list[str]] = {"image": [], "text": []}
+        heads: dict[str, list[nn.Module]] = {"image": [], "text": []}
+        for name, (tower, wide) in teachers.items():
+            self.taught[tower].append(name)
+            heads[tower].append(nn.Identity() if wide is None else nn.Linear(width, wide))
+        self.teacher_heads = nn.ModuleDict(
+            {tower: nn.ModuleList(own) for tower, own in heads.items()}
+        )
+
     def forward(
-        self, images: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "b c"], project: bool = True
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        tokens: Int[Tensor, "b c"],
+        project: bool = True,
+        teach: bool = False,
     ) -> Embeddings:
-        """Features of a batch of pairs, and with `project` their projections."""
-        return self.embeddings(self.encode_image(images), self.encode_text(tokens), project)
+        """Features of a batch of pairs, with `project` their projections, and with `teach` what is
+        to become the features of teachers."""
+        return self.embeddings(self.encode_image(images), self.encode_text(tokens), project, teach)
 
     def embeddings(
-        self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], project: bool = True
+        self,
+        image: Float[Tensor, "b d"],
+        text: Float[Tensor, "b d"],
+        project: bool = True,
+        teach: bool = False,
     ) -> Embeddings:
         """What `forward` returns, from the towers' outputs for a batch.
 
@@ -111,7 +145,7 @@ class ProtoCLIP(TowerPair):
         logit_bias: Tensor | None = getattr(self.towers, "logit_bias", None)
         image, text = to_float(image), to_float(text)  # FSDP2 casts what comes in
         # The order of these operations decides how gradients are summed, so runs depend on it.
-        return Embeddings(
+        embeddings = Embeddings(
             image_features=F.normalize(self.watched("image_features", image), dim=-1),
             text_features=F.normalize(self.watched("text_features", text), dim=-1),
             image_projections=self._projected("image", image) if project else None,
@@ -124,6 +158,22 @@ class ProtoCLIP(TowerPair):
             image_outputs=image.clone(),
             text_outputs=text.clone(),
         )
+        if not teach or not hasattr(self, "teacher_heads"):
+            return embeddings
+        return replace(
+            embeddings,
+            distilled={
+                name: to_float(head(outputs.clone()))
+                for tower, outputs in (("image", image), ("text", text))
+                for name, head in zip(self.taught[tower], self.heads_of(tower), strict=True)
+                if outputs.requires_grad  # or the tower is locked, and learns nothing
+            },
+        )
+
+    def heads_of(self, tower: str) -> nn.ModuleList:
+        """The heads by which a tower learns the features of teachers."""
+        heads: nn.ModuleList = self.teacher_heads[tower]  # type: ignore[assignment]
+        return heads
 
     def _projected(self, tower: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b p"]:
         head = self.image_head if tower == "image" else self.text_head

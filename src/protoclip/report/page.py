@@ -306,6 +306,7 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
         "seen": f"{int(seen):,}",
         "time": duration(float(spent)),
         "data": str(run.settings.get("data.train", "")),
+        "teachers": run.config.uses_of_teachers if run.config is not None else "",
         "folder": str(run.folder),
     }
 

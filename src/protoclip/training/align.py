@@ -168,6 +168,7 @@ def refuse(config: Config) -> None:
         "parallel.compile": parallel.compile,
         "parallel.sync_batch_norm": parallel.sync_batch_norm,
         "loss.keep": config.loss.keep,
+        "teacher.distil": any(each.distil for each in (config.teacher, *config.teachers)),
     }
     for setting, value in frozen.items():
         if value:

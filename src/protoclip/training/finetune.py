@@ -113,7 +113,7 @@ def with_data(
     if config.loss.teacher > 0 and not config.teachers:
         # A stream has no end, so its captions cannot all be embedded before the run.
         features = choose("teacher.features", START if rows is not None else None)
-    if config.loss.prototypical > 0 or features is not None or config.external_teachers:
+    if config.loss.prototypical > 0 or features is not None or config.grouping_teachers:
         # With these the gains of docs/LOG.md were measured.
         choose("loss.strengths", "constant")
         choose("loss.teacher", 1.0)

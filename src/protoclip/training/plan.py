@@ -175,7 +175,7 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
         of = "a stream" if rows is None else f"{rows:,} pairs"
         notes.append(f"episodes.size = {size}, for {of}")
     numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
-    numbers |= {name: teacher.number for name, teacher in config.external_teachers.items()}
+    numbers |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
     # Captions are read for a number that is used.
     names = [f"{name}.number" for name, number in numbers.items() if number is None]
     number = sizes.number_of_prototypes(size, samples if names else None)

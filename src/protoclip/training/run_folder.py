@@ -166,6 +166,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
         known["teacher.whiten"] = 0
     for teacher in saved.get("teachers", []):
         teacher.setdefault("whiten", 0)
+        teacher.setdefault("distil", 0.0)
         if teacher.get("weight") == GONE["teacher.weight"]:
             del teacher["weight"]
     before = known | saved

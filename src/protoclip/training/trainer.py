@@ -15,8 +15,8 @@ from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.losses.balance import Balance, measure
+from protoclip.losses.distil import StartFeatures
 from protoclip.losses.grad_cache import forward_in_chunks, random_state
-from protoclip.losses.keep import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.positives import mean_positives
 from protoclip.losses.prototypical import Target
@@ -163,6 +163,7 @@ class Trainer:
             balance=self.balance,
             start=self._start_features(batch),
             frozen=(batch.image, batch.text) if self.weights.geometry else None,
+            teachers=batch.features,
             groups=batch.groups,
             detailed=detailed,
         )
@@ -224,7 +225,8 @@ class Trainer:
         """The embeddings of a batch, and what is left to do after `backward`."""
         size = self.micro_batch_size
         if size is None or size >= len(batch.position):
-            return self._embed(batch.image, batch.text, project=self._projects), lambda: None
+            projects = self._projects
+            return self._embed(batch.image, batch.text, project=projects, teach=True), lambda: None
         # Of nearly equal sizes, since BatchNorm cannot train on a rest of one row.
         number = math.ceil(len(batch.position) / size)
         parts = (torch.tensor_split(rows, number) for rows in (batch.image, batch.text))
@@ -235,11 +237,13 @@ class Trainer:
             no_sync=parallel.no_sync(self._module),
         )
         with self.autocast():
-            return self.model.embeddings(outputs[0], outputs[1], self._projects), backward
+            return self.model.embeddings(outputs[0], outputs[1], self._projects, True), backward
 
-    def _embed(self, image: Tensor, text: Tensor, *, project: bool) -> Embeddings:
+    def _embed(
+        self, image: Tensor, text: Tensor, *, project: bool, teach: bool = False
+    ) -> Embeddings:
         with self.autocast():
-            output: Embeddings = self._module(image, text, project=project)
+            output: Embeddings = self._module(image, text, project=project, teach=teach)
         return output
 
     def _encode(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
@@ -249,7 +253,8 @@ class Trainer:
         if self._module is self.model:
             return tuple(outputs)
         # DDP averages gradients once, with the last part, those of the heads too.
-        heads = self.model.image_head, self.model.text_head
+        names = ("image_head", "text_head", "teacher_heads")
+        heads = [getattr(self.model, name) for name in names if hasattr(self.model, name)]
         zero = parallel.reach_everything(output, *heads)
         return tuple(each + zero for each in outputs)
 
@@ -302,7 +307,8 @@ class Trainer:
         """All that a run needs to go on, as nested dicts of tensors and JSON values.
 
         `model` and `optimizer` are whole copies on the CPU of rank 0, and empty on other ranks.
-        `model` is the plain one: LoRA is merged into it, and `adapters` are what it takes to go on.
+        `model` is the plain one: LoRA is merged into it, and `adapters` are what it takes to go on,
+        with the heads of teachers.
         """
         self.guard.look()
         plain, adapters = lora.merged(self.model, parallel.weights(self.model))

@@ -30,6 +30,9 @@ from protoclip.features.whiten import fit_pca
 from protoclip.models.towers import build_tokenizer, image_normalisation
 from protoclip.testing import run_distributed
 
+sys.path.append(str(Path(__file__).parents[2]))
+from tiny_hugging_face import save_dual_encoder
+
 CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"]
 CPU = torch.device("cpu")
 
@@ -129,6 +132,15 @@ def test_open_clip_models_give_either_tower(tmp_path):
     torch.testing.assert_close(text.encode(CAPTIONS), towers.encode_text(tokens, normalize=True))
 
 
+def test_a_model_of_transformers_with_two_towers_gives_either(tmp_path):
+    folder = save_dual_encoder(tmp_path)
+    image, text = opened(f"hf:{folder}"), opened(f"hf:{folder}", modality="text")
+    assert (image.reads, text.reads) == ("image", "text")
+    model, _, tokenizer = protoclip.load(f"hf:{folder}")
+    expected = model.encode_text(tokenizer(CAPTIONS), normalize=True)
+    torch.testing.assert_close(text.encode(CAPTIONS), expected)
+
+
 @pytest.mark.parametrize(
     ("teacher", "modality", "message"),
     [
@@ -139,15 +151,15 @@ def test_open_clip_models_give_either_tower(tmp_path):
         ("timm:resnet10x", "auto", "'timm:resnet10x' cannot be opened: Unknown model"),
         ("hf:{folder}", "auto", "Unrecognized model"),
         ("minilm", "auto", r"'minilm' cannot be opened: pip install 'protoclip\[teachers\]'"),
-        ("hf:x", "image", "--modality image: hf:x reads text only"),
+        ("hf:{bert}", "image", "cannot be opened: reads text only"),
         ("timm:resnet10t", "text", "--modality text: timm:resnet10t reads image only"),
     ],
 )
-def test_what_cannot_be_opened_is_named(teacher, modality, message, tmp_path, monkeypatch):
+def test_what_cannot_be_opened_is_named(teacher, modality, message, bert, tmp_path, monkeypatch):
     if teacher == "minilm":
         monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
-        opened(teacher.format(folder=tmp_path), modality)
+        opened(teacher.format(folder=tmp_path, bert=bert), modality)
 
 
 WIDTH = 12

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import protoclip
 from protoclip.losses import prototypical
 from protoclip.losses.balance import MOST, Balance, measure
+from protoclip.losses.distil import StartFeatures
 from protoclip.losses.grad_cache import forward_in_chunks
-from protoclip.losses.keep import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.models import loading
 from protoclip.testing import tiny_config, tiny_model

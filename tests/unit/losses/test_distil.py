@@ -1,4 +1,4 @@
-"""Distillation from the frozen start, against the formulas in float64."""
+"""Distillation from the frozen start and from teachers, against the formulas in float64."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from protoclip.losses import tiles
-from protoclip.losses.keep import StartFeatures, keep_features, keep_relations
+from protoclip.losses.distil import StartFeatures, distil, keep_features, keep_relations
 
 B, D, SCALE = 7, 5, 9.0
 
@@ -62,8 +62,55 @@ def test_the_loss_is_its_formula(loss_of, slow):
             assert gradient.abs().max() < 1e-12
 
 
+def slow_distil_features(outputs: Tensor, teacher: Tensor, known: list[int]) -> float:
+    cosines = [outputs[i] @ teacher[i] / outputs[i].norm() / teacher[i].norm() for i in known]
+    return sum(1 - float(cosine) for cosine in cosines) / len(known)
+
+
+def slow_distil_relations(outputs: Tensor, teacher: Tensor, known: list[int]) -> float:
+    total = 0.0
+    for i in known:
+        others = [j for j in known if j != i]
+        p, q = (
+            softmax([float(x[i] @ x[j] / x[i].norm() / x[j].norm()) / 0.1 for j in others])
+            for x in (teacher, outputs)
+        )
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    return total / len(known)
+
+
+@pytest.mark.parametrize(
+    ("by", "slow"), [("features", slow_distil_features), ("relations", slow_distil_relations)]
+)
+def test_a_teacher_is_learned_by_the_rows_that_it_knows(by, slow):
+    """Value and gradients; rows of NaN have none, and with no others the loss is 0."""
+    outputs, width = 3 * unit(0), D if by == "features" else D + 2
+    outputs.requires_grad_()
+    teacher = torch.randn(B, width, generator=torch.Generator().manual_seed(4)).double()
+    teacher[[1, 4]] = torch.nan
+    known = [0, 2, 3, 5, 6]
+    loss = distil(outputs, teacher, by=by)
+    assert loss.item() == pytest.approx(slow(outputs.detach(), teacher, known))
+    assert torch.autograd.gradcheck(lambda x: distil(x, teacher, by=by), outputs)
+    (gradient,) = torch.autograd.grad(loss, outputs)
+    assert gradient.abs().sum(1).nonzero().flatten().tolist() == known
+    loss = distil(outputs, torch.full_like(teacher, torch.nan), by=by)
+    (gradient,) = torch.autograd.grad(loss, outputs)
+    assert loss.item() == 0
+    assert not gradient.any()
+
+
 def test_large_batches_are_computed_in_parts(monkeypatch):
     """Rows a few at a time give the loss and gradients of all at once."""
+    outputs, teacher = unit(0).requires_grad_(), unit(2)
+    teacher[2] = torch.nan
+    whole = distil(outputs, teacher, by="relations")
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "ROWS", 3)
+        found = distil(outputs, teacher, by="relations")
+    torch.testing.assert_close(found, whole)
+    rows = [torch.autograd.grad(loss, outputs)[0] for loss in (found, whole)]
+    torch.testing.assert_close(*rows)
     images, texts, start = batch()
     expected = keep_relations(images, texts, start)
     gradients = torch.autograd.grad(expected, (images, texts))

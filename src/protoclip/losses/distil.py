@@ -1,0 +1,195 @@
+"""Losses that keep a model close to frozen ones: to its start, or to teachers (distillation).
+
+Each is by features or by relations. `features` are learned as they are: the cosine between a
+feature and the frozen one. `relations` are how similar the rows of a batch are to each other, and
+leave the features free to move together.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from protoclip.distributed import collectives
+from protoclip.losses import tiles
+from protoclip.losses.prototypical import mean_of_known
+
+By = Literal["relations", "features"]
+TEMPERATURE = 0.1  # of both softmaxes over the rows of one modality
+FAR = -1e9  # the logit of what a softmax leaves out; infinity less infinity would be no number
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFeatures:
+    """What the frozen start makes of a batch: features of unit norm, and its inverse temperature.
+
+    Nothing here has a gradient.
+    """
+
+    image: Float[Tensor, "b d"]
+    text: Float[Tensor, "b d"]
+    logit_scale: Float[Tensor, ""]
+
+
+def keep_relations(
+    image_features: Float[Tensor, "b d"], text_features: Float[Tensor, "b d"], start: StartFeatures
+) -> Float[Tensor, ""]:
+    """KL divergence of the model's softmaxes over a batch from those of its start.
+
+    "Contrastive relational distillation" of CLIP-KD (Yang et al. 2024, arXiv 2307.12732): with p_i
+    the softmax over texts j of s x0_i . y0_j for the start's image i, and q_i that of s x_i . y_j,
+
+        L = 1/2b sum_i KL(p_i || q_i)  +  the same from texts to images
+
+    Both have the start's inverse temperature s, so that the model's own stays free. Computed in
+    float32, or wider if the features are, also inside autocast. With several ranks, each with `b`
+    pairs, the softmaxes run over the features of all; the means of value and gradients over ranks,
+    as DDP takes them, are those of the whole batch.
+
+        >>> images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+        >>> start = StartFeatures(image=images, text=images, logit_scale=torch.tensor(1.0))
+        >>> round(keep_relations(images, images, start).item(), 4)
+        0.0
+        >>> round(keep_relations(images, texts, start).item(), 4)
+        0.2311
+
+    Args:
+        image_features: Of unit norm. Row `i` pairs with text row `i`.
+        text_features: Of unit norm.
+        start: Of the same pairs, in the same order.
+    """
+    rows = tiles.widened(image_features, text_features, start.image, start.text)
+    images, texts, start_images, start_texts = rows
+    all_rows = map(collectives.all_gather_with_gradient, rows)
+    all_images, all_texts, all_start_images, all_start_texts = all_rows
+    scale = start.logit_scale
+    with tiles.without_autocast(images):
+        to_texts = divergences(images, all_texts, start_images, all_start_texts, scale)
+        to_images = divergences(texts, all_images, start_texts, all_start_images, scale)
+        return (to_texts.mean() + to_images.mean()) / 2
+
+
+def divergences(
+    rows: Float[Tensor, "b d"],
+    columns: Float[Tensor, "n d"],
+    frozen_rows: Float[Tensor, "b q"],
+    frozen_columns: Float[Tensor, "n q"],
+    scale: Tensor | float,
+    *,
+    numbers: tuple[Int[Tensor, " b"], Int[Tensor, " n"]] | None = None,
+) -> Float[Tensor, " b"]:
+    """Of each row the KL divergence of its softmax over the columns from the frozen one.
+
+    Of many rows, only some have their logits at a time.
+
+    Args:
+        scale: Inverse temperature of both softmaxes.
+        numbers: Of rows and columns. A softmax leaves out the column with the row's own number, and
+            columns with -1.
+    """
+    row_numbers, column_numbers = numbers or (None, None)
+
+    def some(rows: Tensor, frozen_rows: Tensor, own: Tensor | None) -> Tensor:
+        frozen, logits = scale * frozen_rows @ frozen_columns.T, scale * rows @ columns.T
+        if own is not None and column_numbers is not None:
+            left_out = (own[:, None] == column_numbers) | (column_numbers < 0)
+            frozen, logits = frozen.masked_fill(left_out, FAR), logits.masked_fill(left_out, FAR)
+        frozen, logits = F.log_softmax(frozen, dim=1), F.log_softmax(logits, dim=1)
+        return F.kl_div(logits, frozen, reduction="none", log_target=True).sum(1)
+
+    if len(rows) <= tiles.ROWS:
+        return some(rows, frozen_rows, row_numbers)
+    parts = [slice(start, start + tiles.ROWS) for start in range(0, len(rows), tiles.ROWS)]
+    return torch.cat(
+        [  # The backward pass computes the logits again.
+            checkpoint(
+                some,
+                rows[part],
+                frozen_rows[part],
+                None if row_numbers is None else row_numbers[part],
+                use_reentrant=False,
+            )
+            for part in parts
+        ]
+    )
+
+
+def keep_features(
+    image_features: Float[Tensor, "b d"], text_features: Float[Tensor, "b d"], start: StartFeatures
+) -> Float[Tensor, ""]:
+    """Mean over images and texts of 1 - cosine between a feature and that of the start, in [0, 2].
+
+    Half the squared distance of unit vectors: "feature distillation" of CLIP-KD (arXiv 2307.12732).
+    Over ranks the mean of the local rows' values is that of the whole batch.
+
+        >>> rows = torch.eye(2)
+        >>> start = StartFeatures(image=rows, text=-rows, logit_scale=torch.tensor(1.0))
+        >>> keep_features(rows, rows, start).item()
+        1.0
+    """
+    of_images = cosine_distances(image_features, start.image)
+    return (of_images.mean() + cosine_distances(text_features, start.text).mean()) / 2
+
+
+def cosine_distances(
+    rows: Float[Tensor, "b q"], frozen: Float[Tensor, "b q"]
+) -> Float[Tensor, " b"]:
+    """1 - cosine between rows of unit norm, in float32 or wider."""
+    rows, frozen = tiles.widened(rows, frozen)
+    return 1 - (rows * frozen).sum(1)
+
+
+def keep(
+    image_features: Tensor, text_features: Tensor, start: StartFeatures, *, by: By
+) -> Float[Tensor, ""]:
+    """The loss that `loss.keep_by` names, of the local rows."""
+    loss_of = keep_features if by == "features" else keep_relations
+    return loss_of(image_features, text_features, start)
+
+
+def distil(
+    outputs: Float[Tensor, "b _"], features: Float[Tensor, "b q"], *, by: By
+) -> Float[Tensor, ""]:
+    """How far what a tower makes of a batch is from a teacher's features of it.
+
+    By `features` the mean of 1 - cosine, in [0, 2], as in `keep_features`: CLIP-KD finds that this
+    teaches more than relations. The features are those that are stored, not whitened: whitening is
+    for clusters, and blows up directions in which features hardly differ. By `relations` the mean
+    KL divergence of the softmax over a row's cosines to the other rows of the batch, at temperature
+    0.1, from that of the teacher, which knows one modality. That needs no common space.
+
+    The weight is a plain one. Unlike the pull of prototypes, that of a cosine depends neither on
+    the number of prototypes nor on how well groups agree, so nothing has to set it.
+
+    Rows that the teacher does not know take no part; without any other row the loss is 0. With
+    several ranks, each with `b` rows, the means of value and gradients over ranks are those of the
+    whole batch.
+
+        >>> outputs, unknown = 3 * torch.eye(2), float("nan")
+        >>> distil(outputs, torch.tensor([[1.0, 1.0], [unknown, unknown]]), by="features").item()
+        0.29289...
+
+    Args:
+        outputs: What a tower's head makes of them, or by relations the tower; of any norm.
+        features: The teacher's, of any norm, in any precision; a row of NaN is one it does not
+            know.
+    """
+    known = torch.isfinite(features).all(1)
+    (outputs,) = tiles.widened(outputs)
+    features = torch.where(known[:, None], features, 0).to(outputs)
+    with tiles.without_autocast(outputs):
+        rows, frozen = F.normalize(outputs, dim=-1), F.normalize(features, dim=-1)
+        if by == "features":
+            return mean_of_known(cosine_distances(rows, frozen), known, shared=True)
+        places = torch.arange(len(rows), device=rows.device) + collectives.rank() * len(rows)
+        numbers = torch.where(known, places, -1)
+        gathered = map(collectives.all_gather_with_gradient, (rows, frozen, numbers))
+        all_rows, all_frozen, all_numbers = gathered
+        values = divergences(
+            rows, all_rows, frozen, all_frozen, 1 / TEMPERATURE, numbers=(numbers, all_numbers)
+        )
+        return mean_of_known(values, known, shared=True)

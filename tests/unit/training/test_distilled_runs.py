@@ -1,0 +1,95 @@
+"""Runs whose towers learn the features of teachers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import protoclip
+from interrupting import assert_equal_ends, quick_config, stop_after, with_changes
+from protoclip.config import Config, TeacherConfig
+from protoclip.explore.explorer import teachers_of
+from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.report.page import run_facts
+from protoclip.report.runs import read_run
+from protoclip.testing import tiny_pairs
+from protoclip.training import trainer
+from protoclip.training.run import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs, and features of most of them by an image teacher and a text teacher."""
+    folder = tmp_path_factory.mktemp("pairs")
+    table = tiny_pairs(48)
+    pq.write_table(table, folder / "pairs.parquet")
+    for seed, tower in enumerate(("image", "text")):
+        rows = np.random.default_rng(seed).normal(size=(40, 6 + seed)).astype(np.float32)
+        known = {"sample_id": table["sample_id"][seed : seed + 40], "features": [*rows]}
+        pq.write_table(pa.table(known), folder / f"{tower}.parquet")
+    return folder
+
+
+def distilled(data: Path, out: Path, **loss: object) -> Config:
+    """Three episodes of two steps with both teachers; the last one locks the image tower."""
+    config = quick_config(str(data / "pairs.parquet"), out, run={"log_every": 1})
+    teachers = [
+        TeacherConfig(name=f"a.{tower}", features=str(data / f"{tower}.parquet"), tower=tower)
+        for tower in ("image", "text")
+    ]
+    teachers = [replace(teacher, distil=1.0, number=4) for teacher in teachers]
+    config = replace(config, teachers=teachers)
+    return with_changes(config, {"run": {"evaluate": False}, "loss": loss})
+
+
+def losses(folder: Path) -> list[set[str]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    steps = [line for line in lines if "train/loss/total" in line]
+    return [{key.removeprefix("train/loss/") for key in line if "/loss/" in key} for line in steps]
+
+
+ALONE = {"teacher": 0.0, "prototypical": 0.0}
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that learns features and nothing else of its teachers."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "cluster_spaces", None)  # nothing may be clustered
+        train(distilled(data, out, **ALONE))
+    return out
+
+
+def test_every_stage_learns_but_a_locked_tower(alone):
+    both = {"total", "info_nce", "distil/a.image", "distil/a.text"}
+    assert losses(alone) == [both] * 4 + [both - {"distil/a.image"}] * 2
+
+
+def test_a_run_goes_on_exactly(alone, data, tmp_path, monkeypatch):
+    """With the heads of its teachers."""
+    config = distilled(data, tmp_path / "stopped", **ALONE)
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        train(config)
+    train(config, resume="auto")
+    assert_equal_ends(tmp_path / "stopped", alone, steps=6)
+    resumed = read_tensors(find_checkpoint(alone) / "resume.safetensors")
+    shapes = {n: [*t.shape] for n, t in resumed.items() if n.endswith(".weight") and "heads" in n}
+    assert sorted(shapes.values()) == [[6, 16], [7, 16]]
+
+
+def test_no_model_has_heads_and_everyone_is_told_of_its_teachers(alone, tmp_path):
+    model, *_ = protoclip.load(alone)
+    assert not hasattr(model, "teacher_heads")
+    told = "a.image (features), a.text (features)"
+    protoclip.export(alone, tmp_path / "exported", formats=("open_clip",))
+    card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert f"Taught by {told}." in card
+    assert "[[teachers]]" in card
+    assert run_facts(read_run(alone), "run")["teachers"] == told
+    assert teachers_of(str(alone)) == told
