@@ -104,7 +104,8 @@ def objective(
         weights: Weight of each loss.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
-        frozen: What two frozen halves make of the batch; needed where `weights.geometry` is.
+        frozen: What two frozen halves make of the batch, of each image once; needed where
+            `weights.geometry` is.
         groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
@@ -140,6 +141,7 @@ def objective(
         image, text = embeddings.image_outputs, embeddings.text_outputs
         assert image is not None
         assert text is not None
+        image = image[:: len(image) // len(frozen[0])]  # each once, though it has several texts
         outputs = zip((image, text), frozen, strict=True)
         parts = [geometry_loss(F.normalize(out, dim=-1), rows) for out, rows in outputs]
         losses["geometry"] = weights.geometry * torch.stack(parts).mean()

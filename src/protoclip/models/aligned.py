@@ -75,7 +75,7 @@ class AlignedModel(ProtoCLIP):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, images: Float[Tensor, "b q"], tokens: Float[Tensor, "b r"], project: bool = True
+        self, images: Float[Tensor, "b q"], tokens: Float[Tensor, "n r"], project: bool = True
     ) -> Embeddings:
         return self.embeddings(self.encode_image(images), self.encode_text(tokens), project)
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """The model's output for a batch of pairs.
+    """The model's output for a batch of pairs. Where each image has several texts, which follow
+    each other, `paired` gives an image its row beside each of them.
 
     Features and projections have unit norm; scales are inverse temperatures.
     Projections are `None` if the forward pass was called with `project=False`. Only models of the
@@ -23,14 +24,30 @@ class Embeddings:
     """
 
     image_features: Float[Tensor, "b d"]
-    text_features: Float[Tensor, "b d"]
+    text_features: Float[Tensor, "n d"]
     image_projections: Float[Tensor, "b p"] | None
-    text_projections: Float[Tensor, "b p"] | None
+    text_projections: Float[Tensor, "n p"] | None
     logit_scale: Float[Tensor, ""]
     prototype_logit_scale: Float[Tensor, ""]
     logit_bias: Float[Tensor, ""] | None = None
     image_outputs: Float[Tensor, "b d"] | None = None
-    text_outputs: Float[Tensor, "b d"] | None = None
+    text_outputs: Float[Tensor, "n d"] | None = None
+
+    def paired(self) -> "Embeddings":
+        """With a row of images for each of texts: an image's is repeated for each of its texts."""
+        times = len(self.text_features) // len(self.image_features)
+        if times == 1:
+            return self
+
+        def repeated(rows: Tensor | None) -> Any:
+            return None if rows is None else rows.repeat_interleave(times, 0)
+
+        return replace(
+            self,
+            image_features=repeated(self.image_features),
+            image_projections=repeated(self.image_projections),
+            image_outputs=repeated(self.image_outputs),
+        )
 
 
 # Or FSDP of PyTorch 2.10 and earlier would not find the tensors of an output.
@@ -96,13 +113,13 @@ class ProtoCLIP(TowerPair):
                 towers.logit_scale.fill_(math.log(10))
 
     def forward(
-        self, images: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "b c"], project: bool = True
+        self, images: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "n c"], project: bool = True
     ) -> Embeddings:
         """Features of a batch of pairs, and with `project` their projections."""
         return self.embeddings(self.encode_image(images), self.encode_text(tokens), project)
 
     def embeddings(
-        self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], project: bool = True
+        self, image: Float[Tensor, "b d"], text: Float[Tensor, "n d"], project: bool = True
     ) -> Embeddings:
         """What `forward` returns, from the towers' outputs for a batch.
 

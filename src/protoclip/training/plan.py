@@ -74,6 +74,8 @@ def outline(config: Config) -> Outline:
     start = resolve_start(config.model)
     notes += start.notes
     config = replace(config, model=start.model)
+    config, said = with_positives(config)
+    notes += said
     loading.check_parallel(config, start)
     if config.loss.instance == "auto":
         sigmoid = start.has_logit_bias
@@ -82,6 +84,16 @@ def outline(config: Config) -> Outline:
         if sigmoid:
             notes.append("loss.instance = sigmoid, since the model has a logit bias")
     return Outline(config=config, start=start, notes=notes)
+
+
+def with_positives(config: Config) -> tuple[Config, list[str]]:
+    """Equal pairs are negatives, as in the paper, unless visits bring several captions."""
+    if config.loss.positives is not None:
+        return config, []
+    shared = config.data.several_captions and config.loss.info_nce > 0
+    loss = replace(config.loss, positives="shared" if shared else "pair")
+    note = "loss.positives = shared, since all captions that a visit brings are an image's own"
+    return replace(config, loss=loss), [note] if shared else []
 
 
 def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:

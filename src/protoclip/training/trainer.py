@@ -47,8 +47,9 @@ class Trainer:
         make_targets: `losses.prototypical.make_targets` with its settings.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: The frozen towers that the model started from, where a loss keeps it close to them.
-        micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
-        batches, batch_size: Batches of an episode, and pairs in one, of all ranks.
+        micro_batch_size: Images that pass through the towers at once, with their captions; unset
+            for the whole batch.
+        batches, batch_size: Batches of an episode, and images in one, of all ranks.
         episode, batch: Episodes finished, and batches of the next one.
         seconds: Wall clock without evaluation.
         clusters: Of the episode under way, or else of the last one that had prototypes.
@@ -221,12 +222,13 @@ class Trainer:
         self.source.observe(batch, embeddings, taken)
 
     def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
-        """The embeddings of a batch, and what is left to do after `backward`."""
+        """The embeddings of a batch's pairs, and what is left to do after `backward`."""
         size = self.micro_batch_size
-        if size is None or size >= len(batch.position):
-            return self._embed(batch.image, batch.text, project=self._projects), lambda: None
+        if size is None or size >= len(batch.image):
+            embeddings = self._embed(batch.image, batch.text, project=self._projects)
+            return embeddings.paired(), lambda: None
         # Of nearly equal sizes, since BatchNorm cannot train on a rest of one row.
-        number = math.ceil(len(batch.position) / size)
+        number = math.ceil(len(batch.image) / size)
         parts = (torch.tensor_split(rows, number) for rows in (batch.image, batch.text))
         outputs, backward = forward_in_chunks(
             [partial(self._encode, *part) for part in zip(*parts, strict=True)],
@@ -235,7 +237,8 @@ class Trainer:
             no_sync=parallel.no_sync(self._module),
         )
         with self.autocast():
-            return self.model.embeddings(outputs[0], outputs[1], self._projects), backward
+            embeddings = self.model.embeddings(outputs[0], outputs[1], self._projects)
+        return embeddings.paired(), backward
 
     def _embed(self, image: Tensor, text: Tensor, *, project: bool) -> Embeddings:
         with self.autocast():
@@ -263,7 +266,7 @@ class Trainer:
         """What the frozen start makes of a batch, in micro-batches as the model."""
         if self.start is None:
             return None
-        size, features = self.micro_batch_size or len(batch.position), []
+        size, features = self.micro_batch_size or len(batch.text), []
         encoders = (self.start.encode_image, batch.image), (self.start.encode_text, batch.text)
         for encode, inputs in encoders:
             parts = []
@@ -272,7 +275,8 @@ class Trainer:
                     parts.append(encode(part, normalize=True))
             features.append(torch.cat(parts))
         scale = self.start.towers.get_parameter("logit_scale").exp()
-        return StartFeatures(image=features[0], text=features[1], logit_scale=scale)
+        image = features[0].repeat_interleave(len(batch.text) // len(batch.image), 0)
+        return StartFeatures(image=image, text=features[1], logit_scale=scale)
 
     def end_episode(self) -> dict[str, float]:
         """Count the episode as finished, and let go of its targets.
