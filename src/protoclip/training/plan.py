@@ -117,7 +117,9 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
     config, notes = rank0_first(decide)
     watched = raise_on_all_ranks(lambda: guards(config, divided.data))
     raise_on_all_ranks(lambda: check_metrics(config, divided.data, watched))
-    notes = [*outlined.notes, *notes, *divided.notes]
+    start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
+    cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=sentences))
+    notes = [*outlined.notes, *notes, *cut, *divided.notes]
     for guard in watched:
         notes += guard.notes
     notes += sources.notes(divided.training)
@@ -125,7 +127,7 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
         notes.append("no evaluation at the end, since no pairs are held out")
     return Plan(
         config=config,
-        start=replace(start, model=config.model),
+        start=start,
         samples=divided.training,
         held_out=divided.data,
         guards=watched,
