@@ -71,6 +71,7 @@ from protoclip.training.run_folder import (
     to_toml,
 )
 from protoclip.training.stages import stage_of
+from protoclip.training.symptoms import Symptoms
 from protoclip.training.trainer import Trainer
 
 # What is done with a trained model before the results are written, given its weights before the
@@ -457,9 +458,14 @@ class Run:
     def open_log(self, size: int) -> None:
         """On rank 0, log metrics after the first `size` bytes of the file."""
         if rank() == 0:
-            wandb, settings = self.config.run.wandb, tomllib.loads(to_toml(self.config))
+            config, pairs = self.config, self.trainer.batch_size * self.loader.captions.number
             self.log = MetricsLog(
-                self.folder, size=size, step=self.trainer.step, wandb=wandb, config=settings
+                self.folder,
+                size=size,
+                step=self.trainer.step,
+                wandb=config.run.wandb,
+                config=tomllib.loads(to_toml(config)),
+                symptoms=Symptoms(pairs=pairs, warm_up=config.optim.warm_up_steps),
             )
 
     def write(self, episode: int, metrics: Mapping[str, float]) -> None:

@@ -30,6 +30,7 @@ from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
 from protoclip.training.stages import Stage, enter_stage
+from protoclip.training.symptoms import repeated
 
 PROGRESS = ("episode", "batch", "seconds")
 
@@ -183,7 +184,7 @@ class Trainer:
         taken = self.guard.step(self.step + 1, checked, norm, batch.sample_id)
         self._record(batch, embeddings, assignments, pulls, taken)
         self.batch += 1
-        metrics = {}
+        metrics: dict[str, float] = {}
         if detailed:
             report |= feature_statistics(
                 all_gather(embeddings.image_features.detach()),
@@ -191,10 +192,13 @@ class Trainer:
             )
             if batch.groups is not None:
                 report["train/positives"] = mean_positives(all_gather(batch.groups))
+            elif self.weights.info_nce or self.weights.sigmoid:
+                metrics["train/repeated/captions"] = repeated(batch.captions)
+                metrics["train/repeated/images"] = repeated(batch.sample_id)
             report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()
-            metrics = to_floats({**report, "train/learning_rate": rate})
+            metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             (before, seen), now = self._reported, time.monotonic()
             metrics["train/samples_per_second"] = (self.samples_seen - seen) / (now - before)
