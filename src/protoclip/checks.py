@@ -31,6 +31,7 @@ def check(config: Config) -> list[str]:
     check_halves(config.model)
     check_fine_tuning(config)
     check_sources(config.data)
+    check_positives(config)
     check_teachers(config)
     if size and size % batch_size:
         nearest = max(size - size % batch_size, batch_size)
@@ -90,6 +91,15 @@ def check_sources(data: DataConfig) -> None:
         raise ValueError("data.sources: takes the place of data.train; leave one of them out")
     if len({source.weight is None for source in data.sources}) > 1:
         raise ValueError("data.sources: give every source a weight, or none")
+
+
+def check_positives(config: Config) -> None:
+    several, loss = config.data.several_captions, config.loss
+    if several and loss.positives == "pair" and loss.info_nce:
+        raise ValueError(
+            f"loss.positives: pair takes captions of one image, of which data.captions = "
+            f"{config.data.captions} brings several, for negatives; leave it out, or choose shared"
+        )
 
 
 def check_teachers(config: Config) -> None:

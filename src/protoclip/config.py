@@ -66,6 +66,8 @@ NotNegative = Annotated[float, 0, math.inf]
 Decay = Annotated[float, 0, BELOW_1]
 Share = Annotated[float, 0, BELOW_1]
 LayerDecay = Annotated[float, ABOVE_0, 1]
+Captions = Annotated[int, 1, 1000] | Literal["one", "all", "sentences"]
+Positives = Literal["pair", "masked", "shared", "class"]
 # `Open` settings are unset (None) until a run's plan fills them (training/plan.py). What comes
 # after the plan finds a value in each, so that is what mypy sees, for which `MYPY` is true.
 UNSET: Any = None
@@ -120,6 +122,7 @@ class DataConfig:
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.
     class_column: str | None = None  # Column of classes, which evaluation uses.
+    captions: Captions = "one"  # Captions of an image a visit: one, all, sentences, or how many.
     root: str | None = None  # Folder that holds all images of a table.
     only: str | None = None  # CSV or JSON file: use the samples with these ids.
     without: str | None = None  # CSV or JSON file: leave these ids out.
@@ -133,6 +136,11 @@ class DataConfig:
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of bad samples that ends a run.
     allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_links: bool = False  # Follow symbolic links that leave data.root.
+
+    @property
+    def several_captions(self) -> bool:
+        """Whether one visit to an image may bring several captions."""
+        return self.captions not in ("one", "sentences", 1)
 
     @property
     def is_emoji(self) -> bool:
@@ -236,7 +244,7 @@ class TeacherConfig:
 class LossConfig:
     instance: Literal["auto", "info_nce", "sigmoid"] = "auto"  # auto: sigmoid for SigLIP models.
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
-    positives: Literal["pair", "masked", "shared", "class"] = "pair"  # What equal pairs count as.
+    positives: Open[Positives] = UNSET  # What equal pairs count as; else pair.
     prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 2.0  # Weight of each external teacher's loss.
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
@@ -414,7 +422,10 @@ def read(name: str, value: Any, hint: Any) -> Any:
         kinds = [kind for kind in inner if kind is not NoneType]
         if any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
             return value
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         kinds = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
+        if words and isinstance(value, str) and type_of(kinds[0])[1] is int:
+            raise ValueError(f"{name}: {shown(value)} is no number, and none of {', '.join(words)}")
         fits = float if type(value) is int else type(value)
         return read(name, value, next((k for k in kinds if fits in type_of(k)), kinds[-1]))
     if origin is Literal:

@@ -56,6 +56,7 @@ FEATURES = {
     "teacher": ("no", "one", "two"),
     "loss": ("info_nce", "sigmoid"),
     "positives": ("pair", "masked", "shared", "class"),
+    "captions": ("one", 2, "sentences"),
     "prototypes": ("extract", "queue"),
     "ranks": ("one", "ddp", "fsdp"),
     "towers": ("resnet", "vit"),
@@ -97,6 +98,7 @@ REFUSED = [
         *((("distil", distil), ("teacher", "no")) for distil in ("relations", "features")),
         # These have no column of classes.
         *((("positives", "class"), ("source", s)) for s in ("folder", "shards", "stream", "emoji")),
+        (("captions", 2), ("positives", "pair")),
         (("lora", "yes"), ("ranks", "fsdp")),
         (("lora", "yes"), ("compile", "yes")),
         (("towers", "resnet"), ("accumulation", "yes")),
@@ -125,8 +127,8 @@ def wanted() -> list[frozenset[Choice]]:
 def rows() -> list[Row]:
     """Few runs that hold every pair: each starts from a pair that is missing and adds, feature by
     feature, a choice that brings the most of the others. Chance decides among equal ones, and this
-    seed has the cheapest rows of some hundred: 23, of which 11 compile."""
-    chance = random.Random(204)
+    seed has the cheapest rows of some hundred: 23, of which 9 compile."""
+    chance = random.Random(165)
     found = [PLAIN | dict(SEPARATE)]
     missing = set(wanted()) - pairs_of(found[0])
     while missing:
@@ -169,8 +171,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in table.to_pylist():
             image = top / source / f"{row['sample_id']}.png"
             image.write_bytes(row["image"])
-            image.with_suffix(".txt").write_text(row["caption"])
-            lines.append(f"{source}/{image.name},{row['caption']},{row['sample_id']},{row['kind']}")
+            image.with_suffix(".json").write_text(json.dumps({"caption": row["caption"]}))
+            names = f"{source}/{image.name},{row['caption'][0]}"  # the others have two captions
+            lines.append(f"{names},{row['sample_id']},{row['kind']}")
         (top / f"{source}.csv").write_text("\n".join(lines) + "\n")
         pack.pack(ImageTextPairs(table, name=source), top / f"{source}-tar", samples_per_shard=8)
     guard = (top / "b.csv").read_text().splitlines()[:9]
@@ -179,7 +182,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table_of(seed: int) -> pa.Table:
-    """Pictures and captions that all differ, so that rounding does not decide who is nearest."""
+    """Pictures and captions that all differ, so that rounding does not decide who is nearest. Each
+    caption has two sentences."""
     generator = np.random.default_rng(seed)
     columns: dict[str, list[Any]] = {"image": [], "caption": [], "sample_id": [], "kind": []}
     for row in range(40):
@@ -187,7 +191,10 @@ def table_of(seed: int) -> pa.Table:
         buffer = io.BytesIO()
         Image.fromarray(pixels).resize((80, 80), Image.Resampling.BILINEAR).save(buffer, "PNG")
         columns["image"].append(buffer.getvalue())
-        columns["caption"].append(" ".join(generator.choice(WORDS, 3)))
+        words = iter(generator.choice(WORDS, (4, 3)))
+        columns["caption"].append(
+            [f"{' '.join(next(words))}. {' '.join(next(words))}." for _ in range(2)]
+        )
         columns["sample_id"].append(f"{row:04}")
         columns["kind"].append(f"kind {row % 9}")
     return pa.table(columns)
@@ -230,6 +237,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             "cache": row["cache"],
             "augmentation": row["augmentation"],
             "workers": row["workers"],
+            "captions": row["captions"],
             "class_column": "kind" if row["positives"] == "class" else None,
         },
         "episodes": {

@@ -29,6 +29,7 @@ from protoclip.models.aligned import AlignedModel
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import align
+from protoclip.training.run import Run
 from tiny_align import changed, rows_of, tiny_alignment, weights_of
 
 
@@ -271,6 +272,20 @@ def test_rows_with_one_image_are_one_sample_with_all_captions(given, tmp_path):
     assert sample.endswith("/0")
     numbers = rows.text.find(hash_ids(f"caption {row}" for row in (0, 2, 8)))
     assert rows.captions[:3].tolist() == numbers.tolist()
+
+
+def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):
+    """From the store, the image once; some images have two captions, others theirs twice."""
+    settings = changed(given, data={"captions": "all"}, loss={"positives": "masked"})
+    plan, rows, model = rows_of(settings)
+    run = Run(plan, model, folder=tmp_path, halves=rows)
+    assert "data.captions = all: 2 of each image, which makes 32" in "".join(run.notes)
+    batch = next(run.loader.batches_of(run.training_pass(0)))
+    assert (len(batch.image), len(batch.text), len(batch.sample_id)) == (16, 32, 32)
+    twice = [row % 3 == 0 for row in run.episode(0).rows[:16].tolist()]
+    assert (batch.text[::2] == batch.text[1::2]).all(1).tolist() == twice
+    settings = changed(settings, tmp_path / "run", align={"geometry": 1.0, "dropout": 0.5})
+    assert align(settings)["steps"] == 12
 
 
 def test_fine_tuning_and_exports_take_what_was_aligned(given, tmp_path):

@@ -36,18 +36,22 @@ def class_number(pairs: Pairs, row: int) -> int:
 
 
 def keys_of(
-    by: tuple[Key, ...], pairs: Pairs | SampleStream, row: int | None, sample: Sample, caption: str
-) -> list[int]:
-    """The keys of a sample and of its caption on this visit. An image is known by its bytes, which
-    costs a microsecond a kilobyte; `row` is that of pairs with classes."""
-    keys = []
+    by: tuple[Key, ...],
+    pairs: Pairs | SampleStream,
+    row: int | None,
+    sample: Sample,
+    captions: list[str],
+) -> list[list[int]]:
+    """The keys of a sample with each of its captions on this visit. An image is known by its bytes,
+    which costs a microsecond a kilobyte; `row` is that of pairs with classes."""
+    columns: list[list[int]] = []
     for key in by:
         if key == "caption":
-            keys.append(number_of(normalised(caption)))
+            columns.append([number_of(normalised(caption)) for caption in captions])
         elif key == "image":
-            keys.append(number_of(sample.image))
+            columns.append([number_of(sample.image)] * len(captions))
         else:
             assert isinstance(pairs, Pairs)
             assert row is not None, "sources.pairs refuses classes of streams"
-            keys.append(class_number(pairs, row))
-    return keys
+            columns.append([class_number(pairs, row)] * len(captions))
+    return [list(keys) for keys in zip(*columns, strict=True)]

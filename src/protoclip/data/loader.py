@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from protoclip import signals
 from protoclip.config import Config
 from protoclip.data.cache import crop, image_cache
+from protoclip.data.captions import ONE, CaptionDraw
 from protoclip.data.defaults import number_of_workers
 from protoclip.data.groups import Key, keys_of
 from protoclip.data.packed import Packed
@@ -50,24 +51,25 @@ QUOTED = 3  # reasons in the message of a run that is stopped
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Pairs ready for the model.
+    """Pairs ready for the model: `b` images, each with the same number of captions that follow
+    each other, which makes `n` pairs.
 
     Attributes:
         position: Each pair's number in its episode.
         image: Pixels `(b, 3, h, w)`; or what a frozen half made of them `(b, q)`.
-        text: Tokens `(b, c)`; or what a frozen half made of a caption `(b, q)`.
+        text: Tokens `(n, c)`; or what a frozen half made of a caption `(n, q)`.
         captions: What tells a sample's captions apart, such as the tokens of `text`, as bytes.
         features: What else is known of the samples, by name; see `EpisodeLoader.features_of`.
         groups: Keys by which pairs are positives of each other, if the pass asks for them.
     """
 
-    position: Int[Tensor, " b"]
+    position: Int[Tensor, " n"]
     sample_id: list[str]
     image: Float[Tensor, "b *_"]
-    text: Shaped[Tensor, "b _"]
+    text: Shaped[Tensor, "n _"]
     captions: list[bytes] = field(default_factory=list)
-    features: Mapping[str, Float[Tensor, "b _"]] = field(default_factory=dict)
-    groups: Int[Tensor, "b k"] | None = None
+    features: Mapping[str, Float[Tensor, "n _"]] = field(default_factory=dict)
+    groups: Int[Tensor, "n k"] | None = None
 
 
 _Draws = npt.NDArray[np.float32]
@@ -109,7 +111,8 @@ class _Request(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A batch; `packed` is all but the images. No ids if there were not enough good samples."""
+    """A batch; `packed` is all but the images, whose ids these are. No ids if there were not enough
+    good samples."""
 
     sample_ids: list[str]
     images: Tensor
@@ -125,6 +128,7 @@ class _Reader(Dataset[_Made]):
 
     pairs: Pairs | SampleStream
     tokenizer: Tokenizer
+    captions: CaptionDraw
     crop: Crop
     features_of: FeaturesOf
     on_cpu: bool  # where the transform is applied
@@ -132,7 +136,8 @@ class _Reader(Dataset[_Made]):
     def __getitem__(self, request: _Request) -> _Made:
         position, candidates, transform = request.position, request.candidates, request.transform
         spare = iter(candidates[len(position) :])
-        captions, images, ids, groups, bad = [], [], [], [], []
+        captions, images, ids = list[str](), [], list[str]()
+        groups, bad = list[list[int]](), list[BadSample]()
         for number, first in enumerate(candidates[: len(position)]):
             box = partial(transform.box, draws=request.transform_draws[number])
             cut = partial(self.crop, box=box, size=transform.size)
@@ -142,30 +147,37 @@ class _Reader(Dataset[_Made]):
                 except BadSample as error:
                     bad.append(error)
                     continue
-                draw = request.caption_draws[number]
-                caption = sample.captions[int(draw * len(sample.captions))]
-                captions.append(caption)
+                drawn = self.captions.of(sample.captions, float(request.caption_draws[number]))
+                captions += drawn
                 images.append(image)
                 ids.append(sample.sample_id)
                 row = candidate if isinstance(candidate, int) else None
-                groups.append(keys_of(request.group_by, self.pairs, row, sample, caption))
+                groups += keys_of(request.group_by, self.pairs, row, sample, drawn)
                 break
             else:
                 return _Made([], torch.zeros(0), Packed.of({}), [], bad)
         draws = torch.from_numpy(request.transform_draws)
         text = self.tokenizer(captions)
-        tensors = {"position": torch.from_numpy(position), "text": text}
+        each = self.captions.number
+        tensors = {"position": torch.from_numpy(pair_numbers(position, each)), "text": text}
         # A CPU applies a transform to a few images at a time, and so takes the draws themselves.
         tensors |= {"draws": draws} if self.on_cpu else named("change", transform.changes(draws))
         if request.group_by:
             tensors["groups"] = torch.tensor(groups)
         if request.with_features:
             try:
-                tensors |= named("features", {k: of(ids) for k, of in self.features_of.items()})
+                rows = {name: of(ids) for name, of in self.features_of.items()}
+                rows = {name: known.repeat_interleave(each, 0) for name, known in rows.items()}
+                tensors |= named("features", rows)
             except ValueError as error:  # a worker's traceback would come with it
                 return _Made(ids, torch.zeros(0), Packed.of({}), [], bad, error=str(error))
         tokens = [row.tobytes() for row in text.numpy()]
         return _Made(ids, torch.from_numpy(np.stack(images)), Packed.of(tensors), tokens, bad)
+
+
+def pair_numbers(position: npt.NDArray[np.int64], each: int) -> npt.NDArray[np.int64]:
+    """The numbers of the pairs of images that each bring so many captions."""
+    return (position[:, None] * each + np.arange(each)).ravel()
 
 
 def named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -260,8 +272,9 @@ class EpisodeLoader:
     episode and stay until `close`.
 
     Attributes:
-        batch_size: Pairs a batch on this rank; the last batch of an episode may be smaller.
+        batch_size: Images a batch on this rank; the last batch of an episode may be smaller.
         seed: With the episode's number, determines the random draws of transforms and captions.
+        captions: Which captions of an image a visit brings.
         workers: Processes that decode; 0 decodes in this process.
         crop: `cache.crop` with its settings.
         features_of: What else batches may bring, as functions of sample ids, in workers.
@@ -276,6 +289,7 @@ class EpisodeLoader:
     batch_size: int
     seed: int
     device: torch.device
+    captions: CaptionDraw = ONE
     workers: int = 0
     rank: int = 0
     world_size: int = 1
@@ -352,7 +366,7 @@ class EpisodeLoader:
             image = current.transform.apply(images, without_prefix("change", tensors))
         return Batch(
             position=tensors["position"],
-            sample_id=made.sample_ids,
+            sample_id=[name for name in made.sample_ids for _ in range(self.captions.number)],
             image=image,
             text=tensors["text"],
             captions=made.captions,
@@ -386,6 +400,7 @@ class EpisodeLoader:
             _Reader(
                 pairs=self.pairs,
                 tokenizer=self.tokenizer,
+                captions=self.captions,
                 crop=self.crop,
                 features_of=self.features_of,
                 on_cpu=self.device.type == "cpu",
@@ -537,6 +552,7 @@ def loader(
     transform: Transform,
     device: torch.device,
     on_read: OnRead,
+    captions: CaptionDraw = ONE,
     after: Callable[[Pass], Pass | None] = lambda current: None,
     kind: Callable[..., EpisodeLoader] = EpisodeLoader,
 ) -> EpisodeLoader:
@@ -551,6 +567,7 @@ def loader(
     return kind(
         pairs=samples,
         tokenizer=tokenizer,
+        captions=captions,
         transform=transform,
         batch_size=share,
         seed=config.run.seed,

@@ -55,7 +55,7 @@ class Sample:
 
     sample_id: str  # Unique in a run; the key of teacher features and skip lists.
     image: bytes  # The encoded image (JPEG, PNG, WebP, ...).
-    captions: tuple[str, ...]  # One or more, none of them empty; each visit draws one.
+    captions: tuple[str, ...]  # One or more, none of them empty; see `captions.CaptionDraw`.
     where: str  # The file or archive member it comes from, for messages.
 
 
@@ -250,6 +250,17 @@ class ImageTextPairs:
             return clean_captions(texts)
         except ValueError as error:
             raise self._bad(row, str(error)) from None
+
+    @property
+    def most_captions(self) -> int:
+        """The largest number of captions of a pair, empty texts included."""
+        counts = np.zeros(len(self), np.int64)
+        for name in self.caption_columns:
+            cells = self.kept(self.checked.column(name))
+            is_list = "list" in str(cells.type).partition("<")[0]
+            numbers = pc.list_value_length(cells) if is_list else pc.is_valid(cells)
+            counts += pc.fill_null(numbers.cast(pa.int64()), 0).to_numpy()
+        return max(1, int(counts.max(initial=1)))
 
     @cached_property
     def class_labels(self) -> list[str]:

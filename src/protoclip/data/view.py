@@ -104,6 +104,10 @@ class PairsView:
         source, number = self.locate(row)
         return tuple(source.sample_captions(number))
 
+    @property
+    def most_captions(self) -> int:
+        return max(int(source.most_captions) for source in self.sources)
+
     def class_of(self, row: int) -> str:
         source, number = self.locate(row)
         return str(source.class_of(number))

@@ -285,10 +285,18 @@ class HalfRows:
     def text_rows(self, numbers: Numbers) -> Tensor:
         return torch.from_numpy(self.text.rows(numbers))
 
-    def drawn_captions(self, rows: Numbers, draws: npt.NDArray[np.float32]) -> Numbers:
-        """One of `captions` of each row, by a draw in [0, 1)."""
+    @property
+    def most_captions(self) -> int:
+        """The largest number of captions of a row."""
+        return int(np.diff(self.first).max(initial=1))
+
+    def drawn_captions(
+        self, rows: Numbers, draws: npt.NDArray[np.float32], each: int = 1
+    ) -> Numbers:
+        """So many of `captions` of each row, by a draw in [0, 1), as `CaptionDraw` has them."""
         counts = self.first[rows + 1] - self.first[rows]
-        return self.first[rows] + (draws * counts).astype(np.int64)
+        places = (draws * counts).astype(np.int64)[:, None] + np.arange(each)
+        return (self.first[rows, None] + places % counts[:, None]).ravel()
 
     def groups(
         self, pairs: Pairs, rows: Numbers, captions: Numbers, by: tuple[Key, ...]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from protoclip.data.loader import Batch, EpisodeLoader, Pass
+from protoclip.data.loader import Batch, EpisodeLoader, Pass, pair_numbers
 from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import caption_draws, transform_draws
 from protoclip.data.transforms import EvaluationTransform
@@ -35,21 +35,23 @@ class RowLoader(EpisodeLoader):
             numbers = np.arange(begin, min(begin + stride, size))
             position = np.array_split(numbers, self.world_size)[self.rank]
             rows = all_rows[position]
-            drawn = self.halves.drawn_captions(rows, captions[position])
+            each = self.captions.number
+            drawn = self.halves.drawn_captions(rows, captions[position], each)
             chosen = self.halves.captions[drawn]
             image = self.halves.image_rows(rows, None if views is None else views[position])
-            sample_ids = [self.pairs.sample_id(int(row)) for row in rows]
+            of_pairs = np.repeat(rows, each)
+            sample_ids = [self.pairs.sample_id(int(row)) for row in of_pairs]
             features = {}
             if wanted.with_features:
                 features = {name: of(sample_ids) for name, of in self.features_of.items()}
             groups = None
             if wanted.group_by:
                 groups = torch.from_numpy(
-                    self.halves.groups(self.pairs, rows, drawn, wanted.group_by)
+                    self.halves.groups(self.pairs, of_pairs, drawn, wanted.group_by)
                 )
             self.on_read(len(rows), [])
             yield Batch(
-                position=torch.from_numpy(position).to(self.device),
+                position=torch.from_numpy(pair_numbers(position, each)).to(self.device),
                 sample_id=sample_ids,
                 image=image.to(self.device),
                 text=self.halves.text_rows(chosen).to(self.device),

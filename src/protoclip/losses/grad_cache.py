@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-Outputs = tuple[Tensor, ...]  # of the towers, a row for each pair
+Outputs = tuple[Tensor, ...]  # of the towers, a row for each image or text
 
 
 def forward_in_chunks(
@@ -52,9 +52,9 @@ def forward_in_chunks(
     )
 
     def backward() -> None:
-        sizes = [len(part[0]) for part in parts]
         given = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in whole]
-        gradients = zip(*(torch.split(gradient, sizes) for gradient in given), strict=True)
+        sizes = [[len(part) for part in outputs] for outputs in zip(*parts, strict=True)]
+        gradients = zip(*map(torch.split, given, sizes), strict=True)
         for number, of_chunk in enumerate(gradients):
             with no_sync() if number < len(chunks) - 1 else nullcontext():
                 with repeated(*states[number]):

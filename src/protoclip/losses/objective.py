@@ -111,7 +111,8 @@ def objective(
         weights: Weight of each loss.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
-        frozen: What two frozen halves make of the batch; needed where `weights.geometry` is.
+        frozen: What two frozen halves make of the batch, of each image once; needed where
+            `weights.geometry` is.
         teachers: Features of the batch by teacher; needed of those in `embeddings.distilled`.
         groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
@@ -145,7 +146,9 @@ def objective(
         report["train/loss/keep"] = loss.detach()
     for name, outputs in embeddings.distilled.items():
         assert teachers is not None, "a weight needs the teacher's features"
-        loss = distil(outputs, teachers[name], by=weights.distil_by)
+        rows = teachers[name]
+        rows = rows[:: len(rows) // len(outputs)]  # of each image once, though it has several texts
+        loss = distil(outputs, rows, by=weights.distil_by)
         losses[f"distil_{name}"] = weights.distil[name] * loss
         report[f"train/loss/distil/{name}"] = loss.detach()
     if weights.geometry:
@@ -153,6 +156,7 @@ def objective(
         image, text = embeddings.image_outputs, embeddings.text_outputs
         assert image is not None
         assert text is not None
+        image = image[:: len(image) // len(frozen[0])]  # each once, though it has several texts
         halves = zip((image, text), frozen, strict=True)
         parts = [geometry_loss(F.normalize(out, dim=-1), rows) for out, rows in halves]
         losses["geometry"] = weights.geometry * torch.stack(parts).mean()

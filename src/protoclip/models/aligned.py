@@ -77,7 +77,7 @@ class AlignedModel(ProtoCLIP):
     def forward(
         self,
         images: Float[Tensor, "b q"],
-        tokens: Float[Tensor, "b r"],
+        tokens: Float[Tensor, "n r"],
         project: bool = True,
         teach: bool = False,
     ) -> Embeddings:

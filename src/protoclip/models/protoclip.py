@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """The model's output for a batch of pairs.
+    """The model's output for a batch of pairs. Where each image has several texts, which follow
+    each other, `paired` gives an image its row beside each of them.
 
     Features and projections have unit norm; scales are inverse temperatures.
     Projections are `None` if the forward pass was called with `project=False`. Only models of the
@@ -25,15 +26,31 @@ class Embeddings:
     """
 
     image_features: Float[Tensor, "b d"]
-    text_features: Float[Tensor, "b d"]
+    text_features: Float[Tensor, "n d"]
     image_projections: Float[Tensor, "b p"] | None
-    text_projections: Float[Tensor, "b p"] | None
+    text_projections: Float[Tensor, "n p"] | None
     logit_scale: Float[Tensor, ""]
     prototype_logit_scale: Float[Tensor, ""]
     logit_bias: Float[Tensor, ""] | None = None
     image_outputs: Float[Tensor, "b d"] | None = None
-    text_outputs: Float[Tensor, "b d"] | None = None
-    distilled: Mapping[str, Float[Tensor, "b _"]] = field(default_factory=dict)
+    text_outputs: Float[Tensor, "n d"] | None = None
+    distilled: Mapping[str, Float[Tensor, "_ _"]] = field(default_factory=dict)
+
+    def paired(self) -> "Embeddings":
+        """With a row of images for each of texts: an image's is repeated for each of its texts."""
+        times = len(self.text_features) // len(self.image_features)
+        if times == 1:
+            return self
+
+        def repeated(rows: Tensor | None) -> Any:
+            return None if rows is None else rows.repeat_interleave(times, 0)
+
+        return replace(
+            self,
+            image_features=repeated(self.image_features),
+            image_projections=repeated(self.image_projections),
+            image_outputs=repeated(self.image_outputs),
+        )
 
 
 TEACHER_HEADS = "teacher_heads."  # how the names of parameters begin that serve training alone
@@ -123,7 +140,7 @@ class ProtoCLIP(TowerPair):
     def forward(
         self,
         images: Float[Tensor, "b 3 h w"],
-        tokens: Int[Tensor, "b c"],
+        tokens: Int[Tensor, "n c"],
         project: bool = True,
         teach: bool = False,
     ) -> Embeddings:
@@ -134,7 +151,7 @@ class ProtoCLIP(TowerPair):
     def embeddings(
         self,
         image: Float[Tensor, "b d"],
-        text: Float[Tensor, "b d"],
+        text: Float[Tensor, "n d"],
         project: bool = True,
         teach: bool = False,
     ) -> Embeddings:

@@ -73,20 +73,22 @@ class ExtractedFeatures:
         rows, number = [], 0
         try:
             for batch in self.batches(episode):
-                new = []
-                for row, pair in enumerate(zip(batch.sample_id, batch.captions, strict=True)):
-                    if pair not in passed or not self.each_pair_once:
-                        passed[pair], number = number, number + 1
+                new, image, text = [], batch.image, batch.text
+                each = len(text) // len(image)  # captions of an image
+                for row, sample_id in enumerate(batch.sample_id[::each]):
+                    visit = (sample_id, b"".join(batch.captions[row * each : (row + 1) * each]))
+                    if visit not in passed or not self.each_pair_once:
+                        passed[visit], number = number, number + 1
                         new.append(row)
-                    rows.append(passed[pair])
-                image, text = batch.image, batch.text
+                    rows += [passed[visit] * each + caption for caption in range(each)]
                 if len(new) < len(image):
                     # A sharded model needs every rank in every pass, so pass at least one pair.
-                    image, text = image[new or [0]], text[new or [0]]
+                    image = image[new or [0]]
+                    text = text.view(-1, each, *text.shape[1:])[new or [0]].flatten(0, 1)
                 with self.autocast():
-                    embeddings = self.model(image, text)
-                images.append(embeddings.image_projections[: len(new)])
-                texts.append(embeddings.text_projections[: len(new)])
+                    embeddings = self.model(image, text).paired()
+                images.append(embeddings.image_projections[: len(new) * each])
+                texts.append(embeddings.text_projections[: len(new) * each])
                 positions.append(batch.position)
                 sample_ids += batch.sample_id
         finally:

@@ -177,6 +177,11 @@ def refuse(config: Config) -> None:
         raise ValueError(f"optim.layer_decay: {after}; leave it out")
     if parallel.strategy == "fsdp":
         raise ValueError("parallel.strategy: fsdp shards towers that train; align takes ddp")
+    if config.data.captions == "sentences":
+        raise ValueError(
+            "data.captions: align encodes whole captions; give a table whose captions are the "
+            "sentences, or leave it out"
+        )
     if config.data.read == "streaming":
         raise ValueError("data.read: align encodes each pair once, so it takes no stream")
 

@@ -96,6 +96,23 @@ class NonFiniteGuard:
                     f"({self._write_report(number, sample_ids)})"
                 )
 
+    def summary(self, steps: int, last: Path | None) -> str:
+        """How many of so many steps were skipped; empty if none was.
+
+        Raises:
+            ValueError: The run is finished, with this `last` checkpoint, and half of its steps or
+                more were skipped, in fp16 more than its loss scale may need to settle.
+        """
+        said = f"{self.skipped:,} of {steps:,} steps were skipped: their loss or gradient was not"
+        # In fp16 the loss scale starts at 2^16, and the steps that halve it are skipped.
+        settling = 16 if self.scaler.is_enabled() else 0
+        if last is not None and self.skipped > settling and 2 * self.skipped >= steps:
+            raise ValueError(
+                f"{said} finite; change optim.learning_rate, optim.heads_lr_scale, the weights of "
+                f"[loss] or prototypes.target_temperature (the last checkpoint is {last})"
+            )
+        return f"{said} finite" if self.skipped else ""
+
     def _write_report(self, number: int, sample_ids: Sequence[str]) -> str:
         losses, norms = zip(*self._row, strict=True)
         content = {

@@ -22,6 +22,7 @@ from protoclip.distributed.collectives import all_reduce, world_size
 from protoclip.files import require_regular, to_json
 from protoclip.terminal import say
 from protoclip.training.guard import Watch
+from protoclip.training.symptoms import Symptoms
 
 # Lines of metrics.jsonl to keep while they cannot be written; older ones are dropped.
 MOST_WAITING = 10_000
@@ -182,9 +183,10 @@ class MetricsLog:
         step: int = 0,
         wandb: Literal["off", "offline", "online"] = "off",
         config: Mapping[str, Any] | None = None,
+        symptoms: Symptoms | None = None,
     ) -> None:
         self._lines = JsonLines(folder / "metrics.jsonl", size=size)
-        self._watch = Watch()
+        self._watch, self._symptoms = Watch(), symptoms
         self._others: dict[str, TensorBoard | WeightsAndBiases] = {}
         self._start("TensorBoard", lambda: TensorBoard(folder / "tensorboard", step=step))
         if wandb != "off":
@@ -205,6 +207,8 @@ class MetricsLog:
             self._try(name, partial(other.write, step, metrics))
         for warning in self._watch.warnings(step, metrics):
             say(f"warning: {warning}")
+        for line in self._symptoms.lines(step, metrics) if self._symptoms is not None else ():
+            say(f"warning: {line}")
 
     def close(self) -> None:
         self._lines.close()

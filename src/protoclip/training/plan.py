@@ -74,6 +74,8 @@ def outline(config: Config) -> Outline:
     start = resolve_start(config.model)
     notes += start.notes
     config = replace(config, model=start.model)
+    config, said = with_positives(config)
+    notes += said
     loading.check_parallel(config, start)
     if config.loss.instance == "auto":
         sigmoid = start.has_logit_bias
@@ -82,6 +84,16 @@ def outline(config: Config) -> Outline:
         if sigmoid:
             notes.append("loss.instance = sigmoid, since the model has a logit bias")
     return Outline(config=config, start=start, notes=notes)
+
+
+def with_positives(config: Config) -> tuple[Config, list[str]]:
+    """Equal pairs are negatives, as in the paper, unless visits bring several captions."""
+    if config.loss.positives is not None:
+        return config, []
+    shared = config.data.several_captions and config.loss.info_nce > 0
+    loss = replace(config.loss, positives="shared" if shared else "pair")
+    note = "loss.positives = shared, since all captions that a visit brings are an image's own"
+    return replace(config, loss=loss), [note] if shared else []
 
 
 def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
@@ -105,7 +117,9 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
     config, notes = rank0_first(decide)
     watched = raise_on_all_ranks(lambda: guards(config, divided.data))
     raise_on_all_ranks(lambda: check_metrics(config, divided.data, watched))
-    notes = [*outlined.notes, *notes, *divided.notes]
+    start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
+    cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=sentences))
+    notes = [*outlined.notes, *notes, *cut, *divided.notes]
     for guard in watched:
         notes += guard.notes
     notes += sources.notes(divided.training)
@@ -113,7 +127,7 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
         notes.append("no evaluation at the end, since no pairs are held out")
     return Plan(
         config=config,
-        start=replace(start, model=config.model),
+        start=start,
         samples=divided.training,
         held_out=divided.data,
         guards=watched,

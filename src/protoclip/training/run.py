@@ -21,6 +21,7 @@ from protoclip import signals
 from protoclip.config import HALVES, START, AlignConfig, Config, PrototypeConfig, TeacherConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
+from protoclip.data.captions import caption_draw
 from protoclip.data.chosen import read_chosen
 from protoclip.data.content import Facts, content
 from protoclip.data.groups import KEYS
@@ -71,6 +72,7 @@ from protoclip.training.run_folder import (
     to_toml,
 )
 from protoclip.training.stages import stage_of
+from protoclip.training.symptoms import Symptoms
 from protoclip.training.trainer import Trainer
 
 # What is done with a trained model before the results are written, given its weights before the
@@ -186,7 +188,9 @@ def train_together(
         try:
             run.train_episodes()
             raise_on_all_ranks(run.writer.finish)
-            run.count_skipped_steps()
+            last = run.writer.folder(run.trainer.step) if run.is_finished else None
+            if (skipped := run.trainer.guard.summary(run.trainer.step, last)) and rank() == 0:
+                say(f"note: {skipped}")
             if ending is not None and run.is_finished and not run.asked_to_stop():
                 ending(run, start)
             run.asked_to_stop()  # one that came since: the evaluation may take long
@@ -235,10 +239,13 @@ class Run:
             at_least=config.episodes.size // world_size(),
         )
         self.episode = sampler.episodes(config, samples)
+        captions, said = caption_draw(config, samples if halves is None else halves)
+        self.notes += said
         self.loader = data_loader.loader(
             config,
             samples,
             tokenizer=loading.tokenizer(plan.start),
+            captions=captions,
             transform=loading.training_transform(model, config.data.augmentation),
             device=device,
             on_read=self.skips.add,
@@ -353,7 +360,8 @@ class Run:
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
         }
         if config.prototype_source == "queue":
-            return QueuedFeatures(size=config.episodes.size, **settings)
+            size = config.episodes.size * self.loader.captions.number
+            return QueuedFeatures(size=size, **settings)
         return ExtractedFeatures(**settings)
 
     def prepare_teachers(self) -> None:
@@ -470,32 +478,17 @@ class Run:
         early = self.early_stop is not None and self.early_stop.is_due
         return early or self.trainer.episode == self.config.episodes.count
 
-    def count_skipped_steps(self) -> None:
-        """Say how many steps were skipped, if any.
-
-        Raises:
-            ValueError: The run is finished, and half of its steps or more were skipped, in fp16
-                more than its loss scale may need to settle.
-        """
-        skipped, steps = self.trainer.guard.skipped, self.trainer.step
-        said = f"{skipped:,} of {steps:,} steps were skipped: their loss or gradient was not finite"
-        # In fp16 the loss scale starts at 2^16, and the steps that halve it are skipped.
-        settling = 16 if self.trainer.scaler.is_enabled() else 0
-        if self.is_finished and skipped > settling and 2 * skipped >= steps:
-            raise ValueError(
-                f"{said}; change optim.learning_rate, optim.heads_lr_scale, the weights of [loss] "
-                "or prototypes.target_temperature (the last checkpoint is "
-                f"{self.writer.folder(steps)})"
-            )
-        if skipped and rank() == 0:
-            say(f"note: {said}")
-
     def open_log(self, size: int) -> None:
         """On rank 0, log metrics after the first `size` bytes of the file."""
         if rank() == 0:
-            wandb, settings = self.config.run.wandb, tomllib.loads(to_toml(self.config))
+            config, pairs = self.config, self.trainer.batch_size * self.loader.captions.number
             self.log = MetricsLog(
-                self.folder, size=size, step=self.trainer.step, wandb=wandb, config=settings
+                self.folder,
+                size=size,
+                step=self.trainer.step,
+                wandb=config.run.wandb,
+                config=tomllib.loads(to_toml(config)),
+                symptoms=Symptoms(pairs=pairs, warm_up=config.optim.warm_up_steps),
             )
 
     def write(self, episode: int, metrics: Mapping[str, float]) -> None:

@@ -1,11 +1,14 @@
-"""Sizes that follow from the training pairs: of episodes, of small towers, and of prototypes.
+"""Sizes that follow from the training pairs: of episodes, of small towers, and of prototypes; and
+how many captions a model's own size cuts.
 
 Rules alone; `plan.py` asks for those that a configuration leaves unset.
 """
 
 import math
 from contextlib import suppress
+from itertools import islice
 
+from protoclip.data.captions import BETWEEN_SENTENCES
 from protoclip.data.decode import dimensions
 from protoclip.data.defaults import (
     LOOKED_AT,
@@ -15,9 +18,12 @@ from protoclip.data.defaults import (
 )
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
+from protoclip.models import loading
+from protoclip.models.start import Start
 from protoclip.models.towers import TokenCounter, build_tokenizer
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
+COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
 PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
 
@@ -66,3 +72,27 @@ def size_and_length(
             lengths += count_tokens(list(sample.captions))
     reason = f"by {len(sides)} of the samples" if sides else "since no sample could be looked at"
     return fitting_image_size(sides), fitting_context_length(lengths), reason
+
+
+def captions_cut(samples: Pairs | SampleStream, start: Start, *, sentences: bool) -> list[str]:
+    """A note on how many captions the model's context length cuts, by some of them, if it cuts any.
+
+    It reads no image, and nothing of a stream. Without `sentences` captions are whole.
+    """
+    if not isinstance(samples, Pairs):
+        return []
+    texts = list[str]()
+    for row in evenly_spaced(len(samples), min(len(samples), COUNTED), seed=0):
+        with suppress(BadSample):
+            texts += islice(samples.sample_captions(row), CAPTIONS_A_PAIR)
+    if sentences:
+        texts = [part for text in texts for part in BETWEEN_SENTENCES.split(text)]
+    length, count_tokens = loading.context_length(start), TokenCounter(loading.tokenizer(start))
+    cut = sum(tokens > length for tokens in count_tokens(texts))
+    what = "sentences" if sentences else "captions"
+    way_out = "raise it" if sentences else "raise it, or draw sentences by data.captions"
+    note = (
+        f"model.text.context_length = {length} cuts {cut:,} of {len(texts):,} {what} that were "
+        f"looked at; {way_out}"
+    )
+    return [note] if cut else []

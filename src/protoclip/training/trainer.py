@@ -30,6 +30,7 @@ from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
 from protoclip.training.stages import Stage, enter_stage
+from protoclip.training.symptoms import repeated
 
 PROGRESS = ("episode", "batch", "seconds")
 
@@ -47,8 +48,9 @@ class Trainer:
         make_targets: `losses.prototypical.make_targets` with its settings.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: The frozen towers that the model started from, where a loss keeps it close to them.
-        micro_batch_size: Pairs that pass through the towers at once; unset for the whole batch.
-        batches, batch_size: Batches of an episode, and pairs in one, of all ranks.
+        micro_batch_size: Images that pass through the towers at once, with their captions; unset
+            for the whole batch.
+        batches, batch_size: Batches of an episode, and images in one, of all ranks.
         episode, batch: Episodes finished, and batches of the next one.
         seconds: Wall clock without evaluation.
         clusters: Of the episode under way, or else of the last one that had prototypes.
@@ -183,7 +185,7 @@ class Trainer:
         taken = self.guard.step(self.step + 1, checked, norm, batch.sample_id)
         self._record(batch, embeddings, assignments, pulls, taken)
         self.batch += 1
-        metrics = {}
+        metrics: dict[str, float] = {}
         if detailed:
             report |= feature_statistics(
                 all_gather(embeddings.image_features.detach()),
@@ -191,10 +193,13 @@ class Trainer:
             )
             if batch.groups is not None:
                 report["train/positives"] = mean_positives(all_gather(batch.groups))
+            elif self.weights.info_nce or self.weights.sigmoid:
+                metrics["train/repeated/captions"] = repeated(batch.captions)
+                metrics["train/repeated/images"] = repeated(batch.sample_id)
             report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()
-            metrics = to_floats({**report, "train/learning_rate": rate})
+            metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             (before, seen), now = self._reported, time.monotonic()
             metrics["train/samples_per_second"] = (self.samples_seen - seen) / (now - before)
@@ -222,13 +227,13 @@ class Trainer:
         self.source.observe(batch, embeddings, taken)
 
     def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
-        """The embeddings of a batch, and what is left to do after `backward`."""
+        """The embeddings of a batch's pairs, and what is left to do after `backward`."""
         size = self.micro_batch_size
-        if size is None or size >= len(batch.position):
-            projects = self._projects
-            return self._embed(batch.image, batch.text, project=projects, teach=True), lambda: None
+        if size is None or size >= len(batch.image):
+            embeddings = self._embed(batch.image, batch.text, project=self._projects, teach=True)
+            return embeddings.paired(), lambda: None
         # Of nearly equal sizes, since BatchNorm cannot train on a rest of one row.
-        number = math.ceil(len(batch.position) / size)
+        number = math.ceil(len(batch.image) / size)
         parts = (torch.tensor_split(rows, number) for rows in (batch.image, batch.text))
         outputs, backward = forward_in_chunks(
             [partial(self._encode, *part) for part in zip(*parts, strict=True)],
@@ -237,7 +242,8 @@ class Trainer:
             no_sync=parallel.no_sync(self._module),
         )
         with self.autocast():
-            return self.model.embeddings(outputs[0], outputs[1], self._projects, True), backward
+            embeddings = self.model.embeddings(outputs[0], outputs[1], self._projects, teach=True)
+        return embeddings.paired(), backward
 
     def _embed(
         self, image: Tensor, text: Tensor, *, project: bool, teach: bool = False
@@ -268,7 +274,7 @@ class Trainer:
         """What the frozen start makes of a batch, in micro-batches as the model."""
         if self.start is None:
             return None
-        size, features = self.micro_batch_size or len(batch.position), []
+        size, features = self.micro_batch_size or len(batch.text), []
         encoders = (self.start.encode_image, batch.image), (self.start.encode_text, batch.text)
         for encode, inputs in encoders:
             parts = []
@@ -277,7 +283,8 @@ class Trainer:
                     parts.append(encode(part, normalize=True))
             features.append(torch.cat(parts))
         scale = self.start.towers.get_parameter("logit_scale").exp()
-        return StartFeatures(image=features[0], text=features[1], logit_scale=scale)
+        image = features[0].repeat_interleave(len(batch.text) // len(batch.image), 0)
+        return StartFeatures(image=image, text=features[1], logit_scale=scale)
 
     def end_episode(self) -> dict[str, float]:
         """Count the episode as finished, and let go of its targets.

@@ -109,7 +109,7 @@ def test_what_is_no_number_is_refused(name, wrong):
         ("data.sources", "a.tsv", "data.sources: 'a.tsv' is not a list"),
         ("optim.betas", (0.9,), "optim.betas: [0.9] is not 2 values"),
         ("data.read", "fast", "data.read: 'fast' is not one of auto, streaming"),
-        ("data.workers", "many", "data.workers: 'many' is no whole number"),
+        ("data.workers", "many", "data.workers: 'many' is no number, and none of auto"),
         ("data.read", "indexed", "data.read: 'indexed' is gone; leave it out"),
     ],
 )

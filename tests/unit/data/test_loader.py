@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -16,11 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from protoclip.data.captions import CaptionDraw
 from protoclip.data.loader import Batch, EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
 from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
+from protoclip.data.view import whole
 from protoclip.models.towers import RememberingTokenizer, build_tokenizer
 from protoclip.testing import tiny_pairs
 
@@ -279,6 +281,57 @@ def test_several_captions_are_drawn_per_visit():
 
     assert shown(0) == shown(0) != shown(1)
     assert np.bincount(shown(0), minlength=3).min() > 8
+
+
+def test_a_visit_brings_several_captions_of_an_image():
+    """They follow each other and come again in turn where they are too few; the image comes once.
+    All share its key, and equal ones theirs."""
+    texts = [["a", "b", "c"], ["d"]] * 48
+    pairs = ImageTextPairs(tiny_pairs().set_column(1, "caption", [texts]), name="tiny")
+    words = build_tokenizer(None, context_length=8)(list("abcd"))
+    source = loader(0, pairs, captions=CaptionDraw(number=2), features_of={"row": row_numbers})
+    settings = {"with_features": True, "group_by": ("caption", "image")}
+    batch = list(source.batches(episode_of(64), **settings))[1]
+    assert batch.image.shape[0] == 16
+    assert batch.position.tolist() == list(range(32, 64))
+    assert batch.sample_id == [f"tiny/{row}" for row in range(16, 32) for _ in range(2)]
+    assert batch.features["row"].tolist() == [[row] for row in range(16, 32) for _ in range(2)]
+    shown = (batch.text[:, None] == words).all(2).int().argmax(1).view(16, 2)
+    assert {tuple(pair) for pair in shown[::2].tolist()} == {(0, 1), (1, 2), (2, 0)}
+    assert {tuple(pair) for pair in shown[1::2].tolist()} == {(3, 3)}
+    captions, images = batch.groups.T
+    same_text = batch.text[:, None].eq(batch.text).all(2)
+    assert torch.equal(captions[:, None] == captions, same_text)
+    assert torch.equal(images[::2], images[1::2])
+    again = list(source.batches(episode_of(64), **settings))
+    assert_same([again[1]], [batch])
+
+
+def row_numbers(sample_ids: Sequence[str]) -> torch.Tensor:
+    return torch.tensor([[float(name.partition("/")[2])] for name in sample_ids])
+
+
+def test_the_most_captions_are_those_of_the_fullest_pair():
+    """Over list columns and single ones, of the rows in use, of all sources of a view."""
+    columns = {
+        "caption": [["a", "b"], ["a"], None, ["a", "b", "c"]],
+        "title": ["t", None, "t", "t"],
+    }
+    table = tiny_pairs(4).drop_columns("caption")
+    table = pa.table({"image": table["image"], **columns})
+    pairs = ImageTextPairs(table, name="p", caption_columns=("caption", "title"))
+    assert pairs.most_captions == 4
+    few = pairs.subset(np.array([0, 1, 2]))
+    assert (
+        few.most_captions == whole([few, ImageTextPairs(tiny_pairs(), name="q")]).most_captions == 3
+    )
+
+
+def test_a_draw_picks_a_sentence_of_a_caption():
+    draw = CaptionDraw(sentences=True)
+    captions = ["One 1.5 m wall. Is it red?  No!", "no end"]
+    shown = [draw.of(captions, value)[0] for value in np.linspace(0, 0.999, 60).tolist()]
+    assert shown == ["One 1.5 m wall."] * 10 + ["Is it red?"] * 10 + ["No!"] * 10 + ["no end"] * 30
 
 
 def test_the_state_is_json_and_prepares_a_stream():

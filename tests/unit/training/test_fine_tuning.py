@@ -295,7 +295,7 @@ def test_a_start_cannot_embed_a_stream(pairs, starts, tmp_path):
 
 
 def test_settings_that_an_earlier_version_lacks_are_at_their_default(tmp_path):
-    config = tiny_config(out="unused")
+    config = with_changes(tiny_config(out="unused"), {"loss": {"positives": "pair"}})
     before = flat_out(config)
     (tmp_path / "config.toml").write_text(before)
     check_settings(tmp_path, to_toml(config))

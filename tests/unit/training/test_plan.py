@@ -1,6 +1,7 @@
 """What a plan decides: by one rule each, said at the start, and of no setting that is given."""
 
 import os
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable
@@ -22,12 +23,14 @@ from protoclip.config import (
     PrototypeConfig,
     TeacherConfig,
 )
+from protoclip.data.content import content
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training.plan import Plan, filled, make_plan, outline
 from protoclip.training.run_folder import as_begun
+from protoclip.training.sizes import captions_cut
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 USUAL = Config(model=tiny_model(), episodes=EpisodeConfig(size=4096))
@@ -102,6 +105,24 @@ def test_notes_name_what_is_decided_and_nothing_else():
     assert "prototypes.number" in decided(alone)[1][0]
     constant = replace(alone, loss=replace(alone.loss, strengths="constant"))
     assert "prototypes.number" not in decided(constant)[1][0]
+
+
+def test_a_note_says_how_many_captions_are_cut(monkeypatch):
+    """Of 400 pairs, at most four captions each, or their sentences; nothing where none is."""
+    start, texts = outline(USUAL).start, ["short", "is longer than eight tokens are. short"]
+    samples = Numbered(20_000, 10**9)
+    monkeypatch.setattr(samples, "sample_captions", lambda row: (texts[row % 4 == 0],) * 9)
+    (note,) = captions_cut(samples, start, sentences=False)
+    cut = re.fullmatch(
+        r"model\.text\.context_length = 8 cuts (\d+) of 1,600 captions that were looked at; "
+        r"raise it, or draw sentences by data\.captions",
+        note,
+    )
+    assert 320 < int(cut[1]) < 480
+    (note,) = captions_cut(samples, start, sentences=True)
+    assert re.search(r"cuts \d+ of [12],\d+ sentences that were looked at; raise it$", note)
+    monkeypatch.setattr(samples, "sample_captions", lambda row: ("short",))
+    assert captions_cut(samples, start, sentences=False) == []
 
 
 def test_what_is_set_stays_and_a_plan_is_its_own_plan():
@@ -257,7 +278,7 @@ def test_a_table_that_is_known_is_opened_without_a_look_at_each_row(tmp_path, wo
     def opened(**changes: Any) -> tuple[Plan, Counter[str]]:
         work.clear()
         plan = make_plan(replace(config, **changes))
-        protoclip.training.run.content(plan.samples)
+        content(plan.samples)
         return plan, Counter(work)
 
     first, cold = opened()

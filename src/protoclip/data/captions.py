@@ -1,0 +1,63 @@
+"""Which captions of an image a visit brings: one, several, or a sentence of one."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from protoclip.config import Config
+
+BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionDraw:
+    """How many captions of an image a visit brings, or whether it brings a sentence of one."""
+
+    number: int = 1
+    sentences: bool = False
+
+    def of(self, captions: Sequence[str], draw: float) -> list[str]:
+        """The captions of one visit, by a draw in [0, 1).
+
+        They follow each other from a drawn one on, so each comes equally often; where there are too
+        few, they come again in turn.
+
+            >>> CaptionDraw(number=3).of(["a cat", "a pet"], draw=0.7)
+            ['a pet', 'a cat', 'a pet']
+            >>> CaptionDraw(sentences=True).of(["It rains. A dog runs!"], draw=0.7)
+            ['A dog runs!']
+        """
+        place = draw * len(captions)
+        first = int(place)
+        if self.sentences:
+            parts = BETWEEN_SENTENCES.split(captions[first])
+            return [parts[int((place - first) * len(parts))]]
+        return [captions[(first + more) % len(captions)] for more in range(self.number)]
+
+
+ONE = CaptionDraw()
+
+
+def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
+    """What `data.captions` names, and a note; `all` is the largest number that an image of the
+    source has.
+
+    Raises:
+        ValueError: The source does not know that number, as a stream does not.
+    """
+    asked, batch = config.data.captions, config.episodes.batch_size
+    number = asked if isinstance(asked, int) else 1
+    if asked == "all":
+        if not hasattr(source, "most_captions"):
+            raise ValueError(
+                f"data.captions: all is not known of {source.name}, a stream; give how many "
+                "captions an image has at most, such as 5"
+            )
+        number = source.most_captions
+    note = (
+        f"data.captions = {asked}: {number} of each image, which makes {batch * number:,} captions "
+        f"in a batch of {batch:,} images"
+    )
+    draw = CaptionDraw(number=number, sentences=asked == "sentences")
+    return draw, [note] if number > 1 else []

@@ -1,0 +1,112 @@
+"""Why a loss does not fall: what a run's own numbers say of it, each once a run, with the way out.
+
+`guard.Watch` warns of single metrics that are bad by themselves.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+# Steps at the full rate before a loss at chance is worth a word. Towers from scratch may stay there
+# for some dozens; a hundred more cost little, and a word too early costs trust.
+PATIENCE = 300
+AT_CHANCE = 0.97  # of the way from the least possible loss to that of a guess
+RISEN = 1.5  # times the loss of a guess: only a model that is sure of what is wrong gets there
+# Share of a batch that repeats the rest of it, in the mean over so many logged steps.
+REPEATED, OBSERVED = 0.1, 5
+ADVICE = {
+    "captions": "set loss.positives = shared",
+    "images": "set episodes.replacement = false, lower episodes.batch_size, or set "
+    "loss.positives = shared",
+}
+
+
+def repeated(names: Sequence[object]) -> float:
+    """The share of names that come again.
+
+    >>> repeated(["a cat", "a dog", "a cat", "a cat"])
+    0.5
+    """
+    return 1 - len(set(names)) / len(names) if names else 0.0
+
+
+def at_chance(
+    loss: float, lowest: float, *, pairs: int, positives: float, steps: int
+) -> str | None:
+    """Whether InfoNCE is that of a guess after so many steps at the full rate.
+
+    Args:
+        loss: Now; `lowest` is the least before.
+        pairs: In a batch, so that a guess has the loss ln(pairs).
+        positives: Other pairs that a pair matches on average, which no loss can tell apart.
+    """
+    chance, least = math.log(pairs), math.log1p(positives)
+    if steps < PATIENCE or least > chance / 2 or loss < least + AT_CHANCE * (chance - least):
+        return None
+    said = f"train/loss/info_nce is {loss:.4g}, and ln({pairs}) = {chance:.4g} is that of a guess"
+    if lowest < least + 0.9 * (chance - least):
+        return f"{said}, though it was {lowest:.4g}; lower optim.learning_rate"
+    return (
+        f"{said}, after {steps} steps at the full rate; check that captions belong to their images "
+        "(protoclip data inspect), then raise optim.learning_rate, or lower it"
+    )
+
+
+def risen(loss: float, lowest: float, *, pairs: int) -> str | None:
+    """Whether InfoNCE rose far above that of a guess."""
+    chance = math.log(pairs)
+    if loss < RISEN * max(chance, lowest):
+        return None
+    return (
+        f"train/loss/info_nce rose to {loss:.4g}, far above ln({pairs}) = {chance:.4g}, that of a "
+        "guess; lower optim.learning_rate, or raise optim.warm_up_steps"
+    )
+
+
+def repeats(what: str, shares: Sequence[float]) -> str | None:
+    """Whether too much of each batch repeats: `captions` or `images`, negatives of their equals."""
+    if len(shares) < OBSERVED or fmean(shares) <= REPEATED:
+        return None
+    return (
+        f"{fmean(shares):.0%} of the {what} of a batch repeat others, and equal ones are negatives "
+        f"of each other; {ADVICE[what]}"
+    )
+
+
+@dataclass(kw_only=True)
+class Symptoms:
+    """Sees what is logged, and says each thing once. It has no state worth saving.
+
+    Attributes:
+        pairs: In a batch, of all ranks.
+        warm_up: Steps until the full rate.
+    """
+
+    pairs: int
+    warm_up: int
+    lowest: float = math.inf
+    shares: dict[str, list[float]] = field(default_factory=lambda: {"captions": [], "images": []})
+    said: set[str] = field(default_factory=set)
+
+    def lines(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """What the metrics of a step say that was not said before."""
+        found: dict[str, str | None] = {}
+        for what, shares in self.shares.items():
+            if (share := metrics.get(f"train/repeated/{what}")) is not None:
+                shares[:] = [*shares[1 - OBSERVED :], share]
+                found[what] = repeats(what, shares)
+        loss = metrics.get("train/loss/info_nce", math.nan)
+        if math.isfinite(loss):
+            found["risen"] = risen(loss, self.lowest, pairs=self.pairs)
+            found["chance"] = at_chance(
+                loss,
+                self.lowest,
+                pairs=self.pairs,
+                positives=metrics.get("train/positives", 0.0),
+                steps=step - self.warm_up,
+            )
+            self.lowest = min(self.lowest, loss)
+        new = {name: line for name, line in found.items() if line and name not in self.said}
+        self.said |= new.keys()
+        return [f"step {step}: {line}" for line in new.values()]

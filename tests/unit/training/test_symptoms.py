@@ -1,0 +1,61 @@
+"""Why a loss does not fall: each symptom is said beyond its limit alone, once, in a line."""
+
+import math
+
+import pytest
+
+from protoclip.training.symptoms import PATIENCE, Symptoms, at_chance, repeats, risen
+
+CHANCE = math.log(256)
+
+
+@pytest.mark.parametrize(
+    ("loss", "lowest", "positives", "steps", "says"),
+    [
+        (0.98 * CHANCE, 0.98 * CHANCE, 0.0, PATIENCE, "then raise optim.learning_rate"),
+        (0.98 * CHANCE, 0.5 * CHANCE, 0.0, PATIENCE, "though it was 2.773; lower optim.learn"),
+        (0.98 * CHANCE, 0.98 * CHANCE, 0.0, PATIENCE - 1, None),
+        (0.96 * CHANCE, 0.96 * CHANCE, 0.0, PATIENCE, None),
+        # Nine others match a pair: the least loss is ln(10), and the way from there is shorter.
+        (0.98 * CHANCE, 0.98 * CHANCE, 9.0, PATIENCE, None),
+        (CHANCE, CHANCE, 9.0, PATIENCE, "is that of a guess"),
+        # Two classes leave hardly anything to learn.
+        (CHANCE, CHANCE, 127.0, PATIENCE, None),
+    ],
+)
+def test_a_loss_at_chance_is_named_after_the_warm_up(loss, lowest, positives, steps, says):
+    line = at_chance(loss, lowest, pairs=256, positives=positives, steps=steps)
+    assert (line is None) == (says is None)
+    assert says is None or says in line
+
+
+def test_a_loss_that_rises_above_chance_is_named():
+    """And not one that a start brings along, or that is far above a low one."""
+    assert "lower optim.learning_rate" in risen(1.6 * CHANCE, CHANCE, pairs=256)
+    assert risen(1.4 * CHANCE, CHANCE, pairs=256) is None
+    assert risen(3 * CHANCE, 2.5 * CHANCE, pairs=256) is None
+    assert risen(1.4 * CHANCE, 0.1, pairs=256) is None
+
+
+@pytest.mark.parametrize(
+    ("what", "way_out"),
+    [("captions", "loss.positives = shared"), ("images", "episodes.replacement = false")],
+)
+def test_what_repeats_in_a_batch_is_named(what, way_out):
+    """In the mean of five logged steps: two equal ones in a small batch are chance."""
+    assert repeats(what, [0.5] * 4) is None
+    assert repeats(what, [0.5, 0.0, 0.0, 0.0, 0.0]) is None
+    line = repeats(what, [0.3, 0.1, 0.1, 0.1, 0.1])
+    assert line.startswith(f"14% of the {what} of a batch")
+    assert way_out in line
+
+
+def test_each_symptom_is_said_once():
+    symptoms = Symptoms(pairs=256, warm_up=100)
+    lines = []
+    for step in range(0, 1000, 10):
+        metrics = {"train/repeated/captions": 0.2, "train/repeated/images": 0.0}
+        loss = {"train/loss/info_nce": 2 * CHANCE if step > 600 else CHANCE}
+        lines += symptoms.lines(step, metrics | loss)
+    steps = [int(line.removeprefix("step ").partition(":")[0]) for line in lines]
+    assert steps == [40, 100 + PATIENCE, 610]
