@@ -106,11 +106,11 @@ def finished_passes(
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=7),
     legs=st.lists(st.tuples(RANKS, st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=5),
-    shuffle=st.sampled_from([2, 5, 64]),
-    block_bytes=st.sampled_from([20, 1 << 28]),
+    shuffle=st.sampled_from([5, 64]),
+    block_bytes=st.sampled_from([60, 1 << 28]),
     is_mixed=st.booleans(),
 )
-@settings(max_examples=30, deadline=None, database=None)
+@settings(max_examples=20, deadline=None, database=None)
 def test_each_sample_of_a_pass_is_seen_once(sizes, legs, shuffle, block_bytes, is_mixed):
     """However often a run stops, amid blocks, shards and episodes, and goes on with other ranks: as
     many or fewer than shards. Some samples are bad, and some left out."""
