@@ -352,7 +352,7 @@ twins: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = {}
 
 def twin(row: Row, data: Path, out: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The end of the run that has none of the neutral choices but evaluation."""
-    # Each rank reads shards of a stream of its own.
+    # A stream has as many lanes as the run has ranks when it begins.
     kept = {"evaluation", "ranks"} if row["source"] == "stream" else {"evaluation"}
     plain = row | {feature: PLAIN[feature] for feature in NEUTRAL if feature not in kept}
     if name(plain) not in twins:

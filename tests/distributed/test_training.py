@@ -1,5 +1,6 @@
 """Several ranks train what one process trains: gradients of every loss, weights of short runs."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from interrupting import relative_difference, stop_after, with_changes, with_out
+from interrupting import quick_config, relative_difference, stop_after, with_changes, with_out
 from protoclip.config import Config, HeadConfig, ImageTowerConfig, ModelConfig, ParallelConfig
 from protoclip.data.loader import Batch
+from protoclip.data.pack import pack
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.stream import ShardStream
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, reach_everything
 from protoclip.losses.distil import StartFeatures
@@ -22,7 +26,7 @@ from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare
 from protoclip.models import batch_norm, loading
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.testing import run_distributed, tiny_config, tiny_model
+from protoclip.testing import run_distributed, tiny_config, tiny_model, tiny_pairs
 from protoclip.training.run import train
 from protoclip.training.stages import PROTOTYPICAL, enter_stage
 from protoclip.training.trainer import Trainer
@@ -287,6 +291,43 @@ def test_a_stopped_run_of_two_ranks_goes_on(way, after, finished, tmp_path):
                 assert all(torch.equal(weights[name], value) for name, value in expected.items())
             else:
                 assert relative_difference(weights, expected, config) < 1e-4
+
+
+def seen(config: Config, stop: int | None = None) -> list[list[str]]:
+    """The samples of this rank at each step of a run, new or gone on with, that a signal stops."""
+    train_step, found = Trainer.train_step, []
+
+    def and_note(trainer: Trainer, batch: Batch, **more: Any) -> dict[str, float]:
+        found.append(batch.sample_id)
+        return train_step(trainer, batch, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", and_note)
+        if stop is not None:
+            stop_after(stop, patch)
+        train(config, resume="auto")
+    return found
+
+
+def test_a_stream_goes_on_with_other_ranks(tmp_path):
+    """Begun on two, stopped within an episode that has prototypes, by one and by two again: the
+    batches are those of the two lanes, of which each pass has every sample once."""
+    pack(ImageTextPairs(tiny_pairs(40), name="tiny"), tmp_path / "shards", samples_per_shard=7)
+    config = quick_config(str(tmp_path / "shards"), tmp_path / "run")
+    data = {"read": "streaming", "shuffle_buffer": 5, "workers": 0}
+    config = with_changes(config, {"data": data, "episodes": {"count": 5}})
+    steps: list[list[str]] = []
+    for ranks, stop in ((2, 3), (1, 4), (2, None)):
+        parts = run_distributed(seen, ranks, config, stop)
+        steps += [[*itertools.chain(*step)] for step in zip(*parts, strict=True)]
+    stream = ShardStream(config.data.train, seed=config.run.seed, shuffle=5, lanes=2)
+    lanes = [
+        [item.sample_id for item in itertools.islice(stream.samples(0, lane), 40)]
+        for lane in range(2)
+    ]
+    assert steps == [lanes[0][n : n + 4] + lanes[1][n : n + 4] for n in range(0, 40, 4)]
+    first = [*lanes[0][:21], *lanes[1][:19]]  # three shards of each, and the one of five
+    assert len({*first}) == 40
 
 
 @pytest.mark.slow

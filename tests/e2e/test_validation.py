@@ -20,6 +20,7 @@ from protoclip.config import Config, DataConfig, ModelConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
+from protoclip.distributed.collectives import rank
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.validation import judged
 from protoclip.features.teachers import teachers
@@ -240,7 +241,7 @@ def ids_of_a_rank(path: str) -> list[str]:
     config = Config(data=data)
     stream = judged(config, sources.pairs(config)).training
     assert not isinstance(stream, Pairs)
-    return [item.sample_id for item in islice(stream.samples(), 40)]
+    return [item.sample_id for item in islice(stream.samples(lane=rank()), 40)]
 
 
 def test_each_rank_keeps_its_own_part_of_a_stream(folder, tmp_path):

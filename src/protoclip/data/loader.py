@@ -27,6 +27,7 @@ from protoclip.data.cache import crop, image_cache
 from protoclip.data.captions import ONE, CaptionDraw
 from protoclip.data.defaults import number_of_workers
 from protoclip.data.groups import Key, keys_of
+from protoclip.data.lanes import MIN_SPARE, overlapping, shares_of_batches
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import LOST, MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
@@ -43,9 +44,9 @@ Crop = Callable[..., npt.NDArray[np.uint8]]
 OnRead = Callable[[int, list[BadSample]], None]
 FeaturesOf = dict[str, Callable[[Sequence[str]], Tensor]]  # features of sample ids, by name
 
-# Spare samples that replace the bad ones of a batch, as a share of it, and the least number. Rows
-# cost nothing until they are read; a stream's samples travel to the workers with the batch.
-SPARE_ROWS, SPARE_SAMPLES, MIN_SPARE = 4.0, 0.25, 8
+# Spare rows that replace the bad ones of a batch, as a multiple of it. They are more than the spare
+# samples of a stream, which travel to the workers with the batch: rows cost nothing until read.
+SPARE_ROWS = 4.0
 QUOTED = 3  # reasons in the message of a run that is stopped
 
 
@@ -378,13 +379,18 @@ class EpisodeLoader:
         """The position after `batch` batches of an episode of `size` pairs, as JSON values."""
         state: dict[str, Any] = {"episode": episode, "batch": batch}
         if isinstance(self.pairs, SampleStream):
-            state["stream"] = self.pairs.state_dict(episode * (size // self.world_size))
+            first, lanes = episode * (size // self.pairs.lanes), self.pairs.lanes
+            own = overlapping(self.rank, self.world_size, lanes)
+            state["stream"] = [self.pairs.state_dict(first, lane) for lane in own]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make `batches` quick to start at a position that another process saved."""
+        """Go on at a position that a rank saved, once those of all ranks are loaded."""
         if isinstance(self.pairs, SampleStream) and "stream" in state:
-            self.pairs.load_state_dict(state["stream"])
+            lanes = state["stream"]
+            # Up to version 0.2 a rank saved the one lane that it had.
+            for lane in lanes if isinstance(lanes, list) else [lanes]:
+                self.pairs.load_state_dict(lane)
 
     def close(self) -> None:
         """End the worker processes; the next episode starts new ones.
@@ -421,24 +427,28 @@ class EpisodeLoader:
         draws = transform_draws(self.seed, episode.index, *shape, current.stream).numpy()
         captions = caption_draws(self.seed, episode.index, size)
         stride = self.batch_size * self.world_size
-        stream: Iterator[Sample | BadSample] | None = None
+        shares: Iterator[list[Sample | BadSample]] | None = None
         if isinstance(self.pairs, SampleStream):
-            first = episode.index * (size // self.world_size) + current.start * self.batch_size
-            stream = self.pairs.samples(first)
-        ahead: list[Any] = []  # samples that the stream gave and no batch has taken
+            assert size % stride == 0, "an episode of a stream has whole batches"
+            shares = shares_of_batches(
+                self.pairs,
+                episode.index * (size // stride) + current.start,
+                batch_size=stride,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
         for begin in range(current.start * stride, size, stride):
             end = min(begin + stride, size)
             position = np.array_split(np.arange(begin, end), self.world_size)[self.rank]
             number = len(position)
-            if stream is None:
+            candidates: list[Item]
+            if shares is None:
                 # Each rank has spare rows of its own among those after the batch.
                 spare = np.arange(max(MIN_SPARE, int(SPARE_ROWS * number)))
                 after = (end + self.rank + self.world_size * spare) % size
                 candidates = rows[np.concatenate([position, after])].tolist()
             else:
-                wanted = number + max(MIN_SPARE, int(SPARE_SAMPLES * number))
-                ahead.extend(islice(stream, wanted - len(ahead)))
-                candidates, ahead = ahead, ahead[number:]
+                candidates = [*next(shares)]
             yield _Request(
                 position=position,
                 candidates=candidates,

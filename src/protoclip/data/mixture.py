@@ -62,16 +62,20 @@ class MixedStreams:
         names, shares = [stream.name for stream in streams], self._shares.tolist()
         self._identity = digest({"names": names, "shares": shares, "seed": seed})
 
-    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
+    @property
+    def lanes(self) -> int:
+        return self.streams[0].lanes
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
         period, skip = divmod(first, PERIOD)
-        readers = [stream.samples(count) for stream, count in self._counts(first)]
+        readers = [stream.samples(count, lane) for stream, count in self._counts(first)]
         while True:
             for source in self._order(period)[skip:]:
                 yield under(self.streams[source].name, next(readers[source]))
             period, skip = period + 1, 0
 
-    def state_dict(self, first: int) -> dict[str, Any]:
-        states = [stream.state_dict(count) for stream, count in self._counts(first)]
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        states = [stream.state_dict(count, lane) for stream, count in self._counts(first)]
         return {"streams": states, "mixture": self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from protoclip.data.tables import (
     open_table,
     unused,
 )
-from protoclip.distributed.collectives import rank, world_size
+from protoclip.distributed.collectives import world_size
 from protoclip.terminal import without_secrets
 
 # Settings that have no effect on the emoji, whose columns are known and whose images are small.
@@ -145,8 +145,7 @@ def open_source(
             path,
             caption_keys=caption_columns(data) or None,
             seed=seed,
-            rank=rank(),
-            world_size=world_size(),
+            lanes=world_size(),
             shuffle=data.shuffle_buffer,
             name=name,
             access=access_of(data),

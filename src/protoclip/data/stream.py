@@ -1,7 +1,8 @@
 """Tar shards as an endless stream, read front to back: local or remote, compressed or not.
 
-The order is a pure function of the seed, the rank and the shards. The stream remembers in which
-shard each block of samples begins, so a run resumes without reading what came before.
+The order is a pure function of the seed, the shards, and how many lanes they are dealt to: one for
+each rank that a run begins with. Other ranks go on with the same lanes. The stream remembers in
+which shard each block of samples begins, so a run resumes without reading what came before.
 """
 
 import importlib
@@ -44,8 +45,8 @@ MAX_FAILED = 32  # a stream ends after as many different shards in a row without
 class ShardStream:
     """Image-text pairs from tar shards in one endless order; see `pairs.SampleStream`.
 
-    Each pass over the shards permutes them. The endless sequence of shards is dealt to the ranks in
-    turn, so all ranks together see every sample once a pass. Each rank shuffles its samples in
+    Each pass over the shards permutes them. The endless sequence of shards is dealt to the lanes in
+    turn, so all lanes together have every sample once a pass. Each lane shuffles its samples in
     blocks of `shuffle` samples, or fewer if they have more than `BLOCK_BYTES`. `seed` must be the
     same on all ranks. For the rest see `shards.expand_shards` and `shards.read_samples`.
 
@@ -57,8 +58,7 @@ class ShardStream:
         pattern: str,
         *,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        lanes: int = 1,
         shuffle: int = 4096,
         caption_keys: Sequence[str] | None = None,
         name: str | None = None,
@@ -67,28 +67,33 @@ class ShardStream:
     ) -> None:
         self.shards = expand_shards(pattern, access)
         self.name, self.notes = name or without_secrets(pattern), list[str]()
-        self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
+        self.seed, self.shuffle = seed, shuffle
         self.caption_keys, self.access = caption_keys and list(caption_keys), access
         self.chosen = chosen
         self.prefix = ""  # with which `chosen` knows ids, in a mixture
-        # First sample of a block -> which of this rank's shards holds it, and its number there.
-        self._blocks_at: dict[int, tuple[int, int]] = {0: (0, 0)}
+        # Of each lane: first sample of a block -> which of the lane's shards holds it, and its
+        # number there.
+        self._blocks_at: list[dict[int, tuple[int, int]]] = [{0: (0, 0)} for _ in range(lanes)]
 
-    def samples(self, first: int = 0) -> Iterator[Item]:
-        """The stream from sample number `first` on, where bad samples count too.
+    @property
+    def lanes(self) -> int:
+        return len(self._blocks_at)
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Item]:
+        """A lane from its sample number `first` on, where bad samples count too.
 
         Threads read one block ahead, until the iterator is closed or dropped. Iteration raises
         `ValueError` if no shard can be read.
         """
         stopped = Event()
-        blocks = self._blocks(self._block_before(first), stopped)
+        blocks = self._blocks(lane, self._block_before(first, lane), stopped)
         ahead = _read_ahead(blocks)
         try:
             while True:
                 start, block = ahead.result()
                 ahead = _read_ahead(blocks)
-                # No other block of any rank has this number.
-                draw = generator(self.seed, BLOCK_STREAM, start * self.world_size + self.rank)
+                # No other block of any lane has this number.
+                draw = generator(self.seed, BLOCK_STREAM, start * self.lanes + lane)
                 order = draw.permutation(len(block))[max(0, first - start) :]
                 left = [block[number] for number in order[::-1]]
                 block.clear()  # samples are freed as they are used
@@ -97,15 +102,15 @@ class ShardStream:
         finally:
             stopped.set()
 
-    def state_dict(self, first: int) -> dict[str, Any]:
-        """JSON values from which this rank's stream resumes at sample number `first`."""
-        start = self._block_before(first)
-        shard, skip = self._blocks_at[start]
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        """JSON values from which a lane resumes at its sample number `first`."""
+        start = self._block_before(first, lane)
+        shard, skip = self._blocks_at[lane][start]
         state = {"sample": start, "shard": shard, "place": skip, "stream": self._identity()}
-        return {**state, "rank": [self.rank, self.world_size]}
+        return {**state, "rank": [lane, self.lanes]}  # the rank that had it when the run began
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make `samples` quick to start where a state was taken. Other ranks' states are ignored.
+        """Take the lanes of a state, and make `samples` quick to start where it was taken.
 
         Raises `ValueError` if the state belongs to other shards or another order.
         """
@@ -114,8 +119,10 @@ class ShardStream:
                 f"{self.name}: the shards, the seed or data.shuffle_buffer are not those of the "
                 "interrupted run, so the stream cannot go on; restore them, or start anew"
             )
-        if state["rank"] == [self.rank, self.world_size]:
-            self._blocks_at[int(state["sample"])] = (state["shard"], state["place"])
+        lane, lanes = state["rank"]
+        if lanes != self.lanes:
+            self._blocks_at = [{0: (0, 0)} for _ in range(lanes)]
+        self._blocks_at[lane][int(state["sample"])] = (state["shard"], state["place"])
 
     def _identity(self) -> str:
         stems = [shard_stem(shard) for shard in self.shards]
@@ -130,14 +137,14 @@ class ShardStream:
     def keeps(self, sample_id: str) -> bool:
         return self.chosen is None or self.chosen.keeps(self.prefix + sample_id)
 
-    def _block_before(self, first: int) -> int:
-        return max(start for start in list(self._blocks_at) if start <= first)
+    def _block_before(self, first: int, lane: int) -> int:
+        return max(start for start in list(self._blocks_at[lane]) if start <= first)
 
-    def _blocks(self, start: int, stopped: Event) -> Iterator[Block]:
+    def _blocks(self, lane: int, start: int, stopped: Event) -> Iterator[Block]:
         block: list[Item] = []
         held = last_epoch = 0
-        for shard, skip, item in self._items(*self._blocks_at[start], stopped):
-            epoch = (shard * self.world_size + self.rank) // len(self.shards)
+        for shard, skip, item in self._items(lane, *self._blocks_at[lane][start], stopped):
+            epoch = (shard * self.lanes + lane) // len(self.shards)
             # A block also ends with its pass, or a sample could come twice before another came.
             full = len(block) == self.shuffle or held >= BLOCK_BYTES or epoch != last_epoch
             if block and full:
@@ -145,20 +152,22 @@ class ShardStream:
                 yield start - len(block), block
                 block, held = [], 0
             if not block:
-                self._blocks_at[start] = (shard, skip)
+                self._blocks_at[lane][start] = (shard, skip)
             block.append(item)
             held += len(item.image) if isinstance(item, Sample) else 0
             last_epoch = epoch
 
-    def _items(self, number: int, skip: int, stopped: Event) -> Iterator[tuple[int, int, Item]]:
-        """Number of this rank's shard, number in it, and sample, from a sample of a shard on."""
+    def _items(
+        self, lane: int, number: int, skip: int, stopped: Event
+    ) -> Iterator[tuple[int, int, Item]]:
+        """Number of a lane's shard, number in it, and sample, from a sample of a shard on."""
         failed = set[str]()
         # Any number of shards may hold none of the few samples that are chosen.
         most, reason = min(len(self.shards), MAX_FAILED), "it holds no sample"
         if self.chosen is not None:
             most, reason = len(self.shards), f"no sample is left by {self.chosen.settings}"
         while True:
-            shard = self._shard(number * self.world_size + self.rank)
+            shard = self._shard(number * self.lanes + lane)
             failed.add(shard)
             for number_in_shard, item in enumerate(self.read(shard)):
                 if stopped.is_set():
@@ -177,7 +186,7 @@ class ShardStream:
             number, skip = number + 1, 0
 
     def _shard(self, position: int) -> str:
-        """The shard at a position in the endless sequence that all ranks share."""
+        """The shard at a position in the endless sequence that all lanes share."""
         epoch, number = divmod(position, len(self.shards))
         order = generator(self.seed, SHARD_STREAM, epoch).permutation(len(self.shards))
         return self.shards[int(order[number])]

@@ -32,12 +32,12 @@ GREY = (0.5, 0.5, 0.5)
 class NumberedStream:
     """The tiny pairs over and over, as a stream; some numbers are bad."""
 
-    name = "numbered"
+    name, lanes = "numbered", 1
 
     def __init__(self, bad: frozenset[int] = frozenset()) -> None:
         self.pairs, self.bad, self.open = ImageTextPairs(tiny_pairs(), name="tiny"), bad, 0
 
-    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
         self.open += 1
         try:
             for number in count(first):
@@ -46,7 +46,7 @@ class NumberedStream:
         finally:
             self.open -= 1
 
-    def state_dict(self, first: int) -> dict[str, Any]:
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
         return {"first": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -18,18 +18,18 @@ class Counting:
     """A stream whose samples are named by their number; remembers what it was asked for."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.lanes = name, 2
         self.learned: list[dict[str, Any]] = []
 
-    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
         number = first
         while True:
             where = f"{self.name}/{number}"
             yield Sample(sample_id=where, image=b"", captions=("a",), where=where)
             number += 1
 
-    def state_dict(self, first: int) -> dict[str, Any]:
-        return {"first": first}
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        return {"first": first, "lane": lane}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learned.append(state)
@@ -80,11 +80,11 @@ def test_a_mixed_stream_keeps_its_shares_and_skips_nothing():
 def test_the_state_of_a_mixed_stream_holds_that_of_each_stream():
     """Each for the number of its own samples before that place; other mixtures refuse it."""
     mixed = mixture()
-    state = mixed.state_dict(1500)
+    state = mixed.state_dict(1500, lane=1)
     counts = Counter(i[0] for i in ids(mixed, 0, 1500))
-    assert state["streams"] == [{"first": counts["a"]}, {"first": counts["b"]}]
+    assert state["streams"] == [{"first": counts[name], "lane": 1} for name in "ab"]
     mixed.load_state_dict(state)
-    assert mixed.streams[1].learned == [{"first": counts["b"]}]
+    assert mixed.streams[1].learned == [{"first": counts["b"], "lane": 1}]
     for other in (mixture("ac"), mixture(weights=(0.6, 0.4)), mixture(seed=1)):
         with pytest.raises(ValueError, match="the names, the weights or the seed are not those"):
             other.load_state_dict(state)
