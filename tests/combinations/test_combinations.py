@@ -48,7 +48,7 @@ from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 
 FEATURES = {
-    "source": ("csv", "parquet", "folder", "shards", "stream", "emoji"),
+    "source": ("parquet", "folder", "shards", "stream", "emoji"),
     "mixture": ("no", "yes"),
     "cache": ("none", "ram"),
     "augmentation": ("light", "clip"),
@@ -66,7 +66,7 @@ FEATURES = {
     "locked": ("no", "yes"),
     "start": ("no", "yes"),
     "keep": ("no", "relations", "features"),
-    "distil": ("no", "features", "relations"),
+    "distil": ("no", "features"),
     "lora": ("no", "yes"),
     "precision": ("fp32", "bf16"),
     "guard": ("no", "yes"),
@@ -95,7 +95,7 @@ REFUSED = [
     frozenset(pair)
     for pair in (
         *((("keep", keep), ("start", "no")) for keep in ("relations", "features")),
-        *((("distil", distil), ("teacher", "no")) for distil in ("relations", "features")),
+        (("distil", "features"), ("teacher", "no")),
         # These have no column of classes.
         *((("positives", "class"), ("source", s)) for s in ("folder", "shards", "stream", "emoji")),
         (("captions", 2), ("positives", "pair")),
@@ -127,8 +127,8 @@ def wanted() -> list[frozenset[Choice]]:
 def rows() -> list[Row]:
     """Few runs that hold every pair: each starts from a pair that is missing and adds, feature by
     feature, a choice that brings the most of the others. Chance decides among equal ones, and this
-    seed has the cheapest rows of some hundred: 23, of which 9 compile."""
-    chance = random.Random(165)
+    seed has the cheapest rows of some hundred: 21, of which 8 compile."""
+    chance = random.Random(62)
     found = [PLAIN | dict(SEPARATE)]
     missing = set(wanted()) - pairs_of(found[0])
     while missing:
