@@ -483,8 +483,9 @@ def test_a_run_that_stopped_goes_on_by_its_own_settings(top, tmp_path, capsys, m
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_after(2, patch)
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             main(words(top, out))
+    assert ended.value.code == 128 + signal.SIGTERM
     assert f"protoclip finetune {out} --resume auto goes on" in capsys.readouterr().err
     main(["finetune", str(out), "--resume", "auto"])
     assert read(out / "results.json")["steps"] == 4
