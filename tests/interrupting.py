@@ -30,23 +30,10 @@ from protoclip.testing import tiny_config
 from protoclip.training import run
 from protoclip.training.trainer import Trainer
 
-WAYS: dict[str, dict[str, Any]] = {
-    "extract": {"prototypes": {"source": "extract"}},
-    "queue": {"prototypes": {"source": "queue"}},
-    "teacher": {"teacher": {"features": "emoji"}, "run": {"evaluate": False}},
-    "no replacement, workers, augmented extraction": {
-        "data": {"workers": 1},
-        "episodes": {"replacement": False},
-        "prototypes": {"extract_transform": "training"},
-    },
-    "sigmoid, micro-batches": {
-        "loss": {"instance": "sigmoid"},
-        "episodes": {"micro_batch_size": 8},
-    },
-    "stream": {
-        "data": {"read": "streaming", "shuffle_buffer": 20, "workers": 0},
-        "prototypes": {"source": "queue"},
-    },
+# Prototypes from the queue, without an evaluation.
+QUEUE: dict[str, dict[str, Any]] = {
+    "prototypes": {"source": "queue"},
+    "run": {"save_minutes": 0.0, "evaluate": False},
 }
 
 

@@ -1,13 +1,12 @@
 """Runs small enough for tests."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from interrupting import WAYS, config_for, stop_after, with_out
+from interrupting import QUEUE, config_for, stop_after, with_changes, with_out
 from protoclip.config import Config
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
@@ -40,29 +39,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def whole(
-    tiny_parquet: str, shards: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Runs that were not interrupted, by their key in `WAYS`; each is made when first asked for."""
-    made: dict[str, Path] = {}
-
-    def get(way: str) -> Path:
-        if way not in made:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            train = {"stream": shards, "teacher": "emoji"}.get(way, tiny_parquet)
-            run.train(config_for(train, folder, **WAYS[way]))
-            made[way] = folder
-        return made[way]
-
-    return get
+def whole(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with prototypes from the queue."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run.train(config_for(tiny_parquet, folder, **QUEUE))
+    return folder
 
 
 @pytest.fixture(scope="session")
 def run_stopped_at_6(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run with prototypes from the queue, with checkpoints after each of its six steps."""
-    saved = {"save_steps": 1, "keep_checkpoints": 9}
+    """The same run, with checkpoints after each of its six steps."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    config = config_for(tiny_parquet, folder, run=saved, **WAYS["queue"])
+    config = with_changes(
+        config_for(tiny_parquet, folder, **QUEUE), {"run": {"save_steps": 1, "keep_checkpoints": 9}}
+    )
     with pytest.MonkeyPatch.context() as patch:
         stop_after(6, patch)
         run.train(config)

@@ -13,7 +13,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from interrupting import WAYS, assert_equal_ends, config_for, stop_after, with_out
+from interrupting import (
+    QUEUE,
+    assert_equal_ends,
+    config_for,
+    stop_after,
+    with_changes,
+    with_out,
+)
 from protoclip import cli
 from protoclip.files import checksum
 from protoclip.models import saved
@@ -124,7 +131,8 @@ def test_a_full_disk_fails_a_run_only_at_its_end(
 ):
     """In between there is a warning. When a signal stops the run or at its end it is an error."""
     folder = tmp_path / "run"
-    config = config_for(tiny_parquet, folder, run={"save_steps": 4}, **WAYS["queue"])
+    config = config_for(tiny_parquet, folder, **QUEUE)
+    config = with_changes(config, {"run": {"save_steps": 4}})
     with monkeypatch.context() as patch:
         attempts = fill_disk(range(6, 13), patch)
         stop_after(6, patch)
@@ -143,7 +151,7 @@ def test_a_full_disk_fails_a_run_only_at_its_end(
     assert "step-000000004, step 4" in shown
     assert "step-000000008: not saved ([Errno 28] No space left" in shown
     assert run.train(config, resume="auto")["steps"] == 16
-    assert_equal_ends(folder, whole("queue"))
+    assert_equal_ends(folder, whole)
 
 
 def poison(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,13 +195,14 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     metric = "eval/emoji/knn/acc1"
     monkeypatch.setattr(judge, "evaluate_run", lambda *given, **more: {metric: next(values)})
     keep = {"evaluate_every": 1, "keep_best": metric, "keep_checkpoints": 1, "evaluate": False}
-    results = run.train(config_for("emoji", tmp_path / "run", run=keep))
+    one_step = {"episodes": {"size": 16}}
+    results = run.train(config_for("emoji", tmp_path / "run", run=keep, **one_step))
     names = [found.name for found in checkpoints(tmp_path / "run")]
-    assert names == ["step-000000004", "step-000000016"]
-    assert results["best_checkpoint"] == "checkpoints/step-000000004"
-    fill_disk(range(4, 5), monkeypatch)
-    results = run.train(config_for("emoji", tmp_path / "other", run=keep))
-    assert results["best_checkpoint"] == "checkpoints/step-000000008"
+    assert names == ["step-000000001", "step-000000004"]
+    assert results["best_checkpoint"] == "checkpoints/step-000000001"
+    fill_disk([1], monkeypatch)
+    results = run.train(config_for("emoji", tmp_path / "other", run=keep, **one_step))
+    assert results["best_checkpoint"] == "checkpoints/step-000000002"
     with pytest.raises(ValueError, match=rf"run\.keep_best: no metric .* {metric}"):
         run.train(config_for("emoji", tmp_path / "typo", run={**keep, "keep_best": metric[:-1]}))
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from interrupting import (
-    WAYS,
     assert_equal_ends,
     config_for,
     kill_at_random,
@@ -23,63 +21,33 @@ from interrupting import (
     with_changes,
     with_out,
 )
-from protoclip.cli import main
-from protoclip.config import Config
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints, find_checkpoint
 from protoclip.testing import tiny_config
 from protoclip.training import run
 
-# Steps 1-4 are the warm-up, 5-12 prototypical, 13-16 have a locked image tower.
-STEPS = {"extract": [2, 6, 8, 14], "queue": [4], "stream": [11]}
 
-
-@pytest.mark.parametrize(
-    ("way", "step"), [(way, step) for way in WAYS for step in STEPS.get(way, [6])]
-)
-def test_a_stopped_run_goes_on_bit_for_bit(
-    way, step, whole, tiny_parquet, shards, tmp_path, monkeypatch
-):
-    """In every stage, within and between episodes: all tensors and metrics end equal."""
-    train = {"stream": shards, "teacher": "emoji"}.get(way, tiny_parquet)
-    config = config_for(train, tmp_path / "run", **WAYS[way])
-    with monkeypatch.context() as patch:
-        stop_after(step, patch)
-        stopped = run.train(config)
-    assert stopped["stopped"] == "SIGTERM"
-    assert stopped["steps"] == step
-    assert not (tmp_path / "run" / "results.json").exists()
-    torch.manual_seed(step)  # the state of this process must not matter
+def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
+    """In every stage, within and between episodes, after any signal: all tensors and metrics end
+    equal. Afterwards the process has its own signal handlers again."""
+    given = {"episodes": {"replacement": False}, "prototypes": {"extract_transform": "training"}}
+    config = config_for(tiny_parquet, tmp_path / "run", **given)
+    config = with_changes(config, {"run": {"evaluate": False}})
+    run.train(with_out(config, str(tmp_path / "whole")))
+    # Steps 1-4 are the warm-up, 5-12 prototypical, 13-16 have a locked image tower.
+    for step, by in ((2, "SIGTERM"), (6, "SIGINT"), (8, "SIGUSR1"), (14, "SIGTERM")):
+        before = signal.getsignal(getattr(signal, by))
+        with monkeypatch.context() as patch:
+            stop_after(step, patch, by)
+            stopped = run.train(config, resume="auto")
+        assert (stopped["stopped"], stopped["steps"]) == (by, step)
+        assert find_checkpoint(tmp_path / "run").name == f"step-{step:09}"
+        assert not (tmp_path / "run" / "results.json").exists()
+        assert signal.getsignal(getattr(signal, by)) == before
+        torch.manual_seed(step)  # the state of this process must not matter
     results = run.train(config, resume="auto")
-    assert results["steps"] == 16
-    assert results["samples_seen"] == 256
-    assert_equal_ends(tmp_path / "run", whole(way))
-
-
-@pytest.mark.parametrize("by", ["SIGINT", "SIGUSR1"])
-def test_every_signal_ends_with_a_checkpoint(by, tiny_parquet, tmp_path, monkeypatch):
-    """Afterwards the process has its own signal handlers again."""
-    before = signal.getsignal(getattr(signal, by))
-    stop_after(2, monkeypatch, by)
-    assert run.train(config_for(tiny_parquet, tmp_path / "run"))["stopped"] == by
-    assert find_checkpoint(tmp_path / "run").name == "step-000000002"
-    assert signal.getsignal(getattr(signal, by)) == before
-
-
-@pytest.mark.parametrize("command", ["train", "finetune"])
-def test_a_stopped_command_does_not_end_as_a_finished_one(
-    command, tiny_run, tmp_path, monkeypatch, capsys
-):
-    """Its exit code is that of the signal, so that `train && export` goes no further."""
-    words = ["--data.train", "emoji", "--run.evaluate_every", "0"]
-    words += ["--run.out", str(tmp_path / "run")]
-    words += ["--episodes.size", "32", "--episodes.count", "2", "--episodes.batch_size", "16"]
-    start = [str(tiny_run)] if command == "finetune" else ["--model.image.name", "test_resnet"]
-    stop_after(1, monkeypatch)
-    with pytest.raises(SystemExit) as stopped:
-        main([command, *start, *words])
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert "SIGTERM: stopped after step 1" in capsys.readouterr().err
+    assert (results["steps"], results["samples_seen"]) == (16, 256)
+    assert_equal_ends(tmp_path / "run", tmp_path / "whole")
 
 
 def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(
@@ -121,62 +89,44 @@ def test_other_settings_do_not_go_on(whole, stopped):
             "save_minutes": 5.0,
             "save_steps": 5,
             "keep_checkpoints": 3,
-            "evaluate": False,
         },
         "data": {"workers": 1, "cache": "none", "max_bad_share": 0.5},
     }
     assert run.train(with_changes(stopped, free), resume="auto")["steps"] == 16
     assert [path.name[-2:] for path in checkpoints(folder)] == ["10", "15", "16"]
-    assert_equal_ends(folder, whole("queue"))
+    assert_equal_ends(folder, whole)
 
 
-SPARING = {
-    "micro-batches": {"episodes": {"micro_batch_size": 4}},
-    "checkpointing": {"parallel": {"activation_checkpointing": True}},
-    "precision": {"run": {"precision": "bf16"}},
-}
-
-
-@pytest.fixture(scope="module")
-def without_batch_norm(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of CLIP without BatchNorm, to its end; and beside it, stopped after step 3."""
-    top = tmp_path_factory.mktemp("sparing")
-    config = quick_config(tiny_parquet, top / "whole")
-    image = replace(config.model.image, name="test_vit")
+def test_a_run_that_lacks_memory_goes_on_with_settings_that_need_less(
+    tiny_parquet, tmp_path, monkeypatch, capsys
+):
+    """What the line on memory that ran out advises: a note says what changed, and the run ends as
+    it would have, up to rounding."""
+    config = quick_config(tiny_parquet, tmp_path / "run")
     changes = {
-        "model": {"image": image},
+        # Without BatchNorm, which sees a micro-batch.
+        "model": {"image": replace(config.model.image, name="test_vit")},
         "loss": {"prototypical": 0.0},
         "optim": {"eps": 1e-2, "warm_up_steps": 0},
     }
     config = with_changes(config, changes)
-    run.train(config)
-    with pytest.MonkeyPatch.context() as patch:
+    run.train(with_out(config, str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
         stop_after(3, patch)
-        run.train(with_out(config, str(top / "stopped")))
-    return config
-
-
-@pytest.mark.parametrize("way", SPARING)
-def test_a_run_that_lacks_memory_goes_on_with_settings_that_need_less(
-    way, without_batch_norm, tmp_path, capsys
-):
-    """What the line on memory that ran out advises: a note says what changed, and the run ends as
-    it would have, up to rounding."""
-    whole = Path(str(without_batch_norm.run.out))
-    shutil.copytree(whole.with_name("stopped"), tmp_path / "run")
-    config = with_changes(with_out(without_batch_norm, str(tmp_path / "run")), SPARING[way])
-    assert run.train(config, resume="auto")["steps"] == 6
-    ((section, values),) = SPARING[way].items()
-    assert f"note: going on with {section}.{next(iter(values))} (" in capsys.readouterr().err
+        run.train(config)
+    less = {"episodes": {"micro_batch_size": 4}, "parallel": {"activation_checkpointing": True}}
+    assert run.train(with_changes(config, less), resume="auto")["steps"] == 6
+    said = capsys.readouterr().err
+    for name in ("episodes.micro_batch_size", "parallel.activation_checkpointing"):
+        assert f"{name} (" in said[said.index("note: going on with ") :]
     weights, expected = (
-        load_file(find_checkpoint(folder) / "model.safetensors")
-        for folder in (tmp_path / "run", whole)
+        load_file(find_checkpoint(tmp_path / name) / "model.safetensors")
+        for name in ("run", "whole")
     )
-    most = 0.1 if way == "precision" else 1e-4
-    assert relative_difference(weights, expected, without_batch_norm) < most
+    assert relative_difference(weights, expected, config) < 1e-4
 
 
-def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch):
+def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, capsys):
     """On a machine that computes otherwise, `auto` is refused with the way out, which works."""
     state = checkpoints(Path(str(stopped.run.out)))[-1] / "state.json"
     stopped = with_changes(stopped, {"run": {"precision": "auto"}})
@@ -185,7 +135,9 @@ def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch):
     with pytest.raises(ValueError, match=r"computed with fp32.*\(--run.precision bf16\) to go on"):
         run.train(stopped, resume="auto")
     named = with_changes(stopped, {"run": {"precision": "bf16"}})
-    assert run.train(named, resume="auto")["steps"] == 16
+    stop_after(8, monkeypatch)
+    assert run.train(named, resume="auto")["steps"] == 8
+    assert "note: going on with run.precision (" in capsys.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_goes_on(whole, stopped):
@@ -208,7 +160,7 @@ def test_a_run_of_an_earlier_version_goes_on(whole, stopped):
         )
     )
     assert run.train(stopped, resume="auto")["steps"] == 16
-    assert_equal_ends(Path(str(stopped.run.out)), whole("queue"))
+    assert_equal_ends(Path(str(stopped.run.out)), whole)
 
 
 def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):
@@ -218,14 +170,10 @@ def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):
     assert {**results, "checksum": json.loads(before)["checksum"]} == json.loads(before)
 
 
-KILLED = ["shards, queue", "stream, queue", "mixture, extract"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("way", KILLED)
-def test_a_killed_run_goes_on_bit_for_bit(way, tiny_parquet, shards, tmp_path):
-    """Two SIGKILLs at random moments; `benchmarks/kills.py` has every way, and kills more often."""
-    changes = matrix(tiny_parquet, shards)[way]
+def test_a_killed_run_goes_on_bit_for_bit(tiny_parquet, shards, tmp_path):
+    """Two SIGKILLs at random moments; `benchmarks/kills.py` kills every kind of run, more often."""
+    changes = matrix(tiny_parquet, shards)["shards, queue"]
     config = quick_config(tiny_parquet, tmp_path / "run", **{"run": {"save_steps": 1}, **changes})
     kill_at_random(config, 2, random.Random(0))
     run.train(config, resume="auto")
