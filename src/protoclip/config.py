@@ -97,6 +97,7 @@ class RunConfig:
     stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
     patience: Count = 3  # Evaluations without a gain that stop_by waits for.
     evaluate: bool = True  # Evaluate on the test split at the end.
+    overfit: BatchSize | None = None  # Only learn so many pairs by heart, to see if it can.
 
 
 @dataclass(frozen=True, kw_only=True)

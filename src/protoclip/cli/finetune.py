@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from protoclip.cli.parsing import Recipes, merged, read_recipe
-from protoclip.cli.train import exit_if_stopped
+from protoclip.cli.train import exit_if_stopped, show_results
 from protoclip.config import NO_START, Config, NotNegative, Rank
 from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
@@ -49,6 +49,9 @@ class Finetune(Config, Recipes):
         results = finetune(settings, alpha=self.alpha, resume=self.resume)
         if collectives.launched()[0] > 0:
             exit_if_stopped(results)
+            return
+        if "overfit" in results:
+            show_results(results, as_json=self.json)
             return
         folder, stopped = Path(results["folder"]), "stopped" in results
         record = {} if stopped else read_record(folder)

@@ -154,3 +154,15 @@ def without(pairs: Any, left_out: Rows) -> PairsView:
     sources = pairs.sources if isinstance(pairs, PairsView) else [pairs]
     parts = by_source(sources, left_out)
     return PairsView([(source, AllBut(len(source), rows)) for source, rows in parts], pairs.name)
+
+
+def without_rows(samples: Any, left_out: Rows) -> PairsView:
+    """The samples without some of their rows, which ascend; a view leaves out what it did, too."""
+    if not isinstance(samples, PairsView):
+        return without(samples, left_out)
+    # Rows of the view are rows of its sources without those that it leaves out already.
+    starts = np.cumsum([0, *(len(source) for source in samples.sources)])
+    numbers = [
+        int(starts[samples.source_of(row)]) + samples.locate(row)[1] for row in left_out.tolist()
+    ]
+    return without(samples, np.union1d(samples.left_out, np.array(numbers, np.int64)))

@@ -18,7 +18,7 @@ from protoclip.config import HALVES, Config, TeacherConfig
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Pairs
-from protoclip.data.view import PairsView, without
+from protoclip.data.view import without_rows
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.features.halves import (
@@ -36,6 +36,7 @@ from protoclip.models.start import Start
 from protoclip.models.two_halves import TwoHalves, names_model
 from protoclip.paths import require_place
 from protoclip.training.choices import Choices, choices_of
+from protoclip.training.overfit import given_for_few
 from protoclip.training.plan import Plan
 from protoclip.training.run import train_together
 
@@ -78,7 +79,8 @@ def align(
     device = collectives.device(Config.from_dict(given).run.device)
 
     with collectives.process_group(device):
-        choices = choices_of(before_data, given, resume=resume == "auto", chosen=CHOSEN)
+        few = given_for_few(given)
+        choices = choices_of(before_data, few, resume=resume == "auto", chosen=CHOSEN)
         return train_together(
             choices.config,
             device,
@@ -317,15 +319,3 @@ def why_bad(samples: Pairs, row: int, max_pixels: int) -> str:
     except BadSample as error:
         return str(error)
     return f"sample '{samples.sample_id(row)}', which can be read by now"
-
-
-def without_rows(samples: Pairs, left_out: Any) -> Pairs:
-    """The samples without some of their rows."""
-    if not isinstance(samples, PairsView):
-        return without(samples, left_out)
-    # Rows of the view are rows of its sources without those that it leaves out already.
-    starts = np.cumsum([0, *(len(source) for source in samples.sources)])
-    numbers = [
-        int(starts[samples.source_of(row)]) + samples.locate(row)[1] for row in left_out.tolist()
-    ]
-    return without(samples, np.union1d(samples.left_out, np.array(numbers, np.int64)))

@@ -22,7 +22,7 @@ from protoclip.models.halves import SmallTowers
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start
 from protoclip.paths import require_paths
-from protoclip.training import optim, sizes
+from protoclip.training import optim, overfit, sizes
 
 Section = TypeVar("Section")
 # Other defaults than those of `train`, for settings that nobody gave; and a note on them.
@@ -107,6 +107,9 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
     config, start = outlined.config, outlined.start
     raise_on_all_ranks(lambda: require_paths(config))
     divided = raise_on_all_ranks(lambda: judged(config, sources.pairs(config)))
+    if config.run.overfit is not None:
+        few = raise_on_all_ranks(lambda: overfit.few_of(divided.training, config))
+        divided = divided._replace(training=few)
 
     def decide() -> tuple[Config, list[str]]:
         adapted, notes = (config, []) if defaults is None else defaults(config, start, divided)

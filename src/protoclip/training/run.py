@@ -55,7 +55,7 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.prototypes.nearest import nearest
 from protoclip.terminal import say
-from protoclip.training import optim
+from protoclip.training import optim, overfit
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
 from protoclip.training.early_stop import EarlyStop
 from protoclip.training.guard import NonFiniteGuard
@@ -96,7 +96,7 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
         ValueError: A setting, a file or the run folder is wrong. Nothing was written.
         OSError: The last checkpoint could not be written, for a minute.
     """
-    device = collectives.device(config.run.device)
+    device, config = collectives.device(config.run.device), overfit.few_pairs_alone(config)
     with collectives.process_group(device):
         return train_together(config, device, resume=resume == "auto")
 
@@ -219,6 +219,7 @@ class Run:
             self.trained = AlignedModel(model, dropout=config.align.dropout)
         self.fixed: dict[str, KMeans] = {}  # clusters of the halves, which never change
         self.log: MetricsLog | None = None
+        self.recall = 0.0  # of the pairs that are to be learned by heart
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
         self.early_stop: EarlyStop | None = None
         if config.run.stop_by is not None:
@@ -246,7 +247,9 @@ class Run:
             samples,
             tokenizer=loading.tokenizer(plan.start),
             captions=captions,
-            transform=loading.training_transform(model, config.data.augmentation),
+            transform=loading.evaluation_transform(model)
+            if config.run.overfit
+            else loading.training_transform(model, config.data.augmentation),
             device=device,
             on_read=self.skips.add,
             after=self.pass_after,
@@ -290,6 +293,7 @@ class Run:
             micro_batch_size=config.episodes.micro_batch_size,
             batches=config.episodes.size // config.episodes.batch_size,
             batch_size=config.episodes.batch_size,
+            recalls=config.run.overfit is not None,
         )
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
         self.evaluate = judge_of(
@@ -452,7 +456,8 @@ class Run:
                     stage = trainer.stage(index).name
                     position = f"episode {index + 1}/{config.episodes.count}, {stage}"
                     progress.update(trainer.step, position + loss + self.skips.summary)
-                if self.save_if_due():
+                self.recall = metrics.get("train/recall", 0.0)
+                if self.save_if_due() or self.is_finished:
                     return
             self.write(index, trainer.end_episode())
             if config.run.evaluate_every and trainer.episode % config.run.evaluate_every == 0:
@@ -474,9 +479,9 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all episodes are trained, or the last evaluation ended the run."""
+        """Whether all episodes are trained, or the run ended early."""
         early = self.early_stop is not None and self.early_stop.is_due
-        return early or self.trainer.episode == self.config.episodes.count
+        return early or self.recall == 1 or self.trainer.episode == self.config.episodes.count
 
     def open_log(self, size: int) -> None:
         """On rank 0, log metrics after the first `size` bytes of the file."""
@@ -603,6 +608,8 @@ class Run:
         if config.run.evaluate:
             results["metrics"] = self.evaluate("test", samples_to=self.folder / "results")
         results |= self.more_results
+        if (few := config.run.overfit) is not None:
+            results["overfit"] = overfit.verdict(few, trainer.step, self.recall)
         if self.early_stop is not None and self.early_stop.is_due:
             facts = self.early_stop.state_dict()
             results["early_stop"] = {**facts, "reason": self.early_stop.reason}

@@ -29,6 +29,7 @@ from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
+from protoclip.training.overfit import recall
 from protoclip.training.stages import Stage, enter_stage
 from protoclip.training.symptoms import repeated
 
@@ -48,6 +49,7 @@ class Trainer:
         make_targets: `losses.prototypical.make_targets` with its settings.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: The frozen towers that the model started from, where a loss keeps it close to them.
+        recalls: Report how many pairs of a batch are nearest to each other.
         micro_batch_size: Images that pass through the towers at once, with their captions; unset
             for the whole batch.
         batches, batch_size: Batches of an episode, and images in one, of all ranks.
@@ -75,6 +77,7 @@ class Trainer:
     batch_size: int
     balance: Balance | None = None
     start: TowerPair | None = None
+    recalls: bool = False
     episode: int = 0
     batch: int = 0
     seconds: float = 0.0
@@ -196,6 +199,8 @@ class Trainer:
             elif self.weights.info_nce or self.weights.sigmoid:
                 metrics["train/repeated/captions"] = repeated(batch.captions)
                 metrics["train/repeated/images"] = repeated(batch.sample_id)
+            if self.recalls:
+                report["train/recall"] = recall(embeddings, batch.sample_id, batch.captions)
             report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()

@@ -1,0 +1,106 @@
+"""Learning a few pairs by heart, to see whether data, model and settings can learn at all."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from protoclip.config import Config
+from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.sampler import evenly_spaced
+from protoclip.data.view import without_rows
+from protoclip.distributed.collectives import world_size
+from protoclip.models.protoclip import Embeddings
+from protoclip.terminal import say
+
+STEPS = 500  # after which the pairs are given up
+
+
+def settings(config: Config) -> dict[str, dict[str, Any]]:
+    """What `run.overfit` decides: one batch of all pairs a step, by the instance loss alone, and
+    nothing that keeps a model from learning by heart. The rate and the model stay."""
+    number = config.run.overfit
+    return {
+        "run": {
+            **{"log_every": 1, "evaluate": False, "evaluate_every": 0, "guard": []},
+            **{"keep_best": None, "stop_by": None},
+        },
+        "data": {"validation": None if config.data.is_emoji else 0.0},
+        "episodes": {
+            **{"size": number, "batch_size": number, "count": STEPS, "replacement": False},
+            **{"warm_up": 0, "locked_image": 0},
+        },
+        "loss": {"info_nce": 1.0, "prototypical": 0.0, "teacher": 0.0, "keep": 0.0},
+        "optim": {"warm_up_steps": 10},
+    }
+
+
+def few_pairs_alone(config: Config) -> Config:
+    """The settings of a run, which may be to learn few pairs by heart."""
+    if config.run.overfit is not None:
+        for section, values in settings(config).items():
+            config = replace(config, **{section: replace(getattr(config, section), **values)})
+    return config
+
+
+def given_for_few(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As `few_pairs_alone`, for the settings that are given."""
+    config = Config.from_dict(given)
+    if config.run.overfit is None:
+        return given
+    decided = settings(config) | {"align": {"dropout": 0.0, "geometry": 0.0, "views": 1}}
+    return {**given, **{name: {**given.get(name, {}), **of} for name, of in decided.items()}}
+
+
+def few_of(samples: Pairs | SampleStream, config: Config) -> Pairs:
+    """The pairs to learn by heart, drawn evenly.
+
+    Raises:
+        ValueError: They cannot be drawn, or are to be shared by several ranks.
+    """
+    number = config.run.overfit
+    assert number is not None
+    if not isinstance(samples, Pairs):
+        raise ValueError(
+            "run.overfit: a stream cannot be read again; name local shards, and leave data.read out"
+        )
+    if number > len(samples):
+        raise ValueError(f"run.overfit: {number} of {len(samples)} pairs; choose fewer")
+    if world_size() > 1:
+        raise ValueError("run.overfit: is for one process; start it without torchrun")
+    chosen = evenly_spaced(len(samples), number, config.run.seed)
+    few: Pairs = without_rows(samples, np.setdiff1d(np.arange(len(samples)), chosen))
+    return few
+
+
+def recall(
+    embeddings: Embeddings, sample_ids: list[str], captions: list[bytes]
+) -> Float[Tensor, ""]:
+    """The share of images whose nearest text, and of texts whose nearest image, is their own; equal
+    captions are."""
+    image, text = embeddings.image_features.detach(), embeddings.text_features.detach()
+    same = torch.zeros(len(image), len(text), dtype=torch.bool, device=image.device)
+    for names in (sample_ids, captions):
+        number = {name: place for place, name in enumerate(names)}
+        keys = torch.tensor([number[name] for name in names], device=image.device)
+        same |= keys[:, None] == keys
+    similarity = image.float() @ text.float().T
+    nearest = similarity.argmax(1)[:, None], similarity.argmax(0)[:, None]
+    return torch.cat([same.gather(1, each) for each in nearest]).float().mean()
+
+
+def verdict(pairs: int, steps: int, known: float) -> dict[str, Any]:
+    """Say in one line whether the pipeline can learn; the same as JSON values."""
+    if known == 1:
+        say(f"run.overfit: all {pairs} pairs are known after {steps} steps: this can learn")
+    else:
+        say(
+            f"run.overfit: {known:.0%} of {pairs} pairs are known after {steps} steps: this does "
+            "not learn; change optim.learning_rate, and look at images and captions (protoclip "
+            "data inspect)"
+        )
+    return {"pairs": pairs, "steps": steps, "recall": known}

@@ -1,0 +1,44 @@
+"""Few pairs are learned by heart, and the last line says whether that worked."""
+
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+
+import protoclip
+from interrupting import with_changes
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import overfit
+from protoclip.training.align import align
+from protoclip.training.run import train
+from tiny_align import changed, tiny_alignment
+
+
+@pytest.mark.parametrize(("rate", "says"), [(3e-3, "this can learn"), (1e-12, "does not learn")])
+def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, capsys):
+    """It ends when all pairs are known, though equal captions belong to several images."""
+    monkeypatch.setattr(overfit, "STEPS", 80)
+    pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")
+    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
+    config = with_changes(config, {"optim": {"learning_rate": rate}, "run": {"save_minutes": 0.0}})
+    results = train(replace(config, run=replace(config.run, overfit=8)))
+    facts = results["overfit"]
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert (facts["recall"] == 1) == (facts["steps"] < 80) == (rate > 1e-3)
+    assert (results["samples_seen"], results["metrics"]) == (8 * facts["steps"], {})
+
+
+def test_align_and_finetune_learn_few_pairs_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(overfit, "STEPS", 3)
+    given = tiny_alignment(tmp_path)
+    align(changed(given, tmp_path / "aligned", run={"overfit": 8}))
+    facts = protoclip.finetune(
+        {
+            "model": {"start": str(tmp_path / "aligned")},
+            "data": {"train": given["data"]["train"], "workers": 0},
+            "run": {"device": "cpu", "out": str(tmp_path / "tuned"), "overfit": 8},
+        }
+    )
+    assert facts["overfit"]["pairs"] == 8
+    lines = [line for line in capsys.readouterr().err.splitlines() if "run.overfit: " in line]
+    assert len(lines) == 2
