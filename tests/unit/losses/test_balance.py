@@ -128,18 +128,22 @@ def test_pulls_are_norms_of_gradients_at_the_outputs_of_the_towers(chunk):
     assert measure(model.take_pulls()) == {}
 
 
-def test_the_start_has_no_part_in_the_pull_of_info_nce():
-    """Or prototypes would grow with `loss.keep`. The gradient is that of both."""
+def test_start_and_teacher_have_no_part_in_the_pull_of_info_nce():
+    """Or prototypes would grow with what is distilled. The gradient is that of all."""
     model = loading.model(tiny_model(), seed=0).eval().double()
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(8, 3, 32, 32, generator=generator).double()
     tokens = torch.randint(1, 90, (8, 8), generator=generator)
     rows = F.normalize(torch.randn(2, 8, 16, generator=generator).double(), dim=-1)
     start = StartFeatures(image=rows[0], text=rows[1], logit_scale=torch.tensor(5.0).double())
+    model.add_teacher_heads(16, {"teacher": ("text", 16)})
+    model.double()
+    more = {"start": start, "teachers": {"teacher": rows[0]}}
     found, gradients = [], []
-    for info_nce, keep in ((1.0, 0.0), (0.0, 5.0), (1.0, 5.0)):
-        weights = LossWeights(info_nce=info_nce, keep=keep)
-        losses, _ = objective(model(images, tokens), None, {}, weights=weights, start=start)
+    for info_nce, distil in ((1.0, 0.0), (0.0, 5.0), (1.0, 5.0)):
+        weights = LossWeights(info_nce=info_nce, keep=distil, distil={"teacher": distil})
+        embeddings = model(images, tokens, teach=True)
+        losses, _ = objective(embeddings, None, {}, weights=weights, **more)
         model.zero_grad()
         sum(losses.values()).backward()
         found.append(model.take_pulls())
