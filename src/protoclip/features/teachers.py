@@ -13,14 +13,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from protoclip.config import HALVES, START, Config
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sources import entries
+from protoclip.distributed import parallel
 from protoclip.features.store import DAMAGED, StoredFeatures, open_folder
 from protoclip.features.whiten import Whitens
+from protoclip.models.protoclip import ProtoCLIP
 
 FILES = (".npy", ".parquet")  # of a user's own features
 
@@ -128,6 +131,24 @@ def whiten(config: Config, found: Mapping[str, Whitens]) -> None:
     for name, teacher in config.grouping_teachers.items():
         if teacher.whiten:
             found[name].whiten(teacher.whiten)
+
+
+def add_heads(
+    config: Config, model: ProtoCLIP, teachers: Mapping[str, Whitens], *, width: int
+) -> None:
+    """Let towers of this width learn the features of the teachers that have a weight for it."""
+    device = next(model.parameters()).device
+    wanted: dict[str, tuple[str, int | None]] = {}
+    for name, tower in towers_of(config, teachers).items():
+        # Features of the start, which are made later, are as wide as the model's own.
+        own = teachers[name].width if name in teachers else width
+        wanted[name] = tower, own if config.loss.distil_by == "features" else None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.run.seed)
+        model.add_teacher_heads(width, wanted)
+    model.teacher_heads.to(device)
+    if parallel.is_sharded(model):
+        parallel.shard_linear(model.teacher_heads, model)
 
 
 def towers_of(config: Config, found: Mapping[str, Whitens]) -> dict[str, str]:

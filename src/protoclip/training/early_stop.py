@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from protoclip.config import RunConfig
+
 
 @dataclass(kw_only=True)
 class EarlyStop:
@@ -53,3 +55,8 @@ class EarlyStop:
         if state.keys() != vars(self).keys():
             raise KeyError("early_stop")
         vars(self).update(state)
+
+
+def early_stop_of(run: RunConfig) -> EarlyStop | None:
+    """What `run.stop_by` asks for."""
+    return None if run.stop_by is None else EarlyStop(metric=run.stop_by, patience=run.patience)

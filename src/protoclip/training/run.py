@@ -57,7 +57,7 @@ from protoclip.prototypes.nearest import nearest
 from protoclip.terminal import say
 from protoclip.training import optim, overfit
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
-from protoclip.training.early_stop import EarlyStop
+from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.judge import judge_of
 from protoclip.training.logging import MetricsLog
@@ -221,9 +221,7 @@ class Run:
         self.log: MetricsLog | None = None
         self.recall = 0.0  # of the pairs that are to be learned by heart
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
-        self.early_stop: EarlyStop | None = None
-        if config.run.stop_by is not None:
-            self.early_stop = EarlyStop(metric=config.run.stop_by, patience=config.run.patience)
+        self.early_stop = early_stop_of(config.run)
         self.more_results: dict[str, Any] = {}  # of an ending
         self.notes: list[str] = []
         device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
@@ -257,7 +255,9 @@ class Run:
         )
         self.teachers = external.teachers(config, samples, self.notes.append)
         if config.distilled_teachers:
-            self.add_teacher_heads(device)
+            external.add_heads(
+                config, model, self.teachers, width=plan.start.architecture.embed_dim
+            )
         if halves is not None:
             assert isinstance(samples, Pairs)
             self.teachers.update(half_teachers(config, samples, halves))
@@ -265,14 +265,12 @@ class Run:
         spaces |= {"image": config.prototypes, "text": config.prototypes}
         optimizer, scaler = optim.optimizer(config, self.trained), grad_scaler(precision, device)
         self.start = loading.frozen_start(config, device, plan.start) if config.uses_start else None
-        geometry = 0.0 if halves is None else config.align.geometry
-        weights = loss_weights(config, geometry=geometry)
         self.trainer = Trainer(
             model=self.trained,
             stage=partial(stage_of, config),
             source=self.feature_source(autocast(precision, device)),
             cluster=self.cluster,
-            weights=weights,
+            weights=loss_weights(config, geometry=config.align.geometry * (halves is not None)),
             balance=Balance() if config.sets_strengths else None,
             start=self.start if config.loss.keep else None,
             make_targets=partial(
@@ -296,13 +294,8 @@ class Run:
             recalls=config.run.overfit is not None,
         )
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
-        self.evaluate = judge_of(
-            plan,
-            model,
-            self.trained,
-            tokenizer=self.loader.tokenizer,
-            workers=self.loader.workers,
-        )
+        tokenizer, workers = self.loader.tokenizer, self.loader.workers
+        self.evaluate = judge_of(plan, model, self.trained, tokenizer=tokenizer, workers=workers)
         self.writer = CheckpointWriter(
             folder,
             description=model_json(plan.start.model, plan.start.architecture.towers_json),
@@ -321,21 +314,6 @@ class Run:
                 f"{world_size()} ranks, each with {self.loader.batch_size} pairs of every batch; "
                 "learning rate, batch and episode are for all ranks together"
             )
-
-    def add_teacher_heads(self, device: torch.device) -> None:
-        """Let the towers learn the features of the teachers that have a weight for it."""
-        config, width = self.config, self.plan.start.architecture.embed_dim
-        teachers: dict[str, tuple[str, int | None]] = {}
-        for name, tower in external.towers_of(config, self.teachers).items():
-            # Features of the start, which are made later, are as wide as the model's own.
-            own = self.teachers[name].width if name in self.teachers else width
-            teachers[name] = tower, own if config.loss.distil_by == "features" else None
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.run.seed)
-            self.model.add_teacher_heads(width, teachers)
-        self.model.teacher_heads.to(device)
-        if parallel.is_sharded(self.model):
-            parallel.shard_linear(self.model.teacher_heads, self.model)
 
     @property
     def amount(self) -> str:
