@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 import torch
+from huggingface_hub import ModelCardData
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,28 +34,63 @@ from protoclip.training.run_folder import as_kept, flat
 CARD, PROTOTYPES = "README.md", "prototypes"
 # Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
 PAIRS, NEAREST = 20_000, 5
-YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # are no texts in YAML
 # Sections of a run's settings that the card shows.
 SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "teachers", "loss", "optim")
-LOADING = {
+# What each reader's example begins with, and the example: `similarity` of image and captions.
+COMMON = """
+from PIL import Image
+{folder}
+image, captions = Image.new("RGB", (64, 64), "gold"), ["a gold square", "a dog"]
+"""
+EXAMPLES = {
     "open_clip": """
 import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")""",
+tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+model.eval()
+image_features = model.encode_image(preprocess(image)[None], normalize=True)
+text_features = model.encode_text(tokenizer(captions), normalize=True)
+similarity = image_features @ text_features.T""",
     "hf": """
 from transformers import AutoModel, AutoProcessor
 model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-# Captions: processor(text=captions, padding="max_length", truncation=True, return_tensors="pt")""",
+padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+outputs = model(**processor(images=image, text=captions, **padded))
+similarity = outputs.image_embeds @ outputs.text_embeds.T""",
     "timm": """
 import timm  # the image tower alone; its output are the image features
-image_tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True)""",
-    "onnx": """
-import onnxruntime  # all captions of a batch are padded to the length above
-image_tower = onnxruntime.InferenceSession(f"{folder}/onnx/vision_model.onnx")
-text_tower = onnxruntime.InferenceSession(f"{folder}/onnx/text_model.onnx")""",
+image_tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True).eval()
+config = timm.data.resolve_data_config(model=image_tower)
+image_features = image_tower(timm.data.create_transform(**config)(image)[None])""",
     "protoclip": """
 import protoclip
-model, image_transform, tokenizer = protoclip.load(folder)""",
+model, image_transform, tokenizer = protoclip.load(folder)
+image_features = model.encode_image(image_transform(image)[None], normalize=True)
+text_features = model.encode_text(tokenizer(captions), normalize=True)
+similarity = image_features @ text_features.T""",
+    "onnx": """
+import onnxruntime
+image_features, text_features = (
+    session.run(None, {each.name: inputs[each.name].numpy() for each in session.get_inputs()})[0]
+    for session in (
+        onnxruntime.InferenceSession(f"{folder}/onnx/{name}_model.onnx")
+        for name in ("vision", "text")
+    )
+)""",
+}
+# What prepares image and captions for ONNX: the first of these formats that is there.
+PREPARE = {
+    "hf": """
+from transformers import AutoProcessor
+padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+inputs = AutoProcessor.from_pretrained(folder)(images=image, text=captions, **padded)""",
+    "open_clip": """
+import open_clip
+_, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(captions)
+inputs = {"pixel_values": preprocess(image)[None], "input_ids": tokens}""",
+    "": """
+# inputs = {"pixel_values": ..., "input_ids": ...}, tensors as the original model prepares them""",
 }
 
 
@@ -198,10 +234,45 @@ def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
     return torch.nn.functional.normalize(projected, dim=1)
 
 
-def scalar(text: str) -> str:
-    """A text as YAML: as it is where it is a plain name, else as JSON, which is YAML too."""
-    plain = re.fullmatch(r"[A-Za-z][\w.+-]*", text) and text.lower() not in YAML_WORDS
-    return text if plain else json.dumps(text)
+def front_matter(license: str, libraries: Sequence[str]) -> str:
+    """What the hub reads of a card; a licence without an identifier there is `other`, by name."""
+    known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license.lower()) is not None
+    return ModelCardData(
+        license=license.lower() if known else "other",
+        license_name=None if known else visible(license),
+        library_name=(*libraries, "onnx")[0],
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "protoclip", *libraries[1:]],
+    ).to_yaml()
+
+
+def origin(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Rows of what a run was made of: start or halves, teachers, data. Nothing without settings."""
+    known = flat(settings)
+    if start := known.get("model.start") or known.get("model.name"):
+        yield f"| start | `{visible(str(start))}` |"
+    else:
+        for half in ("image", "text"):
+            name = known.get(f"model.{half}.name") or f"new, `model.{half}` below"
+            yield f"| {half} half | {visible(str(name))} |"
+    for what, many, key, one in (
+        ("teachers", "teachers", "features", "teacher.features"),
+        ("data", "data.sources", "path", "data.train"),
+    ):
+        tables = known.get(many)
+        tables = [each for each in tables if isinstance(each, dict)] if tables else []
+        names = [each.get(key) for each in tables] or [known.get(one)]
+        shown = [f"`{visible(str(name))}`" for name in names if name]
+        yield f"| {what} | {', '.join(shown) or 'none'} |"
+
+
+def examples(formats: Sequence[str], located: str) -> Iterator[str]:
+    """A few lines of code for each reader."""
+    for name in formats:
+        code = EXAMPLES[name]
+        if name == "onnx":
+            code = PREPARE[next((each for each in PREPARE if each in formats), "")] + code
+        yield f"```python{COMMON.format(folder=located)}{code}\n```\n"
 
 
 def metrics_of(
@@ -230,10 +301,7 @@ def write_card(
     known = [library[name] for name in facts["formats"] if name in library]
     lines = [
         "---",
-        f"license: {scalar(facts['license'])}",
-        f"library_name: {(known or ['onnx'])[0]}",
-        "pipeline_tag: zero-shot-image-classification",
-        f"tags: [clip, protoclip{''.join(f', {name}' for name in known[1:])}]",
+        front_matter(facts["license"], known),
         "---",
         "",
         f"# {visible(str(name_of_run))}",
@@ -258,15 +326,15 @@ def write_card(
             cells = " | ".join("-" if value is None else f"{value:.1e}" for value in of)
             lines.append(f"| {name} | {kind} | {cells} |")
     lines += [f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()]
-    located = f'folder = "{Path(facts["folder"]).name}"'
+    located = f"folder = {json.dumps(Path(facts['folder']).name)}"
     if hub_name is not None:
         located = f'folder = huggingface_hub.snapshot_download("{hub_name}")'
         located = f"import huggingface_hub\n{located}"
-    commands = [text for name, text in LOADING.items() if name in differences]
-    lines += ["", "```python", located, *commands, "```"]
-    lines += ["", "## Data and settings", ""]
+    lines += ["", *examples(list(differences), located)]
+    lines += ["## Data and settings", ""]
     if settings:
         shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
+        lines += ["| made of | |", "|---|---|", *origin(settings), ""]
         lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
         with suppress(ValueError):  # another version of the package wrote them
             if taught := Config.from_dict(settings).uses_of_teachers:
@@ -275,6 +343,7 @@ def write_card(
         lines.append("Not known: the model does not come from a run folder.")
     lines += ["", "## Metrics", ""]
     if metrics := metrics_of(run, checkpoint):
+        lines += ["On data that the run did not train on:", ""]
         lines += ["| metric | value | 95% interval |", "|---|---|---|"]
         for name, (value, ends) in metrics.items():
             interval = "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"

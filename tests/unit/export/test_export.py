@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import transformers
+import yaml
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
@@ -282,6 +283,10 @@ def test_what_transformers_js_reads(reference, tmp_path):
     folder = tmp_path / "out"
     facts = protoclip.export(reference("run"), folder, ["hf", "onnx"])
     assert facts["formats"]["onnx"] == "opset 18"
+    names = run_examples(folder)
+    computed = torch.from_numpy(names["onnx"]["image_features"])
+    expected_image = names["hf"]["outputs"].image_embeds
+    assert_close(torch.nn.functional.normalize(computed), expected_image)
     assert max(facts["differences"]["onnx"].values()) < 1e-5
     image, text = expected(reference("run"))
     sessions = {
@@ -449,7 +454,10 @@ def test_who_may_read_the_card_may_read_the_weights(reference, tmp_path):
 def test_the_card_of_a_run(tmp_path):
     """With settings, metrics with intervals, and commands that load the folder."""
     made, generator = save_run(tmp_path / "run", tiny_model()), np.random.default_rng(0)
-    (made / "config.toml").write_text('[run]\nname = "My model"\n[data]\ntrain = "pairs.tsv"\n')
+    (made / "config.toml").write_text(
+        '[run]\nname = "My model"\n[data]\ntrain = "pairs.tsv"\n'
+        '[teacher]\nfeatures = "me/teacher"\n'
+    )
     images: dict[str, Any] = {
         name: generator.integers(0, 9, 200) for name in columns_of(texts=False)
     }
@@ -467,6 +475,7 @@ def test_the_card_of_a_run(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\n# My model\n" in card
     assert 'train = "pairs.tsv"' in card
+    assert "| teachers | `me/teacher` |\n| data | `pairs.tsv` |\n" in card
     row = re.search(r"zero_shot/acc5` \| (0\.\d{4}) \| (0\.\d{4}) to (0\.\d{4}) \|", card)
     value, low, high = map(float, row.groups())
     assert value == pytest.approx(accuracy, abs=1e-4)
@@ -475,13 +484,37 @@ def test_the_card_of_a_run(tmp_path):
     assert high == pytest.approx(accuracy + 1.96 * error, abs=0.3 * error)
     assert "| `eval/emoji/modality_gap/gap` | 0.5000 | - |" in card
     assert "| `eval/emoji/clustering/ami` | 0.2500 | - |" in card
-    commands = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    names: dict[str, Any] = {}
-    exec(commands.replace('folder = "out"', f"folder = {str(tmp_path / 'out')!r}"), names)
-    assert names["image_tower"].num_classes == 16
-    assert names["preprocess"].transforms[0].size == 32
-    assert names["processor"].image_processor.size["shortest_edge"] == 32
-    assert names["image_transform"].size == 32
+    names = run_examples(tmp_path / "out")
+    assert [*names] == [*ALL, "protoclip"]
+    expected = names["protoclip"]["similarity"]
+    assert expected.shape == (1, 2)
+    assert_close(names["open_clip"]["similarity"], expected)
+    assert_close(names["hf"]["similarity"], expected)
+    features = names["timm"]["image_features"]
+    assert_close(torch.nn.functional.normalize(features), names["protoclip"]["image_features"])
+    front = yaml.safe_load(card.split("\n---\n")[0])
+    assert front == {
+        "license": "unknown",
+        "library_name": "open_clip",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": ["clip", "protoclip", "transformers", "timm"],
+    }
+
+
+def run_examples(folder: Path) -> dict[str, dict[str, Any]]:
+    """The names that the code for each reader in a card leaves behind, by format."""
+    card = (folder / "README.md").read_text()
+    formats = re.findall(r"^\| (\w+) \| .* \| [-\d].* \| [-\d].* \|$", card, re.MULTILINE)
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    left: dict[str, dict[str, Any]] = {}
+    for name, block in zip(formats, blocks, strict=True):
+        assert len(block.splitlines()) <= 20
+        left[name] = {}
+        with torch.inference_mode():
+            exec(
+                block.replace(f'folder = "{folder.name}"', f"folder = {str(folder)!r}"), left[name]
+            )
+    return left
 
 
 def test_prototypes_go_along(tmp_path):

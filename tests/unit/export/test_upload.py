@@ -163,5 +163,6 @@ def test_the_card_is_shown_before_it_is_uploaded(
     assert ("me/model" in Hub.repositories) is uploaded
     # The front matter is one document that holds the licence as it was given.
     front = yaml.safe_load(card.split("\n---\n")[0])
-    assert front["license"] == licence
+    assert front["license"] == "other"
+    assert front["license_name"] == licence.replace("\n", r"\n")
     assert "pwn" not in front
