@@ -173,7 +173,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
     if "model.checkpoint" in before:  # what version 0.2 called it
         before["model.start"] = before.pop("model.checkpoint")
-    now = flat(tomllib.loads(config))
+    now = {"loss.positives": "pair", **flat(tomllib.loads(config))}  # unset, it is that
     before.pop("data.cache_folder", None)
     before = {key: value for key, value in before.items() if (key, value) not in GONE.items()}
     differ = {
