@@ -130,13 +130,24 @@ def whiten(config: Config, found: Mapping[str, Whitens]) -> None:
             found[name].whiten(teacher.whiten)
 
 
-def towers_of(config: Config, found: Mapping[str, Whitens]) -> dict[str, str]:
-    """The tower that learns the features of each teacher to be distilled, `image` or `text`.
+def grouping(config: Config, found: Mapping[str, Whitens]) -> dict[str, Whitens]:
+    """Those of the teachers whose features are clustered."""
+    return {name: each for name, each in found.items() if name in config.grouping_teachers}
+
+
+def heads(
+    config: Config, found: Mapping[str, Whitens], width: int
+) -> dict[str, tuple[str, int | None]]:
+    """Of each teacher to be distilled the tower that learns, `image` or `text`, and how wide its
+    features are; None for relations, which need no head.
+
+    Args:
+        width: Of the model's features, which those of the start have too.
 
     Raises:
-        ValueError: It is not known, or the run leaves it as it is.
+        ValueError: The tower is not known, or the run leaves it as it is.
     """
-    towers = dict[str, str]()
+    learned: dict[str, tuple[str, int | None]] = {}
     for name, teacher in config.distilled_teachers.items():
         modality = "text" if teacher.features == START else found[name].modality
         tower = teacher.tower or modality
@@ -150,5 +161,6 @@ def towers_of(config: Config, found: Mapping[str, Whitens]) -> dict[str, str]:
                 f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
                 f"it is; set teacher.distil = 0, or unlock the tower"
             )
-        towers[name] = tower
-    return towers
+        own = found[name].width if name in found else width
+        learned[name] = tower, own if config.loss.distil_by == "features" else None
+    return learned

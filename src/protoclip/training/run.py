@@ -33,7 +33,6 @@ from protoclip.features import teachers as external
 from protoclip.features.encode import embed_start
 from protoclip.features.halves import HalfRows, half_teachers
 from protoclip.features.row_loader import RowLoader
-from protoclip.features.whiten import Whitens
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
@@ -247,7 +246,9 @@ class Run:
         )
         self.teachers = external.teachers(config, samples, self.notes.append)
         if config.distilled_teachers:
-            self.add_teacher_heads(device)
+            width = plan.start.architecture.embed_dim
+            heads = external.heads(config, self.teachers, width)
+            loading.add_teacher_heads(model, width, heads, seed=config.run.seed)
         if halves is not None:
             assert isinstance(samples, Pairs)
             self.teachers.update(half_teachers(config, samples, halves))
@@ -311,21 +312,6 @@ class Run:
                 "learning rate, batch and episode are for all ranks together"
             )
 
-    def add_teacher_heads(self, device: torch.device) -> None:
-        """Let the towers learn the features of the teachers that have a weight for it."""
-        config, width = self.config, self.plan.start.architecture.embed_dim
-        teachers: dict[str, tuple[str, int | None]] = {}
-        for name, tower in external.towers_of(config, self.teachers).items():
-            # Features of the start, which are made later, are as wide as the model's own.
-            own = self.teachers[name].width if name in self.teachers else width
-            teachers[name] = tower, own if config.loss.distil_by == "features" else None
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.run.seed)
-            self.model.add_teacher_heads(width, teachers)
-        self.model.teacher_heads.to(device)
-        if parallel.is_sharded(self.model):
-            parallel.shard_linear(self.model.teacher_heads, self.model)
-
     @property
     def amount(self) -> str:
         """How much a run trains on, in words."""
@@ -348,7 +334,7 @@ class Run:
         settings: dict[str, Any] = {
             "model": self.trained,
             "batches": lambda episode: self.loader.batches_of(self.extraction_pass(episode)),
-            "teachers": self.grouping_teachers(),
+            "teachers": external.grouping(config, self.teachers),
             "autocast": context,
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
         }
@@ -373,20 +359,13 @@ class Run:
             self.teachers.update({name: copy(features) for name in names})
             self.loader.features_of.update(dict.fromkeys(names, features.rows))
         external.whiten(self.config, self.teachers)
-        self.trainer.source.teachers.update(self.grouping_teachers())
-
-    def grouping_teachers(self) -> dict[str, Whitens]:
-        """The teachers whose features are clustered; the start is none until it is embedded."""
-        wanted = self.config.grouping_teachers
-        return {name: each for name, each in self.teachers.items() if name in wanted}
+        self.trainer.source.teachers.update(external.grouping(self.config, self.teachers))
 
     def training_pass(self, index: int, start: int = 0) -> Pass:
         """The pass that trains on an episode; it brings what a loss needs of the teachers then."""
-        features, by = self.trainer.stage(index).needs_prototypes, KEYS[self.config.loss.positives]
-        features = features or bool(self.config.distilled_teachers)
-        return self.loader.pass_over(
-            self.episode(index), start, with_features=features, group_by=by
-        )
+        episode, by = self.episode(index), KEYS[self.config.loss.positives]
+        learns = self.trainer.stage(index).needs_prototypes or bool(self.config.distilled_teachers)
+        return self.loader.pass_over(episode, start, with_features=learns, group_by=by)
 
     def pass_after(self, current: Pass) -> Pass | None:
         """The pass that will follow: over each episode to extract its features, then to train."""
