@@ -669,7 +669,11 @@ def timed_steps(config: Config, machine: Machine) -> tuple[list[float], float, s
         few = 4
         with built.trainer.autocast():
             found = model(image[:few], text[:few], project=config.uses_prototypes)
-        parts = [value for value in vars(found).values() if value is not None and value.ndim]
+        parts = [
+            value
+            for value in vars(found).values()
+            if isinstance(value, torch.Tensor) and value.ndim
+        ]
         torch.stack([value.sum() for value in parts]).sum().backward()
     flops = counter.get_total_flops() / few
     for _ in range(1 if config.episodes.micro_batch_size else 3):

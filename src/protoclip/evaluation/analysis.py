@@ -287,7 +287,7 @@ def embed_with(
     for image, text in zip(*(torch.split(of, BATCH_SIZE) for of in (images, texts)), strict=True):
         embeddings = model.embeddings(image.to(device), text.to(device), project)
         for name, rows in vars(embeddings).items():
-            if rows is not None and rows.ndim == 2:
+            if isinstance(rows, Tensor) and rows.ndim == 2:
                 parts.setdefault(name, []).append(rows.float().cpu())
     joined = {name: torch.cat(rows) for name, rows in parts.items()}
     if not all(rows.isfinite().all() for rows in joined.values()):

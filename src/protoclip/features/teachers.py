@@ -13,17 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from protoclip.config import HALVES, START, Config
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sources import entries
-from protoclip.distributed import parallel
 from protoclip.features.store import DAMAGED, StoredFeatures, open_folder
 from protoclip.features.whiten import Whitens
-from protoclip.models.protoclip import ProtoCLIP
 
 FILES = (".npy", ".parquet")  # of a user's own features
 
@@ -133,31 +130,24 @@ def whiten(config: Config, found: Mapping[str, Whitens]) -> None:
             found[name].whiten(teacher.whiten)
 
 
-def add_heads(
-    config: Config, model: ProtoCLIP, teachers: Mapping[str, Whitens], *, width: int
-) -> None:
-    """Let towers of this width learn the features of the teachers that have a weight for it."""
-    device = next(model.parameters()).device
-    wanted: dict[str, tuple[str, int | None]] = {}
-    for name, tower in towers_of(config, teachers).items():
-        # Features of the start, which are made later, are as wide as the model's own.
-        own = teachers[name].width if name in teachers else width
-        wanted[name] = tower, own if config.loss.distil_by == "features" else None
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.run.seed)
-        model.add_teacher_heads(width, wanted)
-    model.teacher_heads.to(device)
-    if parallel.is_sharded(model):
-        parallel.shard_linear(model.teacher_heads, model)
+def grouping(config: Config, found: Mapping[str, Whitens]) -> dict[str, Whitens]:
+    """Those of the teachers whose features are clustered."""
+    return {name: each for name, each in found.items() if name in config.grouping_teachers}
 
 
-def towers_of(config: Config, found: Mapping[str, Whitens]) -> dict[str, str]:
-    """The tower that learns the features of each teacher to be distilled, `image` or `text`.
+def heads(
+    config: Config, found: Mapping[str, Whitens], width: int
+) -> dict[str, tuple[str, int | None]]:
+    """Of each teacher to be distilled the tower that learns, `image` or `text`, and how wide its
+    features are; None for relations, which need no head.
+
+    Args:
+        width: Of the model's features, which those of the start have too.
 
     Raises:
-        ValueError: It is not known, or the run leaves it as it is.
+        ValueError: The tower is not known, or the run leaves it as it is.
     """
-    towers = dict[str, str]()
+    learned: dict[str, tuple[str, int | None]] = {}
     for name, teacher in config.distilled_teachers.items():
         modality = "text" if teacher.features == START else found[name].modality
         tower = teacher.tower or modality
@@ -171,5 +161,6 @@ def towers_of(config: Config, found: Mapping[str, Whitens]) -> dict[str, str]:
                 f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
                 f"it is; set teacher.distil = 0, or unlock the tower"
             )
-        towers[name] = tower
-    return towers
+        own = found[name].width if name in found else width
+        learned[name] = tower, own if config.loss.distil_by == "features" else None
+    return learned

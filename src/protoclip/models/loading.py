@@ -1,5 +1,6 @@
 """Models that are made of a start: opened for use, or built for a run and made parallel."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -11,7 +12,7 @@ from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
-from protoclip.distributed.parallel import shard, spread
+from protoclip.distributed.parallel import is_sharded, shard, shard_linear, spread
 from protoclip.models import batch_norm, halves, lora, towers
 from protoclip.models.opening import Loaded
 from protoclip.models.precision import resolve
@@ -130,6 +131,21 @@ def training_model(
         shard(built, device, gathered=torch.bfloat16 if bf16 else None)
         spread(built, whole)
     return built, notes
+
+
+def add_teacher_heads(
+    built: ProtoCLIP, width: int, teachers: Mapping[str, tuple[str, int | None]], *, seed: int
+) -> None:
+    """`ProtoCLIP.add_teacher_heads` where the model is, sharded if it is, with weights by a seed.
+
+    No rank waits for another.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        built.add_teacher_heads(width, teachers)
+    built.teacher_heads.to(next(built.parameters()).device)
+    if is_sharded(built):
+        shard_linear(built.teacher_heads, built)
 
 
 def frozen_start(config: Config, device: torch.device, start: Start | None = None) -> TowerPair:

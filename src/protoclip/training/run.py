@@ -34,7 +34,6 @@ from protoclip.features import teachers as external
 from protoclip.features.encode import embed_start
 from protoclip.features.halves import HalfRows, half_teachers
 from protoclip.features.row_loader import RowLoader
-from protoclip.features.whiten import Whitens
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
@@ -255,9 +254,9 @@ class Run:
         )
         self.teachers = external.teachers(config, samples, self.notes.append)
         if config.distilled_teachers:
-            external.add_heads(
-                config, model, self.teachers, width=plan.start.architecture.embed_dim
-            )
+            width = plan.start.architecture.embed_dim
+            heads = external.heads(config, self.teachers, width)
+            loading.add_teacher_heads(model, width, heads, seed=config.run.seed)
         if halves is not None:
             assert isinstance(samples, Pairs)
             self.teachers.update(half_teachers(config, samples, halves))
@@ -337,7 +336,7 @@ class Run:
         settings: dict[str, Any] = {
             "model": self.trained,
             "batches": lambda episode: self.loader.batches_of(self.extraction_pass(episode)),
-            "teachers": self.grouping_teachers(),
+            "teachers": external.grouping(config, self.teachers),
             "autocast": context,
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
         }
@@ -363,20 +362,13 @@ class Run:
             self.teachers.update({name: copy(features) for name in names})
             self.loader.features_of.update(dict.fromkeys(names, features.rows))
         external.whiten(self.config, self.teachers)
-        self.trainer.source.teachers.update(self.grouping_teachers())
-
-    def grouping_teachers(self) -> dict[str, Whitens]:
-        """The teachers whose features are clustered; the start is none until it is embedded."""
-        wanted = self.config.grouping_teachers
-        return {name: each for name, each in self.teachers.items() if name in wanted}
+        self.trainer.source.teachers.update(external.grouping(self.config, self.teachers))
 
     def training_pass(self, index: int, start: int = 0) -> Pass:
         """The pass that trains on an episode; it brings what a loss needs of the teachers then."""
-        features, by = self.trainer.stage(index).needs_prototypes, KEYS[self.config.loss.positives]
-        features = features or bool(self.config.distilled_teachers)
-        return self.loader.pass_over(
-            self.episode(index), start, with_features=features, group_by=by
-        )
+        episode, by = self.episode(index), KEYS[self.config.loss.positives]
+        learns = self.trainer.stage(index).needs_prototypes or bool(self.config.distilled_teachers)
+        return self.loader.pass_over(episode, start, with_features=learns, group_by=by)
 
     def pass_after(self, current: Pass) -> Pass | None:
         """The pass that will follow: over each episode to extract its features, then to train."""
