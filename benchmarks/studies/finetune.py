@@ -4,13 +4,14 @@ The start is a dual encoder of two published halves, EfficientNet-Lite0 (which I
 went into) and all-MiniLM-L6-v2 (sentence pairs). The halves were never trained together, so the
 start of a target set is first aligned with InfoNCE on the other set, which is then its guard. From
 there `protoclip finetune` trains on the target with each arm and seed: with InfoNCE alone, and
-with prototypes beside it. `grocery-half` trains on every second class, and tests on the others.
+with prototypes beside it, and with each of `loss.positives`. `grocery-half` trains on every second
+class, and is judged on the others.
 
-All are judged on the test split by zero-shot and kNN, as the run ends (alpha 1) and with the
-weights that WiSE-FT chose on validation. Differences are means over seeds, paired by sample and
-seed, with 95% intervals over samples, not over seeds.
+All are judged on a split by zero-shot and kNN, as the run ends (alpha 1) and with the weights that
+WiSE-FT chose on validation. Differences are means over seeds, paired by sample and seed, with 95%
+intervals that join samples and seeds.
 
-    python benchmarks/studies/finetune.py PHOTOS --out FOLDER [--seeds 3] [--passes 3]
+    python benchmarks/studies/finetune.py PHOTOS --out FOLDER [--seeds 3] [--split validation]
 
 PHOTOS holds `grocery` and `clothing` in CLIP_benchmark's layout. What is finished is not done
 again. Extra settings after `--` go to all fine-tuning runs.
@@ -37,7 +38,7 @@ from protoclip.data.view import PairsView
 from protoclip.evaluation import suite
 from protoclip.evaluation.datasets import EvaluationData, Split, open_data
 from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.metrics import beyond, interval_of_difference
+from protoclip.evaluation.metrics import beyond, interval_of_difference, t_interval
 from protoclip.models import loading
 from protoclip.models.saved import checkpoints
 
@@ -48,6 +49,12 @@ ARMS = {
     "image-text prototypes": "--loss.teacher 0",
     "the start's text prototypes": "--loss.prototypical 0",
     "both": "",
+}
+# Each arm with what equal captions of a batch are to each other, beside "pair", the paper's.
+ARMS |= {
+    f"{arm}, {positives}": f"{words} --loss.positives {positives}"
+    for positives in ("masked", "shared")
+    for arm, words in ARMS.items()
 }
 TASKS = ["zero_shot", "knn"]
 METRICS = {"zeroshot_classification": "zero-shot", "knn": "kNN"}
@@ -121,7 +128,7 @@ def start_of(out: Path, guard: str, passes: int) -> Path:
     return run(words, out / f"start-{guard}")
 
 
-def without_classes(data: EvaluationData, kept: Sequence[int]) -> EvaluationData:
+def without_classes(data: EvaluationData, kept: Sequence[int], chosen: str) -> EvaluationData:
     """The data set of some of its classes alone."""
     number = {old: new for new, old in enumerate(kept)}
 
@@ -131,16 +138,16 @@ def without_classes(data: EvaluationData, kept: Sequence[int]) -> EvaluationData
         labels = torch.tensor([number[int(split.labels[row])] for row in rows])
         return Split(images=PairsView([(split.images, rows)]), labels=labels)
 
-    splits = {name: part(data.splits[name]) for name in ("train", "test")}
+    splits = {name: part(data.splits[name]) for name in ("train", chosen)}
     names = [data.class_names[old] for old in kept]
     return replace(data, name=f"{data.name}-unseen", splits=splits, class_names=names)
 
 
-def judge(folder: Path, data: Sequence[EvaluationData], cache: Path) -> dict[str, Any]:
+def judge(folder: Path, data: Sequence[EvaluationData], cache: Path, split: str) -> dict[str, Any]:
     """Value of accuracy and the influences of samples on it, by data set and task."""
     model, transform, tokenizer = loading.load(folder)
     encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, cache=cache)
-    found = suite.results(encoder, data, TASKS, split="test")
+    found = suite.results(encoder, data, TASKS, split=split)
     return {
         f"{METRICS[result.record['task']]}, {result.record['dataset']}": (
             result.record["metrics"]["acc1"],
@@ -164,12 +171,18 @@ def rows_of(found: dict[str, list[dict[str, Any]]], first: str) -> Iterator[str]
                 text += f" ± {np.std(values, ddof=1):.1f}"
             base = found[first]
             if arm != first and len(base) == len(of_seeds):
-                pairs = zip(of_seeds, base, strict=True)
-                moved = 100 * np.mean([a[metric][1] - b[metric][1] for a, b in pairs], axis=0)
-                gain = np.mean(values) - np.mean([100 * seed[metric][0] for seed in base])
-                text += f"<br>{gain:+.1f}"
-                ends = interval_of_difference(gain, moved)
+                pairs = [
+                    (own[metric], other[metric]) for own, other in zip(of_seeds, base, strict=True)
+                ]
+                gains = [100 * (own[0] - other[0]) for own, other in pairs]
+                moved = 100 * np.mean([own[1] - other[1] for own, other in pairs], axis=0)
+                text += f"<br>{np.mean(gains):+.1f}"
+                ends = interval_of_difference(float(np.mean(gains)), moved)
                 if ends is not None:
+                    over_seeds = t_interval(gains) if len(gains) > 1 else (0.0, 0.0)
+                    parts = [(high - low) / 2 for low, high in (ends, over_seeds)]
+                    half, middle = float(np.hypot(*parts)), sum(ends) / 2
+                    ends = [middle - half, middle + half]
                     text += f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" + " *" * beyond(ends)
             cells.append(text)
         yield f"| {metric} | {' | '.join(cells)} |"
@@ -183,6 +196,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--no-sweep", dest="sweep", action="store_false", help="alpha 1 alone")
     parser.add_argument("--targets", nargs="*", default=["grocery", "grocery-half", "clothing"])
@@ -192,16 +206,17 @@ def main() -> None:
     if not (given.out / "tower.safetensors").exists():
         write_tables(given.photos, given.out)
         write_image_tower(given.out / "tower.safetensors")
-    sets = {name: open_data(f"wds:{given.photos / name}", split="test") for name in SETS}
+    split = given.split
+    sets = {name: open_data(f"wds:{given.photos / name}", split=split) for name in SETS}
     for name in given.targets:
         target, part = name.removesuffix("-half"), "-half" if name.endswith("-half") else ""
         (guard,) = set(SETS) - {target}
         start = start_of(given.out, guard, START_PASSES)
         tested = sets[target]
         if part:
-            tested = without_classes(tested, range(1, len(tested.class_names), 2))
+            tested = without_classes(tested, range(1, len(tested.class_names), 2), split)
         data, cache = [tested, sets[guard]], given.out / "features"
-        ends = {"start": [judge(start, data, cache)]}
+        ends = {"start": [judge(start, data, cache, split)]}
         chosen = {**ends}
         for arm in given.arms:
             runs = []
@@ -216,10 +231,10 @@ def main() -> None:
                 else:
                     words += " --alpha 1 --run.evaluate_every 0"
                 runs.append(run(words, folder))
-            ends[arm] = [judge(checkpoints(folder)[-1], data, cache) for folder in runs]
+            ends[arm] = [judge(checkpoints(folder)[-1], data, cache, split) for folder in runs]
             if given.sweep:
-                chosen[arm] = [judge(folder, data, cache) for folder in runs]
-        title = f"{target}, tested on {'classes it never saw' if part else 'test'}, guard {guard}"
+                chosen[arm] = [judge(folder, data, cache, split) for folder in runs]
+        title = f"{target}, tested on {'classes it never saw' if part else split}, guard {guard}"
         first = given.arms[0]
         print(f"## {title}\n", *rows_of(ends, first), "", sep="\n")
         if given.sweep:
