@@ -169,16 +169,13 @@ def test_help_fits_the_terminal(command, monkeypatch, capsys):
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_commands_import_what_they_need():
-    """The package and the command line need no torch, sources of data no models."""
+def test_the_command_line_needs_no_torch():
     code = """
 import sys, protoclip, protoclip.cli
 print("torch" in sys.modules, protoclip.Config.__name__)
-import protoclip.data.inspect, protoclip.data.sources
-print({"open_clip", "timm", "sklearn", "protoclip.models", "protoclip.training"} & {*sys.modules})
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split("\n") == ["False Config", "set()", ""]
+    assert found.stdout == "False Config\n"
 
 
 def test_public_names_are_where_the_package_looks_for_them():

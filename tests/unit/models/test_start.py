@@ -220,11 +220,8 @@ def test_the_packaged_minilm(monkeypatch):
         torch.testing.assert_close(built.encode_text(tokens), built.towers.text.proj(mean))
 
 
-@pytest.mark.parametrize("kind", ["folder", "halves"])
-def test_a_run_goes_on_bit_for_bit(kind, tiny, pairs, tmp_path, monkeypatch):
+def test_a_run_of_two_halves_goes_on_bit_for_bit(pairs, tmp_path, monkeypatch):
     given = halves(tmp_path / "sources")
-    if kind == "folder":
-        given = ModelConfig(start=str(tiny / "folder"), heads=HEADS)
 
     def config(out: str) -> Config:
         usual = one_step(pairs, tmp_path / out, given)

@@ -332,13 +332,12 @@ WAYS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
             "teacher": {"features": "start", "number": 4},
         },
     ),
-    "LoRA, sigmoid": (
-        tiny_model(),
-        {"model": {"lora": 2, "frozen_batch_norm": True}, "loss": {"instance": "sigmoid"}},
-    ),
     "locked": (
         tiny_model(),
-        {"model": {"locked": ["text"]}, "loss": {"keep": 2.0, "keep_by": "features"}},
+        {
+            "model": {"locked": ["text"], "frozen_batch_norm": True},
+            "loss": {"instance": "sigmoid", "keep": 2.0, "keep_by": "features"},
+        },
     ),
 }
 

@@ -23,15 +23,12 @@ from protoclip.training.trainer import Trainer
 
 STEPS = 12
 LEFT_OUT = sorted(random.Random(0).sample(range(STEPS), 5))
-QUEUE = {"prototypes": {"source": "queue"}}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
-    "queue": (1, QUEUE),
     "extraction, micro-batches": (
         1,
         {"prototypes": {"source": "extract"}, "episodes": {"micro_batch_size": 7}},
     ),
-    "queue, two ranks": (2, QUEUE),
-    "queue, FSDP2": (2, {**QUEUE, "parallel": {"strategy": "fsdp"}}),
+    "queue, FSDP2": (2, {"prototypes": {"source": "queue"}, "parallel": {"strategy": "fsdp"}}),
 }
 
 
