@@ -25,10 +25,11 @@ from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 from fsspec.registry import _registry  # noqa: E402
 
 from interrupting import few_emoji  # noqa: E402
+from protoclip.cli.explore import Explore  # noqa: E402
 from protoclip.evaluation import datasets  # noqa: E402
 from protoclip.testing import return_memory  # noqa: E402
 
-EMOJI = datasets.emoji
+EMOJI, LAYOUT = datasets.emoji, Explore.layout
 
 torch.set_num_threads(1)
 
@@ -52,6 +53,19 @@ def judge_by_few_emoji() -> Iterator[None]:
 @pytest.fixture
 def all_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "emoji", EMOJI)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def map_by_pca() -> Iterator[None]:
+    """UMAP compiles itself for ten seconds in each process, so only tests of it ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Explore, "layout", lambda self: "pca" if self.map == "auto" else self.map)
+        yield
+
+
+@pytest.fixture
+def any_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Explore, "layout", LAYOUT)
 
 
 class Bucket(MemoryFileSystem):

@@ -213,7 +213,7 @@ def open_explorer(
                 say(f"warning: the map is not kept ({error})")
     return Explorer(
         name=reference,
-        teachers=teachers_of(reference),
+        teachers=teachers_of(reference) if isinstance(model, ProtoCLIP) else "",
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,

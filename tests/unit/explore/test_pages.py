@@ -555,6 +555,7 @@ def test_the_command_writes_pages_and_a_table(
     assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
 
 
+@pytest.mark.usefixtures("any_map")
 def test_the_map_is_by_umap_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
