@@ -73,7 +73,7 @@ CASES = {
     "k-means++": (random_rows(), {"num_clusters": 50, "iterations": 6}),
     "random": (random_rows(), {"num_clusters": 50, "iterations": 6, "init": "random"}),
     "spherical": (random_rows(), {"num_clusters": 50, "iterations": 6, "spherical": True}),
-    "restarts": (random_rows(), {"num_clusters": 7, "iterations": 30, "restarts": 4}),
+    "restarts": (random_rows(), {"num_clusters": 7, "iterations": 10, "restarts": 2}),
     "more than rows of a rank": (random_rows(), {"num_clusters": 150, "iterations": 3}),
     "until nothing moves": (random_rows(), {"num_clusters": 4, "iterations": 200}),
     "empty clusters": (GRID, {"num_clusters": 9, "iterations": 12, "init": GRID[:1].repeat(9, 1)}),
@@ -81,8 +81,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("owners", [interleaved, skewed])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("world_size", "owners"), [(2, interleaved), (4, skewed)])
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_find_together_what_one_process_finds(case, world_size, owners):
     """In float64 to 1e-9, after equally many iterations; the same bits on every rank."""
@@ -170,7 +169,7 @@ def clusters_and_targets(
 
 @pytest.mark.parametrize(
     ("world_size", "back_translation", "owners"),
-    [(1, True, skewed), (2, True, skewed), (2, False, interleaved), (4, False, skewed)],
+    [(2, True, skewed), (4, False, skewed)],
 )
 def test_targets_of_ranks_are_those_of_one_process(world_size, back_translation, owners, generator):
     """Float64 to 1e-9, assignments of all samples exactly; the same bits on every rank."""
@@ -225,8 +224,7 @@ def queue_of(state: dict[str, Any], steps: range) -> tuple[dict[str, Any], Episo
     return state, source.features(Episode(index=0, rows=torch.arange(16))) if full else None
 
 
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize(("before", "after", "split"), [(1, 2, 1), (4, 2, 3)])
 def test_a_queue_goes_on_with_another_number_of_ranks(before, after, split):
     """Its samples, and the order that they are clustered in, are those of one process."""
     expected, whole = run_distributed(queue_of, 1, {}, range(5))[0]
@@ -238,5 +236,5 @@ def test_a_queue_goes_on_with_another_number_of_ranks(before, after, split):
         assert state["pushed"] == 40
         assert torch.equal(state["image"], expected["image"])
         assert torch.equal(state["text"], expected["text"])
-        image[slice(None) if after == 1 else features.positions] = features.image
+        image[features.positions] = features.image
     assert torch.equal(image, whole.image)
