@@ -123,7 +123,7 @@ class DataConfig:
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.
     class_column: str | None = None  # Column of classes, which evaluation uses.
-    captions: Captions = "one"  # Captions of an image a visit: one, all, sentences, or how many.
+    captions: Captions = "one"  # Of an image a visit: one, all, a number ...
     root: str | None = None  # Folder that holds all images of a table.
     only: str | None = None  # CSV or JSON file: use the samples with these ids.
     without: str | None = None  # CSV or JSON file: leave these ids out.
@@ -237,7 +237,7 @@ class TeacherConfig:
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = True  # One-hot targets, as in the paper.
     whiten: CountOrZero = 64  # Whiten wider features to group; 0: none.
-    distil: NotNegative = 0.0  # Weight of learning its features themselves.
+    distil: NotNegative = 0.0  # Weight of learning its features.
     tower: Literal["image", "text"] | None = None  # That learns them; else of its modality.
 
 

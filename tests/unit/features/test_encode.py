@@ -337,13 +337,13 @@ def test_features_that_are_not_finite_stop_the_pass(tmp_path):
 class Stream:
     """Seven samples over and over, one of them bad."""
 
-    name = "stream"
+    name, lanes = "stream", 1
 
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.learned: list[dict[str, Any]] = []
 
-    def samples(self, first: int = 0) -> Iterator[Sample | BadSample]:
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
         self.asked.append(first)
         for place in itertools.count(first):
             turn, within = divmod(place, 7)
@@ -351,7 +351,7 @@ class Stream:
             good = Sample(sample_id=f"s/{number}", image=b"", captions=("a" * number,), where="")
             yield BadSample("s/2", "a.tar", "no image") if number == 2 else good
 
-    def state_dict(self, first: int) -> dict[str, Any]:
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
         return {"at": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
