@@ -83,6 +83,7 @@ else:
 class RunConfig:
     name: str = "protoclip"  # Runs of one name share a row in tables.
     out: str | None = None  # Folder of the run; else runs/NAME-SEED.
+    sync: str | None = None  # Copy that folder to a store: s3://bucket/folder.
     seed: Seed = 0  # Fixes weights, episodes and clusterings.
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 if supported.

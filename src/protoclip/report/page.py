@@ -97,7 +97,7 @@ GROUPING = {
     "recall@10/text_to_image": "Recall@10, text to image",
 }
 # Settings that say where and not how a run was made.
-NAMES_OF_RUN = ("run.out", "run.name")
+NAMES_OF_RUN = ("run.out", "run.name", "run.sync")
 
 
 @dataclass(frozen=True, kw_only=True)

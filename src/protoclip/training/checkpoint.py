@@ -45,7 +45,8 @@ class CheckpointWriter:
 
     If one cannot be written there is a warning, and training goes on; only `finish` insists. It
     keeps the newest `keep` checkpoints and the best. `description` is what builds the model again,
-    with `text_files` for a Hugging Face text tower or tokenizer.
+    with `text_files` for a Hugging Face text tower or tokenizer. `then` gets each folder when it is
+    written.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class CheckpointWriter:
         every_steps: int,
         every_minutes: float,
         keep: int,
+        then: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         self.run, self.description, self.text_files = run, description, text_files
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
+        self.then = then
         self.saved_step = -1  # of the last checkpoint that was begun
         self.failed_step: int | None = None  # the same, if it could not be written
         self.best: tuple[int, float] | None = None  # step and value of an evaluation
@@ -150,6 +153,7 @@ class CheckpointWriter:
         for old in so_far[: -self.keep]:
             if old != best:
                 shutil.rmtree(old, ignore_errors=True)
+        self.then(folder)
 
 
 def warn(text: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from protoclip.config import Config, shown
 from protoclip.distributed.collectives import rank0_first
-from protoclip.training.run_folder import folder_of, read_settings
+from protoclip.training import sync
+from protoclip.training.run_folder import read_settings
 
 
 class Choices:
@@ -60,7 +61,8 @@ def choices_of(
     def begin() -> Choices:
         choices = before_data(given)
         if resume:
-            choices = before_data(with_begun(given, folder_of(choices.config), chosen))
+            with sync.begun(choices.config) as folder:
+                choices = before_data(with_begun(given, folder, chosen))
         return choices
 
     return rank0_first(begin)

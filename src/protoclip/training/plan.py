@@ -58,6 +58,17 @@ class Plan:
     guards: Sequence[EvaluationData] = ()
     notes: Sequence[str] = ()
 
+    @property
+    def amount(self) -> str:
+        """How much a run trains on, in words."""
+        episodes, samples = self.config.episodes, self.samples
+        size, batch = episodes.size, episodes.batch_size
+        amount = f"{episodes.count:,} episodes of {size:,} pairs in batches of {batch:,}"
+        if not isinstance(samples, Pairs):
+            return amount
+        passes = size * episodes.count / len(samples)
+        return f"{len(samples):,} pairs: {amount}, {passes:.3g} passes over the data"
+
 
 def make_plan(config: Config) -> Plan:
     """The plan of a run that is new. All ranks call it; raises as `outline` and `complete` do."""

@@ -54,7 +54,7 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.prototypes.nearest import nearest
 from protoclip.terminal import say
-from protoclip.training import optim, overfit
+from protoclip.training import optim, overfit, sync
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
 from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
@@ -124,6 +124,7 @@ def train_together(
         if encode is None:
             external.refuse_halves(config)
         outlined = outline(config)
+        sync.fetch(outlined, resume=resume)
         begun = look(outlined, resume=resume)
         done = begun.results is not None and is_done(folder, begun.results)
         if begun.results is not None and not done and not checkpoints(folder):
@@ -131,6 +132,8 @@ def train_together(
                 f"{folder}: holds no checkpoint of its end any more; choose another folder with "
                 "--run.out"
             )
+        if done:
+            sync.Copies(config.run.sync, folder).finish(sync.END_SECONDS)
         return begun, done
 
     begun, done = rank0_first(plan_without_data)
@@ -170,7 +173,7 @@ def train_together(
             for note in notes:
                 say(f"note: {note}")
             if begun.results is None:
-                say(f"training on {run.amount}")
+                say(f"training on {plan.amount}")
             else:
                 say(f"note: {folder}: is trained; only what follows training is done again")
             return checkpoint
@@ -192,13 +195,18 @@ def train_together(
                 say(f"note: {skipped}")
             if ending is not None and run.is_finished and not run.asked_to_stop():
                 ending(run, start)
-            run.asked_to_stop()  # one that came since: the evaluation may take long
+            stopped = run.asked_to_stop()  # also since then: the evaluation may take long
         finally:
             run.loader.close()
             run.writer.wait()
             if run.log is not None:
                 run.log.close()
-    return run.results()
+        if stopped:  # all ranks wait, since a launcher ends all when one has ended
+            raise_on_all_ranks(lambda: run.copies.finish(sync.STOPPED_SECONDS))
+    results = run.results()
+    if not stopped:
+        raise_on_all_ranks(lambda: run.copies.finish(sync.END_SECONDS))
+    return results
 
 
 class Run:
@@ -295,6 +303,7 @@ class Run:
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
         tokenizer, workers = self.loader.tokenizer, self.loader.workers
         self.evaluate = judge_of(plan, model, self.trained, tokenizer=tokenizer, workers=workers)
+        self.copies = sync.Copies(config.run.sync if rank() == 0 else None, folder)
         self.writer = CheckpointWriter(
             folder,
             description=model_json(plan.start.model, plan.start.architecture.towers_json),
@@ -302,6 +311,7 @@ class Run:
             every_steps=config.run.save_steps,
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,
+            then=self.copies.start,
         )
         self.notes += self.loader.notes if halves is None else ()  # rows need no workers
         part = config.episodes.micro_batch_size
@@ -313,17 +323,6 @@ class Run:
                 f"{world_size()} ranks, each with {self.loader.batch_size} pairs of every batch; "
                 "learning rate, batch and episode are for all ranks together"
             )
-
-    @property
-    def amount(self) -> str:
-        """How much a run trains on, in words."""
-        episodes, samples = self.config.episodes, self.plan.samples
-        size, batch = episodes.size, episodes.batch_size
-        amount = f"{episodes.count:,} episodes of {size:,} pairs in batches of {batch:,}"
-        if not isinstance(samples, Pairs):
-            return amount
-        passes = size * episodes.count / len(samples)
-        return f"{len(samples):,} pairs: {amount}, {passes:.3g} passes over the data"
 
     def feature_source(self, context: Autocast) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""

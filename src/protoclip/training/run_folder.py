@@ -29,7 +29,7 @@ from protoclip.training.plan import Outline, fill
 # Settings that may change when a run goes on; all others decide which samples a step sees, or what
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
-    *("run.name", "run.out", "run.log_every", "run.save_steps", "run.save_minutes"),
+    *("run.name", "run.out", "run.sync", "run.log_every", "run.save_steps", "run.save_minutes"),
     *("run.keep_checkpoints", "run.keep_best", "run.wandb", "run.evaluate", "run.evaluate_every"),
     *("run.guard", "data.workers", "data.cache", "data.cache_gb"),
     "data.max_bad_share",

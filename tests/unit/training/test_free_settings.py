@@ -28,6 +28,7 @@ from protoclip.training.run_folder import FREE, ROUNDING, check_settings, flat, 
 OTHER: dict[str, Any] = {
     "run.name": "another",
     "run.out": "elsewhere",
+    "run.sync": "s3://bucket/run",
     "run.log_every": 3,
     "run.save_steps": 3,
     "run.save_minutes": 0.5,

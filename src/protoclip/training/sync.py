@@ -1,0 +1,271 @@
+"""`run.sync`: a copy of the run folder in an object store, from which a fresh machine goes on.
+
+A store has no rename. A checkpoint is complete there if its `checksums.json` is, which comes last
+and goes first. The files beside checkpoints come before them, so that a complete checkpoint has its
+metrics; those that say that a run is done come after all others.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock, Thread
+from typing import Any
+
+import fsspec
+from fsspec.implementations.dirfs import DirFileSystem
+
+from protoclip.config import Config
+from protoclip.data import access
+from protoclip.files import read_json
+from protoclip.models.saved import CHECKSUMS, MODEL, STATE, checkpoints, damage
+from protoclip.terminal import say, without_secrets
+from protoclip.training.plan import Outline
+from protoclip.training.run_folder import claimed, folder_of, look
+
+Store = Any  # an fsspec file system, whose paths are names relative to the folder there
+ANSWER_SECONDS = 60.0  # that a store may take to answer before a run begins
+# Seconds that the end of a run waits for its last copy: after a signal, and after the results.
+STOPPED_SECONDS, END_SECONDS = 60.0, 1800.0
+SETTINGS, RESULTS, PROBE = "config.toml", "results.json", ".protoclip"
+DONE = (MODEL, RESULTS)
+LEFT_OUT = ("checkpoints", "wandb", "start_features")  # copied apart, elsewhere, made anew
+MARKER = re.compile(rf"checkpoints/(step-\d+)/{re.escape(CHECKSUMS)}", re.ASCII)
+
+
+def store_of(url: str) -> Store:
+    """The folder that `run.sync` names; raises `ValueError` if it may not be one."""
+    protocol, _, path = url.partition("://")
+    try:
+        if protocol.lower() not in access.STORES or not path.strip("/"):
+            known = ", ".join(access.STORES)
+            raise ValueError(f"is no folder of a store ({known}); name one, as s3://bucket/folder")
+        if without_secrets(url) != url:
+            raise ValueError("leave out user and query: a store's client finds credentials itself")
+        access.require_allowed(url, access.NOTHING_MORE)
+        files, root = fsspec.core.url_to_fs(f"{protocol.lower()}://{path}")
+    except (ValueError, ImportError) as error:  # or its client is not installed
+        raise ValueError(f"run.sync: {url}: {access.reason_of(error)}") from None
+    return DirFileSystem(root, files)
+
+
+def names_in(store: Store) -> set[str]:
+    """All files but hidden ones."""
+    store.fs.invalidate_cache()
+    return {name for name in store.find("") if not re.search(r"(^|/)\.", name)}
+
+
+@contextmanager
+def needed(url: str) -> Iterator[None]:
+    """Turn what goes wrong in the store, before the run begins, into a `ValueError`."""
+    try:
+        yield
+    except Exception as error:  # the clients of stores have exceptions of their own
+        raise ValueError(
+            f"run.sync: {url}: {access.reason_of(error)}; check name, credentials, network and "
+            "room, or leave run.sync out"
+        ) from None
+
+
+def answer(url: str) -> tuple[Store, set[str]]:
+    """A store, and what it holds; raises `ValueError` if it cannot be read and written."""
+    store = store_of(url)
+
+    def ask() -> set[str]:
+        store.pipe_file(PROBE, b"")
+        return names_in(store)
+
+    with needed(url):
+        return store, access.within(ANSWER_SECONDS, ask)
+
+
+@contextmanager
+def begun(config: Config) -> Iterator[Path]:
+    """The run folder; if it holds no run and the store does, a folder with that one's settings."""
+    folder, url = folder_of(config), config.run.sync
+    if url is None or (folder / SETTINGS).is_file():
+        yield folder
+        return
+    store, names = answer(url)
+    with TemporaryDirectory() as temporary:
+        if SETTINGS in names:
+            with needed(url):
+                get(store, SETTINGS, Path(temporary))
+        yield Path(temporary)
+
+
+def fetch(outline: Outline, *, resume: bool) -> None:
+    """Bring a run folder that is missing or older to the newest state in the store.
+
+    Raises:
+        ValueError: The store does not answer or may not be written, it holds another run, or it
+            holds one and `resume` is not set. Nothing was written here.
+    """
+    config, url, folder = outline.config, outline.config.run.sync, folder_of(outline.config)
+    if url is None:
+        return
+    store, names = answer(url)
+    if names and not (resume and SETTINGS in names):
+        what = "holds a run; go on with --resume auto" if SETTINGS in names else "holds other files"
+        raise ValueError(f"run.sync: {url}: {what}, or choose another folder")
+    if not names:
+        return
+    with TemporaryDirectory() as temporary:
+        with needed(url):
+            get(store, SETTINGS, Path(temporary))
+        there = replace(config, run=replace(config.run, out=temporary))
+        try:
+            look(replace(outline, config=there), resume=True)
+        except ValueError as error:
+            told = str(error).replace(temporary, f"run.sync: {url}")
+            raise ValueError(told.replace("--run.out", "--run.sync")) from None
+    intact = [path.name for path in checkpoints(folder) if damage(path) is None]
+    complete = {found[1] for name in names if (found := MARKER.fullmatch(name))}
+    newer = sorted(step for step in complete if step > max(intact, default=""))
+    if (folder / RESULTS).is_file() or not (newer or RESULTS in names):
+        return
+    beside = [name for name in names if not name.startswith("checkpoints/")]
+    with claimed(folder, resume=True), needed(url):
+        for name in {*beside} - {*DONE}:
+            get(store, name, folder)
+        # Only now, so that a fetch that is cut short is done again.
+        got = next((step for step in reversed(newer) if get_checkpoint(store, step, folder)), None)
+        best = read_json(folder / "checkpoints" / got / STATE).get("best") if got else None
+        if best and (step := f"step-{best[0]:09}") in complete - {got}:
+            get_checkpoint(store, step, folder)
+        for name in {*beside} & {*DONE}:
+            get(store, name, folder)
+    say(f"note: {folder}: {got or 'its results'} fetched from {url}")
+
+
+def get(store: Store, name: str, folder: Path, rename: str = "") -> None:
+    """Bring a file to a folder, where it appears whole or not at all."""
+    path = folder / (rename or name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    store.get_file(name, str(temporary))
+    temporary.replace(path)
+
+
+def get_checkpoint(store: Store, step: str, folder: Path) -> bool:
+    """Bring a checkpoint here; returns False, with a warning, if it is damaged."""
+    target = folder / "checkpoints" / step
+    temporary = target.with_name(f".{step}.fetched")
+    for name in store.find(f"checkpoints/{step}"):
+        get(store, name, temporary, name.split("/", 2)[2])
+    if (wrong := damage(temporary)) is not None:
+        say(f"warning: run.sync: {step} there is passed over: {wrong}")
+        return False
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return True
+
+
+class Copies:
+    """Copies a run folder to its store in a thread, one copy at a time; the newest state wins.
+
+    A checkpoint that cannot be copied costs a warning. What was complete in the store stays so
+    until a newer checkpoint is. Without a URL there is nothing to do.
+    """
+
+    def __init__(self, url: str | None, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self.store: Store = None if url is None else store_of(url)
+        self._newest: Path | None = None
+        self._copied: dict[str, tuple[int, int]] = {}  # size and time of files beside checkpoints
+        self._wanted: Path | None = None  # the newest checkpoint that was not copied yet
+        self._warned_of: Path | None = None
+        self._thread: Thread | None = None
+        self._lock = Lock()
+
+    def start(self, newest: Path) -> None:
+        """Copy all up to this checkpoint, after the copy that is under way; returns at once."""
+        if self.store is None:
+            return
+        with self._lock:
+            self._newest = self._wanted = newest
+            if self._thread is None:
+                self._thread = Thread(target=self._work, name="protoclip-sync", daemon=True)
+                self._thread.start()
+
+    def finish(self, seconds: float) -> None:
+        """Copy what has changed, and wait for it; after so many seconds there is a warning."""
+        self.start(self._newest or max(checkpoints(self.folder), default=self.folder))
+        thread = self._thread
+        if thread is None:  # done already
+            return
+        thread.join(min(1.0, seconds))
+        if thread.is_alive():
+            say(f"note: run.sync: waiting up to {seconds:g} s for the copy to {self.url}")
+            thread.join(seconds)
+        if thread.is_alive():
+            self._warn(f"not done within {seconds:g} s")
+
+    def _warn(self, reason: str) -> None:
+        say(
+            f"warning: run.sync: {self.url}: not copied ({reason}); what was complete there stays, "
+            "and the next copy, or --resume auto, tries again"
+        )
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                newest, self._wanted = self._wanted, None
+                if newest is None:
+                    self._thread = None
+                    return
+            try:
+                self._copy(newest)
+            except Exception as error:  # nobody else would hear of it in a thread
+                if newest != self._warned_of:
+                    self._warn(access.reason_of(error))
+                self._warned_of = newest
+
+    def _copy(self, newest: Path) -> None:
+        there, folder = names_in(self.store), self.folder
+        files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        beside = {
+            name: path
+            for name, path in files.items()
+            if name.split("/")[0] not in LEFT_OUT and not path.name.startswith(".")
+        }
+        # What has settings is a run, so these come first.
+        for name in sorted(beside.keys() - {*DONE}, key=lambda name: name != SETTINGS):
+            self._put(beside[name], name)
+        # Later ones are damaged: the run went on from one before them.
+        kept = [path for path in checkpoints(folder) if path <= newest]
+        for checkpoint in reversed(kept):
+            try:
+                self._put_checkpoint(checkpoint, there)
+            except FileNotFoundError:  # removed meanwhile, since newer ones are whole
+                if checkpoint == newest and self._wanted is None:
+                    raise
+        for name in sorted(beside.keys() & {*DONE}):
+            self._put(beside[name], name)
+        steps = {path.name for path in kept}
+        gone = [n for n in there if n.startswith("checkpoints/") and n.split("/")[1] not in steps]
+        for name in sorted(gone, key=lambda name: not MARKER.fullmatch(name)):
+            self.store.rm_file(name)
+
+    def _put(self, path: Path, name: str) -> None:
+        """Copy a file that has changed since it was copied last."""
+        status = path.stat()
+        state = status.st_size, status.st_mtime_ns
+        if self._copied.get(name) != state:
+            self.store.put_file(str(path), name)
+            self._copied[name] = state
+
+    def _put_checkpoint(self, checkpoint: Path, there: set[str]) -> None:
+        name = f"checkpoints/{checkpoint.name}"
+        marker, checksums = f"{name}/{CHECKSUMS}", (checkpoint / CHECKSUMS).read_bytes()
+        if marker in there:
+            if self.store.cat_file(marker) == checksums:
+                return
+            self.store.rm_file(marker)  # of other files under this name
+        for file in json.loads(checksums):
+            self.store.put_file(str(checkpoint / file), f"{name}/{file}")
+        self.store.pipe_file(marker, checksums)

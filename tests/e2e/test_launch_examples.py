@@ -1,0 +1,178 @@
+"""The examples of `examples/launch`, as far as they can be tried without a cluster."""
+
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from protoclip.cli.parsing import parse
+from protoclip.cli.train import Train
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "examples" / "launch"
+SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+JOB = str(os.getpid())  # decides the port at which ranks meet
+SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": JOB}
+# Starts two tasks as `srun` does, and ends with their largest code.
+SRUN = """
+import os, subprocess, sys
+words = sys.argv[1:]
+while words[0].startswith("--"):
+    words.pop(0)
+ranks = [
+    subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+    for rank in "01"
+]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+# Stands for `protoclip`: the ranks meet, and rank 0 tells what it was given.
+MEET = """
+import sys, torch
+from protoclip.distributed import collectives
+with collectives.process_group(torch.device("cpu")):
+    ranks = collectives.all_gather_object(collectives.rank())
+    if collectives.rank() == 0:
+        print(ranks, *sys.argv[1:])
+"""
+
+
+def sbatch(
+    folder: Path, protoclip: str, *words: str, **env: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run the script's body, with stand-ins for what a cluster has."""
+    programs = {"srun": SRUN, "protoclip": protoclip}
+    programs["scontrol"] = 'import sys; print("scontrol", *sys.argv[1:])'
+    (folder / "bin").mkdir()
+    for name, text in programs.items():
+        path = folder / "bin" / name
+        path.write_text(f"#!{sys.executable}\n{text}", encoding="utf-8")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    paths = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(
+        ["bash", str(LAUNCH / "protoclip.sbatch"), *words],
+        env={**os.environ, **SLURM, **paths, **env},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_ranks_of_a_slurm_job_meet(tmp_path):
+    ended = sbatch(tmp_path, MEET, "--run.seed", "3", RUN="runs/mine")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "[0, 1] train --run.out runs/mine --resume auto --run.seed 3\n"
+    parse(Train, shlex.split(ended.stdout)[3:])
+
+
+@pytest.mark.parametrize(
+    ("codes", "finished", "again"),
+    [
+        ("138, 138", False, True),
+        ("138, 143", False, True),
+        ("138, 138", True, False),
+        ("2, 2", False, False),
+    ],
+)
+def test_a_slurm_job_whose_time_is_over_goes_back_into_the_queue(codes, finished, again, tmp_path):
+    """Not one that is finished, nor one that ends by a mistake."""
+    if finished:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "results.json").touch()
+    end = f'import os, sys; sys.exit(({codes})[int(os.environ["SLURM_PROCID"])])'
+    ended = sbatch(tmp_path, end, RUN="run")
+    assert ended.returncode == max(map(int, codes.split(",")))
+    assert ended.stdout == (f"scontrol requeue {JOB}\n" if again else "")
+
+
+def test_slurm_is_asked_for_what_the_documents_say():
+    text = (LAUNCH / "protoclip.sbatch").read_text(encoding="utf-8")
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", text, re.MULTILINE))
+    assert f"--signal={asked['signal']}`" in SCALING
+    assert "requeue" in asked
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # a task a GPU
+    assert text.index("#SBATCH --signal") < text.index("\nset -u")  # SLURM stops at a command
+
+
+def trains(command: list[str], **variables: str) -> Train:
+    """What `torchrun ... -m protoclip train ...` trains."""
+    words = [re.sub(r"\$(\w+)", lambda name: variables[name[1]], word) for word in command]
+    assert words[0] == "torchrun"
+    place = words.index("protoclip")
+    assert words[place - 1 : place + 2] == ["-m", "protoclip", "train"]
+    return parse(Train, words[place + 2 :])
+
+
+def test_a_spot_machine_goes_on_from_the_bucket(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
+    known = {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"}
+    assert task.keys() == known
+    assert task["resources"]["use_spot"] is True
+    command = shlex.split(task["run"].replace("\\\n", " "))
+    given = trains(command, SKYPILOT_NUM_GPUS_PER_NODE="8", **task["envs"])
+    assert (given.resume, given.run.sync) == ("auto", task["envs"]["SYNC"])
+    assert given.data.train == task["envs"]["DATA"]
+    extras(re.findall(r"\[(.+?)\]", task["setup"])[0])
+
+
+def test_a_pod_has_time_to_save(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (LAUNCH / "trainjob.yaml").read_text(encoding="utf-8")
+    runtime, job = yaml.safe_load_all(text)
+    assert [each["kind"] for each in (runtime, job)] == ["TrainingRuntime", "TrainJob"]
+    assert len({runtime["apiVersion"], job["apiVersion"]}) == 1
+    reference = job["spec"]["runtimeRef"]
+    assert (reference["kind"], reference["name"]) == (runtime["kind"], runtime["metadata"]["name"])
+    assert runtime["apiVersion"].startswith(reference["apiGroup"] + "/")
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod: dict[str, Any] = node["template"]["spec"]["template"]["spec"]
+    assert [container["name"] for container in pod["containers"]] == [node["name"]] == ["node"]
+    trainer = job["spec"]["trainer"]
+    command = trainer["command"] + trainer["args"]
+    assert all(isinstance(word, str) for word in command)
+    timeout = int(command[command.index("--shutdown-timeout") + 1])
+    assert f"`--shutdown-timeout {timeout}`" in SCALING
+    assert pod["terminationGracePeriodSeconds"] > timeout
+    assert "`terminationGracePeriodSeconds`" in SCALING
+    given = trains(command)
+    assert (given.resume, given.run.sync) == ("auto", "s3://my-bucket/runs/clip-0")
+
+
+def extras(names: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {*names.split(",")} <= project["optional-dependencies"].keys()
+
+
+def test_the_container_installs_extras_that_exist():
+    """From files that are there; its shell lines can be read."""
+    text = (LAUNCH / "Containerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and line[0] != "#"]
+    arguments = dict(rest.split("=", 1) for word, rest in lines if word == "ARG")
+    assert arguments["DEVICE"] in ("cuda", "cpu")
+    extras(arguments["EXTRAS"])
+    shell = [rest for word, rest in lines if word == "RUN"]
+    assert sum('".[$EXTRAS]"' in line for line in shell) == 1
+    for line in shell:
+        subprocess.run(["bash", "-n", "-c", line], check=True)
+    copied = [source for word, rest in lines if word == "COPY" for source in rest.split()[:-1]]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {project["readme"], "pyproject.toml", "src", "LICENSE"} <= {*copied}
+    assert all((ROOT / source).exists() for source in copied)
+
+
+def test_the_table_names_every_example():
+    text = (LAUNCH / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in LAUNCH.iterdir()} - {"README.md"}
+    assert {*re.findall(r"\]\(([\w.]+)\)", text)} == files
+    for name in files:
+        said = (LAUNCH / name).read_text(encoding="utf-8")
+        assert "has not been run on a cluster" in said or "has not been built" in said

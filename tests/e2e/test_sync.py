@@ -1,0 +1,77 @@
+"""A run is copied to a bucket while it trains, and goes on from there on another machine."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from interrupting import assert_equal_ends, quick_config, stop_after, with_changes, with_out
+from protoclip.config import Config
+from protoclip.models.saved import CHECKSUMS, checkpoints
+from protoclip.training import run
+
+
+@pytest.fixture
+def config(bucket: str, tiny_parquet: str, tmp_path: Path) -> Config:
+    """Six steps, with a checkpoint after each."""
+    settings = {"sync": f"{bucket}/runs/a", "save_steps": 1, "evaluate": False}
+    return quick_config(tiny_parquet, tmp_path / "run", run=settings)
+
+
+def stopped_after(step: int, config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(step, patch)
+        assert run.train(config)["steps"] == step
+
+
+def objects() -> dict[str, Any]:
+    return fsspec.get_filesystem_class("s3").store
+
+
+def there() -> list[str]:
+    """The names of complete checkpoints in the bucket."""
+    return sorted(
+        name.split("/")[-2] for name in objects() if re.search(rf"step-\d+/{CHECKSUMS}", name)
+    )
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_from_the_bucket(config, tmp_path, capsys):
+    stopped_after(3, config)
+    assert (
+        there()
+        == ["step-000000002", "step-000000003"]
+        == [p.name for p in checkpoints(tmp_path / "run")]
+    )
+    elsewhere = with_out(config, str(tmp_path / "elsewhere"))
+    assert run.train(elsewhere, resume="auto")["steps"] == 6
+    assert "step-000000003 fetched from s3://bucket/runs/a" in capsys.readouterr().err
+    run.train(with_changes(config, {"run": {"out": str(tmp_path / "whole"), "sync": None}}))
+    assert_equal_ends(tmp_path / "elsewhere", tmp_path / "whole", 6)
+    # All of the run is there, and nothing that it deleted.
+    here = {
+        str(p.relative_to(tmp_path / "elsewhere"))
+        for p in (tmp_path / "elsewhere").rglob("*")
+        if p.is_file()
+    }
+    names = {name.removeprefix("/bucket/runs/a/") for name in objects()}
+    assert names - {".protoclip"} == here - {".lock"}
+
+
+def test_a_bucket_that_fails_costs_warnings_and_a_finished_run_is_copied_later(
+    config, monkeypatch, capsys
+):
+    def fail(*given: Any) -> None:
+        raise OSError("quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.get_filesystem_class("s3"), "put_file", fail)
+        assert run.train(config)["steps"] == 6
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert 1 <= len(said) <= 6
+    assert all("run.sync: s3://bucket/runs/a: not copied (quota exceeded)" in line for line in said)
+    assert there() == []
+    run.train(config, resume="auto")
+    assert there() == ["step-000000005", "step-000000006"]
+    assert "/bucket/runs/a/results.json" in objects()

@@ -1,0 +1,176 @@
+"""Copies of a run folder in a bucket: whole or absent, the newest first, no harm to the run."""
+
+import re
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from interrupting import with_changes, with_out
+from protoclip.models.saved import CHECKSUMS, checkpoints, damage
+from protoclip.testing import tiny_config
+from protoclip.training.checkpoint import CheckpointWriter
+from protoclip.training.plan import outline
+from protoclip.training.run_folder import to_toml
+from protoclip.training.sync import Copies, fetch
+
+
+def objects() -> dict[str, Any]:
+    return fsspec.get_filesystem_class("s3").store
+
+
+def complete() -> list[int]:
+    return sorted(int(f[1]) for n in objects() if (f := re.search(rf"-(\d+)/{CHECKSUMS}$", n)))
+
+
+def whole() -> bool:
+    """Whether each checkpoint with checksums has all files that it names."""
+    folders = [name.rpartition("/")[0] for name in objects() if name.endswith(CHECKSUMS)]
+    return all(
+        f"{folder}/{name}" in objects()
+        for folder in folders
+        for name in ("model.safetensors", "model.json", "state.json")
+    )
+
+
+CONFIG = with_changes(tiny_config(out="run"), {"run": {"sync": "s3://bucket/run"}})
+
+
+class Run:
+    """A run that only saves; `copies` are those of its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(outline(CONFIG).config))
+        self.copies = Copies(CONFIG.run.sync, folder)
+        settings: dict[str, Any] = {"every_steps": 0, "every_minutes": 0.0, "keep": 2}
+        self.writer = CheckpointWriter(folder, description={}, then=self.copies.start, **settings)
+
+    def save(self, step: int) -> None:
+        few = {"w": torch.full((9,), float(step))}
+        self.writer.save(step, {"model": few, "optimizer": few, "source": few})
+        self.writer.wait()
+
+    def finish(self, seconds: float = 60.0) -> None:
+        self.copies.finish(seconds)
+
+
+@pytest.fixture
+def saving(bucket: str, tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+def test_an_upload_that_is_cut_leaves_the_older_checkpoint(saving, tmp_path, monkeypatch, capsys):
+    """Wherever it is cut; with one warning. The next one takes its place."""
+    saving.save(1)
+    saving.finish()
+    files, put = fsspec.get_filesystem_class("s3"), fsspec.get_filesystem_class("s3").put_file
+    for step, cut_at in ((2, "model.safetensors"), (3, "state.json")):
+
+        def cut(self: Any, path: str, name: str, cut_at: str = cut_at) -> None:
+            if name.endswith(cut_at):
+                raise OSError("no room for s3://me:word@bucket/run")
+            put(self, path, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "put_file", cut)
+            saving.save(step)
+            saving.finish()
+        assert complete() == [1]
+        assert whole()
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert "run.sync: s3://bucket/run: not copied (no room for s3://***@bucket/run)" in warning
+    saving.save(4)
+    saving.finish()
+    assert complete() == [3, 4]
+    assert whole()
+    assert not [name for name in objects() if "step-000000001" in name or "step-000000002" in name]
+    assert capsys.readouterr().err == ""
+
+
+def test_one_copy_at_a_time_and_the_newest_next(saving, monkeypatch, capsys):
+    """Training saves on while a store is slow, and the end waits for so long only."""
+    files, put = fsspec.get_filesystem_class("s3"), fsspec.get_filesystem_class("s3").put_file
+    begun, go_on, put_names = Event(), Event(), []
+
+    def slow(self: Any, path: str, name: str) -> None:
+        put_names.append(name)
+        begun.set()
+        assert go_on.wait(60)
+        put(self, path, name)
+
+    monkeypatch.setattr(files, "put_file", slow)
+    saving.save(1)
+    assert begun.wait(60)
+    for step in (2, 3, 4):
+        saving.save(step)
+    saving.finish(0.01)
+    assert "not done within 0.01 s" in capsys.readouterr().err
+    assert len(put_names) == 1
+    go_on.set()
+    saving.finish()
+    assert complete() == [3, 4]
+    put_steps = [int(found[1]) for name in put_names if (found := re.search(r"step-(\d+)", name))]
+    assert put_steps == sorted(put_steps, reverse=True)
+    assert capsys.readouterr().err == ""
+
+
+def fetched(folder: Path, *, resume: bool = True, **changes: Any) -> list[int]:
+    """The steps of the intact checkpoints in a run folder after a fetch."""
+    config = with_changes(with_out(CONFIG, str(folder)), {"run": changes})
+    fetch(outline(config), resume=resume)
+    return [int(path.name[-9:]) for path in checkpoints(folder) if damage(path) is None]
+
+
+def test_the_newer_of_folder_and_bucket_wins(saving, tmp_path, capsys):
+    """A damaged checkpoint of the bucket is passed over."""
+    for step in (1, 2):
+        saving.save(step)
+    saving.finish()
+    other = Run(tmp_path / "other")
+    other.writer.then = lambda folder: None
+    other.save(1)
+    assert fetched(other.folder) == [1, 2]
+    assert "step-000000002 fetched from s3://bucket/run" in capsys.readouterr().err
+    before = (other.folder / "checkpoints" / "step-000000002").stat()
+    assert fetched(other.folder) == [1, 2]
+    assert (other.folder / "checkpoints" / "step-000000002").stat() == before
+    assert capsys.readouterr().err == ""
+    files = fsspec.filesystem("s3")
+    files.pipe_file("/bucket/run/checkpoints/step-000000002/model.safetensors", b"")
+    assert fetched(tmp_path / "third") == [1]
+    err = capsys.readouterr().err
+    assert "step-000000002 there is passed over: model.safetensors is not what was written" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"seed": 5}, r"run\.sync: s3://bucket/run: .*other settings: run\.seed .*--run\.sync$"),
+        ({"resume": False}, "holds a run; go on with --resume auto, or choose another folder$"),
+        ({"sync": "s3://bucket"}, "s3://bucket: holds other files, or choose another folder$"),
+    ],
+)
+def test_another_run_in_the_bucket_is_refused(more, message, saving, tmp_path):
+    saving.save(1)
+    saving.finish()
+    before = dict(objects())
+    with pytest.raises(ValueError, match=message):
+        fetched(tmp_path / "other", **more)
+    assert not (tmp_path / "other").exists()
+    assert all(name.endswith("/.protoclip") for name in objects().keys() - before.keys())
+
+
+def test_a_bucket_that_cannot_be_written_ends_a_run_before_it_begins(bucket, tmp_path, monkeypatch):
+    def refuse(self: Any, *given: Any, **more: Any) -> None:
+        raise PermissionError("Access Denied\nmore")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "pipe_file", refuse)
+    message = "run.sync: s3://bucket/run: Access Denied; check name, credentials, network and room"
+    with pytest.raises(ValueError, match=f"^{message}, or leave run.sync out$"):
+        fetched(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
