@@ -36,20 +36,37 @@ def test_convolutions_are_measured_on_a_card_alone(device, expected, monkeypatch
         assert not torch.backends.cudnn.benchmark
 
 
-def test_a_card_has_the_batch_norm_of_torch_and_of_timm():
-    """timm's also activates. Names of parameters and buffers stay, and so do the parameters."""
+@pytest.mark.parametrize(
+    ("device", "types"),
+    [
+        (CARD, {nn.SyncBatchNorm, SyncBatchNormAct}),
+        (CPU, {batch_norm.SyncBatchNorm, batch_norm.SyncBatchNormAct}),
+    ],
+)
+def test_every_batch_norm_of_a_tower_is_synchronised(device, types):
+    """Also timm's, which activates: by those of torch and timm on a card. Names of parameters and
+    buffers stay, and so do the parameters."""
     tower = timm.create_model("resnet10t")
     towers = nn.ModuleDict({"timm": timm.create_model("efficientnet_b0"), "torch": tower})
     names, weight = list(towers.state_dict()), tower.bn1.weight
-    number = batch_norm.synchronise(towers, CARD)
-    types = [type(part) for part in towers.modules() if isinstance(part, nn.BatchNorm2d)]
-    assert types == []
-    synced = [type(part) for part in towers.modules() if isinstance(part, nn.SyncBatchNorm)]
-    assert (len(synced), {*synced}) == (number, {nn.SyncBatchNorm, SyncBatchNormAct})
+    assert batch_norm.synchronise(towers, device) == 49 + 14
+    synced = [type(part) for part in towers.modules() if isinstance(part, (*types,))]
+    assert (len(synced), {*synced}) == (49 + 14, types)
     assert not batch_norm.has_own_statistics(towers)
     assert list(towers.state_dict()) == names
     assert tower.bn1.weight is weight
-    assert batch_norm.synchronise(towers, CARD) == number
+    assert batch_norm.synchronise(towers, device) == 49 + 14  # and again changes nothing
+
+
+def test_a_batch_norm_that_computes_something_else_is_refused():
+    """It is neither left unsynchronised nor turned into another layer."""
+
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match=r"sync_batch_norm: Doubled layers cannot be synchronised"):
+        batch_norm.synchronise(nn.Sequential(Doubled(3)), CPU)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from filelock import FileLock
 
 from interrupting import (
     QUEUE,
@@ -19,7 +18,6 @@ from interrupting import (
     config_for,
     stop_after,
     with_changes,
-    with_out,
 )
 from protoclip import cli
 from protoclip.files import checksum
@@ -32,7 +30,7 @@ from protoclip.training.trainer import Trainer
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("model.safetensors", "cut"), ("optimizer.safetensors", "changed"), ("state.json", "gone")],
+    [("optimizer.safetensors", "changed"), ("state.json", "gone")],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(name, how, stopped, capsys):
     """The run goes on from the one before."""
@@ -40,7 +38,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(name, how, stopped, capsy
     data = newest.read_bytes()
     newest.unlink()
     if how != "gone":
-        newest.write_bytes(data[:-10] if how == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+        newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.MonkeyPatch.context() as patch:
         stop_after(6, patch)
         run.train(stopped, resume="auto")
@@ -58,8 +56,8 @@ def rewrite(checkpoint_folder: Path, name: str, data: bytes) -> None:
     path.write_text(json.dumps(sums | {name: checksum(data)}))
 
 
-def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped):
-    """One line says why: written by another version, with other arithmetic, or damaged."""
+def test_a_run_whose_checkpoint_cannot_be_used_does_not_start_again(stopped):
+    """One line says why: written by another version, or with other arithmetic."""
     folder = Path(str(stopped.run.out))
     last = checkpoints(folder)[-1]
     facts = json.loads((last / "state.json").read_text())
@@ -73,25 +71,7 @@ def test_a_run_whose_checkpoints_are_all_unusable_does_not_start_again(stopped):
         rewrite(last, "state.json", json.dumps(state).encode())
         with pytest.raises(ValueError, match=message):
             run.train(config, resume="auto")
-    for found in checkpoints(folder):
-        (found / "resume.safetensors").unlink()
-    with pytest.raises(ValueError, match="every checkpoint of the run is damaged") as raised:
-        run.train(stopped, resume="auto")
-    for words in ("step-000000001", "step-000000006", "resume.safetensors", "--run.out"):
-        assert words in str(raised.value)
     assert len(checkpoints(folder)) == 6
-
-
-def test_a_folder_that_is_in_use_or_cannot_be_written_is_named(stopped, tmp_path):
-    """Another open file holds the lock, as another process would."""
-    with (
-        FileLock(Path(str(stopped.run.out)) / ".lock"),
-        pytest.raises(ValueError, match="another process is running in this folder"),
-    ):
-        run.train(stopped, resume="auto")
-    (tmp_path / "file").write_text("")  # in place of a folder, which stops the superuser too
-    with pytest.raises(OSError, match="file/run"):
-        run.train(with_out(stopped, str(tmp_path / "file" / "run")))
 
 
 class Bomb:
@@ -99,12 +79,11 @@ class Bomb:
         return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "resume.safetensors", "state.json"])
-def test_a_pickle_in_a_checkpoint_never_runs(name, stopped, tmp_path, monkeypatch):
+def test_a_pickle_in_a_checkpoint_never_runs(stopped, tmp_path, monkeypatch):
     """It is refused as damaged, even with a checksum that fits."""
     monkeypatch.chdir(tmp_path)
     newest = checkpoints(Path(str(stopped.run.out)))[-1]
-    rewrite(newest, name, pickle.dumps(Bomb()))
+    rewrite(newest, "resume.safetensors", pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="damaged"):
         run.train(stopped, resume="auto")
     assert not (tmp_path / "exploded").exists()
@@ -207,28 +186,13 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
         run.train(config_for("emoji", tmp_path / "typo", run={**keep, "keep_best": metric[:-1]}))
 
 
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-            "out of memory on the device: set episodes.micro",
-        ),
-        (  # raised by a signal in the middle of a step
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "data.workers: a worker process was killed",
-        ),
-    ],
-    ids=["out of memory", "killed worker"],
-)
-def test_what_takes_memory_away_is_one_line(
-    error, line, tiny_parquet, tmp_path, monkeypatch, capsys
-):
-    """It names the settings to lower, without a traceback."""
+def test_a_worker_that_was_killed_is_one_line(tiny_parquet, tmp_path, monkeypatch, capsys):
+    """As a signal raises it in the middle of a step. It names the setting to lower."""
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(run_folder.to_toml(tiny_config(tiny_parquet, out=str(tmp_path / "run"))))
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(recipe)])
     shown = capsys.readouterr().err.strip().splitlines()[-1]
-    assert shown.startswith(f"protoclip: error: {line}")
+    assert shown.startswith("protoclip: error: data.workers: a worker process was killed")
