@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,6 +36,19 @@ QUEUE: dict[str, dict[str, Any]] = {
     "prototypes": {"source": "queue"},
     "run": {"save_minutes": 0.0, "evaluate": False},
 }
+
+
+class SharedBucket(LocalFileSystem):
+    """A bucket that processes share: `s3:///tmp/bucket` is the folder."""
+
+    protocol = "s3"
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**{**more, "auto_mkdir": True})
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return super()._strip_protocol(str(path).removeprefix("s3://"))
 
 
 def with_changes(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -4,32 +4,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
-from interrupting import quick_config, stop_after, with_out
+from interrupting import SharedBucket, quick_config, stop_after, with_out
 from protoclip.config import Config
 from protoclip.models.saved import checkpoints
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training import run
 
 
-class Folder(LocalFileSystem):
-    """A bucket that processes share: `s3:///tmp/bucket` is the folder."""
-
-    protocol = "s3"
-
-    def __init__(self, **more: Any) -> None:
-        super().__init__(**{**more, "auto_mkdir": True})
-
-    @classmethod
-    def _strip_protocol(cls, path: Any) -> str:
-        return super()._strip_protocol(str(path).removeprefix("s3://"))
-
-
 def trained(config: Config, stop: int | None = None) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_registry, "s3", Folder)
+        patch.setitem(_registry, "s3", SharedBucket)
         if stop is not None:
             stop_after(stop, patch)
         return run.train(config, resume="auto")
