@@ -264,7 +264,8 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     original, small = demo.arms, tiny_config(out="")
 
     def arms(*, seed: int, out: str) -> dict[str, Config]:
-        tiny = {"model": small.model, "episodes": small.episodes, "prototypes": small.prototypes}
+        tiny = {"model": small.model, "prototypes": small.prototypes}
+        tiny["episodes"] = replace(small.episodes, size=32, count=3)
         return {
             name: replace(config, **tiny, teacher=replace(config.teacher, number=8))
             for name, config in original(seed=seed, out=out).items()
@@ -272,6 +273,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(datasets, "emoji", few_emoji)
     monkeypatch.setattr(demo, "arms", arms)
+    monkeypatch.setattr(demo, "EXAMPLES", 60)
     monkeypatch.chdir(tmp_path)
     entries = demo.demo(Path("demo"))
     assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]
