@@ -1,7 +1,5 @@
 """Aligning two frozen halves: heads train on features that were encoded once."""
 
-import multiprocessing
-import os
 import re
 import signal
 from collections.abc import Iterator
@@ -22,7 +20,6 @@ from protoclip.data.sampler import EpisodeSampler
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.features import encode as encoding
-from protoclip.features import parts
 from protoclip.features.row_loader import RowLoader
 from protoclip.features.store import hash_ids
 from protoclip.models import loading
@@ -173,39 +170,6 @@ def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypat
         rows_of(changed(given, data=other))
     assert len(encoded) == len({*encoded})
     assert len(encoded) == len(plan.samples) + len(captions)
-
-
-def kill(given: dict[str, Any], at: int) -> None:
-    """Encode, and end at a part."""
-    write, left = parts.write_atomically, [at]
-
-    def writing(path: Path, *rest: Any, **more: Any) -> None:
-        write(path, *rest, **more)
-        if path.suffix == ".npz":
-            left[0] -= 1
-            if not left[0]:
-                os._exit(9)
-
-    parts.write_atomically = writing  # type: ignore[assignment]
-    encoding.PART_ROWS.update(image=16, text=4)
-    rows_of(given)
-
-
-def test_encoding_goes_on_after_a_kill(given, tmp_path, store, monkeypatch):
-    monkeypatch.setitem(encoding.PART_ROWS, "image", 16)
-    monkeypatch.setitem(encoding.PART_ROWS, "text", 4)
-    process = multiprocessing.get_context("fork").Process(target=kill, args=(given, 7))
-    process.start()
-    process.join()
-    assert process.exitcode == 9
-    begun = len(list(store.rglob("*.npz")))
-    assert begun
-    _, rows, _ = rows_of(given)
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "other"))
-    _, undisturbed, _ = rows_of(given)
-    every = np.arange(len(rows.images))
-    assert torch.equal(rows.image_rows(every), undisturbed.image_rows(every))
-    assert torch.equal(rows.mean_text_rows(every), undisturbed.mean_text_rows(every))
 
 
 def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:

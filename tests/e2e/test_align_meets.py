@@ -365,7 +365,8 @@ def raise_error() -> None:
 
 
 def test_encoding_goes_on_in_another_table(given, tmp_path, store, monkeypatch):
-    """Of another name, with its rows in another order: the images are the same files."""
+    """Of another name, with its rows in another order: the images are the same files. Bit for bit
+    the features are those that were not interrupted; test_encode has a kill."""
     with monkeypatch.context() as patch:
         interrupted(patch, 2, raise_error)  # among the images
         with pytest.raises(OSError, match="No space left"):
@@ -375,6 +376,11 @@ def test_encoding_goes_on_in_another_table(given, tmp_path, store, monkeypatch):
     monkeypatch.setitem(encoding.PART_ROWS, "image", 16)
     plan, rows, _ = rows_of(changed(given, data={"train": str(tmp_path / "other.parquet")}))
     assert len(plan.samples) == len({*rows.images[:, 0].tolist()}) == 96
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "undisturbed"))
+    _, whole, _ = rows_of(given)
+    every = np.arange(96)
+    assert rows.image_rows(every).equal(whole.image_rows(every[::-1].copy()))
+    assert rows.mean_text_rows(every).equal(whole.mean_text_rows(every[::-1].copy()))
 
 
 def test_a_damaged_part_names_what_to_delete(given, store, monkeypatch):
