@@ -1,9 +1,8 @@
 """Aligning two frozen halves: heads train on features that were encoded once."""
 
-import multiprocessing
-import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from protoclip.data.sampler import EpisodeSampler
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.features import encode as encoding
-from protoclip.features import parts
 from protoclip.features.row_loader import RowLoader
 from protoclip.features.store import hash_ids
 from protoclip.models import loading
@@ -33,8 +31,17 @@ from protoclip.training.run import Run
 from tiny_align import changed, rows_of, tiny_alignment, weights_of
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What one test has encoded, the others read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
 def store(tmp_path, monkeypatch) -> Path:
+    """A store of a test's own, with nothing in it."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "features"
 
@@ -69,15 +76,22 @@ def test_only_what_lies_between_the_halves_trains(given, tmp_path):
     assert "eval/validation/retrieval/image_to_text@1" in results["metrics"]
 
 
-def test_the_default_leaves_features_out_and_keeps_the_geometry(given, tmp_path):
-    """And has no prototypes, which cost where the geometry is kept (docs/LOG.md)."""
-    align(changed({**given, "loss": {}, "align": {}}, tmp_path / "run"))
+def test_the_default_leaves_features_out_and_keeps_the_geometry(given, tmp_path, capsys):
+    """And has no prototypes, which cost where the geometry is kept (docs/LOG.md). Notes name what
+    was given without effect, and nothing that was chosen."""
+    given = {**given, "loss": {}, "align": {}}
+    align(changed(given, tmp_path / "run", data={"augmentation": "clip"}))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "train/loss/info_nce" in lines
     assert "train/loss/geometry" in lines
     assert "prototypical" not in lines
     config = (tmp_path / "run" / "config.toml").read_text()
     for setting in ("dropout = 0.5", "geometry = 10.0", "teacher = 0.0", "prototypical = 0.0"):
         assert setting in config
+    said = capsys.readouterr().err
+    for chosen in ("optim.heads_lr_scale", "episodes.warm_up"):
+        assert f"{chosen}: no effect" not in said
+    assert "data.augmentation: no effect, since align.views is 1" in said
 
 
 def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_path):
@@ -159,40 +173,6 @@ def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypat
     assert len(encoded) == len(plan.samples) + len(captions)
 
 
-def kill(given: dict[str, Any], at: int) -> None:
-    """Encode, and end at a part."""
-    write, left = parts.write_atomically, [at]
-
-    def writing(path: Path, *rest: Any, **more: Any) -> None:
-        write(path, *rest, **more)
-        if path.suffix == ".npz":
-            left[0] -= 1
-            if not left[0]:
-                os._exit(9)
-
-    parts.write_atomically = writing  # type: ignore[assignment]
-    encoding.PART_ROWS.update(image=16, text=4)
-    rows_of(given)
-
-
-@pytest.mark.parametrize("part", [2, 7])
-def test_encoding_goes_on_after_a_kill(part, given, tmp_path, store, monkeypatch):
-    monkeypatch.setitem(encoding.PART_ROWS, "image", 16)
-    monkeypatch.setitem(encoding.PART_ROWS, "text", 4)
-    process = multiprocessing.get_context("fork").Process(target=kill, args=(given, part))
-    process.start()
-    process.join()
-    assert process.exitcode == 9
-    begun = len(list(store.rglob("*.npz")))
-    assert begun
-    _, rows, _ = rows_of(given)
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "other"))
-    _, undisturbed, _ = rows_of(given)
-    every = np.arange(len(rows.images))
-    assert torch.equal(rows.image_rows(every), undisturbed.image_rows(every))
-    assert torch.equal(rows.mean_text_rows(every), undisturbed.mean_text_rows(every))
-
-
 def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", cache)
@@ -202,7 +182,6 @@ def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "more",
     [
-        {},
         {"align": {"head": "mlp", "views": 2}, "loss": {"instance": "sigmoid"}},
         {"episodes": {"micro_batch_size": 4}, "prototypes": {"source": "extract", "number": 4}},
     ],
@@ -218,9 +197,8 @@ def test_ranks_train_what_one_process_trains(more, given, tmp_path):
             torch.testing.assert_close(two[name], value, atol=2e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("source", ["queue", "extract"])
-def test_a_stopped_run_goes_on_bit_for_bit(source, given, tmp_path, monkeypatch):
-    more = {"prototypes": {"source": source, "number": 4}, "align": {"dropout": 0.1, "head": "mlp"}}
+def test_a_stopped_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
+    more = {"prototypes": {"source": "queue"}, "align": {"dropout": 0.1, "head": "mlp"}}
     align(changed(given, tmp_path / "whole", **more))
     step = aligning.train_together.__globals__["Trainer"].train_step
     left = [7]
@@ -288,37 +266,12 @@ def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):
     assert align(settings)["steps"] == 12
 
 
-def test_fine_tuning_and_exports_take_what_was_aligned(given, tmp_path):
-    align(changed(given, tmp_path / "run", align={"head": "mlp"}))
-    facts = protoclip.export(tmp_path / "run", tmp_path / "out", ("open_clip",))
-    assert [*facts["formats"]] == ["open_clip"]
-    protoclip.finetune(
-        {
-            "model": {"start": str(tmp_path / "run")},
-            "data": given["data"],
-            "run": {**given["run"], "out": str(tmp_path / "tuned"), "evaluate_every": 1},
-            "episodes": {"size": 64, "count": 1, "batch_size": 16},
-            "loss": {"prototypical": 0.0, "teacher": 0.0},
-        },
-        alpha=1.0,
-    )
-    before, after = weights_of(tmp_path / "run"), weights_of(tmp_path / "tuned")
-    assert before.keys() == after.keys()
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert any("trunk" in name for name in moved)
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"model": {"name": "RN50"}}, "model.name: is a whole model, but align needs two"),
-        ({"model": {"image": {}}}, "model.image.name: align needs two pretrained halves"),
-        ({"model": {"text": {}}}, "model.text.name: align needs two pretrained halves"),
-        ({"parallel": {"strategy": "fsdp"}}, "parallel.strategy: fsdp shards towers"),
         ({"optim": {"layer_decay": 0.9}}, "optim.layer_decay: align leaves the halves"),
         ({"model": {"lora": 4}}, "model.lora: align leaves the halves"),
         ({"loss": {"keep": 1.0}}, "loss.keep: align leaves the halves"),
-        ({"data": {"read": "streaming"}}, "data.read: align encodes each pair once"),
     ],
 )
 def test_settings_that_align_cannot_follow(more, message, given):
@@ -332,20 +285,3 @@ def test_settings_may_come_as_a_config(given):
     config = Config.from_dict(given)
     mine, theirs = (aligning.before_data(aligning.given_settings(g)) for g in (config, given))
     assert mine.config == theirs.config
-
-
-def test_a_damaged_store_says_what_to_do(given, store):
-    rows_of(given)
-    file = next(store.rglob("features.npy"))
-    content = bytearray(file.read_bytes())
-    content[-10] ^= 4
-    file.write_bytes(content)
-    _, rows, _ = rows_of(given)
-
-    def read() -> None:
-        every = np.arange(len(rows.images))
-        rows.image_rows(every)
-        rows.mean_text_rows(every)
-
-    with pytest.raises(ValueError, match=r"damaged \(the checksum .* delete the folder, and give"):
-        read()

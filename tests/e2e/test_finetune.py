@@ -434,14 +434,6 @@ def test_without_matplotlib_there_is_no_figure(top, copied, capsys, monkeypatch)
     assert not (copied / "wise_ft.png").exists()
 
 
-def test_the_help_explains_the_command(capsys):
-    with pytest.raises(SystemExit):
-        main(["finetune", "--help"])
-    text = capsys.readouterr().out
-    assert "usage: protoclip finetune START [OPTIONS]" in text
-    assert all(f"--{option} " in text for option in ("guard", "lora", "keep", "alpha", "resume"))
-
-
 def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):
     """Nothing is said again; but a run with data beside it is a start, as one that is none is."""
     main(["finetune", str(copied), "--resume", "auto", "--alpha", "0.3"])

@@ -29,7 +29,8 @@ from protoclip.training import run
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
     """In every stage, within and between episodes, after any signal: all tensors and metrics end
-    equal. Afterwards the process has its own signal handlers again."""
+    equal, as of two runs with one seed. Afterwards the process has its own signal handlers again.
+    """
     given = {"episodes": {"replacement": False}, "prototypes": {"extract_transform": "training"}}
     config = config_for(tiny_parquet, tmp_path / "run", **given)
     config = with_changes(config, {"run": {"evaluate": False}})
