@@ -141,16 +141,20 @@ def test_a_named_model_trains_by_the_sigmoid_loss_beside_prototypes(
     assert first["train/logit_bias"] == trained.towers.logit_bias.item()
 
 
-def test_a_run_says_how_many_pairs_match(tmp_path):
+def test_a_run_says_its_loss_and_how_many_pairs_match(tmp_path, capsys):
     """All of a batch of 16, where all are of one class."""
     table = tiny_pairs(96)
     path = tmp_path / "pairs.parquet"
     pq.write_table(table.append_column("kind", pa.array(["one"] * len(table))), path)
     data = {"class_column": "kind", "validation": 0.0}
     changes = {"data": data, "loss": {"positives": "class", "prototypical": 0.0}}
+    changes["loss"]["instance"] = "sigmoid"
     config = short(tiny_config(str(path), out=""), tmp_path / "run", count=1, **changes)
     run.train(config)
-    lines = metrics_of(tmp_path / "run", "train/loss/info_nce")
+    assert (
+        "note: loss.instance = sigmoid: the logits start with scale 10" in capsys.readouterr().err
+    )
+    lines = metrics_of(tmp_path / "run", "train/loss/sigmoid")
     assert {line.get("train/positives") for line in lines} == {15.0}
 
 
