@@ -311,6 +311,7 @@ def test_what_an_mlp_closes_is_said_before_training(given, ended, tmp_path, caps
         "report {run} --out {out}.html",
         "analyze {run} --data {pairs} --samples 60",
         "embed {run} --data {pairs} --out {out}.parquet",
+        "explore {run} --data {pairs} --static {out}",
         "embed-teacher --teacher {run} --data.train {pairs} --out {out}",
     ],
 )

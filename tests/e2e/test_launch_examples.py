@@ -157,7 +157,6 @@ def test_the_container_installs_extras_that_exist():
     text = (LAUNCH / "Containerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line and line[0] != "#"]
     arguments = dict(rest.split("=", 1) for word, rest in lines if word == "ARG")
-    assert arguments["DEVICE"] in ("cuda", "cpu")
     extras(arguments["EXTRAS"])
     shell = [rest for word, rest in lines if word == "RUN"]
     assert sum('".[$EXTRAS]"' in line for line in shell) == 1
