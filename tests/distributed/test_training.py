@@ -290,17 +290,6 @@ def test_a_stream_goes_on_with_other_ranks(tmp_path):
     assert len({*first}) == 40
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_with_another_strategy(tmp_path):
-    """The model is copied to both ranks, then sharded; the note says so."""
-    config = short()
-    expected = run_distributed(trained, 2, config, str(tmp_path / "whole"))[0]
-    run_distributed(interrupted, 2, config, str(tmp_path / "parts"), 3)
-    sharded = with_changes(config, {"parallel": {"strategy": "fsdp"}})
-    for weights in run_distributed(trained, 2, sharded, str(tmp_path / "parts")):
-        assert relative_difference(weights, expected, config) < 1e-4
-
-
 def built(config: Config) -> tuple[int, dict[str, Tensor], dict[str, Tensor], int]:
     """Whole models made; weights, buffers and parameters on this rank of the sharded model."""
     with pytest.MonkeyPatch.context() as patch:
