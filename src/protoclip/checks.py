@@ -1,5 +1,6 @@
 """What is refused of a run's settings before anything is opened, and what has no effect there."""
 
+from dataclasses import replace
 from functools import reduce
 
 from protoclip.config import START, Config, DataConfig, ModelConfig, TeacherConfig, build
@@ -177,8 +178,9 @@ def without_effect(config: Config) -> list[str]:
         f"{name}: no effect, since {why}" for name, why in reasons.items() if why and is_set(name)
     ]
     for teacher in config.teachers or [config.teacher]:
-        known = TeacherConfig(name=teacher.name, number=teacher.number)
-        if teacher == known or (loss.teacher == 0 and not teacher.distil):
+        known = TeacherConfig(name=teacher.name)
+        is_given = teacher != replace(known, number=teacher.number)
+        if not is_given or (loss.teacher == 0 and not teacher.distil):
             continue
         if teacher.features is None:
             notes.append("teacher.*: no effect, since teacher.features is not set")
@@ -186,7 +188,7 @@ def without_effect(config: Config) -> list[str]:
         hard_targets = teacher.hard_targets and f"{teacher.name}.hard_targets is set"
         no_loss = loss.teacher == 0 and "loss.teacher is 0"
         causes = {
-            **dict.fromkeys(("whiten", "hard_targets"), no_loss),
+            **dict.fromkeys(("whiten", "hard_targets", "number"), no_loss),
             "target_temperature": no_loss or hard_targets,
             "tower": not teacher.distil and f"{teacher.name}.distil is 0",
         }

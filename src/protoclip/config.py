@@ -350,7 +350,12 @@ class Config:
 
     @property
     def external_teachers(self) -> dict[str, TeacherConfig]:
-        """The teachers that have features, by name, if a loss of theirs has a weight."""
+        """The teachers that have features, by name, if a loss of theirs has a weight.
+
+        `run.overfit` takes none.
+        """
+        if self.run.overfit is not None:
+            return {}
         return {
             teacher.name: teacher
             for teacher in self.teachers or [self.teacher]

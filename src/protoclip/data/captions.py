@@ -48,13 +48,16 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
     """
     asked, batch = config.data.captions, config.episodes.batch_size
     number = asked if isinstance(asked, int) else 1
-    if asked == "all":
-        if not hasattr(source, "most_captions"):
+    if asked == "all" or number > 1:
+        most = getattr(source, "most_captions", None)  # a stream does not know
+        if asked == "all" and most is None:
             raise ValueError(
                 f"data.captions: all is not known of {source.name}, a stream; give how many "
                 "captions an image has at most, such as 5"
             )
-        number = source.most_captions
+        if most == 1:
+            return ONE, [f"data.captions = {asked}: no effect, since no image has several captions"]
+        number = min(number, most) if most and asked != "all" else most or number
     note = (
         f"data.captions = {asked}: {number} of each image, which makes {batch * number:,} captions "
         f"in a batch of {batch:,} images"

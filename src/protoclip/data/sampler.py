@@ -155,6 +155,8 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
         return lambda index: Episode(index=index, rows=torch.arange(size) + index * size)
     parts = samples.parts if isinstance(samples, PairsView) else [(samples, range(len(samples)))]
     weights = [entry.weight for entry in config.data.sources if entry.weight is not None]
+    if config.run.overfit is not None:
+        weights = []  # each pair once an episode
     for source, rows in parts:
         if weights and not len(rows):
             raise ValueError(

@@ -152,7 +152,7 @@ def keep(
 
 
 def distil(
-    outputs: Float[Tensor, "b _"], features: Float[Tensor, "b q"], *, by: By
+    outputs: Float[Tensor, "b _"], features: Float[Tensor, "b q"], *, by: By, copies: int = 1
 ) -> Float[Tensor, ""]:
     """How far what a tower makes of a batch is from a teacher's features of it.
 
@@ -177,6 +177,8 @@ def distil(
         outputs: What a tower's head makes of them, or by relations the tower; of any norm.
         features: The teacher's, of any norm, in any precision; a row of NaN is one it does not
             know.
+        copies: Rows of each sample, which follow each other. Relations leave out those to a row's
+            own sample, whose features are the same.
     """
     known = torch.isfinite(features).all(1)
     (outputs,) = tiles.widened(outputs)
@@ -186,6 +188,7 @@ def distil(
         if by == "features":
             return mean_of_known(cosine_distances(rows, frozen), known, shared=True)
         places = torch.arange(len(rows), device=rows.device) + collectives.rank() * len(rows)
+        places = places // copies
         numbers = torch.where(known, places, -1)
         gathered = map(collectives.all_gather_with_gradient, (rows, frozen, numbers))
         all_rows, all_frozen, all_numbers = gathered

@@ -81,6 +81,7 @@ def objective(
     frozen: tuple[Tensor, Tensor] | None = None,
     teachers: Mapping[str, Tensor] | None = None,
     groups: Int[Tensor, "b k"] | None = None,
+    captions: int = 1,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted losses by name, whose sum is minimised, and a report of them, unweighted.
@@ -115,6 +116,7 @@ def objective(
             `weights.geometry` is.
         teachers: Features of the batch by teacher; needed of those in `embeddings.distilled`.
         groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
+        captions: Texts of each image, which follow each other; its rows are repeated for them.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
     """
@@ -146,9 +148,10 @@ def objective(
         report["train/loss/keep"] = loss.detach()
     for name, outputs in embeddings.distilled.items():
         assert teachers is not None, "a weight needs the teacher's features"
-        rows = teachers[name]
-        rows = rows[:: len(rows) // len(outputs)]  # of each image once, though it has several texts
-        loss = distil(outputs, rows, by=weights.distil_by)
+        # An image tower has a row for each image, a text tower one for each of its texts.
+        texts = captions if len(outputs) == len(teachers[name]) else 1
+        rows = teachers[name][:: captions // texts]
+        loss = distil(outputs, rows, by=weights.distil_by, copies=texts)
         losses[f"distil_{name}"] = weights.distil[name] * loss
         report[f"train/loss/distil/{name}"] = loss.detach()
     if weights.geometry:
@@ -156,7 +159,7 @@ def objective(
         image, text = embeddings.image_outputs, embeddings.text_outputs
         assert image is not None
         assert text is not None
-        image = image[:: len(image) // len(frozen[0])]  # each once, though it has several texts
+        image = image[::captions]
         halves = zip((image, text), frozen, strict=True)
         parts = [geometry_loss(F.normalize(out, dim=-1), rows) for out, rows in halves]
         losses["geometry"] = weights.geometry * torch.stack(parts).mean()

@@ -303,7 +303,10 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         return plan, rows
     kept = without_rows(samples, left_out)
     episodes = config.episodes
-    if len(kept) < episodes.size and not choices.is_given("episodes.size"):
+    if config.run.overfit is not None:  # each pair that is left, in one batch
+        left = len(kept)
+        config = replace(config, episodes=replace(episodes, size=left, batch_size=left))
+    elif len(kept) < episodes.size and not choices.is_given("episodes.size"):
         batch = episodes.batch_size
         size = max(batch, len(kept) // batch * batch)
         config = replace(config, episodes=replace(episodes, size=size))

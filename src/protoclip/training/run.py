@@ -133,7 +133,7 @@ def train_together(
                 "--run.out"
             )
         if done:
-            sync.Copies(config.run.sync, folder).finish(sync.END_SECONDS)
+            sync.copies(config, folder).finish(sync.END_SECONDS)
         return begun, done
 
     begun, done = rank0_first(plan_without_data)
@@ -196,6 +196,10 @@ def train_together(
             if ending is not None and run.is_finished and not run.asked_to_stop():
                 ending(run, start)
             stopped = run.asked_to_stop()  # also since then: the evaluation may take long
+        except BaseException:
+            run.writer.wait()
+            run.copies.finish(sync.STOPPED_SECONDS)
+            raise
         finally:
             run.loader.close()
             run.writer.wait()
@@ -203,7 +207,11 @@ def train_together(
                 run.log.close()
         if stopped:  # all ranks wait, since a launcher ends all when one has ended
             raise_on_all_ranks(lambda: run.copies.finish(sync.STOPPED_SECONDS))
-    results = run.results()
+    try:
+        results = run.results()
+    except BaseException:
+        run.copies.finish(sync.STOPPED_SECONDS)
+        raise
     if not stopped:
         raise_on_all_ranks(lambda: run.copies.finish(sync.END_SECONDS))
     return results
@@ -303,7 +311,7 @@ class Run:
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
         tokenizer, workers = self.loader.tokenizer, self.loader.workers
         self.evaluate = judge_of(plan, model, self.trained, tokenizer=tokenizer, workers=workers)
-        self.copies = sync.Copies(config.run.sync if rank() == 0 else None, folder)
+        self.copies = sync.copies(config, folder)
         self.writer = CheckpointWriter(
             folder,
             description=model_json(plan.start.model, plan.start.architecture.towers_json),
@@ -507,6 +515,7 @@ class Run:
             "best": self.writer.best,
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
+            "recall": self.recall,
         }
         if self.trained is not self.model:
             state["model"] = parallel.weights(self.model)
@@ -556,6 +565,7 @@ class Run:
             self.writer.best = int(step), float(value)
         if self.early_stop is not None:
             self.early_stop.load_state_dict(state["early_stop"])
+        self.recall = state.get("recall", 0.0)
         return int(state["metrics_bytes"])
 
     def results(self) -> dict[str, Any]:

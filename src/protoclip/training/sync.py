@@ -21,6 +21,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 
 from protoclip.config import Config
 from protoclip.data import access
+from protoclip.distributed.collectives import rank
 from protoclip.files import read_json
 from protoclip.models.saved import CHECKSUMS, MODEL, STATE, checkpoints, damage
 from protoclip.terminal import say, without_secrets
@@ -34,6 +35,7 @@ STOPPED_SECONDS, END_SECONDS = 60.0, 1800.0
 SETTINGS, RESULTS, PROBE = "config.toml", "results.json", ".protoclip"
 DONE = (MODEL, RESULTS)
 LEFT_OUT = ("checkpoints", "wandb", "start_features")  # copied apart, elsewhere, made anew
+RUN_ID = "wandb/run-id"  # with it Weights & Biases goes on with the run's curves
 MARKER = re.compile(rf"checkpoints/(step-\d+)/{re.escape(CHECKSUMS)}", re.ASCII)
 
 
@@ -165,15 +167,29 @@ def get_checkpoint(store: Store, step: str, folder: Path) -> bool:
     return True
 
 
+def copies(config: Config, folder: Path) -> "Copies":
+    """Those of a run, by rank 0."""
+    url = config.run.sync if rank() == 0 else None
+    return Copies(url, folder, keep=config.run.keep_checkpoints)
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """Size and time of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 class Copies:
     """Copies a run folder to its store in a thread, one copy at a time; the newest state wins.
 
     A checkpoint that cannot be copied costs a warning. What was complete in the store stays so
-    until a newer checkpoint is. Without a URL there is nothing to do.
+    until a newer checkpoint is. Of the checkpoints that other machines left there, the newest stay,
+    up to the number `keep`. Without a URL there is nothing to do.
     """
 
-    def __init__(self, url: str | None, folder: Path) -> None:
-        self.url, self.folder = url, folder
+    def __init__(self, url: str | None, folder: Path, *, keep: int) -> None:
+        self.url, self.folder, self.keep = url, folder, keep
+        self._seen = set[str]()  # checkpoints that were in the folder
         self.store: Store = None if url is None else store_of(url)
         self._newest: Path | None = None
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of files beside checkpoints
@@ -194,6 +210,7 @@ class Copies:
 
     def finish(self, seconds: float) -> None:
         """Copy what has changed, and wait for it; after so many seconds there is a warning."""
+        self._warned_of = None  # the last word is on the last copy
         self.start(self._newest or max(checkpoints(self.folder), default=self.folder))
         thread = self._thread
         if thread is None:  # done already
@@ -231,8 +248,14 @@ class Copies:
         beside = {
             name: path
             for name, path in files.items()
-            if name.split("/")[0] not in LEFT_OUT and not path.name.startswith(".")
+            if not re.search(r"(^|/)\.", name)
+            and (name.split("/")[0] not in LEFT_OUT or name == RUN_ID)
         }
+        if any(
+            name.endswith(".safetensors") and self._is_new(beside[name], name) for name in beside
+        ):
+            for name in there & {*DONE}:  # they speak of the model before
+                self.store.rm_file(name)
         # What has settings is a run, so these come first.
         for name in sorted(beside.keys() - {*DONE}, key=lambda name: name != SETTINGS):
             self._put(beside[name], name)
@@ -246,15 +269,21 @@ class Copies:
                     raise
         for name in sorted(beside.keys() & {*DONE}):
             self._put(beside[name], name)
-        steps = {path.name for path in kept}
-        gone = [n for n in there if n.startswith("checkpoints/") and n.split("/")[1] not in steps]
-        for name in sorted(gone, key=lambda name: not MARKER.fullmatch(name)):
+        here = {path.name for path in checkpoints(folder)}
+        others = {n.split("/")[1] for n in there if n.startswith("checkpoints/")} - here
+        gone, foreign = others & self._seen, sorted(others - self._seen)
+        self._seen |= here
+        gone |= {*foreign[: max(0, len(foreign) + len(here) - self.keep)]}
+        names = [n for n in there if n.startswith("checkpoints/") and n.split("/")[1] in gone]
+        for name in sorted(names, key=lambda name: not MARKER.fullmatch(name)):
             self.store.rm_file(name)
+
+    def _is_new(self, path: Path, name: str) -> bool:
+        return self._copied.get(name) != state_of(path)
 
     def _put(self, path: Path, name: str) -> None:
         """Copy a file that has changed since it was copied last."""
-        status = path.stat()
-        state = status.st_size, status.st_mtime_ns
+        state = state_of(path)
         if self._copied.get(name) != state:
             self.store.put_file(str(path), name)
             self._copied[name] = state

@@ -170,6 +170,7 @@ class Trainer:
             frozen=(batch.image, batch.text) if self.weights.geometry else None,
             teachers=batch.features,
             groups=batch.groups,
+            captions=len(batch.text) // len(batch.image),
             detailed=detailed,
         )
         total = torch.stack(list(losses.values())).sum()

@@ -1,6 +1,7 @@
 """Copies of a run folder in a bucket: whole or absent, the newest first, no harm to the run."""
 
 import re
+import shutil
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -46,7 +47,7 @@ class Run:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         (folder / "config.toml").write_text(to_toml(outline(CONFIG).config))
-        self.copies = Copies(CONFIG.run.sync, folder)
+        self.copies = Copies(CONFIG.run.sync, folder, keep=2)
         settings: dict[str, Any] = {"every_steps": 0, "every_minutes": 0.0, "keep": 2}
         self.writer = CheckpointWriter(folder, description={}, then=self.copies.start, **settings)
 
@@ -82,8 +83,10 @@ def test_an_upload_that_is_cut_leaves_the_older_checkpoint(saving, tmp_path, mon
             saving.finish()
         assert complete() == [1]
         assert whole()
-        (warning,) = capsys.readouterr().err.splitlines()
-        assert "run.sync: s3://bucket/run: not copied (no room for s3://***@bucket/run)" in warning
+        warnings = capsys.readouterr().err.splitlines()
+        assert warnings  # of the checkpoint, and at the end if that copy is another one
+        for warning in warnings:
+            assert "run.sync: s3://bucket/run: not copied (no room for s3://***@bucket/" in warning
     saving.save(4)
     saving.finish()
     assert complete() == [3, 4]
@@ -145,6 +148,21 @@ def test_the_newer_of_folder_and_bucket_wins(saving, tmp_path, capsys):
     assert fetched(tmp_path / "third") == [1]
     err = capsys.readouterr().err
     assert "step-000000002 there is passed over: model.safetensors is not what was written" in err
+
+
+def test_checkpoints_of_other_machines_stay_for_as_many_as_are_kept(saving, tmp_path):
+    """A folder that never had them does not say that they are gone."""
+    for step in (1, 2):
+        saving.save(step)
+    saving.finish()
+    other = Run(tmp_path / "other")
+    assert fetched(other.folder) == [2]
+    shutil.rmtree(other.folder / "checkpoints")
+    Copies(CONFIG.run.sync, other.folder, keep=2).finish(60.0)
+    assert complete() == [1, 2]
+    other.save(3)
+    other.finish()
+    assert complete() == [2, 3]
 
 
 @pytest.mark.parametrize(
