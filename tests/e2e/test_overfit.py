@@ -2,11 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import protoclip
 from interrupting import with_changes
+from protoclip.config import SourceConfig
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.sampler import episodes
+from protoclip.data.view import PairsView
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import overfit
 from protoclip.training.align import align
@@ -26,6 +31,20 @@ def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, caps
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert (facts["recall"] == 1) == (facts["steps"] < 80) == (rate > 1e-3)
     assert (results["samples_seen"], results["metrics"]) == (8 * facts["steps"], {})
+
+
+def test_it_takes_no_teachers_and_no_weights_of_sources():
+    """Each pair is in each batch once, and nothing else is learned."""
+    sources = [SourceConfig(path=name, weight=1.0) for name in ("a", "b")]
+    parts = [(ImageTextPairs(tiny_pairs(n), name=f"{n}"), np.arange(n)) for n in (3, 5)]
+    config = tiny_config("a", out="run", teacher="emoji")
+    config = with_changes(
+        config,
+        {"teacher": {"distil": 1.0}, "data": {"sources": sources}, "run": {"overfit": 8}},
+    )
+    config = overfit.few_pairs_alone(config)
+    assert config.external_teachers == {}
+    assert sorted(episodes(config, PairsView(parts))(3).rows.tolist()) == [*range(8)]
 
 
 def test_align_and_finetune_learn_few_pairs_too(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from protoclip.data.captions import CaptionDraw
+from protoclip.config import Config, DataConfig
+from protoclip.data.captions import CaptionDraw, caption_draw
 from protoclip.data.loader import Batch, EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
@@ -325,6 +327,24 @@ def test_the_most_captions_are_those_of_the_fullest_pair():
     assert (
         few.most_captions == whole([few, ImageTextPairs(tiny_pairs(), name="q")]).most_captions == 3
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "number", "said"),
+    [
+        (5, 3, 3, "3 of each image"),
+        (2, 3, 2, "2 of each image"),
+        ("all", 3, 3, "3 of each image"),
+        (5, None, 5, "5 of each image"),
+        (5, 1, 1, "no effect, since no image has several captions"),
+        ("all", 1, 1, "no effect, since no image has several captions"),
+    ],
+)
+def test_a_visit_brings_no_more_captions_than_an_image_has(asked, most, number, said):
+    source = SimpleNamespace(name="p", **({} if most is None else {"most_captions": most}))
+    draw, (note,) = caption_draw(Config(data=DataConfig(captions=asked)), source)
+    assert draw.number == number
+    assert said in note
 
 
 def test_a_draw_picks_a_sentence_of_a_caption():
