@@ -365,6 +365,7 @@ def test_torchvision_sets_in_memory(tmp_path):
     assert data.splits["test"].images.key != data.splits["train"].images.key
 
 
+@pytest.mark.usefixtures("all_emoji")
 def test_the_emoji_have_classes_captions_and_a_name_an_image():
     data = open_data("emoji")
     assert data is emoji()
