@@ -1,7 +1,9 @@
 """Runs small enough for tests."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +14,7 @@ from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
+from tiny_align import tiny_alignment
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +67,18 @@ def stopped(run_stopped_at_6: Config, tmp_path: Path) -> Config:
     """A copy of that run, in a folder of its own."""
     copy = shutil.copytree(str(run_stopped_at_6.run.out), tmp_path / "run")
     return with_out(run_stopped_at_6, str(copy))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Settings of a tiny alignment. What one test of a file has encoded, the others read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield tiny_alignment(tmp_path_factory.mktemp("halves"))
+
+
+@pytest.fixture
+def store(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of a test's own, with nothing in it."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"

@@ -2,8 +2,6 @@
 
 import re
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,27 +26,7 @@ from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import align
 from protoclip.training.run import Run
-from tiny_align import changed, rows_of, tiny_alignment, weights_of
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What one test has encoded, the others read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch) -> Path:
-    """A store of a test's own, with nothing in it."""
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "features"
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory) -> dict[str, Any]:
-    return tiny_alignment(tmp_path_factory.mktemp("halves"))
+from tiny_align import changed, rows_of, weights_of
 
 
 def test_only_what_lies_between_the_halves_trains(given, tmp_path):

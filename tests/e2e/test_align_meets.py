@@ -3,7 +3,7 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +25,7 @@ from protoclip.models import loading
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.align import align
 from protoclip.training.trainer import Trainer
-from tiny_align import changed, rows_of, tiny_alignment, weights_of
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What one test has encoded, the others read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch) -> Path:
-    """A store of a test's own, with nothing in it."""
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "features"
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory) -> dict[str, Any]:
-    return tiny_alignment(tmp_path_factory.mktemp("halves"))
+from tiny_align import changed, rows_of, weights_of
 
 
 @pytest.fixture(scope="module")

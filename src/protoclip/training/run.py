@@ -587,8 +587,8 @@ class Run:
         if config.run.evaluate:
             results["metrics"] = self.evaluate("test", samples_to=self.folder / "results")
         results |= self.more_results
-        if (few := config.run.overfit) is not None:
-            results["overfit"] = overfit.verdict(few, trainer.step, self.recall)
+        if config.run.overfit is not None:  # of which align may have left some out
+            results["overfit"] = overfit.verdict(config.episodes.size, trainer.step, self.recall)
         if self.early_stop is not None and self.early_stop.is_due:
             facts = self.early_stop.state_dict()
             results["early_stop"] = {**facts, "reason": self.early_stop.reason}
