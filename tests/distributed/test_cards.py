@@ -119,9 +119,14 @@ class Layered(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
         self.norm, self.last = nn.BatchNorm1d(6), nn.Linear(6, 4)
+        self.mix = nn.Conv2d(3, 3, 1)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        rows = images.flatten(1)
+        pixels = self.mix(images.contiguous(memory_format=torch.channels_last))
+        # A gathered weight has lost this order of memory, but what is computed keeps the images'.
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+        assert not pixels.is_contiguous()
+        rows = pixels.flatten(1)
         for block in self.blocks:
             rows = block(rows).relu()
         return self.last(self.norm(rows).to(self.last.weight.dtype))

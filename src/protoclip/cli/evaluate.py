@@ -48,7 +48,9 @@ class Evaluate:
     json: bool = False  # Print the records as JSON.
     cache: bool = True  # Keep features, so that another task is quick.
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 if supported.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto: as training on a card, else fp32.
+    )
     batch_size: Count = 256  # Images or texts encoded at once.
     workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
     fast_resize: bool = False  # Quicker; pixels differ by rounding.
@@ -63,11 +65,10 @@ class Evaluate:
         from protoclip.evaluation import datasets, records, suite
         from protoclip.evaluation.features import Encoder
         from protoclip.models import loading
-        from protoclip.models.precision import autocast, resolve
+        from protoclip.models.precision import autocast
 
         torch.set_flush_denormal(True)
         device = collectives.device(self.device, setting="--device")
-        precision = resolve(self.precision, device)
 
         def judge(reference: str) -> list[suite.Result]:
             model, transform, tokenizer = collectives.raise_on_all_ranks(
@@ -83,7 +84,7 @@ class Evaluate:
                 workers=self.workers,
                 cache=cache_folder() / "features" if self.cache else None,
                 show=True,
-                autocast=autocast(precision, device),
+                autocast=None if self.precision == "auto" else autocast(self.precision, device),
             )
             name, pretrained = names_of(reference)
             return suite.results(

@@ -30,7 +30,6 @@ from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, 
 from protoclip.evaluation.validation import judged
 from protoclip.files import read_toml, require_regular
 from protoclip.models import loading, saved
-from protoclip.models.precision import on_card
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.nearest import nearest
@@ -312,7 +311,6 @@ def encoder_of(
         batch_size=BATCH_SIZE,
         workers=0,
         cache=cache_folder() / "features",
-        autocast=on_card("auto", next(model.parameters()).device),
     )
 
 

@@ -28,12 +28,14 @@ from protoclip.distributed.collectives import (
     any_rank,
     raise_on_all_ranks,
     rank,
+    rank0_first,
     world_size,
 )
 from protoclip.distributed.cores import cores
 from protoclip.evaluation.datasets import Images
 from protoclip.features import store
 from protoclip.files import checksum, locked
+from protoclip.models.precision import Autocast, on_card
 from protoclip.progress import Progress
 from protoclip.terminal import say
 
@@ -84,7 +86,8 @@ class Encoder:
         workers: Processes that read images; unset, one a core if there are many images.
         cache: Folder of the store in which features are kept; `None` for none.
         show: Show progress.
-        autocast: Makes the context of a forward pass, such as one of less precision.
+        autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
+            `on_card`.
     """
 
     model: Model
@@ -94,11 +97,16 @@ class Encoder:
     workers: int | None = None
     cache: Path | None = None
     show: bool = False
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    autocast: Autocast | None = None
 
     @cached_property
     def device(self) -> torch.device:
         return next(iter(self.model.parameters())).device
+
+    @cached_property
+    def context(self) -> Autocast:
+        """Makes the context of a forward pass."""
+        return self.autocast or on_card("auto", self.device)
 
     @cached_property
     def key(self) -> str:
@@ -114,7 +122,7 @@ class Encoder:
             digest.update(content.numpy())
         # Functions and objects without a text show their address in memory.
         facts = f"{self.model!r} {self.transform!r}"
-        facts += "" if self.autocast is nullcontext else repr(self.autocast)
+        facts += "" if self.context is nullcontext else repr(self.context)
         digest.update(re.sub(r" at 0x[0-9a-f]+", "", facts).encode())
         ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
         with evaluation_mode(self.model), torch.inference_mode():
@@ -150,34 +158,54 @@ class Encoder:
             some = kept.bad[:: len(kept.bad) // RETRIED + 1]
             return all(len(reader[range(row, row + 1)][1]) for row, _ in some)
 
-        encoded = self._kept("image", reader.key, compute, holds)
+        encoded = self._kept(reader.key, compute, holds)
         if not len(encoded.features):
             reason = f", such as {encoded.bad[0][1]}" if encoded.bad else ""
             raise ValueError(f"{stage}: no image can be used{reason}")
         return encoded
 
-    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
-        """Features of texts.
+    def texts(self, texts: Iterable[str], *, stage: str) -> Float[Tensor, "n d"]:
+        """Features of texts. Each different text is encoded once, and kept by itself."""
+        texts = list(texts)
+        distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        features = self._distinct_texts([*distinct], stage)
+        if len(distinct) == len(texts):
+            return features
+        return features[torch.tensor([distinct[text] for text in texts])]
 
-        Args:
-            content: Identifies the texts; then kept features are read without these.
-        """
-        if not content:
-            texts = list(texts)
-            content = checksum(json.dumps(texts).encode())
+    def _distinct_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
+        """Features of different texts: those that are kept, and the others, which are kept then."""
+        if self.cache is None:
+            return self._encode_texts(texts, stage)
+        folder = self.cache / checksum(f"{self.key} texts".encode())
+        # The first rank decides for all what is kept.
+        names = rank0_first(lambda: sorted(path.name for path in folder.glob("[!.]*")))
+        opened = [open_whole(folder / name) for name in names]
+        damaged = any_rank([segment is None for segment in opened])
+        segments = [one for one, bad in zip(opened, damaged, strict=True) if one and not bad]
+        kept = store.Segments(segments, segments[0].width if segments else 0)
+        numbers = kept.find(store.hash_ids(texts))
+        known = numbers >= 0
+        if segments and known.all():
+            return torch.from_numpy(kept.rows(numbers))
+        missing = [text for text, is_kept in zip(texts, known, strict=True) if not is_kept]
+        encoded = self._encode_texts(missing, stage)
+        segment = folder / checksum(json.dumps(missing).encode())
+        self._keep(lambda: keep_texts(segment, missing, encoded))
+        features = torch.empty(len(texts), encoded.shape[1])
+        features[torch.from_numpy(~known)] = encoded
+        if known.any():
+            features[torch.from_numpy(known)] = torch.from_numpy(kept.rows(numbers[known]))
+        return features
 
-        def compute() -> Encoded:
-            read = list(texts)
+    def _encode_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
+        def batches() -> Iterator[Batch]:
+            for rows in self._shares(len(texts)):
+                yield self.tokenizer(texts[rows.start : rows.stop]), [], []
 
-            def batches() -> Iterator[Batch]:
-                for rows in self._shares(len(read)):
-                    yield self.tokenizer(read[rows.start : rows.stop]), [], []
-
-            forward = partial(self.model.encode_text, normalize=False)
-            blank = partial(self.tokenizer, read[:1])
-            return self.encode(forward, batches(), blank, len(read), stage)
-
-        return self._kept("text", content, compute).features
+        forward = partial(self.model.encode_text, normalize=False)
+        blank = partial(self.tokenizer, texts[:1])
+        return self.encode(forward, batches(), blank, len(texts), stage).features
 
     def encode(
         self,
@@ -188,7 +216,7 @@ class Encoder:
         stage: str,
     ) -> Encoded:
         def in_precision(batch: Tensor) -> Tensor:
-            with self.autocast():
+            with self.context():
                 return forward(batch)
 
         with evaluation_mode(self.model):
@@ -227,29 +255,29 @@ class Encoder:
         return items_of(loader)
 
     def _kept(
-        self,
-        kind: str,
-        content: str,
-        compute: Callable[[], Encoded],
-        holds: Callable[[Encoded], bool] = lambda _: True,
+        self, content: str, compute: Callable[[], Encoded], holds: Callable[[Encoded], bool]
     ) -> Encoded:
-        """Features from the cache if they still hold, or computed and kept there."""
+        """Features of images from the cache if they still hold, or computed and kept there."""
         if self.cache is None or not content:
             return compute()
-        key = checksum(f"{self.key} {kind} {content}".encode())
-        kept = read_kept(self.cache / key)
+        folder = self.cache / checksum(f"{self.key} image {content}".encode())
+        kept = read_kept(folder)
         (missing,) = any_rank([kept is None or not holds(kept)])
         if kept is not None and not missing:
             return kept
         encoded = compute()
+        self._keep(lambda: keep(folder, encoded))
+        return encoded
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        """Let the first rank write, unless another process writes the same."""
         if rank() == 0:
             try:
-                keep(self.cache / key, encoded)
+                write()
             except OSError as error:
                 say(f"warning: features are not kept ({error})")
             except ValueError:
-                pass  # another process keeps the same
-        return encoded
+                pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +296,8 @@ class AlignedEncoder(Encoder):
         encoded = self.frozen.images(images, stage=stage)
         return replace(encoded, features=self._projected(encoded.features, "image"))
 
-    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
-        features = self.frozen.texts(texts, stage=stage, content=content)
+    def texts(self, texts: Iterable[str], *, stage: str) -> Float[Tensor, "n d"]:
+        features = self.frozen.texts(texts, stage=stage)
         return self._projected(features, "text")
 
     @torch.no_grad()
@@ -440,6 +468,23 @@ def keep(folder: Path, encoded: Encoded) -> None:
         folder.mkdir(exist_ok=True)
         numbers = [*map(str, range(len(features)))]
         store.write_folder(folder, numbers, [features], facts, dtype=store.FULL)
+
+
+def keep_texts(folder: Path, texts: Sequence[str], features: Float[Tensor, "n d"]) -> None:
+    """Add features of different texts to the store, each by its text; raises as `keep`."""
+    with locked(folder):
+        folder.mkdir(exist_ok=True)
+        store.write_folder(folder, texts, [features.numpy()], {}, dtype=store.FULL)
+
+
+def open_whole(folder: Path) -> store.StoredFeatures | None:
+    """Features that were kept; None if they are damaged, or another process still writes them."""
+    try:
+        kept = store.open_folder(folder)
+        kept.whole()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kept
 
 
 def read_kept(folder: Path) -> Encoded | None:

@@ -36,7 +36,6 @@ from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import read_toml
 from protoclip.models import loading
-from protoclip.models.precision import on_card
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.start import find_start
 from protoclip.terminal import say
@@ -129,7 +128,7 @@ class Explorer:
         encoder = self.encoder
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
             tokens = encoder.tokenizer([text]).to(encoder.device)
-            with encoder.autocast():
+            with encoder.context():
                 query = encoder.model.encode_text(tokens).float().cpu()
         return self.near(query, number)
 
@@ -140,7 +139,7 @@ class Explorer:
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
             image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
             pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
-            with encoder.autocast():
+            with encoder.context():
                 query = encoder.model.encode_image(pixels).float().cpu()
         return self.near(query, number)
 
@@ -186,7 +185,6 @@ def open_explorer(
         workers=workers,
         cache=cache_folder() / "features" if cache else None,
         show=True,
-        autocast=on_card("auto", device),
     )
     heads = heads_of(model, reference)
     path = path_of(cache_folder() / "atlas", encoder.key, pairs.key, layout, number, bool(heads))
@@ -229,7 +227,7 @@ def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
         raise ValueError(f"{pairs.name}: no pair has a caption")
     images = encoder.images(pairs.images(rows), stage="images")
     captions = (pairs.caption(row) for row in rows.tolist())
-    texts = encoder.texts(captions, stage="captions", content=f"first captions of {pairs.key}")
+    texts = encoder.texts(captions, stage="captions")
     kept = torch.ones(len(rows), dtype=torch.bool)
     kept[[row for row, _ in images.bad]] = False
     return Features(

@@ -7,7 +7,7 @@ The pass writes parts (see `parts.py`). At the end the first rank joins them int
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -64,7 +64,7 @@ class Encoder:
 
     `collate` turns a list of captions or transformed images into a batch, and `forward` turns that
     into features of any norm; `unit_norm` brings them to norm 1. `autocast` makes the context of
-    forward passes.
+    forward passes; unset, that of `on_card`.
     """
 
     unit_norm = True
@@ -76,11 +76,11 @@ class Encoder:
         collate: Callable[[list[Any]], Any],
         forward: Callable[[Any], Tensor],
         transform: Callable[[Image.Image], Tensor] | None = None,
-        autocast: Autocast = nullcontext,
+        autocast: Autocast | None = None,
     ) -> None:
         module = module.float().eval().requires_grad_(False)
         self.module = to_device(module, device) if device.type == "cuda" else module.to(device)
-        self.autocast = autocast
+        self.autocast = autocast or on_card("auto", device)
         self.device, self.collate, self.forward = device, collate, forward
         self.transform, self.reads = transform, "image" if transform else "text"
         example = transform(Image.new("RGB", (64, 64))) if transform else "a"
@@ -148,10 +148,9 @@ def open_encoder(
         reason = re.sub(r"^cannot be opened \((.*)\)$", r"\1", reason)
         start = setting or "--teacher"
         raise ValueError(f"{start}: '{teacher}' cannot be opened: {reason}") from None
-    context = on_card("auto", device)
     if modality == "text":
-        return Encoder(model, device, tokenizer, model.encode_text, autocast=context)
-    return Encoder(model, device, torch.stack, model.encode_image, transform, context)
+        return Encoder(model, device, tokenizer, model.encode_text)
+    return Encoder(model, device, torch.stack, model.encode_image, transform)
 
 
 def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
@@ -176,7 +175,7 @@ def timm_model(name: str, device: torch.device) -> Encoder:
             raise ValueError(f"{file} lacks {found.missing_keys[0]}")
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
-    return Encoder(model, device, torch.stack, model, transform, on_card("auto", device))
+    return Encoder(model, device, torch.stack, model, transform)
 
 
 def has_two_towers(name: str) -> bool:
@@ -211,8 +210,7 @@ def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
     def forward(batch: Any) -> Tensor:
         return pooled(model(**batch), batch["attention_mask"], pooling)
 
-    context = on_card("auto", device)
-    return Encoder(model, device, partial(tokenizer, **settings), forward, autocast=context)
+    return Encoder(model, device, partial(tokenizer, **settings), forward)
 
 
 def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -296,13 +294,8 @@ def embed_start(
     Raises:
         ValueError: The folder has features of another model or of other samples.
     """
-
-    def forward(tokens: Tensor) -> Tensor:
-        with autocast():
-            return start.encode_text(tokens)
-
     device = next(start.parameters()).device
-    encoder = Encoder(start, device, tokenizer, forward)
+    encoder = Encoder(start, device, tokenizer, start.encode_text, autocast=autocast)
     settings = {
         "teacher": START,
         **identity(samples, samples.sample_ids(), None),

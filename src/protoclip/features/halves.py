@@ -31,14 +31,12 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store
 from protoclip.features.encode import PART_ROWS, Encoder, encode_parts, join_parts
 from protoclip.features.parts import parts_of, read_note
-from protoclip.features.store import StoredFeatures, hash_ids
+from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.features.whiten import Features, Whitens
 from protoclip.files import checksum, locked
 from protoclip.models.aligned import FrozenHalves
 from protoclip.models.towers import Tokenizer
 
-Hashes = npt.NDArray[np.uint64]
-Numbers = npt.NDArray[np.int64]
 Read = TypeVar("Read")
 BLOCK = 2**14  # pairs whose captions are in memory at once
 SAMPLE = 2**14  # pairs that a whitening is fitted to
@@ -195,35 +193,6 @@ def image_key(pairs: Pairs, row: int) -> str:
     return str(source.image_key(number))
 
 
-class HalfFeatures:
-    """The features of one half `(n, q)`, segment after segment, found by key."""
-
-    def __init__(self, segments: Sequence[StoredFeatures], width: int) -> None:
-        self.segments, self.width = list(segments), width
-        self.starts = np.cumsum([0, *(len(each.features) for each in segments)])
-        self._hashes = [np.empty(len(each.hashes), np.uint64) for each in segments]
-        for hashes, segment in zip(self._hashes, segments, strict=True):
-            hashes[segment.row_of_hash] = segment.hashes
-
-    def find(self, hashes: Hashes) -> Numbers:
-        """The number of each, or -1."""
-        numbers = np.full(len(hashes), -1, np.int64)
-        for segment, start in zip(self.segments, self.starts, strict=False):
-            rows = segment.find_hashes(hashes)
-            numbers[rows >= 0] = rows[rows >= 0] + start
-        return numbers
-
-    def rows(self, numbers: Numbers) -> npt.NDArray[np.float16]:
-        """Features by number, in half precision; raises `ValueError` for a damaged one."""
-        features = np.empty((len(numbers), self.width), np.float16)
-        of = np.searchsorted(self.starts, numbers, side="right") - 1
-        for number in np.unique(of):
-            chosen, segment = np.flatnonzero(of == number), self.segments[number]
-            rows = numbers[chosen] - self.starts[number]
-            features[chosen] = segment.read(rows, self._hashes[number][rows], name=str)
-        return features
-
-
 @dataclass(frozen=True, kw_only=True)
 class HalfRows:
     """What both halves know of some pairs, by row.
@@ -240,8 +209,8 @@ class HalfRows:
         repeated: Rows whose image an earlier row has too, which then has their captions.
     """
 
-    image: Sequence[HalfFeatures]
-    text: HalfFeatures
+    image: Sequence[Segments]
+    text: Segments
     images: Numbers
     captions: Numbers
     first: Numbers
@@ -330,9 +299,7 @@ class HalfTeacher(Whitens):
         index: Sample ids and rows, as `store.build_index` gives them.
     """
 
-    def __init__(
-        self, of: Callable[[Numbers], Tensor], index: npt.NDArray[np.uint64], width: int
-    ) -> None:
+    def __init__(self, of: Callable[[Numbers], Tensor], index: Hashes, width: int) -> None:
         self.of, self.width = of, width
         self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
 
@@ -467,7 +434,7 @@ def hashes_of_captions(pairs: Pairs, form: Callable[[str], str] = str) -> tuple[
     return np.concatenate(parts), counts
 
 
-def keys_of_images(stored: HalfFeatures, numbers: Numbers) -> Numbers:
+def keys_of_images(stored: Segments, numbers: Numbers) -> Numbers:
     """A key of the features of each of these numbers; 0 for bad images, which have none."""
     keys = np.zeros(len(numbers), np.int64)
     good = np.flatnonzero(numbers >= 0)
@@ -484,7 +451,7 @@ def completed(
     folder: Path,
     batch_size: int,
     threads: int | None,
-) -> HalfFeatures:
+) -> Segments:
     """A half's features of all items that can be read; those that are missing are encoded now.
 
     `hashes` are those of the items' ids. Ranks share the work; one process at a time adds to a
@@ -544,7 +511,7 @@ def joined(out: Path, settings: dict[str, Any]) -> None:
         shutil.rmtree(out)
 
 
-def opened(folder: Path, width: int) -> HalfFeatures:
+def opened(folder: Path, width: int) -> Segments:
     """The finished segments of a half's folder, which are the same for all ranks. Collective.
 
     Raises:
@@ -559,7 +526,7 @@ def opened(folder: Path, width: int) -> HalfFeatures:
     segments = raise_on_all_ranks(lambda: [read(path, store.open_folder) for path in paths])
     for segment in segments:
         segment.way_out = "give the command"
-    return HalfFeatures(segments, width)
+    return Segments(segments, width)
 
 
 def facts_of(path: Path) -> dict[str, Any]:

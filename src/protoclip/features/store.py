@@ -35,6 +35,9 @@ from protoclip.files import (
     write_atomically,
 )
 
+Hashes = npt.NDArray[np.uint64]
+Numbers = npt.NDArray[np.int64]
+
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 HALF, FULL = "<f2", "<f4"  # how features are stored
 SAMPLE = 2**14  # rows that a whitening is fitted to
@@ -42,13 +45,13 @@ SAMPLE = 2**14  # rows that a whitening is fitted to
 DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
 
 
-def hash_ids(sample_ids: Iterable[str]) -> npt.NDArray[np.uint64]:
+def hash_ids(sample_ids: Iterable[str]) -> Hashes:
     """64 bits of BLAKE2b for each id."""
     digests = (blake2b(i.encode(), digest_size=8).digest() for i in sample_ids)
     return np.fromiter((int.from_bytes(d, "little") for d in digests), dtype=np.uint64)
 
 
-def build_index(sample_ids: Sequence[str], *, name: str) -> npt.NDArray[np.uint64]:
+def build_index(sample_ids: Sequence[str], *, name: str) -> Hashes:
     """The ids' hashes in ascending order, and the row of each `(2, n)`; refuses equal hashes."""
     hashes = hash_ids(sample_ids)
     rows = np.argsort(hashes, kind="stable")
@@ -60,7 +63,7 @@ def build_index(sample_ids: Sequence[str], *, name: str) -> npt.NDArray[np.uint6
     return index
 
 
-def row_checksums(hashes: npt.NDArray[np.uint64], features: Features) -> npt.NDArray[np.uint32]:
+def row_checksums(hashes: Hashes, features: Features) -> npt.NDArray[np.uint32]:
     """CRC-32 of each row, which begins with the low bits of its id's hash."""
     starts = (hashes & np.uint64(0xFFFFFFFF)).tolist()
     rows = zip(np.ascontiguousarray(features), starts, strict=True)
@@ -80,7 +83,7 @@ class StoredFeatures(Whitens):
         self,
         *,
         name: str,
-        index: npt.NDArray[np.uint64],
+        index: Hashes,
         features: Features,
         checksums: npt.NDArray[np.uint32] | None = None,
     ) -> None:
@@ -123,11 +126,11 @@ class StoredFeatures(Whitens):
             )
         return cls(name=name, index=build_index(sample_ids, name=name), features=features)
 
-    def find(self, sample_ids: Iterable[str]) -> npt.NDArray[np.int64]:
+    def find(self, sample_ids: Iterable[str]) -> Numbers:
         """The row of each id, or -1."""
         return self.find_hashes(hash_ids(sample_ids))
 
-    def find_hashes(self, wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    def find_hashes(self, wanted: Hashes) -> Numbers:
         """The row of the id with each hash, or -1."""
         # A search in ascending order reuses the processor's caches: ten times as fast.
         order = np.argsort(wanted)
@@ -189,8 +192,8 @@ class StoredFeatures(Whitens):
 
     def read(
         self,
-        rows: npt.NDArray[np.int64],
-        hashes: npt.NDArray[np.uint64],
+        rows: Numbers,
+        hashes: Hashes,
         *,
         name: Callable[[int], str],
     ) -> Features:
@@ -224,6 +227,36 @@ class StoredFeatures(Whitens):
         if not np.array_equal(row_checksums(hashes, self.features), self.checksums):
             raise ValueError(f"{self.name}: damaged (a checksum differs in {FEATURES})")
         return self.features
+
+
+class Segments:
+    """Features of a frozen model `(n, q)` that came to its folder in segments, found by id."""
+
+    def __init__(self, segments: Sequence[StoredFeatures], width: int) -> None:
+        self.segments, self.width = list(segments), width
+        self.starts = np.cumsum([0, *(len(each.features) for each in segments)])
+        self._hashes = [np.empty(len(each.hashes), np.uint64) for each in segments]
+        for hashes, segment in zip(self._hashes, segments, strict=True):
+            hashes[segment.row_of_hash] = segment.hashes
+
+    def find(self, hashes: Hashes) -> Numbers:
+        """The number of each, or -1."""
+        numbers = np.full(len(hashes), -1, np.int64)
+        for segment, start in zip(self.segments, self.starts, strict=False):
+            rows = segment.find_hashes(hashes)
+            numbers[rows >= 0] = rows[rows >= 0] + start
+        return numbers
+
+    def rows(self, numbers: Numbers) -> Features:
+        """Features by number, as they are stored; raises `ValueError` for a damaged one."""
+        dtype = self.segments[0].features.dtype if self.segments else np.float16
+        features: Features = np.empty((len(numbers), self.width), dtype)
+        of = np.searchsorted(self.starts, numbers, side="right") - 1
+        for number in np.unique(of):
+            chosen, segment = np.flatnonzero(of == number), self.segments[number]
+            rows = numbers[chosen] - self.starts[number]
+            features[chosen] = segment.read(rows, self._hashes[number][rows], name=str)
+        return features
 
 
 def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeatures:

@@ -159,7 +159,27 @@ def test_features_are_computed_once_and_kept(tmp_path):
     images.key = ""
     again.images(images, stage="x")
     assert again.model.calls["image"] == 1 + 6 + 6
-    assert len(list(tmp_path.glob("*/facts.json"))) == 4
+    assert len(list(tmp_path.rglob("facts.json"))) == 4
+
+
+def asked_twice(cache):
+    """What is encoded of some texts after others, and their features."""
+    encoder(cache=cache).texts([f"number {n}" for n in (1, 2, 2, 3)], stage="x")
+    own = encoder(cache=cache)
+    features = own.texts([f"number {n}" for n in (3, 4, 1, 4)], stage="x")
+    return own.model.calls["text"], features
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_text_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_path):
+    """Also by several ranks, and where what was kept is damaged since."""
+    expected = Guessing().text_table[[3, 4, 1, 4]]
+    for calls, features in run_distributed(asked_twice, ranks, tmp_path):
+        assert torch.equal(features, expected)
+        assert calls == 2  # one text, and that of the key
+    for path in tmp_path.rglob("features.npy"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(asked_twice(tmp_path)[1], expected)
 
 
 @pytest.mark.parametrize("bad", [{2}, {*NUMBERS}])
