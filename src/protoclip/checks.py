@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import reduce
 
-from protoclip.config import START, Config, DataConfig, ModelConfig, TeacherConfig, build
+from protoclip.config import LOGGERS, START, Config, DataConfig, ModelConfig, TeacherConfig, build
 
 
 def check(config: Config) -> list[str]:
@@ -27,6 +27,10 @@ def check(config: Config) -> list[str]:
         raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
     if run.stop_by is not None and not run.evaluate_every:
         raise ValueError("run.stop_by: needs run.evaluate_every; set it, or leave this out")
+    for name in run.loggers:
+        if name not in LOGGERS and not all(name.partition(":")):
+            known = ", ".join(LOGGERS)
+            raise ValueError(f"run.loggers: '{name}' is none of {known}, and no module:Class")
     if config.model.pretrained and not config.model.name:
         raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     check_halves(config.model)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 START = "start"  # `teacher.features` of the frozen start
 HALVES = {"image_half": "image-half", "text_half": "text-half"}  # ... and of halves to align
 NO_START = "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # ... and module:Class
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
 # Settings of `data` that only the command line may switch on. Recipes and run folders never do.
@@ -92,7 +93,8 @@ class RunConfig:
     save_minutes: NotNegative = 10.0  # Minutes between checkpoints; 0 for none.
     keep_checkpoints: Count = 2  # Newest checkpoints to keep.
     keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
-    wandb: Literal["off", "offline", "online"] = "off"  # Also log to Weights & Biases.
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])  # wandb, mlflow, trackio.
+    wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases, in this mode.
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
     guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
     stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.

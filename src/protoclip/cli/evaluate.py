@@ -48,9 +48,7 @@ class Evaluate:
     json: bool = False  # Print the records as JSON.
     cache: bool = True  # Keep features, so that another task is quick.
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto: as training on a card, else fp32.
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is fp32 on a CPU.
     batch_size: Count = 256  # Images or texts encoded at once.
     workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
     fast_resize: bool = False  # Quicker; pixels differ by rounding.

@@ -206,14 +206,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--config: {path}: not TOML ({error})") from error
     try:
-        data = build(Config, tree).data
+        config = build(Config, tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     for permission in PERMISSIONS:
-        if getattr(data, permission):
+        if getattr(config.data, permission):
             raise ValueError(
                 f"{path}: data.{permission}: a recipe cannot allow this; remove it, and say "
                 f"--data.{permission} true on the command line if you trust the source"
+            )
+    for name in config.run.loggers:
+        if ":" in name:
+            raise ValueError(
+                f"{path}: run.loggers: a recipe cannot name a class ({name}); remove it, and give "
+                "--run.loggers on the command line if you trust its code"
             )
     return {name: located(value, path.parent) for name, value in tree.items()}
 

@@ -1,18 +1,12 @@
-"""Where metrics go: a JSON Lines file, which is the record, TensorBoard and Weights & Biases."""
+"""Metrics of a run: a JSON Lines file, which is the record, and the loggers that get the same."""
 
 import errno
-import io
-import os
-import secrets
-import socket
-import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +15,7 @@ from torch import Tensor
 from protoclip.distributed.collectives import all_reduce, world_size
 from protoclip.files import require_regular, to_json
 from protoclip.terminal import say
+from protoclip.training import loggers
 from protoclip.training.guard import Watch
 from protoclip.training.symptoms import Symptoms
 
@@ -107,72 +102,15 @@ class JsonLines:
         self._waiting.clear()
 
 
-class TensorBoard:
-    """An event file for TensorBoard, which hides what older files hold of steps after `step`.
-
-    Each call writes all, so that an error is that call's. torch's SummaryWriter writes in a thread,
-    which prints a traceback when the disk is full.
-    """
-
-    def __init__(self, folder: Path, *, step: int) -> None:
-        self._events = import_module("tensorboard.compat.proto.event_pb2")
-        self._record_writer = import_module("tensorboard.summary.writer.record_writer").RecordWriter
-        folder.mkdir(exist_ok=True)
-        # TensorBoard reads files in the order of their names.
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.path = folder / name
-        start = self._events.SessionLog(status=self._events.SessionLog.START)
-        self._append({"file_version": "brain.Event:2"}, {"step": step + 1, "session_log": start})
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
-        self._append({"step": step, "summary": {"value": values}})
-
-    def close(self) -> None:
-        """Nothing is left open."""
-
-    def _append(self, *events: Mapping[str, Any]) -> None:
-        content = io.BytesIO()
-        for event in events:
-            made = self._events.Event(wall_time=time.time(), **event)
-            self._record_writer(content).write(made.SerializeToString())
-        with self.path.open("ab") as file:
-            file.write(content.getvalue())
-
-
-class WeightsAndBiases:
-    """A Weights & Biases run, in `wandb/` of the run folder; `offline` is for `wandb sync`."""
-
-    def __init__(
-        self, folder: Path, *, mode: Literal["offline", "online"], config: Mapping[str, Any]
-    ) -> None:
-        identity = folder / "wandb" / "run-id"
-        if not identity.is_file():
-            identity.parent.mkdir(exist_ok=True)
-            identity.write_text(secrets.token_hex(8), encoding="utf-8")
-        self._run = import_module("wandb").init(
-            project="protoclip",
-            dir=str(folder),
-            id=identity.read_text(encoding="utf-8"),
-            # W&B ignores steps that it has already; a resumed run repeats them exactly.
-            resume="allow",
-            mode=mode,
-            name=folder.name,
-            config=dict(config),
-        )
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class MetricsLog:
-    """Writes metrics to `metrics.jsonl`, TensorBoard and Weights & Biases, and warns of bad ones.
+    """Writes metrics to `metrics.jsonl` and to loggers, and warns of bad ones.
 
     None of them stops training: one that fails gets one warning, and is off from then on. A run
     that goes on from `step` keeps `size` bytes of `metrics.jsonl` and writes the rest again.
+
+    Args:
+        names: As `run.loggers`.
+        config: All settings of the run.
     """
 
     def __init__(
@@ -181,17 +119,15 @@ class MetricsLog:
         *,
         size: int = 0,
         step: int = 0,
-        wandb: Literal["off", "offline", "online"] = "off",
+        names: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
         symptoms: Symptoms | None = None,
     ) -> None:
         self._lines = JsonLines(folder / "metrics.jsonl", size=size)
         self._watch, self._symptoms = Watch(), symptoms
-        self._others: dict[str, TensorBoard | WeightsAndBiases] = {}
-        self._start("TensorBoard", lambda: TensorBoard(folder / "tensorboard", step=step))
-        if wandb != "off":
-            make = partial(WeightsAndBiases, folder, mode=wandb, config=config or {})
-            self._start("Weights & Biases", make)
+        self._others: dict[str, loggers.Logger] = {}
+        for name in names:
+            self._try(name, partial(self._start, name, folder, config or {}, step))
 
     @property
     def size(self) -> int:
@@ -216,8 +152,8 @@ class MetricsLog:
             name, other = self._others.popitem()
             self._try(name, other.close)
 
-    def _start(self, name: str, make: Callable[[], TensorBoard | WeightsAndBiases]) -> None:
-        self._try(name, lambda: self._others.update({name: make()}))
+    def _start(self, name: str, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self._others[name] = loggers.open_logger(name, folder, config=config, step=step)
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:

@@ -54,7 +54,7 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.prototypes.nearest import nearest
 from protoclip.terminal import say
-from protoclip.training import optim, overfit, sync
+from protoclip.training import loggers, optim, overfit, sync
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
 from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
@@ -468,7 +468,7 @@ class Run:
                 self.folder,
                 size=size,
                 step=self.trainer.step,
-                wandb=config.run.wandb,
+                names=loggers.names_of(config.run),
                 config=tomllib.loads(to_toml(config)),
                 symptoms=Symptoms(pairs=pairs, warm_up=config.optim.warm_up_steps),
             )

@@ -30,8 +30,8 @@ from protoclip.training.plan import Outline, fill
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
     *("run.name", "run.out", "run.sync", "run.log_every", "run.save_steps", "run.save_minutes"),
-    *("run.keep_checkpoints", "run.keep_best", "run.wandb", "run.evaluate", "run.evaluate_every"),
-    *("run.guard", "data.workers", "data.cache", "data.cache_gb"),
+    *("run.keep_checkpoints", "run.keep_best", "run.loggers", "run.wandb", "run.evaluate"),
+    *("run.evaluate_every", "run.guard", "data.workers", "data.cache", "data.cache_gb"),
     "data.max_bad_share",
 )
 # These change memory, time and rounding alone, so a run that lacks memory can go on with others.
@@ -309,6 +309,8 @@ def to_toml(config: Config) -> str:
     tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
     for permission in PERMISSIONS:
         del tree["data"][permission]
+    # A class is code, which a recipe cannot name.
+    tree["run"]["loggers"] = [name for name in config.run.loggers if ":" not in name]
     return without_secrets(tomli_w.dumps(tree))
 
 

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def test_tensorboard_on_a_full_disk_is_off(tmp_path, capsys):
     assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
     assert curve(tmp_path, "loss") == [(1, 1.0)]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: TensorBoard: [Errno 27] File too large")
+    assert warning.startswith("warning: tensorboard: [Errno 27] File too large")
 
 
 def test_a_disk_that_is_full_from_the_start_costs_a_warning_each(tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_a_disk_that_is_full_from_the_start_costs_a_warning_each(tmp_path, capsy
     log.close()
     assert steps(tmp_path / "metrics.jsonl") == [1]
     assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines()] == [
-        " TensorBoard",
+        " tensorboard",
         " metrics.jsonl",
     ]
 
@@ -115,7 +115,7 @@ def test_tensorboard_that_cannot_start_is_off(how, tmp_path, monkeypatch, capsys
     log_twice(tmp_path)
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: TensorBoard: ")
+    assert warning.startswith("warning: tensorboard: ")
     assert warning.endswith("; training goes on without it")
 
 
@@ -137,7 +137,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Mock:
 def test_wandb_gets_what_the_file_gets(tmp_path, wandb, capsys):
     """With the run's settings, in the run folder. A run that goes on keeps its id."""
     for _ in range(2):
-        log_twice(tmp_path, wandb="offline", config={"run": {"seed": 0}})
+        log_twice(tmp_path, names=["wandb"], config={"run": {"seed": 0, "wandb": "offline"}})
     first, second = wandb.init.call_args_list
     assert first == second
     assert first.kwargs.pop("id")
@@ -147,7 +147,7 @@ def test_wandb_gets_what_the_file_gets(tmp_path, wandb, capsys):
         "resume": "allow",
         "mode": "offline",
         "name": tmp_path.name,
-        "config": {"run": {"seed": 0}},
+        "config": {"run": {"seed": 0, "wandb": "offline"}},
     }
     run = wandb.init.return_value
     assert run.log.mock_calls == [call({"loss": 1.0}, step=1), call({"loss": 0.5}, step=2)] * 2
@@ -174,12 +174,79 @@ def test_wandb_that_fails_is_off(fails, error, tmp_path, wandb, monkeypatch, cap
     log_twice(tmp_path)
     assert not (tmp_path / "wandb").exists()
     assert capsys.readouterr().err == ""
-    log_twice(tmp_path, wandb="online")
+    log_twice(tmp_path, names=["tensorboard", "wandb"])
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
     assert wandb.init.return_value.finish.called == (fails in ("log", "finish"))
     (warning,) = capsys.readouterr().err.splitlines()
     reason = str(error).split("\n")[0] or "BrokenPipeError"
-    assert warning == f"warning: Weights & Biases: {reason}; training goes on without it"
+    assert warning == f"warning: wandb: {reason}; training goes on without it"
+
+
+class Listing:
+    """A logger that writes to a file what it is told."""
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
+        self.path = folder / "told.txt"
+        self.tell(f"{config['run']['seed']} after {step}")
+
+    def tell(self, what: str) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{what}\n")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.tell(f"{step} {dict(metrics)}")
+
+    def close(self) -> None:
+        self.tell("end")
+
+
+def test_a_class_of_ones_own_is_a_logger(tmp_path, capsys):
+    """One that is missing costs a warning."""
+    names = [f"{__name__}:Listing", f"{__name__}:Missing"]
+    log_twice(tmp_path, names=names, config={"run": {"seed": 7}}, step=3)
+    told = (tmp_path / "told.txt").read_text().splitlines()
+    assert told == ["7 after 3", "1 {'loss': 1.0}", "2 {'loss': 0.5}", "end"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {__name__}:Missing: ")
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_trackio_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):
+    """With the run's settings; a run that goes on is the same run."""
+    fake = Mock()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    log_twice(tmp_path, names=["trackio"], config={"run": {"seed": 0}})
+    assert (
+        fake.init.call_args.kwargs.items()
+        >= {
+            "name": tmp_path.name,
+            "resume": "allow",
+            "config": {"run": {"seed": 0}},
+        }.items()
+    )
+    run = fake.init.return_value
+    assert run.log.mock_calls == [call({"loss": 1.0}, step=1), call({"loss": 0.5}, step=2)]
+    assert run.finish.call_count == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_mlflow_has_the_curves_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
+    """By MLflow itself, in its store of files: skipped where it is not installed."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    folder = tmp_path / "run-0"
+    folder.mkdir()
+    for step in (0, 2):
+        log = MetricsLog(folder, names=["mlflow"], config={"run": {"seed": 5}}, step=step)
+        log.write(step + 1, 0, {"eval/text@1": 0.25 * step, "train/loss": float("nan")})
+        log.close()
+    assert capsys.readouterr().err == ""
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("protoclip").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("run-0", "FINISHED")
+    assert run.data.params == {"run.seed": "5"}
+    curve = client.get_metric_history(run.info.run_id, "eval/text_at_1")
+    assert [(point.step, point.value) for point in curve] == [(1, 0.0), (3, 0.5)]
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
