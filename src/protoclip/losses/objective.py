@@ -169,14 +169,14 @@ def objective(
         if not weights.of(teacher):
             continue
         name = f"{student}_from_{teacher}"
-        projections, own = students[student], assignments[teacher]
+        projections, assigned = students[student], assignments[teacher]
         assert projections is not None
-        loss = target.loss(projections, own, embeddings.prototype_logit_scale)
+        loss = target.loss(projections, assigned, embeddings.prototype_logit_scale)
         factor = balance.factor(student) * target.confidence if balance is not None else 1.0
         losses[name] = weights.of(teacher) * factor * loss / 2
         report[f"train/loss/prototypical/{name}"] = loss.detach()
         if detailed:
-            report[f"train/prototypes/accuracy/{name}"] = target.accuracy(projections, own)
+            report[f"train/prototypes/accuracy/{name}"] = target.accuracy(projections, assigned)
     if targets:
         report["train/prototype_logit_scale"] = embeddings.prototype_logit_scale.detach()
         if balance is not None:
