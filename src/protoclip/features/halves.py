@@ -262,10 +262,10 @@ class HalfRows:
     def drawn_captions(
         self, rows: Numbers, draws: npt.NDArray[np.float32], each: int = 1
     ) -> Numbers:
-        """So many of `captions` of each row, by a draw in [0, 1), as `CaptionDraw` has them."""
+        """Indices in `captions`: `each` of every row, by draws in [0, 1), as `CaptionDraw` does."""
         counts = self.first[rows + 1] - self.first[rows]
-        places = (draws * counts).astype(np.int64)[:, None] + np.arange(each)
-        return (self.first[rows, None] + places % counts[:, None]).ravel()
+        drawn = (draws * counts).astype(np.int64)[:, None] + np.arange(each)
+        return (self.first[rows, None] + drawn % counts[:, None]).ravel()
 
     def groups(
         self, pairs: Pairs, rows: Numbers, captions: Numbers, by: tuple[Key, ...]

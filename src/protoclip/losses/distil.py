@@ -45,10 +45,10 @@ def keep_relations(
 
         L = 1/2b sum_i KL(p_i || q_i)  +  the same from texts to images
 
-    Both have the start's inverse temperature s, so that the model's own stays free. Computed in
-    float32, or wider if the features are, also inside autocast. With several ranks, each with `b`
-    pairs, the softmaxes run over the features of all; the means of value and gradients over ranks,
-    as DDP takes them, are those of the whole batch.
+    Both have the start's inverse temperature s; the model's stays free. Computed in float32, or
+    wider if the features are, also inside autocast. With several ranks, each with `b` pairs, the
+    softmaxes run over the features of all; the means of value and gradients over ranks, as DDP
+    takes them, are those of the whole batch.
 
         >>> images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
         >>> start = StartFeatures(image=images, text=images, logit_scale=torch.tensor(1.0))
@@ -154,13 +154,15 @@ def keep(
 def distil(
     outputs: Float[Tensor, "b _"], features: Float[Tensor, "b q"], *, by: By, copies: int = 1
 ) -> Float[Tensor, ""]:
-    """How far what a tower makes of a batch is from a teacher's features of it.
+    """The distance of a tower's outputs for a batch from a teacher's features of it.
 
     By `features` the mean of 1 - cosine, in [0, 2], as in `keep_features`: CLIP-KD finds that this
     teaches more than relations. The features are those that are stored, not whitened: whitening is
-    for clusters, and blows up directions in which features hardly differ. By `relations` the mean
-    KL divergence of the softmax over a row's cosines to the other rows of the batch, at temperature
-    0.1, from that of the teacher, which knows one modality. That needs no common space.
+    for clusters, and blows up directions in which features hardly differ.
+
+    By `relations` the mean of KL(p || q) over rows, with q the softmax over a row's cosines to the
+    other rows of the batch, at temperature 0.1, and p that of the teacher, which knows one
+    modality. That needs no common space.
 
     The weight is a plain one. Unlike the pull of prototypes, that of a cosine depends neither on
     the number of prototypes nor on how well groups agree, so nothing has to set it.

@@ -112,8 +112,8 @@ def objective(
         weights: Weight of each loss.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
-        frozen: What two frozen halves make of the batch, of each image once; needed where
-            `weights.geometry` is.
+        frozen: What two frozen halves make of the batch, with one row for each image; needed where
+            `weights.geometry` is above 0.
         teachers: Features of the batch by teacher; needed of those in `embeddings.distilled`.
         groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
         captions: Texts of each image, which follow each other; its rows are repeated for them.

@@ -31,8 +31,8 @@ Assignments = dict[str, Int[Tensor, " b"]]
 class EpisodeFeatures:
     """Projections and external teachers' features, one row per sample; NaN if a teacher has none.
 
-    `keys` are hashes of the sample ids. Each of several ranks has a part of the
-    episode's rows, at these `positions`.
+    `keys` are hashes of the sample ids. Each of several ranks has a part of the episode's
+    rows, at these `positions`.
     """
 
     image: Float[Tensor, "m p"]

@@ -121,8 +121,8 @@ def back_translate(
     Args:
         assignments: Teacher prototype of each sample, in [0, num_prototypes).
         student_features: The student's projections of the same samples.
-        shared: Take means over the samples of all ranks; a rank may have none.
-            The result is the same bits on every rank and has no gradient.
+        shared: Take means over the samples of all ranks; a rank may have none. The result is
+            the same bits on every rank and has no gradient.
 
     Returns:
         Back-translated prototypes `(k, p)`. An empty cluster is a zero row.
