@@ -63,7 +63,7 @@ def require_source(setting: str, path: str) -> None:
 def require_data_set(setting: str, reference: str) -> None:
     """As `require_source`, for what may also be the name of a data set, with options behind it.
 
-    Of a word that is no path, what reads it says where such a data set is to be had.
+    A word that is no path passes: its reader says where such a data set is to be had.
     """
     reference, options = with_options(reference, setting)
     require_folder(f"{setting}: root", options.get("root"))

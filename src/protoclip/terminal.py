@@ -51,7 +51,7 @@ def visible(text: str) -> str:
     text = without_secrets(text)
     if text.isascii() and text.isprintable():
         return text
-    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str) -> None:

@@ -192,7 +192,7 @@ class _Pool:
         return [result for _, result in answers]
 
     def close(self) -> None:
-        if os.getpid() != self.owner:  # a forked process exits, and these are not its own
+        if os.getpid() != self.owner:  # a forked process exits, and did not start these
             return
         for process in self.processes:
             process.kill()

@@ -51,8 +51,9 @@ class Export:
             print(to_json(facts, indent=2))
             return
         print(f"{'format':<12}{'image':>10}{'text':>10}  largest difference of features")
-        for name, found in facts["differences"].items():
-            values = [f"{'-' if found[m] is None else format(found[m], '.1e'):>10}" for m in found]
+        for name, by_modality in facts["differences"].items():
+            differences = by_modality.values()
+            values = [f"{'-' if d is None else format(d, '.1e'):>10}" for d in differences]
             print(f"{name:<12}{''.join(values)}  {facts['formats'].get(name, 'protoclip.load')}")
         for name, reason in facts["left_out"].items():
             say(f"note: not as {name}: {reason}")

@@ -196,7 +196,7 @@ def value_of(words: Any, hint: Any) -> Any:
 def with_not_finite(words: str) -> Any:
     """A list in which numbers that are not finite are written as in TOML and Python."""
     names = {"nan": "NaN", "inf": "Infinity"}
-    return json.loads(re.sub(r"\b(nan|inf)\b", lambda found: names[found[0]], words))
+    return json.loads(re.sub(r"\b(nan|inf)\b", lambda match: names[match[0]], words))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -28,11 +28,11 @@ class CaptionDraw:
             >>> CaptionDraw(sentences=True).of(["It rains. A dog runs!"], draw=0.7)
             ['A dog runs!']
         """
-        place = draw * len(captions)
-        first = int(place)
+        position = draw * len(captions)
+        first = int(position)
         if self.sentences:
             parts = BETWEEN_SENTENCES.split(captions[first])
-            return [parts[int((place - first) * len(parts))]]
+            return [parts[int((position - first) * len(parts))]]
         return [captions[(first + more) % len(captions)] for more in range(self.number)]
 
 

@@ -276,9 +276,9 @@ def _images(
 ) -> tuple[Rows, npt.NDArray[np.bool_]]:
     """Of each chosen row, a hash of its image, and whether a row that is not chosen has it too.
 
-    Of usual photographs a sixth have the size of one of a few thousand. Of those a page from the
-    middle is read, and only where these are equal too the images. What cannot be read equals
-    nothing; rows that are `ignored` have no part in it.
+    Only files of equal size can hold equal images: among usual photographs a sixth have the size of
+    one of a few thousand. Of these a page from the middle is read, and whole files only if pages
+    are equal too. What cannot be read equals nothing; rows that are `ignored` have no part in it.
     """
     sizes = np.concatenate([image_sizes(source) for source in sources])
     likely = np.isin(sizes, sizes[chosen]) & (sizes >= 0)

@@ -36,14 +36,14 @@ def shares_of_batches(
     readers = {lane: stream.samples(batch * width, lane) for lane in lanes}
     ahead: dict[int, list[Sample | BadSample]] = {lane: [] for lane in lanes}
     while True:
-        own, spare = [], []
+        samples, spare = [], []
         for lane in lanes:
             first = max(rank * share - lane * width, 0)
             last = min((rank + 1) * share - lane * width, width)
             number = max(MIN_SPARE, int(SPARE_SAMPLES * (last - first)))
             sharing, read = overlapping(lane, stream.lanes, world_size), ahead[lane]
             read.extend(islice(readers[lane], width + number * len(sharing) - len(read)))
-            own += read[first:last]
+            samples += read[first:last]
             spare += read[width + sharing.index(rank) :: len(sharing)]
             del read[:width]
-        yield own + spare
+        yield samples + spare

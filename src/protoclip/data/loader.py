@@ -379,9 +379,9 @@ class EpisodeLoader:
         """The position after `batch` batches of an episode of `size` pairs, as JSON values."""
         state: dict[str, Any] = {"episode": episode, "batch": batch}
         if isinstance(self.pairs, SampleStream):
-            first, lanes = episode * (size // self.pairs.lanes), self.pairs.lanes
-            own = overlapping(self.rank, self.world_size, lanes)
-            state["stream"] = [self.pairs.state_dict(first, lane) for lane in own]
+            first = episode * (size // self.pairs.lanes)
+            lanes = overlapping(self.rank, self.world_size, self.pairs.lanes)
+            state["stream"] = [self.pairs.state_dict(first, lane) for lane in lanes]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -91,9 +91,9 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 def first_host(nodes: str) -> str:
     """First host of a SLURM list such as `gpu[003-006,9],login1`."""
-    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    assert found is not None, nodes
-    return "".join(part or "" for part in found.groups())
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    assert match is not None, nodes
+    return "".join(part or "" for part in match.groups())
 
 
 def is_distributed() -> bool:
@@ -109,7 +109,7 @@ def world_size() -> int:
 
 
 def _meet() -> None:
-    """Begin a collective. Even one rank minds, so that each test finds one in a wrong place."""
+    """Check that a collective may begin here. One rank checks it too, so that every test does."""
     assert not _alone.get(), (
         "a collective within raise_on_all_ranks or rank0_first: a rank that raises before it "
         "would leave the others waiting, or answer with its error to another question"

@@ -36,12 +36,12 @@ def tasks_by_node(counts: str) -> list[int]:
 
 def quota() -> int | None:
     """Whole cores that control groups grant this process; None without a limit."""
-    own = "/"
+    group = "/"
     with suppress(OSError):
         text = Path("/proc/self/cgroup").read_text(encoding="utf-8")
-        own = next(re.finditer(r"^0::(/.*)$", text, re.MULTILINE), ["", "/"])[1]
+        group = next(re.finditer(r"^0::(/.*)$", text, re.MULTILINE), ["", "/"])[1]
     limits = []
-    for folder in (below := Path(own.lstrip("/"))), *below.parents:
+    for folder in (below := Path(group.lstrip("/"))), *below.parents:
         with suppress(OSError, ValueError):  # a group without a limit has the quota "max"
             most, period = (CGROUPS / folder / "cpu.max").read_text(encoding="utf-8").split()
             limits.append(int(most) // int(period))

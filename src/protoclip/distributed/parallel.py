@@ -79,10 +79,10 @@ def shard_linear(part: nn.Module, model: nn.Module) -> None:
 def spread(model: nn.Module, whole: nn.Module | None) -> None:
     """Load a sharded model from the whole model of rank 0. Other ranks pass None."""
     load_weights(model, whole.state_dict() if whole is not None else {})
-    own = dict(whole.named_buffers()) if whole is not None else {}
+    buffers = dict(whole.named_buffers()) if whole is not None else {}
     for name, buffer in model.named_buffers():  # some, such as masks, are in no state dict
-        if name in own:
-            buffer.copy_(own[name])
+        if name in buffers:
+            buffer.copy_(buffers[name])
         broadcast(buffer)
 
 
@@ -183,9 +183,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The same of the optimizer's state of each parameter, as `name/moment`."""
-    found: dict[str, Any] = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    state = found.get("state", {})
+    """Copies of the optimizer's whole state, as `name/moment`; empty on other ranks. Collective."""
+    state_dict: dict[str, Any] = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    state = state_dict.get("state", {})
     return copies(
         {f"{name}/{key}": state[name].pop(key) for name in state for key in [*state[name]]}
     )

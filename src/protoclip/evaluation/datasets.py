@@ -119,7 +119,7 @@ class EvaluationData:
 
 
 def positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
-    """Where each value stands in a list of distinct ones."""
+    """The index of each value in a list of distinct ones."""
     position = {value: index for index, value in enumerate(among)}
     return torch.tensor([position[value] for value in values], dtype=torch.long)
 
@@ -348,7 +348,7 @@ def captions_of_rows(
 def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     """The class of each of these rows, by name.
 
-    Numbers of a `ClassLabel` have their names in the table. Other values are their own names.
+    The table names the numbers of a `ClassLabel`. Any other value is the name itself.
 
     Raises:
         ValueError: A row has no class, or a number without a name.
@@ -418,8 +418,9 @@ def _beside(folder: Path, name: str) -> str:
 def imagenet_names(classes: Sequence[str], *, numbers: bool = False) -> list[str] | None:
     """The names that CLIP uses, if the classes are ImageNet's; else None.
 
-    These are known by WordNet ids, also of some classes, and all thousand by their names: CLIP's
-    own, or WordNet's as "tench, Tinca tinca" or "tench". With `numbers` 0 to 999 are ImageNet's.
+    ImageNet's classes, or some of them, are recognised by WordNet ids; all thousand by names too:
+    CLIP's, or WordNet's such as "tench, Tinca tinca" or "tench". With `numbers`, 0 to 999 are
+    ImageNet's.
     """
     is_numbers = numbers and list(classes) == [str(number) for number in range(1000)]
     are_ids = bool(classes) and all(map(WNID.fullmatch, classes))

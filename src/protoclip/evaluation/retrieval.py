@@ -47,7 +47,7 @@ def captions_of(
 
     Args:
         captions, ids: Of each row.
-        groups: Images of one group share their captions; then each row stays an image of its own.
+        groups: Images of one group share their captions; then each row is one image.
             Unset, rows of equal content are one image, with the captions of all of them.
         content: Identifies what a row shows. Unset, all rows differ.
     """
@@ -116,8 +116,8 @@ def best_relevant_rank(
     """How many irrelevant candidates come before each query's best relevant one, in [0, m).
 
     A candidate is relevant to the queries of its group; with `matches`, to those of the groups that
-    are matched with its own. Similarity is the inner product. Ties and NaN count against the query,
-    so that constant features do not score perfectly. Recall at k is the share of ranks below k
+    its group matches. Similarity is the inner product. Ties and NaN count against the query, so
+    that constant features do not score perfectly. Recall at k is the share of ranks below k
     (Karpathy and Fei-Fei 2015).
 
     Raises:

@@ -237,8 +237,8 @@ def places(
     def centred(rows: Tensor, modality: Modality) -> Tensor:
         return unit(unit(rows) - means[modality])
 
-    own = {m: centred(getattr(features, m)[shown], m) for m in MODALITIES}
-    fitted = unit(own["image"] + own["text"])
+    shown_rows = {m: centred(getattr(features, m)[shown], m) for m in MODALITIES}
+    fitted = unit(shown_rows["image"] + shown_rows["text"])
     if layout == "pca":
         from sklearn.decomposition import PCA
 
@@ -254,7 +254,7 @@ def places(
             if layout == "pca":
                 parts.append(flat.transform(rows.numpy()))
                 continue
-            cosine, near = (rows @ own[modality].T).topk(min(NEAR, len(shown)), dim=1)
+            cosine, near = (rows @ shown_rows[modality].T).topk(min(NEAR, len(shown)), dim=1)
             weights = torch.softmax(cosine / SOFTNESS, dim=1)
             parts.append((on_map[near] * weights.unsqueeze(2)).sum(1).numpy())
         return np.concatenate(parts).astype(np.float32)
@@ -265,8 +265,8 @@ def places(
 def by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
     """Two coordinates of each unit-norm row by UMAP.
 
-    Its neighbours are found here, exactly: finding them by UMAP's own index takes longer to compile
-    than all the rest.
+    The exact neighbours are computed here: UMAP's search takes longer to compile than all the rest
+    takes.
     """
     if bool((rows == rows[0]).all()):  # UMAP would scale by their spread
         return np.zeros((len(rows), 2), np.float32)
@@ -275,14 +275,14 @@ def by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
     except ImportError:
         raise ValueError("--map: umap needs umap-learn; pip install 'protoclip[explore]'") from None
     few = min(15, len(rows))
-    found = [(part @ rows.T).topk(few, dim=1) for part in torch.split(rows, CHUNK)]
-    cosine = torch.cat([part.values for part in found])
-    near = torch.cat([part.indices for part in found])
-    # UMAP expects a row to be the first of its own neighbours, also among equal ones.
-    own = torch.arange(len(rows)).unsqueeze(1)
-    order = torch.argsort((near != own).int(), dim=1, stable=True)
+    neighbours = [(part @ rows.T).topk(few, dim=1) for part in torch.split(rows, CHUNK)]
+    cosine = torch.cat([part.values for part in neighbours])
+    near = torch.cat([part.indices for part in neighbours])
+    # UMAP expects each row as its first neighbour, also among equal rows.
+    itself = torch.arange(len(rows)).unsqueeze(1)
+    order = torch.argsort((near != itself).int(), dim=1, stable=True)
     near, distance = near.gather(1, order), (1 - cosine.gather(1, order)).clamp(min=0)
-    near[:, :1], distance[:, 0] = own, 0
+    near[:, :1], distance[:, 0] = itself, 0
     reducer = umap.UMAP(
         n_neighbors=few,
         precomputed_knn=(near.numpy(), distance.numpy()),
@@ -292,7 +292,7 @@ def by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
         random_state=seed,
         n_jobs=1,
     )
-    with warnings.catch_warnings():  # that it cannot place others later
+    with warnings.catch_warnings():  # that UMAP cannot map other rows later
         warnings.simplefilter("ignore")
         on_map: Array = reducer.fit_transform(rows.numpy()).astype(np.float32)
     return on_map

@@ -62,7 +62,7 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
         return [""] * number
     vocabulary = counter.get_feature_names_out()
     rarity = np.log1p(len(captions) / number / np.asarray(has.sum(0)).ravel())
-    found = []
+    group_names = []
     for group in range(number):
         members = np.flatnonzero(assigned == group)
         score = np.asarray(has[members].sum(0)).ravel() / max(1, len(members)) * rarity
@@ -73,8 +73,8 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
                 break
             if not any(word.startswith(each) or each.startswith(word) for each in chosen):
                 chosen.append(str(word))
-        found.append(", ".join(chosen[:WORDS]))
-    return found
+        group_names.append(", ".join(chosen[:WORDS]))
+    return group_names
 
 
 def groups_of_map(places: Array, captions: Sequence[str]) -> tuple[list[Group], list[str]]:

@@ -13,7 +13,7 @@ EXACT_ROWS = 2_000_000
 CHUNK_ELEMENTS = 20_000_000  # similarities that are held at a time
 TRAINING_ROWS, PROBES = 100_000, 32  # of the index
 
-Found = tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]  # similarities, and rows
+NearestRows = tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]  # similarities, and rows
 
 
 class Neighbours:
@@ -42,13 +42,13 @@ class Neighbours:
         """Unit-norm features of some rows."""
         return self.features[rows] / self.norms[rows].unsqueeze(1)
 
-    def search(self, queries: Float[Tensor, "b d"], number: int) -> Found:
+    def search(self, queries: Float[Tensor, "b d"], number: int) -> NearestRows:
         """The `number` nearest rows of each query, the nearest first; fewer if there are fewer."""
         queries, number = F.normalize(queries.float(), dim=1), min(number, len(self))
         if self._index is not None:
             similarity, rows = self._index.search(queries.numpy(), number)
             return torch.from_numpy(similarity), torch.from_numpy(rows)
-        best: Found | None = None
+        best: NearestRows | None = None
         size = max(number, CHUNK_ELEMENTS // max(1, len(queries)))
         for start in range(0, len(self), size):
             part = slice(start, start + size)

@@ -165,7 +165,7 @@ class Site:
     @cached_property
     def _names(self) -> dict[str, list[str]]:
         """For each modality the names of its prototypes, by their nearest members."""
-        found = {}
+        by_modality = {}
         for modality in MODALITIES:
             nearest = [self.members(modality, each)[:NAMED_BY] for each in range(self.atlas.number)]
             captions = [
@@ -174,8 +174,8 @@ class Site:
                 for position in members
             ]
             assigned = np.repeat(np.arange(self.atlas.number), [len(each) for each in nearest])
-            found[str(modality)] = names(captions, assigned, self.atlas.number)
-        return found
+            by_modality[str(modality)] = names(captions, assigned, self.atlas.number)
+        return by_modality
 
     def name(self, modality: str, number: int) -> str:
         """The words that set a prototype's captions apart; empty if there are none."""

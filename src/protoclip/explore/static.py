@@ -163,12 +163,12 @@ def write_table(explorer: Explorer, path: Path) -> int:
                     for row in rows.tolist()
                 ]
             for modality in MODALITIES:
-                place = atlas.place(modality)[part].astype(np.float32)
+                x, y = atlas.place(modality)[part].astype(np.float32).T
                 columns |= {
                     "id": [f"{modality}:{each}" for each in ids],
                     "modality": [modality] * len(rows),
-                    "x": place[:, 0],
-                    "y": place[:, 1],
+                    "x": x,
+                    "y": y,
                     "prototype": atlas.prototype(modality)[part].astype(np.int32),
                 }
                 writer.write_table(pa.table(columns, schema=schema))

@@ -99,7 +99,7 @@ def run_of(checkpoint: Path | None) -> Path | None:
     if checkpoint is None:
         return None
     folder = checkpoint.resolve()
-    folders = (folder, folder.parent.parent)  # the run may have a model in its own folder
+    folders = (folder, folder.parent.parent)  # the run folder itself may hold a model
     return next((run for run in folders if (run / "config.toml").is_file()), None)
 
 

@@ -43,7 +43,7 @@ class TextGraph(nn.Module):
 def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
     """Write `vision_model.onnx` and `text_model.onnx`; returns the opset.
 
-    The batch has any size; images and captions have the model's own.
+    The batch has any size; images and captions have the model's sizes.
 
     Raises:
         Unavailable: The model reads images that do not fit into one tensor of pixels.

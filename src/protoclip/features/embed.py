@@ -214,21 +214,21 @@ def encode_pairs(
     assert images.transform is not None
     ids, captions, classes, bad = list[str](), list[tuple[str, ...]](), list[str | None](), []
     vectors, done = [torch.zeros(0, images.width)], 0
-    for found in read_images(samples, items, images.read_image, batch_size, threads):
-        bad += [vars(one) for one in found if isinstance(one, BadSample)]
-        good = [one for one in found if not isinstance(one, BadSample)]
+    for batch in read_images(samples, items, images.read_image, batch_size, threads):
+        bad += [vars(one) for one in batch if isinstance(one, BadSample)]
+        good = [one for one in batch if not isinstance(one, BadSample)]
         ids += [sample.sample_id for _, sample, _ in good]
         captions += [sample.captions for _, sample, _ in good]
         if has_classes:
             classes += [samples.class_of(row) or None for row, *_ in good]
         if good:
             vectors.append(images.encode([pixels for *_, pixels in good]))
-        done += len(found)
+        done += len(batch)
         show(done)
     text_vectors = torch.zeros(sum(map(len, captions)), images.width)
-    for numbers, batch in encode_texts(texts, list(chain(*captions)), batch_size):
-        text_vectors[numbers] = batch
-    owners = [own for own, several in zip(ids, captions, strict=True) for _ in several]
+    for numbers, features in encode_texts(texts, list(chain(*captions)), batch_size):
+        text_vectors[numbers] = features
+    owners = [sample_id for sample_id, several in zip(ids, captions, strict=True) for _ in several]
     return Part(
         ids=ids,
         bad=bad,

@@ -170,9 +170,9 @@ def timm_model(name: str, device: torch.device) -> Encoder:
         weights = timm.models.load_state_dict(file, weights_only=True) if in_file else None
     if weights is not None:
         # Not strict, since the file may hold a classifier.
-        found = model.load_state_dict(weights, strict=False)
-        if found.missing_keys:
-            raise ValueError(f"{file} lacks {found.missing_keys[0]}")
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+        if missing:
+            raise ValueError(f"{file} lacks {missing[0]}")
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
     return Encoder(model, device, torch.stack, model, transform)
@@ -373,14 +373,14 @@ def encode_captions(
     for item in items:
         try:
             if isinstance(item, int):
-                own, texts = samples.sample_id(item), samples.sample_captions(item)
+                sample_id, texts = samples.sample_id(item), samples.sample_captions(item)
             else:
                 sample = read_sample(samples, item)
-                own, texts = sample.sample_id, sample.captions
+                sample_id, texts = sample.sample_id, sample.captions
         except BadSample as error:
             bad.append(vars(error))
             continue
-        ids.append(own)
+        ids.append(sample_id)
         captions.append(texts)
     rows = torch.tensor([row for row, texts in enumerate(captions) for _ in texts])
     sums = torch.zeros(len(ids), encoder.width)
@@ -415,13 +415,13 @@ def encode_images(
 ) -> Encoded:
     """The feature of each sample's image."""
     ids, features, bad, done = [], [torch.zeros(0, encoder.width)], [], 0
-    for found in read_images(samples, items, encoder.read_image, batch_size, threads):
-        bad += [vars(one) for one in found if isinstance(one, BadSample)]
-        good = [one for one in found if not isinstance(one, BadSample)]
+    for batch in read_images(samples, items, encoder.read_image, batch_size, threads):
+        bad += [vars(one) for one in batch if isinstance(one, BadSample)]
+        good = [one for one in batch if not isinstance(one, BadSample)]
         ids += [sample.sample_id for _, sample, _ in good]
         if good:
             features.append(encoder.encode([pixels for *_, pixels in good]))
-        done += len(found)
+        done += len(batch)
         show(done)
     return ids, torch.cat(features), bad
 
@@ -430,7 +430,7 @@ def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Make the parts a teacher folder."""
     files = parts_of(out)
     _, bad = write_skipped(files, out / SKIPPED, settings["source"])
-    ids = [own for file in files for own in read_note(file)["ids"]]
+    ids = [sample_id for file in files for sample_id in read_note(file)["ids"]]
     return write(
         out, ids, lambda: (read_part(file)[1]["features"] for file in files), settings, bad
     )
@@ -440,16 +440,16 @@ def convert(
     file: Path, ids: Sequence[str], out: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Make a teacher folder of a file's features of these samples; `bad` counts those without."""
-    own = teachers.read_teacher(file, sample_ids=ids)
-    bad = own.missing(ids)  # refuses features of other data
-    require_width(settings, own.width)
+    stored = teachers.read_teacher(file, sample_ids=ids)
+    bad = stored.missing(ids)  # refuses features of other data
+    require_width(settings, stored.width)
     facts, _ = claim(out, {**settings, "weights": file_checksum(file)}, name=out)
     if "rows" in facts:
         return facts
-    found = own.find(ids)
-    known = [own_id for own_id, row in zip(ids, found, strict=True) if row >= 0]
-    parts = np.array_split(found[found >= 0], -(-len(known) // PART_ROWS["text"]))
-    return write(out, known, lambda: (own.features[part] for part in parts), facts, bad)
+    rows = stored.find(ids)
+    known = [sample_id for sample_id, row in zip(ids, rows, strict=True) if row >= 0]
+    parts = np.array_split(rows[rows >= 0], -(-len(known) // PART_ROWS["text"]))
+    return write(out, known, lambda: (stored.features[part] for part in parts), facts, bad)
 
 
 def write(

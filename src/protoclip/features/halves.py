@@ -204,7 +204,7 @@ class HalfRows:
         captions: The numbers of all rows' captions, row after row.
         same_text: A key of each of these captions, equal for texts that differ in nothing but case
             and space; nobody asked for keys if there are none.
-        same_image: A key of each row's plain image, equal where the half makes the same of two.
+        same_image: A key of each row's image in the first view, equal for images of equal features.
         first: Where each row's captions begin `(n + 1)`.
         repeated: Rows whose image an earlier row has too, which then has their captions.
     """
@@ -262,10 +262,10 @@ class HalfRows:
     def drawn_captions(
         self, rows: Numbers, draws: npt.NDArray[np.float32], each: int = 1
     ) -> Numbers:
-        """So many of `captions` of each row, by a draw in [0, 1), as `CaptionDraw` has them."""
+        """Indices in `captions`: `each` of every row, by draws in [0, 1), as `CaptionDraw` does."""
         counts = self.first[rows + 1] - self.first[rows]
-        places = (draws * counts).astype(np.int64)[:, None] + np.arange(each)
-        return (self.first[rows, None] + places % counts[:, None]).ravel()
+        drawn = (draws * counts).astype(np.int64)[:, None] + np.arange(each)
+        return (self.first[rows, None] + drawn % counts[:, None]).ravel()
 
     def groups(
         self, pairs: Pairs, rows: Numbers, captions: Numbers, by: tuple[Key, ...]
@@ -290,7 +290,7 @@ class HalfRows:
 
 
 class HalfTeacher(Whitens):
-    """A frozen half as an external teacher: it groups pairs by its own features of them.
+    """A frozen half as an external teacher: it groups pairs by the features that it makes of them.
 
     These never change, so all are whitened at once, and kept in memory: 128 bytes a pair.
 
@@ -368,7 +368,7 @@ def encode_halves(
     captions = CaptionsOnce(pairs, of_row[at], at - first[of_row[at]])
     folder = root / checksum(encoder.key().encode())
     text = completed(encoder, captions, unique, folder, texts_at_once, threads)
-    found = text.find(unique)[np.searchsorted(unique, caption_hashes)]
+    caption_numbers = text.find(unique)[np.searchsorted(unique, caption_hashes)]
     shown_by = rows[inverse]  # the first row with the image of each row
     owner = shown_by[of_row]
     order = np.argsort(owner, kind="stable")
@@ -381,7 +381,7 @@ def encode_halves(
         image=stores,
         text=text,
         images=of_rows,
-        captions=found[order],
+        captions=caption_numbers[order],
         same_text=same_text,
         same_image=same_image,
         first=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(pairs)))]),
@@ -427,9 +427,9 @@ def hashes_of_captions(pairs: Pairs, form: Callable[[str], str] = str) -> tuple[
         texts: list[str] = []
         for row in range(start, min(start + BLOCK, len(pairs))):
             with suppress(BadSample):
-                own = pairs.sample_captions(row)
-                counts[row] = len(own)
-                texts += map(form, own)
+                captions = pairs.sample_captions(row)
+                counts[row] = len(captions)
+                texts += map(form, captions)
         parts.append(hash_ids(texts))
     return np.concatenate(parts), counts
 

@@ -92,7 +92,7 @@ def require_same(
 def claim(
     folder: Path, settings: Mapping[str, Any], *, name: Path, way_out: str = "choose another --out"
 ) -> tuple[dict[str, Any], list[Path]]:
-    """The facts of the folder, which these settings own or now get, and its parts so far.
+    """Take a folder that is new, or of these settings: its facts, and its parts so far.
 
     The facts have `rows` at the end. `name` is what the user knows of the folder.
     """
@@ -249,6 +249,6 @@ def read_images(
     with ThreadPoolExecutor(cores() if threads is None else max(1, threads)) as pool:
         coming = pool.map(read, items[:batch_size])
         for first in range(0, len(items), batch_size):
-            found = list(coming)
+            batch = list(coming)
             coming = pool.map(read, items[first + batch_size : first + 2 * batch_size])
-            yield found
+            yield batch

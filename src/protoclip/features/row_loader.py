@@ -1,4 +1,4 @@
-"""Batches of what two frozen halves made of images and captions, in the place of these."""
+"""Batches of the features that two frozen halves made of images and captions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -84,7 +84,7 @@ def teachers(
     sources = zip(sources_of(samples), entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
-    found: dict[str, Whitens] = {}
+    loaded: dict[str, Whitens] = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
         if teacher.features == START:  # `encode.embed_start` makes these, when the run begins
@@ -98,19 +98,19 @@ def teachers(
             continue
         if teacher.features == "emoji":
             plain, features = read_parquet(emoji_teacher_path())
-            ids = [prefix + own for prefix in prefixes or [""] for own in plain]
+            ids = [prefix + sample_id for prefix in prefixes or [""] for sample_id in plain]
             features = np.tile(features, (len(ids) // len(plain), 1))
             stored = StoredFeatures.in_memory(name=name, sample_ids=ids, features=features)
             stored.modality = "text"
         else:
             stored = read_teacher(teacher.features)
-        found[name] = stored
+        loaded[name] = stored
         if isinstance(samples, Pairs) and (missing := stored.missing(samples.sample_ids())):
             note(
                 f"{name}: no features of {missing} of {len(samples)} training samples, which its "
                 "loss leaves out"
             )
-    return found
+    return loaded
 
 
 def refuse_halves(config: Config) -> None:
@@ -123,20 +123,20 @@ def refuse_halves(config: Config) -> None:
             )
 
 
-def whiten(config: Config, found: Mapping[str, Whitens]) -> None:
+def whiten(config: Config, teachers: Mapping[str, Whitens]) -> None:
     """Whiten each teacher as its settings say. Collective."""
     for name, teacher in config.grouping_teachers.items():
         if teacher.whiten:
-            found[name].whiten(teacher.whiten)
+            teachers[name].whiten(teacher.whiten)
 
 
-def grouping(config: Config, found: Mapping[str, Whitens]) -> dict[str, Whitens]:
+def grouping(config: Config, teachers: Mapping[str, Whitens]) -> dict[str, Whitens]:
     """Those of the teachers whose features are clustered."""
-    return {name: each for name, each in found.items() if name in config.grouping_teachers}
+    return {name: each for name, each in teachers.items() if name in config.grouping_teachers}
 
 
 def heads(
-    config: Config, found: Mapping[str, Whitens], width: int
+    config: Config, teachers: Mapping[str, Whitens], width: int
 ) -> dict[str, tuple[str, int | None]]:
     """Of each teacher to be distilled the tower that learns, `image` or `text`, and how wide its
     features are; None for relations, which need no head.
@@ -149,7 +149,7 @@ def heads(
     """
     learned: dict[str, tuple[str, int | None]] = {}
     for name, teacher in config.distilled_teachers.items():
-        modality = "text" if teacher.features == START else found[name].modality
+        modality = "text" if teacher.features == START else teachers[name].modality
         tower = teacher.tower or modality
         if tower not in ("image", "text"):
             raise ValueError(
@@ -161,6 +161,6 @@ def heads(
                 f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
                 f"it is; set teacher.distil = 0, or unlock the tower"
             )
-        own = found[name].width if name in found else width
-        learned[name] = tower, own if config.loss.distil_by == "features" else None
+        teacher_width = teachers[name].width if name in teachers else width
+        learned[name] = tower, teacher_width if config.loss.distil_by == "features" else None
     return learned

@@ -45,10 +45,10 @@ def keep_relations(
 
         L = 1/2b sum_i KL(p_i || q_i)  +  the same from texts to images
 
-    Both have the start's inverse temperature s, so that the model's own stays free. Computed in
-    float32, or wider if the features are, also inside autocast. With several ranks, each with `b`
-    pairs, the softmaxes run over the features of all; the means of value and gradients over ranks,
-    as DDP takes them, are those of the whole batch.
+    Both have the start's inverse temperature s; the model's stays free. Computed in float32, or
+    wider if the features are, also inside autocast. With several ranks, each with `b` pairs, the
+    softmaxes run over the features of all; the means of value and gradients over ranks, as DDP
+    takes them, are those of the whole batch.
 
         >>> images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
         >>> start = StartFeatures(image=images, text=images, logit_scale=torch.tensor(1.0))
@@ -82,9 +82,9 @@ def divergences(
     *,
     numbers: tuple[Int[Tensor, " b"], Int[Tensor, " n"]] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Of each row the KL divergence of its softmax over the columns from the frozen one.
+    """KL(p || q) of each row, with q its softmax over the columns, and p the frozen one.
 
-    Of many rows, only some have their logits at a time.
+    The logits of many rows are computed a part at a time.
 
     Args:
         scale: Inverse temperature of both softmaxes.
@@ -93,10 +93,10 @@ def divergences(
     """
     row_numbers, column_numbers = numbers or (None, None)
 
-    def some(rows: Tensor, frozen_rows: Tensor, own: Tensor | None) -> Tensor:
+    def some(rows: Tensor, frozen_rows: Tensor, row_numbers: Tensor | None) -> Tensor:
         frozen, logits = scale * frozen_rows @ frozen_columns.T, scale * rows @ columns.T
-        if own is not None and column_numbers is not None:
-            left_out = (own[:, None] == column_numbers) | (column_numbers < 0)
+        if row_numbers is not None and column_numbers is not None:
+            left_out = (row_numbers[:, None] == column_numbers) | (column_numbers < 0)
             frozen, logits = frozen.masked_fill(left_out, FAR), logits.masked_fill(left_out, FAR)
         frozen, logits = F.log_softmax(frozen, dim=1), F.log_softmax(logits, dim=1)
         return F.kl_div(logits, frozen, reduction="none", log_target=True).sum(1)
@@ -154,13 +154,15 @@ def keep(
 def distil(
     outputs: Float[Tensor, "b _"], features: Float[Tensor, "b q"], *, by: By, copies: int = 1
 ) -> Float[Tensor, ""]:
-    """How far what a tower makes of a batch is from a teacher's features of it.
+    """The distance of a tower's outputs for a batch from a teacher's features of it.
 
     By `features` the mean of 1 - cosine, in [0, 2], as in `keep_features`: CLIP-KD finds that this
     teaches more than relations. The features are those that are stored, not whitened: whitening is
-    for clusters, and blows up directions in which features hardly differ. By `relations` the mean
-    KL divergence of the softmax over a row's cosines to the other rows of the batch, at temperature
-    0.1, from that of the teacher, which knows one modality. That needs no common space.
+    for clusters, and blows up directions in which features hardly differ.
+
+    By `relations` the mean of KL(p || q) over rows, with q the softmax over a row's cosines to the
+    other rows of the batch, at temperature 0.1, and p that of the teacher, which knows one
+    modality. That needs no common space.
 
     The weight is a plain one. Unlike the pull of prototypes, that of a cosine depends neither on
     the number of prototypes nor on how well groups agree, so nothing has to set it.
@@ -177,8 +179,8 @@ def distil(
         outputs: What a tower's head makes of them, or by relations the tower; of any norm.
         features: The teacher's, of any norm, in any precision; a row of NaN is one it does not
             know.
-        copies: Rows of each sample, which follow each other. Relations leave out those to a row's
-            own sample, whose features are the same.
+        copies: Rows of each sample, which follow each other. Relations leave out rows of the same
+            sample, since their features are equal.
     """
     known = torch.isfinite(features).all(1)
     (outputs,) = tiles.widened(outputs)
@@ -187,9 +189,8 @@ def distil(
         rows, frozen = F.normalize(outputs, dim=-1), F.normalize(features, dim=-1)
         if by == "features":
             return mean_of_known(cosine_distances(rows, frozen), known, shared=True)
-        places = torch.arange(len(rows), device=rows.device) + collectives.rank() * len(rows)
-        places = places // copies
-        numbers = torch.where(known, places, -1)
+        row = torch.arange(len(rows), device=rows.device) + collectives.rank() * len(rows)
+        numbers = torch.where(known, row // copies, -1)
         gathered = map(collectives.all_gather_with_gradient, (rows, frozen, numbers))
         all_rows, all_frozen, all_numbers = gathered
         values = divergences(

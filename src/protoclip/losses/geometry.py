@@ -16,9 +16,9 @@ def geometry_loss(
 ) -> Float[Tensor, ""]:
     """How far the neighbours of each row are from what they were in a frozen space.
 
-    Of each row the Kullback-Leibler divergence from the softmax over the cosine similarities of its
-    frozen features to those of other rows, to the same of `features`; the mean over rows, at least
-    0.
+    For a row, let p be the softmax over the cosine similarities of its frozen features to those of
+    the other rows, and q the same of `features`. The loss is the mean of KL(p || q) over rows, at
+    least 0.
 
         >>> rows = torch.eye(3)
         >>> round(geometry_loss(rows, 5 * rows).item(), 4)
@@ -27,14 +27,16 @@ def geometry_loss(
     Args:
         features: Of unit norm, with gradient.
         frozen: Of the same samples, of any norm, in any precision.
-        among: A row is compared with others of about so many that follow each other, of its own
-            rank, so that the cost grows as the batch does.
+        among: Each rank cuts its batch into parts of about so many rows, and compares a row with
+            those of its part. So the cost grows as the batch does, not as its square.
     """
     (rows,) = tiles.widened(features)
     targets = F.normalize(frozen.float(), dim=-1).to(rows)
     parts = -(-len(rows) // among)
-    found = []
+    losses = []
     for part, target in zip(rows.tensor_split(parts), targets.tensor_split(parts), strict=True):
-        own = torch.arange(len(part), device=part.device)
-        found.append(divergences(part, part, target, target, 1 / TEMPERATURE, numbers=(own, own)))
-    return torch.cat(found).mean()
+        numbers = torch.arange(len(part), device=part.device)
+        losses.append(
+            divergences(part, part, target, target, 1 / TEMPERATURE, numbers=(numbers, numbers))
+        )
+    return torch.cat(losses).mean()

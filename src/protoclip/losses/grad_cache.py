@@ -59,10 +59,10 @@ def forward_in_chunks(
             with no_sync() if number < len(chunks) - 1 else nullcontext():
                 with repeated(*states[number]):
                     part = chunks[number]()
-                trained = [place for place, output in enumerate(part) if output.requires_grad]
+                trained = [index for index, output in enumerate(part) if output.requires_grad]
                 if trained:
                     torch.autograd.backward(
-                        [part[place] for place in trained], [of_chunk[place] for place in trained]
+                        [part[index] for index in trained], [of_chunk[index] for index in trained]
                     )
         with torch.no_grad():
             for buffer, value in kept:

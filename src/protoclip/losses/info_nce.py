@@ -37,8 +37,8 @@ def info_nce(
         image_features: Of unit norm. Row `i` pairs with text row `i`.
         text_features: Of unit norm.
         logit_scale: Inverse temperature, in [1, 100].
-        groups: Of each pair an integer, or several: pairs that have one of them in common, at the
-            same place, are no negatives of each other.
+        groups: An integer of each pair, or several in columns: pairs that are equal in a column are
+            no negatives of each other.
         positives: What others of a pair's group are: `shared`, positives, by the mean of their
             log-probabilities (SupCon, arXiv 2004.11362); `masked`, left out of the softmax; or
             `pair`, negatives all the same.
@@ -90,8 +90,8 @@ def sharded_info_nce(
 def labels_of(
     groups: Groups | None, pairs: int, like: Tensor, first: int = 0
 ) -> Int[Tensor, " b"] | Float[Tensor, "b n"]:
-    """What each row is to predict: the column of its own pair, from `first` on, or equal shares of
-    all columns that it matches."""
+    """What each row is to predict: the column of its pair, `first` for the first row; or, with
+    shared positives, equal shares of all columns that it matches."""
     if groups is not None and groups.shared:
         return groups.targets(EVERY, EVERY, like)
     return torch.arange(first, first + pairs, device=like.device)

@@ -112,8 +112,8 @@ def objective(
         weights: Weight of each loss.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
-        frozen: What two frozen halves make of the batch, of each image once; needed where
-            `weights.geometry` is.
+        frozen: What two frozen halves make of the batch, with one row for each image; needed where
+            `weights.geometry` is above 0.
         teachers: Features of the batch by teacher; needed of those in `embeddings.distilled`.
         groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
         captions: Texts of each image, which follow each other; its rows are repeated for them.
@@ -169,14 +169,14 @@ def objective(
         if not weights.of(teacher):
             continue
         name = f"{student}_from_{teacher}"
-        projections, own = students[student], assignments[teacher]
+        projections, assigned = students[student], assignments[teacher]
         assert projections is not None
-        loss = target.loss(projections, own, embeddings.prototype_logit_scale)
+        loss = target.loss(projections, assigned, embeddings.prototype_logit_scale)
         factor = balance.factor(student) * target.confidence if balance is not None else 1.0
         losses[name] = weights.of(teacher) * factor * loss / 2
         report[f"train/loss/prototypical/{name}"] = loss.detach()
         if detailed:
-            report[f"train/prototypes/accuracy/{name}"] = target.accuracy(projections, own)
+            report[f"train/prototypes/accuracy/{name}"] = target.accuracy(projections, assigned)
     if targets:
         report["train/prototype_logit_scale"] = embeddings.prototype_logit_scale.detach()
         if balance is not None:

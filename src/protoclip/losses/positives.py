@@ -53,7 +53,7 @@ class Groups:
         return same
 
     def hide(self, tile: Float[Tensor, "r c"], i: slice, j: slice) -> Float[Tensor, "r c"]:
-        """The logits, in place: those of pairs that match get no share, if they are masked."""
+        """Mask the logits of other pairs that match, in place, unless positives are shared."""
         return tile if self.shared else tile.masked_fill_(self.others(i, j), HIDDEN)
 
     @cached_property

@@ -96,10 +96,10 @@ class Target:
         self, student_projections: Float[Tensor, "b p"], assignments: Int[Tensor, " b"]
     ) -> Float[Tensor, ""]:
         """Fraction of rows whose most similar class is their own; over ranks as `loss`."""
-        own = self.own_class(assignments)
+        own_class = self.own_class(assignments)
         chunks = torch.split(student_projections, max(1, CHUNK_ELEMENTS // len(self.classes)))
         choice = torch.cat([(chunk @ self.classes.T).argmax(1) for chunk in chunks])
-        return mean_of_known((choice == own).float(), own >= 0, shared=True)
+        return mean_of_known((choice == own_class).float(), own_class >= 0, shared=True)
 
     def losses(
         self, student_projections: Tensor, expected: Tensor, logit_scale: Tensor | float
@@ -142,26 +142,26 @@ def make_targets(
     """
     students = {"image": image_projections, "text": text_projections}
     targets = {}
-    for teacher, found in clusters.items():
-        assignments = found.assignments if positions is None else found.assignments[positions]
+    for teacher, kmeans in clusters.items():
+        assignments = kmeans.assignments if positions is None else kmeans.assignments[positions]
         known = assignments >= 0
         for student, projections in students.items():
             if student == teacher:
                 continue
-            centroids, number = found.centroids, len(found.centroids)
+            centroids, number = kmeans.centroids, len(kmeans.centroids)
             if back_translation or teacher not in students:
                 centroids = back_translate(
                     assignments[known], projections[known], number, shared=positions is not None
                 )
             target = prepare(
                 centroids,
-                found.centroids,
+                kmeans.centroids,
                 target_temperatures[teacher],
                 torch.arange(number, device=centroids.device),
                 mask_empty=mask_empty,
             )
             if student in clusters:
-                groups = found.assignments, clusters[student].assignments
+                groups = kmeans.assignments, clusters[student].assignments
                 target = replace(target, confidence=agreement(*groups, keys))
             targets[student, teacher] = target
     return targets

@@ -38,7 +38,7 @@ def blocks(features: Float[Tensor, "b _"]) -> Iterator[tuple[slice, slice]]:
 
 
 def parts_of(rows: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of so many rows, each with where it stands."""
+    """Parts of so many rows, each with its slice."""
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         yield part, rows[part]

@@ -134,12 +134,12 @@ def unprojected(tower: nn.Module) -> nn.Module:
     return half
 
 
-def require_same_halves(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def require_same_halves(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
     """Refuse to go on between other halves than those of a checkpoint.
 
     Args:
         saved: The weights of the checkpoint; none on ranks that have not read it.
-        own: The weights of the model, as it was begun.
+        current: The weights of the model, which has not taken those yet.
     """
     halves = {"visual.": "image.weights", "text.": "text.name"}
     for name, value in saved.items():
@@ -147,7 +147,7 @@ def require_same_halves(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) 
         setting = next((of for part, of in halves.items() if named.startswith(part)), None)
         if setting is None or named.startswith(PROJECTIONS):
             continue
-        if not torch.equal(value.cpu(), own[name].cpu()):
+        if not torch.equal(value.cpu(), current[name].cpu()):
             raise ValueError(
                 f"model.{setting}: has other weights than when this run began; put those back, "
                 "or train in another folder"

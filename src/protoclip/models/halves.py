@@ -205,10 +205,10 @@ def pooling_of(name: str) -> Literal["mean", "cls"]:
     # What cannot be had is told here, and not after the hub was waited for again.
     text_config(name, source)
     with hub(name, source):
-        found = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
-    if found is None:
+        file = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
+    if file is None:
         return "mean"
-    settings = json.loads(read_local(Path(found)))
+    settings = json.loads(read_local(Path(file)))
     ways = {key for key, value in settings.items() if key.startswith("pooling_mode_") and value}
     if ways == {"pooling_mode_cls_token"}:
         return "cls"

@@ -134,7 +134,7 @@ class ProtoCLIP(TowerPair):
             self.taught[tower].append(name)
             heads[tower].append(nn.Identity() if wide is None else nn.Linear(width, wide))
         self.teacher_heads = nn.ModuleDict(
-            {tower: nn.ModuleList(own) for tower, own in heads.items()}
+            {tower: nn.ModuleList(layers) for tower, layers in heads.items()}
         )
 
     def forward(

@@ -1,7 +1,7 @@
 """The files of a checkpoint, both ways: folders that appear whole or not at all, with checksums.
 
 Tensors are safetensors and everything else is JSON, so reading a checkpoint runs no code from it.
-`model.safetensors` and `model.json` are the model, which a run may have in its own folder too.
+`model.safetensors` and `model.json` are the model, which a run folder itself may hold too.
 `optimizer.safetensors`, which only rank 0 reads, `resume.safetensors` and `state.json` are what a
 run needs besides to go on. When to save is decided elsewhere.
 """
@@ -118,7 +118,7 @@ def checkpoints(run: Path) -> list[Path]:
 def find_checkpoint(path: str | Path) -> Path:
     """The folder of a model: the given one, or the newest checkpoint of a run.
 
-    A run has a model in its own folder if fine-tuning chose one that is no checkpoint.
+    A run folder itself holds a model if fine-tuning chose one that is no checkpoint.
     """
     path = Path(path)
     if not path.exists():
@@ -301,7 +301,7 @@ def write_model(
     model_facts: Mapping[str, Any],
     text_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Make a model the run's own: in the run folder, where it comes before the checkpoints.
+    """Save a model in the run folder itself, where it comes before the checkpoints.
 
     It replaces an earlier one. If this ends half-way, there is none, and the newest checkpoint
     counts.

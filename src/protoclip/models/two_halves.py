@@ -90,7 +90,7 @@ class TwoHalves(Start):
         return built
 
     def _weights(self, tower: Tower, built: ProtoCLIP) -> dict[str, Tensor]:
-        """Of a half without its projection, by their names in the towers, at the run's sizes."""
+        """Weights of a half without its projection, named as in the towers, at the run's sizes."""
         start: Start = getattr(self, tower)
         source = (start.build("published") if type(start) is Start else start.pretrained()).towers
         size = towers.image_size(built.towers)
@@ -107,13 +107,13 @@ class TwoHalves(Start):
         trunk = getattr(source.visual, "trunk", None)
         inside = () if trunk is None else classifier_names(trunk)
         projections = (*PROJECTIONS, *(f"visual.trunk.{name}" for name in inside))
-        own = {
+        of_half = {
             name: value
             for name, value in weights.items()
             if name.startswith(PARTS[tower]) and not name.startswith(projections)
         }
-        towers.interpolate(own, built.towers)
-        return own
+        towers.interpolate(of_half, built.towers)
+        return of_half
 
 
 def two_halves(given: ModelConfig) -> TwoHalves:
@@ -133,13 +133,16 @@ def two_halves(given: ModelConfig) -> TwoHalves:
         )
     built = image.build("none").towers
     mean, std = towers.image_normalisation(built)
-    own = towers.image_size(built), int(reads["context_length"])
-    size, length = given.image.size or own[0], given.text.context_length or own[1]
+    native_size, native_length = towers.image_size(built), int(reads["context_length"])
+    size = given.image.size or native_size
+    length = given.text.context_length or native_length
     notes = []
-    if size != own[0]:
-        notes.append(f"model.image.size = {size}: the image half was made for {own[0]} pixels")
-    if length > own[1] or (length < own[1] and "hf_model_name" not in reads):
-        notes.append(f"model.text.context_length = {length}: the text half was made for {own[1]}")
+    if size != native_size:
+        notes.append(f"model.image.size = {size}: the image half was made for {native_size} pixels")
+    if length > native_length or (length < native_length and "hf_model_name" not in reads):
+        notes.append(
+            f"model.text.context_length = {length}: the text half was made for {native_length}"
+        )
     # Sizes of a half that starts untrained follow from the data.
     untrained_image = type(image) is Start and given.image.weights is None
     untrained_text = type(text) is Start and given.text.name is None
@@ -147,7 +150,7 @@ def two_halves(given: ModelConfig) -> TwoHalves:
         "embed_dim": given.embed_dim,
         "custom_text": True,
         **({"quick_gelu": True} if activations == {True} else {}),
-        "vision_cfg": {**vision, "image_size": own[0]},
+        "vision_cfg": {**vision, "image_size": native_size},
         "text_cfg": reads,
     }
     towers.require_fitting_size(given.image.size, config["vision_cfg"], image.reference)
@@ -237,9 +240,9 @@ def described(tower: Tower, start: Start) -> tuple[dict[str, bool], dict[str, An
             # How it was named; the path of its files is of this machine.
             name = start.reference.removeprefix("hf:")
             part |= dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), name)
-    if tower == "text":  # of a run its own, which may differ from the published one
-        own = start.architecture.sizes["context_length"]
-        part["context_length"] = own or part.get("context_length") or DEFAULT_CONTEXT_LENGTH
+    if tower == "text":  # a run's length may differ from the published model's
+        length = start.architecture.sizes["context_length"]
+        part["context_length"] = length or part.get("context_length") or DEFAULT_CONTEXT_LENGTH
     return facts, part
 
 

@@ -31,8 +31,8 @@ Assignments = dict[str, Int[Tensor, " b"]]
 class EpisodeFeatures:
     """Projections and external teachers' features, one row per sample; NaN if a teacher has none.
 
-    `keys` are hashes of the sample ids. With several ranks each has its own rows, at these
-    `positions` among the rows of all.
+    `keys` are hashes of the sample ids. Each of several ranks has a part of the episode's
+    rows, at these `positions`.
     """
 
     image: Float[Tensor, "m p"]
@@ -192,10 +192,10 @@ class QueuedFeatures(ExtractedFeatures):
     def _assign(
         self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
     ) -> Assignments:
-        own = {"image": embeddings.image_projections, "text": embeddings.text_projections}
+        projections = {"image": embeddings.image_projections, "text": embeddings.text_projections}
         return {
             space: nearest(rows.detach(), clusters[space].centroids)[0]
-            for space, rows in own.items()
+            for space, rows in projections.items()
             if space in clusters and rows is not None
         }
 
@@ -228,9 +228,9 @@ class QueuedFeatures(ExtractedFeatures):
                 self.pushed += len(sample_ids)
 
     def _positions(self) -> Int[Tensor, " n"]:
-        own = torch.arange(self.size // world_size())
-        batch = own.div(self.batch_size, rounding_mode="floor")
-        return own + (batch * (world_size() - 1) + rank()) * self.batch_size
+        rows = torch.arange(self.size // world_size())
+        batch = rows.div(self.batch_size, rounding_mode="floor")
+        return rows + (batch * (world_size() - 1) + rank()) * self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
         """The samples of all ranks in the order of their numbers. Collective."""
@@ -242,7 +242,7 @@ class QueuedFeatures(ExtractedFeatures):
         return {
             "pushed": self.pushed * world_size(),
             "batch_size": self.batch_size * world_size(),
-            "sample_ids": [names[place] for place in order.tolist()],
+            "sample_ids": [names[index] for index in order.tolist()],
             "image": collectives.all_gather(self.image)[order],
             "text": collectives.all_gather(self.text)[order],
         }
@@ -254,6 +254,7 @@ class QueuedFeatures(ExtractedFeatures):
         device = next(self.model.parameters()).device
         self.pushed = state["pushed"] // world_size()
         self.batch_size = state["batch_size"] // world_size()
-        own, self._next, self._unread = self._positions(), None, []
-        self.sample_ids = [state["sample_ids"][place] for place in own.tolist()]
-        self.image, self.text = (state[name][own].to(device) for name in ("image", "text"))
+        self._next, self._unread = None, []
+        positions = self._positions()
+        self.sample_ids = [state["sample_ids"][position] for position in positions.tolist()]
+        self.image, self.text = (state[name][positions].to(device) for name in ("image", "text"))

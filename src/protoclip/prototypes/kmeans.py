@@ -59,8 +59,8 @@ def kmeans(
     Equal seeds give equal bits on a CPU. Global random generators stay untouched.
 
     With `positions`, all ranks cluster their rows together. Up to rounding, the result is that of
-    one process with all rows in the order of their positions. All but the assignments, which are
-    those of the rank's own rows, is the same bits on every rank.
+    one process with all rows in the order of their positions. A rank gets the assignments of its
+    rows; all else is the same bits on every rank.
 
         >>> features = torch.tensor([[0.0, 0.0], [0.0, 2.0], [9.0, 0.0], [9.0, 2.0]])
         >>> kmeans(features, 2, iterations=5, seed=0).inertia
@@ -121,9 +121,9 @@ def kmeans(
         order = torch.arange(len(values), device=values.device)
         rows = Rows(values=values, order=order, orders=order, shared=False)
     else:
-        places = positions.to(values.device).long()
-        order = places.argsort()
-        rows = share_of_rows(values[order], places[order])
+        positions = positions.to(values.device).long()
+        order = positions.argsort()
+        rows = share_of_rows(values[order], positions[order])
     exact: Search = partial(nearest, rows.values)
     rough = exact
     pays = bfloat16_pays(values, num_clusters, len(rows.orders))
@@ -137,15 +137,15 @@ def kmeans(
     generator = torch.Generator().manual_seed(seed)
     results = []
     for _ in range(restarts):
-        found: Nearest | None = None
+        assigned: Nearest | None = None
         if isinstance(init, Tensor):
             centroids = init.to(values)
         elif init == "random":
             drawn = torch.randperm(num_rows, generator=generator)[:num_clusters]
             centroids = rows.select(drawn.to(values.device))
         else:
-            centroids, found = spread(rows, num_clusters, generator, rough)
-        results.append(lloyd(rows, centroids, exact, found, iterations, spherical=spherical))
+            centroids, assigned = spread(rows, num_clusters, generator, rough)
+        results.append(lloyd(rows, centroids, exact, assigned, iterations, spherical=spherical))
     best = min(results, key=lambda result: result.inertia)
     assignments = torch.empty_like(order).index_copy_(0, order, best.assignments)
     device = features.device
@@ -156,13 +156,13 @@ def lloyd(
     rows: "Rows",
     centroids: Tensor,
     search: Search,
-    found: Nearest | None,
+    assigned: Nearest | None,
     iterations: int,
     *,
     spherical: bool,
 ) -> KMeans:
-    """Lloyd's iterations. `found`, if known, replaces the first `search(centroids)`."""
-    assignments, distances = found if found and iterations else search(centroids)
+    """Lloyd's iterations. `assigned`, if known, replaces the first `search(centroids)`."""
+    assignments, distances = assigned if assigned and iterations else search(centroids)
     history = [float(rows.sum(distances.double().sum()))]
     for _ in range(iterations):
         means, counts = segment_mean(rows.values, assignments, len(centroids), shared=rows.shared)
@@ -214,8 +214,8 @@ def spread(
 
     As k-means|| (Bahmani et al. 2012, "Scalable K-Means++"), but each round draws its share without
     replacement, so exactly `num_clusters` are drawn, by powers of the squared distance. A round
-    searches only its own centroids, so all rounds together cost one search. Every rank makes the
-    same draw from the gathered weights of all rows.
+    searches only what it drew, so all rounds together cost one search. Every rank makes the same
+    draw from the gathered weights of all rows.
     """
     assignments = torch.zeros_like(rows.order)
     distances = torch.full_like(rows.values[:, 0], float("inf"))
@@ -233,9 +233,9 @@ def spread(
         closer = distance < distances
         assignments = torch.where(closer, index + first, assignments)
         distances = torch.where(closer, distance, distances)
-        which, places = rows.find(drawn)
-        assignments[places] = which + first
-        distances[places] = 0.0
+        which, local = rows.find(drawn)
+        assignments[local] = which + first
+        distances[local] = 0.0
         log_weights = POWER * distances.log()
         centroids.append(new)
         first += len(share)
@@ -293,19 +293,19 @@ class Rows:
         return torch.empty_like(everyones).index_copy_(0, self.orders, everyones)
 
     def find(self, numbers: Int[Tensor, " k"]) -> tuple[Int[Tensor, " j"], Int[Tensor, " j"]]:
-        """Which of these rows are here: their places in `numbers`, and their local row numbers."""
-        places = torch.full_like(self.orders, -1)
-        places[self.order] = torch.arange(len(self.order), device=places.device)
-        wanted = places[numbers]
-        which = torch.nonzero(wanted >= 0).flatten()
-        return which, wanted[which]
+        """Which of these rows are here: their indices in `numbers`, and their local row numbers."""
+        local = torch.full_like(self.orders, -1)
+        local[self.order] = torch.arange(len(self.order), device=local.device)
+        rows = local[numbers]
+        which = torch.nonzero(rows >= 0).flatten()
+        return which, rows[which]
 
     def select(self, numbers: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
         """The rows with these numbers, wherever they are."""
-        which, places = self.find(numbers)
-        found = self.values.new_zeros(len(numbers), self.values.shape[1])
-        found[which] = self.values[places]
-        return self.sum(found)
+        which, local = self.find(numbers)
+        selected = self.values.new_zeros(len(numbers), self.values.shape[1])
+        selected[which] = self.values[local]
+        return self.sum(selected)
 
 
 def share_of_rows(values: Tensor, positions: Int[Tensor, " n"]) -> Rows:

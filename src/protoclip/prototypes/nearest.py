@@ -24,7 +24,7 @@ Nearest = tuple[Int[Tensor, " n"], Float[Tensor, " n"]]
 
 
 def nearest(features: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]) -> Nearest:
-    """Found in the precision of the rows, float32 or float64; ties go to the lower index."""
+    """Computed in the precision of the rows, float32 or float64; ties go to the lower index."""
     # |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c), and |x|^2 does not change which c is nearest.
     half_norms = pad_to_blocks(centroids.square().sum(1) / 2, value=float("inf"))
     columns = pad_to_blocks(centroids, value=0.0).T
@@ -59,8 +59,8 @@ def pad_to_blocks(rows: Num[Tensor, "k *d"], *, value: float) -> Num[Tensor, "l 
 def row_argmin(scores: Num[Tensor, "n w"]) -> tuple[Num[Tensor, " n"], Int[Tensor, " n"]]:
     """Least value of each row and the first column that has it.
 
-    `min(dim)` also finds the place, and is ten times slower than `amin`. So it runs on the minima
-    of blocks, and then on the least block.
+    `min(dim)`, which returns the column too, is ten times slower than `amin`. So it runs on the
+    minima of blocks, and then on the least block.
     """
     rows, width = scores.shape
     size = block_size(width)
@@ -139,22 +139,22 @@ class Bfloat16Search:
     def rough(self, centroids: Float32[Tensor, "k d"]) -> Nearest:
         """Approximately the nearest centroid of each row and the squared distance to it."""
         matrix = self.right(centroids)
-        found = []
-        for chunk in torch.split(self.left, chunk_rows(self.left.device, len(matrix))):
-            bits, index = row_argmin((chunk @ matrix.T).view(torch.int16))
-            found.append((index, 2 * bits.view(torch.bfloat16).float().clamp(min=0)))
-        return concatenated(found)
+        chunks = []
+        for left in torch.split(self.left, chunk_rows(self.left.device, len(matrix))):
+            bits, index = row_argmin((left @ matrix.T).view(torch.int16))
+            chunks.append((index, 2 * bits.view(torch.bfloat16).float().clamp(min=0)))
+        return concatenated(chunks)
 
     def nearest(self, centroids: Float32[Tensor, "k d"]) -> Nearest:
         """Nearest centroid of each row and the squared distance to it, as in float32."""
         matrix, bounds = self.right(centroids), self.error_bounds(centroids)
         size = chunk_rows(self.left.device, len(matrix))
         parts = (torch.split(each, size) for each in (self.left, bounds, self.features))
-        found = [
+        chunks = [
             nearest_candidate((left @ matrix.T).view(torch.int16), bound, rows, centroids)
             for left, bound, rows in zip(*parts, strict=True)
         ]
-        return concatenated(found)
+        return concatenated(chunks)
 
 
 def concatenated(chunks: list[tuple[Tensor, Tensor]]) -> Nearest:
@@ -167,20 +167,20 @@ def nearest_candidate(
 ) -> Nearest:
     """Nearest, in float32, of the centroids whose score is within the error bound of the least."""
     rows, width = scores.shape
-    block = block_size(width)
-    minima = scores.view(rows, -1, block).amin(2)
+    size = block_size(width)
+    minima = scores.view(rows, -1, size).amin(2)
     least = minima.amin(1).view(torch.bfloat16).float().clamp(min=0)
     limit = ((1 + ROUNDING) * least + 2 * bounds) * (1 + ROUNDING)
     bits = limit.bfloat16().view(torch.int16)
-    row, place = (minima <= bits.unsqueeze(1)).nonzero(as_tuple=True)
+    row, block = (minima <= bits.unsqueeze(1)).nonzero(as_tuple=True)
     if len(row) > MOST_CANDIDATES * rows:
         return nearest(features, centroids)
-    inside = scores.view(-1, block).index_select(0, row * minima.shape[1] + place)
+    inside = scores.view(-1, size).index_select(0, row * minima.shape[1] + block)
     near = inside <= bits.index_select(0, row).unsqueeze(1)
     if int(near.sum()) > MOST_CANDIDATES * rows:
         return nearest(features, centroids)
     pair, column = near.nonzero(as_tuple=True)
-    row, cluster = row[pair], place[pair] * block + column
+    row, cluster = row[pair], block[pair] * size + column
     difference = features.index_select(0, row).sub_(centroids.index_select(0, cluster))
     distance = torch.linalg.vecdot(difference, difference)
     least = distance.new_full((rows,), float("inf")).scatter_reduce(0, row, distance, "amin")

@@ -47,10 +47,10 @@ def cluster_spaces(
             any_known = collectives.any_rank([any_known])[0]
         if not any_known:
             continue
-        found = cluster(space, rows[known], None if positions is None else positions[known])
+        kmeans = cluster(space, rows[known], None if positions is None else positions[known])
         assignments = torch.full_like(known, -1, dtype=torch.long)
-        assignments[known] = found.assignments
-        clusters[space] = replace(found, assignments=in_order(assignments, positions))
+        assignments[known] = kmeans.assignments
+        clusters[space] = replace(kmeans, assignments=in_order(assignments, positions))
     return clusters
 
 
@@ -121,8 +121,8 @@ def back_translate(
     Args:
         assignments: Teacher prototype of each sample, in [0, num_prototypes).
         student_features: The student's projections of the same samples.
-        shared: Take means over the samples of all ranks, each of which gives its own, maybe none.
-            The result is the same bits on every rank and has no gradient.
+        shared: Take means over the samples of all ranks; a rank may have none. The result is
+            the same bits on every rank and has no gradient.
 
     Returns:
         Back-translated prototypes `(k, p)`. An empty cluster is a zero row.

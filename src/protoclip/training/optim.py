@@ -60,7 +60,7 @@ def defaults(config: Config, kind: str | None) -> dict[str, Any]:
         "eps": 1e-6 if is_transformer else 1e-8,
         "weight_decay": 0.2 if is_transformer else 0.1,
         "heads_weight_decay": 0.0,
-        # In a queue, fast heads leave their own projections behind (docs/LOG.md).
+        # Fast heads leave behind the projections that wait in a queue (docs/LOG.md).
         "heads_lr_scale": 1.0 if config.prototype_source == "extract" else SLOW_HEADS,
     }
 

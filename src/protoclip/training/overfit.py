@@ -80,13 +80,13 @@ def few_of(samples: Pairs | SampleStream, config: Config) -> Pairs:
 def recall(
     embeddings: Embeddings, sample_ids: list[str], captions: list[bytes]
 ) -> Float[Tensor, ""]:
-    """The share of images whose nearest text, and of texts whose nearest image, is their own; equal
-    captions are."""
+    """The share of images and texts whose nearest text or image is of their pair, or of a pair with
+    an equal caption."""
     image, text = embeddings.image_features.detach(), embeddings.text_features.detach()
     same = torch.zeros(len(image), len(text), dtype=torch.bool, device=image.device)
     for names in (sample_ids, captions):
-        number = {name: place for place, name in enumerate(names)}
-        keys = torch.tensor([number[name] for name in names], device=image.device)
+        numbers = {name: number for number, name in enumerate(names)}
+        keys = torch.tensor([numbers[name] for name in names], device=image.device)
         same |= keys[:, None] == keys
     similarity = image.float() @ text.float().T
     nearest = similarity.argmax(1)[:, None], similarity.argmax(0)[:, None]

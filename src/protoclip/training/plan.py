@@ -150,7 +150,7 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
 
 
 def fill(section: Section, values: Mapping[str, Any]) -> Section:
-    """A section of the settings with these values where its own are unset."""
+    """A section of the settings, with these values for what it leaves unset."""
     unset = {name: value for name, value in values.items() if getattr(section, name) is None}
     return replace(section, **unset)  # type: ignore[type-var]
 

@@ -92,15 +92,15 @@ class Symptoms:
 
     def lines(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """What the metrics of a step say that was not said before."""
-        found: dict[str, str | None] = {}
+        lines: dict[str, str | None] = {}
         for what, shares in self.shares.items():
             if (share := metrics.get(f"train/repeated/{what}")) is not None:
                 shares[:] = [*shares[1 - OBSERVED :], share]
-                found[what] = repeats(what, shares)
+                lines[what] = repeats(what, shares)
         loss = metrics.get("train/loss/info_nce", math.nan)
         if math.isfinite(loss):
-            found["risen"] = risen(loss, self.lowest, pairs=self.pairs)
-            found["chance"] = at_chance(
+            lines["risen"] = risen(loss, self.lowest, pairs=self.pairs)
+            lines["chance"] = at_chance(
                 loss,
                 self.lowest,
                 pairs=self.pairs,
@@ -108,6 +108,6 @@ class Symptoms:
                 steps=step - self.warm_up,
             )
             self.lowest = min(self.lowest, loss)
-        new = {name: line for name, line in found.items() if line and name not in self.said}
+        new = {name: line for name, line in lines.items() if line and name not in self.said}
         self.said |= new.keys()
         return [f"step {step}: {line}" for line in new.values()]

@@ -126,7 +126,7 @@ def fetch(outline: Outline, *, resume: bool) -> None:
             told = str(error).replace(temporary, f"run.sync: {url}")
             raise ValueError(told.replace("--run.out", "--run.sync")) from None
     intact = [path.name for path in checkpoints(folder) if damage(path) is None]
-    complete = {found[1] for name in names if (found := MARKER.fullmatch(name))}
+    complete = {match[1] for name in names if (match := MARKER.fullmatch(name))}
     newer = sorted(step for step in complete if step > max(intact, default=""))
     if (folder / RESULTS).is_file() or not (newer or RESULTS in names):
         return

@@ -88,7 +88,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._stage: Stage | None = None
         self._module: nn.Module = self.model  # the model, wrapped for the stage
-        self._now = 0.0  # up to where `seconds` counts
+        self._now = 0.0  # the time until which `seconds` counts
         self._waited = self._trained = 0.0  # seconds of this episode
         self._reported = (0.0, 0)  # time and samples seen when a step was last reported
 
