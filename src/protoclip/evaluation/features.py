@@ -34,7 +34,8 @@ from protoclip.distributed.collectives import (
 from protoclip.distributed.cores import cores
 from protoclip.evaluation.datasets import Images
 from protoclip.features import store
-from protoclip.files import checksum, locked
+from protoclip.features.whiten import Features
+from protoclip.files import checksum, locked, replacing
 from protoclip.models.precision import Autocast, on_card
 from protoclip.progress import Progress
 from protoclip.terminal import say
@@ -164,39 +165,41 @@ class Encoder:
             raise ValueError(f"{stage}: no image can be used{reason}")
         return encoded
 
-    def texts(self, texts: Iterable[str], *, stage: str) -> Float[Tensor, "n d"]:
-        """Features of texts. Each different text is encoded once, and kept by itself."""
-        texts = list(texts)
-        distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        features = self._distinct_texts([*distinct], stage)
-        if len(distinct) == len(texts):
-            return features
-        return features[torch.tensor([distinct[text] for text in texts])]
+    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
+        """Features of texts, each of which is encoded once, whoever asks, and kept by itself.
 
-    def _distinct_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
-        """Features of different texts: those that are kept, and the others, which are kept then."""
+        Args:
+            content: Identifies the texts; then kept features are found without reading these.
+        """
         if self.cache is None:
-            return self._encode_texts(texts, stage)
+            return self._encode_texts([*texts], stage)
         folder = self.cache / checksum(f"{self.key} texts".encode())
-        # The first rank decides for all what is kept.
+        kept, listed = self._kept_texts(folder), folder / f".{checksum(content.encode())}.npy"
+        hashes = rank0_first(lambda: read_hashes(listed)) if content else None
+        if hashes is None or (kept.find(hashes) < 0).any():
+            texts = [*texts]
+            hashes = store.hash_ids(texts)
+            known = kept.find(hashes) >= 0
+            missing = [text for text, is_kept in zip(texts, known, strict=True) if not is_kept]
+            if missing := [*dict.fromkeys(missing)]:
+                encoded = self._encode_texts(missing, stage).numpy()
+                segment = folder / checksum(json.dumps(missing).encode())
+                self._keep(lambda: keep_texts(segment, missing, encoded))
+                new = store.StoredFeatures.in_memory(
+                    name=stage, sample_ids=missing, features=encoded
+                )
+                kept = store.Segments([*kept.segments, new], new.width)
+            if content:
+                self._keep(lambda: keep_hashes(listed, hashes))
+        return torch.from_numpy(kept.rows(kept.find(hashes)))
+
+    def _kept_texts(self, folder: Path) -> store.Segments:
+        """What earlier calls kept in a folder, the same for all ranks."""
         names = rank0_first(lambda: sorted(path.name for path in folder.glob("[!.]*")))
         opened = [open_whole(folder / name) for name in names]
         damaged = any_rank([segment is None for segment in opened])
         segments = [one for one, bad in zip(opened, damaged, strict=True) if one and not bad]
-        kept = store.Segments(segments, segments[0].width if segments else 0)
-        numbers = kept.find(store.hash_ids(texts))
-        known = numbers >= 0
-        if segments and known.all():
-            return torch.from_numpy(kept.rows(numbers))
-        missing = [text for text, is_kept in zip(texts, known, strict=True) if not is_kept]
-        encoded = self._encode_texts(missing, stage)
-        segment = folder / checksum(json.dumps(missing).encode())
-        self._keep(lambda: keep_texts(segment, missing, encoded))
-        features = torch.empty(len(texts), encoded.shape[1])
-        features[torch.from_numpy(~known)] = encoded
-        if known.any():
-            features[torch.from_numpy(known)] = torch.from_numpy(kept.rows(numbers[known]))
-        return features
+        return store.Segments(segments, segments[0].width if segments else 0)
 
     def _encode_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
         def batches() -> Iterator[Batch]:
@@ -296,8 +299,8 @@ class AlignedEncoder(Encoder):
         encoded = self.frozen.images(images, stage=stage)
         return replace(encoded, features=self._projected(encoded.features, "image"))
 
-    def texts(self, texts: Iterable[str], *, stage: str) -> Float[Tensor, "n d"]:
-        features = self.frozen.texts(texts, stage=stage)
+    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
+        features = self.frozen.texts(texts, stage=stage, content=content)
         return self._projected(features, "text")
 
     @torch.no_grad()
@@ -470,11 +473,26 @@ def keep(folder: Path, encoded: Encoded) -> None:
         store.write_folder(folder, numbers, [features], facts, dtype=store.FULL)
 
 
-def keep_texts(folder: Path, texts: Sequence[str], features: Float[Tensor, "n d"]) -> None:
+def keep_texts(folder: Path, texts: Sequence[str], features: Features) -> None:
     """Add features of different texts to the store, each by its text; raises as `keep`."""
     with locked(folder):
         folder.mkdir(exist_ok=True)
-        store.write_folder(folder, texts, [features.numpy()], {}, dtype=store.FULL)
+        store.write_folder(folder, texts, [features], {}, dtype=store.FULL)
+
+
+def keep_hashes(path: Path, hashes: store.Hashes) -> None:
+    """Note which texts a list has."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, hashes)
+
+
+def read_hashes(path: Path) -> store.Hashes | None:
+    """What `keep_hashes` noted; None if that is missing or damaged."""
+    try:
+        hashes: store.Hashes = np.load(path)
+    except store.DAMAGED:
+        return None
+    return hashes if hashes.dtype == np.uint64 and hashes.ndim == 1 else None
 
 
 def open_whole(folder: Path) -> store.StoredFeatures | None:

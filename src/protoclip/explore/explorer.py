@@ -227,7 +227,7 @@ def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
         raise ValueError(f"{pairs.name}: no pair has a caption")
     images = encoder.images(pairs.images(rows), stage="images")
     captions = (pairs.caption(row) for row in rows.tolist())
-    texts = encoder.texts(captions, stage="captions")
+    texts = encoder.texts(captions, stage="captions", content=f"first captions of {pairs.key}")
     kept = torch.ones(len(rows), dtype=torch.bool)
     kept[[row for row, _ in images.bad]] = False
     return Features(

@@ -36,7 +36,7 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """An event file for TensorBoard, which hides what older files hold of steps after `step`.
+    """An event file in `tensorboard/`, which hides what older files hold of steps after `step`.
 
     Each call writes all, so that an error is that call's. torch's SummaryWriter writes in a thread,
     which prints a traceback when the disk is full.
@@ -45,6 +45,7 @@ class TensorBoard:
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
         self._events = import_module("tensorboard.compat.proto.event_pb2")
         self._record_writer = import_module("tensorboard.summary.writer.record_writer").RecordWriter
+        folder = folder / "tensorboard"
         folder.mkdir(exist_ok=True)
         # TensorBoard reads files in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"

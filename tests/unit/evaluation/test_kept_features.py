@@ -182,6 +182,17 @@ def test_a_text_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_path
     assert torch.equal(asked_twice(tmp_path)[1], expected)
 
 
+def test_a_list_of_texts_is_found_by_its_name(tmp_path):
+    """Without reading the texts, as long as all of them are kept."""
+    texts = [f"number {n}" for n in (1, 2, 1)]
+    first = encoder(cache=tmp_path).texts(texts, stage="x", content="mine")
+    again = encoder(cache=tmp_path).texts(iter(()), stage="x", content="mine")
+    assert torch.equal(first, again)
+    for path in tmp_path.rglob("features.npy"):
+        path.unlink()
+    assert torch.equal(encoder(cache=tmp_path).texts(texts, stage="x", content="mine"), first)
+
+
 @pytest.mark.parametrize("bad", [{2}, {*NUMBERS}])
 def test_images_that_were_bad_for_a_moment_are_encoded_once_they_are_good(bad, tmp_path):
     """As those behind URLs, whose key stays the same without a network."""
