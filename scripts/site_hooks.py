@@ -3,6 +3,8 @@
 Nothing here needs a network, and what the site shows asks for none.
 """
 
+import base64
+import json
 import posixpath
 import re
 import tomllib
@@ -24,6 +26,7 @@ PAGES = {
     "reference/commands.md": reference.commands,
     "reference/python.md": reference.python,
 }
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 # Pages of the reference that are written by hand.
 WRITTEN = ("metrics.md", "run_folder.md", "compatibility.md")
 PLAIN_TEXT = """# As plain text
@@ -66,6 +69,11 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made from the code, and the reference as one text."""
     for name, make in PAGES.items():
         files.append(File.generated(config, name, content=make()))
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        text, pictures = notebook(path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        for name, content in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     files.append(File.generated(config, "reference/plain_text.md", content=PLAIN_TEXT))
     helps = [
         f"## {name}\n\n{reference.full_help(name, kind)}"
@@ -80,6 +88,31 @@ def on_files(files: Any, config: Any) -> Any:
     files.append(File.generated(config, "reference.txt", content="\n\n".join(texts)))
     files.append(File.generated(config, "llms.txt", content=""))  # on_nav fills it
     return files
+
+
+def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook with its stored outputs as Markdown, and its pictures by name."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            # From beside other notebooks, and from examples/, to where the site has them.
+            source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source)
+            parts.append(source.replace("](../../docs/", "](../"))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}-{len(pictures)}.png"
+                pictures[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![What the cell above draws]({name})")
+            else:
+                text = "".join(output.get("text") or data["text/plain"])
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    link = f"[The notebook itself](../../{path.relative_to(ROOT).as_posix()}), to run."
+    return "\n\n".join([*parts, link]) + "\n", pictures
 
 
 def on_nav(nav: Any, config: Any, files: Any) -> Any:
@@ -112,6 +145,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         path = posixpath.normpath(posixpath.join(folder, match[2].partition("#")[0]))
         if path.startswith("docs/"):
             return match[0]
+        if path.endswith(".ipynb") and not page.file.src_uri.startswith("notebooks/"):
+            name = posixpath.join("docs", "notebooks", posixpath.basename(path))
+            return f"{match[1]}{posixpath.relpath(name, folder).removesuffix('.ipynb')}.md"
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         _, mark, fragment = match[2].partition("#")
         return f"{match[1]}{config.extra['source']}/{kind}/main/{path}{mark}{fragment}"

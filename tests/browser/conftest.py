@@ -5,7 +5,7 @@ The fixture comes first among those of a test, so that nothing is made for a tes
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +23,24 @@ def browser() -> Iterator[Any]:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
         found.close()
+
+
+@pytest.fixture(scope="module")
+def serious() -> Callable[[Any], list[str]]:
+    """What axe-core finds serious or critical on a page, each with the elements; also where it is
+    not sure, but for contrast, of which it is never sure where things overlap."""
+    package = pytest.importorskip("axe_playwright_python")
+    script = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+
+    def found(page: Any) -> list[str]:
+        page.evaluate(script)
+        results = page.evaluate("axe.run()")
+        unsure = [each for each in results["incomplete"] if each["id"] != "color-contrast"]
+        return [
+            f"{each['id']}: {node['target']}: {node['failureSummary']}"
+            for each in [*results["violations"], *unsure]
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        ]
+
+    return found

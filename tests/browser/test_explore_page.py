@@ -368,3 +368,29 @@ def test_nothing_is_wider_than_a_phone(scheme: str, browser: Any, address: str) 
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 24, 29)")
     context.close()
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_the_explorer(
+    browser: Any, serious: Callable[[Any], list[str]], address: str, scheme: Any, width: int
+) -> None:
+    """The map, groups and one of them, odd pairs, near-duplicates, a pair, answers of a search, and
+    two models compared."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(90_000)
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#map[data-ready]")
+    base, found = page.url.rpartition("/")[0], {}
+    for name in (
+        *("index.html", "prototypes-image.html", "prototype-text-0.html", "odd-loss.html"),
+        *("duplicates.html", "pair-1.html", "search.html?text=a+red+heart", "moved-image.html"),
+    ):
+        page.goto(f"{base}/{name}")
+        if name == "index.html":
+            page.wait_for_selector("#map[data-ready]")
+        if said := serious(page):
+            found[name] = said
+    assert found == {}
+    context.close()

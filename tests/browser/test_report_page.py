@@ -91,6 +91,16 @@ def test_the_page_opens_from_a_file_and_asks_for_nothing(width, scheme, browser,
     context.close()
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 390])
+def test_axe_finds_nothing_serious_in_the_report(width, scheme, browser, serious, page_file):
+    viewport = {"width": width, "height": 900}
+    page = browser.new_page(viewport=viewport, color_scheme=scheme)
+    page.goto(page_file.as_uri())
+    assert serious(page) == []
+    page.close()
+
+
 def test_the_page_works_by_keyboard(browser, page_file):
     """The first stop skips to the results; tables that scroll can be reached."""
     page = browser.new_page(viewport={"width": 390, "height": 900})

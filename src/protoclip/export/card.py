@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,23 @@ from protoclip.prototypes.targets import back_translate
 from protoclip.terminal import visible, without_secrets
 from protoclip.training.run_folder import as_kept, flat
 
-CARD, PROTOTYPES = "README.md", "prototypes"
+CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
 # Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
 PAIRS, NEAREST = 20_000, 5
 # Sections of a run's settings that the card shows.
 SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "teachers", "loss", "optim")
+# The licences that the hub knows; it refuses a card that names another one.
+LICENCES = """
+afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc
+cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0
+cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 gemma
+gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 lppl-1.3c mit mpl-2.0 ms-pl
+ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense
+wtfpl zlib
+"""
 # What each reader's example begins with, and the example: `similarity` of image and captions.
 COMMON = """
 from PIL import Image
@@ -234,9 +247,25 @@ def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
     return torch.nn.functional.normalize(projected, dim=1)
 
 
+def write_figure(run: Path | None, folder: Path) -> str | None:
+    """Write the report's main figure of a run; returns it in words, None if there is none."""
+    if run is None or any(find_spec(name) is None for name in ("jinja2", "matplotlib")):
+        return None
+    from protoclip.report.main_figure import main_figure
+
+    try:
+        drawn = main_figure(run)
+    except ValueError:  # the weights are whole all the same
+        return None
+    if drawn is None:
+        return None
+    (folder / FIGURE).write_bytes(drawn[0])
+    return drawn[1]
+
+
 def front_matter(license: str, libraries: Sequence[str]) -> str:
     """What the hub reads of a card; a licence without an identifier there is `other`, by name."""
-    known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license.lower()) is not None
+    known = license.lower() in LICENCES.split()
     return ModelCardData(
         license=license.lower() if known else "other",
         license_name=None if known else visible(license),
@@ -247,7 +276,7 @@ def front_matter(license: str, libraries: Sequence[str]) -> str:
 
 
 def origin(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Rows of what a run was made of: start or halves, teachers, data. Nothing without settings."""
+    """Rows of what a run was made of: start or halves, teachers, data, positives."""
     known = flat(settings)
     if start := known.get("model.start") or known.get("model.name"):
         yield f"| start | `{visible(str(start))}` |"
@@ -264,6 +293,12 @@ def origin(settings: Mapping[str, Any]) -> Iterator[str]:
         names = [each.get(key) for each in tables] or [known.get(one)]
         shown = [f"`{visible(str(name))}`" for name in names if name]
         yield f"| {what} | {', '.join(shown) or 'none'} |"
+    yield f"| positives | `{visible(str(known.get('loss.positives') or 'pair'))}` |"
+
+
+def image_text(text: str) -> str:
+    """A text for the brackets of an image, where data may have been named by others."""
+    return re.sub(r"([\\\[\]<>`!])", r"\\\1", visible(text))
 
 
 def examples(formats: Sequence[str], located: str) -> Iterator[str]:
@@ -351,6 +386,8 @@ def write_card(
         lines += ["", "Intervals are over groups of test samples; they leave out other seeds."]
     else:
         lines.append("None: there are no results of this checkpoint.")
+    if seen := write_figure(run, folder):
+        lines += ["", f"![{image_text(seen)}]({FIGURE})"]
     lines += ["", "## Prototypes", ""]
     missing = facts["prototypes"]
     lines.append(f"None: {missing}." if missing else "`prototypes.safetensors`, `prototypes.json`.")

@@ -6,7 +6,7 @@ and paper, and needs no script. Names and captions are never drawn: they stay te
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -18,6 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
+from protoclip.evaluation.analysis_figure import plain
 from protoclip.report.looks import Map
 from protoclip.report.runs import Curve
 
@@ -57,15 +58,43 @@ def line_chart(series: Sequence[Series]) -> Markup:
     with mpl.rc_context(STYLE):
         figure, axes = blank(3.5, 2.0)
         for of in series:
-            x, y = thinned(of.curve)
-            mark = "o" if len(x) < 3 else None
-            axes.plot(x, y, color=stand_in(of.model), ls=dash(of.model), marker=mark, ms=3)
-        axes.margins(x=0.02)
-        axes.locator_params(nbins=5)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            draw_curve(axes, of, color=stand_in(of.model))
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         return svg(figure)
+
+
+def draw_curve(axes: mpl.axes.Axes, of: Series, **line: Any) -> None:
+    """One curve over samples seen."""
+    x, y = thinned(of.curve)
+    mark = "o" if len(x) < 3 else None
+    axes.plot(x, y, ls=dash(of.model), marker=mark, ms=3, **line)
+    axes.margins(x=0.02)
+    axes.locator_params(nbins=5)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def picture(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
+    """Charts side by side as a PNG on white, for a page without our style sheet.
+
+    Args:
+        charts: By title, the curves by name; a chart of several curves has a key.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * len(charts), 2.6), dpi=150, layout="constrained")
+        all_axes = figure.subplots(1, len(charts), squeeze=False)[0]
+        for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
+            for number, (name, curve) in enumerate(curves.items()):
+                of = Series(model=number, curve=curve)
+                draw_curve(axes, of, color=f"C{number}", label=plain(name))
+            axes.set_title(plain(title), fontsize=9)
+            axes.set_xlabel("samples seen")
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            if len(curves) > 1:
+                axes.legend(fontsize=7)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def map_chart(drawn: Map, *, limit: float) -> Markup:

@@ -34,7 +34,7 @@ OTHER: dict[str, Any] = {
     "run.save_minutes": 0.5,
     "run.keep_checkpoints": 7,
     "run.wandb": "offline",
-    "run.loggers": ["mlflow"],
+    "run.loggers": ("mlflow",),
     "run.keep_best": "eval/emoji/knn/acc1",
     "run.evaluate": False,
     "run.evaluate_every": 2,
