@@ -54,11 +54,13 @@ def trained(way: str, settings: dict[str, Any], start: Path | None, folder: Path
         if start is not None:
             given = merged(given, {"model": {"start": str(start)}})
         if way == "scratch":
-            train(build(Config, given), resume=resume)
+            results = train(build(Config, given), resume=resume)
         elif way == "aligned":
-            align(given, resume=resume)
+            results = align(given, resume=resume)
         else:
-            finetune(given, alpha=1.0, resume=resume)
+            results = finetune(given, alpha=1.0, resume=resume)
+        if "stopped" in results:
+            raise SystemExit("interrupted; the same command goes on")
         clock.write_text(f"{time.monotonic() - began:.0f}")
     return {**read_results(folder), "seconds": float(clock.read_text())}
 
