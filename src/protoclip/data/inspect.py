@@ -32,6 +32,14 @@ MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image"
 REMEMBERED = 100_000  # examples of repeated images and captions are among so many
 REASONS = 100  # that are counted by themselves
 EXAMPLES, NAME_LENGTH = 5, 90
+# Up to how many pairs a way is advised, and its row in docs/which_way.md.
+WAYS = {
+    500: "too few to judge by: take a published model as it is, or protoclip align",
+    100_000: "protoclip align, two pretrained halves",
+    1_000_000: "protoclip align, then protoclip finetune of the run",
+    10_000_000: "protoclip finetune of a published model, with --guard",
+}
+MORE = "protoclip train, by a recipe"  # than any of these
 CHUNK = 64  # samples that a worker looks at together
 DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
 
@@ -86,7 +94,14 @@ def inspect(
         "pairs": len(source) if isinstance(source, Pairs) else None,
         **_tally(samples_of_parts(), context_length),
         "notes": list(notes),
+        "next": way(len(source)) if isinstance(source, Pairs) else None,
     }
+
+
+def way(pairs: int) -> str:
+    """What to do with so many pairs, in a line."""
+    advice = next((advice for most, advice in WAYS.items() if pairs <= most), MORE)
+    return f"{advice} (docs/which_way.md)"
 
 
 def _shards(

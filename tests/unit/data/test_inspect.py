@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from protoclip.data.inspect import evenly_spaced, inspect, show
+from protoclip.data.inspect import evenly_spaced, inspect, show, way
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
@@ -81,6 +81,7 @@ def test_facts_are_those_of_the_data(mixed):
         "repeated_image_examples": ["2 x mixed/0"],
         "repeated_caption_copies": 2,
         "repeated_caption_examples": ["3 x one two three"],
+        "next": way(10),
     }
 
 
@@ -91,6 +92,17 @@ MEASURED = {
     "captions_per_image": [1, 1, 2],
     "tokens": [3, 5, 8],  # 3, 3, 3, 5, 5, 5, 8
 }
+
+
+@pytest.mark.parametrize(
+    ("pairs", "command"),
+    [(500, "published"), (501, "align,"), (10**6, "finetune of the run"), (10**7 + 1, "train,")],
+)
+def test_the_last_line_says_what_to_do_with_so_many_pairs(pairs, command):
+    """And names a page that has the same commands."""
+    advice, _, page = way(pairs).partition(" (")
+    assert command in advice
+    assert (Path(__file__).parents[3] / page.rstrip(")")).is_file()
 
 
 def test_findings_are_shown_as_lines(mixed, capsys):
