@@ -21,9 +21,12 @@ from typing import Any
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
+from protoclip.distributed import collectives
+
 NEW_MOUNTS, NEW_NAME, NEW_PIDS, NETWORK = 0x00020000, 0x04000000, 0x20000000, 0x40000000
 DIES_WITH_PARENT = 1  # of prctl
 PORT = 29_500
+Part = tuple[Any, str, int]  # a function, and which of its calls
 
 
 class NotAllowed(Exception):
@@ -66,6 +69,11 @@ class Host:
     def link(self, state: str) -> None:
         """Set the link `up` or `down`."""
         call("ip", "-n", self.space, "link", "set", "eth0", state)
+
+    def slow(self, *how: str) -> None:
+        """Delay or lose what it sends, in the words of `tc netem`."""
+        netem = ("qdisc", "add", "dev", "eth0", "root", "netem", *how)
+        call("tc", "-n", self.space, *netem)
 
     @property
     def said(self) -> str:
@@ -166,3 +174,31 @@ def codes(processes: Sequence[BaseProcess], seconds: float = 120) -> list[int | 
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
     return [process.exitcode for process in processes]
+
+
+def at(part: Part, rank: int, act: Callable[[], object], once: Path) -> None:
+    """In this process and those that it forks: do something when that rank is at a part."""
+    owner, name, number = part
+    original, calls = getattr(owner, name), []
+
+    def and_act(*given: Any, **more: Any) -> Any:
+        calls.append(name)
+        if (len(calls), collectives.launched()[0]) == (number, rank) and not once.exists():
+            once.touch()
+            act()
+        return original(*given, **more)
+
+    setattr(owner, name, and_act)
+
+
+def until(once: Path, running: list[BaseProcess], on: list[Host]) -> None:
+    """Wait for a file that what runs on hosts makes."""
+    deadline = time.monotonic() + 120
+    while not once.exists():
+        assert time.monotonic() < deadline, f"{once} does not appear"
+        assert all(each.is_alive() for each in running), [host.said for host in on]
+        time.sleep(0.02)
+
+
+def kill_this() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
