@@ -52,7 +52,7 @@ from interrupting import (
 
 # Where ranks are killed: a function that begins the part, and the ranks that call it.
 PARTS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
-    "indexing": (tables, "build_index", (0, 1)),
+    "indexing": (tables, "open_files", (0, 1)),
     "encoding": (ExtractedFeatures, "features", (0, 1)),
     "clustering": (Run, "cluster", (0, 1)),
     "training": (Trainer, "train_step", (0, 1)),
@@ -124,9 +124,9 @@ def kills_of_hosts(folder: Path, total: int, seed: int) -> tuple[str, str, list[
     ended = on_hosts(folder / "whole", folder / "pairs.parquet", None)
     assert ended.endswith("written to " + str(folder / "whole" / "run")), ended
     for number in range(total):
-        part = [*PARTS][number % len(PARTS)]
+        part = [*PARTS][number // 2 % len(PARTS)]
         owner, name, ranks = PARTS[part]
-        whole_host = number // len(PARTS) % 2 == 1
+        whole_host = number % 2 == 1
         rank, call = (
             generator.choice(ranks),
             generator.choice((1, 2, 3) if part == "training" else (1,)),
@@ -196,6 +196,7 @@ def on_hosts(folder: Path, data: Path, kill: tuple[Part, int, bool] | None) -> s
             time.sleep(delay)
             both[1].kill()
         codes(running, 300)
+        assert kill is None or once.exists(), "nothing was killed"
         return both[0].said.strip()
 
 
