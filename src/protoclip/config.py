@@ -93,7 +93,7 @@ class RunConfig:
     save_minutes: NotNegative = 10.0  # Minutes between checkpoints; 0 for none.
     keep_checkpoints: Count = 2  # Newest checkpoints to keep.
     keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
-    loggers: tuple[str, ...] = ("tensorboard",)  # ... wandb mlflow trackio module:Class.
+    loggers: tuple[str, ...] = ("tensorboard",)  # ... wandb mlflow trackio.
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases, in this mode.
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
     guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.

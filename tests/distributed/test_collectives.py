@@ -184,6 +184,7 @@ def test_two_ranks_with_one_gpu_are_refused(monkeypatch):
 
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(key, value)
+    monkeypatch.setattr(collectives, "new_store", lambda *_: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     with (
         pytest.raises(ValueError, match=r"^run\.device: rank 1 has the same GPU \(cuda:0\) as"),
@@ -204,6 +205,7 @@ def test_a_rank_may_work_for_longer_than_a_step_waits(device, monkeypatch):
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(key, value)
     dist = torch.distributed
+    monkeypatch.setattr(collectives, "new_store", lambda *_: None)
     monkeypatch.setattr(
         dist, "init_process_group", lambda *_, timeout, **__: waits.update({"steps": timeout})
     )

@@ -170,8 +170,9 @@ def fail(error: Exception) -> NoReturn:
             message = killed_worker(error)
         if message is None and not together:
             raise error
-        first = str(error).strip().partition("\n")[0]
-        message = message or f"another rank has ended or does not answer ({first})"
+        if message is None:
+            why = collectives.reason(error)
+            message = f"another rank has ended or does not answer ({why})"
     if silent or (rank and not together):
         time.sleep(PATIENCE)  # the launcher ends this process when rank 0 ends
     if not silent:

@@ -7,26 +7,34 @@ a collective, and all in the same order.
 import gc
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 Result = TypeVar("Result")
 # How long a rank waits for the tensors of another: within a step ranks do equal work.
 TIMEOUT = timedelta(minutes=10)
 # How long it waits for an object, a decision or an error. Before these a rank may work alone for
 # hours: its host indexes the data, or it has the larger share to embed. A rank that ends is noticed
-# at once all the same, since gloo's connections to it close.
+# at once all the same, since gloo's connections to it close; a host that is gone, after `TIMEOUT`.
 WORK_TIMEOUT = timedelta(days=7)
+# How many seconds a file of another host may be unseen: NFS looks anew after 60 at most.
+UNSEEN = 60.0
 # The gloo group for these. It does not wait for a GPU either.
 _hosts: dist.ProcessGroup | None = None
 # Whether this thread is in a function that one rank alone may leave by an exception.
@@ -50,7 +58,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the ranks that were launched together: NCCL between GPUs, gloo between CPUs.
 
     Raises:
-        ValueError: Two ranks have the same GPU.
+        ValueError: Two ranks have the same GPU, or ranks do not reach each other.
     """
     global _hosts
     rank_, size, _ = launched()
@@ -69,24 +77,83 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
+            store=new_store(rank_, size),
             rank=rank_,
             world_size=size,
             timeout=TIMEOUT,
             device_id=device if on_gpu else None,
         )
+        _hosts = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
     except RuntimeError as error:
-        if "Duplicate GPU" not in str(error):
-            raise
+        if "Duplicate GPU" in str(error):
+            raise ValueError(
+                f"run.device: rank {rank_} has the same GPU ({device}) as another; start one "
+                "process for each GPU that CUDA_VISIBLE_DEVICES shows"
+            ) from error
         raise ValueError(
-            f"run.device: rank {rank_} has the same GPU ({device}) as another; start one process "
-            "for each GPU that CUDA_VISIBLE_DEVICES shows"
+            f"the ranks do not reach each other ({reason(error)}); where hosts have several "
+            "networks, name the one to use in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from error
-    _hosts = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+    notice_lost_hosts()
     yield
     # Not after an error: other ranks may be gone, and this would wait for them.
     _hosts = None
     gc.collect()  # what `DistributedDataParallel` leaves keeps the group, and so its threads
     dist.destroy_process_group()
+
+
+def new_store(rank: int, size: int) -> Store:
+    """The launcher's store, with a prefix of keys that no earlier start used.
+
+    torchrun has one store for all its restarts, and there a rank would meet the addresses of ranks
+    that were killed. So rank 0 answers what the others ask until each has its prefix. Nobody waits
+    in the store, where signals are not heard.
+
+    Raises:
+        RuntimeError: Another rank does not come within `TIMEOUT`.
+    """
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    own, deadline = uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    answer, waits = f"protoclip/answer/{own}", set(range(1, size))
+    if rank:
+        store.set(f"protoclip/asks/{rank}", own)
+    while not store.check([answer]) if rank else waits:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {0 if rank else min(waits)} has not come")
+        for other in sorted(waits) if rank == 0 else ():
+            asks = f"protoclip/asks/{other}"
+            if store.check([f"protoclip/has/{own}/{other}"]):
+                waits.remove(other)
+            elif store.check([asks]):  # perhaps of a rank that is gone
+                store.set(f"protoclip/answer/{store.get(asks).decode()}", own)
+        time.sleep(0.01)
+    prefix = store.get(answer).decode() if rank else own
+    if rank:
+        store.set(f"protoclip/has/{prefix}/{rank}", "")
+    return PrefixStore(prefix, store)
+
+
+def notice_lost_hosts() -> None:
+    """End connections of this process over which nothing has come for `TIMEOUT`, on Linux.
+
+    A host without power, or behind a link that is cut, does not close its connections. Who waits
+    for it, perhaps for `WORK_TIMEOUT`, would not notice.
+    """
+    seconds = int(TIMEOUT.total_seconds())
+    options = {"TCP_KEEPIDLE": max(1, seconds // 10), "TCP_KEEPINTVL": max(1, seconds // 10)}
+    options["TCP_USER_TIMEOUT"] = 1000 * seconds
+    for file in Path("/proc/self/fd").glob("*"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(file.name))) as connection:
+            if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in options.items():
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def reason(error: Exception) -> str:
+    """What gloo or a store says, without where in its source and what else may be the matter."""
+    first = str(error).strip().partition("\n")[0]
+    return re.sub(r"\[/[^\]]*\] ", "", first).partition(". This is typically")[0]
 
 
 def first_host(nodes: str) -> str:
@@ -242,6 +309,28 @@ def rank0_first(function: Callable[[], Result]) -> Result:
     """Call a function on rank 0 alone and give its result to all; raises on all ranks."""
     result = raise_on_all_ranks(lambda: function() if rank() == 0 else None)
     return all_gather_object(result)[0]  # type: ignore[no-any-return]
+
+
+def require_shared(path: Path, *, by: str) -> None:
+    """Refuse a file that rank 0 has and that is not the same for all ranks. Collective.
+
+    Raises:
+        ValueError: The hosts have file systems of their own there; names what sets the place.
+    """
+    content = rank0_first(path.read_bytes)
+
+    def compare() -> None:
+        deadline = time.monotonic() + UNSEEN
+        while not path.is_file() or path.read_bytes() != content:
+            if time.monotonic() > deadline:
+                host = socket.gethostname()
+                raise ValueError(
+                    f"{path}: {host} does not see it as rank 0 does; name a place that all hosts "
+                    f"share by {by}"
+                )
+            time.sleep(0.1)
+
+    raise_on_all_ranks(compare)
 
 
 def device(name: str, *, setting: str = "run.device") -> torch.device:

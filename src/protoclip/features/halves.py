@@ -27,10 +27,10 @@ from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs, Sample
 from protoclip.data.transforms import Transform
 from protoclip.data.view import NONE, PairsView
-from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
+from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
 from protoclip.features import store
 from protoclip.features.encode import PART_ROWS, Encoder, encode_parts, join_parts
-from protoclip.features.parts import parts_of, read_note
+from protoclip.features.parts import FOLDERS, parts_of, read_note
 from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.features.whiten import Features, Whitens
 from protoclip.files import checksum, locked
@@ -523,6 +523,8 @@ def opened(folder: Path, width: int) -> Segments:
         return [path for path in paths if "rows" in read(path, facts_of)]
 
     paths = rank0_first(finished)
+    for path in paths:
+        require_shared(path / store.FACTS, by=FOLDERS)
     segments = raise_on_all_ranks(lambda: [read(path, store.open_folder) for path in paths])
     for segment in segments:
         segment.way_out = "give the command"

@@ -24,7 +24,13 @@ from torch import Tensor
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
-from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
+from protoclip.distributed.collectives import (
+    raise_on_all_ranks,
+    rank,
+    rank0_first,
+    require_shared,
+    world_size,
+)
 from protoclip.distributed.cores import cores
 from protoclip.features import store
 from protoclip.files import checksum, sealed, to_json, write_atomically
@@ -35,6 +41,7 @@ PARTS = "parts"
 # Settings that are checksums, and what it means if they differ.
 CHECKSUMS = {"ids": "other sample ids", "data": "other data, or before these were changed"}
 CHECKSUMS |= {"weights": "other weights"}
+FOLDERS = "--out or align.features"  # what says where the parts are
 Show = Callable[[int], None]  # is told how many samples of a part are done
 
 
@@ -132,6 +139,7 @@ def encode_missing(
     facts, written = rank0_first(claimed)
     if "rows" in facts:
         return facts
+    require_shared(folder / store.FACTS, by=FOLDERS)
     raise_on_all_ranks(lambda: encode_parts(encode, samples, written, folder, settings, label))
     return {}
 

@@ -179,6 +179,7 @@ def train_together(
             return checkpoint
 
         checkpoint = rank0_first(claim)
+        collectives.require_shared(folder / "config.toml", by="--run.out")
         run.prepare_teachers()
         stack.enter_context(signals.handled(run.stop))
         # Dropout and the like draw from the global generator, so the seed sets it too.
@@ -595,6 +596,7 @@ class Run:
         if best is not None and self.writer.folder(best[0]).is_dir():
             results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
         if rank() == 0:
-            content = to_json(sealed(results), indent=2)
-            write_atomically(self.folder / "results.json", content + "\n")
+            write_atomically(
+                self.folder / "results.json", to_json(sealed(results), indent=2) + "\n"
+            )
         return results

@@ -1,0 +1,211 @@
+"""Two hosts with their own networks and scratch folders, one shared run folder, and torchrun."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from namespaces import Host, NotAllowed, Part, at, codes, hosts, kill_this, launch, until
+
+from interrupting import assert_equal_ends, relative_difference, with_changes
+from protoclip import cli
+from protoclip.config import Config
+from protoclip.distributed import collectives
+from protoclip.models import saved
+from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.testing import tiny_config
+from protoclip.training.checkpoint import CheckpointWriter
+from protoclip.training.run import train
+from protoclip.training.run_folder import to_toml
+from protoclip.training.trainer import Trainer
+from tiny_align import tiny_alignment, weights_of
+
+pytestmark = pytest.mark.slow
+QUICK = ["--monitor-interval", "0.1"]  # a restart begins sooner than by default
+TOGETHER = ["--nnodes", "2", "--nproc-per-node", "1"]
+STEPS = 6
+CLUSTERING: Part = (Trainer, "start_episode", 2)
+TRAINING: Part = (Trainer, "train_step", 4)
+SAVING: Part = (saved, "write_checkpoint", 3)
+WAITING: Part = (CheckpointWriter, "save", 3)  # rank 0 alone works
+
+
+@contextmanager
+def made(number: int, folder: Path) -> Iterator[list[Host]]:
+    try:
+        with hosts(number, folder) as given:
+            yield given
+    except NotAllowed as error:
+        pytest.skip(str(error))
+
+
+def small(out: Path) -> Config:
+    """A run of six steps, which saves after each and whose rounding stays small."""
+    sections = {
+        "run": {"save_steps": 1, "save_minutes": 0.0, "evaluate": False},
+        "parallel": {"sync_batch_norm": True},
+        "optim": {"eps": 1e-2, "warm_up_steps": 0},
+        "episodes": {"count": 3, "size": 32},
+    }
+    return with_changes(tiny_config(out=str(out)), sections)
+
+
+def words(config: Config, folder: Path) -> list[str]:
+    recipe = folder / "recipe.toml"
+    recipe.write_text(to_toml(config), encoding="utf-8")
+    return ["train", "--config", str(recipe), "--resume", "auto"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(find_checkpoint(run) / "model.safetensors")
+
+
+def errors(host: Host) -> list[str]:
+    """What `protoclip` says of an error; tracebacks are torchrun's own."""
+    return [line for line in host.said.splitlines() if line.startswith("protoclip: error")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of two hosts."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = words(small(folder / "run"), folder)
+    with made(2, folder / "hosts") as both:
+        ended = codes([launch(host, TOGETHER, lambda: cli.main(command)) for host in both])
+        assert ended == [0, 0], [host.said for host in both]
+    return folder
+
+
+def test_two_hosts_train_what_one_process_trains(undisturbed, tmp_path):
+    config = small(tmp_path / "run")
+    train(config)
+    assert (
+        relative_difference(weights(undisturbed / "run"), weights(tmp_path / "run"), config) < 1e-4
+    )
+
+
+def test_two_hosts_judge_embed_and_align_as_one_process(undisturbed, tmp_path, monkeypatch):
+    """One after another. At last, a store of halves that each host has for itself is refused."""
+    (tmp_path / "halves").mkdir()
+    halves = Config.from_dict(tiny_alignment(tmp_path / "halves"))
+    (tmp_path / "align.toml").write_text(to_toml(halves), encoding="utf-8")
+    run, data = str(undisturbed / "run"), str(tmp_path / "halves" / "pairs.parquet")
+    aligned = ["align", "--config", str(tmp_path / "align.toml"), "--run.out"]
+    monkeypatch.setattr(collectives, "UNSEEN", 0.5)
+
+    def work(out: Path) -> None:
+        out.mkdir(exist_ok=True)
+        judged = out / f"{collectives.launched()[0]}.json"
+        with judged.open("w") as file, redirect_stdout(file):
+            cli.main(["evaluate", run, "--data", data, "--json", "--no-cache"])
+        embed = ["embed-teacher", "--teacher", run, "--data.train", data]
+        cli.main([*embed, "--out", str(out / "teacher")])
+        cli.main([*aligned, str(out / "aligned"), "--align.features", str(out / "store")])
+        if collectives.launched()[1] > 1:
+            cli.main([*aligned, str(out / "apart")])
+
+    work(tmp_path / "one")
+    with made(2, tmp_path / "hosts") as both:
+        ended = [launch(host, TOGETHER, lambda: work(tmp_path / "two")) for host in both]
+        assert codes(ended) == [1, 1]
+        (said,) = [line for host in both for line in errors(host)]
+    assert "rank 1: " in said
+    assert said.endswith("share by --out or align.features")
+    one, two = [json.loads((tmp_path / n / "0.json").read_text()) for n in ("one", "two")]
+    assert two == one
+    first, second = [
+        (tmp_path / n / "teacher" / "features.npy").read_bytes() for n in ("one", "two")
+    ]
+    assert second == first
+    expected = weights_of(tmp_path / "one" / "aligned")
+    for name, value in weights_of(tmp_path / "two" / "aligned").items():
+        # BatchNorm takes this bias out, so it moves by rounding, and the mean with it.
+        if not name.endswith(("head.0.bias", "head.1.running_mean")):
+            torch.testing.assert_close(value, expected[name], atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("link", ["slow", "cut for a moment"])
+def test_a_bad_link_changes_nothing_but_time(link, undisturbed, tmp_path):
+    """What is lost is sent again."""
+    command, once = words(small(tmp_path / "run"), tmp_path), tmp_path / "once"
+
+    def work() -> None:
+        at(TRAINING, 1, lambda: time.sleep(1), once)
+        cli.main(command)
+
+    with made(2, tmp_path / "hosts") as both:
+        if link == "slow":
+            try:
+                both[0].slow("delay", "5ms", "2ms", "loss", "1%")
+            except NotAllowed as error:
+                pytest.skip(str(error))
+        ended = [launch(host, TOGETHER, work) for host in both]
+        if link == "cut for a moment":
+            until(once, ended, both)
+            both[1].link("down")
+            time.sleep(2)
+            both[1].link("up")
+        assert codes(ended) == [0, 0], [host.said for host in both]
+    assert_equal_ends(tmp_path / "run", undisturbed / "run", STEPS)
+
+
+def test_a_link_that_is_cut_ends_each_rank_in_one_line(tmp_path, monkeypatch):
+    """After the timeout, though a rank may wait longer for what another does alone."""
+    monkeypatch.setattr(collectives, "TIMEOUT", timedelta(seconds=4))
+    monkeypatch.setattr(cli, "PATIENCE", 0.0)
+    command, once = words(small(tmp_path / "run"), tmp_path), tmp_path / "once"
+
+    def work() -> None:
+        at(WAITING, 0, lambda: time.sleep(2), once)
+        cli.main(command)
+
+    with made(2, tmp_path / "hosts") as both:
+        ended = [launch(host, TOGETHER, work) for host in both]
+        until(once, ended, both)
+        both[1].link("down")
+        assert codes(ended, 60) == [1, 1], [host.said for host in both]
+        for host in both:
+            (line,) = errors(host)
+            assert "another rank has ended or does not answer" in line
+
+
+def test_a_run_goes_on_when_ranks_are_killed(undisturbed, tmp_path):
+    """Bit for bit, by what torchrun starts anew: one in clustering, then one that saves."""
+    command = words(small(tmp_path / "run"), tmp_path)
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    def work() -> None:
+        at(CLUSTERING, 1, kill_this, first)
+        at(SAVING, 0, kill_this, second)
+        cli.main(command)
+
+    with made(1, tmp_path / "hosts") as (host,):
+        options = ["--nproc-per-node", "2", "--max-restarts", "2", *QUICK]
+        assert codes([launch(host, options, work)]) == [0], host.said
+    assert second.exists()
+    assert_equal_ends(tmp_path / "run", undisturbed / "run", STEPS)
+
+
+def test_a_run_goes_on_when_a_host_is_gone(undisturbed, tmp_path):
+    """With the other one, up to rounding."""
+    config = small(tmp_path / "run")
+    command, once = words(config, tmp_path), tmp_path / "once"
+
+    def work() -> None:
+        at(TRAINING, 1, lambda: time.sleep(100), once)
+        cli.main(command)
+
+    with made(2, tmp_path / "hosts") as both:
+        options = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", *QUICK]
+        ended = [launch(host, options, work) for host in both]
+        until(once, ended, both)
+        both[1].kill()
+        assert codes(ended[:1]) == [0], both[0].said
+        assert f"going on from {tmp_path}/run/checkpoints/step-00000000" in both[0].said
+    assert (
+        relative_difference(weights(tmp_path / "run"), weights(undisturbed / "run"), config) < 1e-4
+    )
