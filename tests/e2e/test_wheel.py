@@ -62,6 +62,7 @@ def test_what_a_release_uploads(tmp_path):
     python(*pip, wheel, folder=tmp_path)
     protoclip = tmp_path / "installed" / "bin" / "protoclip"
     assert "\n  train  " in python(protoclip, "--help", folder=tmp_path)
+    assert "--quick" in python(protoclip, "demo", "--help", folder=tmp_path)
     python(protoclip, *TRAIN.split(), folder=tmp_path)
     python(protoclip, "report", "run", "--out", "report.html", folder=tmp_path)
     assert "<style>" in (tmp_path / "report.html").read_text(encoding="utf-8")

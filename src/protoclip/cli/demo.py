@@ -1,4 +1,7 @@
-"""`protoclip demo`: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side."""
+"""`protoclip demo`: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side.
+
+`quick.py` has `--quick`.
+"""
 
 import time
 from collections.abc import Iterable
@@ -22,15 +25,19 @@ EXAMPLES = 600  # pairs in the report, which takes ten seconds so
 class Demo:
     """Train and compare CLIP and ProtoCLIP, also with a teacher."""
 
-    out: str = "runs/demo"  # Folder of the three runs.
-    seed: Seed = 0  # Seed of all three.
+    out: str | None = None  # Folder of the runs; else runs/demo, or runs/quick.
+    seed: Seed = 0  # Seed of all of them.
+    quick: bool = False  # One small model in about a minute, to look at.
 
     def __call__(self) -> None:
-        require_place("--out", self.out, is_folder=True)
+        out = self.out or ("runs/quick" if self.quick else "runs/demo")
+        require_place("--out", out, is_folder=True)
         import torch
 
+        from protoclip.cli.quick import quick
+
         torch.set_flush_denormal(True)
-        demo(self.out, seed=self.seed)
+        (quick if self.quick else demo)(out, seed=self.seed)
 
 
 def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
@@ -66,8 +73,6 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     """
     from protoclip.evaluation import compare
     from protoclip.training import run
-    from protoclip.training.plan import make_plan
-    from protoclip.training.run_folder import to_toml
 
     started, out = time.monotonic(), Path(out)
     require_ours(out / "results.json", '"seeds"', "with --out")
@@ -75,24 +80,16 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     configs = arms(seed=seed, out=str(out))
     folders = {name: Path(config.run.out or "") for name, config in configs.items()}
     for name, config in configs.items():
-        if (folder := folders[name]).exists():
-            written = folder / "config.toml"
-            settings = to_toml(make_plan(config).config)
-            if not written.is_file() or written.read_text(encoding="utf-8") != settings:
-                raise ValueError(
-                    f"{folder}: holds another run than this demonstration's; remove it, or choose "
-                    "another folder with --out"
-                )
-            if (folder / "results.json").is_file():
-                shown = visible(str(folder))
-                print(f"{name}: finished earlier, kept ({shown}; remove it to train again)")
-                continue
+        if is_finished(config):
+            shown = visible(str(folders[name]))
+            print(f"{name}: finished earlier, kept ({shown}; remove it to train again)")
+            continue
         exit_if_stopped(run.train(config, resume="auto"))
     entries = compare.compare([compare.read_results(folder) for folder in folders.values()])
     write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
     compare.show(entries)
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
-    report = write_report(folders.values(), out / "report.html")
+    report = write_report(folders.values(), out / "report.html", samples=EXAMPLES)
     print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
     shown = visible(str(out))
     if report:
@@ -103,8 +100,25 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     return entries
 
 
-def write_report(folders: Iterable[Path], path: Path) -> bool:
-    """Write the report of the arms; whether it could be."""
+def is_finished(config: Config) -> bool:
+    """Whether the folder of a run holds it, finished; raises `ValueError` if it holds another."""
+    from protoclip.training.plan import make_plan
+    from protoclip.training.run_folder import to_toml
+
+    folder = Path(config.run.out or "")
+    if not folder.exists():
+        return False
+    written, settings = folder / "config.toml", to_toml(make_plan(config).config)
+    if not written.is_file() or written.read_text(encoding="utf-8") != settings:
+        raise ValueError(
+            f"{folder}: holds another run than this demonstration's; remove it, or choose "
+            "another folder with --out"
+        )
+    return (folder / "results.json").is_file()
+
+
+def write_report(folders: Iterable[Path], path: Path, *, samples: int) -> bool:
+    """Write the report of runs; whether it could be."""
     from protoclip.cli.report import require
 
     try:
@@ -114,5 +128,5 @@ def write_report(folders: Iterable[Path], path: Path) -> bool:
         return False
     from protoclip.report import page
 
-    page.write_report(list(folders), path, samples=EXAMPLES)
+    page.write_report(list(folders), path, samples=samples)
     return True

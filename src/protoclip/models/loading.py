@@ -233,7 +233,10 @@ def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer) -> str:
     name = config.start or config.name
     if name is not None:
         return f"trains {name}, at {said}"
-    text = config.text.name or f"a text transformer of {config.text.layers} layers"
+    text = (
+        config.text.name
+        or f"a text transformer of {config.text.layers} layer{'s' * (config.text.layers > 1)}"
+    )
     hint = ""
     if config.image.weights is None and config.text.name is None:
         hint = "; for a larger model name one, such as --model.name ViT-S-16 or RN50"
