@@ -31,7 +31,7 @@ from torch import Tensor
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import store
-from protoclip.features.halves import HalfEncoder, HalfFeatures, HalfRows, ImagesOnce, completed
+from protoclip.features.halves import HalfEncoder, HalfRows, ImagesOnce, completed
 from protoclip.features.store import hash_ids
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
@@ -160,7 +160,7 @@ def memory(folder: Path, rows: int) -> dict[str, float]:
             simulated(folder / half, (f"{half} {row}" for row in range(rows)), rows)
     before = resident()
     of = {
-        half: HalfFeatures([store.open_folder(folder / half)], STORED_WIDTH)
+        half: store.Segments([store.open_folder(folder / half)], STORED_WIDTH)
         for half in ("image", "text")
     }
     generator = np.random.default_rng(0)

@@ -591,12 +591,10 @@ class Run:
         if config.run.overfit is not None:  # of which align may have left some out
             results["overfit"] = overfit.verdict(config.episodes.size, trainer.step, self.recall)
         if self.early_stop is not None and self.early_stop.is_due:
-            facts = self.early_stop.state_dict()
-            results["early_stop"] = {**facts, "reason": self.early_stop.reason}
+            results["early_stop"] = vars(self.early_stop) | {"reason": self.early_stop.reason}
         if best is not None and self.writer.folder(best[0]).is_dir():
             results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
         if rank() == 0:
-            write_atomically(
-                self.folder / "results.json", to_json(sealed(results), indent=2) + "\n"
-            )
+            content = to_json(sealed(results), indent=2)
+            write_atomically(self.folder / "results.json", content + "\n")
         return results
