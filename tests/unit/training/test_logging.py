@@ -231,7 +231,7 @@ def test_trackio_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):
 
 
 def test_mlflow_has_the_curves_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
-    """By MLflow itself, in its store of files: skipped where it is not installed."""
+    """By MLflow itself, in a database of its own: skipped where it is not installed."""
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     folder = tmp_path / "run-0"
@@ -240,7 +240,7 @@ def test_mlflow_has_the_curves_of_a_run_that_goes_on(tmp_path, monkeypatch, caps
         log = MetricsLog(folder, names=["mlflow"], config={"run": {"seed": 5}}, step=step)
         log.write(step + 1, 0, {"eval/text@1": 0.25 * step, "train/loss": float("nan")})
         log.close()
-    assert capsys.readouterr().err == ""
+    assert "warning: mlflow" not in capsys.readouterr().err
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("protoclip").experiment_id])
     assert (run.info.run_name, run.info.status) == ("run-0", "FINISHED")
