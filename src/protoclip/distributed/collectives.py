@@ -8,6 +8,7 @@ import gc
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -90,6 +91,8 @@ def process_group(device: torch.device) -> Iterator[None]:
                 f"run.device: rank {rank_} has the same GPU ({device}) as another; start one "
                 "process for each GPU that CUDA_VISIBLE_DEVICES shows"
             ) from error
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+            raise
         raise ValueError(
             f"the ranks do not reach each other ({reason(error)}); where hosts have several "
             "networks, name the one to use in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
@@ -143,6 +146,9 @@ def notice_lost_hosts() -> None:
     options = {"TCP_KEEPIDLE": max(1, seconds // 10), "TCP_KEEPINTVL": max(1, seconds // 10)}
     options["TCP_USER_TIMEOUT"] = 1000 * seconds
     for file in Path("/proc/self/fd").glob("*"):
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(int(file.name)).st_mode):
+                continue
         with suppress(OSError), socket.socket(fileno=os.dup(int(file.name))) as connection:
             if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -386,7 +386,8 @@ def write_card(
         lines += ["", "Intervals are over groups of test samples; they leave out other seeds."]
     else:
         lines.append("None: there are no results of this checkpoint.")
-    if seen := write_figure(run, folder):
+    # The curves are of a whole run, so not of an earlier checkpoint.
+    if metrics and (seen := write_figure(run, folder)):
         lines += ["", f"![{image_text(seen)}]({FIGURE})"]
     lines += ["", "## Prototypes", ""]
     missing = facts["prototypes"]

@@ -42,7 +42,7 @@ FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy"
 HALF, FULL = "<f2", "<f4"  # how features are stored
 SAMPLE = 2**14  # rows that a whitening is fitted to
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
-DAMAGED = (OSError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
+DAMAGED = (OSError, EOFError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
 
 
 def hash_ids(sample_ids: Iterable[str]) -> Hashes:

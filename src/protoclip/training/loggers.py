@@ -6,6 +6,7 @@ each goes on with the same curves.
 
 import io
 import os
+import re
 import secrets
 import socket
 import time
@@ -96,8 +97,10 @@ class Trackio:
     """A run of Trackio, kept on this machine, or in a Space if `TRACKIO_SPACE_ID` is set."""
 
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
+        # Trackio knows runs by name alone.
+        name = kept_id(folder / "trackio" / "run-id", f"{folder.name}-{secrets.token_hex(4)}")
         self._run = import_module("trackio").init(
-            project=PROJECT, name=folder.name, resume="allow", config=dict(config), embed=False
+            project=PROJECT, name=name, resume="allow", config=dict(config), embed=False
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -121,9 +124,9 @@ class MLflow:
         self.id = kept_id(identity, made if is_new else "")
         if is_new:
             settings = [
-                self._mlflow.entities.Param(f"{section}.{name}", str(value))
+                self._mlflow.entities.Param(f"{section}.{name}" if name else section, str(value))
                 for section, values in config.items()
-                for name, value in (values.items() if isinstance(values, dict) else [])
+                for name, value in (values if isinstance(values, dict) else {"": values}).items()
             ]
             for first in range(0, len(settings), MOST_PARAMETERS):
                 some = settings[first : first + MOST_PARAMETERS]
@@ -131,8 +134,8 @@ class MLflow:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
-        # Of the characters in our names it takes all but this one.
-        names = {name: name.replace("@", "_at_") for name in metrics}
+        # It refuses other characters, as in the name that somebody gave a teacher.
+        names = {name: re.sub(r"[^\w./ -]", "_", name.replace("@", "_at_")) for name in metrics}
         self._client.log_batch(
             self.id,
             metrics=[

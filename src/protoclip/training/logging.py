@@ -1,9 +1,10 @@
 """Metrics of a run: a JSON Lines file, which is the record, and the loggers that get the same."""
 
 import errno
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,11 +158,12 @@ class MetricsLog:
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:
-            work()
+            with redirect_stdout(sys.stderr):  # standard output is for results
+                work()
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warn(name, f"{reason}; training goes on without it")
-            with suppress(Exception):
+            with suppress(Exception), redirect_stdout(sys.stderr):
                 if other := self._others.pop(name, None):
                     other.close()
 

@@ -71,7 +71,7 @@ def test_the_table_is_the_default_and_emoji_are_the_default_data(
     assert "mean_per_class_recall" in shown
     assert re.search(r"100\.0 \[\d\d\.\d, 100\.0\]", shown)
     assert not {"linear_probe", "knn", "clustering"} & {*shown.split()}
-    assert len(list((tmp_path / "features").glob("*/facts.json"))) == 3
+    assert len(list((tmp_path / "features").rglob("facts.json"))) == 3
 
 
 def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
@@ -87,7 +87,7 @@ def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
     config = DataConfig(**columns, allow_links=True, allow_commands=True)
     assert settings == {"root": "/", "class_column": None, "split": "test", "config": config}
     assert encoder.transform == replace(exact, fast=True)
-    with encoder.autocast():
+    with encoder.context():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
         assert torch.is_autocast_enabled("cpu")
     capsys.readouterr()

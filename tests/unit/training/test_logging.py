@@ -219,7 +219,7 @@ def test_trackio_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):
     assert (
         fake.init.call_args.kwargs.items()
         >= {
-            "name": tmp_path.name,
+            "name": (tmp_path / "trackio" / "run-id").read_text(),
             "resume": "allow",
             "config": {"run": {"seed": 0}},
         }.items()
@@ -238,7 +238,9 @@ def test_mlflow_has_the_curves_of_a_run_that_goes_on(tmp_path, monkeypatch, caps
     folder.mkdir()
     for step in (0, 2):
         log = MetricsLog(folder, names=["mlflow"], config={"run": {"seed": 5}}, step=step)
-        log.write(step + 1, 0, {"eval/text@1": 0.25 * step, "train/loss": float("nan")})
+        log.write(
+            step + 1, 0, {"eval/text@1": 0.25 * step, "loss/a+b": 1.0, "train/loss": float("nan")}
+        )
         log.close()
     assert "warning: mlflow" not in capsys.readouterr().err
     client = mlflow.MlflowClient()
