@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
@@ -82,7 +83,8 @@ def map_chart(drawn: Map, *, limit: float) -> Markup:
 
 
 def blank(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=72, layout="constrained")  # SVG's points
+    FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     axes.set_facecolor("none")
     axes.tick_params(colors=INK)
@@ -117,6 +119,9 @@ def svg(figure: Figure) -> Markup:
 
     The page wraps it and describes it, so it is hidden from screen readers.
     """
+    # Else matplotlib draws twice, and lays out each time.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
