@@ -15,6 +15,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from markupsafe import Markup
 
 from interrupting import few_emoji
 from protoclip.cli.explore import Explore
@@ -58,6 +59,15 @@ def map_by_pca() -> Iterator[None]:
 @pytest.fixture
 def any_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Explore, "layout", LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def without_charts() -> Iterator[None]:
+    """Reports without what is inside their charts, which takes most of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("line_chart", "map_chart"):
+            patch.setattr(f"protoclip.report.page.{name}", lambda *_, **__: Markup("<svg></svg>"))
+        yield
 
 
 class Bucket(MemoryFileSystem):

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from protoclip.report.looks import Map
@@ -83,7 +84,7 @@ def map_chart(drawn: Map, *, limit: float) -> Markup:
 
 
 def blank(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
-    figure = Figure(figsize=(width, height), dpi=72, layout="constrained")  # SVG's points
+    figure = Figure(figsize=(width, height), dpi=72)  # SVG's points
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     axes.set_facecolor("none")
@@ -119,9 +120,8 @@ def svg(figure: Figure) -> Markup:
 
     The page wraps it and describes it, so it is hidden from screen readers.
     """
-    # Else matplotlib draws twice, and lays out each time.
-    figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine("none")
+    # Once and by itself: a figure that has the engine is drawn twice, and laid out each time.
+    ConstrainedLayoutEngine().execute(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
