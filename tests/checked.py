@@ -6,8 +6,10 @@ the arguments for both. Here is one check, and only functions with shapes bind t
 
 import ast
 import builtins
+import functools
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType, SimpleNamespace
@@ -17,11 +19,14 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 
 BEARTYPE = beartype(conf=BeartypeConf(violation_type=TypeError))
+SIZES = jaxtyping.jaxtyped("context")
 DECORATOR = "_check_shapes_and_types"  # a name that every module sees
 
 
 def install() -> None:
     """Check all modules of the package that are imported from now on."""
+    if sys.version_info < (3, 12):  # later ones know the members of a protocol
+        typing._get_protocol_attrs = functools.cache(typing._get_protocol_attrs)
     setattr(builtins, DECORATOR, checked)
     sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
 
@@ -42,9 +47,21 @@ def checked(thing: Any) -> Any:
         except NameError:  # what only type checkers import, or what stands further down
             hints[name] = Any
     function = BEARTYPE(thing)
-    # Lets equal letters stand for equal sizes in all arguments and the result.
-    shapes = has_shapes([*hints.values()])
-    return jaxtyping.jaxtyped(typechecker=None)(function) if shapes else function
+    return with_equal_letters(function) if has_shapes([*hints.values()]) else function
+
+
+def with_equal_letters(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets equal letters stand for equal sizes in all arguments and the result of a call.
+
+    `jaxtyped` as a decorator does it too, but binds the arguments for what this package never says.
+    """
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **named: Any) -> Any:
+        with SIZES:
+            return function(*arguments, **named)
+
+    return called
 
 
 def has_shapes(hint: Any) -> bool:

@@ -1,6 +1,9 @@
-"""Every test runs on one thread per process, with shapes and types checked at run time."""
+"""Every test runs with shapes and types checked at run time, and shares what `shared` has."""
 
+import importlib
 import os
+
+import pytest
 
 import checked
 
@@ -8,145 +11,8 @@ import checked
 os.environ["NUMBA_NUM_THREADS"] = "1"
 checked.install()  # before the first import from the package
 
-import gc  # noqa: E402
-import http.server  # noqa: E402
-import io  # noqa: E402
-import re  # noqa: E402
-import threading  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import ExitStack  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, ClassVar  # noqa: E402
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
-from fsspec.registry import _registry  # noqa: E402
-
-from interrupting import few_emoji  # noqa: E402
-from protoclip.cli.explore import Explore  # noqa: E402
-from protoclip.evaluation import datasets  # noqa: E402
-from protoclip.testing import return_memory  # noqa: E402
-
-EMOJI, LAYOUT = datasets.emoji, Explore.layout
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep indexes and cached images out of the user's cache folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def judge_by_few_emoji() -> Iterator[None]:
-    """Judge runs by every 25th of the bundled emoji, unless a test asks for `all_emoji`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "emoji", few_emoji)
-        yield
-
-
-@pytest.fixture
-def all_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "emoji", EMOJI)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def map_by_pca() -> Iterator[None]:
-    """UMAP compiles itself for ten seconds in each process, so only tests of it ask for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Explore, "layout", lambda self: "pca" if self.map == "auto" else self.map)
-        yield
-
-
-@pytest.fixture
-def any_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Explore, "layout", LAYOUT)
-
-
-class Bucket(MemoryFileSystem):
-    """An object store in memory, under the name of S3."""
-
-    protocol = "s3"
-    store: ClassVar[dict[str, Any]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(path.removeprefix("s3://"))
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setitem(_registry, "s3", Bucket)
-    yield "s3://bucket"
-    Bucket.store.clear()
-
-
-class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Serves files, whole or by range of bytes."""
-
-    ranges = True
-
-    def send_head(self):
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return None
-        data = path.read_bytes()
-        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and self.ranges:
-            start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
-            data = data[start : end + 1]
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        return io.BytesIO(data)
-
-    def log_message(self, *args) -> None:
-        pass
-
-
-class Whole(Ranges):
-    ranges = False
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., str]]:
-    """Starts a web server and returns its URL. A handler is "ranges", "whole" or a class."""
-    with ExitStack() as stack:
-
-        def start(handler: Any, folder: Path | None = None) -> str:
-            handler = {"ranges": Ranges, "whole": Whole}.get(handler, handler)
-            if folder is not None:
-                handler = partial(handler, directory=str(folder))
-            running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-            running.daemon_threads, running.block_on_close = True, False
-            threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-            stack.callback(running.server_close)
-            stack.callback(running.shutdown)
-            return f"http://127.0.0.1:{running.server_port}"
-
-        yield start
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def pytest_collection_finish() -> None:
-    """What tests import stays: the cyclic collector need not look at it again and again."""
-    gc.freeze()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
-    return_memory()
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that only hands tests to others need not import PyTorch, which takes seconds."""
+    if not getattr(config.option, "numprocesses", None):
+        config.pluginmanager.register(importlib.import_module("shared"))

@@ -17,6 +17,11 @@ from protoclip.training import run
 from tiny_align import tiny_alignment
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_reports(without_charts: None) -> None:
+    """tests/unit/report and tests/browser look at charts."""
+
+
 @pytest.fixture(scope="session")
 def tiny_parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Parquet file of 96 coloured shapes with captions."""

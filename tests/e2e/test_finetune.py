@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import protoclip
@@ -59,8 +60,11 @@ def write_pairs(path: Path, number: int, *, seed: int, more: str = "") -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_alphas() -> Iterator[None]:
-    """Each sweep is over three models, unless a test asks for `ALPHAS`."""
+    """Each sweep is over three models, unless a test asks for `ALPHAS`, and its figure is small:
+    tests/hostile has runs that draw it whole."""
     with pytest.MonkeyPatch.context() as patch:
+        figure = "protoclip.training.wise_ft_figure.figure"
+        patch.setattr(figure, lambda record: Figure(figsize=(0.1, 0.1)))
         patch.setattr(wise_ft, "ALPHAS", FEW)
         yield
 

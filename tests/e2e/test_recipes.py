@@ -52,7 +52,7 @@ TINY_HEADS = {"model.heads.hidden_dim": 32, "model.heads.projection_dim": 8}
 TINY_TEXT = {"context_length": 8, "width": 16, "heads": 2, "layers": 1}
 TINY_TOWERS = {"model.name": None, "model.embed_dim": 16, **TINY_HEADS, "model.image.size": 32}
 TINY_TOWERS |= {f"model.text.{name}": value for name, value in TINY_TEXT.items()}
-RESNET, VIT = {"model.image.name": "resnet10t"}, {"model.image.name": "test_vit"}
+RESNET, VIT = {"model.image.name": "test_resnet"}, {"model.image.name": "test_vit"}
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,11 @@ from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run, run_folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_reports(without_charts: None) -> None:
+    """tests/unit/report and tests/browser look at charts."""
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pairs, a recipe, and the run of it; copy it before changing it."""

@@ -41,7 +41,7 @@ train = "pairs.parquet"
 [model]
 embed_dim = 16
 [model.image]
-name = "mobilenetv2_035"
+name = "test_resnet"
 size = 32
 [model.text]
 context_length = 8

@@ -15,7 +15,9 @@ import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from protoclip.evaluation.analysis_figure import plain
@@ -111,7 +113,8 @@ def map_chart(drawn: Map, *, limit: float) -> Markup:
 
 
 def blank(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=72)  # SVG's points
+    FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     axes.set_facecolor("none")
     axes.tick_params(colors=INK)
@@ -146,6 +149,8 @@ def svg(figure: Figure) -> Markup:
 
     The page wraps it and describes it, so it is hidden from screen readers.
     """
+    # Once and by itself: a figure that has the engine is drawn twice, and laid out each time.
+    ConstrainedLayoutEngine().execute(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

@@ -66,7 +66,8 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     first(run, data)
     assert sorted(rows) == [*range(PAIRS)]
     for other in (evaluate, analyze, explore, report):
-        other(run, data)
+        if other is not first:
+            other(run, data)
     assert len(rows) == PAIRS
 
 
