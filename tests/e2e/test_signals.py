@@ -148,8 +148,13 @@ def test_a_killed_process_leaves_none_behind(ranks, words, monkeypatch):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_before_training_a_signal_ends_the_command(name, words, tmp_path, monkeypatch, capfd):
     number = getattr(signal, name)
-    # `os.kill` may wake another thread, so that the main one runs on for a moment.
-    monkeypatch.setattr(run, "look", lambda *_, **__: signal.raise_signal(number))
+
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(number)
+        for _ in range(1000):  # the interpreter may hear it a moment later
+            time.sleep(0.01)
+
+    monkeypatch.setattr(run, "look", interrupted)
     assert codes(started(lambda: cli.main(words))) == [128 + number]
     assert "Traceback" not in capfd.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -310,13 +310,18 @@ def examples(formats: Sequence[str], located: str) -> Iterator[str]:
         yield f"```python{COMMON.format(folder=located)}{code}\n```\n"
 
 
+def is_end(run: Path | None, checkpoint: Path | None) -> bool:
+    """Whether a checkpoint is the run's last one."""
+    if run is None or checkpoint is None:
+        return False
+    return checkpoint.resolve() == find_checkpoint(run.resolve())
+
+
 def metrics_of(
     run: Path | None, checkpoint: Path | None
 ) -> dict[str, tuple[float, list[float] | None]]:
     """Metrics of a finished run, each with its 95% interval, if they are of this checkpoint."""
-    if run is None or checkpoint is None or not (run / "results.json").is_file():
-        return {}
-    if checkpoint.resolve() != find_checkpoint(run.resolve()):
+    if run is None or not is_end(run, checkpoint) or not (run / "results.json").is_file():
         return {}
     results = read_results(run)
     ends = intervals_of(results)
@@ -387,7 +392,7 @@ def write_card(
     else:
         lines.append("None: there are no results of this checkpoint.")
     # The curves are of a whole run, so not of an earlier checkpoint.
-    if metrics and (seen := write_figure(run, folder)):
+    if is_end(run, checkpoint) and (seen := write_figure(run, folder)):
         lines += ["", f"![{image_text(seen)}]({FIGURE})"]
     lines += ["", "## Prototypes", ""]
     missing = facts["prototypes"]

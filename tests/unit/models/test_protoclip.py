@@ -147,7 +147,7 @@ def test_a_run_says_what_it_trains():
     said = loading.in_words(tiny_model(), model, loading.tokenizer(tiny_model()))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     assert said == (
-        "trains test_resnet and a text transformer of 1 layers, at 32 pixels and 8 tokens, "
+        "trains test_resnet and a text transformer of 1 layer, at 32 pixels and 8 tokens, "
         f"{millions:.3g} million parameters with the heads; for a larger model name one, such as "
         "--model.name ViT-S-16 or RN50"
     )
