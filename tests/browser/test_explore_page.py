@@ -370,8 +370,7 @@ def test_nothing_is_wider_than_a_phone(scheme: str, browser: Any, address: str) 
     context.close()
 
 
-@pytest.mark.parametrize("width", [1400, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 390)])
 def test_axe_finds_nothing_serious_in_the_explorer(
     browser: Any, serious: Callable[[Any], list[str]], address: str, scheme: Any, width: int
 ) -> None:

@@ -91,8 +91,7 @@ def test_the_page_opens_from_a_file_and_asks_for_nothing(width, scheme, browser,
     context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 390)])
 def test_axe_finds_nothing_serious_in_the_report(width, scheme, browser, serious, page_file):
     viewport = {"width": width, "height": 900}
     page = browser.new_page(viewport=viewport, color_scheme=scheme)
