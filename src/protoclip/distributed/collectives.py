@@ -109,28 +109,28 @@ def new_store(rank: int, size: int) -> Store:
     """The launcher's store, with a prefix of keys that no earlier start used.
 
     torchrun has one store for all its restarts, and there a rank would meet the addresses of ranks
-    that were killed. So rank 0 answers what the others ask until each has its prefix. Nobody waits
-    in the store, where signals are not heard.
+    that were killed. So rank 0 answers what the others ask until each has its prefix. Ranks wait
+    here and not in the store of torchrun, where signals are not heard.
 
     Raises:
         RuntimeError: Another rank does not come within `TIMEOUT`.
     """
     store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
-    own, deadline = uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
-    answer, waits = f"protoclip/answer/{own}", set(range(1, size))
+    name, deadline = uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    answer, waits = f"protoclip/answer/{name}", set(range(1, size))
     if rank:
-        store.set(f"protoclip/asks/{rank}", own)
+        store.set(f"protoclip/asks/{rank}", name)
     while not store.check([answer]) if rank else waits:
         if time.monotonic() > deadline:
             raise RuntimeError(f"rank {0 if rank else min(waits)} has not come")
         for other in sorted(waits) if rank == 0 else ():
             asks = f"protoclip/asks/{other}"
-            if store.check([f"protoclip/has/{own}/{other}"]):
+            if store.check([f"protoclip/has/{name}/{other}"]):
                 waits.remove(other)
             elif store.check([asks]):  # perhaps of a rank that is gone
-                store.set(f"protoclip/answer/{store.get(asks).decode()}", own)
+                store.set(f"protoclip/answer/{store.get(asks).decode()}", name)
         time.sleep(0.01)
-    prefix = store.get(answer).decode() if rank else own
+    prefix = store.get(answer).decode() if rank else name
     if rank:
         store.set(f"protoclip/has/{prefix}/{rank}", "")
     return PrefixStore(prefix, store)

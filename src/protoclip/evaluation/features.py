@@ -166,7 +166,7 @@ class Encoder:
         return encoded
 
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
-        """Features of texts, each of which is encoded once, whoever asks, and kept by itself.
+        """Features of texts. With a cache each is encoded once, whoever asks, and kept by itself.
 
         Args:
             content: Identifies the texts; then kept features are found without reading these.
