@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import protoclip
+from copying import Copies
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader
@@ -18,6 +19,7 @@ from protoclip.data.sampler import EpisodeSampler
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.features import encode as encoding
+from protoclip.features.halves import half_teachers
 from protoclip.features.row_loader import RowLoader
 from protoclip.features.store import hash_ids
 from protoclip.models import loading
@@ -111,6 +113,30 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
             )
         number += 1
     assert number == 2
+
+
+def test_a_batch_of_rows_is_one_copy(given):
+    """With the halves as teachers and groups of positives."""
+    plan, halves_rows, model = rows_of(changed(given, loss={"positives": "shared"}))
+    teachers = half_teachers(plan.config, plan.samples, halves_rows)
+    assert len(teachers) == 2
+    loader = RowLoader(
+        pairs=plan.samples,
+        tokenizer=loading.tokenizer(plan.start),
+        transform=loading.evaluation_transform(model),
+        batch_size=16,
+        seed=0,
+        device=torch.device("meta"),
+        features_of={name: teacher.rows for name, teacher in teachers.items()},
+        halves=halves_rows,
+    )
+    episode = EpisodeSampler(len(plan.samples), 32, seed=0).episode(0)
+    batches = loader.batches(episode, with_features=True, group_by=("caption", "image"))
+    with Copies() as copies:
+        batch = next(batches)
+    assert len(copies.names) == 1
+    tensors = (batch.image, batch.text, batch.groups, *batch.features.values())
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):

@@ -4,17 +4,17 @@
 """
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from protoclip.cli.demo_runs import is_finished, write_report
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
 from protoclip.files import require_ours, to_json, write_atomically
 from protoclip.paths import require_place
 from protoclip.progress import duration
-from protoclip.terminal import say, visible
+from protoclip.terminal import visible
 
 # Fourteen passes take twelve minutes on two slow cores, and are enough to tell the arms apart.
 EPISODES = 24
@@ -98,35 +98,3 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     print(f"  {shown}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
     print(f"  tensorboard --logdir {shown}  curves")
     return entries
-
-
-def is_finished(config: Config) -> bool:
-    """Whether the folder of a run holds it, finished; raises `ValueError` if it holds another."""
-    from protoclip.training.plan import make_plan
-    from protoclip.training.run_folder import to_toml
-
-    folder = Path(config.run.out or "")
-    if not folder.exists():
-        return False
-    written, settings = folder / "config.toml", to_toml(make_plan(config).config)
-    if not written.is_file() or written.read_text(encoding="utf-8") != settings:
-        raise ValueError(
-            f"{folder}: holds another run than this demonstration's; remove it, or choose "
-            "another folder with --out"
-        )
-    return (folder / "results.json").is_file()
-
-
-def write_report(folders: Iterable[Path], path: Path, *, samples: int) -> bool:
-    """Write the report of runs; whether it could be."""
-    from protoclip.cli.report import require
-
-    try:
-        require()
-    except ValueError as error:
-        say(f"note: no report.html: {error}")
-        return False
-    from protoclip.report import page
-
-    page.write_report(list(folders), path, samples=samples)
-    return True

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.cli import explore
-from protoclip.cli.demo import is_finished, write_report
+from protoclip.cli.demo_runs import is_finished, write_report
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config
 from protoclip.files import replacing, require_ours

@@ -39,6 +39,10 @@ class Packed:
         """The tensors on a device, after at most one copy. They share memory with each other."""
         return self._views(self.block.to(device, non_blocking=self.block.is_pinned()))
 
+    def send(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors on a device; no one waits for the copy to a card."""
+        return (self.pin_memory() if device.type == "cuda" else self).unpack(device)
+
     def pin_memory(self, device: str | None = None) -> "Packed":
         """The same in page-locked memory; `DataLoader` calls it."""
         return Packed(block=self.block.pin_memory(), layout=self.layout)

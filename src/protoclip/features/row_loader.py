@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from protoclip.data.loader import Batch, EpisodeLoader, Pass, pair_numbers
+from protoclip.data.loader import (
+    Batch,
+    EpisodeLoader,
+    Pass,
+    named,
+    pair_numbers,
+    without_prefix,
+)
+from protoclip.data.packed import Packed
 from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import caption_draws, transform_draws
 from protoclip.data.transforms import EvaluationTransform
@@ -41,21 +49,25 @@ class RowLoader(EpisodeLoader):
             image = self.halves.image_rows(rows, None if views is None else views[position])
             of_pairs = np.repeat(rows, each)
             sample_ids = [self.pairs.sample_id(int(row)) for row in of_pairs]
-            features = {}
+            tensors = {
+                "position": torch.from_numpy(pair_numbers(position, each)),
+                "image": image,
+                "text": self.halves.text_rows(chosen),
+            }
             if wanted.with_features:
-                features = {name: of(sample_ids) for name, of in self.features_of.items()}
-            groups = None
+                of_ids = {name: of(sample_ids) for name, of in self.features_of.items()}
+                tensors |= named("features", of_ids)
             if wanted.group_by:
-                groups = torch.from_numpy(
-                    self.halves.groups(self.pairs, of_pairs, drawn, wanted.group_by)
-                )
+                groups = self.halves.groups(self.pairs, of_pairs, drawn, wanted.group_by)
+                tensors["groups"] = torch.from_numpy(groups)
             self.on_read(len(rows), [])
+            sent = Packed.of(tensors).send(self.device)
             yield Batch(
-                position=torch.from_numpy(pair_numbers(position, each)).to(self.device),
+                position=sent["position"],
                 sample_id=sample_ids,
-                image=image.to(self.device),
-                text=self.halves.text_rows(chosen).to(self.device),
+                image=sent["image"],
+                text=sent["text"],
                 captions=[number.tobytes() for number in chosen],
-                features={name: rows.to(self.device) for name, rows in features.items()},
-                groups=None if groups is None else groups.to(self.device),
+                features=without_prefix("features", sent),
+                groups=sent.get("groups"),
             )

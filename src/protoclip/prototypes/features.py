@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from protoclip.data.loader import Batch
+from protoclip.data.packed import Packed
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank, world_size
@@ -83,8 +84,10 @@ class ExtractedFeatures:
                     rows += [passed[visit] * each + caption for caption in range(each)]
                 if len(new) < len(image):
                     # A sharded model needs every rank in every pass, so pass at least one pair.
-                    image = image[new or [0]]
-                    text = text.view(-1, each, *text.shape[1:])[new or [0]].flatten(0, 1)
+                    passed_rows = Packed.of({"rows": torch.tensor(new or [0])})
+                    chosen = passed_rows.send(image.device)["rows"]
+                    image = image[chosen]
+                    text = text.view(-1, each, *text.shape[1:])[chosen].flatten(0, 1)
                 with self.autocast():
                     embeddings = self.model(image, text).paired()
                 images.append(embeddings.image_projections[: len(new) * each])
