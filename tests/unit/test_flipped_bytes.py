@@ -18,9 +18,9 @@ from protoclip.data.held_out import held_out_rows
 from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
-from protoclip.evaluation.features import Encoded, keep, read_kept
+from protoclip.evaluation.kept import Kept, Listed
 from protoclip.evaluation.samples import SampleResults
-from protoclip.features.store import write_folder
+from protoclip.features.store import hash_ids, write_folder
 from protoclip.features.teachers import read_teacher
 from protoclip.files import read_toml
 from protoclip.testing import tiny_config, tiny_pairs
@@ -113,13 +113,18 @@ def held_out(folder: Path) -> Read:
 
 
 def kept_features(folder: Path) -> Read:
-    keep(folder / "a", Encoded(features=torch.eye(5), bad=[(3, "broken")]))
+    rows = np.arange(5)
+    ids = [str(row) for row in rows]
+    kept = Kept(folder / "a")
+    kept.add(ids, torch.eye(5))
+    kept.write_list("mine", Listed(keys=rows, bad=[(5, "broken")]))
 
     def read() -> object:
-        found = read_kept(folder / "a")
-        if found is None:
+        again = Kept(folder / "a")
+        listed = again.read_list("mine")
+        if listed is None or not again.has(hash_ids(ids)).all():
             raise ValueError("damaged, and made again")
-        return found.features.tolist(), found.bad
+        return listed.keys.tolist(), listed.bad, again.features(hash_ids(ids)).tolist()
 
     return read
 

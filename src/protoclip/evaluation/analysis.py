@@ -25,7 +25,7 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample
 from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import Bad, Batch, Encoder, Reader
+from protoclip.evaluation.features import NONE, Batch, Encoder, Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
 from protoclip.files import read_toml, require_regular
@@ -73,23 +73,26 @@ class KeptReader(Reader):
     ) -> None:
         super().__init__(images, transform)
         self.given_key = key
-        self.kept: dict[range, Batch] = {}
-        self.bytes_left = KEPT_BYTES
+        self.kept: dict[range, tuple[Tensor, tuple[int, ...]]] = {}
 
     @property
     def key(self) -> str:
         return self.given_key or super().key
 
     def __getitem__(self, rows: range) -> Batch:
-        if rows in self.kept:
-            return self.kept[rows]
+        pixels, keys = self.kept[rows] if rows in self.kept else self._decode(rows)
+        needed = [row for row, key in enumerate(keys) if not self.knows(key)]
+        return pixels[needed], [], [*zip(rows, keys, strict=True)]
+
+    def _decode(self, rows: range) -> tuple[Tensor, tuple[int, ...]]:
+        """All of these images, and their content."""
         with ThreadPoolExecutor() as pool:
-            pixels, content = zip(*pool.map(self.read, rows), strict=True)
-        batch = torch.stack(pixels), list[Bad](), list(zip(rows, content, strict=True))
-        self.bytes_left -= batch[0].nbytes
-        if self.bytes_left >= 0:
-            self.kept[rows] = batch
-        return batch
+            pixels, keys = zip(*pool.map(self.without(NONE).read, rows), strict=True)
+        decoded = torch.stack(pixels), keys
+        kept = sum(tensor.nbytes for tensor, _ in self.kept.values())
+        if kept + decoded[0].nbytes <= KEPT_BYTES:
+            self.kept[rows] = decoded
+        return decoded
 
 
 def analyze(

@@ -1,16 +1,21 @@
-"""Features of a data set's images and texts: read, encoded by all ranks, and kept on disk."""
+"""Features of a data set's images and texts: read, and encoded by all ranks.
+
+`kept.py` keeps them on disk; frozen models that teach, or that `align` joins, encode in
+`features/encode.py` and `features/halves.py`.
+"""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -28,27 +33,26 @@ from protoclip.distributed.collectives import (
     any_rank,
     raise_on_all_ranks,
     rank,
-    rank0_first,
     world_size,
 )
 from protoclip.distributed.cores import cores
 from protoclip.evaluation.datasets import Images
+from protoclip.evaluation.kept import Bad, Kept, Listed
 from protoclip.features import store
-from protoclip.features.whiten import Features
-from protoclip.files import checksum, locked, replacing
+from protoclip.files import checksum
 from protoclip.models.precision import Autocast, on_card
 from protoclip.progress import Progress
-from protoclip.terminal import say
 
 FEW_IMAGES = 300  # are read faster than worker processes start
 PROJECTED = 8192  # rows at once
+KEPT_AT_ONCE = 4096  # images, which a call that is killed may lose
 RETRIED = 20  # bad images that are tried again before kept features are used
 
 Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
-Bad = tuple[int, str]  # the row of an image that cannot be used, and why
 Content = tuple[int, int]  # the row of a good image, and a hash of it
 Batch = tuple[Tensor, list[Bad], list[Content]]
+NONE = np.zeros(0, np.uint64)
 
 
 @runtime_checkable
@@ -128,14 +132,16 @@ class Encoder:
         ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
         with evaluation_mode(self.model), torch.inference_mode():
             image = self.transform(Image.fromarray(ramp)).unsqueeze(0).to(self.device)
-            text = self.tokenizer(["a photo of a red dog"]).to(self.device)
+            tokens = self.tokenizer(["a photo of a red dog"])  # as many as are read of a caption
+            digest.update(str(tokens.tolist()).encode())
+            text = tokens.to(self.device)
             for features in (self.model.encode_image(image), self.model.encode_text(text)):
                 first = features.float().flatten()[:16].tolist()
                 digest.update(" ".join(f"{value:.3g}" for value in first).encode())
         return digest.hexdigest()
 
     def images(self, images: "Images | Reader", *, stage: str) -> Encoded:
-        """Features of all images that can be used.
+        """Features of all images that can be used. With a cache each is encoded once, whoever asks.
 
         Args:
             images: Or what reads them by this encoder's transform.
@@ -144,26 +150,60 @@ class Encoder:
             ValueError: No image can be used, or features are not finite; on every rank.
         """
         reader = images if isinstance(images, Reader) else Reader(images, self.transform)
-        images = reader.images
-
-        def forward(batch: Tensor) -> Tensor:
-            return self.model.encode_image(reader.finish(batch), normalize=False)
-
-        def compute() -> Encoded:
-            batches = self._read(reader, len(images))
-            return self.encode(forward, batches, reader.blank, len(images), stage)
-
-        def holds(kept: Encoded) -> bool:
-            # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
-            # notice that, and quick to try.
-            some = kept.bad[:: len(kept.bad) // RETRIED + 1]
-            return all(len(reader[range(row, row + 1)][1]) for row, _ in some)
-
-        encoded = self._kept(reader.key, compute, holds)
+        if self.cache is None or not reader.key:
+            (encoded,) = self._encode_images(reader, stage, at_once=len(reader.images))
+        else:
+            encoded = self._kept_images(reader, Kept(self._folder("images")), stage)
         if not len(encoded.features):
             reason = f", such as {encoded.bad[0][1]}" if encoded.bad else ""
             raise ValueError(f"{stage}: no image can be used{reason}")
         return encoded
+
+    def _kept_images(self, reader: "Reader", kept: Kept, stage: str) -> Encoded:
+        """Features of images, of which those that are not kept yet are encoded, and kept."""
+        listed = kept.read_list(reader.key)
+        if listed is not None:
+            # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
+            # notice that, and quick to try.
+            some = listed.bad[:: len(listed.bad) // RETRIED + 1]
+            hold = all(len(reader[range(row, row + 1)][1]) for row, _ in some)
+            if any_rank([not hold])[0] or not kept.has(hashes_of(listed.keys)).all():
+                listed = None
+        if listed is None:
+            listed = self._encode_missing(reader, kept, stage)
+            kept.write_list(reader.key, listed)
+        features = kept.features(hashes_of(listed.keys))
+        return Encoded(features=features, bad=listed.bad, content=torch.from_numpy(listed.keys))
+
+    def _encode_missing(self, reader: "Reader", kept: Kept, stage: str) -> Listed:
+        """Encode and keep what is missing, some thousand images at a time; returns what there is.
+
+        So a call that is killed loses little: the next one finds what was kept.
+        """
+        known, content, bad = kept.hashes, [np.zeros(0, np.int64)], list[Bad]()
+        for part in self._encode_images(reader.without(known), stage, at_once=KEPT_AT_ONCE):
+            keys = part.content.numpy()
+            content.append(keys)
+            bad += part.bad
+            hashes = hashes_of(keys)
+            encoded = np.flatnonzero(~np.isin(hashes, known))  # the others have no features here
+            first = np.sort(np.unique(hashes[encoded], return_index=True)[1])
+            new = first[~kept.has(hashes[encoded[first]])]
+            kept.add([str(key) for key in keys[encoded[new]]], part.features[new])
+        return Listed(keys=np.concatenate(content), bad=bad)
+
+    def _encode_images(self, reader: "Reader", stage: str, *, at_once: int) -> Iterator[Encoded]:
+        """Features of the images that the reader does not know, and what all of them hold."""
+
+        def forward(batch: Tensor) -> Tensor:
+            return self.model.encode_image(reader.finish(batch), normalize=False)
+
+        number, stride = len(reader.images), self.batch_size * world_size()
+        batches, progress = self._read(reader, number), self._progress(stage, number)
+        step = max(1, -(-at_once // stride)) * stride
+        for first in range(0, max(1, number), step):
+            rows = range(first, min(first + step, number))
+            yield self.encode(forward, batches, reader.blank, rows, stage, progress)
 
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
         """Features of texts. With a cache each is encoded once, whoever asks, and kept by itself.
@@ -173,33 +213,19 @@ class Encoder:
         """
         if self.cache is None:
             return self._encode_texts([*texts], stage)
-        folder = self.cache / checksum(f"{self.key} texts".encode())
-        kept, listed = self._kept_texts(folder), folder / f".{checksum(content.encode())}.npy"
-        hashes = rank0_first(lambda: read_hashes(listed)) if content else None
-        if hashes is None or (kept.find(hashes) < 0).any():
+        kept = Kept(self._folder("texts"))
+        listed = kept.read_list(content) if content else None
+        hashes = None if listed is None else listed.keys.view(np.uint64)
+        if hashes is None or not kept.has(hashes).all():
             texts = [*texts]
             hashes = store.hash_ids(texts)
-            known = kept.find(hashes) >= 0
+            known = kept.has(hashes)
             missing = [text for text, is_kept in zip(texts, known, strict=True) if not is_kept]
             if missing := [*dict.fromkeys(missing)]:
-                encoded = self._encode_texts(missing, stage).numpy()
-                segment = folder / checksum(json.dumps(missing).encode())
-                self._keep(lambda: keep_texts(segment, missing, encoded))
-                new = store.StoredFeatures.in_memory(
-                    name=stage, sample_ids=missing, features=encoded
-                )
-                kept = store.Segments([*kept.segments, new], new.width)
+                kept.add(missing, self._encode_texts(missing, stage))
             if content:
-                self._keep(lambda: keep_hashes(listed, hashes))
-        return torch.from_numpy(kept.rows(kept.find(hashes)))
-
-    def _kept_texts(self, folder: Path) -> store.Segments:
-        """What earlier calls kept in a folder, the same for all ranks."""
-        names = rank0_first(lambda: sorted(path.name for path in folder.glob("[!.]*")))
-        opened = [open_whole(folder / name) for name in names]
-        damaged = any_rank([segment is None for segment in opened])
-        segments = [one for one, bad in zip(opened, damaged, strict=True) if one and not bad]
-        return store.Segments(segments, segments[0].width if segments else 0)
+                kept.write_list(content, Listed(keys=hashes.view(np.int64)))
+        return kept.features(hashes)
 
     def _encode_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
         def batches() -> Iterator[Batch]:
@@ -208,33 +234,73 @@ class Encoder:
 
         forward = partial(self.model.encode_text, normalize=False)
         blank = partial(self.tokenizer, texts[:1])
-        return self.encode(forward, batches(), blank, len(texts), stage).features
+        progress = self._progress(stage, len(texts))
+        return self.encode(forward, batches(), blank, range(len(texts)), stage, progress).features
 
     def encode(
         self,
         forward: Callable[[Tensor], Tensor],
         batches: Iterator[Batch],
         blank: Callable[[], Tensor],
-        number: int,
+        rows: range,
         stage: str,
+        progress: Progress | None = None,
     ) -> Encoded:
-        def in_precision(batch: Tensor) -> Tensor:
-            with self.context():
-                return forward(batch)
+        """Features of some rows, in whose batches the ranks take turns.
 
+        A batch has the same rows, and so its features the same bits, for any number of ranks. The
+        forward of a sharded model is collective, so a rank without good rows encodes a blank one
+        and drops it.
+
+        Args:
+            forward: A batch of inputs to features.
+            batches: This rank's batches, of `batch_size` rows without the bad ones.
+            blank: A batch of one row that stands in.
+        """
+        sharded = parallel.is_sharded(self.model)
+        features: list[Tensor] = []
+        bad: list[Bad] = []
+        content: list[Content] = []
+
+        def read(first: int) -> tuple[Tensor, int]:
+            """This rank's input, and how many of its rows count."""
+            has_batch = first < rows.stop
+            ready, left_out, keys = next(batches) if has_batch else (torch.zeros(0), [], [])
+            bad.extend((row, why) for row, why in left_out)  # workers make lists of tuples
+            content.extend((row, key) for row, key in keys)
+            return (ready, len(ready)) if len(ready) else (blank(), 0)
+
+        stride = self.batch_size * world_size()
         with evaluation_mode(self.model):
-            return encode(
-                in_precision,
-                batches,
-                blank,
-                number=number,
-                batch_size=self.batch_size,
-                device=self.device,
-                stage=stage,
-                show=self.show,
-                without_gradients=partial(parallel.without_gradients, self.model),
-                sharded=parallel.is_sharded(self.model),
-            )
+            for first in range(rows.start, rows.stop, stride):
+                ready, good = raise_on_all_ranks(partial(read, first + rank() * self.batch_size))
+                if any_rank([good > 0])[0]:
+                    with parallel.without_gradients(self.model), self.context():
+                        sent = ready.to(self.device, non_blocking=True)
+                        # A rank that fails in a sharded forward ends, since others wait in it.
+                        run = partial(forward, sent)
+                        made = run() if sharded else raise_on_all_ranks(run)
+                    features.append(all_gather(made.float()[:good]).cpu())
+                if progress:
+                    progress.update(min(first + stride, rows.stop))
+        encoded = torch.cat(features or [torch.zeros(0, 0)])
+        if not bool(torch.isfinite(encoded).all()):  # the same bits on every rank
+            raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
+        ranks = all_gather_object((bad, content))
+        keys = sorted(entry for _, of_rank in ranks for entry in of_rank)
+        return Encoded(
+            features=encoded,
+            bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
+            content=torch.tensor([key for _, key in keys], dtype=torch.long),
+        )
+
+    def _progress(self, stage: str, number: int) -> Progress | None:
+        return Progress(f"evaluate: {stage}", number) if self.show and rank() == 0 else None
+
+    def _folder(self, kind: str) -> Path:
+        """Where this model's features of images, or of texts, are kept."""
+        assert self.cache is not None
+        return self.cache / checksum(f"{self.key} {kind}".encode())
 
     def _shares(self, number: int) -> list[range]:
         """The rows of this rank's batches."""
@@ -256,31 +322,6 @@ class Encoder:
             generator=torch.Generator(),  # or it would draw from the global one
         )
         return items_of(loader)
-
-    def _kept(
-        self, content: str, compute: Callable[[], Encoded], holds: Callable[[Encoded], bool]
-    ) -> Encoded:
-        """Features of images from the cache if they still hold, or computed and kept there."""
-        if self.cache is None or not content:
-            return compute()
-        folder = self.cache / checksum(f"{self.key} image {content}".encode())
-        kept = read_kept(folder)
-        (missing,) = any_rank([kept is None or not holds(kept)])
-        if kept is not None and not missing:
-            return kept
-        encoded = compute()
-        self._keep(lambda: keep(folder, encoded))
-        return encoded
-
-    def _keep(self, write: Callable[[], None]) -> None:
-        """Let the first rank write, unless another process writes the same."""
-        if rank() == 0:
-            try:
-                write()
-            except OSError as error:
-                say(f"warning: features are not kept ({error})")
-            except ValueError:
-                pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,10 +359,13 @@ class Reader(Dataset[Batch]):
 
     Our own transforms finish on the device of the model, so that workers send bytes, not floats. Of
     images that give their encoded bytes, `EvaluationTransform` needs the crop alone.
+
+    Attributes:
+        known: The hashes of images that are not needed, in order; of these only the content is.
     """
 
     def __init__(self, images: Images, transform: Transform) -> None:
-        self.images, self.transform = images, transform
+        self.images, self.transform, self.known = images, transform, NONE
         crops = isinstance(transform, EvaluationTransform) and hasattr(images, "encoded")
         self.as_bytes = crops or isinstance(transform, PillowTransform)
 
@@ -329,6 +373,12 @@ class Reader(Dataset[Batch]):
     def key(self) -> str:
         """Identifies the images, as `Images.key`."""
         return self.images.key
+
+    def without(self, known: store.Hashes) -> "Reader":
+        """The same without images that are known."""
+        reader = copy(self)
+        reader.known = known
+        return reader
 
     def __getitem__(self, rows: range) -> Batch:
         good: list[Tensor] = []
@@ -340,20 +390,25 @@ class Reader(Dataset[Batch]):
             except BadSample as error:
                 bad.append((row, str(error)))
             else:
-                good.append(image)
+                if image is not None:
+                    good.append(image)
                 content.append((row, key))
         return torch.stack(good) if good else torch.zeros(0), bad, content
 
-    def read(self, row: int) -> tuple[Tensor, int]:
-        """One image, and a hash of it; raises `BadSample`."""
+    def read(self, row: int) -> tuple[Tensor | None, int]:
+        """One image if it is needed, and a hash of it; raises `BadSample`."""
         transform, images = self.transform, self.images
         try:
             if not hasattr(images, "encoded"):
                 image = images.image(row)
                 key = hash_of(b"%d %d " % image.size + image.tobytes())
+                if self.knows(key):
+                    return None, key
             else:
                 encoded = images.encoded(row)
                 key = hash_of(encoded)
+                if self.knows(key):
+                    return None, key
                 if isinstance(transform, EvaluationTransform):
                     box = partial(transform.box, draws=np.zeros(0, np.float32))
                     pixels = decode_crop(encoded, box, transform.size, max_pixels=MAX_IMAGE_PIXELS)
@@ -367,6 +422,13 @@ class Reader(Dataset[Batch]):
         except (ValueError, OSError) as error:
             source = images.where(row) if hasattr(images, "where") else images.name
             raise BadSample(images.sample_id(row), source, str(error)) from error
+
+    def knows(self, key: int) -> bool:
+        if not len(self.known):
+            return False
+        (wanted,) = hashes_of(np.array([key]))
+        at = np.searchsorted(self.known, wanted)
+        return bool(at < len(self.known) and self.known[at] == wanted)
 
     def finish(self, batch: Tensor) -> Tensor:
         """The model's input, of what `read` gave."""
@@ -384,66 +446,13 @@ class Reader(Dataset[Batch]):
         return self.transform(Image.new("RGB", (224, 224))).unsqueeze(0)
 
 
+def hashes_of(content: npt.NDArray[np.int64]) -> store.Hashes:
+    """The hashes by which images of this content are kept."""
+    return store.hash_ids(map(str, content.tolist()))
+
+
 def hash_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def encode(
-    forward: Callable[[Tensor], Tensor],
-    batches: Iterator[Batch],
-    blank: Callable[[], Tensor],
-    *,
-    number: int,
-    batch_size: int,
-    device: torch.device | str,
-    stage: str,
-    show: bool = False,
-    without_gradients: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
-    sharded: bool = False,
-) -> Encoded:
-    """Features of `number` rows; the ranks take turns at the batches.
-
-    A batch has the same rows, and so its features the same bits, for any number of ranks. A sharded
-    forward is collective, so a rank without good rows encodes a blank one and drops it.
-
-    Args:
-        forward: A batch of inputs to features.
-        batches: This rank's batches, of `batch_size` rows without the bad ones.
-        blank: A batch of one row that stands in.
-    """
-    progress = Progress(f"evaluate: {stage}", number) if show and rank() == 0 else None
-    features: list[Tensor] = []
-    bad: list[Bad] = []
-    content: list[Content] = []
-
-    def read(first: int) -> tuple[Tensor, int]:
-        """This rank's input, and how many of its rows count."""
-        ready, left_out, keys = next(batches) if first < number else (torch.zeros(0), [], [])
-        bad.extend((row, why) for row, why in left_out)
-        content.extend((row, key) for row, key in keys)
-        return (ready, len(ready)) if len(ready) else (blank(), 0)
-
-    stride = batch_size * world_size()
-    for first in range(0, number, stride):
-        ready, good = raise_on_all_ranks(partial(read, first + rank() * batch_size))
-        with without_gradients():
-            sent = ready.to(device, non_blocking=True)
-            # A rank that fails in a sharded forward ends, since others wait in it.
-            rows = forward(sent) if sharded else raise_on_all_ranks(partial(forward, sent))
-            rows = rows.float()
-        features.append(all_gather(rows[:good]).cpu())
-        if progress:
-            progress.update(min(first + stride, number))
-    encoded = torch.cat(features or [torch.zeros(0, 0)])
-    if not bool(torch.isfinite(encoded).all()):  # the same bits on every rank
-        raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
-    ranks = all_gather_object((bad, content))
-    keys = sorted(entry for _, of_rank in ranks for entry in of_rank)
-    return Encoded(
-        features=encoded,
-        bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
-        content=torch.tensor([key for _, key in keys], dtype=torch.long),
-    )
 
 
 @contextmanager
@@ -457,61 +466,3 @@ def evaluation_mode(model: Model) -> Iterator[None]:
         # One by one: a locked tower stays in evaluation mode inside a model that trains.
         for module, training in modes:
             module.training = training
-
-
-def keep(folder: Path, encoded: Encoded) -> None:
-    """Add features to the store, each by the number of its row, with what is bad.
-
-    Raises:
-        ValueError: Another process does so.
-    """
-    facts = {"bad": encoded.bad, "content": encoded.content.numpy().tobytes().hex()}
-    features = encoded.features.numpy()
-    with locked(folder):
-        folder.mkdir(exist_ok=True)
-        numbers = [*map(str, range(len(features)))]
-        store.write_folder(folder, numbers, [features], facts, dtype=store.FULL)
-
-
-def keep_texts(folder: Path, texts: Sequence[str], features: Features) -> None:
-    """Add features of different texts to the store, each by its text; raises as `keep`."""
-    with locked(folder):
-        folder.mkdir(exist_ok=True)
-        store.write_folder(folder, texts, [features], {}, dtype=store.FULL)
-
-
-def keep_hashes(path: Path, hashes: store.Hashes) -> None:
-    """Note which texts a list has."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, hashes)
-
-
-def read_hashes(path: Path) -> store.Hashes | None:
-    """What `keep_hashes` noted; None if that is missing or damaged."""
-    try:
-        hashes: store.Hashes = np.load(path)
-    except store.DAMAGED:
-        return None
-    return hashes if hashes.dtype == np.uint64 and hashes.ndim == 1 else None
-
-
-def open_whole(folder: Path) -> store.StoredFeatures | None:
-    """Features that were kept; None if they are damaged, or another process still writes them."""
-    try:
-        kept = store.open_folder(folder)
-        kept.whole()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return kept
-
-
-def read_kept(folder: Path) -> Encoded | None:
-    """Features that `keep` wrote, mapped into memory; None if they are missing or damaged."""
-    try:
-        features = torch.from_numpy(store.open_folder(folder, mode="c").whole())
-        facts = store.read_facts(folder)
-        bad = [(int(row), str(why)) for row, why in facts["bad"]]
-        content = np.frombuffer(bytearray.fromhex(facts["content"]), np.int64)
-        return Encoded(features=features, bad=bad, content=torch.from_numpy(content))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -17,7 +17,8 @@ from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
-from protoclip.evaluation.features import Encoder, Reader, encode
+from protoclip.evaluation import features as module
+from protoclip.evaluation.features import Encoder, Reader
 from protoclip.files import locked
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed
@@ -111,9 +112,9 @@ def encode_numbers(model, number, broken=None):
 
     firsts = range(0, number, 2)[collectives.rank() :: collectives.world_size()]
     batches = ((read(range(first, min(first + 2, number))), [], []) for first in firsts)
-    settings = {"number": number, "batch_size": 2, "device": "cpu", "stage": "items"}
     blank = lambda: torch.zeros(1, 3, 1, 2)  # noqa: E731
-    return encode(model.encode_image, batches, blank, **settings).features
+    own = encoder(model, batch_size=2)
+    return own.encode(model.encode_image, batches, blank, range(number), "items").features
 
 
 def sharded_features(numbers):
@@ -155,11 +156,51 @@ def test_features_are_computed_once_and_kept(tmp_path):
     assert again.model.calls == {"image": 1, "text": 1}  # of the key alone
     again.images(Solid("x", NUMBERS), stage="x")
     again.texts(["number 2"], stage="x")
-    assert again.model.calls == {"image": 1 + 6, "text": 2}
+    assert again.model.calls == {"image": 1 + 1, "text": 2}  # the one that was bad
     images.key = ""
     again.images(images, stage="x")
-    assert again.model.calls["image"] == 1 + 6 + 6
+    assert again.model.calls["image"] == 1 + 1 + 6
     assert len(list(tmp_path.rglob("facts.json"))) == 4
+
+
+def some_images(cache):
+    """What is encoded of some images after others, and their features."""
+    encoder(cache=cache).images(Solid("x", [5, 1, 2, 2, 3]), stage="x")
+    own = encoder(cache=cache)
+    features = own.images(Solid("y", [3, 4, 9, 1, 1], bad=(2,)), stage="y").features
+    return own.model.calls["image"], features
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_image_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_path):
+    for calls, features in run_distributed(some_images, ranks, tmp_path):
+        assert torch.equal(features, Guessing().table[[3, 4, 1, 1]])
+        assert calls == 2  # one image, and that of the key
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_call_that_was_killed_goes_on(ranks, tmp_path):
+    """After the images that were kept by then, eight at a time."""
+    for calls, features in run_distributed(killed_and_begun_again, ranks, tmp_path):
+        assert torch.equal(features, Guessing().table[: len(NUMBERS)])
+        # One is that of the key. Of six batches four had been encoded, and were kept.
+        assert calls == 1 + 2 // ranks
+
+
+def killed_and_begun_again(cache):
+    class Dying(Solid):
+        def image(self, row):
+            if row >= 18:
+                raise RuntimeError("out of luck")
+            return super().image(row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "KEPT_AT_ONCE", 8)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            encoder(cache=cache).images(Dying("x", NUMBERS), stage="x")
+    own = encoder(cache=cache)
+    features = own.images(Solid("x", NUMBERS), stage="x").features
+    return own.model.calls["image"], features
 
 
 def asked_twice(cache):
@@ -188,7 +229,7 @@ def test_a_list_of_texts_is_found_by_its_name(tmp_path):
     first = encoder(cache=tmp_path).texts(texts, stage="x", content="mine")
     again = encoder(cache=tmp_path).texts(iter(()), stage="x", content="mine")
     assert torch.equal(first, again)
-    for path in tmp_path.rglob("*.npy"):
+    for path in tmp_path.rglob("*.[nj]*"):
         path.write_bytes(b"")
     assert torch.equal(encoder(cache=tmp_path).texts(texts, stage="x", content="mine"), first)
 
@@ -216,7 +257,7 @@ def test_damaged_features_are_computed_anew(damage, tmp_path):
     """tests/unit/test_flipped_bytes.py damages them in other ways."""
     images = Solid("x", NUMBERS)
     expected = encoder(cache=tmp_path).images(images, stage="x").features
-    (path,) = tmp_path.glob("*/features.npy")
+    (path,) = tmp_path.glob("*/*/features.npy")
     whole = path.read_bytes()
     if damage != "without facts":
         path.write_bytes(whole[: 50 if damage == "shorter" else 0])
@@ -232,7 +273,7 @@ def test_damaged_features_are_computed_anew(damage, tmp_path):
 def test_while_another_process_keeps_the_same_nothing_is_written(tmp_path, capsys):
     images = Solid("x", NUMBERS)
     encoder(cache=tmp_path).images(images, stage="x")
-    (folder,) = tmp_path.glob("[!.]*")
+    (folder,) = tmp_path.glob("*/[!.]*")
     shutil.rmtree(folder)
     with locked(folder):
         found = encoder(cache=tmp_path).images(images, stage="x")
@@ -248,7 +289,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
 
 
 def test_the_key_is_the_content():
-    """Weights, activations, the transform; not the object."""
+    """Weights, activations, the transform, how much is read of a caption; not the object."""
     plain = encoder().key
     assert encoder().key == plain
 
@@ -257,5 +298,10 @@ def test_the_key_is_the_content():
 
     wider = Guessing()
     wider.activation = nn.GELU()
+
+    def longer(texts):
+        return torch.nn.functional.pad(tokenizer(texts), (0, 1))
+
     others = [encoder(Guessing(1)), encoder(transform=darker), encoder(wider)]
-    assert len({plain, *(other.key for other in others)}) == 4
+    others.append(encoder(tokenizer=longer))
+    assert len({plain, *(other.key for other in others)}) == 5

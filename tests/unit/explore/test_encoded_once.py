@@ -1,6 +1,7 @@
-"""The same model over the same data is encoded once, whoever asks first."""
+"""The same model over the same data, or some of them, is encoded once, whoever asks first."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from protoclip.cli import main
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.view import NONE, without
-from protoclip.evaluation.features import Reader
+from protoclip.evaluation.features import Encoded, Encoder, Reader
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explored
 from protoclip.report import looks
@@ -69,6 +70,17 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
         if other is not first:
             other(run, data)
     assert len(rows) == PAIRS
+    some = pq.read_table(data).take([3, 5, 8])
+    pq.write_table(some, tmp_path / "some.parquet")
+    encode, encoded = Encoder.encode, []
+
+    def watched(*given: Any) -> Encoded:
+        encoded.append(encode(*given))
+        return encoded[-1]
+
+    monkeypatch.setattr(Encoder, "encode", watched)
+    evaluate(run, str(tmp_path / "some.parquet"))
+    assert [len(each.features) for each in encoded] == [0]
 
 
 def test_a_view_of_all_rows_has_the_key_of_its_source(run):
