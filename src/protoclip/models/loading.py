@@ -12,7 +12,7 @@ from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
-from protoclip.distributed.parallel import is_sharded, shard, shard_linear, spread
+from protoclip.distributed.parallel import is_sharded, load_whole, shard, shard_linear
 from protoclip.models import batch_norm, halves, lora, towers
 from protoclip.models.opening import Loaded
 from protoclip.models.precision import resolve
@@ -129,7 +129,7 @@ def training_model(
     if sharded:
         bf16 = device.type == "cuda" and resolve(config.run.precision, device) == "bf16"
         shard(built, device, gathered=torch.bfloat16 if bf16 else None)
-        spread(built, whole)
+        load_whole(built, whole)
     return built, notes
 
 
