@@ -163,7 +163,7 @@ def write_table(explorer: Explorer, path: Path) -> int:
                     for row in rows.tolist()
                 ]
             for modality in MODALITIES:
-                x, y = atlas.place(modality)[part].astype(np.float32).T
+                x, y = atlas.map_position(modality)[part].astype(np.float32).T
                 columns |= {
                     "id": [f"{modality}:{each}" for each in ids],
                     "modality": [modality] * len(rows),
