@@ -343,12 +343,12 @@ def encode_parts(
     return encode_missing(encode, samples, claimed, out, settings, label=settings["teacher"])
 
 
-def require_width(settings: Mapping[str, Any], own_width: int) -> None:
+def require_width(settings: Mapping[str, Any], full_width: int) -> None:
     """Refuse to reduce features to a width that they do not have."""
     width = settings["reduced_to"]
-    if width is not None and not 0 < width <= own_width:
+    if width is not None and not 0 < width <= full_width:
         teacher = settings["teacher"]
-        raise ValueError(f"--width: {width} is not between 1 and {own_width}, {teacher}'s own")
+        raise ValueError(f"--width: {width} is not between 1 and {full_width}, {teacher}'s own")
 
 
 def encode_items(

@@ -36,9 +36,9 @@ def resolve_start(given: ModelConfig) -> Start:
     if reference is None:
         named = NamedTowers(model=given)
         refuse_coca(f"model.name: {name}", named)
-        own_sizes = NamedTowers(model=ModelConfig(name=name, pretrained=given.pretrained))
+        unresized = NamedTowers(model=ModelConfig(name=name, pretrained=given.pretrained))
         label = f"open_clip:{name}/{given.pretrained}"
-        return OpenClipStart(reference=label, unresized=own_sizes, model=given)
+        return OpenClipStart(reference=label, unresized=unresized, model=given)
     if name is not None and reference.startswith("reference:") and ",model=" not in reference:
         reference = f"{reference},model={name}"
     try:
