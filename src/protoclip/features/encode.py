@@ -1,7 +1,8 @@
 """Frozen models that turn captions or images into teacher features, and the pass over a data set.
 
 The pass writes parts (see `parts.py`). At the end the first rank joins them into a teacher folder
-(see `store.py`), after PCA if asked.
+(see `store.py`), after PCA if asked. The features of data sets that judge a model are made in
+`evaluation/features.py`.
 """
 
 import re

@@ -1,4 +1,7 @@
-"""BatchNorm over the batches of all ranks, which normalise as one batch would."""
+"""BatchNorm over the batches of all ranks, which normalise as one batch would.
+
+Which layers keep their statistics in a stage is decided in `training/stages.py`.
+"""
 
 import torch
 from jaxtyping import Bool, Float

@@ -1,4 +1,7 @@
-"""Models that are made of a start: opened for use, or built for a run and made parallel."""
+"""Models that are made of a start: opened for use, or built for a run and made parallel.
+
+The start is found in `start.py` or `resolve.py`, and checkpoints are read in `saved.py`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

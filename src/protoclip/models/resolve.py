@@ -1,4 +1,8 @@
-"""The start of a `[model]` section, with all that follows from it."""
+"""The start of a `[model]` section, with all that follows from it.
+
+The kinds of start, and those of plain references, are in `start.py`; two halves are joined in
+`two_halves.py`.
+"""
 
 import dataclasses
 from dataclasses import replace
