@@ -1,4 +1,8 @@
-"""Features of a data set's images and texts: read, encoded by all ranks, and kept on disk."""
+"""Features of a data set's images and texts: read, encoded by all ranks, and kept on disk.
+
+Features of a teacher over training pairs are made in `features/encode.py`; what a task needs is
+chosen in `task_features.py`.
+"""
 
 import hashlib
 import json

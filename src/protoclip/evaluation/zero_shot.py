@@ -1,4 +1,7 @@
-"""Zero-shot classification: images against the encoded names of classes."""
+"""Zero-shot classification: images against the encoded names of classes.
+
+Names and templates come from `datasets.py`, and `task_features.py` has them encoded.
+"""
 
 from collections.abc import Sequence
 
