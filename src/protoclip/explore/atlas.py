@@ -1,4 +1,4 @@
-"""How a model places and groups pairs: the map, prototypes, and how far pairs agree.
+"""How a model maps and groups pairs: positions on the map, prototypes, and how far pairs agree.
 
 Everything is computed once and kept in the cache, so that the next start shows it at once.
 """

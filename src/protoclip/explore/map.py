@@ -1,4 +1,7 @@
-"""The map of images and texts, drawn by Bokeh."""
+"""The map of images and texts, drawn by Bokeh.
+
+Positions on it are computed in `atlas.py`, and names of its groups in `names.py`.
+"""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,7 @@
-"""Names of groups of pairs: the words that set the captions of a group apart from the others."""
+"""Names of groups of pairs: the words that set the captions of a group apart from the others.
+
+Groups of the map are formed here too; prototypes, which group features, come from `atlas.py`.
+"""
 
 import unicodedata
 import warnings

@@ -1,4 +1,7 @@
-"""The explorer as files: pages for any web server, and a table for embedding-atlas."""
+"""The explorer as files: pages for any web server, and a table for embedding-atlas.
+
+The pages themselves are made in `render.py`, and `server.py` serves them without files.
+"""
 
 import os
 import shutil
