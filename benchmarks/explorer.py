@@ -5,13 +5,15 @@ explorer is measured, and no model encodes anything. Each size runs in a process
 
     python benchmarks/explorer.py 10000 100000 1000000
 
-prints for each: seconds to compute places and prototypes, and to draw the map (once, then kept);
-seconds from there to the first screen (opening what is kept, and the first request for the page and
-its map); seconds of the first question, which opens the features and checks them, and of later
-ones; and memory: what the explorer adds, and the most that the whole process held. Beside each time
-stands `_cpu`, the processor time of this process, which other jobs of the machine change less.
-`--drawn` draws places and prototypes at random instead of computing them; no later time depends on
-what they are. `--browser` adds the seconds from asking Chromium for the page to the drawn map.
+prints for each: seconds to compute map positions and prototypes, and to draw the map (once, then
+kept); seconds from there to the first screen (opening what is kept, and the first request for the
+page and its map); seconds of the first question, which opens the features and checks them, and of
+later ones; and memory: what the explorer adds, and the most that the whole process held. Beside
+each time stands `_cpu`, the processor time of this process, which other jobs of the machine change
+less.
+`--drawn` draws map positions and prototypes at random instead of computing them; no later time
+depends on what they are. `--browser` adds the seconds from asking Chromium for the page to the
+drawn map.
 """
 
 import argparse
@@ -118,8 +120,8 @@ def drawn_atlas(pairs: int) -> Atlas:
         captioned=np.arange(pairs),
         rows=np.arange(pairs),
         drawn=np.sort(draw.choice(pairs, min(pairs, MAP_PAIRS), replace=False)),
-        image_place=values(pairs, 2),
-        text_place=values(pairs, 2),
+        image_map_position=values(pairs, 2),
+        text_map_position=values(pairs, 2),
         image_prototype=draw.integers(0, number, pairs, dtype=np.int32),
         text_prototype=draw.integers(0, number, pairs, dtype=np.int32),
         image_similarity=values(pairs),

@@ -1,4 +1,7 @@
-"""`python -m protoclip` is `protoclip`."""
+"""`python -m protoclip` is `protoclip`.
+
+The commands themselves are in `cli/`.
+"""
 
 from protoclip.cli import main
 

@@ -1,4 +1,7 @@
-"""What is refused of a run's settings before anything is opened, and what has no effect there."""
+"""What is refused of a run's settings before anything is opened, and what has no effect there.
+
+The limits of single settings are in `config.py`, and typos in paths are found by `paths.py`.
+"""
 
 from dataclasses import replace
 from functools import reduce

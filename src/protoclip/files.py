@@ -1,5 +1,8 @@
-"""Files that appear whole or not at all, their checksums, and JSON that every parser reads; and the
-one place that opens a local file whose name somebody gave."""
+"""Files that appear whole or not at all, their checksums, and JSON that every parser reads.
+
+It is also the one place that opens a local file whose name somebody gave. URLs and what data name
+are opened in `data/access.py`.
+"""
 
 import errno
 import hashlib

@@ -1,4 +1,7 @@
-"""Progress with the time that is left, for terminals and for logs."""
+"""Progress with the time that is left, for terminals and for logs.
+
+Metrics of a run are written by `training/logging.py`, and single lines said by `terminal.py`.
+"""
 
 import atexit
 import functools

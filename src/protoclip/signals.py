@@ -1,4 +1,7 @@
-"""The signals that ask a process to stop, and processes that do not hear them."""
+"""The signals that ask a process to stop, and processes that do not hear them.
+
+What a run does when it is asked to stop is in `training/run.py`.
+"""
 
 import multiprocessing
 import os

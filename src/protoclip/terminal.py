@@ -1,5 +1,8 @@
-"""What a person sees: streams that stop nothing, and texts that a terminal does not obey and that
-hold no secret of a URL."""
+"""What a person sees: streams that stop nothing, and texts that are safe to print.
+
+Such a text holds no secret of a URL, and nothing that a terminal obeys. Lines of progress are in
+`progress.py`.
+"""
 
 import errno
 import io

@@ -1,4 +1,7 @@
-"""Tiny models, tiny data and a pool of processes, for the tests of this package and of others."""
+"""Tiny models, tiny data and a pool of processes, for the tests of this package and of others.
+
+Fixtures of this package's tests alone are in `tests/`.
+"""
 
 import atexit
 import ctypes

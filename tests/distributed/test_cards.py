@@ -88,7 +88,7 @@ def test_layers_are_gathered_in_bf16_on_a_card_that_trains_in_it(
         parallel=replace(config.parallel, strategy="fsdp"),
     )
     shard = Mock()
-    for name, value in {"shard": shard, "spread": Mock(), "world_size": lambda: 2}.items():
+    for name, value in {"shard": shard, "load_whole": Mock(), "world_size": lambda: 2}.items():
         monkeypatch.setattr(loading, name, value)
     loading.training_model(config, device)
     assert shard.call_args.kwargs == {"gathered": expected}
@@ -141,7 +141,7 @@ def features_and_gradient(gathered: torch.dtype | None) -> tuple[Tensor, Tensor]
         whole = model
         model = ProtoCLIP(Layered(), nn.Linear(4, 4)).to("meta").eval()
         parallel.shard(model, CPU, gathered=gathered)
-        parallel.spread(model, whole if collectives.rank() == 0 else None)
+        parallel.load_whole(model, whole if collectives.rank() == 0 else None)
     features = model.encode_image(images)
     features.float().square().sum().backward()
     gradient = model.towers.blocks[0].weight.grad

@@ -1,1 +1,4 @@
-"""Image-text pairs: sources, episodes, transforms and loading."""
+"""Image-text pairs: sources, episodes, transforms and loading.
+
+Data sets that models are judged on are in `evaluation/datasets.py`.
+"""

@@ -1,4 +1,7 @@
-"""Which captions of an image a visit brings: one, several, or a sentence of one."""
+"""Which captions of an image a visit brings: one, several, or a sentence of one.
+
+The random draws behind that choice are in `sampler.py`, and captions are read by the sources.
+"""
 
 import re
 from collections.abc import Sequence

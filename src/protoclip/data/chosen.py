@@ -1,4 +1,7 @@
-"""The samples that `data.only` and `data.without` choose, by lists of their ids."""
+"""The samples that `data.only` and `data.without` choose, by lists of their ids.
+
+Pairs that are held out to judge a model are chosen in `held_out.py`.
+"""
 
 import csv
 import io

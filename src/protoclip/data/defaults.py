@@ -1,4 +1,8 @@
-"""What a run decides by a look at its data: image size, caption length and worker processes."""
+"""What a run decides by a look at its data: image size, caption length and worker processes.
+
+Sizes that follow from rules, such as those of episodes, are in `training/sizes.py`, and plain
+defaults in `config.py`.
+"""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

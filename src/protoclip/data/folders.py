@@ -1,4 +1,8 @@
-"""Folders of pairs: images with captions beside them, and folders that hold a table."""
+"""Folders of pairs: images with captions beside them, and folders that hold a table.
+
+The table itself is read in `tables.py`, and folders of classes, for evaluation, in
+`evaluation/readers.py`.
+"""
 
 import json
 import os

@@ -145,17 +145,18 @@ def _choose(
     groups = _groups(everything)
     group = groups[:total]  # of each row
     unshared = ~np.isin(group, groups[trained])
-    again = np.isin(group, groups[held]) & unshared
-    hashes[again] = 0  # their groups come first
-    new = np.flatnonzero(unshared & ~again)
-    more, largest = max(0, round(wanted * SPARE) - int(again.sum())), round(wanted * LARGEST)
-    lowest = _lowest(hashes[new], group[new], more, largest=max(1, largest))
-    chosen = np.concatenate([np.flatnonzero(again), new[lowest]])
-    images, elsewhere = _images(everything, chosen, ignored=held)
+    held_before = np.isin(group, groups[held]) & unshared
+    hashes[held_before] = 0  # their groups come first
+    candidates = np.flatnonzero(unshared & ~held_before)
+    still_wanted = max(0, round(wanted * SPARE) - int(held_before.sum()))
+    largest = max(1, round(wanted * LARGEST))
+    lowest = _lowest(hashes[candidates], group[candidates], still_wanted, largest=largest)
+    chosen = np.concatenate([np.flatnonzero(held_before), candidates[lowest]])
+    images, seen_in_training = _images(everything, chosen, ignored=held)
     together = _components([group[chosen], images])
-    clean = ~np.isin(together, together[elsewhere])
-    chosen, together = chosen[clean], together[clean]
-    wanted = max(wanted, int(np.isin(together, together[again[chosen]]).sum()))
+    unshared_images = ~np.isin(together, together[seen_in_training])
+    chosen, together = chosen[unshared_images], together[unshared_images]
+    wanted = max(wanted, int(np.isin(together, together[held_before[chosen]]).sum()))
     rows: Rows = np.sort(chosen[_lowest(hashes[chosen], together, wanted, largest=wanted)])
     return rows
 

@@ -29,7 +29,7 @@ from protoclip.terminal import visible
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image", "tokens")
-REMEMBERED = 100_000  # examples of repeated images and captions are among so many
+REMEMBERED = 100_000  # Keep examples of at most this many contents.
 REASONS = 100  # that are counted by themselves
 EXAMPLES, NAME_LENGTH = 5, 90
 # Up to how many pairs a way is advised, and its row in docs/which_way.md.

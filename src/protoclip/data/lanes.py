@@ -31,19 +31,21 @@ def shares_of_batches(
     Spare samples are those that follow the batch in the rank's lanes. Ranks that share a lane have
     different ones. `batch_size` is that of all ranks, a multiple of their number and of the lanes'.
     """
-    share, width = batch_size // world_size, batch_size // stream.lanes
+    share, per_lane = batch_size // world_size, batch_size // stream.lanes
     lanes = overlapping(rank, world_size, stream.lanes)
-    readers = {lane: stream.samples(batch * width, lane) for lane in lanes}
+    readers = {lane: stream.samples(batch * per_lane, lane) for lane in lanes}
     ahead: dict[int, list[Sample | BadSample]] = {lane: [] for lane in lanes}
     while True:
         samples, spare = [], []
         for lane in lanes:
-            first = max(rank * share - lane * width, 0)
-            last = min((rank + 1) * share - lane * width, width)
+            first = max(rank * share - lane * per_lane, 0)
+            last = min((rank + 1) * share - lane * per_lane, per_lane)
             number = max(MIN_SPARE, int(SPARE_SAMPLES * (last - first)))
-            sharing, read = overlapping(lane, stream.lanes, world_size), ahead[lane]
-            read.extend(islice(readers[lane], width + number * len(sharing) - len(read)))
-            samples += read[first:last]
-            spare += read[width + sharing.index(rank) :: len(sharing)]
-            del read[:width]
+            ranks_of_lane, waiting = overlapping(lane, stream.lanes, world_size), ahead[lane]
+            wanted = per_lane + number * len(ranks_of_lane)
+            waiting.extend(islice(readers[lane], wanted - len(waiting)))
+            samples += waiting[first:last]
+            # The ranks of a lane take the samples after the batch in turn, so none has another's.
+            spare += waiting[per_lane + ranks_of_lane.index(rank) :: len(ranks_of_lane)]
+            del waiting[:per_lane]  # the spare ones stay, since the next batch begins with them
         yield samples + spare

@@ -1,4 +1,7 @@
-"""Several sources as one."""
+"""Several sources as one, with sample ids that begin with the name of their source.
+
+Streams are mixed here; sources with rows become a view of `view.py`, whose rows `sampler.py` draws.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

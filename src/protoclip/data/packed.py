@@ -1,4 +1,7 @@
-"""Several tensors in one block of bytes, so that one copy brings them to another device."""
+"""Several tensors in one block of bytes, so that one copy brings them to another device.
+
+What is in the block of a batch is decided in `loader.py`, which copies the images beside it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

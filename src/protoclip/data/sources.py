@@ -1,5 +1,8 @@
-"""What `data.train` and `data.sources` name: a table, a folder, tar shards, a dataset of the hub,
-or the bundled emoji; one of them, or a mixture."""
+"""What `data.train` and `data.sources` name: one source of pairs, or a mixture of several.
+
+A table, a folder, tar shards and the bundled emoji are each read in a file of their own. Data sets
+that models are judged on are opened in `evaluation/datasets.py`.
+"""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,7 @@
-"""How many processor cores a rank may use."""
+"""How many processor cores a rank may use.
+
+How many worker processes a run starts on them is decided in `data/defaults.py`.
+"""
 
 import os
 import re

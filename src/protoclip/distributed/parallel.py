@@ -1,4 +1,8 @@
-"""One model on several ranks: DDP copies it to each; FSDP2 shards what is too large for one."""
+"""One model on several ranks: DDP copies it to each; FSDP2 shards what is too large for one.
+
+Sums and gathers of other tensors are in `collectives.py`; `models/loading.py` does what
+`[parallel]` asks for.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -43,8 +47,8 @@ WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 def shard(model: nn.Module, device: torch.device, *, gathered: torch.dtype | None = None) -> None:
     """Shard the parameters of a model on the meta device over the ranks (FSDP2), in place.
 
-    Load its weights with `spread` next, before an optimizer is made. A transformer gathers layer
-    by layer. FSDP2 does not shard scalars, so they stay whole.
+    Load its weights with `load_whole` next, before an optimizer is made. A transformer gathers
+    layer by layer. FSDP2 does not shard scalars, so they stay whole.
 
     Args:
         gathered: Type in which layers gather their parameters and compute; unset, that of the
@@ -76,7 +80,7 @@ def shard_linear(part: nn.Module, model: nn.Module) -> None:
         fully_shard(layer, mesh=mesh)
 
 
-def spread(model: nn.Module, whole: nn.Module | None) -> None:
+def load_whole(model: nn.Module, whole: nn.Module | None) -> None:
     """Load a sharded model from the whole model of rank 0. Other ranks pass None."""
     load_weights(model, whole.state_dict() if whole is not None else {})
     buffers = dict(whole.named_buffers()) if whole is not None else {}

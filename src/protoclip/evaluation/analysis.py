@@ -1,4 +1,7 @@
-"""The grouping of a run's representations over its checkpoints: what `protoclip analyze` does."""
+"""The grouping of a run's representations over its checkpoints: what `protoclip analyze` does.
+
+The measures are in `grouping.py`, and their figures in `analysis_figure.py`.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

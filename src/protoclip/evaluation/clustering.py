@@ -1,4 +1,7 @@
-"""How well K-means clusters of the features agree with the classes."""
+"""How well K-means clusters of the features agree with the classes.
+
+K-means is in `prototypes/kmeans.py`; how images and texts are grouped is told by `grouping.py`.
+"""
 
 from typing import Any
 

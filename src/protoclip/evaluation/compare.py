@@ -1,4 +1,7 @@
-"""Runs side by side: the table of `protoclip compare`, with paired differences."""
+"""Runs side by side: the table of `protoclip compare`, with paired differences.
+
+It reads what finished runs wrote; what `protoclip evaluate` judged is compared in `records.py`.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""Data sets that models are evaluated on, and the references that name them."""
+"""Data sets that models are evaluated on, and the references that name them.
+
+Files of others are read in `readers.py`, and pairs to train on are opened in `data/sources.py`.
+"""
 
 import inspect
 import re

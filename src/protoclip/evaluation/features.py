@@ -1,7 +1,7 @@
 """Features of a data set's images and texts: read, and encoded by all ranks.
 
-`kept.py` keeps them on disk; frozen models that teach, or that `align` joins, encode in
-`features/encode.py` and `features/halves.py`.
+`kept.py` keeps them on disk, and what a task needs is chosen in `task_features.py`. Frozen models
+that teach, or that `align` joins, encode in `features/encode.py` and `features/halves.py`.
 """
 
 import hashlib

@@ -1,4 +1,8 @@
-"""Geometry of the joint space: modality gap, alignment, uniformity and effective rank."""
+"""Geometry of the joint space: modality gap, alignment, uniformity and effective rank.
+
+These only measure: the loss on neighbourhoods is in `losses/geometry.py`, and measures of groups
+are in `grouping.py`.
+"""
 
 import math
 

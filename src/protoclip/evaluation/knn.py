@@ -1,4 +1,8 @@
-"""Weighted nearest-neighbour classification of frozen features."""
+"""Weighted nearest-neighbour classification of frozen features.
+
+Nearest centroids are found in `prototypes/nearest.py`, and neighbours to look at in
+`explore/neighbours.py`.
+"""
 
 import torch
 import torch.nn.functional as F

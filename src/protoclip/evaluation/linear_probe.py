@@ -1,4 +1,7 @@
-"""Linear probe: multinomial logistic regression on frozen features."""
+"""Linear probe: multinomial logistic regression on frozen features.
+
+Classifiers of class names, which learn nothing from images, are in `zero_shot.py`.
+"""
 
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
-"""Readers of other people's evaluation data: tars in CLIP_benchmark's layout, folders of classes,
-caption files of COCO and Flickr30k, and torchvision's data sets.
+"""Readers of other people's evaluation data, in the layouts in which they give it out.
 
-They give images, labels and captions; `datasets` makes data sets of them.
+These are CLIP_benchmark's tars, folders of classes, caption files of COCO and Flickr30k, and
+torchvision's data sets. They give images, labels and captions; `datasets.py` makes data sets of
+them.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""Records of evaluated models: means over data sets, differences, the table and the files."""
+"""Records of evaluated models: means over data sets, differences, the table and the files.
+
+The results come from `suite.py`; runs are compared by the files that they wrote in `compare.py`.
+"""
 
 import re
 from collections.abc import Sequence

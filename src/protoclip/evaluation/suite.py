@@ -145,13 +145,13 @@ def results(
     if isinstance(templates, str):
         templates = raise_on_all_ranks(partial(datasets.read_templates, templates))
     judged = []
-    for data_set, own_tasks in zip(data, chosen, strict=True):
-        if not own_tasks:
+    for data_set, tasks in zip(data, chosen, strict=True):
+        if not tasks:
             continue
-        features = task_features(encoder, data_set, own_tasks, split=split, templates=templates)
-        measured = measure(features, data_set, own_tasks, split=split, show=encoder.show)
+        features = task_features(encoder, data_set, tasks, split=split, templates=templates)
+        measured = measure(features, data_set, tasks, split=split, show=encoder.show)
         influences, part = measured.influences(), features.parts[split]
-        for task in own_tasks:
+        for task in tasks:
             keys = {
                 name: METRICS[name].key
                 for name in measured.metrics
@@ -319,12 +319,12 @@ def announce(data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | 
         ValueError: As `chosen_tasks`, on every rank.
     """
     chosen = raise_on_all_ranks(lambda: chosen_tasks(data, split, tasks))
-    for data_set, own_tasks in zip(data, chosen, strict=True):
-        learning = [task for task in own_tasks if task not in DEFAULT]
+    for data_set, tasks in zip(data, chosen, strict=True):
+        learning = [task for task in tasks if task not in DEFAULT]
         if learning and rank() == 0:
             numbers = ", ".join(
                 f"{len(data_set.splits[name].images):,} of {name}"
-                for name in splits_of(data_set, own_tasks, split)
+                for name in splits_of(data_set, tasks, split)
             )
             say(f"note: {data_set.name}: {', '.join(learning)}: images to encode: {numbers}")
 

@@ -1,4 +1,8 @@
-"""What a run is judged by: the emoji's own splits, or pairs that were held out of its data."""
+"""What a run is judged by: the emoji's own splits, or pairs that were held out of its data.
+
+Which pairs are held out is decided in `data/held_out.py`, and the judging is done by
+`training/judge.py`.
+"""
 
 import copy
 from collections.abc import Sequence

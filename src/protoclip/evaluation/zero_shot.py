@@ -1,4 +1,7 @@
-"""Zero-shot classification: images against the encoded names of classes."""
+"""Zero-shot classification: images against the encoded names of classes.
+
+Names and templates come from `datasets.py`, and `task_features.py` has them encoded.
+"""
 
 from collections.abc import Sequence
 
@@ -89,10 +92,10 @@ def average_precisions(
 
     fewer = np.maximum(last, 1)
     above, parts, ones = (relevant * of for of in (hits / (last + 1), hits / fewer, 1 / fewer))
-    at_own = relevant * (hits - 1) / fewer
+    of_itself = relevant * (hits - 1) / fewer
     below = parts.sum(axis=0) - before(parts) - relevant * (ones.sum(axis=0) - before(ones))
     left = total - relevant
-    without = (before(above) + below - at_own) / np.maximum(left, 1)
+    without = (before(above) + below - of_itself) / np.maximum(left, 1)
     without = np.where((left == 0) & (total > 0), np.nan, without)
     in_order = np.empty_like(without)
     np.put_along_axis(in_order, order, without, axis=0)

@@ -1,4 +1,4 @@
-"""How a model places and groups pairs: the map, prototypes, and how far pairs agree.
+"""How a model maps and groups pairs: positions on the map, prototypes, and how far pairs agree.
 
 Everything is computed once and kept in the cache, so that the next start shows it at once.
 """
@@ -39,7 +39,7 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 4
+FORM = 5
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -74,7 +74,7 @@ class Atlas:
         captioned: Rows of the data that have a caption `(c,)`.
         rows: The pairs, as rows of the data: those whose image can be read too.
         drawn: Which of these are drawn on the map `(m,)`.
-        image_place, text_place: Where on the map each lies `(n, 2)`.
+        image_map_position, text_map_position: Where on the map each lies `(n, 2)`.
         image_prototype, text_prototype: Its prototype in its own modality.
         image_similarity, text_similarity: Cosine to the prototype's centroid.
         distance: One minus the cosine of image and text, in [0, 2].
@@ -89,8 +89,8 @@ class Atlas:
     captioned: Array
     rows: Array
     drawn: Array
-    image_place: Array
-    text_place: Array
+    image_map_position: Array
+    text_map_position: Array
     image_prototype: Array
     text_prototype: Array
     image_similarity: Array
@@ -116,8 +116,8 @@ class Atlas:
         values: Array = getattr(self, f"{modality}_similarity")
         return values
 
-    def place(self, modality: str) -> Array:
-        values: Array = getattr(self, f"{modality}_place")
+    def map_position(self, modality: str) -> Array:
+        values: Array = getattr(self, f"{modality}_map_position")
         return values
 
 
@@ -138,7 +138,7 @@ def make_atlas(
     seed: int = 0,
     show: Callable[[str], None] = lambda stage: None,
 ) -> Atlas:
-    """Place and group pairs.
+    """Map and group pairs.
 
     Args:
         heads: Projection heads by modality, whose outputs are clustered; without, features are.
@@ -171,7 +171,7 @@ def make_atlas(
             ]
     compiling = ", by UMAP, which is compiled first" if layout == "umap" else ""
     show(f"map{compiling}")
-    image_place, text_place = places(features, shown, layout=layout, seed=seed)
+    positions = map_positions(features, shown, layout=layout, seed=seed)
     show("agreement of pairs")
     distance, loss = disagreement(features, scale=scale, seed=seed)
     show("near-duplicates")
@@ -180,8 +180,8 @@ def make_atlas(
         captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
         drawn=shown.numpy(),
-        image_place=image_place,
-        text_place=text_place,
+        image_map_position=positions["image"],
+        text_map_position=positions["text"],
         distance=distance.numpy(),
         loss=loss.numpy(),
         duplicates=pairs_of.numpy(),
@@ -222,9 +222,9 @@ def group(
     return torch.cat(assigned), torch.cat(similarity)
 
 
-def places(
+def map_positions(
     features: Features, shown: Int[Tensor, " m"], *, layout: Layout, seed: int
-) -> tuple[Array, Array]:
+) -> dict[Modality, Array]:
     """Where images and texts lie on one map of both, fitted to the pairs that are shown.
 
     The features of images and of texts lie in two clouds apart, so a map of all of them shows the
@@ -247,7 +247,7 @@ def places(
     else:
         on_map = torch.from_numpy(by_umap(fitted, seed=seed))
 
-    def placed(modality: Modality) -> Array:
+    def positions(modality: Modality) -> Array:
         parts = []
         for rows in torch.split(getattr(features, modality), CHUNK):
             rows = centred(rows, modality)
@@ -259,7 +259,7 @@ def places(
             parts.append((on_map[near] * weights.unsqueeze(2)).sum(1).numpy())
         return np.concatenate(parts).astype(np.float32)
 
-    return placed("image"), placed("text")
+    return {modality: positions(modality) for modality in MODALITIES}
 
 
 def by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:

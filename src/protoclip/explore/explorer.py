@@ -1,4 +1,7 @@
-"""A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
+"""A model over pairs: opens both, and answers what is near to a text, an image or a pair.
+
+The search itself is in `neighbours.py`, and pages of the answers are made in `render.py`.
+"""
 
 import re
 from collections.abc import Callable, Mapping

@@ -1,4 +1,7 @@
-"""The map of images and texts, drawn by Bokeh."""
+"""The map of images and texts, drawn by Bokeh.
+
+Positions on it are computed in `atlas.py`, and names of its groups in `names.py`.
+"""
 
 from collections import Counter
 from typing import Any
@@ -53,10 +56,10 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
     ids = [pairs.sample_id(row) for row in rows.tolist()]
     captions = [pairs.caption(row) for row in rows.tolist()]
     data: dict[str, Any] = {
-        "image_x": atlas.image_place[drawn, 0],
-        "image_y": atlas.image_place[drawn, 1],
-        "text_x": atlas.text_place[drawn, 0],
-        "text_y": atlas.text_place[drawn, 1],
+        "image_x": atlas.image_map_position[drawn, 0],
+        "image_y": atlas.image_map_position[drawn, 1],
+        "text_x": atlas.text_map_position[drawn, 0],
+        "text_y": atlas.text_map_position[drawn, 1],
         "row": rows.astype(np.int32),
         "position": drawn.astype(np.int32),
         "caption": [shown(caption, MAP_CAPTION_LENGTH) for caption in captions],
@@ -64,8 +67,10 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         "distance": atlas.distance[drawn].astype(np.float32),
         "loss": atlas.loss[drawn].astype(np.float32),
     }
-    places = np.stack([atlas.place(modality)[drawn] for modality in MODALITIES], axis=1)
-    groups, group_names = groups_of_map(places, captions)
+    map_positions = np.stack(
+        [atlas.map_position(modality)[drawn] for modality in MODALITIES], axis=1
+    )
+    groups, group_names = groups_of_map(map_positions, captions)
     ways: dict[str, Any] = {}
     add_categories(data, ways, "group", group_names)
     ways["modality"] = {"kind": "modality", "labels": ["images", "texts"]}
@@ -88,7 +93,7 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
             "colours": list(Viridis256[::32]),
         }
     source = ColumnDataSource(data, name="pairs")
-    x, y = (range_of(places[..., axis]) for axis in (0, 1))
+    x, y = (range_of(map_positions[..., axis]) for axis in (0, 1))
     plot = figure(
         x_range=x,
         y_range=y,

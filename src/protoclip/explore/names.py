@@ -1,4 +1,7 @@
-"""Names of groups of pairs: the words that set the captions of a group apart from the others."""
+"""Names of groups of pairs: the words that set the captions of a group apart from the others.
+
+Groups of the map are formed here too; prototypes, which group features, come from `atlas.py`.
+"""
 
 import unicodedata
 import warnings
@@ -77,18 +80,18 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
     return group_names
 
 
-def groups_of_map(places: Array, captions: Sequence[str]) -> tuple[list[Group], list[str]]:
+def groups_of_map(map_positions: Array, captions: Sequence[str]) -> tuple[list[Group], list[str]]:
     """Groups of pairs that lie together, coarse ones and large ones first; and of each pair the
     name of its coarse group.
 
     Args:
-        places: Where image and text of each pair lie `(n, 2, 2)`.
+        map_positions: Where image and text of each pair lie `(n, 2, 2)`.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    middles = places.mean(1)
-    most = min(max(1, len(places) // PAIRS_PER_GROUP), len(np.unique(middles, axis=0)))
+    middles = map_positions.mean(1)
+    most = min(max(1, len(middles) // PAIRS_PER_GROUP), len(np.unique(middles, axis=0)))
     numbers = sorted({min(most, COARSE * FINER**level) for level in range(LEVELS)})
     groups: list[Group] = []
     coarse: list[str] = []
@@ -101,13 +104,13 @@ def groups_of_map(places: Array, captions: Sequence[str]) -> tuple[list[Group], 
         sizes = np.bincount(assigned, minlength=number)
         for group in np.argsort(-sizes, kind="stable").tolist():
             members = np.flatnonzero(assigned == group)
-            if not len(members):  # fewer places differ in K-means' precision
+            if not len(members):  # fewer middles differ in K-means' precision
                 continue
-            middle = np.median(places[members].reshape(-1, 2), axis=0)
+            middle = np.median(map_positions[members].reshape(-1, 2), axis=0)
             word = called[group].partition(",")[0]
             having = [row for row in members.tolist() if word in captions[row].lower()]
             having = having or members.tolist()  # a word is not always lowered as `lower` does it
-            from_middle = np.linalg.norm(places[having, 0] - middle, axis=1)
+            from_middle = np.linalg.norm(map_positions[having, 0] - middle, axis=1)
             groups.append(
                 Group(
                     level=level,

@@ -1,4 +1,7 @@
-"""Nearest rows by cosine: exact, or by an index of faiss where there are many rows."""
+"""Nearest rows by cosine: exact, or by an index of faiss where there are many rows.
+
+Queries are encoded in `explorer.py`, and nearest centroids are found in `prototypes/nearest.py`.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""The pairs that are explored: rows of one or several sources, with captions, classes, images."""
+"""The pairs that are explored: rows of one or several sources, with captions, classes, images.
+
+Sources are opened in `data/sources.py`; what a model makes of the pairs is in `atlas.py`.
+"""
 
 from functools import cached_property
 from typing import Any

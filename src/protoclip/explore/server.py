@@ -245,7 +245,7 @@ class Guard:
         headers, request = Headers(scope=scope), Request(scope)
         if len(scope["path"]) > MAX_PATH:
             return PlainTextResponse("Too long.", 414)
-        if not self.is_own(headers.get("host", "")):
+        if not self.names_this_server(headers.get("host", "")):
             return PlainTextResponse("This host name is not served here.", 421)
         fetched = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
         foreign = fetched[0] not in ("none", "same-origin")
@@ -266,7 +266,7 @@ class Guard:
             return PlainTextResponse("Open the address that protoclip explore printed.", 403)
         return None
 
-    def is_own(self, host: str) -> bool:
+    def names_this_server(self, host: str) -> bool:
         """Whether a Host header names this server."""
         name = host.lower().strip()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]

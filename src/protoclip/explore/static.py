@@ -1,4 +1,7 @@
-"""The explorer as files: pages for any web server, and a table for embedding-atlas."""
+"""The explorer as files: pages for any web server, and a table for embedding-atlas.
+
+The pages themselves are made in `render.py`, and `server.py` serves them without files.
+"""
 
 import os
 import shutil
@@ -163,7 +166,7 @@ def write_table(explorer: Explorer, path: Path) -> int:
                     for row in rows.tolist()
                 ]
             for modality in MODALITIES:
-                x, y = atlas.place(modality)[part].astype(np.float32).T
+                x, y = atlas.map_position(modality)[part].astype(np.float32).T
                 columns |= {
                     "id": [f"{modality}:{each}" for each in ids],
                     "modality": [modality] * len(rows),

@@ -1,4 +1,8 @@
-"""What goes along with the weights: the model card, and the prototypes of a run."""
+"""What goes along with the weights: the model card, and the prototypes of a run.
+
+Weights are written by the file of each format, and the card's figure is drawn in
+`report/main_figure.py`.
+"""
 
 import json
 import re

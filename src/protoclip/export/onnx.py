@@ -1,4 +1,7 @@
-"""Image and text tower as ONNX graphs, with the names that transformers.js expects."""
+"""Image and text tower as ONNX graphs, with the names that transformers.js expects.
+
+The settings and the tokenizer that transformers.js reads with them come from `huggingface.py`.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""A folder that open_clip reads as `local-dir:FOLDER`, and as `hf-hub:NAME` once it is uploaded."""
+"""A folder that open_clip reads as `local-dir:FOLDER`, and as `hf-hub:NAME` once it is uploaded.
+
+How ProtoCLIP opens such a folder as a start is in `models/start.py`.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""Export a model: write a folder, load it back with every library, and upload it if asked to."""
+"""Export a model: write a folder, load it back with every library, and upload it if asked to.
+
+Each format has a file of its own, and what goes along with the weights is in `card.py`.
+"""
 
 import glob
 import os

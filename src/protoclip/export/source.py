@@ -1,4 +1,7 @@
-"""The model that is exported, and what every format asks of it."""
+"""The model that is exported, and what every format asks of it.
+
+Nothing is written here, and `models/start.py` finds the model that a reference names.
+"""
 
 import logging
 import warnings

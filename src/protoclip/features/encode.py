@@ -1,7 +1,8 @@
 """Frozen models that turn captions or images into teacher features, and the pass over a data set.
 
 The pass writes parts (see `parts.py`). At the end the first rank joins them into a teacher folder
-(see `store.py`), after PCA if asked.
+(see `store.py`), after PCA if asked. The features of data sets that judge a model are made in
+`evaluation/features.py`.
 """
 
 import re
@@ -343,12 +344,12 @@ def encode_parts(
     return encode_missing(encode, samples, claimed, out, settings, label=settings["teacher"])
 
 
-def require_width(settings: Mapping[str, Any], own_width: int) -> None:
+def require_width(settings: Mapping[str, Any], full_width: int) -> None:
     """Refuse to reduce features to a width that they do not have."""
     width = settings["reduced_to"]
-    if width is not None and not 0 < width <= own_width:
+    if width is not None and not 0 < width <= full_width:
         teacher = settings["teacher"]
-        raise ValueError(f"--width: {width} is not between 1 and {own_width}, {teacher}'s own")
+        raise ValueError(f"--width: {width} is not between 1 and {full_width}, {teacher}'s own")
 
 
 def encode_items(

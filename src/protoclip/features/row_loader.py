@@ -1,4 +1,7 @@
-"""Batches of the features that two frozen halves made of images and captions."""
+"""Batches of the features that two frozen halves made of images and captions.
+
+The halves encode in `halves.py`; batches of pixels and tokens come from `data/loader.py`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

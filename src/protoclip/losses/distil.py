@@ -88,8 +88,8 @@ def divergences(
 
     Args:
         scale: Inverse temperature of both softmaxes.
-        numbers: Of rows and columns. A softmax leaves out the column with the row's own number, and
-            columns with -1.
+        numbers: Numbers of rows and columns: a row ignores the column of its own number, and
+            columns numbered -1.
     """
     row_numbers, column_numbers = numbers or (None, None)
 

@@ -1,4 +1,8 @@
-"""Keeping the neighbourhoods of frozen features, as STRUCTURE does (arXiv 2506.16895)."""
+"""Keeping the neighbourhoods of frozen features, as STRUCTURE does (arXiv 2506.16895).
+
+Features of teachers and of the start are learned in `distil.py`; `evaluation/geometry.py` only
+measures.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,7 @@
-"""The objective of a training step: the weighted sum of all losses."""
+"""The objective of a training step: the weighted sum of all losses.
+
+Each loss is computed in a file of its own, and strengths that set themselves are in `balance.py`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -61,7 +61,7 @@ def prototypical_loss(
         student_centroids, teacher_centroids, target_temperature, assignments, mask_empty=mask_empty
     )
     losses = target.losses(student_projections, target.lookup, logit_scale)
-    return mean_of_known(losses, target.own_class(assignments) >= 0)
+    return mean_of_known(losses, target.class_of(assignments) >= 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +89,17 @@ class Target:
     ) -> Float[Tensor, ""]:
         """`prototypical_loss` with these prototypes. Its mean over ranks is that of all rows."""
         losses = self.losses(student_projections, self.lookup[assignments], logit_scale)
-        return mean_of_known(losses, self.own_class(assignments) >= 0, shared=True)
+        return mean_of_known(losses, self.class_of(assignments) >= 0, shared=True)
 
     @torch.no_grad()
     def accuracy(
         self, student_projections: Float[Tensor, "b p"], assignments: Int[Tensor, " b"]
     ) -> Float[Tensor, ""]:
         """Fraction of rows whose most similar class is their own; over ranks as `loss`."""
-        own_class = self.own_class(assignments)
+        class_numbers = self.class_of(assignments)
         chunks = torch.split(student_projections, max(1, CHUNK_ELEMENTS // len(self.classes)))
         choice = torch.cat([(chunk @ self.classes.T).argmax(1) for chunk in chunks])
-        return mean_of_known((choice == own_class).float(), own_class >= 0, shared=True)
+        return mean_of_known((choice == class_numbers).float(), class_numbers >= 0, shared=True)
 
     def losses(
         self, student_projections: Tensor, expected: Tensor, logit_scale: Tensor | float
@@ -109,7 +109,7 @@ class Target:
         queries = logit_scale * rows
         return tiles.log_sum_exp(queries, classes) - (queries * expected).sum(1)
 
-    def own_class(self, assignments: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    def class_of(self, assignments: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """Class of each row's prototype; -1 if it has none."""
         return torch.where(assignments >= 0, self.class_index[assignments], -1)
 

@@ -1,4 +1,7 @@
-"""BatchNorm over the batches of all ranks, which normalise as one batch would."""
+"""BatchNorm over the batches of all ranks, which normalise as one batch would.
+
+Which layers keep their statistics in a stage is decided in `training/stages.py`.
+"""
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,10 +33,10 @@ class SyncBatchNorm(_BatchNorm):
         rows = input.to(torch.promote_types(input.dtype, torch.float32))
         dims = [0, *range(2, rows.dim())]
         shape = (1, -1, *[1] * (rows.dim() - 2))
-        own_mean = rows.mean(dims)
-        own_variance = (rows - own_mean.view(shape)).square().mean(dims)
+        local_mean = rows.mean(dims)
+        local_variance = (rows - local_mean.view(shape)).square().mean(dims)
         # One exchange: the mean and variance of the whole batch follow from those of the parts.
-        gathered = all_gather_with_gradient(torch.stack([own_mean, own_variance])[None])
+        gathered = all_gather_with_gradient(torch.stack([local_mean, local_variance])[None])
         means, variances = gathered.unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)

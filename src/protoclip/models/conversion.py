@@ -1,4 +1,8 @@
-"""Models of `transformers` to start from: a `CLIPModel` becomes the same model of open_clip."""
+"""Models of `transformers` to start from: a `CLIPModel` becomes the same model of open_clip.
+
+Models that stay as they are have their towers in `hugging_face.py`; the way back is in
+`export/huggingface.py`.
+"""
 
 import json
 from functools import cache

@@ -1,4 +1,7 @@
-"""Small towers, and pretrained halves: timm's image weights, and Hugging Face text models."""
+"""Small towers, and pretrained halves: timm's image weights, and Hugging Face text models.
+
+Halves of two models are joined in `two_halves.py`, and encode pairs in `features/halves.py`.
+"""
 
 import json
 from contextlib import AbstractContextManager

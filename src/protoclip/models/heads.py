@@ -1,4 +1,7 @@
-"""Projection heads: from tower outputs to the small space that K-means clusters."""
+"""Projection heads: from tower outputs to the small space that K-means clusters.
+
+Projections into the joint space belong to the towers, in `towers.py`.
+"""
 
 from torch import nn
 

@@ -1,4 +1,8 @@
-"""CLIP, SigLIP and dual encoders of Hugging Face `transformers`, as tower pairs."""
+"""CLIP, SigLIP and dual encoders of Hugging Face `transformers`, as tower pairs.
+
+Text models that become one half are in `halves.py`; a `CLIPModel` becomes open_clip's in
+`conversion.py`.
+"""
 
 import copy
 import json

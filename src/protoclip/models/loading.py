@@ -1,4 +1,7 @@
-"""Models that are made of a start: opened for use, or built for a run and made parallel."""
+"""Models that are made of a start: opened for use, or built for a run and made parallel.
+
+The start is found in `start.py` or `resolve.py`, and checkpoints are read in `saved.py`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +15,7 @@ from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
-from protoclip.distributed.parallel import is_sharded, shard, shard_linear, spread
+from protoclip.distributed.parallel import is_sharded, load_whole, shard, shard_linear
 from protoclip.models import batch_norm, halves, lora, towers
 from protoclip.models.opening import Loaded
 from protoclip.models.precision import resolve
@@ -129,7 +132,7 @@ def training_model(
     if sharded:
         bf16 = device.type == "cuda" and resolve(config.run.precision, device) == "bf16"
         shard(built, device, gathered=torch.bfloat16 if bf16 else None)
-        spread(built, whole)
+        load_whole(built, whole)
     return built, notes
 
 

@@ -1,4 +1,8 @@
-"""Opening what others trained: what their libraries raise is one line, and nothing of it runs."""
+"""Opening what others trained: what their libraries raise is one line, and nothing of it runs.
+
+Which library opens a reference is decided in `start.py`; our own checkpoints are read in
+`saved.py`.
+"""
 
 import logging
 import warnings

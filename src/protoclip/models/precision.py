@@ -1,4 +1,7 @@
-"""How forward passes compute: their numerical precision, and the choice of convolutions."""
+"""How forward passes compute: their numerical precision, and the choice of convolutions.
+
+The losses choose their own precision, in `losses/tiles.py`.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,4 +1,7 @@
-"""The model: two towers, and in ProtoCLIP two projection heads and two temperatures."""
+"""The model: two towers, and in ProtoCLIP two projection heads and two temperatures.
+
+Towers are built in `towers.py`, and what of the model trains is decided in `training/stages.py`.
+"""
 
 import copy
 import math

@@ -1,4 +1,8 @@
-"""Weights of a model for the same model at other sizes of images and captions."""
+"""Weights of a model for the same model at other sizes of images and captions.
+
+Position embeddings are interpolated in `towers.py` and `hugging_face.py`, and images resized in
+`data/transforms.py`.
+"""
 
 from protoclip.models import hugging_face, towers
 from protoclip.models.hugging_face import HuggingFaceTowers

@@ -1,4 +1,8 @@
-"""The start of a `[model]` section, with all that follows from it."""
+"""The start of a `[model]` section, with all that follows from it.
+
+The kinds of start, and those of plain references, are in `start.py`; two halves are joined in
+`two_halves.py`.
+"""
 
 import dataclasses
 from dataclasses import replace
@@ -36,9 +40,9 @@ def resolve_start(given: ModelConfig) -> Start:
     if reference is None:
         named = NamedTowers(model=given)
         refuse_coca(f"model.name: {name}", named)
-        own_sizes = NamedTowers(model=ModelConfig(name=name, pretrained=given.pretrained))
+        unresized = NamedTowers(model=ModelConfig(name=name, pretrained=given.pretrained))
         label = f"open_clip:{name}/{given.pretrained}"
-        return OpenClipStart(reference=label, unresized=own_sizes, model=given)
+        return OpenClipStart(reference=label, unresized=unresized, model=given)
     if name is not None and reference.startswith("reference:") and ",model=" not in reference:
         reference = f"{reference},model={name}"
     try:

@@ -1,4 +1,7 @@
-"""Image and text towers and their tokenizers, built by open_clip and timm."""
+"""Image and text towers and their tokenizers, built by open_clip and timm.
+
+Towers of `transformers` are in `hugging_face.py`, and small ones in `halves.py`.
+"""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence

@@ -221,14 +221,14 @@ def described(tower: Tower, start: Start) -> tuple[dict[str, bool], dict[str, An
     if "multimodal_cfg" in config:
         raise ValueError(f"{setting}: is a CoCa, whose towers are no halves; name another one")
     part: dict[str, Any] = dict(config["vision_cfg" if tower == "image" else "text_cfg"])
-    is_own = not any(name.endswith("_model_name") for name in part)
-    if tower == "image" and isinstance(part.get("layers"), list) and is_own:
+    is_open_clips = not any(name.endswith("_model_name") for name in part)
+    if tower == "image" and isinstance(part.get("layers"), list) and is_open_clips:
         raise ValueError(
             f"{setting}: open_clip's ResNets project within their pooling; name timm's tower, such "
             "as resnet50_clip.openai"
         )
     facts: dict[str, bool] = {}
-    if is_own:
+    if is_open_clips:
         facts["quick_gelu"] = quick_gelu(start, config)
         if part.get("proj_type") == "none" or part.get("output_tokens"):
             raise ValueError(f"{setting}: its tower ends in no linear projection; name another one")

@@ -118,19 +118,19 @@ def kmeans(
     if spherical:
         values = F.normalize(values, dim=1)
     if positions is None:
-        order = torch.arange(len(values), device=values.device)
-        rows = Rows(values=values, order=order, orders=order, shared=False)
+        by_position = torch.arange(len(values), device=values.device)
+        rows = Rows(values=values, number=by_position, numbers_of_all=by_position, shared=False)
     else:
         positions = positions.to(values.device).long()
-        order = positions.argsort()
-        rows = share_of_rows(values[order], positions[order])
+        by_position = positions.argsort()
+        rows = share_of_rows(values[by_position], positions[by_position])
     exact: Search = partial(nearest, rows.values)
     rough = exact
-    pays = bfloat16_pays(values, num_clusters, len(rows.orders))
+    pays = bfloat16_pays(values, num_clusters, len(rows.numbers_of_all))
     if shared:  # on every rank or on none
         pays = not collectives.any_rank([not pays])[0]
     if pays:
-        mean = rows.sum(rows.values.sum(0)) / len(rows.orders)
+        mean = rows.sum(rows.values.sum(0)) / len(rows.numbers_of_all)
         if len(values):
             search = Bfloat16Search(rows.values, mean)
             exact, rough = search.nearest, search.rough
@@ -144,10 +144,10 @@ def kmeans(
             drawn = torch.randperm(num_rows, generator=generator)[:num_clusters]
             centroids = rows.select(drawn.to(values.device))
         else:
-            centroids, assigned = spread(rows, num_clusters, generator, rough)
+            centroids, assigned = k_means_plus_plus(rows, num_clusters, generator, rough)
         results.append(lloyd(rows, centroids, exact, assigned, iterations, spherical=spherical))
     best = min(results, key=lambda result: result.inertia)
-    assignments = torch.empty_like(order).index_copy_(0, order, best.assignments)
+    assignments = torch.empty_like(by_position).index_copy_(0, by_position, best.assignments)
     device = features.device
     return replace(best, centroids=best.centroids.to(device), assignments=assignments.to(device))
 
@@ -207,7 +207,7 @@ def refill_empty(
     return centroids
 
 
-def spread(
+def k_means_plus_plus(
     rows: "Rows", num_clusters: int, generator: torch.Generator, search: Search
 ) -> tuple[Float[Tensor, "k d"], Nearest]:
     """Draw rows far from each other; also return the nearest of them and the squared distance.
@@ -217,17 +217,17 @@ def spread(
     searches only what it drew, so all rounds together cost one search. Every rank makes the same
     draw from the gathered weights of all rows.
     """
-    assignments = torch.zeros_like(rows.order)
+    assignments = torch.zeros_like(rows.number)
     distances = torch.full_like(rows.values[:, 0], float("inf"))
     log_weights = torch.zeros_like(distances)  # the first round is uniform
     centroids: list[Tensor] = []
-    first = 0
+    first, num_rows = 0, len(rows.numbers_of_all)
     rounds = ROUNDS if num_clusters >= 4 * ROUNDS else num_clusters
     for share in torch.arange(num_clusters).tensor_split(rounds):
         # The shortest exponential waiting times (in logarithms) are a weighted draw without
         # replacement.
-        waiting = torch.empty(len(rows.orders)).exponential_(generator=generator).to(distances)
-        drawn = rows.gather(log_weights - waiting[rows.order].log()).topk(len(share)).indices
+        waiting = torch.empty(num_rows).exponential_(generator=generator).to(distances)
+        drawn = rows.gather(log_weights - waiting[rows.number].log()).topk(len(share)).indices
         new = rows.select(drawn)
         index, distance = search(new)
         closer = distance < distances
@@ -272,13 +272,13 @@ class Rows:
     """Rows on this rank. If `shared`, other ranks have more, and all but `find` is collective.
 
     Attributes:
-        order: Number of each local row among all rows.
-        orders: The `order` of all ranks, rank after rank.
+        number: Number of each local row among all rows.
+        numbers_of_all: The `number` of all ranks, rank after rank.
     """
 
     values: Float[Tensor, "n d"]
-    order: Int[Tensor, " n"]
-    orders: Int[Tensor, " m"]
+    number: Int[Tensor, " n"]
+    numbers_of_all: Int[Tensor, " m"]
     shared: bool
 
     def sum(self, values: Tensor) -> Tensor:
@@ -290,12 +290,12 @@ class Rows:
         if not self.shared:
             return values
         everyones = collectives.all_gather(values)
-        return torch.empty_like(everyones).index_copy_(0, self.orders, everyones)
+        return torch.empty_like(everyones).index_copy_(0, self.numbers_of_all, everyones)
 
     def find(self, numbers: Int[Tensor, " k"]) -> tuple[Int[Tensor, " j"], Int[Tensor, " j"]]:
         """Which of these rows are here: their indices in `numbers`, and their local row numbers."""
-        local = torch.full_like(self.orders, -1)
-        local[self.order] = torch.arange(len(self.order), device=local.device)
+        local = torch.full_like(self.numbers_of_all, -1)
+        local[self.number] = torch.arange(len(self.number), device=local.device)
         rows = local[numbers]
         which = torch.nonzero(rows >= 0).flatten()
         return which, rows[which]
@@ -315,5 +315,7 @@ def share_of_rows(values: Tensor, positions: Int[Tensor, " n"]) -> Rows:
     repeated = ascending[1:][ascending[1:] == ascending[:-1]]
     if len(repeated):
         raise ValueError(f"positions: {int(repeated[0])} is there more than once")
-    order, orders = (torch.searchsorted(ascending, each) for each in (positions, everyones))
-    return Rows(values=values, order=order, orders=orders, shared=True)
+    number, numbers_of_all = (
+        torch.searchsorted(ascending, each) for each in (positions, everyones)
+    )
+    return Rows(values=values, number=number, numbers_of_all=numbers_of_all, shared=True)

@@ -1,4 +1,7 @@
-"""Clusters of an episode's features, and their translation into a student's space."""
+"""Clusters of an episode's features, and their translation into a student's space.
+
+K-means is in `kmeans.py`, and soft targets are made in `losses/prototypical.py`.
+"""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,7 @@
-"""Which model is better on what, by how much: sentences, and the table of all metrics."""
+"""Which model is better on what, by how much: sentences, and the table of all metrics.
+
+The differences are computed in `evaluation/compare.py`, and the page is laid out by `page.py`.
+"""
 
 import re
 from collections.abc import Mapping, Sequence

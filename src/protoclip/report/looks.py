@@ -1,4 +1,7 @@
-"""What a model makes of example pairs: prototypes, retrieval, confusions and maps."""
+"""What a model makes of example pairs: prototypes, retrieval, confusions and maps.
+
+Charts of it are drawn in `figures.py`, and all pairs of a source are shown by `explore/`.
+"""
 
 import io
 from collections import Counter

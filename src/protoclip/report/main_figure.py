@@ -1,4 +1,7 @@
-"""The figure of a run that goes beside its model card: its loss, and what held-out data said."""
+"""The figure of a run that goes beside its model card: its loss, and what held-out data said.
+
+Charts of the report are drawn in `figures.py`, and the card is written by `export/card.py`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The page: gathers what the other modules find, and renders `report.html.j2`."""
+"""The page: gathers what the other modules find, and renders `report.html.j2`.
+
+Run folders are read in `runs.py`, and charts are drawn in `figures.py`.
+"""
 
 import base64
 import os

@@ -1,4 +1,7 @@
-"""What a run folder holds, as far as it holds it: a report is also made of interrupted runs."""
+"""What a run folder holds, as far as it holds it: a report is also made of interrupted runs.
+
+What a run itself checks before it goes on in its folder is in `training/run_folder.py`.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""Other defaults than those of `train`, for the commands that have some: fine-tuning, aligning."""
+"""Other defaults than those of `train`, for the commands that have some: fine-tuning, aligning.
+
+The values are in `finetune.py` and `align.py`; what a run itself fills in is decided in `plan.py`.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace

@@ -1,4 +1,7 @@
-"""Early stopping: a run ends when a named metric does not improve any more."""
+"""Early stopping: a run ends when a named metric does not improve any more.
+
+Which checkpoint is kept as the best is decided in `checkpoint.py`.
+"""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,8 @@
-"""Steps that are not finite are skipped; metrics that end in a bad model get a warning."""
+"""Steps that are not finite are skipped; metrics that end in a bad model get a warning.
+
+Why a loss does not fall is said by `symptoms.py`; the data of `run.guard` are opened in
+`evaluation/validation.py`.
+"""
 
 import math
 from collections import deque

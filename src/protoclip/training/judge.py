@@ -1,4 +1,8 @@
-"""How a run is judged: by the pairs that were held out, and by its guards."""
+"""How a run is judged: by the pairs that were held out, and by its guards.
+
+Which data these are is decided in `evaluation/validation.py`; tasks and metrics are those of
+`evaluation/suite.py`.
+"""
 
 from dataclasses import dataclass
 from functools import partial

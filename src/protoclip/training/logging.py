@@ -1,4 +1,7 @@
-"""Metrics of a run: a JSON Lines file, which is the record, and the loggers that get the same."""
+"""Metrics of a run: a JSON Lines file, which is the record, and the loggers that get the same.
+
+The loggers are in `loggers.py`; lines of progress for people are in `progress.py`.
+"""
 
 import errno
 import sys

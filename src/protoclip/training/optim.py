@@ -1,4 +1,7 @@
-"""The optimizer, its learning rate by step, and the defaults of `[optim]` for a model."""
+"""The optimizer, its learning rate by step, and the defaults of `[optim]` for a model.
+
+Which parameters train is decided in `stages.py`; steps are taken in `trainer.py`.
+"""
 
 import math
 from collections.abc import Callable

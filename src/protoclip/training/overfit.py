@@ -1,4 +1,7 @@
-"""Learning a few pairs by heart, to see whether data, model and settings can learn at all."""
+"""Learning a few pairs by heart, to see whether data, model and settings can learn at all.
+
+Why a usual run does not learn is said by `symptoms.py`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -202,18 +202,18 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
         size = sizes.episode_size(rows, config.episodes.batch_size)
         of = "a stream" if rows is None else f"{rows:,} pairs"
         notes.append(f"episodes.size = {size}, for {of}")
-    numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
-    numbers |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
+    chosen = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
+    chosen |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
     # Captions are read for a number that is used.
-    names = [f"{name}.number" for name, number in numbers.items() if number is None]
-    number = sizes.number_of_prototypes(size, samples if names else None)
-    if names:
-        few = number < size // sizes.PAIRS_A_PROTOTYPE
+    unset = [f"{name}.number" for name, number in chosen.items() if number is None]
+    usual = sizes.number_of_prototypes(size, samples if unset else None)
+    if unset:
+        few = usual < size // sizes.PAIRS_A_PROTOTYPE
         reason = "since captions repeat" if few else "a tenth of an episode"
-        notes.append(f"{' and '.join(names)} = {number}, {reason}")
+        notes.append(f"{' and '.join(unset)} = {usual}, {reason}")
         if few and config.loss.positives == "pair" and config.loss.info_nce:
             notes.append("loss.positives = pair, so equal captions are negatives of each other")
-    return with_sizes(config, size, number), notes
+    return with_sizes(config, size, usual), notes
 
 
 def with_sizes(config: Config, size: int, number: int) -> Config:

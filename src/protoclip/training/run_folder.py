@@ -158,24 +158,8 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     Raises:
         ValueError: `config.toml` is damaged, or a setting differs that may not; see `FREE`.
     """
-    # What earlier versions did, without a setting for it.
-    known: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
-    known["loss.positives"] = "pair"
-    saved = read_settings(folder)
-    if "teacher.features" in saved:
-        known["teacher.whiten"] = 0
-    for teacher in saved.get("teachers", []):
-        teacher.setdefault("whiten", 0)
-        teacher.setdefault("distil", 0.0)
-        if teacher.get("weight") == GONE["teacher.weight"]:
-            del teacher["weight"]
-    before = known | saved
-    before = {**flat(tomllib.loads(to_toml(Config()))), **before}  # some settings are newer
-    if "model.checkpoint" in before:  # what version 0.2 called it
-        before["model.start"] = before.pop("model.checkpoint")
+    before = as_written_today(read_settings(folder))
     now = {"loss.positives": "pair", **flat(tomllib.loads(config))}  # unset, it is that
-    before.pop("data.cache_folder", None)
-    before = {key: value for key, value in before.items() if (key, value) not in GONE.items()}
     differ = {
         key: f"{key} ({told(before, key)} before, {told(now, key)} now)"
         for key in sorted(before.keys() | now.keys())
@@ -193,11 +177,32 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
             f"{folder}: the run was started with other settings: {', '.join(refused)}; "
             "restore them, or choose another folder with --run.out"
         )
-    noted = {key: text for key, text in differ.items() if key in ROUNDING}
-    parts = {"episodes.micro_batch_size", "parallel.strategy"} & noted.keys()
+    rounding = {key: text for key, text in differ.items() if key in ROUNDING}
+    if not rounding:
+        return []
+    parts = {"episodes.micro_batch_size", "parallel.strategy"} & rounding.keys()
     also = ", and of BatchNorm the statistics" if parts else ""
-    told_of = ", ".join(noted.values())
-    return [f"going on with {told_of}: batches stay, rounding changes{also}"] if noted else []
+    return [f"going on with {', '.join(rounding.values())}: batches stay, rounding changes{also}"]
+
+
+def as_written_today(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that any earlier version began, as this version would keep them."""
+    # What earlier versions did, without a setting for it.
+    implied: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
+    implied["loss.positives"] = "pair"
+    if "teacher.features" in saved:
+        implied["teacher.whiten"] = 0
+    teachers = [dict(teacher) for teacher in saved.get("teachers", [])]
+    for teacher in teachers:
+        teacher.setdefault("whiten", 0)
+        teacher.setdefault("distil", 0.0)
+        if teacher.get("weight") == GONE["teacher.weight"]:
+            del teacher["weight"]
+    settings = {**flat(tomllib.loads(to_toml(Config()))), **implied, **saved, "teachers": teachers}
+    if "model.checkpoint" in settings:  # what version 0.2 called it
+        settings["model.start"] = settings.pop("model.checkpoint")
+    settings.pop("data.cache_folder", None)
+    return {key: value for key, value in settings.items() if (key, value) not in GONE.items()}
 
 
 @contextmanager

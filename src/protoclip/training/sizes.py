@@ -1,7 +1,7 @@
-"""Sizes that follow from the training pairs: of episodes, of small towers, and of prototypes; and
-how many captions a model's own size cuts.
+"""Sizes that follow from the training pairs: of episodes, of small towers, and of prototypes.
 
-Rules alone; `plan.py` asks for those that a configuration leaves unset.
+Beside them it counts the captions that a model's own size cuts. These are rules alone; `plan.py`
+asks for those that a configuration leaves unset.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""The stages of a run: what each one trains, and whether it uses prototypes."""
+"""The stages of a run: what each one trains, and whether it uses prototypes.
+
+Learning rates by step are in `optim.py`, and the loop over episodes is in `run.py`.
+"""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,7 @@
-"""Training steps and episodes (paper, "online episodic training"); `run.py` has the loop."""
+"""Training steps and episodes (paper, "online episodic training").
+
+The loop over episodes is in `run.py`, and the losses are summed in `losses/objective.py`.
+"""
 
 import math
 import time

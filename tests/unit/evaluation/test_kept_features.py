@@ -16,7 +16,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
-from protoclip.distributed.parallel import shard, spread
+from protoclip.distributed.parallel import load_whole, shard
 from protoclip.evaluation import features as module
 from protoclip.evaluation.features import Encoder, Reader
 from protoclip.files import locked
@@ -124,7 +124,7 @@ def sharded_features(numbers):
     if collectives.world_size() > 1:
         model = copy.deepcopy(whole)
         shard(model, torch.device("cpu"))
-        spread(model, whole if collectives.rank() == 0 else None)
+        load_whole(model, whole if collectives.rank() == 0 else None)
     found = [encode_numbers(model, number) for number in numbers]
     with pytest.raises((OSError, ValueError)) as error:
         encode_numbers(model, 8, broken=3)

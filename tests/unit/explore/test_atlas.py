@@ -42,7 +42,9 @@ def gap_apart() -> Features:
 
 def partners_nearer(atlas: atlases.Atlas) -> float:
     """The share of texts that lie nearer to an image than its own, on average; 0.5 by chance."""
-    apart = np.linalg.norm(atlas.image_place[:, None] - atlas.text_place[None], axis=2)
+    apart = np.linalg.norm(
+        atlas.image_map_position[:, None] - atlas.text_map_position[None], axis=2
+    )
     return float((apart < np.diag(apart)[:, None]).mean())
 
 
@@ -100,9 +102,9 @@ def test_distance_and_loss_by_their_definition(atlas: atlases.Atlas) -> None:
 
 def test_the_map_shows_groups_apart(atlas: atlases.Atlas) -> None:
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
-    place = atlas.image_place
-    means = np.stack([place[groups == group].mean(0) for group in range(CLUSTERS)])
-    inside = np.linalg.norm(place - means[groups], axis=1).max()
+    position = atlas.image_map_position
+    means = np.stack([position[groups == group].mean(0) for group in range(CLUSTERS)])
+    inside = np.linalg.norm(position - means[groups], axis=1).max()
     between = min(np.linalg.norm(means[a] - means[b]) for a in range(CLUSTERS) for b in range(a))
     assert between > inside
 
@@ -126,10 +128,10 @@ def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(atlases, "MAP_PAIRS", most)
         atlas = make_atlas(gap_apart(), heads=None, number=CLUSTERS, layout="umap")
         assert partners_nearer(atlas) < 0.3  # those of the same group are as near
-        place = atlas.image_place
-        assert place.shape == (CLUSTERS * EACH, 2)
-        means = np.stack([place[groups == group].mean(0) for group in range(CLUSTERS)])
-        nearest = np.linalg.norm(place[:, None] - means, axis=2).argmin(1)
+        position = atlas.image_map_position
+        assert position.shape == (CLUSTERS * EACH, 2)
+        means = np.stack([position[groups == group].mean(0) for group in range(CLUSTERS)])
+        nearest = np.linalg.norm(position[:, None] - means, axis=2).argmin(1)
         assert (nearest == groups).mean() > 0.9
 
 

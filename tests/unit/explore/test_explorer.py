@@ -149,7 +149,7 @@ def test_the_next_start_encodes_nothing(
     monkeypatch.setattr(explorer_module, "make_atlas", fail)
     monkeypatch.setattr(explorer_module, "encoded", fail)
     (after,) = explorers(DataConfig(train=str(table)))
-    assert np.array_equal(before.atlas.image_place, after.atlas.image_place)
+    assert np.array_equal(before.atlas.image_map_position, after.atlas.image_map_position)
     # Features are opened without reading a caption or an image.
     monkeypatch.undo()
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))

@@ -32,8 +32,8 @@ def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first
     draw = np.random.default_rng(0)
     kinds = draw.choice(3, 300, p=[0.5, 0.3, 0.2])
     corners = np.array([[0, 0], [50, 0], [0, 50]])
-    places = corners[kinds][:, None] + draw.normal(size=(300, 2, 2))
-    groups, coarse = groups_of_map(places, [CAPTIONS[kind] for kind in kinds])
+    positions = corners[kinds][:, None] + draw.normal(size=(300, 2, 2))
+    groups, coarse = groups_of_map(positions, [CAPTIONS[kind] for kind in kinds])
     assert [each.level for each in groups] == sorted(each.level for each in groups)
     for level in {each.level for each in groups}:
         sizes = [each.size for each in groups if each.level == level]
@@ -56,8 +56,9 @@ def test_pairs_in_one_place_are_one_group() -> None:
 def test_copies_that_differ_in_rounding_are_no_groups() -> None:
     """K-means counts in fewer digits than they differ in, so some of its groups are empty."""
     draw = np.random.default_rng(0)
-    places = np.repeat(draw.normal(size=(30, 2, 2)), 20, axis=0).astype(np.float32)
-    apart = np.where(draw.random(places.shape) < 0.3, np.nextafter(places, np.float32(9)), places)
+    positions = np.repeat(draw.normal(size=(30, 2, 2)), 20, axis=0).astype(np.float32)
+    moved = np.nextafter(positions, np.float32(9))
+    apart = np.where(draw.random(positions.shape) < 0.3, moved, positions)
     groups, _ = groups_of_map(apart, ["a moon", "a heart"] * 300)
     assert all(each.size for each in groups)
 
