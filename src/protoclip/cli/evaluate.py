@@ -156,18 +156,21 @@ class Evaluate:
 
 def trained_on(reference: str, data: str) -> bool:
     """Whether a run, or the run of a checkpoint, has this data among what it was trained on."""
+    from protoclip.models.saved import SETTINGS, run_of
+
     data = with_options(data)[0]
     if data == "emoji":  # they have splits of their own
         return False
-    folder = Path(reference).resolve()
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    run = run_of(reference)
+    if run is None:
+        return False
     try:
-        settings = read_toml(run / "config.toml").get("data", {})
+        settings = read_toml(run / SETTINGS).get("data", {})
         trained = [
             settings.get("train"),
             *(source["path"] for source in settings.get("sources", [])),
         ]
-    except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
+    except (ValueError, KeyError, AttributeError, TypeError):  # damaged
         return False
     path_of_data = os.path.realpath(without_secrets(data.removeprefix("wds:")))
     paths = [without_secrets(path) for path in trained if isinstance(path, str)]

@@ -34,9 +34,9 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
-from protoclip.files import read_toml
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, to_float
+from protoclip.models.saved import read_config, run_of
 from protoclip.models.start import find_start
 from protoclip.terminal import say
 
@@ -269,13 +269,5 @@ def run_prototypes(reference: str) -> Mapping[str, Tensor]:
 
 def run_config(reference: str) -> Config | None:
     """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
-    folder = Path(reference)
-    for parent in (folder, *folder.resolve().parents[:2]):
-        path = parent / "config.toml"
-        if path.is_file():
-            tree = read_toml(path)
-            try:
-                return Config.from_dict(tree)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-    return None
+    run = run_of(reference)
+    return None if run is None else read_config(run)

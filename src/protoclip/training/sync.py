@@ -23,7 +23,7 @@ from protoclip.config import Config
 from protoclip.data import access
 from protoclip.distributed.collectives import rank
 from protoclip.files import read_json
-from protoclip.models.saved import CHECKSUMS, MODEL, STATE, checkpoints, damage
+from protoclip.models.saved import CHECKSUMS, MODEL, SETTINGS, STATE, checkpoints, damage
 from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline
 from protoclip.training.run_folder import claimed, folder_of, look
@@ -32,7 +32,7 @@ Store = Any  # an fsspec file system, whose paths are names relative to the fold
 ANSWER_SECONDS = 60.0  # that a store may take to answer before a run begins
 # Seconds that the end of a run waits for its last copy: after a signal, and after the results.
 STOPPED_SECONDS, END_SECONDS = 60.0, 1800.0
-SETTINGS, RESULTS, PROBE = "config.toml", "results.json", ".protoclip"
+RESULTS, PROBE = "results.json", ".protoclip"
 DONE = (MODEL, RESULTS)
 LEFT_OUT = ("checkpoints", "wandb", "start_features")  # copied apart, elsewhere, made anew
 RUN_ID = "wandb/run-id"  # with it Weights & Biases goes on with the run's curves
