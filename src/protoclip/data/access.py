@@ -167,18 +167,27 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 def within(seconds: float, action: Callable[[], T]) -> T:
     """The result of an action, or `TimeoutError`; its thread then goes on by itself."""
-    done: Future[T] = Future()
+    coming = begun(action, name="protoclip-read")
+    if not wait([coming], timeout=seconds).done:
+        raise TimeoutError(f"not read within {seconds:g} s")
+    return coming.result()
+
+
+def begun(action: Callable[[], T], *, name: str) -> "Future[T]":
+    """Begin an action in a thread of this name; what it returns or raises comes later.
+
+    The thread is a daemon, or a read that hangs would keep the process from ending.
+    """
+    coming: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.set_result(action())
+            coming.set_result(action())
         except BaseException as error:
-            done.set_exception(error)
+            coming.set_exception(error)
 
-    Thread(target=run, name="protoclip-read", daemon=True).start()
-    if not wait([done], timeout=seconds).done:
-        raise TimeoutError(f"not read within {seconds:g} s")
-    return done.result()
+    Thread(target=run, name=name, daemon=True).start()
+    return coming
 
 
 def hub_answer(question: Callable[..., T]) -> T | Exception | None:

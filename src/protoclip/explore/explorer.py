@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.config import Config
+from protoclip.data.access import begun
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.view import Rows
@@ -88,12 +88,8 @@ class Explorer:
 
     def prepare(self) -> None:
         """Open the features in a thread, so that the first question need not wait."""
-
-        def run() -> None:
-            with suppress(ValueError, OSError):  # the first question says what is wrong
-                self.space("image")
-
-        Thread(target=run, name="protoclip-features", daemon=True).start()
+        # The first question says what is wrong.
+        begun(partial(self.space, "image"), name="protoclip-features")
 
     def row(self, position: int) -> int:
         """The row in the data of a pair in the atlas."""
