@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -218,23 +218,55 @@ class Encoder:
         number: int,
         stage: str,
     ) -> Encoded:
-        def in_precision(batch: Tensor) -> Tensor:
-            with self.context():
-                return forward(batch)
+        """Features of `number` rows; the ranks take turns at the batches.
 
+        A batch has the same rows, and so its features the same bits, for any number of ranks. A
+        sharded forward is collective, so a rank without good rows encodes a blank one and drops it.
+
+        Args:
+            forward: A batch of inputs to features.
+            batches: This rank's batches, of `batch_size` rows without the bad ones.
+            blank: A batch of one row that stands in.
+        """
+        progress = Progress(f"evaluate: {stage}", number) if self.show and rank() == 0 else None
+        features: list[Tensor] = []
+        bad: list[Bad] = []
+        content: list[Content] = []
+
+        def read(first: int) -> tuple[Tensor, int]:
+            """This rank's input, and how many of its rows count."""
+            ready, left_out, keys = next(batches) if first < number else (torch.zeros(0), [], [])
+            bad.extend((row, why) for row, why in left_out)
+            content.extend((row, key) for row, key in keys)
+            return (ready, len(ready)) if len(ready) else (blank(), 0)
+
+        def computed(ready: Tensor) -> Tensor:
+            with self.context():
+                return forward(ready)
+
+        sharded, stride = parallel.is_sharded(self.model), self.batch_size * world_size()
         with evaluation_mode(self.model):
-            return encode(
-                in_precision,
-                batches,
-                blank,
-                number=number,
-                batch_size=self.batch_size,
-                device=self.device,
-                stage=stage,
-                show=self.show,
-                without_gradients=partial(parallel.without_gradients, self.model),
-                sharded=parallel.is_sharded(self.model),
-            )
+            for first in range(0, number, stride):
+                own = first + rank() * self.batch_size
+                ready, good = raise_on_all_ranks(partial(read, own))
+                with parallel.without_gradients(self.model):
+                    of_batch = partial(computed, ready.to(self.device, non_blocking=True))
+                    # A rank that fails in a sharded forward ends, since others wait in it.
+                    rows = of_batch() if sharded else raise_on_all_ranks(of_batch)
+                    rows = rows.float()
+                features.append(all_gather(rows[:good]).cpu())
+                if progress:
+                    progress.update(min(first + stride, number))
+        encoded = torch.cat(features or [torch.zeros(0, 0)])
+        if not bool(torch.isfinite(encoded).all()):  # the same bits on every rank
+            raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
+        ranks = all_gather_object((bad, content))
+        keys = sorted(entry for _, of_rank in ranks for entry in of_rank)
+        return Encoded(
+            features=encoded,
+            bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
+            content=torch.tensor([key for _, key in keys], dtype=torch.long),
+        )
 
     def _shares(self, number: int) -> list[range]:
         """The rows of this rank's batches."""
@@ -386,64 +418,6 @@ class Reader(Dataset[Batch]):
 
 def hash_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def encode(
-    forward: Callable[[Tensor], Tensor],
-    batches: Iterator[Batch],
-    blank: Callable[[], Tensor],
-    *,
-    number: int,
-    batch_size: int,
-    device: torch.device | str,
-    stage: str,
-    show: bool = False,
-    without_gradients: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
-    sharded: bool = False,
-) -> Encoded:
-    """Features of `number` rows; the ranks take turns at the batches.
-
-    A batch has the same rows, and so its features the same bits, for any number of ranks. A sharded
-    forward is collective, so a rank without good rows encodes a blank one and drops it.
-
-    Args:
-        forward: A batch of inputs to features.
-        batches: This rank's batches, of `batch_size` rows without the bad ones.
-        blank: A batch of one row that stands in.
-    """
-    progress = Progress(f"evaluate: {stage}", number) if show and rank() == 0 else None
-    features: list[Tensor] = []
-    bad: list[Bad] = []
-    content: list[Content] = []
-
-    def read(first: int) -> tuple[Tensor, int]:
-        """This rank's input, and how many of its rows count."""
-        ready, left_out, keys = next(batches) if first < number else (torch.zeros(0), [], [])
-        bad.extend((row, why) for row, why in left_out)
-        content.extend((row, key) for row, key in keys)
-        return (ready, len(ready)) if len(ready) else (blank(), 0)
-
-    stride = batch_size * world_size()
-    for first in range(0, number, stride):
-        ready, good = raise_on_all_ranks(partial(read, first + rank() * batch_size))
-        with without_gradients():
-            sent = ready.to(device, non_blocking=True)
-            # A rank that fails in a sharded forward ends, since others wait in it.
-            rows = forward(sent) if sharded else raise_on_all_ranks(partial(forward, sent))
-            rows = rows.float()
-        features.append(all_gather(rows[:good]).cpu())
-        if progress:
-            progress.update(min(first + stride, number))
-    encoded = torch.cat(features or [torch.zeros(0, 0)])
-    if not bool(torch.isfinite(encoded).all()):  # the same bits on every rank
-        raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
-    ranks = all_gather_object((bad, content))
-    keys = sorted(entry for _, of_rank in ranks for entry in of_rank)
-    return Encoded(
-        features=encoded,
-        bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
-        content=torch.tensor([key for _, key in keys], dtype=torch.long),
-    )
 
 
 @contextmanager

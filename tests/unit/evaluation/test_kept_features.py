@@ -17,7 +17,7 @@ from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import shard, spread
-from protoclip.evaluation.features import Encoder, Reader, encode
+from protoclip.evaluation.features import Encoder, Reader
 from protoclip.files import locked
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed
@@ -111,9 +111,9 @@ def encode_numbers(model, number, broken=None):
 
     firsts = range(0, number, 2)[collectives.rank() :: collectives.world_size()]
     batches = ((read(range(first, min(first + 2, number))), [], []) for first in firsts)
-    settings = {"number": number, "batch_size": 2, "device": "cpu", "stage": "items"}
+    own = encoder(model, batch_size=2)
     blank = lambda: torch.zeros(1, 3, 1, 2)  # noqa: E731
-    return encode(model.encode_image, batches, blank, **settings).features
+    return own.encode(model.encode_image, batches, blank, number, "items").features
 
 
 def sharded_features(numbers):
