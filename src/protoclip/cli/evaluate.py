@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from protoclip.cli.device import open_device
 from protoclip.config import PERMISSIONS, Count, DataConfig
 from protoclip.files import read_toml, to_json
 from protoclip.paths import (
@@ -55,8 +56,6 @@ class Evaluate:
 
     def __call__(self) -> None:
         self.require_paths()
-        import torch
-
         from protoclip.data.index import cache_folder
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed import collectives
@@ -65,8 +64,7 @@ class Evaluate:
         from protoclip.models import loading
         from protoclip.models.precision import autocast
 
-        torch.set_flush_denormal(True)
-        device = collectives.device(self.device, setting="--device")
+        device = open_device(self.device)
 
         def judge(reference: str) -> list[suite.Result]:
             model, transform, tokenizer = collectives.raise_on_all_ranks(
