@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from protoclip.features import store
 from protoclip.features.whiten import Features
 from protoclip.files import checksum, locked, replacing
 from protoclip.models.precision import Autocast, on_card
+from protoclip.models.protoclip import evaluation_mode
 from protoclip.progress import Progress
 from protoclip.terminal import say
 
@@ -418,19 +419,6 @@ class Reader(Dataset[Batch]):
 
 def hash_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-@contextmanager
-def evaluation_mode(model: Model) -> Iterator[None]:
-    """Evaluation mode, after which every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        # One by one: a locked tower stays in evaluation mode inside a model that trains.
-        for module, training in modes:
-            module.training = training
 
 
 def keep(folder: Path, encoded: Encoded) -> None:

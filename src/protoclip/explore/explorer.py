@@ -20,7 +20,7 @@ from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.view import Rows
 from protoclip.evaluation import analysis
-from protoclip.evaluation.features import Encoder, evaluation_mode
+from protoclip.evaluation.features import Encoder
 from protoclip.explore.atlas import (
     MODALITIES,
     USUAL_SCALE,
@@ -35,7 +35,7 @@ from protoclip.explore.atlas import (
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.models import loading
-from protoclip.models.protoclip import ProtoCLIP, to_float
+from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
 from protoclip.models.saved import read_config, run_of
 from protoclip.models.start import find_start
 from protoclip.terminal import say
