@@ -1,7 +1,7 @@
 """A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -182,7 +182,9 @@ def open_explorer(
         cache=cache_folder() / "features" if cache else None,
         show=True,
     )
-    heads = heads_of(model, reference)
+    checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
+    config = None if checkpoint is None else run_config(reference)
+    heads = heads_of(model, config)
     path = path_of(cache_folder() / "atlas", encoder.key, pairs.key, layout, number, bool(heads))
 
     made: list[Features] = []
@@ -197,7 +199,7 @@ def open_explorer(
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,
-            run_prototypes=run_prototypes(reference) if heads else {},
+            run_prototypes=analysis.prototypes(checkpoint) if heads and checkpoint else {},
             show=show,
         )
         if cache:
@@ -207,7 +209,7 @@ def open_explorer(
                 say(f"warning: the map is not kept ({error})")
     return Explorer(
         name=reference,
-        teachers=teachers_of(reference) if isinstance(model, ProtoCLIP) else "",
+        teachers="" if config is None else config.uses_of_teachers,
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,
@@ -234,14 +236,14 @@ def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
     )
 
 
-def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]] | None:
-    """The trained projection heads; None for a model without, and for a run that trains none."""
-    if not isinstance(model, ProtoCLIP):
+def heads_of(model: Any, config: Config | None) -> dict[str, Callable[[Tensor], Tensor]] | None:
+    """The trained projection heads; None for a model without, and for a run that trains none.
+
+    Args:
+        config: The settings of the run, if the model is of one.
+    """
+    if not isinstance(model, ProtoCLIP) or (config is not None and not config.uses_prototypes):
         return None
-    if find_start(reference).checkpoint is not None:
-        config = run_config(reference)
-        if config is not None and not config.uses_prototypes:
-            return None
     device = next(model.parameters()).device
 
     def projections(head: nn.Module, rows: Tensor) -> Tensor:
@@ -249,18 +251,6 @@ def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]
 
     heads = {"image": model.image_head, "text": model.text_head}
     return {modality: partial(projections, head) for modality, head in heads.items()}
-
-
-def teachers_of(reference: str) -> str:
-    """The teachers of the run that trained a model, and what was learned of each."""
-    config = None if find_start(reference).checkpoint is None else run_config(reference)
-    return "" if config is None else config.uses_of_teachers
-
-
-def run_prototypes(reference: str) -> Mapping[str, Tensor]:
-    """The prototypes that a run's checkpoint holds, by modality; none for other models."""
-    checkpoint = find_start(reference).checkpoint
-    return {} if checkpoint is None else analysis.prototypes(checkpoint)
 
 
 def run_config(reference: str) -> Config | None:
