@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 import fsspec
 import httpx2 as httpx
 
-from protoclip.files import open_local
+from protoclip.files import open_local, replacing
 from protoclip.terminal import REMOVED, visible, without_secrets
 
 T = TypeVar("T")
@@ -153,6 +154,14 @@ def read_file(location: str, access: Access) -> bytes:
         return data
 
     return within(TOTAL_SECONDS, read) if is_url(location) else read()
+
+
+def download(location: str, copy: Path, access: Access) -> None:
+    """Copy a file or URL to a place where it appears whole or not at all; raises as `open_file`."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    opened = open_file(location, access)
+    with opened as source, replacing(copy) as scratch, scratch.open("wb") as target:
+        shutil.copyfileobj(source, target, READ_BYTES)
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
