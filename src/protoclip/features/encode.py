@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import START
+from protoclip.data.decode import decode
 from protoclip.data.loader import Item, Tokenizer, read_sample
-from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store, teachers
 from protoclip.features.parts import (
@@ -37,7 +38,6 @@ from protoclip.features.parts import (
     read_images,
     read_note,
     read_part,
-    transformed,
     write_skipped,
 )
 from protoclip.features.store import StoredFeatures
@@ -96,7 +96,8 @@ class Encoder:
     def read_image(self, sample: Sample) -> Tensor:
         """The input that a sample's image is; raises `ValueError` for a bad one."""
         assert self.transform is not None
-        return transformed(self.transform, sample)
+        image = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
+        return self.transform(Image.fromarray(image))
 
     def checksum(self) -> str:
         """A checksum of the weights."""
