@@ -174,7 +174,7 @@ def test_features_are_those_of_the_checkpoint(runs):
     held_out = analysis.HeldOut(
         name="tiny",
         images=[pairs.encoded(row) for row in range(20)],
-        captions=[pairs.caption(row) for row in range(20)],
+        captions=[pairs.sample_captions(row)[0] for row in range(20)],
         classes=None,
         skipped=0,
     )
