@@ -9,7 +9,7 @@ encode what is new.
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -461,7 +461,8 @@ def completed(
     if (stored.find(hashes) >= 0).all():  # reading disturbs nobody
         return stored
     with ExitStack() as stack:
-        rank0_first(lambda: stack.enter_context(alone(folder)))
+        way_out = "name another folder by align.features"
+        rank0_first(lambda: stack.enter_context(locked(folder, way_out=way_out)))
         stored = opened(folder, encoder.width)
         missing = np.flatnonzero(stored.find(hashes) < 0)
         if not len(missing):
@@ -487,20 +488,6 @@ def completed(
         if not encode_parts(encoder, new, out, settings, batch_size, threads):
             rank0_first(lambda: joined(out, settings))
         return opened(folder, encoder.width)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from adding to a half's folder."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder))
-        except ValueError:
-            raise ValueError(
-                f"{folder}: another process encodes by this half; wait for it, or name another "
-                "folder by align.features"
-            ) from None
-        yield
 
 
 def joined(out: Path, settings: dict[str, Any]) -> None:
