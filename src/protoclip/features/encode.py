@@ -48,6 +48,7 @@ from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, on_card
 from protoclip.models.protoclip import TowerPair
+from protoclip.models.towers import library_config
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -129,7 +130,8 @@ def open_encoder(
     try:
         if teacher == "minilm" or (kind == "hf" and name):
             with hub(teacher, "" if Path(name).is_dir() else name):
-                if not name or not has_two_towers(name):
+                reads_images = name and hasattr(library_config(name), "vision_config")
+                if not reads_images:
                     if modality == "image":
                         raise ValueError("reads text only")
                     return hugging_face(name, pooling, device)
@@ -177,13 +179,6 @@ def timm_model(name: str, device: torch.device) -> Encoder:
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
     return Encoder(model, device, torch.stack, model, transform)
-
-
-def has_two_towers(name: str) -> bool:
-    """Whether a model of `transformers` reads images too, as CLIP does."""
-    from transformers import AutoConfig
-
-    return hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "vision_config")
 
 
 def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:

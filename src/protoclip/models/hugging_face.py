@@ -26,6 +26,7 @@ from protoclip.models.towers import (
     TowerKind,
     Weights,
     examples_of,
+    library_config,
     max_tokens,
     require_multiple,
     tower_kind,
@@ -44,12 +45,9 @@ POSITIONS = "embeddings.position_embedding.weight"  # of SigLIP's towers
 
 def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     """Open a repository of the hub or a folder; reads safetensors only, and runs no code of it."""
-    from transformers import AutoImageProcessor
-
     config = open_config(name)
     model = read_model(name)
-    open_processor: Any = AutoImageProcessor.from_pretrained
-    processor = open_processor(name, trust_remote_code=False)
+    processor = image_processor(name)
     transform, built = image_transform(processor), HuggingFaceTowers(model.float())
     built.visual.prepare(preprocessing(processor, transform))
     return TowerPair(built).eval(), transform, open_tokenizer(name, config)
@@ -57,13 +55,19 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
 
 def open_config(name: str) -> Any:
     """The configuration of a CLIP-like model."""
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = library_config(name)
     if config.model_type not in KINDS:
         is_a = ", ".join(config.architectures or ()) or config.model_type
         raise ValueError(f"{is_a} is no CLIP-like model; known are {', '.join(KINDS)}")
     return config
+
+
+def image_processor(name: str) -> Any:
+    """What prepares the images of a model of `transformers`; no code of it runs."""
+    from transformers import AutoImageProcessor
+
+    open_processor: Any = AutoImageProcessor.from_pretrained
+    return open_processor(name, trust_remote_code=False)
 
 
 def read_model(name: str, **settings: Any) -> Any:
