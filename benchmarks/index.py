@@ -66,7 +66,9 @@ def measure(task: str, path: str) -> dict[str, Any]:
         rows = sampler.episode(0).rows[:READ_ROWS].tolist()
         found["draw"] = time.perf_counter() - start
         start = time.perf_counter()
-        letters = sum(len(pairs.sample_id(row)) + len(pairs.caption(row)) for row in rows)
+        letters = sum(
+            len(pairs.sample_id(row)) + len(pairs.sample_captions(row)[0]) for row in rows
+        )
         found["read"] = time.perf_counter() - start
         assert letters > len(rows)
     return {**found, "after": memory()}

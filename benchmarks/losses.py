@@ -30,7 +30,6 @@ from protoclip.distributed.collectives import rank, world_size
 from protoclip.losses import info_nce as instance
 from protoclip.losses import tiles
 from protoclip.losses.grad_cache import forward_in_chunks
-from protoclip.losses.info_nce import sharded_info_nce
 from protoclip.losses.prototypical import make_targets
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -232,7 +231,7 @@ def sharded_pairs(whole: int, d: int, repeats: int) -> dict[str, tuple[list[floa
         instance.TILED_ABOVE = b * whole if form == "plain" else 0
         for leaf in leaves:
             leaf.grad = None
-        sharded_info_nce(*leaves).backward()
+        info_nce(*leaves, across_ranks=True).backward()
 
     times: dict[str, list[float]] = {"plain": [], "tiled": []}
     for repeat in range(-1, repeats):

@@ -121,11 +121,11 @@ def require_ours(path: Path, mark: str, way_out: str = "or give --overwrite") ->
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, way_out: str = "choose another place") -> Iterator[None]:
     """Keep other processes from writing a folder or file, which need not exist yet.
 
     Raises:
-        ValueError: Another process writes it.
+        ValueError: Another process writes it; tells to wait, or this way out.
     """
     from filelock import FileLock, Timeout
 
@@ -137,7 +137,7 @@ def locked(folder: Path) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise ValueError(
-                f"{folder}: another process writes here; wait for it, or choose another place"
+                f"{folder}: another process writes here; wait for it, or {way_out}"
             ) from None
     try:
         yield

@@ -381,7 +381,7 @@ def test_a_store_that_is_being_added_to_can_be_read(given, sources, store):
     assert len(held) == 2
     with locked(held[0]), locked(held[1]):
         rows_of(given)
-        with pytest.raises(ValueError, match=r"another process encodes by this half; wait for it"):
+        with pytest.raises(ValueError, match=r"another process writes here; wait for it, or name"):
             rows_of(of_source(given, sources["mixture"]))
 
 

@@ -182,7 +182,7 @@ def test_rows_are_checked_when_they_are_used(tmp_path: Path) -> None:
     path.unlink()
     path.write_bytes(content.replace(b"caption 6", b"caption 7"))
     pairs = ImageTextPairs(ArrowIndex(path), name="x")
-    assert pairs.caption(0) == "a"
+    assert pairs.sample_captions(0)[0] == "a"
     assert pairs.sample_id(11) == "sample/11"
     for use in (lambda: pairs.sample_captions(5), lambda: list(pairs.sample_ids())):
         with pytest.raises(ValueError, match=r"key\.arrow: damaged .* rows 4 to 7 .* delete it"):

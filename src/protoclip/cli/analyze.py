@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
+from protoclip.cli.device import open_device
 from protoclip.config import Count
 from protoclip.files import SOFTWARE, replacing, require_ours, to_json, write_atomically
 from protoclip.paths import require_place, require_run, require_source
@@ -38,13 +39,9 @@ class Analyze:
             require_source("--data", self.data)
         if self.out is not None:
             require_place("--out", self.out, is_folder=True)
-        import torch
-
-        from protoclip.distributed import collectives
         from protoclip.evaluation.analysis import HINT, analyze, open_run
 
-        torch.set_flush_denormal(True)
-        device = collectives.device("auto")
+        device = open_device()
         folders = [Path(run) for run in self.runs]
         for folder in folders:  # before minutes of work on the first one
             open_run(folder)

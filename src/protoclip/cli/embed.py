@@ -3,6 +3,7 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
+from protoclip.cli.device import open_device
 from protoclip.cli.parsing import OfPairs
 from protoclip.config import Count
 from protoclip.paths import require_data_paths, require_model, require_place
@@ -32,13 +33,10 @@ class Embed(OfPairs):
         require_model("", self.model)
         require_data_paths(data)
         require_place("--out", self.out, is_folder=False, suffix=".parquet")
-        import torch
-
         from protoclip.distributed import collectives
         from protoclip.features.embed import embed
 
-        torch.set_flush_denormal(True)
-        device = collectives.device(self.device, setting="--device")
+        device = open_device(self.device)
         with collectives.process_group(device):
             embed(
                 self.model,

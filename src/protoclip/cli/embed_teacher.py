@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from protoclip.cli.device import open_device
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
@@ -33,14 +34,11 @@ class EmbedTeacher(Recipes):
         require_data_paths(self.data)
         require_teacher("--teacher", self.teacher)
         require_place("--out", self.out, is_folder=True)
-        import torch
-
         from protoclip.cli.data import open_source, print_notes
         from protoclip.distributed import collectives
         from protoclip.features.encode import embed_teacher
 
-        torch.set_flush_denormal(True)
-        device = collectives.device(self.device, setting="--device")
+        device = open_device(self.device)
         with collectives.process_group(device):
             samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
             if collectives.rank() == 0:

@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from protoclip.cli.device import open_device
 from protoclip.config import PERMISSIONS, Count, DataConfig
 from protoclip.files import read_toml, to_json
 from protoclip.paths import (
@@ -55,8 +56,6 @@ class Evaluate:
 
     def __call__(self) -> None:
         self.require_paths()
-        import torch
-
         from protoclip.data.index import cache_folder
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed import collectives
@@ -65,8 +64,7 @@ class Evaluate:
         from protoclip.models import loading
         from protoclip.models.precision import autocast
 
-        torch.set_flush_denormal(True)
-        device = collectives.device(self.device, setting="--device")
+        device = open_device(self.device)
 
         def judge(reference: str) -> list[suite.Result]:
             model, transform, tokenizer = collectives.raise_on_all_ranks(
@@ -156,18 +154,21 @@ class Evaluate:
 
 def trained_on(reference: str, data: str) -> bool:
     """Whether a run, or the run of a checkpoint, has this data among what it was trained on."""
+    from protoclip.models.saved import SETTINGS, run_of
+
     data = with_options(data)[0]
     if data == "emoji":  # they have splits of their own
         return False
-    folder = Path(reference).resolve()
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    run = run_of(reference)
+    if run is None:
+        return False
     try:
-        settings = read_toml(run / "config.toml").get("data", {})
+        settings = read_toml(run / SETTINGS).get("data", {})
         trained = [
             settings.get("train"),
             *(source["path"] for source in settings.get("sources", [])),
         ]
-    except (ValueError, KeyError, AttributeError, TypeError):  # no run, or a damaged one
+    except (ValueError, KeyError, AttributeError, TypeError):  # damaged
         return False
     path_of_data = os.path.realpath(without_secrets(data.removeprefix("wds:")))
     paths = [without_secrets(path) for path in trained if isinstance(path, str)]

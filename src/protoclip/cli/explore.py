@@ -7,6 +7,7 @@ from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from protoclip.cli.device import open_device
 from protoclip.config import Count, DataConfig
 from protoclip.files import locked
 from protoclip.paths import (
@@ -74,13 +75,10 @@ class Explore:
             raise ValueError(
                 f"explore: needs {' and '.join(missing)}; pip install 'protoclip[explore]'"
             )
-        import torch
-
         from protoclip.explore.atlas import MAP_PAIRS
         from protoclip.explore.server import listen
         from protoclip.explore.static import require_empty, write_static, write_table
 
-        torch.set_flush_denormal(True)
         if self.static is not None:
             require_empty(Path(self.static))  # before minutes of work
         if self.static is None and self.atlas is None:
@@ -100,15 +98,14 @@ class Explore:
 
     def explorers(self) -> "list[Explorer]":
         """Each model over the pairs."""
-        from protoclip.distributed import collectives
         from protoclip.explore.explorer import open_explorer
 
-        pairs, layout = self.pairs(), self.layout()
+        device, pairs, layout = open_device(), self.pairs(), self.layout()
         return [
             open_explorer(
                 model,
                 pairs,
-                device=collectives.device("auto"),
+                device=device,
                 layout=layout,
                 number=self.groups,
                 batch_size=self.batch_size,

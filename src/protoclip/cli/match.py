@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from protoclip.cli.device import open_device
 from protoclip.cli.parsing import OfPairs
 from protoclip.config import Count, Seed
 from protoclip.files import to_json
@@ -39,14 +40,10 @@ class Match(OfPairs):
         require_source("--data", self.data)
         data = self.data_config()
         require_data_paths(data)
-        import torch
-
         from protoclip.cli.data import open_source, print_notes
-        from protoclip.distributed import collectives
         from protoclip.evaluation.match import match
 
-        torch.set_flush_denormal(True)
-        device = collectives.device(self.device, setting="--device")
+        device = open_device(self.device)
         source, _ = open_source(data, seed=self.seed)
         print_notes([*getattr(source, "notes", ())])  # but not those on ids, which nothing keeps
         records = match(

@@ -4,6 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from typing import Annotated
 
+from protoclip.cli.device import open_device
 from protoclip.config import Positive, Seed
 from protoclip.paths import require_place, require_run
 from protoclip.terminal import say
@@ -31,19 +32,15 @@ class Report:
         for run in self.runs:
             require_run(run)
         require_place("--out", self.out, is_folder=False, suffix=".html")
-        import torch
-
-        from protoclip.distributed import collectives
         from protoclip.report.page import write_report
 
-        torch.set_flush_denormal(True)
         path = write_report(
             self.runs,
             self.out,
             samples=self.samples,
             minutes=self.minutes,
             seed=self.seed,
-            device=collectives.device("auto"),
+            device=open_device(),
             overwrite=self.overwrite,
         )
         say(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 import fsspec
 import httpx2 as httpx
 
-from protoclip.files import open_local
+from protoclip.files import open_local, replacing
 from protoclip.terminal import REMOVED, visible, without_secrets
 
 T = TypeVar("T")
@@ -155,6 +156,14 @@ def read_file(location: str, access: Access) -> bytes:
     return within(TOTAL_SECONDS, read) if is_url(location) else read()
 
 
+def download(location: str, copy: Path, access: Access) -> None:
+    """Copy a file or URL to a place where it appears whole or not at all; raises as `open_file`."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    opened = open_file(location, access)
+    with opened as source, replacing(copy) as scratch, scratch.open("wb") as target:
+        shutil.copyfileobj(source, target, READ_BYTES)
+
+
 def read_range(path: str, offset: int, size: int) -> bytes:
     """Some bytes of a local file; raises `ValueError` if it ends before them."""
     with open_local(path) as file:
@@ -167,18 +176,27 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 def within(seconds: float, action: Callable[[], T]) -> T:
     """The result of an action, or `TimeoutError`; its thread then goes on by itself."""
-    done: Future[T] = Future()
+    coming = begun(action, name="protoclip-read")
+    if not wait([coming], timeout=seconds).done:
+        raise TimeoutError(f"not read within {seconds:g} s")
+    return coming.result()
+
+
+def begun(action: Callable[[], T], *, name: str) -> "Future[T]":
+    """Begin an action in a thread of this name; what it returns or raises comes later.
+
+    The thread is a daemon, or a read that hangs would keep the process from ending.
+    """
+    coming: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.set_result(action())
+            coming.set_result(action())
         except BaseException as error:
-            done.set_exception(error)
+            coming.set_exception(error)
 
-    Thread(target=run, name="protoclip-read", daemon=True).start()
-    if not wait([done], timeout=seconds).done:
-        raise TimeoutError(f"not read within {seconds:g} s")
-    return done.result()
+    Thread(target=run, name=name, daemon=True).start()
+    return coming
 
 
 def hub_answer(question: Callable[..., T]) -> T | Exception | None:

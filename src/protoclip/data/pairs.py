@@ -240,10 +240,6 @@ class ImageTextPairs:
         for chunk in self.kept(self.checked.column(self.id_column)).iterchunks():
             yield from (f"{self.prefix}{each}" for each in chunk.to_pylist())
 
-    def caption(self, row: int) -> str:
-        """The first caption; raises `BadSample`."""
-        return self.sample_captions(row)[0]
-
     def sample_captions(self, row: int) -> tuple[str, ...]:
         """The captions without empty ones; raises `BadSample` if none is left."""
         texts: list[Any] = []

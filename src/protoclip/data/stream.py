@@ -9,15 +9,16 @@ import importlib
 import io
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
-from threading import Event, Thread
+from functools import partial
+from threading import Event
 from typing import Any
 
 from protoclip.data.access import (
     NOTHING_MORE,
     READ_BYTES,
     Access,
+    begun,
     digest,
     open_file,
     reason_of,
@@ -87,11 +88,12 @@ class ShardStream:
         """
         stopped = Event()
         blocks = self._blocks(lane, self._block_before(first, lane), stopped)
-        ahead = _read_ahead(blocks)
+        read_ahead = partial(begun, lambda: next(blocks), name="protoclip-read-ahead")
+        ahead = read_ahead()
         try:
             while True:
                 start, block = ahead.result()
-                ahead = _read_ahead(blocks)
+                ahead = read_ahead()
                 # No other block of any lane has this number.
                 draw = generator(self.seed, BLOCK_STREAM, start * self.lanes + lane)
                 order = draw.permutation(len(block))[max(0, first - start) :]
@@ -190,21 +192,6 @@ class ShardStream:
         epoch, number = divmod(position, len(self.shards))
         order = generator(self.seed, SHARD_STREAM, epoch).permutation(len(self.shards))
         return self.shards[int(order[number])]
-
-
-def _read_ahead(blocks: Iterator[Block]) -> "Future[Block]":
-    """Start to read the next block in a thread."""
-    block: Future[Block] = Future()
-
-    def run() -> None:
-        try:
-            block.set_result(next(blocks))
-        except BaseException as error:
-            block.set_exception(error)
-
-    # A daemon, or a read that hangs would keep the process from ending.
-    Thread(target=run, name="protoclip-read-ahead", daemon=True).start()
-    return block
 
 
 def read_shard(

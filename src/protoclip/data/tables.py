@@ -12,7 +12,6 @@ import io
 import json
 import lzma
 import re
-import shutil
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from protoclip.data.access import (
     NO_WEB_IMAGES,
     Access,
     digest,
+    download,
     fingerprint,
     hub_answer,
     is_url,
@@ -38,7 +38,6 @@ from protoclip.data.access import (
 )
 from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.files import replacing
 from protoclip.progress import Progress
 from protoclip.terminal import visible, without_secrets
 
@@ -265,10 +264,7 @@ def _local_copy(path: str, print_: str, data: DataConfig) -> str:
         return path
     copy = index_folder() / f"{print_}{_suffixes(path)[-1]}"
     if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        opened = open_file(path, access_of(data))
-        with opened as source, replacing(copy) as scratch, scratch.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        download(path, copy, access_of(data))
     return str(copy)
 
 

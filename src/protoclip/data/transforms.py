@@ -295,21 +295,13 @@ def rotate_hue(images: Images, shares: Float[Tensor, " b"]) -> Images:
     return rotated
 
 
-def gaussian_blur(images: Images, sigma: Float[Tensor, " b"]) -> Images:
-    """Gaussian blur of each image by its own standard deviation, in pixels; mirrors the borders."""
-    blurred = torch.empty_like(images)
-    for rows, weights in blur_weights(sigma).values():
-        rows = rows.to(images.device)
-        blurred[rows] = blur(images[rows], weights.to(images.device))
-    return blurred
-
-
 def blur_weights(
     sigma: Float[Tensor, " b"],
 ) -> dict[int, tuple[Int[Tensor, " n"], Float[Tensor, "n r"]]]:
     """By radius, the rows with it, and the weights of a blur from its middle outwards.
 
-    Images of one radius are blurred together.
+    Images of one radius are blurred together, each by a Gaussian of its own standard deviation
+    `sigma`, in pixels.
     """
     radii = (3 * sigma).ceil().clamp(min=1).long()
     weights = {}
@@ -322,7 +314,7 @@ def blur_weights(
 
 
 def blur(images: Images, weights: Float[Tensor, "b r"]) -> Images:
-    """Blur along both axes by weights from the middle outwards.
+    """Blur along both axes by weights from the middle outwards; mirrors the borders.
 
     On a CPU a sum of shifted images costs a quarter of a grouped convolution.
     """

@@ -34,6 +34,10 @@ class AllBut:
     def __getitem__(self, number: int) -> int:
         return number + int(np.searchsorted(self._before, number, side="right"))
 
+    def at(self, numbers: Rows) -> Rows:
+        """Several at once."""
+        return numbers + np.searchsorted(self._before, numbers, side="right")
+
     def __iter__(self) -> Iterator[int]:
         return map(self.__getitem__, range(len(self)))
 
@@ -150,19 +154,12 @@ def by_source(sources: Sequence[Any], rows: Rows) -> list[tuple[Any, Rows]]:
 
 
 def without(pairs: Any, left_out: Rows) -> PairsView:
-    """A source or view of whole sources, without some of its rows, which ascend."""
-    sources = pairs.sources if isinstance(pairs, PairsView) else [pairs]
-    parts = by_source(sources, left_out)
-    return PairsView([(source, AllBut(len(source), rows)) for source, rows in parts], pairs.name)
+    """A source or view without some of its rows, which ascend; a view leaves out what it did, too.
 
-
-def without_rows(samples: Any, left_out: Rows) -> PairsView:
-    """The samples without some of their rows, which ascend; a view leaves out what it did, too."""
-    if not isinstance(samples, PairsView):
-        return without(samples, left_out)
+    Of its sources a view has all rows, or all but a few.
+    """
+    view = pairs if isinstance(pairs, PairsView) else whole([pairs])
     # Rows of the view are rows of its sources without those that it leaves out already.
-    starts = np.cumsum([0, *(len(source) for source in samples.sources)])
-    numbers = [
-        int(starts[samples.source_of(row)]) + samples.locate(row)[1] for row in left_out.tolist()
-    ]
-    return without(samples, np.union1d(samples.left_out, np.array(numbers, np.int64)))
+    in_sources = AllBut(sum(map(len, view.sources)), view.left_out).at(left_out)
+    parts = by_source(view.sources, np.union1d(view.left_out, in_sources))
+    return PairsView([(source, AllBut(len(source), rows)) for source, rows in parts], pairs.name)

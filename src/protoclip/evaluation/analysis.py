@@ -31,7 +31,7 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import NONE, Batch, Encoder, Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
-from protoclip.files import read_toml, require_regular
+from protoclip.files import require_regular
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -176,14 +176,9 @@ def open_run(run: Path) -> tuple[Config, list[Path]]:
     Raises:
         ValueError: This is no run, or it has no checkpoint.
     """
-    path = run / "config.toml"
-    if not path.is_file():
-        raise ValueError(f"{run}: not a run folder, which has a config.toml")
-    tree = read_toml(path)
-    try:
-        config = Config.from_dict(tree)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    if not (run / saved.SETTINGS).is_file():
+        raise ValueError(f"{run}: not a run folder, which has a {saved.SETTINGS}")
+    config = saved.read_config(run)
     checkpoints = saved.checkpoints(run)
     if not checkpoints:
         raise ValueError(f"{run}: no checkpoint to analyse; {HINT}")

@@ -7,7 +7,7 @@ that teach, or that `align` joins, encode in `features/encode.py` and `features/
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -41,6 +41,7 @@ from protoclip.evaluation.kept import Bad, Kept, Listed
 from protoclip.features import store
 from protoclip.files import checksum
 from protoclip.models.precision import Autocast, on_card
+from protoclip.models.protoclip import evaluation_mode
 from protoclip.progress import Progress
 
 FEW_IMAGES = 300  # are read faster than worker processes start
@@ -453,16 +454,3 @@ def hashes_of(content: npt.NDArray[np.int64]) -> store.Hashes:
 
 def hash_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-@contextmanager
-def evaluation_mode(model: Model) -> Iterator[None]:
-    """Evaluation mode, after which every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        # One by one: a locked tower stays in evaluation mode inside a model that trains.
-        for module, training in modes:
-            module.training = training

@@ -36,22 +36,26 @@ def agreement(one: Int[Tensor, " n"], other: Int[Tensor, " n"]) -> float:
     return float(adjusted_mutual_info_score(one.numpy(), other.numpy()))
 
 
-def neighbours_in_group(
-    features: Float[Tensor, "n d"], groups: Int[Tensor, " n"], *, neighbours: int = NEIGHBOURS
-) -> float:
-    """Share of each row's nearest other rows, by cosine, that are in the row's group; in [0, 1].
-
-    With the texts' groups and the images' features: how often do the texts of an image and of its
-    neighbour fall into one group?
-    """
-    rows, shares = F.normalize(features.float(), dim=1), []
+def nearest_others(
+    features: Float[Tensor, "n d"], neighbours: int = NEIGHBOURS
+) -> Int[Tensor, "n k"]:
+    """The most similar other rows of each row, by cosine."""
+    rows, nearest = F.normalize(features.float(), dim=1), []
     size = max(1, retrieval.CHUNK // len(rows))
     for start in range(0, len(rows), size):
         similarity = rows[start : start + size] @ rows.T
         similarity.diagonal(offset=start).fill_(float("-inf"))  # a row is not its own neighbour
-        nearest = similarity.topk(min(neighbours, len(rows) - 1)).indices
-        shares.append((groups[nearest] == groups[start : start + size, None]).float().mean(dim=1))
-    return float(torch.cat(shares).mean())
+        nearest.append(similarity.topk(min(neighbours, len(rows) - 1)).indices)
+    return torch.cat(nearest)
+
+
+def neighbours_in_group(nearest: Int[Tensor, "n k"], groups: Int[Tensor, " n"]) -> float:
+    """Share of each row's `nearest_others` that are in the row's group; in [0, 1].
+
+    With the texts' groups and the images' neighbours: how often do the texts of an image and of its
+    neighbour fall into one group?
+    """
+    return float((groups[nearest] == groups[:, None]).float().mean(dim=1).mean())
 
 
 def same_group_by_chance(groups: Int[Tensor, " n"]) -> float:
@@ -115,8 +119,9 @@ def measure(
 
     for modality, other in partner.items():
         rows, of_rows, of_partners = spaces[modality], groups[modality], groups[other]
+        nearest = nearest_others(rows)
         values = {
-            "neighbours": mean(neighbours_in_group(rows, of) for of in of_partners),
+            "neighbours": mean(neighbours_in_group(nearest, of) for of in of_partners),
             "neighbours_by_chance": mean(map(same_group_by_chance, of_partners)),
             "effective_rank": effective_rank(rows),
             "spread": spread(rows),

@@ -25,6 +25,7 @@ from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import retrieval
+from protoclip.evaluation.grouping import nearest_others
 from protoclip.features.encode import Encoder, Pooling, encode_items, open_encoder
 from protoclip.files import checksum
 from protoclip.models.halves import MINILM, pooling_of
@@ -32,7 +33,6 @@ from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import agreement
 
-NEIGHBOURS = 10
 RECALL_AT = 10
 LEAST = 30  # pairs of which no two share an image or a caption; half of them are judged
 PAIRS_PER_GROUP, ITERATIONS = 10, 20  # of K-means, as in training
@@ -329,19 +329,6 @@ def half_of(groups: Int[Tensor, " p"], seed: int) -> Bool[Tensor, " p"]:
         chosen[group] = balance <= 0
         balance += size if balance <= 0 else -size
     return chosen[groups]
-
-
-def nearest_others(
-    features: Float[Tensor, "n d"], neighbours: int = NEIGHBOURS
-) -> Int[Tensor, "n k"]:
-    """The most similar other rows of each row, by cosine."""
-    rows, nearest = F.normalize(features.float(), dim=1), []
-    size = max(1, retrieval.CHUNK // len(rows))
-    for start in range(0, len(rows), size):
-        similarity = rows[start : start + size] @ rows.T
-        similarity.diagonal(offset=start).fill_(float("-inf"))  # a row is not its own neighbour
-        nearest.append(similarity.topk(min(neighbours, len(rows) - 1)).indices)
-    return torch.cat(nearest)
 
 
 def shared_neighbours(one: Int[Tensor, "n k"], other: Int[Tensor, "n k"]) -> float:

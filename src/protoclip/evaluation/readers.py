@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ from torch import Tensor
 from protoclip.data.access import (
     Access,
     digest,
+    download,
     fingerprint,
     is_url,
-    open_file,
     read_file,
     reason_of,
 )
@@ -38,7 +37,7 @@ from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
-from protoclip.files import open_local, read_json, replacing, write_atomically
+from protoclip.files import open_local, read_json, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -162,14 +161,8 @@ def _download(url: str, copy: Path, access: Access) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{copy}.lock"):
-            if copy.exists():
-                return
-            with (
-                open_file(url, access) as source,
-                replacing(copy) as scratch,
-                scratch.open("wb") as target,
-            ):
-                shutil.copyfileobj(source, target, 1 << 20)
+            if not copy.exists():
+                download(url, copy, access)
     except Exception as error:
         raise ValueError(f"{url}: {reason_of(error)}") from None
 

@@ -35,8 +35,8 @@ from protoclip.evaluation.datasets import (
     positions,
 )
 from protoclip.evaluation.suite import quick_tasks
-from protoclip.files import read_json, read_toml
-from protoclip.models.saved import STATE, checkpoints
+from protoclip.files import read_json
+from protoclip.models.saved import STATE, checkpoints, read_config, run_of
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
@@ -128,11 +128,11 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
     Each with the rows that were held out of it, and so may judge this run too. Runs say what they
     were trained on; what other models saw is not known.
     """
-    run = run_of(config.model.start)
+    run = None if config.model.start is None else run_of(config.model.start)
     if run is None:
         return []
     try:
-        settings = Config.from_dict(read_toml(run / "config.toml"))
+        settings = read_config(run)
         allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
         settings = replace(settings, data=replace(settings.data, **allowed))
         samples = sources.pairs(settings)
@@ -167,13 +167,6 @@ def is_asked(config: Config) -> bool:
     """Whether the settings ask for something to judge the run by."""
     evaluates = config.run.evaluate_every > 0 and not config.run.guard
     return config.data.validation is not None or evaluates
-
-
-def run_of(start: str | None) -> Path | None:
-    """The folder of the run that a model to start from is of, as a run or as a checkpoint."""
-    folder = Path(start or "")
-    folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    return folder if start and (folder / "config.toml").is_file() else None
 
 
 def overlap(name: str, counts: tuple[int, int, int]) -> list[str]:

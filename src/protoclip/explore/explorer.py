@@ -4,12 +4,11 @@ The search itself is in `neighbours.py`, and pages of the answers are made in `r
 """
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.config import Config
+from protoclip.data.access import begun
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.view import Rows
 from protoclip.evaluation import analysis
-from protoclip.evaluation.features import Encoder, evaluation_mode
+from protoclip.evaluation.features import Encoder
 from protoclip.explore.atlas import (
     MODALITIES,
     USUAL_SCALE,
@@ -37,9 +37,9 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
-from protoclip.files import read_toml
 from protoclip.models import loading
-from protoclip.models.protoclip import ProtoCLIP, to_float
+from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
+from protoclip.models.saved import read_config, run_of
 from protoclip.models.start import find_start
 from protoclip.terminal import say
 
@@ -91,12 +91,8 @@ class Explorer:
 
     def prepare(self) -> None:
         """Open the features in a thread, so that the first question need not wait."""
-
-        def run() -> None:
-            with suppress(ValueError, OSError):  # the first question says what is wrong
-                self.space("image")
-
-        Thread(target=run, name="protoclip-features", daemon=True).start()
+        # The first question says what is wrong.
+        begun(partial(self.space, "image"), name="protoclip-features")
 
     def row(self, position: int) -> int:
         """The row in the data of a pair in the atlas."""
@@ -189,7 +185,9 @@ def open_explorer(
         cache=cache_folder() / "features" if cache else None,
         show=True,
     )
-    heads = heads_of(model, reference)
+    checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
+    config = None if checkpoint is None else run_config(reference)
+    heads = heads_of(model, config)
     path = path_of(cache_folder() / "atlas", encoder.key, pairs.key, layout, number, bool(heads))
 
     made: list[Features] = []
@@ -204,7 +202,7 @@ def open_explorer(
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,
-            run_prototypes=run_prototypes(reference) if heads else {},
+            run_prototypes=analysis.prototypes(checkpoint) if heads and checkpoint else {},
             show=show,
         )
         if cache:
@@ -214,7 +212,7 @@ def open_explorer(
                 say(f"warning: the map is not kept ({error})")
     return Explorer(
         name=reference,
-        teachers=teachers_of(reference) if isinstance(model, ProtoCLIP) else "",
+        teachers="" if config is None else config.uses_of_teachers,
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,
@@ -241,14 +239,14 @@ def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
     )
 
 
-def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]] | None:
-    """The trained projection heads; None for a model without, and for a run that trains none."""
-    if not isinstance(model, ProtoCLIP):
+def heads_of(model: Any, config: Config | None) -> dict[str, Callable[[Tensor], Tensor]] | None:
+    """The trained projection heads; None for a model without, and for a run that trains none.
+
+    Args:
+        config: The settings of the run, if the model is of one.
+    """
+    if not isinstance(model, ProtoCLIP) or (config is not None and not config.uses_prototypes):
         return None
-    if find_start(reference).checkpoint is not None:
-        config = run_config(reference)
-        if config is not None and not config.uses_prototypes:
-            return None
     device = next(model.parameters()).device
 
     def projections(head: nn.Module, rows: Tensor) -> Tensor:
@@ -258,27 +256,7 @@ def heads_of(model: Any, reference: str) -> dict[str, Callable[[Tensor], Tensor]
     return {modality: partial(projections, head) for modality, head in heads.items()}
 
 
-def teachers_of(reference: str) -> str:
-    """The teachers of the run that trained a model, and what was learned of each."""
-    config = None if find_start(reference).checkpoint is None else run_config(reference)
-    return "" if config is None else config.uses_of_teachers
-
-
-def run_prototypes(reference: str) -> Mapping[str, Tensor]:
-    """The prototypes that a run's checkpoint holds, by modality; none for other models."""
-    checkpoint = find_start(reference).checkpoint
-    return {} if checkpoint is None else analysis.prototypes(checkpoint)
-
-
 def run_config(reference: str) -> Config | None:
     """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
-    folder = Path(reference)
-    for parent in (folder, *folder.resolve().parents[:2]):
-        path = parent / "config.toml"
-        if path.is_file():
-            tree = read_toml(path)
-            try:
-                return Config.from_dict(tree)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-    return None
+    run = run_of(reference)
+    return None if run is None else read_config(run)

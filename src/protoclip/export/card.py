@@ -31,7 +31,16 @@ from protoclip.evaluation.features import Encoder
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import MODEL, RESUME, checkpoints, find_checkpoint, read_tensors
+from protoclip.models.saved import (
+    MODEL,
+    RESUME,
+    SETTINGS,
+    checkpoints,
+    find_checkpoint,
+    read_config,
+    read_tensors,
+    run_of,
+)
 from protoclip.prototypes.targets import back_translate
 from protoclip.terminal import visible, without_secrets
 from protoclip.training.run_folder import as_kept, flat
@@ -109,15 +118,6 @@ inputs = {"pixel_values": preprocess(image)[None], "input_ids": tokens}""",
     "": """
 # inputs = {"pixel_values": ..., "input_ids": ...}, tensors as the original model prepares them""",
 }
-
-
-def run_of(checkpoint: Path | None) -> Path | None:
-    """The run folder that a checkpoint is in."""
-    if checkpoint is None:
-        return None
-    folder = checkpoint.resolve()
-    folders = (folder, folder.parent.parent)  # the run folder itself may hold a model
-    return next((run for run in folders if (run / "config.toml").is_file()), None)
 
 
 def write_prototypes(source: Source, folder: Path) -> str | None:
@@ -201,7 +201,7 @@ def add_captions(source: Source, folder: Path) -> str | None:
     facts = read_json(path) if path.is_file() else {"spaces": {}}
     if "text" not in facts["spaces"] or not isinstance(source.model, ProtoCLIP):
         return None
-    run = run_of(source.checkpoint)
+    run = None if source.checkpoint is None else run_of(source.checkpoint)
     if run is None:
         return "the checkpoint is not in the folder of its run"
     try:
@@ -226,7 +226,7 @@ def add_captions(source: Source, folder: Path) -> str | None:
 
 def captions_of(run: Path) -> list[str]:
     """Captions of a run's pairs; raises `ValueError` if they are out of reach."""
-    config = Config.from_dict(read_toml(run / "config.toml"))
+    config = read_config(run)
     for entry in sources.entries(config.data):
         if is_url(entry.path) or entry.path.startswith(("hf:", "pipe:")):
             raise ValueError(f"{without_secrets(entry.path)} is not on this machine")
@@ -337,8 +337,8 @@ def write_card(
 ) -> None:
     """Write the model card; `facts` are what `export` returns."""
     checkpoint = source.checkpoint
-    run = run_of(checkpoint)
-    settings = as_kept(read_toml(run / "config.toml")) if run else {}
+    run = None if checkpoint is None else run_of(checkpoint)
+    settings = as_kept(read_toml(run / SETTINGS)) if run else {}
     name_of_run = flat(settings).get("run.name") or Path(facts["folder"]).name
     differences = facts["differences"]
     library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}

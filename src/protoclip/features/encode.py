@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import START
+from protoclip.data.decode import decode
 from protoclip.data.loader import Item, Tokenizer, read_sample
-from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store, teachers
 from protoclip.features.parts import (
@@ -38,7 +39,6 @@ from protoclip.features.parts import (
     read_images,
     read_note,
     read_part,
-    transformed,
     write_skipped,
 )
 from protoclip.features.store import StoredFeatures
@@ -49,6 +49,7 @@ from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, on_card
 from protoclip.models.protoclip import TowerPair
+from protoclip.models.towers import library_config
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -97,7 +98,8 @@ class Encoder:
     def read_image(self, sample: Sample) -> Tensor:
         """The input that a sample's image is; raises `ValueError` for a bad one."""
         assert self.transform is not None
-        return transformed(self.transform, sample)
+        image = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
+        return self.transform(Image.fromarray(image))
 
     def checksum(self) -> str:
         """A checksum of the weights."""
@@ -129,7 +131,8 @@ def open_encoder(
     try:
         if teacher == "minilm" or (kind == "hf" and name):
             with hub(teacher, "" if Path(name).is_dir() else name):
-                if not name or not has_two_towers(name):
+                reads_images = name and hasattr(library_config(name), "vision_config")
+                if not reads_images:
                     if modality == "image":
                         raise ValueError("reads text only")
                     return hugging_face(name, pooling, device)
@@ -177,13 +180,6 @@ def timm_model(name: str, device: torch.device) -> Encoder:
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
     return Encoder(model, device, torch.stack, model, transform)
-
-
-def has_two_towers(name: str) -> bool:
-    """Whether a model of `transformers` reads images too, as CLIP does."""
-    from transformers import AutoConfig
-
-    return hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "vision_config")
 
 
 def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:

@@ -9,7 +9,7 @@ encode what is new.
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,16 +135,25 @@ class HalfEncoder(Encoder):
 
 
 class ImagesOnce:
-    """Images of pairs as pairs of their own, each with its key as id; see `pairs.Pairs`."""
+    """Images of pairs as pairs of their own, each with its key as id; see `pairs.Pairs`.
 
-    def __init__(self, pairs: Pairs, rows: Numbers) -> None:
-        self.name, self.pairs, self.rows = pairs.name, pairs, rows
+    Args:
+        view: Which of an image's views they are; the ids of all but the first one name it.
+    """
+
+    def __init__(self, pairs: Pairs, rows: Numbers, view: int = 0) -> None:
+        self.name, self.pairs, self.rows, self.view = pairs.name, pairs, rows, view
+
+    def chosen(self, numbers: Numbers) -> "ImagesOnce":
+        """Those of these numbers."""
+        return ImagesOnce(self.pairs, self.rows[numbers], self.view)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def sample_id(self, row: int) -> str:
-        return image_key(self.pairs, int(self.rows[row]))
+        key = image_key(self.pairs, int(self.rows[row]))
+        return f"{key} view {self.view}" if self.view else key
 
     def sample_ids(self) -> Iterator[str]:
         return map(self.sample_id, range(len(self)))
@@ -172,6 +181,9 @@ class CaptionsOnce(ImagesOnce):
     def __init__(self, pairs: Pairs, rows: Numbers, at: Numbers) -> None:
         super().__init__(pairs, rows)
         self.at = at
+
+    def chosen(self, numbers: Numbers) -> "CaptionsOnce":
+        return CaptionsOnce(self.pairs, self.rows[numbers], self.at[numbers])
 
     def sample_id(self, row: int) -> str:
         captions: tuple[str, ...] = self.pairs.sample_captions(int(self.rows[row]))
@@ -358,7 +370,7 @@ def encode_halves(
         encoder = HalfEncoder(halves, transform=transform, max_pixels=max_pixels, autocast=autocast)
         named = f"view {view} " if view else ""  # views of one transform differ by their draws
         folder = root / checksum(f"{named}{encoder.key()}".encode())
-        images = of_view(ImagesOnce(pairs, rows), view)
+        images = ImagesOnce(pairs, rows, view)
         hashes = unique if not view else hash_ids(images.sample_ids())
         stored = completed(encoder, images, hashes, folder, images_at_once, threads)
         stores.append(stored)
@@ -401,18 +413,6 @@ def half_teachers(config: Config, pairs: Pairs, halves: HalfRows) -> dict[str, H
         for name, teacher in config.external_teachers.items()
         if teacher.features in of
     }
-
-
-def of_view(images: ImagesOnce, view: int) -> ImagesOnce:
-    """The images under the keys that they have in a view."""
-    if not view:
-        return images
-
-    class View(ImagesOnce):
-        def sample_id(self, row: int) -> str:
-            return f"{super().sample_id(row)} view {view}"
-
-    return View(images.pairs, images.rows)
 
 
 def hashes_of_images(pairs: Pairs) -> Hashes:
@@ -461,17 +461,14 @@ def completed(
     if (stored.find(hashes) >= 0).all():  # reading disturbs nobody
         return stored
     with ExitStack() as stack:
-        rank0_first(lambda: stack.enter_context(alone(folder)))
+        way_out = "name another folder by align.features"
+        rank0_first(lambda: stack.enter_context(locked(folder, way_out=way_out)))
         stored = opened(folder, encoder.width)
         missing = np.flatnonzero(stored.find(hashes) < 0)
         if not len(missing):
             return stored
-        if isinstance(items, CaptionsOnce):
-            missing = missing[np.argsort(items.rows[missing], kind="stable")]
-            new: ImagesOnce = CaptionsOnce(items.pairs, items.rows[missing], items.at[missing])
-        else:
-            missing = missing[np.argsort(items.rows[missing], kind="stable")]
-            new = type(items)(items.pairs, items.rows[missing])
+        missing = missing[np.argsort(items.rows[missing], kind="stable")]
+        new = items.chosen(missing)
         ids = checksum(hashes[missing].tobytes())  # in order, as parts are numbered
         out = folder / ids
         settings = {
@@ -487,20 +484,6 @@ def completed(
         if not encode_parts(encoder, new, out, settings, batch_size, threads):
             rank0_first(lambda: joined(out, settings))
         return opened(folder, encoder.width)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from adding to a half's folder."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder))
-        except ValueError:
-            raise ValueError(
-                f"{folder}: another process encodes by this half; wait for it, or name another "
-                "folder by align.features"
-            ) from None
-        yield
 
 
 def joined(out: Path, settings: dict[str, Any]) -> None:

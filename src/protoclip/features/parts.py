@@ -18,12 +18,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from torch import Tensor
 
-from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.distributed.collectives import (
     raise_on_all_ranks,
     rank,
@@ -224,11 +221,6 @@ def write_skipped(files: Sequence[Path], path: Path, source: str) -> tuple[int, 
     if not good:
         raise ValueError(f"{source}: no sample could be read; see {path}")
     return good, len(bad)
-
-
-def transformed(transform: Callable[[Image.Image], Tensor], sample: Sample) -> Tensor:
-    """What a transform makes of a sample's image; raises `ValueError` for a bad one."""
-    return transform(Image.fromarray(decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)))
 
 
 def read_images(

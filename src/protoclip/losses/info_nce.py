@@ -22,6 +22,7 @@ def info_nce(
     groups: Int[Tensor, "b *k"] | None = None,
     *,
     positives: Positives = "shared",
+    across_ranks: bool = False,
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE over a batch of pairs (Radford et al. 2021).
 
@@ -42,12 +43,24 @@ def info_nce(
         positives: What others of a pair's group are: `shared`, positives, by the mean of their
             log-probabilities (SupCon, arXiv 2004.11362); `masked`, left out of the softmax; or
             `pair`, negatives all the same.
+        across_ranks: Set the local rows against those of all ranks, each with `b` pairs. The means
+            of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
 
     Raises:
         ValueError: The groups are no integers, or not as many as the pairs.
     """
     images, texts = tiles.widened(image_features, text_features)
     known = groups_of(groups, len(images), positives)
+    return (against_all if across_ranks else against_own)(images, texts, logit_scale, known)
+
+
+def against_own(
+    images: Float[Tensor, "b d"],
+    texts: Float[Tensor, "b d"],
+    logit_scale: Float[Tensor, ""] | float,
+    known: Groups | None,
+) -> Float[Tensor, ""]:
+    """InfoNCE among the local rows."""
     scaled = logit_scale * images
     if by_tiles(scaled, texts):
         loss: Tensor = TiledInfoNCE.apply(scaled, texts, known)  # type: ignore[no-untyped-call]
@@ -58,21 +71,14 @@ def info_nce(
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def sharded_info_nce(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "b d"],
+def against_all(
+    images: Float[Tensor, "b d"],
+    texts: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
-    groups: Int[Tensor, "b *k"] | None = None,
-    *,
-    positives: Positives = "shared",
+    known: Groups | None,
 ) -> Float[Tensor, ""]:
-    """`info_nce` of the local rows against the features of all ranks, each with `b` pairs.
-
-    The means of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
-    """
-    images, texts = tiles.widened(image_features, text_features)
+    """InfoNCE of the local rows against those of all ranks."""
     all_images, all_texts = map(collectives.all_gather_with_gradient, (images, texts))
-    known = groups_of(groups, len(images), positives)
     known = None if known is None else known.gathered()
     if by_tiles(images, all_texts):
         sums = tiles.log_sum_exp(logit_scale * images, all_texts, known)

@@ -17,10 +17,10 @@ from protoclip.distributed.collectives import world_size
 from protoclip.losses.balance import Balance
 from protoclip.losses.distil import StartFeatures, distil, keep
 from protoclip.losses.geometry import geometry_loss
-from protoclip.losses.info_nce import info_nce, sharded_info_nce
+from protoclip.losses.info_nce import info_nce
 from protoclip.losses.positives import Positives
 from protoclip.losses.prototypical import Target
-from protoclip.losses.sigmoid import sharded_sigmoid_loss, sigmoid_loss
+from protoclip.losses.sigmoid import sigmoid_loss
 from protoclip.models.protoclip import Embeddings
 
 
@@ -127,15 +127,15 @@ def objective(
     report: dict[str, Tensor] = {"train/logit_scale": embeddings.logit_scale.detach()}
     pairs = (embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
     assert weights.positives == "pair" or groups is not None, "positives need the pairs' keys"
+    several = world_size() > 1
     if weights.info_nce:
-        loss_of = info_nce if world_size() == 1 else sharded_info_nce
-        loss = loss_of(*pairs, groups, positives=weights.positives)
+        loss = info_nce(*pairs, groups, positives=weights.positives, across_ranks=several)
         losses["info_nce"] = weights.info_nce * loss
         report["train/loss/info_nce"] = loss.detach()
     if weights.sigmoid:
         assert embeddings.logit_bias is not None, "add_logit_bias comes first"
-        sigmoid_of = sigmoid_loss if world_size() == 1 else sharded_sigmoid_loss
-        loss = sigmoid_of(*pairs, embeddings.logit_bias, groups, positives=weights.positives)
+        with_bias = (*pairs, embeddings.logit_bias)
+        loss = sigmoid_loss(*with_bias, groups, positives=weights.positives, across_ranks=several)
         losses["sigmoid"] = weights.sigmoid * loss
         report["train/loss/sigmoid"] = loss.detach()
         report["train/logit_bias"] = embeddings.logit_bias.detach()

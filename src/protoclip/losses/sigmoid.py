@@ -25,6 +25,7 @@ def sigmoid_loss(
     groups: Int[Tensor, "b *k"] | None = None,
     *,
     positives: Positives = "shared",
+    across_ranks: bool = False,
 ) -> Float[Tensor, ""]:
     """Sigmoid loss over a batch of pairs (Zhai et al. 2023, arXiv 2303.15343).
 
@@ -47,46 +48,18 @@ def sigmoid_loss(
         groups: As for `info_nce`.
         positives: What others of a pair's group are: `shared`, pairs too, with z_ij = 1; `masked`,
             left out of the sum; or `pair`, no pairs all the same.
+        across_ranks: Set the local images against the texts of all ranks, each with `b` pairs. The
+            means of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
+            Every rank must multiply the loss by the same factor before its backward pass.
 
     Raises:
         ValueError: The groups are no integers, or not as many as the pairs.
     """
-    pairs = (image_features, text_features, logit_scale, logit_bias)
-    return compute(*pairs, groups, positives, ranks=1)
-
-
-def sharded_sigmoid_loss(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "b d"],
-    logit_scale: Float[Tensor, ""] | float,
-    logit_bias: Float[Tensor, ""] | float,
-    groups: Int[Tensor, "b *k"] | None = None,
-    *,
-    positives: Positives = "shared",
-) -> Float[Tensor, ""]:
-    """`sigmoid_loss` of the local images and the texts of all ranks, each with `b` pairs.
-
-    The means of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
-    Every rank must multiply the loss by the same factor before its backward pass.
-    """
-    pairs = (image_features, text_features, logit_scale, logit_bias)
-    return compute(*pairs, groups, positives, ranks=collectives.world_size())
-
-
-def compute(
-    images: Tensor,
-    texts: Tensor,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    groups: Tensor | None,
-    positives: Positives,
-    *,
-    ranks: int,
-) -> Float[Tensor, ""]:
-    images, texts = tiles.widened(images, texts)
-    bias = images.new_zeros(()) + bias
+    images, texts = tiles.widened(image_features, text_features)
+    bias = images.new_zeros(()) + logit_bias
     known = groups_of(groups, len(images), positives)
-    loss: Tensor = SigmoidLoss.apply(scale * images, texts, bias, known, ranks)  # type: ignore[no-untyped-call]
+    ranks = collectives.world_size() if across_ranks else 1
+    loss: Tensor = SigmoidLoss.apply(logit_scale * images, texts, bias, known, ranks)  # type: ignore[no-untyped-call]
     return loss
 
 

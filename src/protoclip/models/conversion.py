@@ -18,6 +18,7 @@ from protoclip.models.architecture import DescribedTowers
 from protoclip.models.hugging_face import HuggingFaceTowers, image_transform, preprocessing
 from protoclip.models.opening import Loaded, hub_name, readable_errors
 from protoclip.models.protoclip import TowerPair
+from protoclip.models.towers import library_config
 
 # Hugging Face's names of what is in a transformer, and open_clip's (`pre_layrnorm` is spelt so).
 NAMES = {
@@ -50,14 +51,11 @@ def towers_json(reference: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: There is no such model, or open_clip has none that computes the same.
     """
-    from transformers import AutoConfig, AutoImageProcessor
-
-    open_processor: Any = AutoImageProcessor.from_pretrained
     kinds, setting = ("clip", *hugging_face.TRAINABLE), f"model.start: {reference}"
     with readable_errors(setting, hub_name(name)):
-        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = library_config(name)
         if config.model_type in kinds:
-            processor = open_processor(name, trust_remote_code=False)
+            processor = hugging_face.image_processor(name)
             images = preprocessing(processor, image_transform(processor))
     if config.model_type not in kinds:
         raise ValueError(

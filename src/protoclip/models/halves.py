@@ -239,10 +239,8 @@ def check_text(name: str, source: str, *, context_length: int) -> None:
 
 def text_config(name: str, source: str) -> Any:
     """The configuration of a Hugging Face text model; raises `ValueError` if there is none."""
-    from transformers import AutoConfig
-
     with hub(name, source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return towers.library_config(source)
 
 
 def hub(name: str, source: str) -> AbstractContextManager[None]:

@@ -30,6 +30,7 @@ from protoclip.models.towers import (
     TowerKind,
     Weights,
     examples_of,
+    library_config,
     max_tokens,
     require_multiple,
     tower_kind,
@@ -48,12 +49,9 @@ POSITIONS = "embeddings.position_embedding.weight"  # of SigLIP's towers
 
 def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     """Open a repository of the hub or a folder; reads safetensors only, and runs no code of it."""
-    from transformers import AutoImageProcessor
-
     config = open_config(name)
     model = read_model(name)
-    open_processor: Any = AutoImageProcessor.from_pretrained
-    processor = open_processor(name, trust_remote_code=False)
+    processor = image_processor(name)
     transform, built = image_transform(processor), HuggingFaceTowers(model.float())
     built.visual.prepare(preprocessing(processor, transform))
     return TowerPair(built).eval(), transform, open_tokenizer(name, config)
@@ -61,13 +59,19 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
 
 def open_config(name: str) -> Any:
     """The configuration of a CLIP-like model."""
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = library_config(name)
     if config.model_type not in KINDS:
         is_a = ", ".join(config.architectures or ()) or config.model_type
         raise ValueError(f"{is_a} is no CLIP-like model; known are {', '.join(KINDS)}")
     return config
+
+
+def image_processor(name: str) -> Any:
+    """What prepares the images of a model of `transformers`; no code of it runs."""
+    from transformers import AutoImageProcessor
+
+    open_processor: Any = AutoImageProcessor.from_pretrained
+    return open_processor(name, trust_remote_code=False)
 
 
 def read_model(name: str, **settings: Any) -> Any:
@@ -116,17 +120,23 @@ def open_tokenizer(name: str, config: Any, *, context_length: int | None = None)
     return RememberingTokenizer(reads)
 
 
-class ImageTower(nn.Module):
-    """The image side of a model: `model`, and `projection` where there is one.
+class Tower(nn.Module):
+    """One side of a model: `model`, and `projection` where there is one."""
 
-    `image_size`, `image_mean` and `image_std` say what images a run trains it on, as those of
-    open_clip's towers do.
-    """
-
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, projection: nn.Module | None) -> None:
         super().__init__()
-        self.model = model.vision_model
-        self.projection = getattr(model, "visual_projection", nn.Identity())
+        self.model = model
+        self.projection = nn.Identity() if projection is None else projection
+
+    def forward(self, **inputs: Tensor) -> Float[Tensor, "b d"]:
+        return self.projection(self.model(**inputs).pooler_output)  # type: ignore[no-any-return]
+
+
+class ImageTower(Tower):
+    """The image side, whose attributes say what images a run trains it on, as open_clip's do."""
+
+    def __init__(self, model: Any, projection: nn.Module | None) -> None:
+        super().__init__(model, projection)
         self.image_size: int | None = None
         self.image_mean: tuple[float, ...] | None = None
         self.image_std: tuple[float, ...] | None = None
@@ -135,21 +145,6 @@ class ImageTower(nn.Module):
         """Remember what `preprocessing` returned."""
         self.image_size = images["size"]
         self.image_mean, self.image_std = tuple(images["mean"]), tuple(images["std"])
-
-    def forward(self, **inputs: Tensor) -> Float[Tensor, "b d"]:
-        return self.projection(self.model(**inputs).pooler_output)  # type: ignore[no-any-return]
-
-
-class TextTower(nn.Module):
-    """The text side of a model: `model`, and `projection` where there is one."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model.text_model
-        self.projection = getattr(model, "text_projection", nn.Identity())
-
-    def forward(self, **inputs: Tensor) -> Float[Tensor, "b d"]:
-        return self.projection(self.model(**inputs).pooler_output)  # type: ignore[no-any-return]
 
 
 class HuggingFaceTowers(nn.Module):
@@ -161,7 +156,8 @@ class HuggingFaceTowers(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.config = model.config
-        self.visual, self.text = ImageTower(model), TextTower(model)
+        self.visual = ImageTower(model.vision_model, getattr(model, "visual_projection", None))
+        self.text = Tower(model.text_model, getattr(model, "text_projection", None))
         # Some models hold these as vectors of one number.
         self.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(()))
         if hasattr(model, "logit_bias"):

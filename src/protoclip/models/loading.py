@@ -151,12 +151,12 @@ def add_teacher_heads(
         shard_linear(built.teacher_heads, built)
 
 
-def frozen_start(config: Config, device: torch.device, start: Start | None = None) -> TowerPair:
+def frozen_start(config: Config, device: torch.device, start: Start) -> TowerPair:
     """The towers as they are before a run's first step, at the run's sizes, which stay so.
 
     In evaluation mode and without gradients. Every rank holds them whole.
     """
-    pair = TowerPair(model(start or config.model, seed=config.run.seed).towers)
+    pair = TowerPair(model(start, seed=config.run.seed).towers)
     return to_device(pair.eval().requires_grad_(False), device)
 
 
@@ -192,14 +192,13 @@ def parallelise(config: Config, built: ProtoCLIP, device: torch.device) -> list[
     return notes
 
 
-def check_parallel(config: Config, start: Start | None = None) -> None:
+def check_parallel(config: Config, start: Start) -> None:
     """Refuse what `[parallel]` asks of towers that cannot do it, before data and weights are read.
 
     Raises:
-        ValueError: As `recompute_activations` and `resolve_start`.
+        ValueError: As `recompute_activations`.
     """
     if config.parallel.activation_checkpointing:
-        start = start or resolve_start(config.model)
         recompute_activations(start.build("none").towers, start.model)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from protoclip.models import towers
-from protoclip.models.protoclip import TEACHER_HEADS, ProtoCLIP
+from protoclip.models.protoclip import TEACHER_HEADS, ProtoCLIP, evaluation_mode
 
 ADAPTER = "default"  # peft's name of the only adapter
 # What peft adds to the names of parameters.
@@ -109,17 +109,14 @@ def adaptable(model: ProtoCLIP, tokens: Int[Tensor, "1 c"]) -> dict[str, str]:
         part.register_forward_hook(lambda *_, name=name: called.add(name))
         for name, part in model.towers.named_modules()
     ]
-    modes = {part: part.training for part in model.modules()}
     size, parameter = towers.image_size(model.towers), next(model.parameters())
     try:
-        model.eval()
-        model.encode_image(parameter.new_zeros(1, 3, size, size))
-        model.encode_text(tokens.to(parameter.device))
+        with evaluation_mode(model):
+            model.encode_image(parameter.new_zeros(1, 3, size, size))
+            model.encode_text(tokens.to(parameter.device))
     finally:
         for hook in hooks:
             hook.remove()
-        for part, mode in modes.items():
-            part.training = mode
     kinds = {name: kind_of(part) for name, part in model.towers.named_modules() if name in called}
     return {name: kind for name, kind in kinds.items() if kind is not None}
 

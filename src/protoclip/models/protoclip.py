@@ -5,7 +5,8 @@ Towers are built in `towers.py`, and what of the model trains is decided in `tra
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,19 @@ import torch.export
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode of a module, after which each of its parts has its own mode again."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # One by one: a locked tower stays in evaluation mode inside a model that trains.
+        for part, training in modes:
+            part.training = training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 Tensors are safetensors and everything else is JSON, so reading a checkpoint runs no code from it.
 `model.safetensors` and `model.json` are the model, which a run folder itself may hold too.
 `optimizer.safetensors`, which only rank 0 reads, `resume.safetensors` and `state.json` are what a
-run needs besides to go on. When to save is decided elsewhere.
+run needs besides to go on. The run folder has its settings. When to save is decided elsewhere.
 """
 
 import json
@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import protoclip
-from protoclip.config import ModelConfig, build
+from protoclip.config import Config, ModelConfig, build
 from protoclip.distributed.collectives import rank
 from protoclip.files import (
     checksum,
     file_checksum,
     read_json,
     read_local,
+    read_toml,
     require_regular,
     sync_folder,
     to_json,
@@ -39,6 +40,7 @@ from protoclip.models.towers import examples_of
 WEIGHTS, MODEL = "model.safetensors", "model.json"
 OPTIMIZER, RESUME, STATE = "optimizer.safetensors", "resume.safetensors", "state.json"
 CHECKSUMS = "checksums.json"
+SETTINGS = "config.toml"  # of a run, in its folder
 TEXT_FILES = "text"  # folder with the files of a Hugging Face text tower and tokenizer
 
 FORMAT = 3  # of what a run needs to go on
@@ -127,6 +129,29 @@ def find_checkpoint(path: str | Path) -> Path:
         if (candidate / MODEL).is_file() and (candidate / WEIGHTS).is_file():
             return candidate
     raise ValueError(f"{path}: no checkpoint here, which has {MODEL} and {WEIGHTS}")
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The folder of the run that a run or checkpoint folder is of; None if it is of no run."""
+    given = Path(path)
+    for folder in (given, given.resolve()):  # a link may lead to a checkpoint
+        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+        if (run / SETTINGS).is_file():
+            return run
+    return None
+
+
+def read_config(run: Path) -> Config:
+    """The settings in a run folder; raises `ValueError` if they are damaged or of another version.
+
+    The message names the file.
+    """
+    path = run / SETTINGS
+    tree = read_toml(path)
+    try:
+        return Config.from_dict(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:

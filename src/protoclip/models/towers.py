@@ -86,11 +86,14 @@ def require_fitting_size(size: int | None, vision: Mapping[str, Any], name: str)
         require_multiple(size, vision.get("patch_size") or stride, name)
 
 
-def refuse_code(name: str) -> None:
-    """Raise for a Hugging Face text model with code, which open_clip offers to run."""
+def library_config(name: str) -> Any:
+    """The configuration of a model of `transformers`, by its folder or name on the hub.
+
+    It raises for a model that brings code.
+    """
     from transformers import AutoConfig
 
-    AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def require_image_name(name: str) -> None:

@@ -21,7 +21,7 @@ from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.features.store import hash_ids
 from protoclip.features.whiten import Whitens
-from protoclip.models.protoclip import Embeddings, ProtoCLIP
+from protoclip.models.protoclip import Embeddings, ProtoCLIP, evaluation_mode
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.nearest import nearest
 
@@ -67,12 +67,10 @@ class ExtractedFeatures:
         Raises:
             ValueError: A projection is not finite. Every rank raises.
         """
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
         images, texts, positions, sample_ids = [], [], [], []
         passed: dict[tuple[str, bytes], int] = {}
         rows, number = [], 0
-        try:
+        with evaluation_mode(self.model):
             for batch in self.batches(episode):
                 new, image, text = [], batch.image, batch.text
                 each = len(text) // len(image)  # captions of an image
@@ -94,9 +92,6 @@ class ExtractedFeatures:
                 texts.append(embeddings.text_projections[: len(new) * each])
                 positions.append(batch.position)
                 sample_ids += batch.sample_id
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         image, text = torch.cat(images)[rows], torch.cat(texts)[rows]
         return self._with_teachers(image, text, sample_ids, torch.cat(positions))
 

@@ -18,7 +18,7 @@ from protoclip.config import HALVES, Config, TeacherConfig
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Pairs
-from protoclip.data.view import without_rows
+from protoclip.data.view import without
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.features.halves import (
@@ -301,7 +301,7 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
     left_out = np.union1d(bad, rows.repeated)
     if not len(left_out):
         return plan, rows
-    kept = without_rows(samples, left_out)
+    kept = without(samples, left_out)
     episodes = config.episodes
     if config.run.overfit is not None:  # each pair that is left, in one batch
         left = len(kept)

@@ -70,7 +70,19 @@ class TensorBoard:
             file.write(content.getvalue())
 
 
-class WeightsAndBiases:
+class _Logged:
+    """What a library calls a run, whose metrics are logged as they are."""
+
+    _run: Any
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WeightsAndBiases(_Logged):
     """A Weights & Biases run, in `wandb/` of the run folder; `WANDB_MODE=offline` sends nothing."""
 
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
@@ -86,14 +98,8 @@ class WeightsAndBiases:
             config=dict(config),
         )
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
+class Trackio(_Logged):
     """A run of Trackio, kept on this machine, or in a Space if `TRACKIO_SPACE_ID` is set."""
 
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
@@ -102,12 +108,6 @@ class Trackio:
         self._run = import_module("trackio").init(
             project=PROJECT, name=name, resume="allow", config=dict(config), embed=False
         )
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class MLflow:

@@ -15,7 +15,7 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
-from protoclip.data.view import without_rows
+from protoclip.data.view import without
 from protoclip.distributed.collectives import world_size
 from protoclip.models.protoclip import Embeddings
 from protoclip.terminal import say
@@ -76,7 +76,7 @@ def few_of(samples: Pairs | SampleStream, config: Config) -> Pairs:
     if world_size() > 1:
         raise ValueError("run.overfit: is for one process; start it without torchrun")
     chosen = evenly_spaced(len(samples), number, config.run.seed)
-    few: Pairs = without_rows(samples, np.setdiff1d(np.arange(len(samples)), chosen))
+    few: Pairs = without(samples, np.setdiff1d(np.arange(len(samples)), chosen))
     return few
 
 

@@ -23,7 +23,7 @@ from protoclip.config import Config
 from protoclip.data import access
 from protoclip.distributed.collectives import rank
 from protoclip.files import read_json
-from protoclip.models.saved import CHECKSUMS, MODEL, STATE, checkpoints, damage
+from protoclip.models.saved import CHECKSUMS, MODEL, SETTINGS, STATE, checkpoints, damage
 from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline
 from protoclip.training.run_folder import claimed, folder_of, look
@@ -32,7 +32,7 @@ Store = Any  # an fsspec file system, whose paths are names relative to the fold
 ANSWER_SECONDS = 60.0  # that a store may take to answer before a run begins
 # Seconds that the end of a run waits for its last copy: after a signal, and after the results.
 STOPPED_SECONDS, END_SECONDS = 60.0, 1800.0
-SETTINGS, RESULTS, PROBE = "config.toml", "results.json", ".protoclip"
+RESULTS, PROBE = "results.json", ".protoclip"
 DONE = (MODEL, RESULTS)
 LEFT_OUT = ("checkpoints", "wandb", "start_features")  # copied apart, elsewhere, made anew
 RUN_ID = "wandb/run-id"  # with it Weights & Biases goes on with the run's curves
@@ -96,7 +96,7 @@ def begun(config: Config) -> Iterator[Path]:
     with TemporaryDirectory() as temporary:
         if SETTINGS in names:
             with needed(url):
-                get(store, SETTINGS, Path(temporary))
+                get(store, SETTINGS, Path(temporary) / SETTINGS)
         yield Path(temporary)
 
 
@@ -118,7 +118,7 @@ def fetch(outline: Outline, *, resume: bool) -> None:
         return
     with TemporaryDirectory() as temporary:
         with needed(url):
-            get(store, SETTINGS, Path(temporary))
+            get(store, SETTINGS, Path(temporary) / SETTINGS)
         there = replace(config, run=replace(config.run, out=temporary))
         try:
             look(replace(outline, config=there), resume=True)
@@ -133,20 +133,19 @@ def fetch(outline: Outline, *, resume: bool) -> None:
     beside = [name for name in names if not name.startswith("checkpoints/")]
     with claimed(folder, resume=True), needed(url):
         for name in {*beside} - {*DONE}:
-            get(store, name, folder)
+            get(store, name, folder / name)
         # Only now, so that a fetch that is cut short is done again.
         got = next((step for step in reversed(newer) if get_checkpoint(store, step, folder)), None)
         best = read_json(folder / "checkpoints" / got / STATE).get("best") if got else None
         if best and (step := f"step-{best[0]:09}") in complete - {got}:
             get_checkpoint(store, step, folder)
         for name in {*beside} & {*DONE}:
-            get(store, name, folder)
+            get(store, name, folder / name)
     say(f"note: {folder}: {got or 'its results'} fetched from {url}")
 
 
-def get(store: Store, name: str, folder: Path, rename: str = "") -> None:
-    """Bring a file to a folder, where it appears whole or not at all."""
-    path = folder / (rename or name)
+def get(store: Store, name: str, path: Path) -> None:
+    """Bring a file here, where it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     store.get_file(name, str(temporary))
@@ -158,7 +157,7 @@ def get_checkpoint(store: Store, step: str, folder: Path) -> bool:
     target = folder / "checkpoints" / step
     temporary = target.with_name(f".{step}.fetched")
     for name in store.find(f"checkpoints/{step}"):
-        get(store, name, temporary, name.split("/", 2)[2])
+        get(store, name, temporary / name.split("/", 2)[2])
     if (wrong := damage(temporary)) is not None:
         say(f"warning: run.sync: {step} there is passed over: {wrong}")
         return False

@@ -134,7 +134,7 @@ def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path):
     write(tmp_path, {"c.jpg": b"C", "c.json": b'{"caption": "caf\xe9"}'})
     write(tmp_path, {"d.jpg": b"D", "d.json": b'{"caption": "\\ud800"}'})
     pairs = opened(tmp_path)
-    assert pairs.caption(1) == "b"
+    assert pairs.sample_captions(1)[0] == "b"
     for row in (0, 2, 3):
         with pytest.raises(BadSample, match="not UTF-8"):
             pairs.sample(row)
@@ -171,7 +171,7 @@ def test_metadata_name_the_images(tmp_path, kind):
         write(tmp_path, {f"metadata.{kind}": text})
     pairs = opened(tmp_path)
     assert len(pairs) == 1
-    assert (pairs.caption(0), pairs.encoded(0)) == ("猫", b"A")
+    assert (pairs.sample_captions(0)[0], pairs.encoded(0)) == ("猫", b"A")
 
 
 def dataset(captions: list[str]) -> datasets.Dataset:
@@ -187,7 +187,7 @@ def test_a_saved_dataset(tmp_path, cache):
     captions = [f"caption {n} 猫" for n in range(11)]
     dataset(captions).save_to_disk(tmp_path / "data", num_shards=3)
     pairs = opened(tmp_path / "data")
-    assert [pairs.caption(row) for row in range(11)] == captions
+    assert [pairs.sample_captions(row)[0] for row in range(11)] == captions
     assert pairs.encoded(10) == "image of caption 10 猫".encode()
     assert pairs.sample_id(10) == "data/10"
     assert not list(cache.rglob("*.arrow"))
@@ -199,9 +199,9 @@ def test_a_dataset_of_several_splits(tmp_path):
     two.save_to_disk(tmp_path / "two")
     with pytest.raises(ValueError, match=r"splits \(train, test\); name one, as in .*/two/train"):
         opened(tmp_path / "two")
-    assert opened(tmp_path / "two" / "test").caption(0) == "test"
+    assert opened(tmp_path / "two" / "test").sample_captions(0)[0] == "test"
     datasets.DatasetDict({"train": dataset(["only"])}).save_to_disk(tmp_path / "one")
-    assert opened(tmp_path / "one").caption(0) == "only"
+    assert opened(tmp_path / "one").sample_captions(0)[0] == "only"
 
 
 def test_a_folder_of_parquet_files(tmp_path):
@@ -210,7 +210,9 @@ def test_a_folder_of_parquet_files(tmp_path):
         part = pa.table({"image": [b"%d" % n], "text": [f"caption {n}"]})
         pq.write_table(part, tmp_path / f"train-{n:05d}-of-00012.parquet")
     pairs = opened(tmp_path)
-    assert [pairs.caption(row) for row in range(12)] == [f"caption {n}" for n in range(12)]
+    assert [pairs.sample_captions(row)[0] for row in range(12)] == [
+        f"caption {n}" for n in range(12)
+    ]
     pq.write_table(part, tmp_path / "test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=r"splits \(test, train\).*as in .*test-\*\.parquet"):
         opened(tmp_path)

@@ -230,11 +230,15 @@ def test_columns_are_detected_by_name_and_type(tmp_path):
     """A choice between several is noted; settings name other columns."""
     content = pa.table({"image": [1], "url": ["x"], "text": ["a"], "title": ["c"], "b": ["y"]})
     pairs = opened(tmp_path, content)
-    assert [pairs.where(0), pairs.caption(0)] == [str(tmp_path / "x"), "c"]
+    assert [pairs.where(0), pairs.sample_captions(0)[0]] == [str(tmp_path / "x"), "c"]
     (note,) = pairs.notes
     assert "captions are taken from column 'title', not from 'text'" in note
     pairs = opened(tmp_path, content, caption_column=["text"], image_column="b")
-    assert [pairs.where(0), pairs.caption(0), pairs.notes] == [str(tmp_path / "y"), "a", []]
+    assert [pairs.where(0), pairs.sample_captions(0)[0], pairs.notes] == [
+        str(tmp_path / "y"),
+        "a",
+        [],
+    ]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -250,8 +254,8 @@ def test_a_table_is_read_again_when_it_changes(tmp_path, monkeypatch, kind):
     with monkeypatch.context() as patch:
         patch.delattr(tables, "_read_csv")
         patch.setattr(Path, "touch", None)
-        assert table_at(tmp_path / f"pairs.{kind}").caption(0) == "one"
-    assert write("two").caption(0) == "two"
+        assert table_at(tmp_path / f"pairs.{kind}").sample_captions(0)[0] == "one"
+    assert write("two").sample_captions(0)[0] == "two"
 
 
 def test_a_pattern_opens_files_as_one(tmp_path):

@@ -13,9 +13,10 @@ from protoclip.data.decode import reduction
 from protoclip.data.transforms import (
     EvaluationTransform,
     PillowTransform,
+    blur,
+    blur_weights,
     clip_transform,
     colour_jitter,
-    gaussian_blur,
     light_transform,
     luminance,
 )
@@ -25,6 +26,14 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Each image blurred by its own deviation."""
+    blurred = torch.empty_like(images)
+    for rows, weights in blur_weights(sigma).values():
+        blurred[rows] = blur(images[rows], weights)
+    return blurred
 
 
 def random_bytes(number: int, side: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ def test_neighbours_in_group_against_a_loop(chunk, monkeypatch):
         order = sorted(range(40), key=lambda other: -float(rows[row] @ rows[other]))
         nearest = [other for other in order if other != row][:4]
         shares.append(np.mean([groups[other] == groups[row] for other in nearest]))
-    found = grouping.neighbours_in_group(rows, groups, neighbours=4)
+    found = grouping.neighbours_in_group(grouping.nearest_others(rows, 4), groups)
     assert found == pytest.approx(np.mean(shares))
 
 
@@ -58,7 +58,7 @@ def test_chance_is_the_share_of_pairs_in_one_group():
     assert grouping.same_group_by_chance(groups) == pytest.approx(np.mean(same))
     # Neighbours in a space that knows nothing of the groups do no better.
     groups = torch.arange(900) % 3
-    found = grouping.neighbours_in_group(unit(900, 16), groups)
+    found = grouping.neighbours_in_group(grouping.nearest_others(unit(900, 16)), groups)
     assert found == pytest.approx(grouping.same_group_by_chance(groups), abs=0.03)
 
 
@@ -174,7 +174,7 @@ def test_features_are_those_of_the_checkpoint(runs):
     held_out = analysis.HeldOut(
         name="tiny",
         images=[pairs.encoded(row) for row in range(20)],
-        captions=[pairs.caption(row) for row in range(20)],
+        captions=[pairs.sample_captions(row)[0] for row in range(20)],
         classes=None,
         skipped=0,
     )

@@ -9,6 +9,7 @@ from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.evaluation import match, retrieval
+from protoclip.evaluation.grouping import nearest_others
 from protoclip.features.encode import Encoder
 from protoclip.testing import tiny_pairs
 
@@ -44,18 +45,18 @@ def test_shared_neighbours_equal_a_slow_restatement(chunk, monkeypatch):
     other = one[:, :4] + 0.7 * rows(30, 4, 1)
     both = zip(slow_neighbours(one, 5), slow_neighbours(other, 5), strict=True)
     expected = np.mean([len(mine & yours) / 5 for mine, yours in both])
-    nearest = match.nearest_others(one, 5), match.nearest_others(other, 5)
+    nearest = nearest_others(one, 5), nearest_others(other, 5)
     assert match.shared_neighbours(*nearest) == pytest.approx(expected, abs=1e-12)
     assert 0.3 < expected < 0.9
 
 
 def test_shared_neighbours_are_all_in_equal_spaces_and_few_by_chance():
     one, other = rows(400, 8, 0), rows(400, 8, 1)
-    nearest = match.nearest_others(one)
-    assert match.shared_neighbours(nearest, match.nearest_others(3 * rotated(one))) == 1.0
-    by_chance = match.shared_neighbours(nearest, match.nearest_others(other))
+    nearest = nearest_others(one)
+    assert match.shared_neighbours(nearest, nearest_others(3 * rotated(one))) == 1.0
+    by_chance = match.shared_neighbours(nearest, nearest_others(other))
     assert by_chance == pytest.approx(10 / 399, abs=0.01)
-    few = match.nearest_others(one[:4])  # fewer others than neighbours
+    few = nearest_others(one[:4])  # fewer others than neighbours
     assert few.shape == (4, 3)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ from protoclip.losses import prototypical, tiles
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.positives import groups_of, mean_positives
 from protoclip.losses.prototypical import make_targets
-from protoclip.losses.sigmoid import sharded_sigmoid_loss
 from protoclip.testing import run_distributed
 
 B, D, P, Q, K = 7, 5, 6, 4, 9
@@ -174,10 +174,11 @@ def test_a_loss_of_pairs_is_its_papers_formula(kind, world_size, tile):
     have a key in common: in SupCon's form, which has their mean, or left out."""
     leaves = [unit(20, D, seed=1), unit(20, D, seed=2), scale(14.0)]
     leaves += [scale(-6.0)] if kind == "sigmoid" else []
-    slow, alone, several = {
-        "InfoNCE": (slow_info_nce, info_nce, instance.sharded_info_nce),
-        "sigmoid": (slow_sigmoid, sigmoid_loss, sharded_sigmoid_loss),
+    slow, alone = {
+        "InfoNCE": (slow_info_nce, info_nce),
+        "sigmoid": (slow_sigmoid, sigmoid_loss),
     }[kind]
+    several = partial(alone, across_ranks=True)
     fixed = [leaf.detach() for leaf in leaves]
     arguments = [(several, fixed, tile, number, way) for way, number in WAYS]
     if world_size == 1:

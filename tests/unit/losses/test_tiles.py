@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from protoclip import KMeans, info_nce, prototypical_loss, sigmoid_loss
 from protoclip.losses import info_nce as instance
 from protoclip.losses import positives, tiles
-from protoclip.losses.info_nce import sharded_info_nce
 from protoclip.losses.prototypical import make_targets
 
 
@@ -192,7 +191,7 @@ def test_losses_inside_autocast_are_those_outside(rows, dtype):
     """Forward and backward, in float32 for features of float32 and of bfloat16."""
     assert 12**2 < instance.TILED_ABOVE < 1100**2
     centroids, text = unit(30, 8, seed=1).float(), unit(rows, 8, seed=2).to(dtype)
-    results = []
+    results, sharded = [], partial(info_nce, across_ranks=True)
     for enabled in (False, True):
         h = unit(rows, 8, seed=3).to(dtype).float().requires_grad_()
         given, other = (h.to(dtype), text) if enabled else (h, text.float())
@@ -202,11 +201,11 @@ def test_losses_inside_autocast_are_those_outside(rows, dtype):
             losses = [
                 prototypical_loss(given, centroids, centroids, index, s, 0.1),
                 info_nce(given, other, s),
-                sharded_info_nce(given, other, s),
+                info_nce(given, other, s, across_ranks=True),
                 sigmoid_loss(given, other, s, -10.0),
                 *(
                     loss(given, other, s, *bias, index, positives=way)
-                    for loss, *bias in ((info_nce,), (sharded_info_nce,), (sigmoid_loss, -10.0))
+                    for loss, *bias in ((info_nce,), (sharded,), (sigmoid_loss, -10.0))
                     for way in ("masked", "shared")
                 ),
             ]

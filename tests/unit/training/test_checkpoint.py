@@ -138,3 +138,17 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in left)
     assert not left[0].parent.exists()
+
+
+def test_the_run_of_a_folder_is_found(tmp_path):
+    """Of a run, of a checkpoint, and of a link to one; other folders, and names, are of no run."""
+    run, link = tmp_path / "run", tmp_path / "link"
+    step = run / "checkpoints" / "step-000000002"
+    step.mkdir(parents=True)
+    (run / "config.toml").write_text("[nothing]\n")
+    link.symlink_to(step)
+    assert [saved.run_of(path) for path in (run, str(step), link)] == [run, run, run]
+    for other in (tmp_path, run / "checkpoints", step / "text", "open_clip:RN50/openai"):
+        assert saved.run_of(other) is None
+    with pytest.raises(ValueError, match=r"config\.toml: nothing: "):
+        saved.read_config(run)

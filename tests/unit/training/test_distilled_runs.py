@@ -12,7 +12,7 @@ import pytest
 import protoclip
 from interrupting import assert_equal_ends, quick_config, stop_after, with_changes
 from protoclip.config import Config, TeacherConfig
-from protoclip.explore.explorer import teachers_of
+from protoclip.explore.explorer import run_config
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.report.page import run_facts
 from protoclip.report.runs import read_run
@@ -92,4 +92,4 @@ def test_no_model_has_heads_and_everyone_is_told_of_its_teachers(alone, tmp_path
     assert f"Taught by {told}." in card
     assert "[[teachers]]" in card
     assert run_facts(read_run(alone), "run")["teachers"] == told
-    assert teachers_of(str(alone)) == told
+    assert run_config(str(alone)).uses_of_teachers == told

@@ -384,7 +384,7 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
     model = ModelConfig(start=starts(tiny_model()))
     config = replace(config, model=resolve_start(model).model)
     samples, tokenizer = sources.pairs(config), loading.tokenizer(config.model)
-    start = loading.frozen_start(config, torch.device("cpu"))
+    start = loading.frozen_start(config, torch.device("cpu"), loading.start_of(config.model))
     given = start, tokenizer, samples, tmp_path / "features"
     found = encode.embed_start(*given, autocast=torch.no_grad)
     ids = ["b/tiny/1", "a/tiny/0", "b/tiny/3"]

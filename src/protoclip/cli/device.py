@@ -1,0 +1,20 @@
+"""The device of a command."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `--help` does without
+    import torch
+
+
+def open_device(name: str = "auto") -> "torch.device":
+    """The device that `--device` names, with torch set up for it; importing torch takes a second.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    import torch
+
+    from protoclip.distributed import collectives
+
+    torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
+    return collectives.device(name, setting="--device")
