@@ -11,12 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import protoclip
 from protoclip import cli
+from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data import sources as sources_of
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.evaluation.features import Encoded, Encoder
+from protoclip.explore.explorer import open_explorer
+from protoclip.explore.pairs import explored
 from protoclip.features import encode as encoding
 from protoclip.features import parts
 from protoclip.features.store import hash_ids
@@ -301,6 +307,40 @@ def test_commands_take_an_aligned_run(line, given, ended, tmp_path):
     cli.main(words)
     if "{out}" in line:
         assert list(tmp_path.glob("out*"))
+
+
+def test_the_map_takes_what_align_has_encoded(given, tmp_path, monkeypatch):
+    """Of the run's own pairs; other images and captions beside them are encoded."""
+    align(changed(given, tmp_path / "run", episodes={"count": 1}))
+    others = tiny_pairs(4, seed=3)
+    bad = pa.table({"image": [b"no image"], "caption": ["bad"], "sample_id": ["bad"]})
+    path = tmp_path / "more.parquet"
+    pq.write_table(pa.concat_tables([others, bad.cast(others.schema)]), path)
+    encode, encoded = Encoder.encode, []
+
+    def watched(*arguments: Any) -> Encoded:
+        encoded.append(encode(*arguments))
+        return encoded[-1]
+
+    monkeypatch.setattr(Encoder, "encode", watched)
+    paths = [given["data"]["train"], str(path)]
+    data = DataConfig(sources=[SourceConfig(path=each) for each in paths])
+    pairs = explored(sources_of.pairs(Config(data=data)))
+    settings = {"device": torch.device("cpu"), "workers": 0}
+    opened = [
+        open_explorer(str(tmp_path / "run"), pairs, **settings, cache=kept)
+        for kept in (True, False)
+    ]
+    assert [len(each.features) for each in encoded] == [
+        4,
+        1,
+        100,
+        101,
+    ]  # the captions are known, but for one
+    mine, plain = (each.features() for each in opened)
+    assert torch.equal(mine.rows, plain.rows)
+    for name in ("image", "text"):  # the store holds half precision
+        torch.testing.assert_close(getattr(mine, name), getattr(plain, name), atol=5e-3, rtol=5e-3)
 
 
 def flip_a_bit(file: Path) -> None:

@@ -150,14 +150,18 @@ class Encoder:
         Raises:
             ValueError: No image can be used, or features are not finite; on every rank.
         """
-        reader = images if isinstance(images, Reader) else Reader(images, self.transform)
-        if self.cache is None or not reader.key:
-            (encoded,) = self._encode_images(reader, stage, at_once=len(reader.images))
-        else:
-            encoded = self._kept_images(reader, Kept(self._folder("images")), stage)
+        encoded = self.readable_images(images, stage=stage)
         if not len(encoded.features):
             reason = f", such as {encoded.bad[0][1]}" if encoded.bad else ""
             raise ValueError(f"{stage}: no image can be used{reason}")
+        return encoded
+
+    def readable_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
+        """The same, where there may be none that can be used."""
+        reader = images if isinstance(images, Reader) else Reader(images, self.transform)
+        if self.cache is not None and reader.key:
+            return self._kept_images(reader, Kept(self._folder("images")), stage)
+        (encoded,) = self._encode_images(reader, stage, at_once=len(reader.images))
         return encoded
 
     def _kept_images(self, reader: "Reader", kept: Kept, stage: str) -> Encoded:

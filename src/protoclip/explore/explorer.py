@@ -24,6 +24,7 @@ from protoclip.data.index import cache_folder
 from protoclip.data.view import Rows
 from protoclip.evaluation import analysis
 from protoclip.evaluation.features import Encoder
+from protoclip.explore.aligned import AlignedRunEncoder
 from protoclip.explore.atlas import (
     MODALITIES,
     USUAL_SCALE,
@@ -176,7 +177,12 @@ def open_explorer(
         ValueError: There is no such model, no image can be read, or too few pairs.
     """
     model, transform, tokenizer = loading.load(reference)
-    encoder = Encoder(
+    checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
+    config = None if checkpoint is None else run_config(reference)
+    kind: Callable[..., Encoder] = Encoder
+    if cache and config is not None and config.model.projections_are_new and config.model.text.name:
+        kind = partial(AlignedRunEncoder, config=config)
+    encoder = kind(
         model=loading.to_device(model, device),
         transform=transform,
         tokenizer=tokenizer,
@@ -185,8 +191,6 @@ def open_explorer(
         cache=cache_folder() / "features" if cache else None,
         show=True,
     )
-    checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
-    config = None if checkpoint is None else run_config(reference)
     heads = heads_of(model, config)
     path = path_of(cache_folder() / "atlas", encoder.key, pairs.key, layout, number, bool(heads))
 
