@@ -24,7 +24,7 @@ import torch
 
 from protoclip.config import ModelConfig
 from protoclip.data import index
-from protoclip.evaluation import features
+from protoclip.evaluation.kept import Kept
 from protoclip.features import store, teachers
 from protoclip.files import checksum, file_checksum
 from protoclip.models import loading, saved
@@ -62,8 +62,7 @@ def without() -> ExitStack:
     for module, name, value in (
         (saved, "checksum", lambda data: ""),
         (saved, "damage", lambda folder, names=None: None),
-        (features, "file_checksum", lambda path: ""),
-        (features, "read_sealed", lambda path: {"features": "", "bad": []}),
+        (store.StoredFeatures, "whole", lambda self: self.features),
     ):
         stack.enter_context(patch.object(module, name, value))
     return stack
@@ -135,12 +134,11 @@ def tasks(folder: Path) -> Iterator[tuple[str, Work, Work]]:
 
     kept = folder / "kept"
     encoded = torch.from_numpy(blocks.reshape(-1, WIDTH)[:50_000].astype(np.float32))
-    features.keep(kept, features.Encoded(features=encoded, bad=[]))
+    of_kept = store.hash_ids(ids[:50_000])
+    Kept(kept).add(ids[:50_000], encoded)
 
     def use() -> None:
-        read_again = features.read_kept(kept)
-        assert read_again is not None
-        read_again.features.sum()
+        Kept(kept).features(of_kept).sum()
 
     yield f"read 50,000 kept features, {WIDTH} wide", use, plainly(use)
 

@@ -37,8 +37,8 @@ import torch
 from PIL import Image
 
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.evaluation import features
 from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.kept import Kept
 from protoclip.explore.atlas import (
     COMPARED_ROWS,
     MAP_PAIRS,
@@ -54,6 +54,7 @@ from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.explore.render import Pages
 from protoclip.explore.server import cookie_name, listen, server
+from protoclip.features.store import hash_ids
 from protoclip.testing import resident
 
 WIDTH, CENTRES, QUESTIONS = 256, 500, 10
@@ -95,14 +96,12 @@ def features_of(number: int, folder: Path) -> None:
         found = torch.randn(number, WIDTH, generator=generator)
         for rows in torch.split(torch.arange(number), 50_000):
             found[rows] += centres[rows % CENTRES]
-        features.keep(folder / modality, features.Encoded(features=found))
+        Kept(folder / modality).add([*map(str, range(number))], found)
 
 
 def open_features(number: int, folder: Path) -> Features:
     def read(modality: str) -> torch.Tensor:
-        found = features.read_kept(folder / modality)
-        assert found is not None
-        return found.features
+        return Kept(folder / modality).features(hash_ids(map(str, range(number))))
 
     rows = torch.arange(number)
     return Features(captioned=rows, rows=rows, image=read("image"), text=read("text"))

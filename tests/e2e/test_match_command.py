@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from protoclip.cli import main
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.features.encode import Encoder
+from protoclip.features.encode import FrozenEncoder
 from protoclip.testing import tiny_pairs
 
 PAIRS, BAD = 120, 7
@@ -50,11 +50,11 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
     """Towers of a run are halves too. What cannot be read is left out, and counted."""
     encoded: Counter[int] = Counter()
 
-    def encode(self, inputs, before=Encoder.encode):
+    def encode(self, inputs, before=FrozenEncoder.encode):
         encoded[id(self)] += len(inputs)
         return before(self, inputs)
 
-    monkeypatch.setattr(Encoder, "encode", encode)
+    monkeypatch.setattr(FrozenEncoder, "encode", encode)
     image, text = halves
     words = ["match", "--images", image, str(tiny_run), "--texts", text, str(tiny_run), text]
     words += ["--data", str(data), "--seed", "1", "--batch_size", "32"]

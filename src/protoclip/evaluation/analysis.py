@@ -130,7 +130,7 @@ def analyze(
         least = 2 * PAIRS_PER_GROUP
         raise ValueError(f"{pairs.name}: {len(pairs.images)} pairs are too few; needs {least}")
     most = len(pairs.images) // PAIRS_PER_GROUP
-    number = num_groups or min(config.prototypes.number, most)
+    number = num_groups or min(config.prototypes.number or most, most)
     if not 2 <= number <= most:
         raise ValueError(f"{number} groups: choose from 2 to {most} with --groups")
     entries, before = [], dict[str, Assignments]()

@@ -195,6 +195,7 @@ class Encoder:
             first = np.sort(np.unique(hashes[encoded], return_index=True)[1])
             new = first[~kept.has(hashes[encoded[first]])]
             kept.add([str(key) for key in keys[encoded[new]]], part.features[new])
+        kept.merge()
         return Listed(keys=np.concatenate(content), bad=bad)
 
     def _encode_images(self, reader: "Reader", stage: str, *, at_once: int) -> Iterator[Encoded]:

@@ -26,7 +26,7 @@ from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.grouping import nearest_others
-from protoclip.features.encode import Encoder, Pooling, encode_items, open_encoder
+from protoclip.features.encode import FrozenEncoder, Pooling, encode_items, open_encoder
 from protoclip.files import checksum
 from protoclip.models.halves import MINILM, pooling_of
 from protoclip.progress import Progress
@@ -126,7 +126,7 @@ def match(
     if pairs < LEAST:
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
 
-    def open_half(name: str, modality: str, way: str) -> Encoder:
+    def open_half(name: str, modality: str, way: str) -> FrozenEncoder:
         pools = pooling or usual_pooling(name)
         return open_encoder(name, modality=modality, pooling=pools, device=device, setting=way)
 
@@ -227,7 +227,7 @@ def require_enough(drawn: Drawn, name: str) -> None:
 
 def encode(
     name: str,
-    encoder: Encoder,
+    encoder: FrozenEncoder,
     source: Pairs | SampleStream,
     items: Sequence[Item],
     ids: Sequence[str],

@@ -44,7 +44,7 @@ class MtebModel:
         self.reference = str(reference)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, transform, tokenizer = loading.load(reference)
-        model = model.to(device).eval()
+        model = loading.to_device(model, torch.device(device))
         self.encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
 
     def encode(

@@ -31,7 +31,7 @@ from protoclip.data.pairs import BadSample, SampleStream
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
 from protoclip.features import store
-from protoclip.features.encode import Encoder, encode_texts
+from protoclip.features.encode import FrozenEncoder, encode_texts
 from protoclip.features.parts import (
     Part,
     Show,
@@ -111,8 +111,8 @@ def embed(
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(reference))
         if not isinstance(device, torch.device):
             device = collectives.device(device, setting="device")
-        images = Encoder(model, device, torch.stack, model.encode_image, transform)
-        texts = Encoder(model, device, tokenizer, model.encode_text)
+        images = FrozenEncoder(model, device, torch.stack, model.encode_image, transform)
+        texts = FrozenEncoder(model, device, tokenizer, model.encode_text)
         settings = {
             "reference": name,
             **ids,
@@ -199,8 +199,8 @@ def is_of_others(working: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def encode_pairs(
-    images: Encoder,
-    texts: Encoder,
+    images: FrozenEncoder,
+    texts: FrozenEncoder,
     samples: Any,
     items: Sequence[Item],
     show: Show,

@@ -58,10 +58,10 @@ PART_ROWS = {"text": 8192, "image": 2048}
 PAIRS = ("open_clip", "local-dir", "reference", "hf")  # references to models with two towers
 SKIPPED = "skipped.jsonl"
 # Ids of samples that could be read, their features, and what is wrong with the others.
-Encoded = tuple[list[str], Float[Tensor, "n q"], list[dict[str, str]]]
+EncodedSamples = tuple[list[str], Float[Tensor, "n q"], list[dict[str, str]]]
 
 
-class Encoder:
+class FrozenEncoder:
     """A frozen model that reads images if it has a `transform`, else captions.
 
     `collate` turns a list of captions or transformed images into a batch, and `forward` turns that
@@ -112,7 +112,7 @@ class Encoder:
 
 def open_encoder(
     teacher: str, *, modality: str, pooling: Pooling, device: torch.device, setting: str = ""
-) -> Encoder:
+) -> FrozenEncoder:
     """Open a frozen model; `embed_teacher` says what the other arguments mean.
 
     `setting` is what messages name; unset, the options of `embed-teacher`.
@@ -153,8 +153,8 @@ def open_encoder(
         start = setting or "--teacher"
         raise ValueError(f"{start}: '{teacher}' cannot be opened: {reason}") from None
     if modality == "text":
-        return Encoder(model, device, tokenizer, model.encode_text)
-    return Encoder(model, device, torch.stack, model.encode_image, transform)
+        return FrozenEncoder(model, device, tokenizer, model.encode_text)
+    return FrozenEncoder(model, device, torch.stack, model.encode_image, transform)
 
 
 def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
@@ -162,7 +162,7 @@ def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
     return opening.readable_errors(teacher, repository)
 
 
-def timm_model(name: str, device: torch.device) -> Encoder:
+def timm_model(name: str, device: torch.device) -> FrozenEncoder:
     """An image model without its classifier."""
     before, _, file = name.partition("/")
     in_file = Path(file).is_file()
@@ -179,10 +179,10 @@ def timm_model(name: str, device: torch.device) -> Encoder:
             raise ValueError(f"{file} lacks {missing[0]}")
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
-    return Encoder(model, device, torch.stack, model, transform)
+    return FrozenEncoder(model, device, torch.stack, model, transform)
 
 
-def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
+def hugging_face(name: str, pooling: Pooling, device: torch.device) -> FrozenEncoder:
     """A text model through `transformers`; all-MiniLM-L6-v2 without a name."""
     from transformers import AutoTokenizer
 
@@ -207,7 +207,7 @@ def hugging_face(name: str, pooling: Pooling, device: torch.device) -> Encoder:
     def forward(batch: Any) -> Tensor:
         return pooled(model(**batch), batch["attention_mask"], pooling)
 
-    return Encoder(model, device, partial(tokenizer, **settings), forward)
+    return FrozenEncoder(model, device, partial(tokenizer, **settings), forward)
 
 
 def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -292,7 +292,7 @@ def embed_start(
         ValueError: The folder has features of another model or of other samples.
     """
     device = next(start.parameters()).device
-    encoder = Encoder(start, device, tokenizer, start.encode_text, autocast=autocast)
+    encoder = FrozenEncoder(start, device, tokenizer, start.encode_text, autocast=autocast)
     settings = {
         "teacher": START,
         **identity(samples, samples.sample_ids(), None),
@@ -306,7 +306,7 @@ def embed_start(
 
 
 def finish(
-    encoder: Encoder,
+    encoder: FrozenEncoder,
     samples: Any,
     out: Path,
     settings: Mapping[str, Any],
@@ -319,7 +319,7 @@ def finish(
 
 
 def encode_parts(
-    encoder: Encoder,
+    encoder: FrozenEncoder,
     samples: Any,
     out: Path,
     settings: Mapping[str, Any],
@@ -349,13 +349,13 @@ def require_width(settings: Mapping[str, Any], full_width: int) -> None:
 
 
 def encode_items(
-    encoder: Encoder,
+    encoder: FrozenEncoder,
     samples: Any,
     items: Sequence[Item],
     batch_size: int,
     show: Show,
     threads: int | None = None,
-) -> Encoded:
+) -> EncodedSamples:
     """The features of samples that can be read, and what is wrong with the others."""
     if encoder.reads == "text":
         return encode_captions(encoder, samples, items, batch_size, show)
@@ -363,8 +363,8 @@ def encode_items(
 
 
 def encode_captions(
-    encoder: Encoder, samples: Any, items: Sequence[Item], batch_size: int, show: Show
-) -> Encoded:
+    encoder: FrozenEncoder, samples: Any, items: Sequence[Item], batch_size: int, show: Show
+) -> EncodedSamples:
     """The mean feature of each sample's captions. Images are left alone."""
     ids, captions, bad = [], [], []
     for item in items:
@@ -390,7 +390,7 @@ def encode_captions(
 
 
 def encode_texts(
-    encoder: Encoder, texts: Sequence[str], batch_size: int
+    encoder: FrozenEncoder, texts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[int], Float[Tensor, "b q"]]]:
     """The numbers and features of texts, a batch at a time.
 
@@ -403,13 +403,13 @@ def encode_texts(
 
 
 def encode_images(
-    encoder: Encoder,
+    encoder: FrozenEncoder,
     samples: Any,
     items: Sequence[Item],
     batch_size: int,
     show: Show,
     threads: int | None,
-) -> Encoded:
+) -> EncodedSamples:
     """The feature of each sample's image."""
     ids, features, bad, done = [], [torch.zeros(0, encoder.width)], [], 0
     for batch in read_images(samples, items, encoder.read_image, batch_size, threads):

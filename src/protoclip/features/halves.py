@@ -29,7 +29,7 @@ from protoclip.data.transforms import Transform
 from protoclip.data.view import NONE, PairsView
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
 from protoclip.features import store
-from protoclip.features.encode import PART_ROWS, Encoder, encode_parts, join_parts
+from protoclip.features.encode import PART_ROWS, FrozenEncoder, encode_parts, join_parts
 from protoclip.features.parts import FOLDERS, parts_of, read_note
 from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.features.whiten import Features, Whitens
@@ -50,7 +50,7 @@ def features_folder(config: Config) -> Path:
     return cache_folder() / "features" if given is None else Path(given)
 
 
-class HalfEncoder(Encoder):
+class HalfEncoder(FrozenEncoder):
     """A frozen half: its features are of any norm, since the projection reads them as they are.
 
     Args:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -259,8 +259,8 @@ class Segments:
         return features
 
 
-def open_folder(folder: Path) -> StoredFeatures:
-    """The features in a folder that is finished, mapped into memory.
+def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeatures:
+    """The features in a folder that is finished; `c` maps them as PyTorch wants them, writable.
 
     Raises:
         ValueError: It is not finished, or damaged.
@@ -274,7 +274,7 @@ def open_folder(folder: Path) -> StoredFeatures:
     try:
         for name in (FEATURES, INDEX):
             require_regular(folder / name)
-        features, index = (np.load(folder / name, mmap_mode="r") for name in (FEATURES, INDEX))
+        features, index = (np.load(folder / name, mmap_mode=mode) for name in (FEATURES, INDEX))
         if features.shape != (facts["rows"], facts["width"]) or index.shape != (2, len(features)):
             raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")
         precision = facts.get("dtype", HALF)  # earlier versions knew half precision alone

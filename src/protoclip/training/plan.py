@@ -43,7 +43,8 @@ class Plan:
     """What a run is going to do, and with which data.
 
     Attributes:
-        config: The settings, none of them unset.
+        config: The settings, with sizes, model and optimizer filled. Rules of the machine stay
+            `auto`, since a run may go on on another one: workers, device and precision.
         start: What the model starts from.
         samples: The pairs to train on.
         held_out: The data sets that judge the run, of pairs that are not trained on.

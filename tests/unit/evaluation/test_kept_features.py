@@ -19,6 +19,7 @@ from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.evaluation import features as module
 from protoclip.evaluation.features import Encoder, Reader
+from protoclip.features.store import Segments
 from protoclip.files import locked
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed
@@ -178,6 +179,23 @@ def test_an_image_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_pa
         assert calls == 2  # one image, and that of the key
 
 
+def in_blocks(cache):
+    """Features of two calls that read no rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "KEPT_AT_ONCE", 8)
+        patch.setattr(Segments, "rows", None)
+        found = [encoder(cache=cache).images(Solid("x", NUMBERS), stage="x") for _ in range(2)]
+    return [each.features for each in found]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_was_kept_block_by_block_is_one_segment_in_the_end(ranks, tmp_path):
+    """Which is mapped into memory, and not read."""
+    for features in run_distributed(in_blocks, ranks, tmp_path):
+        assert all(torch.equal(rows, Guessing().table[: len(NUMBERS)]) for rows in features)
+    assert len(list(tmp_path.rglob("facts.json"))) == 1
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_call_that_was_killed_goes_on(ranks, tmp_path):
     """After the images that were kept by then, eight at a time."""
@@ -203,6 +221,11 @@ def killed_and_begun_again(cache):
     return own.model.calls["image"], features
 
 
+def replace(path, content):
+    path.unlink()  # a map of the old content stays as it is
+    path.write_bytes(content)
+
+
 def asked_twice(cache):
     """What is encoded of some texts after others, and their features."""
     encoder(cache=cache).texts([f"number {n}" for n in (1, 2, 2, 3)], stage="x")
@@ -219,7 +242,7 @@ def test_a_text_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_path
         assert torch.equal(features, expected)
         assert calls == 2  # one text, and that of the key
     for path in tmp_path.rglob("features.npy"):
-        path.write_bytes(path.read_bytes()[:-1])
+        replace(path, path.read_bytes()[:-1])
     assert torch.equal(asked_twice(tmp_path)[1], expected)
 
 
@@ -230,7 +253,7 @@ def test_a_list_of_texts_is_found_by_its_name(tmp_path):
     again = encoder(cache=tmp_path).texts(iter(()), stage="x", content="mine")
     assert torch.equal(first, again)
     for path in tmp_path.rglob("*.[nj]*"):
-        path.write_bytes(b"")
+        replace(path, b"")
     assert torch.equal(encoder(cache=tmp_path).texts(texts, stage="x", content="mine"), first)
 
 
@@ -260,7 +283,7 @@ def test_damaged_features_are_computed_anew(damage, tmp_path):
     (path,) = tmp_path.glob("*/*/features.npy")
     whole = path.read_bytes()
     if damage != "without facts":
-        path.write_bytes(whole[: 50 if damage == "shorter" else 0])
+        replace(path, whole[: 50 if damage == "shorter" else 0])
     else:
         path.with_name("facts.json").unlink()
     for _ in range(2):

@@ -24,7 +24,7 @@ import protoclip
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.distributed import collectives
 from protoclip.features import encode
-from protoclip.features.encode import Encoder, embed_teacher, open_encoder
+from protoclip.features.encode import FrozenEncoder, embed_teacher, open_encoder
 from protoclip.features.teachers import read_teacher
 from protoclip.features.whiten import fit_pca
 from protoclip.models.towers import build_tokenizer, image_normalisation
@@ -37,7 +37,7 @@ CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"
 CPU = torch.device("cpu")
 
 
-def opened(teacher: str, modality: str = "auto", pooling: Any = "mean") -> Encoder:
+def opened(teacher: str, modality: str = "auto", pooling: Any = "mean") -> FrozenEncoder:
     return open_encoder(teacher, modality=modality, pooling=pooling, device=CPU)
 
 
@@ -180,7 +180,7 @@ class Letters:
     def __init__(self, at: int | None = None, then: Callable[[], None] = stop) -> None:
         self.at, self.then = at, then
         self.batches: list[list[str]] = []
-        self.encoder = Encoder(nn.Identity(), CPU, self.tokenize, lambda counts: counts)
+        self.encoder = FrozenEncoder(nn.Identity(), CPU, self.tokenize, lambda counts: counts)
         self.batches.clear()
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
