@@ -122,9 +122,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     return Judged(without(samples, rows), data_sets(parts, probes), notes)
 
 
-def without_some_classes(
-    config: Config, parts: Sequence[tuple[ImageTextPairs, Rows]]
-) -> list[str]:
+def without_some_classes(config: Config, parts: Sequence[tuple[ImageTextPairs, Rows]]) -> list[str]:
     """Let sources judge without their classes where a row lacks one, which may train; notes."""
     notes = []
     for source, rows in parts if config.loss.positives == "class" else ():
