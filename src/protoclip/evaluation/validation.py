@@ -77,7 +77,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
             without=None,
         )
         # Pairs that are not trained on need no classes to be positives by.
-        loss = replace(config.loss, positives=None)
+        loss = replace(config.loss, positives="pair")
         given = sources.pairs(replace(config, data=other, loss=loss))
         if not isinstance(given, Pairs):
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
@@ -105,8 +105,8 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         return refuse_or_note(samples, reason, asked=asked)
     if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):
         notes.append(
-            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {starts} was "
-            "trained on the others"
+            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {starts} "
+            "was trained on the others"
         )
     if len(rows) == len(samples):
         raise ValueError(

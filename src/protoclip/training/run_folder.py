@@ -305,6 +305,14 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
+def named_by(settings: Mapping[str, Any], many: str, key: str, one: str) -> list[str]:
+    """What the tables `many` in flat settings name as `key`; where there are none, `one` does."""
+    tables = settings.get(many)
+    listed = [each for each in tables if isinstance(each, dict)] if isinstance(tables, list) else []
+    names = [each.get(key) for each in listed] or [settings.get(one)]
+    return [str(name) for name in names if name]
+
+
 def slug(name: str) -> str:
     """A run's name as a folder name: `ProtoCLIP + teacher` is `protoclip-teacher`."""
     return "-".join(re.findall(r"[a-z0-9._]+", name.lower())) or "run"

@@ -181,7 +181,7 @@ def files_beside(folder: Path) -> dict[str, Path]:
 
     Where checkpoints are written is not looked at: folders appear and go there meanwhile.
     """
-    files = {}
+    files = dict[str, Path]()
     for top, folders, names in os.walk(folder):
         of = Path(top).relative_to(folder)
         folders[:] = [n for n in folders if n[0] != "." and str(of / n) != "checkpoints"]
