@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -31,6 +32,10 @@ def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, caps
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert (facts["recall"] == 1) == (facts["steps"] < 80) == (rate > 1e-3)
     assert (results["samples_seen"], results["metrics"]) == (8 * facts["steps"], {})
+    # Killed before the results were written, it trains no further step.
+    (tmp_path / "run" / "results.json").unlink()
+    again = replace(config, run=replace(config.run, overfit=8))
+    assert train(again, resume="auto")["overfit"] == facts
 
 
 def test_it_takes_no_teachers_and_no_weights_of_sources():
@@ -61,3 +66,18 @@ def test_align_and_finetune_learn_few_pairs_too(tmp_path, monkeypatch, capsys):
     assert facts["overfit"]["pairs"] == 8
     lines = [line for line in capsys.readouterr().err.splitlines() if "run.overfit: " in line]
     assert len(lines) == 2
+
+
+def test_align_goes_on_where_it_left_pairs_out(tmp_path, monkeypatch):
+    """A bad image, so that seven of eight pairs are one batch."""
+    monkeypatch.setattr(overfit, "STEPS", 2)
+    given, table = tiny_alignment(tmp_path), tiny_pairs(8)
+    images = pa.array([b"bad", *table["image"].to_pylist()[1:]])
+    pq.write_table(table.set_column(0, "image", images), tmp_path / "few.parquet")
+    data = {"train": str(tmp_path / "few.parquet"), "max_bad_share": 0.5}
+    given = changed(given, data=data, run={**given["run"], "overfit": 8})
+    facts = align(changed(given, tmp_path / "run"))["overfit"]
+    assert facts["pairs"] == 7
+    assert align(changed(given, tmp_path / "run"), resume="auto")["overfit"] == facts
+    (tmp_path / "run" / "results.json").unlink()
+    assert align(changed(given, tmp_path / "run"), resume="auto")["overfit"] == facts

@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from interrupting import (
 )
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints, find_checkpoint
-from protoclip.testing import tiny_config
+from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 
 
@@ -125,6 +126,26 @@ def test_a_run_that_lacks_memory_goes_on_with_settings_that_need_less(
         for name in ("run", "whole")
     )
     assert relative_difference(weights, expected, config) < 1e-4
+
+
+def test_other_pairs_that_judge_a_run_do_not_go_on(tiny_parquet, tmp_path, monkeypatch):
+    """Those that judged it may move."""
+    judging, moved = tmp_path / "judging.parquet", tmp_path / "moved.parquet"
+    pq.write_table(tiny_pairs(24, seed=1), judging)
+    base = quick_config(tiny_parquet, tmp_path / "run", run={"save_steps": 1})
+    config = with_changes(base, {"data": {"validation": str(judging)}})
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        run.train(config)
+    judging.rename(moved)
+    pq.write_table(tiny_pairs(24, seed=2), judging)
+    message = r"data\.validation: not the pairs that judged the run before \(other captions\)"
+    with pytest.raises(ValueError, match=message):
+        run.train(config, resume="auto")
+    now = with_changes(base, {"data": {"validation": str(moved)}})
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert run.train(now, resume="auto")["steps"] == 2
 
 
 def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, capsys):

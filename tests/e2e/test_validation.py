@@ -16,7 +16,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from interrupting import stop_after, with_changes
-from protoclip.config import Config, DataConfig, ModelConfig, SourceConfig
+from protoclip.config import (
+    Config,
+    DataConfig,
+    ImageTowerConfig,
+    ModelConfig,
+    SourceConfig,
+    TextTowerConfig,
+)
 from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
@@ -94,6 +101,32 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").open()]
     assert sum("eval/validation/knn/acc1" in line for line in lines) == 2
     assert "best_checkpoint" in json.loads((tmp_path / "one/results.json").read_text())
+
+
+def test_classes_that_some_pairs_lack_do_not_judge(folder, tmp_path):
+    """They are for positives, of which docs/models.md says that pairs without one take part; nor
+    does another source to judge by need any. Without these positives a gap is a mistake."""
+    table, gaps = pq.read_table(folder / "a.parquet"), tmp_path / "gaps.parquet"
+    kinds = [None if row % 3 else kind for row, kind in enumerate(table["kind"].to_pylist())]
+    pq.write_table(table.set_column(2, "kind", pa.array(kinds)), gaps)
+    base = config_for(folder, tmp_path / "run", train=str(gaps), class_column="kind")
+    config = with_changes(base, {"loss": {"positives": "class"}})
+
+    def judging(**data: object) -> tuple[set[str], bool, bool]:
+        """Splits with classes, and whether zero-shot, and a note, are there."""
+        changed = with_changes(config, {"data": data})
+        _, (one, *_), notes = judged(changed, sources.pairs(changed))
+        with_classes = {name for name, split in one.splits.items() if split.labels is not None}
+        return with_classes, bool(one.class_names), any("have no class" in note for note in notes)
+
+    assert judging() == (set(), False, True)
+    assert judging(validation=str(folder / "b.parquet")) == ({"validation"}, True, True)
+    of_one = {"sources": [SourceConfig(path=f"{folder}/a.parquet", class_column="kind")]}
+    of_one |= {"train": "emoji", "class_column": None, "validation": f"{folder}/b.parquet"}
+    assert judging(**of_one) == (set(), False, False)
+    assert judging(train=f"{folder}/a.parquet") == ({"validation", "train"}, True, False)
+    with pytest.raises(ValueError, match="has no class; fill it in"):
+        judged(base, sources.pairs(base))
 
 
 def stop_at_2(config: Config) -> None:
@@ -198,6 +231,13 @@ def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
     assert (
         "20 pairs are held out, not 50, since model.start was trained on the others" in more[2][0]
     )
+    for half in (
+        ModelConfig(image=ImageTowerConfig(name=str(tmp_path / "first"))),
+        ModelConfig(text=TextTowerConfig(name=str(tmp_path / "first"))),
+    ):
+        aligned = held_out_of(replace(after("first", validation=0.25), model=half))
+        assert aligned[:2] == more[:2]
+        assert re.search(r"since model\.(image|text)\.name was trained on", aligned[2][0])
     judging, training, _ = held_out_of(after("first", validation=0.25, train=str(both)))
     assert held < judging
     assert not judging & (trained | training)

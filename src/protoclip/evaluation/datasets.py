@@ -348,6 +348,17 @@ def captions_of_rows(
     return list(first.values()), [tuple(captions[image]) for image in first]
 
 
+def class_values(pairs: ImageTextPairs, rows: Sequence[int]) -> list[Any]:
+    """What the class column holds in these rows."""
+    column = pairs.kept(pairs.checked.column(str(pairs.class_column)))
+    return list(column.take(pa.array(rows, pa.int64())).to_pylist())
+
+
+def has_no_class(value: Any) -> bool:
+    """Whether a cell of the class column names none."""
+    return value is None or not str(value).strip()
+
+
 def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     """The class of each of these rows, by name.
 
@@ -356,13 +367,12 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     Raises:
         ValueError: A row has no class, or a number without a name.
     """
-    column = str(pairs.class_column)
-    values = pairs.kept(pairs.checked.column(column)).take(pa.array(rows, pa.int64())).to_pylist()
+    values = class_values(pairs, rows)
     if names := pairs.class_labels:
         images = PairsView([(pairs, rows)])
         return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]
     for row, value in zip(rows, values, strict=True):
-        if value is None or not str(value).strip():
+        if has_no_class(value):
             raise ValueError(
                 f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class; "
                 "fill it in, or leave its row out"

@@ -379,7 +379,9 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
             f"{file}: is neither Karpathy's JSON (images, each with filename, split and sentences) "
             f"nor COCO's captions ({missing})"
         ) from None
-    return str(content.get("dataset") or name), splits
+    # Its name stands in those of metrics, between slashes.
+    given = re.sub(r"[^\w-]+", "-", str(content.get("dataset") or "")).strip("-")
+    return given or name, splits
 
 
 class TorchvisionImages:

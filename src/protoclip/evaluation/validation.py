@@ -29,7 +29,9 @@ from protoclip.evaluation.datasets import (
     EvaluationData,
     Split,
     captions_of_rows,
+    class_values,
     classes_of_rows,
+    has_no_class,
     in_order,
     named,
     positions,
@@ -78,7 +80,9 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
             only=None,  # the lists have ids of the training data
             without=None,
         )
-        given = sources.pairs(replace(config, data=other))
+        # Pairs that are not trained on need no classes to be positives by.
+        loss = replace(config.loss, positives="pair")
+        given = sources.pairs(replace(config, data=other, loss=loss))
         if not isinstance(given, Pairs):
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
         judging = plain_sources(given)
@@ -86,7 +90,9 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         if trained:  # what a stream holds is not known
             notes += overlap(data.validation, shared(judging, trained, folder=folder))
         parts = [(source, np.arange(len(source))) for source in judging]
-        return Judged(samples, data_sets(parts, probe_rows(given_sources, NONE)), notes)
+        probes = probe_rows(given_sources, NONE)
+        notes += without_some_classes(config, [*parts, *probes])
+        return Judged(samples, data_sets(parts, probes), notes)
     share = SHARE if data.validation is None else data.validation
     if share == 0:
         return Judged(samples, [], notes)
@@ -94,16 +100,16 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if not isinstance(samples, Pairs):
         reason = "data.validation: a stream is not held out; name a source to judge the run by"
         return refuse_or_note(samples, reason, asked=asked)
-    before = trained_before(config, notes)
+    before, starts = trained_before(config, notes), " and ".join(starts_of(config).values())
     rows = held_out_rows(given_sources, share=share, folder=folder, before=before)
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, since "
-        reason += "model.start was trained on the others, " if before else ""
+        reason += f"{starts} was trained on the others, " if before else ""
         reason += "they are few, or many share a caption; give a larger share or a source"
         return refuse_or_note(samples, reason, asked=asked)
     if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):
         notes.append(
-            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since model.start "
+            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {starts} "
             "was trained on the others"
         )
     if len(rows) == len(samples):
@@ -115,22 +121,51 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by{step}; "
         "data.validation sets a share, another source, or 0 for none"
     )
-    return Judged(
-        without(samples, rows),
-        data_sets(by_source(given_sources, rows), probe_rows(given_sources, rows)),
-        notes,
-    )
+    parts, probes = by_source(given_sources, rows), probe_rows(given_sources, rows)
+    notes += without_some_classes(config, [*parts, *probes])
+    return Judged(without(samples, rows), data_sets(parts, probes), notes)
+
+
+def without_some_classes(config: Config, parts: Sequence[tuple[ImageTextPairs, Rows]]) -> list[str]:
+    """Let sources judge without their classes where a row lacks one, which may train; notes."""
+    notes = []
+    for source, rows in parts if config.loss.positives == "class" else ():
+        if source.class_column is None:
+            continue
+        if any(map(has_no_class, class_values(source, rows.tolist()))):
+            source.class_column = None
+            notes.append(
+                f"{source.name}: some pairs have no class, so classes do not judge the run; they "
+                "match by caption and image alone"
+            )
+    return notes
+
+
+def starts_of(config: Config) -> dict[Path, str]:
+    """The runs whose weights a run starts from, whole or as halves, and the setting of each."""
+    model = config.model
+    named = {"model.image.name": model.image.name, "model.text.name": model.text.name}
+    if model.start is not None:
+        named = {"model.start": model.start}
+    runs = dict[Path, str]()
+    for setting, name in named.items():
+        if name is not None and (run := run_of(name)) is not None:
+            runs.setdefault(run, setting)
+    return runs
 
 
 def trained_before(config: Config, notes: list[str]) -> list[Before]:
-    """The pairs that the start was trained on, and those that it started from; adds notes.
+    """The pairs that the starts were trained on, and those that they started from; adds notes.
 
     Each with the rows that were held out of it, and so may judge this run too. Runs say what they
     were trained on; what other models saw is not known.
     """
-    run = None if config.model.start is None else run_of(config.model.start)
-    if run is None:
-        return []
+    starts = starts_of(config).items()
+    return [pairs for run, name in starts for pairs in pairs_of_run(run, config, name, notes)]
+
+
+def pairs_of_run(run: Path, config: Config, setting: str, notes: list[str]) -> list[Before]:
+    """As `trained_before`, of the run that a setting names."""
     try:
         settings = read_config(run)
         allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
@@ -147,11 +182,11 @@ def trained_before(config: Config, notes: list[str]) -> list[Before]:
             held = NONE
         if rank() == 0 and (differs := changed_since(run, without(samples, held))):
             notes.append(
-                f"model.start: the data of {run} have changed since it was trained ({differs}), so "
+                f"{setting}: the data of {run} have changed since it was trained ({differs}), so "
                 "pairs that it was trained on may judge this run"
             )
     except (OSError, ValueError) as error:
-        notes.append(f"model.start: what {run} was trained on is not known ({error})")
+        notes.append(f"{setting}: what {run} was trained on is not known ({error})")
         return []
     return by_source(trained, held) + before
 

@@ -43,7 +43,7 @@ from protoclip.models.saved import (
 )
 from protoclip.prototypes.targets import back_translate
 from protoclip.terminal import visible, without_secrets
-from protoclip.training.run_folder import as_kept, flat
+from protoclip.training.run_folder import as_kept, flat, named_by
 
 CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
 # Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
@@ -292,10 +292,7 @@ def origin(settings: Mapping[str, Any]) -> Iterator[str]:
         ("teachers", "teachers", "features", "teacher.features"),
         ("data", "data.sources", "path", "data.train"),
     ):
-        tables = known.get(many)
-        tables = [each for each in tables if isinstance(each, dict)] if tables else []
-        names = [each.get(key) for each in tables] or [known.get(one)]
-        shown = [f"`{visible(str(name))}`" for name in names if name]
+        shown = [f"`{visible(name)}`" for name in named_by(known, many, key, one)]
         yield f"| {what} | {', '.join(shown) or 'none'} |"
     yield f"| positives | `{visible(str(known.get('loss.positives') or 'pair'))}` |"
 

@@ -32,7 +32,7 @@ from protoclip.report.looks import Confusions, Examples, Look, Map
 from protoclip.report.runs import Curve, RunFolder, labels, read_run
 from protoclip.terminal import OBEYED
 from protoclip.training.plan import make_plan
-from protoclip.training.run_folder import flat, to_toml
+from protoclip.training.run_folder import flat, named_by, to_toml
 
 HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="protoclip report">'  # of a page that may be replaced
@@ -47,6 +47,9 @@ CHARTS: dict[str, dict[str, str]] = {
         "train/loss/info_nce": "InfoNCE loss",
         "train/loss/sigmoid": "Sigmoid loss",
         "train/loss/prototypical/*": "Prototypical loss",
+        "train/loss/distil/*": "Distance from a teacher's features",
+        "train/loss/keep": "Distance from the start",
+        "train/loss/geometry": "Distance from the halves' neighbourhoods",
         "train/positives": "Other pairs of a batch that match one",
     },
     "Prototypes": {
@@ -308,7 +311,7 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
         "state": state,
         "seen": f"{int(seen):,}",
         "time": duration(float(spent)),
-        "data": str(run.settings.get("data.train", "")),
+        "data": ", ".join(named_by(run.settings, "data.sources", "path", "data.train")),
         "teachers": run.config.uses_of_teachers if run.config is not None else "",
         "folder": str(run.folder),
     }
@@ -544,7 +547,8 @@ def settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
 
 def commands(runs: Sequence[RunFolder]) -> list[str]:
     again = [
-        f"protoclip train --config {shlex.quote(str(run.folder / 'config.toml'))} --run.out FOLDER"
+        f"protoclip {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
+        "--run.out FOLDER"
         for run in runs
     ]
     folders = shlex.join(str(run.folder) for run in runs)

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class RunFolder:
     """A run, finished or not.
 
     `config` is None if another version of the package wrote it; then `problem` says so. `results`
-    is None for a run that has not finished. `analysis` is what `protoclip analyze` wrote there.
+    is None for a run that has not finished. `analysis` is what `protoclip analyze` wrote there, and
+    `command` what makes such a run, as `finetune`.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class RunFolder:
     analysis: Mapping[str, Any] | None
     sweep: Mapping[str, Any] | None  # over alpha, at the end of fine-tuning
     checkpoints: Sequence[Path]
+    command: str
 
     @property
     def batch_size(self) -> int:
@@ -89,6 +92,7 @@ def read_run(path: str | Path) -> RunFolder:
     curves = read_curves(folder / "metrics.jsonl")
     if results is not None and not curves:
         say(f"warning: {folder / 'metrics.jsonl'}: holds no step, so the run has no curves")
+    kept = saved.checkpoints(folder)
     return RunFolder(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
@@ -102,8 +106,24 @@ def read_run(path: str | Path) -> RunFolder:
         skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
         analysis=read_analysis(folder / "analysis.json"),
         sweep=read_sweep(folder / "wise_ft.json"),
-        checkpoints=saved.checkpoints(folder),
+        checkpoints=kept,
+        command=command_of(folder, kept),
     )
+
+
+def command_of(folder: Path, kept: Sequence[Path]) -> str:
+    """The command that made a run, as far as its files tell."""
+    if (path := folder / "wise_ft.json").is_file():
+        with suppress(ValueError):
+            sweep = read_json(path)
+            if is_number(alpha := sweep.get("alpha")) and alpha != sweep.get("best_alpha"):
+                return f"finetune --alpha {alpha}"  # which the rule would not choose
+        return "finetune"
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        sources = saved.facts_of(kept[-1], "content")["sources"]
+        if any("encoded" in source for source in sources):
+            return "align"
+    return "train"
 
 
 def whole(settings: Mapping[str, Any], name: str, default: int) -> int:

@@ -85,7 +85,8 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     if choices.config.model.start is None:
         raise ValueError(NO_START)
     choices.choose("run.name", "finetuned")
-    choices.choose("run.evaluate_every", 1)
+    judges = choices.config.data.validation != 0 or bool(choices.config.run.guard)
+    choices.choose("run.evaluate_every", int(judges))  # with nothing held out alpha is given
     choices.choose("model.frozen_batch_norm", True)
     choices.choose("episodes.locked_image", 0)
     if choices.config.model.lora is None:

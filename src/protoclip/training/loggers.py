@@ -117,6 +117,8 @@ class MLflow:
         self._mlflow = import_module("mlflow")
         self._client = self._mlflow.MlflowClient()
         identity = folder / "mlflow" / "run-id"
+        if identity.is_file() and not self._knows(identity.read_text(encoding="utf-8")):
+            identity.unlink()  # the folder came here without the store that the run was in
         if is_new := not identity.is_file():
             known = self._client.get_experiment_by_name(PROJECT)
             experiment = known.experiment_id if known else self._client.create_experiment(PROJECT)
@@ -131,6 +133,15 @@ class MLflow:
             for first in range(0, len(settings), MOST_PARAMETERS):
                 some = settings[first : first + MOST_PARAMETERS]
                 self._client.log_batch(self.id, params=some)
+
+    def _knows(self, run: str) -> bool:
+        try:
+            self._client.get_run(run)
+        except Exception as error:  # MLflow's own
+            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         now = int(1000 * time.time())

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 from protoclip.checks import check
 from protoclip.config import Config
 from protoclip.data import sources
+from protoclip.data.content import Facts, content
 from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.view import PairsView
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import metric_names
@@ -148,6 +150,21 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
         guards=watched,
         notes=notes,
     )
+
+
+def contents(plan: Plan, samples: Pairs | SampleStream, *, encoded: bool) -> dict[str, list[Facts]]:
+    """What identifies the pairs of a run: `sources` to train on, and a source that judges it.
+
+    Args:
+        samples: Those of the plan, before halves encoded them if they did.
+        encoded: Whether the plan's are what is left of them then.
+    """
+    facts = {"sources": content(samples, encoded=plan.samples if encoded else None)}
+    images = plan.held_out[0].splits["validation"].images if plan.held_out else None
+    is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay
+    if is_source and isinstance(images, PairsView):
+        facts["validation"] = content(images)
+    return facts
 
 
 def fill(section: Section, values: Mapping[str, Any]) -> Section:

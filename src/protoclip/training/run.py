@@ -23,7 +23,7 @@ from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.captions import caption_draw
 from protoclip.data.chosen import read_chosen
-from protoclip.data.content import Facts, content
+from protoclip.data.content import Facts
 from protoclip.data.groups import KEYS
 from protoclip.data.loader import EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import Pairs
@@ -60,7 +60,7 @@ from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.judge import judge_of
 from protoclip.training.logging import MetricsLog
-from protoclip.training.plan import Defaults, Plan, complete, outline
+from protoclip.training.plan import Defaults, Plan, complete, contents, outline
 from protoclip.training.run_folder import (
     Begun,
     check_checkpoint,
@@ -159,7 +159,7 @@ def train_together(
             else:
                 notes.clear()  # the run is known
             checkpoint = newest_intact(folder, notes) if begun.is_begun else None
-            run.content = content(samples, encoded=None if halves is None else plan.samples)
+            run.content = contents(plan, samples, encoded=halves is not None)
             if checkpoint is not None:
                 check_checkpoint(
                     checkpoint,
@@ -247,7 +247,7 @@ class Run:
             self.notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
         chosen = read_chosen(config.data)
         self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
-        self.content: list[Facts] = []  # identifies the samples, on rank 0
+        self.content: dict[str, list[Facts]] = {}  # identifies the samples, on rank 0
         self.skips = SkipLog(
             folder / f"skipped{number}.jsonl",
             max_share=config.data.max_bad_share,
@@ -419,7 +419,7 @@ class Run:
         steps = config.episodes.count * trainer.batches
         progress, loss = Progress(f"train {config.run.name}", steps), ""
         for index in range(trainer.episode, config.episodes.count):
-            if self.early_stop is not None and self.early_stop.is_due:
+            if self.is_finished:
                 return
             episode = self.episode(index)
             self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
@@ -512,7 +512,7 @@ class Run:
             "skips": collectives.all_gather_object([self.skips.read, self.skips.skipped]),
             "arithmetic": self.arithmetic,
             "chosen": self.chosen,
-            "content": {"sources": self.content},
+            "content": self.content,
             "best": self.writer.best,
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),

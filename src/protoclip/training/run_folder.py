@@ -172,6 +172,9 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
         free |= {
             key for key in MOVABLE if without_paths(before.get(key)) == without_paths(now.get(key))
         }
+    few = before.get("run.overfit")
+    if few is not None and few == now.get("run.overfit"):  # of which align may leave some out
+        free |= {"episodes.size", "episodes.batch_size"}
     if refused := [text for key, text in differ.items() if key not in free]:
         raise ValueError(
             f"{folder}: the run was started with other settings: {', '.join(refused)}; "
@@ -231,7 +234,7 @@ def check_checkpoint(
     *,
     arithmetic: Mapping[str, str],
     chosen: Mapping[str, str],
-    content: Sequence[Facts],
+    content: Mapping[str, Sequence[Facts]],
     name: str,
 ) -> None:
     """Refuse to go on from a checkpoint with other arithmetic or other data.
@@ -242,7 +245,7 @@ def check_checkpoint(
     Args:
         arithmetic: Device and precision by setting.
         chosen: What identifies the lists of sample ids, by setting.
-        content: What identifies the pairs, which are called `name`.
+        content: What identifies the pairs, those to train on called `name`; see `plan.contents`.
     """
     for setting, before in facts_of(checkpoint, "arithmetic").items():
         named = flat(asdict(config))[setting] != "auto"
@@ -260,11 +263,17 @@ def check_checkpoint(
                 f"{setting}: the ids in {path} have changed since the run began; restore them, "
                 "or choose another folder with --run.out"
             )
-    facts = facts_of(checkpoint, "content").get("sources")
-    if facts and (differs := difference(facts, content)):
+    facts = facts_of(checkpoint, "content")  # of which earlier versions kept less
+    judging = content.get("validation", [])
+    if differs := difference(facts.get("sources") or content["sources"], content["sources"]):
         raise ValueError(
             f"{name}: not the data that the run began with ({differs}), so what judges "
             "it may have been trained on; restore them, or choose another folder with --run.out"
+        )
+    if differs := difference(facts.get("validation", judging), judging):
+        raise ValueError(
+            f"data.validation: not the pairs that judged the run before ({differs}); restore them, "
+            "or choose another folder with --run.out"
         )
 
 
@@ -299,6 +308,14 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix + key
         values |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return values
+
+
+def named_by(settings: Mapping[str, Any], many: str, key: str, one: str) -> list[str]:
+    """What the tables `many` in flat settings name as `key`; where there are none, `one` does."""
+    tables = settings.get(many)
+    listed = [each for each in tables if isinstance(each, dict)] if isinstance(tables, list) else []
+    names = [each.get(key) for each in listed] or [settings.get(one)]
+    return [str(name) for name in names if name]
 
 
 def slug(name: str) -> str:

@@ -6,6 +6,7 @@ metrics; those that say that a run is done come after all others.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -104,12 +105,14 @@ def fetch(outline: Outline, *, resume: bool) -> None:
     """Bring a run folder that is missing or older to the newest state in the store.
 
     Raises:
-        ValueError: The store does not answer or may not be written, it holds another run, or it
-            holds one and `resume` is not set. Nothing was written here.
+        ValueError: The store does not answer or may not be written, it or the run folder holds
+            another run, or it holds one and `resume` is not set. Nothing was written here.
     """
     config, url, folder = outline.config, outline.config.run.sync, folder_of(outline.config)
     if url is None:
         return
+    if (folder / SETTINGS).is_file():  # or it would become the run of the store
+        look(outline, resume=True)
     store, names = answer(url)
     if names and not (resume and SETTINGS in names):
         what = "holds a run; go on with --resume auto" if SETTINGS in names else "holds other files"
@@ -170,6 +173,20 @@ def copies(config: Config, folder: Path) -> "Copies":
     """Those of a run, by rank 0."""
     url = config.run.sync if rank() == 0 else None
     return Copies(url, folder, keep=config.run.keep_checkpoints)
+
+
+def files_beside(folder: Path) -> dict[str, Path]:
+    """The files of a run that are copied beside its checkpoints, by name.
+
+    Where checkpoints are written is not looked at: folders appear and go there meanwhile.
+    """
+    files = dict[str, Path]()
+    for top, folders, names in os.walk(folder):
+        of = Path(top).relative_to(folder)
+        folders[:] = [n for n in folders if n[0] != "." and str(of / n) != "checkpoints"]
+        files |= {(of / name).as_posix(): Path(top, name) for name in names if name[0] != "."}
+    wanted = {n for n in files if n.split("/")[0] not in LEFT_OUT or n == RUN_ID}
+    return {name: path for name, path in files.items() if name in wanted and path.is_file()}
 
 
 def state_of(path: Path) -> tuple[int, int]:
@@ -243,13 +260,7 @@ class Copies:
 
     def _copy(self, newest: Path) -> None:
         there, folder = names_in(self.store), self.folder
-        files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-        beside = {
-            name: path
-            for name, path in files.items()
-            if not re.search(r"(^|/)\.", name)
-            and (name.split("/")[0] not in LEFT_OUT or name == RUN_ID)
-        }
+        beside = files_beside(folder)
         if any(
             name.endswith(".safetensors") and self._is_new(beside[name], name) for name in beside
         ):

@@ -168,12 +168,15 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
 
 
 def known_points(run: Run) -> list[Point]:
-    """The points of a complete sweep of this run, on each rank."""
+    """The points of a complete sweep of this run by the data sets that it has, on each rank."""
+    names = {data.name for data in (*run.plan.held_out[:1], *run.plan.guards)}
 
     def read() -> list[Point]:
         record = read_record(run.folder) if (run.folder / FILE).is_file() else {}
-        of_this = record.get("steps") == run.trainer.step
-        return list(record["points"]) if of_this else []
+        if record.get("steps") != run.trainer.step:
+            return []
+        # Other guards would leave means of other data sets beside each other.
+        return [point for point in record["points"] if point["scores"].keys() == names]
 
     return rank0_first(read)  # hosts may not share the folder
 

@@ -167,7 +167,7 @@ def as_karpathy(folder):
     images += [{**images[0], "filename": f"{split}.png", "split": split} for split in ("val",)]
     for red in REDS:
         write(folder / "images/val2014" / f"{red}.png", png(red))
-    content = {"images": images, "dataset": "coco"}
+    content = {"images": images, "dataset": "org/coco"}
     path = write(folder / "dataset_coco.json", json.dumps(content))
     return {"reference": f"karpathy:{path}", "root": str(folder / "images")}
 
@@ -190,7 +190,7 @@ def as_coco(folder):
     [
         (as_pairs, "my-pairs"),
         (as_captions_of_tars, "flickr"),
-        (as_karpathy, "coco"),
+        (as_karpathy, "org-coco"),
         (as_coco, "captions_val2017"),
     ],
 )

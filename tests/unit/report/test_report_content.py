@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from markupsafe import Markup
 
-from protoclip.cli import main
+from protoclip.cli import COMMANDS, main
+from protoclip.cli.parsing import parse
 from protoclip.report import page as report_page
 from protoclip.report.page import clipped, printable, write_report
 from protoclip.training.finetune import finetune
@@ -150,13 +151,16 @@ def test_what_never_changes_is_said_and_not_drawn(runs, tmp_path):
     folder = tmp_path / "flat"
     folder.mkdir()
     shutil.copy(runs / "proto" / "config.toml", folder)
-    values = [{"train/prototypes/empty/image": 0.0, "train/loss/total": 2.5}] * 3
+    rare = {"train/loss/distil/dino": 1.5, "train/loss/keep": 0.25, "train/loss/geometry": 0.5}
+    values = [{"train/prototypes/empty/image": 0.0, "train/loss/total": 2.5} | rare] * 3
     values.append(values[0] | {"train/loss/total": 2.0})
     lines = [json.dumps({"step": step, **of}) for step, of in enumerate(values)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     page = page_of(tmp_path, folder)
     assert page.count("figure") == 1
     assert "The same throughout: Share of empty prototypes: 0" in page.sections["curves"]
+    for told in ("a teacher's features: 1.5", "the start: 0.25", "the halves' neighbourhoods: 0.5"):
+        assert f"Distance from {told}" in page.sections["curves"]
     assert "not shown: that needs protoclip analyze" in page.sections["curves"]
 
 
@@ -173,6 +177,10 @@ def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_p
     assert "After step 2, alpha 0.25" in page.sections["maps"]
     assert "step 2, alpha 0.25" in page.sections["prototypes"]
     assert "Those of alpha 0.25 are the run's model." in page.sections["results"]
+    again = f"finetune --alpha 0.25 --config {tmp_path}/shop/config.toml --run.out FOLDER"
+    assert f"protoclip {again} protoclip compare" in page.sections["environment"]
+    command = parse(COMMANDS["finetune"], again.split()[1:])
+    assert (command.alpha, command.settings()["model"]["start"]) == (0.25, str(runs / "proto"))
     (tmp_path / "shop/wise_ft.json").write_text("{}")
     assert "Alpha" not in page_of(tmp_path, tmp_path / "shop").sections["results"]
 

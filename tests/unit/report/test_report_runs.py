@@ -1,11 +1,14 @@
 """What is read from run folders, whole or not."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from protoclip.cli import main
+from protoclip.models.saved import STATE
+from protoclip.report.page import run_facts
 from protoclip.report.runs import labels, read_run
 from protoclip.testing import tiny_config
 from protoclip.training.run_folder import to_toml
@@ -57,6 +60,33 @@ def test_damaged_files_beside_the_settings_are_left_out(tmp_path):
     (folder / "analysis.json").write_text('{"checkpoints": []}')
     run = read_run(folder)
     assert ([line["sample_id"] for line in run.skipped], run.analysis) == (["a"], None)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "command"),
+    [
+        ("wise_ft.json", '{"alpha": 0.5, "best_alpha": 0.5}', "finetune"),
+        ("wise_ft.json", "[", "finetune"),
+        (STATE, '{"content": {"sources": [{"rows": 3, "encoded": ""}]}}', "align"),
+        (STATE, '{"content": {"sources": [{"rows": 3}]}}', "train"),
+        (STATE, '{"content": {}}', "train"),
+    ],
+)
+def test_the_command_of_a_run_follows_from_its_files(file, content, command, tmp_path):
+    folder = begun(tmp_path / "run")
+    (folder / "checkpoints" / "step-000000001").mkdir(parents=True)
+    path = folder / ("checkpoints/step-000000001" if file == STATE else ".") / file
+    path.write_text(content)
+    assert read_run(folder).command == command
+
+
+def test_a_mixture_is_named_by_its_sources(tmp_path):
+    folder = begun(tmp_path / "run")
+    text = (folder / "config.toml").read_text()
+    sources = '[[data.sources]]\npath = "a.tsv"\n[[data.sources]]\npath = "hf:b"\n'
+    assert run_facts(read_run(folder), "run")["data"] == "emoji"
+    (folder / "config.toml").write_text(re.sub("^sources = .*$", "", text, flags=re.M) + sources)
+    assert run_facts(read_run(folder), "run")["data"] == "a.tsv, hf:b"
 
 
 def test_labels_tell_runs_apart(tmp_path):

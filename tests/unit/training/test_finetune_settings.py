@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 from numbered import Numbered
 
+from protoclip.checks import check
 from protoclip.config import Config
 from protoclip.data.pairs import SampleStream
 from protoclip.evaluation.validation import Judged
@@ -67,6 +68,14 @@ def test_what_is_given_stays():
         for name, value in values.items():
             assert getattr(getattr(config, section), name) == value, name
     assert (config.optim.weight_decay, config.optim.warm_up_steps) == (0.1, 19)
+
+
+@pytest.mark.parametrize(("guard", "every"), [([], 0), (["emoji"], 1)])
+def test_a_run_that_nothing_judges_is_not_evaluated(guard, every):
+    """Or `run.evaluate_every`, which nobody gave, would be refused."""
+    config = settings(data={"train": "pairs.tsv", "validation": 0.0}, run={"guard": guard})
+    assert config.run.evaluate_every == every
+    check(config)
 
 
 def test_defaults_and_their_notes():

@@ -251,6 +251,30 @@ def test_mlflow_has_the_curves_of_a_run_that_goes_on(tmp_path, monkeypatch, caps
     assert [(point.step, point.value) for point in curve] == [(1, 0.0), (3, 0.5)]
 
 
+class Missing(Exception):
+    error_code = "RESOURCE_DOES_NOT_EXIST"
+
+
+def test_mlflow_makes_a_run_where_that_of_the_folder_is_not_known(tmp_path, monkeypatch, capsys):
+    """A copy of the folder comes to a machine that has no copy of MLflow's own store."""
+    fake = Mock()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    client, known = fake.MlflowClient.return_value, tmp_path / "mlflow" / "run-id"
+    for error, made, logs_as in [
+        (None, "first", "first"),
+        (None, "", "first"),
+        (Missing(), "second", "second"),
+        (ConnectionError("no network"), "", "second"),
+    ]:
+        client.get_run.side_effect, client.create_run.return_value.info.run_id = error, made
+        log_twice(tmp_path, names=["mlflow"], config={"run": {"seed": 0}})
+        assert known.read_text() == logs_as
+        assert client.set_terminated.call_args == call(logs_as)
+    assert client.create_run.call_count == 2
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == "warning: mlflow: no network; training goes on without it"
+
+
 def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
     """The file ends in whole lines; the next that fits brings the others along, in order."""
     path = tmp_path / "metrics.jsonl"

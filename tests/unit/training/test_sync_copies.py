@@ -1,5 +1,6 @@
 """Copies of a run folder in a bucket: whole or absent, the newest first, no harm to the run."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -181,6 +182,39 @@ def test_another_run_in_the_bucket_is_refused(more, message, saving, tmp_path):
         fetched(tmp_path / "other", **more)
     assert not (tmp_path / "other").exists()
     assert all(name.endswith("/.protoclip") for name in objects().keys() - before.keys())
+
+
+def test_another_run_in_the_folder_is_refused(saving, tmp_path):
+    """Though the bucket holds the run that is asked for; the folder stays as it is."""
+    other = Run(tmp_path / "other")
+    other.writer.then = lambda folder: None
+    other.save(1)
+    settings = with_changes(outline(CONFIG).config, {"run": {"seed": 5}})
+    (other.folder / "config.toml").write_text(to_toml(settings))
+    for step in (1, 2):
+        saving.save(step)
+    saving.finish()
+    before = {p: p.read_bytes() for p in other.folder.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"other: .*other settings: run\.seed .*--run\.out$"):
+        fetched(other.folder)
+    assert {p: p.read_bytes() for p in other.folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_that_is_written_meanwhile_harms_no_copy(saving, monkeypatch, capsys):
+    """Its folder has another name when somebody looks into it."""
+    unfinished, scandir = saving.folder / "checkpoints" / ".step-000000002.1", os.scandir
+
+    def too_late(path: Any) -> Any:
+        if Path(path) == unfinished:
+            unfinished.rmdir()
+        return scandir(path)
+
+    unfinished.mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", too_late)
+    saving.save(1)
+    saving.finish()
+    assert complete() == [1]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_bucket_that_cannot_be_written_ends_a_run_before_it_begins(bucket, tmp_path, monkeypatch):

@@ -2,15 +2,27 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import RECALLS
+from protoclip.files import sealed
 from protoclip.models import saved
 from protoclip.models.saved import MODEL, damage, find_checkpoint, write_model
-from protoclip.training.wise_ft import ALPHAS, best, interpolated, scores
+from protoclip.training.run import Run
+from protoclip.training.wise_ft import (
+    ALPHAS,
+    FILE,
+    Point,
+    best,
+    interpolated,
+    known_points,
+    scores,
+)
 
 
 @pytest.fixture
@@ -76,6 +88,22 @@ def test_each_data_set_has_one_score():
 )
 def test_the_best_alpha(means, expected):
     assert best([{"alpha": alpha, "mean": mean} for alpha, mean in means.items()]) == expected
+
+
+def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
+    """Of a mixture all sources together; guards may change."""
+    before = {"alpha": 0.5, "scores": {"validation": 0.5, "old": 0.7}, "mean": 0.6}
+    (tmp_path / FILE).write_text(json.dumps(sealed({"steps": 4, "points": [before]})))
+
+    def known(*guards: str, step: int = 4) -> list[Point]:
+        held_out = [EvaluationData(name=name, splits={}) for name in ("validation", "validation-a")]
+        data = [EvaluationData(name=name, splits={}) for name in guards]
+        run = Mock(Run, folder=tmp_path, trainer=Mock(step=step))
+        run.plan = Mock(held_out=held_out, guards=data)
+        return known_points(run)
+
+    assert known("old") == [before]
+    assert known() == known("new") == known("old", "new") == known("old", step=5) == []
 
 
 def model(value: float) -> dict[str, Tensor]:
