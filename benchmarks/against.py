@@ -77,23 +77,32 @@ def main() -> None:
     checkouts = {"before": given.before.resolve(), "now": HERE}
     measured: dict[str, list[dict[Cell, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(given.rounds):
-            for which, checkout in checkouts.items():
+        for number in range(given.rounds):
+            order = [*checkouts.items()]
+            for which, checkout in order if number % 2 == 0 else reversed(order):
                 cache = Path(folder) / which
                 measured[which].append(measure(checkout, given.name, options, cache))
     lines = ["| row | column | before | now | now / before |", "|---|---|---|---|---|"]
-    for cell in measured["now"][0]:
+    all_cells = {cell: None for rounds in measured.values() for each in rounds for cell in each}
+    cells = [cell for cell in all_cells if not given.columns or cell[2] in given.columns]
+    left_out = 0
+    for cell in cells:
         values = [[each[cell] for each in measured[w] if cell in each] for w in checkouts]
-        shown = not given.columns or cell[2] in given.columns
-        if not shown or not all(len(each) == given.rounds for each in values):
+        if not all(len(each) == given.rounds for each in values):
+            left_out += 1
             continue
         before, now = (statistics.median(each) for each in values)
         ratio = f"{now / before:.2f}" if before else "-"
-        lines.append(f"| {cell[0]} | {cell[2]} | {before:g} | {now:g} | {ratio} |")
+        row = cell[0] if cell[1] == "1" else f"{cell[0]} ({cell[1]})"
+        lines.append(f"| {row} | {cell[2]} | {before:g} | {now:g} | {ratio} |")
     command = f"python benchmarks/against.py BEFORE {given.name} --rounds {given.rounds}"
     command += f" -- {' '.join(options)}" * bool(options)
     table = "\n".join(["", f"`{command}`", "", *lines, ""])
     print(table)
+    if len(lines) == 2:
+        raise SystemExit(f"{given.name}: nothing that both print could be compared")
+    if left_out:
+        print(f"{left_out} of {len(cells)} numbers are not printed by both in every round")
     if given.out is not None:
         with given.out.open("a", encoding="utf-8") as file:
             file.write(table)

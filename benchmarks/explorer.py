@@ -101,7 +101,9 @@ def features_of(number: int, folder: Path) -> None:
 
 def open_features(number: int, folder: Path) -> Features:
     def read(modality: str) -> torch.Tensor:
-        return Kept(folder / modality).features(hash_ids(map(str, range(number))))
+        kept, hashes = Kept(folder / modality), hash_ids(map(str, range(number)))
+        assert kept.has(hashes).all()
+        return kept.features(hashes)
 
     rows = torch.arange(number)
     return Features(captioned=rows, rows=rows, image=read("image"), text=read("text"))

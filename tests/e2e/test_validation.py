@@ -120,7 +120,8 @@ def test_classes_that_some_pairs_lack_do_not_judge(folder, tmp_path):
         return with_classes, bool(one.class_names), any("have no class" in note for note in notes)
 
     assert judging() == (set(), False, True)
-    assert judging(validation=str(folder / "b.parquet")) == ({"validation"}, True, True)
+    # Rows without a class teach no probe.
+    assert judging(validation=str(folder / "b.parquet")) == ({"validation", "train"}, True, False)
     of_one = {"sources": [SourceConfig(path=f"{folder}/a.parquet", class_column="kind")]}
     of_one |= {"train": "emoji", "class_column": None, "validation": f"{folder}/b.parquet"}
     assert judging(**of_one) == (set(), False, False)
@@ -228,16 +229,14 @@ def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
 
     more = held_out_of(after("first", validation=0.25))
     assert more[:2] == (held, trained)
-    assert (
-        "20 pairs are held out, not 50, since model.start was trained on the others" in more[2][0]
-    )
+    assert "20 pairs are held out, not 50, since model.start learned from the others" in more[2][0]
     for half in (
         ModelConfig(image=ImageTowerConfig(name=str(tmp_path / "first"))),
         ModelConfig(text=TextTowerConfig(name=str(tmp_path / "first"))),
     ):
         aligned = held_out_of(replace(after("first", validation=0.25), model=half))
         assert aligned[:2] == more[:2]
-        assert re.search(r"since model\.(image|text)\.name was trained on", aligned[2][0])
+        assert re.search(r"since model\.(image|text)\.name learned from", aligned[2][0])
     judging, training, _ = held_out_of(after("first", validation=0.25, train=str(both)))
     assert held < judging
     assert not judging & (trained | training)

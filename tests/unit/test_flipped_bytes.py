@@ -18,7 +18,7 @@ from protoclip.data.held_out import held_out_rows
 from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
-from protoclip.evaluation.kept import Kept, Listed
+from protoclip.evaluation.kept import VERIFIED, Kept, Listed
 from protoclip.evaluation.samples import SampleResults
 from protoclip.features.store import hash_ids, write_folder
 from protoclip.features.teachers import read_teacher
@@ -113,18 +113,19 @@ def held_out(folder: Path) -> Read:
 
 
 def kept_features(folder: Path) -> Read:
-    rows = np.arange(5)
-    ids = [str(row) for row in rows]
+    ids = [str(row) for row in range(5)]
+    hashes = hash_ids(ids)
     kept = Kept(folder / "a")
     kept.add(ids, torch.eye(5))
-    kept.write_list("mine", Listed(keys=rows, bad=[(5, "broken")]))
+    kept.write_list("mine", Listed(hashes=hashes, content=np.arange(5), bad=[(5, "broken")]))
 
     def read() -> object:
+        VERIFIED.clear()
         again = Kept(folder / "a")
         listed = again.read_list("mine")
-        if listed is None or not again.has(hash_ids(ids)).all():
+        if listed is None or not again.has(listed.hashes).all():
             raise ValueError("damaged, and made again")
-        return listed.keys.tolist(), listed.bad, again.features(hash_ids(ids)).tolist()
+        return listed.content.tolist(), listed.bad, again.features(listed.hashes).tolist()
 
     return read
 

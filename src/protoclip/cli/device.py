@@ -17,4 +17,4 @@ def open_device(name: str = "auto") -> "torch.device":
     from protoclip.distributed import collectives
 
     torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-    return collectives.device(name, setting="--device")
+    return collectives.device(name, setting="device" if name == "auto" else "--device")

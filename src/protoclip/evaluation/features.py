@@ -46,7 +46,7 @@ from protoclip.progress import Progress
 
 FEW_IMAGES = 300  # are read faster than worker processes start
 PROJECTED = 8192  # rows at once
-KEPT_AT_ONCE = 4096  # images, which a call that is killed may lose
+KEPT_FIRST, KEPT_MOST = 4096, 32_768  # images at once, which a call that is killed may lose
 RETRIED = 20  # bad images that are tried again before kept features are used
 
 Transform = Callable[[Image.Image], Tensor]
@@ -161,7 +161,8 @@ class Encoder:
         reader = images if isinstance(images, Reader) else Reader(images, self.transform)
         if self.cache is not None and reader.key:
             return self._kept_images(reader, Kept(self._folder("images")), stage)
-        (encoded,) = self._encode_images(reader, stage, at_once=len(reader.images))
+        number = len(reader.images)
+        (encoded,) = self._encode_images(reader, stage, number, number)
         return encoded
 
     def _kept_images(self, reader: "Reader", kept: Kept, stage: str) -> Encoded:
@@ -172,21 +173,21 @@ class Encoder:
             # notice that, and quick to try.
             some = listed.bad[:: len(listed.bad) // RETRIED + 1]
             hold = all(len(reader[range(row, row + 1)][1]) for row, _ in some)
-            if any_rank([not hold])[0] or not kept.has(hashes_of(listed.keys)).all():
+            if any_rank([not hold])[0] or not kept.has(listed.hashes).all():
                 listed = None
         if listed is None:
             listed = self._encode_missing(reader, kept, stage)
             kept.write_list(reader.key, listed)
-        features = kept.features(hashes_of(listed.keys))
-        return Encoded(features=features, bad=listed.bad, content=torch.from_numpy(listed.keys))
+        features, content = kept.features(listed.hashes), torch.from_numpy(listed.content)
+        return Encoded(features=features, bad=listed.bad, content=content)
 
     def _encode_missing(self, reader: "Reader", kept: Kept, stage: str) -> Listed:
         """Encode and keep what is missing, some thousand images at a time; returns what there is.
 
         So a call that is killed loses little: the next one finds what was kept.
         """
-        known, content, bad = kept.hashes, [np.zeros(0, np.int64)], list[Bad]()
-        for part in self._encode_images(reader.without(known), stage, at_once=KEPT_AT_ONCE):
+        known, content, bad = kept.hashes(), [np.zeros(0, np.int64)], list[Bad]()
+        for part in self._encode_images(reader.without(known), stage, KEPT_FIRST, KEPT_MOST):
             keys = part.content.numpy()
             content.append(keys)
             bad += part.bad
@@ -195,21 +196,27 @@ class Encoder:
             first = np.sort(np.unique(hashes[encoded], return_index=True)[1])
             new = first[~kept.has(hashes[encoded[first]])]
             kept.add([str(key) for key in keys[encoded[new]]], part.features[new])
-        kept.merge()
-        return Listed(keys=np.concatenate(content), bad=bad)
+        joined = np.concatenate(content)
+        return Listed(hashes=hashes_of(joined), content=joined, bad=bad)
 
-    def _encode_images(self, reader: "Reader", stage: str, *, at_once: int) -> Iterator[Encoded]:
-        """Features of the images that the reader does not know, and what all of them hold."""
+    def _encode_images(
+        self, reader: "Reader", stage: str, first: int, most: int
+    ) -> Iterator[Encoded]:
+        """Features of the images that the reader does not know, and what all of them hold.
+
+        The `first` images come together, then each time twice as many, up to `most`.
+        """
 
         def forward(batch: Tensor) -> Tensor:
             return self.model.encode_image(reader.finish(batch), normalize=False)
 
         number, stride = len(reader.images), self.batch_size * world_size()
         batches, progress = self._read(reader, number), self._progress(stage, number)
-        step = max(1, -(-at_once // stride)) * stride
-        for first in range(0, max(1, number), step):
-            rows = range(first, min(first + step, number))
+        begin, size = 0, max(1, -(-first // stride)) * stride
+        while begin < max(1, number):
+            rows = range(begin, min(begin + size, number))
             yield self.encode(forward, batches, reader.blank, rows, stage, progress)
+            begin, size = begin + size, min(2 * size, max(most // stride * stride, size))
 
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
         """Features of texts. With a cache each is encoded once, whoever asks, and kept by itself.
@@ -221,7 +228,7 @@ class Encoder:
             return self._encode_texts([*texts], stage)
         kept = Kept(self._folder("texts"))
         listed = kept.read_list(content) if content else None
-        hashes = None if listed is None else listed.keys.view(np.uint64)
+        hashes = None if listed is None else listed.hashes
         if hashes is None or not kept.has(hashes).all():
             texts = [*texts]
             hashes = store.hash_ids(texts)
@@ -230,7 +237,7 @@ class Encoder:
             if missing := [*dict.fromkeys(missing)]:
                 kept.add(missing, self._encode_texts(missing, stage))
             if content:
-                kept.write_list(content, Listed(keys=hashes.view(np.int64)))
+                kept.write_list(content, Listed(hashes=hashes, content=np.zeros(0, np.int64)))
         return kept.features(hashes)
 
     def _encode_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
@@ -342,8 +349,8 @@ class AlignedEncoder(Encoder):
 
     frozen: Encoder
 
-    def images(self, images: "Images | Reader", *, stage: str) -> Encoded:
-        encoded = self.frozen.images(images, stage=stage)
+    def readable_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
+        encoded = self.frozen.readable_images(images, stage=stage)
         return replace(encoded, features=self._projected(encoded.features, "image"))
 
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:

@@ -86,13 +86,13 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         if not isinstance(given, Pairs):
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
         judging = plain_sources(given)
-        trained = [*[(source, NONE) for source in given_sources], *trained_before(config, notes)]
+        before = trained_before(config, notes)
+        trained = [*[(source, NONE) for source in given_sources], *chain(*before.values())]
         if trained:  # what a stream holds is not known
             notes += overlap(data.validation, shared(judging, trained, folder=folder))
         parts = [(source, np.arange(len(source))) for source in judging]
-        probes = probe_rows(given_sources, NONE)
-        notes += without_some_classes(config, [*parts, *probes])
-        return Judged(samples, data_sets(parts, probes), notes)
+        notes += without_some_classes(config, parts)
+        return Judged(samples, data_sets(parts, probe_rows(given_sources, NONE)), notes)
     share = SHARE if data.validation is None else data.validation
     if share == 0:
         return Judged(samples, [], notes)
@@ -100,17 +100,19 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if not isinstance(samples, Pairs):
         reason = "data.validation: a stream is not held out; name a source to judge the run by"
         return refuse_or_note(samples, reason, asked=asked)
-    before, starts = trained_before(config, notes), " and ".join(starts_of(config).values())
-    rows = held_out_rows(given_sources, share=share, folder=folder, before=before)
+    before = trained_before(config, notes)
+    trained = [*chain(*before.values())]
+    learned = f"{' and '.join(before)} learned from"
+    rows = held_out_rows(given_sources, share=share, folder=folder, before=trained)
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, since "
-        reason += f"{starts} was trained on the others, " if before else ""
+        reason += f"{learned} the others, " if before else ""
         reason += "they are few, or many share a caption; give a larger share or a source"
         return refuse_or_note(samples, reason, asked=asked)
     if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):
         notes.append(
-            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {starts} "
-            "was trained on the others"
+            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {learned} "
+            "the others"
         )
     if len(rows) == len(samples):
         raise ValueError(
@@ -121,9 +123,10 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by{step}; "
         "data.validation sets a share, another source, or 0 for none"
     )
-    parts, probes = by_source(given_sources, rows), probe_rows(given_sources, rows)
-    notes += without_some_classes(config, [*parts, *probes])
-    return Judged(without(samples, rows), data_sets(parts, probes), notes)
+    parts = by_source(given_sources, rows)
+    notes += without_some_classes(config, parts)
+    data_of_parts = data_sets(parts, probe_rows(given_sources, rows))
+    return Judged(without(samples, rows), data_of_parts, notes)
 
 
 def without_some_classes(config: Config, parts: Sequence[tuple[ImageTextPairs, Rows]]) -> list[str]:
@@ -154,18 +157,20 @@ def starts_of(config: Config) -> dict[Path, str]:
     return runs
 
 
-def trained_before(config: Config, notes: list[str]) -> list[Before]:
+def trained_before(config: Config, notes: list[str]) -> dict[str, list[Before]]:
     """The pairs that the starts were trained on, and those that they started from; adds notes.
 
-    Each with the rows that were held out of it, and so may judge this run too. Runs say what they
-    were trained on; what other models saw is not known.
+    By the setting of each start that is known to have some, each with the rows that were held out
+    of it, and so may judge this run too. Runs say what they were trained on; what other models saw
+    is not known.
     """
     starts = starts_of(config).items()
-    return [pairs for run, name in starts for pairs in pairs_of_run(run, config, name, notes)]
+    found = {setting: pairs_of_run(run, config, setting, notes) for run, setting in starts}
+    return {setting: pairs for setting, pairs in found.items() if pairs}
 
 
 def pairs_of_run(run: Path, config: Config, setting: str, notes: list[str]) -> list[Before]:
-    """As `trained_before`, of the run that a setting names."""
+    """The pairs of `trained_before`, of the run that a setting names."""
     try:
         settings = read_config(run)
         allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
@@ -173,7 +178,7 @@ def pairs_of_run(run: Path, config: Config, setting: str, notes: list[str]) -> l
         samples = sources.pairs(settings)
         if not isinstance(samples, Pairs):
             raise ValueError("it was a stream")
-        trained, before = plain_sources(samples), trained_before(settings, [])
+        trained, before = plain_sources(samples), [*chain(*trained_before(settings, []).values())]
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
             folder = index_folder()
@@ -270,7 +275,11 @@ def probe_rows(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[Image
     for source, left_out in by_source(of, held_out):
         rows = np.delete(np.arange(len(source)), left_out)
         number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))
-        parts.append((source, rows[evenly_spaced(len(rows), number, seed=0)] if number else rows))
+        rows = rows[evenly_spaced(len(rows), number, seed=0)] if number else rows
+        if source.class_column is not None:  # a row without a class may train, and teaches no probe
+            named = [not has_no_class(value) for value in class_values(source, rows.tolist())]
+            rows = rows[named]
+        parts.append((source, rows))
     return parts
 
 

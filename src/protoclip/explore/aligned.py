@@ -31,7 +31,8 @@ from protoclip.models.protoclip import ProtoCLIP, evaluation_mode
 class AlignedRunEncoder(Encoder):
     """The encoder of a run between two halves, which reads what these encoded for training.
 
-    Its features of images come without hashes of their content. `config` is the run's.
+    Each start reads the captions, looks at the files, and projects anew: nothing but the halves'
+    features is kept. Those of images come without hashes of their content. `config` is the run's.
     """
 
     config: Config
@@ -94,6 +95,7 @@ class AlignedRunEncoder(Encoder):
             for first in range(0, len(known), PROJECTED):
                 rows = stored.rows(numbers[known[first : first + PROJECTED]])
                 parts.append(project(torch.from_numpy(rows).float().to(self.device)).cpu())
-        parts += [features_of_others] if len(others) else []
+        if not len(others):
+            return torch.cat(parts) if parts else torch.zeros(0, 0)
         order = np.argsort(np.concatenate([known, others]))
-        return torch.cat(parts)[torch.from_numpy(order)] if parts else torch.zeros(0, 0)
+        return torch.cat([*parts, features_of_others])[torch.from_numpy(order)]

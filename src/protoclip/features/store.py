@@ -241,10 +241,11 @@ class Segments:
 
     def find(self, hashes: Hashes) -> Numbers:
         """The number of each, or -1."""
-        numbers = np.full(len(hashes), -1, np.int64)
+        order = np.argsort(hashes)  # once for all segments, which search in this order
+        ascending, numbers = hashes[order], np.full(len(hashes), -1, np.int64)
         for segment, start in zip(self.segments, self.starts, strict=False):
-            rows = segment.find_hashes(hashes)
-            numbers[rows >= 0] = rows[rows >= 0] + start
+            rows = segment.find_hashes(ascending)
+            numbers[order[rows >= 0]] = rows[rows >= 0] + start
         return numbers
 
     def rows(self, numbers: Numbers) -> Features:

@@ -135,9 +135,10 @@ def run_of(path: str | Path) -> Path | None:
     """The folder of the run that a run or checkpoint folder is of; None if it is of no run."""
     given = Path(path)
     for folder in (given, given.resolve()):  # a link may lead to a checkpoint
-        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-        if (run / SETTINGS).is_file():
-            return run
+        above = [folder.parent.parent] if folder.parent.name == "checkpoints" else []
+        for run in (folder, *above):
+            if (run / SETTINGS).is_file():
+                return run
     return None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from protoclip.config import LOGGERS, RunConfig
+from protoclip.terminal import say
 
 PROJECT = "protoclip"  # of W&B and Trackio; the experiment of MLflow
 MOST_PARAMETERS = 100  # that MLflow takes at once
@@ -118,7 +119,10 @@ class MLflow:
         self._client = self._mlflow.MlflowClient()
         identity = folder / "mlflow" / "run-id"
         if identity.is_file() and not self._knows(identity.read_text(encoding="utf-8")):
-            identity.unlink()  # the folder came here without the store that the run was in
+            # The folder came here without the store that the run was in, or that is elsewhere now.
+            lost = identity.with_name("run-id-not-found")
+            say(f"note: MLflow does not know this run; its name before is in {lost}")
+            identity.replace(lost)
         if is_new := not identity.is_file():
             known = self._client.get_experiment_by_name(PROJECT)
             experiment = known.experiment_id if known else self._client.create_experiment(PROJECT)

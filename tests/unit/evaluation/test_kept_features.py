@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import shutil
 
 import numpy as np
@@ -179,21 +180,20 @@ def test_an_image_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_pa
         assert calls == 2  # one image, and that of the key
 
 
-def in_blocks(cache):
-    """Features of two calls that read no rows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "KEPT_AT_ONCE", 8)
-        patch.setattr(Segments, "rows", None)
-        found = [encoder(cache=cache).images(Solid("x", NUMBERS), stage="x") for _ in range(2)]
-    return [each.features for each in found]
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_was_kept_block_by_block_is_one_segment_in_the_end(ranks, tmp_path):
-    """Which is mapped into memory, and not read."""
-    for features in run_distributed(in_blocks, ranks, tmp_path):
-        assert all(torch.equal(rows, Guessing().table[: len(NUMBERS)]) for rows in features)
-    assert len(list(tmp_path.rglob("facts.json"))) == 1
+def test_blocks_grow_and_features_of_one_are_mapped(tmp_path, monkeypatch):
+    """So a large list has few segments; what is read from several is copied."""
+    monkeypatch.setattr(module, "KEPT_FIRST", 4)
+    monkeypatch.setattr(module, "KEPT_MOST", 8)
+    expected = Guessing().table[: len(NUMBERS)]
+    for _ in range(2):
+        found = encoder(cache=tmp_path).images(Solid("x", NUMBERS), stage="x")
+        assert torch.equal(found.features, expected)
+    counts = [json.loads(path.read_text())["rows"] for path in tmp_path.rglob("facts.json")]
+    assert sorted(counts) == [3, 4, 8, 8]
+    monkeypatch.setattr(Segments, "rows", None)
+    for _ in range(2):
+        found = encoder(cache=tmp_path).images(Solid("y", NUMBERS[:4]), stage="y")
+        assert torch.equal(found.features, expected[:4])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -213,7 +213,8 @@ def killed_and_begun_again(cache):
             return super().image(row)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "KEPT_AT_ONCE", 8)
+        patch.setattr(module, "KEPT_FIRST", 8)
+        patch.setattr(module, "KEPT_MOST", 8)
         with pytest.raises(RuntimeError, match="out of luck"):
             encoder(cache=cache).images(Dying("x", NUMBERS), stage="x")
     own = encoder(cache=cache)

@@ -150,5 +150,9 @@ def test_the_run_of_a_folder_is_found(tmp_path):
     assert [saved.run_of(path) for path in (run, str(step), link)] == [run, run, run]
     for other in (tmp_path, run / "checkpoints", step / "text", "open_clip:RN50/openai"):
         assert saved.run_of(other) is None
+    within = tmp_path / "checkpoints" / "small"
+    within.mkdir(parents=True)
+    (within / "config.toml").write_text("")
+    assert saved.run_of(within) == within
     with pytest.raises(ValueError, match=r"config\.toml: nothing: "):
         saved.read_config(run)

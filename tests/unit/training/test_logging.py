@@ -271,7 +271,10 @@ def test_mlflow_makes_a_run_where_that_of_the_folder_is_not_known(tmp_path, monk
         assert known.read_text() == logs_as
         assert client.set_terminated.call_args == call(logs_as)
     assert client.create_run.call_count == 2
-    (warning,) = capsys.readouterr().err.splitlines()
+    lost = known.with_name("run-id-not-found")
+    assert lost.read_text() == "first"
+    note, warning = capsys.readouterr().err.splitlines()
+    assert note == f"note: MLflow does not know this run; its name before is in {lost}"
     assert warning == "warning: mlflow: no network; training goes on without it"
 
 
