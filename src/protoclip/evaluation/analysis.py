@@ -3,7 +3,7 @@
 The measures are in `grouping.py`, and their figures in `analysis_figure.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +16,6 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from protoclip.config import Config, DataConfig
@@ -31,7 +30,6 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import NONE, Batch, Encoder, Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
-from protoclip.files import require_regular
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -150,7 +148,7 @@ def analyze(
                 previous=before.get(space),
                 seed=config.run.seed,
             )
-        of_run = prototypes(checkpoint) if "projections" in spaces else {}
+        of_run = run_prototypes(checkpoint) if "projections" in spaces else {}
         for modality, centroids in of_run.items():
             projections = spaces["projections"][f"{modality}s"]
             sizes = group_sizes(nearest(projections, centroids)[0], len(centroids))
@@ -315,19 +313,7 @@ def encoder_of(
     )
 
 
-def prototypes(checkpoint: Path) -> Mapping[str, Float[Tensor, "k p"]]:
-    """The run's prototypes of each modality at a checkpoint; none in the warm-up, and in CLIP.
-
-    The locked-image stage makes none, and keeps those of the episode before it.
-    """
-    path = checkpoint / saved.RESUME
-    if not path.is_file():
-        return {}
-    names = {modality: f"clusters/{modality}/centroids" for modality in MODALITIES}
-    try:
-        require_regular(path)
-        with safe_open(path, "pt") as file:
-            present = {m: name for m, name in names.items() if name in file.keys()}  # noqa: SIM118
-            return {m: file.get_tensor(name).float() for m, name in present.items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+def run_prototypes(checkpoint: Path) -> dict[str, Float[Tensor, "k p"]]:
+    """The prototypes of images and of texts that a checkpoint of a run holds."""
+    clusters = saved.read_clusters(checkpoint)
+    return {name: clusters[name][0].float() for name in MODALITIES if name in clusters}

@@ -206,7 +206,7 @@ def open_explorer(
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,
-            run_prototypes=analysis.prototypes(checkpoint) if heads and checkpoint else {},
+            run_prototypes=analysis.run_prototypes(checkpoint) if heads and checkpoint else {},
             show=show,
         )
         if cache:

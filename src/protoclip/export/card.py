@@ -37,6 +37,7 @@ from protoclip.models.saved import (
     SETTINGS,
     checkpoints,
     find_checkpoint,
+    read_clusters,
     read_config,
     read_tensors,
     run_of,
@@ -141,7 +142,7 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         checkpoint = end
     if checkpoint is None or not (checkpoint / RESUME).is_file():
         return "no checkpoint of a run"
-    clusters = clusters_of(checkpoint)
+    clusters = read_clusters(checkpoint)
     if not clusters:
         return "the checkpoint holds none"
     tensors: dict[str, Tensor] = {}
@@ -175,16 +176,6 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
     }
     write_atomically(folder / f"{PROTOTYPES}.json", to_json(facts, indent=2) + "\n")
     return None
-
-
-def clusters_of(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Centroids `(k, p)` and assignments `(m,)` that a checkpoint holds, by space."""
-    stored = read_tensors(checkpoint / RESUME)
-    names = [key.split("/")[1] for key in stored if re.fullmatch("clusters/[^/]+/centroids", key)]
-    return {
-        name: (stored[f"clusters/{name}/centroids"], stored[f"clusters/{name}/assignments"])
-        for name in names
-    }
 
 
 def add_captions(source: Source, folder: Path) -> str | None:

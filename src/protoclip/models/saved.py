@@ -189,6 +189,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged ({error})") from error
 
 
+def read_clusters(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Prototypes `(k, p)` of a run by their space, and the prototype of each sample `(m,)`.
+
+    There are none in the warm-up, in CLIP, and in a model that is no checkpoint of a run. The
+    locked-image stage makes none, and keeps those of the episode before it.
+    """
+    path = checkpoint / RESUME
+    stored = read_tensors(path) if path.is_file() else {}
+    found = (re.fullmatch("clusters/(.+)/centroids", name) for name in stored)
+    return {
+        match[1]: (stored[match[0]], stored[f"clusters/{match[1]}/assignments"])
+        for match in found
+        if match is not None
+    }
+
+
 def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint's weights; raises `ValueError` if they are damaged or of another model.
 
