@@ -48,7 +48,8 @@ class Kept:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._writable = folder, True
-        names = rank0_first(lambda: sorted(path.name for path in folder.glob("[!.]*")))
+        found = (path for path in folder.glob("[!.]*"))
+        names = rank0_first(lambda: sorted(path.name for path in found if path.is_dir()))
         opened = [segment_of(folder / name) for name in names]
         missing = any_rank([segment is None for segment in opened])
         self._use(
@@ -119,7 +120,7 @@ class Kept:
         self._write(lambda: write_atomically(self._path(name), to_json(sealing) + "\n"))
 
     def _path(self, name: str) -> Path:
-        return self.folder / f".{checksum(name.encode())}.json"
+        return self.folder / f"{checksum(name.encode())}.json"
 
     def _verify(self, wanted: Callable[[StoredFeatures], bool]) -> None:
         """Forget those of the wanted segments that are damaged; each is read once a process."""

@@ -10,7 +10,7 @@ from torch import nn
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.evaluation import match, retrieval
 from protoclip.evaluation.grouping import nearest_others
-from protoclip.features.encode import Encoder
+from protoclip.features.encode import FrozenEncoder
 from protoclip.testing import tiny_pairs
 
 CPU = torch.device("cpu")
@@ -232,7 +232,9 @@ def test_a_half_of_the_wrong_kind_is_refused_before_anything_is_read():
 
 
 def test_features_that_are_not_finite_are_refused():
-    broken = Encoder(nn.Identity(), CPU, lambda texts: torch.ones(len(texts), 2), lambda x: x / 0)
+    broken = FrozenEncoder(
+        nn.Identity(), CPU, lambda texts: torch.ones(len(texts), 2), lambda x: x / 0
+    )
     texts = [Sample(sample_id="0", image=b"", captions=("a",), where="")]
     with pytest.raises(ValueError, match=r"^broken: its features are not finite"):
         match.encode("broken", broken, ImageTextPairs(tiny_pairs(1), name="tiny"), texts, ["0"], 8)
