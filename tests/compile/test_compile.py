@@ -20,6 +20,8 @@ def train(folder: str, compiled: bool) -> None:
         "run": {"evaluate": False},
         "episodes": {"size": 32, "count": 2, "locked_image": 0},
         "parallel": {"compile": compiled},
+        # Without passes in evaluation mode, which would be compiled too.
+        "prototypes": {"source": "queue"},
     }
     protoclip.train(with_changes(tiny_config(out=folder), sections))
 
