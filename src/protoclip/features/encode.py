@@ -49,7 +49,7 @@ from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, on_card
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.towers import library_config
+from protoclip.models.towers import transformers_config
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -131,7 +131,7 @@ def open_encoder(
     try:
         if teacher == "minilm" or (kind == "hf" and name):
             with hub(teacher, "" if Path(name).is_dir() else name):
-                reads_images = name and hasattr(library_config(name), "vision_config")
+                reads_images = name and hasattr(transformers_config(name), "vision_config")
                 if not reads_images:
                     if modality == "image":
                         raise ValueError("reads text only")

@@ -4,6 +4,7 @@ Directions in which features vary more count more in their distances, so K-means
 first, and hardly by what only some samples have.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -73,7 +74,7 @@ def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features,
     return mean, axes, float(np.clip(variances[-width:].sum() / everything, 0, 1))
 
 
-class Whitens:
+class Whitens(ABC):
     """Features by sample id, which are whitened when they are looked up, once `whiten` was called.
 
     Attributes:
@@ -85,13 +86,13 @@ class Whitens:
     modality: str | None = None
     whitening: Whitening | None = None
 
+    @abstractmethod
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
         """Features of these samples in this order; a row of NaN for one without."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self) -> Features:
         """Some thousand of the features, evenly drawn."""
-        raise NotImplementedError
 
     def whiten(self, width: int) -> None:
         """Whiten what is looked up from now on, if it is wider. Collective.

@@ -51,10 +51,10 @@ def info_nce(
     """
     images, texts = tiles.widened(image_features, text_features)
     known = groups_of(groups, len(images), positives)
-    return (against_all if across_ranks else against_own)(images, texts, logit_scale, known)
+    return (against_all_ranks if across_ranks else against_local)(images, texts, logit_scale, known)
 
 
-def against_own(
+def against_local(
     images: Float[Tensor, "b d"],
     texts: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
@@ -71,7 +71,7 @@ def against_own(
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def against_all(
+def against_all_ranks(
     images: Float[Tensor, "b d"],
     texts: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,

@@ -18,7 +18,7 @@ from protoclip.models.architecture import DescribedTowers
 from protoclip.models.hugging_face import HuggingFaceTowers, image_transform, preprocessing
 from protoclip.models.opening import Loaded, hub_name, readable_errors
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.towers import library_config
+from protoclip.models.towers import transformers_config
 
 # Hugging Face's names of what is in a transformer, and open_clip's (`pre_layrnorm` is spelt so).
 NAMES = {
@@ -53,7 +53,7 @@ def towers_json(reference: str, name: str) -> dict[str, Any]:
     """
     kinds, setting = ("clip", *hugging_face.TRAINABLE), f"model.start: {reference}"
     with readable_errors(setting, hub_name(name)):
-        config = library_config(name)
+        config = transformers_config(name)
         if config.model_type in kinds:
             processor = hugging_face.image_processor(name)
             images = preprocessing(processor, image_transform(processor))

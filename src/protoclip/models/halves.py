@@ -240,7 +240,7 @@ def check_text(name: str, source: str, *, context_length: int) -> None:
 def text_config(name: str, source: str) -> Any:
     """The configuration of a Hugging Face text model; raises `ValueError` if there is none."""
     with hub(name, source):
-        return towers.library_config(source)
+        return towers.transformers_config(source)
 
 
 def hub(name: str, source: str) -> AbstractContextManager[None]:

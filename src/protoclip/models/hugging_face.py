@@ -30,10 +30,10 @@ from protoclip.models.towers import (
     TowerKind,
     Weights,
     examples_of,
-    library_config,
     max_tokens,
     require_multiple,
     tower_kind,
+    transformers_config,
 )
 
 # The kinds of Hugging Face model, as their configurations name them.
@@ -59,7 +59,7 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
 
 def open_config(name: str) -> Any:
     """The configuration of a CLIP-like model."""
-    config = library_config(name)
+    config = transformers_config(name)
     if config.model_type not in KINDS:
         is_a = ", ".join(config.architectures or ()) or config.model_type
         raise ValueError(f"{is_a} is no CLIP-like model; known are {', '.join(KINDS)}")

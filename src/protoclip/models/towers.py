@@ -86,7 +86,7 @@ def require_fitting_size(size: int | None, vision: Mapping[str, Any], name: str)
         require_multiple(size, vision.get("patch_size") or stride, name)
 
 
-def library_config(name: str) -> Any:
+def transformers_config(name: str) -> Any:
     """The configuration of a model of `transformers`, by its folder or name on the hub.
 
     It raises for a model that brings code.
