@@ -22,6 +22,13 @@ ARGS ?=
 
 BIN = .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+UV_INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode
+# pip takes PyTorch from wherever it is set up to, uv the rest in a tenth of pip's time. uv reads none of
+# pip's settings: where it finds no packages, pip goes on.
+INSTALL = install() { \
+	  $(PIP_INSTALL) torch torchvision uv \
+	  && { $(UV_INSTALL) --python $(BIN)/python --editable "$$1" || $(PIP_INSTALL) --editable "$$1"; }; \
+	}; install
 # Each process takes tests that stand side by side, since they share fixtures.
 PYTEST_ON = -m pytest -n $(WORKERS) --dist worksteal
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST_ON)
@@ -84,17 +91,17 @@ clean: ## Remove .venv, .venv-lowest, caches and builds
 
 .venv/runtime: .venv/home pyproject.toml
 	@echo "Installing protoclip into .venv ($(NOTE))"
-	@$(PIP_INSTALL) --editable '.[report]'
+	@$(INSTALL) '.[report]'
 	@touch $@
 
 .venv/dev: .venv/home pyproject.toml
 	@echo "Installing protoclip and the tools to test it into .venv ($(NOTE))"
-	@$(PIP_INSTALL) --editable '.[dev]'
+	@$(INSTALL) '.[dev]'
 	@touch .venv/runtime $@
 
 .venv/docs: .venv/home pyproject.toml
 	@echo "Installing protoclip and the tools that build the site into .venv ($(NOTE))"
-	@$(PIP_INSTALL) --editable '.[docs]'
+	@$(INSTALL) '.[docs]'
 	@touch $@
 
 # Compiled at once, or the processes that tests start would each compile PyTorch.
@@ -103,8 +110,8 @@ clean: ## Remove .venv, .venv-lowest, caches and builds
 	@rm -rf .venv-lowest
 	@$(PIP_INSTALL) uv
 	@$(BIN)/uv venv --quiet --python $(BIN)/python .venv-lowest
-	@$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
-	  --only-binary :all: --no-binary protoclip --compile-bytecode --editable '.[dev]'
+	@$(UV_INSTALL) --python .venv-lowest/bin/python --resolution lowest-direct \
+	  --only-binary :all: --no-binary protoclip --editable '.[dev]'
 	@touch $@
 
 .venv/home: $(STALE)

@@ -17,7 +17,6 @@ image at 1, 5 and 10. What is trained stays in --folder, and a study that was in
 """
 
 import argparse
-import csv
 import json
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import RECALLS, mean_recall
+from study import RECALLS, mean_recall, write_ids
 
 from protoclip.cli.parsing import merged
 from protoclip.config import Config, DataConfig, SourceConfig, build
@@ -36,13 +35,6 @@ from protoclip.training.finetune import finetune
 from protoclip.training.run import train
 
 WAYS = ("scratch", "aligned", "unfrozen", "fine-tuned")
-
-
-def write_ids(path: Path, ids: list[str], size: int, seed: int) -> None:
-    """The ids of the first pairs of an order; larger sizes hold the smaller ones."""
-    order = np.random.default_rng(seed).permutation(len(ids))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["sample_id"], *([ids[row]] for row in order[:size])])
 
 
 def trained(way: str, settings: dict[str, Any], start: Path | None, folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ interrupted goes on.
 """
 
 import argparse
+import csv
 import json
 import tomllib
 from copy import deepcopy
@@ -22,6 +23,8 @@ import numpy.typing as npt
 import torch
 
 from protoclip.cli.parsing import merged
+from protoclip.config import DataConfig, SourceConfig
+from protoclip.data.sources import open_source
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.metrics import t_interval
 from protoclip.evaluation.samples import SampleResults, influences
@@ -29,6 +32,13 @@ from protoclip.training.align import align
 
 RECALLS = [f"retrieval/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 NORMAL = 1.96  # standard errors that a 95% interval reaches, of a thousand images
+
+
+def write_ids(path: Path, ids: list[str], size: int, seed: int) -> None:
+    """The ids of the first pairs of an order; larger sizes hold the smaller ones."""
+    order = np.random.default_rng(seed).permutation(len(ids))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["sample_id"], *([ids[row]] for row in order[:size])])
 
 
 def trained(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -76,6 +86,7 @@ def main() -> None:
     parser.add_argument("--validation", required=True)
     parser.add_argument("--root")
     parser.add_argument("--image-weights", required=True)
+    parser.add_argument("--pairs", type=int, help="train on so many, drawn once for all seeds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--folder", type=Path, default=Path("runs/study_align"))
@@ -91,6 +102,12 @@ def main() -> None:
             "model": {"image": {"weights": given.image_weights}},
         },
     )
+    if given.pairs is not None:
+        source = open_source(DataConfig(root=given.root), SourceConfig(path=given.train))
+        only = given.folder / f"{given.pairs}.csv"
+        only.parent.mkdir(parents=True, exist_ok=True)
+        write_ids(only, [*source.sample_ids()], given.pairs, seed=0)
+        base = merged(base, {"data": {"only": str(only)}})
     arms = {arm["name"]: {k: v for k, v in arm.items() if k != "name"} for arm in study["arms"]}
     if unknown := {*(given.arms or ())} - arms.keys():
         raise ValueError(f"--arms: the study has no {sorted(unknown)[0]}")
