@@ -310,8 +310,8 @@ class Run:
             recalls=config.run.overfit is not None,
         )
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
-        tokenizer, workers = self.loader.tokenizer, self.loader.workers
-        self.evaluate = judge_of(plan, model, self.trained, tokenizer=tokenizer, workers=workers)
+        tokenizer, workers, aligns = self.loader.tokenizer, self.loader.workers, halves is not None
+        self.evaluate = judge_of(plan, model, tokenizer=tokenizer, workers=workers, aligns=aligns)
         self.copies = sync.copies(config, folder)
         self.writer = CheckpointWriter(
             folder,
