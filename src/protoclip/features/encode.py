@@ -98,6 +98,23 @@ class FrozenEncoder:
         image = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
         return self.transform(Image.fromarray(image))
 
+    def key(self) -> str:
+        """Identifies the model, and how it reads images or captions.
+
+        Weights alone tell neither layers apart nor limits of captions. So the structure counts too,
+        and the features of examples, to three digits, since the last ones depend on the hardware.
+        """
+        examples: list[Any] = ["a photo of a red dog", "two words"]
+        if self.transform is None:
+            reads = f"{self.collate!r} {self.collate(examples)}"
+        else:
+            ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
+            examples, reads = [self.transform(Image.fromarray(ramp))], repr(self.transform)
+        first = [f"{value:.3g}" for value in self.encode(examples)[:, :16].flatten().tolist()]
+        facts = f"{self.reads} {self.module!r} {reads} {self.autocast!r}"
+        facts = re.sub(r" at 0x[0-9a-f]+", "", facts)
+        return checksum(f"{self.checksum()} {facts} {first}".encode())
+
     def checksum(self) -> str:
         """A checksum of the weights."""
         weights = sorted(self.module.state_dict().items())

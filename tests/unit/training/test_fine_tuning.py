@@ -1,5 +1,6 @@
 """Settings of fine-tuning: what trains and how fast, and runs that stay close to their start."""
 
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable
@@ -29,7 +30,6 @@ from protoclip.config import (
 from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import encode
-from protoclip.features import start as features_of_start
 from protoclip.features.start import embed_start
 from protoclip.files import locked
 from protoclip.models import loading
@@ -416,9 +416,7 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
     assert given(samples).name not in (found.name, other.name)
 
 
-def test_a_run_beside_one_that_embeds_its_start_has_a_folder_of_its_own(
-    pairs, starts, tmp_path, monkeypatch
-):
+def test_a_run_beside_one_that_embeds_its_start_has_a_folder_of_its_own(pairs, starts, tmp_path):
     """And goes on with that one."""
     config = with_changes(tiny_config(pairs, out="unused"), {"data": {"validation": 0.0}})
     model = ModelConfig(start=starts(tiny_model()))
@@ -426,12 +424,13 @@ def test_a_run_beside_one_that_embeds_its_start_has_a_folder_of_its_own(
     start = loading.frozen_start(config, torch.device("cpu"), loading.start_of(config.model))
     given = start, loading.tokenizer(config.model), sources.pairs(config)
     more = {"cache": tmp_path / "features", "autocast": torch.no_grad}
-    monkeypatch.setattr(features_of_start, "key", lambda *given: "key")
-    with locked(tmp_path / "features" / "key"):
+    first = embed_start(*given, of_run=tmp_path / "first", **more)
+    shutil.rmtree(first.name)
+    with locked(Path(first.name)):
         beside = embed_start(*given, of_run=tmp_path / "run", **more)
     assert beside.name == str(tmp_path / "run")
     assert embed_start(*given, of_run=tmp_path / "run", **more).name == beside.name
-    first = embed_start(*given, of_run=tmp_path / "other", **more)
-    assert first.name == str(tmp_path / "features" / "key")
+    other = embed_start(*given, of_run=tmp_path / "other", **more)
+    assert other.name == first.name
     ids = [*given[2].sample_ids()]
-    assert torch.equal(first.lookup(ids), beside.lookup(ids))
+    assert torch.equal(other.lookup(ids), beside.lookup(ids))
