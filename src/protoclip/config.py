@@ -206,6 +206,11 @@ class ModelConfig:
         """Whether the towers' projections into the joint space are new, as those of two halves."""
         return self.start is None and self.name is None
 
+    @property
+    def joins_halves(self) -> bool:
+        """Whether the towers are an image half and a pretrained text half, here or in the start."""
+        return self.name is None and self.text.name is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:

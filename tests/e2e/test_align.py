@@ -16,6 +16,7 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.sampler import EpisodeSampler
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.features import encode as encoding
@@ -144,7 +145,8 @@ def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
     model, transform, tokenizer = protoclip.load(tmp_path / "run")
     settings = Config.from_dict(aligning.before_data(given).given)
     (data,) = judged(settings, sources.pairs(settings)).data
-    whole = evaluate_run(model, transform, tokenizer, data=data, split="validation", show=False)
+    encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
+    whole = evaluate_run(encoder, data=data, split="validation", show=False)
     assert {k for k in results["metrics"] if "retrieval" in k}
     for name, value in whole.items():
         assert results["metrics"][name] == pytest.approx(value, abs=1e-4)

@@ -28,6 +28,7 @@ from protoclip.features import parts
 from protoclip.features.store import hash_ids
 from protoclip.files import locked
 from protoclip.models import loading
+from protoclip.models.protoclip import ProtoCLIP
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.align import align
 from protoclip.training.trainer import Trainer
@@ -332,15 +333,47 @@ def test_the_map_takes_what_align_has_encoded(given, tmp_path, monkeypatch):
         for kept in (True, False)
     ]
     assert [len(each.features) for each in encoded] == [
-        4,
-        1,
+        3,  # the fourth judged the run
+        1,  # the other captions are known
         100,
         101,
-    ]  # the captions are known, but for one
+    ]
     mine, plain = (each.features() for each in opened)
     assert torch.equal(mine.rows, plain.rows)
     for name in ("image", "text"):  # the store holds half precision
         torch.testing.assert_close(getattr(mine, name), getattr(plain, name), atol=5e-3, rtol=5e-3)
+
+
+def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, store, monkeypatch):
+    """Of each checkpoint, of the model before training, and of a run with other heads."""
+    run, encode, encoded = tmp_path / "run", Encoder.encode, []
+
+    def watched(*arguments: Any) -> Encoded:
+        encoded.append(encode(*arguments))
+        return encoded[-1]
+
+    monkeypatch.setattr(Encoder, "encode", watched)
+    for tower in ("encode_image", "encode_text"):
+        monkeypatch.setattr(ProtoCLIP, tower, None)  # nothing passes the whole model
+    align(changed(given, run, episodes={"count": 2}))
+    data = given["data"]["validation"]
+    made = sum(len(each.features) for each in encoded)
+    assert made == len(pq.read_table(data)) + len({*pq.read_table(data)["caption"].to_pylist()})
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:
+        cli.main(["evaluate", str(checkpoint), "--data", data, "--workers", "0"])
+    cli.main(["analyze", str(run), "--json"])
+    cli.main(["report", str(run), "--out", str(tmp_path / "report.html")])
+    align(
+        changed(
+            given,
+            tmp_path / "other",
+            align={"head": "mlp"},
+            model={**given["model"], "embed_dim": 8},
+        )
+    )
+    assert sum(len(each.features) for each in encoded) == made
 
 
 def flip_a_bit(file: Path) -> None:
@@ -417,7 +450,7 @@ def test_a_damaged_part_names_what_to_delete(given, store, monkeypatch):
 
 def test_a_store_that_is_being_added_to_can_be_read(given, sources, store):
     rows_of(given)
-    held = [path for path in store.iterdir() if path.is_dir() and path.name != "evaluation"]
+    held = [path for path in store.iterdir() if path.is_dir()]
     assert len(held) == 2
     with locked(held[0]), locked(held[1]):
         rows_of(given)

@@ -45,9 +45,11 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
-    data, halves, tiny_run, capsys, monkeypatch
+    data, halves, tiny_run, tmp_path, capsys, monkeypatch
 ):
-    """Towers of a run are halves too. What cannot be read is left out, and counted."""
+    """Towers of a run are halves too. What cannot be read is left out, and counted. The same images
+    and captions in another table are known."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     encoded: Counter[int] = Counter()
 
     def encode(self, inputs, before=FrozenEncoder.encode):
@@ -69,9 +71,10 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
     assert [one["recall@10"] for one in records] == sorted(
         (one["recall@10"] for one in records), reverse=True
     )
-    # One more image and one more caption when a half is opened, to see how wide its features are.
+    # One more image and one more caption when a half is opened, to see how wide its features are,
+    # and examples that tell it from others.
     different = len({*pq.read_table(data)["image"].to_pylist()} - {b"no image"})
-    assert sorted(encoded.values()) == sorted([different + 1] * 2 + [PAIRS + 1] * 2)
+    assert sorted(encoded.values()) == sorted([different + 2] * 2 + [PAIRS + 3] * 2)
     for one in records:
         assert (one["pairs"], one["skipped"]) == (PAIRS - 1, 1)
         assert one["recall@10"] == pytest.approx(
@@ -83,10 +86,18 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
     (of_run,) = (one for one in records if one["image"] == one["text"])
     assert of_run["recall@10"] > 1.5 * of_run["recall@10/by_chance"]
     assert "pairs.parquet: 1 pair could not be read, and is left out" in out.err
+    encoded.clear()
     main(words)
     again = capsys.readouterr().out
     assert again.index(f"{100 * records[0]['recall@10']:.1f}%") > 0
     assert "Ordered by recall@10" in again
+    assert "kept" in again
+    pq.write_table(pq.read_table(data).take([*range(PAIRS)][::-1]), tmp_path / "other.parquet")
+    words[words.index(str(data))] = str(tmp_path / "other.parquet")
+    main([*words, "--json"])
+    (one, *_) = json.loads(capsys.readouterr().out)
+    assert (one["images_per_second"], one["captions_per_second"], one["skipped"]) == (None, None, 1)
+    assert sum(encoded.values()) == 2 * (2 * 2 + 2 * 3)
 
 
 def test_a_stream_gives_its_first_pairs(tmp_path, tiny_run, capsys):

@@ -60,7 +60,7 @@ class Evaluate:
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed import collectives
         from protoclip.evaluation import datasets, records, suite
-        from protoclip.evaluation.features import Encoder
+        from protoclip.evaluation.encoders import encoder_of
         from protoclip.models import loading
         from protoclip.models.precision import autocast
 
@@ -72,10 +72,10 @@ class Evaluate:
             )
             if self.fast_resize and isinstance(transform, PillowTransform):
                 transform = replace(transform, fast=True)
-            encoder = Encoder(
-                model=loading.to_device(model, device),
-                transform=transform,
-                tokenizer=tokenizer,
+            encoder = encoder_of(
+                loading.to_device(model, device),
+                transform,
+                tokenizer,
                 batch_size=self.batch_size,
                 workers=self.workers,
                 cache=cache_folder() / "features" if self.cache else None,

@@ -31,6 +31,7 @@ class Match(OfPairs):
     batch_size: Count = 64  # Captions or images at once.
     device: str = "auto"  # As run.device.
     json: bool = False  # Print the records as JSON.
+    cache: bool = True  # Keep features, so that another half is quick.
 
     def __call__(self) -> None:
         for half in self.images:
@@ -41,6 +42,7 @@ class Match(OfPairs):
         data = self.data_config()
         require_data_paths(data)
         from protoclip.cli.data import open_source, print_notes
+        from protoclip.data.index import cache_folder
         from protoclip.evaluation.match import match
 
         device = open_device(self.device)
@@ -54,6 +56,7 @@ class Match(OfPairs):
             seed=self.seed,
             pooling=self.pooling,
             batch_size=self.batch_size,
+            cache=cache_folder() / "features" if self.cache else None,
             device=device,
         )
         if skipped := records[0]["skipped"]:
@@ -100,7 +103,7 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
             f"{record['cka']:.3f}",
             f"{record['agreement']:.3f}",
             f"{record['image_width']}\n{record['text_width']}",
-            "\n".join(f"{rate:,.0f}" for rate in rates),
+            "\n".join("kept" if rate is None else f"{rate:,.0f}" for rate in rates),
         )
     table.caption_justify = "left"
     table.caption = (

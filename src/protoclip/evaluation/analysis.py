@@ -27,6 +27,7 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample
 from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import NONE, Batch, Encoder, Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import judged
@@ -278,7 +279,7 @@ def embed_with(
 ) -> Spaces:
     """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
     model = loading.to_device(model, device).eval()
-    encoder = encoder_of(model, transform, tokenizer)
+    encoder = keeping_encoder(model, transform, tokenizer)
     images = encoder.images(pairs.reader(transform), stage="images").features
     texts = encoder.texts(pairs.captions, stage="texts")
     parts: dict[str, list[Tensor]] = {}
@@ -297,16 +298,16 @@ def embed_with(
     }
 
 
-def encoder_of(
+def keeping_encoder(
     model: ProtoCLIP,
     transform: Callable[[Image.Image], Tensor],
     tokenizer: Callable[[list[str]], Tensor],
 ) -> Encoder:
     """Encodes what `evaluate` and `explore` have not encoded yet, since all share a store."""
-    return Encoder(
-        model=model,
-        transform=transform,
-        tokenizer=tokenizer,
+    return encoder_of(
+        model,
+        transform,
+        tokenizer,
         batch_size=BATCH_SIZE,
         workers=0,
         cache=cache_folder() / "features",

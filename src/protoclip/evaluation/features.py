@@ -1,7 +1,8 @@
 """Features of a data set's images and texts: read, and encoded by all ranks.
 
-`kept.py` keeps them on disk, and what a task needs is chosen in `task_features.py`. Frozen models
-that teach, or that `align` joins, encode in `features/encode.py` and `features/halves.py`.
+`kept.py` keeps them on disk, `encoders.py` says which encoder a model gets, and what a task needs
+is chosen in `task_features.py`. Frozen models that teach, or that `align` joins, encode in
+`features/encode.py` and `features/halves.py`.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -45,7 +46,6 @@ from protoclip.models.protoclip import evaluation_mode
 from protoclip.progress import Progress
 
 FEW_IMAGES = 300  # are read faster than worker processes start
-PROJECTED = 8192  # rows at once
 KEPT_FIRST, KEPT_MOST = 4096, 32_768  # images at once, which a call that is killed may lose
 RETRIED = 20  # bad images that are tried again before kept features are used
 
@@ -335,36 +335,6 @@ class Encoder:
             generator=torch.Generator(),  # or it would draw from the global one
         )
         return items_of(loader)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignedEncoder(Encoder):
-    """An encoder of two frozen halves with projections that train.
-
-    Attributes:
-        model: The projections, which read what the halves gave.
-        frozen: Encodes by the halves alone. It keeps what it encoded, so that an image passes its
-            half once however often a run is evaluated.
-    """
-
-    frozen: Encoder
-
-    def readable_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
-        encoded = self.frozen.readable_images(images, stage=stage)
-        return replace(encoded, features=self._projected(encoded.features, "image"))
-
-    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
-        features = self.frozen.texts(texts, stage=stage, content=content)
-        return self._projected(features, "text")
-
-    @torch.no_grad()
-    def _projected(self, features: Float[Tensor, "n q"], kind: str) -> Float[Tensor, "n d"]:
-        project = self.model.encode_image if kind == "image" else self.model.encode_text
-        with evaluation_mode(self.model):
-            parts = [
-                project(rows.to(self.device)).cpu() for rows in torch.split(features, PROJECTED)
-            ]
-        return torch.cat(parts)
 
 
 class Reader(Dataset[Batch]):

@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.grouping import nearest_others
+from protoclip.evaluation.kept import Kept
 from protoclip.features.encode import FrozenEncoder, Pooling, encode_items, open_encoder
+from protoclip.features.store import hash_ids
 from protoclip.files import checksum
 from protoclip.models.halves import MINILM, pooling_of
 from protoclip.progress import Progress
@@ -50,6 +53,7 @@ class Drawn:
     Attributes:
         images: How to read each image: its row, or the sample that a stream gave.
         ids: The sample id of each image.
+        contents: A checksum of each image.
         captions: The captions.
         image_of_pair, text_of_pair: The numbers of each pair's image and caption.
         skipped: Pairs that could not be read.
@@ -57,6 +61,7 @@ class Drawn:
 
     images: Sequence[Item]
     ids: Sequence[str]
+    contents: Sequence[str]
     captions: Sequence[str]
     image_of_pair: Int[Tensor, " p"]
     text_of_pair: Int[Tensor, " p"]
@@ -65,11 +70,15 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
-    """What a half makes of the images, or of the captions; NaN where one cannot be read."""
+    """What a half makes of the images, or of the captions; NaN where one cannot be read.
+
+    Attributes:
+        per_second: How many it encoded; None if all that can be read were kept.
+    """
 
     name: str
     features: Float[Tensor, "n d"]
-    per_second: float
+    per_second: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +110,7 @@ def match(
     seed: int = 0,
     pooling: Pooling | None = None,
     batch_size: int = 64,
+    cache: Path | None = None,
     device: torch.device,
 ) -> list[Record]:
     """Hold each image half against each text half.
@@ -114,6 +124,7 @@ def match(
             sample the first is taken.
         seed: Of the draw, of K-means and of the split for the regression.
         pooling: How a Hugging Face model's tokens become one feature; unset, as its files say.
+        cache: Folder in which features are kept by content; unset, none are.
 
     Returns:
         A record for each image half and text half, the highest `recall@10` first. docs/match.md
@@ -140,15 +151,17 @@ def match(
         Sample(sample_id=str(number), image=b"", captions=(caption,), where=source.name)
         for number, caption in enumerate(drawn.captions)
     ]
+    images_of = drawn.images, drawn.ids, drawn.contents
     image_halves = [
-        encode(name, encoder, source, drawn.images, drawn.ids, batch_size)
+        encode(name, encoder, source, *images_of, batch_size, cache)
         for name, encoder in opened["image"].items()
     ]
     can_be_read = torch.stack([half.features.isfinite().all(dim=1) for half in image_halves]).all(0)
     drawn = keep(drawn, can_be_read)
     require_enough(drawn, source.name)
+    texts_of = captions, [one.sample_id for one in captions], drawn.captions
     text_halves = [
-        encode(name, encoder, source, captions, [one.sample_id for one in captions], batch_size)
+        encode(name, encoder, source, *texts_of, batch_size, cache)
         for name, encoder in opened["text"].items()
     ]
     return records(image_halves, text_halves, drawn, seed)
@@ -192,6 +205,7 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
     return Drawn(
         images=images,
         ids=ids,
+        contents=[*image_of],
         captions=[*text_of],
         image_of_pair=numbers[:, 0],
         text_of_pair=numbers[:, 1],
@@ -202,10 +216,8 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
 def keep(drawn: Drawn, images: Bool[Tensor, " i"]) -> Drawn:
     """Only the pairs of these images; the others are skipped."""
     kept = images[drawn.image_of_pair]
-    return Drawn(
-        images=drawn.images,
-        ids=drawn.ids,
-        captions=drawn.captions,
+    return replace(
+        drawn,
         image_of_pair=drawn.image_of_pair[kept],
         text_of_pair=drawn.text_of_pair[kept],
         skipped=drawn.skipped + int((~kept).sum()),
@@ -231,19 +243,36 @@ def encode(
     source: Pairs | SampleStream,
     items: Sequence[Item],
     ids: Sequence[str],
+    contents: Sequence[str],
     batch_size: int,
+    cache: Path | None = None,
 ) -> Half:
-    """Let a half encode each item once."""
-    progress, started = Progress(f"encode {name}", len(items)), time.monotonic()
-    ids_read, rows, _ = encode_items(encoder, source, items, batch_size, progress.update)
+    """Let a half encode each item that is not kept; `contents` tell items apart in any data."""
+    features = torch.full((len(items), encoder.width), torch.nan)
+    missing = np.arange(len(items))
+    kept = None if cache is None else Kept(cache / encoder.key())
+    if kept is not None:
+        hashes = hash_ids(contents)
+        known = np.flatnonzero(is_kept := kept.has(hashes))
+        missing = np.flatnonzero(~is_kept)
+        if len(known):
+            features[known] = kept.features(hashes[known])
+    if not len(missing):
+        return Half(name=name, features=features, per_second=None)
+    progress, started = Progress(f"encode {name}", len(missing)), time.monotonic()
+    new = [items[number] for number in missing.tolist()]
+    ids_read, rows, _ = encode_items(encoder, source, new, batch_size, progress.update)
     seconds = time.monotonic() - started
-    progress.update(len(items))
+    progress.update(len(missing))
     if not torch.isfinite(rows).all():
         raise ValueError(f"{name}: its features are not finite; choose another model")
     number_of = {sample_id: number for number, sample_id in enumerate(ids)}
-    features = torch.full((len(items), encoder.width), torch.nan)
-    features[[number_of[sample_id] for sample_id in ids_read]] = rows
-    return Half(name=name, features=features, per_second=len(ids_read) / max(seconds, 1e-9))
+    numbers = [number_of[sample_id] for sample_id in ids_read]
+    features[numbers] = rows
+    if kept is not None:
+        kept.add([contents[number] for number in numbers], rows)
+    rate = len(ids_read) / max(seconds, 1e-9) if ids_read else None
+    return Half(name=name, features=features, per_second=rate)
 
 
 def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int) -> list[Record]:

@@ -3,8 +3,8 @@
 `task_features` encodes what they need, and `measured` has what is computed from it.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals
@@ -97,10 +98,10 @@ def evaluate(
     Raises:
         ValueError: No data set can serve a task, data are faulty, or features are not finite.
     """
-    encoder = Encoder(
-        model=model,
-        transform=image_transform,
-        tokenizer=tokenizer,
+    encoder = encoder_of(
+        model,
+        image_transform,
+        tokenizer,
         batch_size=batch_size,
         workers=workers,
         cache=cache,
@@ -222,17 +223,13 @@ def is_defined(metric: str, data: EvaluationData, split: str) -> bool:
 
 
 def evaluate_run(
-    model: Model,
-    transform: Transform,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     *,
     split: Literal["validation", "test"],
     data: EvaluationData | None = None,
-    workers: int = 0,
     quick: bool = False,
     show: bool = True,
     samples_to: Path | None = None,
-    encoder_of: Callable[..., Encoder] = Encoder,
 ) -> dict[str, float]:
     """A run's own evaluation, on the bundled emoji if no other data are given.
 
@@ -249,21 +246,15 @@ def evaluate_run(
     Keys that the data cannot serve are left out. Accuracies are fractions from 0 to 1.
 
     Args:
-        model: Runs on its own device, in evaluation mode; each module's mode is restored.
-        transform, tokenizer: A PIL image to `(3, h, w)`; captions to tokens `(b, c)`.
+        encoder: Of the run's model, which is in evaluation mode meanwhile.
         split: What is measured. The linear probe's strength is chosen on `validation`; if that is
             measured, or missing, on a fifth of `train`.
-        workers: Processes that read images; the same metrics with any number.
         quick: Zero-shot and retrieval alone, which encode no image but those measured.
         samples_to: Folder for the results of each sample; only a warning if it cannot be written.
-        encoder_of: Makes the encoder of these arguments.
     """
     data = data or datasets.emoji()
     tasks = raise_on_all_ranks(lambda: run_tasks(data, split, quick=quick))
-    encoder = encoder_of(
-        model=model, transform=transform, tokenizer=tokenizer, workers=workers, show=show
-    )
-    features = task_features(encoder, data, tasks, split=split)
+    features = task_features(replace(encoder, show=show), data, tasks, split=split)
     measured = measure(features, data, tasks, split=split, show=show)
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"

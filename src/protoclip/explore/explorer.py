@@ -23,8 +23,8 @@ from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.view import Rows
 from protoclip.evaluation import analysis
+from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder
-from protoclip.explore.aligned import AlignedRunEncoder
 from protoclip.explore.atlas import (
     MODALITIES,
     USUAL_SCALE,
@@ -179,13 +179,11 @@ def open_explorer(
     model, transform, tokenizer = loading.load(reference)
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
     config = None if checkpoint is None else run_config(reference)
-    kind: Callable[..., Encoder] = Encoder
-    if cache and config is not None and config.model.projections_are_new and config.model.text.name:
-        kind = partial(AlignedRunEncoder, config=config)
-    encoder = kind(
-        model=loading.to_device(model, device),
-        transform=transform,
-        tokenizer=tokenizer,
+    encoder = encoder_of(
+        loading.to_device(model, device),
+        transform,
+        tokenizer,
+        aligned_by=config,
         batch_size=batch_size,
         workers=workers,
         cache=cache_folder() / "features" if cache else None,

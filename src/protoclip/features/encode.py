@@ -22,11 +22,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from protoclip.config import START
 from protoclip.data.decode import decode
-from protoclip.data.loader import Item, Tokenizer, read_sample
+from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
-from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
+from protoclip.distributed.collectives import rank0_first
 from protoclip.features import store, teachers
 from protoclip.features.parts import (
     PARTS,
@@ -41,14 +40,12 @@ from protoclip.features.parts import (
     read_part,
     write_skipped,
 )
-from protoclip.features.store import StoredFeatures
 from protoclip.features.whiten import Features, fit_pca
 from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, on_card
-from protoclip.models.protoclip import TowerPair
 from protoclip.models.towers import transformers_config
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -100,6 +97,23 @@ class FrozenEncoder:
         assert self.transform is not None
         image = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
         return self.transform(Image.fromarray(image))
+
+    def key(self) -> str:
+        """Identifies the model, and how it reads images or captions.
+
+        Weights alone tell neither layers apart nor limits of captions. So the structure counts too,
+        and the features of examples, to three digits, since the last ones depend on the hardware.
+        """
+        examples: list[Any] = ["a photo of a red dog", "two words"]
+        if self.transform is None:
+            reads = f"{self.collate!r} {self.collate(examples)}"
+        else:
+            ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
+            examples, reads = [self.transform(Image.fromarray(ramp))], repr(self.transform)
+        first = [f"{value:.3g}" for value in self.encode(examples)[:, :16].flatten().tolist()]
+        facts = f"{self.reads} {self.module!r} {reads} {self.autocast!r}"
+        facts = re.sub(r" at 0x[0-9a-f]+", "", facts)
+        return checksum(f"{self.checksum()} {facts} {first}".encode())
 
     def checksum(self) -> str:
         """A checksum of the weights."""
@@ -274,35 +288,6 @@ def embed_teacher(
             "part_rows": PART_ROWS[encoder.reads],
         }
         return finish(encoder, samples, out, settings, batch_size, threads)
-
-
-def embed_start(
-    start: TowerPair, tokenizer: Tokenizer, samples: Pairs, out: Path, *, autocast: Any
-) -> StoredFeatures:
-    """Text features of the model that a run starts from, for all its samples; or those in `out`.
-
-    All ranks call it. What an earlier call left unfinished is finished.
-
-    Args:
-        start: The frozen towers, on their device.
-        out: The teacher folder to make.
-        autocast: Makes the context of forward passes.
-
-    Raises:
-        ValueError: The folder has features of another model or of other samples.
-    """
-    device = next(start.parameters()).device
-    encoder = FrozenEncoder(start, device, tokenizer, start.encode_text, autocast=autocast)
-    settings = {
-        "teacher": START,
-        **identity(samples, samples.sample_ids(), None),
-        "reduced_to": None,
-        "weights": encoder.checksum(),
-        "modality": "text",
-        "part_rows": PART_ROWS["text"],
-    }
-    finish(encoder, samples, out, settings, batch_size=256)
-    return raise_on_all_ranks(lambda: store.open_folder(out))
 
 
 def finish(

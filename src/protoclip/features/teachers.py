@@ -87,7 +87,7 @@ def teachers(
     loaded: dict[str, Whitens] = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
-        if teacher.features == START:  # `encode.embed_start` makes these, when the run begins
+        if teacher.features == START:  # `start.embed_start` makes these, when the run begins
             if not isinstance(samples, Pairs):
                 raise ValueError(
                     f"teacher.features: {START} needs pairs that can be read in any order, not a "

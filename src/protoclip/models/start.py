@@ -113,7 +113,8 @@ class Start:
         architecture = self.architecture
         with torch.device("meta") if weights == "none" else nullcontext():
             both = architecture.towers(weights)
-            built = ProtoCLIP(both, projection_head(architecture.embed_dim, self.model.heads))
+            head = projection_head(architecture.embed_dim, self.model.heads)
+            built = ProtoCLIP(both, head, joins_halves=self.model.joins_halves)
             if self.has_logit_bias:
                 built.add_logit_bias()
         return built

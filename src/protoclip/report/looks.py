@@ -26,7 +26,7 @@ from protoclip.evaluation.analysis import (
     HeldOut,
     embed,
     embed_with,
-    encoder_of,
+    keeping_encoder,
     of_source,
     of_split,
 )
@@ -240,7 +240,7 @@ def look(
             **features, captions=pairs.captions, groups=groups_of(pairs), seed=seed
         ),
         confusions=confusions(
-            encoder_of(model, transform, tokenizer), examples, features["images"]
+            keeping_encoder(model, transform, tokenizer), examples, features["images"]
         ),
         maps=[*before, *maps],
         grouping=grouping,

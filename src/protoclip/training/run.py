@@ -25,15 +25,16 @@ from protoclip.data.captions import caption_draw
 from protoclip.data.chosen import read_chosen
 from protoclip.data.content import Facts
 from protoclip.data.groups import KEYS
+from protoclip.data.index import cache_folder
 from protoclip.data.loader import EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.features import teachers as external
-from protoclip.features.encode import embed_start
 from protoclip.features.halves import HalfRows, half_teachers
 from protoclip.features.row_loader import RowLoader
+from protoclip.features.start import embed_start
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
@@ -310,8 +311,8 @@ class Run:
             recalls=config.run.overfit is not None,
         )
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
-        tokenizer, workers = self.loader.tokenizer, self.loader.workers
-        self.evaluate = judge_of(plan, model, self.trained, tokenizer=tokenizer, workers=workers)
+        tokenizer, workers, aligns = self.loader.tokenizer, self.loader.workers, halves is not None
+        self.evaluate = judge_of(plan, model, tokenizer=tokenizer, workers=workers, aligns=aligns)
         self.copies = sync.copies(config, folder)
         self.writer = CheckpointWriter(
             folder,
@@ -354,7 +355,7 @@ class Run:
         return ExtractedFeatures(**settings)
 
     def prepare_teachers(self) -> None:
-        """Embed all captions by the frozen start, once a run, and whiten teachers. Collective."""
+        """Let the frozen start embed all captions, and whiten teachers. Collective."""
         samples = self.plan.samples
         names = [n for n, t in self.config.external_teachers.items() if t.features == START]
         if names:
@@ -364,7 +365,8 @@ class Run:
                 self.start,
                 self.loader.tokenizer,
                 samples,
-                self.folder / "start_features",
+                cache=cache_folder() / "features",
+                of_run=self.folder / "start_features",
                 autocast=self.trainer.autocast,
             )
             self.teachers.update({name: copy(features) for name in names})

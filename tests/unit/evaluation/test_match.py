@@ -236,5 +236,6 @@ def test_features_that_are_not_finite_are_refused():
         nn.Identity(), CPU, lambda texts: torch.ones(len(texts), 2), lambda x: x / 0
     )
     texts = [Sample(sample_id="0", image=b"", captions=("a",), where="")]
+    pairs = ImageTextPairs(tiny_pairs(1), name="tiny")
     with pytest.raises(ValueError, match=r"^broken: its features are not finite"):
-        match.encode("broken", broken, ImageTextPairs(tiny_pairs(1), name="tiny"), texts, ["0"], 8)
+        match.encode("broken", broken, pairs, texts, ["0"], ["a"], 8)

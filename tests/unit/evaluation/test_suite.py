@@ -24,6 +24,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets, measured, suite
 from protoclip.evaluation.datasets import EvaluationData, Split, of_pairs
+from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoded, Encoder
 from protoclip.evaluation.metrics import METRICS, TASKS, columns_of
 from protoclip.evaluation.readers import LazySplits
@@ -189,15 +190,17 @@ def test_the_probe_never_chooses_on_what_is_measured(split, left_out, given, mon
 def test_evaluate_writes_the_results_of_samples(tmp_path, monkeypatch, capsys):
     """On the bundled data; a folder that cannot be written costs a warning."""
     monkeypatch.setattr(datasets, "emoji", lambda: TINY)
-    given = (Guessing(), transform, tokenizer)
-    metrics = suite.evaluate_run(*given, split="validation", samples_to=tmp_path / "results")
+    encoder = encoder_of(Guessing(), transform, tokenizer, show=True)
+    metrics = suite.evaluate_run(encoder, split="validation", samples_to=tmp_path / "results")
     expected, samples = measure(Guessing(), TINY, "validation")
     assert metrics == expected
     assert "evaluate: tiny metrics: 100%" in capsys.readouterr().err
     read = SampleResults.read(tmp_path / "results" / "tiny-validation.parquet")
     assert list(read.texts["sample_id"]) == list(samples.texts["sample_id"])
     (tmp_path / "file").write_text("")
-    again = suite.evaluate_run(*given, split="validation", show=False, samples_to=tmp_path / "file")
+    again = suite.evaluate_run(
+        encoder, split="validation", show=False, samples_to=tmp_path / "file"
+    )
     assert again == expected
     (line,) = capsys.readouterr().err.splitlines()
     assert "tiny-validation.parquet: not written" in line
@@ -250,7 +253,9 @@ def test_a_run_of_two_ranks_evaluates_as_one_process_does(tmp_path, monkeypatch)
     """During training, which goes on after it, and at the end, as its checkpoint scores alone."""
     first, second = run_distributed(trained, 2, "fsdp", str(tmp_path / "run"))
     monkeypatch.setattr(datasets, "emoji", lambda: TINY)
-    alone = suite.evaluate_run(*protoclip.load(tmp_path / "run"), split="test", show=False)
+    alone = suite.evaluate_run(
+        encoder_of(*protoclip.load(tmp_path / "run")), split="test", show=False
+    )
     assert len(alone) == 18
     assert first == second
     # Filters in another order in memory change the last digits.
@@ -296,8 +301,8 @@ def test_the_best_five_of_fewer_classes_are_left_out():
     records = judge(Knowing(), few, ["zero_shot", "linear_probe"])
     assert [*records["zeroshot_classification"]["metrics"]] == ["acc1", "mean_per_class_recall"]
     assert [*records["linear_probe"]["metrics"]] == ["lp_acc1", "lp_mean_per_class_recall"]
-    given = Knowing(), transform, tokenizer
-    of_run = suite.evaluate_run(*given, split="test", data=few, show=False)
+    encoder = encoder_of(Knowing(), transform, tokenizer)
+    of_run = suite.evaluate_run(encoder, split="test", data=few, show=False)
     assert [*of_run] == suite.metric_names(few, "test")
     names = [name.removeprefix("eval/x/") for name in of_run]
     assert [name for name in names if "shot" in name] == ["zero_shot/acc1"]

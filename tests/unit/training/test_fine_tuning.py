@@ -1,9 +1,11 @@
 """Settings of fine-tuning: what trains and how fast, and runs that stay close to their start."""
 
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from protoclip.config import (
 from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import encode
+from protoclip.features.start import embed_start
+from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
@@ -375,7 +379,7 @@ def test_a_run_goes_on_to_the_bit_and_loads_without_peft(way, pairs, starts, tmp
     assert (followed.lora, followed.locked, followed.frozen_batch_norm) == (3, [], False)
 
 
-def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path):
+def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path, monkeypatch):
     """A sample's feature is the mean over its captions, by its id in the mixture."""
     mixed = [SourceConfig(path=pairs, name=name) for name in ("a", "b")]
     config = with_changes(
@@ -385,8 +389,9 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
     config = replace(config, model=resolve_start(model).model)
     samples, tokenizer = sources.pairs(config), loading.tokenizer(config.model)
     start = loading.frozen_start(config, torch.device("cpu"), loading.start_of(config.model))
-    given = start, tokenizer, samples, tmp_path / "features"
-    found = encode.embed_start(*given, autocast=torch.no_grad)
+    folders = {"cache": tmp_path / "features", "of_run": tmp_path / "run"}
+    given = partial(embed_start, start, tokenizer, autocast=torch.no_grad, **folders)
+    found = given(samples)
     ids = ["b/tiny/1", "a/tiny/0", "b/tiny/3"]
     rows = [ImageTextPairs(pq.read_table(pairs), name="one").sample_captions(r) for r in (1, 0, 3)]
     assert [len(captions) for captions in rows] == [2, 1, 2]
@@ -394,10 +399,38 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
         expected = start.encode_text(tokenizer([*captions]), normalize=True).mean(0)
         expected = torch.nn.functional.normalize(expected, dim=0)
         torch.testing.assert_close(row, expected, atol=2e-3, rtol=0)  # half precision
-    before = (tmp_path / "features" / "features.npy").stat().st_mtime_ns
-    encode.embed_start(*given, autocast=torch.no_grad)
-    assert (tmp_path / "features" / "features.npy").stat().st_mtime_ns == before
+    monkeypatch.setattr(encode, "encode_captions", None)  # nothing is encoded again
+    assert given(samples).name == found.name
+    monkeypatch.undo()
+    table = pq.read_table(pairs)
+    captions = pa.array([[f"{text}!" for text in of] for of in table["caption"].to_pylist()])
+    pq.write_table(table.set_column(1, "caption", captions), tmp_path / "changed.parquet")
+    changed = [SourceConfig(path=str(tmp_path / "changed.parquet"), name=name) for name in "ab"]
+    of_changed = sources.pairs(with_changes(config, {"data": {"sources": changed}}))
+    assert [*of_changed.sample_ids()] == [*samples.sample_ids()]
+    other = given(of_changed)
+    assert not torch.equal(other.lookup(ids), found.lookup(ids))
+    assert Path(other.name).parent == Path(found.name).parent == tmp_path / "features"
     with torch.no_grad():
         start.towers.text_projection.mul_(2)
-    with pytest.raises(ValueError, match="was made with other weights"):
-        encode.embed_start(*given, autocast=torch.no_grad)
+    assert given(samples).name not in (found.name, other.name)
+
+
+def test_a_run_beside_one_that_embeds_its_start_has_a_folder_of_its_own(pairs, starts, tmp_path):
+    """And goes on with that one."""
+    config = with_changes(tiny_config(pairs, out="unused"), {"data": {"validation": 0.0}})
+    model = ModelConfig(start=starts(tiny_model()))
+    config = replace(config, model=resolve_start(model).model)
+    start = loading.frozen_start(config, torch.device("cpu"), loading.start_of(config.model))
+    given = start, loading.tokenizer(config.model), sources.pairs(config)
+    more = {"cache": tmp_path / "features", "autocast": torch.no_grad}
+    first = embed_start(*given, of_run=tmp_path / "first", **more)
+    shutil.rmtree(first.name)
+    with locked(Path(first.name)):
+        beside = embed_start(*given, of_run=tmp_path / "run", **more)
+    assert beside.name == str(tmp_path / "run")
+    assert embed_start(*given, of_run=tmp_path / "run", **more).name == beside.name
+    other = embed_start(*given, of_run=tmp_path / "other", **more)
+    assert other.name == first.name
+    ids = [*given[2].sample_ids()]
+    assert torch.equal(other.lookup(ids), beside.lookup(ids))

@@ -1,0 +1,145 @@
+"""Which encoder a model gets, whoever asks: one pass of the whole model, or of its halves alone.
+
+Of two halves the features are kept before their projections, so that whatever else is trained
+between the same halves encodes nothing. `features.py` has what an encoder does.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from protoclip.config import Config
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.view import PairsView
+from protoclip.evaluation.datasets import Images
+from protoclip.evaluation.features import Encoded, Encoder, Model, Reader, Tokenizer, Transform
+from protoclip.features import halves
+from protoclip.features.halves import HalfEncoder
+from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
+from protoclip.files import checksum
+from protoclip.models.aligned import FrozenHalves, Projections
+from protoclip.models.precision import autocast, resolve
+from protoclip.models.protoclip import ProtoCLIP, evaluation_mode
+
+PROJECTED = 8192  # rows at once
+
+
+def encoder_of(
+    model: Model,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    *,
+    aligned_by: Config | None = None,
+    **settings: Any,
+) -> Encoder:
+    """The encoder of a model.
+
+    Args:
+        aligned_by: The settings of the run that made the model. Then what `align` has encoded for
+            training is read too: in half precision, and of images without hashes of their content.
+        settings: Those of `Encoder`. Without a `cache` nothing is kept.
+    """
+    given: dict[str, Any] = {"transform": transform, "tokenizer": tokenizer, **settings}
+    if given.get("cache") is None or not (isinstance(model, ProtoCLIP) and model.joins_halves):
+        return Encoder(model=model, **given)
+    kind = Encoder if aligned_by is None else partial(AlignedHalves, config=aligned_by)
+    frozen = kind(model=FrozenHalves(model.towers), **given)
+    return JoinedEncoder(model=model, frozen=frozen, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedEncoder(Encoder):
+    """The encoder of a model of two halves, which projects what these encoded once.
+
+    Attributes:
+        frozen: Encodes by the halves alone, and keeps what it encoded.
+    """
+
+    frozen: Encoder
+
+    def readable_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
+        encoded = self.frozen.readable_images(images, stage=stage)
+        project = self._projections.encode_image
+        return replace(encoded, features=self._projected(encoded.features, project))
+
+    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
+        features = self.frozen.texts(texts, stage=stage, content=content)
+        return self._projected(features, self._projections.encode_text)
+
+    @cached_property
+    def _projections(self) -> Projections:
+        assert isinstance(self.model, ProtoCLIP)
+        return Projections(self.model.towers)
+
+    @torch.no_grad()
+    def _projected(
+        self, features: Float[Tensor, "n q"], project: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "n d"]:
+        if not len(features):  # of no known width
+            return torch.zeros(0, 0)
+        parts = torch.split(features, PROJECTED)
+        with evaluation_mode(self.model):
+            return torch.cat([project(rows.float().to(self.device)).cpu() for rows in parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedHalves(Encoder):
+    """The encoder of two halves that reads what `align` encoded for training, where that is known.
+
+    Each start reads the captions, and looks at the files. `config` is the run's.
+    """
+
+    config: Config
+
+    def readable_images(self, images: "Any | Reader", *, stage: str) -> Encoded:
+        if not isinstance(images, PairsView) or not isinstance(self.transform, EvaluationTransform):
+            return super().readable_images(images, stage=stage)
+        stored, numbers = self._stored(halves.hashes_of_images(images), transform=self.transform)
+        missing = np.flatnonzero(numbers < 0)
+        rest = Encoded(features=torch.zeros(0, 0))
+        if len(missing):
+            rest = super().readable_images(PairsView([(images, missing)]), stage=stage)
+        bad = [(int(missing[row]), why) for row, why in rest.bad]
+        others = np.setdiff1d(missing, [row for row, _ in bad])
+        return Encoded(features=joined(stored, numbers, others, rest.features), bad=bad)
+
+    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n q"]:
+        texts = [*texts]
+        stored, numbers = self._stored(hash_ids(texts), tokenizer=self.tokenizer)
+        missing, rest = np.flatnonzero(numbers < 0), torch.zeros(0, 0)
+        if len(missing):
+            rest = super().texts([texts[row] for row in missing], stage=stage)
+        return joined(stored, numbers, missing, rest)
+
+    def _stored(self, hashes: Hashes, **reads: Any) -> tuple[Segments, Numbers]:
+        """What a half encoded of images by a transform, or of texts by a tokenizer; and the number
+        of each there, or -1."""
+        assert isinstance(self.model, FrozenHalves)
+        with evaluation_mode(self.model):
+            half = HalfEncoder(
+                self.model,
+                max_pixels=self.config.data.max_image_pixels,
+                autocast=autocast(resolve(self.config.run.precision, self.device), self.device),
+                **reads,
+            )
+            folder = halves.features_folder(self.config) / checksum(half.key().encode())
+        stored = halves.opened(folder, half.width)
+        return stored, stored.find(hashes)
+
+
+def joined(
+    stored: Segments, numbers: Numbers, others: Numbers, of_others: Float[Tensor, "o _"]
+) -> Float[Tensor, "n _"]:
+    """Features in order: of rows that have a number in the store, and of the others."""
+    known = np.flatnonzero(numbers >= 0)
+    features = torch.from_numpy(stored.rows(numbers[known]))
+    if not len(others):
+        return features
+    order = np.argsort(np.concatenate([known, others]))
+    return torch.cat([features, of_others])[torch.from_numpy(order)]
