@@ -146,6 +146,9 @@ def complete(
     start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
     cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=sentences))
     notes = [*outlined.notes, *notes, *cut, *divided.notes]
+    are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
+    if are_negatives and pass_stream is None:  # align makes one sample of them
+        notes += rank0_first(lambda: sizes.shared_images(divided.training))
     for guard in watched:
         notes += guard.notes
     notes += sources.notes(divided.training)
