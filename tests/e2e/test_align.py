@@ -231,7 +231,7 @@ def test_a_visit_draws_one_of_the_stored_views(given):
     views = [rows.image_rows(every, draw) for draw in draws]
     assert views[0].equal(rows.image_rows(every))
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (views[one] != views[other]).any(1).float().mean() > 0.9
+        assert (views[one] != views[other]).any(1).float().mean() > 0.5  # crops of one colour
     mixed = rows.image_rows(every, np.linspace(0, 0.999, 96, dtype=np.float32))
     assert mixed.equal(torch.cat([views[view][view * 32 : view * 32 + 32] for view in range(3)]))
 
